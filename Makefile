@@ -1,0 +1,44 @@
+# One word a habit. Everything runs in .venv, which any target builds when it is missing or out of date.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help demo test quick check format clean
+
+help:
+	@echo "make demo    build the environment, train on three made datasets, show the result (about ten minutes)"
+	@echo "make test    build the environment, run every test"
+	@echo "make quick   the tests that take seconds"
+	@echo "make check   formatting, lints, types, layers of imports, every test"
+	@echo "make format  let ruff rewrite what it can"
+
+.venv/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed, found $$($(PYTHON) --version); try: make PYTHON=python3.12"; exit 1; }
+	@echo "Building the environment in .venv (a few minutes the first time)"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch -c constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bundled,tensorboard,supervision,dev]'
+	@touch $@
+
+demo: .venv/.ready
+	$(BIN)/metr demo
+
+test: .venv/.ready
+	$(BIN)/python -m pytest
+
+quick: .venv/.ready
+	$(BIN)/python -m pytest -m "not slow"
+
+check: .venv/.ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest
+
+format: .venv/.ready
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache

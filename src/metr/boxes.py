@@ -1,0 +1,74 @@
+"""Boxes: the one module that converts between formats and compares them.
+
+Formats: `cxcywh` centre and size, `xyxy` corners, `xywh` top left corner and size (COCO's files).
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def cxcywh_to_xyxy(boxes: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n 4"]:
+    """Corners of boxes given by centre and size."""
+    centre, half = boxes[..., :2], boxes[..., 2:] / 2
+    return torch.cat([centre - half, centre + half], dim=-1)
+
+
+def xyxy_to_cxcywh(boxes: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n 4"]:
+    """Centre and size of boxes given by their corners."""
+    low, high = boxes[..., :2], boxes[..., 2:]
+    return torch.cat([(low + high) / 2, high - low], dim=-1)
+
+
+def xyxy_to_xywh(boxes: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n 4"]:
+    """Top left corner and size of boxes given by their corners (COCO results)."""
+    low, high = boxes[..., :2], boxes[..., 2:]
+    return torch.cat([low, high - low], dim=-1)
+
+
+def area(boxes: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n"]:
+    """Area of xyxy boxes; a box whose corners are swapped has none."""
+    width, height = (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).unbind(-1)
+    return width * height
+
+
+def _overlap(a: Float[Tensor, "*n 4"], b: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n"]:
+    low = torch.maximum(a[..., :2], b[..., :2])
+    high = torch.minimum(a[..., 2:], b[..., 2:])
+    width, height = (high - low).clamp(min=0).unbind(-1)
+    return width * height
+
+
+def paired_iou(a: Float[Tensor, "*n 4"], b: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n"]:
+    """Intersection over union of xyxy boxes, pair by pair; 0 where both are empty."""
+    overlap = _overlap(a, b)
+    union = area(a) + area(b) - overlap
+    return overlap / union.clamp(min=torch.finfo(union.dtype).tiny)
+
+
+def paired_giou(a: Float[Tensor, "*n 4"], b: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n"]:
+    """Generalised IoU of xyxy boxes, pair by pair, in -1..1 (Rezatofighi et al., 2019)."""
+    tiny = torch.finfo(a.dtype).tiny
+    overlap = _overlap(a, b)
+    union = area(a) + area(b) - overlap
+    low = torch.minimum(a[..., :2], b[..., :2])
+    high = torch.maximum(a[..., 2:], b[..., 2:])
+    hull = area(torch.cat([low, high], dim=-1))
+    return overlap / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)
+
+
+def pairwise_iou(a: Float[Tensor, "*n 4"], b: Float[Tensor, "*m 4"]) -> Float[Tensor, "..."]:
+    """IoU of every box of `a` with every box of `b`: [n m]."""
+    return paired_iou(a.unsqueeze(-2), b.unsqueeze(-3))
+
+
+def pairwise_coverage(a: Float[Tensor, "n 4"], b: Float[Tensor, "m 4"]) -> Float[Tensor, "n m"]:
+    """The share of each box of `a` that lies inside each box of `b` (COCO's overlap with a crowd)."""
+    overlap = _overlap(a.unsqueeze(-2), b.unsqueeze(-3))
+    return overlap / area(a).unsqueeze(-1).clamp(min=torch.finfo(a.dtype).tiny)
+
+
+def clip(boxes: Float[Tensor, "*n 4"], height: float, width: float) -> Float[Tensor, "*n 4"]:
+    """xyxy boxes cut at the picture's border."""
+    limit = boxes.new_tensor([width, height, width, height])
+    return torch.minimum(boxes.clamp(min=0), limit)

@@ -1,0 +1,127 @@
+"""Configuration: loaded from YAML, merged with overrides, checked key by key, reported once."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+
+from metr.errors import ConfigError, did_you_mean
+
+Tree = dict[str, Any]
+
+
+class Config(BaseModel):
+    """Base of every configuration class: frozen, and strict about keys that it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    @classmethod
+    def checked(cls, values: Mapping[str, Any], *, where: object = None) -> Self:
+        """An instance from plain values.
+
+        Raises:
+            ConfigError: a key is unknown or a value is of the wrong kind; the message names the key.
+        """
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            raise _explained(cls, error, where) from None
+
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+def read_yaml(path: Path) -> Tree:
+    """The mapping that a YAML file holds.
+
+    Raises:
+        ConfigError: the file is missing, is not YAML, or holds something else than a mapping.
+    """
+    if not path.is_file():
+        raise ConfigError("no such configuration file", where=path, hint="check the path")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"not readable as YAML: {error}", where=path) from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"expected keys and values, found a {type(values).__name__}", where=path)
+    return values
+
+
+def write_yaml(path: Path, config: Config) -> None:
+    """Writes a configuration so that `read_yaml` and `Config.checked` give it back."""
+    path.write_text(as_yaml(config), encoding="utf-8")
+
+
+def as_yaml(config: Config) -> str:
+    """The configuration as YAML, in the order of its fields."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def merge(base: Mapping[str, Any], *layers: Mapping[str, Any]) -> Tree:
+    """`base` with later layers laid over it, mapping by mapping; lists and scalars are replaced whole."""
+    result: Tree = dict(base)
+    for layer in layers:
+        for key, value in layer.items():
+            below = result.get(key)
+            both = isinstance(below, Mapping) and isinstance(value, Mapping)
+            result[key] = merge(below, value) if both else value  # type: ignore[arg-type]
+    return result
+
+
+def parse_overrides(assignments: Sequence[str]) -> Tree:
+    """`["optimizer.learning_rate=1e-4", ...]` as a nested mapping; values are read as YAML.
+
+    Raises:
+        ConfigError: an assignment has no `=` or no key.
+    """
+    tree: Tree = {}
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        if not equals or not path.strip():
+            hint = "write it as section.key=value, for example optimizer.learning_rate=1e-4"
+            raise ConfigError(f"expected key=value, found {assignment!r}", where="--set", hint=hint)
+        value: Any = _scalar(text)
+        for key in reversed(path.strip().split(".")):
+            value = {key: value}
+        tree = merge(tree, value)
+    return tree
+
+
+def _scalar(text: str) -> Any:
+    """A YAML value; numbers such as 1e-4, which YAML 1.1 takes for words, are numbers."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _explained(cls: type[BaseModel], error: ValidationError, where: object) -> ConfigError:
+    lines, hint = [], None
+    for fault in error.errors():
+        key = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] == "extra_forbidden":
+            lines.append(f"unknown key {key!r}")
+            hint = hint or did_you_mean(str(fault["loc"][-1]), _fields_at(cls, fault))
+        else:
+            lines.append(f"{key!r}: {fault['msg'].lower()}, found {fault['input']!r}")
+    return ConfigError("; ".join(lines), where=where or cls.__name__, hint=hint)
+
+
+def _fields_at(cls: type[BaseModel], fault: ErrorDetails) -> list[str]:
+    """The keys that are allowed where a fault lies."""
+    for part in fault["loc"][:-1]:
+        annotation = cls.model_fields[str(part)].annotation if str(part) in cls.model_fields else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            break
+        cls = annotation
+    return list(cls.model_fields)

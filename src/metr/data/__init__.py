@@ -1,0 +1,1 @@
+"""From files of datasets to batches."""

@@ -1,0 +1,83 @@
+"""What every annotation format is read into: one record an image, one description a dataset."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageRecord:
+    """The annotations of one picture.
+
+    `boxes` are xyxy in pixels, inside the picture, never degenerate (faulty ones are dropped and listed as `Fault`).
+    `labels` are indices of the dataset's categories. `areas` are in square pixels (COCO's own where the file gives
+    them: that of the polygon). `ignore` marks crowds and group-of boxes. `annotated` lists the categories that are
+    annotated exhaustively in this picture; None means all of the dataset's.
+    """
+
+    image_id: int | str
+    path: Path
+    width: int
+    height: int
+    boxes: Float[np.ndarray, "m 4"]
+    labels: Int[np.ndarray, "m"]
+    areas: Float[np.ndarray, "m"]
+    ignore: Bool[np.ndarray, "m"]
+    annotated: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """Something wrong in a dataset that reading went past.
+
+    `kind` is one of a few words that can be counted ("degenerate box", "missing picture", ...); `where` names file and
+    line, image or key; `detail` says what was found.
+    """
+
+    kind: str
+    where: str
+    detail: str = ""
+
+
+class Annotations(Protocol):
+    """One split of one dataset, as training and evaluation see it: a sequence of records.
+
+    `categories` are the dataset's names in the order of `ImageRecord.labels`.
+    """
+
+    name: str
+    split: str
+    format: str
+    categories: tuple[str, ...]
+    faults: Sequence[Fault]
+
+    def __len__(self) -> int:
+        """The number of pictures."""
+        ...
+
+    def __getitem__(self, index: int) -> ImageRecord:
+        """The annotations of picture `index`."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class InMemoryAnnotations:
+    """Annotations that are simply held: small sets, tests, and the result of a reader before it is indexed."""
+
+    name: str
+    split: str
+    categories: tuple[str, ...]
+    records: tuple[ImageRecord, ...]
+    format: str = "memory"
+    faults: tuple[Fault, ...] = field(default=())
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> ImageRecord:
+        """The annotations of picture `index`."""
+        return self.records[index]

@@ -1,0 +1,1 @@
+"""Pictures and their boxes, resized and augmented together."""

@@ -1,0 +1,52 @@
+"""Errors for people: what was expected, what was found, where, and what to try."""
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class MetrError(Exception):
+    """Base of every error that METR raises on purpose.
+
+    Args:
+        what: What was expected and what was found, in one sentence.
+        where: The file, key or option that the message is about.
+        hint: What to try next.
+    """
+
+    def __init__(self, what: str, *, where: object = None, hint: str | None = None) -> None:
+        self.what, self.where, self.hint = what, where, hint
+        super().__init__(str(self))
+
+    def __str__(self) -> str:
+        """The whole message: `where: what` and, on a line of its own, the hint."""
+        message = self.what if self.where is None else f"{self.where}: {self.what}"
+        return message if self.hint is None else f"{message}\n  try: {self.hint}"
+
+
+class DataError(MetrError):
+    """A dataset, annotation file or picture is missing, unreadable or contradicts itself."""
+
+
+class ConfigError(MetrError):
+    """A configuration names an unknown key or holds a value of the wrong kind."""
+
+
+class CheckpointError(MetrError):
+    """A checkpoint folder is incomplete or does not fit the network it is loaded into."""
+
+
+class ModelError(MetrError):
+    """The network was asked for something that its parts cannot do together."""
+
+
+class DependencyError(MetrError):
+    """An optional package or its files are missing."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A hint for a misspelt word: the nearest known ones, or the list of all of them."""
+    known = sorted(known)
+    near = get_close_matches(word, known, n=3, cutoff=0.6)
+    if near:
+        return "did you mean " + " or ".join(repr(name) for name in near) + "?"
+    return "one of " + ", ".join(repr(name) for name in known)

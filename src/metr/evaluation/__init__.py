@@ -1,0 +1,1 @@
+"""The COCO protocol, and what one joint detector does to each dataset."""

@@ -1,0 +1,1 @@
+"""From the network's answer to detections."""

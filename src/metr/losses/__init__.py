@@ -1,0 +1,1 @@
+"""Matching and losses, outside the network."""

@@ -1,0 +1,1 @@
+"""Encoders: feature maps to memory."""

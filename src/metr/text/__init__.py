@@ -1,0 +1,1 @@
+"""Category names to embeddings: vocabulary, prompt templates, frozen text encoders, cache."""

@@ -1,0 +1,30 @@
+"""Shared fixtures. Every jaxtyping annotation of the package is executed while the tests run."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from jaxtyping import install_import_hook
+
+_hook = install_import_hook("metr", "beartype.beartype")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with real datasets and golden numbers beside the checkout; tests that want it skip without it."""
+    if not SHARED.is_dir():
+        pytest.skip("needs the folder ../shared (real datasets and golden numbers) beside the checkout")
+    return SHARED
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    """Every test starts from the same random state and leaves the thread count as it found it."""
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
