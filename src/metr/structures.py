@@ -10,17 +10,19 @@ final: `xyxy` in pixels of the picture as it was given.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Self
+from typing import TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+_MovableT = TypeVar("_MovableT", bound="_Movable")
+
 
 class _Movable:
     """Moves every tensor of a structure, nested ones included."""
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Self:
+    def to(self: _MovableT, device: torch.device | str, non_blocking: bool = False) -> _MovableT:
         """The same structure with its tensors on `device`."""
         moved = {f.name: _moved(getattr(self, f.name), device, non_blocking) for f in fields(self)}  # type: ignore[arg-type]
         return replace(self, **moved)  # type: ignore[type-var]
@@ -76,7 +78,6 @@ class Memory(_Movable):
     """
 
     tokens: Float[Tensor, "b s d"]
-    positions: Float[Tensor, "b s d"]
     padding_mask: Bool[Tensor, "b s"]
     level_shapes: tuple[tuple[int, int], ...]
     valid_ratios: Float[Tensor, "b l 2"]

@@ -1,0 +1,102 @@
+"""Multi-scale deformable attention (Zhu et al., 2021) in plain PyTorch: nothing to compile, any device."""
+
+import math
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torch.nn.functional import grid_sample
+
+LevelShapes = tuple[tuple[int, int], ...]
+
+
+class DeformableAttention(nn.Module):
+    """Each query looks at a few learnt points around its reference, on every level.
+
+    Args:
+        width: Numbers a token, divisible by `heads`.
+        heads: Attention heads.
+        levels: Levels of the memory.
+        points: Points a head and level.
+    """
+
+    def __init__(self, width: int, heads: int, levels: int, points: int) -> None:
+        super().__init__()
+        self.heads, self.levels, self.points = heads, levels, points
+        self.offsets = nn.Linear(width, heads * levels * points * 2)
+        self.weights = nn.Linear(width, heads * levels * points)
+        self.value = nn.Linear(width, width)
+        self.out = nn.Linear(width, width)
+        self._start_as_a_star()
+
+    def _start_as_a_star(self) -> None:
+        """Each head starts by looking in a direction of its own, its points at growing distance."""
+        nn.init.zeros_(self.offsets.weight)
+        angle = torch.arange(self.heads) * (2 * math.pi / self.heads)
+        direction = torch.stack([angle.cos(), angle.sin()], dim=-1)
+        direction = direction / direction.abs().amax(-1, keepdim=True)
+        distance = torch.arange(1, self.points + 1)
+        star = torch.einsum("hx,p->hpx", direction, distance.float())
+        with torch.no_grad():
+            self.offsets.bias.copy_(star.unsqueeze(1).expand(-1, self.levels, -1, -1).flatten())
+        nn.init.zeros_(self.weights.weight)
+        nn.init.zeros_(self.weights.bias)
+        for linear in (self.value, self.out):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(
+        self,
+        query: Float[Tensor, "b q d"],
+        reference: Float[Tensor, "b q l xywh"],
+        tokens: Float[Tensor, "b s d"],
+        padding_mask: Bool[Tensor, "b s"],
+        level_shapes: LevelShapes,
+    ) -> Float[Tensor, "b q d"]:
+        """What each query gathers from the tokens.
+
+        Args:
+            query: Content and position of the queries.
+            reference: Points (x, y) or boxes (cx, cy, w, h) for each level, in 0..1 of the padded level. Offsets are
+                in cells around a point, and in half sizes / `points` around a box.
+            tokens: The memory, finest level first, row by row.
+            padding_mask: True where a token is padding; there the values are zero.
+            level_shapes: (height, width) of each level.
+        """
+        value = self.value(tokens).masked_fill(padding_mask.unsqueeze(-1), 0.0)
+        offsets = rearrange(self.offsets(query), "b q (m l p x) -> b q m l p x", m=self.heads, l=self.levels, x=2)
+        weights = rearrange(self.weights(query), "b q (m n) -> b q m n", m=self.heads).softmax(-1)
+        weights = rearrange(weights, "b q m (l p) -> b q m l p", l=self.levels)
+        places = self._places(offsets, reference, level_shapes)
+        gathered: Tensor = self.out(sample_levels(value, places, weights, level_shapes))
+        return gathered
+
+    def _places(self, offsets: Tensor, reference: Tensor, level_shapes: LevelShapes) -> Tensor:
+        """Sampling places [b q m l p 2] in 0..1 of each padded level, in float32 whatever the precision around."""
+        reference = rearrange(reference.float(), "b q l x -> b q 1 l 1 x")
+        if reference.shape[-1] == 4:
+            return reference[..., :2] + offsets * (reference[..., 2:] * (0.5 / self.points))
+        sizes = reference.new_tensor([(w, h) for h, w in level_shapes])
+        return reference + offsets / sizes[:, None]
+
+
+def sample_levels(
+    value: Float[Tensor, "b s d"],
+    places: Float[Tensor, "b q m l p 2"],
+    weights: Float[Tensor, "b q m l p"],
+    level_shapes: LevelShapes,
+) -> Float[Tensor, "b q d"]:
+    """Bilinear samples of each head's share of the values at `places`, summed by `weights`; zero outside."""
+    batch, _, heads = weights.shape[:3]
+    grids = rearrange(2 * places - 1, "b q m l p x -> l (b m) q p x")
+    shares = rearrange(weights, "b q m l p -> l (b m) 1 q p")
+    maps = value.split([height * width for height, width in level_shapes], dim=1)
+    total = None
+    for tokens, grid, share, (height, width) in zip(maps, grids, shares, level_shapes, strict=True):
+        picture = rearrange(tokens, "b (h w) (m c) -> (b m) c h w", h=height, w=width, m=heads)
+        sampled = grid_sample(picture.to(grid.dtype), grid, mode="bilinear", align_corners=False)
+        part = (sampled * share).sum(-1)
+        total = part if total is None else total + part
+    assert total is not None
+    return rearrange(total.to(value.dtype), "(b m) c q -> b q (m c)", b=batch)

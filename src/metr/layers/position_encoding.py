@@ -1,0 +1,40 @@
+"""Sine encodings of places and boxes. Sine and cosine interleave, frequency by frequency (DINO's layout)."""
+
+import math
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+def sine_encoding(values: Float[Tensor, "*n"], size: int, temperature: float) -> Float[Tensor, "*n c"]:
+    """`size` numbers for each value (in radians): sin and cos of it at size / 2 falling frequencies.
+
+    Frequency i divides by temperature^(2 floor(i / 2) / size), as in Attention Is All You Need.
+    """
+    index = torch.arange(size, device=values.device, dtype=torch.float32)
+    divisor = temperature ** (2 * (index // 2) / size)
+    angles = values.float().unsqueeze(-1) / divisor
+    return torch.stack([angles[..., 0::2].sin(), angles[..., 1::2].cos()], dim=-1).flatten(-2)
+
+
+def grid_encoding(
+    padding_mask: Bool[Tensor, "b h w"], width: int, temperature: float = 20.0
+) -> Float[Tensor, "b h w d"]:
+    """Where each cell lies in its picture: y then x, counted over cells that are not padding.
+
+    The running count starts at 1 and is scaled so that the last cell is 2 pi: padding changes nothing.
+    """
+    inside = (~padding_mask).float()
+    halves = []
+    for axis in (1, 2):
+        count = inside.cumsum(axis)
+        last = count.narrow(axis, count.shape[axis] - 1, 1)
+        halves.append(sine_encoding(count / (last + 1e-6) * (2 * math.pi), width // 2, temperature))
+    return torch.cat(halves, dim=-1)
+
+
+def box_encoding(boxes: Float[Tensor, "*n 4"], width: int) -> Float[Tensor, "*n c"]:
+    """Numbers for each cxcywh box in 0..1: y, x, w, h with width / 2 numbers each (DAB-DETR, DINO)."""
+    x, y, w, h = (boxes * (2 * math.pi)).unbind(-1)
+    return torch.cat([sine_encoding(part, width // 2, 10_000.0) for part in (y, x, w, h)], dim=-1)

@@ -1,0 +1,112 @@
+"""The network: images and category texts in, one answer a query out."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from metr.models.backbones import build_backbone
+from metr.models.category_extraction import CategoryExtraction
+from metr.models.category_selection import select_categories
+from metr.models.class_queries import ClassQueries
+from metr.models.config import DetectorConfig
+from metr.models.decoder import Decoder
+from metr.models.denoising import Denoising
+from metr.models.encoders import build_encoder
+from metr.models.proposals import ProposalHead
+from metr.structures import Categories, DenoisingOutput, DetectorOutput, Memory, Queries, Targets
+
+# the share of queries that hold an object, where training starts (focal loss's prior, Lin et al., 2017)
+_OBJECT_PRIOR = 0.01
+
+
+class Detector(nn.Module):
+    """METR's network (arXiv 2304.03580).
+
+    Args:
+        config: Widths, layers and layouts of every part.
+        text_width: Numbers of a text embedding, t.
+    """
+
+    def __init__(self, config: DetectorConfig, text_width: int) -> None:
+        super().__init__()
+        self.config, self.text_width = config, text_width
+        width = config.width
+        self.backbone = build_backbone(config.backbone)
+        self.encoder = build_encoder(self.backbone.channels, width, config.encoder)
+        self.category_extraction = CategoryExtraction(text_width, width, config.categories)
+        self.proposals = ProposalHead(width, config.queries, _OBJECT_PRIOR)
+        self.class_queries = ClassQueries(width, config.queries)
+        self.denoising = Denoising(width, config.denoising) if config.denoising.number else None
+        self.decoder = Decoder(width, self._levels(), config.decoder, _OBJECT_PRIOR)
+
+    def _levels(self) -> int:
+        wanted = self.config.encoder.levels
+        return min(wanted, len(self.backbone.channels)) if self.config.encoder.kind == "hybrid" else wanted
+
+    def forward(
+        self,
+        images: Float[Tensor, "b 3 h w"],
+        padding_mask: Bool[Tensor, "b h w"],
+        text: Float[Tensor, "v t"],
+        targets: Sequence[Targets] | None = None,
+    ) -> DetectorOutput:
+        """Detects the categories whose text embeddings are given.
+
+        Args:
+            images: RGB in 0..1, padded at the right and bottom to one shape.
+            padding_mask: True on padding.
+            text: One L2-normalised embedding a category; labels are its rows.
+            targets: In training only: present categories are sure of a slot, and objects are shown for denoising.
+        """
+        return self.detect(self.backbone(images), padding_mask, text, targets)
+
+    def detect(
+        self,
+        features: Sequence[Tensor],
+        padding_mask: Bool[Tensor, "b h w"],
+        text: Float[Tensor, "v t"],
+        targets: Sequence[Targets] | None = None,
+    ) -> DetectorOutput:
+        """The network after its backbone: feature maps [b c h w], finest first, to answers."""
+        memory = self.encoder(features, padding_mask)
+        categories = self.category_extraction(memory, text)
+        categories = select_categories(categories, self.config.categories.kept, targets)
+        proposals, places = self.proposals(memory, categories)
+        queries = self.class_queries(proposals, places, categories)
+        logits, boxes, denoising = self._decode(queries, memory, categories, targets)
+        return DetectorOutput(
+            logits=logits,
+            boxes=boxes,
+            slot=queries.slot,
+            valid=queries.valid,
+            categories=categories,
+            proposals=proposals,
+            denoising=denoising,
+        )
+
+    def _decode(
+        self, queries: Queries, memory: Memory, categories: Categories, targets: Sequence[Targets] | None
+    ) -> tuple[Tensor, Tensor, DenoisingOutput | None]:
+        """The decoder's answers; denoising queries ride along, in groups of their own."""
+        if targets is None or self.denoising is None:
+            return *self.decoder(queries, memory, categories), None
+        noised, plan = self.denoising(targets, categories)
+        number = queries.slot.shape[1]
+        logits, boxes = self.decoder(_joined(queries, noised), memory, categories)
+        denoised = DenoisingOutput(logits=logits[..., number:], boxes=boxes[:, :, number:], plan=plan)
+        return logits[..., :number], boxes[:, :, :number], denoised
+
+
+def _joined(first: Queries, second: Queries) -> Queries:
+    """Two sets of queries side by side."""
+    return replace(
+        first,
+        content=torch.cat([first.content, second.content], dim=1),
+        reference_boxes=torch.cat([first.reference_boxes, second.reference_boxes], dim=1),
+        slot=torch.cat([first.slot, second.slot], dim=1),
+        group=torch.cat([first.group, second.group], dim=1),
+        valid=torch.cat([first.valid, second.valid], dim=1),
+    )

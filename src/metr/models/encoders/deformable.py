@@ -1,0 +1,79 @@
+"""The encoder of Deformable DETR and DINO: every token of every level attends to a few places on all levels."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from metr.layers.deformable_attention import DeformableAttention
+from metr.layers.mlp import FeedForward
+from metr.layers.position_encoding import grid_encoding
+from metr.models.config import EncoderConfig
+from metr.models.encoders.pyramid import Projection, flatten, level_mask
+from metr.structures import Memory
+
+
+class DeformableEncoderLayer(nn.Module):
+    """Deformable self-attention, then a feed-forward part; both added and normalised."""
+
+    def __init__(self, width: int, config: EncoderConfig) -> None:
+        super().__init__()
+        self.attention = DeformableAttention(width, config.heads, config.levels, config.points)
+        self.norm = nn.LayerNorm(width)
+        self.feed_forward = FeedForward(width, config.feed_forward)
+
+    def forward(self, memory: Memory, positions: Tensor, reference: Tensor) -> Memory:
+        """The memory with its tokens refined once."""
+        tokens = memory.tokens
+        gathered = self.attention(
+            tokens + positions, reference, tokens, memory.padding_mask, memory.level_shapes
+        )
+        return replace(memory, tokens=self.feed_forward(self.norm(tokens + gathered)))
+
+
+class DeformableEncoder(nn.Module):
+    """Projection to one width, then layers of multi-scale deformable self-attention."""
+
+    def __init__(self, channels: Sequence[int], width: int, config: EncoderConfig) -> None:
+        super().__init__()
+        self.width = width
+        self.projection = Projection(channels, width, config.levels)
+        self.level_embedding = nn.Parameter(torch.empty(config.levels, width))
+        self.layers = nn.ModuleList(DeformableEncoderLayer(width, config) for _ in range(config.layers))
+        nn.init.normal_(self.level_embedding)
+
+    def forward(self, features: Sequence[Tensor], padding_mask: Bool[Tensor, "b h w"]) -> Memory:
+        """Backbone maps (finest first) to memory."""
+        return self.refine(flatten(self.projection(features), padding_mask), padding_mask)
+
+    def refine(self, memory: Memory, padding_mask: Bool[Tensor, "b h w"]) -> Memory:
+        """The attention layers alone, from projected tokens on."""
+        positions = self._positions(memory, padding_mask)
+        reference = reference_points(memory)
+        for layer in self.layers:
+            memory = layer(memory, positions, reference)
+        return memory
+
+    def _positions(self, memory: Memory, padding_mask: Tensor) -> Tensor:
+        """Where each token lies, and on which level: [b s d]."""
+        levels = []
+        for shape, embedding in zip(memory.level_shapes, self.level_embedding, strict=True):
+            grid = grid_encoding(level_mask(padding_mask, shape), self.width)
+            levels.append(rearrange(grid, "b h w d -> b (h w) d") + embedding)
+        return torch.cat(levels, dim=1)
+
+
+def reference_points(memory: Memory) -> Float[Tensor, "b s l 2"]:
+    """The centre of each token as (x, y) in 0..1 of every padded level."""
+    ratios = memory.valid_ratios
+    points = []
+    for level, (height, width) in enumerate(memory.level_shapes):
+        y = torch.arange(height, device=ratios.device) + 0.5
+        x = torch.arange(width, device=ratios.device) + 0.5
+        cells = torch.stack([x.expand(height, -1), y.unsqueeze(1).expand(-1, width)], dim=-1)
+        size = ratios[:, level] * ratios.new_tensor([width, height])
+        points.append(rearrange(cells, "h w x -> 1 (h w) x") / size.unsqueeze(1))
+    return torch.cat(points, dim=1).unsqueeze(2) * ratios.unsqueeze(1)

@@ -1,0 +1,149 @@
+"""Proposals: which (category, place) pairs become queries, and from which boxes they start."""
+
+import math
+
+import torch
+from einops import rearrange, repeat
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from metr.models.config import QueryConfig
+from metr.models.heads import BoxHead
+from metr.structures import Categories, Memory, Proposals
+
+
+class ProposalHead(nn.Module):
+    """Scores every place of the memory for every kept category, and picks the queries' pairs.
+
+    A place's logit for a category is (linear of its feature) . (the category's refined token) / sqrt(d) + b; its box
+    is an anchor, moved by what the feature says, the same for every category.
+    """
+
+    def __init__(self, width: int, config: QueryConfig, prior: float) -> None:
+        super().__init__()
+        self.config = config
+        self.feature = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width)
+        self.category = nn.Linear(width, width)
+        self.bias = nn.Parameter(torch.tensor([math.log(prior / (1 - prior))]))
+        self.box = BoxHead(width)
+        self.scale = 1 / math.sqrt(width)
+
+    def forward(self, memory: Memory, categories: Categories) -> tuple[Proposals, Float[Tensor, "b q d"]]:
+        """The chosen pairs, and the features of their places."""
+        anchors, usable = anchor_logits(memory)
+        features = self.features(memory, usable)
+        places, ranks, slots, valid = self._choose(features, usable, categories)
+        chosen = _rows(features, places)
+        tokens = _rows(categories.kept_tokens, slots)
+        logits = self._agreement(chosen, tokens)
+        proposals = Proposals(
+            logits=logits,
+            boxes=self.box(chosen, _rows(anchors, places)),
+            place=places,
+            slot=slots,
+            rank=ranks,
+            valid=valid,
+        )
+        return proposals, chosen
+
+    def features(self, memory: Memory, usable: Bool[Tensor, "b s"]) -> Float[Tensor, "b s d"]:
+        """What is known of each place; places that cannot hold a box know nothing."""
+        known: Tensor = self.norm(self.feature(memory.tokens * usable.unsqueeze(-1)))
+        return known
+
+    def scores(self, features: Float[Tensor, "b s d"], tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b s n"]:
+        """The logit of every place for every token.
+
+        The linear layer is moved to the tokens' side (f W . t = f . W^T t): they are few, the places many.
+        """
+        turned = tokens @ self.category.weight
+        shift = (tokens @ self.category.bias).unsqueeze(1)
+        return (features @ turned.transpose(1, 2) + shift) * self.scale + self.bias
+
+    def _agreement(self, features: Float[Tensor, "b q d"], tokens: Float[Tensor, "b q d"]) -> Float[Tensor, "b q"]:
+        return (self.category(features) * tokens).sum(-1) * self.scale + self.bias
+
+    @torch.no_grad()
+    def _choose(
+        self, features: Tensor, usable: Tensor, categories: Categories
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Place, rank, slot and validity of each query."""
+        if self.config.layout == "shared":
+            scores = self.scores(features, categories.tokens).amax(-1).masked_fill(~usable, -torch.inf)
+            share = max(1, min(self.config.number // categories.ids.shape[1], self.config.ceiling, scores.shape[1]))
+            best, places = scores.topk(share, dim=1)
+            slots = categories.ids.shape[1]
+            best, places = (repeat(x, "b c -> b k c", k=slots) for x in (best, places))
+        else:
+            scores = self.scores(features, categories.kept_tokens).masked_fill(~usable.unsqueeze(-1), -torch.inf)
+            most = min(self.config.ceiling, self.config.number, scores.shape[1])
+            best, places = rearrange(scores, "b s k -> b k s").topk(most, dim=-1)
+        priority = share_out(best.float(), categories.valid, self.config)
+        slots, ranks, valid = take_pairs(priority, self.config.number)
+        places = rearrange(places, "b k c -> b (k c)").gather(1, slots * priority.shape[2] + ranks)
+        return places, ranks, slots, valid
+
+
+def share_out(
+    best: Float[Tensor, "b k c"], valid: Bool[Tensor, "b k"], config: QueryConfig
+) -> Float[Tensor, "b k c"]:
+    """How much each pair (slot, rank) deserves one of the Q queries; -inf means never.
+
+    `best` holds the proposal logits of each slot's best places in falling order. `uniform` and `shared` give each
+    kept category the same count: a rank below Q / (number of kept categories). `budget` gives each the first `floor`
+    ranks and orders the other pairs by their logits.
+    """
+    rank = torch.arange(best.shape[2], device=best.device).expand_as(best)
+    if config.layout == "budget":
+        # floors come first, rank by rank, so that a budget too small for all floors is shared evenly
+        first = best.abs().nan_to_num(posinf=0.0).amax() + 1.0 + (config.floor - rank)
+        priority = torch.where(rank < config.floor, first, best)
+    else:
+        count = valid.sum(dim=1).clamp(min=1)
+        share = (config.number // count).clamp(min=1)[:, None, None]
+        priority = (-rank).float().masked_fill(rank >= share, -torch.inf)
+    never = ~valid.unsqueeze(-1) | best.isneginf()
+    return priority.masked_fill(never, -torch.inf)
+
+
+def take_pairs(
+    priority: Float[Tensor, "b k c"], number: int
+) -> tuple[Int[Tensor, "b q"], Int[Tensor, "b q"], Bool[Tensor, "b q"]]:
+    """The (slot, rank) pairs of highest priority, ordered by slot and rank, invalid ones last.
+
+    A category's taken ranks need not be gapless; a rank is a pair's place in its category's order of places.
+    """
+    flat = rearrange(priority, "b k c -> b (k c)")
+    best, index = flat.topk(min(number, flat.shape[1]), dim=1)
+    valid = best > -torch.inf
+    order = index.masked_fill(~valid, flat.shape[1]).argsort(dim=1)
+    index, valid = index.gather(1, order), valid.gather(1, order)
+    index = index.masked_fill(~valid, 0)
+    return index // priority.shape[2], index % priority.shape[2], valid
+
+
+def anchor_logits(memory: Memory) -> tuple[Float[Tensor, "b s 4"], Bool[Tensor, "b s"]]:
+    """An anchor at every place, in logit space, and where it can be used.
+
+    Centre: the cell's centre; sides: 0.05 of the picture on the finest level, twice as much on each coarser one.
+    A place cannot be used where it is padding or where a number of its anchor is outside (0.01, 0.99).
+    """
+    boxes = []
+    for level, (height, width) in enumerate(memory.level_shapes):
+        ratios = memory.valid_ratios[:, level]
+        y = torch.arange(height, device=ratios.device) + 0.5
+        x = torch.arange(width, device=ratios.device) + 0.5
+        cells = torch.stack([x.expand(height, -1), y.unsqueeze(1).expand(-1, width)], dim=-1)
+        size = (ratios * ratios.new_tensor([width, height])).unsqueeze(1)
+        centre = rearrange(cells, "h w x -> 1 (h w) x") / size
+        boxes.append(torch.cat([centre, torch.full_like(centre, 0.05 * 2**level)], dim=-1))
+    anchors = torch.cat(boxes, dim=1)
+    usable = ((anchors > 0.01) & (anchors < 0.99)).all(-1) & ~memory.padding_mask
+    logits = (anchors / (1 - anchors)).log()
+    return logits.masked_fill(~usable.unsqueeze(-1), torch.inf), usable
+
+
+def _rows(table: Float[Tensor, "b n c"], index: Int[Tensor, "b q"]) -> Float[Tensor, "b q c"]:
+    """Rows of each image's table."""
+    return table.gather(1, index.unsqueeze(-1).expand(-1, -1, table.shape[-1]))

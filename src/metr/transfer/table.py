@@ -1,0 +1,86 @@
+"""Key tables: which parameter of one network is which of another.
+
+A table is a list of `Row`s. A row pairs key templates; `{i}` stands for a layer's number and `{p}` for `weight` or
+`bias`. Where `ours` holds several templates, the other side keeps them in one tensor, stacked along its first axis
+(the query, key and value projections of PyTorch's attention).
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from metr.errors import CheckpointError
+
+State = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table: their key template and ours (or ours in the order in which they are stacked)."""
+
+    theirs: str
+    ours: str | tuple[str, ...]
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Our templates."""
+        return (self.ours,) if isinstance(self.ours, str) else self.ours
+
+
+@dataclass(frozen=True, kw_only=True)
+class Conversion:
+    """What moved: the new state, which of the source's keys went into it, and which were left over."""
+
+    state: State
+    used: tuple[str, ...]
+    left_over: tuple[str, ...]
+
+
+def to_ours(theirs: Mapping[str, Tensor], table: Sequence[Row]) -> Conversion:
+    """Another network's state under METR's names.
+
+    Raises:
+        CheckpointError: two of their keys claim the same name of ours.
+    """
+    patterns = [(_pattern(row.theirs), row) for row in table]
+    state: State = {}
+    used, left_over = [], []
+    for key, tensor in theirs.items():
+        found = next(((m, row) for pattern, row in patterns if (m := pattern.fullmatch(key))), None)
+        if found is None:
+            left_over.append(key)
+            continue
+        match, row = found
+        for template, piece in zip(row.parts, tensor.chunk(len(row.parts)), strict=True):
+            name = template.format(**match.groupdict())
+            if name in state:
+                raise CheckpointError(f"two keys become {name!r}", where=key, hint="check the key table")
+            state[name] = piece.contiguous()
+        used.append(key)
+    return Conversion(state=state, used=tuple(used), left_over=tuple(left_over))
+
+
+def to_theirs(ours: Mapping[str, Tensor], table: Sequence[Row]) -> Conversion:
+    """METR's state under another network's names."""
+    state: State = {}
+    used: list[str] = []
+    for row in table:
+        first = _pattern(row.parts[0])
+        for key in ours:
+            match = first.fullmatch(key)
+            if match is None:
+                continue
+            keys = [template.format(**match.groupdict()) for template in row.parts]
+            state[row.theirs.format(**match.groupdict())] = torch.cat([ours[k] for k in keys])
+            used += keys
+    return Conversion(state=state, used=tuple(used), left_over=tuple(k for k in ours if k not in set(used)))
+
+
+def _pattern(template: str) -> re.Pattern[str]:
+    """A template as a regular expression."""
+    escaped = re.escape(template)
+    escaped = escaped.replace(r"\{i\}", r"(?P<i>\d+)").replace(r"\{p\}", r"(?P<p>weight|bias)")
+    return re.compile(escaped)

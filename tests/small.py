@@ -1,0 +1,64 @@
+"""Small networks and targets that several tests share."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from metr.models.backbones.config import BackboneConfig
+from metr.models.config import (
+    CategoryConfig,
+    DecoderConfig,
+    DenoisingConfig,
+    DetectorConfig,
+    EncoderConfig,
+    QueryConfig,
+)
+from metr.models.detector import Detector
+from metr.structures import Targets
+
+TEXT_WIDTH = 24
+
+
+def small_backbone(channels: Sequence[int] = (8, 16, 24)) -> BackboneConfig:
+    """A ResNet of a few thousand random weights with these channels at strides 8, 16 and 32."""
+    options = {"embedding_size": 8, "hidden_sizes": [8, *channels], "depths": [1, 1, 1, 1], "layer_type": "basic"}
+    return BackboneConfig(name="resnet", pretrained=False, freeze_stages=0, options=options)
+
+
+def small_config(*, encoder: str = "deformable", kept: int = 4, denoising: int = 20, **queries: Any) -> DetectorConfig:
+    """A network that runs in milliseconds."""
+    return DetectorConfig(
+        width=32,
+        backbone=small_backbone(),
+        encoder=EncoderConfig(kind=encoder, layers=1, levels=3, heads=4, feed_forward=32, fusion_blocks=1),
+        categories=CategoryConfig(blocks=2, heads=4, feed_forward=32, kept=kept),
+        queries=QueryConfig(**{"number": 24, "floor": 2, "ceiling": 12, "layout": "uniform"} | queries),
+        denoising=DenoisingConfig(number=denoising),
+        decoder=DecoderConfig(layers=2, heads=4, feed_forward=32),
+    )
+
+
+def small_detector(config: DetectorConfig | None = None) -> Detector:
+    """The small network with random weights from a fixed seed, its heads moved off their quiet start."""
+    torch.manual_seed(0)
+    detector = Detector(config or small_config(), TEXT_WIDTH)
+    with torch.no_grad():
+        for head in (detector.proposals.box, detector.decoder.box):
+            head.change.last.weight.normal_(std=0.05)
+    return detector
+
+
+def targets_of(
+    boxes: Sequence[Sequence[float]], labels: Sequence[int], *, words: int, annotated: Sequence[int] | None = None
+) -> Targets:
+    """Targets of one image; every category is annotated unless some are named."""
+    known = torch.zeros(words, dtype=torch.bool)
+    known[list(range(words)) if annotated is None else list(annotated)] = True
+    return Targets(
+        boxes=torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+        labels=torch.tensor(labels, dtype=torch.int64),
+        annotated=known,
+        ignore_boxes=torch.zeros(0, 4),
+        ignore_labels=torch.zeros(0, dtype=torch.int64),
+    )
