@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -11,6 +11,8 @@ from pydantic_core import ErrorDetails
 from metr.errors import ConfigError, did_you_mean
 
 Tree = dict[str, Any]
+ConfigT = TypeVar("ConfigT", bound="Config")
+ConfigT = TypeVar("ConfigT", bound="Config")
 
 
 class Config(BaseModel):
@@ -19,7 +21,7 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
     @classmethod
-    def checked(cls, values: Mapping[str, Any], *, where: object = None) -> Self:
+    def checked(cls: type[ConfigT], values: Mapping[str, Any], *, where: object = None) -> ConfigT:
         """An instance from plain values.
 
         Raises:
@@ -29,9 +31,6 @@ class Config(BaseModel):
             return cls.model_validate(dict(values))
         except ValidationError as error:
             raise _explained(cls, error, where) from None
-
-
-ConfigT = TypeVar("ConfigT", bound=Config)
 
 
 def read_yaml(path: Path) -> Tree:

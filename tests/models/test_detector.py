@@ -9,6 +9,7 @@ from torch import Tensor
 from metr.models.config import DetectorConfig
 from metr.models.detector import Detector
 from metr.structures import Targets
+
 from small import small_config, small_detector, targets_of
 
 TEXT = torch.nn.functional.normalize(torch.randn(9, 24, generator=torch.Generator().manual_seed(1)), dim=-1)
@@ -145,9 +146,7 @@ def test_options_are_not_ignored() -> None:
     others = [
         small_config(attention="image"),
         small_config(content="place"),
-        plain.model_copy(
-            update={"categories": plain.categories.model_copy(update={"self_attention": True})}
-        ),
+        plain.model_copy(update={"categories": plain.categories.model_copy(update={"self_attention": True})}),
     ]
 
     def answer(config: DetectorConfig) -> Tensor:

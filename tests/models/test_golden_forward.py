@@ -20,6 +20,7 @@ from metr.models.proposals import anchor_logits
 from metr.structures import DetectorOutput, Memory
 from metr.transfer.authors import AUTHORS
 from metr.transfer.table import to_ours, to_theirs
+
 from small import small_backbone
 
 CONFIG = DetectorConfig(
@@ -29,7 +30,7 @@ CONFIG = DetectorConfig(
     categories=CategoryConfig(blocks=2, feed_forward=64, kept=4),
     queries=QueryConfig(layout="shared", number=28, floor=0, ceiling=7),
     denoising=DenoisingConfig(number=0),
-    decoder=DecoderConfig(layers=2, feed_forward=64),
+    decoder=DecoderConfig(layers=2, feed_forward=64, padded_positions=True),
 )
 
 

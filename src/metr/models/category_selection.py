@@ -10,9 +10,7 @@ from torch import Tensor
 from metr.structures import Categories, Targets
 
 
-def select_categories(
-    categories: Categories, kept: int, targets: Sequence[Targets] | None = None
-) -> Categories:
+def select_categories(categories: Categories, kept: int, targets: Sequence[Targets] | None = None) -> Categories:
     """The categories with at most `kept` slots an image, in ascending order of their ids, empty slots last.
 
     With targets, present categories come first and only annotated ones may take a slot: of the others nothing can be

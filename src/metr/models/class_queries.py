@@ -20,9 +20,7 @@ class ClassQueries(nn.Module):
         self.place = nn.Linear(width, width) if config.content == "place" else None
         self.together = config.attention == "image"
 
-    def forward(
-        self, proposals: Proposals, features: Float[Tensor, "b q d"], categories: Categories
-    ) -> Queries:
+    def forward(self, proposals: Proposals, features: Float[Tensor, "b q d"], categories: Categories) -> Queries:
         """One query for each proposal; no gradient flows back into where it starts."""
         tokens = token_of(categories, proposals.slot)
         content = self.learned(proposals.rank) + tokens

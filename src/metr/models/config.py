@@ -60,6 +60,7 @@ class DecoderConfig(Config):
     heads: int = Field(8, ge=1)
     points: int = Field(4, ge=1)  # sampling points a head and level
     feed_forward: int = Field(2048, ge=1)
+    padded_positions: bool = False  # encode a query's box in units of the padded picture, as DINO and the authors
 
 
 class DetectorConfig(Config):

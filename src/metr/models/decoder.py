@@ -45,9 +45,7 @@ class DecoderLayer(nn.Module):
         """The queries' content, refined once."""
         placed = content + position
         content = self.among_norm(content + self.among(placed, placed, content, allowed))
-        seen = self.cross(
-            content + position, reference, memory.tokens, memory.padding_mask, memory.level_shapes
-        )
+        seen = self.cross(content + position, reference, memory.tokens, memory.padding_mask, memory.level_shapes)
         refined: Tensor = self.feed_forward(self.cross_norm(content + seen))
         return refined
 
@@ -57,7 +55,7 @@ class Decoder(nn.Module):
 
     def __init__(self, width: int, levels: int, config: DecoderConfig, prior: float) -> None:
         super().__init__()
-        self.width = width
+        self.width, self.padded_positions = width, config.padded_positions
         self.position = MLP((2 * width, width, width))
         self.layers = nn.ModuleList(DecoderLayer(width, levels, config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(width)
@@ -77,7 +75,8 @@ class Decoder(nn.Module):
         logits, found = [], []
         for layer in self.layers:
             reference = boxes.unsqueeze(2) * scale
-            position = self.position(box_encoding(reference[:, :, 0], self.width))
+            placed = reference[:, :, 0] if self.padded_positions else boxes
+            position = self.position(box_encoding(placed, self.width))
             content = layer(content, position, reference, allowed, memory)
             normed, start = self.norm(content), box_logits(boxes)
             logits.append(self.agreement(normed, tokens))

@@ -85,9 +85,7 @@ class ProposalHead(nn.Module):
         return places, ranks, slots, valid
 
 
-def share_out(
-    best: Float[Tensor, "b k c"], valid: Bool[Tensor, "b k"], config: QueryConfig
-) -> Float[Tensor, "b k c"]:
+def share_out(best: Float[Tensor, "b k c"], valid: Bool[Tensor, "b k"], config: QueryConfig) -> Float[Tensor, "b k c"]:
     """How much each pair (slot, rank) deserves one of the Q queries; -inf means never.
 
     `best` holds the proposal logits of each slot's best places in falling order. `uniform` and `shared` give each

@@ -28,9 +28,7 @@ class DeformableEncoderLayer(nn.Module):
     def forward(self, memory: Memory, positions: Tensor, reference: Tensor) -> Memory:
         """The memory with its tokens refined once."""
         tokens = memory.tokens
-        gathered = self.attention(
-            tokens + positions, reference, tokens, memory.padding_mask, memory.level_shapes
-        )
+        gathered = self.attention(tokens + positions, reference, tokens, memory.padding_mask, memory.level_shapes)
         return replace(memory, tokens=self.feed_forward(self.norm(tokens + gathered)))
 
 

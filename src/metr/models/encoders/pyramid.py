@@ -55,7 +55,7 @@ class Projection(nn.Module):
 
 
 def _norm(width: int) -> nn.Module:
-    return nn.GroupNorm(gcd(32, width), width)
+    return nn.GroupNorm(gcd(32, width // 4), width)
 
 
 def flatten(maps: Sequence[Float[Tensor, "b d _h _w"]], padding_mask: Bool[Tensor, "b h w"]) -> Memory:
