@@ -26,27 +26,33 @@ def xyxy_to_xywh(boxes: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n 4"]:
     return torch.cat([low, high - low], dim=-1)
 
 
+def xywh_to_xyxy(boxes: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n 4"]:
+    """Corners of boxes given by top left corner and size (COCO's files)."""
+    low, size = boxes[..., :2], boxes[..., 2:]
+    return torch.cat([low, low + size], dim=-1)
+
+
 def area(boxes: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n"]:
     """Area of xyxy boxes; a box whose corners are swapped has none."""
     width, height = (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).unbind(-1)
     return width * height
 
 
-def _overlap(a: Float[Tensor, "*n 4"], b: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n"]:
+def _overlap(a: Float[Tensor, "*#n 4"], b: Float[Tensor, "*#n 4"]) -> Float[Tensor, "*#n"]:
     low = torch.maximum(a[..., :2], b[..., :2])
     high = torch.minimum(a[..., 2:], b[..., 2:])
     width, height = (high - low).clamp(min=0).unbind(-1)
     return width * height
 
 
-def paired_iou(a: Float[Tensor, "*n 4"], b: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n"]:
-    """Intersection over union of xyxy boxes, pair by pair; 0 where both are empty."""
+def paired_iou(a: Float[Tensor, "*#n 4"], b: Float[Tensor, "*#n 4"]) -> Float[Tensor, "*#n"]:
+    """Intersection over union of xyxy boxes, pair by pair (leading axes broadcast); 0 where both are empty."""
     overlap = _overlap(a, b)
     union = area(a) + area(b) - overlap
     return overlap / union.clamp(min=torch.finfo(union.dtype).tiny)
 
 
-def paired_giou(a: Float[Tensor, "*n 4"], b: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n"]:
+def paired_giou(a: Float[Tensor, "*#n 4"], b: Float[Tensor, "*#n 4"]) -> Float[Tensor, "*#n"]:
     """Generalised IoU of xyxy boxes, pair by pair, in -1..1 (Rezatofighi et al., 2019)."""
     tiny = torch.finfo(a.dtype).tiny
     overlap = _overlap(a, b)

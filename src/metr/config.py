@@ -1,8 +1,9 @@
 """Configuration: loaded from YAML, merged with overrides, checked key by key, reported once."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -12,7 +13,11 @@ from metr.errors import ConfigError, did_you_mean
 
 Tree = dict[str, Any]
 ConfigT = TypeVar("ConfigT", bound="Config")
-ConfigT = TypeVar("ConfigT", bound="Config")
+
+# what YAML 1.1 takes for a word for want of a dot or a sign: 1e-4, 2E5
+_POWER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+# characters of a faulty value that a message repeats
+_LONGEST = 120
 
 
 class Config(BaseModel):
@@ -42,11 +47,15 @@ def read_yaml(path: Path) -> Tree:
     if not path.is_file():
         raise ConfigError("no such configuration file", where=path, hint="check the path")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, OSError) as error:  # impossible dates and bytes are ValueErrors
         raise ConfigError(f"not readable as YAML: {error}", where=path) from None
+    values = {} if values is None else values
     if not isinstance(values, dict):
         raise ConfigError(f"expected keys and values, found a {type(values).__name__}", where=path)
+    for key in values:
+        if not isinstance(key, str):
+            raise ConfigError(f"expected keys that are words, found {key!r}", where=path, hint="put it in quotes")
     return values
 
 
@@ -91,17 +100,12 @@ def parse_overrides(assignments: Sequence[str]) -> Tree:
 
 
 def _scalar(text: str) -> Any:
-    """A YAML value; numbers such as 1e-4, which YAML 1.1 takes for words, are numbers."""
+    """A YAML value; numbers such as 1e-4, which YAML 1.1 takes for words, are numbers, and quoted ones are words."""
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         return text
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+    return float(text) if isinstance(value, str) and _POWER.fullmatch(text.strip()) else value
 
 
 def _explained(cls: type[BaseModel], error: ValidationError, where: object) -> ConfigError:
@@ -112,15 +116,33 @@ def _explained(cls: type[BaseModel], error: ValidationError, where: object) -> C
             lines.append(f"unknown key {key!r}")
             hint = hint or did_you_mean(str(fault["loc"][-1]), _fields_at(cls, fault))
         else:
-            lines.append(f"{key!r}: {fault['msg'].lower()}, found {fault['input']!r}")
+            # what a whole configuration contradicts has no key of its own
+            lines.append(f"{key!r}: {_fault(fault)}" if key else _fault(fault))
     return ConfigError("; ".join(lines), where=where or cls.__name__, hint=hint)
+
+
+def _fault(fault: ErrorDetails) -> str:
+    """What is wrong with a value, and what was found (a rule of ours says so itself)."""
+    if fault["type"] == "value_error":
+        return str(fault["ctx"]["error"])
+    wanted = "expected keys and values" if fault["type"] == "model_type" else fault["msg"]
+    found = repr(fault["input"])
+    found = found if len(found) <= _LONGEST else f"{found[:_LONGEST]}..."
+    return f"{wanted[0].lower()}{wanted[1:]}, found {found}"
 
 
 def _fields_at(cls: type[BaseModel], fault: ErrorDetails) -> list[str]:
     """The keys that are allowed where a fault lies."""
     for part in fault["loc"][:-1]:
-        annotation = cls.model_fields[str(part)].annotation if str(part) in cls.model_fields else None
-        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
-            break
-        cls = annotation
+        field = cls.model_fields.get(str(part))
+        # an index or a name inside a collection leads no deeper: its configuration class was found with the field
+        cls = (field and _configuration_in(field.annotation)) or cls
     return list(cls.model_fields)
+
+
+def _configuration_in(annotation: Any) -> type[BaseModel] | None:
+    """The configuration class that a field's type holds: itself, optional, or inside a collection."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    inner = (_configuration_in(argument) for argument in get_args(annotation))
+    return next((found for found in inner if found is not None), None)

@@ -19,9 +19,6 @@ from torch import Tensor
 _MovableT = TypeVar("_MovableT", bound="_Movable")
 
 
-_MovableT = TypeVar("_MovableT", bound="_Movable")
-
-
 class _Movable:
     """Moves every tensor of a structure, nested ones included."""
 

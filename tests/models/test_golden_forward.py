@@ -7,6 +7,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from metr.losses.config import CriterionConfig
+from metr.losses.criterion import SetCriterion
 from metr.models.config import (
     CategoryConfig,
     DecoderConfig,
@@ -21,7 +23,7 @@ from metr.structures import DetectorOutput, Memory
 from metr.transfer.authors import AUTHORS
 from metr.transfer.table import to_ours, to_theirs
 
-from small import small_backbone
+from small import small_backbone, targets_of
 
 CONFIG = DetectorConfig(
     width=256,
@@ -87,6 +89,14 @@ def test_golden_categories(golden: dict[str, Tensor], output: DetectorOutput) ->
     close(output.categories.presence_logits[-1], golden["output/cem_logits"])
     close(output.categories.tokens, golden["output/class_tokens"])
     assert output.categories.ids[0].tolist() == golden["output/selected_categories"].tolist()
+
+
+def test_golden_presence_losses(golden: dict[str, Tensor], output: DetectorOutput) -> None:
+    present = golden["input/present_categories"].bool()
+    target = targets_of([[0.5, 0.5, 0.1, 0.1]] * int(present.sum()), present.nonzero().flatten().tolist(), words=12)
+    losses = dict(SetCriterion(CriterionConfig())(output, [target]).items())
+    for block, theirs in ((0, golden["output/loss_asl_block0"]), (1, golden["output/loss_asl"])):
+        torch.testing.assert_close(losses[f"presence/{block}"], theirs, atol=1e-4, rtol=1e-5)
 
 
 def test_golden_decoder(golden: dict[str, Tensor], output: DetectorOutput) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -43,17 +43,34 @@ class Fault:
     detail: str = ""
 
 
+@runtime_checkable
 class Annotations(Protocol):
-    """One split of one dataset, as training and evaluation see it: a sequence of records.
+    """One split of one dataset, as training and evaluation see it: a sequence of records."""
 
-    `categories` are the dataset's names in the order of `ImageRecord.labels`.
-    """
+    @property
+    def name(self) -> str:
+        """The dataset's name."""
+        ...
 
-    name: str
-    split: str
-    format: str
-    categories: tuple[str, ...]
-    faults: Sequence[Fault]
+    @property
+    def split(self) -> str:
+        """Which part of the dataset this is."""
+        ...
+
+    @property
+    def format(self) -> str:
+        """What the files are written in."""
+        ...
+
+    @property
+    def categories(self) -> tuple[str, ...]:
+        """Names, in the order of `ImageRecord.labels`."""
+        ...
+
+    @property
+    def faults(self) -> Sequence[Fault]:
+        """What reading went past."""
+        ...
 
     def __len__(self) -> int:
         """The number of pictures."""

@@ -1,1 +1,21 @@
-"""Backbones: pictures to feature maps."""
+"""Backbones: images to feature maps."""
+
+from metr.models.backbones.base import Backbone
+from metr.models.backbones.config import BackboneConfig
+from metr.models.backbones.efficientnet_lite import EfficientNetLiteBackbone
+from metr.models.backbones.hugging_face import HuggingFaceBackbone
+
+__all__ = ["Backbone", "BackboneConfig", "build_backbone"]
+
+
+def build_backbone(config: BackboneConfig) -> Backbone:
+    """The backbone that the configuration names.
+
+    Raises:
+        ModelError: there is no such backbone, the hub is out of reach, or it has no map of a wanted stride.
+        ConfigError: an option is unknown.
+        DependencyError: packaged weights are missing or altered.
+    """
+    if config.name == "efficientnet_lite0":
+        return EfficientNetLiteBackbone(config)
+    return HuggingFaceBackbone(config)

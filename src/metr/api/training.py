@@ -1,0 +1,108 @@
+"""The verb train: many datasets, one detector."""
+
+import shlex
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+from torch import nn
+
+from metr.api.datasets import JointData, open_joint
+from metr.api.evaluation import Judge, show
+from metr.config import Config
+from metr.data.loading import build_train_loader
+from metr.engine.checkpoint import Checkpoint
+from metr.engine.curves import plot_curves
+from metr.engine.random_state import seed_everything
+from metr.engine.recipe import RunConfig
+from metr.engine.trainer import Outcome, Trainer, TrainingParts
+from metr.evaluation.evaluator import EvaluationConfig
+from metr.losses.criterion import SetCriterion
+from metr.models.config import DetectorConfig
+from metr.models.detector import Detector
+from metr.text.encoder import TextEncoder
+
+
+def train(
+    data: Sequence[str],
+    out: Path,
+    recipe: RunConfig,
+    *,
+    resume: bool = False,
+    console: Console | None = None,
+    judged: EvaluationConfig | None = None,
+) -> Outcome:
+    """Trains one detector on all datasets together and keeps everything in the run folder `out`.
+
+    Args:
+        data: Datasets: folders, name=folder, or YAML files that list some.
+        out: The run folder: configuration, metrics, curves, best and last checkpoint, the state to resume from.
+        recipe: Everything else.
+        resume: Go on where the run in `out` stopped.
+        console: Where progress is shown.
+        judged: How evaluations during training are made; own names by default, which is the quickest.
+
+    Raises:
+        MetrError: data, configuration or the run folder do not fit; the message says what and where.
+    """
+    console = console or Console(quiet=True)
+    joint = open_joint(data)
+    parts = training_parts(joint, recipe, console)
+    judge = Judge(
+        joint.vocabulary,
+        parts.checkpoint.text_embeddings,
+        joint.evaluation(),
+        recipe.augmentation.resize,
+        recipe.inference.batch_size,
+        judged or EvaluationConfig(modes=("own",)),
+    )
+
+    def evaluate(network: nn.Module) -> dict[str, float]:
+        report = judge.report(network, foreign=recipe.foreign)
+        show(report, console)
+        return report.metrics()
+
+    again = f"metr train {shlex.join(data)} -o {shlex.quote(str(out))} --resume, with the same options, goes on"
+    trainer = Trainer(
+        parts, recipe.train, out, evaluate=evaluate, resolved=recipe, console=console, how_to_resume=again
+    )
+    outcome = trainer.fit(resume=resume)
+    if trainer.accelerator.is_main_process:
+        console.print(f"curves: {plot_curves(out)}", markup=False)
+    return outcome
+
+
+def training_parts(joint: JointData, recipe: RunConfig, console: Console) -> TrainingParts:
+    """Network, criterion, loader and the rest of the checkpoint, made from data and recipe."""
+    encoder = TextEncoder(recipe.text)
+    with console.status("embedding the names"):
+        embeddings = encoder.embed(joint.vocabulary)
+    encoder.release()
+    seed_everything(recipe.train.loop.seed)
+    network = Detector(recipe.model, encoder.width)
+    datasets = joint.training(recipe.augmentation, recipe.foreign)
+    mixed = recipe.loader.model_copy(update={"mixture": joint.mixture(recipe.loader.mixture)})
+    checkpoint = Checkpoint(
+        model=_rebuildable(recipe.model, network),
+        vocabulary=joint.vocabulary,
+        text_embeddings=embeddings,
+        text_encoder=_plain(encoder.pinned_config) | {"identity": encoder.identity},
+        preprocessing=_plain(recipe.augmentation.resize),
+        training={"foreign": recipe.foreign},
+    )
+    return TrainingParts(
+        network=network,
+        criterion=SetCriterion(recipe.criterion),
+        loader=partial(build_train_loader, datasets, mixed),
+        checkpoint=checkpoint,
+    )
+
+
+def _rebuildable(config: DetectorConfig, network: Detector) -> DetectorConfig:
+    """The configuration with which the network is built again without fetching its backbone's first weights."""
+    return config.model_copy(update={"backbone": network.backbone.config})
+
+
+def _plain(config: Config) -> dict[str, object]:
+    return config.model_dump(mode="json")

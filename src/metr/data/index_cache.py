@@ -1,0 +1,235 @@
+"""Where indices are kept, and when they are built again.
+
+A dataset's indices lie in a folder named by what they are built from, with a manifest that lists the files and
+directories that reading touched. While those are unchanged the folder is used; else another is built and moved into
+place at once, so processes may build at the same time and none sees half an index.
+"""
+
+import atexit
+import contextlib
+import hashlib
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from metr.data.index import VERSION as INDEX_VERSION
+from metr.data.index import AnnotationIndex, LabelMap, divide_index, write_index
+from metr.data.readers.base import FaultLog, Names, Reader, Reading, records
+from metr.data.readers.files import Files, signature
+from metr.data.records import Fault, ImageRecord
+from metr.data.splits import TRAIN, VAL, SplitPlan, hold_out
+from metr.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+# Changes whenever a reader gives something else for the same files.
+READER_VERSION = 1
+
+# Outdated indices are removed after this time, in seconds: other processes may still use them.
+_KEPT = 7 * 24 * 3600
+
+_MANIFEST = "manifest.json"
+
+
+class _Faults(msgspec.Struct, frozen=True):
+    """The faults of one split: how many of each kind, and (kind, where, detail) of the first of each."""
+
+    counts: dict[str, int]
+    first: list[tuple[str, str, str]]
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """What an index folder holds, as `manifest.json` keeps it.
+
+    `names` are the labels of the Arrow files in their order, `counts` their boxes in all splits. `touched` are the
+    paths that reading depended on, relative to the dataset's folder, with size and time of change. Faults under "" are
+    about the dataset as a whole.
+    """
+
+    names: list[str]
+    parents: dict[str, str]
+    counts: list[int]
+    splits: list[str]
+    faults: dict[str, _Faults]
+    touched: dict[str, tuple[int, int]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredDataset:
+    """A dataset's index folder with its manifest."""
+
+    folder: Path
+    manifest: Manifest
+
+    def faults(self, split: str) -> tuple[Fault, ...]:
+        """The first faults of each kind of one split; of the dataset as a whole for ""."""
+        first = self.manifest.faults[split].first if split in self.manifest.faults else []
+        return tuple(Fault(kind=kind, where=where, detail=detail) for kind, where, detail in first)
+
+    def open(self, split: str, *, name: str, format_name: str, labels: LabelMap) -> AnnotationIndex:
+        """The annotations of one split."""
+        path = self.folder / f"{split}.arrow"
+        return AnnotationIndex(path, labels, name=name, split=split, format=format_name, faults=self.faults(split))
+
+
+def default_cache() -> Path:
+    """The folder of indices: `index` in the folder that METR_CACHE names, else in `~/.cache/metr`."""
+    base = os.environ.get("METR_CACHE")
+    return (Path(base).expanduser() if base else Path.home() / ".cache" / "metr") / "index"
+
+
+def stored(reader: Reader, plan: SplitPlan, cache: Path) -> StoredDataset:
+    """The index of a dataset, built where there is none that fits.
+
+    Raises:
+        DataError: an annotation file cannot be read, or there is no picture at all.
+    """
+    place = cache / _key(reader, plan)
+    for folder in sorted(place.glob("[!.]*/")):
+        manifest = _valid_manifest(folder, reader.root)
+        if manifest is not None:
+            return StoredDataset(folder=folder, manifest=manifest)
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        return _build(reader, plan, place)
+    except OSError as error:
+        temporary = Path(tempfile.mkdtemp(prefix="metr-index-"))
+        atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+        logger.warning("%s cannot be written (%s): the index goes to %s until the end", cache, error, temporary)
+    try:
+        return _build(reader, plan, temporary)
+    except OSError as error:
+        hint = "free some disk space, or name another folder in METR_CACHE"
+        raise DataError(f"the index of {reader.root} cannot be written: {error}", where=temporary, hint=hint) from None
+
+
+def _key(reader: Reader, plan: SplitPlan) -> str:
+    """What an index is built from, but for the state of the files."""
+    sources = sorted((split, [str(path) for path in paths]) for split, paths in reader.splits.items())
+    parts = sorted((split, list(own)) for split, own in plan.parts.items())
+    origin = [INDEX_VERSION, READER_VERSION, reader.format, str(reader.root), sources, parts, plan.seeded]
+    return hashlib.sha256(msgspec.json.encode(origin)).hexdigest()[:24]
+
+
+def _valid_manifest(folder: Path, root: Path) -> Manifest | None:
+    """The manifest of a folder if all that it was built from is unchanged."""
+    try:
+        manifest = msgspec.json.decode((folder / _MANIFEST).read_bytes(), type=Manifest)
+    except (OSError, msgspec.MsgspecError):
+        return None
+    if any(signature(root / path) != then for path, then in manifest.touched.items()):
+        return None
+    return manifest if all((folder / f"{split}.arrow").is_file() for split in manifest.splits) else None
+
+
+def _build(reader: Reader, plan: SplitPlan, place: Path) -> StoredDataset:
+    """Reads a dataset into a new folder in `place`, then moves it to its name."""
+    building = Path(tempfile.mkdtemp(prefix=".building-", dir=place))
+    try:
+        manifest = _write(reader, plan, building)
+        state = hashlib.sha256(msgspec.json.encode(sorted(manifest.touched.items()))).hexdigest()[:24]
+        folder = place / state
+        _remove_outdated(place)
+        try:
+            building.rename(folder)
+        except OSError:
+            if _valid_manifest(folder, reader.root) is None:
+                raise
+            # Another process was faster: its index is the same.
+        return StoredDataset(folder=folder, manifest=manifest)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def _remove_outdated(place: Path) -> None:
+    for folder in place.iterdir():
+        with contextlib.suppress(OSError):  # another process may remove it too
+            if time.time() - folder.stat().st_mtime > _KEPT:
+                shutil.rmtree(folder)
+
+
+def _write(reader: Reader, plan: SplitPlan, folder: Path) -> Manifest:
+    """Writes an Arrow file for each split, and the manifest."""
+    files, names, notes = Files(reader.root), Names(), FaultLog()
+    counts, faults, splits = np.zeros(0, dtype=np.int64), {}, []
+    for split, parts in plan.parts.items():
+        reading = Reading(files=files, names=names, notes=notes, faults=FaultLog())
+        path = folder / f"{split}.arrow"
+        found = write_index(path, _joined(reader, parts, reading), root=reader.root)
+        counts = np.pad(counts, (0, max(0, len(names) - len(counts))))
+        counts[: len(found)] += found
+        faults[split] = _summary(reading.faults)
+        splits.append(split)
+    splits = _hold_out(folder) if plan.seeded else splits
+    splits = _without_empty(folder, splits, faults, notes)
+    if not splits:
+        raise _no_pictures(reader, faults)
+    manifest = Manifest(
+        names=list(names),
+        parents=names.parents,
+        counts=counts.tolist(),
+        splits=splits,
+        faults={**faults, "": _summary(notes)},
+        touched=files.touched,
+    )
+    (folder / _MANIFEST).write_bytes(msgspec.json.encode(manifest))
+    return manifest
+
+
+def _joined(reader: Reader, parts: tuple[str, ...], reading: Reading) -> Iterator[ImageRecord]:
+    """The records of several of the dataset's own splits, each picture once."""
+    if len(parts) == 1:
+        yield from records(reader, parts[0], reading)
+        return
+    seen: set[Path] = set()
+    for part in parts:
+        for record in records(reader, part, reading):
+            if record.path not in seen:
+                seen.add(record.path)
+                yield record
+
+
+def _hold_out(folder: Path) -> list[str]:
+    """Divides the one index of a dataset without a split to evaluate on."""
+    whole, train, val = folder / "whole.arrow", folder / f"{TRAIN}.arrow", folder / f"{VAL}.arrow"
+    train.rename(whole)
+    keys = AnnotationIndex(whole, LabelMap.identity(())).relative_paths()
+    divide_index(whole, hold_out(keys), into=(train, val))
+    whole.unlink()
+    return [TRAIN, VAL]
+
+
+def _without_empty(folder: Path, splits: list[str], faults: Mapping[str, _Faults], notes: FaultLog) -> list[str]:
+    """The splits that have a picture; the others are noted."""
+    kept = []
+    for split in splits:
+        if len(AnnotationIndex(folder / f"{split}.arrow", LabelMap.identity(()))):
+            kept.append(split)
+        else:
+            counts = faults[split].counts if split in faults else {}
+            found = ", ".join(f"{count} x {kind}" for kind, count in counts.items())
+            notes.add("empty split", split, f"no picture is left in it ({found or 'none is listed'})")
+    return kept
+
+
+def _no_pictures(reader: Reader, faults: Mapping[str, _Faults]) -> DataError:
+    first = [fault for summary in faults.values() for fault in summary.first]
+    what = f"recognised as {reader.format}, but no picture is left to read"
+    if not first:
+        return DataError(what, where=reader.root, hint="put the pictures into the dataset's folder")
+    kind, where, detail = first[0]
+    counts = sum(count for summary in faults.values() for count in summary.counts.values())
+    hint = "put the pictures where the annotations say, or check the paths in the annotations"
+    return DataError(f"{what}; {counts} faults, the first: {kind} ({where}: {detail})", where=reader.root, hint=hint)
+
+
+def _summary(log: FaultLog) -> _Faults:
+    return _Faults(counts=dict(log.counts), first=[(fault.kind, fault.where, fault.detail) for fault in log.kept])

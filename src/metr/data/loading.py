@@ -1,0 +1,238 @@
+"""Loaders: batches for training without end, batches for evaluation once through."""
+
+import logging
+import os
+import signal
+from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+import cv2
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from metr.data.collate import Collated, collate, padded_shape
+from metr.data.config import LoaderConfig
+from metr.data.dataset import DetectionDataset, MixedDataset
+from metr.data.records import Fault
+from metr.data.samplers import MixedSampler, mixture_weights
+from metr.errors import DataError
+from metr.structures import Batch
+
+log = logging.getLogger(__name__)
+
+CPU = torch.device("cpu")
+Result = TypeVar("Result")
+
+
+class FaultList:
+    """Pictures that could not be read, each listed once, the first ones logged."""
+
+    LOGGED = 20
+
+    def __init__(self) -> None:
+        self._found: dict[str, Fault] = {}
+
+    def add(self, faults: Iterable[Fault]) -> None:
+        """Lists the faults that are new."""
+        for fault in faults:
+            if fault.where not in self._found:
+                self._found[fault.where] = fault
+                if len(self._found) <= self.LOGGED:
+                    log.warning("%s, skipped: %s (%s)", fault.kind, fault.where, fault.detail)
+                elif len(self._found) == self.LOGGED + 1:
+                    log.warning("more than %d pictures cannot be read; the others are counted", self.LOGGED)
+
+    def all(self) -> tuple[Fault, ...]:
+        """Every fault so far."""
+        return tuple(self._found.values())
+
+
+class TrainLoader:
+    """Endless batches of mixed datasets, from where `sampler` starts.
+
+    Batch s of a run is a function of the seed and s, so a run that resumes at `sampler.draws_after(s)` goes on with
+    exactly the batches that it would have had. Processes are told apart by the sampler: do not shard the loader again.
+    """
+
+    def __init__(self, loader: DataLoader[Any], sampler: MixedSampler, device: torch.device) -> None:
+        self.sampler, self.device = sampler, device
+        self._loader, self._faults = loader, FaultList()
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches on the device, without end.
+
+        Raises:
+            DataError: a dataset has hardly a readable picture, or a process that reads pictures died.
+        """
+        for collated in _collated(self._loader):
+            self._faults.add(collated.faults)
+            if collated.missing or collated.batch is None:
+                missing = collated.missing[0]
+                what = f"{len(missing.faults)} pictures in a row cannot be read; the first: {missing.faults[0].where}"
+                raise DataError(what, where=missing.dataset, hint=f"{missing.faults[0].detail}; metr inspect lists all")
+            yield collated.batch.unpack(self.device)
+
+    @property
+    def faults(self) -> tuple[Fault, ...]:
+        """The pictures that could not be read so far, and were replaced."""
+        return self._faults.all()
+
+
+class EvaluationLoader:
+    """Every readable picture of a dataset once, in batches whose pictures have the same padded shape.
+
+    Pictures come in the dataset's order where all have one shape. Else they are grouped, and `in_order` puts what was
+    made of them back into the dataset's order.
+    """
+
+    def __init__(self, loader: DataLoader[Any], batches: Sequence[Sequence[int]], device: torch.device) -> None:
+        self.batches, self.device = batches, device
+        self._loader, self._faults = loader, FaultList()
+        self._positions: list[int] = []
+
+    def __len__(self) -> int:
+        """The number of batches."""
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches on the device.
+
+        Raises:
+            DataError: a process that reads pictures died.
+        """
+        self._positions = []
+        for collated in _collated(self._loader):
+            self._faults.add(collated.faults)
+            if collated.batch is not None:
+                self._positions.extend(collated.batch.positions)
+                yield collated.batch.unpack(self.device)
+
+    @property
+    def faults(self) -> tuple[Fault, ...]:
+        """The pictures that could not be read, and are not in any batch."""
+        return self._faults.all()
+
+    def in_order(self, results: Sequence[Result]) -> list[Result]:
+        """One result for each picture, in the order in which the loader gave them, sorted into the dataset's order."""
+        pairs = sorted(zip(self._positions, results, strict=True), key=lambda pair: pair[0])
+        return [result for _, result in pairs]
+
+
+def build_train_loader(
+    datasets: Sequence[DetectionDataset],
+    config: LoaderConfig,
+    *,
+    seed: int = 0,
+    start: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    device: torch.device = CPU,
+) -> TrainLoader:
+    """The loader of a training run.
+
+    Args:
+        datasets: What to mix.
+        config: Batch size, workers, mixture.
+        seed: Decides order and augmentation.
+        start: Draws already made by all processes (`sampler.draws_after`), to resume a run.
+        rank: This process's number.
+        world: The number of processes.
+        device: Where batches go.
+
+    Raises:
+        DataError: a dataset has no picture.
+        ConfigError: the mixture does not fit the datasets, or two have one name.
+    """
+    mixed = MixedDataset(datasets)
+    weights = mixture_weights(mixed.lengths, config.mixture)
+    sizes = datasets[0].transforms.config.sizes
+    sampler = MixedSampler(mixed.lengths, weights, config.batch_size, seed, rank, world, sizes, start)
+    workers = spare_cores() if config.workers is None else config.workers
+    loader = _loader(mixed, sampler, config.multiple, workers, config.prefetch, device)
+    return TrainLoader(loader, sampler, device)
+
+
+def build_evaluation_loader(
+    dataset: DetectionDataset,
+    batch_size: int,
+    *,
+    workers: int | None = None,
+    multiple: int = 32,
+    rank: int = 0,
+    world: int = 1,
+    device: torch.device = CPU,
+) -> EvaluationLoader:
+    """A loader of all pictures of `dataset`; process `rank` of `world` gets every `world`-th.
+
+    Args:
+        dataset: With transforms of evaluation.
+        batch_size: Pictures a batch, at most.
+        workers: Processes that read pictures; None for the spare cores.
+        multiple: Pixels: sides are padded to multiples of this.
+        rank: This process's number.
+        world: The number of processes.
+        device: Where batches go.
+    """
+    batches = shape_groups(dataset, range(rank, len(dataset), world), batch_size, multiple)
+    workers = min(len(batches), spare_cores() if workers is None else workers)
+    return EvaluationLoader(_loader(dataset, batches, multiple, workers, 2, device), batches, device)
+
+
+def shape_groups(dataset: DetectionDataset, indices: Iterable[int], batch_size: int, multiple: int) -> list[list[int]]:
+    """Indices in batches of one padded shape, so that no picture's answer depends on its neighbours' shapes."""
+    transforms = dataset.transforms
+    groups: dict[tuple[int, int], list[int]] = {}
+    for index in indices:
+        # Only where the aspect is kept do records need to be read for their shapes.
+        if transforms.config.resize.mode == "stretch":
+            shape = transforms.shape(1, 1)
+        else:
+            record = dataset.annotations[index]
+            shape = transforms.shape(record.height, record.width)
+        groups.setdefault(padded_shape(*shape, multiple), []).append(index)
+    return [group[i : i + batch_size] for group in groups.values() for i in range(0, len(group), batch_size)]
+
+
+def spare_cores() -> int:
+    """How many worker processes this machine has room for beside the main one, at most 8."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(0, min(8, cores - 1))
+
+
+def _loader(
+    dataset: Dataset[Any],
+    batch_sampler: Iterable[list[Any]],
+    multiple: int,
+    workers: int,
+    prefetch: int,
+    device: torch.device,
+) -> DataLoader[Any]:
+    return DataLoader(
+        dataset,
+        batch_sampler=batch_sampler,
+        collate_fn=partial(collate, multiple=multiple),
+        num_workers=workers,
+        prefetch_factor=prefetch if workers else None,
+        worker_init_fn=_start_worker,
+        pin_memory=device.type in ("cuda", "xpu"),
+        # Random numbers come with each draw. A generator of its own keeps the loader's hands off the global one, whose
+        # state would otherwise depend on how often loaders were started.
+        generator=torch.Generator(),
+    )
+
+
+def _start_worker(_worker: int) -> None:
+    """Many processes with one thread each beat one another's threads. Ctrl-C is the main process's to handle."""
+    cv2.setNumThreads(0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _collated(loader: DataLoader[Any]) -> Iterator[Collated]:
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        hint = "there may be too little memory: use fewer workers, or 0"
+        raise DataError("a process that reads pictures died", where="data loader", hint=hint) from error

@@ -1,0 +1,264 @@
+"""What the readers of all formats share: what they yield, what they note, and the checks that make it a record."""
+
+import posixpath
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Self
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from metr.data.images import probe_size
+from metr.data.readers.files import Files, OutsideError
+from metr.data.records import Fault, ImageRecord
+from metr.data.splits import canonical_split
+from metr.errors import DataError
+
+# A box thinner than this, in pixels, is no object; a hair below 1 lets rounded boxes of one pixel live.
+_THINNEST = 0.999
+# Boxes pass the border by rounding; further out than this, in pixels, is worth telling.
+_SLACK = 0.5
+
+# What folders with pictures are called.
+PICTURE_FOLDERS = ("images", "Images", "JPEGImages", "imgs", "img", "data")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RawImage:
+    """One picture as its annotation file tells it, before any check of its boxes.
+
+    `path` is relative to the dataset's folder, with slashes, and was found there. `size` is (height, width) in pixels,
+    None where the file does not tell. `boxes` are xyxy in pixels of that size, or shares of the picture if `relative`.
+    `labels` are numbers that `Names` gave. `areas` are NaN where unknown. `marks` tell each box's place in the file,
+    for messages.
+    """
+
+    where: str
+    image_id: int | str
+    path: str
+    size: tuple[int, int] | None
+    boxes: Float[np.ndarray, "m 4"]
+    labels: Int[np.ndarray, "m"]
+    relative: bool = False
+    areas: Float[np.ndarray, "m"] | None = None
+    ignore: Bool[np.ndarray, "m"] | None = None
+    marks: Sequence[int | str] | None = None
+
+
+class Names:
+    """The category names of a dataset, numbered as they come up; equal names are one.
+
+    `parents` are the names' supercategories, where they are declared.
+    """
+
+    def __init__(self) -> None:
+        self._numbers: dict[str, int] = {}
+        self.parents: dict[str, str] = {}
+
+    def number(self, name: str) -> int:
+        """The number of a name, a new one where the name is new."""
+        return self._numbers.setdefault(plain_name(name), len(self._numbers))
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._numbers)
+
+
+class FaultLog:
+    """Counts faults by kind and keeps the first of each kind."""
+
+    def __init__(self, keep: int = 100) -> None:
+        self.keep = keep
+        self.counts: Counter[str] = Counter()
+        self._kept: dict[str, list[Fault]] = {}
+
+    def add(self, kind: str, where: str, detail: str = "") -> None:
+        """Notes a fault."""
+        self.counts[kind] += 1
+        kept = self._kept.setdefault(kind, [])
+        if len(kept) < self.keep:
+            kept.append(Fault(kind=kind, where=where, detail=detail))
+
+    def once(self, kind: str, where: str, detail: str = "") -> None:
+        """Notes a fault that reading several splits would bring up again."""
+        if Fault(kind=kind, where=where, detail=detail) not in self._kept.get(kind, []):
+            self.add(kind, where, detail)
+
+    @property
+    def kept(self) -> tuple[Fault, ...]:
+        """The first faults of each kind."""
+        return tuple(fault for faults in self._kept.values() for fault in faults)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """What a reader works with: the dataset's files, and what it notes. `notes` are about the dataset as a whole."""
+
+    files: Files
+    names: Names = field(default_factory=Names)
+    notes: FaultLog = field(default_factory=FaultLog)
+    faults: FaultLog = field(default_factory=FaultLog)
+
+
+class Reader(ABC):
+    """Reads one annotation format. An instance is a folder recognised as that format.
+
+    `splits` maps the dataset's own split names to the files and folders that define them.
+    """
+
+    format: ClassVar[str]
+    # What the format looks like, for the message that nothing was recognised.
+    looks_like: ClassVar[str]
+    # Whether the files declare the categories in an order that is kept; else they are sorted.
+    declares_categories: ClassVar[bool] = False
+
+    def __init__(self, root: Path, splits: Mapping[str, tuple[Path, ...]]) -> None:
+        self.root, self.splits = root, splits
+
+    @classmethod
+    @abstractmethod
+    def recognise(cls, path: Path) -> Self | None:
+        """A reader of this folder or annotation file if it looks like this format; a cheap look."""
+
+    @abstractmethod
+    def read(self, split: str, reading: Reading) -> Iterator[RawImage]:
+        """The pictures of one of `splits`, in a fixed order. Declared categories are numbered first."""
+
+    def within(self, path: Path) -> str:
+        """A path relative to the dataset's folder, with slashes; "" for that folder itself."""
+        return "" if path == self.root else path.relative_to(self.root).as_posix()
+
+
+def plain_name(name: str) -> str:
+    """A category's name with single spaces and none around it."""
+    return " ".join(name.split())
+
+
+def whole_size(height: float | None, width: float | None) -> tuple[int, int] | None:
+    """(height, width) in pixels as a file declares them; None where it declares nothing that can be true."""
+    if height is None or width is None or not (1 <= height < 1e9 and 1 <= width < 1e9):
+        return None
+    return round(height), round(width)
+
+
+def picture_folders(files: Files, split: str, beside: str) -> tuple[str, ...]:
+    """Where the pictures of a split may lie, likeliest first.
+
+    They lie in a folder named like the split, or all together, near the annotation file in the folder `beside` or in
+    the dataset's folder.
+    """
+    places = [beside, "", *(posixpath.join(base, name) for base in (beside, "") for name in PICTURE_FOLDERS)]
+    bases = [place for place in dict.fromkeys(places) if files.listing(place)]
+    named = [posixpath.join(base, name) for base in bases for name in _like(split, files.listing(base))]
+    inner = [posixpath.join(place, name) for place in named for name in PICTURE_FOLDERS]
+    return tuple(place for place in dict.fromkeys([*named, *inner, *bases]) if files.listing(place))
+
+
+def locate(name: str, folders: Sequence[str], where: str, reading: Reading) -> str | None:
+    """The picture that an annotation file names, relative to the dataset's folder; a fault if it is missing."""
+    try:
+        path = reading.files.find(name, folders)
+    except OutsideError:
+        reading.faults.add("path outside", where, f"{name} leads out of the dataset's folder: left out")
+        return None
+    if path is None:
+        looked = ", ".join(folder or "." for folder in folders[:4])
+        reading.faults.add("missing picture", where, f"{name}, looked for in {looked}")
+    return path
+
+
+def _like(split: str, names: Iterable[str]) -> list[str]:
+    """The names that mean the same split, the very same name first."""
+    canonical = canonical_split(split)
+    alike = [name for name in names if name == split or (canonical is not None and canonical_split(name) == canonical)]
+    return sorted(alike, key=lambda name: (name != split, name))
+
+
+def corners(
+    boxes: Float[np.ndarray, "m 4"], convert: Callable[[Float[Tensor, "m 4"]], Float[Tensor, "m 4"]]
+) -> Float[np.ndarray, "m 4"]:
+    """Boxes of a file through one of the conversions of `metr.boxes`."""
+    return np.asarray(convert(torch.from_numpy(boxes)).numpy())
+
+
+def records(reader: Reader, split: str, reading: Reading) -> Iterator[ImageRecord]:
+    """The checked pictures of one split of a dataset; what is wrong is noted in `reading.faults`."""
+    for raw in reader.read(split, reading):
+        record = _checked(raw, reader.root, reading.faults)
+        if record is not None:
+            yield record
+
+
+def _checked(raw: RawImage, root: Path, faults: FaultLog) -> ImageRecord | None:
+    path, size = root / raw.path, raw.size
+    if size is None:
+        try:
+            size = probe_size(path)
+        except DataError as error:
+            faults.add("unreadable picture", raw.path, error.what)
+            return None
+    height, width = size
+    limit = np.array([width, height, width, height], dtype=np.float64)
+    boxes = raw.boxes * limit if raw.relative else raw.boxes
+    inside = np.minimum(np.maximum(boxes, 0), limit)
+    keep = _usable(raw, boxes, inside, size, faults)
+    kept = inside[keep].astype(np.float32)
+    box_areas = (kept[:, 2] - kept[:, 0]) * (kept[:, 3] - kept[:, 1])
+    areas = box_areas if raw.areas is None else _known_areas(raw.areas[keep], box_areas)
+    ignore = np.zeros(len(kept), dtype=bool) if raw.ignore is None else raw.ignore[keep]
+    return ImageRecord(
+        image_id=raw.image_id,
+        path=path,
+        width=width,
+        height=height,
+        boxes=kept,
+        labels=raw.labels[keep].astype(np.int64),
+        areas=areas,
+        ignore=ignore,
+    )
+
+
+def _usable(
+    raw: RawImage,
+    boxes: Float[np.ndarray, "m 4"],
+    inside: Float[np.ndarray, "m 4"],
+    size: tuple[int, int],
+    faults: FaultLog,
+) -> Bool[np.ndarray, "m"]:
+    """Which boxes are kept. `inside` are `boxes` cut at the border; what is dropped or cut is noted."""
+    with np.errstate(invalid="ignore"):
+        thick = (boxes[:, 2:] - boxes[:, :2] >= _THINNEST).all(axis=1) & np.isfinite(boxes).all(axis=1)
+        visible = (inside[:, 2:] - inside[:, :2] >= _THINNEST).all(axis=1)
+        fine = thick & visible & (np.abs(boxes - inside) <= _SLACK).all(axis=1)
+    if not fine.all():
+        for row in np.flatnonzero(~fine):
+            faults.add(*_box_fault(raw, int(row), boxes[row], bool(thick[row]), bool(visible[row]), size))
+    return thick & visible
+
+
+def _box_fault(
+    raw: RawImage, row: int, box: Float[np.ndarray, "4"], thick: bool, visible: bool, size: tuple[int, int]
+) -> tuple[str, str, str]:
+    mark = f"box {row + 1}" if raw.marks is None else raw.marks[row]
+    where = f"{raw.where}:{mark}" if isinstance(mark, int) else f"{raw.where}, {mark}"
+    corners_text = ", ".join(f"{value:.6g}" for value in box)
+    detail = f"[{corners_text}] in {size[1]} x {size[0]}"
+    if not np.isfinite(box).all():
+        return "unreadable box", where, detail
+    if not thick:
+        return "degenerate box", where, detail
+    return ("box clipped" if visible else "box outside"), where, detail
+
+
+def _known_areas(areas: Float[np.ndarray, "m"], box_areas: Float[np.ndarray, "m"]) -> Float[np.ndarray, "m"]:
+    """Areas as the file gives them where it does, never more than the box holds after clipping."""
+    known = areas > 0  # False for NaN
+    result: Float[np.ndarray, "m"] = np.where(known, np.minimum(areas, box_areas), box_areas).astype(np.float32)
+    return result

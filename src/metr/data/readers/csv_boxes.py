@@ -1,0 +1,217 @@
+"""Boxes as CSV, one a line: with a header (TensorFlow Object Detection) or without one (keras-retinanet).
+
+A line without a box says that its picture has no objects. Coordinates that are shares of the picture are recognised.
+"""
+
+import csv
+import io
+import math
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+from jaxtyping import Float
+
+from metr.data.readers.base import RawImage, Reader, Reading, locate, picture_folders, whole_size
+from metr.data.readers.files import folders_within, glance, is_picture
+from metr.data.splits import canonical_split
+
+_DEPTH = 2
+_SNIFF_BYTES = 4096
+# What the columns are called, in lower case.
+_ALIASES = {
+    "path": ("filename", "file_name", "image_path", "imagepath", "path", "image", "file", "imageid", "image_id", "img"),
+    "name": ("class", "label", "class_name", "classname", "labelname", "category", "name", "label_name"),
+    "xmin": ("xmin", "x_min", "x1", "left", "bbox_xmin"),
+    "ymin": ("ymin", "y_min", "y1", "top", "bbox_ymin"),
+    "xmax": ("xmax", "x_max", "x2", "right", "bbox_xmax"),
+    "ymax": ("ymax", "y_max", "y2", "bottom", "bbox_ymax"),
+    "width": ("width", "image_width", "img_width"),
+    "height": ("height", "image_height", "img_height"),
+    "group": ("isgroupof", "is_group_of", "iscrowd"),
+}
+_CORNERS = ("xmin", "ymin", "xmax", "ymax")
+_NEEDED = ("path", "name", *_CORNERS)
+_WITHOUT_HEADER = {"path": 0, "xmin": 1, "ymin": 2, "xmax": 3, "ymax": 4, "name": 5}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Dialect:
+    """How a file is written: its delimiter, where its columns stand, and whether the first line names them."""
+
+    delimiter: str
+    columns: Mapping[str, int]
+    header: bool
+
+
+class _Rows:
+    """The boxes of a file, column by column: 50 bytes a box, so that large files fit into memory."""
+
+    def __init__(self) -> None:
+        self.images: dict[str, int] = {}
+        self.sizes: list[tuple[int, int] | None] = []
+        self.image, self.label, self.line, self.group = array("i"), array("i"), array("i"), array("b")
+        self.corners = array("d")
+
+    def image_number(self, name: str, size: tuple[int, int] | None) -> int:
+        """The number of a picture, a new one where it is new."""
+        number = self.images.setdefault(name, len(self.images))
+        if number == len(self.sizes):
+            self.sizes.append(size)
+        return number
+
+    def boxes(self) -> Float[np.ndarray, "n 4"]:
+        """All boxes, xyxy as the file gives them."""
+        return np.array(self.corners, dtype=np.float64).reshape(-1, 4)
+
+
+class CsvReader(Reader):
+    """CSV with a line a box. A split is made of files."""
+
+    format = "csv"
+    looks_like = "CSV: filename,width,height,class,xmin,ymin,xmax,ymax with a header, or path,x1,y1,x2,y2,class without"
+
+    @classmethod
+    def recognise(cls, path: Path) -> Self | None:
+        """A reader of a folder with CSV files, at most two folders deep, or of one such file."""
+        if path.is_file():
+            fits = path.suffix.lower() == ".csv" and _dialect(path) is not None
+            return cls(path.parent, {_split_of(path): (path,)}) if fits else None
+        splits: dict[str, tuple[Path, ...]] = {}
+        for folder in folders_within(path, _DEPTH):
+            for entry in glance(folder):
+                if entry.name.lower().endswith(".csv") and _dialect(Path(entry.path)) is not None:
+                    file = Path(entry.path)
+                    splits[_split_of(file)] = (*splits.get(_split_of(file), ()), file)
+        # Beside the files of splits, one with all boxes says the same again.
+        named = {name: files for name, files in splits.items() if canonical_split(name)}
+        return cls(path, named or splits) if splits else None
+
+    def read(self, split: str, reading: Reading) -> Iterator[RawImage]:
+        """The pictures of a split in the order in which they first come up."""
+        for file in self.splits[split]:
+            yield from self._read_file(file, split, reading)
+
+    def _read_file(self, file: Path, split: str, reading: Reading) -> Iterator[RawImage]:
+        where, dialect = self.within(file), _dialect(file)
+        if dialect is None:
+            reading.faults.add("unreadable annotation", where, "changed while it was read")
+            return
+        rows = _rows(reading.files.read(where), dialect, where, reading)
+        boxes = rows.boxes()
+        relative = len(boxes) > 0 and bool(boxes.max() <= 1.001) and bool((boxes % 1 > 0).any())
+        image, labels, lines = np.array(rows.image), np.array(rows.label), np.array(rows.line)
+        group = np.array(rows.group, dtype=bool)
+        order = np.argsort(image, kind="stable")
+        starts = np.searchsorted(image, np.arange(len(rows.images) + 1), sorter=order)
+        folders = picture_folders(reading.files, split, self.within(file.parent))
+        for number, name in enumerate(rows.images):
+            path = locate(name, folders, where, reading)
+            if path is None:
+                continue
+            mine = order[starts[number] : starts[number + 1]]
+            yield RawImage(
+                where=where,
+                image_id=path,
+                path=path,
+                size=rows.sizes[number],
+                boxes=boxes[mine],
+                labels=labels[mine],
+                relative=relative,
+                ignore=group[mine],
+                marks=[int(line) for line in lines[mine]],
+            )
+
+
+def _rows(data: bytes, dialect: _Dialect, where: str, reading: Reading) -> _Rows:
+    """The lines of a file; those that cannot be understood are noted."""
+    rows, columns = _Rows(), dialect.columns
+    last = max(columns[name] for name in _NEEDED)
+    for line, row in _lines(data, dialect, where, reading):
+        place = f"{where}:{line}"
+        if len(row) <= last or not row[columns["path"]].strip():
+            reading.faults.add("unreadable annotation", place, f"expected {last + 1} columns: {','.join(row)[:80]}")
+            continue
+        number = rows.image_number(row[columns["path"]].strip(), _size(row, columns))
+        corners = [row[columns[name]].strip() for name in _CORNERS]
+        if not any(corners):
+            continue  # a picture without objects
+        name = row[columns["name"]].strip()
+        values = _numbers(corners)
+        if values is None or not name:
+            kind = "unknown category" if values is not None else "unreadable box"
+            reading.faults.add(kind, place, ",".join(row)[:80])
+            continue
+        rows.image.append(number)
+        rows.label.append(reading.names.number(name))
+        rows.line.append(line)
+        rows.group.append("group" in columns and row[columns["group"]].strip() == "1")
+        rows.corners.extend(values)
+    return rows
+
+
+def _lines(data: bytes, dialect: _Dialect, where: str, reading: Reading) -> Iterator[tuple[int, list[str]]]:
+    """The lines that hold anything, but for the header, with their numbers."""
+    text = io.StringIO(data.decode("utf-8-sig", errors="replace"), newline="")
+    lines = csv.reader(text, delimiter=dialect.delimiter)
+    try:
+        if dialect.header:
+            next(row for row in lines if any(row))
+        yield from ((lines.line_num, row) for row in lines if any(row))
+    except csv.Error as error:
+        reading.faults.add("unreadable annotation", f"{where}:{lines.line_num}", f"{error}; the rest is left out")
+
+
+def _split_of(file: Path) -> str:
+    """The name of the split of a file: in its own name, else in that of its folder."""
+    if canonical_split(file.stem) is None and canonical_split(file.parent.name):
+        return file.parent.name
+    return file.stem
+
+
+def _dialect(path: Path) -> _Dialect | None:
+    """How a CSV file is written, from its first lines; None if it holds no boxes."""
+    try:
+        with path.open("rb") as file:
+            lines = file.read(_SNIFF_BYTES).decode("utf-8-sig", errors="replace").splitlines()
+    except OSError:
+        return None
+    first = next((line for line in lines if line.strip()), "")
+    delimiter = max(",;\t", key=first.count)
+    row = next(csv.reader([first], delimiter=delimiter), [])
+    places = {cell.strip().lower(): index for index, cell in reversed(list(enumerate(row)))}
+    columns = {
+        name: next(places[alias] for alias in aliases if alias in places)
+        for name, aliases in _ALIASES.items()
+        if any(alias in places for alias in aliases)
+    }
+    if all(name in columns for name in _NEEDED):
+        return _Dialect(delimiter=delimiter, columns=columns, header=True)
+    corners = [cell.strip() for cell in row[1:5]]
+    if (
+        len(row) == 6
+        and is_picture(row[0].strip())
+        and (_numbers(corners) is not None or not any(cell.strip() for cell in row[1:]))
+    ):
+        return _Dialect(delimiter=delimiter, columns=_WITHOUT_HEADER, header=False)
+    return None
+
+
+def _size(row: Sequence[str], columns: Mapping[str, int]) -> tuple[int, int] | None:
+    """(height, width) where a line tells them."""
+    if "height" not in columns or "width" not in columns:
+        return None
+    values = _numbers([row[columns[name]] if columns[name] < len(row) else "" for name in ("height", "width")])
+    return None if values is None else whole_size(values[0], values[1])
+
+
+def _numbers(cells: Sequence[str]) -> list[float] | None:
+    """The cells as numbers; None if any is not one."""
+    try:
+        values = [float(cell) for cell in cells]
+    except ValueError:
+        return None
+    return values if all(map(math.isfinite, values)) else None

@@ -1,0 +1,170 @@
+"""A dataset's files: found by listings, never outside of the dataset's folder, and remembered for the index."""
+
+import contextlib
+import os
+import posixpath
+import stat
+import unicodedata
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+from metr.data.images import SUFFIXES
+from metr.errors import DataError
+
+# Recognising a format looks at this many entries of a folder at most: enough to meet what is mixed among pictures.
+_GLANCE = 20_000
+
+
+class OutsideError(ValueError):
+    """A path leads out of the dataset's folder."""
+
+
+class Files:
+    """Looks into a dataset's folder. Every directory is listed once; no file is asked for one by one.
+
+    Paths are relative to `root`, with slashes. `touched` are the files and directories that were read: while they stay
+    unchanged, reading again gives the same.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.touched: dict[str, tuple[int, int]] = {}
+        self._listings: dict[str, frozenset[str]] = {}
+        self._loose: dict[str, dict[str, str]] = {}
+        self._stems: dict[str, dict[str, str]] = {}
+
+    def read(self, path: str) -> bytes:
+        """The bytes of an annotation file.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        self.touch(path)
+        try:
+            return (self.root / path).read_bytes()
+        except OSError as error:
+            raise DataError(f"cannot be read: {error.strerror}", where=self.root / path) from None
+
+    def touch(self, path: str) -> None:
+        """Remembers that the result depends on a file or directory."""
+        self.touched[path] = signature(self.root / path)
+
+    def listing(self, folder: str) -> frozenset[str]:
+        """The names in a directory; none where there is no such directory."""
+        found = self._listings.get(folder)
+        if found is None:
+            self.touch(folder)
+            try:
+                with os.scandir(self.root / folder) as entries:
+                    found = frozenset(entry.name for entry in entries)
+            except OSError:
+                found = frozenset()
+            self._listings[folder] = found
+        return found
+
+    def find(self, name: str, folders: Sequence[str]) -> str | None:
+        """The picture `name`, relative to the first of `folders` that has it; None where none has it.
+
+        Names that differ in case or in how accents are encoded are the same; a name without a picture's suffix is
+        looked for with any.
+
+        Raises:
+            OutsideError: the name leads out of the dataset's folder.
+        """
+        for option in [name, name.replace("\\", "/")] if "\\" in name else [name]:
+            places = self._places(option, folders)
+            for folder, base in places:
+                if base in self.listing(folder):
+                    return posixpath.join(folder, base)
+            for folder, base in places:
+                near = self._loosely(folder).get(_fold(base))
+                if near is None and not is_picture(base):
+                    near = self._by_stem(folder).get(_fold(base))
+                if near is not None:
+                    return posixpath.join(folder, near)
+            if len(places) < len(folders):
+                raise OutsideError(name)
+        return None
+
+    def find_stem(self, stem: str, folders: Sequence[str]) -> str | None:
+        """The picture of this name and any suffix in the first of `folders` that has it; None where none has it."""
+        for folder, base in self._places(stem, folders):
+            found = self._by_stem(folder).get(_fold(base))
+            if found is not None:
+                return posixpath.join(folder, found)
+        return None
+
+    def _places(self, name: str, folders: Sequence[str]) -> list[tuple[str, str]]:
+        """Directory and base name of `name` in each of `folders`, but for those that it leads out of."""
+        places = []
+        for folder in folders:
+            with contextlib.suppress(OutsideError):
+                places.append(posixpath.split(self.resolve(name, folder)))
+        return places
+
+    def resolve(self, name: str, folder: str = "") -> str:
+        """A path relative to the dataset's folder, for a name as an annotation file in `folder` gives it.
+
+        Raises:
+            OutsideError: it leads out of the dataset's folder.
+        """
+        if posixpath.isabs(name):
+            if not Path(name).is_relative_to(self.root):
+                raise OutsideError(name)
+            name, folder = Path(name).relative_to(self.root).as_posix(), ""
+        path = posixpath.normpath(posixpath.join(folder, name))
+        if path == ".." or path.startswith("../") or path[1:3] in {":\\", ":/"}:
+            raise OutsideError(name)
+        return "" if path == "." else path
+
+    def pictures(self, folder: str) -> list[str]:
+        """The pictures in a directory, sorted."""
+        return sorted(posixpath.join(folder, name) for name in self.listing(folder) if is_picture(name))
+
+    def _loosely(self, folder: str) -> dict[str, str]:
+        if folder not in self._loose:
+            self._loose[folder] = {_fold(name): name for name in sorted(self.listing(folder), reverse=True)}
+        return self._loose[folder]
+
+    def _by_stem(self, folder: str) -> dict[str, str]:
+        if folder not in self._stems:
+            names = (name for name in sorted(self.listing(folder), reverse=True) if is_picture(name))
+            self._stems[folder] = {_fold(posixpath.splitext(name)[0]): name for name in names}
+        return self._stems[folder]
+
+
+def signature(path: Path) -> tuple[int, int]:
+    """Size and time of change of a file, time of change of a directory; (-1, 0) where there is nothing."""
+    try:
+        status = path.stat()
+    except OSError:
+        return -1, 0
+    return (0 if stat.S_ISDIR(status.st_mode) else status.st_size), status.st_mtime_ns
+
+
+def is_picture(name: str) -> bool:
+    """Whether a file's name ends like a picture's."""
+    return posixpath.splitext(name)[1].lower() in SUFFIXES
+
+
+def glance(folder: Path) -> list[os.DirEntry[str]]:
+    """The first entries of a directory, sorted by name; none where it cannot be listed."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(islice(entries, _GLANCE), key=lambda entry: entry.name)
+    except OSError:
+        return []
+
+
+def folders_within(root: Path, depth: int) -> Iterator[Path]:
+    """`root` and the directories below it, at most `depth` deep, parents first; hidden ones are left out."""
+    yield root
+    if depth > 0:
+        for entry in glance(root):
+            if entry.is_dir() and not entry.name.startswith((".", "__")):
+                yield from folders_within(Path(entry.path), depth - 1)
+
+
+def _fold(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()

@@ -1,0 +1,72 @@
+"""Which formats there are, and which of them a folder is."""
+
+import logging
+import os
+from pathlib import Path
+
+from metr.data.readers.base import Reader
+from metr.data.readers.coco import CocoReader
+from metr.data.readers.csv_boxes import CsvReader
+from metr.data.readers.files import glance, is_picture
+from metr.data.readers.voc import VocReader
+from metr.data.readers.yolo import YoloReader
+from metr.errors import DataError, did_you_mean
+
+logger = logging.getLogger(__name__)
+
+# A folder that fits several formats is read as the first of these: what declares its categories comes before what only
+# shows them, and what tells more of each picture before what tells less.
+READERS: tuple[type[Reader], ...] = (CocoReader, YoloReader, VocReader, CsvReader)
+
+
+def recognise(path: Path, format_name: str | None = None) -> Reader:
+    """The reader of a dataset's folder (or of its one annotation file).
+
+    Args:
+        path: The folder or file.
+        format_name: The format, where it is known; else it is recognised.
+
+    Raises:
+        DataError: there is no such path, or it fits no format.
+    """
+    path = Path(os.path.abspath(path.expanduser()))  # noqa: PTH100  (`..` goes, symbolic links stay)
+    if not path.exists():
+        near = did_you_mean(path.name, [entry.name for entry in glance(path.parent)]) if path.parent.is_dir() else None
+        raise DataError(
+            "no such dataset", where=path, hint=near if near and near.startswith("did") else "check the path"
+        )
+    readers = [reader for reader in READERS if format_name in {None, reader.format}]
+    if not readers:
+        hint = did_you_mean(str(format_name), [reader.format for reader in READERS])
+        raise DataError(f"unknown format {format_name!r}", where=path, hint=hint)
+    for number, reader in enumerate(readers):
+        found = reader.recognise(path)
+        if found is not None:
+            also = [other.format for other in readers[number + 1 :] if _fits(other, path)]
+            if also:
+                logger.info("%s: read as %s; it also fits %s", path, reader.format, ", ".join(also))
+            return found
+    looked_for = "; ".join(reader.looks_like for reader in readers)
+    what = f"no annotations of a known format ({_contents(path)})"
+    raise DataError(what, where=path, hint=f"one of these layouts. {looked_for}")
+
+
+def _fits(reader: type[Reader], path: Path) -> bool:
+    try:
+        return reader.recognise(path) is not None
+    except DataError:
+        return False
+
+
+def _contents(path: Path) -> str:
+    """What is found in place of a dataset, in a few words."""
+    if path.is_file():
+        return "a single file"
+    entries = glance(path)
+    if not entries:
+        return "the folder is empty"
+    folders = [entry.name for entry in entries if entry.is_dir()]
+    pictures = sum(is_picture(entry.name) for entry in entries)
+    others = len(entries) - len(folders) - pictures
+    named = f" ({', '.join(folders[:5])}{', ...' if len(folders) > 5 else ''})" if folders else ""
+    return f"found {len(folders)} folders{named}, {pictures} pictures, {others} other files"

@@ -1,0 +1,181 @@
+"""Pascal VOC: one XML file a picture, listed in `ImageSets/Main`, beside the pictures or in a folder of its own.
+
+Objects marked `difficult` are ignored ones, as in the VOC protocol. The corners of the original VOC files count pixels
+from 1, those of the tools that write the format today from 0.
+"""
+
+import posixpath
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Self
+from xml.etree import ElementTree as ET
+
+import numpy as np
+
+from metr.data.readers.base import PICTURE_FOLDERS, RawImage, Reader, Reading, locate, whole_size
+from metr.data.readers.files import folders_within, glance
+from metr.data.splits import canonical_split
+from metr.errors import DataError
+
+_DEPTH = 3
+_ANNOTATION_FOLDERS = frozenset({"annotations", "annotation", "annots", "annot", "labels", "label", "xml", "xmls"})
+_SNIFF_BYTES = 1024
+_CORNERS = ("xmin", "ymin", "xmax", "ymax")
+
+
+class VocReader(Reader):
+    """Pascal VOC XML in its usual layouts. A split is made of lists of picture names, or of folders with XML files."""
+
+    format = "voc"
+    looks_like = "Pascal VOC: ImageSets/Main/*.txt with Annotations/*.xml, or XML files beside the pictures"
+
+    @classmethod
+    def recognise(cls, path: Path) -> Self | None:
+        """A reader of a folder with VOC files, at most a few folders deep."""
+        if not path.is_dir():
+            return None
+        splits = _listed_splits(path) or _folder_splits(path)
+        return cls(path, splits) if splits else None
+
+    def read(self, split: str, reading: Reading) -> Iterator[RawImage]:
+        """The pictures of a split in the order of its lists, or sorted by name."""
+        for source in self.splits[split]:
+            if source.suffix.lower() == ".txt":
+                yield from self._read_list(source, reading)
+            else:
+                yield from self._read_folder(source, reading)
+
+    def _read_list(self, source: Path, reading: Reading) -> Iterator[RawImage]:
+        """The pictures that a file of `ImageSets/Main` names."""
+        base = self.within(source.parents[2])
+        annotations, folders = posixpath.join(base, "Annotations"), _picture_folders(base, "Annotations", reading)
+        known = reading.files.listing(annotations)
+        lines = reading.files.read(self.within(source)).decode("utf-8-sig", errors="replace").splitlines()
+        for number, line in enumerate(lines, start=1):
+            # A second column tells whether the category of a list is in the picture. Names may hold spaces.
+            options = [line.strip(), *line.split()[:1]]
+            name = next((f"{option}.xml" for option in options if f"{option}.xml" in known), None)
+            if name is not None:
+                yield from self._read_xml(posixpath.join(annotations, name), folders, reading)
+            elif line.strip():
+                where = f"{self.within(source)}:{number}"
+                reading.faults.add("missing annotation", where, f"no {options[0]}.xml in {annotations}")
+
+    def _read_folder(self, source: Path, reading: Reading) -> Iterator[RawImage]:
+        """The pictures whose XML files lie in a folder."""
+        folder = self.within(source)
+        names = sorted(name for name in reading.files.listing(folder) if name.lower().endswith(".xml"))
+        folders = _picture_folders(posixpath.dirname(folder), posixpath.basename(folder), reading)
+        annotated = set()
+        for name in names:
+            for raw in self._read_xml(posixpath.join(folder, name), folders, reading):
+                annotated.add(raw.path)
+                yield raw
+        for place in dict.fromkeys(posixpath.dirname(path) for path in annotated):
+            for picture in reading.files.pictures(place):
+                if picture not in annotated:
+                    reading.faults.add("unannotated picture", picture, "no XML file for it: left out")
+
+    def _read_xml(self, where: str, folders: Sequence[str], reading: Reading) -> Iterator[RawImage]:
+        try:
+            root = ET.fromstring(reading.files.read(where))
+        except (ET.ParseError, DataError, LookupError, ValueError) as error:
+            reading.faults.add("unreadable annotation", where, str(error))
+            return
+        if root.tag != "annotation":
+            reading.faults.add("unreadable annotation", where, f"<{root.tag}>, expected <annotation>")
+            return
+        path = _picture(where, _text(root, "filename"), folders, reading)
+        if path is None:
+            return
+        offset = 1 if _text(root, "source/database").startswith("The VOC") else 0
+        labels, boxes, ignore, marks = [], [], [], []
+        for index, item in enumerate(root.iterfind("object"), start=1):
+            name, box = _text(item, "name"), [_number(item, f"bndbox/{corner}") for corner in _CORNERS]
+            if not name or None in box:
+                kind = "unknown category" if not name else "unreadable box"
+                reading.faults.add(kind, f"{where}, object {index}", "no <name>" if not name else "no whole <bndbox>")
+                continue
+            labels.append(reading.names.number(name))
+            boxes.append(box)
+            ignore.append(_text(item, "difficult") == "1")
+            marks.append(f"object {index}")
+        corners = np.array(boxes, dtype=np.float64).reshape(-1, 4) - np.array([offset, offset, 0, 0])
+        yield RawImage(
+            where=where,
+            image_id=path,
+            path=path,
+            size=whole_size(_number(root, "size/height"), _number(root, "size/width")),
+            boxes=corners,
+            labels=np.array(labels, dtype=np.int64),
+            ignore=np.array(ignore, dtype=bool),
+            marks=marks,
+        )
+
+
+def _listed_splits(root: Path) -> dict[str, tuple[Path, ...]]:
+    """The lists of `ImageSets/Main`, by their name; those of several years (VOC2007, VOC2012) belong together."""
+    splits: dict[str, tuple[Path, ...]] = {}
+    for folder in folders_within(root, _DEPTH - 1):
+        lists = folder / "ImageSets" / "Main"
+        if lists.is_dir() and (folder / "Annotations").is_dir():
+            for file in sorted(lists.glob("*.txt")):
+                splits[file.stem] = (*splits.get(file.stem, ()), file)
+    # `aeroplane_train.txt` lists the pictures of one category.
+    whole = {name: files for name, files in splits.items() if canonical_split(name) and "_" not in name}
+    if {"train", "val"} <= whole.keys():
+        whole.pop("trainval", None)
+    return whole or splits
+
+
+def _folder_splits(root: Path) -> dict[str, tuple[Path, ...]]:
+    """The folders with XML files, by the folder on the way to them that is called like a split."""
+    splits: dict[str, tuple[Path, ...]] = {}
+    for folder in folders_within(root, _DEPTH):
+        first = next((entry for entry in glance(folder) if entry.name.lower().endswith(".xml")), None)
+        if first is not None and _looks_like_voc(Path(first.path)):
+            parts = folder.relative_to(root).parts
+            name = next((part for part in reversed(parts) if canonical_split(part)), "all")
+            splits[name] = (*splits.get(name, ()), folder)
+    return splits
+
+
+def _looks_like_voc(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return b"<annotation" in file.read(_SNIFF_BYTES)
+    except OSError:
+        return False
+
+
+def _picture_folders(base: str, folder: str, reading: Reading) -> tuple[str, ...]:
+    """Where the pictures of the XML files in `base`/`folder` may lie, likeliest first."""
+    path = posixpath.join(base, folder)
+    parts = path.split("/")
+    twins = [
+        "/".join([*parts[:index], name, *parts[index + 1 :]])
+        for index, part in enumerate(parts)
+        if part.lower() in _ANNOTATION_FOLDERS
+        for name in PICTURE_FOLDERS
+    ]
+    inner = [posixpath.join(path, name) for name in PICTURE_FOLDERS]
+    places = dict.fromkeys([*twins, path, *inner, *(posixpath.join(base, name) for name in PICTURE_FOLDERS), base])
+    return tuple(place for place in places if reading.files.listing(place))
+
+
+def _picture(where: str, filename: str, folders: Sequence[str], reading: Reading) -> str | None:
+    """The picture of an XML file: of the same name, else the one that the file names, which tools let grow stale."""
+    stem = posixpath.splitext(posixpath.basename(where))[0]
+    path = reading.files.find_stem(stem, folders)
+    return path or locate(filename or stem, folders, where, reading)
+
+
+def _text(element: ET.Element, path: str) -> str:
+    return (element.findtext(path) or "").strip()
+
+
+def _number(element: ET.Element, path: str) -> float | None:
+    try:
+        return float(_text(element, path))
+    except ValueError:
+        return None

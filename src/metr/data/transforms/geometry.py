@@ -1,0 +1,169 @@
+"""Where the network looks: crop, zoom-out, resize and flip.
+
+Crop, zoom-out and resize are one step: a `Window` on the picture, which may reach beyond it, is drawn at the wanted
+size. So the picture is resampled once, from its own pixels, and no large canvas is ever made.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import cv2
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from metr.data.config import Colour, ResizeConfig
+from metr.data.transforms.sample import Sample
+
+Picture = UInt8[np.ndarray, "_ _ 3"]
+
+# A share that equals a threshold passes it, whatever the rounding of floats.
+TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """A rectangle in whole pixels of a picture; what lies outside the picture is filled with a colour."""
+
+    left: int
+    top: int
+    width: int
+    height: int
+
+    @property
+    def corners(self) -> Float[np.ndarray, "4"]:
+        """The window as an xyxy box."""
+        return np.array([self.left, self.top, self.left + self.width, self.top + self.height], dtype=np.float64)
+
+
+def whole(sample: Sample) -> Window:
+    """The window that shows the picture as it is."""
+    return Window(left=0, top=0, width=sample.width, height=sample.height)
+
+
+def output_shape(height: int, width: int, config: ResizeConfig, size: int | None = None) -> tuple[int, int]:
+    """Height and width, in pixels, in which a picture of `height` x `width` enters the network.
+
+    Args:
+        height: Rows of the picture or window.
+        width: Columns of the picture or window.
+        config: How pictures are resized.
+        size: Stands in for `config.size` when several sizes are trained.
+    """
+    size = size or config.size
+    if config.mode == "stretch":
+        return size, size
+    scale = min(size / min(height, width), config.longest / max(height, width))
+    return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def resize_image(image: Picture, height: int, width: int) -> Picture:
+    """The picture at another size: averaged over areas where it shrinks, interpolated where it grows."""
+    if image.shape[:2] == (height, width):
+        return image
+    # OpenCV averages areas only where both sides shrink; else that method copies pixels in blocks.
+    shrinks = height <= image.shape[0] and width <= image.shape[1]
+    method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    resized: Picture = cv2.resize(image, (width, height), interpolation=method)
+    return resized
+
+
+def flip(sample: Sample) -> Sample:
+    """The mirror image, left for right."""
+    boxes = sample.boxes.copy()
+    boxes[:, [0, 2]] = sample.width - sample.boxes[:, [2, 0]]
+    return replace(sample, image=cv2.flip(sample.image, 1), boxes=boxes)
+
+
+def view(sample: Sample, window: Window, shape: tuple[int, int], *, fill: Colour, min_visible: float) -> Sample:
+    """What `window` shows, drawn at `shape` (height, width).
+
+    Boxes are cut at the window's border. One that keeps less than `min_visible` of its area becomes an ignored box; one
+    of which nothing is left goes.
+    """
+    image, scale, offset = _draw(sample.image, window, shape, fill)
+    corners = window.corners
+    boxes = np.clip(sample.boxes, corners[[0, 1, 0, 1]], corners[[2, 3, 2, 3]])
+    visible = _area(boxes) / np.maximum(_area(sample.boxes), np.finfo(np.float64).tiny)
+    keep = visible > 0
+    ignore = sample.ignore | (visible < min_visible - TOLERANCE)
+    drawn = boxes * np.tile(scale, 2) + np.tile(offset, 2)
+    return Sample(image=image, boxes=drawn[keep], labels=sample.labels[keep], ignore=ignore[keep])
+
+
+def draw_zoom_out(sample: Sample, largest: float, rng: np.random.Generator) -> Window:
+    """A window up to `largest` times the picture's sides that has the whole picture in it, anywhere."""
+    ratio = rng.uniform(1.0, largest)
+    width, height = round(sample.width * ratio), round(sample.height * ratio)
+    left = -int(rng.integers(0, width - sample.width + 1))
+    top = -int(rng.integers(0, height - sample.height + 1))
+    return Window(left=left, top=top, width=width, height=height)
+
+
+def draw_crop(
+    sample: Sample, area: tuple[float, float], aspect: float, min_visible: float, rng: np.random.Generator
+) -> Window:
+    """A window inside the picture that keeps one object, drawn at random: its centre and `min_visible` of its area.
+
+    Args:
+        sample: The picture; ignored boxes are no objects.
+        area: Least and largest share of the picture's area.
+        aspect: Width over height, in shares of the picture's sides, is at most this and at least its inverse.
+        min_visible: The share of the object's area that is left at least; the window grows where it must.
+        rng: Where the random numbers come from.
+    """
+    share = rng.uniform(*area)
+    ratio = math.exp(rng.uniform(-math.log(aspect), math.log(aspect)))
+    width = min(sample.width, max(1, round(sample.width * math.sqrt(share * ratio))))
+    height = min(sample.height, max(1, round(sample.height * math.sqrt(share / ratio))))
+    objects = sample.boxes[~sample.ignore]
+    if len(objects) == 0:
+        left, top = (int(rng.integers(0, room + 1)) for room in (sample.width - width, sample.height - height))
+        return Window(left=left, top=top, width=width, height=height)
+    x0, y0, x1, y1 = objects[rng.integers(len(objects))].tolist()
+    # Half of each side or more holds the centre too.
+    least = max(0.5, math.sqrt(min_visible))
+    left, width = _cover((x0, x1), least, width, sample.width, rng)
+    top, height = _cover((y0, y1), least, height, sample.height, rng)
+    return Window(left=left, top=top, width=width, height=height)
+
+
+def _cover(
+    kept: tuple[float, float], least: float, length: int, limit: int, rng: np.random.Generator
+) -> tuple[int, int]:
+    """Start and length of a stretch within 0..limit that covers the share `least` of the stretch `kept`."""
+    needed = least * (kept[1] - kept[0])
+    # One pixel more than needed, so that a whole-numbered start always exists.
+    length = min(limit, max(length, math.ceil(needed) + 1))
+    low = max(0, math.ceil(kept[0] + needed - length))
+    high = min(limit - length, math.floor(kept[1] - needed))
+    return int(rng.integers(low, max(low, high) + 1)), length
+
+
+def _draw(
+    image: Picture, window: Window, shape: tuple[int, int], fill: Colour
+) -> tuple[Picture, Float[np.ndarray, "2"], Float[np.ndarray, "2"]]:
+    """The window's content at `shape`, and the scale and offset (x, y) that carry picture coordinates into it."""
+    source = np.array([0, 0, image.shape[1], image.shape[0]], dtype=np.float64)
+    inner = np.concatenate([np.maximum(source[:2], window.corners[:2]), np.minimum(source[2:], window.corners[2:])])
+    to_output = np.array([shape[1] / window.width, shape[0] / window.height])
+    start = np.tile(window.corners[:2], 2)
+    target = np.round((inner - start) * np.tile(to_output, 2))
+    # One pixel of the output at least, and inside it.
+    target[:2] = np.minimum(target[:2], np.array([shape[1], shape[0]]) - 1)
+    target[2:] = np.maximum(target[2:], target[:2] + 1)
+    x0, y0, x1, y1 = target.astype(int).tolist()
+    left, top, right, bottom = inner.astype(int).tolist()
+    content = resize_image(image[top:bottom, left:right], y1 - y0, x1 - x0)
+    # Boxes follow the whole-numbered rectangle that was really painted, not the window's exact one.
+    scale = (target[2:] - target[:2]) / (inner[2:] - inner[:2])
+    offset = target[:2] - inner[:2] * scale
+    if (y1 - y0, x1 - x0) == shape:
+        return content, scale, offset
+    canvas = np.empty((*shape, 3), dtype=np.uint8)
+    canvas[:] = fill
+    canvas[y0:y1, x0:x1] = content
+    return canvas, scale, offset
+
+
+def _area(boxes: Float[np.ndarray, "m 4"]) -> Float[np.ndarray, "m"]:
+    return np.asarray(np.maximum(boxes[:, 2:] - boxes[:, :2], 0).prod(axis=1))

@@ -1,0 +1,36 @@
+"""What the hardware offers: precision and memory, without a word about its maker."""
+
+import sys
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+_GIB = 2**30
+
+
+def resolved_precision(wanted: str, device: torch.device) -> str:
+    """The precision, "fp32" or "bf16": what `auto` means on a device, or what was asked for."""
+    if wanted != "auto":
+        return wanted
+    if device.type == "cpu":
+        return "fp32"
+    supported = getattr(torch.get_device_module(device), "is_bf16_supported", None)
+    return "bf16" if supported is not None and supported() else "fp32"
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
+    """The context in which the network computes."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most memory used so far, in GiB: the device's, or the process's on a CPU."""
+    if device.type == "cpu":
+        try:
+            import resource
+        except ImportError:  # Windows
+            return 0.0
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / _GIB
+    peak = getattr(torch.get_device_module(device), "max_memory_allocated", None)
+    return 0.0 if peak is None else float(peak(device)) / _GIB

@@ -1,0 +1,150 @@
+"""What training tells the world: metrics.jsonl, the screen of progress, the log."""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+
+from rich.console import Console
+from rich.syntax import Syntax
+
+from metr.config import Config, as_yaml
+from metr.engine.config import LoopConfig
+from metr.engine.folders import RunFolder
+from metr.engine.metrics import MetricsWriter, Record
+from metr.engine.progress import Progress, Snapshot
+from metr.engine.training_state import Counters, StepReport, Window
+
+MATCHING = "matching/"
+"""Figures of this prefix are no loss terms: they say how matching went."""
+_logger = logging.getLogger(__name__)
+_MOST_TOLD = 8  # metrics in a line of the log
+_KEPT = 0.95  # share of the old average that the time of a step keeps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Surroundings:
+    """Peak memory in GiB, how many times over each dataset has been seen, and how many pictures cannot be read."""
+
+    memory: float
+    passes: Mapping[str, float]
+    unreadable: int
+
+
+class Journal:
+    """Writes and shows what happens, in the main process; elsewhere it is silent.
+
+    Args:
+        folder: The run folder.
+        loop: How often, and where to.
+        console: Where progress is shown; None shows none.
+        silent: In all processes but the main one.
+    """
+
+    def __init__(self, folder: RunFolder, loop: LoopConfig, console: Console | None, silent: bool) -> None:
+        self.folder, self.loop, self.silent = folder, loop, silent
+        self._console = None if silent else console
+        self._progress = Progress(self._console, loop.progress_seconds)
+        self._metrics: MetricsWriter | None = None
+        self._step_seconds = self._evaluation_seconds = 0.0
+        self._around: Surroundings | None = None
+
+    def __enter__(self) -> "Journal":
+        if not self.silent:
+            self._metrics = MetricsWriter(
+                self.folder.metrics, self.folder.tensorboard if self.loop.tensorboard else None
+            )
+        self._progress.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._progress.__exit__(kind, error, traceback)
+        if self._metrics is not None:
+            self._metrics.close()
+
+    def begin(self, resolved: Config | str, step: int) -> None:
+        """Shows and saves the configuration; forgets what was written after `step`."""
+        if self._metrics is None:
+            return
+        text = resolved if isinstance(resolved, str) else as_yaml(resolved)
+        self.folder.config.write_text(text, encoding="utf-8")
+        if self._console is None:
+            _logger.info("configuration:\n%s", text)
+        else:
+            self._console.print(Syntax(text, "yaml", background_color="default"))
+        self._metrics.rewind(step)
+
+    def step(self, report: StepReport, counters: Counters, look: Callable[[], Surroundings]) -> None:
+        """Shows a step; writes a line where one is due, and empties the window of sums; only then calls `look`."""
+        logged = counters.step % self.loop.log_every == 0
+        if logged or self._around is None:
+            self._around = look()
+        if logged and self._metrics is not None:
+            self._metrics.write("train", counters.step, _line(report, counters, self._around))
+        if report.seconds:
+            kept = _KEPT if self._step_seconds else 0.0
+            self._step_seconds = kept * self._step_seconds + (1 - kept) * report.seconds
+        self._progress.update(self._snapshot(report, counters, self._around))
+        if logged:
+            counters.window = Window()
+
+    @contextmanager
+    def evaluation(self, step: int) -> Iterator[None]:
+        """Says that an evaluation goes on, and remembers how long it took."""
+        started = time.perf_counter()
+        with self._progress.activity(f"evaluating at step {step}"):
+            yield
+        self._evaluation_seconds = time.perf_counter() - started
+
+    def evaluated(self, counters: Counters) -> None:
+        """Writes the newest evaluation."""
+        if self._metrics is not None:
+            values = {"metrics": counters.metrics, "evaluation_seconds": self._evaluation_seconds}
+            self._metrics.write("evaluation", counters.evaluated_step, values)
+            told = ", ".join(f"{name} {value:.2f}" for name, value in list(counters.metrics.items())[:_MOST_TOLD])
+            _logger.info("evaluation at step %d: %s", counters.evaluated_step, told)
+
+    def _snapshot(self, report: StepReport, counters: Counters, around: Surroundings) -> Snapshot:
+        steps, every = self.loop.steps, self.loop.evaluate_every
+        evaluations = 1 if not every else math.ceil(steps / every) - counters.step // every
+        left = (steps - counters.step) * self._step_seconds + evaluations * self._evaluation_seconds
+        return Snapshot(
+            step=counters.step,
+            steps=steps,
+            terms={name: value for name, value in report.figures.items() if not name.startswith(MATCHING)},
+            images_per_second=report.images / self._step_seconds if self._step_seconds else 0.0,
+            seconds_left=left,
+            memory=around.memory,
+            learning_rate=report.learning_rate,
+            passes=around.passes,
+            metrics=counters.metrics,
+            evaluated_step=counters.evaluated_step,
+            skipped=counters.skipped,
+        )
+
+
+def _line(report: StepReport, counters: Counters, around: Surroundings) -> Record:
+    """A line of metrics.jsonl: averages since the last one."""
+    window = counters.window
+    means = {name: value / max(window.steps, 1) for name, value in window.sums.items()}
+    losses = {name: value for name, value in means.items() if not name.startswith(MATCHING)}
+    return {
+        "images": counters.images,
+        "seconds": counters.seconds,
+        "total": sum(losses.values()) if losses else None,
+        "losses": losses,
+        "matching": {name.removeprefix(MATCHING): value for name, value in means.items() if name.startswith(MATCHING)},
+        "gradient_norm": window.gradient_norm / max(window.steps, 1),
+        "learning_rate": dict(report.learning_rate),
+        "images_per_second": window.images / window.seconds if window.seconds else None,
+        "waiting_share": window.waiting / window.seconds if window.seconds else None,
+        "memory_gib": around.memory,
+        "skipped": counters.skipped,
+        "unreadable": around.unreadable,
+        "passes": dict(around.passes),
+    }

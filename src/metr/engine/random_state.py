@@ -1,0 +1,60 @@
+"""The random numbers of training: seeded once, saved as tensors, put back bit by bit."""
+
+import math
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_PYTHON_VERSION = 3  # of the tuple that random.getstate gives
+_NUMPY_KIND = "MT19937"
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds Python's, NumPy's and torch's generators, those of all devices included."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries underneath may draw from the global generator
+    torch.manual_seed(seed)
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """The state of all generators as tensors on the CPU; their shapes never change."""
+    _, words, gauss = random.getstate()
+    numpy: dict[str, Any] = dict(np.random.get_state(legacy=False))  # noqa: NPY002
+    words_of = numpy["state"]
+    state = {
+        "python.words": torch.tensor(words, dtype=torch.int64),
+        "python.gauss": torch.tensor(float("nan") if gauss is None else gauss, dtype=torch.float64),
+        "numpy.words": torch.tensor([*words_of["key"].tolist(), words_of["pos"], numpy["has_gauss"]]),
+        "numpy.gauss": torch.tensor(numpy["gauss"], dtype=torch.float64),
+        "torch.cpu": torch.get_rng_state(),
+    }
+    if device.type != "cpu":
+        state["torch.device"] = torch.get_device_module(device).get_rng_state(device).cpu()
+    return state
+
+
+def restore_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
+    """Puts back what `random_state` gave; a state from the CPU leaves the device's generator alone."""
+    gauss = state["python.gauss"].item()
+    random.setstate((_PYTHON_VERSION, tuple(state["python.words"].tolist()), None if math.isnan(gauss) else gauss))
+    *keys, position, has_gauss = state["numpy.words"].tolist()
+    words = np.array(keys, dtype=np.uint32)
+    np.random.set_state((_NUMPY_KIND, words, position, has_gauss, state["numpy.gauss"].item()))  # noqa: NPY002
+    torch.set_rng_state(state["torch.cpu"].clone())
+    if device.type != "cpu" and "torch.device" in state:
+        torch.get_device_module(device).set_rng_state(state["torch.device"].clone(), device)
+
+
+@contextmanager
+def undisturbed_random_state(device: torch.device) -> Iterator[None]:
+    """Whatever the block draws, the random numbers after it are those that would have come without it."""
+    state = random_state(device)
+    try:
+        yield
+    finally:
+        restore_random_state(state, device)

@@ -1,0 +1,55 @@
+"""Recipes: the whole configuration of a run, by size, file and single overrides."""
+
+from collections.abc import Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from metr.config import Config, merge, parse_overrides, read_yaml
+from metr.data.config import AugmentationConfig, LoaderConfig
+from metr.data.dataset import Foreign
+from metr.engine.config import TrainConfig
+from metr.errors import ConfigError, did_you_mean
+from metr.inference.config import InferenceConfig
+from metr.losses.config import CriterionConfig
+from metr.models.config import DetectorConfig
+from metr.text.encoder import TextEncoderConfig
+
+Size = Literal["nano", "small", "base"]
+SIZES: tuple[Size, ...] = ("nano", "small", "base")
+
+
+class RunConfig(Config):
+    """Everything that decides a training run, but for its data."""
+
+    text: TextEncoderConfig = TextEncoderConfig()
+    model: DetectorConfig = DetectorConfig()
+    criterion: CriterionConfig = CriterionConfig()
+    augmentation: AugmentationConfig = AugmentationConfig()
+    loader: LoaderConfig = LoaderConfig()
+    foreign: Foreign = "ignore"
+    """What is made of a category that an image's dataset does not annotate: nothing, or that it is absent."""
+    train: TrainConfig = TrainConfig()
+    inference: InferenceConfig = InferenceConfig()
+
+
+def load_recipe(
+    size: str = "nano",
+    file: Path | None = None,
+    overrides: Sequence[str] = (),
+    changes: Mapping[str, Any] | None = None,
+) -> RunConfig:
+    """The configuration of a size, with a YAML file, `section.key=value` overrides and a mapping laid over it.
+
+    Raises:
+        ConfigError: the size or a key is unknown, or a value is of the wrong kind.
+    """
+    if size not in SIZES:
+        raise ConfigError(f"unknown size {size!r}", where="--size", hint=did_you_mean(size, SIZES))
+    recipe = resources.files("metr") / "recipes" / f"{size}.yaml"
+    tree = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    layers = [read_yaml(file)] if file is not None else []
+    where = f"recipe {size}" + (f" with {file}" if file is not None else "") + (" and --set" if overrides else "")
+    return RunConfig.checked(merge(tree, *layers, parse_overrides(overrides), changes or {}), where=where)

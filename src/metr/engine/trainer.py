@@ -1,0 +1,353 @@
+"""The training loop: steps, evaluations, checkpoints, and going on exactly where it stopped."""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from rich.console import Console
+from torch import Tensor, nn
+
+from metr.config import Config
+from metr.data.loading import TrainLoader
+from metr.engine.checkpoint import Checkpoint, save_checkpoint
+from metr.engine.config import TrainConfig
+from metr.engine.curves import plot_curves
+from metr.engine.ema import Ema
+from metr.engine.folders import RunFolder
+from metr.engine.hardware import autocast, peak_memory, resolved_precision
+from metr.engine.interrupts import Abandoned, Interrupts
+from metr.engine.journal import MATCHING, Journal, Surroundings
+from metr.engine.metrics import read_metrics
+from metr.engine.optimizer import build_optimizer, set_learning_rates
+from metr.engine.random_state import random_state, restore_random_state, seed_everything, undisturbed_random_state
+from metr.engine.schedule import learning_rate_factor
+from metr.engine.training_state import Counters, StepReport, Trained, has_state, load_state, save_state
+from metr.errors import MetrError, did_you_mean
+from metr.losses.criterion import SetCriterion
+from metr.losses.statistics import match_statistics
+from metr.structures import Batch, Losses
+
+Evaluate = Callable[[nn.Module], Mapping[str, float | None]]
+_MOST_NAMED = 6  # terms or pictures in a message
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingParts:
+    """What is trained, on what, and all that goes into its checkpoints besides the weights.
+
+    `loader` is called once with the keywords `seed`, `start` (draws already made by all processes), `rank`, `world` and
+    `device`: `partial(build_train_loader, datasets, config)`. `checkpoint` lacks its weights; its text embeddings are
+    those that the network is trained with.
+    """
+
+    network: nn.Module
+    criterion: SetCriterion
+    loader: Callable[..., TrainLoader]
+    checkpoint: Checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How training ended: after which step, whether before its time, and what the evaluations said."""
+
+    step: int
+    interrupted: bool
+    metrics: Mapping[str, float]
+    best: float | None
+    best_step: int
+
+
+class Trainer:
+    """Trains a detector on one process or many (`accelerate launch`), and keeps a run folder.
+
+    Args:
+        parts: Network, criterion, data, and the rest of the checkpoint.
+        config: Optimizer, schedule, average and loop.
+        folder: The run folder; made if it is missing.
+        evaluate: Called in the main process with the network to judge, in evaluation mode; gives metrics by name.
+        resolved: The whole configuration, shown once and saved as config.yaml; `config` by default.
+        console: Where progress is shown; None leaves it to the log.
+    """
+
+    def __init__(
+        self,
+        parts: TrainingParts,
+        config: TrainConfig,
+        folder: Path,
+        *,
+        evaluate: Evaluate | None = None,
+        resolved: Config | str | None = None,
+        console: Console | None = None,
+    ) -> None:
+        self.parts, self.config, self.folder, self.evaluate = parts, config, RunFolder(folder), evaluate
+        # Evaluation in the main process may keep the others waiting for long.
+        patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))
+        self.accelerator = Accelerator(
+            cpu=config.loop.device == "cpu", mixed_precision="no", kwargs_handlers=[patience]
+        )
+        self.device = self.accelerator.device
+        self.precision = resolved_precision(config.loop.precision, self.device)
+        self.plain_network = parts.network.to(self.device)
+        self.ema = Ema(self.plain_network, config.ema) if config.ema.enabled else None
+        self.optimizer = build_optimizer(self.plain_network, config.optimizer)
+        self.network = self.accelerator.prepare(self.plain_network)
+        self.criterion = parts.criterion.to(self.device)
+        self.text = parts.checkpoint.text_embeddings.to(self.device)
+        self.counters = Counters()
+        self._resolved = config if resolved is None else resolved
+        self._saved_step = -1
+        self._interrupts = Interrupts()
+        self._journal = Journal(self.folder, config.loop, console, silent=not self.accelerator.is_main_process)
+
+    def train_step(self, batches: Sequence[Batch]) -> StepReport:
+        """One update of the weights, by the gradients of all `batches`, averaged."""
+        rates = set_learning_rates(self.optimizer, self._learning_rate_factor())
+        figures: dict[str, float] = {}
+        for number, batch in enumerate(batches, 1):
+            with self._exchanging_gradients(number == len(batches)):
+                losses, values = self._losses(batch.to(self.device, non_blocking=True))
+                if faulty := tuple(name for name, value in values.items() if not math.isfinite(value)):
+                    return self._without_effect(StepReport(learning_rate=rates, faulty=faulty))
+                self.accelerator.backward(losses.total / len(batches))
+            figures = {name: figures.get(name, 0.0) + value / len(batches) for name, value in values.items()}
+
+        norm = self._clip_gradient()
+        if not math.isfinite(norm):
+            return self._without_effect(StepReport(learning_rate=rates, faulty=("the gradient",)))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.ema is not None:
+            self.ema.update(self.plain_network, self.counters.step + 1)
+        return StepReport(learning_rate=rates, figures=figures, gradient_norm=norm)
+
+    def fit(self, *, resume: bool = False) -> Outcome:
+        """Trains to the last step, or until Ctrl-C.
+
+        Args:
+            resume: Go on from the state that the folder holds, if it holds one; otherwise such a folder is refused.
+
+        Raises:
+            MetrError: the folder holds a run and `resume` is off, or losses stay not finite.
+            CheckpointError: the saved state is damaged or of another network.
+        """
+        self._interrupts = Interrupts()
+        with self._interrupts, self._journal:
+            stream = self._begin(resume)
+            self._evaluate_if_due()  # a run may have been stopped before an evaluation
+            while self.counters.step < self.config.loop.steps and not self._asked_to_stop():
+                self._advance(stream)
+                self._evaluate_if_due()
+                self._save_if_due()
+            return self._end()
+
+    # the parts of a step
+
+    def _losses(self, batch: Batch) -> tuple[Losses, dict[str, float]]:
+        """The losses of a batch, and its loss terms and matching statistics as numbers, averaged over processes."""
+        with autocast(self.precision, self.device):
+            output = self.network(batch.images, batch.padding_mask, self.text, batch.targets)
+        matches = self.criterion.match(output, batch.targets)
+        losses: Losses = self.criterion(output, batch.targets, matches)
+        statistics = match_statistics(output, batch.targets, matches)
+        matching = {MATCHING + name: value for name, value in vars(statistics).items()}
+        return losses, self._averaged({**losses.terms, **matching})
+
+    def _averaged(self, values: Mapping[str, Tensor]) -> dict[str, float]:
+        """Scalars averaged over processes, which all have the same names: one exchange, one transfer."""
+        flat = torch.stack([value.detach().float() for value in values.values()])
+        averages: list[float] = self.accelerator.reduce(flat, "mean").tolist()
+        return dict(zip(values, averages, strict=True))
+
+    def _exchanging_gradients(self, wanted: bool) -> AbstractContextManager[None]:
+        """Processes exchange gradients once a step, in the backward pass of its last batch."""
+        return nullcontext() if wanted else self.accelerator.no_sync(self.network)
+
+    def _clip_gradient(self) -> float:
+        """Clips the gradient in place, and gives its norm before that."""
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        limit = self.config.optimizer.clip_norm or math.inf
+        return float(nn.utils.clip_grad_norm_(parameters, limit))
+
+    def _without_effect(self, report: StepReport) -> StepReport:
+        self.optimizer.zero_grad()
+        return report
+
+    def _learning_rate_factor(self) -> float:
+        return learning_rate_factor(self.counters.step, self.config.loop.steps, self.config.schedule)
+
+    # the parts of a run
+
+    def _begin(self, resume: bool) -> "_Stream":
+        """Takes up the saved state, or starts afresh."""
+        accelerator, loop = self.accelerator, self.config.loop
+        rank, world = accelerator.process_index, accelerator.num_processes
+        seed_everything(loop.seed + rank)
+        if has_state(self.folder.state):
+            if not resume:
+                hint = "resume it, or name another folder"
+                raise MetrError("a run is in this folder already", where=self.folder.path, hint=hint)
+            self._load(rank)
+        start = self.counters.images
+        loader = self.parts.loader(seed=loop.seed, start=start, rank=rank, world=world, device=self.device)
+        self._journal.begin(self._resolved, self.counters.step)
+        self.network.train()
+        return _Stream(loader=loader, batches=iter(loader))
+
+    def _advance(self, stream: "_Stream") -> None:
+        """Draws batches, makes a step, and counts it."""
+        started = time.perf_counter()
+        batches = [next(stream.batches) for _ in range(self.config.loop.accumulation)]
+        waiting = time.perf_counter() - started
+        report = self.train_step(batches)
+        images = sum(len(batch.images) for batch in batches) * self.accelerator.num_processes
+        report = replace(report, images=images, seconds=time.perf_counter() - started, waiting=waiting)
+        self.counters.add(report)
+        if report.faulty:
+            self._complain(report, batches)
+        self._journal.step(report, self.counters, lambda: self._surroundings(stream.loader))
+
+    def _complain(self, report: StepReport, batches: Sequence[Batch]) -> None:
+        """Says why a step was skipped; gives up when that does not end."""
+        counters, most = self.counters, self.config.loop.max_skipped
+        names = ", ".join(report.faulty[:_MOST_NAMED]) + (", ..." if len(report.faulty) > _MOST_NAMED else "")
+        pictures = [
+            f"{name} {image}" for batch in batches for name, image in zip(batch.datasets, batch.image_ids, strict=True)
+        ]
+        told = "step %d is skipped: %s not finite; pictures: %s"
+        _logger.warning(told, counters.step, names, ", ".join(pictures[:_MOST_NAMED]))
+        if counters.skipped_in_a_row >= most:
+            what = f"{most} steps in a row had numbers that are not finite, at last in: {names}"
+            hint = "lower optimizer.learning_rate, lengthen schedule.warmup_steps, or set loop.precision=fp32"
+            raise MetrError(what, where=f"step {counters.step}", hint=hint)
+
+    def _surroundings(self, loader: TrainLoader) -> Surroundings:
+        passes = loader.sampler.passes(self.counters.images)
+        return Surroundings(memory=peak_memory(self.device), passes=passes, unreadable=len(loader.faults))
+
+    def _asked_to_stop(self) -> bool:
+        """Whether any process was: all of them stop after the same step."""
+        flag = torch.tensor(float(self._interrupts.requested), device=self.device)
+        return bool(self.accelerator.reduce(flag, "sum") > 0)
+
+    # evaluation
+
+    def _evaluate_if_due(self) -> None:
+        counters, loop = self.counters, self.config.loop
+        at_turn = counters.step == loop.steps or (loop.evaluate_every and counters.step % loop.evaluate_every == 0)
+        if self.evaluate is None or not at_turn or counters.step <= counters.evaluated_step:
+            return
+        if not self.accelerator.is_main_process:
+            counters.evaluated_step = counters.step
+        elif not self._interrupts.requested:
+            self._evaluate(self.evaluate)
+        self.accelerator.wait_for_everyone()
+        self._save()
+
+    @torch.no_grad()
+    def _evaluate(self, evaluate: Evaluate) -> None:
+        """Judges the average, or the network if there is none, and keeps it if it is the best so far."""
+        counters, network, journal, interrupts = self.counters, self._judged, self._journal, self._interrupts
+        try:
+            with undisturbed_random_state(self.device), interrupts.leaving_at_once(), journal.evaluation(counters.step):
+                metrics = evaluate(network.eval())
+        except Abandoned:
+            _logger.warning("the evaluation is broken off; resuming makes up for it")
+            return
+        finally:
+            self.network.train()
+        counters.evaluated_step = counters.step
+        counters.metrics = {name: float(value) for name, value in metrics.items() if value is not None}
+        journal.evaluated(counters)
+        if self._is_best():
+            counters.best, counters.best_step = counters.metrics[self.config.loop.best_metric], counters.step
+            save_checkpoint(self.folder.best, self._checkpoint())
+
+    def _is_best(self) -> bool:
+        name, metrics, best = self.config.loop.best_metric, self.counters.metrics, self.counters.best
+        if name not in metrics:
+            told = "the evaluation gives no %r, by which loop.best_metric chooses the best checkpoint; %s"
+            _logger.warning(told, name, did_you_mean(name, metrics))
+            return False
+        return math.isfinite(metrics[name]) and (best is None or metrics[name] > best)
+
+    # checkpoints
+
+    @property
+    def _judged(self) -> nn.Module:
+        """The network that is evaluated and saved."""
+        return self.plain_network if self.ema is None else self.ema.network
+
+    def _checkpoint(self) -> Checkpoint:
+        counters = self.counters
+        training = {"step": counters.step, "images": counters.images, "metrics": counters.metrics}
+        return replace(self.parts.checkpoint, weights=self._judged.state_dict(), training=training)
+
+    def _trained(self) -> Trained:
+        average = None if self.ema is None else self.ema.network
+        return Trained(network=self.plain_network, average=average, optimizer=self.optimizer)
+
+    def _save_if_due(self) -> None:
+        every = self.config.loop.checkpoint_every
+        if every and self.counters.step % every == 0:
+            self._save()
+
+    def _save(self) -> None:
+        """Writes the last checkpoint and the state, unless this step's are there already."""
+        if self._saved_step == self.counters.step:
+            return
+        random = self._random_states()
+        if self.accelerator.is_main_process:
+            save_checkpoint(self.folder.last, self._checkpoint())
+            save_state(self.folder.state, self._trained(), self.counters, random)
+        self.accelerator.wait_for_everyone()
+        self._saved_step = self.counters.step
+
+    def _random_states(self) -> dict[str, Tensor]:
+        """The states of all processes' generators, a row each."""
+        rows = {name: value.unsqueeze(0) for name, value in random_state(self.device).items()}
+        if self.accelerator.num_processes == 1:
+            return rows
+        return {name: self.accelerator.gather(row.to(self.device)).cpu() for name, row in rows.items()}
+
+    def _load(self, rank: int) -> None:
+        self.counters, random = load_state(self.folder.state, self._trained())
+        self._saved_step = self.counters.step
+        if all(rank < len(rows) for rows in random.values()):
+            restore_random_state({name: rows[rank] for name, rows in random.items()}, self.device)
+        else:
+            _logger.warning("the run had fewer processes: this one begins with random numbers of its own")
+            seed_everything(self.config.loop.seed + rank + self.counters.images)
+        _logger.info("going on after step %d", self.counters.step)
+
+    def _end(self) -> Outcome:
+        """Saves, draws the curves, and says how to go on if this is not the last step."""
+        self._save()
+        counters, steps = self.counters, self.config.loop.steps
+        if self.config.loop.curves and self.accelerator.is_main_process and read_metrics(self.folder.metrics):
+            plot_curves(self.folder.path)
+        if counters.step < steps:
+            told = "stopped after step %d of %d; everything is saved in %s: resume this run to go on"
+            _logger.warning(told, counters.step, steps, self.folder.path)
+        return Outcome(
+            step=counters.step,
+            interrupted=counters.step < steps,
+            metrics=counters.metrics,
+            best=counters.best,
+            best_step=counters.best_step,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stream:
+    """A loader, and how far it is."""
+
+    loader: TrainLoader
+    batches: Iterator[Batch]

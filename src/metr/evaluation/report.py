@@ -1,0 +1,189 @@
+"""The evaluation report as JSON, as Markdown and as a bar chart."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties
+
+from metr.errors import DataError
+from metr.evaluation.evaluator import DatasetReport, EvaluationReport, Mode, ModeReport
+from metr.evaluation.fields import FieldConfusion
+from metr.inference.visualize import font_file, legible
+
+MODES: tuple[Mode, ...] = ("own", "unified")
+TITLES = {"own": "own names", "unified": "all names"}
+FOREIGN = {
+    "ignore": "Categories that an image's dataset does not annotate gave no loss in training (`foreign = ignore`).",
+    "assume_absent": "Categories that an image's dataset does not annotate counted as absent in training "
+    "(`foreign = assume_absent`).",
+}
+
+# Two colours that readers with any colour vision tell apart.
+_COLOURS = {"own": "#3b6fb6", "unified": "#e08a2e"}
+
+
+def as_dict(report: EvaluationReport) -> dict[str, Any]:
+    """The report as plain values, the means over datasets included; the inverse is `from_dict`."""
+    values: dict[str, Any] = msgspec.to_builtins(report, str_keys=True)
+    means = {mode: {metric: report.mean(mode, metric) for metric in ("ap", "ap50", "ap75", "ar100")} for mode in MODES}
+    return {"mean": {mode: mean for mode, mean in means.items() if mean["ap"] is not None}, **values}
+
+
+def from_dict(values: dict[str, Any], *, where: object = None) -> EvaluationReport:
+    """The report that `as_dict` wrote.
+
+    Raises:
+        DataError: something is missing or of the wrong kind.
+    """
+    try:
+        return msgspec.convert(values, EvaluationReport, str_keys=True)
+    except msgspec.ValidationError as error:
+        raise DataError(f"not an evaluation report: {error}", where=where) from None
+
+
+def write_report(report: EvaluationReport, folder: Path) -> tuple[Path, Path, Path]:
+    """Writes evaluation.json, evaluation.md and evaluation.png into `folder` and gives their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    table, text, chart = (folder / f"evaluation.{ending}" for ending in ("json", "md", "png"))
+    table.write_text(json.dumps(as_dict(report), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text.write_text(as_markdown(report), encoding="utf-8")
+    draw_chart(report, chart)
+    return table, text, chart
+
+
+def as_markdown(report: EvaluationReport) -> str:
+    """The report as a page: one row a dataset, field confusion, one table of categories a dataset."""
+    parts = ["# Evaluation", _preface(report), dataset_table(report)]
+    if report.confusion is not None:
+        parts += ["## Field confusion", _confusion_note(report.confusion), _confusion_table(report.confusion)]
+    parts.append("## Categories")
+    parts += [part for one in report.datasets for part in (f"### {_cell(one.name)}", category_table(one))]
+    return "\n\n".join(parts) + "\n"
+
+
+def dataset_table(report: EvaluationReport) -> str:
+    """One row a dataset and one for the mean, in Markdown: AP with own and with all names, recall, confusion."""
+    modes = _modes(report)
+    kept = sorted({k for one in report.datasets for mode in modes for k in _part(one, mode).recall})
+    # Of two vocabularies, the large one is where keeping the right categories is hard.
+    hardest = modes[-1]
+    head = ["dataset", "pictures", "objects", "names"]
+    head += [f"{metric} ({TITLES[mode]})" for mode in modes for metric in ("AP", "AP50")]
+    head += [f"recall at {k}" for k in kept] + (["field confusion"] if report.confusion else [])
+    rows = []
+    for one in report.datasets:
+        coco = _part(one, modes[0]).coco
+        row = [_cell(one.name) + ("" if one.in_mean else " (not in the mean)"), one.images, coco.objects]
+        row += [len(coco.categories)]
+        row += [number for mode in modes for number in (_part(one, mode).coco.ap, _part(one, mode).coco.ap50)]
+        row += [_part(one, hardest).recall.get(k) for k in kept]
+        row += [report.confusion.shares.get(one.name)] if report.confusion else []
+        rows.append(row)
+    means = [report.mean(mode, metric) for mode in modes for metric in ("ap", "ap50")]
+    blank = [""] * len(kept)
+    pooled = [report.confusion.pooled] if report.confusion else []
+    rows.append([f"**mean of {sum(one.in_mean for one in report.datasets)}**", "", "", "", *means, *blank, *pooled])
+    return _table(head, rows)
+
+
+def category_table(dataset: DatasetReport) -> str:
+    """One row a category of a dataset, in Markdown."""
+    parts = [(mode, part) for mode, part in zip(MODES, (dataset.own, dataset.unified), strict=True) if part is not None]
+    head = ["category", "objects", *(f"{metric} ({TITLES[mode]})" for mode, _ in parts for metric in ("AP", "AP50"))]
+    rows = []
+    for same in zip(*(part.coco.categories for _, part in parts), strict=True):
+        scores = [score for category in same for score in (category.ap, category.ap50)]
+        rows.append([_cell(same[0].name), same[0].objects, *scores])
+    return _table(head, rows)
+
+
+def draw_chart(report: EvaluationReport, path: Path) -> None:
+    """Writes a picture (PNG, SVG, PDF) of each dataset's AP with own and with all names."""
+    modes = _modes(report)
+    names = [legible(one.name) for one in report.datasets]
+    figure = Figure(figsize=(max(5.0, 1.6 + 1.1 * len(names)), 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    width = 0.8 / len(modes)
+    for number, mode in enumerate(modes):
+        places = [index + (number - (len(modes) - 1) / 2) * width for index in range(len(names))]
+        heights = [_part(one, mode).coco.ap or 0.0 for one in report.datasets]
+        mean = report.mean(mode)
+        label = TITLES[mode] + ("" if mean is None else f" (mean {mean:.1f})")
+        bars = axes.bar(places, heights, width * 0.92, color=_COLOURS[mode], label=label)
+        axes.bar_label(bars, [_number(_part(one, mode).coco.ap) for one in report.datasets], fontsize=8, padding=1)
+    crowded = len(names) > 4
+    axes.set_xticks(range(len(names)), names, rotation=20 if crowded else 0, ha="right" if crowded else "center")
+    for tick in axes.get_xticklabels():
+        tick.set_fontproperties(FontProperties(fname=font_file(tick.get_text()), size=9))
+        tick.set_parse_math(False)
+    axes.set_ylabel("AP (0.50:0.95)")
+    axes.margins(y=0.15)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)
+    figure.savefig(path, dpi=130)
+
+
+def _preface(report: EvaluationReport) -> str:
+    lines = [
+        "COCO average precision over IoU 0.50:0.95 on the scale 0 to 100, at most 100 detections a picture. "
+        "*Own names*: the detector is asked for the dataset's names alone; *all names*: for all "
+        f"{report.names} names at once, and scored on the dataset's own. *Recall at K*: the share of the categories "
+        "present that are among the K most likely of the picture, with the larger vocabulary."
+    ]
+    if report.foreign is not None:
+        lines.append(FOREIGN.get(report.foreign, f"Categories foreign to an image's dataset: {report.foreign}."))
+    missing = [f"{one.missing} of {_cell(one.name)}" for one in report.datasets if one.missing]
+    if missing:
+        lines.append(f"Pictures that could not be read, and are in no number: {', '.join(missing)}.")
+    return "\n\n".join(lines)
+
+
+def _confusion_note(confusion: FieldConfusion) -> str:
+    return (
+        "Of the best detections with all names, as many a picture as it has objects, "
+        f"{_number(confusion.pooled)} % name a category of another field. Rows: the field of the picture; columns: "
+        "the field named, in per cent of the row."
+    )
+
+
+def _confusion_table(confusion: FieldConfusion) -> str:
+    rows = []
+    for name, counts in zip(confusion.fields, confusion.counts, strict=True):
+        total = sum(counts)
+        if total:
+            rows.append([_cell(name), round(total), *(100 * count / total for count in counts)])
+    return _table(["", "detections", *map(_cell, confusion.fields)], rows)
+
+
+def _modes(report: EvaluationReport) -> list[Mode]:
+    """The modes in which every dataset was evaluated."""
+    asked = {"own": [one.own for one in report.datasets], "unified": [one.unified for one in report.datasets]}
+    return [mode for mode in MODES if all(part is not None for part in asked[mode])]
+
+
+def _part(dataset: DatasetReport, mode: Mode) -> ModeReport:
+    part = dataset.own if mode == "own" else dataset.unified
+    if part is None:
+        raise DataError(f"{dataset.name} was not evaluated with {TITLES[mode]}", where="evaluation report")
+    return part
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
+    lines += [[_number(cell) if isinstance(cell, float) or cell is None else str(cell) for cell in row] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f}"
+
+
+def _cell(text: str) -> str:
+    """A name as it may stand in a Markdown table."""
+    return text.replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,185 @@
+"""Detection on pictures of any kind and number."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+
+from metr.data.collate import padded_shape, padding_mask, stack_pictures
+from metr.data.config import ResizeConfig
+from metr.data.images import read_image
+from metr.data.records import Fault
+from metr.data.transforms.geometry import output_shape, resize_image
+from metr.errors import DataError, ModelError
+from metr.inference.config import InferenceConfig, Precision
+from metr.inference.postprocess import postprocess
+from metr.structures import Detections
+
+Picture = str | Path | np.ndarray | Image.Image
+
+# How many batches are read ahead, so that pictures of one shape find each other.
+_BATCHES_AHEAD = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What became of one of many pictures: its detections, or the fault that kept it from being looked at.
+
+    `source` is the picture's path, or its position (`picture 3`) where it came as an array; `size` is (height, width)
+    in pixels of the picture as it was given.
+    """
+
+    source: str
+    size: tuple[int, int] | None = None
+    detections: Detections | None = None
+    fault: Fault | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Loaded:
+    """A picture as the network is to see it."""
+
+    index: int
+    source: str
+    size: tuple[int, int]
+    pixels: UInt8[Tensor, "3 h w"]
+
+
+class Predictor:
+    """A network with the names that it is to find.
+
+    Args:
+        network: Called as `network(images, padding_mask, text)`; gives a `DetectorOutput`. Its mode is left as it was.
+        text: The text embedding of each name.
+        names: What detections are called, row by row of `text`.
+        resize: The shape in which pictures enter the network: that of its training.
+        config: Batch size, precision, post-processing.
+        device: Where the network is; by default where its first parameter is.
+        multiple: Pixels: sides are padded to multiples of this.
+
+    Raises:
+        ModelError: there are no names, or not one for each row of `text`.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        text: Float[Tensor, "v t"],
+        names: Sequence[str],
+        resize: ResizeConfig,
+        config: InferenceConfig | None = None,
+        device: torch.device | None = None,
+        multiple: int = 32,
+    ) -> None:
+        if len(names) == 0 or len(names) != len(text):
+            raise ModelError(f"expected one name for each of {len(text)} text embeddings, found {len(names)}")
+        self.network, self.names, self.resize = network, tuple(names), resize
+        self.config, self.multiple = config or InferenceConfig(), multiple
+        self.device = device or device_of(network)
+        self.text = text.to(self.device)
+
+    def detect(self, picture: Picture) -> Detections:
+        """The detections of one picture: a path, an RGB array [h w 3] of bytes, or a PIL image.
+
+        Raises:
+            DataError: the picture is missing or unreadable.
+        """
+        return self._infer([self._load(0, picture)])[0]
+
+    def detect_many(self, pictures: Iterable[Picture]) -> Iterator[Prediction]:
+        """The detections of each picture, in the order of the pictures, while they are being read.
+
+        Pictures share a step where their padded shapes agree, so each gets the answer that it gets alone. One that
+        cannot be read gives a `Prediction` with its fault, and the others go on.
+        """
+        numbered = enumerate(pictures)
+        while chunk := list(islice(numbered, _BATCHES_AHEAD * self.config.batch_size)):
+            done: dict[int, Prediction] = {}
+            groups: dict[tuple[int, int], list[_Loaded]] = {}
+            for index, picture in chunk:
+                try:
+                    loaded = self._load(index, picture)
+                except DataError as error:
+                    source = _source(index, picture)
+                    fault = Fault(kind="unreadable picture", where=source, detail=error.what)
+                    done[index] = Prediction(source=source, fault=fault)
+                else:
+                    shape = padded_shape(loaded.pixels.shape[1], loaded.pixels.shape[2], self.multiple)
+                    groups.setdefault(shape, []).append(loaded)
+            for group in groups.values():
+                done.update(self._predictions(group))
+            yield from (done[index] for index, _ in chunk)
+
+    def _load(self, index: int, picture: Picture) -> _Loaded:
+        source = _source(index, picture)
+        image = _as_array(picture, source)
+        size = (int(image.shape[0]), int(image.shape[1]))
+        pixels = torch.from_numpy(resize_image(image, *output_shape(*size, self.resize))).permute(2, 0, 1)
+        return _Loaded(index=index, source=source, size=size, pixels=pixels)
+
+    def _predictions(self, group: Sequence[_Loaded]) -> Iterator[tuple[int, Prediction]]:
+        step = self.config.batch_size
+        for start in range(0, len(group), step):
+            loaded = group[start : start + step]
+            for one, found in zip(loaded, self._infer(loaded), strict=True):
+                yield one.index, Prediction(source=one.source, size=one.size, detections=found)
+
+    def _infer(self, loaded: Sequence[_Loaded]) -> list[Detections]:
+        """The detections, on the CPU, of pictures that share a padded shape."""
+        pixels = stack_pictures([one.pixels for one in loaded], self.multiple)
+        shapes = [(one.pixels.shape[1], one.pixels.shape[2]) for one in loaded]
+        padding = padding_mask(shapes, pixels.shape[-2], pixels.shape[-1]).to(self.device)
+        images = pixels.to(self.device).to(torch.float32).div_(255)
+        with inference(self.network, self.device, self.config.precision):
+            output = self.network(images, padding, self.text)
+        # Outside, so that the detections are ordinary tensors, which their owner may change.
+        found = postprocess(output, [one.size for one in loaded], self.names, self.config.postprocess)
+        return [one.to("cpu") for one in found]
+
+
+@contextmanager
+def inference(network: nn.Module, device: torch.device, precision: Precision = "fp32") -> Iterator[None]:
+    """No gradients, evaluation mode and the wanted precision; every module gets its own mode back afterwards."""
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    low = torch.bfloat16 if precision == "bf16" else torch.float16
+    try:
+        with torch.inference_mode(), torch.autocast(device.type, dtype=low, enabled=precision != "fp32"):
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def device_of(network: nn.Module) -> torch.device:
+    """Where a network's first parameter is; the CPU for one without parameters."""
+    first = next(network.parameters(), None)
+    return torch.device("cpu") if first is None else first.device
+
+
+def _source(index: int, picture: Picture) -> str:
+    return str(picture) if isinstance(picture, str | Path) else f"picture {index}"
+
+
+def _as_array(picture: object, source: str) -> UInt8[np.ndarray, "h w 3"]:
+    if isinstance(picture, str | Path):
+        return read_image(Path(picture))
+    if isinstance(picture, Image.Image):
+        try:
+            # A file is decoded only now, so that is when it may turn out broken.
+            return np.array(ImageOps.exif_transpose(picture).convert("RGB"))
+        except (OSError, SyntaxError, ValueError) as error:
+            raise DataError(f"a picture that cannot be decoded: {error}", where=source) from None
+    if not isinstance(picture, np.ndarray):
+        raise DataError(f"expected a path, an RGB array or a PIL image, found a {type(picture).__name__}", where=source)
+    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or picture.size == 0:
+        what = f"expected RGB bytes [height, width, 3], found {picture.dtype} {list(picture.shape)}"
+        raise DataError(what, where=source, hint="convert it to 8-bit RGB first, for example with PIL's convert")
+    return np.ascontiguousarray(picture)

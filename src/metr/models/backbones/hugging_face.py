@@ -1,0 +1,176 @@
+"""Any backbone that transformers' AutoBackbone knows, hierarchical or a plain vision transformer."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import CONFIG_MAPPING, AutoBackbone, AutoConfig
+
+from metr.errors import ConfigError, ModelError, did_you_mean
+from metr.hub import loading
+from metr.models.backbones.base import Backbone
+from metr.models.backbones.batch_norm import freeze_batch_norms
+from metr.models.backbones.config import BackboneConfig
+from metr.models.backbones.pyramid import SimplePyramid
+
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+_BASIC = {"model_type": "resnet", "layer_type": "basic", "hidden_sizes": [64, 128, 256, 512]}
+_BOTTLENECK = {"model_type": "resnet", "layer_type": "bottleneck", "hidden_sizes": [256, 512, 1024, 2048]}
+_auto: Any = AutoBackbone  # its methods have no types
+# Their hub names, and what makes them without the hub.
+SHORTHANDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "resnet18": ("microsoft/resnet-18", _BASIC | {"depths": [2, 2, 2, 2]}),
+    "resnet34": ("microsoft/resnet-34", _BASIC | {"depths": [3, 4, 6, 3]}),
+    "resnet50": ("microsoft/resnet-50", _BOTTLENECK | {"depths": [3, 4, 6, 3]}),
+    "resnet101": ("microsoft/resnet-101", _BOTTLENECK | {"depths": [3, 4, 23, 3]}),
+}
+# Of a model's configuration, what has no say in its maps, or is found again.
+_LABELS = {"id2label", "label2id", "num_labels", "problem_type"}
+_STAGE_NAMES = {"out_features", "out_indices", "stage_names"}
+_ORIGIN = {"_commit_hash", "architectures", "dtype", "torch_dtype", "transformers_version"}
+_NOT_ARCHITECTURE = _LABELS | _STAGE_NAMES | _ORIGIN
+# The side of the image that strides are measured with: a multiple of every common patch and of 32.
+_PROBE = 224
+_STAGES = 4
+
+
+class HuggingFaceBackbone(Backbone):
+    """A backbone of transformers, frozen as far as the configuration says; what no map depends on is frozen too.
+
+    Strides and channels are measured on a copy without weights, so nothing is assumed of the architecture.
+
+    Raises:
+        ModelError: there is no such model, the hub is out of reach, or it has no map of a wanted stride.
+        ConfigError: an option is unknown.
+    """
+
+    def __init__(self, config: BackboneConfig) -> None:
+        source = _source(config.name)
+        architecture = _architecture(config, source)
+        stages, plain = _wanted_stages(architecture, config)
+        architecture.out_features = [stage for stage, _, _ in stages]
+        channels, strides = [c for _, c, _ in stages], [s for _, _, s in stages]
+        pyramid = SimplePyramid(channels[0], strides[0], config.strides) if plain else None
+        if pyramid is not None:
+            channels, strides = list(pyramid.channels), list(pyramid.strides)
+        super().__init__(_rebuilding(config, architecture), channels, strides, _IMAGENET)
+        self.network, self.pyramid = _built(config, source, architecture), pyramid
+        # Maps then cover the image as strides say, also where the network would cut it to whole patches.
+        self.pad_to = stages[-1][2] if plain else max(strides)
+        for name in _idle_parameters(architecture):
+            self.network.get_parameter(name).requires_grad_(False)
+        frozen = _first_stages(self.network, len(architecture.stage_names) - 1, config)
+        for module in [self.network] if config.freeze_batch_norm else frozen:
+            freeze_batch_norms(module)
+        self.freeze(frozen)
+
+    def features(self, images: Tensor) -> Sequence[Tensor]:
+        """The maps of the wanted stages, or the pyramid made from the last one."""
+        maps: tuple[Tensor, ...] = self.network(images).feature_maps
+        return maps if self.pyramid is None else self.pyramid(maps[-1])
+
+
+def _source(name: str) -> str:
+    """The folder or hub name."""
+    if name in SHORTHANDS:
+        return SHORTHANDS[name][0]
+    folder = Path(name).expanduser()
+    return str(folder) if folder.is_dir() else name
+
+
+def _architecture(config: BackboneConfig, source: str) -> Any:
+    """The transformers configuration."""
+    options = dict(config.options)
+    known = SHORTHANDS[config.name][1] if config.name in SHORTHANDS and not config.pretrained else {}
+    model_type = options.pop("model_type", known.get("model_type", config.name))
+    made_here = model_type in CONFIG_MAPPING and not config.pretrained
+    if not made_here and "/" not in source and not Path(source).is_dir():
+        hint = did_you_mean(config.name, ["efficientnet_lite0", *SHORTHANDS])
+        raise ModelError(f"no backbone {config.name!r}", where="backbone.name", hint=f"{hint}, or a hub name or folder")
+    with loading(source):
+        if made_here:
+            _check_options(options, CONFIG_MAPPING[model_type]())
+            values = {key: value for key, value in known.items() if key != "model_type"} | options
+            return AutoConfig.for_model(model_type, **values)
+        architecture = AutoConfig.from_pretrained(source, revision=config.revision or "main")
+        _check_options(options, architecture)
+        for key, value in options.items():
+            setattr(architecture, key, value)
+        return architecture
+
+
+def _check_options(options: dict[str, Any], architecture: Any) -> None:
+    known = architecture.to_dict()
+    for key in options:
+        if key not in known:
+            what = f"a {architecture.model_type} has no option {key!r}"
+            raise ConfigError(what, where="backbone.options", hint=did_you_mean(key, known))
+
+
+def _rebuilding(config: BackboneConfig, architecture: Any) -> BackboneConfig:
+    """The configuration that gives this network with random weights, wherever its own come from."""
+    options = {key: value for key, value in architecture.to_diff_dict().items() if key not in _NOT_ARCHITECTURE}
+    return config.model_copy(update={"pretrained": False, "options": options})
+
+
+def _built(config: BackboneConfig, source: str, architecture: Any) -> Any:
+    with loading(source):
+        if not config.pretrained:
+            return _auto.from_config(architecture)
+        revision = config.revision or "main"
+        return _auto.from_pretrained(source, config=architecture, revision=revision, dtype=torch.float32)
+
+
+def _skeleton_maps(architecture: Any) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """The network without memory for its weights, and the maps (without memory too) that it makes."""
+    with loading(architecture.model_type), torch.device("meta"):
+        skeleton = _auto.from_config(architecture).eval()
+        return skeleton, skeleton(torch.empty(1, 3, _PROBE, _PROBE)).feature_maps
+
+
+def _wanted_stages(architecture: Any, config: BackboneConfig) -> tuple[list[tuple[str, int, int]], bool]:
+    """Name, channels and stride of the stages to take, finest first; and whether all have one stride."""
+    if not hasattr(architecture, "stage_names"):
+        what = f"a {architecture.model_type} model is no backbone in transformers"
+        raise ModelError(what, where=config.name, hint="name a ResNet, Swin, ConvNeXt, DINOv2 or the like")
+    names = list(architecture.stage_names)
+    architecture.out_features = names
+    maps = _skeleton_maps(architecture)[1]
+    # Of stages with one stride the last is the deepest.
+    found = {_PROBE // level.shape[-1]: (name, level.shape[1]) for name, level in zip(names, maps, strict=True)}
+    if len(found) == 1:
+        stride, (name, channels) = found.popitem()
+        return [(name, channels, stride)], True
+    if missing := [stride for stride in config.strides if stride not in found]:
+        what = f"this {architecture.model_type} has no map of stride {missing[0]}"
+        raise ModelError(what, where=config.name, hint=f"backbone.strides of {sorted(found)}")
+    return [(*found[stride], stride) for stride in config.strides], False
+
+
+def _idle_parameters(architecture: Any) -> list[str]:
+    """Parameters that no map depends on: final norms, mask tokens, stages past the last map."""
+    skeleton, maps = _skeleton_maps(architecture)
+    names, parameters = zip(*skeleton.named_parameters(), strict=True)
+    gradients: Any = torch.autograd.grad([level.sum() for level in maps], parameters, allow_unused=True)
+    return [name for name, gradient in zip(names, gradients, strict=True) if gradient is None]
+
+
+def _first_stages(network: nn.Module, stages: int, config: BackboneConfig) -> list[nn.Module]:
+    """What is frozen: everything before the list of stages (or layers), and its first ones."""
+    if not config.freeze_stages:
+        return []
+    lists = (name for name, part in network.named_modules() if isinstance(part, nn.ModuleList) and len(part) == stages)
+    path = next(lists, None)
+    if path is None:
+        what = "cannot tell this network's stages apart"
+        raise ModelError(what, where=config.name, hint="set backbone.freeze_stages=0")
+    before: list[nn.Module] = []
+    parent = network
+    for part in path.split("."):
+        children = dict(parent.named_children())
+        before += [child for name, child in children.items() if list(children).index(name) < list(children).index(part)]
+        parent = children[part]
+    layers = list(parent.children())
+    return before + layers[: round(len(layers) * config.freeze_stages / _STAGES)]

@@ -1,0 +1,229 @@
+"""Frozen language models through transformers: where they come from, and how they turn a sentence into a vector."""
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from hashlib import sha256
+from inspect import signature
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+import torch
+import transformers
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import normalize
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers.utils.hub import cached_file
+
+from metr.bundled import MINILM, minilm_folder
+from metr.errors import ConfigError, ModelError, did_you_mean
+from metr.hub import loading
+
+Pooling = Literal["auto", "projection", "mean", "cls"]
+
+BUNDLED = "bundled:minilm"
+# Halves of image-text models: their class, and where its output holds the vector that lives with the images'.
+_PROJECTED = {
+    "clip": ("CLIPTextModelWithProjection", "text_embeds"),
+    "clip_text_model": ("CLIPTextModelWithProjection", "text_embeds"),
+    "metaclip_2": ("MetaClip2TextModelWithProjection", "text_embeds"),
+    "siglip": ("SiglipTextModel", "pooler_output"),
+    "siglip_text_model": ("SiglipTextModel", "pooler_output"),
+    "siglip2": ("Siglip2TextModel", "pooler_output"),
+    "siglip2_text_model": ("Siglip2TextModel", "pooler_output"),
+}
+# Encoders that AutoModel would give a decoder, which sentences do not need.
+_ENCODERS = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
+_MODEL_FILES = (".safetensors", ".bin", ".json", ".txt", ".model")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+# Sentences that run together; on a processor more would leave its caches.
+_BATCH = 64
+# Tokens of a sentence, where the model has no bound of its own.
+_LONGEST = 512
+
+
+@dataclass(frozen=True, kw_only=True)
+class LanguageModelSource:
+    """A language model that was found but not loaded.
+
+    Attributes:
+        location: A folder or a hub name.
+        revision: The hub's commit; None for a folder.
+        fingerprint: Names the very weights: SHA-256 of the files, or the commit.
+        pooling: How token vectors become the sentence's.
+        width: Numbers of an embedding, t.
+    """
+
+    location: str
+    revision: str | None
+    fingerprint: str
+    model_type: str
+    pooling: Pooling
+    width: int
+
+    @classmethod
+    def find(cls, source: str, revision: str | None, pooling: Pooling) -> "LanguageModelSource":
+        """The source that a configuration means.
+
+        Args:
+            source: `bundled:minilm`, a folder, or a hub name.
+            revision: The hub's branch, tag or commit.
+            pooling: "auto" takes what the model was made for.
+
+        Raises:
+            ModelError: there is no such model, or the hub is out of reach.
+            ConfigError: the pooling does not suit the model.
+            DependencyError: the bundled model's package is missing or altered.
+        """
+        if source == BUNDLED:
+            folder = str(minilm_folder())
+            fingerprint = f"sha256:{MINILM.sha256}"
+            return cls._read(folder, None, fingerprint, pooling)
+        if source.startswith("bundled:"):
+            raise ModelError("no such bundled model", where=source, hint=did_you_mean(source, [BUNDLED]))
+        path = Path(source).expanduser()
+        if path.is_dir():
+            return cls._read(str(path), None, f"sha256:{_fingerprint(path)}", pooling)
+        return cls._read(source, revision, None, pooling)
+
+    @classmethod
+    def _read(
+        cls, location: str, revision: str | None, fingerprint: str | None, pooling: Pooling
+    ) -> "LanguageModelSource":
+        with loading(location):
+            config = AutoConfig.from_pretrained(location, revision=revision or "main")
+        commit = None
+        if fingerprint is None:
+            commit = revision if revision and _COMMIT.fullmatch(revision) else (config._commit_hash or revision)
+            fingerprint = f"commit:{commit or 'unknown'}"
+        if hasattr(config, "vision_config") and config.model_type not in _PROJECTED:
+            what = f"the text half of a {config.model_type} model is not known here"
+            raise ModelError(what, where=location, hint="name a CLIP, SigLIP or BERT-like model")
+        return cls(
+            location=location,
+            revision=commit,
+            fingerprint=fingerprint,
+            model_type=config.model_type,
+            pooling=_pooling(pooling, location, commit, config.model_type),
+            width=_width(config),
+        )
+
+
+class LanguageModel:
+    """A frozen language model in evaluation mode, in single precision.
+
+    Args:
+        source: Where it comes from.
+        device: Where it runs.
+
+    Raises:
+        ModelError: its files cannot be had or do not fit together.
+    """
+
+    def __init__(self, source: LanguageModelSource, device: torch.device | str = "cpu") -> None:
+        # Tokenising a few thousand short phrases needs no threads, and tokenizers' do not survive a fork of workers.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        self.source, self.device = source, torch.device(device)
+        origin: dict[str, Any] = {"revision": source.revision or "main"}
+        with loading(source.location):
+            self._tokenizer = AutoTokenizer.from_pretrained(source.location, **origin)
+            self._model = self._class().from_pretrained(source.location, dtype=torch.float32, **origin)
+        if self._tokenizer.pad_token is None:
+            self._tokenizer.pad_token = self._tokenizer.eos_token
+        self._model.eval().requires_grad_(False).to(self.device)
+
+    def _class(self) -> Any:
+        name = _PROJECTED[self.source.model_type][0] if self.source.pooling == "projection" else None
+        name = name or _ENCODERS.get(self.source.model_type)
+        return AutoModel if name is None else getattr(transformers, name)
+
+    @cached_property
+    def _inputs(self) -> set[str]:
+        """What of a tokenizer's output the model takes. SigLIP was trained to attend to padding, so gets no mask."""
+        taken = set(signature(self._model.forward).parameters) & {"input_ids", "attention_mask", "token_type_ids"}
+        return taken - {"attention_mask"} if self._pads_fully else taken
+
+    @cached_property
+    def _longest(self) -> int:
+        """Tokens of the longest sentence that is not cut."""
+        values = self._model.config.get_text_config().to_dict()
+        return min(self._tokenizer.model_max_length, values.get("max_position_embeddings") or _LONGEST)
+
+    @property
+    def _pads_fully(self) -> bool:
+        return self.source.model_type.startswith("siglip")
+
+    @torch.no_grad()
+    def encode(self, sentences: Sequence[str]) -> Float[Tensor, "n t"]:
+        """One L2-normalised vector a sentence, on the CPU. Sentences of like length run together: little padding."""
+        order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))
+        rows = torch.empty(len(sentences), self.source.width)
+        for start in range(0, len(order), _BATCH):
+            batch = order[start : start + _BATCH]
+            rows[batch] = self._encode_batch([sentences[i] for i in batch]).float().cpu()
+        return normalize(rows, dim=-1)
+
+    def _encode_batch(self, sentences: list[str]) -> Float[Tensor, "n t"]:
+        how = {"padding": "max_length" if self._pads_fully else True, "truncation": True, "max_length": self._longest}
+        tokens = self._tokenizer(sentences, return_tensors="pt", **how).to(self.device)
+        output = self._model(**{key: value for key, value in tokens.items() if key in self._inputs})
+        if self.source.pooling == "projection":
+            vectors: Tensor = output[_PROJECTED[self.source.model_type][1]]
+            return vectors
+        states: Tensor = output.last_hidden_state
+        if self.source.pooling == "cls":
+            return states[:, 0]
+        weights: Tensor = tokens["attention_mask"].unsqueeze(-1).to(states.dtype)
+        return (states * weights).sum(1) / weights.sum(1)
+
+
+def _pooling(asked: Pooling, location: str, commit: str | None, model_type: str) -> Pooling:
+    """The pooling to use; sentence-transformers' own files say what theirs were trained with."""
+    fitting: tuple[Pooling, ...] = ("projection",) if model_type in _PROJECTED else ("mean", "cls")
+    if asked != "auto":
+        if asked not in fitting:
+            what = f"pooling {asked!r} does not suit a {model_type} model"
+            raise ConfigError(what, where="pooling", hint=f"auto, or {' or '.join(fitting)}")
+        return asked
+    if len(fitting) == 1:
+        return fitting[0]
+    with loading(location):
+        file = cached_file(
+            location,
+            "1_Pooling/config.json",
+            revision=commit or "main",
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        stated = {} if file is None else msgspec.json.decode(Path(file).read_bytes(), type=dict[str, Any])
+    return "cls" if stated.get("pooling_mode_cls_token") else "mean"
+
+
+def _width(config: Any) -> int:
+    """Numbers of a sentence's vector."""
+    text = config.get_text_config()
+    if config.model_type.startswith("siglip"):
+        return int(text.projection_size)
+    return int(text.projection_dim if config.model_type in _PROJECTED else text.hidden_size)
+
+
+def _fingerprint(folder: Path) -> str:
+    """SHA-256 of a model folder's files; of the same files it is computed once a process."""
+    files = [*folder.iterdir(), *folder.glob("1_Pooling/config.json")]
+    models = sorted(path for path in files if path.is_file() and path.suffix in _MODEL_FILES)
+    return _digest(folder, tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in models))
+
+
+@lru_cache(maxsize=8)
+def _digest(folder: Path, files: tuple[tuple[Path, int, int], ...]) -> str:
+    digest = sha256()
+    for path, size, _ in files:
+        digest.update(f"{path.relative_to(folder)} {size}\n".encode())
+        with path.open("rb") as opened:
+            while block := opened.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,232 @@
+"""Pictures of every kind against Pillow, and the files that must end in one clear message."""
+
+import io
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps
+
+from metr.data.images import check_picture, probe_size, read_annotated, read_header, read_image
+from metr.data.records import ImageRecord
+from metr.errors import DataError
+
+HEIGHT, WIDTH = 46, 70
+
+
+@pytest.fixture
+def picture() -> Image.Image:
+    """A smooth picture without any symmetry, so that lossy formats stay close and no turn goes unnoticed."""
+    rows, columns = np.mgrid[:HEIGHT, :WIDTH]
+    channels = [columns * 3, rows * 5, (rows + columns) * 2]
+    return Image.fromarray(np.stack(channels, axis=-1).clip(0, 255).astype(np.uint8))
+
+
+def save(image: Image.Image, path: Path, **options: object) -> Path:
+    image.save(path, **options)
+    return path
+
+
+def record(path: Path, height: int, width: int) -> ImageRecord:
+    return ImageRecord(
+        image_id=1,
+        path=path,
+        width=width,
+        height=height,
+        boxes=np.array([[2, 4, 10, 20]], dtype=np.float32),
+        labels=np.array([0], dtype=np.int64),
+        areas=np.array([128], dtype=np.float32),
+        ignore=np.array([False]),
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "tolerance"),
+    [
+        ("a.jpg", {"quality": 95}, 3),
+        ("progressive.JPG", {"quality": 95, "progressive": True}, 3),
+        ("a.png", {}, 0),
+        ("a.bmp", {}, 0),
+        ("lossy.webp", {"quality": 95}, 6),
+        ("lossless.webp", {"lossless": True}, 0),
+        ("a.tif", {}, 0),
+        ("lzw.tiff", {"compression": "tiff_lzw"}, 0),
+        ("with spaces и буквы 图.png", {}, 0),
+    ],
+)
+def test_formats_agree_with_pillow(
+    tmp_path: Path, picture: Image.Image, name: str, options: dict[str, object], tolerance: int
+) -> None:
+    path = save(picture, tmp_path / name, **options)
+    image = read_image(path)
+    assert image.dtype == np.uint8
+    assert image.flags["C_CONTIGUOUS"]
+    assert image.flags["WRITEABLE"]
+    expected = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    assert np.abs(image.astype(int) - expected).max() <= tolerance
+    assert probe_size(path) == (HEIGHT, WIDTH)
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "LA", "RGBA", "CMYK"])
+def test_modes_become_rgb(tmp_path: Path, picture: Image.Image, mode: str) -> None:
+    path = save(picture.convert(mode), tmp_path / ("a.tif" if mode == "CMYK" else "a.png"))
+    expected = np.asarray(Image.open(path).convert("RGB")).astype(int)
+    assert np.abs(read_image(path).astype(int) - expected).max() <= 1
+
+
+def test_cmyk_jpeg_is_not_inverted(tmp_path: Path, picture: Image.Image) -> None:
+    path = save(picture.convert("CMYK"), tmp_path / "a.jpg", quality=95)
+    assert np.abs(read_image(path).astype(int) - np.asarray(picture).astype(int)).mean() < 4
+
+
+def test_gif_gives_its_first_frame(tmp_path: Path, picture: Image.Image) -> None:
+    first, second = picture.quantize(), ImageOps.mirror(picture).quantize()
+    path = save(first, tmp_path / "a.gif", save_all=True, append_images=[second])
+    assert probe_size(path) == (HEIGHT, WIDTH)
+    expected = np.asarray(first.convert("RGB")).astype(int)
+    assert np.abs(read_image(path).astype(int) - expected).mean() < 2
+
+
+def test_sixteen_bits_keep_the_high_byte(tmp_path: Path) -> None:
+    values = np.arange(HEIGHT * WIDTH, dtype=np.uint16).reshape(HEIGHT, WIDTH) * 20
+    path = save(Image.fromarray(values), tmp_path / "a.png")
+    assert np.array_equal(read_image(path), np.repeat((values >> 8).astype(np.uint8)[..., None], 3, axis=-1))
+
+
+def test_transparency_lies_on_white(tmp_path: Path) -> None:
+    pixels = np.zeros((2, 3, 4), dtype=np.uint8)
+    pixels[0, :, 3] = [0, 128, 255]
+    pixels[1] = [200, 100, 50, 255]
+    image = read_image(save(Image.fromarray(pixels), tmp_path / "a.png"))
+    assert image[0, :, 0].tolist() == [255, 127, 0]
+    assert image[1, 0].tolist() == [200, 100, 50]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
+def test_orientation_agrees_with_pillow(tmp_path: Path, picture: Image.Image, orientation: int, suffix: str) -> None:
+    path = tmp_path / f"a{suffix}"
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"quality": 95} if suffix == ".jpg" else {"lossless": True} if suffix == ".webp" else {}
+    picture.save(path, exif=exif.tobytes() if suffix != ".tif" else exif, **options)
+    assert read_header(path).orientation == orientation
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(path)).convert("RGB")).astype(int)
+    image = read_image(path).astype(int)
+    assert probe_size(path) == image.shape[:2] == expected.shape[:2]
+    assert np.abs(image - expected).max() <= 3
+    assert read_image(path, orient=False).shape == (HEIGHT, WIDTH, 3)
+
+
+def test_long_metadata_before_the_frame(tmp_path: Path, picture: Image.Image) -> None:
+    data = io.BytesIO()
+    picture.save(data, "JPEG")
+    comment = b"\xff\xfe" + struct.pack(">H", 60002) + bytes(60000)
+    path = tmp_path / "a.jpg"
+    path.write_bytes(data.getvalue()[:2] + comment + data.getvalue()[2:])
+    assert probe_size(path) == (HEIGHT, WIDTH)
+    assert read_image(path).shape == (HEIGHT, WIDTH, 3)
+
+
+@pytest.mark.parametrize(("suffix", "options"), [(".jpg", {"quality": 95}), (".png", {}), (".webp", {}), (".tif", {})])
+@pytest.mark.parametrize("share", [0.9, 0.5])
+def test_truncated(tmp_path: Path, suffix: str, options: dict[str, object], share: float) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (200, 300, 3), dtype=np.uint8)
+    path = save(Image.fromarray(noise), tmp_path / f"a{suffix}", **options)
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
+    with pytest.raises(DataError, match=r"cannot be decoded|ends within"):
+        read_image(path)
+
+
+def test_truncated_jpeg_with_a_whole_thumbnail(tmp_path: Path, picture: Image.Image) -> None:
+    """The thumbnail's end marker must not pass for the picture's."""
+    data = io.BytesIO()
+    picture.save(data, "JPEG")
+    thumbnail = b"\xff\xe1" + struct.pack(">H", 8) + b"ab\xff\xd9cd"
+    path = tmp_path / "a.jpg"
+    path.write_bytes((data.getvalue()[:2] + thumbnail + data.getvalue()[2:])[:-2])
+    with pytest.raises(DataError, match="cannot be decoded"):
+        read_image(path)
+
+
+def test_bad_files(tmp_path: Path) -> None:
+    missing, empty, text = tmp_path / "missing.jpg", tmp_path / "empty.jpg", tmp_path / "text.jpg"
+    empty.touch()
+    text.write_text("not a picture")
+    short = tmp_path / "short.png"
+    short.write_bytes(b"\x89PNG\r\n\x1a\n\0\0")
+    for path, message in [
+        (missing, "no such picture"),
+        (empty, "0 bytes"),
+        (text, "not a picture"),
+        (short, "ends within its header"),
+        (tmp_path, "cannot be read"),
+    ]:
+        for read in (read_image, probe_size):
+            with pytest.raises(DataError, match=message) as caught:
+                read(path)
+            assert caught.value.where == path
+
+
+def test_a_bomb_is_refused_by_its_header(tmp_path: Path) -> None:
+    """The file says 30,000 x 30,000 and has no pixels: decoding it would fail in another way."""
+    header = struct.pack(">II", 30000, 30000) + b"\x08\x02\0\0\0"
+    path = tmp_path / "bomb.png"
+    end = struct.pack(">I4sI", 0, b"IDAT", 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + struct.pack(">I4s", 13, b"IHDR") + header + bytes(4) + end)
+    assert probe_size(path) == (30000, 30000)
+    with pytest.raises(DataError, match="more than the limit"):
+        read_image(path)
+
+
+def test_zero_sized_header(tmp_path: Path) -> None:
+    path = tmp_path / "a.gif"
+    path.write_bytes(b"GIF89a" + bytes(10))
+    with pytest.raises(DataError, match="0 x 0"):
+        probe_size(path)
+
+
+def test_boxes_of_the_shown_picture(tmp_path: Path, picture: Image.Image) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = save(picture, tmp_path / "a.jpg", exif=exif)
+    shown = record(path, height=WIDTH, width=HEIGHT)
+    image, fitted, fault = read_annotated(shown)
+    assert image.shape == (WIDTH, HEIGHT, 3)
+    assert fitted is shown
+    assert fault is None
+    assert check_picture(shown) is None
+
+
+def test_boxes_of_the_stored_pixels(tmp_path: Path, picture: Image.Image) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    path = save(picture, tmp_path / "a.jpg", exif=exif)
+    stored = record(path, height=HEIGHT, width=WIDTH)
+    image, fitted, fault = read_annotated(stored)
+    assert image.shape == (HEIGHT, WIDTH, 3)
+    assert fitted is stored
+    assert fault is not None
+    assert fault.kind == "orientation"
+    assert check_picture(stored) == fault
+
+
+def test_boxes_of_another_size_are_scaled(tmp_path: Path, picture: Image.Image) -> None:
+    path = save(picture, tmp_path / "a.png")
+    image, fitted, fault = read_annotated(record(path, height=HEIGHT * 2, width=WIDTH // 2))
+    assert image.shape == (HEIGHT, WIDTH, 3)
+    assert (fitted.height, fitted.width) == (HEIGHT, WIDTH)
+    assert fitted.boxes.tolist() == [[4, 2, 20, 10]]
+    assert fitted.areas.tolist() == [128]
+    assert fitted.boxes.dtype == np.float32 == fitted.areas.dtype
+    assert fault is not None
+    assert fault.kind == "size differs"
+
+
+def test_check_picture_reports_unreadable_files(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").touch()
+    fault = check_picture(record(tmp_path / "a.jpg", height=1, width=1))
+    assert fault is not None
+    assert fault.kind == "unreadable picture"
+    assert "0 bytes" in fault.detail

@@ -1,0 +1,217 @@
+"""Loaders: the same batches whatever the workers and wherever a run was cut; annotations are not copied."""
+
+import logging
+import os
+import signal
+from collections.abc import Sequence
+from contextlib import closing
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from made_pictures import make_annotations, make_dataset
+
+from metr.data.config import LoaderConfig, ResizeConfig
+from metr.data.dataset import DetectionDataset
+from metr.data.loading import FaultList, build_evaluation_loader, build_train_loader, shape_groups
+from metr.data.records import Fault, ImageRecord, InMemoryAnnotations
+from metr.errors import DataError
+from metr.structures import Batch
+
+FIT = ResizeConfig(mode="fit", size=48, longest=96)
+
+
+def mixed(folder: Path, **settings: object) -> list[DetectionDataset]:
+    return [
+        make_dataset(make_annotations(folder, name, count), **settings) for name, count in (("cells", 7), ("fish", 3))
+    ]
+
+
+def some(datasets: Sequence[DetectionDataset], steps: int, workers: int = 0, **options: int) -> list[Batch]:
+    loader = build_train_loader(datasets, LoaderConfig(batch_size=4, workers=workers), seed=3, **options)  # type: ignore[arg-type]
+    with closing(iter(loader)) as batches:  # type: ignore[type-var]
+        return list(islice(batches, steps))
+
+
+def assert_same(left: Batch, right: Batch) -> None:
+    assert left.image_ids == right.image_ids
+    assert left.datasets == right.datasets
+    assert left.sizes == right.sizes
+    assert torch.equal(left.images, right.images)
+    assert torch.equal(left.padding_mask, right.padding_mask)
+    for one, other in zip(left.targets, right.targets, strict=True):
+        for name in ("boxes", "labels", "annotated", "ignore_boxes", "ignore_labels"):
+            assert torch.equal(getattr(one, name), getattr(other, name)), name
+
+
+def broken(annotations: InMemoryAnnotations, *indices: int) -> InMemoryAnnotations:
+    for index in indices:
+        annotations.records[index].path.write_bytes(b"no picture")
+    return annotations
+
+
+def test_a_resumed_run_gets_the_very_same_batches(tmp_path: Path) -> None:
+    datasets = mixed(tmp_path, sizes=(32, 64))
+    whole = some(datasets, 7)
+    assert {batch.images.shape[-1] for batch in whole} == {32, 64}
+    state = build_train_loader(datasets, LoaderConfig(batch_size=4, workers=0)).sampler.draws_after(3)
+    torch.rand(17)  # the global generator has no say
+    for before, after in zip(whole[3:], some(datasets, 4, start=state), strict=True):
+        assert_same(before, after)
+
+
+def test_workers_change_nothing(tmp_path: Path) -> None:
+    datasets = mixed(tmp_path)
+    broken(datasets[0].annotations, 2)  # type: ignore[arg-type]
+    state = torch.get_rng_state()
+    for alone, helped in zip(some(datasets, 5), some(datasets, 5, workers=2), strict=True):
+        assert_same(alone, helped)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_processes_share_the_draws(tmp_path: Path) -> None:
+    datasets = mixed(tmp_path)
+    loader = build_train_loader(datasets, LoaderConfig(batch_size=8, workers=0), seed=3)
+    with closing(iter(loader)) as batches:  # type: ignore[type-var]
+        alone = [image_id for batch in islice(batches, 2) for image_id in batch.image_ids]
+    left, right = (some(datasets, 2, rank=rank, world=2) for rank in range(2))
+    together = [
+        i for a, b in zip(left, right, strict=True) for pair in zip(a.image_ids, b.image_ids, strict=True) for i in pair
+    ]
+    assert together == alone
+
+
+class Counted:
+    """Annotations that refuse to be copied to another process."""
+
+    def __init__(self, inner: InMemoryAnnotations) -> None:
+        self.inner, self.name, self.split, self.format = inner, inner.name, inner.split, inner.format
+        self.categories, self.faults = inner.categories, inner.faults
+        self.asked = 0
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __getitem__(self, index: int) -> ImageRecord:
+        self.asked += 1
+        return self.inner[index]
+
+    def __reduce__(self) -> tuple[object, ...]:
+        raise AssertionError("annotations were pickled")
+
+
+def test_workers_inherit_the_annotations(tmp_path: Path) -> None:
+    annotations = Counted(make_annotations(tmp_path, "cells", 7))
+    assert len(some([make_dataset(annotations)], 3, workers=2)) == 3
+    assert len(list(build_evaluation_loader(make_dataset(annotations, training=False), 4, workers=1))) == 2
+    # Records are read where the pictures are: none in this process.
+    assert annotations.asked == 0
+
+
+def test_unreadable_pictures_are_listed_and_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    dataset = make_dataset(broken(make_annotations(tmp_path), 0, 3))
+    loader = build_train_loader([dataset], LoaderConfig(batch_size=4, workers=1))
+    with caplog.at_level(logging.WARNING, logger="metr"), closing(iter(loader)) as batches:  # type: ignore[type-var]
+        ids = {image_id for batch in islice(batches, 8) for image_id in batch.image_ids}
+    assert ids == {"cells-1", "cells-2", "cells-4", "cells-5"}
+    assert sorted(Path(fault.where).name for fault in loader.faults) == ["0.png", "3.png"]
+    assert sorted(record.args[1] for record in caplog.records) == sorted(fault.where for fault in loader.faults)  # type: ignore[index]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_dataset_without_readable_pictures_stops_the_run(tmp_path: Path, workers: int) -> None:
+    dataset = make_dataset(broken(make_annotations(tmp_path), *range(6)))
+    loader = build_train_loader([dataset], LoaderConfig(batch_size=4, workers=workers))
+    with (
+        pytest.raises(DataError, match=r"^cells: 20 pictures in a row(.|\n)*not a picture"),
+        closing(iter(loader)) as batches,
+    ):  # type: ignore[type-var]
+        next(batches)
+
+
+def test_a_dataset_without_pictures_stops_the_run(tmp_path: Path) -> None:
+    datasets = [make_dataset(make_annotations(tmp_path, name, 0)) for name in ("cells", "fish")]
+    with pytest.raises(DataError, match="cells, fish: no pictures"):
+        build_train_loader(datasets, LoaderConfig(workers=0))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_evaluation_shows_every_picture_once_in_groups_of_one_shape(tmp_path: Path, workers: int) -> None:
+    annotations = make_annotations(tmp_path, "cells", 11, shapes=((48, 64), (64, 48), (48, 60), (50, 300)))
+    dataset = make_dataset(broken(annotations, 5), training=False, resize=FIT)
+    loader = build_evaluation_loader(dataset, 2, workers=workers)
+    for _ in range(2):
+        ids: list[int | str] = []
+        for batch in loader:
+            shapes = {tuple(-(-side // 32) for side in size) for size in batch.sizes}
+            assert len(shapes) == 1
+            assert len(batch.image_ids) <= 2
+            ids += batch.image_ids
+        expected = [f"cells-{i}" for i in range(11) if i != 5]
+        assert ids != expected
+        assert loader.in_order(ids) == expected
+    assert [Path(fault.where).name for fault in loader.faults] == ["5.png"]
+
+
+def test_evaluation_of_squares_keeps_the_order_and_splits_over_processes(tmp_path: Path) -> None:
+    dataset = make_dataset(make_annotations(tmp_path, "cells", 7, shapes=((48, 64), (64, 48))), training=False)
+    assert [batch.image_ids for batch in build_evaluation_loader(dataset, 3, workers=0)] == [
+        ("cells-0", "cells-1", "cells-2"),
+        ("cells-3", "cells-4", "cells-5"),
+        ("cells-6",),
+    ]
+    second = build_evaluation_loader(dataset, 3, workers=0, rank=1, world=2)
+    assert [batch.image_ids for batch in second] == [("cells-1", "cells-3", "cells-5")]
+
+
+def test_groups_match_what_each_picture_gets_alone(tmp_path: Path) -> None:
+    annotations = make_annotations(tmp_path, "cells", 9, shapes=((48, 64), (64, 48), (33, 32)))
+    dataset = make_dataset(annotations, training=False, resize=FIT)
+    groups = shape_groups(dataset, range(9), 8, 32)
+    assert sorted(index for group in groups for index in group) == list(range(9))
+    for batch in build_evaluation_loader(dataset, 8, workers=0):
+        for row, image_id in enumerate(batch.image_ids):
+            index = int(str(image_id).split("-")[1])
+            (alone,) = build_evaluation_loader(
+                make_dataset(only(annotations, index), training=False, resize=FIT), 1, workers=0
+            )
+            assert torch.equal(alone.images[0], batch.images[row])
+
+
+def only(annotations: InMemoryAnnotations, index: int) -> InMemoryAnnotations:
+    return InMemoryAnnotations(
+        name=annotations.name,
+        split="val",
+        categories=annotations.categories,
+        records=annotations.records[index : index + 1],
+    )
+
+
+def test_an_empty_split_evaluates_to_nothing(tmp_path: Path) -> None:
+    dataset = make_dataset(make_annotations(tmp_path, "cells", 0), training=False)
+    loader = build_evaluation_loader(dataset, 4)
+    assert list(loader) == []
+    assert loader.in_order([]) == []
+
+
+class Fatal(Counted):
+    """Annotations that end the process that asks for a record."""
+
+    def __getitem__(self, index: int) -> ImageRecord:
+        os.kill(os.getpid(), signal.SIGKILL)
+        return self.inner[index]
+
+
+def test_a_killed_worker_is_explained(tmp_path: Path) -> None:
+    dataset = make_dataset(Fatal(make_annotations(tmp_path)), training=False)
+    with pytest.raises(DataError, match=r"died(.|\n)*fewer workers"):
+        list(build_evaluation_loader(dataset, 4, workers=1))
+
+
+def test_faults_are_logged_up_to_a_limit(caplog: pytest.LogCaptureFixture) -> None:
+    faults = FaultList()
+    with caplog.at_level(logging.WARNING, logger="metr"):
+        faults.add(Fault(kind="unreadable picture", where=str(i % 40)) for i in range(200))
+    assert len(faults.all()) == 40
+    assert len(caplog.records) == FaultList.LOGGED + 1

@@ -1,0 +1,202 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from played import Answer, Pictures, ScriptedNetwork, annotations, detections, record
+
+from metr.errors import ConfigError, DataError, ModelError
+from metr.evaluation.coco import evaluate_detections
+from metr.evaluation.evaluator import EvaluationConfig, EvaluationReport, EvaluationSet, Evaluator
+from metr.evaluation.report import as_markdown, category_table, dataset_table, from_dict, write_report
+from metr.text.vocabulary import Vocabulary
+
+CAT, DOG = (10.0, 10.0, 40.0, 40.0), (50.0, 20.0, 90.0, 70.0)
+CARD, FAR = (0.0, 0.0, 30.0, 60.0), (60.0, 60.0, 99.0, 79.0)
+
+PETS = annotations(
+    "pets", ("cat", "dog"), record("a", [(0, CAT), (1, DOG)]), record("b", [(0, CAT)]), record("c", [(1, DOG)])
+)
+CARDS = annotations("cards", ("king", "ace"), record(0, [(0, CARD)]), record(1, [(0, CARD), (1, FAR)], crowds=[1]))
+VOCABULARY = Vocabulary.union({"pets": PETS.categories, "cards": CARDS.categories})
+
+# Pictures 0 to 2 are pets, 3 and 4 cards. In picture 1 the best guess is a card.
+SCRIPT = {
+    0: [Answer("cat", 0.9, CAT), Answer("dog", 0.8, DOG), Answer("king", 0.1, FAR)],
+    1: [Answer("king", 0.95, CAT), Answer("cat", 0.7, CAT), Answer("dog", 0.75, FAR)],
+    2: [Answer("dog", 0.6, DOG)],
+    3: [Answer("king", 0.9, CARD), Answer("cat", 0.5, CAT)],
+    4: [Answer("ace", 0.9, CARD), Answer("king", 0.3, CARD)],
+}
+
+
+def make_network() -> ScriptedNetwork:
+    return ScriptedNetwork(VOCABULARY.names, SCRIPT)
+
+
+def make_sets() -> list[EvaluationSet]:
+    return [
+        EvaluationSet(annotations=PETS, batches=Pictures(PETS, (0, 1, 2))),
+        EvaluationSet(annotations=CARDS, batches=Pictures(CARDS, (3, 4))),
+    ]
+
+
+def run(config: EvaluationConfig | None = None, foreign: str | None = None) -> EvaluationReport:
+    return Evaluator(torch.eye(4), VOCABULARY, config).evaluate(make_network(), make_sets(), foreign)
+
+
+def test_scores_are_those_of_the_script() -> None:
+    report = run()
+    pets, cards = report.datasets
+    # scripted scores go through logits and back, which keeps their order and so every number below
+    own = {
+        "a": detections(("cat", "dog"), ("cat", 0.9, CAT), ("dog", 0.8, DOG)),
+        "b": detections(("cat", "dog"), ("dog", 0.75, FAR), ("cat", 0.7, CAT)),
+        "c": detections(("cat", "dog"), ("dog", 0.6, DOG)),
+    }
+    assert pets.own.coco == evaluate_detections(PETS, own)
+    # all foreign names fit among the hundred, so nothing changes but what presence says
+    assert pets.unified.coco == pets.own.coco
+    assert (pets.own.names, pets.unified.names) == (2, 4)
+    # kings: both found first, one wrong "ace" counts for a category without objects
+    assert cards.own.coco.ap == pytest.approx(100)
+    assert [one.ap for one in cards.own.coco.categories] == [pytest.approx(100), None]
+    assert report.mean("own") == pytest.approx((pets.own.coco.ap + 100) / 2)
+    assert (pets.images, pets.missing, cards.images) == (3, 0, 2)
+
+
+def test_recall_of_presence_counts_present_categories() -> None:
+    pets, cards = run(EvaluationConfig(recall_at=(1, 2))).datasets
+    # own: a keeps cat, then dog; b ranks dog, cat; c dog. All names: king comes first in b.
+    assert pets.own.recall == pytest.approx({1: 100 * 2 / 4, 2: 100})
+    assert pets.unified.recall == pytest.approx({1: 100 * 2 / 4, 2: 100 * 3 / 4})
+    # the crowd of aces is not asked for
+    assert cards.own.recall == pytest.approx({1: 100 * 1 / 2, 2: 100})
+
+
+def test_field_confusion_counts_the_best_detections() -> None:
+    report = run()
+    # a: cat, dog; b: king; c: dog; the first card: king; the second, whose ace is a crowd: ace
+    assert report.confusion.counts == ((3.0, 1.0), (0.0, 2.0))
+    assert report.confusion.shares == pytest.approx({"pets": 25.0, "cards": 0.0})
+    assert report.confusion.pooled == pytest.approx(100 / 6)
+    together = run(EvaluationConfig(fields={"pets": "photographs", "cards": "photographs"}))
+    assert together.confusion is None
+    assert [one.field for one in together.datasets] == ["photographs", "photographs"]
+
+
+def test_foreign_names_count_among_the_detections_of_a_picture() -> None:
+    narrow = EvaluationConfig.checked({"postprocess": {"max_detections": 1}})
+    pets = run(narrow).datasets[0]
+    # Own: picture b's one detection is a wrong dog, ahead of the right one in c. Unified: it is the king.
+    half_found = 100 * 51 / 101
+    assert pets.own.coco.categories[1].ap == pytest.approx(half_found / 2)
+    assert pets.unified.coco.categories[1].ap == pytest.approx(half_found)
+    assert [part.coco.categories[0].ap for part in (pets.own, pets.unified)] == [pytest.approx(half_found)] * 2
+
+
+def test_each_mode_asks_for_its_names_and_only_once() -> None:
+    for modes, expected in {
+        ("own",): [("cat", "dog")] * 2 + [("king", "ace")],
+        ("unified",): [VOCABULARY.names] * 3,
+        ("own", "unified"): [("cat", "dog"), VOCABULARY.names] * 2 + [("king", "ace"), VOCABULARY.names],
+    }.items():
+        network = make_network()
+        report = Evaluator(torch.eye(4), VOCABULARY, EvaluationConfig(modes=modes)).evaluate(network, make_sets())
+        assert network.asked == expected
+        assert [one.own is not None for one in report.datasets] == ["own" in modes] * 2
+        assert (report.confusion is not None) == ("unified" in modes)
+
+
+def test_one_dataset_is_not_run_twice() -> None:
+    vocabulary = Vocabulary.union({"pets": PETS.categories})
+    network = ScriptedNetwork(VOCABULARY.names, SCRIPT)
+    held = EvaluationSet(annotations=PETS, batches=Pictures(PETS, (0, 1, 2)))
+    report = Evaluator(torch.eye(4)[:2], vocabulary).evaluate(network, [held])
+    assert network.asked == [("cat", "dog")] * 2
+    assert report.datasets[0].own == report.datasets[0].unified
+    assert report.confusion is None
+
+
+def test_pictures_that_cannot_be_read_are_counted_and_in_no_number() -> None:
+    held = EvaluationSet(annotations=PETS, batches=Pictures(PETS, (0, 1, 2), skip=(1,)))
+    report = Evaluator(torch.eye(4), VOCABULARY).evaluate(make_network(), [held])
+    (pets,) = report.datasets
+    assert (pets.images, pets.missing, pets.own.coco.objects) == (2, 1, 3)
+    assert pets.own.coco.ap == pytest.approx(100)
+    assert "1 of pets" in as_markdown(report)
+    nothing = EvaluationSet(annotations=PETS, batches=Pictures(PETS, (0, 1, 2), skip=(0, 1, 2)))
+    with pytest.raises(DataError, match="no picture could be read"):
+        Evaluator(torch.eye(4), VOCABULARY).evaluate(make_network(), [nothing])
+
+
+def test_progress_is_told_after_each_batch() -> None:
+    told: list[tuple[str, int, int]] = []
+    Evaluator(torch.eye(4), VOCABULARY, progress=lambda *step: told.append(step)).evaluate(make_network(), make_sets())
+    assert told == [("pets", 2, 3), ("pets", 3, 3), ("cards", 2, 2)]
+
+
+def test_metrics_are_flat_and_have_one_headline() -> None:
+    report = run(EvaluationConfig(outside_mean=("cards",)))
+    metrics = report.metrics()
+    assert metrics["AP"] == report.datasets[0].own.coco.ap
+    assert metrics["AP cards"] == pytest.approx(100)
+    assert metrics["field confusion"] == report.confusion.pooled
+    assert run(EvaluationConfig(modes=("unified",))).metrics()["AP"] == run().mean("unified")
+
+
+def test_faults_are_named() -> None:
+    evaluator = Evaluator(torch.eye(4), VOCABULARY)
+    stray = annotations("strays", ("cats",), record(0, []))
+    with pytest.raises(DataError, match="did you mean 'cat'"):
+        evaluator.evaluate(make_network(), [EvaluationSet(annotations=stray, batches=[])])
+    with pytest.raises(DataError, match="not in the annotations"):
+        evaluator.evaluate(make_network(), [EvaluationSet(annotations=PETS, batches=Pictures(CARDS, (3, 4)))])
+    with pytest.raises(DataError, match="two datasets are called 'pets'"):
+        evaluator.evaluate(make_network(), [make_sets()[0], make_sets()[0]])
+    with pytest.raises(DataError, match="no dataset"):
+        evaluator.evaluate(make_network(), [])
+    with pytest.raises(ModelError, match="each of 4 names, found 3"):
+        Evaluator(torch.eye(3), VOCABULARY)
+    with pytest.raises(ConfigError, match="modes"):
+        EvaluationConfig.checked({"modes": []})
+
+
+def test_json_gives_the_report_back(tmp_path: Path) -> None:
+    report = run(foreign="ignore")
+    table, text, chart = write_report(report, tmp_path / "out")
+    values = json.loads(table.read_text())
+    assert from_dict(values) == report
+    assert values["mean"]["own"]["ap"] == report.mean("own")
+    assert text.read_text() == as_markdown(report)
+    assert chart.read_bytes().startswith(b"\x89PNG")
+    del values["datasets"][0]["name"]
+    with pytest.raises(DataError, match=r"not an evaluation report.*name"):
+        from_dict(values)
+
+
+def test_markdown_has_every_number_in_its_column() -> None:
+    report = run(EvaluationConfig(outside_mean=("cards",)), foreign="assume_absent")
+    lines = dataset_table(report).splitlines()
+    assert {line.count("|") for line in lines} == {lines[0].count("|")}
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    pets = dict(zip(cells[0], cells[2], strict=True))
+    assert pets["AP (own names)"] == f"{report.datasets[0].own.coco.ap:.1f}"
+    assert pets["AP50 (all names)"] == f"{report.datasets[0].unified.coco.ap50:.1f}"
+    assert pets["field confusion"] == "25.0"
+    assert pets["recall at 1"] == "50.0"
+    assert cells[3][0] == "cards (not in the mean)"
+    assert cells[4][0] == "**mean of 1**"
+    assert cells[4][4] == pets["AP (own names)"]
+    page = as_markdown(report)
+    assert "counted as absent" in page
+    assert "| ace | 0 | – | – | – | – |" in category_table(report.datasets[1])
+
+
+def test_one_mode_and_awkward_names_make_a_page_too(tmp_path: Path) -> None:
+    held = annotations("piped|$x^2|猫", ("cat",), record("a", [(0, CAT)]), record("b", []), record("c", []))
+    vocabulary = Vocabulary.union({"piped|$x^2|猫": ("cat",), "others": ("dog", "king", "ace")})
+    evaluator = Evaluator(torch.eye(4), vocabulary, EvaluationConfig(modes=("unified",), recall_at=()))
+    report = evaluator.evaluate(make_network(), [EvaluationSet(annotations=held, batches=Pictures(held, (0, 1, 2)))])
+    write_report(report, tmp_path)
+    assert "piped\\|$x^2\\|猫" in (tmp_path / "evaluation.md").read_text(encoding="utf-8")

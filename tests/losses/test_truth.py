@@ -1,0 +1,32 @@
+import torch
+from small_outputs import denoising_plan, image_targets, random_denoising, random_output
+
+from metr.losses.truth import NOTHING, Truth, denoising_answers, query_categories
+
+
+def test_padding_keeps_every_object_in_its_place() -> None:
+    crowd = (0.5, 0.5, 0.2, 0.2)
+    targets = [image_targets([2, 0, 2], 4, annotated=[0]), image_targets([], 4, ignore=[(3, crowd)])]
+    truth = Truth.of(targets)
+    assert truth.labels.tolist() == [[2, 0, 2], [NOTHING] * 3]
+    assert torch.equal(truth.boxes[0], targets[0].boxes)
+    assert truth.ignore_labels.tolist() == [[NOTHING], [3]]
+    assert truth.ignore_boxes[1].tolist() == torch.tensor([crowd]).tolist()
+    assert truth.annotated.tolist() == [[True, False, False, False], [True] * 4]
+    assert truth.present.tolist() == [[True, False, True, False], [False, False, False, True]]
+    assert int(truth.objects) == 3
+
+
+def test_a_query_without_category_is_asked_nothing() -> None:
+    # The second image has an empty slot, whose id is 0, and a query that claims to look for it.
+    output = random_output([[1, 3], [2]], [[0, 1, 1], [0, 1, -1]], vocabulary=4)
+    found = query_categories(output.slot, output.valid, output.categories)
+    assert found.tolist() == [[1, 3, 3], [2, NOTHING, NOTHING]]
+
+
+def test_denoising_queries_are_asked_what_the_plan_says() -> None:
+    output = random_output([[1, 3], [2]], [[0], [0]], vocabulary=4)
+    plan = denoising_plan([[(0, 2, True), (1, 2, False)], [(1, 0, True)]])
+    answers = denoising_answers(random_denoising(plan, layers=3), output.categories)
+    assert answers.category.tolist() == [[1, 3], [NOTHING, NOTHING]]
+    assert answers.target.tolist() == [[[2, NOTHING], [NOTHING, NOTHING]]] * 3

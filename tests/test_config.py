@@ -1,0 +1,229 @@
+"""Configuration: merging, overriding, and messages that name the key."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from metr.config import Config, as_yaml, merge, parse_overrides, read_yaml, write_yaml
+from metr.errors import ConfigError
+
+
+class Part(Config):
+    """A part of a machine."""
+
+    width: int = Field(32, ge=1)
+    heads: int = 4
+    rate: float = 1e-3
+    kind: Literal["round", "square"] = "round"
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Part":
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} is not divisible by {self.heads} heads")
+        return self
+
+
+class Machine(Config):
+    """Parts in every way that configurations nest."""
+
+    name: str = "nano"
+    part: Part = Part()
+    spare: Part | None = None
+    row: tuple[Part, ...] = ()
+    named: dict[str, Part] = {}
+    sizes: tuple[int, ...] = (1, 2)
+
+    @model_validator(mode="after")
+    def _has_sizes(self) -> "Machine":
+        if not self.sizes:
+            raise ValueError("a machine needs a size")
+        return self
+
+
+def message(values: dict[str, Any], where: object = None) -> str:
+    with pytest.raises(ConfigError) as error:
+        Machine.checked(values, where=where)
+    return str(error.value)
+
+
+def test_plain_values_become_a_configuration() -> None:
+    machine = Machine.checked({"part": {"width": 64, "rate": "1e-4"}, "row": [{"width": 8}], "sizes": [3]})
+    assert machine.part == Part(width=64, rate=1e-4)
+    assert machine.row == (Part(width=8),)
+    assert machine.sizes == (3,)
+    assert machine.name == "nano"
+
+
+def test_configurations_are_frozen() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        Machine().name = "other"  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("values", "key", "near"),
+    [
+        ({"prat": {}}, "prat", "part"),
+        ({"part": {"widht": 8}}, "part.widht", "width"),
+        ({"spare": {"widht": 8}}, "spare.widht", "width"),
+        ({"row": [{}, {"widht": 8}]}, "row.1.widht", "width"),
+        ({"named": {"left": {"widht": 8}}}, "named.left.widht", "width"),
+    ],
+)
+def test_an_unknown_key_is_named_with_a_near_one(values: dict[str, Any], key: str, near: str) -> None:
+    text = message(values)
+    assert f"unknown key {key!r}" in text
+    assert f"did you mean {near!r}?" in text
+
+
+def test_a_key_near_to_none_is_answered_with_all_of_its_place() -> None:
+    text = message({"part": {"zzz": 8}})
+    assert "one of 'heads', 'kind', 'rate', 'width'" in text
+
+
+def test_every_fault_is_told_at_once() -> None:
+    text = message({"prat": 1, "part": {"width": "broad"}})
+    assert "'prat'" in text
+    assert "'part.width'" in text
+    assert "found 'broad'" in text
+
+
+@pytest.mark.parametrize(
+    ("values", "parts"),
+    [
+        ({"part": {"width": 0}}, ["'part.width'", "greater than or equal to 1", "found 0"]),
+        ({"part": {"kind": "oval"}}, ["'part.kind'", "'round' or 'square'", "found 'oval'"]),
+        ({"part": 3}, ["'part'", "found 3"]),
+        ({"part": None}, ["'part'", "found None"]),
+        ({"sizes": 3}, ["'sizes'", "found 3"]),
+        ({"part": {3: 4}}, ["'part.3'", "keys should be strings"]),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_was_found(values: dict[str, Any], parts: list[str]) -> None:
+    text = message(values)
+    for part in parts:
+        assert part in text
+
+
+def test_contradicting_keys_are_explained_without_the_whole_tree() -> None:
+    text = message({"part": {"width": 30}})
+    assert text == "Machine: 'part': width 30 is not divisible by 4 heads"
+    assert message({"sizes": []}) == "Machine: a machine needs a size"
+
+
+def test_a_long_value_is_shortened() -> None:
+    assert len(message({"part": {"width": list(range(1000))}})) < 300
+
+
+def test_the_message_says_where() -> None:
+    assert message({"prat": 1}).startswith("Machine: ")
+    assert message({"prat": 1}, where="a.yaml").startswith("a.yaml: ")
+
+
+def test_merge_goes_mapping_by_mapping() -> None:
+    base = {"a": {"b": 1, "c": [1, 2]}, "d": 4}
+    merged = merge(base, {"a": {"c": [3]}}, {"a": {"e": {"f": 5}}, "d": {"g": 6}}, {"a": {"e": {"h": 7}}})
+    assert merged == {"a": {"b": 1, "c": [3], "e": {"f": 5, "h": 7}}, "d": {"g": 6}}
+    assert base == {"a": {"b": 1, "c": [1, 2]}, "d": 4}
+    assert merge({"a": {"b": 1}}, {"a": None}) == {"a": None}
+    assert merge({"a": 1}) == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("3", 3),
+        ("-2.5", -2.5),
+        ("2E5", 2e5),
+        ("true", True),
+        ("null", None),
+        ("[1, 2]", [1, 2]),
+        ("{a: 1}", {"a": 1}),
+        ("budget", "budget"),
+        ('"123"', "123"),
+        ("'1e-4'", "1e-4"),
+        ("inf", "inf"),
+        ("nan", "nan"),
+        ("a: b: c", "a: b: c"),
+        ("[1, 2", "[1, 2"),
+        ("2001-99-99", "2001-99-99"),
+        ("0b_", "0b_"),
+        ("a=b", "a=b"),
+        ("", None),
+    ],
+)
+def test_values_of_overrides(text: str, value: object) -> None:
+    parsed = parse_overrides([f"key={text}"])["key"]
+    assert parsed == value
+    assert type(parsed) is type(value)
+
+
+def test_overrides_nest_and_the_last_one_wins() -> None:
+    tree = parse_overrides(["part.width=8", " part.heads = 2", "name=x", "part.width=16"])
+    assert tree == {"part": {"width": 16, "heads": 2}, "name": "x"}
+    assert Machine.checked(tree).part.width == 16
+
+
+@pytest.mark.parametrize("assignment", ["width", "=3", " =3", ""])
+def test_an_override_without_key_or_value_says_how_to_write_it(assignment: str) -> None:
+    with pytest.raises(ConfigError, match="section.key=value") as error:
+        parse_overrides([assignment])
+    assert repr(assignment) in str(error.value)
+
+
+def test_a_number_of_a_file_may_be_written_as_a_power(tmp_path: Path) -> None:
+    """YAML 1.1 takes 1e-4 for a word; the field knows better."""
+    file = tmp_path / "a.yaml"
+    file.write_text("part:\n  rate: 1e-4\n")
+    assert Machine.checked(read_yaml(file)).part.rate == 1e-4
+
+
+def test_what_was_written_is_read_again(tmp_path: Path) -> None:
+    machine = Machine(name="größe", part=Part(width=64, rate=3e-5), spare=Part(), named={"left": Part(heads=2)})
+    file = tmp_path / "a.yaml"
+    write_yaml(file, machine)
+    assert Machine.checked(read_yaml(file)) == machine
+    assert "größe" in file.read_text(encoding="utf-8")
+
+
+def test_yaml_keeps_the_order_of_the_fields() -> None:
+    assert list(yaml.safe_load(as_yaml(Machine()))) == list(Machine.model_fields)
+
+
+def test_an_empty_file_holds_nothing(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("# nothing yet\n")
+    assert read_yaml(file) == {}
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"a: [1, 2", "not readable as YAML"),
+        (b"a: b: c", "not readable as YAML"),
+        (b"\xff\xfe\x00\x01", "not readable as YAML"),
+        (b"a: !!python/object:os.system x", "not readable as YAML"),
+        (b"day: 2001-99-99", "not readable as YAML"),
+        (b"- 1\n- 2\n", "found a list"),
+        (b"[]", "found a list"),
+        (b"false", "found a bool"),
+        (b"just words", "found a str"),
+        (b"1: 2", "keys that are words, found 1"),
+    ],
+)
+def test_a_file_of_something_else_is_refused(tmp_path: Path, content: bytes, what: str) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_bytes(content)
+    with pytest.raises(ConfigError, match=what) as error:
+        read_yaml(file)
+    assert error.value.where == file
+
+
+def test_a_missing_file_or_a_folder_is_named(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.yaml", tmp_path):
+        with pytest.raises(ConfigError, match="no such configuration file") as error:
+            read_yaml(path)
+        assert str(path) in str(error.value)
