@@ -33,7 +33,7 @@ class Machine(Config):
     part: Part = Part()
     spare: Part | None = None
     row: tuple[Part, ...] = ()
-    named: dict[str, Part] = {}
+    named: dict[str, Part] = Field(default_factory=dict)
     sizes: tuple[int, ...] = (1, 2)
 
     @model_validator(mode="after")
@@ -169,7 +169,7 @@ def test_overrides_nest_and_the_last_one_wins() -> None:
 
 @pytest.mark.parametrize("assignment", ["width", "=3", " =3", ""])
 def test_an_override_without_key_or_value_says_how_to_write_it(assignment: str) -> None:
-    with pytest.raises(ConfigError, match="section.key=value") as error:
+    with pytest.raises(ConfigError, match=r"section\.key=value") as error:
         parse_overrides([assignment])
     assert repr(assignment) in str(error.value)
 

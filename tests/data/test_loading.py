@@ -6,6 +6,7 @@ import signal
 from collections.abc import Sequence
 from contextlib import closing
 from itertools import islice
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from made_pictures import make_annotations, make_dataset
 
 from metr.data.config import LoaderConfig, ResizeConfig
 from metr.data.dataset import DetectionDataset
+from metr.data.index import AnnotationIndex, LabelMap, write_index
 from metr.data.loading import FaultList, build_evaluation_loader, build_train_loader, shape_groups
 from metr.data.records import Fault, ImageRecord, InMemoryAnnotations
 from metr.errors import DataError
@@ -107,6 +109,22 @@ def test_workers_inherit_the_annotations(tmp_path: Path) -> None:
     assert len(list(build_evaluation_loader(make_dataset(annotations, training=False), 4, workers=1))) == 2
     # Records are read where the pictures are: none in this process.
     assert annotations.asked == 0
+
+
+def test_another_process_gets_the_place_of_an_index_not_its_records(tmp_path: Path) -> None:
+    sizes = []
+    for count in (4, 40):
+        annotations = make_annotations(tmp_path / str(count), "cells", count)
+        path = tmp_path / f"{count:02}.arrow"
+        write_index(path, annotations.records, root=tmp_path)
+        index = AnnotationIndex(path, LabelMap.identity(annotations.categories), name="cells", split="train")
+        dataset = make_dataset(index, training=False)
+        sent = ForkingPickler.dumps(dataset)
+        sizes.append(len(sent))
+        received, original = ForkingPickler.loads(sent)[3], dataset[3]
+        assert torch.equal(received.image, original.image)
+        assert torch.equal(received.targets.boxes, original.targets.boxes)
+    assert sizes[0] == sizes[1] < 5000
 
 
 def test_unreadable_pictures_are_listed_and_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -72,6 +72,7 @@ def test_boxes_stay_on_their_pixels(seed: int, resize: ResizeConfig) -> None:
     sample = painted(rng)
     result = build_transforms(PLAIN.model_copy(update={"resize": resize}), training=True)(sample, rng)
     assert result.image.shape[:2] == output_shape(*result.image.shape[:2], resize)
+    assert (result.boxes[:, 2:] > result.boxes[:, :2]).all()
     for box, label in zip(result.boxes, result.labels, strict=True):
         if min(box[2] - box[0], box[3] - box[1]) < 4:
             continue

@@ -1,6 +1,7 @@
 """A small real run: two datasets of rectangles, the small detector, a checkpoint's other half."""
 
-from functools import partial
+import copy
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from metr.engine.config import TrainConfig
 from metr.engine.trainer import TrainingParts
 from metr.losses.config import CriterionConfig
 from metr.losses.criterion import SetCriterion
+from metr.models.detector import Detector
 from metr.text.vocabulary import Vocabulary
 
 from small import TEXT_WIDTH, small_config, small_detector
@@ -29,8 +31,8 @@ COLOURS = [(255, 40, 40), (40, 255, 40), (40, 40, 255), (240, 240, 40)]
 
 
 def make_datasets(folder: Path) -> list[DetectionDataset]:
-    """Two datasets of five pictures each, at 64 pixels, augmented."""
-    transforms = build_transforms(AugmentationConfig(resize=ResizeConfig(size=64)), training=True)
+    """Two datasets of five pictures each, at 32 pixels, augmented."""
+    transforms = build_transforms(AugmentationConfig(resize=ResizeConfig(size=32)), training=True)
     return [DetectionDataset(_annotations(folder, name), VOCABULARY, transforms) for name in NAMES]
 
 
@@ -73,16 +75,22 @@ def make_description() -> Checkpoint:
         vocabulary=VOCABULARY,
         text_embeddings=embeddings,
         text_encoder={"source": "random", "width": TEXT_WIDTH},
-        preprocessing={"size": 64},
+        preprocessing={"size": 32},
     )
+
+
+@cache
+def _network() -> Detector:
+    return small_detector(make_description().model)
 
 
 def make_parts(folder: Path, *, criterion: SetCriterion | None = None, workers: int = 0) -> TrainingParts:
     """Everything the trainer wants; the network's weights are the same every time."""
+    torch.set_num_threads(1)  # many small operations, and neighbours on the other cores
     description = make_description()
     loader = LoaderConfig(batch_size=2, workers=workers)
     return TrainingParts(
-        network=small_detector(description.model),
+        network=copy.deepcopy(_network()),  # building one takes longer than a few steps
         criterion=criterion or SetCriterion(CriterionConfig()),
         loader=partial(build_train_loader, make_datasets(folder), loader),
         checkpoint=description,

@@ -59,6 +59,7 @@ def test_half_precision_on_disk(tmp_path: Path) -> None:
     assert all(parameter.dtype == torch.float32 for parameter in network.parameters())
 
 
+@pytest.mark.slow
 def test_another_process_detects_the_same_offline(tmp_path: Path) -> None:
     checkpoint = make_checkpoint()
     save_checkpoint(tmp_path / "best", checkpoint)

@@ -13,7 +13,8 @@ def test_padding_keeps_every_object_in_its_place() -> None:
     assert truth.ignore_labels.tolist() == [[NOTHING], [3]]
     assert truth.ignore_boxes[1].tolist() == torch.tensor([crowd]).tolist()
     assert truth.annotated.tolist() == [[True, False, False, False], [True] * 4]
-    assert truth.present.tolist() == [[True, False, True, False], [False, False, False, True]]
+    assert truth.present.tolist() == [[True, False, True, False], [False] * 4]
+    assert truth.doubtful.tolist() == [[False] * 4, [False, False, False, True]]
     assert int(truth.objects) == 3
 
 

@@ -1,6 +1,5 @@
 """The verb train: many datasets, one detector."""
 
-import shlex
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -63,13 +62,12 @@ def train(
         show(report, console)
         return report.metrics()
 
-    again = f"metr train {shlex.join(data)} -o {shlex.quote(str(out))} --resume, with the same options, goes on"
-    trainer = Trainer(
-        parts, recipe.train, out, evaluate=evaluate, resolved=recipe, console=console, how_to_resume=again
-    )
+    trainer = Trainer(parts, recipe.train, out, evaluate=evaluate, resolved=recipe, console=console)
     outcome = trainer.fit(resume=resume)
     if trainer.accelerator.is_main_process:
         console.print(f"curves: {plot_curves(out)}", markup=False)
+        if outcome.interrupted:
+            console.print("to go on, give the same command again with --resume")
     return outcome
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt8
 
 from metr.data.records import Fault, ImageRecord
 from metr.errors import DataError
@@ -70,7 +70,7 @@ class _Piece:
     boxes: Float[np.ndarray, "m 4"]
     labels: Int[np.ndarray, "m"]
     areas: Float[np.ndarray, "m"]
-    ignore: Int[np.ndarray, "m"]
+    ignore: UInt8[np.ndarray, "m"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -141,9 +141,10 @@ def _build(reader: Reader, plan: SplitPlan, place: Path) -> StoredDataset:
         try:
             building.rename(folder)
         except OSError:
+            # Another process was faster, and its index is the same; or a damaged one is in the way.
             if _valid_manifest(folder, reader.root) is None:
-                raise
-            # Another process was faster: its index is the same.
+                shutil.rmtree(folder)
+                building.rename(folder)
         return StoredDataset(folder=folder, manifest=manifest)
     finally:
         shutil.rmtree(building, ignore_errors=True)
@@ -185,16 +186,19 @@ def _write(reader: Reader, plan: SplitPlan, folder: Path) -> Manifest:
 
 
 def _joined(reader: Reader, parts: tuple[str, ...], reading: Reading) -> Iterator[ImageRecord]:
-    """The records of several of the dataset's own splits, each picture once."""
+    """The records of several of the dataset's own splits, each picture once, each with an id of its own."""
     if len(parts) == 1:
         yield from records(reader, parts[0], reading)
         return
-    seen: set[Path] = set()
+    paths: set[Path] = set()
+    ids: set[int | str] = set()
     for part in parts:
         for record in records(reader, part, reading):
-            if record.path not in seen:
-                seen.add(record.path)
-                yield record
+            if record.path not in paths:
+                unique = f"{part}/{record.image_id}" if record.image_id in ids else record.image_id
+                paths.add(record.path)
+                ids.add(unique)
+                yield replace(record, image_id=unique)
 
 
 def _hold_out(folder: Path) -> list[str]:

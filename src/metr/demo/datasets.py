@@ -15,7 +15,7 @@ from metr.errors import DataError
 
 FORMATS: dict[str, DemoFormat] = {"pond": COCO, "desk": VOC, "meadow": YOLO}
 _GUESTS = {"meadow": ("cup", "book"), "desk": ("butterfly", "frog")}
-_MARKER = "README.txt"
+_NOTE = "README.txt"
 _MADE = "Drawn by METR's demo; drawn anew each time it runs."
 
 Progress = Callable[[Path], None]
@@ -48,31 +48,34 @@ def write_demo_datasets(
         progress: Called with the path of every picture that is written.
 
     Raises:
-        DataError: a count is below 1, a subfolder holds what the demo did not draw, or the folder cannot be written.
+        DataError: a count is below 1 or the seed below 0, a subfolder holds what the demo did not draw, or the
+            folder cannot be written.
     """
-    for what, number in (("train", train), ("val", val)):
-        if number < 1:
-            raise DataError(f"expected at least one picture, got {number}", where=what)
-    written = []
-    for index, field in enumerate(FIELDS):
-        home, form = folder / field.name, FORMATS[field.name]
-        with _writing(home):
-            _clear(home)
-            _mark(home, field)
-            pictures = []
-            for split, count in ((TRAIN, train), (VAL, val)):
-                for number in range(count):
-                    rng = np.random.default_rng([seed, index, split == VAL, number])
-                    path = home / form.picture_folder(split) / f"{field.name}_{split}_{number:04d}.jpg"
-                    pictures.append(_save(draw_scene(field, rng), path, split, rng))
-                    if progress is not None:
-                        progress(path)
-            form.annotate(home, pictures, field.labelled)
-        dataset = DemoDataset(
-            name=field.name, folder=home, format=form.name, categories=field.labelled, pictures=tuple(pictures)
-        )
-        written.append(dataset)
-    return tuple(written)
+    _check(seed=(seed, 0), train=(train, 1), val=(val, 1))
+    for field in FIELDS:
+        _begin(folder / field.name, _told(field))
+    return tuple(
+        _write_dataset(folder / field.name, index, seed, (train, val), progress) for index, field in enumerate(FIELDS)
+    )
+
+
+def _write_dataset(
+    home: Path, index: int, seed: int, counts: tuple[int, int], progress: Progress | None
+) -> DemoDataset:
+    field, pictures = FIELDS[index], []
+    form = FORMATS[field.name]
+    with _writing(home):
+        for split, count in zip((TRAIN, VAL), counts, strict=True):
+            for number in range(count):
+                rng = np.random.default_rng([seed, index, split == VAL, number])
+                path = home / form.picture_folder(split) / f"{field.name}_{split}_{number:04d}.jpg"
+                pictures.append(_save(draw_scene(field, rng), path, split, rng))
+                if progress is not None:
+                    progress(path)
+        form.annotate(home, pictures, field.labelled)
+    return DemoDataset(
+        name=field.name, folder=home, format=form.name, categories=field.labelled, pictures=tuple(pictures)
+    )
 
 
 def write_unseen(folder: Path, seed: int, count: int) -> tuple[DemoPicture, ...]:
@@ -81,15 +84,14 @@ def write_unseen(folder: Path, seed: int, count: int) -> tuple[DemoPicture, ...]
     In the last ones (one in three, at most two) objects of two fields lie together.
 
     Raises:
-        DataError: `count` is below 1, the folder holds what the demo did not draw, or it cannot be written.
+        DataError: `count` is below 1 or the seed below 0, the folder holds what the demo did not draw, or it cannot
+            be written.
     """
-    if count < 1:
-        raise DataError(f"expected at least one picture, got {count}", where="count")
+    _check(seed=(seed, 0), count=(count, 1))
+    _begin(folder, "Pictures of all fields, in no dataset, without annotations.")
     mixed = min(2, count // 3)
     pictures = []
     with _writing(folder):
-        _clear(folder)
-        _mark(folder, None)
         for number in range(count):
             together = number >= count - mixed
             field = FIELDS[number - count] if together else FIELDS[number % len(FIELDS)]
@@ -109,25 +111,28 @@ def _save(scene: Scene, path: Path, split: str, rng: np.random.Generator) -> Dem
     return DemoPicture(path=path, split=split, size=(width, height), objects=scene.objects)
 
 
-def _clear(folder: Path) -> None:
-    """Takes away what an earlier run has drawn; anything else is left alone."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
-        return
-    marker = folder / _MARKER
-    if not marker.is_file() or not marker.read_text(encoding="utf-8", errors="replace").startswith(_MADE):
-        raise DataError(
-            "the demo would draw here, but there are files that it did not draw", where=folder, hint="another folder"
-        )
-    shutil.rmtree(folder)
+def _check(**numbers: tuple[int, int]) -> None:
+    for what, (number, least) in numbers.items():
+        if number < least:
+            raise DataError(f"expected {least} or more, got {number}", where=what)
 
 
-def _mark(folder: Path, field: Field | None) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    content = "Pictures of all fields, in no dataset, without annotations."
-    if field is not None:
-        labelled, foreign = ", ".join(field.labelled), ", ".join(field.foreign)
-        content = f"Labelled: {labelled}.\nIn the pictures, but not labelled: {foreign}."
-    (folder / _MARKER).write_text(f"{_MADE}\n\n{content}\n", encoding="utf-8")
+def _begin(folder: Path, content: str) -> None:
+    """An empty folder with a note. What an earlier run has drawn is taken away; anything else is left alone."""
+    note = folder / _NOTE
+    with _writing(folder):
+        if folder.is_dir() and any(folder.iterdir()):
+            if not note.is_file() or not note.read_text(encoding="utf-8", errors="replace").startswith(_MADE):
+                what = "the demo would draw here, but there are files that it did not draw"
+                raise DataError(what, where=folder, hint="another folder")
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        note.write_text(f"{_MADE}\n\n{content}\n", encoding="utf-8")
+
+
+def _told(field: Field) -> str:
+    labelled, foreign = ", ".join(field.labelled), ", ".join(field.foreign)
+    return f"Labelled: {labelled}.\nIn the pictures, but not labelled: {foreign}."
 
 
 @contextmanager

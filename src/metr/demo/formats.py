@@ -67,13 +67,9 @@ def _annotate_voc(folder: Path, pictures: Sequence[DemoPicture], categories: tup
         for item in picture.labelled:
             node = Xml.SubElement(root, "object")
             _child(node, name=item.name, difficult=0)
-            x0, y0, x1, y1 = item.box  # the format counts pixels from 1, the last one included
-            corners = {
-                "xmin": math.floor(x0) + 1,
-                "ymin": math.floor(y0) + 1,
-                "xmax": math.ceil(x1),
-                "ymax": math.ceil(y1),
-            }
+            x0, y0, x1, y1 = item.box  # whole pixels around it, counted from 0 as today's labelling tools do
+            low, high = (math.floor(x0), math.floor(y0)), (math.ceil(x1), math.ceil(y1))
+            corners = dict(zip(("xmin", "ymin", "xmax", "ymax"), low + high, strict=True))
             _child(Xml.SubElement(node, "bndbox"), **corners)
         Xml.indent(root)
         _write(folder / "Annotations" / f"{picture.path.stem}.xml", Xml.tostring(root, encoding="unicode") + "\n")

@@ -18,7 +18,7 @@ OVERSAMPLING = 2
 FEWEST, MOST = 3, 12
 _COUNT_SHARES = (0.09, 0.14, 0.17, 0.16, 0.14, 0.11, 0.08, 0.05, 0.03, 0.03)  # of pictures with 3, 4, ... 12 objects
 _LEAST_VISIBLE = 0.4
-_TOUCHING = 0.2  # how often an object is put against another one
+_TOUCHING = 0.23  # how often an object is put against another one
 
 Painter = Callable[[Brush, np.random.Generator], None]
 
@@ -310,7 +310,7 @@ def _draw_reeds(
 
 
 def _photographed(
-    canvas: UInt8[np.ndarray, "h w 3"], field: Field, rng: np.random.Generator
+    canvas: UInt8[np.ndarray, "drawn_h drawn_w 3"], field: Field, rng: np.random.Generator
 ) -> UInt8[np.ndarray, "h w 3"]:
     """The canvas at its final size under daylight, a little out of focus, with the noise of a sensor."""
     width, height = field.size

@@ -1,6 +1,5 @@
 """The random numbers of training: seeded once, saved as tensors, put back bit by bit."""
 
-import math
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -28,7 +27,7 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
     words_of = numpy["state"]
     state = {
         "python.words": torch.tensor(words, dtype=torch.int64),
-        "python.gauss": torch.tensor(float("nan") if gauss is None else gauss, dtype=torch.float64),
+        "python.gauss": torch.tensor([gauss is not None, gauss or 0.0], dtype=torch.float64),
         "numpy.words": torch.tensor([*words_of["key"].tolist(), words_of["pos"], numpy["has_gauss"]]),
         "numpy.gauss": torch.tensor(numpy["gauss"], dtype=torch.float64),
         "torch.cpu": torch.get_rng_state(),
@@ -40,8 +39,8 @@ def random_state(device: torch.device) -> dict[str, Tensor]:
 
 def restore_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
     """Puts back what `random_state` gave; a state from the CPU leaves the device's generator alone."""
-    gauss = state["python.gauss"].item()
-    random.setstate((_PYTHON_VERSION, tuple(state["python.words"].tolist()), None if math.isnan(gauss) else gauss))
+    has_gauss, gauss = state["python.gauss"].tolist()
+    random.setstate((_PYTHON_VERSION, tuple(state["python.words"].tolist()), gauss if has_gauss else None))
     *keys, position, has_gauss = state["numpy.words"].tolist()
     words = np.array(keys, dtype=np.uint32)
     np.random.set_state((_NUMPY_KIND, words, position, has_gauss, state["numpy.gauss"].item()))  # noqa: NPY002

@@ -85,9 +85,8 @@ def dataset_table(report: EvaluationReport) -> str:
         row += [report.confusion.shares.get(one.name)] if report.confusion else []
         rows.append(row)
     means = [report.mean(mode, metric) for mode in modes for metric in ("ap", "ap50")]
-    blank = [""] * len(kept)
-    pooled = [report.confusion.pooled] if report.confusion else []
-    rows.append([f"**mean of {sum(one.in_mean for one in report.datasets)}**", "", "", "", *means, *blank, *pooled])
+    blank = [""] * (len(head) - 4 - len(means))
+    rows.append([f"**mean of {sum(one.in_mean for one in report.datasets)}**", "", "", "", *means, *blank])
     return _table(head, rows)
 
 
@@ -125,7 +124,7 @@ def draw_chart(report: EvaluationReport, path: Path) -> None:
     axes.set_ylabel("AP (0.50:0.95)")
     axes.margins(y=0.15)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9)
+    axes.legend(frameon=False, fontsize=9, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
     figure.savefig(path, dpi=130)
 
 

@@ -232,7 +232,7 @@ def _free_place(
     """The fullest text that has room at the mark: clear of other labels, and of most of every other box."""
     for text in mark.texts:
         left, _, right, _ = _font(text, size).getbbox(text)
-        width, height = right - left + 4, size * 1.25
+        width, height = float(right - left + 4), size * 1.25
         for x, y in _places(mark.box, width, height, limits):
             area = (x, y, x + width, y + height)
             clear = all(_shared(area, label) <= 0.1 * width * height for label in placed)
@@ -265,7 +265,7 @@ def _on(colour: Colour) -> Colour:
     return (0, 0, 0) if luminance > 140 else (255, 255, 255)
 
 
-def _shortened(text: str, size: int, width: float) -> str:
+def _shortened(text: str, size: int, width: int) -> str:
     if _font(text, size).getlength(text) <= width:
         return text
     while text and _font(text, size).getlength(text + "…") > width:

@@ -32,11 +32,11 @@ class Attention(nn.Module):
         allowed: Bool[Tensor, "b #q s"] | None = None,
     ) -> Float[Tensor, "b q d"]:
         """What each query gathers from the values whose keys it may look at (`allowed`; None means all)."""
-        heads = [
+        queries, keys, values = (
             rearrange(projected, "b n (heads c) -> b heads n c", heads=self.heads)
             for projected in (self.query(query), self.key(key), self.value(value))
-        ]
+        )
         mask = None if allowed is None else allowed.unsqueeze(1)
-        gathered = scaled_dot_product_attention(*heads, attn_mask=mask)
+        gathered = scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
         out: Tensor = self.out(rearrange(gathered, "b heads n c -> b n (heads c)"))
         return out

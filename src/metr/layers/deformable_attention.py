@@ -6,9 +6,8 @@ import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from torch.nn.functional import grid_sample
 
-LevelShapes = tuple[tuple[int, int], ...]
+from metr.layers.sampling import LevelShapes, sample_levels
 
 
 class DeformableAttention(nn.Module):
@@ -79,24 +78,3 @@ class DeformableAttention(nn.Module):
             return reference[..., :2] + offsets * (reference[..., 2:] * (0.5 / self.points))
         sizes = reference.new_tensor([(w, h) for h, w in level_shapes])
         return reference + offsets / sizes[:, None]
-
-
-def sample_levels(
-    value: Float[Tensor, "b s d"],
-    places: Float[Tensor, "b q m l p 2"],
-    weights: Float[Tensor, "b q m l p"],
-    level_shapes: LevelShapes,
-) -> Float[Tensor, "b q d"]:
-    """Bilinear samples of each head's share of the values at `places`, summed by `weights`; zero outside."""
-    batch, _, heads = weights.shape[:3]
-    grids = rearrange(2 * places - 1, "b q m l p x -> l (b m) q p x")
-    shares = rearrange(weights, "b q m l p -> l (b m) 1 q p")
-    maps = value.split([height * width for height, width in level_shapes], dim=1)
-    total = None
-    for tokens, grid, share, (height, width) in zip(maps, grids, shares, level_shapes, strict=True):
-        picture = rearrange(tokens, "b (h w) (m c) -> (b m) c h w", h=height, w=width, m=heads)
-        sampled = grid_sample(picture.to(grid.dtype), grid, mode="bilinear", align_corners=False)
-        part = (sampled * share).sum(-1)
-        total = part if total is None else total + part
-    assert total is not None
-    return rearrange(total.to(value.dtype), "(b m) c q -> b q (m c)", b=batch)

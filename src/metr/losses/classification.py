@@ -119,9 +119,10 @@ def _each_query(
 def presence_losses(logits: Float[Tensor, "e b v"], truth: Truth, config: CriterionConfig) -> Float[Tensor, "e"]:
     """The presence loss of every extraction block, summed over categories and divided by the number of images.
 
-    Asked are the categories that are annotated in an image, and those that it is known to show.
+    Asked are the categories that are annotated in an image, and those that it is known to show; not those of which
+    only ignored boxes are there.
     """
-    asked = truth.annotated | truth.present
+    asked = (truth.annotated | truth.present) & ~truth.doubtful
     present = truth.present.expand(logits.shape)
     logits = logits.float().where(asked, 0)
     loss = asymmetric_loss(logits, present, config.presence_gamma_positive, config.presence_gamma_negative)

@@ -17,7 +17,8 @@ NOTHING = -1
 class Truth:
     """The targets of a batch, padded to one number of objects (at least one) and of ignored boxes.
 
-    `labels` and `ignore_labels` are `NOTHING` on padding, whose boxes are arbitrary but sound.
+    `labels` and `ignore_labels` are `NOTHING` on padding, whose boxes are arbitrary but sound. `present` has an object
+    in the image; `doubtful` has ignored boxes alone: a crowd, or the sliver that a crop left of an object.
     """
 
     boxes: Float[Tensor, "b m 4"]
@@ -26,14 +27,16 @@ class Truth:
     ignore_labels: Int[Tensor, "b i"]
     annotated: Bool[Tensor, "b v"]
     present: Bool[Tensor, "b v"]
+    doubtful: Bool[Tensor, "b v"]
 
     @staticmethod
     def of(targets: Sequence[Targets]) -> "Truth":
         """Pads the targets of the batch's images."""
         annotated = torch.stack([target.annotated for target in targets])
-        present = torch.zeros_like(annotated)
-        for row, target in zip(present, targets, strict=True):
-            row[torch.cat([target.labels, target.ignore_labels])] = True
+        present, ignored_only = torch.zeros_like(annotated), torch.zeros_like(annotated)
+        for image, target in enumerate(targets):
+            ignored_only[image, target.ignore_labels] = True
+            present[image, target.labels] = True
         boxes, labels = _padded([(target.boxes, target.labels) for target in targets], at_least=1)
         ignored = _padded([(target.ignore_boxes, target.ignore_labels) for target in targets], at_least=0)
         return Truth(
@@ -43,6 +46,7 @@ class Truth:
             ignore_labels=ignored[1],
             annotated=annotated,
             present=present,
+            doubtful=ignored_only & ~present,
         )
 
     @property

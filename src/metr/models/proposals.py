@@ -93,14 +93,16 @@ def share_out(best: Float[Tensor, "b k c"], valid: Bool[Tensor, "b k"], config: 
     ranks and orders the other pairs by their logits.
     """
     rank = torch.arange(best.shape[2], device=best.device).expand_as(best)
+    # where not every pair of one rank fits, the likelier ones come first: less than a rank apart
+    likely = best.sigmoid().nan_to_num() / 2
     if config.layout == "budget":
         # floors come first, rank by rank, so that a budget too small for all floors is shared evenly
-        first = best.abs().nan_to_num(posinf=0.0).amax() + 1.0 + (config.floor - rank)
-        priority = torch.where(rank < config.floor, first, best)
+        top = best.nan_to_num(neginf=0.0, posinf=0.0).abs().amax((1, 2), keepdim=True) + 1
+        priority = torch.where(rank < config.floor, top + (config.floor - rank) + likely, best)
     else:
         count = valid.sum(dim=1).clamp(min=1)
         share = (config.number // count).clamp(min=1)[:, None, None]
-        priority = (-rank).float().masked_fill(rank >= share, -torch.inf)
+        priority = (likely - rank).masked_fill(rank >= share, -torch.inf)
     never = ~valid.unsqueeze(-1) | best.isneginf()
     return priority.masked_fill(never, -torch.inf)
 

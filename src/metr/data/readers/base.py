@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -124,7 +124,7 @@ class Reader(ABC):
 
     @classmethod
     @abstractmethod
-    def recognise(cls, path: Path) -> Self | None:
+    def recognise(cls, path: Path) -> "Reader | None":
         """A reader of this folder or annotation file if it looks like this format; a cheap look."""
 
     @abstractmethod
@@ -240,7 +240,8 @@ def _usable(
     if not fine.all():
         for row in np.flatnonzero(~fine):
             faults.add(*_box_fault(raw, int(row), boxes[row], bool(thick[row]), bool(visible[row]), size))
-    return thick & visible
+    keep: Bool[np.ndarray, "m"] = thick & visible
+    return keep
 
 
 def _box_fault(
@@ -260,5 +261,4 @@ def _box_fault(
 def _known_areas(areas: Float[np.ndarray, "m"], box_areas: Float[np.ndarray, "m"]) -> Float[np.ndarray, "m"]:
     """Areas as the file gives them where it does, never more than the box holds after clipping."""
     known = areas > 0  # False for NaN
-    result: Float[np.ndarray, "m"] = np.where(known, np.minimum(areas, box_areas), box_areas).astype(np.float32)
-    return result
+    return np.where(known, np.minimum(areas, box_areas), box_areas).astype(np.float32)

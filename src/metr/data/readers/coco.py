@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import TypeVar
 
 import msgspec
 import numpy as np
@@ -80,7 +80,7 @@ class CocoReader(Reader):
     declares_categories = True
 
     @classmethod
-    def recognise(cls, path: Path) -> Self | None:
+    def recognise(cls, path: Path) -> Reader | None:
         """A reader of a folder with COCO files, or of one such file."""
         if path.is_file():
             if path.suffix.lower() != ".json" or not _looks_like_coco(path):

@@ -10,7 +10,6 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
 
 import numpy as np
 from jaxtyping import Float
@@ -75,7 +74,7 @@ class CsvReader(Reader):
     looks_like = "CSV: filename,width,height,class,xmin,ymin,xmax,ymax with a header, or path,x1,y1,x2,y2,class without"
 
     @classmethod
-    def recognise(cls, path: Path) -> Self | None:
+    def recognise(cls, path: Path) -> Reader | None:
         """A reader of a folder with CSV files, at most two folders deep, or of one such file."""
         if path.is_file():
             fits = path.suffix.lower() == ".csv" and _dialect(path) is not None

@@ -46,9 +46,9 @@ def recognise(path: Path, format_name: str | None = None) -> Reader:
             if also:
                 logger.info("%s: read as %s; it also fits %s", path, reader.format, ", ".join(also))
             return found
-    looked_for = "; ".join(reader.looks_like for reader in readers)
+    looked_for = "\n    ".join(reader.looks_like for reader in readers)
     what = f"no annotations of a known format ({_contents(path)})"
-    raise DataError(what, where=path, hint=f"one of these layouts. {looked_for}")
+    raise DataError(what, where=path, hint=f"one of these layouts\n    {looked_for}")
 
 
 def _fits(reader: type[Reader], path: Path) -> bool:

@@ -6,8 +6,8 @@ from 1, those of the tools that write the format today from 0.
 
 import posixpath
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Self
 from xml.etree import ElementTree as ET
 
 import numpy as np
@@ -19,7 +19,8 @@ from metr.errors import DataError
 
 _DEPTH = 3
 _ANNOTATION_FOLDERS = frozenset({"annotations", "annotation", "annots", "annot", "labels", "label", "xml", "xmls"})
-_SNIFF_BYTES = 1024
+# A folder's first XML files may be broken or something else; its first bytes tell what a file is.
+_SNIFFED, _SNIFF_BYTES = 20, 1024
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
@@ -30,7 +31,7 @@ class VocReader(Reader):
     looks_like = "Pascal VOC: ImageSets/Main/*.txt with Annotations/*.xml, or XML files beside the pictures"
 
     @classmethod
-    def recognise(cls, path: Path) -> Self | None:
+    def recognise(cls, path: Path) -> Reader | None:
         """A reader of a folder with VOC files, at most a few folders deep."""
         if not path.is_dir():
             return None
@@ -132,8 +133,8 @@ def _folder_splits(root: Path) -> dict[str, tuple[Path, ...]]:
     """The folders with XML files, by the folder on the way to them that is called like a split."""
     splits: dict[str, tuple[Path, ...]] = {}
     for folder in folders_within(root, _DEPTH):
-        first = next((entry for entry in glance(folder) if entry.name.lower().endswith(".xml")), None)
-        if first is not None and _looks_like_voc(Path(first.path)):
+        files = (Path(entry.path) for entry in glance(folder) if entry.name.lower().endswith(".xml"))
+        if any(map(_looks_like_voc, islice(files, _SNIFFED))):
             parts = folder.relative_to(root).parts
             name = next((part for part in reversed(parts) if canonical_split(part)), "all")
             splits[name] = (*splits.get(name, ()), folder)

@@ -9,7 +9,7 @@ import posixpath
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import yaml
@@ -57,7 +57,7 @@ class YoloReader(Reader):
         self.description, self.names, self.keypoints = description, names, keypoints
 
     @classmethod
-    def recognise(cls, path: Path) -> Self | None:
+    def recognise(cls, path: Path) -> Reader | None:
         """A reader of a folder with one of the descriptions, or of one such file.
 
         Raises:
@@ -80,7 +80,7 @@ class YoloReader(Reader):
         return cls._from_names(path)
 
     @classmethod
-    def _from_yaml(cls, description: Path) -> Self | None:
+    def _from_yaml(cls, description: Path) -> Reader | None:
         root, values = description.parent, _yaml(description)
         if not isinstance(values, dict) or "names" not in values:
             return None
@@ -107,7 +107,7 @@ class YoloReader(Reader):
         return cls(root, splits, description=description, names=names, keypoints="kpt_shape" in values)
 
     @classmethod
-    def _from_darknet(cls, description: Path, root: Path | None = None) -> Self | None:
+    def _from_darknet(cls, description: Path, root: Path | None = None) -> Reader | None:
         if description.suffix != ".data":
             return None
         pairs = (line.partition("=") for line in _lines(description))
@@ -126,7 +126,7 @@ class YoloReader(Reader):
         return cls(root, splits, description=names, names=dict(enumerate(filter(None, _lines(names)))))
 
     @classmethod
-    def _from_names(cls, root: Path) -> Self | None:
+    def _from_names(cls, root: Path) -> Reader | None:
         """A folder that has its names and its text files, but no description."""
         splits = _conventional_splits(root)
         places = [place for places in splits.values() for place in places]

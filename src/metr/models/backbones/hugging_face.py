@@ -1,12 +1,14 @@
 """Any backbone that transformers' AutoBackbone knows, hierarchical or a plain vision transformer."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoBackbone, AutoConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
 
 from metr.errors import ConfigError, ModelError, did_you_mean
 from metr.hub import loading
@@ -29,11 +31,11 @@ SHORTHANDS: dict[str, tuple[str, dict[str, Any]]] = {
 # Of a model's configuration, what has no say in its maps, or is found again.
 _LABELS = {"id2label", "label2id", "num_labels", "problem_type"}
 _STAGE_NAMES = {"out_features", "out_indices", "stage_names"}
-_ORIGIN = {"_commit_hash", "architectures", "dtype", "torch_dtype", "transformers_version"}
+_ORIGIN = {"architectures", "dtype", "transformers_version"}
 _NOT_ARCHITECTURE = _LABELS | _STAGE_NAMES | _ORIGIN
 # The side of the image that strides are measured with: a multiple of every common patch and of 32.
 _PROBE = 224
-_STAGES = 4
+_QUARTERS = 4
 
 
 class HuggingFaceBackbone(Backbone):
@@ -49,19 +51,20 @@ class HuggingFaceBackbone(Backbone):
     def __init__(self, config: BackboneConfig) -> None:
         source = _source(config.name)
         architecture = _architecture(config, source)
-        stages, plain = _wanted_stages(architecture, config)
-        architecture.out_features = [stage for stage, _, _ in stages]
-        channels, strides = [c for _, c, _ in stages], [s for _, _, s in stages]
-        pyramid = SimplePyramid(channels[0], strides[0], config.strides) if plain else None
-        if pyramid is not None:
-            channels, strides = list(pyramid.channels), list(pyramid.strides)
-        super().__init__(_rebuilding(config, architecture), channels, strides, _IMAGENET)
+        survey = _Survey.of(architecture, config)
+        architecture.out_features = list(survey.stages)
+        pyramid = SimplePyramid(survey.channels[0], survey.strides[0], config.strides) if survey.plain else None
+        shape = pyramid or survey
+        super().__init__(_rebuilding(config, architecture), shape.channels, shape.strides, _IMAGENET)
         self.network, self.pyramid = _built(config, source, architecture), pyramid
         # Maps then cover the image as strides say, also where the network would cut it to whole patches.
-        self.pad_to = stages[-1][2] if plain else max(strides)
-        for name in _idle_parameters(architecture):
-            self.network.get_parameter(name).requires_grad_(False)
-        frozen = _first_stages(self.network, len(architecture.stage_names) - 1, config)
+        self.pad_to = max(survey.strides)
+        # Channels last, torch 2.13 crashes in the backward pass of a group norm whose input needs no gradient.
+        if any(isinstance(module, nn.GroupNorm) for module in self.network.modules()):
+            self.memory_format = torch.contiguous_format
+        for name, parameter in self.network.named_parameters():
+            parameter.requires_grad_(name not in survey.idle)
+        frozen = _first_stages(self.network, len(architecture.stage_names), config)
         for module in [self.network] if config.freeze_batch_norm else frozen:
             freeze_batch_norms(module)
         self.freeze(frozen)
@@ -70,6 +73,55 @@ class HuggingFaceBackbone(Backbone):
         """The maps of the wanted stages, or the pyramid made from the last one."""
         maps: tuple[Tensor, ...] = self.network(images).feature_maps
         return maps if self.pyramid is None else self.pyramid(maps[-1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Survey:
+    """What was found out about an architecture.
+
+    `stages` are the names of the stages to take, finest first; `plain` says that all have one stride, as in a plain
+    vision transformer; `idle` are the parameters that no taken map depends on: final norms, mask tokens, later stages.
+    """
+
+    stages: tuple[str, ...]
+    channels: tuple[int, ...]
+    strides: tuple[int, ...]
+    plain: bool
+    idle: frozenset[str]
+
+    @staticmethod
+    @torch.enable_grad()
+    def of(architecture: Any, config: BackboneConfig) -> "_Survey":
+        """Measures a copy of the network that has shapes and gradients but no numbers."""
+        if not hasattr(architecture, "stage_names"):
+            what = f"a {architecture.model_type} model is no backbone in transformers"
+            raise ModelError(what, where=config.name, hint="name a ResNet, Swin, ConvNeXt, DINOv2 or the like")
+        names = list(architecture.stage_names)
+        architecture.out_features = names
+        with loading(config.name), torch.device("meta"):
+            skeleton = _auto.from_config(architecture).eval()
+            maps = skeleton(torch.empty(1, 3, _PROBE, _PROBE)).feature_maps
+        # Of stages with one stride the last is the deepest.
+        found = {_PROBE // level.shape[-1]: (name, level) for name, level in zip(names, maps, strict=True)}
+        plain = len(found) == 1
+        wanted = tuple(found) if plain else config.strides
+        if missing := [stride for stride in wanted if stride not in found]:
+            what = f"this {architecture.model_type} has no map of stride {missing[0]}"
+            raise ModelError(what, where=config.name, hint=f"backbone.strides of {sorted(found)}")
+        stages, levels = zip(*(found[stride] for stride in wanted), strict=True)
+        return _Survey(
+            stages=stages,
+            channels=tuple(int(level.shape[1]) for level in levels),
+            strides=wanted,
+            plain=plain,
+            idle=_idle_parameters(skeleton, levels),
+        )
+
+
+def _idle_parameters(network: nn.Module, maps: Sequence[Tensor]) -> frozenset[str]:
+    names, parameters = zip(*network.named_parameters(), strict=True)
+    gradients: Any = torch.autograd.grad([level.sum() for level in maps], parameters, allow_unused=True)
+    return frozenset(name for name, gradient in zip(names, gradients, strict=True) if gradient is None)
 
 
 def _source(name: str) -> str:
@@ -111,7 +163,8 @@ def _check_options(options: dict[str, Any], architecture: Any) -> None:
 
 def _rebuilding(config: BackboneConfig, architecture: Any) -> BackboneConfig:
     """The configuration that gives this network with random weights, wherever its own come from."""
-    options = {key: value for key, value in architecture.to_diff_dict().items() if key not in _NOT_ARCHITECTURE}
+    known = type(architecture)().to_dict().keys() - _NOT_ARCHITECTURE
+    options = {key: value for key, value in architecture.to_diff_dict().items() if key in known}
     return config.model_copy(update={"pretrained": False, "options": options})
 
 
@@ -119,58 +172,30 @@ def _built(config: BackboneConfig, source: str, architecture: Any) -> Any:
     with loading(source):
         if not config.pretrained:
             return _auto.from_config(architecture)
+        # AutoBackbone.from_pretrained would ask the hub whether it has a folder, or what is already downloaded.
+        network: Any = MODEL_FOR_BACKBONE_MAPPING[type(architecture)]
         revision = config.revision or "main"
-        return _auto.from_pretrained(source, config=architecture, revision=revision, dtype=torch.float32)
+        return network.from_pretrained(source, config=architecture, revision=revision, dtype=torch.float32)
 
 
-def _skeleton_maps(architecture: Any) -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """The network without memory for its weights, and the maps (without memory too) that it makes."""
-    with loading(architecture.model_type), torch.device("meta"):
-        skeleton = _auto.from_config(architecture).eval()
-        return skeleton, skeleton(torch.empty(1, 3, _PROBE, _PROBE)).feature_maps
-
-
-def _wanted_stages(architecture: Any, config: BackboneConfig) -> tuple[list[tuple[str, int, int]], bool]:
-    """Name, channels and stride of the stages to take, finest first; and whether all have one stride."""
-    if not hasattr(architecture, "stage_names"):
-        what = f"a {architecture.model_type} model is no backbone in transformers"
-        raise ModelError(what, where=config.name, hint="name a ResNet, Swin, ConvNeXt, DINOv2 or the like")
-    names = list(architecture.stage_names)
-    architecture.out_features = names
-    maps = _skeleton_maps(architecture)[1]
-    # Of stages with one stride the last is the deepest.
-    found = {_PROBE // level.shape[-1]: (name, level.shape[1]) for name, level in zip(names, maps, strict=True)}
-    if len(found) == 1:
-        stride, (name, channels) = found.popitem()
-        return [(name, channels, stride)], True
-    if missing := [stride for stride in config.strides if stride not in found]:
-        what = f"this {architecture.model_type} has no map of stride {missing[0]}"
-        raise ModelError(what, where=config.name, hint=f"backbone.strides of {sorted(found)}")
-    return [(*found[stride], stride) for stride in config.strides], False
-
-
-def _idle_parameters(architecture: Any) -> list[str]:
-    """Parameters that no map depends on: final norms, mask tokens, stages past the last map."""
-    skeleton, maps = _skeleton_maps(architecture)
-    names, parameters = zip(*skeleton.named_parameters(), strict=True)
-    gradients: Any = torch.autograd.grad([level.sum() for level in maps], parameters, allow_unused=True)
-    return [name for name, gradient in zip(names, gradients, strict=True) if gradient is None]
-
-
-def _first_stages(network: nn.Module, stages: int, config: BackboneConfig) -> list[nn.Module]:
+def _first_stages(network: nn.Module, names: int, config: BackboneConfig) -> list[nn.Module]:
     """What is frozen: everything before the list of stages (or layers), and its first ones."""
     if not config.freeze_stages:
         return []
-    lists = (name for name, part in network.named_modules() if isinstance(part, nn.ModuleList) and len(part) == stages)
-    path = next(lists, None)
+    # The stem has a name among the stages, but no place in the list; some networks have no stem.
+    path = next((path for path, part in network.named_modules() if _is_list(part, (names - 1, names))), None)
     if path is None:
         what = "cannot tell this network's stages apart"
         raise ModelError(what, where=config.name, hint="set backbone.freeze_stages=0")
     before: list[nn.Module] = []
     parent = network
-    for part in path.split("."):
+    for step in path.split("."):
         children = dict(parent.named_children())
-        before += [child for name, child in children.items() if list(children).index(name) < list(children).index(part)]
-        parent = children[part]
+        before += list(children.values())[: list(children).index(step)]
+        parent = children[step]
     layers = list(parent.children())
-    return before + layers[: round(len(layers) * config.freeze_stages / _STAGES)]
+    return before + layers[: round(len(layers) * config.freeze_stages / _QUARTERS)]
+
+
+def _is_list(part: nn.Module, lengths: tuple[int, int]) -> bool:
+    return isinstance(part, nn.ModuleList) and len(part) in lengths

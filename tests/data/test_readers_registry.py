@@ -1,0 +1,65 @@
+"""Which format a folder is read as, and what is said where it is none."""
+
+import logging
+from pathlib import Path
+
+import pytest
+from reader_trees import coco_plain, csv_header, csv_plain, made_up, save_picture, voc_beside, write_text, yolo_plain
+
+from metr.data.readers.registry import READERS, recognise
+from metr.errors import DataError
+
+
+def test_precedence(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """COCO, YOLO, VOC, CSV: what declares its categories comes first."""
+    truth = made_up()
+    expected = []
+    with caplog.at_level(logging.INFO):
+        for name, write in (("csv", csv_header), ("voc", voc_beside), ("yolo", yolo_plain), ("coco", coco_plain)):
+            write(tmp_path, truth)
+            expected.insert(0, name)
+            caplog.clear()
+            assert recognise(tmp_path).format == name
+            others = ", ".join(expected[1:])
+            assert caplog.text.strip().endswith(f"read as {name}; it also fits {others}") == bool(others)
+    assert [reader.format for reader in READERS] == expected
+
+
+def test_a_named_format_is_taken(tmp_path: Path) -> None:
+    for write in (csv_header, voc_beside, yolo_plain, coco_plain):
+        write(tmp_path, made_up())
+    for reader in READERS:
+        assert recognise(tmp_path, reader.format).format == reader.format
+
+
+def test_nothing_is_recognised(tmp_path: Path) -> None:
+    save_picture(tmp_path / "one.jpg")
+    (tmp_path / "folder").mkdir()
+    write_text(tmp_path / "notes.md", "hello")
+    with pytest.raises(DataError) as caught:
+        recognise(tmp_path)
+    message = str(caught.value)
+    assert str(tmp_path) in message
+    assert "found 1 folders (folder), 1 pictures, 1 other files" in message
+    for word in ("COCO", "YOLO", "Pascal VOC", "CSV", "data.yaml", "ImageSets/Main"):
+        assert word in message
+    with pytest.raises(DataError) as caught:
+        recognise(tmp_path, "voc")
+    assert "COCO" not in str(caught.value)
+
+
+def test_an_empty_folder_and_a_file(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="the folder is empty"):
+        recognise(tmp_path)
+    with pytest.raises(DataError, match="a single file"):
+        recognise(save_picture(tmp_path / "one.jpg"))
+
+
+def test_a_misspelt_path(tmp_path: Path) -> None:
+    csv_plain(tmp_path / "playing_cards", made_up())
+    with pytest.raises(DataError, match=r"did you mean 'playing_cards'\?"):
+        recognise(tmp_path / "playing_card")
+    with pytest.raises(DataError, match="check the path"):
+        recognise(tmp_path / "nowhere" / "near")
+    with pytest.raises(DataError, match="did you mean 'coco'"):
+        recognise(tmp_path / "playing_cards", "cocos")

@@ -1,0 +1,171 @@
+"""Pascal VOC: layouts, sizes, difficult objects, and everything that may be wrong in a file."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from reader_trees import Picture, save_picture, voc_xml, write_text
+
+from metr.data.sources import DatasetSpec, DetectionSource, open_dataset
+from metr.errors import DataError
+
+PICTURE = Picture("a.jpg", 40, 30, ((2, 3, 12, 23),), ("cat",))
+
+
+def opened(root: Path) -> DetectionSource:
+    return open_dataset(DatasetSpec(name="made", path=root), root.parent / "cache")
+
+
+def beside(tmp_path: Path, xml: str, picture: str = "a.jpg") -> DetectionSource:
+    """A dataset whose one odd file lies beside a sound one."""
+    root = tmp_path / "data"
+    for name in (picture, "sound.jpg"):
+        save_picture(root / "val" / name)
+    write_text(root / "val" / "a.xml", xml)
+    sound = Picture("sound.jpg", 40, 30, ((1, 1, 5, 5),), ("dog",))
+    write_text(root / "val" / "sound.xml", voc_xml(sound))
+    return opened(root)
+
+
+def item(name: str = "<name>cat</name>", corners: tuple[object, ...] = (2, 3, 12, 23), extra: str = "") -> str:
+    xmin, ymin, xmax, ymax = corners
+    box = f"<bndbox><xmin>{xmin}</xmin><ymin>{ymin}</ymin><xmax>{xmax}</xmax><ymax>{ymax}</ymax></bndbox>"
+    return f"<object>{name}{extra}{box}</object>"
+
+
+def document(*parts: str, size: str = "<size><width>40</width><height>30</height></size>") -> str:
+    return f"<annotation>{size}{''.join(parts)}</annotation>"
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        "",
+        "<size><width>0</width><height>0</height></size>",
+        "<size/>",
+        "<size><width>nan</width><height>x</height></size>",
+        "<size><width>-40</width><height>30</height></size>",
+    ],
+)
+def test_sizes_that_say_nothing_are_probed(tmp_path: Path, size: str) -> None:
+    record = beside(tmp_path, document(item(), size=size)).split("val")[0]
+    assert (record.width, record.height) == (40, 30)
+
+
+def test_difficult_objects_are_ignored(tmp_path: Path) -> None:
+    source = beside(tmp_path, document(item(extra="<difficult>1</difficult>"), item(extra="<difficult>0</difficult>")))
+    assert source.split("val")[0].ignore.tolist() == [True, False]
+
+
+def test_the_original_files_count_from_one(tmp_path: Path) -> None:
+    source = "<source><database>The VOC2007 Database</database></source>"
+    record = beside(tmp_path, document(source, item(corners=(1, 1, 40, 30)))).split("val")[0]
+    np.testing.assert_array_equal(record.boxes, [[0, 0, 40, 30]])
+
+
+def test_a_picture_without_objects(tmp_path: Path) -> None:
+    source = beside(tmp_path, document())
+    assert source.split("val")[0].boxes.shape == (0, 4)
+    assert source.split("val").counts().empty == 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "kind"),
+    [
+        (item(corners=(12, 3, 2, 23)), "degenerate box"),
+        (item(corners=(12, 3, 12, 23)), "degenerate box"),
+        (item(corners=(50, 3, 60, 23)), "box outside"),
+        (item(corners=("x", 3, 60, 23)), "unreadable box"),
+        (item(corners=("nan", 3, 60, 23)), "unreadable box"),
+        (item(corners=(1, 3, "inf", 23)), "unreadable box"),
+        ("<object><name>cat</name></object>", "unreadable box"),
+        (item(name=""), "unknown category"),
+        (item(name="<name> </name>"), "unknown category"),
+    ],
+)
+def test_wrong_objects_are_dropped_and_counted(tmp_path: Path, wrong: str, kind: str) -> None:
+    source = beside(tmp_path, document(item(), wrong, item(corners=(1, 1, 3, 3))))
+    assert source.fault_counts == {kind: 1}
+    assert source.faults[0].where == "val/a.xml, object 2"
+    np.testing.assert_array_equal(source.split("val")[0].boxes, [[2, 3, 12, 23], [1, 1, 3, 3]])
+
+
+def test_boxes_are_clipped(tmp_path: Path) -> None:
+    source = beside(tmp_path, document(item(corners=(-5, 3, 45, 23))))
+    np.testing.assert_array_equal(source.split("val")[0].boxes, [[0, 3, 40, 23]])
+    assert source.fault_counts == {"box clipped": 1}
+
+
+@pytest.mark.parametrize(
+    ("xml", "picture", "faults"),
+    [
+        ("<annotation><object>", "a.jpg", {"unreadable annotation": 1, "unannotated picture": 1}),
+        ("", "a.jpg", {"unreadable annotation": 1, "unannotated picture": 1}),
+        ("<other/>", "a.jpg", {"unreadable annotation": 1, "unannotated picture": 1}),
+        (document(item()), "b.jpg", {"missing picture": 1, "unannotated picture": 1}),
+        (document("<filename>../../a.jpg</filename>"), "b.jpg", {"path outside": 1, "unannotated picture": 1}),
+        (document("<filename>/etc/a.jpg</filename>"), "b.jpg", {"path outside": 1, "unannotated picture": 1}),
+    ],
+)
+def test_wrong_files_are_skipped_and_counted(tmp_path: Path, xml: str, picture: str, faults: dict[str, int]) -> None:
+    save_picture(tmp_path / "a.jpg")
+    source = beside(tmp_path, xml, picture)
+    assert source.fault_counts == faults
+    assert [record.path.name for record in source.split("val")] == ["sound.jpg"]
+
+
+def test_entities_do_not_unfold(tmp_path: Path) -> None:
+    levels = "".join(f'<!ENTITY e{n} "{f"&e{n - 1};" * 10}">' for n in range(1, 12))
+    bomb = f'<!DOCTYPE x [<!ENTITY e0 "{"a" * 100}">{levels}]><annotation><filename>&e11;</filename></annotation>'
+    assert beside(tmp_path, bomb).fault_counts["unreadable annotation"] == 1
+
+
+def test_a_stale_file_name_gives_way_to_the_same_stem(tmp_path: Path) -> None:
+    source = beside(tmp_path, document("<filename>old name.png</filename>", item()))
+    assert source.split("val")[0].path.name == "a.jpg"
+    assert source.fault_counts == {}
+
+
+def test_the_file_name_is_used_where_no_stem_fits(tmp_path: Path) -> None:
+    source = beside(tmp_path, document("<filename>B.jpg</filename>", item()), picture="b.JPG")
+    assert source.split("val")[0].path.name == "b.JPG"
+
+
+def listed(root: Path, **lists: str) -> None:
+    for name, text in lists.items():
+        write_text(root / "ImageSets" / "Main" / f"{name}.txt", text)
+    for stem in ("a", "b c"):
+        save_picture(root / "JPEGImages" / f"{stem}.jpg")
+        write_text(root / "Annotations" / f"{stem}.xml", voc_xml(PICTURE))
+
+
+def test_lists_with_spaces_columns_and_missing_files(tmp_path: Path) -> None:
+    listed(tmp_path / "data", train="b c\n\na  1\nmissing -1\n", val="a")
+    source = opened(tmp_path / "data")
+    assert [record.path.stem for record in source.split("train")] == ["b c", "a"]
+    assert source.fault_counts == {"missing annotation": 1}
+    assert source.faults[0].where == "ImageSets/Main/train.txt:4"
+
+
+def test_trainval_serves_as_train_where_there_is_no_train(tmp_path: Path) -> None:
+    listed(tmp_path / "data", trainval="b c", test="a")
+    assert {split: len(found) for split, found in opened(tmp_path / "data").splits.items()} == {"train": 1, "test": 1}
+
+
+def test_one_default_list_is_split(tmp_path: Path) -> None:
+    listed(tmp_path / "data", default="b c\na")
+    assert {split: len(found) for split, found in opened(tmp_path / "data").splits.items()} == {"train": 1, "val": 1}
+
+
+def test_a_split_without_pictures_is_left_out(tmp_path: Path) -> None:
+    listed(tmp_path / "data", train="a", val="b c", test="x\ny")
+    source = opened(tmp_path / "data")
+    assert list(source.splits) == ["train", "val"]
+    assert source.fault_counts == {"empty split": 1, "missing annotation": 2}
+
+
+def test_no_picture_at_all(tmp_path: Path) -> None:
+    listed(tmp_path / "data", train="x", val="y")
+    with pytest.raises(DataError, match="no picture is left") as caught:
+        opened(tmp_path / "data")
+    assert caught.value.hint is not None
