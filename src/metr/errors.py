@@ -3,6 +3,9 @@
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+# words that a hint lists when none is near
+_LISTED = 20
+
 
 class MetrError(Exception):
     """Base of every error that METR raises on purpose.
@@ -44,9 +47,10 @@ class DependencyError(MetrError):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A hint for a misspelt word: the nearest known ones, or the list of all of them."""
+    """A hint for a misspelt word: the nearest known ones, or the known words as far as they fit."""
     known = sorted(known)
     near = get_close_matches(word, known, n=3, cutoff=0.6)
     if near:
         return "did you mean " + " or ".join(repr(name) for name in near) + "?"
-    return "one of " + ", ".join(repr(name) for name in known)
+    more = f" and {len(known) - _LISTED} more" if len(known) > _LISTED else ""
+    return "one of " + ", ".join(repr(name) for name in known[:_LISTED]) + more

@@ -37,7 +37,7 @@ def write_csv(root: Path, *lines: str) -> Path:
 
 def row(result: Result, name: str) -> list[str]:
     """The cells of a dataset's line."""
-    (line,) = re.findall(rf"^ *{re.escape(name)}  .*$", result.output, re.MULTILINE)
+    (line,) = re.findall(rf"^ *{re.escape(name)} .*$", result.output, re.MULTILINE)
     return line.split()
 
 
@@ -46,21 +46,8 @@ def test_a_line_for_each_dataset(tmp_path: Path) -> None:
     cats = write_csv(tmp_path / "cats [x]")
     result = run(pets, f"more={cats}")
     assert result.exit_code == 0, result.output
-    header = [
-        "dataset",
-        "format",
-        "images",
-        "train",
-        "val",
-        "test",
-        "boxes",
-        "ignored",
-        "categories",
-        "empty",
-        "images",
-        "faults",
-    ]
-    assert result.output.splitlines()[0].split() == header
+    header = "dataset format images train val test boxes ignored categories empty faults"
+    assert " ".join(result.output.splitlines()[0].split()) == header
     assert row(result, "pets") == ["pets", "csv", "2", "1", "1", "-", "2", "0", "2", "1", "0"]
     assert row(result, "more") == ["more", "csv", "2", "1", "1", "-", "1", "0", "1", "1", "0"]
     assert "2 names in all, 1 of them in several datasets" in result.output

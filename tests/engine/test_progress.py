@@ -39,7 +39,7 @@ def test_the_screen_tells_everything() -> None:
     shown = rendered(console)
     for words in (
         "step 1,200 of 10,000", "1:02:05 left", "12.3 images/s", "3.2 GiB", "backbone 1.0e-05, rest 1.0e-04",
-        "2 steps skipped", "total", "3.500", "decoder/l1", "evaluation at step 1000", "31.25", "times seen", "bccd",
+        "2 steps skipped", "total", "3.500", "3.000", "evaluation at step 1000", "31.25", "times seen", "bccd",
         "2.5", "evaluating",
     ):  # fmt: skip
         assert words in shown, words

@@ -30,7 +30,7 @@ TINY = {
     "convnext": {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 2, 1]},
     "dinov2": {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "image_size": 56},
     "dinov3_vit": {"hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32},
-    "bit": {"embedding_size": 32, "hidden_sizes": [32, 32, 64, 96], "depths": [1, 1, 1, 1]},
+    "bit": {"embedding_size": 16, "hidden_sizes": [16, 16, 32, 48], "depths": [1, 1, 1, 1], "num_groups": 4},
     "hgnet_v2": {
         "embedding_size": 16,
         "stem_channels": [3, 8, 16],

@@ -48,9 +48,11 @@ def inspect(data: Data, verbose: Verbose = False, check: Check = False) -> None:
 def _overview(sources: Sequence[DetectionSource]) -> Table:
     """A line for each dataset."""
     splits = list(dict.fromkeys(["train", "val", "test", *(split for source in sources for split in source.splits)]))
-    table = Table("dataset", "format", box=None, header_style="bold")
-    for column in ("images", *splits, "boxes", "ignored", "categories", "empty images", "faults"):
-        table.add_column(column, justify="right")
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
+    table.add_column("dataset", overflow="fold")
+    table.add_column("format", no_wrap=True)
+    for column in ("images", *splits, "boxes", "ignored", "categories", "empty", "faults"):
+        table.add_column(column, justify="right", no_wrap=True)
     for source in sources:
         counts = {split: annotations.counts() for split, annotations in source.splits.items()}
         table.add_row(

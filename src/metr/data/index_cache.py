@@ -9,7 +9,6 @@ import atexit
 import contextlib
 import hashlib
 import logging
-import os
 import shutil
 import tempfile
 import time
@@ -27,6 +26,7 @@ from metr.data.readers.files import Files, signature
 from metr.data.records import Fault, ImageRecord
 from metr.data.splits import TRAIN, VAL, SplitPlan, hold_out
 from metr.errors import DataError
+from metr.text.cache import cache_root
 
 logger = logging.getLogger(__name__)
 
@@ -82,8 +82,7 @@ class StoredDataset:
 
 def default_cache() -> Path:
     """The folder of indices: `index` in the folder that METR_CACHE names, else in `~/.cache/metr`."""
-    base = os.environ.get("METR_CACHE")
-    return (Path(base).expanduser() if base else Path.home() / ".cache" / "metr") / "index"
+    return cache_root() / "index"
 
 
 def stored(reader: Reader, plan: SplitPlan, cache: Path) -> StoredDataset:

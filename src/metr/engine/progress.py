@@ -111,7 +111,7 @@ def screen(snapshot: Snapshot, losses: Mapping[str, float], activity: str = "") 
     """The state as one screen: bar, figures, losses, the last evaluation, passes over the datasets."""
     parts: list[RenderableType] = [_bar(snapshot), _figures(snapshot)]
     tables = Table.grid(padding=(0, 4))
-    columns = [_columns("loss", {"total": sum(losses.values()), **losses}, "{:.3f}")]
+    columns = [_losses(losses)]
     if snapshot.metrics:
         shown = dict(list(snapshot.metrics.items())[:_MOST_METRICS])
         columns.append(_columns(f"evaluation at step {snapshot.evaluated_step}", shown, "{:.2f}"))
@@ -139,6 +139,25 @@ def _figures(snapshot: Snapshot) -> RenderableType:
     if snapshot.skipped:
         text.append(f"   {snapshot.skipped} steps skipped", style="yellow")
     return text
+
+
+def _losses(losses: Mapping[str, float]) -> Table:
+    """A row a part of the network, a column a kind of loss: `decoder/l1` stands in row `decoder`, column `l1`."""
+    rows: dict[str, dict[str, float]] = {}
+    for name, value in losses.items():
+        part, _, kind = name.partition("/")
+        rows.setdefault(part, {})[kind] = value
+    kinds = list(dict.fromkeys(kind for row in rows.values() for kind in row if kind))
+    table = Table.grid(padding=(0, 2))
+    table.add_column()
+    for _ in ("sum", *kinds):
+        table.add_column(justify="right")
+    table.add_row(*(Text(word, style="bold") for word in ("loss", "sum", *kinds)))
+    for part, row in rows.items():
+        numbers = [f"{row[kind]:.3f}" if kind in row else "" for kind in kinds]
+        table.add_row(Text(part), f"{sum(row.values()):.3f}", *numbers)
+    table.add_row(Text("total"), Text(f"{sum(losses.values()):.3f}", style="bold"))
+    return table
 
 
 def _columns(title: str, values: Mapping[str, float], style: str) -> Table:

@@ -1,0 +1,120 @@
+"""The demo's story: draw three datasets, train one detector on all of them, judge it, let it look at new pictures."""
+
+import shutil
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from metr.api.detection import detect_files
+from metr.api.evaluation import evaluate_run
+from metr.api.training import train
+from metr.data.images import read_image
+from metr.data.sources import open_dataset, parse_data_arguments
+from metr.demo.datasets import FORMATS, write_demo_datasets, write_unseen
+from metr.engine.folders import RunFolder
+from metr.engine.recipe import RunConfig, load_recipe
+from metr.evaluation.evaluator import EvaluationReport
+from metr.inference.visualize import contact_sheet, draw_annotations, save_picture
+
+TRAIN, VAL, UNSEEN = 120, 40, 9
+SEED = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoResult:
+    """What the demo leaves: the folder, and what it measured."""
+
+    folder: Path
+    report: EvaluationReport
+
+
+def run_demo(
+    folder: Path, console: Console, overrides: tuple[str, ...] = (), *, train_pictures: int = TRAIN
+) -> DemoResult:
+    """Runs the whole demo inside `folder` and ends by naming what is there.
+
+    Args:
+        folder: Made if missing; what an earlier demo left there is replaced.
+        console: Where progress is shown.
+        overrides: section.key=value, laid over the demo's recipe.
+        train_pictures: Training pictures of each dataset.
+
+    Raises:
+        MetrError: the folder holds something else, or a part is missing.
+    """
+    recipe = demo_recipe(overrides)
+    console.rule("1. three datasets that nobody merged")
+    data = _draw(folder, train_pictures, console)
+    console.rule("2. one detector for all of them")
+    run = folder / "run"
+    _start_over(run)
+    train(data, run, recipe, console=console)
+    console.rule("3. how good is it?")
+    report = evaluate_run(run, data, folder / "evaluation", console=console)
+    console.rule("4. pictures that it has never seen")
+    write_unseen(folder / "unseen", SEED, UNSEEN)
+    detect_files(
+        run, [folder / "unseen"], folder / "detections", names=None, threshold=0.35, batch_size=8, console=console
+    )
+    _sheet(sorted((folder / "detections").glob("*.jpg")), folder / "detections.png")
+    _tell(folder, run, console)
+    return DemoResult(folder=folder, report=report)
+
+
+def demo_recipe(overrides: tuple[str, ...] = ()) -> RunConfig:
+    """Nano, made smaller and shorter."""
+    with resources.as_file(resources.files("metr") / "recipes" / "demo.yaml") as file:
+        return load_recipe("nano", file, overrides)
+
+
+def _draw(folder: Path, train_pictures: int, console: Console) -> list[str]:
+    """Draws the datasets and a page of them; gives them as arguments of a command."""
+    total = len(FORMATS) * (train_pictures + VAL)
+    columns = TextColumn("drawing pictures"), BarColumn(), MofNCompleteColumn()
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("", total=total)
+        datasets = write_demo_datasets(folder / "data", SEED, train_pictures, VAL, lambda _: progress.advance(task))
+    for one in datasets:
+        console.print(f"{one.folder} ({one.format}): {', '.join(one.categories)}", highlight=False, markup=False)
+    data = [str(one.folder) for one in datasets]
+    _page_of_truth(data, folder / "datasets.png")
+    return data
+
+
+def _page_of_truth(data: list[str], path: Path) -> None:
+    """Two annotated pictures of each dataset."""
+    pictures, captions = [], []
+    for spec in parse_data_arguments(data):
+        source = open_dataset(spec)
+        for record in (source.split("train")[index] for index in range(2)):
+            pictures.append(draw_annotations(read_image(record.path), record, source.categories))
+            captions.append(f"{source.name}: as its owner labelled it")
+    save_picture(contact_sheet(pictures, captions, columns=2), path)
+
+
+def _start_over(run: Path) -> None:
+    """Takes an earlier demo's run away: the demo always trains anew."""
+    if RunFolder(run).config.is_file():
+        shutil.rmtree(run)
+
+
+def _sheet(pictures: list[Path], path: Path) -> None:
+    save_picture(contact_sheet([read_image(one) for one in pictures], [one.stem for one in pictures]), path)
+
+
+def _tell(folder: Path, run: Path, console: Console) -> None:
+    console.rule("done")
+    lines = {
+        "detections.png": "unseen pictures, with what was found",
+        "datasets.png": "the datasets, as their owners labelled them",
+        "evaluation/evaluation.md": "the table",
+        "evaluation/evaluation.png": "the same as a chart",
+        str(RunFolder(run).curves.relative_to(folder)): "losses while it learnt",
+    }
+    console.print(f"Everything is in {folder}", style="bold", markup=False)
+    for name, what in lines.items():
+        console.print(f"  {name:28} {what}", highlight=False, markup=False)
+    console.print(f"\nOn pictures of your own:  metr detect {run} PICTURE", highlight=False, markup=False)
