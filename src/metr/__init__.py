@@ -1,10 +1,10 @@
 """METR: one object detector from many isolated datasets.
 
-    from metr import METR
+from metr import METR
 
-    model = METR.from_pretrained("runs/joint")
-    model.detect("street.jpg")
-    model.detect("street.jpg", ["traffic cone", "bicycle"])
+model = METR.from_pretrained("runs/joint")
+model.detect("street.jpg")
+model.detect("street.jpg", ["traffic cone", "bicycle"])
 """
 
 from typing import TYPE_CHECKING

@@ -66,12 +66,12 @@ def _record(path: Path, index: int, rng: np.random.Generator) -> ImageRecord:
     )
 
 
-def make_description() -> Checkpoint:
+def make_description(denoising: int = 8) -> Checkpoint:
     """A checkpoint without weights."""
     generator = torch.Generator().manual_seed(7)
     embeddings = torch.nn.functional.normalize(torch.randn(len(VOCABULARY), TEXT_WIDTH, generator=generator), dim=-1)
     return Checkpoint(
-        model=small_config(denoising=8),
+        model=small_config(denoising=denoising),
         vocabulary=VOCABULARY,
         text_embeddings=embeddings,
         text_encoder={"source": "random", "width": TEXT_WIDTH},
@@ -80,20 +80,21 @@ def make_description() -> Checkpoint:
 
 
 @cache
-def _network() -> Detector:
-    return small_detector(make_description().model)
+def _network(denoising: int) -> Detector:
+    return small_detector(make_description(denoising).model)
 
 
-def make_parts(folder: Path, *, criterion: SetCriterion | None = None, workers: int = 0) -> TrainingParts:
+def make_parts(
+    folder: Path, *, criterion: SetCriterion | None = None, batch_size: int = 2, workers: int = 0, denoising: int = 8
+) -> TrainingParts:
     """Everything the trainer wants; the network's weights are the same every time."""
     torch.set_num_threads(1)  # many small operations, and neighbours on the other cores
-    description = make_description()
-    loader = LoaderConfig(batch_size=2, workers=workers)
+    loader = LoaderConfig(batch_size=batch_size, workers=workers)
     return TrainingParts(
-        network=copy.deepcopy(_network()),  # building one takes longer than a few steps
+        network=copy.deepcopy(_network(denoising)),  # building one takes longer than a few steps
         criterion=criterion or SetCriterion(CriterionConfig()),
         loader=partial(build_train_loader, make_datasets(folder), loader),
-        checkpoint=description,
+        checkpoint=make_description(denoising),
     )
 
 

@@ -15,6 +15,7 @@ from metr.evaluation.coco import coco_results
 from metr.inference.config import InferenceConfig, PostprocessConfig
 from metr.inference.predictor import Prediction
 from metr.inference.visualize import draw_detections, save_picture
+from metr.structures import Detections
 
 RESULTS = "detections.json"
 # pictures that are summed up in a line of their own
@@ -95,7 +96,7 @@ def _shown(paths: Sequence[Path], console: Console) -> Iterator[Path]:
 def _as_coco(predictions: Sequence[Prediction], names: Sequence[str]) -> dict[str, object]:
     """Detections as COCO has them; ids count from 1 in the order of pictures and names."""
     numbered = list(enumerate(predictions, 1))
-    found = {number: one.detections for number, one in numbered if one.detections is not None}
+    found: dict[int | str, Detections] = {n: one.detections for n, one in numbered if one.detections is not None}
     images = [
         {"id": number, "file_name": one.source, "height": one.size[0], "width": one.size[1]}
         for number, one in numbered

@@ -15,6 +15,7 @@ from metr.config import Config, read_yaml
 from metr.data.index import AnnotationIndex, LabelMap
 from metr.data.index_cache import Manifest, default_cache, stored
 from metr.data.readers.base import plain_name
+from metr.data.readers.files import there
 from metr.data.readers.registry import recognise
 from metr.data.records import Annotations, Fault
 from metr.data.splits import TEST, VAL, plan_splits
@@ -160,7 +161,7 @@ def open_dataset(spec: DatasetSpec, cache_dir: Path | None = None) -> DetectionS
 def _parse_argument(argument: str) -> list[DatasetSpec]:
     name, equals, rest = argument.partition("=")
     path = Path(argument).expanduser()
-    if equals and name and not re.search(r"[\\/]", name) and not path.exists():
+    if equals and name and not re.search(r"[\\/]", name) and not there(path):
         return [_spec({"name": name, "path": rest}, Path(), argument)]
     if path.suffix.lower() in _LISTING_SUFFIXES:
         values = read_yaml(path)
@@ -184,7 +185,7 @@ def _spec(values: Mapping[str, Any], base: Path, where: object) -> DatasetSpec:
         raise ConfigError("a dataset without a path", where=where, hint="write path: and the dataset's folder")
     full = base / Path(path).expanduser()
     resolved = full.resolve()
-    default_name = resolved.parent.name if resolved.is_file() else resolved.name
+    default_name = resolved.parent.name if there(resolved, Path.is_file) else resolved.name
     return DatasetSpec.checked({"name": default_name, **values, "path": full}, where=where)
 
 

@@ -49,7 +49,7 @@ class DenoisingConfig(Config):
 
     number: int = Field(100, ge=0)  # denoising queries an image, at most; 0 switches denoising off
     groups: int = Field(5, ge=1)  # most noised versions of one object
-    box_noise: float = Field(1.0, ge=0)  # largest shift of a corner of a positive, in half sizes of its box
+    box_noise: float = Field(1.0, gt=0)  # largest shift of a corner of a positive, in half sizes of its box
     flips: bool = True  # add the right box under another annotated category, which must answer "no"
 
 

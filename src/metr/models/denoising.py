@@ -70,7 +70,7 @@ class Denoising(nn.Module):
         versions = max(1, min(self.config.number // (kinds * len(index)), self.config.groups))
         boxes = target.boxes[index]
         slots = own[index].int().argmax(1)
-        foreign, possible = self._flipped(boxes, target, ids, valid)
+        foreign, possible = self._flipped(index, target, ids, valid)
         slot = [slots, slots] + ([foreign] if self.config.flips else [])
         sure = torch.ones_like(possible)
         shown = [sure, sure] + ([possible] if self.config.flips else [])
@@ -101,13 +101,15 @@ class Denoising(nn.Module):
         return xyxy_to_cxcywh(torch.cat([low, high], dim=1).clamp(0, 1))
 
     def _flipped(
-        self, boxes: Float[Tensor, "m 4"], target: Targets, ids: Int[Tensor, "k"], valid: Bool[Tensor, "k"]
+        self, index: Int[Tensor, "m"], target: Targets, ids: Int[Tensor, "k"], valid: Bool[Tensor, "k"]
     ) -> tuple[Int[Tensor, "m"], Bool[Tensor, "m"]]:
-        """For each box the slot of a random category that has no object there, and whether there is one."""
-        corners = cxcywh_to_xyxy(boxes)
+        """For each object the slot of a random category that has no object there, and whether there is one."""
+        corners = cxcywh_to_xyxy(target.boxes[index])
         near = pairwise_iou(corners, cxcywh_to_xyxy(target.boxes)) > _SAME_PLACE
         crowded = pairwise_coverage(corners, cxcywh_to_xyxy(target.ignore_boxes)) > _SAME_PLACE
         occupied = _any_of(near, target.labels, ids) | _any_of(crowded, target.ignore_labels, ids)
+        # an object without area does not even overlap itself
+        occupied = occupied | (target.labels[index].unsqueeze(1) == ids)
         free = valid & target.annotated[ids] & ~occupied
         lot = torch.rand(free.shape, device=free.device).masked_fill(~free, -1.0)
         return lot.argmax(1), free.any(1)

@@ -25,7 +25,8 @@ class AgreementHead(nn.Module):
 
     def forward(self, features: Float[Tensor, "*n d"], text: Float[Tensor, "*#n d"]) -> Float[Tensor, "*n"]:
         """One logit for each feature and the token beside it."""
-        return (self.feature(features) * text).sum(-1) * self.scale + self.bias
+        agreement: Tensor = (self.feature(features) * text).sum(-1)
+        return agreement * self.scale + self.bias
 
 
 class BoxHead(nn.Module):

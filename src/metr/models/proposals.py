@@ -62,7 +62,8 @@ class ProposalHead(nn.Module):
         return (features @ turned.transpose(1, 2) + shift) * self.scale + self.bias
 
     def _agreement(self, features: Float[Tensor, "b q d"], tokens: Float[Tensor, "b q d"]) -> Float[Tensor, "b q"]:
-        return (self.category(features) * tokens).sum(-1) * self.scale + self.bias
+        agreement: Tensor = (self.category(features) * tokens).sum(-1)
+        return agreement * self.scale + self.bias
 
     @torch.no_grad()
     def _choose(
@@ -73,8 +74,8 @@ class ProposalHead(nn.Module):
             scores = self.scores(features, categories.tokens).amax(-1).masked_fill(~usable, -torch.inf)
             share = max(1, min(self.config.number // categories.ids.shape[1], self.config.ceiling, scores.shape[1]))
             best, places = scores.topk(share, dim=1)
-            slots = categories.ids.shape[1]
-            best, places = (repeat(x, "b c -> b k c", k=slots) for x in (best, places))
+            every = categories.ids.shape[1]
+            best, places = (repeat(x, "b c -> b k c", k=every) for x in (best, places))
         else:
             scores = self.scores(features, categories.kept_tokens).masked_fill(~usable.unsqueeze(-1), -torch.inf)
             most = min(self.config.ceiling, self.config.number, scores.shape[1])

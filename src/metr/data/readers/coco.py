@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 
 from metr.boxes import xywh_to_xyxy
 from metr.data.readers.base import RawImage, Reader, Reading, corners, locate, picture_folders, plain_name, whole_size
-from metr.data.readers.files import glance
+from metr.data.readers.files import glance, there
 from metr.errors import DataError
 
 # What tools call the file that lies in the folder of a split (Roboflow, FiftyOne, Label Studio, ...).
@@ -220,7 +220,7 @@ def _split_of(file: Path) -> str:
 
 def _file_in(folder: Path) -> Path | None:
     files = (folder / name for name in _IN_SPLIT_FOLDERS)
-    return next((file for file in files if file.is_file() and _looks_like_coco(file)), None)
+    return next((file for file in files if there(file, Path.is_file) and _looks_like_coco(file)), None)
 
 
 def _coco_files(folder: Path) -> list[Path]:
@@ -231,10 +231,13 @@ def _coco_files(folder: Path) -> list[Path]:
 
 def _looks_like_coco(path: Path) -> bool:
     """Whether the first and the last bytes of a JSON file hold the keys of COCO."""
-    with path.open("rb") as file:
-        ends = file.read(_SNIFF_BYTES)
-        file.seek(max(len(ends), path.stat().st_size - _SNIFF_BYTES))
-        ends += file.read()
+    try:
+        with path.open("rb") as file:
+            ends = file.read(_SNIFF_BYTES)
+            file.seek(max(len(ends), path.stat().st_size - _SNIFF_BYTES))
+            ends += file.read()
+    except OSError:
+        return False
     keys = sum(key in ends for key in (b'"images"', b'"annotations"', b'"categories"'))
     return ends.lstrip()[:1] == b"{" and keys >= 2 and b'"segments_info"' not in ends
 
@@ -255,7 +258,7 @@ def _decoded(path: Path) -> _File:
         except msgspec.DecodeError:
             # Python writes NaN and Infinity, which are no JSON; they become null, and their boxes faults.
             return msgspec.json.decode(msgspec.json.encode(json.loads(data[:])), type=_File)
-    except (OSError, ValueError, msgspec.MsgspecError) as error:
+    except (OSError, ValueError, RecursionError, msgspec.MsgspecError) as error:
         what = f"not readable as COCO JSON: {error}"
         raise DataError(what, where=path, hint="check that the file is complete (it may be cut off)") from None
 

@@ -5,7 +5,7 @@ import os
 import posixpath
 import stat
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
@@ -58,7 +58,7 @@ class Files:
             try:
                 with os.scandir(self.root / folder) as entries:
                     found = frozenset(entry.name for entry in entries)
-            except OSError:
+            except (OSError, ValueError):
                 found = frozenset()
             self._listings[folder] = found
         return found
@@ -134,11 +134,19 @@ class Files:
         return self._stems[folder]
 
 
+def there(path: Path, kind: Callable[[Path], bool] = Path.exists) -> bool:
+    """Whether something is at a path, of a kind (`Path.is_file`, `Path.is_dir`); False where it cannot be told."""
+    try:
+        return kind(path)
+    except (OSError, ValueError):  # no permission, a name too long, a zero byte
+        return False
+
+
 def signature(path: Path) -> tuple[int, int]:
     """Size and time of change of a file, time of change of a directory; (-1, 0) where there is nothing."""
     try:
         status = path.stat()
-    except OSError:
+    except (OSError, ValueError):
         return -1, 0
     return (0 if stat.S_ISDIR(status.st_mode) else status.st_size), status.st_mtime_ns
 

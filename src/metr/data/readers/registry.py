@@ -7,7 +7,7 @@ from pathlib import Path
 from metr.data.readers.base import Reader
 from metr.data.readers.coco import CocoReader
 from metr.data.readers.csv_boxes import CsvReader
-from metr.data.readers.files import glance, is_picture
+from metr.data.readers.files import glance, is_picture, there
 from metr.data.readers.voc import VocReader
 from metr.data.readers.yolo import YoloReader
 from metr.errors import DataError, did_you_mean
@@ -30,11 +30,9 @@ def recognise(path: Path, format_name: str | None = None) -> Reader:
         DataError: there is no such path, or it fits no format.
     """
     path = Path(os.path.abspath(path.expanduser()))  # noqa: PTH100  (`..` goes, symbolic links stay)
-    if not path.exists():
-        near = did_you_mean(path.name, [entry.name for entry in glance(path.parent)]) if path.parent.is_dir() else None
-        raise DataError(
-            "no such dataset", where=path, hint=near if near and near.startswith("did") else "check the path"
-        )
+    if not there(path):
+        near = did_you_mean(path.name, [entry.name for entry in glance(path.parent)])
+        raise DataError("no such dataset", where=path, hint=near if near.startswith("did") else "check the path")
     readers = [reader for reader in READERS if format_name in {None, reader.format}]
     if not readers:
         hint = did_you_mean(str(format_name), [reader.format for reader in READERS])

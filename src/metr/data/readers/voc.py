@@ -13,7 +13,7 @@ from xml.etree import ElementTree as ET
 import numpy as np
 
 from metr.data.readers.base import PICTURE_FOLDERS, RawImage, Reader, Reading, locate, whole_size
-from metr.data.readers.files import folders_within, glance
+from metr.data.readers.files import folders_within, glance, there
 from metr.data.splits import canonical_split
 from metr.errors import DataError
 
@@ -119,7 +119,7 @@ def _listed_splits(root: Path) -> dict[str, tuple[Path, ...]]:
     splits: dict[str, tuple[Path, ...]] = {}
     for folder in folders_within(root, _DEPTH - 1):
         lists = folder / "ImageSets" / "Main"
-        if lists.is_dir() and (folder / "Annotations").is_dir():
+        if there(lists, Path.is_dir) and there(folder / "Annotations", Path.is_dir):
             for file in sorted(lists.glob("*.txt")):
                 splits[file.stem] = (*splits.get(file.stem, ()), file)
     # `aeroplane_train.txt` lists the pictures of one category.

@@ -17,7 +17,7 @@ from jaxtyping import Float
 
 from metr.boxes import cxcywh_to_xyxy
 from metr.data.readers.base import RawImage, Reader, Reading, corners, locate, plain_name
-from metr.data.readers.files import folders_within, glance, is_picture
+from metr.data.readers.files import folders_within, glance, is_picture, there
 from metr.data.splits import canonical_split
 from metr.errors import DataError
 
@@ -131,7 +131,7 @@ class YoloReader(Reader):
         splits = _conventional_splits(root)
         places = [place for places in splits.values() for place in places]
         files = (folder / name for folder in [root, root / "labels", *places] for name in _NAME_FILES)
-        names = next((file for file in files if file.is_file()), None)
+        names = next((file for file in files if there(file, Path.is_file)), None)
         if names is None or not any(map(_has_labels, places)):
             return None
         return cls(root, splits, description=names, names=dict(enumerate(filter(None, _lines(names)))))
@@ -158,7 +158,7 @@ class YoloReader(Reader):
         return numbers
 
     def _pictures(self, source: Path, reading: Reading) -> Iterator[str]:
-        if source.is_dir():
+        if there(source, Path.is_dir):
             for place in folders_within(source, _DEPTH):
                 yield from reading.files.pictures(self.within(place))
             return
@@ -205,7 +205,7 @@ def _yaml(path: Path) -> Any:
     """What a YAML file holds; None where it is no YAML, unless its name says that it describes a dataset."""
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
         if path.stem in {"data", "dataset"}:
             raise DataError(f"not readable as YAML: {error}", where=path) from None
         return None
@@ -240,7 +240,7 @@ def _inside(entry: str, bases: Sequence[Path]) -> Path | None:
     """
     parts = [part for part in re.split(r"[\\/]+", entry) if part not in {"", ".", ".."} and not part.endswith(":")]
     places = [base.joinpath(*parts[start:]) for start in range(max(1, len(parts))) for base in bases]
-    return next((place for place in places if place.exists()), None)
+    return next((place for place in places if there(place)), None)
 
 
 def _conventional_splits(root: Path) -> dict[str, tuple[Path, ...]]:
@@ -250,7 +250,7 @@ def _conventional_splits(root: Path) -> dict[str, tuple[Path, ...]]:
         for entry in glance(base):
             if entry.is_dir() and canonical_split(entry.name):
                 inner = Path(entry.path) / "images"
-                splits.setdefault(entry.name, (inner if inner.is_dir() else Path(entry.path),))
+                splits.setdefault(entry.name, (inner if there(inner, Path.is_dir) else Path(entry.path),))
     if splits:
         return splits
     places = [place for place in (root / "images", root) if any(is_picture(entry.name) for entry in glance(place))]

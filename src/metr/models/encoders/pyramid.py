@@ -33,15 +33,12 @@ class Projection(nn.Module):
         super().__init__()
         self.maps = min(levels, len(channels))
         channels = tuple(channels)[-self.maps :]
-        steps = [nn.Sequential(nn.Conv2d(c, width, 1), _norm(width)) for c in channels]
+        steps = [_step(c, width, kernel=1) for c in channels]
         inner = channels[-1]
         for _ in range(levels - self.maps):
-            steps.append(nn.Sequential(nn.Conv2d(inner, width, 3, stride=2, padding=1), _norm(width)))
+            steps.append(_step(inner, width, kernel=3, stride=2))
             inner = width
         self.steps = nn.ModuleList(steps)
-        for step in steps:
-            nn.init.xavier_uniform_(step[0].weight)
-            nn.init.zeros_(step[0].bias)
 
     def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Maps of [b d h w], finest first; the first further level is made from the backbone's own last map."""
@@ -54,8 +51,13 @@ class Projection(nn.Module):
         return maps
 
 
-def _norm(width: int) -> nn.Module:
-    return nn.GroupNorm(gcd(32, width // 4), width)
+def _step(inner: int, width: int, kernel: int, stride: int = 1) -> nn.Sequential:
+    """A convolution and a group norm of at most 32 groups, each of at least four channels."""
+    convolution = nn.Conv2d(inner, width, kernel, stride, padding=kernel // 2)
+    nn.init.xavier_uniform_(convolution.weight)
+    if convolution.bias is not None:
+        nn.init.zeros_(convolution.bias)
+    return nn.Sequential(convolution, nn.GroupNorm(gcd(32, width // 4), width))
 
 
 def flatten(maps: Sequence[Float[Tensor, "b d _h _w"]], padding_mask: Bool[Tensor, "b h w"]) -> Memory:
