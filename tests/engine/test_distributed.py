@@ -18,45 +18,41 @@ from metr.engine.trainer import Trainer
 SCRIPT = """
 import sys
 from pathlib import Path
-sys.path[:0] = sys.argv[2:4]
+sys.path[:0] = sys.argv[2:]
 from metr.engine.trainer import Trainer
 from small_runs import make_config, make_parts
-folder, stop = Path(sys.argv[1]), int(sys.argv[4])
-changes = {"loop": {"log_every": 1, "evaluate_every": 2}}
-parts = make_parts(folder, batch_size=2, denoising=0)
-evaluate = lambda network: {"AP": float(next(network.parameters()).abs().sum())}
-trainer = Trainer(parts, make_config(4, **changes), folder / "run", evaluate=evaluate)
-if stop and trainer.accelerator.process_index == 1:
+
+def run(stop):
+    parts = make_parts(Path(sys.argv[1]), batch_size=2, denoising=0)
+    config = make_config(4, loop={"log_every": 1, "evaluate_every": 2})
+    evaluate = lambda network: {"AP": float(next(network.parameters()).abs().sum())}
+    trainer = Trainer(parts, config, Path(sys.argv[1]) / "run", evaluate=evaluate)
     def ask(module, inputs):
         trainer._interrupts.requested |= trainer.counters.step + 1 == stop
-    trainer.plain_network.register_forward_pre_hook(ask)
-outcome = trainer.fit(resume=True)
-assert outcome.step == (stop or 4), outcome
+    if trainer.accelerator.process_index == 1:
+        trainer.plain_network.register_forward_pre_hook(ask)
+    return trainer.fit(resume=True).step
+
+assert [run(stop=3), run(stop=0)] == [3, 4], "both stop when the second is asked to, and go on"
 """
 
 
-def launch(folder: Path, stop: int) -> None:
-    """Two processes of the script; the second one, if asked to, wants to stop after a step."""
+def launch(folder: Path) -> None:
+    """Runs the script in two processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    paths = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-    arguments = [sys.executable, "-c", SCRIPT, str(folder), *paths, str(stop)]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
-    workers = [
-        subprocess.Popen(
-            arguments, env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-        )
-        for rank in range(2)
-    ]
+    arguments = [sys.executable, "-c", SCRIPT, str(folder), *(str(path) for path in Path(__file__).parents[:2])]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    workers = [subprocess.Popen(arguments, env={**os.environ, **shared, **rank}) for rank in ranks]
     assert [worker.wait(timeout=240) for worker in workers] == [0, 0]
 
 
 @pytest.mark.slow
 def test_two_processes_make_the_steps_of_one(tmp_path: Path) -> None:
     make_parts(tmp_path)  # writes the pictures before two processes do
-    launch(tmp_path, stop=3)
-    launch(tmp_path, stop=0)
+    launch(tmp_path)
 
     config = make_config(4, loop={"log_every": 1})
     alone = Trainer(make_parts(tmp_path, batch_size=4, denoising=0), config, tmp_path / "alone")

@@ -74,7 +74,7 @@ def write_run(folder: Path, steps: int = 40) -> None:
 def test_curves_are_drawn(tmp_path: Path) -> None:
     write_run(tmp_path)
     picture = cv2.imread(str(plot_curves(tmp_path)))
-    assert picture.shape == (800, 1400, 3)
+    assert picture.shape == (800, 1500, 3)
     assert (picture != 255).any(axis=2).mean() > 0.01
 
 

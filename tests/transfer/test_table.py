@@ -1,7 +1,10 @@
 """Key tables: what moves, what stays, and what cannot."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from metr.errors import CheckpointError
@@ -117,10 +120,20 @@ def test_the_stack_of_pytorchs_attention_gives_the_same_answers() -> None:
     torch.testing.assert_close(ours(tokens, tokens, tokens), reference(tokens, tokens, tokens)[0])
 
 
-def test_moved_weights_are_whole_tensors_of_their_own() -> None:
-    """safetensors refuses views of a larger storage."""
+def test_moved_weights_can_be_saved(tmp_path: Path) -> None:
+    """safetensors refuses tensors that share a storage, as the parts of a stack would."""
     moved = to_ours(theirs(1), TABLE)
-    assert all(tensor.is_contiguous() for tensor in moved.state.values())
+    save_file(moved.state, tmp_path / "ours.safetensors")
+    save_file(to_theirs(moved.state, TABLE).state, tmp_path / "theirs.safetensors")
+
+
+def test_one_of_ours_may_become_several_of_theirs(tmp_path: Path) -> None:
+    """Heads that are one module with us, and copies with them."""
+    table = (Row("head.0.{p}", "head.{p}"), Row("head.1.{p}", "head.{p}"))
+    moved = to_theirs({"head.weight": torch.randn(2, 3)}, table)
+    assert set(moved.state) == {"head.0.weight", "head.1.weight"}
+    assert moved.used == ("head.weight",)
+    save_file(moved.state, tmp_path / "theirs.safetensors")
 
 
 def test_no_name_of_the_authors_table_is_claimed_twice() -> None:

@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import hashlib
 import logging
+import secrets
 import shutil
 import tempfile
 import time
@@ -131,7 +132,8 @@ def _valid_manifest(folder: Path, root: Path) -> Manifest | None:
 
 def _build(reader: Reader, plan: SplitPlan, place: Path) -> StoredDataset:
     """Reads a dataset into a new folder in `place`, then moves it to its name."""
-    building = Path(tempfile.mkdtemp(prefix=".building-", dir=place))
+    building = place / f".building-{secrets.token_hex(8)}"
+    building.mkdir()
     try:
         manifest = _write(reader, plan, building)
         state = hashlib.sha256(msgspec.json.encode(sorted(manifest.touched.items()))).hexdigest()[:24]

@@ -11,7 +11,7 @@ from metr.engine.folders import RunFolder
 from metr.engine.metrics import Record, grouped_terms, read_metrics
 from metr.errors import MetrError
 
-_SMOOTHING = 0.9  # share of the old average that a point keeps
+_SMOOTHING = 0.7  # share of the old average that a point keeps
 _MOST_METRICS = 12  # lines that a legend can still be read with
 
 
@@ -28,7 +28,7 @@ def plot_curves(run: Path) -> Path:
         raise MetrError(what, where=folder.metrics, hint="train for a few more steps")
     training = [record for record in records if record["kind"] == "train"]
     evaluations = [record for record in records if record["kind"] == "evaluation"]
-    figure = Figure(figsize=(14, 8), layout="constrained")
+    figure = Figure(figsize=(15, 8), layout="constrained")
     FigureCanvasAgg(figure)
     total, terms, metrics, rate = figure.subplots(2, 2).flat
     _plot_total(total, training)
@@ -41,7 +41,7 @@ def plot_curves(run: Path) -> Path:
 
 def _plot_total(axes: Any, records: Sequence[Record]) -> None:
     steps, values = _series(records, "total")
-    axes.plot(steps, values, color="tab:blue", alpha=0.3, linewidth=1)
+    axes.plot(steps, values, color="tab:blue", alpha=0.35, linewidth=1)
     axes.plot(steps, _smoothed(values), color="tab:blue", linewidth=2)
     _finish(axes, "loss, total", bool(values))
 
@@ -83,7 +83,7 @@ def _finish(axes: Any, title: str, filled: bool) -> None:
     if not filled:
         axes.text(0.5, 0.5, "nothing yet", ha="center", va="center", transform=axes.transAxes, color="gray")
     elif axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1.0))
 
 
 def _series(records: Iterable[Record], key: str) -> tuple[list[int], list[float]]:

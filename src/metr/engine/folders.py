@@ -53,6 +53,16 @@ class RunFolder:
 
 
 @contextmanager
+def explained_disk_errors(where: Path) -> Iterator[None]:
+    """What the operating system refuses in the block is a `CheckpointError` about `where`."""
+    try:
+        yield
+    except OSError as error:
+        hint = "check that the disk has room and that the folder may be written"
+        raise CheckpointError(f"cannot be written: {error}", where=where, hint=hint) from None
+
+
+@contextmanager
 def replaced_folder(folder: Path, marker: str) -> Iterator[Path]:
     """An empty folder to write into, which takes the place of `folder` when the block ends well.
 
@@ -67,7 +77,7 @@ def replaced_folder(folder: Path, marker: str) -> Iterator[Path]:
         CheckpointError: `folder` holds something else, or the disk refuses.
     """
     fresh, previous = _sibling(folder, "new"), _previous(folder)
-    try:
+    with explained_disk_errors(folder):
         if previous.exists() and not folder.exists():
             previous.replace(folder)
         _refuse_foreign(folder, marker)
@@ -75,18 +85,16 @@ def replaced_folder(folder: Path, marker: str) -> Iterator[Path]:
             if leftover.exists():
                 shutil.rmtree(leftover)
         fresh.mkdir(parents=True)
-        yield fresh
-        _flush(fresh)
-        if folder.exists():
-            folder.replace(previous)
-        fresh.replace(folder)
+        try:
+            yield fresh
+            _flush(fresh)
+            if folder.exists():
+                folder.replace(previous)
+            fresh.replace(folder)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
         _flush_entry(folder.parent)
         shutil.rmtree(previous, ignore_errors=True)
-    except OSError as error:
-        hint = "check that the disk has room and that the folder may be written"
-        raise CheckpointError(f"cannot be written: {error}", where=folder, hint=hint) from None
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
 
 
 def existing_folder(folder: Path) -> Path:

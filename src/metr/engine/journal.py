@@ -13,7 +13,7 @@ from rich.syntax import Syntax
 
 from metr.config import Config, as_yaml
 from metr.engine.config import LoopConfig
-from metr.engine.folders import RunFolder
+from metr.engine.folders import RunFolder, explained_disk_errors
 from metr.engine.metrics import MetricsWriter, Record
 from metr.engine.progress import Progress, Snapshot
 from metr.engine.training_state import Counters, StepReport, Window
@@ -67,17 +67,18 @@ class Journal:
         if self._metrics is not None:
             self._metrics.close()
 
-    def begin(self, resolved: Config | str, step: int) -> None:
-        """Shows and saves the configuration; forgets what was written after `step`."""
+    def begin(self, resolved: Config | str, counters: Counters) -> None:
+        """Shows and saves the configuration; forgets what was written later than `counters` know."""
         if self._metrics is None:
             return
         text = resolved if isinstance(resolved, str) else as_yaml(resolved)
-        self.folder.config.write_text(text, encoding="utf-8")
+        with explained_disk_errors(self.folder.config):
+            self.folder.config.write_text(text, encoding="utf-8")
         if self._console is None:
             _logger.info("configuration:\n%s", text)
         else:
             self._console.print(Syntax(text, "yaml", background_color="default"))
-        self._metrics.rewind(step)
+        self._metrics.rewind(counters.step, counters.evaluated_step)
 
     def step(self, report: StepReport, counters: Counters, look: Callable[[], Surroundings]) -> None:
         """Shows a step; writes a line where one is due, and empties the window of sums; only then calls `look`."""

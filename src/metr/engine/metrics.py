@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from metr.engine.folders import explained_disk_errors
 from metr.errors import DependencyError, MetrError
 
 Record = dict[str, Any]
@@ -24,24 +25,28 @@ class MetricsWriter:
 
     Raises:
         DependencyError: TensorBoard is asked for and not installed.
+        CheckpointError: the folder cannot be made.
     """
 
     def __init__(self, path: Path, tensorboard: Path | None = None) -> None:
         self.path = path
+        with explained_disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
         self._board = None if tensorboard is None else _summary_writer(tensorboard)
-        path.parent.mkdir(parents=True, exist_ok=True)
 
-    def rewind(self, step: int) -> None:
-        """Forgets everything after `step`, and a line that a crash cut short."""
-        kept = [record for record in read_metrics(self.path) if record["step"] <= step]
+    def rewind(self, step: int, evaluated_step: int) -> None:
+        """Forgets steps after `step`, evaluations after `evaluated_step`, and a line that a crash cut short."""
+        newest = {"train": step, "evaluation": evaluated_step}
+        kept = [record for record in read_metrics(self.path) if record["step"] <= newest.get(record["kind"], step)]
         fresh = self.path.with_name(f".{self.path.name}.new")
-        fresh.write_text("".join(map(_line, kept)), encoding="utf-8")
-        fresh.replace(self.path)
+        with explained_disk_errors(self.path):
+            fresh.write_text("".join(map(_line, kept)), encoding="utf-8")
+            fresh.replace(self.path)
 
     def write(self, kind: Kind, step: int, values: Mapping[str, Any]) -> None:
         """Appends one record; numbers that are not finite become null."""
         record = {"kind": kind, "step": step, **values}
-        with self.path.open("a", encoding="utf-8") as file:
+        with explained_disk_errors(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(_line(record))
         if self._board is not None:
             for name, value in _numbers(values, kind):

@@ -222,7 +222,8 @@ class Trainer:
             f"{name} {image}" for batch in batches for name, image in zip(batch.datasets, batch.image_ids, strict=True)
         ]
         told = "step %d is skipped: %s not finite; pictures: %s"
-        _logger.warning(told, counters.step, names, ", ".join(pictures[:_MOST_NAMED]))
+        if self.accelerator.is_main_process:
+            _logger.warning(told, counters.step, names, ", ".join(pictures[:_MOST_NAMED]))
         if counters.skipped_in_a_row >= most:
             what = f"{most} steps in a row had numbers that are not finite, at last in: {names}"
             hint = "lower optimizer.learning_rate, lengthen schedule.warmup_steps, or set loop.precision=fp32"
@@ -331,9 +332,10 @@ class Trainer:
         """Saves, draws the curves, and says how to go on if this is not the last step."""
         self._save()
         counters, steps = self.counters, self.config.loop.steps
-        if self.config.loop.curves and self.accelerator.is_main_process and read_metrics(self.folder.metrics):
+        is_main = self.accelerator.is_main_process
+        if is_main and self.config.loop.curves and read_metrics(self.folder.metrics):
             plot_curves(self.folder.path)
-        if counters.step < steps:
+        if is_main and counters.step < steps:
             told = "stopped after step %d of %d; everything is saved in %s: resume this run to go on"
             _logger.warning(told, counters.step, steps, self.folder.path)
         return Outcome(

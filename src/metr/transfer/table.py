@@ -43,7 +43,8 @@ def to_ours(theirs: Mapping[str, Tensor], table: Sequence[Row]) -> Conversion:
     """Another network's state under METR's names.
 
     Raises:
-        CheckpointError: two of their keys claim the same name of ours.
+        CheckpointError: two of their keys claim the same name of ours, or a tensor is no stack of as many parts as
+            its row names.
     """
     patterns = [(_pattern(row.theirs), row) for row in table]
     state: State = {}
@@ -54,29 +55,47 @@ def to_ours(theirs: Mapping[str, Tensor], table: Sequence[Row]) -> Conversion:
             left_over.append(key)
             continue
         match, row = found
-        for template, piece in zip(row.parts, tensor.chunk(len(row.parts)), strict=True):
+        for template, piece in zip(row.parts, _pieces(key, tensor, len(row.parts)), strict=True):
             name = template.format(**match.groupdict())
             if name in state:
                 raise CheckpointError(f"two keys become {name!r}", where=key, hint="check the key table")
-            state[name] = piece.contiguous()
+            state[name] = piece
         used.append(key)
     return Conversion(state=state, used=tuple(used), left_over=tuple(left_over))
 
 
 def to_theirs(ours: Mapping[str, Tensor], table: Sequence[Row]) -> Conversion:
-    """METR's state under another network's names."""
+    """METR's state under another network's names.
+
+    Raises:
+        CheckpointError: a part of one of their stacked tensors is missing.
+    """
     state: State = {}
-    used: list[str] = []
+    used: set[str] = set()
     for row in table:
         first = _pattern(row.parts[0])
         for key in ours:
             match = first.fullmatch(key)
             if match is None:
                 continue
-            keys = [template.format(**match.groupdict()) for template in row.parts]
-            state[row.theirs.format(**match.groupdict())] = torch.cat([ours[k] for k in keys])
-            used += keys
-    return Conversion(state=state, used=tuple(used), left_over=tuple(k for k in ours if k not in set(used)))
+            parts = [template.format(**match.groupdict()) for template in row.parts]
+            name = row.theirs.format(**match.groupdict())
+            if missing := [part for part in parts if part not in ours]:
+                raise CheckpointError(f"needs {', '.join(missing)} besides {key}", where=name)
+            state[name] = torch.cat([ours[part] for part in parts]) if len(parts) > 1 else ours[key].clone()
+            used.update(parts)
+    moved, left_over = ([k for k in ours if (k in used) is wanted] for wanted in (True, False))
+    return Conversion(state=state, used=tuple(moved), left_over=tuple(left_over))
+
+
+def _pieces(key: str, tensor: Tensor, number: int) -> Sequence[Tensor]:
+    """A stacked tensor's parts, each with a storage of its own."""
+    if number == 1:
+        return [tensor.contiguous()]
+    if not tensor.ndim or tensor.shape[0] % number:
+        shape = list(tensor.shape)
+        raise CheckpointError(f"expected {number} equal parts along the first axis, found {shape}", where=key)
+    return [piece.clone() for piece in tensor.chunk(number)]
 
 
 def _pattern(template: str) -> re.Pattern[str]:

@@ -1,0 +1,78 @@
+"""The network learns four pictures by heart: every part, from backbone to losses, pulls in one direction."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from metr.boxes import cxcywh_to_xyxy, pairwise_iou
+from metr.losses.config import CriterionConfig
+from metr.losses.criterion import SetCriterion
+from metr.models.detector import Detector
+from metr.structures import Targets
+
+from small import TEXT_WIDTH, small_config, small_detector, targets_of
+
+SIZE, STEPS, RATE = 96, 130, 3e-3
+COLOURS = torch.tensor([[1.0, 0.1, 0.1], [0.1, 0.9, 0.1], [0.2, 0.2, 1.0]])
+WORDS = 4  # rectangle, ellipse, triangle, and one that is nowhere
+Scene = list[tuple[int, list[float]]]
+SCENES: list[Scene] = [
+    [(0, [0.25, 0.30, 0.30, 0.40]), (1, [0.70, 0.65, 0.35, 0.35])],
+    [(2, [0.50, 0.50, 0.40, 0.50])],
+    [(1, [0.20, 0.25, 0.25, 0.25]), (1, [0.60, 0.30, 0.30, 0.30]), (0, [0.50, 0.75, 0.50, 0.25])],
+    [(2, [0.25, 0.70, 0.30, 0.30]), (0, [0.70, 0.25, 0.35, 0.25]), (1, [0.72, 0.45, 0.30, 0.40])],
+]
+
+
+def picture(scene: Scene) -> Tensor:
+    """Coloured shapes on noise, later ones in front."""
+    image = 0.5 + 0.15 * torch.randn(3, SIZE, SIZE)
+    place = (torch.arange(SIZE) + 0.5) / SIZE
+    y, x = torch.meshgrid(place, place, indexing="ij")
+    for label, (cx, cy, width, height) in scene:
+        u, v = (x - cx) / (width / 2), (y - cy) / (height / 2)
+        rectangle = (u.abs() < 1) & (v.abs() < 1)
+        inside = (rectangle, u**2 + v**2 < 1, rectangle & (u.abs() < (v + 1) / 2))[label]
+        image[:, inside] = COLOURS[label].unsqueeze(1) + 0.1 * torch.randn(3, int(inside.sum()))
+    return image.clamp(0, 1)
+
+
+def learn(detector: Detector, images: Tensor, text: Tensor, targets: list[Targets], loss: str) -> None:
+    criterion = SetCriterion(CriterionConfig(classification=loss))
+    optimizer = torch.optim.AdamW(detector.parameters(), lr=RATE)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS, pct_start=0.1)
+    mask = torch.zeros(len(images), SIZE, SIZE, dtype=torch.bool)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        criterion(detector(images, mask, text, targets), targets).total.backward()
+        torch.nn.utils.clip_grad_norm_(detector.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "encoder", "loss"),
+    [("budget", "deformable", "focal"), ("uniform", "hybrid", "quality"), ("shared", "deformable", "matchability")],
+)
+def test_overfits_four_images(layout: str, encoder: str, loss: str) -> None:
+    """Each object is found once, by a query of its category, and nothing else is found."""
+    images = torch.stack([picture(scene) for scene in SCENES])
+    targets = [targets_of([box for _, box in scene], [label for label, _ in scene], words=WORDS) for scene in SCENES]
+    text = torch.nn.functional.normalize(torch.randn(WORDS, TEXT_WIDTH), dim=-1)
+    detector = small_detector(small_config(encoder=encoder, kept=3, layout=layout)).train()
+    learn(detector, images, text, targets, loss)
+
+    detector.eval()
+    with torch.no_grad():
+        output = detector(images, torch.zeros(4, SIZE, SIZE, dtype=torch.bool), text)
+    labels = output.categories.ids.gather(1, output.slot)
+    for image, target in enumerate(targets):
+        found = output.valid[image] & (output.logits[-1, image].sigmoid() > 0.5)
+        overlap = pairwise_iou(cxcywh_to_xyxy(output.boxes[-1, image, found]), cxcywh_to_xyxy(target.boxes))
+        right = (overlap > 0.7) & (labels[image, found].unsqueeze(1) == target.labels)
+        assert right.sum(0).tolist() == [1] * len(target.labels), f"image {image}: objects found"
+        assert right.sum(1).tolist() == [1] * int(found.sum()), f"image {image}: queries that say yes"
+    present = output.categories.presence_logits[-1].sigmoid() > 0.5
+    expected = torch.stack([torch.bincount(target.labels, minlength=WORDS) > 0 for target in targets])
+    assert torch.equal(present, expected)
