@@ -20,6 +20,7 @@ from metr.engine.config import TrainConfig
 from metr.engine.trainer import TrainingParts
 from metr.losses.config import CriterionConfig
 from metr.losses.criterion import SetCriterion
+from metr.models.config import DetectorConfig
 from metr.models.detector import Detector
 from metr.text.vocabulary import Vocabulary
 
@@ -66,12 +67,12 @@ def _record(path: Path, index: int, rng: np.random.Generator) -> ImageRecord:
     )
 
 
-def make_description(denoising: int = 8) -> Checkpoint:
+def make_description(**model: Any) -> Checkpoint:
     """A checkpoint without weights."""
     generator = torch.Generator().manual_seed(7)
     embeddings = torch.nn.functional.normalize(torch.randn(len(VOCABULARY), TEXT_WIDTH, generator=generator), dim=-1)
     return Checkpoint(
-        model=small_config(denoising=denoising),
+        model=small_config(**{"denoising": 8} | model),
         vocabulary=VOCABULARY,
         text_embeddings=embeddings,
         text_encoder={"source": "random", "width": TEXT_WIDTH},
@@ -80,21 +81,24 @@ def make_description(denoising: int = 8) -> Checkpoint:
 
 
 @cache
-def _network(denoising: int) -> Detector:
-    return small_detector(make_description(denoising).model)
+def _network(config: str) -> Detector:
+    return small_detector(DetectorConfig.model_validate_json(config))
 
 
 def make_parts(
-    folder: Path, *, criterion: SetCriterion | None = None, batch_size: int = 2, workers: int = 0, denoising: int = 8
+    folder: Path, *, criterion: SetCriterion | None = None, batch_size: int = 2, workers: int = 0, **model: Any
 ) -> TrainingParts:
-    """Everything the trainer wants; the network's weights are the same every time."""
+    """Everything the trainer wants; the network's weights are the same every time, `model` goes to `small_config`."""
     torch.set_num_threads(1)  # many small operations, and neighbours on the other cores
     loader = LoaderConfig(batch_size=batch_size, workers=workers)
+    checkpoint = make_description(**model)
     return TrainingParts(
-        network=copy.deepcopy(_network(denoising)),  # building one takes longer than a few steps
+        network=copy.deepcopy(
+            _network(checkpoint.model.model_dump_json())
+        ),  # building one takes longer than a few steps
         criterion=criterion or SetCriterion(CriterionConfig()),
         loader=partial(build_train_loader, make_datasets(folder), loader),
-        checkpoint=make_description(denoising),
+        checkpoint=checkpoint,
     )
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from metr.engine.config import EmaConfig
-from metr.engine.ema import Ema
+from metr.engine.ema import Ema, KeptBuffers
 
 
 def test_follows_the_recurrence_and_copies_buffers() -> None:
@@ -19,7 +19,7 @@ def test_follows_the_recurrence_and_copies_buffers() -> None:
         with torch.no_grad():
             network[0].weight.add_(torch.randn(4, 3))
         network(torch.randn(8, 3))
-        ema.update(network, step)
+        ema.update(step)
         decay = 0.9 * (1 - math.exp(-step / 5))
         expected = decay * expected + (1 - decay) * network[0].weight.detach()
     averaged, norm = ema.network[0], ema.network[1]
@@ -48,3 +48,17 @@ def test_the_average_is_a_network_apart() -> None:
     assert ema.network[0].weight.abs().sum() > 0
     assert network.training
     assert network[0].weight.requires_grad
+
+
+def test_buffers_are_kept_and_put_back() -> None:
+    network = nn.BatchNorm1d(3).train()
+    kept = KeptBuffers(network)
+    network(torch.randn(4, 3))
+    kept.keep()
+    good = network.running_mean.clone()
+    network(torch.full((4, 3), float("nan")))
+    assert network.running_mean.isnan().all()
+    kept.restore()
+    assert torch.equal(network.running_mean, good)
+    assert network.num_batches_tracked == 1
+    KeptBuffers(nn.Linear(1, 1)).restore()

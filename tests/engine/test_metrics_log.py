@@ -10,7 +10,7 @@ import pytest
 
 from metr.engine.curves import plot_curves
 from metr.engine.metrics import MetricsWriter, grouped_terms, read_metrics
-from metr.errors import DependencyError, MetrError
+from metr.errors import CheckpointError, DependencyError, MetrError
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -33,11 +33,16 @@ def test_rewinding_forgets_later_lines_and_a_torn_one(tmp_path: Path, caplog: py
     with path.open("a") as file:
         file.write('{"kind": "train", "st')
     with caplog.at_level(logging.WARNING):
-        writer.rewind(20)
+        writer.rewind(20, 20)
     assert "cut short" in caplog.text
     writer.write("train", 25, {"total": 0.0})
     assert [record["step"] for record in read_metrics(path)] == [10, 20, 25]
-    writer.rewind(0)
+    writer.write("evaluation", 25, {})
+    writer.rewind(25, 0)
+    assert [(record["kind"], record["step"]) for record in read_metrics(path)] == [
+        ("train", 10), ("train", 20), ("train", 25),
+    ]  # fmt: skip
+    writer.rewind(0, 0)
     assert path.read_text() == ""
 
 
@@ -105,3 +110,13 @@ def test_missing_tensorboard_is_explained(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(DependencyError, match=r"pip install 'metr\[tensorboard\]'"):
         MetricsWriter(tmp_path / "metrics.jsonl", tmp_path / "board")
+
+
+def test_a_disk_that_refuses_is_one_message(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        MetricsWriter(tmp_path / "file" / "metrics.jsonl")
+    writer = MetricsWriter(tmp_path / "run" / "metrics.jsonl")
+    writer.path.mkdir()
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        writer.write("train", 1, {})

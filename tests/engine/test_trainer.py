@@ -20,7 +20,7 @@ from metr.engine.checkpoint import load_checkpoint
 from metr.engine.config import TrainConfig
 from metr.engine.metrics import read_metrics
 from metr.engine.trainer import Trainer
-from metr.errors import MetrError
+from metr.errors import CheckpointError, MetrError
 from metr.losses.config import CriterionConfig
 from metr.losses.criterion import SetCriterion
 from metr.structures import DetectorOutput, Losses, Targets
@@ -171,6 +171,25 @@ def test_evaluations_do_not_disturb_training(tmp_path: Path) -> None:
     assert states_equal(*results)
 
 
+def test_an_evaluation_that_fails_costs_no_training(tmp_path: Path) -> None:
+    def fail(network: nn.Module) -> dict[str, float]:
+        raise MemoryError
+
+    config = make_config(4, loop={"evaluate_every": 2})
+    with pytest.raises(MemoryError):
+        Trainer(make_parts(tmp_path), config, tmp_path / "run", evaluate=fail).fit()
+    assert load_checkpoint(tmp_path / "run").training["step"] == 2
+    trainer = Trainer(make_parts(tmp_path), config, tmp_path / "run", evaluate=Rising())
+    trainer.fit(resume=True)
+    assert [r["step"] for r in read_metrics(tmp_path / "run") if r["kind"] == "evaluation"] == [2, 4]
+
+
+def test_a_folder_that_cannot_be_made_is_one_message(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        Trainer(make_parts(tmp_path), make_config(1), tmp_path / "file" / "run").fit()
+
+
 def test_an_unknown_metric_is_said_and_costs_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     config = make_config(2, loop={"best_metric": "Ap"})
     outcome = Trainer(make_parts(tmp_path), config, tmp_path / "run", evaluate=Rising()).fit()
@@ -185,7 +204,7 @@ def test_a_step_without_finite_losses_changes_nothing(
     tmp_path: Path, sick: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     """With two batches a step, whichever of the two is at fault."""
-    parts = make_parts(tmp_path, criterion=Sick(sick))
+    parts = make_parts(tmp_path, criterion=Sick(sick), encoder="hybrid")  # which has running statistics
     config = make_config(4, loop={"accumulation": 2, "log_every": 1})
     trainer = Trainer(parts, config, tmp_path / "run")
     stream = iter(parts.loader(seed=0, start=0, rank=0, world=1, device=torch.device("cpu")))
@@ -195,8 +214,7 @@ def test_a_step_without_finite_losses_changes_nothing(
     report = trainer.train_step([next(stream), next(stream)])
     assert report.faulty == ("decoder.1/l1",)
     assert all(parameter.grad is None for parameter in trainer.plain_network.parameters())
-    parameters = {name for name, _ in trainer.plain_network.named_parameters()}
-    assert all(torch.equal(before[name], trainer.plain_network.state_dict()[name]) for name in parameters)
+    assert states_equal(before, trainer.plain_network.state_dict())
     assert not trainer.optimizer.state
 
     trainer.criterion.calls = 0

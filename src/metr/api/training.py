@@ -12,7 +12,6 @@ from metr.api.evaluation import Judge, show
 from metr.config import Config
 from metr.data.loading import build_train_loader
 from metr.engine.checkpoint import Checkpoint
-from metr.engine.curves import plot_curves
 from metr.engine.random_state import seed_everything
 from metr.engine.recipe import RunConfig
 from metr.engine.trainer import Outcome, Trainer, TrainingParts
@@ -64,10 +63,8 @@ def train(
 
     trainer = Trainer(parts, recipe.train, out, evaluate=evaluate, resolved=recipe, console=console)
     outcome = trainer.fit(resume=resume)
-    if trainer.accelerator.is_main_process:
-        console.print(f"curves: {plot_curves(out)}", markup=False)
-        if outcome.interrupted:
-            console.print("to go on, give the same command again with --resume")
+    if outcome.interrupted:
+        console.print("to go on, give the same command again with --resume")
     return outcome
 
 

@@ -19,7 +19,7 @@ from metr.data.loading import TrainLoader
 from metr.engine.checkpoint import Checkpoint, save_checkpoint
 from metr.engine.config import TrainConfig
 from metr.engine.curves import plot_curves
-from metr.engine.ema import Ema
+from metr.engine.ema import Ema, KeptBuffers
 from metr.engine.folders import RunFolder
 from metr.engine.hardware import autocast, peak_memory, resolved_precision
 from metr.engine.interrupts import Abandoned, Interrupts
@@ -97,6 +97,7 @@ class Trainer:
         self.precision = resolved_precision(config.loop.precision, self.device)
         self.plain_network = parts.network.to(self.device)
         self.ema = Ema(self.plain_network, config.ema) if config.ema.enabled else None
+        self._buffers = KeptBuffers(self.plain_network)
         self.optimizer = build_optimizer(self.plain_network, config.optimizer)
         self.network = self.accelerator.prepare(self.plain_network)
         self.criterion = parts.criterion.to(self.device)
@@ -124,8 +125,9 @@ class Trainer:
             return self._without_effect(StepReport(learning_rate=rates, faulty=("the gradient",)))
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self._buffers.keep()
         if self.ema is not None:
-            self.ema.update(self.plain_network, self.counters.step + 1)
+            self.ema.update(self.counters.step + 1)
         return StepReport(learning_rate=rates, figures=figures, gradient_norm=norm)
 
     def fit(self, *, resume: bool = False) -> Outcome:
@@ -177,7 +179,9 @@ class Trainer:
         return float(nn.utils.clip_grad_norm_(parameters, limit))
 
     def _without_effect(self, report: StepReport) -> StepReport:
+        """Forgets the gradients, and what the forward passes did to running statistics."""
         self.optimizer.zero_grad()
+        self._buffers.restore()
         return report
 
     def _learning_rate_factor(self) -> float:
@@ -197,7 +201,7 @@ class Trainer:
             self._load(rank)
         start = self.counters.images
         loader = self.parts.loader(seed=loop.seed, start=start, rank=rank, world=world, device=self.device)
-        self._journal.begin(self._resolved, self.counters.step)
+        self._journal.begin(self._resolved, self.counters)
         self.network.train()
         return _Stream(loader=loader, batches=iter(loader))
 
@@ -245,12 +249,13 @@ class Trainer:
         at_turn = counters.step == loop.steps or (loop.evaluate_every and counters.step % loop.evaluate_every == 0)
         if self.evaluate is None or not at_turn or counters.step <= counters.evaluated_step:
             return
+        self._save()  # an evaluation is long, and may fail
         if not self.accelerator.is_main_process:
             counters.evaluated_step = counters.step
         elif not self._interrupts.requested:
             self._evaluate(self.evaluate)
         self.accelerator.wait_for_everyone()
-        self._save()
+        self._save(again=True)
 
     @torch.no_grad()
     def _evaluate(self, evaluate: Evaluate) -> None:
@@ -300,9 +305,9 @@ class Trainer:
         if every and self.counters.step % every == 0:
             self._save()
 
-    def _save(self) -> None:
-        """Writes the last checkpoint and the state, unless this step's are there already."""
-        if self._saved_step == self.counters.step:
+    def _save(self, again: bool = False) -> None:
+        """Writes the last checkpoint and the state, unless this step's are there already and suffice."""
+        if self._saved_step == self.counters.step and not again:
             return
         random = self._random_states()
         if self.accelerator.is_main_process:
@@ -320,6 +325,7 @@ class Trainer:
 
     def _load(self, rank: int) -> None:
         self.counters, random = load_state(self.folder.state, self._trained())
+        self._buffers.keep()
         self._saved_step = self.counters.step
         if all(rank < len(rows) for rows in random.values()):
             restore_random_state({name: rows[rank] for name, rows in random.items()}, self.device)

@@ -1,5 +1,6 @@
 """Multi-head attention with separate projections, on PyTorch's fused kernel."""
 
+import torch
 from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -37,6 +38,14 @@ class Attention(nn.Module):
             for projected in (self.query(query), self.key(key), self.value(value))
         )
         mask = None if allowed is None else allowed.unsqueeze(1)
-        gathered = scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+        gathered = _gather(queries, keys, values, mask)
         out: Tensor = self.out(rearrange(gathered, "b heads n c -> b n (heads c)"))
         return out
+
+
+def _gather(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    """The fused kernel. CPUs differentiate it faster in float32 than in bfloat16: autocast has no say there."""
+    if queries.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        with torch.autocast("cpu", enabled=False):
+            return scaled_dot_product_attention(queries.float(), keys.float(), values.float(), attn_mask=mask)
+    return scaled_dot_product_attention(queries, keys, values, attn_mask=mask)

@@ -170,6 +170,7 @@ def _share_gradient(
     ends = torch.arange(0, rows.numel() + 1, rows.shape[1], dtype=rows.dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # sparse matrices are "in beta"
-        cells = torch.sparse_csr_tensor(ends, rows.flatten(), shares.flatten(), (len(grad), len(table)))
+        size = (len(grad), len(table))
+        cells = torch.sparse_csr_tensor(ends, rows.flatten(), shares.flatten(), size, check_invariants=False)
     products: Tensor = torch.sparse.sampled_addmm(cells, grad, table.T, beta=0.0).values()
     return products.view_as(rows)
