@@ -12,7 +12,7 @@ from metr.structures import Targets
 
 from small import TEXT_WIDTH, small_config, small_detector, targets_of
 
-SIZE, STEPS, RATE = 96, 220, 3e-3
+SIZE, STEPS, RATE = 96, 180, 3e-3
 COLOURS = torch.tensor([[1.0, 0.1, 0.1], [0.1, 0.9, 0.1], [0.2, 0.2, 1.0]])
 WORDS = 4  # rectangle, ellipse, triangle, and one that is nowhere
 Scene = list[tuple[int, list[float]]]

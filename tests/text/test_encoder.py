@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from metr.bundled import minilm_folder
-from metr.errors import ConfigError, ModelError
+from metr.errors import ConfigError, DependencyError, ModelError
 from metr.text import language_model
 from metr.text.encoder import TextEncoder, TextEncoderConfig
 from metr.text.language_model import LanguageModel, LanguageModelSource
@@ -254,3 +254,17 @@ def test_pooling_that_does_not_suit_is_refused(tmp_path: Path) -> None:
 def test_templates_are_checked(templates: list[str]) -> None:
     with pytest.raises(ConfigError, match=r"hold \{\} once"):
         TextEncoderConfig.checked({"templates": templates})
+
+
+def test_the_bundled_package_is_needed_for_unknown_phrases_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    TextEncoder(cache_root=tmp_path).embed(["fish"])
+
+    def missing() -> Path:
+        raise DependencyError("the package is not installed")
+
+    monkeypatch.setattr("metr.text.language_model.minilm_folder", missing)
+    assert TextEncoder(cache_root=tmp_path).embed(["fish"]).shape == (1, 384)
+    with pytest.raises(DependencyError, match="not installed"):
+        TextEncoder(cache_root=tmp_path).embed(["fish", "frog"])

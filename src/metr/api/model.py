@@ -41,7 +41,9 @@ class METR:
         self.vocabulary = checkpoint.vocabulary
         where = where or "checkpoint"
         self.resize = ResizeConfig.checked(checkpoint.preprocessing, where=f"{where} (preprocessing)")
-        self._encoder_config = TextEncoderConfig.checked(checkpoint.text_encoder, where=f"{where} (text_encoder)")
+        described = dict(checkpoint.text_encoder)
+        self._encoder_identity = described.pop("identity", None)
+        self._encoder_config = TextEncoderConfig.checked(described, where=f"{where} (text_encoder)")
         self._encoder: TextEncoder | None = None
 
     @classmethod
@@ -144,15 +146,13 @@ class METR:
         """The text encoder of training, loaded when a name first needs it.
 
         Raises:
-            CheckpointError: its embeddings have another width: it is another model than that of training.
+            CheckpointError: it is another model than that of training.
         """
         if self._encoder is None:
             encoder = TextEncoder(self._encoder_config)
-            if encoder.width != self.checkpoint.text_width:
-                what = (
-                    f"gives {encoder.width} numbers a name, the detector was trained with {self.checkpoint.text_width}"
-                )
-                hint = "put the text encoder of training back in its place"
+            if encoder.identity != self._encoder_identity or encoder.width != self.checkpoint.text_width:
+                what = f"not the text encoder of training: expected {self._encoder_identity}, found {encoder.identity}"
+                hint = "put that of training back in its place; names of training need no text encoder"
                 raise CheckpointError(what, where=self._encoder_config.source, hint=hint)
             self._encoder = encoder
         return self._encoder

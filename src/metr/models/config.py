@@ -11,46 +11,65 @@ from metr.models.backbones.config import BackboneConfig
 class EncoderConfig(Config):
     """From feature maps to memory."""
 
-    kind: Literal["deformable", "hybrid"] = "deformable"  # as in Deformable DETR and DINO, or as in RT-DETR
-    layers: int = Field(6, ge=0)  # attention layers; `hybrid` has them on the coarsest level only
-    levels: int = Field(4, ge=1)  # levels of the memory; those past the backbone's are made by strided convolution
+    kind: Literal["deformable", "hybrid"] = "deformable"
+    """As in Deformable DETR and DINO, or as in RT-DETR."""
+    layers: int = Field(6, ge=0)
+    """Attention layers; `hybrid` has them on the coarsest level only."""
+    levels: int = Field(4, ge=1)
+    """Levels of the memory; those past the backbone's are made by strided convolution."""
     heads: int = Field(8, ge=1)
-    points: int = Field(4, ge=1)  # sampling points a head and level (`deformable`)
-    feed_forward: int = Field(2048, ge=1)  # hidden numbers of the feed-forward parts
-    fusion_blocks: int = Field(3, ge=1)  # convolution blocks of each fusion (`hybrid`)
-    fusion_expansion: float = Field(1.0, gt=0)  # hidden channels of a fusion / width (`hybrid`)
+    points: int = Field(4, ge=1)
+    """Sampling points a head and level (`deformable`)."""
+    feed_forward: int = Field(2048, ge=1)
+    """Hidden numbers of the feed-forward parts."""
+    fusion_blocks: int = Field(3, ge=1)
+    """Convolution blocks of each fusion (`hybrid`)."""
+    fusion_expansion: float = Field(1.0, gt=0)
+    """Hidden channels of a fusion / width (`hybrid`)."""
 
 
 class CategoryConfig(Config):
     """Category extraction, and how many categories are kept."""
 
-    blocks: int = Field(2, ge=1)  # cross-attention blocks
+    blocks: int = Field(2, ge=1)
+    """Cross-attention blocks."""
     heads: int = Field(8, ge=1)
     feed_forward: int = Field(1024, ge=1)
-    self_attention: bool = False  # among categories; without it an answer does not depend on the other names
-    kept: int = Field(20, ge=1)  # K, category slots an image
-    prior: float = Field(0.02, gt=0, lt=1)  # share of categories that are present, where training starts
+    self_attention: bool = False
+    """Among categories; without it an answer does not depend on the other names."""
+    kept: int = Field(20, ge=1)
+    """K, category slots an image."""
+    prior: float = Field(0.02, gt=0, lt=1)
+    """Share of categories that are present, where training starts."""
 
 
 class QueryConfig(Config):
     """Class-specific queries: how many, and how they are shared out among the kept categories."""
 
     layout: Literal["budget", "uniform", "shared"] = "uniform"
-    number: int = Field(300, ge=1)  # Q, queries an image, whatever the vocabulary
-    floor: int = Field(5, ge=0)  # least queries a kept category gets (`budget`)
-    ceiling: int = Field(100, ge=1)  # most queries a category can get
-    attention: Literal["group", "image"] = "group"  # whom a query attends to: its category's queries, or all
-    content: Literal["learned", "place"] = "learned"  # what joins the category's token: a learned query, or
-    # the learned query and the features of the place where the query starts
+    number: int = Field(300, ge=1)
+    """Q, queries an image, whatever the vocabulary."""
+    floor: int = Field(5, ge=0)
+    """Least queries a kept category gets (`budget`)."""
+    ceiling: int = Field(100, ge=1)
+    """Most queries a category can get."""
+    attention: Literal["group", "image"] = "group"
+    """Whom a query attends to: its category's queries, or all."""
+    content: Literal["learned", "place"] = "learned"
+    """What joins the category's token: a learned query, or that and the features of the place where it starts."""
 
 
 class DenoisingConfig(Config):
     """Contrastive and category-flipped denoising, in training only."""
 
-    number: int = Field(100, ge=0)  # denoising queries an image, at most; 0 switches denoising off
-    groups: int = Field(5, ge=1)  # most noised versions of one object
-    box_noise: float = Field(1.0, gt=0)  # largest shift of a corner of a positive, in half sizes of its box
-    flips: bool = True  # add the right box under another annotated category, which must answer "no"
+    number: int = Field(100, ge=0)
+    """Denoising queries an image, at most; 0 switches denoising off."""
+    groups: int = Field(5, ge=1)
+    """Most noised versions of one object."""
+    box_noise: float = Field(1.0, gt=0)
+    """Largest shift of a corner of a positive, in half sizes of its box."""
+    flips: bool = True
+    """Add the right box under another annotated category, which must answer "no"."""
 
 
 class DecoderConfig(Config):
@@ -58,15 +77,18 @@ class DecoderConfig(Config):
 
     layers: int = Field(6, ge=1)
     heads: int = Field(8, ge=1)
-    points: int = Field(4, ge=1)  # sampling points a head and level
+    points: int = Field(4, ge=1)
+    """Sampling points a head and level."""
     feed_forward: int = Field(2048, ge=1)
-    padded_positions: bool = False  # encode a query's box in units of the padded picture, as DINO and the authors
+    padded_positions: bool = False
+    """Encode a query's box in units of the padded picture, as DINO and the authors."""
 
 
 class DetectorConfig(Config):
     """The whole network."""
 
-    width: int = Field(256, ge=8)  # d, numbers a token
+    width: int = Field(256, ge=8)
+    """D, numbers a token."""
     backbone: BackboneConfig = BackboneConfig()
     encoder: EncoderConfig = EncoderConfig()
     categories: CategoryConfig = CategoryConfig()

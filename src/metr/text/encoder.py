@@ -53,7 +53,6 @@ class TextEncoder:
     Raises:
         ModelError: there is no such model, or the hub is out of reach.
         ConfigError: the pooling does not suit the model.
-        DependencyError: the bundled model's package is missing or altered.
     """
 
     def __init__(
@@ -91,6 +90,7 @@ class TextEncoder:
 
         Raises:
             ModelError: the language model is needed and cannot be loaded.
+            DependencyError: the bundled one is needed, and its package is missing or altered.
             ConfigError: names were given instead of a vocabulary, and one is empty or given twice.
         """
         if not isinstance(vocabulary, Vocabulary):

@@ -77,18 +77,28 @@ class LanguageModelSource:
         Raises:
             ModelError: there is no such model, or the hub is out of reach.
             ConfigError: the pooling does not suit the model.
-            DependencyError: the bundled model's package is missing or altered.
         """
         if source == BUNDLED:
-            folder = str(minilm_folder())
-            fingerprint = f"sha256:{MINILM.sha256}"
-            return cls._read(folder, None, fingerprint, pooling)
+            return cls._bundled(pooling)
         if source.startswith("bundled:"):
             raise ModelError("no such bundled model", where=source, hint=did_you_mean(source, [BUNDLED]))
         path = Path(source).expanduser()
         if path.is_dir():
             return cls._read(str(path), None, f"sha256:{_fingerprint(path)}", pooling)
         return cls._read(source, revision, None, pooling)
+
+    @classmethod
+    def _bundled(cls, pooling: Pooling) -> "LanguageModelSource":
+        """MiniLM's facts, known beforehand: its package is needed only where a phrase is not in the cache."""
+        _check_pooling(pooling, "bert")
+        return cls(
+            location=BUNDLED,
+            revision=None,
+            fingerprint=f"sha256:{MINILM.sha256}",
+            model_type="bert",
+            pooling="mean" if pooling == "auto" else pooling,
+            width=384,
+        )
 
     @classmethod
     def _read(
@@ -122,6 +132,7 @@ class LanguageModel:
 
     Raises:
         ModelError: its files cannot be had or do not fit together.
+        DependencyError: the bundled model's package is missing or altered.
     """
 
     def __init__(self, source: LanguageModelSource, device: torch.device | str = "cpu") -> None:
@@ -129,9 +140,10 @@ class LanguageModel:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self.source, self.device = source, torch.device(device)
         origin: dict[str, Any] = {"revision": source.revision or "main"}
-        with loading(source.location):
-            self._tokenizer = AutoTokenizer.from_pretrained(source.location, **origin)
-            self._model = self._class().from_pretrained(source.location, dtype=torch.float32, **origin)
+        location = str(minilm_folder()) if source.location == BUNDLED else source.location
+        with loading(location):
+            self._tokenizer = AutoTokenizer.from_pretrained(location, **origin)
+            self._model = self._class().from_pretrained(location, dtype=torch.float32, **origin)
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         self._model.eval().requires_grad_(False).to(self.device)
@@ -183,11 +195,8 @@ class LanguageModel:
 
 def _pooling(asked: Pooling, location: str, commit: str | None, model_type: str) -> Pooling:
     """The pooling to use; sentence-transformers' own files say what theirs were trained with."""
-    fitting: tuple[Pooling, ...] = ("projection",) if model_type in _PROJECTED else ("mean", "cls")
+    fitting = _check_pooling(asked, model_type)
     if asked != "auto":
-        if asked not in fitting:
-            what = f"pooling {asked!r} does not suit a {model_type} model"
-            raise ConfigError(what, where="pooling", hint=f"auto, or {' or '.join(fitting)}")
         return asked
     if len(fitting) == 1:
         return fitting[0]
@@ -201,6 +210,15 @@ def _pooling(asked: Pooling, location: str, commit: str | None, model_type: str)
         )
         stated = {} if file is None else msgspec.json.decode(Path(file).read_bytes(), type=dict[str, Any])
     return "cls" if stated.get("pooling_mode_cls_token") else "mean"
+
+
+def _check_pooling(asked: Pooling, model_type: str) -> tuple[Pooling, ...]:
+    """The poolings that suit a kind of model; `asked` must be one of them, or "auto"."""
+    fitting: tuple[Pooling, ...] = ("projection",) if model_type in _PROJECTED else ("mean", "cls")
+    if asked != "auto" and asked not in fitting:
+        what = f"pooling {asked!r} does not suit a {model_type} model"
+        raise ConfigError(what, where="pooling", hint=f"auto, or {' or '.join(fitting)}")
+    return fitting
 
 
 def _width(config: Any) -> int:
