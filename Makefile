@@ -1,6 +1,8 @@
 # One word a habit. Everything runs in .venv, which any target builds when it is missing or out of date.
 PYTHON ?= python3
 BIN := .venv/bin
+# one thread a process and a process a core: the tests' networks are too small to be shared out
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 .PHONY: help demo test quick check format clean
 
@@ -24,17 +26,17 @@ demo: .venv/.ready
 	$(BIN)/metr demo
 
 test: .venv/.ready
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 quick: .venv/.ready
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 check: .venv/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 format: .venv/.ready
 	$(BIN)/ruff format .

@@ -33,6 +33,8 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def _seeded() -> Iterator[None]:
     """Every test starts from the same random state and leaves the thread count as it found it."""
     torch.manual_seed(0)
+    # the networks of the tests are too small to share out, and other processes keep the cores busy
+    torch.set_num_threads(1)
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)

@@ -2,9 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from jaxtyping import Float
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor, nn
@@ -16,9 +19,18 @@ from metr.data.dataset import DetectionDataset
 from metr.data.loading import build_evaluation_loader
 from metr.data.records import Annotations
 from metr.data.transforms.pipeline import build_transforms
-from metr.evaluation.evaluator import EvaluationConfig, EvaluationReport, EvaluationSet, Evaluator
-from metr.evaluation.report import write_report
+from metr.evaluation.evaluator import (
+    EvaluationConfig,
+    EvaluationReport,
+    EvaluationSet,
+    Evaluator,
+    Mode,
+    ModeReport,
+)
+from metr.evaluation.report import TITLES, write_report
 from metr.text.vocabulary import Vocabulary
+
+_METRICS: tuple[Literal["ap"], Literal["ap50"]] = ("ap", "ap50")
 
 
 def evaluate_run(
@@ -28,6 +40,7 @@ def evaluate_run(
     *,
     split: str | None = None,
     batch_size: int = 8,
+    device: str = "auto",
     config: EvaluationConfig | None = None,
     console: Console | None = None,
 ) -> EvaluationReport:
@@ -35,18 +48,28 @@ def evaluate_run(
 
     "All names" are those of the given datasets together with those of training.
 
+    Args:
+        source: A checkpoint folder, a run folder, or a name on the hub.
+        data: Datasets: folders, name=folder, or YAML files that list some; training need not have seen them.
+        out: The folder to write; made if missing.
+        split: Of each dataset; by default val, else test.
+        batch_size: Pictures a step.
+        device: Where the network runs.
+        config: Modes, fields and post-processing.
+        console: Where progress and the table are shown.
+
     Raises:
         DataError, CheckpointError: something is missing or does not fit.
     """
     console = console or Console(quiet=True)
-    joint, model = open_joint(data), METR.from_pretrained(source)
+    joint, model = open_joint(data), METR.from_pretrained(source, device=device)
     vocabulary = _with_training(joint.vocabulary, model.vocabulary)
-    judge = Judge(vocabulary, model.embed(vocabulary.names), joint.evaluation(split), model.resize, batch_size, config)
+    judge = Judge(vocabulary, model.embed(vocabulary), joint.evaluation(split), model.resize, batch_size, config)
     foreign = model.checkpoint.training.get("foreign")
     report = judge.report(model.network, console, None if foreign is None else str(foreign))
     table, text, chart = write_report(report, out)
     show(report, console)
-    console.print(f"written: {table}, {text.name}, {chart.name}", markup=False)
+    console.print(f"{table.name}, {text.name} and {chart.name} are in {out}", markup=False, soft_wrap=True)
     return report
 
 
@@ -97,23 +120,37 @@ class Judge:
 
 
 def show(report: EvaluationReport, console: Console) -> None:
-    """The report as a table on the console."""
-    table = Table(title="average precision, COCO protocol, 0 to 100")
-    for title in ("dataset", "split", "pictures", "AP own", "AP50 own", "AP all names", "AP50 all names"):
-        table.add_column(title, justify="left" if title in ("dataset", "split") else "right")
+    """The report as a table on the console, 80 columns wide unless names of datasets are long."""
+    asked: dict[Mode, bool] = {
+        "own": any(one.own is not None for one in report.datasets),
+        "unified": any(one.unified is not None for one in report.datasets),
+    }
+    modes = [mode for mode, wanted in asked.items() if wanted]
+    confusion = report.confusion
+    table = Table(title="average precision, COCO protocol, 0 to 100", box=SIMPLE_HEAD, padding=(0, 1))
+    table.add_column("\ndataset", overflow="fold")
+    table.add_column("\nsplit")
+    for title in ("\npictures", *(f"{TITLES[mode]}\n{metric}" for mode in modes for metric in ("AP", "AP50"))):
+        table.add_column(title, justify="right")
+    if confusion is not None:
+        table.add_column("confused\n%", justify="right")
     for one in report.datasets:
-        numbers = [
-            None if part is None else value
-            for part in (one.own, one.unified)
-            for value in ((None, None) if part is None else (part.coco.ap, part.coco.ap50))
-        ]
-        table.add_row(one.name, one.split, str(one.images), *map(_number, numbers))
-    means = [report.mean(mode, metric) for mode in ("own", "unified") for metric in ("ap", "ap50")]
+        parts = [one.own if mode == "own" else one.unified for mode in modes]
+        numbers = [value for part in parts for value in _scores(part)]
+        shares = [] if confusion is None else [confusion.shares.get(one.name)]
+        name = one.name if one.in_mean else f"({one.name})"
+        table.add_row(escape(name), one.split, str(one.images), *map(_number, [*numbers, *shares]))
+    means = [report.mean(mode, metric) for mode in modes for metric in _METRICS]
+    pooled = [] if confusion is None else [confusion.pooled]
     table.add_section()
-    table.add_row("mean", "", "", *map(_number, means))
+    table.add_row(f"mean of {sum(one.in_mean for one in report.datasets)}", "", "", *map(_number, [*means, *pooled]))
     console.print(table)
-    if report.confusion is not None and report.confusion.pooled is not None:
-        console.print(f"field confusion: {report.confusion.pooled:.1f} %")
+    if confusion is not None:
+        console.print("confused: of the best detections with all names, the share that names another field")
+
+
+def _scores(part: ModeReport | None) -> tuple[float | None, float | None]:
+    return (None, None) if part is None else (part.coco.ap, part.coco.ap50)
 
 
 def _number(value: float | None) -> str:
@@ -123,10 +160,10 @@ def _number(value: float | None) -> str:
 def _with_training(given: Vocabulary, trained: Vocabulary) -> Vocabulary:
     """The names of the given datasets, then those of training that are not among them.
 
-    Names that training gave a prompt keep it.
+    A name keeps the prompt of training unless the given datasets have another for it.
     """
-    datasets = {
-        **given.datasets,
-        **{name: held for name, held in trained.datasets.items() if name not in given.datasets},
-    }
-    return Vocabulary.union(datasets)
+    return Vocabulary(
+        names=tuple(dict.fromkeys((*given.names, *trained.names))),
+        prompts={**trained.prompts, **given.prompts},
+        datasets={**trained.datasets, **given.datasets},
+    )

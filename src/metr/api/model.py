@@ -1,6 +1,7 @@
 """METR: a network, its vocabulary and its text encoder, as one thing that detects."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import overload
 
@@ -12,10 +13,11 @@ from torch import Tensor
 
 from metr.data.config import ResizeConfig
 from metr.engine.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from metr.engine.hardware import resolved_device
 from metr.engine.weights import load_weights
-from metr.errors import CheckpointError
-from metr.inference.config import InferenceConfig
-from metr.inference.predictor import Picture, Predictor
+from metr.errors import CheckpointError, ConfigError, DataError
+from metr.inference.config import InferenceConfig, PostprocessConfig
+from metr.inference.predictor import Picture, Prediction, Predictor
 from metr.models.detector import Detector
 from metr.structures import Detections
 from metr.text.encoder import TextEncoder, TextEncoderConfig
@@ -33,11 +35,11 @@ class METR:
     Attributes:
         network: The `Detector`, in evaluation mode.
         vocabulary: The names it was trained on, and which dataset annotates which.
-        checkpoint: All else that the folder held (its weights excepted).
+        checkpoint: All else that the folder held; the weights are the network's.
     """
 
     def __init__(self, network: Detector, checkpoint: Checkpoint, where: object = None) -> None:
-        self.network, self.checkpoint = network.eval(), checkpoint
+        self.network, self.checkpoint = network.eval(), replace(checkpoint, weights={})
         self.vocabulary = checkpoint.vocabulary
         where = where or "checkpoint"
         self.resize = ResizeConfig.checked(checkpoint.preprocessing, where=f"{where} (preprocessing)")
@@ -47,16 +49,18 @@ class METR:
         self._encoder: TextEncoder | None = None
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, *, device: str | torch.device = "cpu") -> "METR":
+    def from_pretrained(cls, source: str | Path, *, device: str | torch.device = "auto") -> "METR":
         """Loads a detector; no flags are needed, nothing is unpickled, and a folder needs no network.
 
         Args:
             source: A checkpoint folder, a run folder (its best checkpoint), or a name on the hub ("user/name").
-            device: Where the network goes.
+            device: Where the network goes; "auto" is an accelerator where there is one, else the CPU.
 
         Raises:
             CheckpointError: there is no such checkpoint, or it is damaged.
+            ConfigError: there is no such device.
         """
+        place = resolved_device(device)
         folder = Path(source)
         if not folder.exists() and _may_be_a_hub_name(str(source)):
             folder = _fetched(str(source))
@@ -66,7 +70,7 @@ class METR:
         bare = config.model_copy(update={"backbone": config.backbone.model_copy(update={"pretrained": False})})
         network = Detector(bare, checkpoint.text_width)
         load_weights(network, checkpoint.weights, where=folder)
-        return cls(network.to(device), checkpoint, folder)
+        return cls(network.to(place), checkpoint, folder)
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Writes a checkpoint folder that `from_pretrained` reads.
@@ -74,9 +78,11 @@ class METR:
         Args:
             folder: Where to.
             dtype: Of the weights on disk, such as `torch.float16`.
+
+        Raises:
+            CheckpointError: the folder holds something else, or the disk refuses.
         """
-        values = {name: getattr(self.checkpoint, name) for name in _FIELDS}
-        save_checkpoint(Path(folder), Checkpoint(**values, weights=self.network.state_dict()), dtype=dtype)
+        save_checkpoint(Path(folder), replace(self.checkpoint, weights=self.network.state_dict()), dtype=dtype)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -88,25 +94,32 @@ class METR:
         """Where the network is."""
         return next(self.network.parameters()).device
 
-    def embed(self, names: Sequence[str]) -> Float[Tensor, "v t"]:
+    def embed(self, names: Sequence[str] | Vocabulary) -> Float[Tensor, "v t"]:
         """Text embeddings of any names; those of training come from the checkpoint, the others from its text encoder.
+
+        Args:
+            names: Plain names, or a vocabulary whose prompts say what is to be embedded instead of some of them.
 
         Raises:
             ConfigError: a name is empty or given twice.
             ModelError: a name is new and the text encoder cannot be loaded.
         """
-        wanted = Vocabulary.of(names)
-        known = set(self.vocabulary.names)
-        fresh = [name for name in wanted.names if name not in known]
-        rows = dict(zip(fresh, self._text_encoder().embed(fresh), strict=True)) if fresh else {}
-        for name in wanted.names:
-            if name in known:
-                rows[name] = self.checkpoint.text_embeddings[self.vocabulary.index_of(name)]
+        wanted = names if isinstance(names, Vocabulary) else Vocabulary.of(_listed(names))
+        trained = {name for name in wanted.names if self._was_embedded(name, wanted.prompts.get(name))}
+        fresh = [name for name in wanted.names if name not in trained]
+        rows = {name: self.checkpoint.text_embeddings[self.vocabulary.index_of(name)] for name in trained}
+        if fresh:
+            prompts = {name: wanted.prompts[name] for name in fresh if name in wanted.prompts}
+            rows |= dict(zip(fresh, self._text_encoder().embed(Vocabulary.of(fresh, prompts)), strict=True))
         return torch.stack([rows[name] for name in wanted.names])
+
+    def _was_embedded(self, name: str, prompt: str | None) -> bool:
+        """Whether training embedded a name, and by the same prompt if one is given."""
+        return name in self.vocabulary.names and prompt in {None, self.vocabulary.prompts.get(name)}
 
     def predictor(self, names: Sequence[str] | None = None, config: InferenceConfig | None = None) -> Predictor:
         """A predictor for these names (by default all of training), for many pictures or settings of one's own."""
-        wanted = self.vocabulary.names if names is None else Vocabulary.of(names).names
+        wanted = self.vocabulary.names if names is None else Vocabulary.of(_listed(names)).names
         return Predictor(self.network, self.embed(wanted), wanted, self.resize, config)
 
     @overload
@@ -134,13 +147,13 @@ class METR:
 
         Raises:
             DataError: a picture is missing or unreadable.
+            ConfigError: a name is empty or given twice, or the threshold is not in 0..1.
         """
-        config = InferenceConfig()
-        post = config.postprocess.model_copy(update={"score_threshold": threshold})
-        predictor = self.predictor(names, config.model_copy(update={"postprocess": post}))
+        post = PostprocessConfig.checked({"score_threshold": threshold}, where="threshold")
+        predictor = self.predictor(names, InferenceConfig(postprocess=post))
         if not isinstance(pictures, list):
             return predictor.detect(pictures)
-        return [predictor.detect(picture) for picture in pictures]
+        return [_found(prediction) for prediction in predictor.detect_many(pictures)]
 
     def _text_encoder(self) -> TextEncoder:
         """The text encoder of training, loaded when a name first needs it.
@@ -150,15 +163,31 @@ class METR:
         """
         if self._encoder is None:
             encoder = TextEncoder(self._encoder_config)
-            if encoder.identity != self._encoder_identity or encoder.width != self.checkpoint.text_width:
-                what = f"not the text encoder of training: expected {self._encoder_identity}, found {encoder.identity}"
+            expected = self._encoder_identity or encoder.identity
+            if encoder.identity != expected or encoder.width != self.checkpoint.text_width:
+                what = f"not the text encoder of training: expected {expected}, found {encoder.identity}"
                 hint = "put that of training back in its place; names of training need no text encoder"
                 raise CheckpointError(what, where=self._encoder_config.source, hint=hint)
             self._encoder = encoder
         return self._encoder
 
 
-_FIELDS = ("model", "vocabulary", "text_embeddings", "text_encoder", "preprocessing", "training")
+def _listed(names: Sequence[str]) -> Sequence[str]:
+    """The names, unless a single text was given for them: its letters would be taken for names."""
+    if isinstance(names, str):
+        raise ConfigError(f"expected a list of names, found the text {names!r}", where="names", hint=f"[{names!r}]")
+    return names
+
+
+def _found(prediction: Prediction) -> Detections:
+    """The detections of a picture.
+
+    Raises:
+        DataError: it could not be read.
+    """
+    if prediction.detections is None:
+        raise DataError(prediction.fault.detail if prediction.fault else "no answer", where=prediction.source)
+    return prediction.detections
 
 
 def _may_be_a_hub_name(source: str) -> bool:

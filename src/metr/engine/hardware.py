@@ -5,7 +5,24 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
+from metr.errors import ConfigError
+
 _GIB = 2**30
+
+
+def resolved_device(wanted: str | torch.device) -> torch.device:
+    """The device of that name; "auto" is an accelerator where there is one, else the CPU.
+
+    Raises:
+        ConfigError: there is no such device here.
+    """
+    if wanted == "auto":
+        return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    try:
+        return torch.empty(0, device=wanted).device
+    except (RuntimeError, AssertionError) as error:  # the latter is how a build without CUDA says so
+        what = f"no device {str(wanted)!r}: {str(error).strip().splitlines()[0]}"
+        raise ConfigError(what, where="device", hint="auto, or cpu") from None
 
 
 def resolved_precision(wanted: str, device: torch.device) -> str:

@@ -293,7 +293,8 @@ class Trainer:
 
     def _checkpoint(self) -> Checkpoint:
         counters = self.counters
-        training = {"step": counters.step, "images": counters.images, "metrics": counters.metrics}
+        counted = {"step": counters.step, "images": counters.images, "metrics": counters.metrics}
+        training = {**self.parts.checkpoint.training, **counted}
         return replace(self.parts.checkpoint, weights=self._judged.state_dict(), training=training)
 
     def _trained(self) -> Trained:

@@ -146,9 +146,10 @@ def load_state(folder: Path, trained: Trained) -> tuple[Counters, dict[str, Tens
     folder = existing_folder(folder)
     counters = Counters.of(read_json(folder / COUNTERS), folder / COUNTERS)
     random = read_tensors(folder / _RANDOM)
-    load_weights(trained.network, read_tensors(folder / _NETWORK), where=folder / _NETWORK)
+    hint = "resume with the model's configuration that training began with (config.yaml of the run), or start a new run"
+    load_weights(trained.network, read_tensors(folder / _NETWORK), where=folder / _NETWORK, hint=hint)
     if trained.average is not None:
-        load_weights(trained.average, read_tensors(folder / _AVERAGE), where=folder / _AVERAGE)
+        load_weights(trained.average, read_tensors(folder / _AVERAGE), where=folder / _AVERAGE, hint=hint)
     tensors = read_tensors(folder / _OPTIMIZER)
     restore_optimizer(trained.network, trained.optimizer, tensors, where=folder / _OPTIMIZER)
     return counters, random

@@ -36,7 +36,12 @@ class WeightReport:
 
 
 def load_weights(
-    network: nn.Module, weights: Mapping[str, Tensor], *, strict: bool = True, where: object = None
+    network: nn.Module,
+    weights: Mapping[str, Tensor],
+    *,
+    strict: bool = True,
+    where: object = None,
+    hint: str | None = None,
 ) -> WeightReport:
     """Copies weights into a network, converting them to its precision and device.
 
@@ -45,6 +50,7 @@ def load_weights(
         weights: By the keys of `network.state_dict()`.
         strict: Refuse, and change nothing, unless all keys and shapes agree; otherwise load those that do.
         where: What the message of an error is about: the file.
+        hint: What the message tells to try; by default what suits a checkpoint.
 
     Raises:
         CheckpointError: `strict` and some do not fit; the message lists them.
@@ -62,7 +68,7 @@ def load_weights(
         ),
     )
     if strict and not report.complete:
-        raise CheckpointError(f"the weights do not fit the network: {report}", where=where, hint=_hint(report))
+        raise CheckpointError(f"the weights do not fit the network: {report}", where=where, hint=hint or _hint(report))
     network.load_state_dict({key: weights[key] for key in report.loaded}, strict=False)
     return report
 

@@ -16,7 +16,8 @@ class EncoderConfig(Config):
     layers: int = Field(6, ge=0)
     """Attention layers; `hybrid` has them on the coarsest level only."""
     levels: int = Field(4, ge=1)
-    """Levels of the memory; those past the backbone's are made by strided convolution."""
+    """Levels of the memory. `deformable` makes those past the backbone's by strided convolution; `hybrid` has at most
+    the backbone's."""
     heads: int = Field(8, ge=1)
     points: int = Field(4, ge=1)
     """Sampling points a head and level (`deformable`)."""
@@ -71,6 +72,17 @@ class DenoisingConfig(Config):
     flips: bool = True
     """Add the right box under another annotated category, which must answer "no"."""
 
+    @property
+    def kinds(self) -> int:
+        """Copies of an object in one version: moved, moved too far, and perhaps under another category."""
+        return 3 if self.flips else 2
+
+    @model_validator(mode="after")
+    def _holds_an_object(self) -> "DenoisingConfig":
+        if 0 < self.number < self.kinds:
+            raise ValueError(f"number {self.number} holds no object: expected 0, or at least {self.kinds}")
+        return self
+
 
 class DecoderConfig(Config):
     """From queries to answers."""
@@ -88,7 +100,7 @@ class DetectorConfig(Config):
     """The whole network."""
 
     width: int = Field(256, ge=8)
-    """D, numbers a token."""
+    """Numbers a token, d."""
     backbone: BackboneConfig = BackboneConfig()
     encoder: EncoderConfig = EncoderConfig()
     categories: CategoryConfig = CategoryConfig()
@@ -105,4 +117,6 @@ class DetectorConfig(Config):
             raise ValueError(f"width {self.width} is not divisible by 8, which the position encodings need")
         if self.queries.floor > self.queries.ceiling:
             raise ValueError(f"queries.floor {self.queries.floor} is above queries.ceiling {self.queries.ceiling}")
+        if self.queries.number < self.categories.kept:
+            raise ValueError(f"queries.number {self.queries.number} is below categories.kept {self.categories.kept}")
         return self

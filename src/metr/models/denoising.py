@@ -61,7 +61,7 @@ class Denoising(nn.Module):
     @torch.no_grad()
     def _copies(self, target: Targets, ids: Int[Tensor, "k"], valid: Bool[Tensor, "k"]) -> _Copies:
         """The copies of one image: `versions` rounds of (moved, moved too far, wrong category)."""
-        kinds = 3 if self.config.flips else 2
+        kinds = self.config.kinds
         own = (target.labels.unsqueeze(1) == ids) & valid
         index = own.any(1).nonzero().squeeze(1)
         index = index[torch.randperm(len(index), device=index.device)][: self.config.number // kinds]

@@ -40,11 +40,7 @@ class Detector(nn.Module):
         self.proposals = ProposalHead(width, config.queries, _OBJECT_PRIOR)
         self.class_queries = ClassQueries(width, config.queries)
         self.denoising = Denoising(width, config.denoising) if config.denoising.number else None
-        self.decoder = Decoder(width, self._levels(), config.decoder, _OBJECT_PRIOR)
-
-    def _levels(self) -> int:
-        wanted = self.config.encoder.levels
-        return min(wanted, len(self.backbone.channels)) if self.config.encoder.kind == "hybrid" else wanted
+        self.decoder = Decoder(width, self.encoder.levels, config.decoder, _OBJECT_PRIOR)
 
     def forward(
         self,

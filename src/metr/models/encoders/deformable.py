@@ -37,7 +37,7 @@ class DeformableEncoder(nn.Module):
 
     def __init__(self, channels: Sequence[int], width: int, config: EncoderConfig) -> None:
         super().__init__()
-        self.width = width
+        self.width, self.levels = width, config.levels
         self.projection = Projection(channels, width, config.levels)
         self.level_embedding = nn.Parameter(torch.empty(config.levels, width))
         self.layers = nn.ModuleList(DeformableEncoderLayer(width, config) for _ in range(config.layers))

@@ -100,9 +100,7 @@ class HybridEncoder(nn.Module):
         height, width = coarsest.shape[2:]
         mask = level_mask(padding_mask, (height, width))
         positions = rearrange(grid_encoding(mask, self.width, 10_000.0), "b h w d -> b (h w) d")
-        # a picture smaller than one coarse cell would leave nothing to look at
         allowed = rearrange(~mask, "b h w -> b 1 (h w)")
-        allowed = allowed | ~allowed.any(-1, keepdim=True)
         tokens = rearrange(coarsest, "b d h w -> b (h w) d")
         for layer in self.layers:
             tokens = layer(tokens, positions, allowed)
