@@ -13,7 +13,8 @@ def hardware(device: torch.device) -> str:
     """The accelerator's name, or the processor's with the number of threads in use."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{processor()}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{processor()}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def processor() -> str:

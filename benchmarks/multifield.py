@@ -10,8 +10,6 @@ detections, and the run itself to `--out`.
 
 import argparse
 import json
-import platform
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +18,17 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from machine import commit, hardware
 from metr.api.datasets import open_joint
 from metr.api.evaluation import evaluate_run
 from metr.api.model import METR
 from metr.api.training import train
+from metr.cli.main import show_log
 from metr.data.images import read_image
-from metr.data.records import Annotations
+from metr.data.records import Annotations, ImageRecord
+from metr.engine.checkpoint import load_checkpoint
 from metr.engine.curves import plot_curves
+from metr.engine.hardware import resolved_device
 from metr.engine.metrics import read_metrics
 from metr.engine.recipe import RunConfig, load_recipe
 from metr.errors import DataError, MetrError
@@ -62,32 +64,38 @@ class Settings:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the protocol; the exit status is 0, or 1 with one message where something is missing."""
+    """Runs the protocol; the exit status is 0, 1 with one message where something is missing, 130 after Ctrl-C."""
     console = Console()
+    show_log()
     try:
-        run(_settings(arguments), console)
+        result = run(_settings(arguments), console)
     except MetrError as error:
-        console.print(f"error: {error}", style="red", markup=False)
+        console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         return 1
-    return 0
+    except KeyboardInterrupt:
+        console.print("stopped; to go on, give the same command again")
+        return 130
+    return 130 if result is None else 0
 
 
 def run(settings: Settings, console: Console) -> dict[str, Any] | None:
     """Trains (or goes on training), evaluates, writes the result; None where training was interrupted."""
-    data = _data(settings.data)
+    data, began_with = _data(settings.data), commit()
     recipe = load_recipe("nano", HERE / "profiles" / f"multifield-{settings.profile}.yaml", settings.overrides)
     config = EvaluationConfig(fields=FIELDS, outside_mean=OUTSIDE_MEAN)
     judged = config.model_copy(update={"modes": ("own",)})
     outcome = train(data, settings.out, recipe, resume=True, console=console, judged=judged)
     if outcome.interrupted:
+        console.print("to go on, give the same command again")
         return None
     # the last weights, not the best: choosing by the very pictures that are reported would flatter
     report = evaluate_run(settings.out / "last", data, settings.out / "evaluation", config=config, console=console)
-    result = _result(settings, recipe, report)
+    result = _result(settings, recipe, report, began_with)
     _write(settings, result, report)
     _draw_page(settings, data)
     save_picture(read_image(plot_curves(settings.out)), settings.results / f"{_stem(settings)}-curves.png")
-    console.print(f"written: {settings.results / _stem(settings)}.json, .md and pictures", markup=False)
+    told = f"written: {settings.results / _stem(settings)}.json, .md and pictures"
+    console.print(told, markup=False, soft_wrap=True)
     return result
 
 
@@ -117,20 +125,23 @@ def _data(folder: Path) -> list[str]:
     return [f"{name}={folder / name}" for name in sorted(FIELDS)]
 
 
-def _result(settings: Settings, recipe: RunConfig, report: EvaluationReport) -> dict[str, Any]:
+def _result(settings: Settings, recipe: RunConfig, report: EvaluationReport, began_with: str) -> dict[str, Any]:
+    """What is written; times are those of the last lines of metrics.jsonl, however often the run was stopped."""
     records = read_metrics(settings.out / "metrics.jsonl")
-    last = records[-1]
-    seconds = max(float(record.get("seconds", 0.0)) for record in records)
+    trained = load_checkpoint(settings.out / "last").training
+    training = max(float(record.get("seconds", 0.0)) for record in records)
+    evaluating = sum(float(record.get("evaluation_seconds", 0.0)) for record in records)
     return {
         "benchmark": "multifield",
         "profile": settings.profile,
-        "hardware": hardware(),
+        "hardware": hardware(resolved_device("auto")),
         "torch": torch.__version__,
-        "commit": commit(),
+        "commit": began_with,
         "seed": recipe.train.loop.seed,
-        "steps": last["step"],
-        "images_seen": last["step"] * recipe.loader.batch_size,
-        "training_seconds": round(seconds),
+        "steps": trained["step"],
+        "images_seen": trained["images"],
+        "training_seconds": round(training),
+        "wall_seconds": round(training + evaluating),
         "settings": recipe.model_dump(mode="json"),
         "report": as_dict(report),
     }
@@ -161,28 +172,13 @@ def _draw_page(settings: Settings, data: list[str]) -> None:
     save_picture(sheet, settings.results / f"{_stem(settings)}-detections.jpg")
 
 
-def _spread(annotations: Annotations) -> list[Any]:
+def _spread(annotations: Annotations) -> list[ImageRecord]:
     """A few records, evenly spread over a split: nobody chose them."""
     return [annotations[(2 * i + 1) * len(annotations) // (2 * SHOWN)] for i in range(SHOWN)]
 
 
 def _stem(settings: Settings) -> str:
     return f"multifield-{settings.profile}"
-
-
-def hardware() -> str:
-    """The accelerator's name, or the processor's with the number of threads in use."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-
-
-def commit() -> str:
-    """The commit that is checked out, or "unknown" outside a checkout."""
-    asked = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False
-    )
-    return asked.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":

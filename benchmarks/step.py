@@ -121,15 +121,18 @@ def measure(settings: Settings) -> dict[str, Any]:
     contenders: dict[str, Contender] = {METR: metr, REFERENCE: Reference(settings, scene, metr.network)}
     for contender in (*contenders.values(), denoising):
         contender.network.train()
-    steps = {name: contender.train_step for name, contender in contenders.items()} | {DENOISING: denoising.train_step}
+    steps = {name: contender.train_step for name, contender in contenders.items()}
     training = take_turns(steps, settings, "training steps")
+    pair = {METR: metr.train_step, DENOISING: denoising.train_step}
+    alternating = take_turns(pair, settings, "training steps with denoising")
     parts = time_parts(metr, settings.repeats)
     for contender in contenders.values():
         contender.network.eval()
     with torch.inference_mode():
         forwards = {name: contender.infer for name, contender in contenders.items()}
         inference = take_turns(forwards, settings, "inference")
-    return _facts(settings) | _result(settings, training, inference, parts)
+    rounds = {"training": training, "denoising": alternating, "inference": inference}
+    return _facts(settings) | _result(settings, rounds, parts)
 
 
 def _facts(settings: Settings) -> dict[str, Any]:
@@ -143,24 +146,18 @@ def _facts(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _result(
-    settings: Settings, training: dict[str, list[float]], inference: dict[str, list[float]], parts: dict[str, float]
-) -> dict[str, Any]:
+def _result(settings: Settings, rounds: dict[str, dict[str, list[float]]], parts: dict[str, float]) -> dict[str, Any]:
     step = sum(parts.values())
     matching = parts["matching"] / step
-    added = _ratio(training, DENOISING, METR) - 1
-    ratios = {
-        "training_ratio": _ratio(training, METR, REFERENCE),
-        "inference_ratio": _ratio(inference, METR, REFERENCE),
-    }
+    added = _ratio(rounds["denoising"], DENOISING, METR) - 1
+    ratios = {f"{what}_ratio": _ratio(rounds[what], METR, REFERENCE) for what in ("training", "inference")}
     bars = {name: (value, RATIO_BAR) for name, value in ratios.items()} | {"matching_share": (matching, MATCHING_BAR)}
     return {
         "bars": {name: {"value": value, "bar": bar, "met": value <= bar} for name, (value, bar) in bars.items()},
-        "training_seconds": {name: median(values) for name, values in training.items()},
-        "inference_seconds": {name: median(values) for name, values in inference.items()},
+        "seconds": {what: {name: median(values) for name, values in turns.items()} for what, turns in rounds.items()},
         "denoising": {"queries": settings.denoising, "added_share_of_a_step": added},
         "parts": {part: {"seconds": value, "share": value / step} for part, value in parts.items()},
-        "rounds": {"training": training, "inference": inference},
+        "rounds": rounds,
     }
 
 
@@ -173,7 +170,7 @@ def show(result: dict[str, Any], console: Console) -> None:
     bars = result["bars"]
     table = Table("", METR, REFERENCE, "ratio", "bar", title=f"Seconds a batch on {result['hardware']}")
     for what in ("training", "inference"):
-        seconds, ratio = result[f"{what}_seconds"], bars[f"{what}_ratio"]
+        seconds, ratio = result["seconds"][what], bars[f"{what}_ratio"]
         cells = (f"{seconds[name]:.3f}" for name in (METR, REFERENCE))
         table.add_row(what, *cells, f"{ratio['value']:.2f}", _judged(ratio))
     console.print(table)

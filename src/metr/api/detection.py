@@ -8,20 +8,18 @@ from rich.console import Console
 from rich.progress import track
 
 from metr.api.model import METR
-from metr.data.images import read_image
+from metr.data.images import SUFFIXES, read_image
 from metr.engine.tensors import write_json
 from metr.errors import DataError
-from metr.evaluation.coco import coco_results
+from metr.evaluation.coco import write_coco_results
 from metr.inference.config import InferenceConfig, PostprocessConfig
 from metr.inference.predictor import Prediction
 from metr.inference.visualize import draw_detections, save_picture
 from metr.structures import Detections
 
-RESULTS = "detections.json"
+RESULTS, IMAGES = "detections.json", "images.json"
 # pictures that are summed up in a line of their own
 _LISTED = 20
-# endings of what is looked for in a folder; a picture that is named itself may be called anything
-PICTURES = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif"))
 
 
 def detect_files(
@@ -29,45 +27,59 @@ def detect_files(
     pictures: Sequence[Path],
     out: Path,
     *,
-    names: Sequence[str] | None,
-    threshold: float,
-    batch_size: int,
-    console: Console,
+    names: Sequence[str] | None = None,
+    threshold: float = 0.3,
+    batch_size: int = 8,
+    device: str = "auto",
+    console: Console | None = None,
 ) -> list[Prediction]:
-    """Detects in every picture, draws what was found into `out`, and writes `out/detections.json`.
+    """Detects in every picture, draws what was found into `out`, and writes what was found as COCO has it.
 
-    The JSON has `images` (id, file name, size), `categories` (id, name) and `annotations` in COCO's results form
-    (image_id, category_id, bbox as x, y, width, height in pixels, score).
+    `out/detections.json` is in COCO's results form: a list of image_id, category_id, bbox (x, y, width, height in
+    pixels) and score. `out/images.json` says what the ids mean: `images` (id, file_name, height, width) and
+    `categories` (id, name), so that `COCO("images.json").loadRes("detections.json")` works.
+
+    Args:
+        source: A checkpoint folder, a run folder, or a name on the hub.
+        pictures: Files, and folders whose pictures are taken, those of their subfolders too.
+        out: The folder to write; made if missing.
+        names: What to look for; by default everything that was trained.
+        threshold: The least score, 0..1.
+        batch_size: Most pictures a step.
+        device: Where the network runs.
+        console: Where progress and a summary are shown.
 
     Raises:
-        DataError: a path does not exist, or none of them holds a readable picture.
+        DataError: a path does not exist, none of them holds a readable picture, or one would be drawn over.
         CheckpointError: there is no such checkpoint.
     """
-    paths = _expanded(pictures)
-    model = METR.from_pretrained(source)
+    console = console or Console(quiet=True)
+    paths = _expanded(pictures, out)
+    drawn = _drawn(paths, out)
+    model = METR.from_pretrained(source, device=device)
     config = InferenceConfig(batch_size=batch_size, postprocess=PostprocessConfig(score_threshold=threshold))
     predictor = model.predictor(names, config)
     out.mkdir(parents=True, exist_ok=True)
     done = []
-    for path, drawn, prediction in zip(
-        paths, _drawn_names(paths), predictor.detect_many(_shown(paths, console)), strict=True
-    ):
+    for path, target, prediction in zip(paths, drawn, predictor.detect_many(_shown(paths, console)), strict=True):
         done.append(prediction)
         if prediction.detections is not None:
-            save_picture(draw_detections(read_image(path), prediction.detections, threshold), out / drawn)
-    write_json(out / RESULTS, _as_coco(done, predictor.names))
+            save_picture(draw_detections(read_image(path), prediction.detections, threshold), target)
+    _write_results(done, predictor.names, out)
     _report(done, out, console)
     return done
 
 
-def _expanded(pictures: Sequence[Path]) -> list[Path]:
-    """Every picture that is named, or lies in a folder that is named."""
+def _expanded(pictures: Sequence[Path], out: Path) -> list[Path]:
+    """Every picture that is named, or lies in a folder that is named; what was drawn into `out` before is none."""
     found: list[Path] = []
     for path in pictures:
         if path.is_dir():
-            inside = sorted(item for item in path.rglob("*") if item.suffix.lower() in PICTURES and item.is_file())
+            inside = sorted(item for item in path.rglob("*") if item.suffix.lower() in SUFFIXES and item.is_file())
+            if out.resolve() != path.resolve():
+                inside = [item for item in inside if out.resolve() not in item.resolve().parents]
             if not inside:
-                endings = ", ".join(sorted(PICTURES))
+                endings = ", ".join(sorted(SUFFIXES))
                 raise DataError("no picture in this folder", where=path, hint=f"pictures end in {endings}")
             found += inside
         elif path.is_file():
@@ -77,15 +89,23 @@ def _expanded(pictures: Sequence[Path]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def _drawn_names(paths: Sequence[Path]) -> list[str]:
-    """A file name for each drawn picture; where several pictures share one, they are numbered."""
-    names: list[str] = []
+def _drawn(paths: Sequence[Path], out: Path) -> list[Path]:
+    """A file for each drawn picture; where several pictures share a name, they are numbered.
+
+    Raises:
+        DataError: a picture would be drawn over one that is looked at.
+    """
+    names: dict[str, None] = {}
     for path in paths:
         name, number = f"{path.stem}.jpg", 2
         while name in names:
             name, number = f"{path.stem}-{number}.jpg", number + 1
-        names.append(name)
-    return names
+        names[name] = None
+    originals = {path.resolve() for path in paths}
+    for name in names:
+        if (out / name).resolve() in originals:
+            raise DataError("a drawing would take the place of this picture", where=out / name, hint="another -o")
+    return [out / name for name in names]
 
 
 def _shown(paths: Sequence[Path], console: Console) -> Iterator[Path]:
@@ -93,7 +113,7 @@ def _shown(paths: Sequence[Path], console: Console) -> Iterator[Path]:
     yield from track(paths, "detecting", console=console, transient=True)
 
 
-def _as_coco(predictions: Sequence[Prediction], names: Sequence[str]) -> dict[str, object]:
+def _write_results(predictions: Sequence[Prediction], names: Sequence[str], out: Path) -> None:
     """Detections as COCO has them; ids count from 1 in the order of pictures and names."""
     numbered = list(enumerate(predictions, 1))
     found: dict[int | str, Detections] = {n: one.detections for n, one in numbered if one.detections is not None}
@@ -104,7 +124,8 @@ def _as_coco(predictions: Sequence[Prediction], names: Sequence[str]) -> dict[st
     ]
     ids = {name: number for number, name in enumerate(names, 1)}
     categories = [{"id": number, "name": name} for name, number in ids.items()]
-    return {"images": images, "categories": categories, "annotations": coco_results(found, ids)}
+    write_coco_results(out / RESULTS, found, ids)
+    write_json(out / IMAGES, {"images": images, "categories": categories, "annotations": []})
 
 
 def _report(predictions: Sequence[Prediction], out: Path, console: Console) -> None:
@@ -115,15 +136,16 @@ def _report(predictions: Sequence[Prediction], out: Path, console: Console) -> N
     """
     read = [one for one in predictions if one.detections is not None]
     for one in read[:_LISTED]:
-        console.print(f"{one.source}: {_summary(one)}", highlight=False, markup=False)
+        console.print(f"{one.source}: {_summary(one)}", highlight=False, markup=False, soft_wrap=True)
     if len(read) > _LISTED:
         console.print(f"and {len(read) - _LISTED} more")
     for one in predictions:
         if one.fault is not None:
-            console.print(f"skipped {one.source}: {one.fault.detail}", style="yellow", markup=False)
+            console.print(f"skipped {one.source}: {one.fault.detail}", style="yellow", markup=False, soft_wrap=True)
     if not read:
-        raise DataError("none of the pictures could be read", where=predictions[0].source, hint="open one of them")
-    console.print(f"pictures and {RESULTS} are in {out}", markup=False)
+        what = f"none of {len(predictions)} pictures could be read"
+        raise DataError(what, where=predictions[0].source, hint="open it in a viewer")
+    console.print(f"pictures, {RESULTS} and {IMAGES} are in {out}", markup=False, soft_wrap=True)
 
 
 def _summary(prediction: Prediction) -> str:

@@ -1,6 +1,6 @@
 """The verb evaluate: the COCO protocol on each dataset, with its own names and with all names."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -27,9 +27,10 @@ from metr.evaluation.evaluator import (
     Mode,
     ModeReport,
 )
-from metr.evaluation.report import TITLES, write_report
+from metr.evaluation.report import write_report
 from metr.text.vocabulary import Vocabulary
 
+_SHORT: dict[Mode, str] = {"own": "own", "unified": "all"}
 _METRICS: tuple[Literal["ap"], Literal["ap50"]] = ("ap", "ap50")
 
 
@@ -127,26 +128,34 @@ def show(report: EvaluationReport, console: Console) -> None:
     }
     modes = [mode for mode, wanted in asked.items() if wanted]
     confusion = report.confusion
-    table = Table(title="average precision, COCO protocol, 0 to 100", box=SIMPLE_HEAD, padding=(0, 1))
-    table.add_column("\ndataset", overflow="fold")
-    table.add_column("\nsplit")
-    for title in ("\npictures", *(f"{TITLES[mode]}\n{metric}" for mode in modes for metric in ("AP", "AP50"))):
-        table.add_column(title, justify="right")
-    if confusion is not None:
-        table.add_column("confused\n%", justify="right")
+    table = Table(title="average precision, COCO protocol, 0 to 100", box=SIMPLE_HEAD, padding=0, pad_edge=False)
+    table.add_column("dataset", overflow="fold")
+    table.add_column("split")
+    numbers = [f"{_SHORT[mode]} {metric}" for mode in modes for metric in ("AP", "AP50")]
+    for title in ("pictures", *numbers, *(["confused"] if confusion else [])):
+        table.add_column(title, justify="right", no_wrap=True)
     for one in report.datasets:
         parts = [one.own if mode == "own" else one.unified for mode in modes]
-        numbers = [value for part in parts for value in _scores(part)]
-        shares = [] if confusion is None else [confusion.shares.get(one.name)]
+        values = [value for part in parts for value in _scores(part)]
+        values += [confusion.shares.get(one.name)] if confusion else []
         name = one.name if one.in_mean else f"({one.name})"
-        table.add_row(escape(name), one.split, str(one.images), *map(_number, [*numbers, *shares]))
+        table.add_row(escape(name), one.split, str(one.images), *map(_number, values))
     means = [report.mean(mode, metric) for mode in modes for metric in _METRICS]
-    pooled = [] if confusion is None else [confusion.pooled]
+    means += [confusion.pooled] if confusion else []
     table.add_section()
-    table.add_row(f"mean of {sum(one.in_mean for one in report.datasets)}", "", "", *map(_number, [*means, *pooled]))
+    table.add_row(f"mean of {sum(one.in_mean for one in report.datasets)}", "", "", *map(_number, means))
     console.print(table)
-    if confusion is not None:
-        console.print("confused: of the best detections with all names, the share that names another field")
+    for line in _legend(report, modes):
+        console.print(line, highlight=False, markup=False)
+
+
+def _legend(report: EvaluationReport, modes: Sequence[Mode]) -> Iterator[str]:
+    if "unified" in modes:
+        yield f"own: asked for the dataset's own names; all: for all {report.names} names"
+    if report.confusion is not None:
+        yield "confused: % of the best detections that name another field, all names asked for"
+    if outside := [one.name for one in report.datasets if not one.in_mean]:
+        yield f"not in the mean: {', '.join(outside)}"
 
 
 def _scores(part: ModeReport | None) -> tuple[float | None, float | None]:

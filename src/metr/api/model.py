@@ -1,6 +1,7 @@
 """METR: a network, its vocabulary and its text encoder, as one thing that detects."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import overload
@@ -42,10 +43,11 @@ class METR:
         self.network, self.checkpoint = network.eval(), replace(checkpoint, weights={})
         self.vocabulary = checkpoint.vocabulary
         where = where or "checkpoint"
-        self.resize = ResizeConfig.checked(checkpoint.preprocessing, where=f"{where} (preprocessing)")
         described = dict(checkpoint.text_encoder)
         self._encoder_identity = described.pop("identity", None)
-        self._encoder_config = TextEncoderConfig.checked(described, where=f"{where} (text_encoder)")
+        with _checkpoint_errors():
+            self.resize = ResizeConfig.checked(checkpoint.preprocessing, where=f"{where} (preprocessing)")
+            self._encoder_config = TextEncoderConfig.checked(described, where=f"{where} (text_encoder)")
         self._encoder: TextEncoder | None = None
 
     @classmethod
@@ -69,7 +71,8 @@ class METR:
         # the weights come from the checkpoint, so the backbone's own need not be fetched
         bare = config.model_copy(update={"backbone": config.backbone.model_copy(update={"pretrained": False})})
         network = Detector(bare, checkpoint.text_width)
-        load_weights(network, checkpoint.weights, where=folder)
+        hint = "config.json and model.safetensors are not of one checkpoint: copy the folder again"
+        load_weights(network, checkpoint.weights, where=folder, hint=hint)
         return cls(network.to(place), checkpoint, folder)
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
@@ -170,6 +173,16 @@ class METR:
                 raise CheckpointError(what, where=self._encoder_config.source, hint=hint)
             self._encoder = encoder
         return self._encoder
+
+
+@contextmanager
+def _checkpoint_errors() -> Iterator[None]:
+    """What is wrong with a configuration inside a checkpoint is the checkpoint's fault."""
+    try:
+        yield
+    except ConfigError as error:
+        hint = error.hint or "copy the checkpoint again, or update metr"
+        raise CheckpointError(error.what, where=error.where, hint=hint) from None
 
 
 def _listed(names: Sequence[str]) -> Sequence[str]:

@@ -11,11 +11,15 @@ from metr.api.datasets import JointData, open_joint
 from metr.api.evaluation import Judge, show
 from metr.config import Config
 from metr.data.loading import build_train_loader
-from metr.engine.checkpoint import Checkpoint
+from metr.engine.checkpoint import CONFIG, Checkpoint, load_checkpoint
+from metr.engine.folders import RunFolder, existing_folder
 from metr.engine.random_state import seed_everything
 from metr.engine.recipe import RunConfig
 from metr.engine.trainer import Outcome, Trainer, TrainingParts
+from metr.engine.training_state import check_place
+from metr.errors import ConfigError
 from metr.evaluation.evaluator import EvaluationConfig
+from metr.inference.config import InferenceConfig
 from metr.losses.criterion import SetCriterion
 from metr.models.config import DetectorConfig
 from metr.models.detector import Detector
@@ -44,16 +48,19 @@ def train(
     Raises:
         MetrError: data, configuration or the run folder do not fit; the message says what and where.
     """
-    console = console or Console(quiet=True)
+    console, run = console or Console(quiet=True), RunFolder(out)
+    check_place(run, resume)
     joint = open_joint(data)
     parts = training_parts(joint, recipe, console)
+    if resume:
+        _check_same(run, parts.checkpoint)
     judge = Judge(
         joint.vocabulary,
         parts.checkpoint.text_embeddings,
         joint.evaluation(),
         recipe.augmentation.resize,
         recipe.inference.batch_size,
-        judged or EvaluationConfig(modes=("own",)),
+        judged or _quick_evaluation(recipe.inference),
     )
 
     def evaluate(network: nn.Module) -> dict[str, float]:
@@ -62,10 +69,7 @@ def train(
         return report.metrics()
 
     trainer = Trainer(parts, recipe.train, out, evaluate=evaluate, resolved=recipe, console=console)
-    outcome = trainer.fit(resume=resume)
-    if outcome.interrupted:
-        console.print("to go on, give the same command again with --resume")
-    return outcome
+    return trainer.fit(resume=resume)
 
 
 def training_parts(joint: JointData, recipe: RunConfig, console: Console) -> TrainingParts:
@@ -92,6 +96,31 @@ def training_parts(joint: JointData, recipe: RunConfig, console: Console) -> Tra
         loader=partial(build_train_loader, datasets, mixed),
         checkpoint=checkpoint,
     )
+
+
+def _quick_evaluation(config: InferenceConfig) -> EvaluationConfig:
+    """Own names alone, answered and finished as the recipe says."""
+    return EvaluationConfig(modes=("own",), precision=config.precision, postprocess=config.postprocess)
+
+
+def _check_same(run: RunFolder, checkpoint: Checkpoint) -> None:
+    """A run goes on with the names and the text encoder that it began with.
+
+    Raises:
+        ConfigError: they are others.
+    """
+    if not (existing_folder(run.last) / CONFIG).is_file():
+        return
+    began = load_checkpoint(run.last)
+    hint = "resume with the datasets and the text encoder that it began with, or start a new run"
+    if began.vocabulary != checkpoint.vocabulary:
+        before, now = set(began.vocabulary.names), set(checkpoint.vocabulary.names)
+        lost, new = ", ".join(sorted(before - now)) or "none", ", ".join(sorted(now - before)) or "none"
+        what = f"the run has other datasets, names or prompts; names only there: {lost}; only here: {new}"
+        raise ConfigError(what, where=run.path, hint=hint)
+    before_encoder, encoder = (one.text_encoder.get("identity") for one in (began, checkpoint))
+    if before_encoder != encoder:
+        raise ConfigError(f"the run has the text encoder {before_encoder}, not {encoder}", where=run.path, hint=hint)
 
 
 def _rebuildable(config: DetectorConfig, network: Detector) -> DetectorConfig:

@@ -6,14 +6,15 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from metr.cli.arguments import INTERRUPTED, Overrides
+
 
 def demo(
     out: Annotated[Path, typer.Option("-o", "--out", help="Where everything goes.")] = Path("demo"),
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="One number of the recipe: section.key=value; may be repeated.")
-    ] = None,
+    set_: Overrides = None,
 ) -> None:
-    """Draw three small datasets, train on them jointly, evaluate, detect, and show the result."""
+    """Try it all on made pictures. Draws three small datasets, trains on them jointly, evaluates, detects."""
     from metr.demo.run import run_demo
 
-    run_demo(out, Console(), tuple(set_ or ()))
+    if run_demo(out, Console(), tuple(set_ or ())) is None:
+        raise typer.Exit(INTERRUPTED)

@@ -6,21 +6,31 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from metr.cli.arguments import BatchSize, Device, Run
+
 
 def detect(
-    run: Annotated[Path, typer.Argument(help="A run folder or checkpoint.")],
-    pictures: Annotated[list[Path], typer.Argument(help="Pictures, or folders of pictures.", metavar="PICTURE...")],
+    run: Run,
+    pictures: Annotated[list[Path], typer.Argument(help="Pictures, or folders of pictures.", metavar="PICTURE")],
     categories: Annotated[
         str | None, typer.Option(help='Names to look for, "penguin, shark"; by default all that were trained.')
     ] = None,
-    out: Annotated[Path, typer.Option("-o", "--out", help="Where pictures and detections.json go.")] = Path(
-        "detections"
-    ),
+    out: Annotated[Path, typer.Option("-o", "--out", help="Where drawn pictures and JSON go.")] = Path("detections"),
     threshold: Annotated[float, typer.Option(help="Least score that is shown.", min=0, max=1)] = 0.3,
-    batch_size: Annotated[int, typer.Option(help="Pictures a step.", min=1)] = 8,
+    batch_size: BatchSize = 8,
+    device: Device = "auto",
 ) -> None:
-    """Find objects in pictures; any names can be asked for, trained or not."""
+    """Find objects in pictures. Any names can be asked for, trained or not."""
     from metr.api.detection import detect_files
 
     names = None if categories is None else [name.strip() for name in categories.split(",")]
-    detect_files(run, pictures, out, names=names, threshold=threshold, batch_size=batch_size, console=Console())
+    detect_files(
+        run,
+        pictures,
+        out,
+        names=names,
+        threshold=threshold,
+        batch_size=batch_size,
+        device=device,
+        console=Console(),
+    )

@@ -6,17 +6,23 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from metr.cli.arguments import BatchSize, Data, Device, Run
+
 
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="A run folder or checkpoint.")],
-    data: Annotated[list[str], typer.Argument(help="Datasets to evaluate on.", metavar="DATA...")],
+    run: Run,
+    data: Data,
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="Where JSON, Markdown and chart go; RUN/evaluation by default.")
+        Path | None,
+        typer.Option("-o", "--out", help="Where JSON, Markdown and chart go; by default evaluation, in RUN if local."),
     ] = None,
     split: Annotated[str | None, typer.Option(help="The split; by default val, else test.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Pictures a step.")] = 8,
+    batch_size: BatchSize = 8,
+    device: Device = "auto",
 ) -> None:
-    """Average precision on every dataset: own names, all names together, and what is confused between fields."""
+    """Measure average precision on datasets. Own names, all names together, confusion between fields."""
     from metr.api.evaluation import evaluate_run
 
-    evaluate_run(run, data, out or run / "evaluation", split=split, batch_size=batch_size, console=Console())
+    # a name on the hub is no folder to write into
+    out = out or (run / "evaluation" if run.is_dir() else Path("evaluation"))
+    evaluate_run(run, data, out, split=split, batch_size=batch_size, device=device, console=Console())

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from metr.cli.arguments import Data
 from metr.data.images import check_picture
 from metr.data.records import Fault
 from metr.data.sources import DetectionSource, open_dataset, parse_data_arguments
@@ -19,16 +20,12 @@ _SHOWN = 3
 # A table that is piped into a file is as wide as it needs to be.
 _PIPED_WIDTH = 160
 
-Data = Annotated[
-    list[str],
-    typer.Argument(help="Datasets: a path, name=path, or a YAML file that lists datasets.", metavar="DATA..."),
-]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="List the categories of each dataset with their boxes.")]
 Check = Annotated[bool, typer.Option("--check", help="Look at the header of every picture: broken ones, other sizes.")]
 
 
 def inspect(data: Data, verbose: Verbose = False, check: Check = False) -> None:
-    """Shows what is in datasets: format, pictures, boxes, categories, faults, names that several share."""
+    """Show what is in datasets. Format, pictures, boxes, categories, faults, names that several share."""
     console = Console()
     if not console.is_terminal:
         console.width = max(console.width, _PIPED_WIDTH)

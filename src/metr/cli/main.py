@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 
+import torch
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
@@ -37,21 +38,33 @@ def _options(version: bool = typer.Option(False, "--version", help="Show the ver
 
 
 def run() -> None:
-    """The console script: runs a verb; a mistake ends in one clear message and exit code 1.
+    """The console script: runs a verb. A mistake ends in one clear message and exit code 1, Ctrl-C in 130.
 
     With METR_DEBUG=1 in the environment errors show their traceback.
     """
+    show_log()
+    try:
+        app()
+    except (MetrError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        if os.environ.get("METR_DEBUG"):
+            raise
+        told = error if isinstance(error, MetrError) else _translated(error)
+        Console(stderr=True, soft_wrap=True).print(f"error: {told}", style="red", markup=False, highlight=False)
+        sys.exit(1)
+
+
+def show_log() -> None:
+    """Shows what METR logs on the standard error: progress where there is no terminal, what is skipped, warnings."""
     handler = RichHandler(console=Console(stderr=True), show_time=False, show_path=False, rich_tracebacks=False)
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
     for noisy in ("httpx", "PIL", "matplotlib", "accelerate"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    try:
-        app()
-    except MetrError as error:
-        if os.environ.get("METR_DEBUG"):
-            raise
-        Console(stderr=True, soft_wrap=True).print(f"error: {error}", style="red", markup=False, highlight=False)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("stopped")
-        sys.exit(130)
+
+
+def _translated(error: Exception) -> MetrError:
+    """What the operating system or the device refuses, in our words."""
+    if isinstance(error, OSError):
+        hint = "check the path, its permissions and the room on the disk"
+        return MetrError(error.strerror or str(error), where=error.filename, hint=hint)
+    hint = "a smaller batch (loader.batch_size in training, --batch-size otherwise) or smaller pictures"
+    return MetrError(f"out of memory: {str(error).splitlines()[0] if str(error) else 'no more to be had'}", hint=hint)

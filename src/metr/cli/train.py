@@ -6,10 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-Data = Annotated[
-    list[str],
-    typer.Argument(help="Datasets: a folder, name=folder, or a YAML file that lists some.", metavar="DATA..."),
-]
+from metr.cli.arguments import INTERRUPTED, Data, Overrides
 
 
 def train(
@@ -17,16 +14,21 @@ def train(
     out: Annotated[Path, typer.Option("-o", "--out", help="The run folder to write.")],
     size: Annotated[str, typer.Option(help="nano, small or base.")] = "nano",
     config: Annotated[Path | None, typer.Option(help="A YAML file laid over the size's recipe.")] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="One number: section.key=value; may be repeated.")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Training steps, in place of the recipe's.")] = None,
+    set_: Overrides = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps, in place of the recipe's.", min=1)] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the run in OUT stopped.")] = False,
 ) -> None:
-    """Train one detector on all datasets together; labels are never merged by hand."""
+    """Train one detector on many datasets. Their labels are never merged by hand."""
     from metr.api.training import train as run
     from metr.engine.recipe import load_recipe
 
     overrides = [*(set_ or []), *([f"train.loop.steps={steps}"] if steps is not None else [])]
     recipe = load_recipe(size, config, overrides)
-    run(data, out, recipe, resume=resume, console=Console())
+    outcome = run(data, out, recipe, resume=resume, console=Console())
+    console = Console(soft_wrap=True, highlight=False)
+    if outcome.interrupted:
+        console.print("To go on, give the same command again with --resume.")
+        raise typer.Exit(INTERRUPTED)
+    best = "" if outcome.best is None else f", the best of step {outcome.best_step}"
+    console.print(f"Done: {outcome.step} steps{best}; everything is in {out}", markup=False)
+    console.print(f"What it finds:  metr detect {out} PICTURE", markup=False)

@@ -16,11 +16,14 @@ from metr.data.sources import open_dataset, parse_data_arguments
 from metr.demo.datasets import FORMATS, write_demo_datasets, write_unseen
 from metr.engine.folders import RunFolder
 from metr.engine.recipe import RunConfig, load_recipe
+from metr.errors import DataError
 from metr.evaluation.evaluator import EvaluationReport
 from metr.inference.visualize import contact_sheet, draw_annotations, save_picture
 
 TRAIN, VAL, UNSEEN = 120, 40, 9
 SEED = 0
+# what the demo leaves in its folder
+_OURS = {"data", "datasets.png", "run", "evaluation", "unseen", "detections", "detections.png"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +36,7 @@ class DemoResult:
 
 def run_demo(
     folder: Path, console: Console, overrides: tuple[str, ...] = (), *, train_pictures: int = TRAIN
-) -> DemoResult:
+) -> DemoResult | None:
     """Runs the whole demo inside `folder` and ends by naming what is there.
 
     Args:
@@ -42,23 +45,27 @@ def run_demo(
         overrides: section.key=value, laid over the demo's recipe.
         train_pictures: Training pictures of each dataset.
 
+    Returns:
+        None where training was interrupted.
+
     Raises:
         MetrError: the folder holds something else, or a part is missing.
     """
     recipe = demo_recipe(overrides)
+    _refuse_foreign(folder)
     console.rule("1. three datasets that nobody merged")
     data = _draw(folder, train_pictures, console)
     console.rule("2. one detector for all of them")
     run = folder / "run"
     _start_over(run)
-    train(data, run, recipe, console=console)
+    if train(data, run, recipe, console=console).interrupted:
+        console.print("The demo is not done; it begins anew when it is run again.")
+        return None
     console.rule("3. how good is it?")
     report = evaluate_run(run, data, folder / "evaluation", console=console)
     console.rule("4. pictures that it has never seen")
     write_unseen(folder / "unseen", SEED, UNSEEN)
-    detect_files(
-        run, [folder / "unseen"], folder / "detections", names=None, threshold=0.35, batch_size=8, console=console
-    )
+    detect_files(run, [folder / "unseen"], folder / "detections", threshold=0.35, console=console)
     _sheet(sorted((folder / "detections").glob("*.jpg")), folder / "detections.png")
     _tell(folder, run, console)
     return DemoResult(folder=folder, report=report)
@@ -78,7 +85,8 @@ def _draw(folder: Path, train_pictures: int, console: Console) -> list[str]:
         task = progress.add_task("", total=total)
         datasets = write_demo_datasets(folder / "data", SEED, train_pictures, VAL, lambda _: progress.advance(task))
     for one in datasets:
-        console.print(f"{one.folder} ({one.format}): {', '.join(one.categories)}", highlight=False, markup=False)
+        told = f"{one.folder} ({one.format}): {', '.join(one.categories)}"
+        console.print(told, highlight=False, markup=False, soft_wrap=True)
     data = [str(one.folder) for one in datasets]
     _page_of_truth(data, folder / "datasets.png")
     return data
@@ -93,6 +101,14 @@ def _page_of_truth(data: list[str], path: Path) -> None:
             pictures.append(draw_annotations(read_image(record.path), record, source.categories))
             captions.append(f"{source.name}: as its owner labelled it")
     save_picture(contact_sheet(pictures, captions, columns=2), path)
+
+
+def _refuse_foreign(folder: Path) -> None:
+    """Keeps the demo from replacing files that are not its own."""
+    found = {item.name for item in folder.iterdir()} if folder.is_dir() else set()
+    if found - _OURS or ("run" in found and "data" not in found):
+        what = "the demo would write here, but there are files that are not its own"
+        raise DataError(what, where=folder, hint="another folder")
 
 
 def _start_over(run: Path) -> None:
@@ -114,7 +130,8 @@ def _tell(folder: Path, run: Path, console: Console) -> None:
         "evaluation/evaluation.png": "the same as a chart",
         str(RunFolder(run).curves.relative_to(folder)): "losses while it learnt",
     }
-    console.print(f"Everything is in {folder}", style="bold", markup=False)
+    console.print(f"Everything is in {folder}", style="bold", markup=False, soft_wrap=True)
     for name, what in lines.items():
         console.print(f"  {name:28} {what}", highlight=False, markup=False)
-    console.print(f"\nOn pictures of your own:  metr detect {run} PICTURE", highlight=False, markup=False)
+    told = f"\nOn pictures of your own:  metr detect {run} PICTURE"
+    console.print(told, highlight=False, markup=False, soft_wrap=True)

@@ -28,7 +28,15 @@ from metr.engine.metrics import read_metrics
 from metr.engine.optimizer import build_optimizer, set_learning_rates
 from metr.engine.random_state import random_state, restore_random_state, seed_everything, undisturbed_random_state
 from metr.engine.schedule import learning_rate_factor
-from metr.engine.training_state import Counters, StepReport, Trained, has_state, load_state, save_state
+from metr.engine.training_state import (
+    Counters,
+    StepReport,
+    Trained,
+    check_place,
+    has_state,
+    load_state,
+    save_state,
+)
 from metr.errors import MetrError, did_you_mean
 from metr.losses.criterion import SetCriterion
 from metr.losses.statistics import match_statistics
@@ -56,7 +64,7 @@ class TrainingParts:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How training ended: after which step, whether before its time, and what the evaluations said."""
+    """How training ended: after which step, whether something is left to be done, and what the evaluations said."""
 
     step: int
     interrupted: bool
@@ -194,11 +202,11 @@ class Trainer:
         accelerator, loop = self.accelerator, self.config.loop
         rank, world = accelerator.process_index, accelerator.num_processes
         seed_everything(loop.seed + rank)
+        check_place(self.folder, resume)
         if has_state(self.folder.state):
-            if not resume:
-                hint = "resume it, or name another folder"
-                raise MetrError("a run is in this folder already", where=self.folder.path, hint=hint)
             self._load(rank)
+        elif resume and accelerator.is_main_process:
+            _logger.info("nothing to resume in %s: training starts afresh", self.folder.path)
         start = self.counters.images
         loader = self.parts.loader(seed=loop.seed, start=start, rank=rank, world=world, device=self.device)
         self._journal.begin(self._resolved, self.counters)
@@ -340,14 +348,16 @@ class Trainer:
         self._save()
         counters, steps = self.counters, self.config.loop.steps
         is_main = self.accelerator.is_main_process
+        # a stop before or in the last evaluation leaves that to be made up for
+        unfinished = counters.step < steps or (self.evaluate is not None and counters.evaluated_step < counters.step)
         if is_main and self.config.loop.curves and read_metrics(self.folder.metrics):
             plot_curves(self.folder.path)
-        if is_main and counters.step < steps:
+        if is_main and unfinished:
             told = "stopped after step %d of %d; everything is saved in %s: resume this run to go on"
             _logger.warning(told, counters.step, steps, self.folder.path)
         return Outcome(
             step=counters.step,
-            interrupted=counters.step < steps,
+            interrupted=unfinished,
             metrics=counters.metrics,
             best=counters.best,
             best_step=counters.best_step,

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn, optim
 
-from metr.engine.folders import existing_folder, replaced_folder
+from metr.engine.folders import RunFolder, existing_folder, replaced_folder
 from metr.engine.tensors import read_json, read_tensors, write_json, write_tensors
 from metr.engine.weights import load_weights
-from metr.errors import CheckpointError
+from metr.errors import CheckpointError, MetrError
 
 COUNTERS = "state.json"
 _NETWORK, _AVERAGE, _OPTIMIZER, _RANDOM = (
@@ -158,6 +158,19 @@ def load_state(folder: Path, trained: Trained) -> tuple[Counters, dict[str, Tens
 def has_state(folder: Path) -> bool:
     """Whether there is a saved state to go on from."""
     return (existing_folder(folder) / COUNTERS).is_file()
+
+
+def check_place(run: RunFolder, resume: bool) -> None:
+    """Whether a run may be written here.
+
+    Raises:
+        MetrError: a run is there already, and is not to be resumed, or something is there that is no folder.
+    """
+    if run.path.exists() and not run.path.is_dir():
+        raise MetrError("expected a folder for the run, found a file", where=run.path, hint="name another folder")
+    if has_state(run.state) and not resume:
+        hint = "resume it with --resume, or name another folder"
+        raise MetrError("a run is in this folder already", where=run.path, hint=hint)
 
 
 def optimizer_tensors(network: nn.Module, optimizer: optim.Optimizer) -> dict[str, Tensor]:

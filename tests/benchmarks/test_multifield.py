@@ -1,0 +1,93 @@
+"""The MultiField benchmark runs from end to end in miniature, can be stopped, and says what it measured."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from metr.data.images import read_image
+
+from tiny import TinyRun, as_overrides
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+SETTINGS = {"hardware", "torch", "commit", "seed", "steps", "images_seen", "training_seconds", "wall_seconds"}
+
+
+@pytest.fixture
+def multifield(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import multifield
+
+    return multifield
+
+
+@pytest.fixture
+def run(multifield: ModuleType, tiny_run: TinyRun, tmp_path: Path) -> Callable[..., int]:
+    """The command on seven datasets, which are the tiny ones under the names of the real ones."""
+    (tmp_path / "data").mkdir()
+    for number, name in enumerate(multifield.FIELDS):
+        (tmp_path / "data" / name).symlink_to(tiny_run.datasets[number % 3], target_is_directory=True)
+    places = {"data": tmp_path / "data", "out": tmp_path / "run", "results": tmp_path / "results"}
+    arguments = [part for name, path in places.items() for part in (f"--{name}", str(path))]
+    arguments += [part for override in as_overrides(tiny_run) for part in ("--set", override)]
+    return lambda *more: multifield.main([*arguments, *more])
+
+
+@pytest.mark.slow
+def test_it_writes_settings_numbers_and_pictures(
+    run: Callable[..., int], multifield: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--set", "train.loop.steps=2", "--set", "train.loop.curves=true") == 0
+    results = tmp_path / "results"
+    result = json.loads((results / "multifield-trial.json").read_text(), parse_constant=pytest.fail)
+    assert set(result) >= SETTINGS
+    assert (result["steps"], result["images_seen"]) == (2, 4)
+    assert result["wall_seconds"] >= result["training_seconds"]
+    assert result["settings"]["train"]["loop"]["steps"] == 2
+    report = result["report"]
+    assert {one["name"]: one["in_mean"] for one in report["datasets"]} == {
+        name: name != "coco_mini" for name in multifield.FIELDS
+    }
+    assert set(report["confusion"]["fields"]) == set(multifield.FIELDS.values())
+    assert report["foreign"] == "ignore"
+    assert all(math.isfinite(mean["ap"]) for mean in report["mean"].values())
+    page = (results / "multifield-trial.md").read_text()
+    assert "4 images seen in 2 steps" in page
+    assert "coco_mini (not in the mean)" in page
+    for picture in ("detections.jpg", "curves.png"):
+        assert min(read_image(results / f"multifield-trial-{picture}").shape[:2]) > 100
+    # run again it goes on: to a later step, or where nothing is left to the evaluation
+    assert run("--set", "train.loop.steps=3") == 0
+    assert json.loads((results / "multifield-trial.json").read_text())["images_seen"] == 6
+
+
+def test_stopped_it_writes_no_result(
+    run: Callable[..., int],
+    multifield: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class Stopped:
+        interrupted = True
+
+    monkeypatch.setattr(multifield, "train", lambda *_, **__: Stopped)
+    assert run() == 130
+    assert "give the same command again" in capsys.readouterr().out
+    assert not (tmp_path / "results").exists()
+
+
+def test_missing_datasets_are_named(
+    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data/bccd").unlink()
+    assert run() == 1
+    assert "expected the datasets bccd" in capsys.readouterr().out
+
+
+def test_pictures_of_the_page_are_spread_over_the_split(multifield: ModuleType) -> None:
+    assert multifield._spread(range(100)) == [25, 75]
+    assert multifield._spread(range(2)) == [0, 1]

