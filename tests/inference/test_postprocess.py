@@ -65,7 +65,7 @@ def reference(output: DetectorOutput, image: int, config: PostprocessConfig) -> 
     if config.nms_iou is not None:
         kept: list[tuple[float, int, Tensor]] = []
         for item in found:
-            rivals = [k[2] for k in kept if k[1] == item[1]]
+            rivals = [k[2] for k in kept if config.nms_across_names or k[1] == item[1]]
             if not rivals or pairwise_iou(item[2].unsqueeze(0), torch.stack(rivals)).max() <= config.nms_iou:
                 kept.append(item)
         found = kept
@@ -80,8 +80,9 @@ def reference(output: DetectorOutput, image: int, config: PostprocessConfig) -> 
         PostprocessConfig(score_threshold=0.4, presence_power=0.5),
         PostprocessConfig(nms_iou=0.2),
         PostprocessConfig(nms_iou=0.1, max_detections=6, presence_power=2.0),
+        PostprocessConfig(nms_iou=0.2, nms_across_names=True),
     ],
-    ids=["all", "best five", "threshold and presence", "nms", "nms then best six"],
+    ids=["all", "best five", "threshold and presence", "nms", "nms then best six", "one name a place"],
 )
 @pytest.mark.parametrize("tied", [False, True], ids=["distinct", "tied"])
 def test_equals_one_query_after_the_other(config: PostprocessConfig, tied: bool) -> None:

@@ -57,7 +57,7 @@ def detect_files(
     paths = _expanded(pictures, out)
     drawn = _drawn(paths, out)
     model = METR.from_pretrained(source, device=device)
-    config = InferenceConfig(batch_size=batch_size, postprocess=PostprocessConfig(score_threshold=threshold))
+    config = InferenceConfig(batch_size=batch_size, postprocess=PostprocessConfig.to_show(threshold))
     predictor = model.predictor(names, config)
     out.mkdir(parents=True, exist_ok=True)
     done = []

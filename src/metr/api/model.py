@@ -138,7 +138,9 @@ class METR:
     def detect(
         self, pictures: Picture | list[Picture], names: Sequence[str] | None = None, *, threshold: float = 0.3
     ) -> Detections | list[Detections]:
-        """Finds objects.
+        """Finds objects: sure ones, and one name a place (where boxes of several names overlap by more than 0.7 IoU).
+
+        `predictor` gives everything, overlapping names and low scores included.
 
         Args:
             pictures: A path, an RGB array [h w 3] of bytes or a PIL image; or a list of such.
@@ -152,7 +154,7 @@ class METR:
             DataError: a picture is missing or unreadable.
             ConfigError: a name is empty or given twice, or the threshold is not in 0..1.
         """
-        post = PostprocessConfig.checked({"score_threshold": threshold}, where="threshold")
+        post = PostprocessConfig.to_show(threshold)
         predictor = self.predictor(names, InferenceConfig(postprocess=post))
         if not isinstance(pictures, list):
             return predictor.detect(pictures)

@@ -20,6 +20,18 @@ class PostprocessConfig(Config):
     """Exponent of the category's presence probability as a factor of the score; 0 leaves presence out."""
     nms_iou: Annotated[float, Field(ge=0, le=1)] | None = None
     """Intersection over union above which the weaker of two boxes of one category goes; None keeps both."""
+    nms_across_names: bool = False
+    """Whether `nms_iou` is for boxes of different categories too: then a place keeps its best name only."""
+
+    @staticmethod
+    def to_show(threshold: float) -> "PostprocessConfig":
+        """What people want to see, other than what a metric wants: sure detections, and one name a place.
+
+        Raises:
+            ConfigError: the threshold is not within 0..1.
+        """
+        values = {"score_threshold": threshold, "nms_iou": 0.7, "nms_across_names": True}
+        return PostprocessConfig.checked(values, where="threshold")
 
 
 class InferenceConfig(Config):

@@ -46,7 +46,8 @@ def postprocess(
     boxes = boxes.gather(1, order.unsqueeze(-1).expand(-1, -1, 4))
     scores, labels, keep = (values.gather(1, order) for values in (scores, labels, keep))
     if config.nms_iou is not None:
-        keep = keep & _survivors(boxes, labels, keep, config.nms_iou)
+        rivals = torch.zeros_like(labels) if config.nms_across_names else labels
+        keep = keep & _survivors(boxes, rivals, keep, config.nms_iou)
     # Whatever suppression took, the best of the rest are the first True values of each row.
     keep = keep & (keep.cumsum(1) <= config.max_detections)
     return tuple(
@@ -78,15 +79,15 @@ def _pixels(boxes: Float[Tensor, "b q 4"], sizes: Sequence[tuple[int, int]]) -> 
 
 
 def _survivors(
-    boxes: Float[Tensor, "b q 4"], labels: Int[Tensor, "b q"], candidates: Bool[Tensor, "b q"], iou: float
+    boxes: Float[Tensor, "b q 4"], rivals: Int[Tensor, "b q"], candidates: Bool[Tensor, "b q"], iou: float
 ) -> Bool[Tensor, "b q"]:
-    """Greedy suppression inside each category, boxes best first: who is not overlapped by a better survivor."""
+    """Greedy suppression among equal `rivals`, boxes best first: who is not overlapped by a better survivor."""
     alive = candidates.clone()
     queries = alive.shape[1]
     # One row of overlaps at a time, so that memory does not grow with the square of the queries.
     for better in range(queries - 1):
         head, rest = slice(better, better + 1), slice(better + 1, queries)
         overlaps = geometry.paired_iou(boxes[:, head], boxes[:, rest]) > iou
-        beaten = overlaps & (labels[:, rest] == labels[:, head]) & alive[:, head]
+        beaten = overlaps & (rivals[:, rest] == rivals[:, head]) & alive[:, head]
         alive[:, rest] &= ~beaten
     return alive
