@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from metr.boxes import cxcywh_to_xyxy
+from metr.errors import ConfigError
 from metr.models.config import DenoisingConfig
 from metr.models.denoising import Denoising
 from metr.structures import Categories, Targets
@@ -185,7 +186,7 @@ def test_every_object_is_shown_moved_too_far_and_flipped() -> None:
 
 
 @pytest.mark.parametrize("flips", [True, False])
-@pytest.mark.parametrize("number", [1, 5, 6, 7, 20, 61])
+@pytest.mark.parametrize("number", [3, 5, 6, 7, 20, 61])
 @pytest.mark.parametrize("objects", [1, 2, 5])
 def test_the_number_is_a_limit(number: int, objects: int, flips: bool) -> None:
     kinds = 3 if flips else 2
@@ -195,6 +196,13 @@ def test_the_number_is_a_limit(number: int, objects: int, flips: bool) -> None:
     versions = min(3, max(1, number // (kinds * shown))) if shown else 0
     assert len(found) == kinds * shown * versions
     assert len({copy.target for copy in found}) == shown
+
+
+def test_a_number_that_holds_no_object_is_refused() -> None:
+    for number, flips in ((1, False), (2, True)):
+        with pytest.raises(ConfigError, match=f"number {number} holds no object"):
+            DenoisingConfig.checked({"number": number, "flips": flips})
+    assert DenoisingConfig(number=0).number == 0
 
 
 def test_more_objects_than_room_are_drawn_by_lot() -> None:
