@@ -41,6 +41,7 @@ def made_records(count: int = 40, seed: int = 0) -> list[ImageRecord]:
                 labels=rng.integers(0, 3, boxes),
                 areas=rng.uniform(1, 25, boxes).astype(np.float32),
                 ignore=rng.random(boxes) < 0.3,
+                annotated=(None, (), (0, 2))[number % 3],
             )
         )
     return records
@@ -107,6 +108,15 @@ def test_labels_are_mapped(written: Path) -> None:
     for found, record in zip(annotations, records, strict=True):
         assert_same(found, replace(record, labels=np.array([1, 0, 1])[record.labels], annotated=(0,)))
     assert annotations.counts().boxes.sum() == AnnotationIndex(written, LABELS).counts().boxes.sum()
+
+
+def test_what_a_picture_annotates_follows_the_labels(written: Path) -> None:
+    """A joined category is annotated where all that it was joined from are; a dropped one is not asked for."""
+    joined = LabelMap(categories=("x", "y"), rows=np.array([0, 1, 0]))
+    halved = LabelMap(categories=("x", "y"), rows=np.array([0, 0, 1]))
+    dropped = LabelMap(categories=("x",), rows=np.array([0, -1, -1]))
+    for labels, expected in ((joined, (0,)), (halved, (1,)), (dropped, (0,))):
+        assert [AnnotationIndex(written, labels)[place].annotated for place in range(3)] == [None, (), expected]
 
 
 def test_pickling_carries_the_path(written: Path) -> None:

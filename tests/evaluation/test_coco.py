@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -168,6 +169,41 @@ def test_categories_that_nobody_annotated_in_a_picture_are_not_judged_there() ->
         2: detections(NAMES, ("dog", 0.8, WHOLE)),
     }
     assert evaluate_detections(held, wrong).ap == pytest.approx(100)
+
+
+def test_what_is_not_annotated_exhaustively_is_judged_as_lvis_does() -> None:
+    """faster-coco-eval's own LVIS protocol, at all areas, against the annotated sets that say the same."""
+    truth, results = random_dataset(seed=5)
+    rng = np.random.default_rng(0)
+    numbers = [category["id"] for category in truth["categories"]]
+    truth["annotations"] = [{**row, "iscrowd": 0} for row in truth["annotations"]]
+    shown = {image["id"]: set[int]() for image in truth["images"]}
+    for row in truth["annotations"]:
+        shown[row["image_id"]].add(row["category_id"])
+    for image in truth["images"]:
+        present = shown[image["id"]]
+        image["not_exhaustive_category_ids"] = [number for number in present if rng.random() < 0.4]
+        image["neg_category_ids"] = [number for number in numbers if number not in present and rng.random() < 0.5]
+    annotated = {
+        image["id"]: {*shown[image["id"]], *image["neg_category_ids"]} - {*image["not_exhaustive_category_ids"]}
+        for image in truth["images"]
+    }
+    held, found = as_ours(truth, results)
+    records = tuple(
+        replace(record, annotated=tuple(numbers.index(number) for number in annotated[int(record.image_id)]))
+        for record in held.records
+    )
+    assert any(shown[image] - annotated[image] for image in shown)
+    ours = evaluate_detections(replace(held, records=records), found)
+
+    truth["categories"] = [{**category, "frequency": "f"} for category in truth["categories"]]
+    reference = COCO(truth)
+    evaluation = COCOeval_faster(reference, reference.loadRes(results), "bbox", lvis_style=True)
+    evaluation.evaluate()
+    evaluation.accumulate()
+    precision = evaluation.eval["precision"][..., 0, -1]
+    assert ours.ap == pytest.approx(100 * precision[precision > -1].mean())
+    assert ours.ap != pytest.approx(evaluate_detections(held, found).ap)
 
 
 def test_two_categories_with_one_name_are_one() -> None:

@@ -18,7 +18,7 @@ from metr.data.records import Fault, ImageRecord
 from metr.errors import DataError
 
 # Changes whenever the columns do: indices of other versions are built again.
-VERSION = 1
+VERSION = 2
 
 # Pictures that are held as objects while an index is built.
 _PIECE = 4096
@@ -39,6 +39,7 @@ _SCHEMA = pa.schema(
         ("height", pa.int32()),
         ("width", pa.int32()),
         ("boxes", pa.list_(_BOX)),
+        ("annotated", pa.list_(pa.int32())),
     ]
 )
 
@@ -48,7 +49,7 @@ class LabelMap:
     """How the labels of a file become those of the dataset's `categories`.
 
     `rows[label]` is the place among the categories, -1 for a name that was dropped. `annotated` are the categories that
-    are annotated exhaustively; None means all.
+    are annotated exhaustively in every picture, whatever the file says; None leaves it to the file.
     """
 
     categories: tuple[str, ...]
@@ -59,6 +60,18 @@ class LabelMap:
     def identity(cls, categories: Sequence[str]) -> "LabelMap":
         """The labels are the places among the categories already."""
         return cls(categories=tuple(categories), rows=np.arange(len(categories)))
+
+    def annotated_by(self, labels: Sequence[int] | None) -> tuple[int, ...] | None:
+        """The categories that are annotated exhaustively in a picture of which the file says so of `labels`.
+
+        A category that several labels were joined into is annotated where all of them are.
+        """
+        if self.annotated is not None or labels is None:
+            return self.annotated
+        joined = np.bincount(self.rows[self.rows >= 0], minlength=len(self.categories))
+        rows = self.rows[list(labels)]
+        found = np.bincount(rows[rows >= 0], minlength=len(self.categories))
+        return tuple(np.flatnonzero((found == joined) & (joined > 0)).tolist())
 
 
 @dataclass(frozen=True)
@@ -158,7 +171,7 @@ class AnnotationIndex:
             labels=self.labels.rows[piece.labels[mine]],
             areas=piece.areas[mine].copy(),
             ignore=piece.ignore[mine].astype(bool),
-            annotated=self.labels.annotated,
+            annotated=self.labels.annotated_by(piece.batch.column(6)[row].as_py()),
         )
 
     def __iter__(self) -> Iterator[ImageRecord]:
@@ -245,6 +258,7 @@ def _batch(images: Sequence[ImageRecord], root: Path, schema: pa.Schema) -> pa.R
         pa.array([image.height for image in images], pa.int32()),
         pa.array([image.width for image in images], pa.int32()),
         pa.ListArray.from_arrays(pa.array(offsets), values),
+        pa.array([image.annotated for image in images], pa.list_(pa.int32())),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=schema)
 

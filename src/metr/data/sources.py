@@ -46,7 +46,7 @@ class DatasetSpec(Config):
     prompts: dict[str, str] = Field(default_factory=dict)
     # Category name in the files -> category name here. Several may become one.
     renames: dict[str, str] = Field(default_factory=dict)
-    # The categories that are annotated wherever they are to be seen. None: all of the dataset's.
+    # The categories that are annotated wherever they are to be seen. None: what the format says, mostly all.
     exhaustive: tuple[str, ...] | None = None
 
 

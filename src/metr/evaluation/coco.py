@@ -64,8 +64,9 @@ def evaluate_detections(
     """Scores detections against the annotations of one dataset.
 
     Of each picture the 100 best count, whatever they name; then those go that name what the dataset does not know.
-    Categories that are not annotated in a picture are not judged there. Pictures without an entry count as ones where
-    nothing was found.
+    Categories that are not annotated in a picture are not judged there, but for the objects that it shows of them: to
+    find those is right, and nothing else of that category is wrong (LVIS's rule; Gupta et al., 2019). Pictures without
+    an entry count as ones where nothing was found.
 
     Args:
         annotations: What there is to find; ignored boxes are crowds, areas are the records'.
@@ -91,7 +92,8 @@ def evaluate_detections(
         known.add(record.image_id)
         if record.image_id in detections:
             best = _rows(detections[record.image_id], index + 1, numbers, MAX_DETECTIONS)
-            results += _judged(best, record, labels)
+            judged = _judged(record, labels)
+            results += [row for row in best if row["category_id"] in judged]
     _check_ids(annotations, known, detections)
     return _summary(truth, results, categories)
 
@@ -135,15 +137,28 @@ def _rows(found: Detections, image_id: ImageId, category_ids: Mapping[str, int],
 def _truth(annotations: Annotations, categories: Sequence[str], labels: Sequence[int]) -> Row:
     """The annotations as a COCO dataset whose image ids count from 1."""
     images, objects = [], []
+    scored = _scored(annotations, labels)
     for index in range(len(annotations)):
         record = annotations[index]
         images.append({"id": index + 1, "width": record.width, "height": record.height})
-        objects += _judged(_objects(record, index + 1, labels), record, labels)
+        rows = _objects(record, index + 1, labels) + _unfinished(record, index + 1, labels)
+        objects += [row for row in rows if row["category_id"] in scored]
     # Number 0 would mean "unmatched" to the evaluator.
     for number, row in enumerate(objects, start=1):
         row["id"] = number
     named = [{"id": number, "name": name} for number, name in enumerate(categories, start=1)]
     return {"images": images, "annotations": objects, "categories": named}
+
+
+def _scored(annotations: Annotations, labels: Sequence[int]) -> set[int]:
+    """The categories that are annotated exhaustively in some picture: of others, nothing could be wrong."""
+    scored: set[int] = set()
+    for index in range(len(annotations)):
+        annotated = annotations[index].annotated
+        if annotated is None:
+            return set(labels)
+        scored.update(labels[label] for label in annotated)
+    return scored
 
 
 def _objects(record: ImageRecord, image_id: int, labels: Sequence[int]) -> list[Row]:
@@ -156,12 +171,22 @@ def _objects(record: ImageRecord, image_id: int, labels: Sequence[int]) -> list[
     ]
 
 
-def _judged(rows: list[Row], record: ImageRecord, labels: Sequence[int]) -> list[Row]:
-    """The rows of one picture, less those of categories that nobody annotated there."""
+def _judged(record: ImageRecord, labels: Sequence[int]) -> set[int]:
+    """The categories of which detections in a picture are judged."""
     if record.annotated is None:
-        return rows
-    annotated = {labels[label] for label in record.annotated}
-    return [row for row in rows if row["category_id"] in annotated]
+        return set(labels)
+    return {labels[label] for label in (*record.annotated, *record.labels.tolist())}
+
+
+def _unfinished(record: ImageRecord, image_id: int, labels: Sequence[int]) -> list[Row]:
+    """A crowd over the whole picture for each category that it shows and does not annotate exhaustively.
+
+    The protocol gives to a crowd what no object took, and that is neither right nor wrong.
+    """
+    annotated = range(len(labels)) if record.annotated is None else record.annotated
+    partly = {labels[label] for label in {*record.labels.tolist()}.difference(annotated)}
+    whole = {"bbox": [0.0, 0.0, float(record.width), float(record.height)], "area": record.width * record.height}
+    return [{"image_id": image_id, "category_id": category, "iscrowd": 1, **whole} for category in sorted(partly)]
 
 
 def _check_ids(annotations: Annotations, known: set[ImageId], detections: Mapping[ImageId, Detections]) -> None:

@@ -35,7 +35,8 @@ class RawImage:
     `path` is relative to the dataset's folder, with slashes, and was found there. `size` is (height, width) in pixels,
     None where the file does not tell. `boxes` are xyxy in pixels of that size, or shares of the picture if `relative`.
     `labels` are numbers that `Names` gave. `areas` are NaN where unknown. `marks` tell each box's place in the file,
-    for messages.
+    for messages. `annotated` are the numbers of the categories of which "no box" means "none there"; None: all that the
+    dataset has.
     """
 
     where: str
@@ -48,6 +49,7 @@ class RawImage:
     areas: Float[np.ndarray, "m"] | None = None
     ignore: Bool[np.ndarray, "m"] | None = None
     marks: Sequence[int | str] | None = None
+    annotated: Sequence[int] | None = None
 
 
 class Names:
@@ -222,6 +224,7 @@ def _checked(raw: RawImage, root: Path, faults: FaultLog) -> ImageRecord | None:
         labels=raw.labels[keep].astype(np.int64),
         areas=areas,
         ignore=ignore,
+        annotated=None if raw.annotated is None else tuple(sorted(set(raw.annotated))),
     )
 
 
