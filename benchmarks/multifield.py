@@ -6,6 +6,9 @@ Trains on the train splits and reports, for each val split, COCO AP with the dat
 all datasets, the recall of category extraction at K, and field confusion. It can be stopped and run again: it goes on
 where it was. The result is written to `results/multifield-PROFILE.json` and `.md` beside this file, with a page of
 detections, and the run itself to `--out`.
+
+`--arms` runs baselines beside joint METR, for the same number of pictures seen (see multifield_arms.py); finished arms
+are not run again, so several processes may share the work. The profile `comparison` runs them all on four datasets.
 """
 
 import argparse
@@ -35,6 +38,9 @@ from metr.errors import DataError, MetrError
 from metr.evaluation.evaluator import EvaluationConfig, EvaluationReport
 from metr.evaluation.report import as_dict, as_markdown
 from metr.inference.visualize import contact_sheet, draw_detections, save_picture
+from multifield_arms import ARMS, REPORT, Task, run_arm
+from multifield_comparison import as_markdown as compared
+from multifield_comparison import best_joint, draw_bars
 
 HERE = Path(__file__).resolve().parent
 FIELDS = {
@@ -46,8 +52,16 @@ FIELDS = {
     "endangered_animals": "natural photographs",
     "coco_mini": "natural photographs",
 }
+PROFILES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "trial": (tuple(sorted(FIELDS)), ()),
+    "comparison": (("bccd", "chess_pieces", "endangered_animals", "playing_cards"), ARMS),
+    "gpu": (tuple(sorted(FIELDS)), ("separate", "closed_set", "teacher")),
+}
+"""Datasets and arms of each profile; without arms joint METR is trained as the recipe says."""
+
 # 195 pictures for 80 names are too few to learn from: told beside the mean
 OUTSIDE_MEAN = ("coco_mini",)
+JUDGED = EvaluationConfig(fields=FIELDS, outside_mean=OUTSIDE_MEAN)
 SHOWN = 2  # pictures of each dataset on the page of detections
 THRESHOLD = 0.35
 
@@ -61,6 +75,7 @@ class Settings:
     out: Path
     results: Path
     overrides: tuple[str, ...]
+    arms: tuple[str, ...] = ()
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -68,7 +83,8 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console()
     show_log()
     try:
-        result = run(_settings(arguments), console)
+        settings = _settings(arguments)
+        result = (compare if settings.arms else run)(settings, console)
     except MetrError as error:
         console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
         return 1
@@ -80,9 +96,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(settings: Settings, console: Console) -> dict[str, Any] | None:
     """Trains (or goes on training), evaluates, writes the result; None where training was interrupted."""
-    data, began_with = _data(settings.data), commit()
-    recipe = load_recipe("nano", HERE / "profiles" / f"multifield-{settings.profile}.yaml", settings.overrides)
-    config = EvaluationConfig(fields=FIELDS, outside_mean=OUTSIDE_MEAN)
+    data, began_with = _data(settings), commit()
+    recipe, config = _recipe(settings), JUDGED
     judged = config.model_copy(update={"modes": ("own",)})
     outcome = train(data, settings.out, recipe, resume=True, console=console, judged=judged)
     if outcome.interrupted:
@@ -92,16 +107,64 @@ def run(settings: Settings, console: Console) -> dict[str, Any] | None:
     report = evaluate_run(settings.out / "last", data, settings.out / "evaluation", config=config, console=console)
     result = _result(settings, recipe, report, began_with)
     _write(settings, result, report)
-    _draw_page(settings, data)
+    _draw_page(settings, data, settings.out / "last")
     save_picture(read_image(plot_curves(settings.out)), settings.results / f"{_stem(settings)}-curves.png")
     told = f"written: {settings.results / _stem(settings)}.json, .md and pictures"
     console.print(told, markup=False, soft_wrap=True)
     return result
 
 
+def compare(settings: Settings, console: Console) -> dict[str, Any] | None:
+    """Runs the arms that are asked for, and writes what all finished ones found; None where one was interrupted."""
+    data, began_with, recipe = _data(settings), commit(), _recipe(settings)
+    for arm in settings.arms:
+        task = Task(data=data, out=settings.out / arm, recipe=recipe, judged=JUDGED, console=console)
+        if run_arm(arm, task) is None:
+            console.print("to go on, give the same command again")
+            return None
+    there = [arm for arm in ARMS if (settings.out / arm / REPORT).is_file()]
+    tasks = {
+        arm: Task(data=data, out=settings.out / arm, recipe=recipe, judged=JUDGED, console=console) for arm in there
+    }
+    results = [result for arm, task in tasks.items() if (result := run_arm(arm, task)) is not None]
+    written = {
+        "benchmark": "multifield",
+        "profile": settings.profile,
+        "hardware": hardware(resolved_device("auto")),
+        "torch": torch.__version__,
+        "commit": began_with,
+        "seed": recipe.train.loop.seed,
+        "settings": recipe.model_dump(mode="json"),
+        "arms": {
+            result.arm: {
+                "images_seen": result.images_seen,
+                "training_seconds": result.training_seconds,
+                "report": as_dict(result.report),
+            }
+            for result in results
+        },
+    }
+    settings.results.mkdir(parents=True, exist_ok=True)
+    stem = settings.results / _stem(settings)
+    stem.with_suffix(".json").write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    facts = f"Profile `{settings.profile}`, {written['hardware']}, torch {torch.__version__}, seed {written['seed']}, "
+    page = f"# MultiField: {settings.profile}\n\n{facts}commit {began_with}.\n\n{compared(results)}"
+    stem.with_suffix(".md").write_text(page, encoding="utf-8")
+    draw_bars(results, settings.results / f"{_stem(settings)}-bars.png")
+    if (best := best_joint(results)) is not None:
+        _draw_page(settings, data, settings.out / best.arm / "last")
+    console.print(compared(results), markup=False, soft_wrap=True)
+    return written
+
+
+def _recipe(settings: Settings) -> RunConfig:
+    return load_recipe("nano", HERE / "profiles" / f"multifield-{settings.profile}.yaml", settings.overrides)
+
+
 def _settings(arguments: list[str] | None) -> Settings:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--profile", choices=("trial", "gpu"), default="trial")
+    parser.add_argument("--profile", choices=tuple(PROFILES), default="trial")
+    parser.add_argument("--arms", nargs="*", choices=ARMS, help="baselines and ways to train; those of the profile")
     parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="the folder of the seven datasets")
     parser.add_argument("--out", type=Path, help="the run folder; runs/multifield-PROFILE by default")
     parser.add_argument("--results", type=Path, default=HERE / "results")
@@ -113,16 +176,18 @@ def _settings(arguments: list[str] | None) -> Settings:
         out=given.out or Path("runs") / f"multifield-{given.profile}",
         results=given.results,
         overrides=tuple(given.set),
+        arms=PROFILES[given.profile][1] if given.arms is None else tuple(given.arms),
     )
 
 
-def _data(folder: Path) -> list[str]:
-    """The seven datasets as arguments of a command, in a fixed order."""
-    missing = [name for name in FIELDS if not (folder / name).is_dir()]
+def _data(settings: Settings) -> list[str]:
+    """The profile's datasets as arguments of a command, in a fixed order."""
+    folder, names = settings.data, PROFILES[settings.profile][0]
+    missing = [name for name in names if not (folder / name).is_dir()]
     if missing:
         hint = "name the folder that holds them with --data"
         raise DataError(f"expected the datasets {', '.join(missing)}", where=folder, hint=hint)
-    return [f"{name}={folder / name}" for name in sorted(FIELDS)]
+    return [f"{name}={folder / name}" for name in names]
 
 
 def _result(settings: Settings, recipe: RunConfig, report: EvaluationReport, began_with: str) -> dict[str, Any]:
@@ -159,9 +224,9 @@ def _write(settings: Settings, result: dict[str, Any], report: EvaluationReport)
     stem.with_suffix(".md").write_text(f"{as_markdown(report)}\n{facts}", encoding="utf-8")
 
 
-def _draw_page(settings: Settings, data: list[str]) -> None:
+def _draw_page(settings: Settings, data: list[str], checkpoint: Path) -> None:
     """Pictures of every val split through the one detector, all names asked for."""
-    predictor = METR.from_pretrained(settings.out / "last").predictor()
+    predictor = METR.from_pretrained(checkpoint).predictor()
     pictures, captions = [], []
     for name, annotations in open_joint(data).evaluation().items():
         for record in _spread(annotations):

@@ -1,8 +1,9 @@
 """The structures that cross module borders. All are frozen; their shapes are executed by the tests.
 
 Axes, the same everywhere: `b` images, `h w` pixels, `s` memory tokens, `l` levels, `d` width, `t` text width,
-`v` vocabulary, `k` category slots an image, `q` queries an image, `n` denoising queries an image, `r` decoder
-layers, `e` extraction blocks, `m` boxes of one image, `i` ignored boxes of one image, `p` pairs.
+`v` vocabulary, `c` names an image that category extraction looks at, `k` category slots an image, `q` queries an
+image, `n` denoising queries an image, `r` decoder layers, `e` extraction blocks, `m` boxes of one image, `i` ignored
+boxes of one image, `p` pairs.
 
 Boxes are `cxcywh`, normalised to 0..1 of the picture without its padding, everywhere but in `Detections`, which is
 final: `xyxy` in pixels of the picture as it was given.
@@ -41,8 +42,9 @@ class Targets(_Movable):
     """What is known of one image.
 
     `labels` and `ignore_labels` are rows of the text embeddings that the network is given. `annotated[v]` is True where
-    "no box" means "none there"; elsewhere it is unknown and gives no loss. Crowds and group-of boxes are
-    `ignore_boxes`: neither objects to find nor mistakes to find.
+    "no box" means "none there"; elsewhere it is unknown and gives no loss, unless `presumed_absent[v]` says that none is
+    taken to be there: nobody looked, so it teaches what images may contain, not what boxes hold. Crowds and group-of
+    boxes are `ignore_boxes`: neither objects to find nor mistakes to find.
     """
 
     boxes: Float[Tensor, "m 4"]
@@ -50,6 +52,7 @@ class Targets(_Movable):
     annotated: Bool[Tensor, "v"]
     ignore_boxes: Float[Tensor, "i 4"]
     ignore_labels: Int[Tensor, "i"]
+    presumed_absent: Bool[Tensor, "v"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,20 +90,26 @@ class Memory(_Movable):
 class Categories(_Movable):
     """What the category extraction module says of each image, and which categories it keeps.
 
-    `text` is the projected vocabulary, `tokens` the same refined by the image. `ids[b k]` are rows of the vocabulary in
-    ascending order; slots with `valid` False are empty (their id is 0 and means nothing).
+    `text` is the projected vocabulary, `tokens` the same refined by the image: all of it, or of each image the rows
+    `shortlist` (ascending). What is not shortlisted was not looked at: its presence logits are -inf, and it is never
+    kept; where a shortlist was asked, `shortlist_logits` are what it says of every name. `ids[b k]` are rows of the
+    vocabulary in ascending order; slots with `valid` False are empty (their id is 0 and means nothing).
     """
 
     presence_logits: Float[Tensor, "e b v"]
     text: Float[Tensor, "v d"]
-    tokens: Float[Tensor, "b v d"]
+    tokens: Float[Tensor, "b c d"]
     ids: Int[Tensor, "b k"]
     valid: Bool[Tensor, "b k"]
+    shortlist: Int[Tensor, "b c"] | None = None
+    shortlist_logits: Float[Tensor, "b v"] | None = None
 
     @property
     def kept_tokens(self) -> Float[Tensor, "b k d"]:
         """The refined tokens of the kept categories."""
-        index = self.ids.unsqueeze(-1).expand(-1, -1, self.tokens.shape[-1])
+        # an empty slot's id is 0, and finds some token as well
+        places = self.ids if self.shortlist is None else torch.searchsorted(self.shortlist, self.ids)
+        index = places.unsqueeze(-1).expand(-1, -1, self.tokens.shape[-1])
         return self.tokens.gather(1, index)
 
 

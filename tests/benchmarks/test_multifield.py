@@ -91,3 +91,24 @@ def test_missing_datasets_are_named(
 def test_pictures_of_the_page_are_spread_over_the_split(multifield: ModuleType) -> None:
     assert multifield._spread(range(100)) == [25, 75]
     assert multifield._spread(range(2)) == [0, 1]
+
+
+@pytest.mark.slow
+def test_arms_are_compared_and_finished_ones_are_not_run_again(
+    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = ("--profile", "comparison", "--set", "train.loop.steps=4")
+    mixture = "{bccd: 0.25, chess_pieces: 0.25, endangered_animals: 0.25, playing_cards: 0.25}"
+    assert run(*short, "--set", f"loader.mixture={mixture}", "--arms", "separate", "closed_set") == 0
+    assert run(*short, "--set", f"loader.mixture={mixture}", "--arms", "teacher", "closed_set") == 0
+    result = json.loads((tmp_path / "results/multifield-comparison.json").read_text(), parse_constant=pytest.fail)
+    assert set(result["arms"]) == {"separate", "closed_set", "teacher"}
+    assert {arm["images_seen"] for arm in result["arms"].values()} == {8}
+    assert result["arms"]["teacher"]["report"]["foreign"] == "teacher"
+    assert set(result["arms"]["separate"]["report"]["mean"]) == {"own"}
+    page = (tmp_path / "results/multifield-comparison.md").read_text()
+    assert "a METR for each" in page
+    assert "Against the closed head" in page
+    for picture in ("bars.png", "detections.jpg"):
+        assert min(read_image(tmp_path / f"results/multifield-comparison-{picture}").shape[:2]) > 100
+    assert capsys.readouterr().out.count("─ closed_set ─") == 1

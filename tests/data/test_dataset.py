@@ -11,9 +11,9 @@ from made_pictures import NAMES, VOCABULARY, make_annotations, make_dataset
 from metr.boxes import cxcywh_to_xyxy
 from metr.data.config import ResizeConfig
 from metr.data.dataset import ATTEMPTS, DetectionDataset, Example, Missing, MixedDataset
+from metr.data.draws import Draw
 from metr.data.images import read_image
 from metr.data.records import InMemoryAnnotations
-from metr.data.samplers import Draw
 from metr.errors import ConfigError
 
 
@@ -59,7 +59,13 @@ def test_annotated_says_what_is_known(tmp_path: Path) -> None:
     )
     known = [[VOCABULARY.names[row] for row in item(ignoring, i).targets.annotated.nonzero()] for i in range(2)]
     assert known == [["shark", "puffin", "penguin"], ["penguin"]]
-    assert all(item(assuming, i).targets.annotated.all() for i in range(2))
+    known = [[VOCABULARY.names[row] for row in item(assuming, i).targets.annotated.nonzero()] for i in range(2)]
+    assert known == [["shark", "puffin", "penguin"], ["penguin"]]
+    foreign = ~VOCABULARY.annotated("fish")
+    assert foreign.any()
+    for i in range(2):
+        assert torch.equal(item(assuming, i).targets.presumed_absent, foreign)
+        assert not item(ignoring, i).targets.presumed_absent.any()
     none = replace(partly, records=(replace(annotations.records[1], annotated=()),))
     assert not item(make_dataset(none, training=False), 0).targets.annotated.any()
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from line_trees import LINE_LAYOUTS
 from reader_trees import LAYOUTS, made_up, write_text
 
 from metr.data.images import read_annotated
@@ -35,10 +36,10 @@ def damaged(data: bytes, rng: np.random.Generator) -> bytes:
     return options[int(rng.integers(len(options)))]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS | LINE_LAYOUTS)
 def test_damaged_annotations(tmp_path: Path, layout: str) -> None:
     root = tmp_path / "data"
-    LAYOUTS[layout][1](root, made_up())
+    (LAYOUTS | LINE_LAYOUTS)[layout][1](root, made_up())
     files = sorted(path for path in root.rglob("*") if path.is_file() and path.suffix.lower() != ".jpg")
     rng = np.random.default_rng(0)
     for round_number in range(8):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from line_trees import LINE_LAYOUTS
 from reader_trees import LAYOUTS, NAMES, Picture, Truth, made_up
 
 from metr.data.sources import DatasetSpec, DetectionSource, open_dataset
@@ -51,10 +52,10 @@ def in_order(truth: Truth) -> dict[str, dict[str, Picture]]:
     return result
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS | LINE_LAYOUTS)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_round_trip(tmp_path: Path, layout: str, seed: int) -> None:
-    expected_format, write = LAYOUTS[layout]
+    expected_format, write = (LAYOUTS | LINE_LAYOUTS)[layout]
     truth = made_up(seed)
     root = tmp_path / "data set"
     write(root, truth)
@@ -67,9 +68,11 @@ def test_round_trip(tmp_path: Path, layout: str, seed: int) -> None:
     assert source.categories == (NAMES if declared else tuple(sorted(NAMES)))
 
 
-@pytest.mark.parametrize("layout", ["coco plain", "voc beside", "yolo plain", "csv plain"])
+@pytest.mark.parametrize(
+    "layout", ["coco plain", "voc beside", "yolo plain", "csv plain", "odvg plain", "labelme apart"]
+)
 def test_order_is_the_same_every_time(tmp_path: Path, layout: str) -> None:
-    LAYOUTS[layout][1](tmp_path / "data", made_up())
+    (LAYOUTS | LINE_LAYOUTS)[layout][1](tmp_path / "data", made_up())
     orders = [
         [record.image_id for record in opened(tmp_path / "data", tmp_path / str(run)).split("train")]
         for run in range(2)

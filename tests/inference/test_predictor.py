@@ -12,7 +12,7 @@ from metr.inference.config import InferenceConfig
 from metr.inference.predictor import Predictor, _as_array
 from metr.structures import Categories, Detections, DetectorOutput, Proposals
 
-from small import TEXT_WIDTH, small_detector
+from small import TEXT_WIDTH, small_config, small_detector
 
 NAMES = ("lamp", "cat")
 FIT = ResizeConfig(mode="fit", size=64, longest=96)
@@ -185,3 +185,39 @@ def test_names_must_fit_the_text() -> None:
         Predictor(FindsLamps(), torch.eye(2), ("lamp",), STRETCH)
     with pytest.raises(ModelError, match="one name"):
         Predictor(FindsLamps(), torch.zeros(0, 2), (), STRETCH)
+
+
+def test_text_is_projected_once_until_the_weights_change() -> None:
+    """Thousands of names are much of the work; what the network has learnt since is never missed."""
+    network = small_detector()
+    projected = []
+    network.category_extraction.projection.register_forward_hook(lambda *_: projected.append(1))
+    text, picture = torch.randn(2, TEXT_WIDTH), noise_picture(50, 80, 1)
+    predictor = Predictor(network, text, NAMES, STRETCH)
+    before = predictor.detect(picture)
+    list(predictor.detect_many([picture] * 3))
+    assert len(projected) == 1
+    with torch.no_grad():
+        network.category_extraction.projection.weight.add_(1.0)
+    after = predictor.detect(picture)
+    assert len(projected) == 2
+    assert_same(after, Predictor(network, text, NAMES, STRETCH).detect(picture))
+    assert not torch.equal(before.scores, after.scores)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_shortlist_finds_what_is_shortlisted(precision: str) -> None:
+    """Of many names, those that the shortlist takes are the only ones that are found, under their own names."""
+    config = small_config()
+    config = config.model_copy(update={"categories": config.categories.model_copy(update={"shortlist": 6})})
+    network, names = small_detector(config), [f"name {i}" for i in range(30)]
+    text = torch.nn.functional.normalize(torch.randn(30, TEXT_WIDTH), dim=-1)
+    settings = InferenceConfig.checked({"precision": precision})
+    found = Predictor(network, text, names, STRETCH, settings).detect(noise_picture(64, 64, 2))
+    shown = {found.names[label] for label in found.labels.tolist()}
+    assert 0 < len(shown) <= 4
+    # asked for these alone, the network says the same
+    some = sorted(shown, key=names.index)
+    alone = Predictor(network, text[[names.index(name) for name in some]], some, STRETCH, settings)
+    again = alone.detect(noise_picture(64, 64, 2))
+    assert {again.names[label] for label in again.labels.tolist()} == shown

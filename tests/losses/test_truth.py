@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import torch
 from small_outputs import denoising_plan, image_targets, random_denoising, random_output
 
@@ -14,8 +16,16 @@ def test_padding_keeps_every_object_in_its_place() -> None:
     assert truth.ignore_boxes[1].tolist() == torch.tensor([crowd]).tolist()
     assert truth.annotated.tolist() == [[True, False, False, False], [True] * 4]
     assert truth.present.tolist() == [[True, False, True, False], [False] * 4]
-    assert truth.doubtful.tolist() == [[False] * 4, [False, False, False, True]]
+    assert truth.absent.tolist() == [[False] * 4, [True, True, True, False]]
     assert int(truth.objects) == 3
+
+
+def test_what_is_presumed_absent_is_absent_unless_something_of_it_is_there() -> None:
+    crowd = (0.5, 0.5, 0.2, 0.2)
+    target = image_targets([2], 5, annotated=[0], ignore=[(3, crowd)])
+    truth = Truth.of([replace(target, presumed_absent=torch.tensor([False, True, True, True, False]))])
+    assert truth.absent.tolist() == [[True, True, False, False, False]]
+    assert truth.annotated.tolist() == [[True, False, False, False, False]]
 
 
 def test_a_query_without_category_is_asked_nothing() -> None:

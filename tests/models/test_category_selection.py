@@ -1,12 +1,14 @@
 """Which categories get slots, against the same written as a sort."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from metr.models.category_selection import select_categories
+from metr.models.config import CategoryConfig
 from metr.structures import Categories, Targets
 
 from small import targets_of
@@ -26,6 +28,12 @@ def categories_of(logits: Tensor) -> Categories:
 
 def target(labels: Sequence[int], words: int, annotated: Sequence[int] | None = None) -> Targets:
     return targets_of([[0.5, 0.5, 0.1, 0.1]] * len(labels), labels, words=words, annotated=annotated)
+
+
+def selected(
+    categories: Categories, kept: int, images: Sequence[Targets] | None = None, **changes: float
+) -> Categories:
+    return select_categories(categories, CategoryConfig(kept=kept, **changes), images)
 
 
 def kept_ids(categories: Categories) -> list[list[int]]:
@@ -57,37 +65,53 @@ def test_equals_brute_force(words: int, kept: int) -> None:
             labels = torch.randint(words, (int(torch.randint(0, 6, ())),)).tolist()
             annotated = (torch.rand(words) > 0.4).nonzero().flatten().tolist()
             images.append(target(labels, words, annotated))
-        trained = select_categories(categories_of(logits), kept, images)
+        trained = selected(categories_of(logits), kept, images)
         assert trained.ids.shape == (5, min(kept, words))
         assert kept_ids(trained) == [brute_force(row, kept, image) for row, image in zip(logits, images, strict=True)]
-        free = select_categories(categories_of(logits), kept)
+        free = selected(categories_of(logits), kept)
         assert kept_ids(free) == [brute_force(row, kept, None) for row in logits]
 
 
 def test_present_categories_come_first_however_unlikely() -> None:
     logits = torch.tensor([[9.0, 8.0, -1000.0, 7.0, -50.0]])
-    assert kept_ids(select_categories(categories_of(logits), 3, [target([2, 4], 5)])) == [[0, 2, 4]]
+    assert kept_ids(selected(categories_of(logits), 3, [target([2, 4], 5)])) == [[0, 2, 4]]
 
 
 def test_more_present_than_slots_keeps_the_likeliest_of_them() -> None:
     logits = torch.tensor([[9.0, 1.0, 3.0, 2.0, 8.0]])
-    assert kept_ids(select_categories(categories_of(logits), 2, [target([1, 2, 3], 5)])) == [[2, 3]]
+    assert kept_ids(selected(categories_of(logits), 2, [target([1, 2, 3], 5)])) == [[2, 3]]
 
 
 def test_foreign_categories_never_take_a_slot_in_training() -> None:
     logits = torch.tensor([[9.0, 8.0, 7.0, 6.0]])
-    assert kept_ids(select_categories(categories_of(logits), 3, [target([], 4, annotated=[3])])) == [[3]]
-    assert kept_ids(select_categories(categories_of(logits), 3, [target([], 4, annotated=[])])) == [[]]
+    assert kept_ids(selected(categories_of(logits), 3, [target([], 4, annotated=[3])])) == [[3]]
+    assert kept_ids(selected(categories_of(logits), 3, [target([], 4, annotated=[])])) == [[]]
     # an object is present even where its category is not annotated everywhere
-    assert kept_ids(select_categories(categories_of(logits), 3, [target([2], 4, annotated=[3])])) == [[2, 3]]
+    assert kept_ids(selected(categories_of(logits), 3, [target([2], 4, annotated=[3])])) == [[2, 3]]
+
+
+def test_at_most_so_many_of_those_presumed_absent_take_a_slot() -> None:
+    logits = torch.tensor([[9.0, 8.0, 7.0, 6.0, 5.0]])
+    image = replace(target([2], 5, annotated=[2, 4]), presumed_absent=torch.tensor([True, True, False, False, False]))
+    for slots, expected in ((0, [2, 4]), (1, [0, 2, 4]), (2, [0, 1, 2, 4]), (9, [0, 1, 2, 4])):
+        assert kept_ids(selected(categories_of(logits), 5, [image], foreign_slots=slots)) == [expected]
+    # what nothing is presumed of stays out
+    assert kept_ids(selected(categories_of(logits), 5, [target([2], 5, annotated=[4])], foreign_slots=5)) == [[2, 4]]
+
+
+def test_categories_below_the_threshold_take_no_slot_when_detecting() -> None:
+    logits = torch.tensor([[0.3, -0.2, 0.1, -5.0], [-4.0, -3.0, -2.0, -1.0]])
+    assert kept_ids(selected(categories_of(logits), 3, threshold=0.5)) == [[0, 2], []]
+    images = [target([3], 4), target([], 4)]
+    assert kept_ids(selected(categories_of(logits), 2, images, threshold=0.5)) == [[0, 3], [2, 3]]
 
 
 def test_equal_logits_give_the_same_categories_alone_and_in_a_batch() -> None:
     logits = torch.zeros(3, 50)
     logits[1] = torch.randint(0, 2, (50,)).float()
-    together = select_categories(categories_of(logits), 7)
+    together = selected(categories_of(logits), 7)
     for image in range(3):
-        alone = select_categories(categories_of(logits[image : image + 1]), 7)
+        alone = selected(categories_of(logits[image : image + 1]), 7)
         assert torch.equal(alone.ids[0], together.ids[image])
         assert len(set(together.ids[image].tolist())) == 7
     assert logits[1, together.ids[1]].all()
@@ -95,7 +119,7 @@ def test_equal_logits_give_the_same_categories_alone_and_in_a_batch() -> None:
 
 def test_what_was_extracted_stays_as_it_is() -> None:
     before = categories_of(torch.randn(2, 6))
-    after = select_categories(before, 3)
+    after = selected(before, 3)
     assert after.presence_logits is before.presence_logits
     assert after.tokens is before.tokens
     assert after.text is before.text
@@ -103,4 +127,4 @@ def test_what_was_extracted_stays_as_it_is() -> None:
 
 def test_logits_that_are_not_numbers_keep_nothing_and_break_nothing() -> None:
     logits = torch.full((1, 5), torch.nan)
-    assert kept_ids(select_categories(categories_of(logits), 3, [target([2], 5)])) == [[]]
+    assert kept_ids(selected(categories_of(logits), 3, [target([2], 5)])) == [[]]

@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from metr.data.config import AugmentationConfig, Mixture
+from metr.data.config import AugmentationConfig, BaseMixture
 from metr.data.dataset import DetectionDataset, Foreign
+from metr.data.mixture import mixture_weights
 from metr.data.records import Annotations
-from metr.data.samplers import mixture_weights
 from metr.data.sources import DetectionSource, open_dataset, parse_data_arguments
 from metr.data.transforms.pipeline import build_transforms
 from metr.text.vocabulary import Vocabulary
@@ -26,7 +26,7 @@ class JointData:
             DetectionDataset(source.split("train"), self.vocabulary, transforms, foreign) for source in self.sources
         ]
 
-    def mixture(self, base: Mixture) -> Mixture:
+    def mixture(self, base: BaseMixture) -> BaseMixture:
         """The mixture with the weights that the datasets were given; as it is where none was."""
         weights = {source.name: source.spec.weight for source in self.sources}
         if all(weight == 1 for weight in weights.values()):

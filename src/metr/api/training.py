@@ -15,6 +15,7 @@ from metr.engine.checkpoint import CONFIG, Checkpoint, load_checkpoint
 from metr.engine.folders import RunFolder, existing_folder
 from metr.engine.random_state import seed_everything
 from metr.engine.recipe import RunConfig
+from metr.engine.teacher import Teacher
 from metr.engine.trainer import Outcome, Trainer, TrainingParts
 from metr.engine.training_state import check_place
 from metr.errors import ConfigError
@@ -74,6 +75,9 @@ def train(
 
 def training_parts(joint: JointData, recipe: RunConfig, console: Console) -> TrainingParts:
     """Network, criterion, loader and the rest of the checkpoint, made from data and recipe."""
+    if recipe.foreign == "teacher" and not recipe.train.ema.enabled:
+        what, hint = "the teacher is the average of the weights, which is off", "set train.ema.enabled, or foreign=ignore"
+        raise ConfigError(what, where="foreign", hint=hint)
     encoder = TextEncoder(recipe.text)
     with console.status("embedding the names"):
         embeddings = encoder.embed(joint.vocabulary)
@@ -81,7 +85,7 @@ def training_parts(joint: JointData, recipe: RunConfig, console: Console) -> Tra
     seed_everything(recipe.train.loop.seed)
     network = Detector(recipe.model, encoder.width)
     datasets = joint.training(recipe.augmentation, recipe.foreign)
-    mixed = recipe.loader.model_copy(update={"mixture": joint.mixture(recipe.loader.mixture)})
+    mixed = recipe.loader.with_base_mixture(joint.mixture(recipe.loader.base_mixture))
     checkpoint = Checkpoint(
         model=_rebuildable(recipe.model, network),
         vocabulary=joint.vocabulary,
@@ -95,7 +99,14 @@ def training_parts(joint: JointData, recipe: RunConfig, console: Console) -> Tra
         criterion=SetCriterion(recipe.criterion),
         loader=partial(build_train_loader, datasets, mixed),
         checkpoint=checkpoint,
+        teacher=_teacher(joint, recipe) if recipe.foreign == "teacher" else None,
     )
+
+
+def _teacher(joint: JointData, recipe: RunConfig) -> Teacher:
+    """The average's say in the categories that each dataset does not annotate."""
+    vocabulary = joint.vocabulary
+    return Teacher(recipe.train.teacher, {name: ~vocabulary.annotated(name) for name in vocabulary.datasets})
 
 
 def _quick_evaluation(config: InferenceConfig) -> EvaluationConfig:

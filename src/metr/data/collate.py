@@ -27,6 +27,7 @@ class PackedTargets:
     labels: Int[np.ndarray, "m"]
     counts: tuple[int, ...]
     annotated: Bool[np.ndarray, "b v"]
+    presumed_absent: Bool[np.ndarray, "b v"]
     ignore_boxes: Float[np.ndarray, "i 4"]
     ignore_labels: Int[np.ndarray, "i"]
     ignore_counts: tuple[int, ...]
@@ -39,16 +40,17 @@ class PackedTargets:
             labels=torch.cat([target.labels for target in targets]).numpy(),
             counts=tuple(len(target.labels) for target in targets),
             annotated=torch.stack([target.annotated for target in targets]).numpy(),
+            presumed_absent=torch.stack([_presumed_absent(target) for target in targets]).numpy(),
             ignore_boxes=torch.cat([target.ignore_boxes for target in targets]).numpy(),
             ignore_labels=torch.cat([target.ignore_labels for target in targets]).numpy(),
             ignore_counts=tuple(len(target.ignore_labels) for target in targets),
         )
 
     def unpack(self, device: torch.device) -> tuple[Targets, ...]:
-        """The targets of each image, on `device`: five transfers, however many images."""
-        flat = (self.boxes, self.labels, self.annotated, self.ignore_boxes, self.ignore_labels)
+        """The targets of each image, on `device`: six transfers, however many images."""
+        flat = (self.boxes, self.labels, self.annotated, self.presumed_absent, self.ignore_boxes, self.ignore_labels)
         moved = [torch.from_numpy(array).to(device) for array in flat]
-        boxes, labels, annotated, ignore_boxes, ignore_labels = moved
+        boxes, labels, annotated, presumed_absent, ignore_boxes, ignore_labels = moved
         objects = [slice(*ends) for ends in pairwise(accumulate(self.counts, initial=0))]
         ignored = [slice(*ends) for ends in pairwise(accumulate(self.ignore_counts, initial=0))]
         return tuple(
@@ -58,6 +60,7 @@ class PackedTargets:
                 annotated=annotated[image],
                 ignore_boxes=ignore_boxes[there],
                 ignore_labels=ignore_labels[there],
+                presumed_absent=presumed_absent[image],
             )
             for image, (here, there) in enumerate(zip(objects, ignored, strict=True))
         )
@@ -138,6 +141,10 @@ def padding_mask(sizes: Sequence[tuple[int, int]], height: int, width: int) -> B
     below = torch.arange(height) >= limits[:, :1]
     right = torch.arange(width) >= limits[:, 1:]
     return below.unsqueeze(2) | right.unsqueeze(1)
+
+
+def _presumed_absent(target: Targets) -> Bool[Tensor, "v"]:
+    return torch.zeros_like(target.annotated) if target.presumed_absent is None else target.presumed_absent
 
 
 def _pack(examples: Sequence[Example], multiple: int) -> PackedBatch:

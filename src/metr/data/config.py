@@ -11,7 +11,8 @@ Strength = Annotated[float, Field(ge=0, lt=1)]
 Colour = tuple[
     Annotated[int, Field(ge=0, le=255)], Annotated[int, Field(ge=0, le=255)], Annotated[int, Field(ge=0, le=255)]
 ]
-Mixture = Literal["proportional", "sqrt", "equal"] | dict[str, Annotated[float, Field(ge=0)]]
+BaseMixture = Literal["proportional", "sqrt", "equal"] | dict[str, Annotated[float, Field(ge=0)]]
+Mixture = BaseMixture | Literal["hardness"]
 
 # The mean of natural photographs: close to zero after the normalisation of any backbone.
 MEAN_COLOUR: Colour = (124, 116, 104)
@@ -68,6 +69,19 @@ class AugmentationConfig(Config):
         return self
 
 
+class HardnessConfig(Config):
+    """How `mixture: hardness` follows the losses: a share is that of `base` times the dataset's relative box loss."""
+
+    # The shares if all datasets were equally hard, and as long as nothing is known.
+    base: BaseMixture = "sqrt"
+    # Steps between changes. A change takes effect as many steps after the last loss that it rests on.
+    every: PositiveInt = 200
+    # Of the relative loss: 0 keeps the shares of `base`, 1 makes them proportional to it.
+    power: Annotated[float, Field(ge=0)] = 1.0
+    # Of a dataset's share in `base`, the part that it keeps however easy it is.
+    floor: Probability = 0.0
+
+
 class LoaderConfig(Config):
     """How training pictures are mixed and loaded."""
 
@@ -77,7 +91,24 @@ class LoaderConfig(Config):
     workers: Annotated[int, Field(ge=0)] | None = None
     # Batches that each worker prepares in advance.
     prefetch: PositiveInt = 2
-    # How often each dataset is drawn: by its pictures, by their square root, all alike, or shares by name.
+    # How often each dataset is drawn: by its pictures, by their square root, all alike, shares by name, or by how hard
+    # it is.
     mixture: Mixture = "sqrt"
+    # What "hardness" means.
+    hardness: HardnessConfig = HardnessConfig()
+    # A category that fewer than this share of a dataset's pictures show is rare: its pictures come more often in a pass
+    # over the dataset, by the root of how much rarer it is. 0: every picture comes once.
+    repeat_threshold: Probability = 0.0
     # Pixels: the sides of a batch are padded to multiples of this, the coarsest stride of the network.
     multiple: PositiveInt = 32
+
+    @property
+    def base_mixture(self) -> BaseMixture:
+        """The mixture as long as no loss is known."""
+        return self.hardness.base if self.mixture == "hardness" else self.mixture
+
+    def with_base_mixture(self, base: BaseMixture) -> "LoaderConfig":
+        """The same with another `base_mixture`."""
+        if self.mixture == "hardness":
+            return self.model_copy(update={"hardness": self.hardness.model_copy(update={"base": base})})
+        return self.model_copy(update={"mixture": base})

@@ -11,16 +11,16 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from metr.boxes import xyxy_to_cxcywh
+from metr.data.draws import Draw
 from metr.data.images import read_annotated
 from metr.data.records import Annotations, Fault, ImageRecord
-from metr.data.samplers import Draw
 from metr.data.transforms.pipeline import Transforms
 from metr.data.transforms.sample import Sample
 from metr.errors import ConfigError, DataError
 from metr.structures import Targets
 from metr.text.vocabulary import Vocabulary
 
-Foreign = Literal["ignore", "assume_absent"]
+Foreign = Literal["ignore", "assume_absent", "teacher"]
 
 # A dataset of which this many pictures, drawn at random, are unreadable in a row is not worth going on with.
 ATTEMPTS = 20
@@ -62,8 +62,8 @@ class DetectionDataset(Dataset[Example | Missing]):
         annotations: Where records come from; the worker processes share it.
         vocabulary: Knows this dataset by `annotations.name`.
         transforms: Resize and augment.
-        foreign: What a category means that the dataset does not annotate: "ignore" gives no loss, "assume_absent"
-            takes it that none is there.
+        foreign: What a category means that the dataset does not annotate: "assume_absent" takes it that none is there;
+            otherwise nothing is known of it.
     """
 
     def __init__(
@@ -71,8 +71,7 @@ class DetectionDataset(Dataset[Example | Missing]):
     ) -> None:
         self.annotations, self.transforms, self.foreign = annotations, transforms, foreign
         self.rows = vocabulary.rows(annotations.name)
-        known = vocabulary.annotated(annotations.name)
-        self.annotated = torch.ones_like(known) if foreign == "assume_absent" else known
+        self.annotated = vocabulary.annotated(annotations.name)
 
     @property
     def name(self) -> str:
@@ -130,10 +129,11 @@ class DetectionDataset(Dataset[Example | Missing]):
             annotated=self._annotated(record),
             ignore_boxes=boxes[ignore],
             ignore_labels=labels[ignore],
+            presumed_absent=~self.annotated if self.foreign == "assume_absent" else torch.zeros_like(self.annotated),
         )
 
     def _annotated(self, record: ImageRecord) -> Bool[Tensor, "v"]:
-        if record.annotated is None or self.foreign == "assume_absent":
+        if record.annotated is None:
             return self.annotated
         here = torch.zeros_like(self.annotated)
         here[self.rows[list(record.annotated)]] = True

@@ -6,14 +6,16 @@ from dataclasses import dataclass
 
 # The EXIF orientations that lie on their side: showing them swaps width and height.
 _SIDEWAYS = frozenset({5, 6, 7, 8})
-_TAG_WIDTH, _TAG_HEIGHT, _TAG_ORIENTATION = 256, 257, 274
+_TAG_WIDTH, _TAG_HEIGHT, _TAG_COLOURS, _TAG_ORIENTATION, _TAG_EXTRA = 256, 257, 262, 274, 338
+_TIFF_RGB = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
     """What a file says of its picture: `height` and `width` in pixels as stored, and the EXIF orientation (1 to 8).
 
-    `offset` is a byte before which no pixels lie.
+    `offset` is a byte before which no pixels lie. `transparent` says that colours may have an opacity, `premultiplied`
+    that they are stored multiplied by it.
     """
 
     kind: str
@@ -21,6 +23,8 @@ class Header:
     width: int
     orientation: int = 1
     offset: int = 0
+    transparent: bool = False
+    premultiplied: bool = False
 
     @property
     def stored_size(self) -> tuple[int, int]:
@@ -89,7 +93,7 @@ def _png(data: bytes) -> Header:
     while True:
         length, name = struct.unpack_from(">I4s", data, position)
         if name in {b"IDAT", b"IEND"}:
-            return Header(kind="png", height=height, width=width, orientation=orientation)
+            return Header(kind="png", height=height, width=width, orientation=orientation, transparent=True)
         if name == b"eXIf":
             orientation = _exif_orientation(data[position + 8 : position + 8 + length])
         position += length + 12
@@ -104,7 +108,7 @@ def _bmp(data: bytes) -> Header:
 
 def _gif(data: bytes) -> Header:
     width, height = struct.unpack_from("<HH", data, 6)
-    return Header(kind="gif", height=height, width=width)
+    return Header(kind="gif", height=height, width=width, transparent=True)
 
 
 def _webp(data: bytes) -> Header:
@@ -113,15 +117,16 @@ def _webp(data: bytes) -> Header:
     name = data[12:16]
     if name == b"VP8 ":
         width, height = struct.unpack_from("<HH", data, 26)
-        return Header(kind="webp", height=height & 0x3FFF, width=width & 0x3FFF)
+        return Header(kind="webp", height=height & 0x3FFF, width=width & 0x3FFF, transparent=True)
     if name == b"VP8L":
         (bits,) = struct.unpack_from("<I", data, 21)
-        return Header(kind="webp", height=(bits >> 14 & 0x3FFF) + 1, width=(bits & 0x3FFF) + 1)
+        width, height = (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+        return Header(kind="webp", height=height, width=width, transparent=True)
     low_width, high_width, low_height, high_height = struct.unpack_from("<HBHB", data, 24)
     width, height = (high_width << 16 | low_width) + 1, (high_height << 16 | low_height) + 1
     has_exif = data[20] & 0x08
     orientation = _webp_orientation(data) if has_exif else 1
-    return Header(kind="webp", height=height, width=width, orientation=orientation)
+    return Header(kind="webp", height=height, width=width, orientation=orientation, transparent=True)
 
 
 def _webp_orientation(data: bytes) -> int:
@@ -138,8 +143,15 @@ def _tiff(data: bytes) -> Header:
     tags = _tiff_tags(data)
     if not {_TAG_WIDTH, _TAG_HEIGHT} <= tags.keys():
         raise ValueError("a TIFF file without the size of its picture")
-    orientation = tags.get(_TAG_ORIENTATION, 1)
-    return Header(kind="tiff", height=tags[_TAG_HEIGHT], width=tags[_TAG_WIDTH], orientation=orientation)
+    extra = tags.get(_TAG_EXTRA, 0)  # 1 and 2 mean opacity
+    return Header(
+        kind="tiff",
+        height=tags[_TAG_HEIGHT],
+        width=tags[_TAG_WIDTH],
+        orientation=tags.get(_TAG_ORIENTATION, 1),
+        transparent=tags.get(_TAG_COLOURS) == _TIFF_RGB and extra in {1, 2},
+        premultiplied=extra == 1,
+    )
 
 
 def _exif_orientation(block: bytes) -> int:

@@ -49,8 +49,8 @@ def read_header(path: Path) -> Header:
 def read_image(path: Path, *, max_pixels: int = MAX_PIXELS, orient: bool = True) -> UInt8[np.ndarray, "h w 3"]:
     """A picture as 8-bit RGB.
 
-    Grey, palette, CMYK and 16-bit pictures are converted; transparency is laid on white. Of an animation, the first
-    frame is read.
+    Grey, palette, CMYK and 16-bit pictures are converted; transparency is laid on white (that of grey TIFF files is
+    forgotten). Of an animation, the first frame is read.
 
     Args:
         path: A JPEG, PNG, BMP, GIF, WebP or TIFF file.
@@ -63,14 +63,12 @@ def read_image(path: Path, *, max_pixels: int = MAX_PIXELS, orient: bool = True)
     with _file_errors(path):
         data = path.read_bytes()  # cv2.imread fails on non-Latin paths on some systems
     header = _header_of(path, data[:_HEAD_BYTES], lambda: data)
-    if header.height * header.width > max_pixels:
-        what = f"{header.width} x {header.height} pixels, more than the limit of {max_pixels:,}"
-        raise DataError(what, where=path, hint="scale the picture down or cut it into tiles, its boxes alike")
+    _refuse_too_large(path, header, max_pixels)
     image = _decoded(data, header)
     if image is None or image.shape[:2] != header.stored_size:
         what = f"a {header.kind.upper()} picture that cannot be decoded: cut off, damaged or of an unusual pixel type"
         raise DataError(what, where=path, hint="open it in a viewer and save it again, or remove it")
-    image = _as_rgb(image)
+    image = _as_rgb(image, header)
     return np.ascontiguousarray(_turned(image, header.orientation) if orient else image)
 
 
@@ -101,7 +99,9 @@ def read_annotated(
 def check_picture(record: ImageRecord) -> Fault | None:
     """What is wrong with a record's picture as far as its header tells; None where nothing is."""
     try:
-        return _disagreement(record, read_header(record.path))
+        header = read_header(record.path)
+        _refuse_too_large(record.path, header, MAX_PIXELS)
+        return _disagreement(record, header)
     except DataError as error:
         return Fault(kind="unreadable picture", where=str(record.path), detail=error.what)
 
@@ -148,14 +148,19 @@ def _header_of(path: Path, head: bytes, whole: Callable[[], bytes]) -> Header:
     raise DataError(f"not a picture in a known format ({kinds})", where=path, hint="convert it, for example to PNG")
 
 
+def _refuse_too_large(path: Path, header: Header, max_pixels: int) -> None:
+    if header.height * header.width > max_pixels:
+        what = f"{header.width} x {header.height} pixels, more than the limit of {max_pixels:,}"
+        raise DataError(what, where=path, hint="scale the picture down or cut it into tiles, its boxes alike")
+
+
 def _decoded(data: bytes, header: Header) -> np.ndarray | None:
     """The pixels as stored: [h w], [h w 3] BGR or [h w 4] BGRA; None where they cannot be decoded."""
     if header.kind == "jpeg" and data.rfind(b"\xff\xd9", header.offset) < 0:
         return None  # some decoders fill what is cut off with grey
     if header.kind == "tiff" and header.orientation != 1:
         data = without_orientation(data)
-    transparent = header.kind in {"png", "webp", "gif"}
-    flags = cv2.IMREAD_UNCHANGED if transparent else cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+    flags = cv2.IMREAD_UNCHANGED if header.transparent else cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
     try:
         image: np.ndarray | None = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), flags)
     except cv2.error:
@@ -163,7 +168,9 @@ def _decoded(data: bytes, header: Header) -> np.ndarray | None:
     return image
 
 
-def _as_rgb(image: np.ndarray) -> UInt8[np.ndarray, "h w 3"]:
+def _as_rgb(image: np.ndarray, header: Header) -> UInt8[np.ndarray, "h w 3"]:
+    # libtiff, under OpenCV, multiplies 8-bit colours by their opacity whatever the file says
+    premultiplied = header.premultiplied or (header.kind == "tiff" and image.dtype == np.uint8)
     if image.dtype == np.uint16:
         image = (image >> 8).astype(np.uint8)
     if image.ndim == 2:
@@ -171,7 +178,9 @@ def _as_rgb(image: np.ndarray) -> UInt8[np.ndarray, "h w 3"]:
     if image.shape[2] == 3:
         return np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB))
     colour, opacity = image[..., 2::-1].astype(np.uint16), image[..., 3:].astype(np.uint16)
-    return ((colour * opacity + 255 * (255 - opacity) + 127) // 255).astype(np.uint8)
+    if not premultiplied:
+        colour = (colour * opacity + 127) // 255
+    return np.minimum(colour + 255 - opacity, 255).astype(np.uint8)
 
 
 def _turned(image: UInt8[np.ndarray, "h w 3"], orientation: int) -> UInt8[np.ndarray, "a b 3"]:

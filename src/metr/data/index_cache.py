@@ -65,10 +65,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, kw_only=True)
 class StoredDataset:
-    """A dataset's index folder with its manifest."""
+    """A dataset's index folder with its manifest; `fresh` if it was built just now."""
 
     folder: Path
     manifest: Manifest
+    fresh: bool = False
 
     def faults(self, split: str) -> tuple[Fault, ...]:
         """The first faults of each kind of one split; of the dataset as a whole for ""."""
@@ -146,7 +147,7 @@ def _build(reader: Reader, plan: SplitPlan, place: Path) -> StoredDataset:
             if _valid_manifest(folder, reader.root) is None:
                 shutil.rmtree(folder)
                 building.rename(folder)
-        return StoredDataset(folder=folder, manifest=manifest)
+        return StoredDataset(folder=folder, manifest=manifest, fresh=True)
     finally:
         shutil.rmtree(building, ignore_errors=True)
 

@@ -8,15 +8,19 @@ from functools import partial
 from typing import Any, TypeVar
 
 import cv2
+import numpy as np
 import torch
+from jaxtyping import Float
 from torch.utils.data import DataLoader, Dataset
 
 from metr.data.collate import Collated, collate, padded_shape
-from metr.data.config import LoaderConfig
+from metr.data.config import HardnessConfig, LoaderConfig
 from metr.data.dataset import DetectionDataset, MixedDataset
+from metr.data.mixture import mixture_weights
 from metr.data.records import Fault
-from metr.data.samplers import MixedSampler, mixture_weights
-from metr.errors import DataError
+from metr.data.repeat import repeat_factors
+from metr.data.samplers import MixedSampler
+from metr.errors import ConfigError, DataError
 from metr.structures import Batch
 
 log = logging.getLogger(__name__)
@@ -53,10 +57,17 @@ class TrainLoader:
 
     Batch s of a run is a function of the seed and s, so a run that resumes at `sampler.draws_after(s)` goes on with
     exactly the batches that it would have had. Processes are told apart by the sampler: do not shard the loader again.
+    `hardness` says how the datasets' shares are to follow their losses, which whoever trains must see to.
     """
 
-    def __init__(self, loader: DataLoader[Any], sampler: MixedSampler, device: torch.device) -> None:
-        self.sampler, self.device = sampler, device
+    def __init__(
+        self,
+        loader: DataLoader[Any],
+        sampler: MixedSampler,
+        device: torch.device,
+        hardness: HardnessConfig | None = None,
+    ) -> None:
+        self.sampler, self.device, self.hardness = sampler, device, hardness
         self._loader, self._faults = loader, FaultList()
 
     def __iter__(self) -> Iterator[Batch]:
@@ -142,15 +153,21 @@ def build_train_loader(
 
     Raises:
         DataError: a dataset has no picture.
-        ConfigError: the mixture does not fit the datasets, or two have one name.
+        ConfigError: the mixture does not fit the datasets or the number of workers, or two datasets have one name.
     """
     mixed = MixedDataset(datasets)
-    weights = mixture_weights(mixed.lengths, config.mixture)
+    weights = mixture_weights(mixed.lengths, config.base_mixture)
     sizes = datasets[0].transforms.config.sizes
-    sampler = MixedSampler(mixed.lengths, weights, config.batch_size, seed, rank, world, sizes, start)
+    pictures = {one.name: _pictures(one, config.repeat_threshold) for one in datasets}
+    sampler = MixedSampler(pictures, weights, config.batch_size, seed, rank, world, sizes, start)
     workers = spare_cores() if config.workers is None else config.workers
+    hardness = config.hardness if config.mixture == "hardness" else None
+    if hardness is not None and hardness.every < workers * config.prefetch:
+        what = f"workers read {workers * config.prefetch} batches ahead, more than {hardness.every} steps"
+        hint = f"set it to {workers * config.prefetch} or more, or lower loader.workers"
+        raise ConfigError(what, where="loader.hardness.every", hint=hint)
     loader = _loader(mixed, sampler, config.multiple, workers, config.prefetch, device)
-    return TrainLoader(loader, sampler, device)
+    return TrainLoader(loader, sampler, device, hardness)
 
 
 def build_evaluation_loader(
@@ -192,6 +209,16 @@ def shape_groups(dataset: DetectionDataset, indices: Iterable[int], batch_size: 
             shape = transforms.shape(record.height, record.width)
         groups.setdefault(padded_shape(*shape, multiple), []).append(index)
     return [group[i : i + batch_size] for group in groups.values() for i in range(0, len(group), batch_size)]
+
+
+def _pictures(dataset: DetectionDataset, threshold: float) -> int | Float[np.ndarray, "n"]:
+    """How many pictures a dataset has, or how often a pass shows each of them."""
+    if not threshold:
+        return len(dataset)
+    factors = repeat_factors(dataset.annotations, threshold)
+    told = "%s: a pass shows pictures of rare categories up to %.1f times: about %.0f draws for %d pictures"
+    log.info(told, dataset.name, factors.max(initial=1.0), factors.sum(), len(factors))
+    return factors
 
 
 def spare_cores() -> int:

@@ -1,89 +1,31 @@
 """Which picture comes next: one endless, reproducible sequence of draws over all datasets.
 
-Draw n is a function of the seed and n alone: not of the process, the worker, or where a run was interrupted. So a run
-that resumes at draw n continues exactly as it would have gone on, and process r of R simply takes every R-th draw.
+Draw n is a function of the seed and n alone (and of the shares that were announced for it): not of the process, the
+worker, or where a run was interrupted. So a run that resumes at draw n continues exactly as it would have gone on, and
+process r of R simply takes every R-th draw.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from enum import IntEnum
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch.utils.data import Sampler
 
-from metr.data.config import Mixture
-from metr.errors import ConfigError, DataError, did_you_mean
+from metr.data.draws import Draw, Stream, generator
+from metr.data.passes import Passes
+from metr.errors import ConfigError
 
 # Datasets are chosen for this many draws at a time.
 BLOCK = 4096
-
-
-class Stream(IntEnum):
-    """What random numbers are for; each purpose has a stream of its own."""
-
-    EXAMPLE = 0
-    DATASET = 1
-    ORDER = 2
-    SIZE = 3
-
-
-def generator(seed: int, stream: Stream, *key: int) -> np.random.Generator:
-    """The random numbers of one purpose and one key, for example one draw."""
-    return np.random.default_rng([seed, int(stream), *key])
-
-
-@dataclass(frozen=True, kw_only=True)
-class Draw:
-    """One picture to load: picture `index` of dataset number `dataset`, the draw's `number`, and the batch's `size`."""
-
-    number: int
-    dataset: int
-    index: int
-    seed: int
-    size: int | None = None
-
-    def generator(self) -> np.random.Generator:
-        """The random numbers of this draw."""
-        return generator(self.seed, Stream.EXAMPLE, self.number)
-
-
-def mixture_weights(lengths: Mapping[str, int], mixture: Mixture) -> dict[str, float]:
-    """The share of draws that goes to each dataset; shares sum to 1.
-
-    Args:
-        lengths: Pictures of each dataset, by name.
-        mixture: "proportional" to the pictures, to their "sqrt", "equal", or a share for each name.
-
-    Raises:
-        DataError: a dataset has no picture.
-        ConfigError: an explicit mixture leaves a dataset out, names an unknown one, or is all zero.
-    """
-    if empty := [name for name, length in lengths.items() if length == 0]:
-        raise DataError("no pictures in this split", where=", ".join(empty), hint="check the path and the split")
-    if not lengths:
-        raise DataError("no dataset to draw pictures from", hint="name at least one dataset")
-    if isinstance(mixture, dict):
-        if unknown := sorted(mixture.keys() - lengths.keys()):
-            hint = did_you_mean(unknown[0], lengths)
-            raise ConfigError(f"unknown dataset {unknown[0]!r}", where="mixture", hint=hint)
-        if missing := [name for name in lengths if name not in mixture]:
-            raise ConfigError(f"no share for {', '.join(missing)}", where="mixture", hint="give every dataset a share")
-        shares = {name: mixture[name] for name in lengths}
-    else:
-        power = {"proportional": 1.0, "sqrt": 0.5, "equal": 0.0}[mixture]
-        shares = {name: float(length**power) for name, length in lengths.items()}
-    total = sum(shares.values())
-    if total <= 0:
-        raise ConfigError("every dataset has a share of zero", where="mixture", hint="give one of them a share above 0")
-    return {name: share / total for name, share in shares.items()}
 
 
 class MixedSampler(Sampler[list[Draw]]):
     """Endless batches of draws that mix datasets by weight; inside a dataset, a new shuffle every pass.
 
     Args:
-        lengths: Pictures of each dataset, by name, in the order in which draws number the datasets.
+        pictures: Pictures of each dataset, by name, in the order in which draws number the datasets: how many there
+            are, or how often a pass shows each of them (see `repeat_factors`).
         weights: The share of draws of each dataset, by name (see `mixture_weights`).
         batch_size: Draws a batch and process.
         seed: Decides the whole sequence.
@@ -95,7 +37,7 @@ class MixedSampler(Sampler[list[Draw]]):
 
     def __init__(
         self,
-        lengths: Mapping[str, int],
+        pictures: Mapping[str, int | Float[np.ndarray, "_"]],
         weights: Mapping[str, float],
         batch_size: int,
         seed: int = 0,
@@ -104,9 +46,19 @@ class MixedSampler(Sampler[list[Draw]]):
         sizes: tuple[int, ...] = (),
         start: int = 0,
     ) -> None:
-        self.lengths, self.weights = dict(lengths), dict(weights)
+        self.weights = dict(weights)
         self.batch_size, self.seed, self.sizes, self.start = batch_size, seed, sizes, start
         self.rank, self.world = rank, world
+        self._passes = {name: Passes(each, seed, number) for number, (name, each) in enumerate(pictures.items())}
+        self._begins = [0]  # the draws from which on the shares in `_shares` hold
+        self._shares = [dict(weights)]
+        self._made = 0  # the draw after the last one made
+        self._counted = 0, np.zeros(len(self._passes), dtype=np.int64)  # blocks, and the draws in them
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """Pictures of each dataset, by name."""
+        return {name: passes.length for name, passes in self._passes.items()}
 
     def __iter__(self) -> Iterator[list[Draw]]:
         """The batches of this process, from draw `start` on, without end."""
@@ -119,6 +71,23 @@ class MixedSampler(Sampler[list[Draw]]):
                 for number, dataset, index in step[self.rank :: self.world]
             ]
 
+    def change(self, at: int, weights: Mapping[str, float]) -> None:
+        """Chooses datasets by other shares from draw `at` on, in an iteration that goes on too.
+
+        Raises:
+            ConfigError: that draw is made already, or comes before an earlier change.
+        """
+        if at < max(self._made, self._begins[-1]):
+            what = f"shares are to change at draw {at}, and draws up to {max(self._made, self._begins[-1])} are settled"
+            raise ConfigError(what, where="loader.hardness.every", hint="let more steps pass between changes")
+        self._begins.append(at)
+        self._shares.append(dict(weights))
+        self._counted = 0, np.zeros_like(self._counted[1])
+
+    def shares(self, draw: int) -> dict[str, float]:
+        """The shares of the datasets by which a draw is made."""
+        return self._shares[bisect_right(self._begins, draw) - 1]
+
     def draws_after(self, steps: int) -> int:
         """How many draws all processes have made when `steps` steps follow `start`: the state to resume from."""
         return self.start + steps * self.batch_size * self.world
@@ -126,7 +95,7 @@ class MixedSampler(Sampler[list[Draw]]):
     def passes(self, draws: int) -> dict[str, float]:
         """How many times over each dataset has been seen after `draws` draws of all processes."""
         counts = self._counts(draws).tolist()
-        return {name: count / length for (name, length), count in zip(self.lengths.items(), counts, strict=True)}
+        return {name: passes.seen(count) for (name, passes), count in zip(self._passes.items(), counts, strict=True)}
 
     def _size(self, first: int) -> int | None:
         """The size of the batch that begins with draw `first`."""
@@ -134,28 +103,36 @@ class MixedSampler(Sampler[list[Draw]]):
 
     def _draws(self, start: int) -> Iterator[tuple[int, int, int]]:
         """(number, dataset, index) of every draw from `start` on."""
-        seen = self._counts(start).tolist()
-        lengths = list(self.lengths.values())
-        orders: dict[int, tuple[int, Int[np.ndarray, "n"]]] = {}
-        number = start
+        seen, passes = self._counts(start).tolist(), list(self._passes.values())
+        number, known = start, (-1, 0)
+        chosen: list[int] = []
         while True:
-            for dataset in self._block(number // BLOCK)[number % BLOCK :].tolist():
-                turn, position = divmod(seen[dataset], lengths[dataset])
-                if orders.get(dataset, (-1,))[0] != turn:
-                    shuffle = generator(self.seed, Stream.ORDER, dataset, turn)
-                    orders[dataset] = turn, shuffle.permutation(lengths[dataset])
-                yield number, dataset, int(orders[dataset][1][position])
-                seen[dataset] += 1
-                number += 1
+            if known != (number // BLOCK, len(self._begins)):  # another block, or other shares in this one
+                known = number // BLOCK, len(self._begins)
+                chosen = self._block(number // BLOCK).tolist()
+            dataset = chosen[number % BLOCK]
+            index = passes[dataset].picture(seen[dataset])
+            seen[dataset] += 1
+            number += 1
+            self._made = number
+            yield number - 1, dataset, index
 
     def _block(self, block: int) -> Int[np.ndarray, "n"]:
         """The datasets of `BLOCK` consecutive draws."""
-        shares = [self.weights[name] for name in self.lengths]
-        return generator(self.seed, Stream.DATASET, block).choice(len(shares), size=BLOCK, p=shares)
+        first, chance = block * BLOCK, generator(self.seed, Stream.DATASET, block).random(BLOCK)
+        chosen = np.zeros(BLOCK, dtype=np.int64)
+        for period in range(bisect_right(self._begins, first) - 1, bisect_right(self._begins, first + BLOCK - 1)):
+            inside = max(0, self._begins[period] - first)
+            sums = np.cumsum([self._shares[period][name] for name in self._passes])
+            chosen[inside:] = np.searchsorted(sums / sums[-1], chance[inside:], side="right")
+        return chosen
 
     def _counts(self, draws: int) -> Int[np.ndarray, "d"]:
         """How many of the first `draws` draws fell to each dataset."""
-        counts = np.zeros(len(self.lengths), dtype=np.int64)
-        for block in range(-(-draws // BLOCK)):
-            counts += np.bincount(self._block(block)[: draws - block * BLOCK], minlength=len(counts))
-        return counts
+        blocks, counts = self._counted
+        if blocks > draws // BLOCK:
+            blocks, counts = 0, np.zeros_like(counts)
+        for block in range(blocks, draws // BLOCK):
+            counts = counts + np.bincount(self._block(block), minlength=len(counts))
+        self._counted = draws // BLOCK, counts
+        return counts + np.bincount(self._block(draws // BLOCK)[: draws % BLOCK], minlength=len(counts))

@@ -16,14 +16,16 @@ from metr.data.index import AnnotationIndex, LabelMap
 from metr.data.index_cache import Manifest, default_cache, stored
 from metr.data.readers.base import plain_name
 from metr.data.readers.files import there
-from metr.data.readers.registry import recognise
+from metr.data.readers.registry import log_other_formats, recognise
 from metr.data.records import Annotations, Fault
 from metr.data.splits import TEST, VAL, plan_splits
 from metr.errors import ConfigError, DataError, did_you_mean
 
 logger = logging.getLogger(__name__)
 
-FormatName = Literal["coco", "yolo", "voc", "csv"]
+FormatName = Literal[
+    "coco", "lvis", "objects365", "yolo", "crowdhuman", "odvg", "open_images", "imagefolder", "labelme", "voc", "csv"
+]
 SplitName = Literal["train", "val", "test"]
 
 _LISTING_SUFFIXES = frozenset({".yaml", ".yml"})
@@ -127,12 +129,14 @@ def open_dataset(spec: DatasetSpec, cache_dir: Path | None = None) -> DetectionS
     Raises:
         DataError: the folder is missing, fits no known format, holds no picture, or lacks what the spec names.
     """
-    reader = recognise(spec.path, spec.format)
+    reader = recognise(spec.path, spec.format, tell_others=False)
     wanted = None if spec.splits is None else {str(key): _as_tuple(value) for key, value in spec.splits.items()}
     plan = plan_splits(list(reader.splits), wanted, spec.path)
     if plan.seeded:
         logger.warning("%s: no split to evaluate on; a seeded fifth of its pictures is held out as val", spec.name)
     dataset = stored(reader, plan, cache_dir or default_cache())
+    if dataset.fresh and spec.format is None:
+        log_other_formats(reader, spec.path)
     notes: list[Fault] = []
     kept = _kept_names(dataset.manifest, notes)
     labels = _label_map(dataset.manifest, kept, spec, sort=not reader.declares_categories)

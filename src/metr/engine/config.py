@@ -52,6 +52,21 @@ class EmaConfig(Config):
     """Steps by which the decay warms up: after n steps it is decay * (1 - exp(-n / tau))."""
 
 
+class TeacherConfig(Config):
+    """When the average of the weights is believed about categories that an image's dataset does not annotate."""
+
+    absent_below: Share = 0.1
+    """Presence probability under which a category counts as absent."""
+    present_above: Share = 0.5
+    """Presence probability over which its detections may count as objects."""
+    object_above: Share = 0.5
+    """Score over which such a detection counts as an object."""
+    objects: PositiveCount = 20
+    """Most detections an image that are looked at."""
+    same_object: Share = 0.5
+    """IoU over which two boxes of one category are one object."""
+
+
 class LoopConfig(Config):
     """How long, on what, and how often something is written."""
 
@@ -59,6 +74,9 @@ class LoopConfig(Config):
     """Updates of the weights."""
     accumulation: PositiveCount = 1
     """Batches whose gradients are averaged for one step."""
+    names: Count = 0
+    """Most names that a batch is asked for: those that it shows, however many, then sampled ones that it lacks; 0 asks
+    for all."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the network (autocast); `auto` is bf16 on GPUs that have it, otherwise fp32. Losses are fp32."""
     device: Literal["auto", "cpu"] = "auto"
@@ -89,4 +107,5 @@ class TrainConfig(Config):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     ema: EmaConfig = EmaConfig()
+    teacher: TeacherConfig = TeacherConfig()
     loop: LoopConfig = LoopConfig()

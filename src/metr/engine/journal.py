@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 
 from rich.console import Console
@@ -14,6 +14,7 @@ from rich.syntax import Syntax
 from metr.config import Config, as_yaml
 from metr.engine.config import LoopConfig
 from metr.engine.folders import RunFolder, explained_disk_errors
+from metr.engine.hardness import HARDNESS, by_dataset, mean_losses
 from metr.engine.metrics import MetricsWriter, Record
 from metr.engine.progress import Progress, Snapshot
 from metr.engine.training_state import Counters, StepReport, Window
@@ -27,11 +28,15 @@ _KEPT = 0.95  # share of the old average that the time of a step keeps
 
 @dataclass(frozen=True, kw_only=True)
 class Surroundings:
-    """Peak memory in GiB, how many times over each dataset has been seen, and how many pictures cannot be read."""
+    """Peak memory in GiB, how many times over each dataset has been seen, and how many pictures cannot be read.
+
+    `shares` are those of the datasets in the next draw, where they follow the losses.
+    """
 
     memory: float
     passes: Mapping[str, float]
     unreadable: int
+    shares: Mapping[str, float] = field(default_factory=dict)
 
 
 class Journal:
@@ -102,13 +107,20 @@ class Journal:
             yield
         self._evaluation_seconds = time.perf_counter() - started
 
-    def evaluated(self, counters: Counters) -> None:
-        """Writes the newest evaluation."""
+    def evaluated(self, counters: Counters, passes: Mapping[str, float]) -> None:
+        """Writes the newest evaluation, and how many times over each dataset had been seen."""
         if self._metrics is not None:
-            values = {"metrics": counters.metrics, "evaluation_seconds": self._evaluation_seconds}
+            passes = dict(passes)
+            values = {"metrics": counters.metrics, "passes": passes, "evaluation_seconds": self._evaluation_seconds}
             self._metrics.write("evaluation", counters.evaluated_step, values)
             told = ", ".join(f"{name} {value:.2f}" for name, value in list(counters.metrics.items())[:_MOST_TOLD])
             _logger.info("evaluation at step %d: %s", counters.evaluated_step, told)
+            self.seen(passes)
+
+    def seen(self, passes: Mapping[str, float]) -> None:
+        """Says how many times over each dataset has been seen."""
+        if passes and not self.silent:
+            _logger.info("seen: %s", ", ".join(f"{name} {times:.1f} times" for name, times in passes.items()))
 
     def _snapshot(self, report: StepReport, counters: Counters, around: Surroundings) -> Snapshot:
         steps, every = self.loop.steps, self.loop.evaluate_every
@@ -117,7 +129,7 @@ class Journal:
         return Snapshot(
             step=counters.step,
             steps=steps,
-            terms={name: value for name, value in report.figures.items() if not name.startswith(MATCHING)},
+            terms={name: value for name, value in report.figures.items() if _is_term(name)},
             images_per_second=report.images / self._step_seconds if self._step_seconds else 0.0,
             seconds_left=left,
             memory=around.memory,
@@ -133,7 +145,8 @@ def _line(report: StepReport, counters: Counters, around: Surroundings) -> Recor
     """A line of metrics.jsonl: averages since the last one."""
     window = counters.window
     means = {name: value / max(window.steps, 1) for name, value in window.sums.items()}
-    losses = {name: value for name, value in means.items() if not name.startswith(MATCHING)}
+    losses = {name: value for name, value in means.items() if _is_term(name)}
+    hardness = {"box_loss": mean_losses(by_dataset(means)), "shares": dict(around.shares)} if around.shares else {}
     return {
         "images": counters.images,
         "seconds": counters.seconds,
@@ -148,4 +161,10 @@ def _line(report: StepReport, counters: Counters, around: Surroundings) -> Recor
         "skipped": counters.skipped,
         "unreadable": around.unreadable,
         "passes": dict(around.passes),
+        **hardness,
     }
+
+
+def _is_term(name: str) -> bool:
+    """Whether a figure is a loss term."""
+    return not name.startswith((MATCHING, HARDNESS))

@@ -30,7 +30,8 @@ class RunConfig(Config):
     augmentation: AugmentationConfig = AugmentationConfig()
     loader: LoaderConfig = LoaderConfig()
     foreign: Foreign = "ignore"
-    """What is made of a category that an image's dataset does not annotate: nothing, or that it is absent."""
+    """What is made of a category that an image's dataset does not annotate: nothing, or that it is absent, or what the
+    average of the weights clearly says (`train.teacher`)."""
     train: TrainConfig = TrainConfig()
     inference: InferenceConfig = InferenceConfig()
 

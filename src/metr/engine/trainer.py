@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -21,13 +21,16 @@ from metr.engine.config import TrainConfig
 from metr.engine.curves import plot_curves
 from metr.engine.ema import Ema, KeptBuffers
 from metr.engine.folders import RunFolder
-from metr.engine.hardware import autocast, peak_memory, resolved_precision
+from metr.engine.hardware import autocast, resolved_precision
 from metr.engine.interrupts import Abandoned, Interrupts
-from metr.engine.journal import MATCHING, Journal, Surroundings
+from metr.engine.journal import MATCHING, Journal
 from metr.engine.metrics import read_metrics
+from metr.engine.names import choose_names, narrowed
 from metr.engine.optimizer import build_optimizer, set_learning_rates
 from metr.engine.random_state import random_state, restore_random_state, seed_everything, undisturbed_random_state
 from metr.engine.schedule import learning_rate_factor
+from metr.engine.stream import Stream
+from metr.engine.teacher import Teacher
 from metr.engine.training_state import (
     Counters,
     StepReport,
@@ -40,7 +43,7 @@ from metr.engine.training_state import (
 from metr.errors import MetrError, did_you_mean
 from metr.losses.criterion import SetCriterion
 from metr.losses.statistics import match_statistics
-from metr.structures import Batch, Losses
+from metr.structures import Batch, Losses, Targets
 
 Evaluate = Callable[[nn.Module], Mapping[str, float | None]]
 _MOST_NAMED = 6  # terms or pictures in a message
@@ -53,13 +56,14 @@ class TrainingParts:
 
     `loader` is called once with the keywords `seed`, `start` (draws already made by all processes), `rank`, `world` and
     `device`: `partial(build_train_loader, datasets, config)`. `checkpoint` lacks its weights; its text embeddings are
-    those that the network is trained with.
+    those that the network is trained with. `teacher` adds to the targets what the average of the weights says.
     """
 
     network: nn.Module
     criterion: SetCriterion
     loader: Callable[..., TrainLoader]
     checkpoint: Checkpoint
+    teacher: Teacher | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +115,7 @@ class Trainer:
         self.criterion = parts.criterion.to(self.device)
         self.text = parts.checkpoint.text_embeddings.to(self.device)
         self.counters = Counters()
+        self._stream: Stream | None = None
         self._resolved = config if resolved is None else resolved
         self._saved_step = -1
         self._interrupts = Interrupts()
@@ -163,12 +168,28 @@ class Trainer:
     def _losses(self, batch: Batch) -> tuple[Losses, dict[str, float]]:
         """The losses of a batch, and its loss terms and matching statistics as numbers, averaged over processes."""
         with autocast(self.precision, self.device):
-            output = self.network(batch.images, batch.padding_mask, self.text, batch.targets)
-        matches = self.criterion.match(output, batch.targets)
-        losses: Losses = self.criterion(output, batch.targets, matches)
-        statistics = match_statistics(output, batch.targets, matches)
+            text, targets = self._asked(self._targets(batch))
+            output = self.network(batch.images, batch.padding_mask, text, targets)
+        matches = self.criterion.match(output, targets)
+        losses: Losses = self.criterion(output, targets, matches)
+        statistics = match_statistics(output, targets, matches)
         matching = {MATCHING + name: value for name, value in vars(statistics).items()}
+        if self._stream is not None:
+            matching |= self._stream.figures(output, targets, matches, self.criterion.config.weights, batch)
         return losses, self._averaged({**losses.terms, **matching})
+
+    def _targets(self, batch: Batch) -> tuple[Targets, ...]:
+        """What is known of the images, with what the average of the weights adds where it may."""
+        if self.parts.teacher is None or self.ema is None:
+            return batch.targets
+        return self.parts.teacher(self.ema.network, batch, self.text)
+
+    def _asked(self, targets: tuple[Targets, ...]) -> tuple[Tensor, tuple[Targets, ...]]:
+        """The text of the names that the batch is asked for, and the targets in its terms."""
+        rows = choose_names(targets, self.config.loop.names)
+        if len(rows) == len(self.text):
+            return self.text, targets
+        return self.text[rows], narrowed(targets, rows)
 
     def _averaged(self, values: Mapping[str, Tensor]) -> dict[str, float]:
         """Scalars averaged over processes, which all have the same names: one exchange, one transfer."""
@@ -197,7 +218,7 @@ class Trainer:
 
     # the parts of a run
 
-    def _begin(self, resume: bool) -> "_Stream":
+    def _begin(self, resume: bool) -> Stream:
         """Takes up the saved state, or starts afresh."""
         accelerator, loop = self.accelerator, self.config.loop
         rank, world = accelerator.process_index, accelerator.num_processes
@@ -209,22 +230,24 @@ class Trainer:
             _logger.info("nothing to resume in %s: training starts afresh", self.folder.path)
         start = self.counters.images
         loader = self.parts.loader(seed=loop.seed, start=start, rank=rank, world=world, device=self.device)
+        self._stream = Stream(loader, self.counters)
         self._journal.begin(self._resolved, self.counters)
         self.network.train()
-        return _Stream(loader=loader, batches=iter(loader))
+        return self._stream
 
-    def _advance(self, stream: "_Stream") -> None:
+    def _advance(self, stream: Stream) -> None:
         """Draws batches, makes a step, and counts it."""
         started = time.perf_counter()
-        batches = [next(stream.batches) for _ in range(self.config.loop.accumulation)]
+        batches = stream.take(self.config.loop.accumulation)
         waiting = time.perf_counter() - started
         report = self.train_step(batches)
         images = sum(len(batch.images) for batch in batches) * self.accelerator.num_processes
         report = replace(report, images=images, seconds=time.perf_counter() - started, waiting=waiting)
         self.counters.add(report)
+        stream.after(report)
         if report.faulty:
             self._complain(report, batches)
-        self._journal.step(report, self.counters, lambda: self._surroundings(stream.loader))
+        self._journal.step(report, self.counters, lambda: stream.surroundings(self.device))
 
     def _complain(self, report: StepReport, batches: Sequence[Batch]) -> None:
         """Says why a step was skipped; gives up when that does not end."""
@@ -241,9 +264,10 @@ class Trainer:
             hint = "lower optimizer.learning_rate, lengthen schedule.warmup_steps, or set loop.precision=fp32"
             raise MetrError(what, where=f"step {counters.step}", hint=hint)
 
-    def _surroundings(self, loader: TrainLoader) -> Surroundings:
-        passes = loader.sampler.passes(self.counters.images)
-        return Surroundings(memory=peak_memory(self.device), passes=passes, unreadable=len(loader.faults))
+    @property
+    def _passes(self) -> dict[str, float]:
+        """How many times over each dataset has been seen."""
+        return {} if self._stream is None else self._stream.passes
 
     def _asked_to_stop(self) -> bool:
         """Whether any process was: all of them stop after the same step."""
@@ -279,7 +303,7 @@ class Trainer:
             self.network.train()
         counters.evaluated_step = counters.step
         counters.metrics = {name: float(value) for name, value in metrics.items() if value is not None}
-        journal.evaluated(counters)
+        journal.evaluated(counters, self._passes)
         if self._is_best():
             counters.best, counters.best_step = counters.metrics[self.config.loop.best_metric], counters.step
             save_checkpoint(self.folder.best, self._checkpoint())
@@ -301,7 +325,8 @@ class Trainer:
 
     def _checkpoint(self) -> Checkpoint:
         counters = self.counters
-        counted = {"step": counters.step, "images": counters.images, "metrics": counters.metrics}
+        passes = {name: round(times, 3) for name, times in self._passes.items()}
+        counted = {"step": counters.step, "images": counters.images, "passes": passes, "metrics": counters.metrics}
         training = {**self.parts.checkpoint.training, **counted}
         return replace(self.parts.checkpoint, weights=self._judged.state_dict(), training=training)
 
@@ -352,6 +377,8 @@ class Trainer:
         unfinished = counters.step < steps or (self.evaluate is not None and counters.evaluated_step < counters.step)
         if is_main and self.config.loop.curves and read_metrics(self.folder.metrics):
             plot_curves(self.folder.path)
+        if counters.evaluated_step < counters.step:  # else it is said already
+            self._journal.seen(self._passes)
         if is_main and unfinished:
             told = "stopped after step %d of %d; everything is saved in %s: resume this run to go on"
             _logger.warning(told, counters.step, steps, self.folder.path)
@@ -362,11 +389,3 @@ class Trainer:
             best=counters.best,
             best_step=counters.best_step,
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Stream:
-    """A loader, and how far it is."""
-
-    loader: TrainLoader
-    batches: Iterator[Batch]

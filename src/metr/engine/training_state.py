@@ -53,6 +53,28 @@ class Window:
 
 
 @dataclass(kw_only=True)
+class HardnessState:
+    """What the shares of the datasets rest on; a restart must find it, or it would draw other pictures.
+
+    `sums` are box loss and matched objects of each dataset since the last decision, `losses` the mean box loss of each
+    when it was last known, `changes` the draws from which on other shares hold, with these.
+    """
+
+    sums: dict[str, tuple[float, float]] = field(default_factory=dict)
+    losses: dict[str, float] = field(default_factory=dict)
+    changes: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> "HardnessState":
+        """The state from plain values."""
+        return cls(
+            sums={name: (loss, objects) for name, (loss, objects) in values["sums"].items()},
+            losses=dict(values["losses"]),
+            changes=[(draw, dict(shares)) for draw, shares in values["changes"]],
+        )
+
+
+@dataclass(kw_only=True)
 class Counters:
     """How far training is.
 
@@ -71,6 +93,7 @@ class Counters:
     best: float | None = None
     best_step: int = 0
     window: Window = field(default_factory=Window)
+    hardness: HardnessState = field(default_factory=HardnessState)
 
     def add(self, report: StepReport) -> None:
         """Counts one step."""
@@ -98,10 +121,13 @@ class Counters:
             CheckpointError: a value is missing.
         """
         names = {item.name for item in fields(cls)}
-        if set(values) != names or set(values["window"]) != {item.name for item in fields(Window)}:
+        older = {"hardness": asdict(HardnessState())}  # what states of older versions lack
+        if {*older, *values} != names or set(values["window"]) != {item.name for item in fields(Window)}:
             what = f"expected the keys {sorted(names)}, found {sorted(values)}"
             raise CheckpointError(what, where=where, hint="start training afresh: this state is of another version")
-        return cls(**{**values, "window": Window(**values["window"])})
+        values = {**older, **values}
+        nested = {"window": Window(**values["window"]), "hardness": HardnessState.of(values["hardness"])}
+        return cls(**{**values, **nested})
 
 
 @dataclass(frozen=True, kw_only=True)

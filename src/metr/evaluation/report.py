@@ -21,6 +21,8 @@ FOREIGN = {
     "ignore": "Categories that an image's dataset does not annotate gave no loss in training (`foreign = ignore`).",
     "assume_absent": "Categories that an image's dataset does not annotate counted as absent in training "
     "(`foreign = assume_absent`).",
+    "teacher": "Of categories that an image's dataset does not annotate, training believed the clear answers of the "
+    "average of the weights (`foreign = teacher`).",
 }
 
 # Two colours that readers with any colour vision tell apart.

@@ -20,6 +20,8 @@ from metr.data.transforms.geometry import output_shape, resize_image
 from metr.errors import DataError, ModelError
 from metr.inference.config import InferenceConfig, Precision
 from metr.inference.postprocess import postprocess
+from metr.models.detector import Detector
+from metr.models.text_projection import ProjectedText
 from metr.structures import Detections
 
 Picture = str | Path | np.ndarray | Image.Image
@@ -84,6 +86,7 @@ class Predictor:
         self.config, self.multiple = config or InferenceConfig(), multiple
         self.device = device or device_of(network)
         self.text = text.to(self.device)
+        self._projected: ProjectedText | None = None
 
     def detect(self, picture: Picture) -> Detections:
         """The detections of one picture: a path, an RGB array [h w 3] of bytes, or a PIL image.
@@ -138,10 +141,17 @@ class Predictor:
         padding = padding_mask(shapes, pixels.shape[-2], pixels.shape[-1]).to(self.device)
         images = pixels.to(self.device).to(torch.float32).div_(255)
         with inference(self.network, self.device, self.config.precision):
-            output = self.network(images, padding, self.text)
+            output = self.network(images, padding, self._text_to_ask())
         # Outside, so that the detections are ordinary tensors, which their owner may change.
         found = postprocess(output, [one.size for one in loaded], self.names, self.config.postprocess)
         return [one.to("cpu") for one in found]
+
+    def _text_to_ask(self) -> Tensor | ProjectedText:
+        """What the network is asked for; projected once for all pictures, until the network's weights change."""
+        if not isinstance(self.network, Detector):
+            return self.text
+        self._projected = self.network.project(self.text, self._projected)
+        return self._projected
 
 
 @contextmanager

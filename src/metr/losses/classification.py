@@ -65,11 +65,11 @@ def known(answers: Answers, truth: Truth, ignore_coverage: float) -> Bool[Tensor
     """Where it is known what a query should say.
 
     A query that stands for an object should say "yes". "No" is known only of the categories that are annotated in the
-    image, and not of a box that lies inside an ignored box of the query's category.
+    image or presumed absent, and not of a box that lies inside an ignored box of the query's category.
     """
     asked = answers.category != NOTHING
-    annotated = truth.annotated.gather(1, answers.category.clamp(min=0))
-    absent = annotated & ~_inside_ignored(answers, truth, ignore_coverage)
+    complete = (truth.annotated | truth.absent).gather(1, answers.category.clamp(min=0))
+    absent = complete & ~_inside_ignored(answers, truth, ignore_coverage)
     return asked & (answers.positive | absent)
 
 
@@ -119,10 +119,10 @@ def _each_query(
 def presence_losses(logits: Float[Tensor, "e b v"], truth: Truth, config: CriterionConfig) -> Float[Tensor, "e"]:
     """The presence loss of every extraction block, summed over categories and divided by the number of images.
 
-    Asked are the categories that are annotated in an image, and those that it is known to show; not those of which
-    only ignored boxes are there.
+    Asked are the categories that an image is known to show, and those that are annotated or presumed absent there; not
+    those of which only ignored boxes are there.
     """
-    asked = (truth.annotated | truth.present) & ~truth.doubtful
+    asked = truth.present | truth.absent
     present = truth.present.expand(logits.shape)
     logits = logits.float().where(asked, 0)
     loss = asymmetric_loss(logits, present, config.presence_gamma_positive, config.presence_gamma_negative)

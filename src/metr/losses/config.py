@@ -17,7 +17,7 @@ class LossWeights(Config):
     l1: Weight = 5.0
     giou: Weight = 2.0
     presence: Weight = 1.0
-    """Of the presence loss of every extraction block."""
+    """Of the presence loss of every extraction block, and of the shortlist."""
     proposals: Weight = 1.0
     denoising: Weight = 1.0
 

@@ -18,7 +18,7 @@ from metr.losses.truth import (
     matched_answers,
     query_categories,
 )
-from metr.structures import DetectorOutput, Losses, Matches, Targets
+from metr.structures import Categories, DetectorOutput, Losses, Matches, Targets
 
 Terms = dict[str, Tensor]
 
@@ -26,9 +26,10 @@ Terms = dict[str, Tensor]
 class SetCriterion(nn.Module):
     """Presence, classification and box losses of one batch, each a named term, already weighted.
 
-    Terms are called `presence/E` for extraction block E, and `LAYER/classification`, `LAYER/l1`, `LAYER/giou` for the
-    layers `proposals`, `decoder.R` and, if the detector denoises, `denoising.R`; blocks and layers count from 0. All of
-    them exist, and reach the network's outputs, in a batch without any object too.
+    Terms are called `presence/E` for extraction block E, `presence/shortlist` if the detector has a shortlist, and
+    `LAYER/classification`, `LAYER/l1`, `LAYER/giou` for the layers `proposals`, `decoder.R` and, if the detector
+    denoises, `denoising.R`; blocks and layers count from 0. All of them exist, and reach the network's outputs, in a
+    batch without any object too.
     """
 
     def __init__(self, config: CriterionConfig) -> None:
@@ -48,7 +49,7 @@ class SetCriterion(nn.Module):
         copies = None if output.denoising is None else denoising_answers(output.denoising, output.categories)
         objects, copied = average_over_ranks(_counts(truth, copies)).unbind()
 
-        terms = self._presence(output.categories.presence_logits, truth)
+        terms = self._presence(output.categories, truth)
         terms |= self._proposals_and_decoder(answers, truth, objects)
         if copies is not None:
             terms |= self._denoising(copies, truth, copied)
@@ -62,9 +63,13 @@ class SetCriterion(nn.Module):
         category = query_categories(output.slot, output.valid, output.categories)
         return match_groups(*judged_layers(output), category, truth.boxes, truth.labels, self.config)
 
-    def _presence(self, logits: Float[Tensor, "e b v"], truth: Truth) -> Terms:
-        losses = self.config.weights.presence * presence_losses(logits, truth, self.config)
-        return {f"presence/{block}": loss for block, loss in enumerate(losses.unbind())}
+    def _presence(self, categories: Categories, truth: Truth) -> Terms:
+        losses = self.config.weights.presence * presence_losses(categories.presence_logits, truth, self.config)
+        terms = {f"presence/{block}": loss for block, loss in enumerate(losses.unbind())}
+        if categories.shortlist_logits is not None:
+            asked = categories.shortlist_logits.unsqueeze(0)
+            terms["presence/shortlist"] = self.config.weights.presence * presence_losses(asked, truth, self.config)[0]
+        return terms
 
     def _proposals_and_decoder(self, answers: Answers, truth: Truth, objects: Float[Tensor, ""]) -> Terms:
         layers = ["proposals", *(f"decoder.{layer}" for layer in range(len(answers.logits) - 1))]

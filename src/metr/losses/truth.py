@@ -17,8 +17,8 @@ NOTHING = -1
 class Truth:
     """The targets of a batch, padded to one number of objects (at least one) and of ignored boxes.
 
-    `labels` and `ignore_labels` are `NOTHING` on padding, whose boxes are arbitrary but sound. `present` has an object
-    in the image; `doubtful` has ignored boxes alone: a crowd, or the sliver that a crop left of an object.
+    `labels` and `ignore_labels` are `NOTHING` on padding, whose boxes are arbitrary but sound. `absent` is annotated or
+    presumed absent, and has neither object nor ignored box in the image; `present` has an object there.
     """
 
     boxes: Float[Tensor, "b m 4"]
@@ -27,15 +27,19 @@ class Truth:
     ignore_labels: Int[Tensor, "b i"]
     annotated: Bool[Tensor, "b v"]
     present: Bool[Tensor, "b v"]
-    doubtful: Bool[Tensor, "b v"]
+    absent: Bool[Tensor, "b v"]
 
     @staticmethod
     def of(targets: Sequence[Targets]) -> "Truth":
         """Pads the targets of the batch's images."""
         annotated = torch.stack([target.annotated for target in targets])
-        present, ignored_only = torch.zeros_like(annotated), torch.zeros_like(annotated)
+        present, absent = torch.zeros_like(annotated), annotated.clone()
         for image, target in enumerate(targets):
-            ignored_only[image, target.ignore_labels] = True
+            if target.presumed_absent is not None:
+                absent[image] |= target.presumed_absent
+            # ignored boxes alone: a crowd, or the sliver that a crop left of an object
+            absent[image, target.ignore_labels] = False
+            absent[image, target.labels] = False
             present[image, target.labels] = True
         boxes, labels = _padded([(target.boxes, target.labels) for target in targets], at_least=1)
         ignored = _padded([(target.ignore_boxes, target.ignore_labels) for target in targets], at_least=0)
@@ -46,7 +50,7 @@ class Truth:
             ignore_labels=ignored[1],
             annotated=annotated,
             present=present,
-            doubtful=ignored_only & ~present,
+            absent=absent,
         )
 
     @property

@@ -1,14 +1,18 @@
 """The category extraction module (CEM): which categories may this image contain?"""
 
+from collections.abc import Sequence
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from metr.layers.attention import Attention
 from metr.layers.mlp import FeedForward
 from metr.models.config import CategoryConfig
 from metr.models.heads import AgreementHead
-from metr.structures import Categories, Memory
+from metr.models.shortlist import Shortlist, Shortlisted
+from metr.models.text_projection import ProjectedText, autocast_dtype
+from metr.structures import Categories, Memory, Targets
 
 
 class ExtractionBlock(nn.Module):
@@ -33,7 +37,10 @@ class ExtractionBlock(nn.Module):
 
 
 class CategoryExtraction(nn.Module):
-    """Projected text embeddings become category tokens, refined by the image block after block."""
+    """Projected text embeddings become category tokens, refined by the image block after block.
+
+    With a shortlist, and more names than it takes, only the shortlisted names of each image get that far.
+    """
 
     def __init__(self, text_width: int, width: int, config: CategoryConfig) -> None:
         super().__init__()
@@ -41,21 +48,68 @@ class CategoryExtraction(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.blocks = nn.ModuleList(ExtractionBlock(width, config) for _ in range(config.blocks))
         self.presence = AgreementHead(width, config.prior)
+        self.shortlist = Shortlist(width, config) if config.shortlist else None
 
-    def forward(self, memory: Memory, text: Float[Tensor, "v t"]) -> Categories:
-        """Presence logits after every block, and refined tokens; every category is still kept."""
-        batch, words = memory.tokens.shape[0], text.shape[0]
-        projected = self.norm(self.projection(text))
-        tokens = projected.expand(batch, -1, -1)
+    def forward(
+        self,
+        memory: Memory,
+        text: Float[Tensor, "v t"] | ProjectedText,
+        targets: Sequence[Targets] | None = None,
+    ) -> Categories:
+        """Presence logits after every block, and refined tokens; every category that was looked at is still kept.
+
+        Args:
+            memory: The images.
+            text: One embedding a category, or what `project` made of them.
+            targets: In training only: they teach the shortlist, and present categories are shortlisted first.
+        """
+        projected = text.tokens if isinstance(text, ProjectedText) else self._projected(text)
+        batch, words = memory.tokens.shape[0], len(projected)
+        shortlisted = self._shortlisted(memory, projected, targets)
+        rows = None if shortlisted is None or shortlisted.rows.shape[1] == words else shortlisted.rows
+        asked = projected if rows is None else projected[rows]
+        tokens = asked.expand(batch, -1, -1)
         logits = []
         for block in self.blocks:
             tokens = block(tokens, memory)
-            logits.append(self.presence(tokens, projected))
-        ids = torch.arange(words, device=text.device).expand(batch, -1)
+            logits.append(self.presence(tokens, asked))
+        presence = torch.stack(logits)
+        ids = torch.arange(words, device=projected.device).expand(batch, -1) if rows is None else rows
         return Categories(
-            presence_logits=torch.stack(logits),
+            presence_logits=presence if rows is None else _spread(presence, rows, words),
             text=projected,
             tokens=tokens,
             ids=ids,
             valid=torch.ones_like(ids, dtype=torch.bool),
+            shortlist=rows,
+            shortlist_logits=None if shortlisted is None else shortlisted.logits,
         )
+
+    @torch.no_grad()
+    def project(self, text: Float[Tensor, "v t"], earlier: ProjectedText | None = None) -> ProjectedText:
+        """The projected text; `earlier` itself, if text, weights and precision are still those that it was made of."""
+        weights = [*self.projection.parameters(), *self.norm.parameters()]
+        if earlier is not None and earlier.still_holds(text, weights):
+            return earlier
+        copies = tuple(weight.detach().clone() for weight in weights)
+        precision = autocast_dtype(text.device)
+        return ProjectedText(text=text, tokens=self._projected(text), weights=copies, precision=precision)
+
+    def _projected(self, text: Float[Tensor, "v t"]) -> Float[Tensor, "v d"]:
+        projected: Tensor = self.norm(self.projection(text))
+        return projected
+
+    def _shortlisted(
+        self, memory: Memory, projected: Float[Tensor, "v d"], targets: Sequence[Targets] | None
+    ) -> Shortlisted | None:
+        """What the shortlist says, where it has something to take away or to learn."""
+        if self.shortlist is None or (targets is None and len(projected) <= self.shortlist.number):
+            return None
+        shortlisted: Shortlisted = self.shortlist(memory, projected, targets)
+        return shortlisted
+
+
+def _spread(logits: Float[Tensor, "e b c"], rows: Int[Tensor, "b c"], words: int) -> Float[Tensor, "e b v"]:
+    """Logits in the vocabulary's rows; -inf for the names that were not looked at."""
+    nowhere = logits.new_full((*logits.shape[:2], words), -torch.inf)
+    return nowhere.scatter(2, rows.expand(logits.shape), logits)

@@ -40,6 +40,14 @@ class CategoryConfig(Config):
     """Among categories; without it an answer does not depend on the other names."""
     kept: int = Field(20, ge=1)
     """K, category slots an image."""
+    threshold: float = Field(0.0, ge=0, lt=1)
+    """Least presence probability with which a category takes a slot outside of training. Categories below it change
+    nothing for the others, and leave them the queries."""
+    foreign_slots: int = Field(0, ge=0)
+    """Most slots an image that categories presumed absent may take in training."""
+    shortlist: int = Field(0, ge=0)
+    """Most names an image that category extraction looks at, where there are more: chosen by a few dot products a name.
+    0 builds no shortlist, and extraction looks at all names."""
     prior: float = Field(0.02, gt=0, lt=1)
     """Share of categories that are present, where training starts."""
 
@@ -117,6 +125,9 @@ class DetectorConfig(Config):
             raise ValueError(f"width {self.width} is not divisible by 8, which the position encodings need")
         if self.queries.floor > self.queries.ceiling:
             raise ValueError(f"queries.floor {self.queries.floor} is above queries.ceiling {self.queries.ceiling}")
+        if 0 < self.categories.shortlist < self.categories.kept:
+            what = f"categories.shortlist {self.categories.shortlist} is below categories.kept {self.categories.kept}"
+            raise ValueError(f"{what}: expected 0, or at least that")
         if self.queries.number < self.categories.kept:
             raise ValueError(f"queries.number {self.queries.number} is below categories.kept {self.categories.kept}")
         return self

@@ -16,6 +16,7 @@ from metr.models.decoder import Decoder
 from metr.models.denoising import Denoising
 from metr.models.encoders import build_encoder
 from metr.models.proposals import ProposalHead
+from metr.models.text_projection import ProjectedText
 from metr.structures import Categories, DenoisingOutput, DetectorOutput, Memory, Queries, Targets
 
 # the share of queries that hold an object, where training starts (focal loss's prior, Lin et al., 2017)
@@ -46,7 +47,7 @@ class Detector(nn.Module):
         self,
         images: Float[Tensor, "b 3 h w"],
         padding_mask: Bool[Tensor, "b h w"],
-        text: Float[Tensor, "v t"],
+        text: Float[Tensor, "v t"] | ProjectedText,
         targets: Sequence[Targets] | None = None,
     ) -> DetectorOutput:
         """Detects the categories whose text embeddings are given.
@@ -54,7 +55,7 @@ class Detector(nn.Module):
         Args:
             images: RGB in 0..1, padded at the right and bottom to one shape.
             padding_mask: True on padding.
-            text: One L2-normalised embedding a category; labels are its rows.
+            text: One L2-normalised embedding a category, or what `project` made of them; labels are its rows.
             targets: In training only: present categories are sure of a slot, and objects are shown for denoising.
         """
         return self.detect(self.backbone(images), padding_mask, text, targets)
@@ -63,13 +64,13 @@ class Detector(nn.Module):
         self,
         features: Sequence[Tensor],
         padding_mask: Bool[Tensor, "b h w"],
-        text: Float[Tensor, "v t"],
+        text: Float[Tensor, "v t"] | ProjectedText,
         targets: Sequence[Targets] | None = None,
     ) -> DetectorOutput:
         """The network after its backbone: feature maps [b c h w], finest first, to answers."""
         memory = self.encoder(features, padding_mask)
-        categories = self.category_extraction(memory, text)
-        categories = select_categories(categories, self.config.categories.kept, targets)
+        categories = self.category_extraction(memory, text, targets)
+        categories = select_categories(categories, self.config.categories, targets)
         proposals, places = self.proposals(memory, categories)
         queries = self.class_queries(proposals, places, categories)
         logits, boxes, denoising = self._decode(queries, memory, categories, targets)
@@ -82,6 +83,15 @@ class Detector(nn.Module):
             proposals=proposals,
             denoising=denoising,
         )
+
+    def project(self, text: Float[Tensor, "v t"], earlier: ProjectedText | None = None) -> ProjectedText:
+        """The text's share of the work, done once for many pictures; outside of training, as it carries no gradient.
+
+        Args:
+            text: The embeddings, not to be changed in place.
+            earlier: What a call before gave; it is given back if text, weights and precision are what they were.
+        """
+        return self.category_extraction.project(text, earlier)
 
     def _decode(
         self, queries: Queries, memory: Memory, categories: Categories, targets: Sequence[Targets] | None

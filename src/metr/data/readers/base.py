@@ -5,12 +5,13 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from metr.data.images import probe_size
@@ -24,8 +25,14 @@ _THINNEST = 0.999
 # Boxes pass the border by rounding; further out than this, in pixels, is worth telling.
 _SLACK = 0.5
 
-# What folders with pictures are called.
+# Pictures that are checked at once: the boxes of hundreds take hardly longer than those of one.
+_GROUP = 512
+
+# What folders with pictures are called, and those with one annotation file a picture.
 PICTURE_FOLDERS = ("images", "Images", "JPEGImages", "imgs", "img", "data")
+_ANNOTATION_FOLDERS = frozenset(
+    {"annotations", "annotation", "annots", "annot", "ann", "labels", "label", "xml", "xmls", "json", "jsons"}
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +43,8 @@ class RawImage:
     None where the file does not tell. `boxes` are xyxy in pixels of that size, or shares of the picture if `relative`.
     `labels` are numbers that `Names` gave. `areas` are NaN where unknown. `marks` tell each box's place in the file,
     for messages. `annotated` are the numbers of the categories of which "no box" means "none there"; None: all that the
-    dataset has.
+    dataset has. `amodal` boxes are of whole objects, also where those leave the picture: they are cut at its border
+    without a fault.
     """
 
     where: str
@@ -50,6 +58,7 @@ class RawImage:
     ignore: Bool[np.ndarray, "m"] | None = None
     marks: Sequence[int | str] | None = None
     annotated: Sequence[int] | None = None
+    amodal: bool = False
 
 
 class Names:
@@ -163,6 +172,32 @@ def picture_folders(files: Files, split: str, beside: str) -> tuple[str, ...]:
     return tuple(place for place in dict.fromkeys([*named, *inner, *bases]) if files.listing(place))
 
 
+def twin_folders(files: Files, folder: str) -> tuple[str, ...]:
+    """Where the pictures of a folder with one annotation file a picture may lie, likeliest first.
+
+    They lie in a folder that is called like pictures where this one is called like annotations, or beside the files.
+    """
+    parts, base = folder.split("/"), posixpath.dirname(folder)
+    twins = [
+        "/".join([*parts[:index], name, *parts[index + 1 :]])
+        for index, part in enumerate(parts)
+        if part.lower() in _ANNOTATION_FOLDERS
+        for name in PICTURE_FOLDERS
+    ]
+    inner = [posixpath.join(place, name) for place in (folder, base) for name in PICTURE_FOLDERS]
+    places = dict.fromkeys([*twins, folder, *inner, base])
+    return tuple(place for place in places if files.listing(place))
+
+
+def note_unannotated(annotated: Iterable[str], detail: str, reading: Reading) -> None:
+    """Notes the pictures without annotations that lie where the annotated ones do."""
+    known = set(annotated)
+    for place in dict.fromkeys(posixpath.dirname(path) for path in sorted(known)):
+        for picture in reading.files.pictures(place):
+            if picture not in known:
+                reading.faults.add("unannotated picture", picture, detail)
+
+
 def locate(name: str, folders: Sequence[str], where: str, reading: Reading) -> str | None:
     """The picture that an annotation file names, relative to the dataset's folder; a fault if it is missing."""
     try:
@@ -192,57 +227,77 @@ def corners(
 
 def records(reader: Reader, split: str, reading: Reading) -> Iterator[ImageRecord]:
     """The checked pictures of one split of a dataset; what is wrong is noted in `reading.faults`."""
-    for raw in reader.read(split, reading):
-        record = _checked(raw, reader.root, reading.faults)
-        if record is not None:
-            yield record
+    raws = iter(reader.read(split, reading))
+    while group := list(islice(raws, _GROUP)):
+        yield from _checked(group, reader.root, reading.faults)
 
 
-def _checked(raw: RawImage, root: Path, faults: FaultLog) -> ImageRecord | None:
-    path, size = root / raw.path, raw.size
-    if size is None:
-        try:
-            size = probe_size(path)
-        except DataError as error:
-            faults.add("unreadable picture", raw.path, error.what)
-            return None
-    height, width = size
-    limit = np.array([width, height, width, height], dtype=np.float64)
-    boxes = raw.boxes * limit if raw.relative else raw.boxes
+def _checked(group: Iterable[RawImage], root: Path, faults: FaultLog) -> Iterator[ImageRecord]:
+    """Pictures with the boxes that can be used, all boxes checked at once."""
+    sized = [(raw, size) for raw in group if (size := _size(raw, root, faults)) is not None]
+    if not sized:
+        return
+    raws, counts = [raw for raw, _ in sized], [len(raw.boxes) for raw, _ in sized]
+    limit = np.repeat(np.array([(width, height) * 2 for _, (height, width) in sized], dtype=np.float64), counts, axis=0)
+    boxes = np.concatenate([raw.boxes for raw in raws]).astype(np.float64)
+    relative = np.repeat([raw.relative for raw in raws], counts)
+    boxes[relative] *= limit[relative]
     inside = np.minimum(np.maximum(boxes, 0), limit)
-    keep = _usable(raw, boxes, inside, size, faults)
+    keep = _usable(sized, boxes, inside, faults)
     kept = inside[keep].astype(np.float32)
-    box_areas = (kept[:, 2] - kept[:, 0]) * (kept[:, 3] - kept[:, 1])
-    areas = box_areas if raw.areas is None else _known_areas(raw.areas[keep], box_areas)
-    ignore = np.zeros(len(kept), dtype=bool) if raw.ignore is None else raw.ignore[keep]
-    return ImageRecord(
-        image_id=raw.image_id,
-        path=path,
-        width=width,
-        height=height,
-        boxes=kept,
-        labels=raw.labels[keep].astype(np.int64),
-        areas=areas,
-        ignore=ignore,
-        annotated=None if raw.annotated is None else tuple(sorted(set(raw.annotated))),
-    )
+    areas = _areas(np.concatenate([_filled(raw.areas, raw, np.nan) for raw in raws])[keep], kept)
+    labels = np.concatenate([raw.labels for raw in raws])[keep].astype(np.int64)
+    ignore = np.concatenate([_filled(raw.ignore, raw, 0.0) for raw in raws])[keep].astype(bool)
+    ends = np.concatenate([[0], np.cumsum(keep)])[np.cumsum([0, *counts])].tolist()
+    for (raw, (height, width)), start, stop in zip(sized, ends[:-1], ends[1:], strict=True):
+        yield ImageRecord(
+            image_id=raw.image_id,
+            path=root / raw.path,
+            width=width,
+            height=height,
+            boxes=kept[start:stop],
+            labels=labels[start:stop],
+            areas=areas[start:stop],
+            ignore=ignore[start:stop],
+            annotated=None if raw.annotated is None else tuple(sorted(set(raw.annotated))),
+        )
+
+
+def _size(raw: RawImage, root: Path, faults: FaultLog) -> tuple[int, int] | None:
+    """(height, width) as the file tells it, else as the picture does; None, and a fault, where that is unreadable."""
+    if raw.size is not None:
+        return raw.size
+    try:
+        return probe_size(root / raw.path)
+    except DataError as error:
+        faults.add("unreadable picture", raw.path, error.what)
+        return None
+
+
+def _filled(values: Shaped[np.ndarray, "m"] | None, raw: RawImage, value: float) -> Shaped[np.ndarray, "m"]:
+    """One value a box, where the file tells none."""
+    return np.full(len(raw.boxes), value, dtype=np.float32) if values is None else values
 
 
 def _usable(
-    raw: RawImage,
+    sized: Sequence[tuple[RawImage, tuple[int, int]]],
     boxes: Float[np.ndarray, "m 4"],
     inside: Float[np.ndarray, "m 4"],
-    size: tuple[int, int],
     faults: FaultLog,
 ) -> Bool[np.ndarray, "m"]:
     """Which boxes are kept. `inside` are `boxes` cut at the border; what is dropped or cut is noted."""
+    counts = [len(raw.boxes) for raw, _ in sized]
+    amodal = np.repeat([raw.amodal for raw, _ in sized], counts)
     with np.errstate(invalid="ignore"):
         thick = (boxes[:, 2:] - boxes[:, :2] >= _THINNEST).all(axis=1) & np.isfinite(boxes).all(axis=1)
         visible = (inside[:, 2:] - inside[:, :2] >= _THINNEST).all(axis=1)
-        fine = thick & visible & (np.abs(boxes - inside) <= _SLACK).all(axis=1)
-    if not fine.all():
-        for row in np.flatnonzero(~fine):
-            faults.add(*_box_fault(raw, int(row), boxes[row], bool(thick[row]), bool(visible[row]), size))
+        fine = thick & visible & (amodal | (np.abs(boxes - inside) <= _SLACK).all(axis=1))
+    starts = np.cumsum([0, *counts])
+    for row in np.flatnonzero(~fine).tolist():
+        owner = int(np.searchsorted(starts, row, side="right")) - 1
+        raw, size = sized[owner]
+        place = row - int(starts[owner])
+        faults.add(*_box_fault(raw, place, boxes[row], bool(thick[row]), bool(visible[row]), size))
     keep: Bool[np.ndarray, "m"] = thick & visible
     return keep
 
@@ -261,7 +316,8 @@ def _box_fault(
     return ("box clipped" if visible else "box outside"), where, detail
 
 
-def _known_areas(areas: Float[np.ndarray, "m"], box_areas: Float[np.ndarray, "m"]) -> Float[np.ndarray, "m"]:
+def _areas(areas: Float[np.ndarray, "m"], boxes: Float[np.ndarray, "m 4"]) -> Float[np.ndarray, "m"]:
     """Areas as the file gives them where it does, never more than the box holds after clipping."""
+    box_areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     known = areas > 0  # False for NaN
     return np.where(known, np.minimum(areas, box_areas), box_areas).astype(np.float32)

@@ -1,4 +1,8 @@
-"""A dataset's files: found by listings, never outside of the dataset's folder, and remembered for the index."""
+"""A dataset's files: found by listings, never outside of the dataset's folder, and remembered for the index.
+
+A path in an annotation file must not lead out of the dataset's folder. Symbolic links in that folder are followed,
+wherever they lead: whoever put the dataset together made them.
+"""
 
 import contextlib
 import os
@@ -29,6 +33,7 @@ class Files:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self._roots = (root, Path(os.path.realpath(root)))
         self.touched: dict[str, tuple[int, int]] = {}
         self._listings: dict[str, frozenset[str]] = {}
         self._loose: dict[str, dict[str, str]] = {}
@@ -73,10 +78,11 @@ class Files:
             OutsideError: the name leads out of the dataset's folder.
         """
         for option in [name, name.replace("\\", "/")] if "\\" in name else [name]:
-            places = self._places(option, folders)
-            for folder, base in places:
+            places = []
+            for folder, base in self._places(option, folders):
                 if base in self.listing(folder):
                     return posixpath.join(folder, base)
+                places.append((folder, base))
             for folder, base in places:
                 near = self._loosely(folder).get(_fold(base))
                 if near is None and not is_picture(base):
@@ -95,13 +101,11 @@ class Files:
                 return posixpath.join(folder, found)
         return None
 
-    def _places(self, name: str, folders: Sequence[str]) -> list[tuple[str, str]]:
+    def _places(self, name: str, folders: Sequence[str]) -> Iterator[tuple[str, str]]:
         """Directory and base name of `name` in each of `folders`, but for those that it leads out of."""
-        places = []
         for folder in folders:
             with contextlib.suppress(OutsideError):
-                places.append(posixpath.split(self.resolve(name, folder)))
-        return places
+                yield posixpath.split(self.resolve(name, folder))
 
     def resolve(self, name: str, folder: str = "") -> str:
         """A path relative to the dataset's folder, for a name as an annotation file in `folder` gives it.
@@ -110,9 +114,10 @@ class Files:
             OutsideError: it leads out of the dataset's folder.
         """
         if posixpath.isabs(name):
-            if not Path(name).is_relative_to(self.root):
+            root = next((root for root in self._roots if Path(name).is_relative_to(root)), None)
+            if root is None:
                 raise OutsideError(name)
-            name, folder = Path(name).relative_to(self.root).as_posix(), ""
+            name, folder = Path(name).relative_to(root).as_posix(), ""
         path = posixpath.normpath(posixpath.join(folder, name))
         if path == ".." or path.startswith("../") or path[1:3] in {":\\", ":/"}:
             raise OutsideError(name)
@@ -157,21 +162,42 @@ def is_picture(name: str) -> bool:
 
 
 def glance(folder: Path) -> list[os.DirEntry[str]]:
-    """The first entries of a directory, sorted by name; none where it cannot be listed."""
+    """The first entries of a directory, sorted by name; none where it cannot be listed.
+
+    Links whose target cannot be looked at are left out: asking what they are would be an error.
+    """
     try:
         with os.scandir(folder) as entries:
-            return sorted(islice(entries, _GLANCE), key=lambda entry: entry.name)
+            return sorted(filter(_can_be_asked, islice(entries, _GLANCE)), key=lambda entry: entry.name)
     except OSError:
         return []
 
 
 def folders_within(root: Path, depth: int) -> Iterator[Path]:
-    """`root` and the directories below it, at most `depth` deep, parents first; hidden ones are left out."""
+    """`root` and the directories below it, at most `depth` deep, parents first.
+
+    Hidden ones are left out, and links that lead back up.
+    """
     yield root
     if depth > 0:
         for entry in glance(root):
-            if entry.is_dir() and not entry.name.startswith((".", "__")):
+            if entry.is_dir() and not entry.name.startswith((".", "__")) and not _leads_up(entry):
                 yield from folders_within(Path(entry.path), depth - 1)
+
+
+def _can_be_asked(entry: os.DirEntry[str]) -> bool:
+    try:
+        entry.is_dir()
+    except OSError:  # a link to itself, or into a folder without permission
+        return False
+    return True
+
+
+def _leads_up(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a link to a folder that it lies in."""
+    return entry.is_symlink() and Path(os.path.realpath(Path(entry.path).parent)).is_relative_to(
+        os.path.realpath(entry.path)
+    )
 
 
 def _fold(name: str) -> str:

@@ -6,8 +6,15 @@ from pathlib import Path
 
 from metr.data.readers.base import Reader
 from metr.data.readers.coco import CocoReader
+from metr.data.readers.crowdhuman import CrowdHumanReader
 from metr.data.readers.csv_boxes import CsvReader
 from metr.data.readers.files import glance, is_picture, there
+from metr.data.readers.imagefolder import ImageFolderReader
+from metr.data.readers.labelme import LabelmeReader
+from metr.data.readers.lvis import LvisReader
+from metr.data.readers.objects365 import Objects365Reader
+from metr.data.readers.odvg import OdvgReader
+from metr.data.readers.open_images import OpenImagesReader
 from metr.data.readers.voc import VocReader
 from metr.data.readers.yolo import YoloReader
 from metr.errors import DataError, did_you_mean
@@ -15,21 +22,34 @@ from metr.errors import DataError, did_you_mean
 logger = logging.getLogger(__name__)
 
 # A folder that fits several formats is read as the first of these: what declares its categories comes before what only
-# shows them, and what tells more of each picture before what tells less.
-READERS: tuple[type[Reader], ...] = (CocoReader, YoloReader, VocReader, CsvReader)
+# shows them, what tells more of each picture before what tells less, and a kind of COCO JSON before COCO.
+READERS: tuple[type[Reader], ...] = (
+    LvisReader,
+    Objects365Reader,
+    CocoReader,
+    YoloReader,
+    CrowdHumanReader,
+    OdvgReader,
+    OpenImagesReader,
+    ImageFolderReader,
+    LabelmeReader,
+    VocReader,
+    CsvReader,
+)
 
 
-def recognise(path: Path, format_name: str | None = None) -> Reader:
+def recognise(path: Path, format_name: str | None = None, *, tell_others: bool = True) -> Reader:
     """The reader of a dataset's folder (or of its one annotation file).
 
     Args:
         path: The folder or file.
         format_name: The format, where it is known; else it is recognised.
+        tell_others: Log which other formats it fits (see `log_other_formats`).
 
     Raises:
         DataError: there is no such path, or it fits no format.
     """
-    path = Path(os.path.abspath(path.expanduser()))  # noqa: PTH100  (`..` goes, symbolic links stay)
+    path = _absolute(path)
     if not there(path):
         near = did_you_mean(path.name, [entry.name for entry in glance(path.parent)])
         raise DataError("no such dataset", where=path, hint=near if near.startswith("did") else "check the path")
@@ -37,16 +57,28 @@ def recognise(path: Path, format_name: str | None = None) -> Reader:
     if not readers:
         hint = did_you_mean(str(format_name), [reader.format for reader in READERS])
         raise DataError(f"unknown format {format_name!r}", where=path, hint=hint)
-    for number, reader in enumerate(readers):
+    for reader in readers:
         found = reader.recognise(path)
         if found is not None:
-            also = [other.format for other in readers[number + 1 :] if _fits(other, path)]
-            if also:
-                logger.info("%s: read as %s; it also fits %s", path, reader.format, ", ".join(also))
+            if tell_others and format_name is None:
+                log_other_formats(found, path)
             return found
     looked_for = "\n    ".join(reader.looks_like for reader in readers)
     what = f"no annotations of a known format ({_contents(path)})"
     raise DataError(what, where=path, hint=f"one of these layouts\n    {looked_for}")
+
+
+def log_other_formats(reader: Reader, path: Path) -> None:
+    """Logs which formats after its own a dataset fits as well. All folders are looked into: not for every opening."""
+    if logger.isEnabledFor(logging.INFO):
+        after = [other.format for other in READERS].index(reader.format) + 1
+        also = [other.format for other in READERS[after:] if _fits(other, _absolute(path))]
+        if also:
+            logger.info("%s: read as %s; it also fits %s", _absolute(path), reader.format, ", ".join(also))
+
+
+def _absolute(path: Path) -> Path:
+    return Path(os.path.abspath(path.expanduser()))  # noqa: PTH100  (`..` goes, symbolic links stay)
 
 
 def _fits(reader: type[Reader], path: Path) -> bool:

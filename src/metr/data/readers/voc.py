@@ -12,13 +12,12 @@ from xml.etree import ElementTree as ET
 
 import numpy as np
 
-from metr.data.readers.base import PICTURE_FOLDERS, RawImage, Reader, Reading, locate, whole_size
+from metr.data.readers.base import RawImage, Reader, Reading, locate, note_unannotated, twin_folders, whole_size
 from metr.data.readers.files import folders_within, glance, there
 from metr.data.splits import canonical_split
 from metr.errors import DataError
 
 _DEPTH = 3
-_ANNOTATION_FOLDERS = frozenset({"annotations", "annotation", "annots", "annot", "labels", "label", "xml", "xmls"})
 # A folder's first XML files may be broken or something else; its first bytes tell what a file is.
 _SNIFFED, _SNIFF_BYTES = 20, 1024
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
@@ -49,7 +48,8 @@ class VocReader(Reader):
     def _read_list(self, source: Path, reading: Reading) -> Iterator[RawImage]:
         """The pictures that a file of `ImageSets/Main` names."""
         base = self.within(source.parents[2])
-        annotations, folders = posixpath.join(base, "Annotations"), _picture_folders(base, "Annotations", reading)
+        annotations = posixpath.join(base, "Annotations")
+        folders = twin_folders(reading.files, annotations)
         known = reading.files.listing(annotations)
         lines = reading.files.read(self.within(source)).decode("utf-8-sig", errors="replace").splitlines()
         for number, line in enumerate(lines, start=1):
@@ -66,16 +66,13 @@ class VocReader(Reader):
         """The pictures whose XML files lie in a folder."""
         folder = self.within(source)
         names = sorted(name for name in reading.files.listing(folder) if name.lower().endswith(".xml"))
-        folders = _picture_folders(posixpath.dirname(folder), posixpath.basename(folder), reading)
+        folders = twin_folders(reading.files, folder)
         annotated = set()
         for name in names:
             for raw in self._read_xml(posixpath.join(folder, name), folders, reading):
                 annotated.add(raw.path)
                 yield raw
-        for place in dict.fromkeys(posixpath.dirname(path) for path in annotated):
-            for picture in reading.files.pictures(place):
-                if picture not in annotated:
-                    reading.faults.add("unannotated picture", picture, "no XML file for it: left out")
+        note_unannotated(annotated, "no XML file for it: left out", reading)
 
     def _read_xml(self, where: str, folders: Sequence[str], reading: Reading) -> Iterator[RawImage]:
         try:
@@ -147,21 +144,6 @@ def _looks_like_voc(path: Path) -> bool:
             return b"<annotation" in file.read(_SNIFF_BYTES)
     except OSError:
         return False
-
-
-def _picture_folders(base: str, folder: str, reading: Reading) -> tuple[str, ...]:
-    """Where the pictures of the XML files in `base`/`folder` may lie, likeliest first."""
-    path = posixpath.join(base, folder)
-    parts = path.split("/")
-    twins = [
-        "/".join([*parts[:index], name, *parts[index + 1 :]])
-        for index, part in enumerate(parts)
-        if part.lower() in _ANNOTATION_FOLDERS
-        for name in PICTURE_FOLDERS
-    ]
-    inner = [posixpath.join(path, name) for name in PICTURE_FOLDERS]
-    places = dict.fromkeys([*twins, path, *inner, *(posixpath.join(base, name) for name in PICTURE_FOLDERS), base])
-    return tuple(place for place in places if reading.files.listing(place))
 
 
 def _picture(where: str, filename: str, folders: Sequence[str], reading: Reading) -> str | None:

@@ -1,0 +1,143 @@
+"""Names compared by their letters: what is equal but for case, hyphens, plural or a slip, and what abbreviates what."""
+
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import combinations
+
+# Where a new word begins without a space: redBlood, TVMonitor.
+_HUMP = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
+_GAP = re.compile(r"[\W_]+")
+_DIGITS = re.compile(r"\d+")
+# An abbreviation: a few capitals, perhaps with the s of a plural.
+_CAPITALS = re.compile(r"([A-Z]{2,6})s?")
+# Shorter names become other words by one letter too easily (car, cat; horse, house).
+_LEAST_FOR_SLIPS = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spelt:
+    """Two names that their letters bring together, and how."""
+
+    first: str
+    second: str
+    abbreviation: bool
+    why: str
+
+
+@lru_cache(maxsize=1 << 16)
+def words(name: str) -> tuple[str, ...]:
+    """The words of a name, without case and accents: `White_King` and `whiteKing` are (white, king)."""
+    plain = unicodedata.normalize("NFKD", _HUMP.sub(" ", name))
+    plain = "".join(letter for letter in plain if not unicodedata.combining(letter))
+    return tuple(_GAP.sub(" ", plain).casefold().split())
+
+
+def squeezed(name: str) -> str:
+    """A name's words in one: `dining table`, `Dining-Table` and `diningtable` are the same."""
+    return "".join(words(name)) or name
+
+
+def has_head(name: str, bare: str) -> bool:
+    """Whether a name of several words ends in the one word of `bare`, plurals included: `white-king` and `king`."""
+    inner, alone = words(name), words(bare)
+    return len(inner) > 1 and len(alone) == 1 and not _numbers(inner[-1]).isdisjoint(_numbers(alone[0]))
+
+
+def by_head(names: Iterable[str]) -> dict[str, list[str]]:
+    """The names of several words, under the last of them and its plurals."""
+    heads: defaultdict[str, list[str]] = defaultdict(list)
+    for name in names:
+        inner = words(name)
+        for key in _numbers(inner[-1]) if len(inner) > 1 else ():
+            heads[key].append(name)
+    return heads
+
+
+def ending_in(bare: str, heads: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    """The names (see `by_head`) that end in the one word of `bare`."""
+    alone = words(bare)
+    if len(alone) != 1:
+        return ()
+    return tuple(dict.fromkeys(name for key in sorted(_numbers(alone[0])) for name in heads.get(key, ())))
+
+
+def is_abbreviation(name: str) -> bool:
+    """Whether a name is a few capitals."""
+    return _CAPITALS.fullmatch(name) is not None
+
+
+def spelt_alike(names: Sequence[str]) -> tuple[Spelt, ...]:
+    """Pairs of different names that are one but for spelling, or of which one abbreviates the other."""
+    found: dict[tuple[str, str], Spelt] = {}
+    position = {name: number for number, name in enumerate(names)}
+    for rule in (_same_letters, _plural, _initials, _slips):
+        for one, two, why in rule(names):
+            pair = (one, two) if position[one] < position[two] else (two, one)
+            spelt = Spelt(first=pair[0], second=pair[1], abbreviation=rule is _initials, why=why)
+            found.setdefault(pair, spelt)
+    return tuple(found.values())
+
+
+_Pair = tuple[str, str, str]
+
+
+def _same_letters(names: Sequence[str]) -> Iterator[_Pair]:
+    for group in _grouped(names).values():
+        for one, two in combinations(group, 2):
+            yield one, two, "the same but for case, hyphens or spaces"
+
+
+def _plural(names: Sequence[str]) -> Iterator[_Pair]:
+    groups = _grouped(names)
+    for key, group in groups.items():
+        for other in _plurals(key):
+            for one in group:
+                yield from ((one, two, "one is the plural") for two in groups.get(other, ()))
+
+
+def _initials(names: Sequence[str]) -> Iterator[_Pair]:
+    long: defaultdict[str, list[str]] = defaultdict(list)
+    for name in names:
+        inner = words(name)
+        if len(inner) > 1:
+            long["".join(word[0] for word in inner)].append(name)
+    for name in names:
+        short = _CAPITALS.fullmatch(name)
+        if short:
+            yield from ((name, other, "an abbreviation of it") for other in long.get(short[1].casefold(), ()))
+
+
+def _slips(names: Sequence[str]) -> Iterator[_Pair]:
+    """Names that become one when a letter is left out of each: one letter wrong, missing, added or out of place."""
+    reduced: defaultdict[str, list[str]] = defaultdict(list)
+    for key in (key for key in _grouped(names) if len(key) >= _LEAST_FOR_SLIPS):
+        for shorter in {key, *(key[:place] + key[place + 1 :] for place in range(len(key)))}:
+            reduced[shorter].append(key)
+    groups = _grouped(names)
+    for keys in reduced.values():
+        for one, two in combinations(keys, 2):
+            if one[0] == two[0] and _DIGITS.findall(one) == _DIGITS.findall(two):
+                for first in groups[one]:
+                    yield from ((first, second, "one letter apart") for second in groups[two])
+
+
+def _grouped(names: Sequence[str]) -> dict[str, list[str]]:
+    groups: defaultdict[str, list[str]] = defaultdict(list)
+    for name in names:
+        groups[squeezed(name)].append(name)
+    return groups
+
+
+def _plurals(word: str) -> tuple[str, ...]:
+    if word.endswith("y"):
+        return f"{word[:-1]}ies", f"{word}s"
+    return f"{word}s", f"{word}es"
+
+
+def _numbers(word: str) -> set[str]:
+    """A word and its plurals."""
+    return {word, *_plurals(word)}

@@ -1,0 +1,213 @@
+"""What `metr inspect` shows: tables where numbers are compared, else a line for each thing that is worth one."""
+
+from collections.abc import Iterable, Sequence
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from metr.api.inspection.assistant import Inspection
+from metr.api.inspection.config import InspectionConfig
+from metr.api.inspection.coverage import Cell, Coverage
+from metr.api.inspection.facts import BoxSizes, DatasetFacts
+from metr.text.language_model import BUNDLED
+
+# How much of each list is shown without --verbose: faults of a kind, pairs of names, rows of the matrix, hints of a
+# dataset, names in a line.
+_FAULTS, _PAIRS, _ROWS, _HINTS, _NAMES = 3, 15, 20, 5, 12
+# Columns of a console in which there is room for sums.
+_WIDE = 100
+# The narrowest column of the matrix; where columns would be narrower, it is written as lines.
+_NARROWEST = 9
+
+
+def print_inspection(
+    console: Console, inspection: Inspection, config: InspectionConfig, *, verbose: bool = False
+) -> None:
+    """Everything that was found; without `verbose`, of long lists the beginning."""
+    console.print(_overview(inspection, console.width >= _WIDE))
+    _print_faults(console, inspection, verbose)
+    if verbose:
+        for facts in inspection.facts:
+            console.print(_categories(facts))
+    if len(inspection.facts) > 1:
+        _print_near(console, inspection, config, verbose)
+        _print_doubts(console, inspection, verbose)
+        _print_coverage(console, inspection.coverage, verbose)
+
+
+def _overview(inspection: Inspection, wide: bool) -> Table:
+    """A line for each dataset."""
+    splits = list(dict.fromkeys(["train", "val", "test", *(name for one in inspection.facts for name in one.images)]))
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
+    table.add_column("dataset", overflow="fold")
+    table.add_column("format", no_wrap=True)
+    for column in (*(["images"] if wide else []), *splits, "boxes", "side", "S/M/L %", "names", "empty", "faults"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for one in inspection.facts:
+        table.add_row(
+            escape(one.name),
+            one.format,
+            *([f"{sum(one.images.values()):,}"] if wide else []),
+            *(f"{one.images[split]:,}" if split in one.images else "-" for split in splits),
+            f"{one.boxes:,}",
+            *_sizes(one.sizes),
+            f"{len(one.names):,}",
+            f"{one.empty:,}",
+            f"{sum(inspection.faults[one.name].counts.values()):,}",
+        )
+    return table
+
+
+def _sizes(sizes: BoxSizes | None) -> tuple[str, str]:
+    """The median side in hundredths of the picture, and the shares of small, medium and large boxes."""
+    if sizes is None:
+        return "-", "-"
+    shares = "/".join(f"{share:.0%}".rstrip("%") for share in (sizes.small, sizes.medium, sizes.large))
+    return f"{sizes.side:.0%}", shares
+
+
+def _print_faults(console: Console, inspection: Inspection, verbose: bool) -> None:
+    """The faults of each dataset by kind, the first of each; then what datasets have in common."""
+    _line(console, "side: median of sqrt(box / picture); S/M/L: boxes up to 32 x 32 pixels, 96 x 96, larger")
+    for one in inspection.facts:
+        if one.ignored:
+            _line(console, f"{one.name}: {one.ignored:,} boxes besides are to be ignored (crowds, groups)")
+        faults = inspection.faults[one.name]
+        if one.looked_at < faults.pictures:
+            _line(console, f"{one.name}: sizes from {one.looked_at:,} of {faults.pictures:,} pictures")
+        if faults.opened < faults.pictures:
+            _line(console, f"{one.name}: {faults.opened:,} of {faults.pictures:,} pictures opened; --check opens all")
+        for kind, count in faults.counts.items():
+            console.print(f"[bold]{escape(one.name)}[/bold]: {count:,} x {escape(kind)}", highlight=False)
+            first = [fault for fault in faults.first if fault.kind == kind][: None if verbose else _FAULTS]
+            _listed(console, (f"{fault.where}: {fault.detail}" for fault in first), count)
+    for overlap in inspection.overlaps:
+        first, second = overlap.first, overlap.second
+        told = f"{overlap.pictures:,} pictures are the same, such as {first.shown} and {second.shown}"
+        _line(console, f"{first.dataset} ({first.split}) and {second.dataset} ({second.split}): {told}")
+
+
+def _categories(facts: DatasetFacts) -> Table:
+    """The categories of a dataset with their boxes in each split, most frequent first."""
+    table = Table(escape(facts.name), box=None, header_style="bold")
+    for column in ("boxes", *facts.images, "side"):
+        table.add_column(column, justify="right")
+    for name in sorted(facts.names.values(), key=lambda name: -name.count):
+        side = "-" if name.side is None else f"{name.side:.0%}"
+        table.add_row(escape(name.name), f"{name.count:,}", *(f"{name.boxes[split]:,}" for split in facts.images), side)
+    return table
+
+
+def _print_near(console: Console, inspection: Inspection, config: InspectionConfig, verbose: bool) -> None:
+    """How many names there are, and which may mean the same."""
+    shared = sum(len(datasets) > 1 for datasets in inspection.owners.values())
+    console.print()
+    _line(
+        console,
+        f"{len(inspection.owners):,} names in all; {shared:,} are in several datasets, each then one category. "
+        "Nothing else is joined unless you rename it.",
+    )
+    by = f"spelling or meaning ({config.text.source}, similarity {config.near:.2f} or more)"
+    if inspection.text_fault is not None:
+        _line(console, f"Names are compared by spelling alone: {' '.join(inspection.text_fault.split())}")
+        by = "spelling"
+    elif config.text.source != BUNDLED:
+        _line(console, f"The similarities at which names are told were found with {BUNDLED}; --set near=... sets another.")
+    if not inspection.near:
+        _line(console, f"No {'other ' if inspection.doubts else ''}names are near in {by}.")
+        return
+    _heading(console, f"Names that may mean the same, by {by}:")
+    pairs = (
+        f"{one.names[0]} ({_some(one.owners[0], verbose)}) / {one.names[1]} ({_some(one.owners[1], verbose)}): {one.why}"
+        for one in inspection.near[: None if verbose else _PAIRS]
+    )
+    _listed(console, pairs, len(inspection.near))
+
+
+def _print_doubts(console: Console, inspection: Inspection, verbose: bool) -> None:
+    """The names that are equal, or nearly, and perhaps not the same thing."""
+    if not inspection.doubts:
+        return
+    _heading(console, "Equal names, or nearly so, that perhaps do not mean the same:")
+    lines = (
+        f"{one.name} ({one.dataset}) / {_some(one.others, verbose)} ({one.other}): {'; '.join(one.reasons)}"
+        for one in inspection.doubts[: None if verbose else _PAIRS]
+    )
+    _listed(console, lines, len(inspection.doubts))
+
+
+def _print_coverage(console: Console, coverage: Coverage, verbose: bool) -> None:
+    """The matrix of the names that concern several datasets, the others in a line a dataset, and the hints."""
+    telling = coverage.telling()
+    shown = telling if verbose else telling[:_ROWS]
+    hinted = {dataset: coverage.hinted(dataset) for dataset in coverage.datasets}
+    legend = "boxes; - not annotated" + ("; ~ annotated in some pictures" if _any_partly(coverage, shown) else "")
+    legend += "; ? not annotated, but perhaps there" if any(hinted.values()) else ""
+    if shown:
+        _heading(console, f"Names that concern several datasets ({legend}):")
+        _print_matrix(console, coverage, shown)
+        if len(telling) > len(shown):
+            _line(console, f"    and {len(telling) - len(shown):,} more (--verbose)")
+    _heading(console, "Names of one dataset alone:" if shown else "No two datasets have a name in common:")
+    for dataset in coverage.datasets:
+        alone = [name for name in coverage.names if name not in telling and coverage.cell(dataset, name).boxes is not None]
+        if alone:
+            _line(console, f"    {dataset}: {_some(alone, verbose)}")
+    _heading(console, f"Perhaps standing unlabelled ({coverage.evidence}):")
+    for dataset, found in hinted.items():
+        lines = [f"{dataset}, {name}: {'; '.join(hint.why for hint in cell.hints)}" for name, cell in found]
+        _listed(console, lines if verbose else lines[:_HINTS], len(lines))
+    if not any(hinted.values()):
+        _line(console, "    nothing")
+
+
+def _print_matrix(console: Console, coverage: Coverage, names: Sequence[str]) -> None:
+    """The matrix; as lines where it does not fit."""
+    widest = max(len(name) for name in names)
+    if widest + sum(min(len(one), _NARROWEST) + 1 for one in coverage.datasets) > console.width:
+        for name in names:
+            cells = ((dataset, _cell(coverage.cell(dataset, name))) for dataset in coverage.datasets)
+            _line(console, f"    {name}: {', '.join(f'{dataset} {text}' for dataset, text in cells if text != '-')}")
+        return
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
+    table.add_column("", min_width=widest, overflow="fold")
+    for dataset in coverage.datasets:
+        table.add_column(escape(dataset), justify="right", overflow="fold")
+    for name in names:
+        table.add_row(escape(name), *(_cell(coverage.cell(dataset, name)) for dataset in coverage.datasets))
+    console.print(table)
+
+
+def _cell(cell: Cell) -> str:
+    if cell.boxes is not None:
+        return f"{'~' if cell.partly else ''}{cell.boxes:,}"
+    return "?" if cell.hints else "-"
+
+
+def _any_partly(coverage: Coverage, names: Iterable[str]) -> bool:
+    return any(coverage.cell(dataset, name).partly for dataset in coverage.datasets for name in names)
+
+
+def _some(names: Sequence[str], verbose: bool) -> str:
+    """Names in a line, of many the first."""
+    shown = names if verbose else names[:_NAMES]
+    return ", ".join(shown) + (f" and {len(names) - len(shown):,} more" if len(names) > len(shown) else "")
+
+
+def _heading(console: Console, text: str) -> None:
+    console.print(f"\n[bold]{escape(text)}[/bold]", highlight=False, soft_wrap=True)
+
+
+def _line(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _listed(console: Console, lines: Iterable[str], count: int) -> None:
+    """Lines below a heading, and how many of `count` are not among them."""
+    shown = 0
+    for line in lines:
+        _line(console, f"    {line}")
+        shown += 1
+    if count > shown:
+        _line(console, f"    and {count - shown:,} more")

@@ -1,0 +1,98 @@
+"""What the formats share that are COCO JSON with rules of their own: how they are recognised, where pictures lie."""
+
+import posixpath
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from metr.data.readers.base import Reader, Reading, picture_folders
+from metr.data.readers.coco import CocoImage, CocoReader, file_ends, looks_like_coco, split_of
+from metr.data.readers.files import OutsideError, glance
+
+
+class CocoVariant(CocoReader):
+    """COCO JSON that tells itself apart by the names of its files, or by keys that plain COCO does not have.
+
+    Its pictures are named by paths of which only the end need be there.
+    """
+
+    file_names: ClassVar[re.Pattern[str]]
+    keys: ClassVar[tuple[bytes, ...]]
+    # Folders, beside the usual ones, that the pictures may lie below.
+    bases: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def fits(cls, path: Path) -> bool:
+        """Whether a JSON file is COCO and has the name or a key of this format; a cheap look."""
+        ends = file_ends(path)
+        return looks_like_coco(ends) and (cls._is_named(path) or any(key in ends for key in cls.keys))
+
+    @classmethod
+    def recognise(cls, path: Path) -> Reader | None:
+        """A reader of a folder with such files, where they may also lie one folder deeper, or of one such file."""
+        found = super().recognise(path)
+        if found is not None or path.is_file():
+            return found
+        folders = [Path(entry.path) for entry in glance(path) if entry.is_dir()]
+        files = [Path(entry.path) for folder in folders for entry in glance(folder) if entry.name.endswith(".json")]
+        splits = {split_of(file): (file,) for file in files if cls._is_named(file) and cls.fits(file)}
+        return cls(path, splits) if splits else None
+
+    @classmethod
+    def _is_named(cls, path: Path) -> bool:
+        return cls.file_names.match(path.name) is not None
+
+    def picture_finder(self, split: str, file: Path, reading: Reading) -> Callable[[CocoImage], str | None]:
+        """Finds pictures by the ends of their names; where one is missing, None and a fault."""
+        where = self.within(file)
+        folders = (*picture_folders(reading.files, split, self.within(file.parent)), *self.bases)
+        tails = Tails(folders, reading)
+        return lambda image: tails.locate(self.picture_names(image), where)
+
+    def picture_names(self, image: CocoImage) -> Sequence[str]:
+        """The names that a picture may have, likeliest first."""
+        return (image.file_name,)
+
+
+class Tails:
+    """Finds pictures by the end of a path that may begin in a way that is not there: on another machine, in an archive.
+
+    Which directories the end of a path may mean is looked up once for each directory that the names have.
+
+    Args:
+        folders: Where pictures may lie, relative to the dataset's folder, likeliest first.
+        reading: The dataset's files, and its faults.
+    """
+
+    def __init__(self, folders: Iterable[str], reading: Reading) -> None:
+        self.folders, self.reading = tuple(folders), reading
+        self._homes: dict[str, tuple[str, ...]] = {}
+
+    def locate(self, names: Sequence[str], where: str) -> str | None:
+        """The picture of one of these names, relative to the dataset's folder; a fault if it is missing."""
+        try:
+            found = next(filter(None, map(self._find, names)), None)
+        except OutsideError as error:
+            self.reading.faults.add("path outside", where, f"{error} leads out of the dataset's folder: left out")
+            return None
+        if found is None:
+            looked = ", ".join(folder or "." for folder in self.folders[:4])
+            self.reading.faults.add("missing picture", where, f"{' or '.join(names)}, looked for in {looked}")
+        return found
+
+    def _find(self, name: str) -> str | None:
+        directory, base = posixpath.split(self.reading.files.resolve(name.replace("\\", "/")))
+        if not base:
+            return None
+        homes = self._homes.get(directory)
+        if homes is None:
+            homes = self._homes[directory] = tuple(self._directories(directory))
+        return self.reading.files.find(base, homes)
+
+    def _directories(self, directory: str) -> Iterable[str]:
+        """The directories that are there and may be meant: those that share most of the path first."""
+        parts = [part for part in directory.split("/") if part]
+        ends = ("/".join(parts[start:]) for start in range(len(parts) + 1))
+        places = (posixpath.join(folder, end).rstrip("/") for end in ends for folder in self.folders)
+        return (place for place in dict.fromkeys(places) if self.reading.files.listing(place))

@@ -1,0 +1,201 @@
+"""Large JSON files in pieces: where the values of a file's object lie, and its arrays a few megabytes at a time.
+
+Nothing is held but one piece: a file of many gigabytes takes as much memory as one of a few megabytes.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+
+# Keys and what is around them are shorter than this.
+_KEY_BYTES = 1 << 16
+# How often a place to cut is guessed before it is searched for.
+_GUESSES = 3
+
+_BLANK = b" \t\r\n"
+_KEY = re.compile(rb'[\s,]*("[^"\\]*+(?:\\.[^"\\]*+)*+")\s*:\s*(?=\S)', re.DOTALL)
+_SCALAR = re.compile(rb"[^\s,}\]]+")
+_CLOSING = re.compile(rb"\}\s*\]")
+# A string, the begin of one that goes on behind the text, or a bracket.
+_TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|["{}\[\]]', re.DOTALL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Value:
+    """A value in a file: `spans` are its first and last byte (not included).
+
+    An array's are those of pieces of whole elements, without its brackets.
+    """
+
+    path: Path
+    spans: tuple[tuple[int, int], ...]
+    is_array: bool
+
+    def pieces(self) -> Iterator[bytes]:
+        """An array as the texts of shorter arrays.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+        with self.path.open("rb") as file:
+            for start, stop in self.spans if self.is_array else ():
+                yield b"[" + _read(file, start, stop - start) + b"]"
+
+    def text(self) -> bytes:
+        """The whole value.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+        if self.is_array:
+            return b"[" + b",".join(piece[1:-1] for piece in self.pieces()) + b"]"
+        with self.path.open("rb") as file:
+            return _read(file, self.spans[0][0], self.spans[0][1] - self.spans[0][0])
+
+
+def values_of(path: Path, piece_bytes: int) -> dict[str, Value]:
+    """The values of the object that a JSON file holds, by their keys.
+
+    Where they are is found by cutting, and what is in them need not be right: reading their texts tells.
+
+    Args:
+        path: The file.
+        piece_bytes: How long the pieces of an array are, about. A longer element is a piece of its own.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it holds no object, or ends before the object does.
+    """
+    found = {}
+    with path.open("rb") as file:
+        place = _expect(file, 0, b"{")
+        while True:
+            window = _read(file, place, _KEY_BYTES)
+            match = _KEY.match(window)
+            if match is None:
+                _expect_end(file, _expect(file, place, b"}"))
+                return found
+            key, start = json.loads(match[1]), place + match.end()
+            if window[match.end()] == ord("["):
+                spans, place = _array(file, start + 1, piece_bytes)
+                found[key] = Value(path=path, spans=spans, is_array=True)
+            else:
+                place = _value_end(file, start, piece_bytes)
+                found[key] = Value(path=path, spans=((start, place),), is_array=False)
+
+
+def _read(file: BinaryIO, place: int, size: int) -> bytes:
+    file.seek(place)
+    return file.read(size)
+
+
+def _expect(file: BinaryIO, place: int, byte: bytes) -> int:
+    """The place behind a byte that comes next."""
+    window = _read(file, place, _KEY_BYTES)
+    text = window.lstrip(_BLANK)
+    if not text.startswith(byte):
+        found = f"{text[:20]!r}" if text else "the end of the file"
+        raise ValueError(f"expected {byte.decode()!r}, found {found} (byte {place + len(window) - len(text)})")
+    return place + len(window) - len(text) + 1
+
+
+def _expect_end(file: BinaryIO, place: int) -> None:
+    rest = _read(file, place, _KEY_BYTES).strip(_BLANK)
+    if rest:
+        raise ValueError(f"expected the end of the file, found {rest[:20]!r} (byte {place})")
+
+
+def _array(file: BinaryIO, place: int, piece_bytes: int) -> tuple[tuple[tuple[int, int], ...], int]:
+    """The pieces of the array whose first element is at `place`, and the place behind the array."""
+    spans, size = [], piece_bytes
+    while True:
+        chunk = _read(file, place, size)
+        text = chunk.lstrip(_BLANK + b",")
+        place += len(chunk) - len(text)
+        if text.startswith(b"]"):
+            return tuple(spans), place + 1
+        end = _whole_elements(text)
+        if end:
+            spans.append((place, place + end))
+            place, size = place + end, piece_bytes
+        elif len(chunk) < size:
+            raise ValueError(f"the file ends in the middle of an array (byte {place})")
+        else:
+            size *= 2
+
+
+def _whole_elements(text: bytes) -> int:
+    """Where the last whole element in a part of an array ends; 0 where none does.
+
+    Places that look like it are tried first: what parses was cut in the right place. It may be the wrong one, inside of
+    an object or a string, or the numbers may be such as only Python writes (NaN). Then all brackets are counted.
+    """
+    for end in _guesses(text):
+        try:
+            msgspec.json.decode(b"[" + text[:end] + b"]", type=msgspec.Raw)
+        except (msgspec.MsgspecError, RecursionError):
+            continue
+        return end
+    return _counted(text)
+
+
+def _guesses(text: bytes) -> Iterator[int]:
+    """Where the last objects begin that others come before, then where an array of objects ends."""
+    brace = len(text)
+    for _ in range(_GUESSES):
+        brace = text.rfind(b"{", 0, brace)
+        comma = text.rfind(b",", 0, max(0, brace))
+        if comma < 0:
+            break
+        if not text[comma + 1 : brace].strip(_BLANK):
+            yield comma
+    for match in islice(_CLOSING.finditer(text), _GUESSES):
+        yield match.start() + 1
+
+
+def _counted(text: bytes) -> int:
+    """Where the last whole element in a part of an array ends, by its brackets."""
+    depth = end = 0
+    for token in _TOKEN.finditer(text):
+        first = token[0][:1]
+        if token[0] == b'"':
+            break
+        if first in b"{[":
+            depth += 1
+        elif first in b"}]":
+            depth -= 1
+            if depth < 0:
+                # The array's own end. Elements that are no objects or arrays end here.
+                return token.start()
+            end = token.end() if depth == 0 else end
+    return end
+
+
+def _value_end(file: BinaryIO, place: int, window_bytes: int) -> int:
+    """The place behind a value that is no array."""
+    first = _SCALAR.match(_read(file, place, _KEY_BYTES))
+    if first is None:
+        raise ValueError(f"expected a value (byte {place})")
+    if first[0][:1] not in b'{"':
+        return place + first.end()
+    depth, size = 0, window_bytes
+    while True:
+        chunk, used = _read(file, place, size), 0
+        for token in _TOKEN.finditer(chunk):
+            if token[0] == b'"':
+                break
+            used = token.end()
+            depth += {b"{": 1, b"[": 1, b"}": -1, b"]": -1}.get(token[0], 0)
+            if depth <= 0:
+                return place + used
+        else:
+            used = len(chunk)
+        if len(chunk) < size:
+            raise ValueError(f"the file ends in the middle of a value (byte {place})")
+        place, size = place + used, size if used else 2 * size

@@ -1,0 +1,44 @@
+"""Rare categories more often: how often a pass over a dataset shows each picture (Gupta et al., 2019: LVIS)."""
+
+from collections.abc import Iterator
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from metr.data.index import AnnotationIndex
+from metr.data.records import Annotations
+
+_Objects = tuple[Int[np.ndarray, "p"], Int[np.ndarray, "p"]]
+
+
+def repeat_factors(annotations: Annotations, threshold: float) -> Float[np.ndarray, "n"]:
+    """How often a pass shows each picture, on average: at least once, more often where a rare category is in it.
+
+    A category that is in a share f of the pictures has the factor max(1, sqrt(threshold / f)); a picture has the
+    greatest factor of the categories that have an object in it. Ignored boxes are no objects.
+
+    Args:
+        annotations: One split. Of an index only the columns are read.
+        threshold: The share of pictures below which a category counts as rare, 0..1.
+    """
+    with_category = np.zeros(len(annotations.categories), dtype=np.int64)
+    for pictures, categories in _objects(annotations):
+        pairs = np.unique(pictures * len(with_category) + categories)
+        with_category += np.bincount(pairs % max(1, len(with_category)), minlength=len(with_category))
+    frequency = np.maximum(with_category, 1) / max(1, len(annotations))
+    of_category = np.maximum(1.0, np.sqrt(threshold / frequency))
+    factors = np.ones(len(annotations))
+    for pictures, categories in _objects(annotations):
+        np.maximum.at(factors, pictures, of_category[categories])
+    return factors
+
+
+def _objects(annotations: Annotations) -> Iterator[_Objects]:
+    """Picture and category of every object, in pieces."""
+    if isinstance(annotations, AnnotationIndex):
+        yield from annotations.objects()
+        return
+    for index in range(len(annotations)):
+        record = annotations[index]
+        labels = record.labels[~record.ignore].astype(np.int64)
+        yield np.full(len(labels), index, dtype=np.int64), labels

@@ -1,0 +1,1 @@
+"""One file an annotation format that datasets can be written in."""

@@ -1,0 +1,90 @@
+"""YOLO: `data.yaml`, the pictures in `images/SPLIT`, a text file a picture in `labels/SPLIT`.
+
+The format knows neither ignored boxes nor areas, nor which categories a picture is annotated with, nor splits other
+than train, val and test, nor boxes in a picture that is not turned as viewers turn it. What cannot be said is left out
+and counted: an ignored box becomes background.
+"""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from metr.boxes import xyxy_to_cxcywh
+from metr.data.images import check_picture
+from metr.data.readers.base import corners
+from metr.data.records import ImageRecord
+from metr.data.sources import DetectionSource
+from metr.data.splits import TEST, TRAIN, VAL
+from metr.data.writers.export import ExportReport, PictureFolder, Pictures, in_order, new_folder
+
+
+def write_yolo(source: DetectionSource, out: Path, pictures: Pictures = "link") -> ExportReport:
+    """Writes a dataset as YOLO text files, as Ultralytics reads them.
+
+    Args:
+        source: The dataset.
+        out: A folder that is empty or not there.
+        pictures: As hard links, where the file system can, or as copies.
+
+    Returns:
+        What was written, and how many of what was left out.
+
+    Raises:
+        DataError: `out` is not empty, lies in the dataset's folder, or cannot be written.
+    """
+    images, boxes, renamed, copied = 0, 0, 0, 0
+    left_out: Counter[str] = Counter()
+    with new_folder(out, source.root) as folder:
+        description: dict[str, object] = {}
+        for split, annotations in source.splits.items():
+            if split not in {TRAIN, VAL, TEST}:
+                left_out[f"picture of the split {split!r}"] += len(annotations)
+                continue
+            description[split] = f"images/{split}"
+            place, labels = PictureFolder(folder / "images" / split, pictures, stems=True), folder / "labels" / split
+            labels.mkdir(parents=True)
+            for record in in_order(annotations):
+                name = _put(record, place, left_out)
+                if name is not None:
+                    lines = _lines(record)
+                    (labels / name).with_suffix(".txt").write_text("".join(lines), encoding="utf-8")
+                    images, boxes = images + 1, boxes + len(lines)
+                    left_out["ignored box"] += len(record.boxes) - len(lines)
+                    left_out["set of annotated categories"] += record.annotated is not None
+            renamed, copied = renamed + place.renamed, copied + place.copied
+        description |= {"nc": len(source.categories), "names": dict(enumerate(source.categories))}
+        text = yaml.safe_dump(description, allow_unicode=True, sort_keys=False)
+        (folder / "data.yaml").write_text(text, encoding="utf-8")
+    return ExportReport(
+        out=out,
+        format="yolo",
+        images=images,
+        boxes=boxes,
+        renamed=renamed,
+        copied=copied,
+        left_out=dict(+left_out),
+    ).log(source.name)
+
+
+def _put(record: ImageRecord, place: PictureFolder, left_out: Counter[str]) -> str | None:
+    """The new name of a record's picture; None where it is left out, which is counted."""
+    fault = check_picture(record)
+    if fault is not None and fault.kind == "orientation":
+        left_out["picture whose boxes are not turned with it"] += 1
+        return None
+    name = place.put(record.path)
+    if name is None:
+        left_out["missing picture"] += 1
+    return name
+
+
+def _lines(record: ImageRecord) -> list[str]:
+    """Class, centre and size of each box that is not ignored, as shares of the picture."""
+    shares = corners(record.boxes.astype(np.float64), xyxy_to_cxcywh)
+    shares /= np.array([record.width, record.height] * 2)
+    return [
+        f"{label} {box[0]:.8f} {box[1]:.8f} {box[2]:.8f} {box[3]:.8f}\n"
+        for label, box in zip(record.labels[~record.ignore], shares[~record.ignore], strict=True)
+    ]

@@ -1,0 +1,118 @@
+"""The benchmark of vocabularies runs, and its numbers belong together."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from metr.api.model import METR
+from metr.errors import DataError
+from metr.models.detector import Detector
+
+from tiny import TinyRun
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+NOUNS = """  1 This software and database is being provided to you, the LICENSEE
+  2 ...
+11_november n 1 2 @ #p 1 0 15185837
+abacus n 2 3 @ ~ + 2 0 09194735 02666196
+apple_tree n 1 2 @ ~ 1 0 12633994
+frog n 3 4 @ ~ #m %p 3 2 01639765 10113869 09691279
+x-ray n 2 5 @ ~ %p ; + 2 1 11428023 03999280
+"""
+
+
+@pytest.fixture
+def vocabulary(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import vocabulary
+
+    return vocabulary
+
+
+@pytest.fixture
+def nouns(tmp_path: Path) -> Path:
+    path = tmp_path / "index.noun"
+    made = "".join(f"thing_{a}{b} n 1 1 @ 1 0 00000001\n" for a in "abcdefgh" for b in "abcdefgh")
+    path.write_text(NOUNS + made)
+    return path
+
+
+def run_with_a_shortlist(tiny_run: TinyRun, folder: Path) -> Path:
+    """The tiny run's weights in a network that has a shortlist, which has learnt nothing."""
+    model = METR.from_pretrained(tiny_run.best, device="cpu")
+    plain = model.checkpoint.model
+    config = plain.model_copy(update={"categories": plain.categories.model_copy(update={"shortlist": 24})})
+    network = Detector(config, model.checkpoint.text_width)
+    network.load_state_dict(model.network.state_dict(), strict=False)
+    METR(network, replace(model.checkpoint, model=config)).save_pretrained(folder)
+    return folder
+
+
+def test_distractors_are_nouns_that_no_dataset_names(vocabulary: ModuleType, nouns: Path) -> None:
+    names = vocabulary.vocabulary(("Frog", "apple-tree"), nouns, 60, seed=0)
+    assert names[:2] == ("Frog", "apple-tree")
+    assert len({*names}) == 60
+    assert not {"frog", "apple tree", "11 november"} & {*names}
+    every = vocabulary.vocabulary(("Frog",), nouns, 68, seed=0)
+    assert {"x-ray", "abacus", "apple tree"} <= {*every}
+    # a larger vocabulary begins as a smaller one, and the seed decides
+    assert vocabulary.vocabulary(("Frog", "apple-tree"), nouns, 20, seed=0) == names[:20]
+    assert vocabulary.vocabulary(("Frog", "apple-tree"), nouns, 60, seed=1) != names
+    with pytest.raises(DataError, match="expected 999 nouns, found 67"):
+        vocabulary.vocabulary(("Frog",), nouns, 1000, seed=0)
+
+
+def arguments(run: Path, tiny_run: TinyRun, nouns: Path, results: Path) -> list[str]:
+    data = tiny_run.datasets[0].parent
+    sizes = ["--sizes", "10", "30", "60", "--pictures", "2", "--timed", "1", "--device", "cpu"]
+    return ["--run", str(run), "--data", str(data), "--nouns", str(nouns), "--results", str(results), *sizes]
+
+
+def test_time_and_recall_of_shortlist_and_extraction_together(
+    vocabulary: ModuleType, nouns: Path, tiny_run: TinyRun, tmp_path: Path
+) -> None:
+    run = run_with_a_shortlist(tiny_run, tmp_path / "run")
+    assert vocabulary.main(arguments(run, tiny_run, nouns, tmp_path / "results")) == 0
+    result = json.loads((tmp_path / "results" / "vocabulary-cpu.json").read_text())
+    assert set(result["bars"]) == {"time_ratio", "recall_lost"}
+    for bar in result["bars"].values():
+        assert bar["met"] == (bar["value"] <= bar["bar"])
+    assert list(result["sizes"]) == ["10", "30", "60"]
+    assert result["sizes"]["10"]["ratio"]["shortlist"] == 1
+    for size, figure in result["sizes"].items():
+        both = figure["recall"]
+        assert figure["pairs"] > 0
+        for shares in both.values():
+            assert 0 <= shares["1"] <= shares["5"] <= shares["20"] <= 100
+        if int(size) <= 24:
+            assert both["shortlist"] == both["every name"]
+    lost = [one["recall"]["every name"]["20"] - one["recall"]["shortlist"]["20"] for one in result["sizes"].values()]
+    assert result["bars"]["recall_lost"]["value"] == pytest.approx(max(lost))
+    assert str(tmp_path) not in json.dumps(result)
+    page = (tmp_path / "results" / "vocabulary-cpu.md").read_text()
+    assert "Shortlist of 24 names" in page
+
+
+def test_without_a_shortlist_times_only(
+    vocabulary: ModuleType, nouns: Path, tiny_run: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert vocabulary.main(arguments(tiny_run.best, tiny_run, nouns, tmp_path)) == 0
+    assert "times only" in capsys.readouterr().out
+    result = json.loads((tmp_path / "vocabulary-cpu.json").read_text())
+    assert set(result["bars"]) == {"time_ratio"}
+    assert not any(figure["recall"] for figure in result["sizes"].values())
+
+
+def test_what_is_missing_is_one_message(
+    vocabulary: ModuleType, tiny_run: TinyRun, nouns: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert vocabulary.main(arguments(tiny_run.best, tiny_run, tmp_path / "none", tmp_path)) == 1
+    assert "wordnet-base" in capsys.readouterr().out
+    (tmp_path / "empty").mkdir()
+    given = arguments(tiny_run.best, tiny_run, nouns, tmp_path)
+    given[3] = str(tmp_path / "empty")
+    assert vocabulary.main(given) == 1
+    assert "--data" in capsys.readouterr().out

@@ -1,0 +1,156 @@
+"""Hugging Face imagefolder: names of numbers, extra columns, and everything that may be wrong in a row."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from line_trees import write_lines
+from reader_trees import save_picture, write_json, write_text
+
+from metr.data.sources import DatasetSpec, DetectionSource, open_dataset
+
+
+def row(name: str = "a.jpg", boxes: object = ((2, 3, 10, 20),), categories: object = (0,), **rest: object) -> Any:
+    objects = {"bbox": boxes, "categories": categories, **rest}
+    return {"file_name": name, "objects": {key: value for key, value in objects.items() if value is not None}}
+
+
+def opened(tmp_path: Path, *rows: object, folder: str = "val", **files: str) -> DetectionSource:
+    """A dataset with the pictures a.jpg and b.jpg of 40 x 30; `files` are written to its folder."""
+    root = tmp_path / "data"
+    for name in ("a.jpg", "b.jpg"):
+        save_picture(root / folder / name)
+    if rows:
+        write_lines(root / folder / "metadata.jsonl", rows)
+    for name, text in files.items():
+        write_text(root / name.replace("_", "."), text)
+    return open_dataset(DatasetSpec(name="made", path=root), tmp_path / "cache")
+
+
+def test_numbers_without_names_are_named_and_noted_once(tmp_path: Path) -> None:
+    boxes = [[1, 1, 5, 5]] * 3
+    source = opened(tmp_path, row(boxes=boxes, categories=[3, 3, 11]), row("b.jpg", boxes, [3, 11, 3]))
+    assert source.categories == ("category 11", "category 3")
+    assert source.fault_counts == {"unnamed category": 2}
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("classes.txt", "cat\ndog\n"),
+        ("labels.txt", "cat\ndog\n"),
+        ("id2label.json", '{"0": "cat", "1": "dog"}'),
+        ("label_map.json", '["cat", "dog"]'),
+        (
+            "README.md",
+            "---\ndataset_info:\n- features:\n  - name: objects\n    list:\n    - name: label\n"
+            "      dtype: {class_label: {names: [cat, dog]}}\n---\n",
+        ),
+    ],
+)
+@pytest.mark.parametrize("beside", [True, False])
+def test_names_of_numbers(tmp_path: Path, name: str, text: str, beside: bool) -> None:
+    root = tmp_path / "data"
+    write_text((root / "val" if beside else root) / name, text)
+    source = opened(tmp_path, row(categories=[1]), row("b.jpg", [], []))
+    assert source.categories == ("cat", "dog")
+    assert source.split("val")[0].labels.tolist() == [1]
+    assert source.fault_counts == {}
+
+
+@pytest.mark.parametrize(
+    "card",
+    ["---\na: [\n---\n", "---\na: &a [*a]\n---\n", "no header", "---\n---\n", "---\ndataset_info: 5\n---\n"],
+)
+def test_cards_that_name_nothing(tmp_path: Path, card: str) -> None:
+    source = opened(tmp_path, row(), README_md=card)
+    assert source.categories == ("category 0",)
+    assert source.fault_counts["unnamed category"] == 1
+
+
+def test_crowds_are_ignored_and_areas_kept(tmp_path: Path) -> None:
+    boxes, columns = [[1, 1, 10, 10]] * 3, {"iscrowd": [0, 1, True], "area": [50, None, 1e9], "id": [1, 2, 3]}
+    record = opened(tmp_path, row(boxes=boxes, categories=["cat"] * 3, **columns)).split("val")[0]
+    assert record.ignore.tolist() == [False, True, True]
+    np.testing.assert_allclose(record.areas, [50, 100, 100])
+
+
+def test_a_row_tells_the_size(tmp_path: Path) -> None:
+    source = opened(tmp_path, {**row(), "width": 400, "height": 300}, {**row("b.jpg"), "width": None, "height": "x"})
+    assert [(record.width, record.height) for record in source.split("val")] == [(400, 300), (40, 30)]
+
+
+def test_a_picture_without_objects_and_one_without_annotations(tmp_path: Path) -> None:
+    save_picture(tmp_path / "data" / "val" / "c.jpg")
+    save_picture(tmp_path / "data" / "val" / "d.jpg")
+    rows = [row(), row("b.jpg", [], []), {"file_name": "c.jpg", "objects": None}]
+    source = opened(tmp_path, *rows)
+    assert [record.path.name for record in source.split("val")] == ["a.jpg", "b.jpg"]
+    assert source.fault_counts["unannotated picture"] == 3  # c.jpg as a row, then both as pictures without boxes
+
+
+def test_an_empty_list_of_objects_is_a_picture_without_objects(tmp_path: Path) -> None:
+    source = opened(tmp_path, row(), {"file_name": "b.jpg", "objects": []})
+    assert source.split("val").counts().empty == 1
+
+
+@pytest.mark.parametrize(
+    ("box", "category", "kind"),
+    [
+        ([1, 2, 3], "cat", "unreadable box"),
+        (None, "cat", "unreadable box"),
+        ("x", "cat", "unreadable box"),
+        ([1, 2, float("nan"), 4], "cat", "unreadable box"),
+        ([1, 2, 0, 4], "cat", "degenerate box"),
+        ([50, 2, 4, 4], "cat", "box outside"),
+        ([1, 2, 3, 4], None, "unknown category"),
+        ([1, 2, 3, 4], " ", "unknown category"),
+        ([1, 2, 3, 4], True, "unknown category"),
+        ([1, 2, 3, 4], [1], "unknown category"),
+    ],
+)
+def test_wrong_objects_are_dropped_and_counted(tmp_path: Path, box: object, category: object, kind: str) -> None:
+    boxes, categories = [[2, 3, 10, 20], box, [1, 1, 5, 5]], ["cat", category, "dog"]
+    source = opened(tmp_path, row(boxes=boxes, categories=categories), row("b.jpg"))
+    assert {**source.fault_counts, "unnamed category": 1} == {kind: 1, "unnamed category": 1}
+    assert next(fault for fault in source.faults if fault.kind == kind).where == "val/metadata.jsonl:1, box 2"
+    assert len(source.split("val")[0].boxes) == 2
+
+
+@pytest.mark.parametrize(
+    ("wrong", "kind"),
+    [
+        ({"file_name": "b.jpg", "objects": 5}, "unreadable annotation"),
+        ({"file_name": "b.jpg", "objects": {"bbox": [[1, 2, 3, 4]]}}, "unreadable annotation"),
+        (row("b.jpg", [[1, 2, 3, 4]], []), "unreadable annotation"),
+        (row("b.jpg", [[1, 2, 3, 4]], ["cat"], iscrowd=[0, 1]), "unreadable annotation"),
+        ({"objects": {"bbox": [], "categories": []}}, "unreadable annotation"),
+        ([1], "unreadable annotation"),
+        (row("z.jpg"), "missing picture"),
+        (row("../../x.jpg"), "path outside"),
+        (row("a.jpg"), "duplicate image"),
+    ],
+)
+def test_wrong_rows_are_skipped_and_counted(tmp_path: Path, wrong: object, kind: str) -> None:
+    save_picture(tmp_path / "x.jpg")
+    source = opened(tmp_path, row(categories=["cat"]), wrong, classes_txt="cat")
+    assert source.fault_counts == {kind: 1, "unannotated picture": 1}
+    assert len(source.split("val")) == 1
+
+
+def test_one_file_is_a_dataset(tmp_path: Path) -> None:
+    opened(tmp_path, row())
+    spec = DatasetSpec(name="one", path=tmp_path / "data" / "val" / "metadata.jsonl")
+    assert list(open_dataset(spec, tmp_path / "cache").splits) == ["val"]
+
+
+def test_a_folder_without_splits_is_split(tmp_path: Path) -> None:
+    source = opened(tmp_path, row(), row("b.jpg"), folder="pictures")
+    assert {split: len(found) for split, found in source.splits.items()} == {"train": 1, "val": 1}
+
+
+def test_a_new_list_of_names_is_read(tmp_path: Path) -> None:
+    assert opened(tmp_path, row()).categories == ("category 0",)
+    write_json(tmp_path / "data" / "id2label.json", {"0": "cat"})
+    assert opened(tmp_path).categories == ("cat",)
