@@ -29,6 +29,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
@@ -133,11 +134,9 @@ def read_in_workers(source: Source, cache: Path, workers: int, records: int) -> 
 
 def read_with_pycocotools(path: Path, workers: int, records: int) -> dict[str, Any]:
     """pycocotools' COCO class: seconds and peak memory of loading, private memory of workers that read from it."""
-    from pycocotools.coco import COCO
-
     before = peak_memory()
     began, began_cpu = time.perf_counter(), time.process_time()
-    coco = COCO(path)
+    coco = import_module("pycocotools.coco").COCO(path)
     seconds, cpu = time.perf_counter() - began, time.process_time() - began_cpu
     loading = {"seconds": seconds, "cpu_seconds": cpu, "peak_bytes": peak_memory(), "peak_bytes_before": before}
     ids = coco.getImgIds()
@@ -187,8 +186,14 @@ def _private_of_each(reads: Reads, workers: int) -> list[dict[str, int]]:
     """Private memory of each worker, while all are alive and have done their work."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)  # more workers than cores
-        options = {"num_workers": workers, "prefetch_factor": 1, "multiprocessing_context": START}
-        loader = DataLoader(reads, None, sampler=range(workers), **options)
+        loader = DataLoader(
+            reads,
+            batch_size=None,
+            sampler=range(workers),
+            num_workers=workers,
+            prefetch_factor=1,
+            multiprocessing_context=START,
+        )
         iterator = iter(loader)
         processes = [next(iterator) for _ in range(workers)]
     return [private_memory(process) for process in processes]

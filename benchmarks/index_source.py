@@ -153,7 +153,7 @@ def _write_annotations(file: TextIO, rng: np.random.Generator, images: _Images, 
 def _owners(rng: np.random.Generator, images: int, count: int) -> Int[np.ndarray, "n"]:
     """The picture of each box. Some pictures are crowded, some have none; a share of the boxes is out of order."""
     edges = np.cumsum(rng.gamma(1.2, size=images))
-    owners = np.searchsorted(edges, np.sort(rng.random(count)) * edges[-1]).astype(np.int32)
+    owners: Int[np.ndarray, "n"] = np.searchsorted(edges, np.sort(rng.random(count)) * edges[-1]).astype(np.int32)
     scattered = rng.random(count) < SCATTERED
     owners[scattered] = rng.permutation(owners[scattered])
     return owners
@@ -162,7 +162,8 @@ def _owners(rng: np.random.Generator, images: int, count: int) -> Int[np.ndarray
 def _labels(rng: np.random.Generator, count: int) -> Int[np.ndarray, "n"]:
     """Category ids: a few are frequent, most are rare."""
     edges = np.cumsum(1 / np.arange(1, NAMES + 1))
-    return (np.searchsorted(edges, rng.random(count) * edges[-1]) + 1).astype(np.int16)
+    labels: Int[np.ndarray, "n"] = np.searchsorted(edges, rng.random(count) * edges[-1]) + 1
+    return labels.astype(np.int16)
 
 
 def _made_boxes(rng: np.random.Generator, sizes: Float[np.ndarray, "n 2"]) -> Float[np.ndarray, "n 4"]:

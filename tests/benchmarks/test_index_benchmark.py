@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 pytestmark = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").is_file(), reason="memory is read from /proc")
 
 
+@pytest.mark.slow
 def test_index_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.syspath_prepend(BENCHMARKS)
     import index
@@ -58,7 +60,7 @@ def test_the_made_up_dataset_is_as_described(tmp_path: Path, monkeypatch: pytest
         assert x + width <= limit[0] + 0.01
         assert y + height <= limit[1] + 0.01
     owners = [box["image_id"] for box in boxes]
-    apart = sum(one > other for one, other in zip(owners, owners[1:], strict=False))
+    apart = sum(one > other for one, other in pairwise(owners))
     assert 0.05 < apart / len(boxes) < 0.4
     for image in content["images"]:
         assert (

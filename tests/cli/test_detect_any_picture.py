@@ -1,5 +1,6 @@
 """`metr detect` on a folder of pictures of every kind: a clear line for each, and no traceback."""
 
+import os
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,11 @@ def test_a_folder_of_everything(metr: CommandLine, tiny_run: TinyRun, tmp_path: 
     assert len(some) > 16
     write_all(folder, some | UNREADABLE)
     write_all(folder / "deeper", {"inside.png": READABLE["opaque.png"]})
+    write_all(tmp_path / "far", {"linked.png": READABLE["opaque.png"]})
+    (folder / "link").symlink_to(tmp_path / "far")
+    (folder / "deeper" / "up").symlink_to(folder)
     (folder / "folder.png").mkdir()
+    os.mkfifo(folder / "pipe.png")  # reading it would wait for ever
     (folder / "notes.txt").write_text("no picture")
     ended = metr("detect", tiny_run.folder, folder, "-o", tmp_path / "out", "--threshold", 0)
     assert ended.code == 0, ended
@@ -38,11 +43,10 @@ def test_a_folder_of_everything(metr: CommandLine, tiny_run: TinyRun, tmp_path: 
     assert "30000 x 30000" in skipped["bomb.jpg"]
     assert "no such picture" in skipped["link to nothing.png"]
     images, _ = read_coco(tmp_path / "out")
-    wanted = {unicodedata.normalize("NFC", name) for name in [*some, "deeper/inside.png"]}
-    looked_at = {
-        unicodedata.normalize("NFC", str(Path(one["file_name"]).relative_to(folder))) for one in images["images"]
-    }
-    assert looked_at == wanted
+    wanted = {unicodedata.normalize("NFC", name) for name in [*some, "deeper/inside.png", "link/linked.png"]}
+    looked_at = [str(Path(one["file_name"]).relative_to(folder)) for one in images["images"]]
+    assert len(looked_at) == len(wanted)
+    assert {unicodedata.normalize("NFC", name) for name in looked_at} == wanted
     assert {(one["height"], one["width"]) for one in images["images"]} == {(40, 60)}
     # the first twenty have lines of their own, the rest is counted
     assert len(told) - len(skipped) == 20

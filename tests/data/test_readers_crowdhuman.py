@@ -106,6 +106,13 @@ def test_one_file_is_a_dataset(tmp_path: Path) -> None:
     assert len(open_dataset(spec, tmp_path / "cache").split("val")) == 1
 
 
+def test_a_file_without_any_sound_line_is_an_empty_split(tmp_path: Path) -> None:
+    write_text(tmp_path / "data" / "annotation_train.odgt", "{\n")
+    source = opened(tmp_path, person())
+    assert list(source.splits) == ["val"]
+    assert source.fault_counts == {"unreadable annotation": 1, "empty split": 1}
+
+
 def test_no_line_at_all(tmp_path: Path) -> None:
     opened(tmp_path, person())
     write_text(tmp_path / "data" / "annotation_val.odgt", "not JSON\n")

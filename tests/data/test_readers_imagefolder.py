@@ -9,6 +9,7 @@ from line_trees import write_lines
 from reader_trees import save_picture, write_json, write_text
 
 from metr.data.sources import DatasetSpec, DetectionSource, open_dataset
+from metr.errors import DataError
 
 
 def row(name: str = "a.jpg", boxes: object = ((2, 3, 10, 20),), categories: object = (0,), **rest: object) -> Any:
@@ -137,6 +138,19 @@ def test_wrong_rows_are_skipped_and_counted(tmp_path: Path, wrong: object, kind:
     source = opened(tmp_path, row(categories=["cat"]), wrong, classes_txt="cat")
     assert source.fault_counts == {kind: 1, "unannotated picture": 1}
     assert len(source.split("val")) == 1
+
+
+def test_a_file_without_any_sound_row_is_an_empty_split(tmp_path: Path) -> None:
+    write_text(tmp_path / "data" / "train" / "metadata.jsonl", "{\n")
+    source = opened(tmp_path, row(categories=["cat"]), row("b.jpg", [], []))
+    assert list(source.splits) == ["val"]
+    assert source.fault_counts == {"unreadable annotation": 1, "empty split": 1}
+
+
+def test_a_damaged_table_is_an_error(tmp_path: Path) -> None:
+    write_text(tmp_path / "data" / "train" / "metadata.parquet", "PAR1 and no more")
+    with pytest.raises(DataError, match="cannot be read"):
+        opened(tmp_path, row())
 
 
 def test_one_file_is_a_dataset(tmp_path: Path) -> None:

@@ -165,6 +165,13 @@ def test_a_label_map_that_is_none_is_an_error(tmp_path: Path, labels: object) ->
         opened(tmp_path, labels, val=[detections("a.jpg", instance(0))])
 
 
+def test_a_file_without_any_sound_line_is_an_empty_split(tmp_path: Path) -> None:
+    write_text(tmp_path / "data" / "train.jsonl", "{\n")
+    source = opened(tmp_path, ["cat"], val=[detections("a.jpg", instance(0))])
+    assert list(source.splits) == ["val"]
+    assert source.fault_counts == {"unreadable annotation": 1, "empty split": 1}
+
+
 def test_a_changed_label_map_is_read_again(tmp_path: Path) -> None:
     rows = [detections("a.jpg", instance(0))]
     assert opened(tmp_path, ["cat"], val=rows).categories == ("cat",)

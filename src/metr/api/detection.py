@@ -1,5 +1,6 @@
 """The verb detect: pictures and folders in, drawn pictures and COCO results out."""
 
+import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -75,9 +76,9 @@ def _expanded(pictures: Sequence[Path], out: Path) -> list[Path]:
     found: list[Path] = []
     for path in pictures:
         if path.is_dir():
-            inside = sorted(item for item in path.rglob("*") if item.suffix.lower() in SUFFIXES and item.is_file())
-            if out.resolve() != path.resolve():
-                inside = [item for item in inside if out.resolve() not in item.resolve().parents]
+            inside, drawn = _pictures_within(path), _real(out)
+            if drawn != _real(path):
+                inside = [item for item in inside if drawn not in _real(item).parents]
             if not inside:
                 endings = ", ".join(sorted(SUFFIXES))
                 raise DataError("no picture in this folder", where=path, hint=f"pictures end in {endings}")
@@ -87,6 +88,30 @@ def _expanded(pictures: Sequence[Path], out: Path) -> list[Path]:
         else:
             raise DataError("no such picture or folder", where=path, hint="check the path")
     return list(dict.fromkeys(found))
+
+
+def _pictures_within(folder: Path) -> list[Path]:
+    """The pictures in a folder and in those below it, sorted. Links are followed; no folder is looked into twice.
+
+    Links to nothing are among them, to be told of.
+    """
+    found, known = [], {_real(folder)}
+    for place, folders, names in os.walk(folder, followlinks=True):
+        fresh = []
+        for name in sorted(folders):
+            real = _real(Path(place, name))
+            if real not in known:
+                known.add(real)
+                fresh.append(name)
+        folders[:] = fresh
+        pictures = [Path(place, name) for name in names if Path(name).suffix.lower() in SUFFIXES]
+        found += [path for path in pictures if path.is_file() or not path.exists()]
+    return sorted(found)
+
+
+def _real(path: Path) -> Path:
+    """A path without links; `Path.resolve` raises an error for a link to itself."""
+    return Path(os.path.realpath(path))
 
 
 def _drawn(paths: Sequence[Path], out: Path) -> list[Path]:
@@ -101,9 +126,9 @@ def _drawn(paths: Sequence[Path], out: Path) -> list[Path]:
         while name in names:
             name, number = f"{path.stem}-{number}.jpg", number + 1
         names[name] = None
-    originals = {path.resolve() for path in paths}
+    originals = {_real(path) for path in paths}
     for name in names:
-        if (out / name).resolve() in originals:
+        if _real(out / name) in originals:
             raise DataError("a drawing would take the place of this picture", where=out / name, hint="another -o")
     return [out / name for name in names]
 

@@ -24,11 +24,15 @@ if TYPE_CHECKING:
 _PIPED_WIDTH = 160
 _WRITERS = {"coco": write_coco, "yolo": write_yolo}
 
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Leave nothing out; list every category with its boxes.")]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Leave nothing out; list every category with its boxes.")
+]
 Check = Annotated[bool, typer.Option("--check", help="Open every picture, not only up to 5,000 of a dataset.")]
 Model = Annotated[
     str | None,
-    typer.Option(help="A run or checkpoint that looks for unlabelled objects, in 30 pictures a dataset.", metavar="RUN"),
+    typer.Option(
+        help="A run or checkpoint that looks for unlabelled objects, in 30 pictures a dataset.", metavar="RUN"
+    ),
 ]
 Write = Annotated[
     Path | None,

@@ -10,6 +10,7 @@ from metr.api.inspection.assistant import Inspection
 from metr.api.inspection.config import InspectionConfig
 from metr.api.inspection.coverage import Cell, Coverage
 from metr.api.inspection.facts import BoxSizes, DatasetFacts
+from metr.api.inspection.near import NearNames
 from metr.text.language_model import BUNDLED
 
 # How much of each list is shown without --verbose: faults of a kind, pairs of names, rows of the matrix, hints of a
@@ -113,16 +114,20 @@ def _print_near(console: Console, inspection: Inspection, config: InspectionConf
         _line(console, f"Names are compared by spelling alone: {' '.join(inspection.text_fault.split())}")
         by = "spelling"
     elif config.text.source != BUNDLED:
-        _line(console, f"The similarities at which names are told were found with {BUNDLED}; --set near=... sets another.")
+        _line(
+            console, f"The similarities at which names are told were found with {BUNDLED}; --set near=... sets another."
+        )
     if not inspection.near:
         _line(console, f"No {'other ' if inspection.doubts else ''}names are near in {by}.")
         return
     _heading(console, f"Names that may mean the same, by {by}:")
-    pairs = (
-        f"{one.names[0]} ({_some(one.owners[0], verbose)}) / {one.names[1]} ({_some(one.owners[1], verbose)}): {one.why}"
-        for one in inspection.near[: None if verbose else _PAIRS]
-    )
-    _listed(console, pairs, len(inspection.near))
+    shown = inspection.near if verbose else inspection.near[:_PAIRS]
+    _listed(console, (_pair(one, verbose) for one in shown), len(inspection.near))
+
+
+def _pair(pair: NearNames, verbose: bool) -> str:
+    one, two = (f"{name} ({_some(owners, verbose)})" for name, owners in zip(pair.names, pair.owners, strict=True))
+    return f"{one} / {two}: {pair.why}"
 
 
 def _print_doubts(console: Console, inspection: Inspection, verbose: bool) -> None:
@@ -151,7 +156,9 @@ def _print_coverage(console: Console, coverage: Coverage, verbose: bool) -> None
             _line(console, f"    and {len(telling) - len(shown):,} more (--verbose)")
     _heading(console, "Names of one dataset alone:" if shown else "No two datasets have a name in common:")
     for dataset in coverage.datasets:
-        alone = [name for name in coverage.names if name not in telling and coverage.cell(dataset, name).boxes is not None]
+        alone = [
+            name for name in coverage.names if name not in telling and coverage.cell(dataset, name).boxes is not None
+        ]
         if alone:
             _line(console, f"    {dataset}: {_some(alone, verbose)}")
     _heading(console, f"Perhaps standing unlabelled ({coverage.evidence}):")

@@ -180,7 +180,7 @@ def _as_rgb(image: np.ndarray, header: Header) -> UInt8[np.ndarray, "h w 3"]:
     colour, opacity = image[..., 2::-1].astype(np.uint16), image[..., 3:].astype(np.uint16)
     if not premultiplied:
         colour = (colour * opacity + 127) // 255
-    return np.minimum(colour + 255 - opacity, 255).astype(np.uint8)
+    return np.asarray(np.minimum(colour + 255 - opacity, 255).astype(np.uint8))
 
 
 def _turned(image: UInt8[np.ndarray, "h w 3"], orientation: int) -> UInt8[np.ndarray, "a b 3"]:

@@ -1,6 +1,7 @@
 """Datasets as users name them: a path, `name=path`, or a YAML file that lists several with their options."""
 
 import logging
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from metr.config import Config, read_yaml
 from metr.data.index import AnnotationIndex, LabelMap
 from metr.data.index_cache import Manifest, default_cache, stored
 from metr.data.readers.base import plain_name
-from metr.data.readers.files import there
+from metr.data.readers.files import expanded, there
 from metr.data.readers.registry import log_other_formats, recognise
 from metr.data.records import Annotations, Fault
 from metr.data.splits import TEST, VAL, plan_splits
@@ -164,7 +165,7 @@ def open_dataset(spec: DatasetSpec, cache_dir: Path | None = None) -> DetectionS
 
 def _parse_argument(argument: str) -> list[DatasetSpec]:
     name, equals, rest = argument.partition("=")
-    path = Path(argument).expanduser()
+    path = expanded(argument)
     if equals and name and not re.search(r"[\\/]", name) and not there(path):
         return [_spec({"name": name, "path": rest}, Path(), argument)]
     if path.suffix.lower() in _LISTING_SUFFIXES:
@@ -187,8 +188,8 @@ def _spec(values: Mapping[str, Any], base: Path, where: object) -> DatasetSpec:
     path = values.get("path")
     if not isinstance(path, str) or not path.strip():
         raise ConfigError("a dataset without a path", where=where, hint="write path: and the dataset's folder")
-    full = base / Path(path).expanduser()
-    resolved = full.resolve()
+    full = base / expanded(path)
+    resolved = Path(os.path.realpath(full))  # `resolve` raises an error for a link to itself
     default_name = resolved.parent.name if there(resolved, Path.is_file) else resolved.name
     return DatasetSpec.checked({"name": default_name, **values, "path": full}, where=where)
 

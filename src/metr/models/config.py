@@ -56,6 +56,8 @@ class QueryConfig(Config):
     """Class-specific queries: how many, and how they are shared out among the kept categories."""
 
     layout: Literal["budget", "uniform", "shared"] = "uniform"
+    """`uniform`: every kept category has the same count, and places of its own. `budget`: the likelier pairs of category
+    and place have more. `shared`: the same places for every category, as the authors."""
     number: int = Field(300, ge=1)
     """Q, queries an image, whatever the vocabulary."""
     floor: int = Field(5, ge=0)

@@ -12,7 +12,6 @@ from metr.api.inspection.meanings import Meanings, joint_vocabulary, meanings_of
 from metr.api.inspection.near import NearNames, in_order, near_names
 from metr.api.inspection.pictures import (
     Overlap,
-    Place,
     Say,
     check_pictures,
     equal_pictures,

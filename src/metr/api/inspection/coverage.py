@@ -68,7 +68,8 @@ class Coverage:
         """The names that perhaps stand unlabelled in a dataset, likeliest first."""
         found = [(name, self.cell(dataset, name)) for name in self.names]
         return sorted(
-            ((name, cell) for name, cell in found if cell.hints), key=lambda item: -max(h.strength for h in item[1].hints)
+            ((name, cell) for name, cell in found if cell.hints),
+            key=lambda item: -max(h.strength for h in item[1].hints),
         )
 
 
@@ -146,9 +147,7 @@ def _beside(here: DatasetFacts, there: DatasetFacts, doubts: Sequence[Doubt]) ->
             yield here.name, name, Hint(kind="beside", strength=count / len(pictures), why=why)
 
 
-def _akin(
-    here: DatasetFacts, there: DatasetFacts, doubts: Sequence[Doubt], meanings: Meanings, akin: float
-) -> _Told:
+def _akin(here: DatasetFacts, there: DatasetFacts, doubts: Sequence[Doubt], meanings: Meanings, akin: float) -> _Told:
     """Names of `there` that are near in meaning to one of `here` that `there` does not tell from it."""
     own = [name for name in here.names if name not in there.names]
     foreign = [name for name in there.names if name not in here.names]
@@ -174,6 +173,8 @@ def _evidence(meanings: Meanings | None, sights: Sights | None) -> str:
         number = f"{looked[0]}" if len(looked) == 1 else f"{looked[0]} to {looked[-1]}"
         told = f"seen by {sights.model} where no box is, in {number} pictures of each dataset"
         unjudged = len(sights.unjudged)
-        return told + (f"; {unjudged:,} names that it hardly finds even where annotated are not judged" if unjudged else "")
+        return told + (
+            f"; {unjudged:,} names that it hardly finds even where annotated are not judged" if unjudged else ""
+        )
     told = ", or whose words are near" if meanings is not None else ""
     return f"weak hints: names that elsewhere stand beside common ones{told}; --model RUN looks at pictures"

@@ -92,7 +92,9 @@ def facts_of(source: DetectionSource, most: int) -> DatasetFacts:
     """Counts a dataset, and measures the boxes of at most so many of its pictures."""
     counts = {split: annotations.counts() for split, annotations in source.splits.items()}
     measured = _measured(source, most)
-    sides, aspects = (_medians(values, measured, len(source.categories)) for values in (measured.sides, measured.aspects))
+    sides, aspects = (
+        _medians(values, measured, len(source.categories)) for values in (measured.sides, measured.aspects)
+    )
     names = {
         name: NameFacts(
             name=name,

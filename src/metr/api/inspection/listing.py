@@ -24,8 +24,9 @@ _TOLD = 5
 _HEAD = """\
 # Datasets to train on together:   metr train {file} -o runs/joint
 #
-# Nothing is joined, renamed or left out unless this file says so. A line that begins with "#" and stands below a dataset
-# is a suggestion, or what holds anyway: without its "# " it counts (of renames and prompts, the line above it too).
+# Nothing is joined, renamed or left out unless this file says so. A line that begins with "#" and stands below a
+# dataset is a suggestion, or what holds anyway: without its "# " it counts. (A name under "# renames:" or "# prompts:"
+# needs that line too.)
 #
 #   path        the dataset's folder or its one annotation file, relative to this file
 #   name        how messages and results call the dataset

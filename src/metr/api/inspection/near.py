@@ -26,9 +26,7 @@ class NearNames:
     strength: float = 1.0
 
 
-def near_names(
-    owners: Mapping[str, Sequence[str]], meanings: Meanings | None, least: float
-) -> tuple[NearNames, ...]:
+def near_names(owners: Mapping[str, Sequence[str]], meanings: Meanings | None, least: float) -> tuple[NearNames, ...]:
     """Pairs of names that are near by spelling, or near in meaning and annotated by different datasets.
 
     Args:

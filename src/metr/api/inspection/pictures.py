@@ -109,7 +109,9 @@ def note_duplicates(places: Sequence[Place], equal: Sequence[tuple[Place, ...]],
             known |= {one.path, two.path}
     for one, two in equal_names(places):
         if one.path not in known or two.path not in known:
-            detail = f"is in {one.split}; {two.split} has {two.shown}, with other bytes (saved again, or another picture?)"
+            detail = (
+                f"is in {one.split}; {two.split} has {two.shown}, with other bytes (saved again, or another picture?)"
+            )
             log.add("same file name in two splits", one.shown, detail)
 
 

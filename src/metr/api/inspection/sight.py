@@ -89,9 +89,7 @@ def sights_of(
         say: Told of the progress.
     """
     vocabulary = joint_vocabulary(sources)
-    inference = InferenceConfig(
-        batch_size=config.batch_size, postprocess=PostprocessConfig.to_show(config.threshold)
-    )
+    inference = InferenceConfig(batch_size=config.batch_size, postprocess=PostprocessConfig.to_show(config.threshold))
     predictor = Predictor(model.network, model.embed(vocabulary), vocabulary.names, model.resize, inference)
     looks = []
     for source in sources:
@@ -151,9 +149,7 @@ class Look:
         self._boxes.update(name for name, ignored in zip(own, record.ignore, strict=True) if not ignored)
         overlaps = pairwise_iou(detections.boxes, torch.from_numpy(record.boxes).to(detections.boxes))
         taken: set[int] = set()
-        for row, (label, score) in enumerate(
-            zip(detections.labels.tolist(), detections.scores.tolist(), strict=True)
-        ):
+        for row, (label, score) in enumerate(zip(detections.labels.tolist(), detections.scores.tolist(), strict=True)):
             name = detections.names[label]
             box = int(overlaps[row].argmax()) if own else -1
             overlap = float(overlaps[row, box]) if own else 0.0
@@ -206,9 +202,7 @@ def sureness(looks: Sequence[Look]) -> dict[str, float]:
     return {name: median(found) for name, found in scores.items() if len(found) >= _FEWEST_FOUND}
 
 
-def _detected(
-    predictor: Predictor, source: DetectionSource, most: int
-) -> Iterator[tuple[ImageRecord, Detections]]:
+def _detected(predictor: Predictor, source: DetectionSource, most: int) -> Iterator[tuple[ImageRecord, Detections]]:
     """Records of some pictures with what is found in them; unreadable pictures are left out."""
     records: list[ImageRecord] = []
 

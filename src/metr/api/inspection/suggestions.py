@@ -62,18 +62,21 @@ def _kept_apart(doubts: Sequence[Doubt]) -> list[Suggestion]:
 def _joined(near: Sequence[NearNames], boxes: dict[str, int]) -> list[Suggestion]:
     found = []
     for pair in near:
-        one, two = pair.names
-        goes = 0 if boxes[one] < boxes[two] else 1
-        if pair.kind == "abbreviation":
-            goes = 0 if is_abbreviation(one) else 1
-        elif pair.kind == "sight":
-            goes = 0
-        stays = pair.names[1 - goes]
-        for dataset in pair.owners[goes]:
-            found.append(
-                Suggestion(kind="rename", dataset=dataset, name=pair.names[goes], value=stays, why=f"{pair.why}: one category?")
-            )
+        goes = _that_goes(pair, boxes)
+        old, new = pair.names[goes], pair.names[1 - goes]
+        why = f"{pair.why}: one category?"
+        found += [
+            Suggestion(kind="rename", dataset=dataset, name=old, value=new, why=why) for dataset in pair.owners[goes]
+        ]
     return found
+
+
+def _that_goes(pair: NearNames, boxes: dict[str, int]) -> int:
+    """Which of two near names is to be renamed to the other, 0 or 1."""
+    one, two = pair.names
+    if pair.kind == "abbreviation":
+        return 0 if is_abbreviation(one) else 1
+    return 0 if pair.kind == "sight" or boxes[one] < boxes[two] else 1
 
 
 def _written_out(facts: Sequence[DatasetFacts]) -> list[Suggestion]:

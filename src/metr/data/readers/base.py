@@ -320,4 +320,4 @@ def _areas(areas: Float[np.ndarray, "m"], boxes: Float[np.ndarray, "m 4"]) -> Fl
     """Areas as the file gives them where it does, never more than the box holds after clipping."""
     box_areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     known = areas > 0  # False for NaN
-    return np.where(known, np.minimum(areas, box_areas), box_areas).astype(np.float32)
+    return np.asarray(np.where(known, np.minimum(areas, box_areas), box_areas), dtype=np.float32)

@@ -25,7 +25,8 @@ from metr.errors import DataError
 _IN_SPLIT_FOLDERS = ("_annotations.coco.json", "annotations.json", "labels.json", "coco.json", "result.json")
 # Files beside `instances_*.json` that describe the same pictures in other ways.
 _OTHER_TASKS = re.compile(r"^(captions|person_keypoints|panoptic|stuff|image_info)_")
-_SNIFF_BYTES = 1 << 20
+_FIRST_BYTES, _SNIFF_BYTES = 1 << 12, 1 << 20
+_LABELME = re.compile(rb'"(shapes|imagePath)"\s*:')
 _PIECE_BYTES = 1 << 24
 
 Id = int | str
@@ -226,15 +227,16 @@ def _annotations(
 def _columns(annotations: list[CocoAnnotation], positions: Mapping[Id, int], numbers: Mapping[Id, int]) -> _Columns:
     count, absent = len(annotations), [np.nan] * 4
     boxes = (item.bbox if item.bbox and len(item.bbox) == 4 else absent for item in annotations)
-    corner_form = corners(np.fromiter(chain.from_iterable(boxes), np.float64, 4 * count).reshape(-1, 4), xywh_to_xyxy)
     areas = (np.nan if item.area is None else item.area for item in annotations)
-    return _Columns(
-        image=np.fromiter((positions.get(item.image_id, -1) for item in annotations), np.int32, count),
-        labels=np.fromiter((numbers.get(item.category_id, -1) for item in annotations), np.int32, count),
-        boxes=corner_form.astype(np.float32),
-        areas=np.fromiter(areas, np.float32, count),
-        ignore=np.fromiter((item.ignored for item in annotations), np.bool_, count),
-    )
+    flat = np.fromiter(chain.from_iterable(boxes), np.float64, 4 * count)
+    with np.errstate(over="ignore"):  # what is too large for the type is infinite: its box is found to be unreadable
+        return _Columns(
+            image=np.fromiter((positions.get(item.image_id, -1) for item in annotations), np.int32, count),
+            labels=np.fromiter((numbers.get(item.category_id, -1) for item in annotations), np.int32, count),
+            boxes=corners(flat.reshape(count, 4), xywh_to_xyxy).astype(np.float32),
+            areas=np.fromiter(areas, np.float32, count),
+            ignore=np.fromiter((item.ignored for item in annotations), np.bool_, count),
+        )
 
 
 def _note_annotation(
@@ -267,10 +269,13 @@ def _coco_files(folder: Path, fits: Callable[[Path], bool]) -> list[Path]:
 
 
 def file_ends(path: Path) -> bytes:
-    """The first and the last bytes of a file, a mebibyte of each; nothing where it cannot be read."""
+    """The first and the last bytes of a file, a mebibyte of each; nothing where it cannot be read or is of labelme."""
     try:
         with path.open("rb") as file:
-            ends = file.read(_SNIFF_BYTES)
+            ends = file.read(_FIRST_BYTES)
+            if _LABELME.search(ends):
+                return b""  # folders of labelme hold thousands of such files, with a picture in each
+            ends += file.read(_SNIFF_BYTES - _FIRST_BYTES)
             file.seek(max(len(ends), path.stat().st_size - _SNIFF_BYTES))
             return ends + file.read()
     except OSError:
@@ -310,10 +315,9 @@ def _pieces(array: Value | None, kind: type[Item], where: str, reading: Reading)
     try:
         for text in array.pieces():
             try:
-                items = decoder.decode(text)
+                yield decoder.decode(text)
             except msgspec.DecodeError:
-                items = _one_by_one(text, kind, where, reading)
-            yield items
+                yield _one_by_one(text, kind, where, reading)
     except (OSError, ValueError, RecursionError, msgspec.MsgspecError) as error:
         raise _unreadable(array.path, error) from None
 

@@ -59,9 +59,8 @@ class CrowdHumanReader(Reader):
             return cls(root, {path.stem: (path,)}) if _looks_like_odgt(path) else None
         for folder in (path, path / "annotations"):
             files = [Path(entry.path) for entry in glance(folder) if entry.name.lower().endswith(".odgt")]
-            splits = {file.stem: (file,) for file in files if _looks_like_odgt(file)}
-            if splits:
-                return cls(path, splits)
+            if any(map(_looks_like_odgt, files)):
+                return cls(path, {file.stem: (file,) for file in files})
         return None
 
     def read(self, split: str, reading: Reading) -> Iterator[RawImage]:

@@ -147,6 +147,11 @@ def there(path: Path, kind: Callable[[Path], bool] = Path.exists) -> bool:
         return False
 
 
+def expanded(path: str | Path) -> Path:
+    """A path with the home folder in place of `~`; as it is where there is no such user, with whom pathlib breaks off."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111
+
+
 def signature(path: Path) -> tuple[int, int]:
     """Size and time of change of a file, time of change of a directory; (-1, 0) where there is nothing."""
     try:

@@ -76,11 +76,18 @@ class ImageFolderReader(Reader):
         """A reader of a folder with metadata, at most two folders deep, or of one such file."""
         alone = path.is_file()
         root = path.parent if alone else path
+        samples = {
+            folder: _sample(metadata)
+            for folder in ([root] if alone else folders_within(root, _DEPTH))
+            if (metadata := _metadata(folder)) is not None and (metadata == path or not alone)
+        }
+        fitting = {
+            folder for folder, rows in samples.items() if any("objects" in row and _file_name(row) for row in rows)
+        }
         splits: dict[str, tuple[Path, ...]] = {}
-        for folder in [root] if alone else folders_within(root, _DEPTH):
-            metadata = _metadata(folder)
-            sample = [] if metadata is None or (alone and metadata != path) else _sample(metadata)
-            if any(_file_name(row) and "objects" in row for row in sample):
+        for folder, sample in samples.items():
+            # Beside one that fits, a file without any row that can be read is a damaged one, which reading tells.
+            if folder in fitting or (fitting and not sample):
                 for part in _parts(folder, sample) or [folder]:
                     name = _split_of(part, root.parent if alone else root)
                     splits[name] = (*splits.get(name, ()), part)

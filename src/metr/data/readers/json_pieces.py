@@ -72,7 +72,7 @@ def values_of(path: Path, piece_bytes: int) -> dict[str, Value]:
         OSError: the file cannot be read.
         ValueError: it holds no object, or ends before the object does.
     """
-    found = {}
+    found: dict[str, Value] = {}
     with path.open("rb") as file:
         place = _expect(file, 0, b"{")
         while True:
@@ -113,7 +113,8 @@ def _expect_end(file: BinaryIO, place: int) -> None:
 
 def _array(file: BinaryIO, place: int, piece_bytes: int) -> tuple[tuple[tuple[int, int], ...], int]:
     """The pieces of the array whose first element is at `place`, and the place behind the array."""
-    spans, size = [], piece_bytes
+    spans: list[tuple[int, int]] = []
+    size = piece_bytes
     while True:
         chunk = _read(file, place, size)
         text = chunk.lstrip(_BLANK + b",")

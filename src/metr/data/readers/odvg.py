@@ -98,7 +98,8 @@ class OdvgReader(Reader):
         for file in self.splits[split]:
             kind, where = _kind(file), self.within(file)
             if kind is None:
-                reading.faults.add("unreadable annotation", where, "changed while it was read")
+                reading.files.touch(where)
+                reading.faults.add("unreadable annotation", where, "none of its first lines is ODVG: left out")
                 continue
             labels = self._number_labels(file, reading) if kind == "detection" else {}
             rules = _Rules(kind=kind, labels=labels, mixed=len(kinds) > 1)
@@ -210,7 +211,10 @@ def _kind(path: Path) -> Kind | None:
 
 def _odvg_files(folder: Path) -> list[Path]:
     files = [Path(entry.path) for entry in glance(folder) if entry.name.lower().endswith(_SUFFIXES)]
-    return [file for file in files if _kind(file)] if any(map(_kind, islice(files, _SNIFFED))) else []
+    if not any(map(_kind, islice(files, _SNIFFED))):
+        return []
+    # Beside one that fits, lines of which none can be read are a damaged file, which reading tells.
+    return [file for file in files if _kind(file) or (file.suffix.lower() == ".jsonl" and not any(first_keys(file)))]
 
 
 def _split_of(file: Path) -> str:

@@ -8,7 +8,7 @@ from metr.data.readers.base import Reader
 from metr.data.readers.coco import CocoReader
 from metr.data.readers.crowdhuman import CrowdHumanReader
 from metr.data.readers.csv_boxes import CsvReader
-from metr.data.readers.files import glance, is_picture, there
+from metr.data.readers.files import expanded, glance, is_picture, there
 from metr.data.readers.imagefolder import ImageFolderReader
 from metr.data.readers.labelme import LabelmeReader
 from metr.data.readers.lvis import LvisReader
@@ -78,7 +78,7 @@ def log_other_formats(reader: Reader, path: Path) -> None:
 
 
 def _absolute(path: Path) -> Path:
-    return Path(os.path.abspath(path.expanduser()))  # noqa: PTH100  (`..` goes, symbolic links stay)
+    return Path(os.path.abspath(expanded(path)))  # noqa: PTH100  (`..` goes, symbolic links stay)
 
 
 def _fits(reader: type[Reader], path: Path) -> bool:
