@@ -163,7 +163,7 @@ def test_a_dataset_of_one_name_cannot_be_judged() -> None:
     made = meanings({"table": (1, 0), "dining table": (1, 0.1), "chair": (1, 0.3), "cup": (0.5, 1), "bed": (1, 1)})
     facts = [dataset_facts("pages", ["table"]), dataset_facts("rooms", ["dining table", "chair", "cup", "bed"])]
     (doubt,) = doubts_of(facts, made, 0.38)
-    assert doubt.reasons == ("pages has no other names to judge by",)
+    assert doubt.reasons == ("no other name to judge by in pages",)
 
 
 def test_boxes_that_look_different() -> None:

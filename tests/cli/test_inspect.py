@@ -59,7 +59,7 @@ def test_a_line_for_each_dataset(tmp_path: Path) -> None:
     side = f"{(9 * 18 / 1200) ** 0.5:.0%}"
     assert row(result, "pets") == ["pets", "csv", "2", "1", "1", "-", "2", side, "100/0/0", "2", "1", "0"]
     assert row(result, "more") == ["more", "csv", "2", "1", "1", "-", "1", side, "100/0/0", "1", "1", "0"]
-    assert "2 names in all; 1 are in several datasets" in result.output
+    assert "2 names in all, 1 of them in several datasets" in result.output
 
 
 def test_faults_are_shown_with_their_count(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_the_pictures_are_looked_at(tmp_path: Path) -> None:
 def test_pictures_that_two_datasets_share(tmp_path: Path) -> None:
     one, two = write_csv(tmp_path / "one"), write_csv(tmp_path / "four")
     shutil.copy(one / "images/a.jpg", two / "images/b.jpg")
-    expected = "one (train) and four (val): 1 pictures are the same, such as images/a.jpg and images/b.jpg"
+    expected = "one (train) and four (val): 1 x the same picture, such as images/a.jpg and images/b.jpg"
     assert expected in run(one, two).output
 
 
@@ -216,12 +216,14 @@ def test_the_real_datasets(shared: Path) -> None:
         assert " ".join(row(result, name)) == f"{name} {line}"
     assert "coco_mini: 35 boxes besides are to be ignored" in result.output
     assert "1 x 'bishop', but 286 x black-bishop, white-bishop" in result.output
-    assert "115 names in all; 2 are in several datasets" in result.output
+    assert "115 names in all, 2 of them in several datasets" in result.output
     assert re.search(r"^bear +- +- +- +5 +- +38 +- *$", result.output, re.MULTILINE)
     # people stand among the animals, as they do in coco_mini
     assert re.search(r"^person +- +- +- +699 +- +\? +- *$", result.output, re.MULTILINE)
     assert "endangered_animals, person: in coco_mini it is in 5 of 9 pictures with elephant or bear" in result.output
     king = "king (playing_cards) / black-king, white-king (chess_pieces): "
     assert f"{king}{'the other names are far apart' if meant else 'boxes 6 times larger'}" in result.output
-    assert ("table (doc_tables) / dining table (coco_mini): doc_tables has no other names" in result.output) == meant
+    assert (
+        "table (doc_tables) / dining table (coco_mini): no other name to judge by in doc_tables" in result.output
+    ) == meant
     assert "No other names are near in spelling" in result.output

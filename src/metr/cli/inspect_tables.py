@@ -81,11 +81,11 @@ def _print_faults(console: Console, inspection: Inspection, verbose: bool) -> No
             _line(console, f"{one.name}: {faults.opened:,} of {faults.pictures:,} pictures opened; --check opens all")
         for kind, count in faults.counts.items():
             console.print(f"[bold]{escape(one.name)}[/bold]: {count:,} x {escape(kind)}", highlight=False)
-            first = [fault for fault in faults.first if fault.kind == kind][: None if verbose else _FAULTS]
-            _listed(console, (f"{fault.where}: {fault.detail}" for fault in first), count)
+            found = [f"{fault.where}: {fault.detail}" for fault in faults.first if fault.kind == kind]
+            _listed(console, found if verbose else found[:_FAULTS], count)
     for overlap in inspection.overlaps:
         first, second = overlap.first, overlap.second
-        told = f"{overlap.pictures:,} pictures are the same, such as {first.shown} and {second.shown}"
+        told = f"{overlap.pictures:,} x the same picture, such as {first.shown} and {second.shown}"
         _line(console, f"{first.dataset} ({first.split}) and {second.dataset} ({second.split}): {told}")
 
 
@@ -106,10 +106,11 @@ def _print_near(console: Console, inspection: Inspection, config: InspectionConf
     console.print()
     _line(
         console,
-        f"{len(inspection.owners):,} names in all; {shared:,} are in several datasets, each then one category. "
-        "Nothing else is joined unless you rename it.",
+        f"{len(inspection.owners):,} names in all, {shared:,} of them in several datasets, each then one category. "
+        "No others are joined unless you rename them.",
     )
-    by = f"spelling or meaning ({config.text.source}, similarity {config.near:.2f} or more)"
+    reads = f"{BUNDLED}, which reads English" if config.text.source == BUNDLED else config.text.source
+    by = f"spelling or meaning ({reads}; similarity {config.near:.2f} or more)"
     if inspection.text_fault is not None:
         _line(console, f"Names are compared by spelling alone: {' '.join(inspection.text_fault.split())}")
         by = "spelling"
@@ -117,6 +118,7 @@ def _print_near(console: Console, inspection: Inspection, config: InspectionConf
         _line(
             console, f"The similarities at which names are told were found with {BUNDLED}; --set near=... sets another."
         )
+    by += "" if inspection.sights is None else f" or by sight ({inspection.sights.model})"
     if not inspection.near:
         _line(console, f"No {'other ' if inspection.doubts else ''}names are near in {by}.")
         return
@@ -154,10 +156,11 @@ def _print_coverage(console: Console, coverage: Coverage, verbose: bool) -> None
         _print_matrix(console, coverage, shown)
         if len(telling) > len(shown):
             _line(console, f"    and {len(telling) - len(shown):,} more (--verbose)")
+    several = set(telling)
     _heading(console, "Names of one dataset alone:" if shown else "No two datasets have a name in common:")
     for dataset in coverage.datasets:
         alone = [
-            name for name in coverage.names if name not in telling and coverage.cell(dataset, name).boxes is not None
+            name for name in coverage.names if name not in several and coverage.cell(dataset, name).boxes is not None
         ]
         if alone:
             _line(console, f"    {dataset}: {_some(alone, verbose)}")

@@ -32,7 +32,7 @@ from metr.text.cache import cache_root
 logger = logging.getLogger(__name__)
 
 # Changes whenever a reader gives something else for the same files.
-READER_VERSION = 2
+READER_VERSION = 3
 
 # Outdated indices are removed after this time, in seconds: other processes may still use them.
 _KEPT = 7 * 24 * 3600

@@ -23,8 +23,9 @@ def repeat_factors(annotations: Annotations, threshold: float) -> Float[np.ndarr
     """
     with_category = np.zeros(len(annotations.categories), dtype=np.int64)
     for pictures, categories in _objects(annotations):
-        pairs = np.unique(pictures * len(with_category) + categories)
-        with_category += np.bincount(pairs % max(1, len(with_category)), minlength=len(with_category))
+        shown = np.zeros((np.ptp(pictures) + 1 if len(pictures) else 0, len(with_category)), dtype=bool)
+        shown[pictures - pictures.min(initial=len(annotations)), categories] = True
+        with_category += shown.sum(axis=0)
     frequency = np.maximum(with_category, 1) / max(1, len(annotations))
     of_category = np.maximum(1.0, np.sqrt(threshold / frequency))
     factors = np.ones(len(annotations))

@@ -108,8 +108,8 @@ def _by_context(one: DatasetFacts, two: DatasetFacts, field: _Fields | None, far
     if field is None or field.common >= _ONE_FIELD:
         return []
     if field.closeness is None:
-        lone = [facts.name for facts in (one, two) if len(facts.names) <= _CONTEXT]
-        return [f"{' and '.join(lone)} has no other names to judge by"] if lone else []
+        lone = [facts.name for facts in (one, two) if len(facts.names) == 1]
+        return [f"no other name to judge by in {' and '.join(lone)}"] if lone else []
     if field.closeness < far:
         return [f"the other names are far apart in meaning ({field.closeness:.2f}, below {far:.2f})"]
     return []

@@ -88,9 +88,10 @@ def _told(source: DetectionSource, coverage: Coverage) -> list[str]:
     number = len(source.categories)
     lines = [f"  # {pictures} pictures; {number:,} name{'s' if number > 1 else ''}"]
     hinted = coverage.hinted(source.name)
-    if hinted:
-        more = f" and {len(hinted) - _TOLD} more" if len(hinted) > _TOLD else ""
-        lines.append(f"  # perhaps standing there unlabelled: {', '.join(name for name, _ in hinted[:_TOLD])}{more}")
+    for name, cell in hinted[:_TOLD]:
+        lines.append(f"  # perhaps standing there unlabelled: {name} ({'; '.join(hint.why for hint in cell.hints)})")
+    if len(hinted) > _TOLD:
+        lines.append(f"  # and {len(hinted) - _TOLD} more")
     return lines
 
 
@@ -123,7 +124,7 @@ def _splits(source: DetectionSource) -> list[str]:
     for split in (TRAIN, VAL, TEST):
         meant = [name for name in own if canonical_split(name) == split]
         if split in source.splits and meant:
-            taken[split] = max(meant, key=lambda name, split=split: (name == split, name))
+            taken[split] = split if split in meant else max(meant)
     # a part that was held out by chance is no split of the dataset's own
     return [f"    # splits: {_flow(taken)}"] if taken.keys() == source.splits.keys() else []
 

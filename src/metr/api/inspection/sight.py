@@ -175,7 +175,7 @@ class Look:
                 name=name,
                 pictures=len(scores),
                 of=self.pictures,
-                example=max(scores, key=lambda path, scores=scores: scores[path]),
+                example=max(scores, key=scores.__getitem__),
             )
             for name, scores in most
         ]

@@ -38,6 +38,7 @@ class CocoCategory(msgspec.Struct):
     id: Id
     name: str
     supercategory: str | None = None
+    synset: str | None = None
 
 
 class CocoImage(msgspec.Struct, gc=False):

@@ -148,7 +148,7 @@ def there(path: Path, kind: Callable[[Path], bool] = Path.exists) -> bool:
 
 
 def expanded(path: str | Path) -> Path:
-    """A path with the home folder in place of `~`; as it is where there is no such user, with whom pathlib breaks off."""
+    """A path with the home folder in place of `~`; as it is where there is no such user, on whom pathlib breaks off."""
     return Path(os.path.expanduser(path))  # noqa: PTH111
 
 

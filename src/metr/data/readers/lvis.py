@@ -3,9 +3,10 @@
 A category is annotated in a picture where it has boxes or is listed in `neg_category_ids` (none is there), unless it is
 listed in `not_exhaustive_category_ids` (some are left unboxed). Of all others nothing is known.
 
-Names are words: `aerosol_can` is read as `aerosol can`, `bow_(weapon)` as `bow (weapon)`, because the text encoder
-reads them, and other datasets write them so. Synonyms, definitions and frequencies are left out. Pictures are COCO's:
-named by `file_name`, or by the end of `coco_url`, which tells whether one lies in `train2017` or `val2017`.
+LVIS's own names (those with a synset) are words: `aerosol_can` is read as `aerosol can`, `bow_(weapon)` as
+`bow (weapon)`, because the text encoder reads them, and other datasets write them so. Synonyms, definitions and
+frequencies are left out. Pictures are COCO's: named by `file_name`, or by the end of `coco_url`, which tells whether one
+lies in `train2017` or `val2017`.
 """
 
 import re
@@ -53,8 +54,9 @@ class LvisReader(CocoVariant):
         return tuple(dict.fromkeys(filter(None, (image.file_name, tail))))
 
     def category_name(self, category: CocoCategory) -> str:
-        """The name in words."""
-        return plain_name(category.name.replace("_", " ")) or f"category {category.id}"
+        """The name; in words where it is one of LVIS's own, which carry a synset."""
+        name = category.name if category.synset is None else category.name.replace("_", " ")
+        return plain_name(name) or f"category {category.id}"
 
     def annotated(
         self, image: CocoImage, labels: Int[np.ndarray, "m"], numbers: Mapping[Id, int]
