@@ -5,8 +5,8 @@ listed in `not_exhaustive_category_ids` (some are left unboxed). Of all others n
 
 LVIS's own names (those with a synset) are words: `aerosol_can` is read as `aerosol can`, `bow_(weapon)` as
 `bow (weapon)`, because the text encoder reads them, and other datasets write them so. Synonyms, definitions and
-frequencies are left out. Pictures are COCO's: named by `file_name`, or by the end of `coco_url`, which tells whether one
-lies in `train2017` or `val2017`.
+frequencies are left out. Pictures are COCO's: named by `file_name`, or by the end of `coco_url`, which tells whether
+one lies in `train2017` or `val2017`.
 """
 
 import re
