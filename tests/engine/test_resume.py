@@ -214,3 +214,11 @@ def test_logging_goes_on_after_resuming(tmp_path: Path, caplog: pytest.LogCaptur
     with caplog.at_level(logging.INFO):
         run(tmp_path, "run", steps=3, resume=True)
     assert "going on after step 2" in caplog.text
+
+
+def test_names_are_drawn_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    few = {"steps": 4, "names": 2, "evaluate_every": 0}
+    run(tmp_path, "whole", **few)
+    run(tmp_path, "parts", **few, stop=2)
+    run(tmp_path, "parts", **few, resume=True)
+    assert_same(tmp_path / "whole", tmp_path / "parts")

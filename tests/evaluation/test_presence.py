@@ -23,3 +23,10 @@ def test_batches_add_up() -> None:
 def test_nothing_present_has_no_recall() -> None:
     result = presence_recall(torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.bool), (1,))
     assert result.shares == {1: None}
+
+
+def test_what_was_not_shortlisted_is_kept_by_no_number() -> None:
+    logits = torch.tensor([[1.0, -torch.inf, 2.0, -torch.inf]])
+    result = presence_recall(logits, torch.tensor([[True, True, False, False]]), (1, 2, 3, 4))
+    assert result.hits == {1: 0, 2: 1, 3: 1, 4: 1}
+    assert result.pairs == 2

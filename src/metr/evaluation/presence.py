@@ -37,10 +37,12 @@ def presence_recall(
     """Counts which categories that are present stand among the most likely ones.
 
     Args:
-        logits: Presence logits of the last extraction block; of equal ones the earlier row comes first.
+        logits: Presence logits of the last extraction block; of equal ones the earlier row comes first. What is at -inf
+            was not shortlisted, and is kept by no number.
         present: Where a category is annotated and has an object.
         kept: The numbers of categories to keep.
     """
     order = logits.argsort(dim=1, descending=True, stable=True)
     rank = order.argsort(dim=1)[present]
-    return PresenceRecall(pairs=rank.numel(), hits={k: int((rank < k).sum()) for k in kept})
+    possible = ~logits[present].isneginf()
+    return PresenceRecall(pairs=rank.numel(), hits={k: int((possible & (rank < k)).sum()) for k in kept})
