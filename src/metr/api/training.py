@@ -76,14 +76,16 @@ def train(
 def training_parts(joint: JointData, recipe: RunConfig, console: Console) -> TrainingParts:
     """Network, criterion, loader and the rest of the checkpoint, made from data and recipe."""
     if recipe.foreign == "teacher" and not recipe.train.ema.enabled:
-        what, hint = "the teacher is the average of the weights, which is off", "set train.ema.enabled, or foreign=ignore"
-        raise ConfigError(what, where="foreign", hint=hint)
+        what = "the teacher is the average of the weights, which is off"
+        raise ConfigError(what, where="foreign", hint="set train.ema.enabled=true, or foreign=ignore")
     encoder = TextEncoder(recipe.text)
     with console.status("embedding the names"):
         embeddings = encoder.embed(joint.vocabulary)
     encoder.release()
     seed_everything(recipe.train.loop.seed)
     network = Detector(recipe.model, encoder.width)
+    if recipe.model.categories.whitening and len(embeddings) > 1:
+        network.category_extraction.whiten(embeddings, recipe.model.categories.whitening)
     datasets = joint.training(recipe.augmentation, recipe.foreign)
     mixed = recipe.loader.with_base_mixture(joint.mixture(recipe.loader.base_mixture))
     checkpoint = Checkpoint(

@@ -11,7 +11,7 @@ from metr.layers.mlp import FeedForward
 from metr.models.config import CategoryConfig
 from metr.models.heads import AgreementHead
 from metr.models.shortlist import Shortlist, Shortlisted
-from metr.models.text_projection import ProjectedText, autocast_dtype
+from metr.models.text_projection import ProjectedText, autocast_dtype, whitening_projection
 from metr.structures import Categories, Memory, Targets
 
 
@@ -84,6 +84,13 @@ class CategoryExtraction(nn.Module):
             shortlist=rows,
             shortlist_logits=None if shortlisted is None else shortlisted.logits,
         )
+
+    @torch.no_grad()
+    def whiten(self, text: Float[Tensor, "v t"], ridge: float) -> None:
+        """Starts the text projection where these names are told apart best; for a network that has not learnt yet."""
+        weight, bias = whitening_projection(text, self.projection.out_features, ridge)
+        self.projection.weight.copy_(weight)
+        self.projection.bias.copy_(bias)
 
     @torch.no_grad()
     def project(self, text: Float[Tensor, "v t"], earlier: ProjectedText | None = None) -> ProjectedText:

@@ -48,6 +48,9 @@ class CategoryConfig(Config):
     shortlist: int = Field(0, ge=0)
     """Most names an image that category extraction looks at, where there are more: chosen by a few dot products a name.
     0 builds no shortlist, and extraction looks at all names."""
+    whitening: float = Field(0.0, ge=0)
+    """Ridge, in mean variances, of the whitening by which the text projection starts, so that names which the language
+    model takes for nearly the same are told apart from the first step. 0: it starts at random."""
     prior: float = Field(0.02, gt=0, lt=1)
     """Share of categories that are present, where training starts."""
 
@@ -56,8 +59,8 @@ class QueryConfig(Config):
     """Class-specific queries: how many, and how they are shared out among the kept categories."""
 
     layout: Literal["budget", "uniform", "shared"] = "uniform"
-    """`uniform`: every kept category has the same count, and places of its own. `budget`: the likelier pairs of category
-    and place have more. `shared`: the same places for every category, as the authors."""
+    """`uniform`: every kept category has the same count, and places of its own. `budget`: the likelier pairs of
+    category and place have more. `shared`: the same places for every category, as the authors."""
     number: int = Field(300, ge=1)
     """Q, queries an image, whatever the vocabulary."""
     floor: int = Field(5, ge=0)
