@@ -42,9 +42,9 @@ class Targets(_Movable):
     """What is known of one image.
 
     `labels` and `ignore_labels` are rows of the text embeddings that the network is given. `annotated[v]` is True where
-    "no box" means "none there"; elsewhere it is unknown and gives no loss, unless `presumed_absent[v]` says that none is
-    taken to be there: nobody looked, so it teaches what images may contain, not what boxes hold. Crowds and group-of
-    boxes are `ignore_boxes`: neither objects to find nor mistakes to find.
+    "no box" means "none there"; elsewhere it is unknown and gives no loss, unless `presumed_absent[v]` says that none
+    is taken to be there. Nobody looked, then: it teaches what images may contain, not what boxes hold. Crowds and
+    group-of boxes are `ignore_boxes`: neither objects to find nor mistakes to find.
     """
 
     boxes: Float[Tensor, "m 4"]

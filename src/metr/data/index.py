@@ -20,8 +20,9 @@ from metr.errors import DataError
 # Changes whenever the columns do: indices of other versions are built again.
 VERSION = 2
 
-# Pictures that are held as objects while an index is built.
-_PIECE = 4096
+# Pictures that are held as objects while an index is built, and the rows of one piece of its file. Opening reads a
+# page of each piece from the disk, so millions of pictures should be a few hundred pieces.
+_PIECE = 16_384
 
 _BOX = pa.struct(
     [
