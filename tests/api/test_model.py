@@ -55,7 +55,7 @@ def test_it_knows_every_name_of_every_dataset(model: METR) -> None:
     assert model.names == ALL_NAMES
     assert model.vocabulary.datasets == NAMES
     assert model.checkpoint.training["step"] == 3
-    assert model.checkpoint.training["foreign"] == "ignore"
+    assert model.checkpoint.training["foreign"] == "assume_absent"
     assert not model.network.training
 
 

@@ -94,12 +94,12 @@ def test_resuming_with_a_network_of_another_size_is_refused(tiny_run: TinyRun, t
 def test_resuming_nothing_starts_afresh_and_says_so(
     tiny_run: TinyRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    recipe = load_recipe("nano", tiny_run.recipe, ["train.loop.steps=1", "foreign=assume_absent"])
+    recipe = load_recipe("nano", tiny_run.recipe, ["train.loop.steps=1", "foreign=ignore"])
     with caplog.at_level("INFO"):
         assert train(tiny_run.data[:1], tmp_path / "run", recipe, resume=True).step == 1
     assert f"nothing to resume in {tmp_path / 'run'}: training starts afresh" in caplog.text
     # how foreign categories were treated stays with the weights
-    assert load_checkpoint(tmp_path / "run").training["foreign"] == "assume_absent"
+    assert load_checkpoint(tmp_path / "run").training["foreign"] == "ignore"
 
 
 def test_stopped_in_the_last_evaluation_it_is_not_done(

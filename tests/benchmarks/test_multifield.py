@@ -52,7 +52,7 @@ def test_it_writes_settings_numbers_and_pictures(
         name: name != "coco_mini" for name in multifield.FIELDS
     }
     assert set(report["confusion"]["fields"]) == set(multifield.FIELDS.values())
-    assert report["foreign"] == "ignore"
+    assert report["foreign"] == "assume_absent"
     assert all(math.isfinite(mean["ap"]) for mean in report["mean"].values())
     page = (results / "multifield-trial.md").read_text()
     assert "4 images seen in 2 steps" in page

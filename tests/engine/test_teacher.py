@@ -65,7 +65,9 @@ def target_of(boxes: Sequence[Sequence[float]] = (), labels: Sequence[int] = ())
 
 
 def taught(target: Targets, presence: Sequence[float], answers: Sequence[Answer], **config: float) -> Targets:
-    teacher = Teacher(TeacherConfig(**config), FOREIGN)
+    teacher = Teacher(
+        TeacherConfig(**{"absent_below": 0.1, "present_above": 0.5, "object_above": 0.5} | config), FOREIGN
+    )
     (found,) = teacher(Average(presence, answers), batch_of(target), torch.eye(WORDS))
     return found
 

@@ -55,11 +55,11 @@ class EmaConfig(Config):
 class TeacherConfig(Config):
     """When the average of the weights is believed about categories that an image's dataset does not annotate."""
 
-    absent_below: Share = 0.1
+    absent_below: Share = 0.5
     """Presence probability under which a category counts as absent."""
-    present_above: Share = 0.5
+    present_above: Share = 0.9
     """Presence probability over which its detections may count as objects."""
-    object_above: Share = 0.5
+    object_above: Share = 0.6
     """Score over which such a detection counts as an object."""
     objects: PositiveCount = 20
     """Most detections an image that are looked at."""
