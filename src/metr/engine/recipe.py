@@ -30,9 +30,9 @@ class RunConfig(Config):
     augmentation: AugmentationConfig = AugmentationConfig()
     loader: LoaderConfig = LoaderConfig()
     foreign: Foreign = "assume_absent"
-    """What is made of a category that an image's dataset does not annotate. `ignore`: nothing. `assume_absent`: category
-    extraction learns that it is not there; boxes of it are still no mistakes. `teacher`: as the average of the weights
-    clearly says (`train.teacher`), otherwise nothing."""
+    """What is made of a category that an image's dataset does not annotate. `ignore`: nothing. `assume_absent`:
+    category extraction learns that it is not there; boxes of it are still no mistakes. `teacher`: as the average of the
+    weights clearly says (`train.teacher`), otherwise nothing."""
     train: TrainConfig = TrainConfig()
     inference: InferenceConfig = InferenceConfig()
 
