@@ -30,7 +30,12 @@ def assignment(key: str, value: object) -> str:
 
 DEFAULTS = dict(leaves(RunConfig().model_dump(mode="json")))
 # numbers whose neighbours are not allowed
-NARROW = {"model.queries.floor": 7, "model.backbone.freeze_stages": 2, "augmentation.crop_aspect": 2.0}
+NARROW = {
+    "model.queries.floor": 7,
+    "model.backbone.freeze_stages": 2,
+    "model.categories.shortlist": 64,
+    "augmentation.crop_aspect": 2.0,
+}
 NUMBERS = {key: value for key, value in DEFAULTS.items() if type(value) in {int, float}}
 
 
