@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 from einops import rearrange, repeat
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
@@ -43,23 +43,16 @@ PRIOR = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClosedSetOutput:
-    """A logit for each label and query; layer 0 is the proposals. `categories` keeps every label."""
+class ClosedSetOutput(DetectorOutput):
+    """METR's answers with each query's best label, and beside them what every label's are.
 
-    every_logits: Float[Tensor, "r b q c"]
-    every_boxes: Float[Tensor, "r b q 4"]
-    categories: Categories
-    denoising: tuple[Float[Tensor, "r b n c"], Float[Tensor, "r b n 4"], DenoisingPlan] | None
+    Layer 0 of `every_logits` and `every_boxes` is the proposals. `denoised` are logits, boxes and plan of the denoising
+    queries.
+    """
 
-    @property
-    def logits(self) -> Float[Tensor, "r b q c"]:
-        """Those of the decoder."""
-        return self.every_logits[1:]
-
-    @property
-    def boxes(self) -> Float[Tensor, "r b q 4"]:
-        """Those of the decoder."""
-        return self.every_boxes[1:]
+    every_logits: Float[Tensor, "j b q c"]
+    every_boxes: Float[Tensor, "j b q 4"]
+    denoised: tuple[Tensor, Tensor, DenoisingPlan] | None
 
 
 class ClassHead(nn.Linear):
@@ -124,11 +117,19 @@ class ClosedSetDetector(nn.Module):
             noised = replace(noised, group=torch.where(noised.valid, noised.group // len(self.name_of_label), -1))
             answers = self.decoder(_joined(queries, noised), memory, categories)
             denoised = (answers.logits[:, :, self.number :], answers.boxes[:, :, self.number :], plan)
+        every_logits = torch.cat([logits.unsqueeze(0), answers.logits[:, :, : self.number]])
+        every_boxes = torch.cat([boxes.unsqueeze(0), answers.boxes[:, :, : self.number]])
+        best = every_logits.amax(-1)
         output = ClosedSetOutput(
-            every_logits=torch.cat([logits.unsqueeze(0), answers.logits[:, :, : self.number]]),
-            every_boxes=torch.cat([boxes.unsqueeze(0), answers.boxes[:, :, : self.number]]),
+            logits=best[1:],
+            boxes=every_boxes[1:],
+            slot=queries.slot,
+            valid=queries.valid,
             categories=categories,
-            denoising=denoised,
+            proposals=_proposed(best[0], boxes, queries.slot, queries.valid),
+            every_logits=every_logits,
+            every_boxes=every_boxes,
+            denoised=denoised,
         )
         return output if self.training else self._as_answers(output, text)
 
@@ -164,7 +165,7 @@ class ClosedSetDetector(nn.Module):
 
     def _as_answers(self, output: ClosedSetOutput, text: Float[Tensor, "v t"]) -> DetectorOutput:
         """The best pairs of query and name as METR's answers; a name is present as far as its best query says."""
-        logits = output.logits[-1]
+        logits = output.every_logits[-1]
         of_names = logits.new_full((*logits.shape[:2], text.shape[1]), -torch.inf)
         of_names = of_names.scatter_reduce(2, self.name_of_label.expand_as(logits), logits, "amax")
         asked = of_names[..., text.argmax(1)]
@@ -186,7 +187,7 @@ class ClosedSetDetector(nn.Module):
             slot=slot,
             valid=valid,
             categories=categories,
-            proposals=Proposals(logits=best, boxes=boxes, place=query, slot=slot, rank=slot, valid=valid),
+            proposals=_proposed(best, boxes, slot, valid),
         )
 
 
@@ -203,8 +204,8 @@ class ClosedSetCriterion(SetCriterion):
         target[matches.layer, matches.image, matches.query] = matches.target
         answers = _questions(output.every_logits, output.every_boxes, target, truth)
         terms = self._proposals_and_decoder(answers, truth, truth.objects.clamp(min=1).float())
-        if output.denoising is not None:
-            logits, boxes, plan = output.denoising
+        if output.denoised is not None:
+            logits, boxes, plan = output.denoised
             wanted = plan.target.where(plan.positive & plan.valid, NOTHING).expand(logits.shape[:3])
             copies = _questions(logits, boxes, wanted, truth, asked=plan.valid)
             copied = (wanted[0] != NOTHING).sum().clamp(min=1).float()
@@ -234,6 +235,13 @@ class ClosedSetCriterion(SetCriterion):
             query=torch.cat([query for _, _, query, _ in found]).to(device),
             target=torch.cat([index for _, _, _, index in found]).to(device),
         )
+
+
+def _proposed(
+    logits: Float[Tensor, "b q"], boxes: Float[Tensor, "b q 4"], slot: Int[Tensor, "b q"], valid: Bool[Tensor, "b q"]
+) -> Proposals:
+    """Proposals of which nobody will ask for place and rank."""
+    return Proposals(logits=logits, boxes=boxes, place=slot, slot=slot, rank=slot, valid=valid)
 
 
 def concatenated(vocabulary: Vocabulary) -> tuple[Vocabulary, tuple[str, ...]]:
