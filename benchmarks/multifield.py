@@ -14,6 +14,7 @@ are not run again, so several processes may share the work. The profile `compari
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ from metr.errors import DataError, MetrError
 from metr.evaluation.evaluator import EvaluationConfig, EvaluationReport
 from metr.evaluation.report import as_dict, as_markdown
 from metr.inference.visualize import contact_sheet, draw_detections, save_picture
-from multifield_arms import ARMS, REPORT, Task, run_arm
+from multifield_arms import ARMS, REPORT, ArmResult, Task, run_arm
 from multifield_comparison import as_markdown as compared
 from multifield_comparison import best_joint, draw_bars
 
@@ -117,17 +118,47 @@ def run(settings: Settings, console: Console) -> dict[str, Any] | None:
 def compare(settings: Settings, console: Console) -> dict[str, Any] | None:
     """Runs the arms that are asked for, and writes what all finished ones found; None where one was interrupted."""
     data, began_with, recipe = _data(settings), commit(), _recipe(settings)
+    tasks = {
+        arm: Task(data=data, out=settings.out / arm, recipe=recipe, judged=JUDGED, console=console) for arm in ARMS
+    }
     for arm in settings.arms:
-        task = Task(data=data, out=settings.out / arm, recipe=recipe, judged=JUDGED, console=console)
-        if run_arm(arm, task) is None:
+        if run_arm(arm, tasks[arm]) is None:
             console.print("to go on, give the same command again")
             return None
-    there = [arm for arm in ARMS if (settings.out / arm / REPORT).is_file()]
-    tasks = {
-        arm: Task(data=data, out=settings.out / arm, recipe=recipe, judged=JUDGED, console=console) for arm in there
+    finished = [arm for arm in ARMS if (tasks[arm].out / REPORT).is_file()]
+    results = [result for arm in finished if (result := run_arm(arm, tasks[arm])) is not None]
+    written = _circumstances(settings, recipe, began_with) | {"arms": {one.arm: _arm(one) for one in results}}
+    _write_comparison(settings, written, results)
+    if (best := best_joint(results)) is not None:
+        _draw_page(settings, data, settings.out / best.arm / "last")
+    console.print(compared(results), markup=False, soft_wrap=True)
+    return written
+
+
+def _arm(result: ArmResult) -> dict[str, Any]:
+    return {
+        "images_seen": result.images_seen,
+        "training_seconds": result.training_seconds,
+        "report": as_dict(result.report),
     }
-    results = [result for arm, task in tasks.items() if (result := run_arm(arm, task)) is not None]
-    written = {
+
+
+def _write_comparison(settings: Settings, written: dict[str, Any], results: Sequence[ArmResult]) -> None:
+    settings.results.mkdir(parents=True, exist_ok=True)
+    stem = settings.results / _stem(settings)
+    stem.with_suffix(".json").write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    facts = (
+        f"Profile `{written['profile']}`, {written['hardware']}, torch {written['torch']}, seed {written['seed']}, "
+        f"commit {written['commit']}."
+    )
+    page = f"# MultiField: {settings.profile}\n\n{facts}\n\n{compared(results)}"
+    stem.with_suffix(".md").write_text(page, encoding="utf-8")
+    draw_bars(results, settings.results / f"{_stem(settings)}-bars.png")
+
+
+def _circumstances(settings: Settings, recipe: RunConfig, began_with: str) -> dict[str, Any]:
+    """On what, from what and how a result was made."""
+    return {
         "benchmark": "multifield",
         "profile": settings.profile,
         "hardware": hardware(resolved_device("auto")),
@@ -135,26 +166,7 @@ def compare(settings: Settings, console: Console) -> dict[str, Any] | None:
         "commit": began_with,
         "seed": recipe.train.loop.seed,
         "settings": recipe.model_dump(mode="json"),
-        "arms": {
-            result.arm: {
-                "images_seen": result.images_seen,
-                "training_seconds": result.training_seconds,
-                "report": as_dict(result.report),
-            }
-            for result in results
-        },
     }
-    settings.results.mkdir(parents=True, exist_ok=True)
-    stem = settings.results / _stem(settings)
-    stem.with_suffix(".json").write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    facts = f"Profile `{settings.profile}`, {written['hardware']}, torch {torch.__version__}, seed {written['seed']}, "
-    page = f"# MultiField: {settings.profile}\n\n{facts}commit {began_with}.\n\n{compared(results)}"
-    stem.with_suffix(".md").write_text(page, encoding="utf-8")
-    draw_bars(results, settings.results / f"{_stem(settings)}-bars.png")
-    if (best := best_joint(results)) is not None:
-        _draw_page(settings, data, settings.out / best.arm / "last")
-    console.print(compared(results), markup=False, soft_wrap=True)
-    return written
 
 
 def _recipe(settings: Settings) -> RunConfig:
@@ -196,18 +208,11 @@ def _result(settings: Settings, recipe: RunConfig, report: EvaluationReport, beg
     trained = load_checkpoint(settings.out / "last").training
     training = max(float(record.get("seconds", 0.0)) for record in records)
     evaluating = sum(float(record.get("evaluation_seconds", 0.0)) for record in records)
-    return {
-        "benchmark": "multifield",
-        "profile": settings.profile,
-        "hardware": hardware(resolved_device("auto")),
-        "torch": torch.__version__,
-        "commit": began_with,
-        "seed": recipe.train.loop.seed,
+    return _circumstances(settings, recipe, began_with) | {
         "steps": trained["step"],
         "images_seen": trained["images"],
         "training_seconds": round(training),
         "wall_seconds": round(training + evaluating),
-        "settings": recipe.model_dump(mode="json"),
         "report": as_dict(report),
     }
 
