@@ -36,7 +36,7 @@ check: .venv/.ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(PYTEST)
+	$(MAKE) --no-print-directory test
 
 format: .venv/.ready
 	$(BIN)/ruff format .

@@ -20,6 +20,7 @@ from metr.losses.classification import focal_cost
 from metr.losses.criterion import SetCriterion
 from metr.losses.truth import NOTHING, Answers, Truth
 from metr.models.backbones import build_backbone
+from metr.models.class_queries import side_by_side
 from metr.models.config import DetectorConfig
 from metr.models.decoder import Decoder
 from metr.models.denoising import Denoising
@@ -115,7 +116,7 @@ class ClosedSetDetector(nn.Module):
             noised, plan = self.denoising(targets, categories)
             # one group a version of the objects, whatever their labels
             noised = replace(noised, group=torch.where(noised.valid, noised.group // len(self.name_of_label), -1))
-            answers = self.decoder(_joined(queries, noised), memory, categories)
+            answers = self.decoder(side_by_side(queries, noised), memory, categories)
             denoised = (answers.logits[:, :, self.number :], answers.boxes[:, :, self.number :], plan)
         every_logits = torch.cat([logits.unsqueeze(0), answers.logits[:, :, : self.number]])
         every_boxes = torch.cat([boxes.unsqueeze(0), answers.boxes[:, :, : self.number]])
@@ -282,14 +283,4 @@ def _questions(
         boxes=repeat(boxes, "r b q x -> r b (q c) x", c=labels).float(),
         category=rearrange(category, "b q c -> b (q c)"),
         target=rearrange(stands, "r b q c -> r b (q c)"),
-    )
-
-
-def _joined(first: Queries, second: Queries) -> Queries:
-    return Queries(
-        content=torch.cat([first.content, second.content], dim=1),
-        reference_boxes=torch.cat([first.reference_boxes, second.reference_boxes], dim=1),
-        slot=torch.cat([torch.zeros_like(first.slot), second.slot], dim=1),
-        group=torch.cat([first.group, second.group], dim=1),
-        valid=torch.cat([first.valid, second.valid], dim=1),
     )

@@ -54,6 +54,11 @@ class Targets(_Movable):
     ignore_labels: Int[Tensor, "i"]
     presumed_absent: Bool[Tensor, "v"] | None = None
 
+    @property
+    def presumed(self) -> Bool[Tensor, "v"]:
+        """`presumed_absent`; of nothing, where it is not given."""
+        return torch.zeros_like(self.annotated) if self.presumed_absent is None else self.presumed_absent
+
 
 @dataclass(frozen=True, kw_only=True)
 class Batch(_Movable):

@@ -35,8 +35,7 @@ def test_index_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     metr = result["metr"]
     assert (metr["source"]["images"], metr["source"]["boxes"]) == (850, 12_500)
     assert (metr["build"]["format"], metr["open"]["reused"]) == ("objects365", True)
-    # the kernel counts pages in batches: a peak read later may be a few of them lower
-    assert metr["build"]["peak_bytes"] >= 0.99 * metr["build"]["peak_bytes_before"] > 0
+    assert metr["build"]["peak_bytes"] >= metr["build"]["peak_bytes_before"] > 0
     assert len(metr["workers"]["beyond_empty_bytes"]) == 2
     # nothing is left but the result
     assert [path.name for path in tmp_path.iterdir()] == ["results"]

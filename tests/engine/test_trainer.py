@@ -140,9 +140,9 @@ def test_what_a_run_leaves_behind(tmp_path: Path) -> None:
 
     best = load_checkpoint(run)
     assert states_equal(best.weights, evaluate.networks[1]), "the average is evaluated, and saved"
-    passes = {name: pytest.approx(12 * share / 5, abs=2) for name, share in (("cells", 0.5), ("fish", 0.5))}
+    # twelve draws of two datasets of five pictures
+    passes = {"cells": 1.0, "fish": 1.4}
     assert best.training == {"step": 6, "images": 12, "passes": passes, "metrics": {"AP": 2.0}}
-    assert 5 * sum(best.training["passes"].values()) == pytest.approx(12)
 
 
 def test_the_best_stays_the_best(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ class PackedTargets:
             labels=torch.cat([target.labels for target in targets]).numpy(),
             counts=tuple(len(target.labels) for target in targets),
             annotated=torch.stack([target.annotated for target in targets]).numpy(),
-            presumed_absent=torch.stack([_presumed_absent(target) for target in targets]).numpy(),
+            presumed_absent=torch.stack([target.presumed for target in targets]).numpy(),
             ignore_boxes=torch.cat([target.ignore_boxes for target in targets]).numpy(),
             ignore_labels=torch.cat([target.ignore_labels for target in targets]).numpy(),
             ignore_counts=tuple(len(target.ignore_labels) for target in targets),
@@ -141,10 +141,6 @@ def padding_mask(sizes: Sequence[tuple[int, int]], height: int, width: int) -> B
     below = torch.arange(height) >= limits[:, :1]
     right = torch.arange(width) >= limits[:, 1:]
     return below.unsqueeze(2) | right.unsqueeze(1)
-
-
-def _presumed_absent(target: Targets) -> Bool[Tensor, "v"]:
-    return torch.zeros_like(target.annotated) if target.presumed_absent is None else target.presumed_absent
 
 
 def _pack(examples: Sequence[Example], multiple: int) -> PackedBatch:

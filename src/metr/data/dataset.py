@@ -69,9 +69,10 @@ class DetectionDataset(Dataset[Example | Missing]):
     def __init__(
         self, annotations: Annotations, vocabulary: Vocabulary, transforms: Transforms, foreign: Foreign = "ignore"
     ) -> None:
-        self.annotations, self.transforms, self.foreign = annotations, transforms, foreign
+        self.annotations, self.transforms = annotations, transforms
         self.rows = vocabulary.rows(annotations.name)
         self.annotated = vocabulary.annotated(annotations.name)
+        self.presumed_absent = ~self.annotated & (foreign == "assume_absent")
 
     @property
     def name(self) -> str:
@@ -129,7 +130,7 @@ class DetectionDataset(Dataset[Example | Missing]):
             annotated=self._annotated(record),
             ignore_boxes=boxes[ignore],
             ignore_labels=labels[ignore],
-            presumed_absent=~self.annotated if self.foreign == "assume_absent" else torch.zeros_like(self.annotated),
+            presumed_absent=self.presumed_absent,
         )
 
     def _annotated(self, record: ImageRecord) -> Bool[Tensor, "v"]:

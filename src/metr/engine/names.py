@@ -33,11 +33,10 @@ def choose_names(targets: Sequence[Targets], limit: int, generator: torch.Genera
     words, device = annotated.shape[1], annotated.device
     if not 0 < limit < words:
         return torch.arange(words, device=device)
-    present, presumed = torch.zeros_like(annotated[0]), torch.zeros_like(annotated)
+    presumed = torch.stack([target.presumed for target in targets])
+    present = torch.zeros_like(annotated[0])
     for image, target in enumerate(targets):
         present[target.labels] = True
-        if target.presumed_absent is not None:
-            presumed[image] = target.presumed_absent
         # of what only ignored boxes show, nothing is asked
         annotated[image, target.ignore_labels] = False
         presumed[image, target.ignore_labels] = False
@@ -75,5 +74,5 @@ def _narrowed(target: Targets, rows: Int[Tensor, "n"]) -> Targets:
         annotated=target.annotated[rows],
         ignore_boxes=target.ignore_boxes[ignored],
         ignore_labels=ignore_labels[ignored],
-        presumed_absent=None if target.presumed_absent is None else target.presumed_absent[rows],
+        presumed_absent=target.presumed[rows],
     )

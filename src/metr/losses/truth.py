@@ -33,10 +33,9 @@ class Truth:
     def of(targets: Sequence[Targets]) -> "Truth":
         """Pads the targets of the batch's images."""
         annotated = torch.stack([target.annotated for target in targets])
-        present, absent = torch.zeros_like(annotated), annotated.clone()
+        present = torch.zeros_like(annotated)
+        absent = annotated | torch.stack([target.presumed for target in targets])
         for image, target in enumerate(targets):
-            if target.presumed_absent is not None:
-                absent[image] |= target.presumed_absent
             # ignored boxes alone: a crowd, or the sliver that a crop left of an object
             absent[image, target.ignore_labels] = False
             absent[image, target.labels] = False

@@ -36,7 +36,7 @@ def _with_truth(scores: Float[Tensor, "b v"], targets: Sequence[Targets], foreig
     present = torch.stack([_present(target, scores.shape[1]) for target in targets])
     allowed = torch.stack([target.annotated for target in targets]) | present
     if foreign_slots:
-        foreign = torch.stack([_presumed_absent(target) for target in targets]) & ~allowed
+        foreign = torch.stack([target.presumed for target in targets]) & ~allowed
         allowed = allowed | _best(scores.masked_fill(~foreign, -torch.inf), foreign_slots)
     # names that were not shortlisted are at -inf, and stay there
     lowest = scores.masked_fill(scores.isneginf(), torch.inf).amin(dim=1, keepdim=True)
@@ -48,10 +48,6 @@ def _best(scores: Float[Tensor, "b v"], number: int) -> Bool[Tensor, "b v"]:
     """Where each row's `number` highest finite scores are."""
     best, index = scores.topk(min(number, scores.shape[1]), dim=1)
     return torch.zeros_like(scores, dtype=torch.bool).scatter(1, index, best > -torch.inf)
-
-
-def _presumed_absent(target: Targets) -> Bool[Tensor, "v"]:
-    return torch.zeros_like(target.annotated) if target.presumed_absent is None else target.presumed_absent
 
 
 def _present(target: Targets, words: int) -> Bool[Tensor, "v"]:

@@ -1,5 +1,7 @@
 """Class-specific queries: each looks for one category, from one place."""
 
+from dataclasses import replace
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -40,3 +42,15 @@ def token_of(categories: Categories, slot: Tensor) -> Float[Tensor, "b q d"]:
     """The refined token of the category in each query's slot."""
     kept = categories.kept_tokens
     return kept.gather(1, slot.unsqueeze(-1).expand(-1, -1, kept.shape[-1]))
+
+
+def side_by_side(first: Queries, second: Queries) -> Queries:
+    """Two sets of queries side by side."""
+    return replace(
+        first,
+        content=torch.cat([first.content, second.content], dim=1),
+        reference_boxes=torch.cat([first.reference_boxes, second.reference_boxes], dim=1),
+        slot=torch.cat([first.slot, second.slot], dim=1),
+        group=torch.cat([first.group, second.group], dim=1),
+        valid=torch.cat([first.valid, second.valid], dim=1),
+    )

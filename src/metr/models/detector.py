@@ -1,16 +1,14 @@
 """The network: images and category texts in, one answer a query out."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from metr.models.backbones import build_backbone
 from metr.models.category_extraction import CategoryExtraction
 from metr.models.category_selection import select_categories
-from metr.models.class_queries import ClassQueries
+from metr.models.class_queries import ClassQueries, side_by_side
 from metr.models.config import DetectorConfig
 from metr.models.decoder import Decoder
 from metr.models.denoising import Denoising
@@ -101,18 +99,6 @@ class Detector(nn.Module):
             return *self.decoder(queries, memory, categories), None
         noised, plan = self.denoising(targets, categories)
         number = queries.slot.shape[1]
-        logits, boxes = self.decoder(_joined(queries, noised), memory, categories)
+        logits, boxes = self.decoder(side_by_side(queries, noised), memory, categories)
         denoised = DenoisingOutput(logits=logits[..., number:], boxes=boxes[:, :, number:], plan=plan)
         return logits[..., :number], boxes[:, :, :number], denoised
-
-
-def _joined(first: Queries, second: Queries) -> Queries:
-    """Two sets of queries side by side."""
-    return replace(
-        first,
-        content=torch.cat([first.content, second.content], dim=1),
-        reference_boxes=torch.cat([first.reference_boxes, second.reference_boxes], dim=1),
-        slot=torch.cat([first.slot, second.slot], dim=1),
-        group=torch.cat([first.group, second.group], dim=1),
-        valid=torch.cat([first.valid, second.valid], dim=1),
-    )

@@ -75,6 +75,6 @@ def _asked_first(logits: Float[Tensor, "b v"], targets: Sequence[Targets]) -> Fl
     present, asked = (torch.zeros_like(logits, dtype=torch.bool) for _ in range(2))
     for image, target in enumerate(targets):
         present[image, target.labels] = True
-        asked[image] = target.annotated if target.presumed_absent is None else target.annotated | target.presumed_absent
+        asked[image] = target.annotated | target.presumed
     ahead = logits.amax(dim=1, keepdim=True) - logits.amin(dim=1, keepdim=True) + 1
     return (logits + ahead * present).masked_fill(~(asked | present), -torch.inf)
