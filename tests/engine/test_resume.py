@@ -152,7 +152,7 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(
 
 
 def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
-    trainer = Trainer(make_parts(tmp_path), make_config(50), tmp_path / "run")
+    trainer, before = Trainer(make_parts(tmp_path), make_config(50), tmp_path / "run"), signal.getsignal(signal.SIGINT)
     StopsAt(trainer, 2)
     trainer.plain_network.register_forward_hook(
         lambda *_: signal.raise_signal(signal.SIGINT) if trainer._interrupts.requested else None
@@ -160,8 +160,8 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         trainer.fit()
     assert not (tmp_path / "run" / "state").exists()
-    with pytest.raises(KeyboardInterrupt):
-        signal.raise_signal(signal.SIGINT)
+    # whatever it was: where tests run in the background, Ctrl-C is ignored
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_ctrl_c_breaks_an_evaluation_off_and_resuming_makes_up_for_it(
