@@ -139,6 +139,7 @@ def _arm(result: ArmResult) -> dict[str, Any]:
     return {
         "images_seen": result.images_seen,
         "training_seconds": result.training_seconds,
+        "commit": result.commit,
         "report": as_dict(result.report),
     }
 

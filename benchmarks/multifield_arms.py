@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 
 from closed_set import ClosedSetCriterion, ClosedSetDetector, concatenated
+from machine import commit
 from metr.api.datasets import JointData, open_joint
 from metr.api.evaluation import Judge, evaluate_run, show
 from metr.api.training import train
@@ -50,12 +51,13 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class ArmResult:
-    """What an arm found, and what it took: pictures seen, seconds of training steps."""
+    """What an arm found, and what it took: pictures seen, seconds of training steps; `commit` is what it began with."""
 
     arm: str
     report: EvaluationReport
     images_seen: int
     training_seconds: float
+    commit: str
 
 
 def run_arm(arm: str, task: Task) -> ArmResult | None:
@@ -63,16 +65,19 @@ def run_arm(arm: str, task: Task) -> ArmResult | None:
     stored = task.out / REPORT
     if not stored.is_file():
         task.console.rule(arm)
+        began_with = commit()
         report = _TRAINED.get(arm, partial(_joint, arm))(task)
         if report is None:
             return None
-        stored.write_text(json.dumps(as_dict(report) | _taken(task.out)), encoding="utf-8")
+        told = as_dict(report) | _taken(task.out) | {"commit": began_with}
+        stored.write_text(json.dumps(told), encoding="utf-8")
     values = json.loads(stored.read_text(encoding="utf-8"))
     return ArmResult(
         arm=arm,
         report=from_dict(values, where=stored),
         images_seen=values["images_seen"],
         training_seconds=values["training_seconds"],
+        commit=values["commit"],
     )
 
 
