@@ -27,7 +27,8 @@ def small_backbone(channels: Sequence[int] = (8, 16, 24)) -> BackboneConfig:
 
 
 def small_config(*, encoder: str = "deformable", kept: int = 4, denoising: int = 20, **queries: Any) -> DetectorConfig:
-    """A network that runs in milliseconds."""
+    """A network that runs in milliseconds; a plain encoder comes with the conditional decoder."""
+    decoder = "conditional" if encoder == "plain" else "deformable"
     return DetectorConfig(
         width=32,
         backbone=small_backbone(),
@@ -35,7 +36,7 @@ def small_config(*, encoder: str = "deformable", kept: int = 4, denoising: int =
         categories=CategoryConfig(blocks=2, heads=4, feed_forward=32, kept=kept),
         queries=QueryConfig(**{"number": 24, "floor": 2, "ceiling": 12, "layout": "uniform"} | queries),
         denoising=DenoisingConfig(number=denoising),
-        decoder=DecoderConfig(layers=2, heads=4, feed_forward=32),
+        decoder=DecoderConfig(kind=decoder, layers=2, heads=4, feed_forward=32),
     )
 
 

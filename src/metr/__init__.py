@@ -9,11 +9,14 @@ model.detect("street.jpg", ["traffic cone", "bicycle"])
 
 from typing import TYPE_CHECKING
 
+from metr.registration import register_backbone
+
 if TYPE_CHECKING:
     from metr.api.model import METR as METR
 
 __version__ = "0.1.0"
 __all__ = ["METR", "__version__"]
+register_backbone()
 
 
 def __getattr__(name: str) -> object:

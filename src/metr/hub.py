@@ -26,7 +26,7 @@ def loading(source: str) -> Iterator[None]:
         ModelError: the model cannot be had, or is not what was asked for.
     """
     try:
-        with _quiet():
+        with quiet():
             yield
     except _FAILURES as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -35,7 +35,8 @@ def loading(source: str) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
+    """Keeps the progress bars and warnings of transformers back."""
     log: Any = transformers_logging  # partly without types
     verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()

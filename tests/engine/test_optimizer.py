@@ -7,8 +7,11 @@ import torch
 from torch import nn
 
 from metr.engine.config import OptimizerConfig
+from metr.engine.freezing import backbone_stages
 from metr.engine.optimizer import build_optimizer, parameter_groups, set_learning_rates
 from metr.errors import ModelError
+
+from small import small_detector
 
 
 class Parts(nn.Module):
@@ -100,3 +103,30 @@ def test_a_backbone_without_a_rate_is_frozen() -> None:
 def test_nothing_to_train_is_an_error() -> None:
     with pytest.raises(ModelError, match="no parameter of the network can be trained"):
         build_optimizer(Parts().requires_grad_(False), OptimizerConfig())
+
+
+def test_rates_fall_with_depth() -> None:
+    network = small_detector()
+    config = OptimizerConfig(learning_rate=1e-3, backbone_multiplier=0.5, layer_decay=0.5)
+    of = {name: (part, rate) for name, (part, rate, _) in groups_by_name(network, config).items()}
+    stages = len(backbone_stages(network.backbone)) - 1
+    for name, (part, rate) in of.items():
+        if name.startswith("backbone.network.encoder.stages."):
+            below = stages + 1 - int(name.split(".")[4])
+            assert (part, rate) == ("backbone", pytest.approx(1e-3 * 0.5 * 0.5**below)), name
+        elif name.startswith("backbone."):
+            assert (part, rate) == ("backbone", pytest.approx(1e-3 * 0.5 * 0.5 ** (stages + 2))), name
+        elif name.startswith("encoder."):
+            assert (part, rate) == ("encoder", pytest.approx(5e-4)), name
+        else:
+            assert (part, rate) == ("rest", 1e-3), name
+    assert {part for part, _ in of.values()} == {"backbone", "encoder", "rest"}
+    # what is logged is the highest rate of each part
+    rates = set_learning_rates(build_optimizer(network, config), 0.1)
+    assert rates == {
+        "backbone": pytest.approx(1e-4 * 0.5 * 0.25),
+        "encoder": pytest.approx(5e-5),
+        "rest": pytest.approx(1e-4),
+    }
+    plain = groups_by_name(network, config.model_copy(update={"layer_decay": 1.0}))
+    assert {part for part, *_ in plain.values()} == {"backbone", "rest"}

@@ -14,6 +14,7 @@ from small import small_config, small_detector, targets_of
 
 TEXT = torch.nn.functional.normalize(torch.randn(9, 24, generator=torch.Generator().manual_seed(1)), dim=-1)
 LAYOUTS = ["budget", "uniform", "shared"]
+FAMILIES = ["deformable", "hybrid", "plain"]
 NO_MASK = torch.zeros(1, 64, 96, dtype=torch.bool)
 
 
@@ -25,7 +26,7 @@ def mask_of(number: int) -> Tensor:
     return NO_MASK.expand(number, -1, -1)
 
 
-@pytest.mark.parametrize("encoder", ["deformable", "hybrid"])
+@pytest.mark.parametrize("encoder", FAMILIES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
 def test_batch_invariance(layout: str, encoder: str) -> None:
@@ -42,17 +43,19 @@ def test_batch_invariance(layout: str, encoder: str) -> None:
         assert torch.equal(alone.categories.ids[0], both.categories.ids[index])
 
 
+@pytest.mark.parametrize("encoder", ["deformable", "plain"])
 @torch.no_grad()
-def test_padding_invariance_of_deformable_encoder_and_decoder() -> None:
-    """From the projected features on, padding to a larger shape changes nothing."""
+def test_padding_invariance_from_projected_features_on(encoder: str) -> None:
+    """Padding to a larger shape changes nothing, whatever lies there."""
     from metr.models.encoders.pyramid import flatten
 
-    config = small_config(encoder="deformable")
+    config = small_config(encoder=encoder)
     detector = small_detector(config).eval()
     shapes, wider = [(8, 12), (4, 6), (2, 3)], [(12, 16), (6, 8), (3, 4)]
-    maps = [torch.randn(1, config.width, *shape) for shape in shapes]
+    levels = slice(0, 1) if encoder == "plain" else slice(None)
+    maps = [torch.randn(1, config.width, *shape) for shape in shapes[levels]]
     padded = []
-    for level, (height, width) in zip(maps, wider, strict=True):
+    for level, (height, width) in zip(maps, wider[levels], strict=True):
         larger = torch.randn(1, config.width, height, width)
         larger[..., : level.shape[2], : level.shape[3]] = level
         padded.append(larger)
@@ -61,7 +64,8 @@ def test_padding_invariance_of_deformable_encoder_and_decoder() -> None:
     large_mask[:, :64, :96] = False
     answers = []
     for levels, mask in ((maps, small_mask), (padded, large_mask)):
-        memory = detector.encoder.refine(flatten(levels, mask), mask)
+        start = flatten(levels, mask)
+        memory = detector.encoder.refine(start) if encoder == "plain" else detector.encoder.refine(start, mask)
         categories = detector.category_extraction(memory, TEXT)
         proposals, places = detector.proposals(memory, categories)
         queries = detector.class_queries(proposals, places, categories)
@@ -70,10 +74,11 @@ def test_padding_invariance_of_deformable_encoder_and_decoder() -> None:
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("encoder", ["deformable", "plain"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @torch.no_grad()
-def test_permuting_the_vocabulary_permutes_the_answers(layout: str) -> None:
-    detector = small_detector(small_config(layout=layout)).eval()
+def test_permuting_the_vocabulary_permutes_the_answers(layout: str, encoder: str) -> None:
+    detector = small_detector(small_config(layout=layout, encoder=encoder)).eval()
     order = torch.randperm(len(TEXT))
     plain = detector(pictures(1), mask_of(1), TEXT)
     permuted = detector(pictures(1), mask_of(1), TEXT[order])
@@ -99,12 +104,13 @@ def test_other_names_do_not_change_a_categorys_presence() -> None:
     torch.testing.assert_close(all_names.presence_logits[:, :, :3], some.presence_logits, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("encoder", ["deformable", "plain"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_parameter_gets_a_gradient_without_any_box(layout: str) -> None:
+def test_every_parameter_gets_a_gradient_without_any_box(layout: str, encoder: str) -> None:
     from metr.losses.config import CriterionConfig
     from metr.losses.criterion import SetCriterion
 
-    detector = small_detector(small_config(layout=layout)).train()
+    detector = small_detector(small_config(layout=layout, encoder=encoder)).train()
     targets = [targets_of([], [], words=9), targets_of([], [], words=9)]
     output = detector(pictures(2), mask_of(2), TEXT, targets)
     SetCriterion(CriterionConfig())(output, targets).total.backward()
@@ -133,9 +139,10 @@ def test_inference_takes_any_list_of_names() -> None:
         assert int(output.categories.ids.max()) < words
 
 
+@pytest.mark.parametrize("encoder", ["deformable", "plain"])
 @torch.no_grad()
-def test_more_slots_than_places_and_tiny_pictures() -> None:
-    detector = small_detector(small_config(number=500, ceiling=100)).eval()
+def test_more_slots_than_places_and_tiny_pictures(encoder: str) -> None:
+    detector = small_detector(small_config(number=500, ceiling=100, encoder=encoder)).eval()
     output = detector(pictures(1, 32, 32), torch.zeros(1, 32, 32, dtype=torch.bool), TEXT)
     assert output.boxes.isfinite().all()
 
@@ -186,11 +193,12 @@ def test_denoising_plan_keeps_its_promises() -> None:
     assert valid.sum() <= 30
 
 
-def test_denoising_does_not_change_the_other_answers() -> None:
-    detector = small_detector(small_config(denoising=30)).eval()
+@pytest.mark.parametrize("encoder", ["deformable", "plain"])
+def test_denoising_does_not_change_the_other_answers(encoder: str) -> None:
+    detector = small_detector(small_config(denoising=30, encoder=encoder)).eval()
     target = targets_of([[0.3, 0.3, 0.2, 0.2]], [1], words=9)
     with_it = detector(pictures(1), mask_of(1), TEXT, [target])
-    bare = small_detector(small_config(denoising=0)).eval()
+    bare = small_detector(small_config(denoising=0, encoder=encoder)).eval()
     bare.load_state_dict(detector.state_dict(), strict=False)
     without = bare(pictures(1), mask_of(1), TEXT, [target])
     torch.testing.assert_close(with_it.logits, without.logits, atol=1e-5, rtol=0)

@@ -1,4 +1,4 @@
-"""Encoders against transformers' Deformable DETR and RT-DETR with the same weights."""
+"""Encoders against transformers' DETR, Deformable DETR and RT-DETR with the same weights."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -8,8 +8,9 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, group_norm
-from transformers import DeformableDetrConfig, RTDetrConfig
+from transformers import DeformableDetrConfig, DetrConfig, RTDetrConfig
 from transformers.models.deformable_detr.modeling_deformable_detr import DeformableDetrEncoder
+from transformers.models.detr.modeling_detr import DetrEncoder, DetrSinePositionEmbedding
 from transformers.models.rt_detr.modeling_rt_detr import RTDetrConvNormLayer, RTDetrCSPRepLayer, RTDetrHybridEncoder
 
 from metr.layers.position_encoding import grid_encoding
@@ -17,6 +18,7 @@ from metr.models.config import EncoderConfig
 from metr.models.encoders import build_encoder
 from metr.models.encoders.deformable import DeformableEncoder, reference_points
 from metr.models.encoders.hybrid import ConvNorm, Fusion, HybridEncoder
+from metr.models.encoders.plain import PlainEncoder
 from metr.models.encoders.pyramid import Projection, flatten, level_mask, valid_ratio
 
 WIDTH, HEADS, HIDDEN = 16, 4, 24
@@ -181,6 +183,56 @@ def test_reference_points_equal_transformers() -> None:
     torch.testing.assert_close(reference_points(memory), expected)
 
 
+# Plain
+
+
+def plain_pair() -> tuple[PlainEncoder, DetrEncoder]:
+    """Our encoder, and transformers' with the weights of our layers."""
+    ours = PlainEncoder(CHANNELS, WIDTH, encoder_config("plain"))
+    stir(ours)
+    config = DetrConfig(
+        d_model=WIDTH,
+        encoder_layers=2,
+        encoder_attention_heads=HEADS,
+        encoder_ffn_dim=HIDDEN,
+        dropout=0.0,
+        activation_dropout=0.0,
+    )
+    theirs = DetrEncoder(config)
+    for own, other in zip(ours.layers, theirs.layers, strict=True):
+        pairs = [
+            (other.self_attn.q_proj, own.attention.query),
+            (other.self_attn.k_proj, own.attention.key),
+            (other.self_attn.v_proj, own.attention.value),
+            (other.self_attn.o_proj, own.attention.out),
+            (other.self_attn_layer_norm, own.norm),
+            (other.mlp.fc1, own.feed_forward.widen),
+            (other.mlp.fc2, own.feed_forward.narrow),
+            (other.final_layer_norm, own.feed_forward.norm),
+        ]
+        for target, source in pairs:
+            target.load_state_dict(source.state_dict())
+    return ours, theirs
+
+
+def test_plain_equals_detr() -> None:
+    ours, theirs = plain_pair()
+    features = maps_of(CHANNELS)
+    mask = level_mask(padding(), SHAPES[-1])
+    positions = DetrSinePositionEmbedding(WIDTH // 2, normalize=True)(
+        features[-1].shape, torch.device("cpu"), torch.float32, mask=~mask
+    )
+    expected = theirs(
+        inputs_embeds=rearrange(ours.projection(features[-1]), "b d h w -> b (h w) d"),
+        attention_mask=rearrange(~mask, "b h w -> b (h w)"),
+        spatial_position_embeddings=rearrange(positions, "b d h w -> b (h w) d"),
+    ).last_hidden_state
+    memory = ours(features, padding())
+    assert memory.level_shapes == SHAPES[-1:]
+    torch.testing.assert_close(memory.tokens, expected, atol=1e-5, rtol=1e-5)
+    same_gradients(memory.tokens, expected, features[-1:])
+
+
 # Hybrid
 
 
@@ -282,12 +334,12 @@ def test_hybrid_takes_maps_of_odd_sides(size: tuple[int, int]) -> None:
     assert memory.tokens.isfinite().all()
 
 
-@pytest.mark.parametrize("kind", ["deformable", "hybrid"])
+@pytest.mark.parametrize("kind", ["deformable", "hybrid", "plain"])
 def test_a_picture_of_one_pixel_has_a_cell_on_every_level(kind: str) -> None:
     encoder = build_encoder(CHANNELS, WIDTH, encoder_config(kind)).eval()
     mask = torch.ones(2, 64, 96, dtype=torch.bool)
     mask[:, :1, :1] = False
     memory = encoder(maps_of(CHANNELS), mask)
     assert memory.tokens.isfinite().all()
-    assert (~memory.padding_mask).sum(1).tolist() == [3, 3]
-    torch.testing.assert_close(memory.valid_ratios[0, 2], torch.tensor([1 / 3, 1 / 2]))
+    assert (~memory.padding_mask).sum(1).tolist() == [encoder.levels] * 2
+    torch.testing.assert_close(memory.valid_ratios[0, -1], torch.tensor([1 / 3, 1 / 2]))

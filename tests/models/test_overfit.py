@@ -12,7 +12,8 @@ from metr.structures import Targets
 
 from small import TEXT_WIDTH, small_config, small_detector, targets_of
 
-SIZE, STEPS, RATE = 96, 180, 3e-3
+SIZE, STEPS = 96, 180
+RATES = {"deformable": 3e-3, "hybrid": 3e-3, "plain": 2e-3}  # full attention wants a lower one
 COLOURS = torch.tensor([[1.0, 0.1, 0.1], [0.1, 0.9, 0.1], [0.2, 0.2, 1.0]])
 WORDS = 4  # rectangle, ellipse, triangle, and one that is nowhere
 Scene = list[tuple[int, list[float]]]
@@ -39,8 +40,9 @@ def picture(scene: Scene) -> Tensor:
 
 def learn(detector: Detector, images: Tensor, text: Tensor, targets: list[Targets], loss: str) -> None:
     criterion = SetCriterion(CriterionConfig(classification=loss))
-    optimizer = torch.optim.AdamW(detector.parameters(), lr=RATE)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS, pct_start=0.1)
+    rate = RATES[detector.config.encoder.kind]
+    optimizer = torch.optim.AdamW(detector.parameters(), lr=rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=STEPS, pct_start=0.1)
     mask = torch.zeros(len(images), SIZE, SIZE, dtype=torch.bool)
     for _ in range(STEPS):
         optimizer.zero_grad()
@@ -53,7 +55,7 @@ def learn(detector: Detector, images: Tensor, text: Tensor, targets: list[Target
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "encoder", "loss"),
-    [("budget", "deformable", "focal"), ("uniform", "hybrid", "quality")],
+    [("budget", "deformable", "focal"), ("uniform", "hybrid", "quality"), ("uniform", "plain", "focal")],
 )
 def test_overfits_four_images(layout: str, encoder: str, loss: str) -> None:
     """Each object is found once, by a query of its category, and nothing else is found."""

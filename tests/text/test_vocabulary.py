@@ -120,3 +120,13 @@ def test_empty_names_of_a_dataset_are_refused() -> None:
 def test_a_damaged_file_is_explained(change: dict[str, object], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         Vocabulary.from_dict(Vocabulary.union({"zoo": ZOO}).to_dict() | change)
+
+
+def test_an_extended_vocabulary_keeps_its_rows() -> None:
+    old = Vocabulary.union({"sea": ["fish", "crab"], "wood": ["bear"]}, {"sea": {"crab": "a crab on sand"}})
+    more = Vocabulary.union({"zoo": ["bear", "lion"], "wood": ["deer"]}, {"zoo": {"lion": "a lion"}})
+    both = old.extended(more)
+    assert both.names == ("fish", "crab", "bear", "lion", "deer")
+    assert both.datasets == {"sea": ("fish", "crab"), "wood": ("deer",), "zoo": ("bear", "lion")}
+    assert both.prompts == {"crab": "a crab on sand", "lion": "a lion"}
+    assert old.extended(old) == old

@@ -1,7 +1,9 @@
 """From the arguments of a command to datasets with one vocabulary."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import torch
 
 from metr.data.config import AugmentationConfig, BaseMixture
 from metr.data.dataset import DetectionDataset, Foreign
@@ -14,16 +16,36 @@ from metr.text.vocabulary import Vocabulary
 
 @dataclass(frozen=True, kw_only=True)
 class JointData:
-    """Several datasets, and the vocabulary that holds every name of each."""
+    """Several datasets, and a vocabulary that holds every name of each.
+
+    The vocabulary may hold more: names that none of these datasets annotates. `chosen` are parts of training splits, by
+    dataset, that take the place of the whole.
+    """
 
     sources: tuple[DetectionSource, ...]
     vocabulary: Vocabulary
+    chosen: Mapping[str, Annotations] = field(default_factory=dict)
+
+    def train_split(self, source: DetectionSource) -> Annotations:
+        """What of a dataset is trained on.
+
+        Raises:
+            DataError: it has no such split.
+        """
+        return self.chosen[source.name] if source.name in self.chosen else source.split("train")
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """Training pictures of each dataset, by name."""
+        return {source.name: len(self.train_split(source)) for source in self.sources}
 
     def training(self, augmentation: AugmentationConfig, foreign: Foreign) -> list[DetectionDataset]:
         """The training splits, augmented."""
-        transforms = build_transforms(augmentation, training=True)
+        transforms, words = build_transforms(augmentation, training=True), self.vocabulary
+        # a name that no dataset here annotates would only ever be absent, and what was known of it be lost
+        told_of = torch.stack([words.annotated(source.name) for source in self.sources]).any(0)
         return [
-            DetectionDataset(source.split("train"), self.vocabulary, transforms, foreign) for source in self.sources
+            DetectionDataset(self.train_split(source), words, transforms, foreign, told_of) for source in self.sources
         ]
 
     def mixture(self, base: BaseMixture) -> BaseMixture:
@@ -31,8 +53,7 @@ class JointData:
         weights = {source.name: source.spec.weight for source in self.sources}
         if all(weight == 1 for weight in weights.values()):
             return base
-        lengths = {source.name: len(source.split("train")) for source in self.sources}
-        shares = mixture_weights(lengths, base)
+        shares = mixture_weights(self.lengths, base)
         return {name: shares[name] * weight for name, weight in weights.items()}
 
     def evaluation(self, split: str | None = None) -> dict[str, Annotations]:
@@ -51,8 +72,16 @@ def open_joint(data: Sequence[str]) -> JointData:
         ConfigError: a list of datasets has an unknown key, or names two datasets alike.
     """
     sources = tuple(open_dataset(spec) for spec in parse_data_arguments(data))
+    return JointData(sources=sources, vocabulary=vocabulary_of(sources))
+
+
+def vocabulary_of(sources: Sequence[DetectionSource]) -> Vocabulary:
+    """The names of several datasets, joined.
+
+    Raises:
+        DataError: two of them give one name different prompts.
+    """
     prompts: Mapping[str, Mapping[str, str]] = {
         source.name: source.spec.prompts for source in sources if source.spec.prompts
     }
-    vocabulary = Vocabulary.union({source.name: source.categories for source in sources}, prompts)
-    return JointData(sources=sources, vocabulary=vocabulary)
+    return Vocabulary.union({source.name: source.categories for source in sources}, prompts)

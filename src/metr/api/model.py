@@ -75,6 +75,33 @@ class METR:
         load_weights(network, checkpoint.weights, where=folder, hint=hint)
         return cls(network.to(place), checkpoint, folder)
 
+    @classmethod
+    def from_detector(
+        cls,
+        source: str | Path,
+        names: Sequence[str] | Vocabulary | None = None,
+        *,
+        text: TextEncoderConfig | None = None,
+        device: str | torch.device = "auto",
+    ) -> "METR":
+        """A METR that starts from the weights of another detector; what has to do with names starts afresh.
+
+        Args:
+            source: A folder of transformers (Deformable DETR, RT-DETR, D-FINE), or a `.pth` file of IDEA-Research's
+                DINO or of METR's authors. Nothing in it is executed.
+            names: What it is to know; by default the detector's labels.
+            text: The text encoder; by default the bundled one.
+            device: Where the network goes.
+
+        Raises:
+            CheckpointError: a file is missing, damaged, or would have to run code.
+            ConfigError: the detector names nothing and no names are given, or a name is empty or given twice.
+            ModelError: METR has no counterpart of the detector, or the text encoder cannot be loaded.
+        """
+        from metr.api.transfer import from_detector
+
+        return from_detector(source, names, text=text, device=device)[0]
+
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
         """Writes a checkpoint folder that `from_pretrained` reads.
 

@@ -1,6 +1,6 @@
 """The verb train: many datasets, one detector."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -11,7 +11,9 @@ from metr.api.datasets import JointData, open_joint
 from metr.api.evaluation import Judge, show
 from metr.config import Config
 from metr.data.loading import build_train_loader
+from metr.data.records import Annotations
 from metr.engine.checkpoint import CONFIG, Checkpoint, load_checkpoint
+from metr.engine.finetune_recipe import RECIPE, left_to_finetuning
 from metr.engine.folders import RunFolder, existing_folder
 from metr.engine.random_state import seed_everything
 from metr.engine.recipe import RunConfig
@@ -25,6 +27,7 @@ from metr.losses.criterion import SetCriterion
 from metr.models.config import DetectorConfig
 from metr.models.detector import Detector
 from metr.text.encoder import TextEncoder
+from metr.text.vocabulary import Vocabulary
 
 
 def train(
@@ -49,16 +52,43 @@ def train(
     Raises:
         MetrError: data, configuration or the run folder do not fit; the message says what and where.
     """
-    console, run = console or Console(quiet=True), RunFolder(out)
-    check_place(run, resume)
+    console = console or Console(quiet=True)
+    check_place(RunFolder(out), resume)
     joint = open_joint(data)
     parts = training_parts(joint, recipe, console)
+    return fit(parts, joint.evaluation(), recipe, out, resume=resume, console=console, judged=judged)
+
+
+def fit(
+    parts: TrainingParts,
+    sets: Mapping[str, Annotations],
+    recipe: RunConfig,
+    out: Path,
+    *,
+    resume: bool,
+    console: Console,
+    judged: EvaluationConfig | None = None,
+) -> Outcome:
+    """Trains what is put together already.
+
+    Args:
+        parts: Network, criterion, loader and the rest of the checkpoint.
+        sets: What is evaluated on during training, by dataset.
+        recipe: The whole configuration, shown and saved.
+        out: The run folder.
+        resume: Go on where the run in `out` stopped.
+        console: Where progress is shown.
+        judged: How evaluations during training are made; own names by default.
+
+    Raises:
+        MetrError: the run folder does not fit; the message says what and where.
+    """
     if resume:
-        _check_same(run, parts.checkpoint)
+        _check_same(RunFolder(out), parts.checkpoint)
     judge = Judge(
-        joint.vocabulary,
+        parts.checkpoint.vocabulary,
         parts.checkpoint.text_embeddings,
-        joint.evaluation(),
+        sets,
         recipe.augmentation.resize,
         recipe.inference.batch_size,
         judged or _quick_evaluation(recipe.inference),
@@ -75,9 +105,7 @@ def train(
 
 def training_parts(joint: JointData, recipe: RunConfig, console: Console) -> TrainingParts:
     """Network, criterion, loader and the rest of the checkpoint, made from data and recipe."""
-    if recipe.foreign == "teacher" and not recipe.train.ema.enabled:
-        what = "the teacher is the average of the weights, which is off"
-        raise ConfigError(what, where="foreign", hint="set train.ema.enabled=true, or foreign=ignore")
+    check_teacher(recipe)
     encoder = TextEncoder(recipe.text)
     with console.status("embedding the names"):
         embeddings = encoder.embed(joint.vocabulary)
@@ -89,25 +117,37 @@ def training_parts(joint: JointData, recipe: RunConfig, console: Console) -> Tra
     datasets = joint.training(recipe.augmentation, recipe.foreign)
     mixed = recipe.loader.with_base_mixture(joint.mixture(recipe.loader.base_mixture))
     checkpoint = Checkpoint(
-        model=_rebuildable(recipe.model, network),
+        model=rebuildable(recipe.model, network),
         vocabulary=joint.vocabulary,
         text_embeddings=embeddings,
-        text_encoder=_plain(encoder.pinned_config) | {"identity": encoder.identity},
-        preprocessing=_plain(recipe.augmentation.resize),
-        training={"foreign": recipe.foreign},
+        text_encoder=plain(encoder.pinned_config) | {"identity": encoder.identity},
+        preprocessing=plain(recipe.augmentation.resize),
+        training={"foreign": recipe.foreign, RECIPE: left_to_finetuning(recipe)},
     )
     return TrainingParts(
         network=network,
         criterion=SetCriterion(recipe.criterion),
         loader=partial(build_train_loader, datasets, mixed),
         checkpoint=checkpoint,
-        teacher=_teacher(joint, recipe) if recipe.foreign == "teacher" else None,
+        teacher=teacher_of(joint.vocabulary, recipe),
     )
 
 
-def _teacher(joint: JointData, recipe: RunConfig) -> Teacher:
-    """The average's say in the categories that each dataset does not annotate."""
-    vocabulary = joint.vocabulary
+def check_teacher(recipe: RunConfig) -> None:
+    """Whether there is a teacher where one is asked for.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if recipe.foreign == "teacher" and not recipe.train.ema.enabled:
+        what = "the teacher is the average of the weights, which is off"
+        raise ConfigError(what, where="foreign", hint="set train.ema.enabled=true, or foreign=ignore")
+
+
+def teacher_of(vocabulary: Vocabulary, recipe: RunConfig) -> Teacher | None:
+    """The average's say in the categories that each dataset does not annotate, where it has one."""
+    if recipe.foreign != "teacher":
+        return None
     return Teacher(recipe.train.teacher, {name: ~vocabulary.annotated(name) for name in vocabulary.datasets})
 
 
@@ -136,10 +176,11 @@ def _check_same(run: RunFolder, checkpoint: Checkpoint) -> None:
         raise ConfigError(f"the run has the text encoder {before_encoder}, not {encoder}", where=run.path, hint=hint)
 
 
-def _rebuildable(config: DetectorConfig, network: Detector) -> DetectorConfig:
+def rebuildable(config: DetectorConfig, network: Detector) -> DetectorConfig:
     """The configuration with which the network is built again without fetching its backbone's first weights."""
     return config.model_copy(update={"backbone": network.backbone.config})
 
 
-def _plain(config: Config) -> dict[str, object]:
+def plain(config: Config) -> dict[str, object]:
+    """A configuration as the plain values of a checkpoint."""
     return config.model_dump(mode="json")

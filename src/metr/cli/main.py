@@ -13,8 +13,10 @@ import metr
 from metr.cli.demo import demo
 from metr.cli.detect import detect
 from metr.cli.evaluate import evaluate
+from metr.cli.finetune import finetune
 from metr.cli.inspect import inspect
 from metr.cli.train import train
+from metr.cli.transfer import transfer
 from metr.errors import MetrError
 
 app = typer.Typer(
@@ -25,7 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for verb in (inspect, train, evaluate, detect, demo):
+for verb in (inspect, train, finetune, evaluate, detect, transfer, demo):
     app.command()(verb)
 
 

@@ -64,15 +64,24 @@ class DetectionDataset(Dataset[Example | Missing]):
         transforms: Resize and augment.
         foreign: What a category means that the dataset does not annotate: "assume_absent" takes it that none is there;
             otherwise nothing is known of it.
+        told_of: The names that some dataset beside it annotates; of all others, which nothing shows, nothing is known.
+            By default every name.
     """
 
     def __init__(
-        self, annotations: Annotations, vocabulary: Vocabulary, transforms: Transforms, foreign: Foreign = "ignore"
+        self,
+        annotations: Annotations,
+        vocabulary: Vocabulary,
+        transforms: Transforms,
+        foreign: Foreign = "ignore",
+        told_of: Bool[Tensor, "v"] | None = None,
     ) -> None:
         self.annotations, self.transforms = annotations, transforms
         self.rows = vocabulary.rows(annotations.name)
         self.annotated = vocabulary.annotated(annotations.name)
         self.presumed_absent = ~self.annotated & (foreign == "assume_absent")
+        if told_of is not None:
+            self.presumed_absent &= told_of
 
     @property
     def name(self) -> str:

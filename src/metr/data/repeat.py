@@ -22,20 +22,20 @@ def repeat_factors(annotations: Annotations, threshold: float) -> Float[np.ndarr
         threshold: The share of pictures below which a category counts as rare, 0..1.
     """
     with_category = np.zeros(len(annotations.categories), dtype=np.int64)
-    for pictures, categories in _objects(annotations):
+    for pictures, categories in objects_of(annotations):
         shown = np.zeros((np.ptp(pictures) + 1 if len(pictures) else 0, len(with_category)), dtype=bool)
         shown[pictures - pictures.min(initial=len(annotations)), categories] = True
         with_category += shown.sum(axis=0)
     frequency = np.maximum(with_category, 1) / max(1, len(annotations))
     of_category = np.maximum(1.0, np.sqrt(threshold / frequency))
     factors = np.ones(len(annotations))
-    for pictures, categories in _objects(annotations):
+    for pictures, categories in objects_of(annotations):
         np.maximum.at(factors, pictures, of_category[categories])
     return factors
 
 
-def _objects(annotations: Annotations) -> Iterator[_Objects]:
-    """Picture and category of every object, in pieces."""
+def objects_of(annotations: Annotations) -> Iterator[_Objects]:
+    """Picture and category of every object, in pieces, in the order of the pictures; ignored boxes are no objects."""
     if isinstance(annotations, AnnotationIndex):
         yield from annotations.objects()
         return

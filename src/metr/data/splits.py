@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
 
 from metr.errors import DataError, did_you_mean
 
@@ -78,12 +78,16 @@ def hold_out(keys: Sequence[str], *, seed: int = 0, share: float = HELD_OUT) -> 
     A picture's place in the order depends on its key and the seed alone, so adding pictures hardly changes the others.
     At least one of two or more is held out.
     """
-    digests = [hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=8).digest() for key in keys]
-    order = np.argsort(np.array([int.from_bytes(digest, "big") for digest in digests], dtype=np.uint64), kind="stable")
     held = np.zeros(len(keys), dtype=bool)
     if len(keys) > 1:
-        held[order[: max(1, round(share * len(keys)))]] = True
+        held[seeded_order(keys, seed=seed)[: max(1, round(share * len(keys)))]] = True
     return held
+
+
+def seeded_order(keys: Sequence[str], *, seed: int = 0) -> Int[np.ndarray, "n"]:
+    """The numbers of the pictures in an order that is decided by each one's key and the seed alone."""
+    digests = [hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=8).digest() for key in keys]
+    return np.argsort(np.array([int.from_bytes(digest, "big") for digest in digests], dtype=np.uint64), kind="stable")
 
 
 def _chosen(names: Sequence[str], own: Sequence[str], where: object) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ class Checkpoint:
 
     `weights` are by the keys of the network's state; `text_embeddings` are the vocabulary's rows. `text_encoder` and
     `preprocessing` are plain values (JSON) that their owners understand: what made the embeddings, and how a picture
-    becomes the network's input. `training` tells people how the weights came about (step, metrics); nothing reads it.
+    becomes the network's input. `training` tells how the weights came about (step, metrics); detection does without it.
     """
 
     model: DetectorConfig

@@ -9,6 +9,7 @@ from metr.config import Config
 Share = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
 PositiveCount = Annotated[int, Field(ge=1)]
+Freeze = Literal["none", "half", "backbone", "encoder"]
 
 
 class OptimizerConfig(Config):
@@ -18,6 +19,9 @@ class OptimizerConfig(Config):
     """Step size of everything but the backbone, at the schedule's height."""
     backbone_multiplier: Annotated[float, Field(ge=0)] = 0.1
     """The backbone's step size as a multiple of `learning_rate`; 0 freezes it."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Step size of a depth as a multiple of that of the depth above it: from what follows the encoder down to the
+    encoder, the backbone's last stage, ..., its stem. 1: all alike; `backbone_multiplier` comes on top."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     """Decoupled decay a step and unit of learning rate; norms, biases and embeddings have none."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
@@ -91,6 +95,8 @@ class LoopConfig(Config):
     """Steps between savings of the last checkpoint, besides those at evaluations and at the end; 0 for none besides."""
     best_metric: str = "AP"
     """The metric of the evaluation whose highest value marks the best checkpoint."""
+    patience: Count = 0
+    """Evaluations without a new best after which training ends early; 0 goes on to the last step."""
     max_skipped: PositiveCount = 20
     """Steps in a row that may be skipped for numbers that are not finite, before training gives up."""
     curves: bool = True
@@ -107,5 +113,8 @@ class TrainConfig(Config):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     ema: EmaConfig = EmaConfig()
+    freeze: Freeze = "none"
+    """What keeps its weights besides what the network's own configuration freezes: the first `half` of the backbone's
+    stages with the stem, the whole `backbone`, backbone and `encoder`, or nothing. It stays in evaluation mode."""
     teacher: TeacherConfig = TeacherConfig()
     loop: LoopConfig = LoopConfig()

@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -18,10 +18,12 @@ from metr.engine.hardness import HARDNESS, by_dataset, mean_losses
 from metr.engine.metrics import MetricsWriter, Record
 from metr.engine.progress import Progress, Snapshot
 from metr.engine.training_state import Counters, StepReport, Window
+from metr.structures import Batch
 
 MATCHING = "matching/"
 """Figures of this prefix are no loss terms: they say how matching went."""
 _logger = logging.getLogger(__name__)
+_MOST_NAMED = 6  # terms or pictures in a message
 _MOST_TOLD = 8  # metrics in a line of the log
 _KEPT = 0.95  # share of the old average that the time of a step keeps
 
@@ -99,6 +101,17 @@ class Journal:
         if logged:
             counters.window = Window()
 
+    def skipped(self, report: StepReport, counters: Counters, batches: Sequence[Batch]) -> str:
+        """Says which step changed nothing, why, and on which pictures; gives the names of what was not finite."""
+        names = ", ".join(report.faulty[:_MOST_NAMED]) + (", ..." if len(report.faulty) > _MOST_NAMED else "")
+        pictures = [
+            f"{name} {image}" for batch in batches for name, image in zip(batch.datasets, batch.image_ids, strict=True)
+        ]
+        told = "step %d is skipped: %s not finite; pictures: %s"
+        if not self.silent:
+            _logger.warning(told, counters.step, names, ", ".join(pictures[:_MOST_NAMED]))
+        return names
+
     @contextmanager
     def evaluation(self, step: int) -> Iterator[None]:
         """Says that an evaluation goes on, and remembers how long it took."""
@@ -121,6 +134,17 @@ class Journal:
         """Says how many times over each dataset has been seen."""
         if passes and not self.silent:
             _logger.info("seen: %s", ", ".join(f"{name} {times:.1f} times" for name, times in passes.items()))
+
+    def stopped(self, counters: Counters, stalled: bool) -> None:
+        """Says that training ends before its last step, and how to go on unless it has `stalled`."""
+        if self.silent:
+            return
+        if stalled:
+            told = "stopped early after step %d of %d: no better evaluation since step %d"
+            _logger.info(told, counters.step, self.loop.steps, counters.best_step)
+            return
+        told = "stopped after step %d of %d; everything is saved in %s: resume this run to go on"
+        _logger.warning(told, counters.step, self.loop.steps, self.folder.path)
 
     def _snapshot(self, report: StepReport, counters: Counters, around: Surroundings) -> Snapshot:
         steps, every = self.loop.steps, self.loop.evaluate_every

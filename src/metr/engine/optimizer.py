@@ -1,4 +1,4 @@
-"""AdamW with parameter groups: the backbone learns slower; norms, biases and embeddings do not decay."""
+"""AdamW with parameter groups: what lies deeper may learn slower; norms, biases and embeddings do not decay."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -7,9 +7,9 @@ from typing import Any
 from torch import nn, optim
 
 from metr.engine.config import OptimizerConfig
+from metr.engine.freezing import BACKBONE, ENCODER, depths_below_top
 from metr.errors import ModelError
 
-BACKBONE = "backbone"
 _NOT_DECAYED = (nn.Embedding, nn.LayerNorm, nn.RMSNorm)
 
 
@@ -26,31 +26,38 @@ def build_optimizer(network: nn.Module, config: OptimizerConfig) -> optim.AdamW:
 
 
 def parameter_groups(network: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Trainable parameters by part (the submodule `backbone`, or the rest) and by whether they decay.
+    """Trainable parameters by part (the submodule `backbone`, or the rest), by depth and by whether they decay.
+
+    Depths are told apart with a `layer_decay` below 1 only; the encoder is then a part of its own.
 
     Returns:
-        Groups as torch's optimizers take them. Besides `params`, `lr` and `weight_decay`, each has its `part`,
-        "backbone" or "rest", and `initial_lr`, the height of its learning rate.
+        Groups as torch's optimizers take them, the highest rate of a part last. Besides `params`, `lr` and
+        `weight_decay`, each has its `part`, "backbone", "encoder" or "rest", and `initial_lr`, the height of its
+        learning rate.
 
     Raises:
         ModelError: nothing in the network can be trained.
     """
-    members: dict[tuple[str, bool], list[nn.Parameter]] = defaultdict(list)
+    by_depth = config.layer_decay < 1
+    depths = depths_below_top(network) if by_depth else {}
+    parts = {BACKBONE, ENCODER} if by_depth else {BACKBONE}
+    members: dict[tuple[str, int, bool], list[nn.Parameter]] = defaultdict(list)
     for name, parameter, decays in _trainable(network):
-        part = BACKBONE if name.startswith(f"{BACKBONE}.") else "rest"
-        members[part, decays].append(parameter)
+        part = name.partition(".")[0]
+        members[part if part in parts else "rest", -depths.get(id(parameter), 0), decays].append(parameter)
     if not members:
         raise ModelError("no parameter of the network can be trained", hint="unfreeze a part of it")
     groups = []
-    for (part, decays), parameters in sorted(members.items()):
+    for (part, height, decays), parameters in sorted(members.items()):
         rate = config.learning_rate * (config.backbone_multiplier if part == BACKBONE else 1.0)
+        rate *= config.layer_decay**-height
         decay = config.weight_decay if decays else 0.0
         groups.append({"params": parameters, "lr": rate, "initial_lr": rate, "weight_decay": decay, "part": part})
     return groups
 
 
 def set_learning_rates(optimizer: optim.Optimizer, factor: float) -> dict[str, float]:
-    """Sets every group to `factor` of its height, and gives the rates by part."""
+    """Sets every group to `factor` of its height, and gives the rates by part: of several depths the highest."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
     return {group["part"]: group["lr"] for group in optimizer.param_groups}

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 _PYTHON_VERSION = 3  # of the tuple that random.getstate gives
@@ -57,3 +58,12 @@ def undisturbed_random_state(device: torch.device) -> Iterator[None]:
         yield
     finally:
         restore_random_state(state, device)
+
+
+def gathered_random_state(accelerator: Accelerator) -> dict[str, Tensor]:
+    """The states of all processes' generators, a row each; every process asks for them at once."""
+    device = accelerator.device
+    rows = {name: value.unsqueeze(0) for name, value in random_state(device).items()}
+    if accelerator.num_processes == 1:
+        return rows
+    return {name: accelerator.gather(row.to(device)).cpu() for name, row in rows.items()}

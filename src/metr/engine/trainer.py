@@ -19,15 +19,22 @@ from metr.data.loading import TrainLoader
 from metr.engine.checkpoint import Checkpoint, save_checkpoint
 from metr.engine.config import TrainConfig
 from metr.engine.curves import plot_curves
+from metr.engine.early_stop import has_stalled, is_best
 from metr.engine.ema import Ema, KeptBuffers
 from metr.engine.folders import RunFolder
+from metr.engine.freezing import freeze
 from metr.engine.hardware import autocast, resolved_precision
 from metr.engine.interrupts import Abandoned, Interrupts
 from metr.engine.journal import MATCHING, Journal
 from metr.engine.metrics import read_metrics
 from metr.engine.names import choose_names, narrowed
 from metr.engine.optimizer import build_optimizer, set_learning_rates
-from metr.engine.random_state import random_state, restore_random_state, seed_everything, undisturbed_random_state
+from metr.engine.random_state import (
+    gathered_random_state,
+    restore_random_state,
+    seed_everything,
+    undisturbed_random_state,
+)
 from metr.engine.schedule import learning_rate_factor
 from metr.engine.stream import Stream
 from metr.engine.teacher import Teacher
@@ -40,13 +47,12 @@ from metr.engine.training_state import (
     load_state,
     save_state,
 )
-from metr.errors import MetrError, did_you_mean
+from metr.errors import MetrError
 from metr.losses.criterion import SetCriterion
 from metr.losses.statistics import match_statistics
 from metr.structures import Batch, Losses, Targets
 
 Evaluate = Callable[[nn.Module], Mapping[str, float | None]]
-_MOST_NAMED = 6  # terms or pictures in a message
 _logger = logging.getLogger(__name__)
 
 
@@ -68,13 +74,17 @@ class TrainingParts:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How training ended: after which step, whether something is left to be done, and what the evaluations said."""
+    """How training ended: after which step, whether something is left to be done, and what the evaluations said.
+
+    `stalled` says that it ended before the last step, because the best checkpoint grew old (`loop.patience`).
+    """
 
     step: int
     interrupted: bool
     metrics: Mapping[str, float]
     best: float | None
     best_step: int
+    stalled: bool = False
 
 
 class Trainer:
@@ -108,6 +118,7 @@ class Trainer:
         self.device = self.accelerator.device
         self.precision = resolved_precision(config.loop.precision, self.device)
         self.plain_network = parts.network.to(self.device)
+        self._frozen = freeze(self.plain_network, config.freeze)
         self.ema = Ema(self.plain_network, config.ema) if config.ema.enabled else None
         self._buffers = KeptBuffers(self.plain_network)
         self.optimizer = build_optimizer(self.plain_network, config.optimizer)
@@ -157,7 +168,7 @@ class Trainer:
         with self._interrupts, self._journal:
             stream = self._begin(resume)
             self._evaluate_if_due()  # a run may have been stopped before an evaluation
-            while self.counters.step < self.config.loop.steps and not self._asked_to_stop():
+            while self.counters.step < self.config.loop.steps and not (self._asked_to_stop() or self._has_stalled()):
                 self._advance(stream)
                 self._evaluate_if_due()
                 self._save_if_due()
@@ -232,8 +243,14 @@ class Trainer:
         loader = self.parts.loader(seed=loop.seed, start=start, rank=rank, world=world, device=self.device)
         self._stream = Stream(loader, self.counters)
         self._journal.begin(self._resolved, self.counters)
-        self.network.train()
+        self._to_training_mode()
         return self._stream
+
+    def _to_training_mode(self) -> None:
+        """Frozen parts stay in evaluation mode."""
+        self.network.train()
+        for module in self._frozen:
+            module.eval()
 
     def _advance(self, stream: Stream) -> None:
         """Draws batches, makes a step, and counts it."""
@@ -252,13 +269,7 @@ class Trainer:
     def _complain(self, report: StepReport, batches: Sequence[Batch]) -> None:
         """Says why a step was skipped; gives up when that does not end."""
         counters, most = self.counters, self.config.loop.max_skipped
-        names = ", ".join(report.faulty[:_MOST_NAMED]) + (", ..." if len(report.faulty) > _MOST_NAMED else "")
-        pictures = [
-            f"{name} {image}" for batch in batches for name, image in zip(batch.datasets, batch.image_ids, strict=True)
-        ]
-        told = "step %d is skipped: %s not finite; pictures: %s"
-        if self.accelerator.is_main_process:
-            _logger.warning(told, counters.step, names, ", ".join(pictures[:_MOST_NAMED]))
+        names = self._journal.skipped(report, counters, batches)
         if counters.skipped_in_a_row >= most:
             what = f"{most} steps in a row had numbers that are not finite, at last in: {names}"
             hint = "lower optimizer.learning_rate, lengthen schedule.warmup_steps, or set loop.precision=fp32"
@@ -271,8 +282,14 @@ class Trainer:
 
     def _asked_to_stop(self) -> bool:
         """Whether any process was: all of them stop after the same step."""
-        flag = torch.tensor(float(self._interrupts.requested), device=self.device)
-        return bool(self.accelerator.reduce(flag, "sum") > 0)
+        return self._in_any_process(self._interrupts.requested)
+
+    def _has_stalled(self) -> bool:
+        """Whether the main process, which alone knows the evaluations, says so."""
+        return self._in_any_process(has_stalled(self.counters, self.config.loop))
+
+    def _in_any_process(self, flag: bool) -> bool:
+        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.device), "sum") > 0)
 
     # evaluation
 
@@ -300,21 +317,13 @@ class Trainer:
             _logger.warning("the evaluation is broken off; resuming makes up for it")
             return
         finally:
-            self.network.train()
+            self._to_training_mode()
         counters.evaluated_step = counters.step
         counters.metrics = {name: float(value) for name, value in metrics.items() if value is not None}
         journal.evaluated(counters, self._passes)
-        if self._is_best():
-            counters.best, counters.best_step = counters.metrics[self.config.loop.best_metric], counters.step
+        if is_best(counters, best_metric := self.config.loop.best_metric):
+            counters.best, counters.best_step = counters.metrics[best_metric], counters.step
             save_checkpoint(self.folder.best, self._checkpoint())
-
-    def _is_best(self) -> bool:
-        name, metrics, best = self.config.loop.best_metric, self.counters.metrics, self.counters.best
-        if name not in metrics:
-            told = "the evaluation gives no %r, by which loop.best_metric chooses the best checkpoint; %s"
-            _logger.warning(told, name, did_you_mean(name, metrics))
-            return False
-        return math.isfinite(metrics[name]) and (best is None or metrics[name] > best)
 
     # checkpoints
 
@@ -343,19 +352,12 @@ class Trainer:
         """Writes the last checkpoint and the state, unless this step's are there already and suffice."""
         if self._saved_step == self.counters.step and not again:
             return
-        random = self._random_states()
+        random = gathered_random_state(self.accelerator)
         if self.accelerator.is_main_process:
             save_checkpoint(self.folder.last, self._checkpoint())
             save_state(self.folder.state, self._trained(), self.counters, random)
         self.accelerator.wait_for_everyone()
         self._saved_step = self.counters.step
-
-    def _random_states(self) -> dict[str, Tensor]:
-        """The states of all processes' generators, a row each."""
-        rows = {name: value.unsqueeze(0) for name, value in random_state(self.device).items()}
-        if self.accelerator.num_processes == 1:
-            return rows
-        return {name: self.accelerator.gather(row.to(self.device)).cpu() for name, row in rows.items()}
 
     def _load(self, rank: int) -> None:
         self.counters, random = load_state(self.folder.state, self._trained())
@@ -373,19 +375,22 @@ class Trainer:
         self._save()
         counters, steps = self.counters, self.config.loop.steps
         is_main = self.accelerator.is_main_process
+        stalled = counters.step < steps and self._has_stalled()
         # a stop before or in the last evaluation leaves that to be made up for
-        unfinished = counters.step < steps or (self.evaluate is not None and counters.evaluated_step < counters.step)
+        unfinished = (counters.step < steps and not stalled) or (
+            self.evaluate is not None and counters.evaluated_step < counters.step
+        )
         if is_main and self.config.loop.curves and read_metrics(self.folder.metrics):
             plot_curves(self.folder.path)
         if counters.evaluated_step < counters.step:  # else it is said already
             self._journal.seen(self._passes)
-        if is_main and unfinished:
-            told = "stopped after step %d of %d; everything is saved in %s: resume this run to go on"
-            _logger.warning(told, counters.step, steps, self.folder.path)
+        if unfinished or stalled:
+            self._journal.stopped(counters, stalled)
         return Outcome(
             step=counters.step,
             interrupted=unfinished,
             metrics=counters.metrics,
             best=counters.best,
             best_step=counters.best_step,
+            stalled=stalled,
         )

@@ -38,12 +38,17 @@ class Attention(nn.Module):
             for projected in (self.query(query), self.key(key), self.value(value))
         )
         mask = None if allowed is None else allowed.unsqueeze(1)
-        gathered = _gather(queries, keys, values, mask)
+        gathered = attend(queries, keys, values, mask)
         out: Tensor = self.out(rearrange(gathered, "b heads n c -> b n (heads c)"))
         return out
 
 
-def _gather(queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+def attend(
+    queries: Float[Tensor, "b heads q c"],
+    keys: Float[Tensor, "b heads s c"],
+    values: Float[Tensor, "b heads s e"],
+    mask: Bool[Tensor, "b 1 #q s"] | None,
+) -> Float[Tensor, "b heads q e"]:
     """The fused kernel. CPUs differentiate it faster in float32 than in bfloat16: autocast has no say there."""
     if queries.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         with torch.autocast("cpu", enabled=False):

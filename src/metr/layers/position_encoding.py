@@ -3,6 +3,7 @@
 import math
 
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -19,19 +20,32 @@ def sine_encoding(values: Float[Tensor, "*n"], size: int, temperature: float) ->
 
 
 def grid_encoding(
-    padding_mask: Bool[Tensor, "b h w"], width: int, temperature: float = 20.0
+    padding_mask: Bool[Tensor, "b h w"], width: int, temperature: float = 20.0, *, first: float = 1.0
 ) -> Float[Tensor, "b h w d"]:
     """Where each cell lies in its picture: y then x, counted over cells that are not padding.
 
-    The running count starts at 1 and is scaled so that the last cell is 2 pi: padding changes nothing.
+    The running count starts at `first` (1 in DINO, 0.5 in Deformable DETR: the cell's centre) and is divided by the
+    number of cells and multiplied by 2 pi: padding changes nothing.
     """
     inside = (~padding_mask).float()
     halves = []
     for axis in (1, 2):
         count = inside.cumsum(axis)
         last = count.narrow(axis, count.shape[axis] - 1, 1)
-        halves.append(sine_encoding(count / (last + 1e-6) * (2 * math.pi), width // 2, temperature))
+        scaled = (count + (first - 1)) / (last + 1e-6) * (2 * math.pi)
+        halves.append(sine_encoding(scaled, width // 2, temperature))
     return torch.cat(halves, dim=-1)
+
+
+def counted_encoding(padding_mask: Bool[Tensor, "b h w"], width: int) -> Float[Tensor, "b h w d"]:
+    """Rows and columns, counted from 0 and not scaled: sines of y, cosines of y, sines of x, cosines of x (RT-DETR)."""
+    _, height, columns = padding_mask.shape
+    y, x = (torch.arange(n, device=padding_mask.device, dtype=torch.float32) for n in (height, columns))
+    rows, places = (
+        rearrange(sine_encoding(axis, width // 2, 10_000.0), "n (c two) -> n (two c)", two=2) for axis in (y, x)
+    )
+    grid = torch.cat([rows[:, None].expand(-1, columns, -1), places[None].expand(height, -1, -1)], dim=-1)
+    return grid.expand(len(padding_mask), -1, -1, -1)
 
 
 def box_encoding(boxes: Float[Tensor, "*n 4"], width: int) -> Float[Tensor, "*n c"]:

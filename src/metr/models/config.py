@@ -11,22 +11,29 @@ from metr.models.backbones.config import BackboneConfig
 class EncoderConfig(Config):
     """From feature maps to memory."""
 
-    kind: Literal["deformable", "hybrid"] = "deformable"
-    """As in Deformable DETR and DINO, or as in RT-DETR."""
+    kind: Literal["deformable", "hybrid", "plain"] = "deformable"
+    """As in Deformable DETR and DINO, as in RT-DETR, or as in DETR."""
     layers: int = Field(6, ge=0)
     """Attention layers; `hybrid` has them on the coarsest level only."""
     levels: int = Field(4, ge=1)
     """Levels of the memory. `deformable` makes those past the backbone's by strided convolution; `hybrid` has at most
-    the backbone's."""
+    the backbone's; `plain` has one, whatever is set: the backbone's last."""
     heads: int = Field(8, ge=1)
     points: int = Field(4, ge=1)
     """Sampling points a head and level (`deformable`)."""
     feed_forward: int = Field(2048, ge=1)
     """Hidden numbers of the feed-forward parts."""
+    positions: Literal["scaled", "centred", "counted"] = "scaled"
+    """How a cell's place is encoded: rows and columns counted from 1 and scaled so that the last is 2 pi (DINO), the
+    centres of cells scaled alike (Deformable DETR; for `deformable`), or counts as they are (RT-DETR; for `hybrid`)."""
+    fusion: Literal["csp", "elan"] = "csp"
+    """How two levels become one: as in RT-DETR, or as in D-FINE (`hybrid`)."""
     fusion_blocks: int = Field(3, ge=1)
     """Convolution blocks of each fusion (`hybrid`)."""
     fusion_expansion: float = Field(1.0, gt=0)
     """Hidden channels of a fusion / width (`hybrid`)."""
+    project_memory: bool = False
+    """A 1x1 convolution after the fusion of each level, as between RT-DETR's encoder and decoder (`hybrid`)."""
 
 
 class CategoryConfig(Config):
@@ -73,6 +80,19 @@ class QueryConfig(Config):
     """What joins the category's token: a learned query, or that and the features of the place where it starts."""
 
 
+class AgreementConfig(Config):
+    """How places and queries are compared with their categories, to one logit each."""
+
+    token: Literal["refined", "text"] = "refined"
+    """Compared with the category's token as the image refined it (the authors), or with its projected text: by that,
+    categories of one picture remain further apart."""
+    factor: float = Field(1.0, gt=0)
+    """Of the dot product / sqrt(width): the larger, the sooner categories that look alike are told apart."""
+    objectness: bool = False
+    """Adds what a feature says of there being an object, whatever its category: dot products then have but to tell
+    categories apart."""
+
+
 class DenoisingConfig(Config):
     """Contrastive and category-flipped denoising, in training only."""
 
@@ -100,13 +120,18 @@ class DenoisingConfig(Config):
 class DecoderConfig(Config):
     """From queries to answers."""
 
+    kind: Literal["deformable", "conditional"] = "deformable"
+    """Queries sample a few places of every level, as in DINO, or attend to the whole memory, as in DAB-DETR: meant for
+    the memory of a `plain` encoder."""
     layers: int = Field(6, ge=1)
     heads: int = Field(8, ge=1)
     points: int = Field(4, ge=1)
-    """Sampling points a head and level."""
+    """Sampling points a head and level (`deformable`)."""
     feed_forward: int = Field(2048, ge=1)
     padded_positions: bool = False
-    """Encode a query's box in units of the padded picture, as DINO and the authors."""
+    """Encode a query's box in units of the padded picture, as DINO and the authors (`deformable`)."""
+    positions: Literal["sine", "plain"] = "sine"
+    """A query's box enters as sines and cosines (DINO), or as four numbers (RT-DETR; `deformable`)."""
 
 
 class DetectorConfig(Config):
@@ -118,8 +143,17 @@ class DetectorConfig(Config):
     encoder: EncoderConfig = EncoderConfig()
     categories: CategoryConfig = CategoryConfig()
     queries: QueryConfig = QueryConfig()
+    agreement: AgreementConfig = AgreementConfig()
     denoising: DenoisingConfig = DenoisingConfig()
     decoder: DecoderConfig = DecoderConfig()
+
+    @model_validator(mode="after")
+    def _positions_suit_the_encoder(self) -> "DetectorConfig":
+        kinds = {"centred": "deformable", "counted": "hybrid"}
+        wanted = kinds.get(self.encoder.positions, self.encoder.kind)
+        if wanted != self.encoder.kind:
+            raise ValueError(f"encoder.positions {self.encoder.positions!r} is for encoder.kind {wanted!r}")
+        return self
 
     @model_validator(mode="after")
     def _fits_together(self) -> "DetectorConfig":

@@ -9,6 +9,7 @@ from metr.models.backbones import build_backbone
 from metr.models.category_extraction import CategoryExtraction
 from metr.models.category_selection import select_categories
 from metr.models.class_queries import ClassQueries, side_by_side
+from metr.models.conditional_decoder import ConditionalDecoder
 from metr.models.config import DetectorConfig
 from metr.models.decoder import Decoder
 from metr.models.denoising import Denoising
@@ -36,10 +37,10 @@ class Detector(nn.Module):
         self.backbone = build_backbone(config.backbone)
         self.encoder = build_encoder(self.backbone.channels, width, config.encoder)
         self.category_extraction = CategoryExtraction(text_width, width, config.categories)
-        self.proposals = ProposalHead(width, config.queries, _OBJECT_PRIOR)
+        self.proposals = ProposalHead(width, config.queries, _OBJECT_PRIOR, config.agreement)
         self.class_queries = ClassQueries(width, config.queries)
         self.denoising = Denoising(width, config.denoising) if config.denoising.number else None
-        self.decoder = Decoder(width, self.encoder.levels, config.decoder, _OBJECT_PRIOR)
+        self.decoder = _build_decoder(config, self.encoder.levels)
 
     def forward(
         self,
@@ -102,3 +103,9 @@ class Detector(nn.Module):
         logits, boxes = self.decoder(side_by_side(queries, noised), memory, categories)
         denoised = DenoisingOutput(logits=logits[..., number:], boxes=boxes[:, :, number:], plan=plan)
         return logits[..., :number], boxes[:, :, :number], denoised
+
+
+def _build_decoder(config: DetectorConfig, levels: int) -> Decoder | ConditionalDecoder:
+    if config.decoder.kind == "conditional":
+        return ConditionalDecoder(config.width, config.decoder, _OBJECT_PRIOR, config.agreement)
+    return Decoder(config.width, levels, config.decoder, _OBJECT_PRIOR, config.agreement)

@@ -68,6 +68,17 @@ class Vocabulary:
         merged = dict.fromkeys(name for names in stripped.values() for name in names)
         return Vocabulary(names=tuple(merged), prompts=_merged_prompts(prompts or {}, stripped), datasets=stripped)
 
+    def extended(self, more: "Vocabulary") -> "Vocabulary":
+        """These names, then those of another vocabulary that are new; the datasets of both.
+
+        Where both know a dataset or have a prompt for a name, the other's holds.
+        """
+        return Vocabulary(
+            names=tuple(dict.fromkeys((*self.names, *more.names))),
+            prompts={**self.prompts, **more.prompts},
+            datasets={**self.datasets, **more.datasets},
+        )
+
     def __len__(self) -> int:
         return len(self.names)
 

@@ -1,13 +1,15 @@
 """Key tables: which parameter of one network is which of another.
 
-A table is a list of `Row`s. A row pairs key templates; `{i}` stands for a layer's number and `{p}` for `weight` or
-`bias`. Where `ours` holds several templates, the other side keeps them in one tensor, stacked along its first axis
-(the query, key and value projections of PyTorch's attention).
+A table is a list of `Row`s. A row pairs key templates; `{i}` stands for a layer's number (`{j}` for that of a part
+inside the layer), `{p}` for `weight` or `bias`, `{n}` for what a batch norm has, and `{k}` for whatever is left of a
+key. Where `ours` holds several templates, the other side keeps them in one tensor, stacked along its first axis (the
+query, key and value projections of PyTorch's attention).
 """
 
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -15,6 +17,9 @@ from torch import Tensor
 from metr.errors import CheckpointError
 
 State = dict[str, Tensor]
+
+_STATISTICS = "running_mean|running_var|num_batches_tracked"
+_PLACEHOLDERS = {"i": r"\d+", "j": r"\d+", "p": "weight|bias", "n": f"weight|bias|{_STATISTICS}", "k": ".+"}
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,11 @@ class Row:
     def parts(self) -> tuple[str, ...]:
         """Our templates."""
         return (self.ours,) if isinstance(self.ours, str) else self.ours
+
+    def match(self, key: str) -> dict[str, str] | None:
+        """What the placeholders stand for where the row's first part is this key of ours; None where it is not."""
+        found = _pattern(self.parts[0]).fullmatch(key)
+        return None if found is None else found.groupdict()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,13 +83,12 @@ def to_theirs(ours: Mapping[str, Tensor], table: Sequence[Row]) -> Conversion:
     state: State = {}
     used: set[str] = set()
     for row in table:
-        first = _pattern(row.parts[0])
         for key in ours:
-            match = first.fullmatch(key)
+            match = row.match(key)
             if match is None:
                 continue
-            parts = [template.format(**match.groupdict()) for template in row.parts]
-            name = row.theirs.format(**match.groupdict())
+            parts = [template.format(**match) for template in row.parts]
+            name = row.theirs.format(**match)
             if missing := [part for part in parts if part not in ours]:
                 raise CheckpointError(f"needs {', '.join(missing)} besides {key}", where=name)
             state[name] = torch.cat([ours[part] for part in parts]) if len(parts) > 1 else ours[key].clone()
@@ -98,8 +107,10 @@ def _pieces(key: str, tensor: Tensor, number: int) -> Sequence[Tensor]:
     return [piece.clone() for piece in tensor.chunk(number)]
 
 
+@cache
 def _pattern(template: str) -> re.Pattern[str]:
     """A template as a regular expression."""
     escaped = re.escape(template)
-    escaped = escaped.replace(r"\{i\}", r"(?P<i>\d+)").replace(r"\{p\}", r"(?P<p>weight|bias)")
+    for name, pattern in _PLACEHOLDERS.items():
+        escaped = escaped.replace(rf"\{{{name}\}}", f"(?P<{name}>{pattern})")
     return re.compile(escaped)

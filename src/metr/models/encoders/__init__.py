@@ -5,10 +5,16 @@ from collections.abc import Sequence
 from metr.models.config import EncoderConfig
 from metr.models.encoders.deformable import DeformableEncoder
 from metr.models.encoders.hybrid import HybridEncoder
+from metr.models.encoders.plain import PlainEncoder
+
+Encoder = DeformableEncoder | HybridEncoder | PlainEncoder
+_KINDS: dict[str, type[Encoder]] = {
+    "deformable": DeformableEncoder,
+    "hybrid": HybridEncoder,
+    "plain": PlainEncoder,
+}
 
 
-def build_encoder(channels: Sequence[int], width: int, config: EncoderConfig) -> DeformableEncoder | HybridEncoder:
+def build_encoder(channels: Sequence[int], width: int, config: EncoderConfig) -> Encoder:
     """The encoder that the configuration names, for backbone maps of these channels, finest first."""
-    if config.kind == "deformable":
-        return DeformableEncoder(channels, width, config)
-    return HybridEncoder(channels, width, config)
+    return _KINDS[config.kind](channels, width, config)

@@ -15,6 +15,9 @@ from metr.models.config import EncoderConfig
 from metr.models.encoders.pyramid import Projection, flatten, level_mask
 from metr.structures import Memory
 
+# as DINO, and as Deformable DETR in transformers
+_ENCODINGS = {"scaled": {"temperature": 20.0, "first": 1.0}, "centred": {"temperature": 10_000.0, "first": 0.5}}
+
 
 class DeformableEncoderLayer(nn.Module):
     """Deformable self-attention, then a feed-forward part; both added and normalised."""
@@ -38,6 +41,7 @@ class DeformableEncoder(nn.Module):
     def __init__(self, channels: Sequence[int], width: int, config: EncoderConfig) -> None:
         super().__init__()
         self.width, self.levels = width, config.levels
+        self._encoding = _ENCODINGS[config.positions]
         self.projection = Projection(channels, width, config.levels)
         self.level_embedding = nn.Parameter(torch.empty(config.levels, width))
         self.layers = nn.ModuleList(DeformableEncoderLayer(width, config) for _ in range(config.layers))
@@ -59,7 +63,7 @@ class DeformableEncoder(nn.Module):
         """Where each token lies, and on which level: [b s d]."""
         levels = []
         for shape, embedding in zip(memory.level_shapes, self.level_embedding, strict=True):
-            grid = grid_encoding(level_mask(padding_mask, shape), self.width)
+            grid = grid_encoding(level_mask(padding_mask, shape), self.width, **self._encoding)
             levels.append(rearrange(grid, "b h w d -> b (h w) d") + embedding)
         return torch.cat(levels, dim=1)
 

@@ -1,8 +1,7 @@
-"""The encoder of RT-DETR: attention on the coarsest level, convolutions that fuse levels down and up again."""
+"""The encoder of RT-DETR and D-FINE: attention on the coarsest level, convolutions that fuse levels down and up."""
 
 from collections.abc import Sequence
 
-import torch
 from einops import rearrange
 from jaxtyping import Bool
 from torch import Tensor, nn
@@ -10,52 +9,11 @@ from torch.nn.functional import interpolate
 
 from metr.layers.attention import Attention
 from metr.layers.mlp import FeedForward
-from metr.layers.position_encoding import grid_encoding
+from metr.layers.position_encoding import counted_encoding, grid_encoding
 from metr.models.config import EncoderConfig
+from metr.models.encoders.fusion import AggregatingFusion, ConvNorm, Fusion, SeparableStride
 from metr.models.encoders.pyramid import flatten, level_mask
 from metr.structures import Memory
-
-
-class ConvNorm(nn.Sequential):
-    """Convolution, batch normalisation and, unless told otherwise, SiLU."""
-
-    def __init__(self, inner: int, outer: int, kernel: int, stride: int = 1, activate: bool = True) -> None:
-        convolution = nn.Conv2d(inner, outer, kernel, stride, padding=kernel // 2, bias=False)
-        activation = nn.SiLU(inplace=True) if activate else nn.Identity()
-        super().__init__(convolution, nn.BatchNorm2d(outer), activation)
-
-
-class RepVggBlock(nn.Module):
-    """A 3x3 and a 1x1 convolution side by side (Ding et al., 2021)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.wide = ConvNorm(width, width, 3, activate=False)
-        self.narrow = ConvNorm(width, width, 1, activate=False)
-        self.activation = nn.SiLU(inplace=True)
-
-    def forward(self, level: Tensor) -> Tensor:
-        """[b d h w] to the same shape."""
-        out: Tensor = self.activation(self.wide(level) + self.narrow(level))
-        return out
-
-
-class Fusion(nn.Module):
-    """Two levels of one size to one: a cross-stage partial block (CSPRepLayer of RT-DETR)."""
-
-    def __init__(self, width: int, config: EncoderConfig) -> None:
-        super().__init__()
-        hidden = int(width * config.fusion_expansion)
-        self.main = ConvNorm(2 * width, hidden, 1)
-        self.side = ConvNorm(2 * width, hidden, 1)
-        self.blocks = nn.Sequential(*(RepVggBlock(hidden) for _ in range(config.fusion_blocks)))
-        self.out = nn.Identity() if hidden == width else ConvNorm(hidden, width, 1)
-
-    def forward(self, first: Tensor, second: Tensor) -> Tensor:
-        """[b d h w] twice to [b d h w]."""
-        both = torch.cat([first, second], dim=1)
-        fused: Tensor = self.out(self.blocks(self.main(both)) + self.side(both))
-        return fused
 
 
 class CoarseLayer(nn.Module):
@@ -80,26 +38,38 @@ class HybridEncoder(nn.Module):
     def __init__(self, channels: Sequence[int], width: int, config: EncoderConfig) -> None:
         super().__init__()
         self.width, self.levels = width, min(config.levels, len(channels))
+        self.counted = config.positions == "counted"
         channels = tuple(channels)[-self.levels :]
         steps = range(self.levels - 1)
+        # D-FINE leaves out the activations between its fusions
+        elan = config.fusion == "elan"
+        fusion = AggregatingFusion if elan else Fusion
         self.projections = nn.ModuleList(ConvNorm(c, width, 1, activate=False) for c in channels)
         self.layers = nn.ModuleList(CoarseLayer(width, config) for _ in range(config.layers))
-        self.laterals = nn.ModuleList(ConvNorm(width, width, 1) for _ in steps)
-        self.down_fusions = nn.ModuleList(Fusion(width, config) for _ in steps)
-        self.strides = nn.ModuleList(ConvNorm(width, width, 3, stride=2) for _ in steps)
-        self.up_fusions = nn.ModuleList(Fusion(width, config) for _ in steps)
+        self.laterals = nn.ModuleList(ConvNorm(width, width, 1, activate=not elan) for _ in steps)
+        self.down_fusions = nn.ModuleList(fusion(width, config) for _ in steps)
+        self.strides = nn.ModuleList(
+            SeparableStride(width) if elan else ConvNorm(width, width, 3, stride=2) for _ in steps
+        )
+        self.up_fusions = nn.ModuleList(fusion(width, config) for _ in steps)
+        outputs = range(self.levels if config.project_memory else 0)
+        self.outputs = nn.ModuleList(ConvNorm(width, width, 1, activate=False) for _ in outputs)
 
     def forward(self, features: Sequence[Tensor], padding_mask: Bool[Tensor, "b h w"]) -> Memory:
         """Backbone maps (finest first) to memory."""
         features = list(features)[-self.levels :]
         maps = [project(feature) for project, feature in zip(self.projections, features, strict=True)]
         maps[-1] = self._attend(maps[-1], padding_mask)
-        return flatten(self._bottom_up(self._top_down(maps)), padding_mask)
+        maps = self._bottom_up(self._top_down(maps))
+        if self.outputs:
+            maps = [project(level) for project, level in zip(self.outputs, maps, strict=True)]
+        return flatten(maps, padding_mask)
 
     def _attend(self, coarsest: Tensor, padding_mask: Tensor) -> Tensor:
         height, width = coarsest.shape[2:]
         mask = level_mask(padding_mask, (height, width))
-        positions = rearrange(grid_encoding(mask, self.width, 10_000.0), "b h w d -> b (h w) d")
+        grid = counted_encoding(mask, self.width) if self.counted else grid_encoding(mask, self.width, 10_000.0)
+        positions = rearrange(grid, "b h w d -> b (h w) d")
         allowed = rearrange(~mask, "b h w -> b 1 (h w)")
         tokens = rearrange(coarsest, "b d h w -> b (h w) d")
         for layer in self.layers:

@@ -1,0 +1,176 @@
+"""What the transfer benchmark found: a table, curves over the number of pictures, and the bars that it is held to."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from transfer_runs import ARMS, Arm, Profile, RunResult
+
+TITLES: dict[Arm, str] = {"imagenet": "ImageNet backbone alone", "pretrained": "pretrained on the other datasets"}
+_COLOURS: dict[Arm, str] = {"imagenet": "#9a9a9a", "pretrained": "#1f5a9e"}
+# gains in mean AP that are aimed at, by share of the pictures; and what no dataset may lose with all of them
+_AIMS = {0.1: 5.0, 1.0: 1.5}
+_WORST = -1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One dataset at one share: AP of both arms, the mean over the seeds that both have finished, and each seed's."""
+
+    left_out: str
+    share: float
+    images: int
+    seeds: tuple[int, ...]
+    ap: dict[Arm, float]
+    each: dict[Arm, tuple[float, ...]]
+
+    @property
+    def gain(self) -> float:
+        """What pretraining brings, in AP."""
+        return self.ap["pretrained"] - self.ap["imagenet"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bar:
+    """One aim: what it is about, the number aimed at, the number found."""
+
+    what: str
+    aim: float
+    found: float
+    reached: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """All points, and the aims that can be judged: those for whose share every left-out dataset has a point."""
+
+    left_out: tuple[str, ...]
+    points: tuple[Point, ...]
+
+    @staticmethod
+    def of(results: Sequence[RunResult], left_out: tuple[str, ...]) -> "Comparison":
+        """The points for which both arms have finished a seed."""
+        cells = {(one.left_out, one.share, one.seed, one.arm): one for one in results}
+        points = []
+        for name in left_out:
+            for share in sorted({one.share for one in results}):
+                seeds = sorted({one.seed for one in results if (one.left_out, one.share) == (name, share)})
+                both = tuple(s for s in seeds if all((name, share, s, arm) in cells for arm in ARMS))
+                if not both:
+                    continue
+                each = {arm: tuple(cells[name, share, seed, arm].ap for seed in both) for arm in ARMS}
+                images = cells[name, share, both[0], ARMS[0]].images
+                ap = {arm: sum(values) / len(values) for arm, values in each.items()}
+                points.append(Point(left_out=name, share=share, images=images, seeds=both, ap=ap, each=each))
+        return Comparison(left_out=left_out, points=tuple(points))
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """The shares of which every left-out dataset has a point."""
+        have = [{point.share for point in self.points if point.left_out == name} for name in self.left_out]
+        return tuple(sorted(set.intersection(*have))) if have else ()
+
+    def at(self, share: float) -> tuple[Point, ...]:
+        """The points of a share."""
+        return tuple(point for point in self.points if point.share == share)
+
+    def mean(self, share: float, arm: Arm) -> float:
+        """The mean AP over the left-out datasets."""
+        values = [point.ap[arm] for point in self.at(share)]
+        return sum(values) / len(values)
+
+    @property
+    def bars(self) -> tuple[Bar, ...]:
+        """The aims that can be judged by now."""
+        bars = []
+        for share in self.shares:
+            if share in _AIMS:
+                gain, aim = self.mean(share, "pretrained") - self.mean(share, "imagenet"), _AIMS[share]
+                bars.append(Bar(what=f"gain in mean AP at {share:.0%}", aim=aim, found=gain, reached=gain >= aim))
+        if 1.0 in self.shares:
+            worst = min(point.gain for point in self.at(1.0))
+            what = "least gain of a dataset at 100%"
+            bars.append(Bar(what=what, aim=_WORST, found=worst, reached=worst >= _WORST))
+        return tuple(bars)
+
+
+def as_markdown(comparison: Comparison, profile: Profile) -> str:
+    """The table, the aims, and what got worse."""
+    head = ["left out", "share", "pictures", "steps", "seeds", *(TITLES[arm] for arm in ARMS), "gain"]
+    rows = [
+        [
+            point.left_out,
+            f"{point.share:.0%}",
+            str(point.images),
+            str(profile.steps[point.share]),
+            str(len(point.seeds)),
+            *(_with_spread(point, arm) for arm in ARMS),
+            f"{point.gain:+.1f}",
+        ]
+        for point in comparison.points
+    ]
+    for share in comparison.shares:
+        means = [comparison.mean(share, arm) for arm in ARMS]
+        told = [f"**{value:.1f}**" for value in means]
+        rows.append(["**mean**", f"{share:.0%}", "", "", "", *told, f"**{means[1] - means[0]:+.1f}**"])
+    ruled = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    table = "\n".join("| " + " | ".join(line) + " |" for line in ruled)
+    without = "all of them at once" if profile.shared else "one at a time"
+    preface = (
+        f"AP (0 to 100) on the val split of the left-out dataset, own names, last weights; left out: {without}. "
+        "Both arms see the same pictures in the same order, for the same steps. In brackets: the range of the seeds."
+    )
+    aims = [f"- {bar.what}: {bar.found:+.1f} (aim {bar.aim:+.1f}), {_verdict(bar)}" for bar in comparison.bars]
+    worse = [
+        f"{point.left_out} at {point.share:.0%} ({point.gain:+.1f})" for point in comparison.points if point.gain < 0
+    ]
+    regressions = f"Worse with pretraining: {', '.join(worse) or 'nothing'}."
+    return "\n\n".join(part for part in (preface, table, "\n".join(aims), regressions) if part) + "\n"
+
+
+def draw_curves(comparison: Comparison, path: Path) -> None:
+    """AP over the number of training pictures, a panel for each dataset and one for their mean."""
+    names = [name for name in comparison.left_out if any(point.left_out == name for point in comparison.points)]
+    panels = [*names, *(["mean"] if len(names) > 1 and comparison.shares else [])]
+    figure = Figure(figsize=(3.4 * len(panels), 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, name in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for arm in ARMS:
+            shares, values = _curve(comparison, name, arm)
+            axes.plot(shares, values, marker="o", markersize=4, color=_COLOURS[arm], label=TITLES[arm])
+            for point in comparison.points:
+                if point.left_out == name:
+                    each = point.each[arm]
+                    axes.plot([point.share] * len(each), each, "_", color=_COLOURS[arm], alpha=0.6)
+        axes.set_title(name)
+        axes.set_xscale("log")
+        ticks = sorted({point.share for point in comparison.points})
+        axes.set_xticks(ticks, [f"{share:.0%}" for share in ticks])
+        axes.minorticks_off()
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("AP")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False, fontsize=9)
+    figure.savefig(path, dpi=120)
+
+
+def _curve(comparison: Comparison, name: str, arm: Arm) -> tuple[list[float], list[float]]:
+    if name == "mean":
+        return list(comparison.shares), [comparison.mean(share, arm) for share in comparison.shares]
+    points = [point for point in comparison.points if point.left_out == name]
+    return [point.share for point in points], [point.ap[arm] for point in points]
+
+
+def _with_spread(point: Point, arm: Arm) -> str:
+    each = point.each[arm]
+    spread = f" ({min(each):.1f} to {max(each):.1f})" if len(each) > 1 else ""
+    return f"{point.ap[arm]:.1f}{spread}"
+
+
+def _verdict(bar: Bar) -> str:
+    return "reached" if bar.reached else "**not reached**"

@@ -1,0 +1,64 @@
+"""`metr finetune`: a trained detector learns new data, and keeps what it knew as far as it is asked to."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from metr.cli.arguments import INTERRUPTED, Data, Overrides
+
+
+def finetune(
+    data: Data,
+    *,
+    source: Annotated[str, typer.Option("--from", help="A run folder, a checkpoint folder, or a name on the hub.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The run folder to write.")],
+    config: Annotated[Path | None, typer.Option(help="A YAML file laid over the defaults.")] = None,
+    set_: Overrides = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps, in place of the default.", min=1)] = None,
+    freeze: Annotated[
+        str | None, typer.Option(help="none, half (of the backbone), backbone, or encoder (and backbone).")
+    ] = None,
+    shots: Annotated[
+        int | None, typer.Option(help="Train on so few pictures that each category has K objects.", min=1, metavar="K")
+    ] = None,
+    share: Annotated[float | None, typer.Option(help="Train on this share of the pictures, 0 to 1.")] = None,
+    seed: Annotated[int, typer.Option(help="Decides which pictures, and training's random numbers.", min=0)] = 0,
+    remember: Annotated[
+        list[str] | None, typer.Option(help="Old datasets, mixed in; may be repeated.", metavar="DATA")
+    ] = None,
+    remember_share: Annotated[float, typer.Option(help="Share of the draws that goes to them, 0 to 1.")] = 0.3,
+    remember_evaluate: Annotated[
+        list[str] | None, typer.Option(help="Old datasets, judged before and after only.", metavar="DATA")
+    ] = None,
+    tell_apart: Annotated[
+        bool, typer.Option("--tell-apart", help="First move new names that mean nearly the same from each other.")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where the run in OUT stopped.")] = False,
+) -> None:
+    """Train a detector further on new data. Its names are new strings: nothing is begun anew."""
+    from metr.api.finetune_data import Remember
+    from metr.api.finetuning import FinetuneOptions
+    from metr.api.finetuning import finetune as run
+    from metr.data.few_shot import SubsetConfig
+
+    overrides = [*(set_ or []), *([f"train.loop.steps={steps}"] if steps is not None else [])]
+    overrides += [f"train.freeze={freeze}"] if freeze is not None else []
+    old = {"data": remember or (), "share": remember_share, "evaluate": remember_evaluate or ()}
+    options = FinetuneOptions(
+        file=config,
+        overrides=tuple(overrides),
+        subset=SubsetConfig.checked({"shots": shots, "share": share, "seed": seed}, where="--shots, --share"),
+        remember=Remember.checked(old, where="--remember"),
+        tell_apart=tell_apart,
+    )
+    outcome = run(data, source, out, options, resume=resume, console=Console()).training
+    console = Console(soft_wrap=True, highlight=False)
+    if outcome.interrupted:
+        console.print("To go on, give the same command again with --resume.")
+        raise typer.Exit(INTERRUPTED)
+    best = "" if outcome.best is None else f", the best of step {outcome.best_step}"
+    early = " (stopped early)" if outcome.stalled else ""
+    console.print(f"Done: {outcome.step} steps{early}{best}; everything is in {out}", markup=False)
+    console.print(f"What it finds:  metr detect {out} PICTURE", markup=False)

@@ -1,0 +1,139 @@
+"""Small parts of a training split, chosen by a seed: a share of its pictures, or k objects of each category.
+
+All choices go by one order of the pictures, which depends on the seed and the pictures' names alone. So they nest (a
+larger share or k holds all that a smaller one does), and adding pictures to a dataset hardly changes them.
+"""
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import numpy as np
+from jaxtyping import Int
+from pydantic import Field, model_validator
+
+from metr.config import Config
+from metr.data.index import AnnotationIndex
+from metr.data.records import Annotations, Fault, ImageRecord
+from metr.data.repeat import objects_of
+from metr.data.splits import seeded_order
+from metr.errors import DataError
+
+_TOLD = 6  # categories in a message
+
+
+class SubsetConfig(Config):
+    """Which part of the training pictures is used; of every dataset the same."""
+
+    shots: Annotated[int, Field(ge=1)] | None = None
+    """Objects of each category, at least, as far as there are any."""
+    share: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Share of the pictures."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Which ones."""
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> "SubsetConfig":
+        if self.shots is not None and self.share is not None:
+            raise ValueError("shots and share exclude each other: give one of them")
+        return self
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing is left out."""
+        return self.shots is None and self.share in {None, 1.0}
+
+
+class Subset:
+    """Some pictures of a split, in the order of their numbers; a sequence of records like the split itself.
+
+    Args:
+        annotations: The whole split.
+        pictures: The numbers of those that are in.
+    """
+
+    def __init__(self, annotations: Annotations, pictures: Int[np.ndarray, "n"]) -> None:
+        self.whole, self.pictures = annotations, pictures
+
+    @property
+    def name(self) -> str:
+        """The dataset's name."""
+        return self.whole.name
+
+    @property
+    def split(self) -> str:
+        """The split that it is a part of."""
+        return self.whole.split
+
+    @property
+    def format(self) -> str:
+        """What the files are written in."""
+        return self.whole.format
+
+    @property
+    def categories(self) -> tuple[str, ...]:
+        """All names of the dataset, also those that no chosen picture shows."""
+        return self.whole.categories
+
+    @property
+    def faults(self) -> Sequence[Fault]:
+        """What reading the whole split went past."""
+        return self.whole.faults
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, index: int) -> ImageRecord:
+        """The annotations of the chosen picture `index`."""
+        return self.whole[int(self.pictures[index])]
+
+
+def subset_of(annotations: Annotations, config: SubsetConfig) -> Annotations:
+    """The part of a split that the configuration asks for; the split itself where that is everything.
+
+    Raises:
+        DataError: shots are asked for, and no picture has an object.
+    """
+    if config.whole:
+        return annotations
+    order = seeded_order(_keys(annotations), seed=config.seed)
+    if config.shots is None:
+        chosen = order[: max(1, round((config.share or 1.0) * len(order)))]
+    else:
+        chosen = _with_shots(annotations, order, config.shots)
+    return Subset(annotations, np.sort(chosen))
+
+
+def _with_shots(annotations: Annotations, order: Int[np.ndarray, "n"], shots: int) -> Int[np.ndarray, "m"]:
+    """In the given order, every picture that shows an object of a category of which fewer than `shots` came before.
+
+    So each category has `shots` objects, or all it has, as in the few-shot protocol of ODinW (Li et al., 2022).
+    Pictures keep all their boxes, hence common categories may have more: to drop boxes, as in TFA (Wang et al., 2020),
+    would make objects that stand there count as background.
+    """
+    place = np.empty(len(order), dtype=np.int64)
+    place[order] = np.arange(len(order))
+    pieces = list(objects_of(annotations))
+    places = place[np.concatenate([pictures for pictures, _ in pieces])] if pieces else np.zeros(0, dtype=np.int64)
+    if not len(places):
+        raise DataError("no object in the training split, so no shots", where=annotations.name, hint="use --share")
+    labels = np.concatenate([categories for _, categories in pieces])
+    taken = np.zeros(len(order), dtype=bool)
+    for label in np.unique(labels):
+        taken[np.sort(places[labels == label])[:shots]] = True
+    return order[taken]
+
+
+def shortage(annotations: Annotations, shots: int) -> str:
+    """Which categories have fewer objects than `shots`, in words; empty where all have enough."""
+    counts = np.zeros(len(annotations.categories), dtype=np.int64)
+    for _, categories in objects_of(annotations):
+        counts += np.bincount(categories, minlength=len(counts))
+    few = [f"{name} ({count})" for name, count in zip(annotations.categories, counts, strict=True) if count < shots]
+    return ", ".join(few[:_TOLD]) + (f" and {len(few) - _TOLD} more" if len(few) > _TOLD else "")
+
+
+def _keys(annotations: Annotations) -> list[str]:
+    """What names each picture wherever the dataset lies."""
+    if isinstance(annotations, AnnotationIndex):
+        return annotations.relative_paths()
+    return [str(annotations[index].image_id) for index in range(len(annotations))]

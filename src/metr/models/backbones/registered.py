@@ -1,0 +1,61 @@
+"""EfficientNet-Lite as a backbone of transformers, for any detector that takes its backbone from `AutoBackbone`."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoBackbone, PreTrainedModel, initialization
+from transformers.backbone_utils import BackboneMixin
+from transformers.modeling_outputs import BackboneOutput
+
+from metr.models.backbones.batch_norm import freeze_batch_norms
+from metr.models.backbones.efficientnet_lite import EfficientNetLite, packaged_weights
+from metr.registered_config import EfficientNetLiteConfig
+
+STAGE_OF_STRIDE = {4: "stage2", 8: "stage3", 16: "stage5", 32: "stage7"}
+"""The stage that ends each resolution."""
+
+
+class EfficientNetLiteModel(BackboneMixin, PreTrainedModel):  # type: ignore[no-untyped-call]
+    """EfficientNet-Lite for `AutoBackbone`; pictures are normalised as (x - 127) / 128, of 0 to 255."""
+
+    config_class = EfficientNetLiteConfig
+    base_model_prefix = "efficientnet_lite"
+    main_input_name = "pixel_values"
+    has_attentions = False
+
+    def __init__(self, config: EfficientNetLiteConfig) -> None:
+        super().__init__(config)
+        self._wanted = [config.stage_names.index(name) for name in config.out_features]
+        self.trunk = EfficientNetLite(config.width, config.depth, stages=max(self._wanted))
+        missing = len(config.stage_names) - 1 - len(self.trunk.channels)
+        self.num_features = [0, *self.trunk.channels, *[0] * missing]
+        if config.freeze_batch_norm:
+            freeze_batch_norms(self.trunk)
+        self.post_init()  # type: ignore[no-untyped-call]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Layers initialise themselves where they are made; what a file left out is drawn as there."""
+        if isinstance(module, nn.Conv2d):
+            initialization.kaiming_normal_(module.weight, mode="fan_out")
+
+    @torch.no_grad()
+    def load_imagenet(self) -> None:
+        """Takes the packaged weights of ImageNet, as a METR starts from.
+
+        Raises:
+            DependencyError: the package of the weights is missing or altered.
+        """
+        weights = packaged_weights()
+        self.trunk.load_state_dict({key: weights[key] for key in self.trunk.state_dict()})
+
+    def forward(self, pixel_values: Tensor, **_: Any) -> BackboneOutput:  # type: ignore[override]
+        """The maps [b c h w] of the wanted stages, finest first."""
+        maps = self.trunk(pixel_values)
+        return BackboneOutput(feature_maps=tuple(maps[stage - 1] for stage in self._wanted))
+
+
+def register() -> None:
+    """Makes it known to `AutoBackbone`; more than once does nothing."""
+    AutoBackbone.register(EfficientNetLiteConfig, EfficientNetLiteModel, exist_ok=True)

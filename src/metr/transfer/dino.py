@@ -1,0 +1,164 @@
+"""DINO as IDEA-Research published it, and the METR that its authors built on it: their files become METR's weights."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from metr.errors import ModelError
+from metr.models.backbones.config import BackboneConfig
+from metr.models.config import (
+    CategoryConfig,
+    DecoderConfig,
+    DetectorConfig,
+    EncoderConfig,
+    QueryConfig,
+)
+from metr.transfer.authors import AUTHORS
+from metr.transfer.pickled import PickledCheckpoint
+from metr.transfer.table import Row
+from metr.transfer.targets.base import Derived
+
+_STRIDES = (4, 8, 16, 32)
+_EXTRACTION = "transformer.prompt_indicator"
+_BODY = "backbone.0.body"
+_QUERIES = "transformer.tgt_embed.weight"
+# of what DINO and the authors call alike, what is not the same: heads for fixed classes, queries for the whole picture
+_OTHERWISE = ("transformer.enc_out_class_embed.", "class_embed.", _QUERIES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DinoFile:
+    """What a file of this family holds.
+
+    Attributes:
+        title: Who it is.
+        config: The METR that its weights fit.
+        rows: Its key table.
+        state: Its weights.
+        derived: What no row gives.
+        prompts: The text embeddings that METR's authors keep with their weights, if it is theirs.
+    """
+
+    title: str
+    config: DetectorConfig
+    rows: tuple[Row, ...]
+    state: Mapping[str, Tensor]
+    derived: Mapping[str, Derived]
+    prompts: Tensor | None
+
+
+def read_dino(checkpoint: PickledCheckpoint, where: object = None) -> DinoFile:
+    """Recognises a checkpoint of DINO or of METR's authors, and says what METR it fits.
+
+    Raises:
+        ModelError: it is of neither, or carries a backbone other than a ResNet.
+    """
+    state = checkpoint.state
+    if "transformer.level_embed" not in state or "transformer.enc_output.weight" not in state:
+        what = "expected the weights of DINO or of METR as their authors publish them, found other keys"
+        raise ModelError(what, where=where, hint="for a detector of transformers name its folder, not a file in it")
+    authors = any(key.startswith(f"{_EXTRACTION}.") for key in state)
+    config = _config(state, checkpoint.options, authors, where)
+    rows = AUTHORS if authors else tuple(row for row in AUTHORS if not row.theirs.startswith(_OTHERWISE))
+    derived: dict[str, Derived] = {}
+    if not authors and _QUERIES in state:
+        learned = state[_QUERIES][: config.queries.ceiling].clone()
+        derived["class_queries.learned.weight"] = Derived(tensor=learned, how="cut", ours=(_QUERIES,))
+    return DinoFile(
+        title="METR of its authors" if authors else "DINO",
+        config=config,
+        rows=(*rows, *resnet_rows()),
+        state=state,
+        derived=derived,
+        prompts=state.get(f"{_EXTRACTION}.class_prompts") if authors else None,
+    )
+
+
+def resnet_rows() -> tuple[Row, ...]:
+    """A ResNet of torchvision inside their backbone, and that of transformers inside ours."""
+    ours = "backbone.network"
+    rows = [
+        Row(f"{_BODY}.conv1.weight", f"{ours}.embedder.embedder.convolution.weight"),
+        Row(f"{_BODY}.bn1.{{n}}", f"{ours}.embedder.embedder.normalization.{{n}}"),
+    ]
+    for stage in range(1, 5):
+        theirs, own = f"{_BODY}.layer{stage}.{{i}}", f"{ours}.encoder.stages.{stage - 1}.layers.{{i}}"
+        for number in range(1, 4):
+            layer = f"{own}.layer.{number - 1}"
+            rows.append(Row(f"{theirs}.conv{number}.weight", f"{layer}.convolution.weight"))
+            rows.append(Row(f"{theirs}.bn{number}.{{n}}", f"{layer}.normalization.{{n}}"))
+        rows.append(Row(f"{theirs}.downsample.0.weight", f"{own}.shortcut.convolution.weight"))
+        rows.append(Row(f"{theirs}.downsample.1.{{n}}", f"{own}.shortcut.normalization.{{n}}"))
+    return tuple(rows)
+
+
+def _config(state: Mapping[str, Tensor], options: Mapping[str, Any], authors: bool, where: object) -> DetectorConfig:
+    """METR's configuration from the shapes of their weights, and from options where shapes do not tell."""
+    levels, width = state["transformer.level_embed"].shape
+    heads = int(options.get("nheads", 8))
+    points = state["transformer.encoder.layers.0.self_attn.attention_weights.bias"].shape[0] // (heads * levels)
+    seen = state["transformer.decoder.layers.0.cross_attn.attention_weights.bias"].shape[0] // (heads * levels)
+    encoder = EncoderConfig(
+        layers=_count(state, "transformer.encoder.layers"),
+        levels=levels,
+        heads=heads,
+        points=points,
+        feed_forward=state["transformer.encoder.layers.0.linear1.weight"].shape[0],
+    )
+    decoder = DecoderConfig(
+        layers=_count(state, "transformer.decoder.layers"),
+        heads=heads,
+        points=seen,
+        feed_forward=state["transformer.decoder.layers.0.linear1.weight"].shape[0],
+        padded_positions=True,
+    )
+    learned = len(state[_QUERIES]) if _QUERIES in state else QueryConfig().number
+    return DetectorConfig(
+        width=width,
+        backbone=_resnet(state, where),
+        encoder=encoder,
+        categories=_categories(state, heads) if authors else CategoryConfig(heads=heads),
+        queries=_shared(learned) if authors else QueryConfig(number=max(learned, CategoryConfig().kept)),
+        decoder=decoder,
+    )
+
+
+def _shared(learned: int) -> QueryConfig:
+    """The authors': as many places, the same for each kept category, as there are learned queries."""
+    return QueryConfig(layout="shared", number=CategoryConfig().kept * learned, ceiling=learned, floor=0)
+
+
+def _categories(state: Mapping[str, Tensor], heads: int) -> CategoryConfig:
+    block = f"{_EXTRACTION}.prompt_blocks"
+    return CategoryConfig(
+        blocks=_count(state, block), heads=heads, feed_forward=state[f"{block}.0.ffn.linear1.weight"].shape[0]
+    )
+
+
+def _resnet(state: Mapping[str, Tensor], where: object) -> BackboneConfig:
+    """The ResNet that the weights are of, by its blocks."""
+    depths = [_count(state, f"{_BODY}.layer{stage}") for stage in range(1, 5)]
+    if not all(depths) or f"{_BODY}.conv1.weight" not in state:
+        what = "carries a backbone other than a ResNet of torchvision"
+        raise ModelError(what, where=where, hint="take a checkpoint with ResNet-50 or ResNet-101")
+    maps = sum(
+        tensor.shape[-1] == 1 for key, tensor in state.items() if re.fullmatch(r"input_proj\.\d+\.0\.weight", key)
+    )
+    bottleneck = f"{_BODY}.layer1.0.conv3.weight" in state
+    last = "conv3" if bottleneck else "conv2"
+    options = {
+        "depths": depths,
+        "layer_type": "bottleneck" if bottleneck else "basic",
+        "hidden_sizes": [state[f"{_BODY}.layer{stage}.0.{last}.weight"].shape[0] for stage in range(1, 5)],
+        "embedding_size": state[f"{_BODY}.conv1.weight"].shape[0],
+    }
+    return BackboneConfig(name="resnet", pretrained=False, strides=_STRIDES[-maps:], options=options)
+
+
+def _count(state: Mapping[str, Tensor], prefix: str) -> int:
+    """How many numbered modules a prefix has."""
+    pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
+    return 1 + max((int(found[1]) for key in state if (found := pattern.match(key))), default=-1)

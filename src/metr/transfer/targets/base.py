@@ -1,0 +1,213 @@
+"""What another detector is to METR: how it is configured, which of its parameters is which of ours, what is derived."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from metr.data.config import ResizeConfig
+from metr.errors import ModelError
+from metr.models.backbones.config import BackboneConfig
+from metr.models.config import DetectorConfig
+from metr.models.detector import Detector
+from metr.transfer.classifier import Linear
+from metr.transfer.table import Row
+
+AGREEMENT = ("decoder.agreement", "decoder.norm", "category_extraction")
+"""Our parts that make a classification head."""
+PROPOSALS = ("proposals.category", "proposals.bias", "proposals.objectness", "category_extraction")
+"""Our parts that make a head that scores places."""
+
+Colours = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """What a target is to be built for.
+
+    Attributes:
+        config: The METR whose weights it gets.
+        backbone: Their configuration of METR's backbone; `out_features` are the maps that METR's encoder reads.
+        channels: Channels of those maps, finest first.
+        strides: Pixels a cell of those maps.
+        names: What it is to detect, in the order of its labels.
+        fits: Whether METR's encoder and decoder are of the target's family; if not, they start afresh, and nothing has
+            to agree with them.
+    """
+
+    config: DetectorConfig
+    backbone: Any
+    channels: tuple[int, ...]
+    strides: tuple[int, ...]
+    names: tuple[str, ...]
+    fits: bool
+
+    @property
+    def labels(self) -> dict[str, dict[Any, Any]]:
+        """The names as transformers' configurations take them."""
+        numbered = dict(enumerate(self.names))
+        return {"id2label": numbered, "label2id": {name: number for number, name in numbered.items()}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyTable:
+    """One target's table, part by part; read in both directions.
+
+    `copies` say where else the target keeps what is one module with METR (heads of every layer): they are written on
+    the way out, and not read on the way in.
+    """
+
+    backbone: tuple[Row, ...] = ()
+    encoder: tuple[Row, ...] = ()
+    decoder: tuple[Row, ...] = ()
+    heads: tuple[Row, ...] = ()
+    copies: tuple[Row, ...] = ()
+
+    def rows(self) -> tuple[Row, ...]:
+        """The rows that hold in both directions."""
+        return (*self.backbone, *self.encoder, *self.decoder, *self.heads)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Knowledge:
+    """What can be derived from: the network, and its token of each name, as the queries are compared with."""
+
+    network: Detector
+    tokens: Float[Tensor, "v d"]
+    config: Any
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Derived:
+    """A tensor of the target that is no copy: how it was made, in a few words, and from which of our keys."""
+
+    tensor: Tensor
+    how: str
+    ours: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adopted:
+    """What METR must be to take a target's weights: its configuration, and tensors that no row gives."""
+
+    config: DetectorConfig
+    derived: Mapping[str, Derived] = field(default_factory=dict)
+
+
+Derivation = Callable[[Knowledge], Mapping[str, Derived]]
+
+
+def nothing_derived(_: Knowledge) -> Mapping[str, Derived]:
+    """For a target of which all that moves is copied."""
+    return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A detector of transformers that METR's weights move to, and (with `adopt`) come from.
+
+    Attributes:
+        name: What users write; transformers' `model_type`.
+        title: What people call it.
+        encoder: METR's encoder kind whose weights fit.
+        decoder: METR's decoder kind whose weights fit.
+        backbone: The prefix of its backbone's keys.
+        processor: Its image processor's class, without the suffix of a backend.
+        configure: Its configuration.
+        table: Its key table, for a configuration of its own.
+        derive: The tensors that no row gives, by its keys; asked only where the families fit.
+        differences: What it computes otherwise than such a METR in spite of equal weights, in sentences.
+        adopt: The METR that its weights fit, from its configuration and METR's configuration of its backbone;
+            None where that direction is not offered.
+        multiple: Its pictures' sides must be multiples of this.
+        single_map: It reads the backbone's last map only.
+        square: Its pictures have one fixed size, as it looks at no padding mask.
+    """
+
+    name: str
+    title: str
+    encoder: str
+    decoder: str = "deformable"
+    backbone: str = "model.backbone.model."
+    processor: str
+    configure: Callable[[Order], Any]
+    table: Callable[[Any], KeyTable]
+    derive: Derivation = nothing_derived
+    differences: Callable[[DetectorConfig], tuple[str, ...]] = lambda _: ()
+    adopt: Callable[[Any, BackboneConfig], Adopted] | None = None
+    multiple: int = 1
+    single_map: bool = False
+    square: bool = False
+
+    def fits(self, config: DetectorConfig) -> bool:
+        """Whether more than the backbone of such a METR has a place here."""
+        return (config.encoder.kind, config.decoder.kind) == (self.encoder, self.decoder)
+
+    def image_processor(self, resize: ResizeConfig, colours: Colours) -> Any:
+        """Its image processor: METR's size and colours."""
+        import transformers
+
+        size = -(-resize.size // self.multiple) * self.multiple
+        shape = {"height": size, "width": size}
+        if resize.mode == "fit" and not self.square:
+            shape = {"shortest_edge": resize.size, "longest_edge": resize.longest}
+        mean, std = (list(map(float, colour)) for colour in colours)
+        # without torchvision only this backend exists; what is saved names neither
+        made: Any = getattr(transformers, f"{self.processor}Pil")
+        return made(size=shape, image_mean=mean, image_std=std, do_normalize=True, do_rescale=True)
+
+
+def need_options(config: Any, wanted: Mapping[str, Any]) -> None:
+    """Stops where METR has no counterpart of an option of theirs.
+
+    Raises:
+        ModelError: naming the option.
+    """
+    options = config.to_dict()
+    for option, value in wanted.items():
+        found = list(options[option]) if isinstance(options[option], tuple) else options[option]
+        if found != value:
+            what = f"METR needs {option} = {value!r}, found {found!r}"
+            raise ModelError(what, where=config.model_type, hint="take another size of this detector")
+
+
+def given_layer(key: str, layer: Linear, how: str, ours: tuple[str, ...]) -> dict[str, Derived]:
+    """Weight and bias of a linear layer of theirs."""
+    return {
+        f"{key}.weight": Derived(tensor=layer.weight, how=how, ours=ours),
+        f"{key}.bias": Derived(tensor=layer.bias, how=how, ours=ours),
+    }
+
+
+def linear(theirs: str, ours: str, names: Mapping[str, str]) -> tuple[Row, ...]:
+    """Rows of modules with weight and bias: `names` maps their parts to ours."""
+    return tuple(Row(f"{theirs}.{name}.{{p}}", f"{ours}.{own}.{{p}}") for name, own in names.items())
+
+
+def attention(theirs: str, ours: str) -> tuple[Row, ...]:
+    """Multi-head attention as transformers keeps it."""
+    return linear(theirs, ours, {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "out"})
+
+
+def deformable_attention(theirs: str, ours: str) -> tuple[Row, ...]:
+    """Multi-scale deformable attention."""
+    names = {"sampling_offsets": "offsets", "attention_weights": "weights"}
+    return linear(theirs, ours, names | {"value_proj": "value", "output_proj": "out"})
+
+
+def feed_forward(theirs: str, ours: str, first: str = "mlp.fc1", second: str = "mlp.fc2") -> tuple[Row, ...]:
+    """A layer's last part: two linear layers and the norm after them."""
+    return linear(theirs, ours, {first: "widen", second: "narrow", "final_layer_norm": "norm"})
+
+
+def mlp(theirs: str, ours: str, layers: int) -> tuple[Row, ...]:
+    """Linear layers with an activation between them, which METR counts too."""
+    return tuple(Row(f"{theirs}.layers.{n}.{{p}}", f"{ours}.{2 * n}.{{p}}") for n in range(layers))
+
+
+def joined(*parts: tuple[Row, ...]) -> tuple[Row, ...]:
+    """One table of several."""
+    return tuple(chain(*parts))

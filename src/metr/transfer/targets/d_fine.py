@@ -1,0 +1,169 @@
+"""D-FINE (Peng et al., 2024): RT-DETR with other fusions, a gate, and boxes refined as distributions."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from metr.errors import ModelError
+from metr.models.backbones.config import BackboneConfig
+from metr.models.config import DetectorConfig, EncoderConfig
+from metr.transfer.carriers import backbone_rows
+from metr.transfer.classifier import layer_classifier
+from metr.transfer.table import Row
+from metr.transfer.targets import rt_detr
+from metr.transfer.targets.base import (
+    AGREEMENT,
+    Adopted,
+    Derived,
+    KeyTable,
+    Knowledge,
+    Order,
+    Target,
+    feed_forward,
+    given_layer,
+    joined,
+    linear,
+    mlp,
+)
+from metr.transfer.targets.rt_detr import convolution
+
+# transformers ties its heads from the second layer on
+_LEAST_LAYERS = 2
+_FIRST, _SECOND = "mlp.layers.0", "mlp.layers.1"
+_ENCODER, _DECODER = "model.encoder", "model.decoder"
+
+
+def configure(order: Order) -> Any:
+    """A DFineConfig; the depth of its fusions is METR's where METR's are of its kind.
+
+    Raises:
+        ModelError: METR's decoder has one layer only, or its strides are not those of one step each.
+    """
+    from transformers import DFineConfig
+
+    if order.config.decoder.layers < _LEAST_LAYERS:
+        what = f"needs {_LEAST_LAYERS} decoder layers, found {order.config.decoder.layers}"
+        raise ModelError(what, where="model.decoder.layers", hint="train a METR with more")
+    values = rt_detr.arguments(order)
+    encoder = order.config.encoder
+    if order.fits and encoder.fusion == "elan":
+        values["depth_mult"] = encoder.fusion_blocks / rt_detr.BLOCKS
+    return DFineConfig(**values)
+
+
+def _stage(theirs: str, ours: str) -> tuple[Row, ...]:
+    block, own = f"{theirs}.bottlenecks.{{j}}", f"{ours}.blocks.{{j}}"
+    return joined(
+        convolution(f"{theirs}.conv1", f"{ours}.main"),
+        convolution(f"{theirs}.conv2", f"{ours}.side"),
+        convolution(f"{block}.conv1", f"{own}.wide"),
+        convolution(f"{block}.conv2", f"{own}.narrow"),
+    )
+
+
+def _fusion(theirs: str, ours: str) -> tuple[Row, ...]:
+    return joined(
+        convolution(f"{theirs}.conv1", f"{ours}.split"),
+        _stage(f"{theirs}.csp_rep1", f"{ours}.stages.0"),
+        convolution(f"{theirs}.conv2", f"{ours}.convolutions.0"),
+        _stage(f"{theirs}.csp_rep2", f"{ours}.stages.1"),
+        convolution(f"{theirs}.conv3", f"{ours}.convolutions.1"),
+        convolution(f"{theirs}.conv4", f"{ours}.merge"),
+    )
+
+
+def encoder_rows() -> tuple[Row, ...]:
+    """The hybrid encoder with D-FINE's fusions."""
+    return joined(
+        rt_detr.attention_rows(),
+        feed_forward(f"{_ENCODER}.aifi.0.layers.{{i}}", "encoder.layers.{i}.feed_forward", _FIRST, _SECOND),
+        convolution(f"{_ENCODER}.lateral_convs.{{i}}", "encoder.laterals.{i}"),
+        _fusion(f"{_ENCODER}.fpn_blocks.{{i}}", "encoder.down_fusions.{i}"),
+        convolution(f"{_ENCODER}.downsample_convs.{{i}}.conv1", "encoder.strides.{i}.0"),
+        convolution(f"{_ENCODER}.downsample_convs.{{i}}.conv2", "encoder.strides.{i}.1"),
+        _fusion(f"{_ENCODER}.pan_blocks.{{i}}", "encoder.up_fusions.{i}"),
+    )
+
+
+def table(config: Any) -> KeyTable:
+    """D-FINE's. Its attention to the memory has no values and outputs of its own; its later boxes are distributions."""
+    theirs, ours = f"{_DECODER}.layers.{{i}}", "decoder.layers.{i}"
+    return KeyTable(
+        backbone=backbone_rows(config.backbone_config, TARGET.backbone),
+        encoder=encoder_rows(),
+        decoder=joined(
+            rt_detr.self_attention_rows(),
+            linear(
+                f"{theirs}.encoder_attn",
+                f"{ours}.cross",
+                {"sampling_offsets": "offsets", "attention_weights": "weights"},
+            ),
+            linear(theirs, ours, {"gateway.norm": "cross_norm"}),
+            feed_forward(theirs, f"{ours}.feed_forward", _FIRST, _SECOND),
+            rt_detr.position_rows(),
+        ),
+        heads=joined(rt_detr.proposal_rows(), mlp(f"{_DECODER}.pre_bbox_head", "decoder.box.change", 3)),
+    )
+
+
+def derive(known: Knowledge) -> Mapping[str, Derived]:
+    """The classification heads and the positions of queries."""
+    fresh: dict[str, Derived] = {}
+    for layer in range(known.config.decoder_layers):
+        classes = layer_classifier(known.network, known.tokens, layer)
+        key = f"{_DECODER}.class_embed.{layer}"
+        fresh |= given_layer(key, classes, "folded: agreement head and names", AGREEMENT)
+    return fresh | rt_detr.places_and_names(known) | rt_detr.positions(known.network)
+
+
+def differences(config: DetectorConfig) -> tuple[str, ...]:
+    """What D-FINE computes otherwise."""
+    said = [
+        "queries start from the features of places; METR's from learned ones and the category's token",
+        "attention to the memory has no values and outputs of its own, and a gate: these start afresh",
+        "boxes after the first layer are distributions, whose heads start afresh",
+    ]
+    if config.encoder.positions != "counted":
+        said.append(f"the encoder's positions are counted in cells; this METR's are {config.encoder.positions}")
+    if config.encoder.fusion != "elan":
+        said.append("its fusions are those of D-FINE; this METR's are those of RT-DETR, and start afresh")
+    return tuple(said)
+
+
+def adopt(config: Any, backbone: BackboneConfig) -> Adopted:
+    """A METR with D-FINE's encoder; the values and outputs that its decoder lacks change nothing.
+
+    Raises:
+        ModelError: an option is set for which METR has no counterpart.
+    """
+    rt_detr.refuse(config)
+    encoder = EncoderConfig(
+        positions="counted",
+        fusion="elan",
+        fusion_blocks=round(rt_detr.BLOCKS * config.depth_mult),
+        fusion_expansion=config.hidden_expansion,
+        **rt_detr.encoder_values(config),
+    )
+    identity = dict[str, Derived]()
+    for layer in range(config.decoder_layers):
+        for part in ("value", "out"):
+            key, width = f"decoder.layers.{layer}.cross.{part}", config.d_model
+            identity[f"{key}.weight"] = Derived(tensor=torch.eye(width), how="identity")
+            identity[f"{key}.bias"] = Derived(tensor=torch.zeros(width), how="identity")
+    return Adopted(config=rt_detr.adopted_config(config, backbone, encoder), derived=identity)
+
+
+TARGET = Target(
+    name="d_fine",
+    title="D-FINE",
+    encoder="hybrid",
+    processor="RTDetrImageProcessor",
+    configure=configure,
+    table=table,
+    derive=derive,
+    differences=differences,
+    adopt=adopt,
+    multiple=32,
+    square=True,
+)

@@ -1,0 +1,117 @@
+"""DETR: METR's `plain` family has its encoder, and of its decoder what does not know places."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers import DetrConfig
+
+from metr.transfer.carriers import backbone_rows
+from metr.transfer.classifier import Linear
+from metr.transfer.targets.base import (
+    Derived,
+    KeyTable,
+    Knowledge,
+    Order,
+    Target,
+    attention,
+    feed_forward,
+    joined,
+    linear,
+    mlp,
+)
+from metr.transfer.targets.single_scale import (
+    AGREEMENT,
+    DECODER,
+    ENCODER,
+    POSITION,
+    common_options,
+    conditional_decoder,
+    name_logits,
+    named,
+    projection,
+    query_positions,
+)
+
+_DIFFERENCES = (
+    "queries are learnt, the same for every picture; METR's start from places that it proposes for a category",
+    "every query asks for every name; METR's each ask for one, and attend to those that ask for the same",
+    "content and place share their projections in its decoder, and boxes have no start: METR's content has moved",
+)
+_FOLDED = "folded: agreement head and names"
+_LAYER = {
+    "self_attn.q_proj": "among.query_content",
+    "self_attn.k_proj": "among.key_content",
+    "self_attn.v_proj": "among.value",
+    "self_attn.o_proj": "among.out",
+    "self_attn_layer_norm": "among_norm",
+    "encoder_attn.k_proj": "cross.key_content",
+    "encoder_attn.v_proj": "cross.value",
+    "encoder_attn.o_proj": "cross.out",
+    "encoder_attn_layer_norm": "cross_norm",
+}
+
+_TABLE = KeyTable(
+    encoder=joined(
+        projection(),
+        attention(f"{ENCODER[0]}.self_attn", f"{ENCODER[1]}.attention"),
+        linear(*ENCODER, {"self_attn_layer_norm": "norm"}),
+        feed_forward(ENCODER[0], f"{ENCODER[1]}.feed_forward"),
+    ),
+    decoder=joined(
+        linear(*DECODER, _LAYER),
+        feed_forward(DECODER[0], f"{DECODER[1]}.feed_forward"),
+        linear("model.decoder", "decoder", {"layernorm": "norm"}),
+    ),
+    # the last layer moves boxes in METR, and says where they are in DETR
+    heads=mlp("bbox_predictor", "decoder.box.change", 2),
+)
+
+
+def _configure(order: Order) -> Any:
+    """Without auxiliary losses: transformers' layers would normalise what they pass on, as METR's do not."""
+    return DetrConfig(**common_options(order, "d_model"))
+
+
+def _table(config: Any) -> KeyTable:
+    return replace(_TABLE, backbone=backbone_rows(config.backbone_config, TARGET.backbone))
+
+
+@torch.no_grad()
+def _derive(knowledge: Knowledge) -> Mapping[str, Derived]:
+    """The classifier, with "no object" at a logit of 0, the learnt queries, and queries of the content's half."""
+    names = name_logits(knowledge)
+    weight = torch.cat([names.weight, torch.zeros_like(names.weight[:1])])
+    bias = torch.cat([names.bias, torch.zeros_like(names.bias[:1])])
+    derived = named("class_labels_classifier", Linear(weight=weight, bias=bias), _FOLDED, AGREEMENT)
+    derived["model.query_position_embeddings.weight"] = Derived(
+        tensor=query_positions(knowledge),
+        how="computed: embedded boxes spread over the picture",
+        ours=POSITION,
+    )
+    for index, layer in enumerate(conditional_decoder(knowledge).layers):
+        for part in ("weight", "bias"):
+            source = f"cross.query_content.{part}"
+            # METR's heads are twice as wide: they hold the place as well
+            derived[f"model.decoder.layers.{index}.encoder_attn.q_proj.{part}"] = Derived(
+                tensor=layer.get_parameter(source) / math.sqrt(2),
+                how="scaled for narrower heads",
+                ours=(f"decoder.layers.{index}.{source}",),
+            )
+    return derived
+
+
+TARGET = Target(
+    name="detr",
+    title="DETR",
+    encoder="plain",
+    decoder="conditional",
+    processor="DetrImageProcessor",
+    configure=_configure,
+    table=_table,
+    derive=_derive,
+    differences=lambda _: _DIFFERENCES,
+    single_map=True,
+)

@@ -1,0 +1,374 @@
+"""RT-DETR (Zhao et al., 2024): METR's hybrid encoder, and a decoder that starts from the features of places."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metr.errors import ModelError
+from metr.models.backbones.config import BackboneConfig
+from metr.models.config import DecoderConfig, DetectorConfig, EncoderConfig
+from metr.models.detector import Detector
+from metr.models.encoders.fusion import ConvNorm, Fusion
+from metr.models.encoders.hybrid import HybridEncoder
+from metr.transfer.carriers import backbone_rows
+from metr.transfer.classifier import layer_classifier, place_classifier
+from metr.transfer.fitted import fit_box_mlp
+from metr.transfer.moments import Moments, inside_fusion, of_memory
+from metr.transfer.positions import box_position
+from metr.transfer.table import Row
+from metr.transfer.targets.base import (
+    AGREEMENT,
+    PROPOSALS,
+    Adopted,
+    Derived,
+    KeyTable,
+    Knowledge,
+    Order,
+    Target,
+    attention,
+    deformable_attention,
+    feed_forward,
+    given_layer,
+    joined,
+    linear,
+    mlp,
+    need_options,
+)
+
+# convolution blocks of each fusion, which RT-DETR's configuration cannot change
+BLOCKS = 3
+# how far a block is shifted so that its SiLU lets everything pass: SiLU(x + 12) is x + 12 within 1e-4
+_SHIFT = 12.0
+_ENCODER, _DECODER = "model.encoder", "model.decoder"
+
+
+def configure(order: Order) -> Any:
+    """An RTDetrConfig."""
+    from transformers import RTDetrConfig
+
+    return RTDetrConfig(**arguments(order))
+
+
+def arguments(order: Order) -> dict[str, Any]:
+    """What RT-DETR and its successors are configured with.
+
+    Raises:
+        ModelError: its strides are not those of one step each.
+    """
+    config, width, levels = order.config, order.config.width, len(order.channels)
+    if any(coarse != 2 * fine for fine, coarse in zip(order.strides, order.strides[1:], strict=False)):
+        what = f"needs maps of strides that double, found {list(order.strides)}"
+        raise ModelError(what, where="backbone.strides", hint="train with backbone.strides=[8,16,32]")
+    ours = config if order.fits else config.model_copy(update={"encoder": EncoderConfig(kind="hybrid", layers=1)})
+    return {
+        "backbone_config": order.backbone,
+        "freeze_backbone_batch_norms": config.backbone.freeze_batch_norm,
+        "d_model": width,
+        "encoder_hidden_dim": width,
+        "encoder_in_channels": list(order.channels),
+        "feat_strides": list(order.strides),
+        "encode_proj_layers": [levels - 1],
+        "encoder_layers": ours.encoder.layers,
+        "encoder_ffn_dim": ours.encoder.feed_forward,
+        "encoder_attention_heads": ours.encoder.heads,
+        "hidden_expansion": ours.encoder.fusion_expansion,
+        "decoder_in_channels": [width] * levels,
+        "num_feature_levels": levels,
+        "decoder_layers": config.decoder.layers,
+        "decoder_ffn_dim": config.decoder.feed_forward,
+        "decoder_attention_heads": config.decoder.heads,
+        "decoder_n_points": config.decoder.points,
+        "num_queries": config.queries.number,
+        "num_denoising": config.denoising.number,
+        "anchor_image_size": None,
+        **order.labels,
+    }
+
+
+def convolution(theirs: str, ours: str) -> tuple[Row, ...]:
+    """A convolution and its batch norm."""
+    return (Row(f"{theirs}.conv.weight", f"{ours}.0.weight"), Row(f"{theirs}.norm.{{n}}", f"{ours}.1.{{n}}"))
+
+
+def sequence(theirs: str, ours: str) -> tuple[Row, ...]:
+    """A convolution and its batch norm that have no names."""
+    return (Row(f"{theirs}.0.weight", f"{ours}.0.weight"), Row(f"{theirs}.1.{{n}}", f"{ours}.1.{{n}}"))
+
+
+def attention_rows() -> tuple[Row, ...]:
+    """The projections of the backbone's maps, and the attention on the coarsest."""
+    theirs, ours = f"{_ENCODER}.aifi.0.layers.{{i}}", "encoder.layers.{i}"
+    return joined(
+        sequence("model.encoder_input_proj.{i}", "encoder.projections.{i}"),
+        attention(f"{theirs}.self_attn", f"{ours}.attention"),
+        linear(theirs, ours, {"self_attn_layer_norm": "norm"}),
+    )
+
+
+def _fusion(theirs: str, ours: str) -> tuple[Row, ...]:
+    block, own = f"{theirs}.bottlenecks.{{j}}", f"{ours}.blocks.{{j}}"
+    return joined(
+        convolution(f"{theirs}.conv1", f"{ours}.main"),
+        convolution(f"{theirs}.conv2", f"{ours}.side"),
+        convolution(f"{theirs}.conv3", f"{ours}.out"),
+        convolution(f"{block}.conv1", f"{own}.wide"),
+        convolution(f"{block}.conv2", f"{own}.narrow"),
+    )
+
+
+def encoder_rows() -> tuple[Row, ...]:
+    """The hybrid encoder, and the projection of its levels if METR has that."""
+    return joined(
+        attention_rows(),
+        feed_forward(f"{_ENCODER}.aifi.0.layers.{{i}}", "encoder.layers.{i}.feed_forward"),
+        convolution(f"{_ENCODER}.lateral_convs.{{i}}", "encoder.laterals.{i}"),
+        _fusion(f"{_ENCODER}.fpn_blocks.{{i}}", "encoder.down_fusions.{i}"),
+        convolution(f"{_ENCODER}.downsample_convs.{{i}}", "encoder.strides.{i}"),
+        _fusion(f"{_ENCODER}.pan_blocks.{{i}}", "encoder.up_fusions.{i}"),
+        sequence("model.decoder_input_proj.{i}", "encoder.outputs.{i}"),
+    )
+
+
+def self_attention_rows() -> tuple[Row, ...]:
+    """What precedes the attention to the memory in each layer of the decoder."""
+    theirs, ours = f"{_DECODER}.layers.{{i}}", "decoder.layers.{i}"
+    return joined(
+        attention(f"{theirs}.self_attn", f"{ours}.among"),
+        linear(theirs, ours, {"self_attn_layer_norm": "among_norm"}),
+    )
+
+
+def position_rows() -> tuple[Row, ...]:
+    """From a box to a query's position, where METR takes its four numbers."""
+    return mlp(f"{_DECODER}.query_pos_head", "decoder.position", 2)
+
+
+def proposal_rows() -> tuple[Row, ...]:
+    """The features and boxes of places."""
+    return joined(
+        linear("model.enc_output", "proposals", {"0": "feature", "1": "norm"}),
+        mlp("model.enc_bbox_head", "proposals.box.change", 3),
+    )
+
+
+def table(config: Any) -> KeyTable:
+    """RT-DETR's; the position of METR's queries has a place where it is made of the box's four numbers."""
+    theirs, ours, last = f"{_DECODER}.layers.{{i}}", "decoder.layers.{i}", config.decoder_layers - 1
+    heads = [mlp(f"{_DECODER}.bbox_embed.{layer}", "decoder.box.change", 3) for layer in range(last + 1)]
+    return KeyTable(
+        backbone=backbone_rows(config.backbone_config, TARGET.backbone),
+        encoder=encoder_rows(),
+        decoder=joined(
+            self_attention_rows(),
+            deformable_attention(f"{theirs}.encoder_attn", f"{ours}.cross"),
+            linear(theirs, ours, {"encoder_attn_layer_norm": "cross_norm"}),
+            feed_forward(theirs, f"{ours}.feed_forward"),
+            position_rows(),
+        ),
+        heads=joined(proposal_rows(), heads[last]),
+        copies=joined(*heads[:last]),
+    )
+
+
+def derive(known: Knowledge) -> Mapping[str, Derived]:
+    """The classification heads, the positions of queries, and what METR's encoder has no counterpart of."""
+    network = known.network
+    fresh: dict[str, Derived] = {}
+    for layer in range(known.config.decoder_layers):
+        key = f"{_DECODER}.class_embed.{layer}"
+        classes = layer_classifier(network, known.tokens, layer)
+        fresh |= given_layer(key, classes, "folded: agreement head and names", AGREEMENT)
+    fresh |= places_and_names(known) | positions(network)
+    assert isinstance(network.encoder, HybridEncoder)
+    if not network.encoder.outputs:
+        fresh |= _memory_projection(network.encoder)
+    return fresh | _passing_blocks(network.encoder)
+
+
+def places_and_names(known: Knowledge) -> dict[str, Derived]:
+    """The head that scores places, and the content of denoising queries."""
+    network, tokens = known.network, known.tokens
+    how = "folded: proposals' head and names"
+    fresh = given_layer("model.enc_score_head", place_classifier(network, tokens), how, PROPOSALS)
+    if known.config.num_denoising:
+        learned = torch.zeros_like(tokens[0]) if network.denoising is None else network.denoising.learned.detach()
+        content = torch.cat([tokens + learned, torch.zeros_like(tokens[:1])])
+        fresh["model.denoising_class_embed.weight"] = Derived(tensor=content, how="computed: names")
+    return fresh
+
+
+def positions(network: Detector) -> dict[str, Derived]:
+    """A network that turns a box's four numbers into a query's position, as METR does from its encoding.
+
+    A METR that takes the four numbers itself needs none: its own is copied.
+    """
+    position = box_position(network)
+    if position is None:
+        return {}
+    fit = fit_box_mlp(position, 2 * network.config.width)
+    given: dict[str, Derived] = {}
+    for number, layer in enumerate(fit.layers):
+        given |= given_layer(f"{_DECODER}.query_pos_head.layers.{number}", layer, str(fit), ("decoder.position",))
+    return given
+
+
+def _memory_projection(encoder: HybridEncoder) -> dict[str, Derived]:
+    """RT-DETR projects and normalises the memory once more: made to change nothing.
+
+    The norm expects what the weights say of each channel, so that in training too, where it looks at the batch, it
+    changes little.
+    """
+    fresh: dict[str, Derived] = {}
+    how = "identity"
+    for level, moments in enumerate(of_memory(encoder)):
+        key = f"model.decoder_input_proj.{level}"
+        eye = torch.eye(encoder.width)[:, :, None, None]
+        fresh[f"{key}.0.weight"] = Derived(tensor=eye, how=how)
+        fresh |= {f"{key}.1.{name}": Derived(tensor=value, how=how) for name, value in _unmoved(moments).items()}
+    return fresh
+
+
+def _unmoved(moments: Moments, shift: float = 0.0, eps: float = 1e-5) -> dict[str, Tensor]:
+    """A batch norm that gives what it is given, or that and a shift."""
+    deviation = moments.deviation.clamp(min=1e-2)
+    return {
+        "weight": (deviation**2 + eps).sqrt(),
+        "bias": moments.mean + shift,
+        "running_mean": moments.mean,
+        "running_var": deviation**2,
+    }
+
+
+def _passing_blocks(encoder: HybridEncoder) -> dict[str, Derived]:
+    """Blocks that METR's fusions lack: all passes through them, but for a shift that the convolution after them takes.
+
+    A fusion without that convolution keeps the blocks as they were initialised.
+    """
+    fresh: dict[str, Derived] = {}
+    for name, fusions in (("fpn_blocks", encoder.down_fusions), ("pan_blocks", encoder.up_fusions)):
+        for number, fusion in enumerate(fusions):
+            if not (isinstance(fusion, Fusion) and isinstance(fusion.out, ConvNorm)):
+                continue
+            lacking = range(len(fusion.blocks), BLOCKS)
+            if not lacking:
+                continue
+            key, own = f"{_ENCODER}.{name}.{number}", f"encoder.{'down' if name == 'fpn_blocks' else 'up'}_fusions"
+            moments = inside_fusion(fusion)
+            for block in lacking:
+                fresh |= _passing(f"{key}.bottlenecks.{block}", moments)
+                moments = Moments(mean=moments.mean + _SHIFT, deviation=moments.deviation)
+            norm = fusion.out[1]
+            passed = fusion.out[0].get_parameter("weight").detach().sum((1, 2, 3))
+            moved = norm.get_buffer("running_mean") + passed * _SHIFT * len(lacking)
+            ours = (f"{own}.{number}.out.1.running_mean",)
+            fresh[f"{key}.conv3.norm.running_mean"] = Derived(tensor=moved, how="shifted", ours=ours)
+    return fresh
+
+
+def _passing(key: str, moments: Moments) -> dict[str, Derived]:
+    """One block through which everything passes, shifted."""
+    width, how = len(moments.mean), "passing block"
+    norm = _unmoved(moments, _SHIFT)
+    fresh = {f"{key}.conv2.norm.{name}": Derived(tensor=value, how=how) for name, value in norm.items()}
+    fresh[f"{key}.conv2.conv.weight"] = Derived(tensor=torch.eye(width)[:, :, None, None], how=how)
+    silent = {"weight": torch.zeros(width), "bias": torch.zeros(width)}
+    return fresh | {f"{key}.conv1.norm.{name}": Derived(tensor=value, how=how) for name, value in silent.items()}
+
+
+def differences(config: DetectorConfig) -> tuple[str, ...]:
+    """What RT-DETR computes otherwise."""
+    said = ["queries start from the features of places; METR's from learned ones and the category's token"]
+    if config.encoder.positions != "counted":
+        said.append(f"the encoder's positions are counted in cells; this METR's are {config.encoder.positions}")
+    if config.encoder.fusion != "csp":
+        said.append("its fusions are those of RT-DETR; this METR's are those of D-FINE, and start afresh")
+    elif config.encoder.fusion_blocks > BLOCKS:
+        said.append(f"a fusion has {BLOCKS} blocks; this METR's others have no place")
+    elif config.encoder.fusion_blocks < BLOCKS:
+        passing = int(config.width * config.encoder.fusion_expansion) != config.width
+        state = "let everything pass at first" if passing else "start afresh"
+        said.append(f"a fusion has {BLOCKS} blocks, this METR's {config.encoder.fusion_blocks}: the others {state}")
+    return tuple(said)
+
+
+def adopt(config: Any, backbone: BackboneConfig) -> Adopted:
+    """A METR with RT-DETR's encoder, its projection of the memory and its positions, so that all of it fits.
+
+    Raises:
+        ModelError: an option is set for which METR has no counterpart.
+    """
+    refuse(config)
+    encoder = EncoderConfig(
+        positions="counted",
+        fusion_blocks=BLOCKS,
+        project_memory=True,
+        fusion_expansion=config.hidden_expansion,
+        **encoder_values(config),
+    )
+    return Adopted(config=adopted_config(config, backbone, encoder))
+
+
+def encoder_values(config: Any) -> dict[str, Any]:
+    """What the encoders of RT-DETR and D-FINE have in common."""
+    return {
+        "kind": "hybrid",
+        "layers": config.encoder_layers,
+        "levels": config.num_feature_levels,
+        "heads": config.encoder_attention_heads,
+        "feed_forward": config.encoder_ffn_dim,
+    }
+
+
+def adopted_config(config: Any, backbone: BackboneConfig, encoder: EncoderConfig) -> DetectorConfig:
+    """METR's configuration around an encoder."""
+    base = DetectorConfig()
+    heads, width = config.decoder_attention_heads, config.d_model
+    decoder = DecoderConfig(
+        layers=config.decoder_layers,
+        heads=heads,
+        points=config.decoder_n_points,
+        feed_forward=config.decoder_ffn_dim,
+        positions="plain",
+    )
+    categories = base.categories.model_copy(update={"heads": heads})
+    queries = base.queries.model_copy(update={"number": max(config.num_queries, categories.kept), "content": "place"})
+    parts = {"backbone": backbone, "encoder": encoder, "decoder": decoder, "categories": categories, "queries": queries}
+    return DetectorConfig(width=width, **parts)
+
+
+def refuse(config: Any) -> None:
+    """Stops where METR has no counterpart of an option.
+
+    Raises:
+        ModelError: naming the option.
+    """
+    wanted = {
+        "encoder_hidden_dim": config.d_model,
+        "normalize_before": False,
+        "num_feature_levels": len(config.encoder_in_channels),
+        "encode_proj_layers": [len(config.encoder_in_channels) - 1],
+        "encoder_activation_function": "gelu",
+        "activation_function": "silu",
+        "decoder_activation_function": "relu",
+    }
+    need_options(config, wanted)
+    if not isinstance(config.decoder_n_points, int):
+        what = f"METR needs as many points on every level, found {config.decoder_n_points}"
+        raise ModelError(what, where="decoder_n_points", hint="take another size of this detector")
+
+
+TARGET = Target(
+    name="rt_detr",
+    title="RT-DETR",
+    encoder="hybrid",
+    processor="RTDetrImageProcessor",
+    configure=configure,
+    table=table,
+    derive=derive,
+    differences=differences,
+    adopt=adopt,
+    multiple=32,
+    square=True,
+)

@@ -1,0 +1,105 @@
+"""What the targets of one scale have in common: METR's `plain` family in the words of DETR and its successors."""
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from metr.layers.position_encoding import box_encoding
+from metr.models.conditional_decoder import ConditionalDecoder
+from metr.models.config import EncoderConfig
+from metr.registered_config import EfficientNetLiteConfig
+from metr.transfer.classifier import Linear, classifier
+from metr.transfer.moments import after_norm
+from metr.transfer.table import Row
+from metr.transfer.targets.base import Derived, Knowledge, Order, linear
+
+# our parts that make a classification head, and our embedding of boxes
+AGREEMENT = ("decoder.agreement", "decoder.norm", "category_extraction")
+POSITION = ("decoder.position",)
+ENCODER = ("model.encoder.layers.{i}", "encoder.layers.{i}")
+DECODER = ("model.decoder.layers.{i}", "decoder.layers.{i}")
+
+# the side of the boxes from which learnt queries start, as a share of the picture
+SIDE = 0.2
+# the steps of the most even sequence of points in a square: powers of the inverse of the plastic number (Roberts, 2018)
+_STEPS = (0.7548776662466927, 0.5698402909980532)
+
+
+def common_options(order: Order, width: str) -> dict[str, Any]:
+    """What the configurations of these detectors share: METR's sizes. Dropout is off, as in METR.
+
+    Args:
+        order: What the target is built for; a METR with another encoder says nothing of this one's sizes.
+        width: What the configuration calls the width.
+    """
+    config = order.config
+    encoder = config.encoder if config.encoder.kind == "plain" else EncoderConfig(kind="plain")
+    return {
+        "backbone_config": _with_frozen_norms(order.backbone),
+        width: config.width,
+        "encoder_layers": encoder.layers,
+        "encoder_attention_heads": encoder.heads,
+        "encoder_ffn_dim": encoder.feed_forward,
+        "decoder_layers": config.decoder.layers,
+        "decoder_attention_heads": config.decoder.heads,
+        "decoder_ffn_dim": config.decoder.feed_forward,
+        "num_queries": config.queries.number,
+        "activation_function": "relu",
+        "dropout": 0.0,
+        **order.labels,
+    }
+
+
+def _with_frozen_norms(backbone: Any) -> Any:
+    """These detectors freeze the batch norms that they know, with an epsilon of their own; ours freeze themselves."""
+    frozen = deepcopy(backbone)
+    if isinstance(frozen, EfficientNetLiteConfig):
+        frozen.freeze_batch_norm = True
+    return frozen
+
+
+def projection() -> tuple[Row, ...]:
+    """The convolution between backbone and encoder."""
+    return linear("model", "encoder", {"input_projection": "projection"})
+
+
+def spread_boxes(number: int) -> Float[Tensor, "n 4"]:
+    """Boxes of one size whose centres fill the picture evenly, however many there are."""
+    index = torch.arange(1, number + 1, dtype=torch.float64).unsqueeze(1)
+    centres = (0.5 + index * torch.tensor(_STEPS, dtype=torch.float64)) % 1
+    return torch.cat([centres, torch.full_like(centres, SIDE)], dim=1).float()
+
+
+def conditional_decoder(knowledge: Knowledge) -> ConditionalDecoder:
+    """METR's decoder, which is conditional where the families fit."""
+    decoder = knowledge.network.decoder
+    assert isinstance(decoder, ConditionalDecoder)
+    return decoder
+
+
+def named(key: str, layer: Linear, how: str, ours: tuple[str, ...]) -> dict[str, Derived]:
+    """A linear layer's two tensors."""
+    tensors = {"weight": layer.weight, "bias": layer.bias}
+    return {f"{key}.{name}": Derived(tensor=tensor, how=how, ours=ours) for name, tensor in tensors.items()}
+
+
+def name_logits(knowledge: Knowledge) -> Linear:
+    """One logit a name from the decoder's normalised output."""
+    decoder = conditional_decoder(knowledge)
+    return classifier(decoder.agreement, knowledge.tokens, after_norm(decoder.norm))
+
+
+@torch.no_grad()
+def query_positions(knowledge: Knowledge) -> Float[Tensor, "n d"]:
+    """METR's embedding of boxes spread over the picture, one for each of the target's learnt queries."""
+    boxes = spread_boxes(knowledge.config.num_queries)
+    embedded: Tensor = conditional_decoder(knowledge).position(box_encoding(boxes, knowledge.network.config.width))
+    return embedded
+
+
+def spread_logits(number: int) -> Float[Tensor, "n 4"]:
+    """The spread boxes before the sigmoid."""
+    return spread_boxes(number).clamp(0.01, 0.99).logit()

@@ -1,0 +1,84 @@
+"""`metr finetune` through the console script."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from metr.engine.trainer import Trainer
+
+from tiny import CommandLine, TinyRun
+
+SHORT = ["--set", "train.loop.device=cpu", "--set", "train.loop.curves=false", "--set", "loader.workers=0"]
+SHORT += ["--set", "loader.batch_size=2", "--steps", 2]
+
+
+def arguments(run: TinyRun, out: Path, *more: object) -> list[object]:
+    return ["finetune", f"lake={run.datasets[0]}", "--from", run.folder, "-o", out, *SHORT, *more]
+
+
+def test_it_says_what_it_does_and_what_came_of_it(metr: CommandLine, tiny_run: TinyRun, tmp_path: Path) -> None:
+    out = tmp_path / "mine"
+    old = ["--remember", tiny_run.data[1], "--remember-share", 0.5, "--remember-evaluate", tiny_run.data[2]]
+    ended = metr(*arguments(tiny_run, out, "--shots", 1, "--seed", 2, "--freeze", "backbone", *old))
+    assert ended.code == 0, ended
+    for part in ("2 steps of 2 at ", "backbone frozen", "--remember mixes old datasets in", "AP before and after"):
+        assert part in ended.words
+    for part in ("lake", "new", "desk", "remembered", "meadow", "only judged", "Done: 2 steps, the best of step 2"):
+        assert part in ended.words
+    request = json.loads((out / "finetuning.json").read_text())
+    assert (request["shots"], request["seed"], request["remember_share"]) == (1, 2, 0.5)
+    again = metr(*arguments(tiny_run, out))
+    assert again.code == 1
+    assert "a run is in this folder already" in again.err
+    assert "lake" in metr("evaluate", out, f"lake={tiny_run.datasets[0]}", "-o", tmp_path / "judged").out
+
+
+def test_ctrl_c_and_resume(
+    metr: CommandLine, tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Trainer.train_step
+
+    def interrupted(self: Trainer, *given: object) -> object:
+        os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", interrupted)
+        ended = metr(*arguments(tiny_run, tmp_path / "mine"))
+    assert ended.code == 130
+    assert "give the same command again with --resume" in ended.out
+    assert not (tmp_path / "mine/comparison.json").exists()
+    ended = metr(*arguments(tiny_run, tmp_path / "mine", "--resume"))
+    assert ended.code == 0, ended
+    assert "Done: 2 steps" in ended.out
+    assert (tmp_path / "mine/comparison.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--shots", 1, "--share", 0.5], ["--shots, --share: shots and share exclude each other"]),
+        (["--share", 2], ["'share'", "found 2"]),
+        (["--remember-share", 1], ["--remember: 'share'", "found 1"]),
+        (["--freeze", "bakbone"], ["'train.freeze'", "found 'bakbone'"]),
+        (["--set", "model.decoder.layers=2"], ["model: fine-tuning keeps", "model.decoder.layers=2", "metr train"]),
+        (["--remember", "nowhere"], ["nowhere", "no such"]),
+        (["--config", "no.yaml"], ["no.yaml: no such configuration file"]),
+    ],
+)
+def test_mistakes(metr: CommandLine, tiny_run: TinyRun, tmp_path: Path, more: list[object], told: list[str]) -> None:
+    ended = metr(*arguments(tiny_run, tmp_path / "mine", *more))
+    assert ended.code == 1, ended
+    assert ended.err.startswith("error: ")
+    assert "Traceback" not in ended.err
+    for part in told:
+        assert part in ended.err
+
+
+def test_from_is_needed(metr: CommandLine, tiny_run: TinyRun, tmp_path: Path) -> None:
+    ended = metr("finetune", tiny_run.data[0], "-o", tmp_path / "mine")
+    assert ended.code == 2
+    assert "--from" in ended.err

@@ -1,0 +1,77 @@
+"""`metr transfer`: a folder that transformers loads as it is, a checkpoint of another's folder, and mistakes."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForObjectDetection
+
+from metr.api.model import METR
+
+from tiny import CommandLine, TinyRun
+
+
+def test_to_rt_detr_and_back(metr: CommandLine, tiny_run: TinyRun, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    ended = metr("transfer", tiny_run.folder, "--to", "rt-detr", "-o", out, "--names", "fish, newt")
+    assert ended.code == 0, ended.words
+    assert "copied" in ended.words
+    assert "counted in cells" in ended.words
+    model = AutoModelForObjectDetection.from_pretrained(out)
+    assert model.config.id2label == {0: "fish", 1: "newt"}
+    processor = AutoImageProcessor.from_pretrained(out)
+    assert dict(processor.size) == {"height": 64, "width": 64}
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 80, 3), dtype=np.uint8))
+    with torch.no_grad():
+        answer = model(**processor(images=picture, return_tensors="pt"))
+    (found,) = processor.post_process_object_detection(answer, threshold=0.0, target_sizes=[(50, 80)])
+    assert len(found["scores"]) == 24
+    report = json.loads((out / "transfer.json").read_text())
+    assert report["counts"]["copied"] == len(report["copied"]) > 100
+    # written again over itself, and taken back
+    assert metr("transfer", tiny_run.folder, "--to", "rt_detr", "-o", out).code == 0
+    assert len(AutoModelForObjectDetection.from_pretrained(out).config.id2label) == 10
+    text = ["--text", tiny_run.text_model]
+    back = metr("transfer", "--from", out, "-o", tmp_path / "back", "--names", tiny_run.datasets[0], *text)
+    assert back.code == 0, back.words
+    assert set(METR.from_pretrained(tmp_path / "back", device="cpu").names) == {"fish", "frog", "leaf", "turtle"}
+
+
+def test_another_family_is_told_of(metr: CommandLine, tiny_run: TinyRun, tmp_path: Path) -> None:
+    ended = metr("transfer", tiny_run.folder, "--to", "deformable_detr", "-o", tmp_path / "out")
+    assert ended.code == 0, ended.words
+    assert "only the backbone moves" in ended.words
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["RUN", "--to", "rt_dter"], "no detector 'rt_dter'"),
+        (["RUN"], "expected RUN and --to"),
+        (["--to", "rt_detr"], "expected RUN and --to"),
+        (["RUN", "--to", "rt_detr", "--from", "RUN"], "expected --from alone"),
+        (["RUN", "--to", "rt_detr", "--text", "x"], "goes with --from only"),
+        (["RUN", "--to", "rt_detr", "--names", "a,,b"], "a name is empty"),
+        (["RUN", "--to", "rt_detr", "--names", "no/such/folder"], "no such dataset"),
+        (["--from", "no/such/folder"], "no such file"),
+        (["--from", "RUN"], "cannot load this model"),
+    ],
+)
+def test_mistakes(metr: CommandLine, tiny_run: TinyRun, tmp_path: Path, arguments: list[str], message: str) -> None:
+    words = [str(tiny_run.best) if word == "RUN" else word for word in arguments]
+    ended = metr("transfer", *words, "-o", tmp_path / "out")
+    assert ended.code == 1
+    assert message in ended.words
+    assert "Traceback" not in ended.words
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_holds_other_things(metr: CommandLine, tiny_run: TinyRun, tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("dear reader")
+    ended = metr("transfer", tiny_run.folder, "--to", "rt_detr", "-o", tmp_path)
+    assert ended.code == 1
+    assert "not overwritten" in ended.words
+    assert (tmp_path / "letter.txt").exists()
