@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
-from metr.models.heads import AgreementHead, BoxHead, box_logits
+from metr.models.config import AgreementConfig
+from metr.models.heads import AgreementHead, BoxHead, box_logits, compared_tokens
+from metr.structures import Categories
 
 
 def test_agreement_is_a_scaled_product_plus_a_bias() -> None:
@@ -62,3 +64,41 @@ def test_box_logits_stay_inside_their_margin() -> None:
     outside = torch.tensor([[-0.5, 0.0, 1.0, 1.5]])
     edge = math.log(1e-3)
     torch.testing.assert_close(box_logits(outside), torch.tensor([[edge, edge, -edge, -edge]]))
+
+
+def test_factor_and_objectness_of_an_agreement() -> None:
+    plain, sure = AgreementHead(16, 0.02), AgreementHead(16, 0.02, AgreementConfig(factor=4, objectness=True))
+    sure.load_state_dict(plain.state_dict(), strict=False)
+    features, tokens = torch.randn(3, 5, 16), torch.randn(3, 5, 16)
+    assert plain.objectness is None
+    assert sure.objectness is not None
+    agreement = plain(features, tokens) - plain.bias
+    torch.testing.assert_close(sure(features, tokens), 4 * agreement + features @ sure.objectness.weight[0] + sure.bias)
+
+
+def test_an_agreement_starts_as_it_would_without_its_factor() -> None:
+    features, tokens = torch.randn(3, 5, 16), torch.randn(3, 5, 16)
+    heads = []
+    for factor in (1.0, 4.0):
+        torch.manual_seed(1)
+        heads.append(AgreementHead(16, 0.02, AgreementConfig(factor=factor)))
+    torch.testing.assert_close(heads[0](features, tokens), heads[1](features, tokens))
+
+
+def test_what_slots_are_compared_with() -> None:
+    tokens, text = torch.randn(2, 4, 16), torch.randn(9, 16)
+    shortlist = torch.tensor([[0, 2, 5, 8], [1, 2, 3, 4]])
+    categories = Categories(
+        presence_logits=torch.zeros(1, 2, 9),
+        text=text,
+        tokens=tokens,
+        ids=torch.tensor([[2, 8], [4, 0]]),
+        valid=torch.tensor([[True, True], [True, False]]),
+        shortlist=shortlist,
+    )
+    refined = compared_tokens(categories, AgreementConfig())
+    torch.testing.assert_close(refined[0], tokens[0, [1, 3]])
+    torch.testing.assert_close(refined[1, 0], tokens[1, 3])
+    unrefined = compared_tokens(categories, AgreementConfig(token="text"))
+    torch.testing.assert_close(unrefined[0], text[[2, 8]])
+    torch.testing.assert_close(unrefined[1, 0], text[4])

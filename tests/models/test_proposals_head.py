@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from metr.models.config import QueryConfig
+from metr.models.config import AgreementConfig, QueryConfig
 from metr.models.encoders.pyramid import flatten
 from metr.models.proposals import ProposalHead, anchor_logits, share_out, take_pairs
 from metr.structures import Categories, Memory, Proposals
@@ -38,8 +38,9 @@ def categories_of(batch: int = 2, kept: int = 4) -> Categories:
 
 
 def head_of(**values: Any) -> ProposalHead:
+    agreement = values.pop("agreement", None)
     config = QueryConfig(**{"layout": "uniform", "number": 24, "floor": 2, "ceiling": 10} | values)
-    head = ProposalHead(WIDTH, config, prior=0.01)
+    head = ProposalHead(WIDTH, config, prior=0.01, agreement=agreement)
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -173,6 +174,22 @@ def test_answers_are_those_of_the_chosen_pairs(layout: str) -> None:
             torch.testing.assert_close(features[image, query], known[image, place])
             box = (head.box.change(known[image, place]) + anchors[image, place]).sigmoid()
             torch.testing.assert_close(proposals.boxes[image, query], box)
+
+
+@torch.no_grad()
+def test_logits_are_scaled_agreements_with_the_text_and_objectness() -> None:
+    agreement = AgreementConfig(token="text", factor=3, objectness=True)
+    head, memory, categories = head_of(agreement=agreement), memory_of(), categories_of()
+    assert head.objectness is not None
+    proposals, features = head(memory, categories)
+    text = categories.text[categories.ids.gather(1, proposals.slot)]
+    expected = 3 / WIDTH**0.5 * (head.category(features) * text).sum(-1) + head.bias
+    torch.testing.assert_close(proposals.logits, expected + features @ head.objectness.weight[0])
+    _, usable = anchor_logits(memory)
+    every = head.scores(head.features(memory, usable), categories.text[categories.ids])
+    chosen = every.gather(1, proposals.place.unsqueeze(2).expand(-1, -1, every.shape[2]))
+    chosen = chosen.gather(2, proposals.slot.unsqueeze(2)).squeeze(2)
+    torch.testing.assert_close(proposals.logits[proposals.valid], chosen[proposals.valid], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

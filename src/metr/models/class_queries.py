@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from metr.models.config import QueryConfig
@@ -40,8 +40,12 @@ class ClassQueries(nn.Module):
 
 def token_of(categories: Categories, slot: Tensor) -> Float[Tensor, "b q d"]:
     """The refined token of the category in each query's slot."""
-    kept = categories.kept_tokens
-    return kept.gather(1, slot.unsqueeze(-1).expand(-1, -1, kept.shape[-1]))
+    return rows(categories.kept_tokens, slot)
+
+
+def rows(table: Float[Tensor, "b n c"], index: Int[Tensor, "b q"]) -> Float[Tensor, "b q c"]:
+    """Rows of each image's table."""
+    return table.gather(1, index.unsqueeze(-1).expand(-1, -1, table.shape[-1]))
 
 
 def side_by_side(first: Queries, second: Queries) -> Queries:

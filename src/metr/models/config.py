@@ -73,6 +73,19 @@ class QueryConfig(Config):
     """What joins the category's token: a learned query, or that and the features of the place where it starts."""
 
 
+class AgreementConfig(Config):
+    """How places and queries are compared with their categories, to one logit each."""
+
+    token: Literal["refined", "text"] = "refined"
+    """Compared with the category's token as the image refined it (the authors), or with its projected text: by that,
+    categories of one picture remain further apart."""
+    factor: float = Field(1.0, gt=0)
+    """Of the dot product / sqrt(width): the larger, the sooner categories that look alike are told apart."""
+    objectness: bool = False
+    """Adds what a feature says of there being an object, whatever its category: dot products then have but to tell
+    categories apart."""
+
+
 class DenoisingConfig(Config):
     """Contrastive and category-flipped denoising, in training only."""
 
@@ -118,6 +131,7 @@ class DetectorConfig(Config):
     encoder: EncoderConfig = EncoderConfig()
     categories: CategoryConfig = CategoryConfig()
     queries: QueryConfig = QueryConfig()
+    agreement: AgreementConfig = AgreementConfig()
     denoising: DenoisingConfig = DenoisingConfig()
     decoder: DecoderConfig = DecoderConfig()
 

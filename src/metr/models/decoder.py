@@ -10,9 +10,9 @@ from metr.layers.attention import Attention
 from metr.layers.deformable_attention import DeformableAttention
 from metr.layers.mlp import MLP, FeedForward
 from metr.layers.position_encoding import box_encoding
-from metr.models.class_queries import token_of
-from metr.models.config import DecoderConfig
-from metr.models.heads import AgreementHead, BoxHead, box_logits
+from metr.models.class_queries import rows
+from metr.models.config import AgreementConfig, DecoderConfig
+from metr.models.heads import AgreementHead, BoxHead, box_logits, compared_tokens
 from metr.structures import Categories, Memory, Queries
 
 
@@ -53,13 +53,16 @@ class DecoderLayer(nn.Module):
 class Decoder(nn.Module):
     """Layers with iterative box refinement; the heads are the same after every layer."""
 
-    def __init__(self, width: int, levels: int, config: DecoderConfig, prior: float) -> None:
+    def __init__(
+        self, width: int, levels: int, config: DecoderConfig, prior: float, agreement: AgreementConfig | None = None
+    ) -> None:
         super().__init__()
+        self.compared = agreement or AgreementConfig()
         self.width, self.padded_positions = width, config.padded_positions
         self.position = MLP((2 * width, width, width))
         self.layers = nn.ModuleList(DecoderLayer(width, levels, config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(width)
-        self.agreement = AgreementHead(width, prior)
+        self.agreement = AgreementHead(width, prior, self.compared)
         self.box = BoxHead(width)
 
     def forward(self, queries: Queries, memory: Memory, categories: Categories) -> DecoderAnswer:
@@ -69,7 +72,7 @@ class Decoder(nn.Module):
         raw output, the reported one from the normalised output, as in DINO.
         """
         content, boxes = queries.content, queries.reference_boxes
-        tokens = token_of(categories, queries.slot)
+        tokens = rows(compared_tokens(categories, self.compared), queries.slot)
         allowed = queries.group.unsqueeze(2) == queries.group.unsqueeze(1)
         scale = memory.valid_ratios.tile(1, 1, 2).unsqueeze(1)
         logits, found = [], []

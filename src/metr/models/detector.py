@@ -36,10 +36,10 @@ class Detector(nn.Module):
         self.backbone = build_backbone(config.backbone)
         self.encoder = build_encoder(self.backbone.channels, width, config.encoder)
         self.category_extraction = CategoryExtraction(text_width, width, config.categories)
-        self.proposals = ProposalHead(width, config.queries, _OBJECT_PRIOR)
+        self.proposals = ProposalHead(width, config.queries, _OBJECT_PRIOR, config.agreement)
         self.class_queries = ClassQueries(width, config.queries)
         self.denoising = Denoising(width, config.denoising) if config.denoising.number else None
-        self.decoder = Decoder(width, self.encoder.levels, config.decoder, _OBJECT_PRIOR)
+        self.decoder = Decoder(width, self.encoder.levels, config.decoder, _OBJECT_PRIOR, config.agreement)
 
     def forward(
         self,

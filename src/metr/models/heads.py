@@ -7,26 +7,43 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from metr.layers.mlp import MLP
+from metr.models.config import AgreementConfig
+from metr.structures import Categories
 
 
 class AgreementHead(nn.Module):
-    """MLP(feature) . text / sqrt(d) + b: one logit for each pair of feature and text token.
+    """factor MLP(feature) . token / sqrt(d) + b: one logit for each pair of feature and token.
+
+    With `objectness` a linear layer's word on the feature alone is added.
 
     Args:
         width: d.
         prior: The probability that the head answers before it has learnt anything.
+        config: The factor, and whether there is objectness.
     """
 
-    def __init__(self, width: int, prior: float) -> None:
+    def __init__(self, width: int, prior: float, config: AgreementConfig | None = None) -> None:
         super().__init__()
+        config = config or AgreementConfig()
         self.feature = MLP((width, width, width))
         self.bias = nn.Parameter(torch.tensor([math.log(prior / (1 - prior))]))
-        self.scale = 1 / math.sqrt(width)
+        self.objectness = nn.Linear(width, 1, bias=False) if config.objectness else None
+        self.scale = config.factor / math.sqrt(width)
+        with torch.no_grad():  # it starts as it would without the factor
+            self.feature.last.weight /= config.factor
+            self.feature.last.bias /= config.factor
 
-    def forward(self, features: Float[Tensor, "*n d"], text: Float[Tensor, "*#n d"]) -> Float[Tensor, "*n"]:
+    def forward(self, features: Float[Tensor, "*n d"], tokens: Float[Tensor, "*#n d"]) -> Float[Tensor, "*n"]:
         """One logit for each feature and the token beside it."""
-        agreement: Tensor = (self.feature(features) * text).sum(-1)
-        return agreement * self.scale + self.bias
+        agreement: Tensor = (self.feature(features) * tokens).sum(-1)
+        logit = agreement * self.scale + self.bias
+        return logit if self.objectness is None else logit + self.objectness(features).squeeze(-1)
+
+
+def compared_tokens(categories: Categories, config: AgreementConfig) -> Float[Tensor, "b k d"]:
+    """What the features of each slot's places and queries are compared with."""
+    # an empty slot's id is 0, and finds some text as well
+    return categories.text[categories.ids] if config.token == "text" else categories.kept_tokens
 
 
 class BoxHead(nn.Module):

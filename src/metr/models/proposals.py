@@ -7,39 +7,45 @@ from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from metr.models.config import QueryConfig
-from metr.models.heads import BoxHead
+from metr.models.class_queries import rows
+from metr.models.config import AgreementConfig, QueryConfig
+from metr.models.heads import BoxHead, compared_tokens
 from metr.structures import Categories, Memory, Proposals
 
 
 class ProposalHead(nn.Module):
     """Scores every place of the memory for every kept category, and picks the queries' pairs.
 
-    A place's logit for a category is (linear of its feature) . (the category's refined token) / sqrt(d) + b; its box
-    is an anchor, moved by what the feature says, the same for every category.
+    A place's logit for a category is factor (linear of its feature) . (the category's token) / sqrt(d) + b, and with
+    `objectness` a linear layer's word on the feature alone; its box is an anchor, moved by what the feature says, the
+    same for every category.
     """
 
-    def __init__(self, width: int, config: QueryConfig, prior: float) -> None:
+    def __init__(self, width: int, config: QueryConfig, prior: float, agreement: AgreementConfig | None = None) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.compared = config, agreement or AgreementConfig()
         self.feature = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width)
         self.category = nn.Linear(width, width)
         self.bias = nn.Parameter(torch.tensor([math.log(prior / (1 - prior))]))
+        self.objectness = nn.Linear(width, 1, bias=False) if self.compared.objectness else None
         self.box = BoxHead(width)
-        self.scale = 1 / math.sqrt(width)
+        self.scale = self.compared.factor / math.sqrt(width)
+        with torch.no_grad():  # it starts as it would without the factor
+            self.category.weight /= self.compared.factor
+            self.category.bias /= self.compared.factor
 
     def forward(self, memory: Memory, categories: Categories) -> tuple[Proposals, Float[Tensor, "b q d"]]:
         """The chosen pairs, and the features of their places."""
         anchors, usable = anchor_logits(memory)
         features = self.features(memory, usable)
         places, ranks, slots, valid = self._choose(features, usable, categories)
-        chosen = _rows(features, places)
-        tokens = _rows(categories.kept_tokens, slots)
+        chosen = rows(features, places)
+        tokens = rows(compared_tokens(categories, self.compared), slots)
         logits = self._agreement(chosen, tokens)
         proposals = Proposals(
             logits=logits,
-            boxes=self.box(chosen, _rows(anchors, places)),
+            boxes=self.box(chosen, rows(anchors, places)),
             place=places,
             slot=slots,
             rank=ranks,
@@ -59,11 +65,13 @@ class ProposalHead(nn.Module):
         """
         turned = tokens @ self.category.weight
         shift = (tokens @ self.category.bias).unsqueeze(1)
-        return (features @ turned.transpose(1, 2) + shift) * self.scale + self.bias
+        logits = (features @ turned.transpose(1, 2) + shift) * self.scale + self.bias
+        return logits if self.objectness is None else logits + self.objectness(features)
 
     def _agreement(self, features: Float[Tensor, "b q d"], tokens: Float[Tensor, "b q d"]) -> Float[Tensor, "b q"]:
         agreement: Tensor = (self.category(features) * tokens).sum(-1)
-        return agreement * self.scale + self.bias
+        logits = agreement * self.scale + self.bias
+        return logits if self.objectness is None else logits + self.objectness(features).squeeze(-1)
 
     @torch.no_grad()
     def _choose(
@@ -77,7 +85,8 @@ class ProposalHead(nn.Module):
             every = categories.ids.shape[1]
             best, places = (repeat(x, "b c -> b k c", k=every) for x in (best, places))
         else:
-            scores = self.scores(features, categories.kept_tokens).masked_fill(~usable.unsqueeze(-1), -torch.inf)
+            tokens = compared_tokens(categories, self.compared)
+            scores = self.scores(features, tokens).masked_fill(~usable.unsqueeze(-1), -torch.inf)
             most = min(self.config.ceiling, self.config.number, scores.shape[1])
             best, places = rearrange(scores, "b s k -> b k s").topk(most, dim=-1)
         priority = share_out(best.float(), categories.valid, self.config)
@@ -143,8 +152,3 @@ def anchor_logits(memory: Memory) -> tuple[Float[Tensor, "b s 4"], Bool[Tensor, 
     usable = ((anchors > 0.01) & (anchors < 0.99)).all(-1) & ~memory.padding_mask
     logits = (anchors / (1 - anchors)).log()
     return logits.masked_fill(~usable.unsqueeze(-1), torch.inf), usable
-
-
-def _rows(table: Float[Tensor, "b n c"], index: Int[Tensor, "b q"]) -> Float[Tensor, "b q c"]:
-    """Rows of each image's table."""
-    return table.gather(1, index.unsqueeze(-1).expand(-1, -1, table.shape[-1]))
