@@ -30,8 +30,8 @@ class AgreementHead(nn.Module):
         self.objectness = nn.Linear(width, 1, bias=False) if config.objectness else None
         self.scale = config.factor / math.sqrt(width)
         with torch.no_grad():  # it starts as it would without the factor
-            self.feature.last.weight /= config.factor
-            self.feature.last.bias /= config.factor
+            for parameter in self.feature.last.parameters():
+                parameter.div_(config.factor)
 
     def forward(self, features: Float[Tensor, "*n d"], tokens: Float[Tensor, "*#n d"]) -> Float[Tensor, "*n"]:
         """One logit for each feature and the token beside it."""

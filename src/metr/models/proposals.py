@@ -32,8 +32,8 @@ class ProposalHead(nn.Module):
         self.box = BoxHead(width)
         self.scale = self.compared.factor / math.sqrt(width)
         with torch.no_grad():  # it starts as it would without the factor
-            self.category.weight /= self.compared.factor
-            self.category.bias /= self.compared.factor
+            for parameter in self.category.parameters():
+                parameter.div_(self.compared.factor)
 
     def forward(self, memory: Memory, categories: Categories) -> tuple[Proposals, Float[Tensor, "b q d"]]:
         """The chosen pairs, and the features of their places."""
