@@ -1,18 +1,31 @@
-"""Pretrained models of others, by hub name or folder, through transformers: loaded quietly, failures explained."""
+"""The hub: models of others, loaded quietly through transformers, and repositories of METR's; failures explained."""
 
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
-from metr.errors import ModelError
+from metr.errors import CheckpointError, ModelError
 
 _FAILURES = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
+# the root of what the HTTP library raises, whichever the hub's library uses
+_HTTP_ERROR = cast("type[Exception]", HfHubHTTPError.__bases__[0])
+_HUB_FAILURES = (_HTTP_ERROR, OSError, ValueError, RuntimeError)
+_REFUSED = (401, 403)
 
 
 @contextmanager
@@ -35,6 +48,20 @@ def loading(source: str) -> Iterator[None]:
 
 
 @contextmanager
+def asking(repository: str, revision: str | None = None) -> Iterator[None]:
+    """Wraps calls of the hub's library about a repository of METR's.
+
+    Raises:
+        CheckpointError: the hub cannot be reached, or refuses; the message says why and what to try.
+    """
+    try:
+        yield
+    except _HUB_FAILURES as error:
+        what, hint = _refusal(error, revision)
+        raise CheckpointError(what, where=repository, hint=hint) from error
+
+
+@contextmanager
 def quiet() -> Iterator[None]:
     """Keeps the progress bars and warnings of transformers back."""
     log: Any = transformers_logging  # partly without types
@@ -51,12 +78,46 @@ def quiet() -> Iterator[None]:
             log.enable_progress_bar()
 
 
-def _hint(source: str, error: Exception) -> str:
-    causes: set[type] = set()
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An error, what it was raised from, and so on."""
     cause: BaseException | None = error
     while cause is not None:
-        causes.update(type(cause).__mro__)
+        yield cause
         cause = cause.__cause__
+
+
+def _refusal(error: Exception, revision: str | None) -> tuple[str, str]:
+    """What went wrong between here and the hub, and what to try."""
+    causes = list(_causes(error))
+    kinds = {kind for cause in causes for kind in type(cause).__mro__}
+    codes = {cause.response.status_code for cause in causes if isinstance(cause, HfHubHTTPError)}
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if GatedRepoError in kinds:
+        what, hint = "its owner grants access one by one", "ask for access on its page, then `hf auth login`, or token="
+    elif RevisionNotFoundError in kinds:
+        what, hint = f"no revision {revision or 'main'!r}", "a branch, a tag or a commit that its page lists"
+    elif RepositoryNotFoundError in kinds:
+        what = "neither a folder here nor a model on the hub that may be seen"
+        hint = "check the path or the name; for a private model, `hf auth login`, or token="
+    elif LocalTokenNotFoundError in kinds or codes & {*_REFUSED}:
+        what = f"the hub does not allow this: {first}"
+        hint = "`hf auth login` with a token that may, or token="
+    elif HFValidationError in kinds:
+        what, hint = f"not a name on the hub: {first}", "user/name"
+    elif codes:
+        what, hint = f"the hub answers with an error: {first}", "try again later"
+    elif OfflineModeIsEnabled in kinds or (LocalEntryNotFoundError in kinds and len(causes) == 1):
+        what = "not among what was fetched before, and nothing is to be fetched"
+        hint = "leave local_files_only and HF_HUB_OFFLINE out once"
+    elif {LocalEntryNotFoundError, _HTTP_ERROR} & kinds:
+        what, hint = f"the hub cannot be reached ({first})", "check the connection, and HF_ENDPOINT if it is set"
+    else:
+        what, hint = first, "check the name, the connection and the room on the disk"
+    return what, hint
+
+
+def _hint(source: str, error: Exception) -> str:
+    causes = {kind for cause in _causes(error) for kind in type(cause).__mro__}
     if Path(source).is_dir():
         return "the folder must hold config.json and model.safetensors, as save_pretrained writes them"
     if GatedRepoError in causes:

@@ -222,8 +222,8 @@ def test_neither_a_folder_nor_a_name_on_the_hub(monkeypatch: pytest.MonkeyPatch,
         asked.append(name)
         raise OSError("no network")
 
-    monkeypatch.setattr("metr.api.model.snapshot_download", offline)
-    with pytest.raises(CheckpointError, match="user/nothing: neither a folder here nor a model"):
+    monkeypatch.setattr("metr.api.sharing.snapshot_download", offline)
+    with pytest.raises(CheckpointError, match="user/nothing: no network"):
         METR.from_pretrained("user/nothing")
     with pytest.raises(CheckpointError, match="no such checkpoint"):
         METR.from_pretrained(tmp_path / "nothing")
@@ -231,7 +231,7 @@ def test_neither_a_folder_nor_a_name_on_the_hub(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_a_name_on_the_hub(monkeypatch: pytest.MonkeyPatch, tiny_run: TinyRun) -> None:
-    monkeypatch.setattr("metr.api.model.snapshot_download", lambda name, **_: str(tiny_run.best))
+    monkeypatch.setattr("metr.api.sharing.snapshot_download", lambda name, **_: str(tiny_run.best))
     assert METR.from_pretrained("user/detector").names == ALL_NAMES
 
 

@@ -16,7 +16,7 @@ from metr.models.config import DetectorConfig
 from metr.models.encoders.fusion import ConvNorm, RepVggBlock
 from metr.models.encoders.hybrid import HybridEncoder
 from metr.models.heads import AgreementHead
-from metr.transfer.classifier import Linear, classifier, layer_classifier, name_tokens, norm_as_linear
+from metr.transfer.classifier import Linear, classifier, layer_classifier, name_tokens, norm_as_linear, refined_tokens
 from metr.transfer.fitted import explained, fit_box_mlp, fit_stacked_norm, sample_boxes
 from metr.transfer.moments import Moments, after_block, after_convolution, after_norm, of_memory
 from metr.transfer.outgoing import transfer
@@ -120,7 +120,7 @@ def test_positions_and_contents_of_deformable_detrs_queries() -> None:
     torch.testing.assert_close(four_encodings(boxes, 128), encoded, atol=1e-4, rtol=0)
     position, content = model.pos_trans_norm(model.pos_trans(encoded)).chunk(2, dim=-1)
     assert explained(position, network.decoder.position(box_encoding(boxes, 128))) > 0.8
-    wanted = network.class_queries.learned.weight.mean(0) + name_tokens(network, texts()).mean(0)
+    wanted = network.class_queries.learned.weight.mean(0) + refined_tokens(network, texts()).mean(0)
     torch.testing.assert_close(content.mean(0), wanted, atol=0.1, rtol=0)
 
 
@@ -249,3 +249,14 @@ def test_positions_that_do_not_suit_the_encoder() -> None:
     for kind, positions in (("hybrid", "centred"), ("deformable", "counted"), ("plain", "centred")):
         with pytest.raises(ConfigError, match=f"encoder.positions '{positions}' is for"):
             DetectorConfig.checked({"encoder": {"kind": kind, "positions": positions}})
+
+
+@torch.no_grad()
+def test_queries_contain_refined_tokens_whatever_they_are_compared_with() -> None:
+    config = alike("rt_detr")
+    network = stirred(config.model_copy(update={"agreement": config.agreement.model_copy(update={"token": "text"})}))
+    state = transfer(find_target("rt_detr"), network, NAMES, texts()).model.state_dict()
+    assert network.denoising is not None
+    contents = refined_tokens(network, texts()) + network.denoising.learned
+    torch.testing.assert_close(state["model.denoising_class_embed.weight"][:-1], contents)
+    torch.testing.assert_close(name_tokens(network, texts()), network.category_extraction.project(texts()).tokens)

@@ -12,6 +12,7 @@ from rich.console import Console
 from metr.api.evaluation import Judge
 from metr.api.finetune_data import FinetuneData, Remember, open_finetune_data
 from metr.api.model import METR
+from metr.api.provenance import provenance
 from metr.api.remembering import Comparison, keep_before, kept_before, show_comparison
 from metr.api.training import check_teacher, fit, plain, rebuildable, teacher_of
 from metr.config import Config, Tree
@@ -141,7 +142,7 @@ def _parts(model: METR, opened: FinetuneData, recipe: RunConfig, apart: bool) ->
         text_embeddings=embeddings,
         text_encoder=encoder,
         preprocessing=plain(recipe.augmentation.resize),
-        training=_history(own, recipe),
+        training=_history(own, recipe) | provenance(joint, recipe),
     )
     parts = TrainingParts(
         network=network,

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import overload
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from jaxtyping import Float
 from torch import Tensor
 
+from metr.api.sharing import Shared, fetched, may_be_a_hub_name
 from metr.data.config import ResizeConfig
-from metr.engine.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from metr.engine.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
 from metr.engine.hardware import resolved_device
 from metr.engine.weights import load_weights
 from metr.errors import CheckpointError, ConfigError, DataError
@@ -24,14 +23,12 @@ from metr.structures import Detections
 from metr.text.encoder import TextEncoder, TextEncoderConfig
 from metr.text.vocabulary import Vocabulary
 
-# files that a checkpoint on the hub may consist of; nothing else is fetched
-_FILES = ["config.json", "*.safetensors", "vocabulary.json", "README.md"]
 
-
-class METR:
+class METR(Shared):
     """A detector that finds what it is asked for by name.
 
-    Made by `from_pretrained` from a checkpoint folder, a run folder or a name on the hub.
+    Made by `from_pretrained` from a checkpoint folder, a run folder or a name on the hub; `save_pretrained` and
+    `push_to_hub` give it to others.
 
     Attributes:
         network: The `Detector`, in evaluation mode.
@@ -51,21 +48,43 @@ class METR:
         self._encoder: TextEncoder | None = None
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, *, device: str | torch.device = "auto") -> "METR":
+    def from_pretrained(  # type: ignore[override]  # no other arguments reach the constructor
+        cls,
+        source: str | Path,
+        *,
+        device: str | torch.device = "auto",
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+    ) -> "METR":
         """Loads a detector; no flags are needed, nothing is unpickled, and a folder needs no network.
 
         Args:
             source: A checkpoint folder, a run folder (its best checkpoint), or a name on the hub ("user/name").
             device: Where the network goes; "auto" is an accelerator where there is one, else the CPU.
+            revision: Of a name on the hub: a branch, a tag or a commit; by default the newest of `main`.
+            token: Of the hub; by default that of `hf auth login` or HF_TOKEN, False for none.
+            cache_dir: Where what is fetched is kept; by default where huggingface-hub keeps everything.
+            local_files_only: Ask the hub for nothing: take what was fetched before.
+            force_download: Fetch again what is here already.
 
         Raises:
-            CheckpointError: there is no such checkpoint, or it is damaged.
+            CheckpointError: there is no such checkpoint, it is damaged, or the hub does not give it.
             ConfigError: there is no such device.
         """
         place = resolved_device(device)
         folder = Path(source)
-        if not folder.exists() and _may_be_a_hub_name(str(source)):
-            folder = _fetched(str(source))
+        if not folder.exists() and may_be_a_hub_name(str(source)):
+            folder = fetched(
+                str(source),
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+                force_download=force_download,
+            )
         checkpoint = load_checkpoint(folder)
         config = checkpoint.model
         # the weights come from the checkpoint, so the backbone's own need not be fetched
@@ -73,7 +92,9 @@ class METR:
         network = Detector(bare, checkpoint.text_width)
         hint = "config.json and model.safetensors are not of one checkpoint: copy the folder again"
         load_weights(network, checkpoint.weights, where=folder, hint=hint)
-        return cls(network.to(place), checkpoint, folder)
+        model = cls(network.to(place), checkpoint, folder)
+        model._source = find_checkpoint(folder)
+        return model
 
     @classmethod
     def from_detector(
@@ -101,18 +122,6 @@ class METR:
         from metr.api.transfer import from_detector
 
         return from_detector(source, names, text=text, device=device)[0]
-
-    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
-        """Writes a checkpoint folder that `from_pretrained` reads.
-
-        Args:
-            folder: Where to.
-            dtype: Of the weights on disk, such as `torch.float16`.
-
-        Raises:
-            CheckpointError: the folder holds something else, or the disk refuses.
-        """
-        save_checkpoint(Path(folder), replace(self.checkpoint, weights=self.network.state_dict()), dtype=dtype)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -230,16 +239,3 @@ def _found(prediction: Prediction) -> Detections:
     if prediction.detections is None:
         raise DataError(prediction.fault.detail if prediction.fault else "no answer", where=prediction.source)
     return prediction.detections
-
-
-def _may_be_a_hub_name(source: str) -> bool:
-    """user/name: one slash, and no path of this machine."""
-    return source.count("/") == 1 and not source.startswith((".", "/", "~"))
-
-
-def _fetched(name: str) -> Path:
-    try:
-        return Path(snapshot_download(name, allow_patterns=_FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        what = f"neither a folder here nor a model that the hub gave ({type(error).__name__})"
-        raise CheckpointError(what, where=name, hint="check the path or the name, and the connection") from None

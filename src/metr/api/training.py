@@ -9,6 +9,7 @@ from torch import nn
 
 from metr.api.datasets import JointData, open_joint
 from metr.api.evaluation import Judge, show
+from metr.api.provenance import provenance
 from metr.config import Config
 from metr.data.loading import build_train_loader
 from metr.data.records import Annotations
@@ -122,7 +123,7 @@ def training_parts(joint: JointData, recipe: RunConfig, console: Console) -> Tra
         text_embeddings=embeddings,
         text_encoder=plain(encoder.pinned_config) | {"identity": encoder.identity},
         preprocessing=plain(recipe.augmentation.resize),
-        training={"foreign": recipe.foreign, RECIPE: left_to_finetuning(recipe)},
+        training={"foreign": recipe.foreign, RECIPE: left_to_finetuning(recipe), **provenance(joint, recipe)},
     )
     return TrainingParts(
         network=network,

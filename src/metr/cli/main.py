@@ -15,6 +15,7 @@ from metr.cli.detect import detect
 from metr.cli.evaluate import evaluate
 from metr.cli.finetune import finetune
 from metr.cli.inspect import inspect
+from metr.cli.push import push
 from metr.cli.train import train
 from metr.cli.transfer import transfer
 from metr.errors import MetrError
@@ -27,7 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for verb in (inspect, train, finetune, evaluate, detect, transfer, demo):
+for verb in (inspect, train, finetune, evaluate, detect, transfer, push, demo):
     app.command()(verb)
 
 

@@ -44,13 +44,20 @@ class Checkpoint:
         return self.text_embeddings.shape[1]
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, dtype: torch.dtype | None = None) -> None:
+def save_checkpoint(
+    folder: Path,
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype | None = None,
+    beside: Mapping[str, str] | None = None,
+) -> None:
     """Writes a checkpoint: whole, or not at all.
 
     Args:
         folder: Replaced if it holds a checkpoint, made if it is missing.
         checkpoint: What to write.
         dtype: Of the weights on disk, such as `torch.float16` to ship them; as they are by default.
+        beside: Texts for people that go with it, by file name.
 
     Raises:
         CheckpointError: `folder` holds something else, or the disk refuses.
@@ -69,6 +76,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, dtype: torch.dtype 
         write_tensors(fresh / EMBEDDINGS, {_EMBEDDINGS_KEY: checkpoint.text_embeddings})
         write_json(fresh / VOCABULARY, checkpoint.vocabulary.to_dict())
         write_json(fresh / CONFIG, config)
+        for name, text in (beside or {}).items():
+            (fresh / name).write_text(text, encoding="utf-8")
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

@@ -43,15 +43,21 @@ class Linear:
 
 @torch.no_grad()
 def name_tokens(network: Detector, text: Float[Tensor, "v t"]) -> Float[Tensor, "v d"]:
-    """The token of each name as queries are compared with it, for the mean of all pictures.
+    """The token of each name as queries are compared with it: the projected text, or what pictures make of it."""
+    if network.config.agreement.token == "refined":
+        return refined_tokens(network, text)
+    extraction = network.category_extraction
+    return extraction.project(text.to(extraction.projection.weight)).tokens
+
+
+@torch.no_grad()
+def refined_tokens(network: Detector, text: Float[Tensor, "v t"]) -> Float[Tensor, "v d"]:
+    """The token of each name as queries contain it, for the mean of all pictures.
 
     A picture refines tokens by attention to its memory. Here the memory is one token, the mean that the encoder's
-    norms declare, so that what all pictures do to a name is kept, and what one does is not. Where queries are compared
-    with the projected text, that is it.
+    norms declare, so that what all pictures do to a name is kept, and what one does is not.
     """
     extraction = network.category_extraction
-    if network.config.agreement.token == "text":
-        return extraction.project(text.to(extraction.projection.weight)).tokens
     tokens = extraction.project(text.to(extraction.projection.weight)).tokens.unsqueeze(0)
     mean = torch.stack([moments.mean for moments in of_memory(network.encoder)]).mean(0)
     memory = mean.expand(1, 1, -1)

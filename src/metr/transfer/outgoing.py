@@ -13,7 +13,7 @@ from metr.hub import loading
 from metr.models.backbones.base import Backbone
 from metr.models.detector import Detector
 from metr.transfer.carriers import backbone_config
-from metr.transfer.classifier import name_tokens
+from metr.transfer.classifier import name_tokens, refined_tokens
 from metr.transfer.convert import giving_to_theirs, receive
 from metr.transfer.report import TransferReport
 from metr.transfer.targets.base import Colours, Derived, Knowledge, Order, Target
@@ -86,8 +86,8 @@ def transfer(
     rows = (*table.rows(), *table.copies)
     if target.fits(network.config):
         own = _on_cpu(network)
-        tokens = name_tokens(own, text)
-        derived |= target.derive(Knowledge(network=own, tokens=tokens, config=model.config))
+        tokens, contents = name_tokens(own, text), refined_tokens(own, text)
+        derived |= target.derive(Knowledge(network=own, tokens=tokens, contents=contents, config=model.config))
     else:
         rows, notes = table.backbone, [_only_the_backbone(target, network)]
     given = giving_to_theirs(ours, rows, derived)

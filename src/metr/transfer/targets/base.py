@@ -73,10 +73,18 @@ class KeyTable:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Knowledge:
-    """What can be derived from: the network, and its token of each name, as the queries are compared with."""
+    """What can be derived from.
+
+    Attributes:
+        network: METR's.
+        tokens: Of each name, as its queries are compared with them.
+        contents: Of each name, as its queries contain them.
+        config: The target's.
+    """
 
     network: Detector
     tokens: Float[Tensor, "v d"]
+    contents: Float[Tensor, "v d"]
     config: Any
 
 

@@ -86,7 +86,7 @@ def _derive(knowledge: Knowledge) -> Mapping[str, Derived]:
     config, network = knowledge.config, knowledge.network
     learned = network.class_queries.learned.weight
     used = max(1, network.config.queries.number // network.config.categories.kept)
-    content = learned[:used].mean(0) + knowledge.tokens.mean(0)
+    content = learned[:used].mean(0) + knowledge.contents.mean(0)
     scale = "model.encoder.query_scale.layers.1"
     still = "computed: changes nothing"
     return {

@@ -129,7 +129,7 @@ def _queries(known: Knowledge) -> dict[str, Derived]:
     """Position and content of a query from its box: METR's position, and the mean of what its queries contain."""
     network, width = known.network, known.network.config.width
     position = box_position(network) or network.decoder.position
-    content = network.class_queries.learned.weight.mean(0) + known.tokens.mean(0)
+    content = network.class_queries.learned.weight.mean(0) + known.contents.mean(0)
     if network.class_queries.place is not None:
         content = content + network.class_queries.place(network.proposals.norm.bias)
     fit = fit_stacked_norm(position, content, partial(four_encodings, width=width))

@@ -189,12 +189,12 @@ def derive(known: Knowledge) -> Mapping[str, Derived]:
 
 def places_and_names(known: Knowledge) -> dict[str, Derived]:
     """The head that scores places, and the content of denoising queries."""
-    network, tokens = known.network, known.tokens
+    network, contents = known.network, known.contents
     how = "folded: proposals' head and names"
-    fresh = given_layer("model.enc_score_head", place_classifier(network, tokens), how, PROPOSALS)
+    fresh = given_layer("model.enc_score_head", place_classifier(network, known.tokens), how, PROPOSALS)
     if known.config.num_denoising:
-        learned = torch.zeros_like(tokens[0]) if network.denoising is None else network.denoising.learned.detach()
-        content = torch.cat([tokens + learned, torch.zeros_like(tokens[:1])])
+        learned = torch.zeros_like(contents[0]) if network.denoising is None else network.denoising.learned.detach()
+        content = torch.cat([contents + learned, torch.zeros_like(contents[:1])])
         fresh["model.denoising_class_embed.weight"] = Derived(tensor=content, how="computed: names")
     return fresh
 

@@ -1,0 +1,270 @@
+"""transformers' Trainer on METR's pictures, and METR's evaluation of transformers' detectors.
+
+Pictures, their order and their augmentation are METR's, draw for draw, whatever is trained: two runs of one seed see
+the same.
+"""
+
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field
+from rich.console import Console
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import get_last_checkpoint
+
+from metr.boxes import clip, cxcywh_to_xyxy
+from metr.config import Config
+from metr.data.config import LoaderConfig
+from metr.data.dataset import DetectionDataset, Example, Missing, MixedDataset
+from metr.data.mixture import mixture_weights
+from metr.data.samplers import MixedSampler
+from metr.errors import DataError
+from metr.evaluation.coco import MAX_DETECTIONS, CocoResult, ImageId, evaluate_detections
+from metr.hub import quiet
+from metr.structures import Detections
+from metr.transfer.targets.base import Colours
+
+TRAINED = "model"
+"""The folder of a run in which the trained detector is."""
+
+
+class TrainerConfig(Config):
+    """How transformers' Trainer trains: AdamW, a rise of the rate, then half a cosine."""
+
+    learning_rate: Annotated[float, Field(gt=0)]
+    backbone_multiplier: Annotated[float, Field(ge=0)] = 0.5
+    """The backbone's share of the rate."""
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    """Of matrices and kernels alone."""
+    warmup: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of the steps in which the rate rises."""
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    checkpoint_every: Annotated[int, Field(ge=1)] = 50
+    """Steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """One training: where it is kept, how long it is, and by what."""
+
+    folder: Path
+    steps: int
+    seed: int
+    settings: TrainerConfig
+    batch_size: int
+    workers: int
+    device: torch.device
+    backbone: str
+    """The prefix of the backbone's keys."""
+
+
+class DrawnPictures(Dataset[Example]):
+    """The pictures of a run in their order: item n is METR's draw n.
+
+    Args:
+        datasets: Training splits with transforms of training.
+        loader: Batch size and mixture.
+        steps: Length of the run.
+        seed: Decides order and augmentation.
+    """
+
+    def __init__(self, datasets: Sequence[DetectionDataset], loader: LoaderConfig, steps: int, seed: int) -> None:
+        self.mixed = MixedDataset(datasets)
+        weights = mixture_weights(self.mixed.lengths, loader.base_mixture)
+        sampler = MixedSampler(self.mixed.lengths, weights, loader.batch_size, seed)
+        self.draws = [draw for batch in islice(sampler, steps) for draw in batch]
+
+    def __len__(self) -> int:
+        """The number of draws."""
+        return len(self.draws)
+
+    def __getitem__(self, number: int) -> Example:
+        """Draw `number`.
+
+        Raises:
+            DataError: hardly a picture of its dataset can be read.
+        """
+        return _readable(self.mixed[self.draws[number]])
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Pictures of one shape as transformers' detectors take them: normalised, with labels and boxes (cxcywh, 0..1)."""
+
+    colours: Colours
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
+        """A batch; crowds are left out, as transformers' image processors do."""
+        mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in self.colours)
+        pixels = torch.stack([example.image for example in examples]).float() / 255
+        return {
+            "pixel_values": (pixels - mean) / deviation,
+            "labels": [
+                {"class_labels": example.targets.labels, "boxes": example.targets.boxes} for example in examples
+            ],
+        }
+
+
+class Clock(TrainerCallback, ExportableState):
+    """Counts the seconds of training steps, however often a run is stopped, and tells where it is.
+
+    Args:
+        console: Where to.
+        seconds: Counted so far.
+    """
+
+    def __init__(self, console: Console | None = None, seconds: float = 0.0) -> None:
+        self.console, self.seconds, self._since = console or Console(quiet=True), seconds, 0.0
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Starts."""
+        self._since = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        """Counts the step."""
+        now = time.perf_counter()
+        self.seconds += now - self._since
+        self._since = now
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **__: Any) -> None:
+        """Tells step, loss and seconds."""
+        if logs and "loss" in logs:
+            told = f"step {state.global_step} of {state.max_steps}: loss {float(logs['loss']):.2f}, {self.seconds:.0f} s"
+            self.console.print(told, highlight=False)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of it."""
+        return {"args": {"seconds": self.seconds}, "attributes": {}}
+
+
+def train_detector(model: nn.Module, pictures: DrawnPictures, collate: Collator, work: Work, console: Console) -> float:
+    """Trains a detector of transformers from where the run in the folder stopped, and keeps it in `TRAINED`.
+
+    Args:
+        model: With the weights that the run begins with.
+        pictures: As many as there are steps, in batches.
+        collate: Makes batches of them.
+        work: The rest.
+        console: Where progress is told.
+
+    Returns:
+        The seconds of its steps.
+    """
+    trainer = Trainer(
+        model=model,
+        args=_arguments(work),
+        data_collator=collate,
+        train_dataset=pictures,
+        callbacks=[clock := Clock(console)],
+        optimizers=(_optimizer(model, work), None),
+    )
+    trainer.remove_callback(PrinterCallback)
+    stopped = get_last_checkpoint(str(work.folder)) if work.folder.is_dir() else None
+    with quiet():
+        trainer.train(resume_from_checkpoint=stopped)
+        trainer.save_model(str(work.folder / TRAINED))
+    for checkpoint in work.folder.glob("checkpoint-*"):
+        shutil.rmtree(checkpoint)
+    found = [one for one in trainer.callback_handler.callbacks if isinstance(one, Clock)]
+    return round(max([one.seconds for one in found], default=clock.seconds), 1)
+
+
+@torch.no_grad()
+def judged(model: nn.Module, dataset: DetectionDataset, names: Sequence[str], collate: Collator) -> CocoResult:
+    """METR's COCO numbers of a detector of transformers, whose labels are rows of `names`.
+
+    Args:
+        model: On its device; left in evaluation mode.
+        dataset: The pictures, with transforms of evaluation.
+        names: The names of the labels.
+        collate: Makes batches of pictures.
+
+    Raises:
+        DataError: a picture cannot be read.
+    """
+    device = next(model.parameters()).device
+    model.eval()
+    found: dict[ImageId, Detections] = {}
+    for start in range(0, len(dataset), 8):
+        examples = [_readable(dataset[number]) for number in range(start, min(start + 8, len(dataset)))]
+        output = model(pixel_values=collate(examples)["pixel_values"].to(device))
+        for example, logits, boxes in zip(examples, output.logits.cpu(), output.pred_boxes.cpu(), strict=True):
+            found[example.image_id] = detections(logits, boxes, example.original_size, names)
+    spelling = tuple(name.strip() for name in dataset.annotations.categories)
+    return evaluate_detections(dataset.annotations, found, spelling)
+
+
+def detections(logits: Tensor, boxes: Tensor, size: tuple[int, int], names: Sequence[str]) -> Detections:
+    """The best pairs of query and label of one picture.
+
+    Args:
+        logits: [q c], one binary question each.
+        boxes: [q 4], cxcywh in 0..1.
+        size: (height, width) of the picture in pixels.
+        names: The names of the labels.
+    """
+    best, pair = logits.float().sigmoid().flatten().topk(min(MAX_DETECTIONS, logits.numel()))
+    height, width = size
+    corners = clip(cxcywh_to_xyxy(boxes.float()), 1.0, 1.0) * torch.tensor([width, height, width, height])
+    query, label = pair // logits.shape[1], pair % logits.shape[1]
+    return Detections(boxes=corners[query], scores=best, labels=label, names=tuple(names))
+
+
+def _arguments(work: Work) -> TrainingArguments:
+    """In the order of the draws, keeping the last checkpoint alone, telling nobody outside."""
+    settings, on_cpu = work.settings, work.device.type == "cpu"
+    return TrainingArguments(
+        output_dir=str(work.folder),
+        max_steps=work.steps,
+        per_device_train_batch_size=work.batch_size,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=round(settings.warmup * work.steps),
+        max_grad_norm=settings.clip_norm,
+        save_steps=settings.checkpoint_every,
+        save_total_limit=1,
+        logging_steps=20,
+        train_sampling_strategy="sequential",
+        restore_callback_states_from_checkpoint=True,
+        remove_unused_columns=False,
+        dataloader_num_workers=work.workers,
+        dataloader_pin_memory=not on_cpu,
+        disable_tqdm=True,
+        report_to=[],
+        seed=work.seed,
+        use_cpu=on_cpu,
+    )
+
+
+def _optimizer(model: nn.Module, work: Work) -> torch.optim.Optimizer:
+    """AdamW with a rate of its own for the backbone, and no decay of biases and norms."""
+    settings = work.settings
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups.setdefault((name.startswith(work.backbone), parameter.ndim > 1), []).append(parameter)
+    return torch.optim.AdamW(
+        [
+            {
+                "params": parameters,
+                "lr": settings.learning_rate * (settings.backbone_multiplier if in_backbone else 1.0),
+                "weight_decay": settings.weight_decay if decays else 0.0,
+            }
+            for (in_backbone, decays), parameters in groups.items()
+        ]
+    )
+
+
+def _readable(example: Example | Missing) -> Example:
+    if isinstance(example, Missing):
+        raise DataError("a picture cannot be read", where=example.dataset, hint="metr inspect lists all")
+    return example
