@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         settings = _settings(arguments)
         profile = Profile.checked(read_yaml(HERE / "profiles" / f"transfer-{settings.profile}.yaml"))
-        _check_data(settings.data)
+        check_data(settings.data)
         place = Workplace(
             data=settings.data, out=settings.out, datasets=DATASETS, overrides=settings.overrides, console=console
         )
@@ -82,14 +82,14 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(place: Workplace, profile: Profile, minutes: float | None) -> bool:
     """Runs what is not finished yet; False where it was stopped."""
     try:
-        with _stopping_after(minutes):
+        with stopping_after(minutes):
             return run_all(place, profile)
     except KeyboardInterrupt:
         return False
 
 
 @contextmanager
-def _stopping_after(minutes: float | None) -> Iterator[None]:
+def stopping_after(minutes: float | None) -> Iterator[None]:
     """After so many minutes this process gets a Ctrl-C: training saves and ends, anything else is left at once."""
     if minutes is None:
         yield
@@ -122,7 +122,12 @@ def _settings(arguments: list[str] | None) -> Settings:
     )
 
 
-def _check_data(folder: Path) -> None:
+def check_data(folder: Path) -> None:
+    """Whether the seven datasets are there.
+
+    Raises:
+        DataError: some are not.
+    """
     missing = [name for name in DATASETS if not (folder / name).is_dir()]
     if missing:
         hint = "name the folder that holds them with --data"

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 from torch import nn
+from transformers import PreTrainedModel
 
 from metr.api.datasets import JointData, open_joint
 from metr.api.training import train
@@ -42,6 +43,7 @@ from transfer_detectors_training import (
     DrawnPictures,
     TrainerConfig,
     Work,
+    drop_checkpoints,
     judged,
     train_detector,
 )
@@ -68,8 +70,8 @@ class Profile(Config):
     steps: int
     """Of fine-tuning, in every arm."""
     pretrain: dict[str, Any]
-    """METR's pretraining: a run's configuration over the size `nano`. Pictures, augmentation, batch size, steps and seed
-    are those of the detectors' own pretraining too, and all but the steps those of fine-tuning."""
+    """METR's pretraining: a run's configuration over the size `nano`. Pictures, augmentation, batch size, steps and
+    seed are those of the detectors' own pretraining too; augmentation and batch size also those of fine-tuning."""
     detectors: dict[str, DetectorConfig]
 
 
@@ -158,10 +160,10 @@ class Bench:
         _write(folder, asdict(told))
         return True
 
-    def beginning(self, arm: Arm, seed: int) -> nn.Module | None:
+    def beginning(self, arm: Arm, seed: int) -> PreTrainedModel | None:
         """The detector before an arm's first step; None where a pretraining was interrupted."""
         names = bare_names(self.left_out)
-        model: nn.Module
+        model: PreTrainedModel
         if arm == "own":
             model = own_start(self.family, names.names, seed)
         elif arm == "untrained":
@@ -199,7 +201,7 @@ class Bench:
             _write(folder, {"data": list(pictures.mixed.lengths), "training_seconds": seconds})
         return folder / TRAINED
 
-    def _trained(self, model: nn.Module, pictures: DrawnPictures, folder: Path, seed: int) -> float:
+    def _trained(self, model: PreTrainedModel, pictures: DrawnPictures, folder: Path, seed: int) -> float:
         batch, workers = self.recipe.loader.batch_size, self.recipe.loader.workers
         work = Work(
             folder=folder,
@@ -268,4 +270,6 @@ def _runs(profile: Profile) -> Iterator[tuple[Arm, int]]:
 
 
 def _write(folder: Path, told: dict[str, Any]) -> None:
+    """From here on the run is finished."""
     (folder / REPORT).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    drop_checkpoints(folder)

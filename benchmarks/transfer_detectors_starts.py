@@ -1,4 +1,4 @@
-"""What each arm begins with: a detector of transformers, as METR, an ImageNet backbone or its own pretraining leaves it.
+"""What each arm begins with: a detector of transformers as METR, an ImageNet backbone or own pretraining leaves it.
 
 All arms of a detector have one configuration: that of the METR whose weights it can take.
 """
@@ -22,6 +22,7 @@ from metr.data.dataset import DetectionDataset
 from metr.data.transforms.pipeline import build_transforms
 from metr.engine.recipe import RunConfig
 from metr.hub import quiet
+from metr.models.detector import Detector
 from metr.text.vocabulary import Vocabulary
 from metr.transfer.convert import giving_to_theirs, receive
 from metr.transfer.outgoing import build, transfer, variances
@@ -46,8 +47,8 @@ class Family:
     def of(detector: str, joint: JointData, recipe: RunConfig) -> "Family":
         """The family by the detector's name; its METR is the one with which pretraining on `joint` begins."""
         parts = training_parts(joint, recipe, Console(quiet=True))
-        network = parts.network.to("cpu")
-        return Family(target=find_target(detector), recipe=recipe, untrained=METR(network, parts.checkpoint))
+        assert isinstance(parts.network, Detector)
+        return Family(target=find_target(detector), recipe=recipe, untrained=METR(parts.network, parts.checkpoint))
 
 
 def own_start(family: Family, names: Sequence[str], seed: int) -> Any:
@@ -89,9 +90,9 @@ def joint_start(folder: Path, names: Sequence[str], seed: int) -> Any:
 
 
 def pretraining_start(family: Family, joint: JointData) -> Any:
-    """With what the detector's own pretraining begins: METR's weights before its first step, one label a concatenated one.
+    """With what the detector's own pretraining begins: METR's weights before its first step, for concatenated labels.
 
-    The better of the two starts, and the same as METR's.
+    So METR's pretraining and this one begin with the same numbers.
     """
     labels, text = _concatenated_text(family, joint)
     return transfer(family.target, family.untrained.network, labels.names, text).model

@@ -12,14 +12,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
+import cv2
 import torch
 from pydantic import Field
 from rich.console import Console
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
-from transformers.trainer_utils import get_last_checkpoint
 
 from metr.boxes import clip, cxcywh_to_xyxy
 from metr.config import Config
@@ -115,15 +115,14 @@ class Collator:
 
 
 class Clock(TrainerCallback, ExportableState):
-    """Counts the seconds of training steps, however often a run is stopped, and tells where it is.
+    """Counts the seconds of training steps; checkpoints keep the count, however often a run is stopped.
 
     Args:
-        console: Where to.
         seconds: Counted so far.
     """
 
-    def __init__(self, console: Console | None = None, seconds: float = 0.0) -> None:
-        self.console, self.seconds, self._since = console or Console(quiet=True), seconds, 0.0
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds, self._since = seconds, 0.0
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
         """Starts."""
@@ -135,18 +134,31 @@ class Clock(TrainerCallback, ExportableState):
         self.seconds += now - self._since
         self._since = now
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **__: Any) -> None:
-        """Tells step, loss and seconds."""
-        if logs and "loss" in logs:
-            told = f"step {state.global_step} of {state.max_steps}: loss {float(logs['loss']):.2f}, {self.seconds:.0f} s"
-            self.console.print(told, highlight=False)
-
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps of it."""
         return {"args": {"seconds": self.seconds}, "attributes": {}}
 
 
-def train_detector(model: nn.Module, pictures: DrawnPictures, collate: Collator, work: Work, console: Console) -> float:
+class Teller(TrainerCallback):
+    """Tells where training is.
+
+    Args:
+        console: Where to.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def on_log(self, args: Any, state: Any, control: Any, **told: Any) -> None:  # noqa: ARG002  # as Trainer calls it
+        """Tells step and loss."""
+        if "loss" in (logs := told.get("logs") or {}):
+            loss = f"loss {float(logs['loss']):.2f}"
+            self.console.print(f"step {state.global_step} of {state.max_steps}: {loss}", highlight=False)
+
+
+def train_detector(
+    model: PreTrainedModel, pictures: DrawnPictures, collate: Collator, work: Work, console: Console
+) -> float:
     """Trains a detector of transformers from where the run in the folder stopped, and keeps it in `TRAINED`.
 
     Args:
@@ -159,23 +171,35 @@ def train_detector(model: nn.Module, pictures: DrawnPictures, collate: Collator,
     Returns:
         The seconds of its steps.
     """
+    cv2.setNumThreads(0)  # the processes that read pictures are forked from this one, and have a core each
     trainer = Trainer(
         model=model,
         args=_arguments(work),
         data_collator=collate,
         train_dataset=pictures,
-        callbacks=[clock := Clock(console)],
+        callbacks=[Clock(), Teller(console)],
         optimizers=(_optimizer(model, work), None),
     )
     trainer.remove_callback(PrinterCallback)
-    stopped = get_last_checkpoint(str(work.folder)) if work.folder.is_dir() else None
+    stopped = last_checkpoint(work.folder)
     with quiet():
         trainer.train(resume_from_checkpoint=stopped)
-        trainer.save_model(str(work.folder / TRAINED))
-    for checkpoint in work.folder.glob("checkpoint-*"):
+        model.save_pretrained(work.folder / TRAINED)
+    # going on, Trainer replaces the clock by that of the checkpoint
+    return next(round(one.seconds, 1) for one in trainer.callback_handler.callbacks if isinstance(one, Clock))
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """Where a run that was stopped goes on; None where it has nothing to go on from."""
+    # the Trainer writes its state last: a checkpoint without it was cut short
+    whole = [path.parent for path in folder.glob("checkpoint-*/trainer_state.json")]
+    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
+
+
+def drop_checkpoints(folder: Path) -> None:
+    """Removes what a finished run would go on from."""
+    for checkpoint in folder.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
-    found = [one for one in trainer.callback_handler.callbacks if isinstance(one, Clock)]
-    return round(max([one.seconds for one in found], default=clock.seconds), 1)
 
 
 @torch.no_grad()

@@ -112,7 +112,9 @@ def _refusal(error: Exception, revision: str | None) -> tuple[str, str]:
     elif {LocalEntryNotFoundError, _HTTP_ERROR} & kinds:
         what, hint = f"the hub cannot be reached ({first})", "check the connection, and HF_ENDPOINT if it is set"
     else:
-        what, hint = first, "check the name, the connection and the room on the disk"
+        last = (str(causes[-1]).strip().splitlines() or [type(causes[-1]).__name__])[0]
+        what = first if last == first else f"{first} {last}"
+        hint = "check the name, the connection and the room on the disk"
     return what, hint
 
 

@@ -122,9 +122,9 @@ def test_stopped_it_says_how_to_go_on(
 
 
 def test_it_stops_by_itself(transfer: ModuleType) -> None:
-    with pytest.raises(KeyboardInterrupt), transfer._stopping_after(0.003):
+    with pytest.raises(KeyboardInterrupt), transfer.stopping_after(0.003):
         time.sleep(20)
-    with transfer._stopping_after(0.003):
+    with transfer.stopping_after(0.003):
         pass
     time.sleep(0.3)  # the timer is off
 

@@ -27,7 +27,7 @@ _MOST_NAMES = 150  # of a dataset, in words
 _FEW = 300  # pictures, below which a dataset is called small
 _SAME_AP = 1.0  # two measurements of one checkpoint differ by less
 _RESTRICTED = re.compile(r"non-?commercial|\bnc\b", re.IGNORECASE)
-_SIGNATURE = re.compile(r"\n*<!-- written by METR [^>]*sha256 ([0-9a-f]{64})[^>]*-->\s*\Z")
+_SIGNATURE = re.compile(r"\n*<!-- written by METR[^>]*sha256 ([0-9a-f]{64})[^>]*-->\s*\Z")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,8 +216,7 @@ def _training(facts: CardFacts) -> str:
     size, queries = facts.checkpoint.preprocessing.get("size"), _count(config.queries.number, "query", "queries")
     lines = [
         f"- network: backbone {config.backbone.name}, {config.encoder.kind} encoder, width {config.width}, "
-        f"{_count(config.decoder.layers, 'decoder layer')}, {queries} a picture"
-        + (f", {size} pixels" if size else ""),
+        f"{_count(config.decoder.layers, 'decoder layer')}, {queries} a picture" + (f", {size} pixels" if size else ""),
         f"- text encoder: {_text_encoder(facts)}",
     ]
     for number, stage in enumerate(stages):
@@ -255,8 +254,8 @@ def _limits(facts: CardFacts) -> str:
         ]
     if len(_datasets(facts)) > 1:
         lines.append(
-            "- Each dataset annotates its own names only, so what is found of one dataset's names in another's pictures "
-            "has not been counted: the results judge no dataset on foreign names."
+            "- Each dataset annotates its own names only, so what is found of one dataset's names in another's "
+            "pictures has not been counted: the results judge no dataset on foreign names."
         )
     for foreign in dict.fromkeys(stage.foreign for stage in stages if stage.foreign is not None):
         lines.append(f"- {FOREIGN.get(foreign, f'Categories foreign to a dataset: {foreign}.')}")

@@ -3,20 +3,14 @@
 import json
 import logging
 import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, ModelHubMixin, hf_hub_download, snapshot_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    GatedRepoError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import HfApi, ModelCard, ModelHubMixin, hf_hub_download, snapshot_download
 
 from metr.api.model_card import CARD, EVALUATION, TAGS, UNKNOWN, CardFacts, find_report, is_untouched, write_card
 from metr.engine.checkpoint import CONFIG, EMBEDDINGS, VOCABULARY, WEIGHTS, Checkpoint, save_checkpoint
@@ -47,7 +41,13 @@ class Shared(ModelHubMixin, library_name="metr", pipeline_tag="object-detection"
     """The folder that it was loaded from."""
 
     def save_pretrained(  # type: ignore[override]  # a METR has no configuration but its own
-        self, folder: str | Path, *, dtype: torch.dtype | None = None, licence: str | None = None, **mixin: Any
+        self,
+        folder: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        licence: str | None = None,
+        config: None = None,  # noqa: ARG002
+        model_card_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         """Writes a checkpoint folder that `from_pretrained` reads, with a model card.
 
@@ -57,12 +57,13 @@ class Shared(ModelHubMixin, library_name="metr", pipeline_tag="object-detection"
             folder: Where to.
             dtype: Of the weights on disk, such as `torch.float16`.
             licence: The model's, by the hub's identifier ("apache-2.0"), for the card's header.
-            mixin: What `push_to_hub` hands on.
+            config: Of the mixin, without a meaning here.
+            model_card_kwargs: How the mixin's `push_to_hub` hands on the two above and the repository's name.
 
         Raises:
             CheckpointError: the folder holds something else, or the disk refuses.
         """
-        told: dict[str, Any] = {"dtype": dtype, "licence": licence} | dict(mixin.get("model_card_kwargs") or {})
+        told: dict[str, Any] = {"dtype": dtype, "licence": licence} | dict(model_card_kwargs or {})
         target = Path(folder)
         facts = self._facts(title=target.name, **told)
         beside = {CARD: _persons_card(target) or _persons_card(self._source) or write_card(facts)}
@@ -192,11 +193,8 @@ def _persons_card(folder: Path | None) -> str | None:
 
 def _persons_card_on_hub(repo_id: str, branch: str | None, token: str | None) -> bool:
     """Whether the README.md of a repository, if it is there, was written or changed by a person."""
+    if not HfApi(token=token).file_exists(repo_id, CARD, revision=branch):
+        return False
     with tempfile.TemporaryDirectory() as folder:
-        try:
-            path = hf_hub_download(repo_id, CARD, revision=branch, token=token, cache_dir=folder)
-        except (LocalEntryNotFoundError, GatedRepoError):
-            raise
-        except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
-            return False
+        path = hf_hub_download(repo_id, CARD, revision=branch, token=token, cache_dir=folder)
         return not is_untouched(Path(path).read_text(encoding="utf-8", errors="replace"))
