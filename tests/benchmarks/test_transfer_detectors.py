@@ -99,7 +99,8 @@ def test_backbone_alone_is_the_backbone_and_nothing_else(bench_of: Callable[[str
     assert own.config.to_dict() == untrained.config.to_dict()
 
 
-@pytest.mark.parametrize("detector", ["dab_detr", pytest.param("rt_detr", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("detector", ["dab_detr", "rt_detr"])
 def test_pretrained_arms_begin_with_what_was_pretrained(bench_of: Callable[[str], Any], detector: str) -> None:
     one = bench_of(detector)
     prefix = one.family.target.backbone
