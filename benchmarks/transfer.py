@@ -96,11 +96,14 @@ def stopping_after(minutes: float | None) -> Iterator[None]:
         return
     timer = threading.Timer(60 * minutes, os.kill, (os.getpid(), signal.SIGINT))
     timer.daemon = True
+    # a process that a script started in the background ignores Ctrl-C
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     timer.start()
     try:
         yield
     finally:
         timer.cancel()
+        signal.signal(signal.SIGINT, before)
 
 
 def _settings(arguments: list[str] | None) -> Settings:

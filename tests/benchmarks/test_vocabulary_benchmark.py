@@ -40,11 +40,11 @@ def nouns(tmp_path: Path) -> Path:
     return path
 
 
-def run_with_a_shortlist(tiny_run: TinyRun, folder: Path) -> Path:
-    """The tiny run's weights in a network that has a shortlist, which has learnt nothing."""
+def run_with_shortlist(number: int, tiny_run: TinyRun, folder: Path) -> Path:
+    """The tiny run's weights in a network that shortlists so many names; 0 takes its shortlist away."""
     model = METR.from_pretrained(tiny_run.best, device="cpu")
     plain = model.checkpoint.model
-    config = plain.model_copy(update={"categories": plain.categories.model_copy(update={"shortlist": 24})})
+    config = plain.model_copy(update={"categories": plain.categories.model_copy(update={"shortlist": number})})
     network = Detector(config, model.checkpoint.text_width)
     network.load_state_dict(model.network.state_dict(), strict=False)
     METR(network, replace(model.checkpoint, model=config)).save_pretrained(folder)
@@ -74,7 +74,7 @@ def arguments(run: Path, tiny_run: TinyRun, nouns: Path, results: Path) -> list[
 def test_time_and_recall_of_shortlist_and_extraction_together(
     vocabulary: ModuleType, nouns: Path, tiny_run: TinyRun, tmp_path: Path
 ) -> None:
-    run = run_with_a_shortlist(tiny_run, tmp_path / "run")
+    run = run_with_shortlist(24, tiny_run, tmp_path / "run")
     assert vocabulary.main(arguments(run, tiny_run, nouns, tmp_path / "results")) == 0
     result = json.loads((tmp_path / "results" / "vocabulary-cpu.json").read_text())
     assert set(result["bars"]) == {"time_ratio", "recall_lost"}
@@ -99,7 +99,8 @@ def test_time_and_recall_of_shortlist_and_extraction_together(
 def test_without_a_shortlist_times_only(
     vocabulary: ModuleType, nouns: Path, tiny_run: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert vocabulary.main(arguments(tiny_run.best, tiny_run, nouns, tmp_path)) == 0
+    run = run_with_shortlist(0, tiny_run, tmp_path / "run")
+    assert vocabulary.main(arguments(run, tiny_run, nouns, tmp_path)) == 0
     assert "times only" in capsys.readouterr().out
     result = json.loads((tmp_path / "vocabulary-cpu.json").read_text())
     assert set(result["bars"]) == {"time_ratio"}
