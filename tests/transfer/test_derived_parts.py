@@ -184,6 +184,15 @@ def test_another_family_gets_the_backbone() -> None:
     assert {moved.key.split(".")[1] for moved in done.report.copied} == {"backbone"}
     assert done.report.reshaped == ()
     assert any("only the backbone moves" in note for note in done.report.notes)
+    advice = next(note for note in done.report.notes if "only the backbone moves" in note)
+    assert "model.encoder.kind=" in advice
+
+
+def test_a_target_of_another_decoder_says_so_too() -> None:
+    network = stirred(alike("rt_detr"))
+    done = transfer(find_target("dab_detr"), network, NAMES, texts())
+    advice = next(note for note in done.report.notes if "only the backbone moves" in note)
+    assert "model.encoder.kind=plain and model.decoder.kind=conditional" in advice
     assert done.model.config.encoder_layers == 6
 
 

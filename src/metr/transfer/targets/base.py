@@ -18,6 +18,8 @@ from metr.transfer.table import Row
 
 AGREEMENT = ("decoder.agreement", "decoder.norm", "category_extraction")
 """Our parts that make a classification head."""
+FOLDED = "folded: agreement head and names"
+"""How a classification head was made."""
 PROPOSALS = ("proposals.category", "proposals.bias", "proposals.objectness", "category_extraction")
 """Our parts that make a head that scores places."""
 

@@ -13,6 +13,8 @@ from metr.transfer.carriers import backbone_rows
 from metr.transfer.classifier import Linear
 from metr.transfer.table import Row
 from metr.transfer.targets.base import (
+    AGREEMENT,
+    FOLDED,
     Derived,
     KeyTable,
     Knowledge,
@@ -25,7 +27,6 @@ from metr.transfer.targets.base import (
     mlp,
 )
 from metr.transfer.targets.single_scale import (
-    AGREEMENT,
     DECODER,
     ENCODER,
     POSITION,
@@ -44,7 +45,6 @@ _DIFFERENCES = (
 )
 # how large points' logits are written into queries
 _FAINT = 0.1
-_FOLDED = "folded: agreement head and names"
 _LAYER = {
     "self_attn.q_content_proj": "among.query_content",
     "self_attn.q_pos_proj": "among.query_position",
@@ -101,7 +101,7 @@ def _derive(knowledge: Knowledge) -> Mapping[str, Derived]:
     size = torch.cat([torch.zeros(2), start[0, 2:]])
     how = "computed: embedded boxes spread over the picture"
     return {
-        **named("class_labels_classifier", name_logits(knowledge), _FOLDED, AGREEMENT),
+        **named("class_labels_classifier", name_logits(knowledge), FOLDED, AGREEMENT),
         "model.query_position_embeddings.weight": Derived(tensor=queries, how=how, ours=POSITION),
         **named("model.decoder.ref_point_head.layers.0", first, how, POSITION),
         **named("model.decoder.ref_point_head.layers.1", last, how, POSITION),

@@ -14,6 +14,7 @@ from metr.transfer.table import Row
 from metr.transfer.targets import rt_detr
 from metr.transfer.targets.base import (
     AGREEMENT,
+    FOLDED,
     Adopted,
     Derived,
     KeyTable,
@@ -113,7 +114,7 @@ def derive(known: Knowledge) -> Mapping[str, Derived]:
     for layer in range(known.config.decoder_layers):
         classes = layer_classifier(known.network, known.tokens, layer)
         key = f"{_DECODER}.class_embed.{layer}"
-        fresh |= given_layer(key, classes, "folded: agreement head and names", AGREEMENT)
+        fresh |= given_layer(key, classes, FOLDED, AGREEMENT)
     return fresh | rt_detr.places_and_names(known) | rt_detr.positions(known.network)
 
 

@@ -9,9 +9,20 @@ from transformers import DabDetrConfig
 
 from metr.models.encoders.plain import TEMPERATURE
 from metr.transfer.carriers import backbone_rows
-from metr.transfer.targets.base import Derived, KeyTable, Knowledge, Order, Target, feed_forward, joined, linear, mlp
-from metr.transfer.targets.single_scale import (
+from metr.transfer.targets.base import (
     AGREEMENT,
+    FOLDED,
+    Derived,
+    KeyTable,
+    Knowledge,
+    Order,
+    Target,
+    feed_forward,
+    joined,
+    linear,
+    mlp,
+)
+from metr.transfer.targets.single_scale import (
     DECODER,
     ENCODER,
     common_options,
@@ -25,7 +36,6 @@ _DIFFERENCES = (
     "queries start from learnt boxes, the same for every picture; METR's from places that it proposes for a category",
     "every query asks for every name; METR's each ask for one, and attend to those that ask for the same",
 )
-_FOLDED = "folded: agreement head and names"
 _LAYER = {
     "self_attn.self_attn_query_content_proj": "among.query_content",
     "self_attn.self_attn_query_pos_proj": "among.query_position",
@@ -90,7 +100,7 @@ def _derive(knowledge: Knowledge) -> Mapping[str, Derived]:
     scale = "model.encoder.query_scale.layers.1"
     still = "computed: changes nothing"
     return {
-        **named("class_embed", name_logits(knowledge), _FOLDED, AGREEMENT),
+        **named("class_embed", name_logits(knowledge), FOLDED, AGREEMENT),
         "model.query_refpoint_embeddings.weight": Derived(
             tensor=spread_logits(config.num_queries), how="computed: boxes spread over the picture"
         ),

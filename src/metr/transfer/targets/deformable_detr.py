@@ -16,6 +16,7 @@ from metr.transfer.positions import box_position, four_encodings
 from metr.transfer.table import Row
 from metr.transfer.targets.base import (
     AGREEMENT,
+    FOLDED,
     PROPOSALS,
     Adopted,
     Derived,
@@ -119,7 +120,7 @@ def derive(known: Knowledge) -> Mapping[str, Derived]:
     places.weight[0], places.bias[0] = places.weight.mean(0), places.bias.mean(0)
     fresh: dict[str, Derived] = {}
     for layer, classes in heads.items():
-        fresh |= given_layer(f"class_embed.{layer}", classes, "folded: agreement head and names", AGREEMENT)
+        fresh |= given_layer(f"class_embed.{layer}", classes, FOLDED, AGREEMENT)
     fresh |= given_layer(f"class_embed.{last}", places, "folded: proposals' head and names", PROPOSALS)
     return fresh | _queries(known)
 

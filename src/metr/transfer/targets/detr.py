@@ -11,6 +11,8 @@ from transformers import DetrConfig
 from metr.transfer.carriers import backbone_rows
 from metr.transfer.classifier import Linear
 from metr.transfer.targets.base import (
+    AGREEMENT,
+    FOLDED,
     Derived,
     KeyTable,
     Knowledge,
@@ -23,7 +25,6 @@ from metr.transfer.targets.base import (
     mlp,
 )
 from metr.transfer.targets.single_scale import (
-    AGREEMENT,
     DECODER,
     ENCODER,
     POSITION,
@@ -40,7 +41,6 @@ _DIFFERENCES = (
     "every query asks for every name; METR's each ask for one, and attend to those that ask for the same",
     "content and place share their projections in its decoder, and boxes have no start: METR's content has moved",
 )
-_FOLDED = "folded: agreement head and names"
 _LAYER = {
     "self_attn.q_proj": "among.query_content",
     "self_attn.k_proj": "among.key_content",
@@ -85,7 +85,7 @@ def _derive(knowledge: Knowledge) -> Mapping[str, Derived]:
     names = name_logits(knowledge)
     weight = torch.cat([names.weight, torch.zeros_like(names.weight[:1])])
     bias = torch.cat([names.bias, torch.zeros_like(names.bias[:1])])
-    derived = named("class_labels_classifier", Linear(weight=weight, bias=bias), _FOLDED, AGREEMENT)
+    derived = named("class_labels_classifier", Linear(weight=weight, bias=bias), FOLDED, AGREEMENT)
     derived["model.query_position_embeddings.weight"] = Derived(
         tensor=query_positions(knowledge),
         how="computed: embedded boxes spread over the picture",

@@ -20,6 +20,7 @@ from metr.transfer.positions import box_position
 from metr.transfer.table import Row
 from metr.transfer.targets.base import (
     AGREEMENT,
+    FOLDED,
     PROPOSALS,
     Adopted,
     Derived,
@@ -179,7 +180,7 @@ def derive(known: Knowledge) -> Mapping[str, Derived]:
     for layer in range(known.config.decoder_layers):
         key = f"{_DECODER}.class_embed.{layer}"
         classes = layer_classifier(network, known.tokens, layer)
-        fresh |= given_layer(key, classes, "folded: agreement head and names", AGREEMENT)
+        fresh |= given_layer(key, classes, FOLDED, AGREEMENT)
     fresh |= places_and_names(known) | positions(network)
     assert isinstance(network.encoder, HybridEncoder)
     if not network.encoder.outputs:

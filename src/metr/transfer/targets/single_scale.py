@@ -16,8 +16,7 @@ from metr.transfer.moments import after_norm
 from metr.transfer.table import Row
 from metr.transfer.targets.base import Derived, Knowledge, Order, linear
 
-# our parts that make a classification head, and our embedding of boxes
-AGREEMENT = ("decoder.agreement", "decoder.norm", "category_extraction")
+# our embedding of boxes
 POSITION = ("decoder.position",)
 ENCODER = ("model.encoder.layers.{i}", "encoder.layers.{i}")
 DECODER = ("model.decoder.layers.{i}", "decoder.layers.{i}")
