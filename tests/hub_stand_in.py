@@ -178,6 +178,15 @@ class _Answers(BaseHTTPRequestHandler):
         self.hub.repositories[name].commit({".gitattributes": b""})
         return self._send(200, answer)
 
+    def create_branch(self, _: bytes, name: str, revision: str) -> None:
+        if not self._may_write():
+            raise RefusedError(403, "Forbidden")
+        refs = self._repository(name).refs
+        if revision in refs:
+            raise RefusedError(409, "Conflict")
+        refs[revision] = refs["main"]
+        self._json({})
+
     def validate(self, body: bytes) -> None:
         self.hub.cards.append(json.loads(body)["content"])
         self._json({"errors": [], "warnings": []})
@@ -227,6 +236,7 @@ _ROUTES = (
     ("GET HEAD", f"/{_NAME}/resolve/{_REVISION}/(?P<file>.+)", _Answers.file),
     ("GET", f"/cdn/{_NAME}/resolve/{_REVISION}/(?P<file>.+)", _Answers.large_file),
     ("POST", "/api/repos/create", _Answers.create),
+    ("POST", f"/api/models/{_NAME}/branch/{_REVISION}", _Answers.create_branch),
     ("POST", "/api/validate-yaml", _Answers.validate),
     ("POST", f"/api/models/{_NAME}/preupload/{_REVISION}", _Answers.preupload),
     ("POST", f"/{_NAME}\\.git/info/lfs/objects/batch", _Answers.batch),

@@ -111,6 +111,19 @@ def test_a_revision_is_a_commit_a_branch_or_a_tag(model: METR, shared_model: Rep
         assert not same_weights(old, model)
 
 
+def test_a_branch_is_made_if_it_is_missing(model: METR, shared_model: Repository) -> None:
+    before = METR.from_pretrained(NAME)
+    for _ in range(2):  # made, and then there already
+        nudged(model).push_to_hub(NAME, token=TOKEN, branch="trial")
+        assert same_weights(METR.from_pretrained(NAME, revision="trial"), model)
+    assert same_weights(METR.from_pretrained(NAME), before)
+
+
+def test_a_branch_of_a_repository_that_is_new(model: METR, hub: Hub) -> None:
+    model.push_to_hub("user/fresh", token=TOKEN, branch="trial")
+    assert same_weights(METR.from_pretrained("user/fresh", revision="trial"), model)
+
+
 def test_what_was_fetched_needs_no_hub(
     shared_model: Repository, hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

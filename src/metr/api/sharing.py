@@ -92,7 +92,8 @@ class Shared(ModelHubMixin, library_name="metr", pipeline_tag="object-detection"
             licence: The model's, by the hub's identifier ("apache-2.0"), for the card's header.
             private: Whether a new repository is; by default as the owner's settings say.
             token: Of the hub; by default that of `hf auth login` or HF_TOKEN.
-            options: `commit_message`, `branch`, `create_pr`, `delete_patterns` of huggingface-hub's mixin.
+            options: `commit_message`, `branch` (made from main if it is missing), `create_pr`, `delete_patterns` of
+                huggingface-hub's mixin.
 
         Returns:
             The address of the commit.
@@ -105,6 +106,7 @@ class Shared(ModelHubMixin, library_name="metr", pipeline_tag="object-detection"
             raise ConfigError(f"expected user/name, found {repo_id!r}", where="repo_id", hint="put your name before it")
         told = {"dtype": dtype, "licence": licence, "repository": repo_id}
         with asking(repo_id, options.get("branch")):
+            _make_branch(repo_id, options.get("branch"), private, token)
             sent = list(FILES)
             if _persons_card_on_hub(repo_id, options.get("branch"), token):
                 _logger.info("%s: its %s was written or changed by a person and stays as it is", repo_id, CARD)
@@ -189,6 +191,15 @@ def _persons_card(folder: Path | None) -> str | None:
         hint = "make it readable as UTF-8, or move it away"
         raise CheckpointError(f"cannot be read, and is not to be lost: {error}", where=path, hint=hint) from None
     return None if is_untouched(text) else text
+
+
+def _make_branch(repo_id: str, branch: str | None, private: bool | None, token: str | None) -> None:
+    """A branch can be written to only where it is there already."""
+    if branch is None:
+        return
+    api = HfApi(token=token)
+    api.create_repo(repo_id, private=private, exist_ok=True)
+    api.create_branch(repo_id, branch=branch, exist_ok=True)
 
 
 def _persons_card_on_hub(repo_id: str, branch: str | None, token: str | None) -> bool:

@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from metr.cli.arguments import INTERRUPTED, Data, Overrides
+from metr.cli.arguments import Data, Overrides
+from metr.cli.outcome import say_done
 
 
 def finetune(
@@ -54,11 +55,4 @@ def finetune(
         tell_apart=tell_apart,
     )
     outcome = run(data, source, out, options, resume=resume, console=Console()).training
-    console = Console(soft_wrap=True, highlight=False)
-    if outcome.interrupted:
-        console.print("To go on, give the same command again with --resume.")
-        raise typer.Exit(INTERRUPTED)
-    best = "" if outcome.best is None else f", the best of step {outcome.best_step}"
-    early = " (stopped early)" if outcome.stalled else ""
-    console.print(f"Done: {outcome.step} steps{early}{best}; everything is in {out}", markup=False)
-    console.print(f"What it finds:  metr detect {out} PICTURE", markup=False)
+    say_done(outcome, out)

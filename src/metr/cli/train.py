@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from metr.cli.arguments import INTERRUPTED, Data, Overrides
+from metr.cli.arguments import Data, Overrides
+from metr.cli.outcome import say_done
 
 
 def train(
@@ -25,10 +26,4 @@ def train(
     overrides = [*(set_ or []), *([f"train.loop.steps={steps}"] if steps is not None else [])]
     recipe = load_recipe(size, config, overrides)
     outcome = run(data, out, recipe, resume=resume, console=Console())
-    console = Console(soft_wrap=True, highlight=False)
-    if outcome.interrupted:
-        console.print("To go on, give the same command again with --resume.")
-        raise typer.Exit(INTERRUPTED)
-    best = "" if outcome.best is None else f", the best of step {outcome.best_step}"
-    console.print(f"Done: {outcome.step} steps{best}; everything is in {out}", markup=False)
-    console.print(f"What it finds:  metr detect {out} PICTURE", markup=False)
+    say_done(outcome, out)
