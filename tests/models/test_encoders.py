@@ -1,6 +1,6 @@
 """Encoders against transformers' DETR, Deformable DETR and RT-DETR with the same weights."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -24,6 +24,20 @@ from metr.models.encoders.pyramid import Projection, flatten, level_mask, valid_
 WIDTH, HEADS, HIDDEN = 16, 4, 24
 CHANNELS = (6, 8, 10)
 SHAPES = ((8, 12), (4, 6), (2, 3))
+# parts of a layer of theirs, and ours
+ATTENTION = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "out"}
+DEFORMABLE_ATTENTION = {
+    "sampling_offsets": "offsets",
+    "attention_weights": "weights",
+    "value_proj": "value",
+    "output_proj": "out",
+}
+AROUND_ATTENTION = {
+    "self_attn_layer_norm": "norm",
+    "mlp.fc1": "feed_forward.widen",
+    "mlp.fc2": "feed_forward.narrow",
+    "final_layer_norm": "feed_forward.norm",
+}
 
 
 def encoder_config(kind: str, **values: Any) -> EncoderConfig:
@@ -52,6 +66,14 @@ def stir(module: nn.Module) -> None:
             if isinstance(part, nn.BatchNorm2d):
                 part.running_mean.normal_(std=0.1)
                 part.running_var.uniform_(0.5, 2)
+
+
+def load_layers(ours: nn.ModuleList, theirs: nn.ModuleList, attention: Mapping[str, str]) -> None:
+    """Gives their layers the weights of ours."""
+    parts = {f"self_attn.{name}": f"attention.{own}" for name, own in attention.items()} | AROUND_ATTENTION
+    for layer, other in zip(ours, theirs, strict=True):
+        for name, own in parts.items():
+            other.get_submodule(name).load_state_dict(layer.get_submodule(own).state_dict())
 
 
 def same_gradients(ours: Tensor, theirs: Tensor, inputs: Sequence[Tensor]) -> None:
@@ -138,19 +160,7 @@ def deformable_pair(levels: int) -> tuple[DeformableEncoder, DeformableDetrEncod
         activation_dropout=0.0,
     )
     theirs = DeformableDetrEncoder(config)
-    for own, other in zip(ours.layers, theirs.layers, strict=True):
-        pairs = [
-            (other.self_attn.sampling_offsets, own.attention.offsets),
-            (other.self_attn.attention_weights, own.attention.weights),
-            (other.self_attn.value_proj, own.attention.value),
-            (other.self_attn.output_proj, own.attention.out),
-            (other.self_attn_layer_norm, own.norm),
-            (other.mlp.fc1, own.feed_forward.widen),
-            (other.mlp.fc2, own.feed_forward.narrow),
-            (other.final_layer_norm, own.feed_forward.norm),
-        ]
-        for target, source in pairs:
-            target.load_state_dict(source.state_dict())
+    load_layers(ours.layers, theirs.layers, DEFORMABLE_ATTENTION)
     return ours, theirs
 
 
@@ -199,19 +209,7 @@ def plain_pair() -> tuple[PlainEncoder, DetrEncoder]:
         activation_dropout=0.0,
     )
     theirs = DetrEncoder(config)
-    for own, other in zip(ours.layers, theirs.layers, strict=True):
-        pairs = [
-            (other.self_attn.q_proj, own.attention.query),
-            (other.self_attn.k_proj, own.attention.key),
-            (other.self_attn.v_proj, own.attention.value),
-            (other.self_attn.o_proj, own.attention.out),
-            (other.self_attn_layer_norm, own.norm),
-            (other.mlp.fc1, own.feed_forward.widen),
-            (other.mlp.fc2, own.feed_forward.narrow),
-            (other.final_layer_norm, own.feed_forward.norm),
-        ]
-        for target, source in pairs:
-            target.load_state_dict(source.state_dict())
+    load_layers(ours.layers, theirs.layers, ATTENTION)
     return ours, theirs
 
 
@@ -276,19 +274,7 @@ def hybrid_pair(expansion: float) -> tuple[HybridEncoder, RTDetrHybridEncoder]:
     )
     theirs = RTDetrHybridEncoder(config)
     theirs.aifi[0].position_embedding = OurPositions()
-    for own, other in zip(ours.layers, theirs.aifi[0].layers, strict=True):
-        pairs = [
-            (other.self_attn.q_proj, own.attention.query),
-            (other.self_attn.k_proj, own.attention.key),
-            (other.self_attn.v_proj, own.attention.value),
-            (other.self_attn.o_proj, own.attention.out),
-            (other.self_attn_layer_norm, own.norm),
-            (other.mlp.fc1, own.feed_forward.widen),
-            (other.mlp.fc2, own.feed_forward.narrow),
-            (other.final_layer_norm, own.feed_forward.norm),
-        ]
-        for target, source in pairs:
-            target.load_state_dict(source.state_dict())
+    load_layers(ours.layers, theirs.aifi[0].layers, ATTENTION)
     for index in range(2):
         load_convolution(ours.laterals[index], theirs.lateral_convs[index])
         load_fusion(ours.down_fusions[index], theirs.fpn_blocks[index])

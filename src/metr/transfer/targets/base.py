@@ -11,9 +11,9 @@ from torch import Tensor
 from metr.data.config import ResizeConfig
 from metr.errors import ModelError
 from metr.models.backbones.config import BackboneConfig
-from metr.models.config import DetectorConfig
+from metr.models.config import DecoderConfig, DetectorConfig, EncoderConfig
 from metr.models.detector import Detector
-from metr.transfer.classifier import Linear
+from metr.transfer.classifier import Linear, layer_classifier
 from metr.transfer.table import Row
 
 AGREEMENT = ("decoder.agreement", "decoder.norm", "category_extraction")
@@ -184,6 +184,61 @@ def need_options(config: Any, wanted: Mapping[str, Any]) -> None:
             raise ModelError(what, where=config.model_type, hint="take another size of this detector")
 
 
+def encoder_values(config: Any) -> dict[str, Any]:
+    """What every configuration of theirs of several scales says of METR's encoder."""
+    return {
+        "layers": config.encoder_layers,
+        "levels": config.num_feature_levels,
+        "heads": config.encoder_attention_heads,
+        "feed_forward": config.encoder_ffn_dim,
+    }
+
+
+def around(
+    encoder: EncoderConfig,
+    config: Any,
+    backbone: BackboneConfig,
+    decoder: Mapping[str, Any] | None = None,
+    queries: Mapping[str, Any] | None = None,
+) -> DetectorConfig:
+    """METR's configuration around an encoder.
+
+    Args:
+        encoder: METR's, of the target's family.
+        config: The target's, which gives the sizes.
+        backbone: METR's configuration of its backbone.
+        decoder: What METR's decoder is besides, if not what it is by default.
+        queries: The same of METR's queries.
+    """
+    base, heads = DetectorConfig(), config.decoder_attention_heads
+    categories = base.categories.model_copy(update={"heads": heads})
+    number = max(config.num_queries, categories.kept)
+    sizes = DecoderConfig(
+        layers=config.decoder_layers,
+        heads=heads,
+        points=config.decoder_n_points,
+        feed_forward=config.decoder_ffn_dim,
+        **(decoder or {}),
+    )
+    return DetectorConfig(
+        width=config.d_model,
+        backbone=backbone,
+        encoder=encoder,
+        decoder=sizes,
+        categories=categories,
+        queries=base.queries.model_copy(update={"number": number, **(queries or {})}),
+    )
+
+
+def layer_heads(known: Knowledge, theirs: str) -> dict[str, Derived]:
+    """The classification head of each of the decoder's layers, whose keys begin with `theirs` and its number."""
+    fresh: dict[str, Derived] = {}
+    for layer in range(known.config.decoder_layers):
+        classes = layer_classifier(known.network, known.tokens, layer)
+        fresh |= given_layer(f"{theirs}.{layer}", classes, FOLDED, AGREEMENT)
+    return fresh
+
+
 def given_layer(key: str, layer: Linear, how: str, ours: tuple[str, ...]) -> dict[str, Derived]:
     """Weight and bias of a linear layer of theirs."""
     return {
@@ -197,9 +252,9 @@ def linear(theirs: str, ours: str, names: Mapping[str, str]) -> tuple[Row, ...]:
     return tuple(Row(f"{theirs}.{name}.{{p}}", f"{ours}.{own}.{{p}}") for name, own in names.items())
 
 
-def attention(theirs: str, ours: str) -> tuple[Row, ...]:
+def attention(theirs: str, ours: str, out: str = "o_proj") -> tuple[Row, ...]:
     """Multi-head attention as transformers keeps it."""
-    return linear(theirs, ours, {"q_proj": "query", "k_proj": "key", "v_proj": "value", "o_proj": "out"})
+    return linear(theirs, ours, {"q_proj": "query", "k_proj": "key", "v_proj": "value", out: "out"})
 
 
 def deformable_attention(theirs: str, ours: str) -> tuple[Row, ...]:

@@ -1,7 +1,6 @@
 """Conditional DETR: METR's `plain` family has its layers; it moves points instead of boxes, and only at the end."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,7 +8,6 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import ConditionalDetrConfig
 
-from metr.transfer.carriers import backbone_rows
 from metr.transfer.classifier import Linear
 from metr.transfer.table import Row
 from metr.transfer.targets.base import (
@@ -20,27 +18,27 @@ from metr.transfer.targets.base import (
     Knowledge,
     Order,
     Target,
-    attention,
     feed_forward,
+    given_layer,
     joined,
     linear,
     mlp,
 )
 from metr.transfer.targets.single_scale import (
+    ASK_FOR_ALL,
     DECODER,
-    ENCODER,
     POSITION,
     common_options,
+    encoder_rows,
     name_logits,
-    named,
-    projection,
     query_positions,
     spread_logits,
+    with_backbone,
 )
 
 _DIFFERENCES = (
     "queries start from learnt points, the same for every picture; METR's from places that it proposes for a category",
-    "every query asks for every name; METR's each ask for one, and attend to those that ask for the same",
+    ASK_FOR_ALL,
     "where a query looks follows neither its box's size nor what earlier layers found; METR's follows both",
 )
 # how large points' logits are written into queries
@@ -64,12 +62,7 @@ _LAYER = {
 }
 
 _TABLE = KeyTable(
-    encoder=joined(
-        projection(),
-        attention(f"{ENCODER[0]}.self_attn", f"{ENCODER[1]}.attention"),
-        linear(*ENCODER, {"self_attn_layer_norm": "norm"}),
-        feed_forward(ENCODER[0], f"{ENCODER[1]}.feed_forward"),
-    ),
+    encoder=encoder_rows(),
     decoder=joined(
         linear(*DECODER, _LAYER),
         feed_forward(DECODER[0], f"{DECODER[1]}.feed_forward"),
@@ -88,10 +81,6 @@ def _configure(order: Order) -> Any:
     return ConditionalDetrConfig(**common_options(order, "d_model"))
 
 
-def _table(config: Any) -> KeyTable:
-    return replace(_TABLE, backbone=backbone_rows(config.backbone_config, TARGET.backbone))
-
-
 @torch.no_grad()
 def _derive(knowledge: Knowledge) -> Mapping[str, Derived]:
     """The classifier, the learnt queries, the points that they stand for, and the size from which boxes start."""
@@ -101,10 +90,10 @@ def _derive(knowledge: Knowledge) -> Mapping[str, Derived]:
     size = torch.cat([torch.zeros(2), start[0, 2:]])
     how = "computed: embedded boxes spread over the picture"
     return {
-        **named("class_labels_classifier", name_logits(knowledge), FOLDED, AGREEMENT),
+        **given_layer("class_labels_classifier", name_logits(knowledge), FOLDED, AGREEMENT),
         "model.query_position_embeddings.weight": Derived(tensor=queries, how=how, ours=POSITION),
-        **named("model.decoder.ref_point_head.layers.0", first, how, POSITION),
-        **named("model.decoder.ref_point_head.layers.1", last, how, POSITION),
+        **given_layer("model.decoder.ref_point_head.layers.0", first, how, POSITION),
+        **given_layer("model.decoder.ref_point_head.layers.1", last, how, POSITION),
         "bbox_predictor.layers.2.bias": Derived(
             tensor=bias + size, how="shifted to the size of the spread boxes", ours=("decoder.box.change.4.bias",)
         ),
@@ -136,7 +125,7 @@ TARGET = Target(
     decoder="conditional",
     processor="ConditionalDetrImageProcessor",
     configure=_configure,
-    table=_table,
+    table=with_backbone(_TABLE),
     derive=_derive,
     differences=lambda _: _DIFFERENCES,
     single_map=True,

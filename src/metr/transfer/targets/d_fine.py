@@ -1,33 +1,27 @@
 """D-FINE (Peng et al., 2024): RT-DETR with other fusions, a gate, and boxes refined as distributions."""
 
-from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from metr.errors import ModelError
 from metr.models.backbones.config import BackboneConfig
-from metr.models.config import DetectorConfig, EncoderConfig
+from metr.models.config import DetectorConfig
 from metr.transfer.carriers import backbone_rows
-from metr.transfer.classifier import layer_classifier
 from metr.transfer.table import Row
 from metr.transfer.targets import rt_detr
 from metr.transfer.targets.base import (
-    AGREEMENT,
-    FOLDED,
     Adopted,
     Derived,
     KeyTable,
-    Knowledge,
     Order,
-    Target,
     feed_forward,
-    given_layer,
     joined,
     linear,
     mlp,
 )
-from metr.transfer.targets.rt_detr import convolution
+from metr.transfer.targets.rt_detr import convolution, two_branches
 
 # transformers ties its heads from the second layer on
 _LEAST_LAYERS = 2
@@ -53,22 +47,12 @@ def configure(order: Order) -> Any:
     return DFineConfig(**values)
 
 
-def _stage(theirs: str, ours: str) -> tuple[Row, ...]:
-    block, own = f"{theirs}.bottlenecks.{{j}}", f"{ours}.blocks.{{j}}"
-    return joined(
-        convolution(f"{theirs}.conv1", f"{ours}.main"),
-        convolution(f"{theirs}.conv2", f"{ours}.side"),
-        convolution(f"{block}.conv1", f"{own}.wide"),
-        convolution(f"{block}.conv2", f"{own}.narrow"),
-    )
-
-
 def _fusion(theirs: str, ours: str) -> tuple[Row, ...]:
     return joined(
         convolution(f"{theirs}.conv1", f"{ours}.split"),
-        _stage(f"{theirs}.csp_rep1", f"{ours}.stages.0"),
+        two_branches(f"{theirs}.csp_rep1", f"{ours}.stages.0"),
         convolution(f"{theirs}.conv2", f"{ours}.convolutions.0"),
-        _stage(f"{theirs}.csp_rep2", f"{ours}.stages.1"),
+        two_branches(f"{theirs}.csp_rep2", f"{ours}.stages.1"),
         convolution(f"{theirs}.conv3", f"{ours}.convolutions.1"),
         convolution(f"{theirs}.conv4", f"{ours}.merge"),
     )
@@ -108,25 +92,14 @@ def table(config: Any) -> KeyTable:
     )
 
 
-def derive(known: Knowledge) -> Mapping[str, Derived]:
-    """The classification heads and the positions of queries."""
-    fresh: dict[str, Derived] = {}
-    for layer in range(known.config.decoder_layers):
-        classes = layer_classifier(known.network, known.tokens, layer)
-        key = f"{_DECODER}.class_embed.{layer}"
-        fresh |= given_layer(key, classes, FOLDED, AGREEMENT)
-    return fresh | rt_detr.places_and_names(known) | rt_detr.positions(known.network)
-
-
 def differences(config: DetectorConfig) -> tuple[str, ...]:
     """What D-FINE computes otherwise."""
     said = [
-        "queries start from the features of places; METR's from learned ones and the category's token",
+        rt_detr.PLACES,
         "attention to the memory has no values and outputs of its own, and a gate: these start afresh",
         "boxes after the first layer are distributions, whose heads start afresh",
+        *rt_detr.positions_differ(config),
     ]
-    if config.encoder.positions != "counted":
-        said.append(f"the encoder's positions are counted in cells; this METR's are {config.encoder.positions}")
     if config.encoder.fusion != "elan":
         said.append("its fusions are those of D-FINE; this METR's are those of RT-DETR, and start afresh")
     return tuple(said)
@@ -138,33 +111,24 @@ def adopt(config: Any, backbone: BackboneConfig) -> Adopted:
     Raises:
         ModelError: an option is set for which METR has no counterpart.
     """
-    rt_detr.refuse(config)
-    encoder = EncoderConfig(
-        positions="counted",
-        fusion="elan",
-        fusion_blocks=round(rt_detr.BLOCKS * config.depth_mult),
-        fusion_expansion=config.hidden_expansion,
-        **rt_detr.encoder_values(config),
-    )
+    blocks = round(rt_detr.BLOCKS * config.depth_mult)
+    adopted = rt_detr.adopted_config(config, backbone, fusion="elan", fusion_blocks=blocks)
     identity = dict[str, Derived]()
     for layer in range(config.decoder_layers):
         for part in ("value", "out"):
             key, width = f"decoder.layers.{layer}.cross.{part}", config.d_model
             identity[f"{key}.weight"] = Derived(tensor=torch.eye(width), how="identity")
             identity[f"{key}.bias"] = Derived(tensor=torch.zeros(width), how="identity")
-    return Adopted(config=rt_detr.adopted_config(config, backbone, encoder), derived=identity)
+    return Adopted(config=adopted, derived=identity)
 
 
-TARGET = Target(
+TARGET = replace(
+    rt_detr.TARGET,
     name="d_fine",
     title="D-FINE",
-    encoder="hybrid",
-    processor="RTDetrImageProcessor",
     configure=configure,
     table=table,
-    derive=derive,
+    derive=rt_detr.queries_and_heads,
     differences=differences,
     adopt=adopt,
-    multiple=32,
-    square=True,
 )

@@ -1,14 +1,12 @@
 """DAB-DETR: METR's `plain` family has its layers, all of them; its queries are learnt boxes."""
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers import DabDetrConfig
 
 from metr.models.encoders.plain import TEMPERATURE
-from metr.transfer.carriers import backbone_rows
 from metr.transfer.targets.base import (
     AGREEMENT,
     FOLDED,
@@ -17,25 +15,26 @@ from metr.transfer.targets.base import (
     Knowledge,
     Order,
     Target,
-    feed_forward,
+    given_layer,
     joined,
     linear,
     mlp,
 )
 from metr.transfer.targets.single_scale import (
+    ASK_FOR_ALL,
     DECODER,
-    ENCODER,
     common_options,
+    encoder_rows,
     name_logits,
-    named,
-    projection,
     spread_logits,
+    with_backbone,
 )
 
 _DIFFERENCES = (
     "queries start from learnt boxes, the same for every picture; METR's from places that it proposes for a category",
-    "every query asks for every name; METR's each ask for one, and attend to those that ask for the same",
+    ASK_FOR_ALL,
 )
+_BACKBONE = "model.backbone.conv_encoder.model."
 _LAYER = {
     "self_attn.self_attn_query_content_proj": "among.query_content",
     "self_attn.self_attn_query_pos_proj": "among.query_position",
@@ -56,15 +55,9 @@ _LAYER = {
     "mlp.fc2": "feed_forward.narrow",
     "mlp.final_layer_norm": "feed_forward.norm",
 }
-_ATTENTION = {"q_proj": "query", "k_proj": "key", "v_proj": "value", "out_proj": "out"}
 
 _TABLE = KeyTable(
-    encoder=joined(
-        projection(),
-        linear(f"{ENCODER[0]}.self_attn", f"{ENCODER[1]}.attention", _ATTENTION),
-        linear(*ENCODER, {"self_attn_layer_norm": "norm"}),
-        feed_forward(ENCODER[0], f"{ENCODER[1]}.feed_forward", "fc1", "fc2"),
-    ),
+    encoder=encoder_rows("out_proj", "fc1", "fc2"),
     decoder=joined(
         linear(*DECODER, _LAYER),
         linear("model.decoder", "decoder", {"layernorm": "norm"}),
@@ -86,10 +79,6 @@ def _configure(order: Order) -> Any:
     return DabDetrConfig(**options)
 
 
-def _table(config: Any) -> KeyTable:
-    return replace(_TABLE, backbone=backbone_rows(config.backbone_config, TARGET.backbone))
-
-
 @torch.no_grad()
 def _derive(knowledge: Knowledge) -> Mapping[str, Derived]:
     """The classifier, the learnt boxes and their content, and a scale of positions that changes nothing."""
@@ -100,7 +89,7 @@ def _derive(knowledge: Knowledge) -> Mapping[str, Derived]:
     scale = "model.encoder.query_scale.layers.1"
     still = "computed: changes nothing"
     return {
-        **named("class_embed", name_logits(knowledge), FOLDED, AGREEMENT),
+        **given_layer("class_embed", name_logits(knowledge), FOLDED, AGREEMENT),
         "model.query_refpoint_embeddings.weight": Derived(
             tensor=spread_logits(config.num_queries), how="computed: boxes spread over the picture"
         ),
@@ -119,10 +108,10 @@ TARGET = Target(
     title="DAB-DETR",
     encoder="plain",
     decoder="conditional",
-    backbone="model.backbone.conv_encoder.model.",
+    backbone=_BACKBONE,
     processor="ConditionalDetrImageProcessor",
     configure=_configure,
-    table=_table,
+    table=with_backbone(_TABLE, _BACKBONE),
     derive=_derive,
     differences=lambda _: _DIFFERENCES,
     single_map=True,

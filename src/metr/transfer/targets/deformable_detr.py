@@ -8,15 +8,13 @@ import torch
 
 from metr.errors import ModelError
 from metr.models.backbones.config import BackboneConfig
-from metr.models.config import DecoderConfig, DetectorConfig, EncoderConfig
+from metr.models.config import DetectorConfig, EncoderConfig
 from metr.transfer.carriers import backbone_rows
-from metr.transfer.classifier import layer_classifier, place_classifier
+from metr.transfer.classifier import place_classifier
 from metr.transfer.fitted import fit_stacked_norm
 from metr.transfer.positions import box_position, four_encodings
 from metr.transfer.table import Row
 from metr.transfer.targets.base import (
-    AGREEMENT,
-    FOLDED,
     PROPOSALS,
     Adopted,
     Derived,
@@ -24,11 +22,14 @@ from metr.transfer.targets.base import (
     Knowledge,
     Order,
     Target,
+    around,
     attention,
     deformable_attention,
+    encoder_values,
     feed_forward,
     given_layer,
     joined,
+    layer_heads,
     linear,
     mlp,
     need_options,
@@ -114,15 +115,11 @@ def derive(known: Knowledge) -> Mapping[str, Derived]:
     Places are chosen by the first label's score, whatever the label, and transformers never trains that score: it
     becomes the mean of all names'.
     """
-    network, last = known.network, known.config.decoder_layers
-    heads = {layer: layer_classifier(network, known.tokens, layer) for layer in range(last)}
-    places = place_classifier(network, known.tokens)
+    places = place_classifier(known.network, known.tokens)
     places.weight[0], places.bias[0] = places.weight.mean(0), places.bias.mean(0)
-    fresh: dict[str, Derived] = {}
-    for layer, classes in heads.items():
-        fresh |= given_layer(f"class_embed.{layer}", classes, FOLDED, AGREEMENT)
-    fresh |= given_layer(f"class_embed.{last}", places, "folded: proposals' head and names", PROPOSALS)
-    return fresh | _queries(known)
+    key = f"class_embed.{known.config.decoder_layers}"
+    head = given_layer(key, places, "folded: proposals' head and names", PROPOSALS)
+    return layer_heads(known, "class_embed") | head | _queries(known)
 
 
 @torch.no_grad()
@@ -159,26 +156,10 @@ def adopt(config: Any, backbone: BackboneConfig) -> Adopted:
         ModelError: an option is set for which METR has no counterpart.
     """
     need_options(config, {"position_embedding_type": "sine", "activation_function": "relu"})
-    base, heads = DetectorConfig(), config.decoder_attention_heads
     encoder = EncoderConfig(
-        kind="deformable",
-        positions="centred",
-        layers=config.encoder_layers,
-        levels=config.num_feature_levels,
-        heads=config.encoder_attention_heads,
-        points=config.encoder_n_points,
-        feed_forward=config.encoder_ffn_dim,
+        kind="deformable", positions="centred", points=config.encoder_n_points, **encoder_values(config)
     )
-    decoder = DecoderConfig(
-        layers=config.decoder_layers,
-        heads=heads,
-        points=config.decoder_n_points,
-        feed_forward=config.decoder_ffn_dim,
-    )
-    categories = base.categories.model_copy(update={"heads": heads})
-    queries = base.queries.model_copy(update={"number": max(config.num_queries, categories.kept)})
-    parts = {"backbone": backbone, "encoder": encoder, "decoder": decoder, "categories": categories, "queries": queries}
-    return Adopted(config=DetectorConfig(width=config.d_model, **parts))
+    return Adopted(config=around(encoder, config, backbone))
 
 
 TARGET = Target(

@@ -2,13 +2,11 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers import DetrConfig
 
-from metr.transfer.carriers import backbone_rows
 from metr.transfer.classifier import Linear
 from metr.transfer.targets.base import (
     AGREEMENT,
@@ -18,27 +16,27 @@ from metr.transfer.targets.base import (
     Knowledge,
     Order,
     Target,
-    attention,
     feed_forward,
+    given_layer,
     joined,
     linear,
     mlp,
 )
 from metr.transfer.targets.single_scale import (
+    ASK_FOR_ALL,
     DECODER,
-    ENCODER,
     POSITION,
     common_options,
     conditional_decoder,
+    encoder_rows,
     name_logits,
-    named,
-    projection,
     query_positions,
+    with_backbone,
 )
 
 _DIFFERENCES = (
     "queries are learnt, the same for every picture; METR's start from places that it proposes for a category",
-    "every query asks for every name; METR's each ask for one, and attend to those that ask for the same",
+    ASK_FOR_ALL,
     "content and place share their projections in its decoder, and boxes have no start: METR's content has moved",
 )
 _LAYER = {
@@ -54,12 +52,7 @@ _LAYER = {
 }
 
 _TABLE = KeyTable(
-    encoder=joined(
-        projection(),
-        attention(f"{ENCODER[0]}.self_attn", f"{ENCODER[1]}.attention"),
-        linear(*ENCODER, {"self_attn_layer_norm": "norm"}),
-        feed_forward(ENCODER[0], f"{ENCODER[1]}.feed_forward"),
-    ),
+    encoder=encoder_rows(),
     decoder=joined(
         linear(*DECODER, _LAYER),
         feed_forward(DECODER[0], f"{DECODER[1]}.feed_forward"),
@@ -75,17 +68,13 @@ def _configure(order: Order) -> Any:
     return DetrConfig(**common_options(order, "d_model"))
 
 
-def _table(config: Any) -> KeyTable:
-    return replace(_TABLE, backbone=backbone_rows(config.backbone_config, TARGET.backbone))
-
-
 @torch.no_grad()
 def _derive(knowledge: Knowledge) -> Mapping[str, Derived]:
     """The classifier, with "no object" at a logit of 0, the learnt queries, and queries of the content's half."""
     names = name_logits(knowledge)
     weight = torch.cat([names.weight, torch.zeros_like(names.weight[:1])])
     bias = torch.cat([names.bias, torch.zeros_like(names.bias[:1])])
-    derived = named("class_labels_classifier", Linear(weight=weight, bias=bias), FOLDED, AGREEMENT)
+    derived = given_layer("class_labels_classifier", Linear(weight=weight, bias=bias), FOLDED, AGREEMENT)
     derived["model.query_position_embeddings.weight"] = Derived(
         tensor=query_positions(knowledge),
         how="computed: embedded boxes spread over the picture",
@@ -110,7 +99,7 @@ TARGET = Target(
     decoder="conditional",
     processor="DetrImageProcessor",
     configure=_configure,
-    table=_table,
+    table=with_backbone(_TABLE),
     derive=_derive,
     differences=lambda _: _DIFFERENCES,
     single_map=True,

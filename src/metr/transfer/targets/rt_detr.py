@@ -8,19 +8,17 @@ from torch import Tensor
 
 from metr.errors import ModelError
 from metr.models.backbones.config import BackboneConfig
-from metr.models.config import DecoderConfig, DetectorConfig, EncoderConfig
+from metr.models.config import DetectorConfig, EncoderConfig
 from metr.models.detector import Detector
 from metr.models.encoders.fusion import ConvNorm, Fusion
 from metr.models.encoders.hybrid import HybridEncoder
 from metr.transfer.carriers import backbone_rows
-from metr.transfer.classifier import layer_classifier, place_classifier
+from metr.transfer.classifier import place_classifier
 from metr.transfer.fitted import fit_box_mlp
 from metr.transfer.moments import Moments, inside_fusion, of_memory
 from metr.transfer.positions import box_position
 from metr.transfer.table import Row
 from metr.transfer.targets.base import (
-    AGREEMENT,
-    FOLDED,
     PROPOSALS,
     Adopted,
     Derived,
@@ -28,11 +26,14 @@ from metr.transfer.targets.base import (
     Knowledge,
     Order,
     Target,
+    around,
     attention,
     deformable_attention,
+    encoder_values,
     feed_forward,
     given_layer,
     joined,
+    layer_heads,
     linear,
     mlp,
     need_options,
@@ -40,6 +41,8 @@ from metr.transfer.targets.base import (
 
 # convolution blocks of each fusion, which RT-DETR's configuration cannot change
 BLOCKS = 3
+PLACES = "queries start from the features of places; METR's from learned ones and the category's token"
+"""What distinguishes the queries of RT-DETR and its successors from METR's."""
 # how far a block is shifted so that its SiLU lets everything pass: SiLU(x + 12) is x + 12 within 1e-4
 _SHIFT = 12.0
 _ENCODER, _DECODER = "model.encoder", "model.decoder"
@@ -108,15 +111,19 @@ def attention_rows() -> tuple[Row, ...]:
     )
 
 
-def _fusion(theirs: str, ours: str) -> tuple[Row, ...]:
+def two_branches(theirs: str, ours: str) -> tuple[Row, ...]:
+    """A fusion's two branches, one of them a chain of blocks."""
     block, own = f"{theirs}.bottlenecks.{{j}}", f"{ours}.blocks.{{j}}"
     return joined(
         convolution(f"{theirs}.conv1", f"{ours}.main"),
         convolution(f"{theirs}.conv2", f"{ours}.side"),
-        convolution(f"{theirs}.conv3", f"{ours}.out"),
         convolution(f"{block}.conv1", f"{own}.wide"),
         convolution(f"{block}.conv2", f"{own}.narrow"),
     )
+
+
+def _fusion(theirs: str, ours: str) -> tuple[Row, ...]:
+    return joined(two_branches(theirs, ours), convolution(f"{theirs}.conv3", f"{ours}.out"))
 
 
 def encoder_rows() -> tuple[Row, ...]:
@@ -175,20 +182,20 @@ def table(config: Any) -> KeyTable:
 
 def derive(known: Knowledge) -> Mapping[str, Derived]:
     """The classification heads, the positions of queries, and what METR's encoder has no counterpart of."""
-    network = known.network
-    fresh: dict[str, Derived] = {}
-    for layer in range(known.config.decoder_layers):
-        key = f"{_DECODER}.class_embed.{layer}"
-        classes = layer_classifier(network, known.tokens, layer)
-        fresh |= given_layer(key, classes, FOLDED, AGREEMENT)
-    fresh |= places_and_names(known) | positions(network)
+    network, fresh = known.network, queries_and_heads(known)
     assert isinstance(network.encoder, HybridEncoder)
     if not network.encoder.outputs:
         fresh |= _memory_projection(network.encoder)
     return fresh | _passing_blocks(network.encoder)
 
 
-def places_and_names(known: Knowledge) -> dict[str, Derived]:
+def queries_and_heads(known: Knowledge) -> dict[str, Derived]:
+    """The classification heads, and the positions and contents of queries."""
+    heads = layer_heads(known, f"{_DECODER}.class_embed")
+    return heads | _places_and_names(known) | _positions(known.network)
+
+
+def _places_and_names(known: Knowledge) -> dict[str, Derived]:
     """The head that scores places, and the content of denoising queries."""
     network, contents = known.network, known.contents
     how = "folded: proposals' head and names"
@@ -200,7 +207,7 @@ def places_and_names(known: Knowledge) -> dict[str, Derived]:
     return fresh
 
 
-def positions(network: Detector) -> dict[str, Derived]:
+def _positions(network: Detector) -> dict[str, Derived]:
     """A network that turns a box's four numbers into a query's position, as METR does from its encoding.
 
     A METR that takes the four numbers itself needs none: its own is copied.
@@ -280,9 +287,7 @@ def _passing(key: str, moments: Moments) -> dict[str, Derived]:
 
 def differences(config: DetectorConfig) -> tuple[str, ...]:
     """What RT-DETR computes otherwise."""
-    said = ["queries start from the features of places; METR's from learned ones and the category's token"]
-    if config.encoder.positions != "counted":
-        said.append(f"the encoder's positions are counted in cells; this METR's are {config.encoder.positions}")
+    said = [PLACES, *positions_differ(config)]
     if config.encoder.fusion != "csp":
         said.append("its fusions are those of RT-DETR; this METR's are those of D-FINE, and start afresh")
     elif config.encoder.fusion_blocks > BLOCKS:
@@ -294,52 +299,40 @@ def differences(config: DetectorConfig) -> tuple[str, ...]:
     return tuple(said)
 
 
+def positions_differ(config: DetectorConfig) -> tuple[str, ...]:
+    """What is said of an encoder with other positions."""
+    if config.encoder.positions == "counted":
+        return ()
+    return (f"the encoder's positions are counted in cells; this METR's are {config.encoder.positions}",)
+
+
 def adopt(config: Any, backbone: BackboneConfig) -> Adopted:
     """A METR with RT-DETR's encoder, its projection of the memory and its positions, so that all of it fits.
 
     Raises:
         ModelError: an option is set for which METR has no counterpart.
     """
-    refuse(config)
+    return Adopted(config=adopted_config(config, backbone, fusion_blocks=BLOCKS, project_memory=True))
+
+
+def adopted_config(config: Any, backbone: BackboneConfig, **fusions: Any) -> DetectorConfig:
+    """A METR with the encoder of RT-DETR or D-FINE, whose options of `fusions` differ.
+
+    Raises:
+        ModelError: an option is set for which METR has no counterpart.
+    """
+    _refuse(config)
     encoder = EncoderConfig(
+        kind="hybrid",
         positions="counted",
-        fusion_blocks=BLOCKS,
-        project_memory=True,
         fusion_expansion=config.hidden_expansion,
         **encoder_values(config),
+        **fusions,
     )
-    return Adopted(config=adopted_config(config, backbone, encoder))
+    return around(encoder, config, backbone, decoder={"positions": "plain"}, queries={"content": "place"})
 
 
-def encoder_values(config: Any) -> dict[str, Any]:
-    """What the encoders of RT-DETR and D-FINE have in common."""
-    return {
-        "kind": "hybrid",
-        "layers": config.encoder_layers,
-        "levels": config.num_feature_levels,
-        "heads": config.encoder_attention_heads,
-        "feed_forward": config.encoder_ffn_dim,
-    }
-
-
-def adopted_config(config: Any, backbone: BackboneConfig, encoder: EncoderConfig) -> DetectorConfig:
-    """METR's configuration around an encoder."""
-    base = DetectorConfig()
-    heads, width = config.decoder_attention_heads, config.d_model
-    decoder = DecoderConfig(
-        layers=config.decoder_layers,
-        heads=heads,
-        points=config.decoder_n_points,
-        feed_forward=config.decoder_ffn_dim,
-        positions="plain",
-    )
-    categories = base.categories.model_copy(update={"heads": heads})
-    queries = base.queries.model_copy(update={"number": max(config.num_queries, categories.kept), "content": "place"})
-    parts = {"backbone": backbone, "encoder": encoder, "decoder": decoder, "categories": categories, "queries": queries}
-    return DetectorConfig(width=width, **parts)
-
-
-def refuse(config: Any) -> None:
+def _refuse(config: Any) -> None:
     """Stops where METR has no counterpart of an option.
 
     Raises:

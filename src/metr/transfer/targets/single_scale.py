@@ -1,6 +1,8 @@
 """What the targets of one scale have in common: METR's `plain` family in the words of DETR and its successors."""
 
+from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,20 +13,37 @@ from metr.layers.position_encoding import box_encoding
 from metr.models.conditional_decoder import ConditionalDecoder
 from metr.models.config import EncoderConfig
 from metr.registered_config import EfficientNetLiteConfig
+from metr.transfer.carriers import backbone_rows
 from metr.transfer.classifier import Linear, classifier
 from metr.transfer.moments import after_norm
 from metr.transfer.table import Row
-from metr.transfer.targets.base import Derived, Knowledge, Order, linear
+from metr.transfer.targets.base import (
+    KeyTable,
+    Knowledge,
+    Order,
+    Target,
+    attention,
+    feed_forward,
+    joined,
+    linear,
+)
 
 # our embedding of boxes
 POSITION = ("decoder.position",)
-ENCODER = ("model.encoder.layers.{i}", "encoder.layers.{i}")
 DECODER = ("model.decoder.layers.{i}", "decoder.layers.{i}")
+
+ASK_FOR_ALL = "every query asks for every name; METR's each ask for one, and attend to those that ask for the same"
+"""What distinguishes the queries of all these detectors from METR's."""
 
 # the side of the boxes from which learnt queries start, as a share of the picture
 SIDE = 0.2
 # the steps of the most even sequence of points in a square: powers of the inverse of the plastic number (Roberts, 2018)
 _STEPS = (0.7548776662466927, 0.5698402909980532)
+
+
+def with_backbone(table: KeyTable, prefix: str = Target.backbone) -> Callable[[Any], KeyTable]:
+    """The whole table of a configuration: beside the rows that are always the same those of its backbone."""
+    return lambda config: replace(table, backbone=backbone_rows(config.backbone_config, prefix))
 
 
 def common_options(order: Order, width: str) -> dict[str, Any]:
@@ -60,9 +79,15 @@ def _with_frozen_norms(backbone: Any) -> Any:
     return frozen
 
 
-def projection() -> tuple[Row, ...]:
-    """The convolution between backbone and encoder."""
-    return linear("model", "encoder", {"input_projection": "projection"})
+def encoder_rows(out: str = "o_proj", first: str = "mlp.fc1", second: str = "mlp.fc2") -> tuple[Row, ...]:
+    """The convolution between backbone and encoder, and the encoder; detectors name three of its layers differently."""
+    theirs, ours = "model.encoder.layers.{i}", "encoder.layers.{i}"
+    return joined(
+        linear("model", "encoder", {"input_projection": "projection"}),
+        attention(f"{theirs}.self_attn", f"{ours}.attention", out),
+        linear(theirs, ours, {"self_attn_layer_norm": "norm"}),
+        feed_forward(theirs, f"{ours}.feed_forward", first, second),
+    )
 
 
 def spread_boxes(number: int) -> Float[Tensor, "n 4"]:
@@ -77,12 +102,6 @@ def conditional_decoder(knowledge: Knowledge) -> ConditionalDecoder:
     decoder = knowledge.network.decoder
     assert isinstance(decoder, ConditionalDecoder)
     return decoder
-
-
-def named(key: str, layer: Linear, how: str, ours: tuple[str, ...]) -> dict[str, Derived]:
-    """A linear layer's two tensors."""
-    tensors = {"weight": layer.weight, "bias": layer.bias}
-    return {f"{key}.{name}": Derived(tensor=tensor, how=how, ours=ours) for name, tensor in tensors.items()}
 
 
 def name_logits(knowledge: Knowledge) -> Linear:
