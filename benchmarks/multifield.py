@@ -11,23 +11,22 @@ detections, and the run itself to `--out`.
 are not run again, so several processes may share the work. The profile `comparison` runs them all on four datasets.
 """
 
-import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
+import resumable
 from machine import commit, hardware
 from metr.api.datasets import open_joint
 from metr.api.evaluation import evaluate_run
 from metr.api.model import METR
 from metr.api.training import train
-from metr.cli.main import show_log
 from metr.data.images import read_image
 from metr.data.records import Annotations, ImageRecord
 from metr.engine.checkpoint import load_checkpoint
@@ -35,13 +34,13 @@ from metr.engine.curves import plot_curves
 from metr.engine.hardware import resolved_device
 from metr.engine.metrics import read_metrics
 from metr.engine.recipe import RunConfig, load_recipe
-from metr.errors import DataError, MetrError
 from metr.evaluation.evaluator import EvaluationConfig, EvaluationReport
 from metr.evaluation.report import as_dict, as_markdown
 from metr.inference.visualize import contact_sheet, draw_detections, save_picture
 from multifield_arms import ARMS, REPORT, ArmResult, Task, run_arm
 from multifield_comparison import as_markdown as compared
 from multifield_comparison import best_joint, draw_bars
+from resumable import check_data, command_line, exit_status, parsed, training_seconds, write_result
 
 HERE = Path(__file__).resolve().parent
 FIELDS = {
@@ -68,71 +67,51 @@ THRESHOLD = 0.35
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(resumable.Settings):
     """What the command line says."""
 
-    profile: str
-    data: Path
-    out: Path
-    results: Path
-    overrides: tuple[str, ...]
-    arms: tuple[str, ...] = ()
+    arms: tuple[str, ...]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs the protocol; the exit status is 0, 1 with one message where something is missing, 130 after Ctrl-C."""
-    console = Console()
-    show_log()
-    try:
-        settings = _settings(arguments)
-        result = (compare if settings.arms else run)(settings, console)
-    except MetrError as error:
-        console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
-        return 1
-    except KeyboardInterrupt:
-        console.print("stopped; to go on, give the same command again")
-        return 130
-    return 130 if result is None else 0
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the protocol; the exit status is 0, 1 with one message where something is missing, 130 where it stopped."""
+    settings = _settings(arguments)
+    return exit_status(partial(compare if settings.arms else run, settings))
 
 
-def run(settings: Settings, console: Console) -> dict[str, Any] | None:
-    """Trains (or goes on training), evaluates, writes the result; None where training was interrupted."""
+def run(settings: Settings, console: Console) -> bool:
+    """Trains (or goes on training), evaluates, writes the result; False where training was interrupted."""
     data, began_with = _data(settings), commit()
     recipe, config = _recipe(settings), JUDGED
     judged = config.model_copy(update={"modes": ("own",)})
-    outcome = train(data, settings.out, recipe, resume=True, console=console, judged=judged)
-    if outcome.interrupted:
-        console.print("to go on, give the same command again")
-        return None
+    if train(data, settings.out, recipe, resume=True, console=console, judged=judged).interrupted:
+        return False
     # the last weights, not the best: choosing by the very pictures that are reported would flatter
     report = evaluate_run(settings.out / "last", data, settings.out / "evaluation", config=config, console=console)
-    result = _result(settings, recipe, report, began_with)
-    _write(settings, result, report)
-    _draw_page(settings, data, settings.out / "last")
-    save_picture(read_image(plot_curves(settings.out)), settings.results / f"{_stem(settings)}-curves.png")
-    told = f"written: {settings.results / _stem(settings)}.json, .md and pictures"
-    console.print(told, markup=False, soft_wrap=True)
-    return result
+    _write(settings, _result(settings, recipe, report, began_with), report)
+    draw_page(data, settings.out / "last", _beside(settings, "detections.jpg"))
+    save_picture(read_image(plot_curves(settings.out)), _beside(settings, "curves.png"))
+    console.print(f"written: {settings.stem}.json, .md and pictures", markup=False, soft_wrap=True)
+    return True
 
 
-def compare(settings: Settings, console: Console) -> dict[str, Any] | None:
-    """Runs the arms that are asked for, and writes what all finished ones found; None where one was interrupted."""
+def compare(settings: Settings, console: Console) -> bool:
+    """Runs the arms that are asked for, and writes what all finished ones found; False where one was interrupted."""
     data, began_with, recipe = _data(settings), commit(), _recipe(settings)
     tasks = {
         arm: Task(data=data, out=settings.out / arm, recipe=recipe, judged=JUDGED, console=console) for arm in ARMS
     }
     for arm in settings.arms:
         if run_arm(arm, tasks[arm]) is None:
-            console.print("to go on, give the same command again")
-            return None
+            return False
     finished = [arm for arm in ARMS if (tasks[arm].out / REPORT).is_file()]
     results = [result for arm in finished if (result := run_arm(arm, tasks[arm])) is not None]
     written = _circumstances(settings, recipe, began_with) | {"arms": {one.arm: _arm(one) for one in results}}
     _write_comparison(settings, written, results)
     if (best := best_joint(results)) is not None:
-        _draw_page(settings, data, settings.out / best.arm / "last")
+        draw_page(data, settings.out / best.arm / "last", _beside(settings, "detections.jpg"))
     console.print(compared(results), markup=False, soft_wrap=True)
-    return written
+    return True
 
 
 def _arm(result: ArmResult) -> dict[str, Any]:
@@ -145,16 +124,12 @@ def _arm(result: ArmResult) -> dict[str, Any]:
 
 
 def _write_comparison(settings: Settings, written: dict[str, Any], results: Sequence[ArmResult]) -> None:
-    settings.results.mkdir(parents=True, exist_ok=True)
-    stem = settings.results / _stem(settings)
-    stem.with_suffix(".json").write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     facts = (
         f"Profile `{written['profile']}`, {written['hardware']}, torch {written['torch']}, seed {written['seed']}, "
         f"commit {written['commit']}."
     )
-    page = f"# MultiField: {settings.profile}\n\n{facts}\n\n{compared(results)}"
-    stem.with_suffix(".md").write_text(page, encoding="utf-8")
-    draw_bars(results, settings.results / f"{_stem(settings)}-bars.png")
+    write_result(settings.stem, written, f"# MultiField: {settings.profile}\n\n{facts}\n\n{compared(results)}")
+    draw_bars(results, _beside(settings, "bars.png"))
 
 
 def _circumstances(settings: Settings, recipe: RunConfig, began_with: str) -> dict[str, Any]:
@@ -174,40 +149,26 @@ def _recipe(settings: Settings) -> RunConfig:
     return load_recipe("nano", HERE / "profiles" / f"multifield-{settings.profile}.yaml", settings.overrides)
 
 
-def _settings(arguments: list[str] | None) -> Settings:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--profile", choices=tuple(PROFILES), default="trial")
+def _settings(arguments: Sequence[str] | None) -> Settings:
+    parser = command_line(__doc__, "multifield", tuple(PROFILES), overridden="every run")
     parser.add_argument("--arms", nargs="*", choices=ARMS, help="baselines and ways to train; those of the profile")
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="the folder of the seven datasets")
-    parser.add_argument("--out", type=Path, help="the run folder; runs/multifield-PROFILE by default")
-    parser.add_argument("--results", type=Path, default=HERE / "results")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
-    given = parser.parse_args(arguments)
-    return Settings(
-        profile=given.profile,
-        data=given.data,
-        out=given.out or Path("runs") / f"multifield-{given.profile}",
-        results=given.results,
-        overrides=tuple(given.set),
-        arms=PROFILES[given.profile][1] if given.arms is None else tuple(given.arms),
-    )
+    given = parsed(parser, arguments)
+    _, usual = PROFILES[given["profile"]]
+    return Settings(**given | {"arms": usual if given["arms"] is None else tuple(given["arms"])})
 
 
 def _data(settings: Settings) -> list[str]:
     """The profile's datasets as arguments of a command, in a fixed order."""
-    folder, names = settings.data, PROFILES[settings.profile][0]
-    missing = [name for name in names if not (folder / name).is_dir()]
-    if missing:
-        hint = "name the folder that holds them with --data"
-        raise DataError(f"expected the datasets {', '.join(missing)}", where=folder, hint=hint)
-    return [f"{name}={folder / name}" for name in names]
+    names, _ = PROFILES[settings.profile]
+    check_data(settings.data, names)
+    return [f"{name}={settings.data / name}" for name in names]
 
 
 def _result(settings: Settings, recipe: RunConfig, report: EvaluationReport, began_with: str) -> dict[str, Any]:
     """What is written; times are those of the last lines of metrics.jsonl, however often the run was stopped."""
     records = read_metrics(settings.out / "metrics.jsonl")
     trained = load_checkpoint(settings.out / "last").training
-    training = max(float(record.get("seconds", 0.0)) for record in records)
+    training = training_seconds(settings.out)
     evaluating = sum(float(record.get("evaluation_seconds", 0.0)) for record in records)
     return _circumstances(settings, recipe, began_with) | {
         "steps": trained["step"],
@@ -219,19 +180,16 @@ def _result(settings: Settings, recipe: RunConfig, report: EvaluationReport, beg
 
 
 def _write(settings: Settings, result: dict[str, Any], report: EvaluationReport) -> None:
-    settings.results.mkdir(parents=True, exist_ok=True)
-    stem = settings.results / _stem(settings)
-    stem.with_suffix(".json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     facts = (
         f"Profile `{result['profile']}`: {result['images_seen']:,} images seen in {result['steps']:,} steps, "
         f"{result['training_seconds'] / 60:.0f} minutes of training steps on {result['hardware']}, "
         f"torch {result['torch']}, seed {result['seed']}, commit {result['commit']}.\n"
     )
-    stem.with_suffix(".md").write_text(f"{as_markdown(report)}\n{facts}", encoding="utf-8")
+    write_result(settings.stem, result, f"{as_markdown(report)}\n{facts}")
 
 
-def _draw_page(settings: Settings, data: list[str], checkpoint: Path) -> None:
-    """Pictures of every val split through the one detector, all names asked for."""
+def draw_page(data: Sequence[str], checkpoint: Path, path: Path) -> None:
+    """Pictures of every val split through the one detector, all names asked for, on one sheet."""
     predictor = METR.from_pretrained(checkpoint).predictor()
     pictures, captions = [], []
     for name, annotations in open_joint(data).evaluation().items():
@@ -240,7 +198,7 @@ def _draw_page(settings: Settings, data: list[str], checkpoint: Path) -> None:
             pictures.append(draw_detections(read_image(record.path), found, THRESHOLD))
             captions.append(f"{name}: {int((found.scores >= THRESHOLD).sum())} found, {len(record.boxes)} labelled")
     sheet = contact_sheet(pictures, captions, columns=4, cell=400)
-    save_picture(sheet, settings.results / f"{_stem(settings)}-detections.jpg")
+    save_picture(sheet, path)
 
 
 def _spread(annotations: Annotations) -> list[ImageRecord]:
@@ -248,8 +206,9 @@ def _spread(annotations: Annotations) -> list[ImageRecord]:
     return [annotations[(2 * i + 1) * len(annotations) // (2 * SHOWN)] for i in range(SHOWN)]
 
 
-def _stem(settings: Settings) -> str:
-    return f"multifield-{settings.profile}"
+def _beside(settings: Settings, name: str) -> Path:
+    """A picture's place beside the result."""
+    return settings.results / f"{settings.stem.name}-{name}"
 
 
 if __name__ == "__main__":

@@ -26,12 +26,12 @@ from metr.data.loading import build_train_loader
 from metr.data.mixture import mixture_weights
 from metr.data.transforms.pipeline import build_transforms
 from metr.engine.checkpoint import Checkpoint, load_checkpoint
-from metr.engine.metrics import read_metrics
 from metr.engine.random_state import seed_everything
 from metr.engine.recipe import RunConfig
 from metr.engine.trainer import Trainer, TrainingParts
 from metr.evaluation.evaluator import EvaluationConfig, EvaluationReport
 from metr.evaluation.report import as_dict, from_dict
+from resumable import training_seconds
 
 FOREIGN = ("ignore", "assume_absent", "teacher")
 ARMS = ("separate", "closed_set", *FOREIGN)
@@ -158,7 +158,7 @@ def _taken(out: Path) -> dict[str, float]:
     images, seconds = 0, 0.0
     for metrics in sorted(out.rglob("metrics.jsonl")):
         images += load_checkpoint(metrics.parent / "last").training["images"]
-        seconds += max(float(record.get("seconds", 0.0)) for record in read_metrics(metrics))
+        seconds += training_seconds(metrics)
     return {"images_seen": images, "training_seconds": round(seconds)}
 
 

@@ -17,10 +17,10 @@ runs are not run again. `--minutes 9` stops it by itself. The result is written 
 until then; the runs go to `--out`.
 """
 
-import argparse
-import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +28,14 @@ import torch
 import transformers
 from rich.console import Console
 
+import resumable
 from machine import commit, hardware
-from metr.cli.main import show_log
 from metr.config import read_yaml
 from metr.engine.hardware import resolved_device
-from metr.errors import MetrError
-from transfer import DATASETS, check_data, stopping_after
+from resumable import check_data, command_line, done_within, exit_status, parsed, write_result
 from transfer_detectors_comparison import Comparison, as_markdown, draw_bars
 from transfer_detectors_runs import Profile, finished, pretraining_seconds, run_all
-from transfer_runs import Workplace
+from transfer_runs import DATASETS, Workplace
 
 HERE = Path(__file__).resolve().parent
 PROFILES = ("trial", "gpu")
@@ -44,37 +43,28 @@ DETECTORS = ("rt_detr", "deformable_detr", "dab_detr")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(resumable.Settings):
     """What the command line says."""
 
-    profile: str
-    data: Path
-    out: Path
-    results: Path
-    overrides: tuple[str, ...]
     detectors: tuple[str, ...]
     minutes: float | None
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the protocol; the exit status is 0, 1 with one message where something is missing, 130 where it stopped."""
-    console = Console()
-    show_log()
-    try:
-        settings = _settings(arguments)
-        profile = load_profile(settings.profile)
-        check_data(settings.data)
-        place = Workplace(
-            data=settings.data, out=settings.out, datasets=DATASETS, overrides=settings.overrides, console=console
-        )
-        done = _run(place, profile, settings)
-        _write(settings, profile, place)
-    except MetrError as error:
-        console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
-        return 1
-    if not done:
-        console.print("not done yet; to go on, give the same command again")
-    return 0 if done else 130
+    return exit_status(partial(_protocol, _settings(arguments)))
+
+
+def _protocol(settings: Settings, console: Console) -> bool:
+    """Runs what is not finished yet, and writes what is; False where it was stopped."""
+    profile = load_profile(settings.profile)
+    check_data(settings.data, DATASETS)
+    place = Workplace(
+        data=settings.data, out=settings.out, datasets=DATASETS, overrides=settings.overrides, console=console
+    )
+    done = done_within(settings.minutes, partial(run_all, place, profile, settings.detectors))
+    _write(settings, profile, place)
+    return done
 
 
 def load_profile(name: str) -> Profile:
@@ -86,42 +76,20 @@ def load_profile(name: str) -> Profile:
     return Profile.checked(read_yaml(HERE / "profiles" / f"transfer-detectors-{name}.yaml"))
 
 
-def _run(place: Workplace, profile: Profile, settings: Settings) -> bool:
-    """Runs what is not finished yet; False where it was stopped."""
-    try:
-        with stopping_after(settings.minutes):
-            return run_all(place, profile, settings.detectors)
-    except KeyboardInterrupt:
-        return False
-
-
-def _settings(arguments: list[str] | None) -> Settings:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--profile", choices=PROFILES, default="trial")
-    parser.add_argument("--data", type=Path, default=Path("../shared/data"), help="the folder of the seven datasets")
-    parser.add_argument("--out", type=Path, help="the folder of all runs; runs/transfer-detectors-PROFILE by default")
-    parser.add_argument("--results", type=Path, default=HERE / "results")
+def _settings(arguments: Sequence[str] | None) -> Settings:
+    parser = command_line(__doc__, "transfer-detectors", PROFILES, overridden="every METR")
     parser.add_argument("--detectors", nargs="+", choices=DETECTORS, default=DETECTORS, help="only some of them")
     parser.add_argument("--minutes", type=float, help="stop by itself after so long, to be run again")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="for every METR")
-    given = parser.parse_args(arguments)
-    return Settings(
-        profile=given.profile,
-        data=given.data,
-        out=given.out or Path("runs") / f"transfer-detectors-{given.profile}",
-        results=given.results,
-        overrides=tuple(given.set),
-        detectors=tuple(given.detectors),
-        minutes=given.minutes,
-    )
+    given = parsed(parser, arguments)
+    return Settings(**given | {"detectors": tuple(given["detectors"])})
 
 
-def _write(settings: Settings, profile: Profile, place: Workplace) -> dict[str, Any] | None:
-    """Writes what is known; None where no detector has all its arms yet."""
+def _write(settings: Settings, profile: Profile, place: Workplace) -> None:
+    """Writes what is known, once a detector has all its arms."""
     results, pretraining = finished(place, profile), pretraining_seconds(place, profile)
     comparison = Comparison.of(results, tuple(profile.detectors))
     if not comparison.rows:
-        return None
+        return
     complete = len(results) == len(profile.seeds) * len(comparison.rows[0].ap) * len(profile.detectors)
     seconds = sum(one.training_seconds for one in results) + sum(sum(kinds.values()) for kinds in pretraining.values())
     written: dict[str, Any] = {
@@ -139,9 +107,6 @@ def _write(settings: Settings, profile: Profile, place: Workplace) -> dict[str, 
         "rows": [asdict(row) | {"gain": row.gain, "over_joint": row.over_joint} for row in comparison.rows],
         "bars": [asdict(bar) for bar in comparison.bars],
     }
-    settings.results.mkdir(parents=True, exist_ok=True)
-    stem = settings.results / f"transfer-detectors-{settings.profile}"
-    stem.with_suffix(".json").write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     facts = (
         f"Profile `{written['profile']}`{'' if complete else ' (not complete)'}: {seconds / 60:.0f} minutes of "
         f"training steps on {written['hardware']}, torch {written['torch']}, transformers {written['transformers']}, "
@@ -149,11 +114,10 @@ def _write(settings: Settings, profile: Profile, place: Workplace) -> dict[str, 
     )
     page = as_markdown(comparison, profile, pretraining)
     title = f"# Transfer to other detectors: {settings.profile}"
-    stem.with_suffix(".md").write_text(f"{title}\n\n{facts}\n\n{page}", encoding="utf-8")
-    draw_bars(comparison, stem.with_suffix(".png"))
+    write_result(settings.stem, written, f"{title}\n\n{facts}\n\n{page}")
+    draw_bars(comparison, settings.stem.with_suffix(".png"))
     place.console.print(page, markup=False, soft_wrap=True)
-    place.console.print(f"written: {stem}.json, .md and .png", markup=False, soft_wrap=True)
-    return written
+    place.console.print(f"written: {settings.stem}.json, .md and .png", markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

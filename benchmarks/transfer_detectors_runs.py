@@ -19,11 +19,11 @@ from metr.api.training import train
 from metr.config import Config, merge
 from metr.data.loading import spare_cores
 from metr.engine.hardware import resolved_device
-from metr.engine.metrics import read_metrics
 from metr.engine.recipe import RunConfig, load_recipe
 from metr.errors import ConfigError
 from metr.evaluation.coco import CocoResult
 from metr.transfer.outgoing import colours_of
+from resumable import training_seconds
 from transfer_detectors_starts import (
     ARMS,
     Arm,
@@ -184,8 +184,7 @@ class Bench:
             data = [self.place.argument(source.name) for source in self.joint.sources]
             if train(data, folder, self.recipe, resume=True, console=self.place.console).interrupted:
                 return None
-            seconds = max((float(one.get("seconds", 0.0)) for one in read_metrics(folder)), default=0.0)
-            _write(folder, {"data": data, "training_seconds": round(seconds, 1)})
+            _write(folder, {"data": data, "training_seconds": round(training_seconds(folder), 1)})
         # the last weights: nothing is chosen by the pictures of any val split
         return folder / "last"
 

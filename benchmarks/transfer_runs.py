@@ -18,12 +18,21 @@ from metr.api.finetuning import FinetuneOptions, finetune
 from metr.api.training import fit, train, training_parts
 from metr.config import Config, merge
 from metr.data.few_shot import SubsetConfig, subset_of
-from metr.engine.metrics import read_metrics
 from metr.engine.recipe import load_recipe
 from metr.engine.trainer import Outcome
 from metr.errors import ConfigError
+from resumable import training_seconds
 
 Arm = Literal["pretrained", "imagenet"]
+DATASETS = (
+    "aquarium",
+    "bccd",
+    "chess_pieces",
+    "coco_mini",
+    "doc_tables",
+    "endangered_animals",
+    "playing_cards",
+)
 ARMS: tuple[Arm, ...] = ("imagenet", "pretrained")
 REPORT, RECIPE = "report.json", "recipe.yaml"
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -150,7 +159,7 @@ def _pretraining(left_out: str, place: Workplace, profile: Profile) -> Path | No
         outcome = train(data, folder, recipe, resume=True, console=place.console)
         if outcome.interrupted:
             return None
-        told = {"data": data, "metrics": dict(outcome.metrics), "training_seconds": _seconds(folder)}
+        told = {"data": data, "metrics": dict(outcome.metrics), "training_seconds": round(training_seconds(folder), 1)}
         (folder / REPORT).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
     return folder / "last"
 
@@ -212,10 +221,5 @@ def _result(cell: _Cell, joint: JointData, outcome: Outcome, out: Path) -> RunRe
         steps=outcome.step,
         ap=outcome.metrics["AP"],
         ap50=outcome.metrics["AP50"],
-        training_seconds=_seconds(out),
+        training_seconds=round(training_seconds(out), 1),
     )
-
-
-def _seconds(folder: Path) -> float:
-    """Seconds of training steps, however often a run was stopped."""
-    return round(max((float(record.get("seconds", 0.0)) for record in read_metrics(folder)), default=0.0), 1)

@@ -1,5 +1,40 @@
-"""Fixtures of the outer layers."""
+"""Fixtures of the outer layers, and a benchmark's command in miniature."""
 
-from tiny import metr, tiny_run
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tiny import TinyRun, as_overrides, metr, tiny_run
 
 __all__ = ["metr", "tiny_run"]
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+DATASETS = ("aquarium", "bccd", "chess_pieces", "coco_mini", "doc_tables", "endangered_animals", "playing_cards")
+
+
+@pytest.fixture
+def benchmark_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """A benchmark by its name; what it imports lies beside it."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    return import_module
+
+
+@pytest.fixture(scope="session")
+def seven(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seven datasets, which are the tiny ones under the names of the real ones."""
+    folder = tmp_path_factory.mktemp("seven")
+    for number, name in enumerate(DATASETS):
+        (folder / name).symlink_to(tiny_run.datasets[number % 3], target_is_directory=True)
+    return folder
+
+
+@pytest.fixture
+def command_of(seven: Path, tiny_run: TinyRun, tmp_path: Path) -> Callable[[ModuleType], Callable[..., int]]:
+    """A benchmark's command on the seven datasets and the tiny recipe, with `runs` and `results` in `tmp_path`."""
+    places = {"data": seven, "out": tmp_path / "runs", "results": tmp_path / "results"}
+    arguments = [part for name, path in places.items() for part in (f"--{name}", str(path))]
+    arguments += [part for override in as_overrides(tiny_run) for part in ("--set", override)]
+    return lambda benchmark: lambda *more: benchmark.main([*arguments, *more])

@@ -10,30 +10,17 @@ import pytest
 
 from metr.data.images import read_image
 
-from tiny import TinyRun, as_overrides
-
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 SETTINGS = {"hardware", "torch", "commit", "seed", "steps", "images_seen", "training_seconds", "wall_seconds"}
 
 
 @pytest.fixture
-def multifield(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import multifield
-
-    return multifield
+def multifield(benchmark_of: Callable[[str], ModuleType]) -> ModuleType:
+    return benchmark_of("multifield")
 
 
 @pytest.fixture
-def run(multifield: ModuleType, tiny_run: TinyRun, tmp_path: Path) -> Callable[..., int]:
-    """The command on seven datasets, which are the tiny ones under the names of the real ones."""
-    (tmp_path / "data").mkdir()
-    for number, name in enumerate(multifield.FIELDS):
-        (tmp_path / "data" / name).symlink_to(tiny_run.datasets[number % 3], target_is_directory=True)
-    places = {"data": tmp_path / "data", "out": tmp_path / "run", "results": tmp_path / "results"}
-    arguments = [part for name, path in places.items() for part in (f"--{name}", str(path))]
-    arguments += [part for override in as_overrides(tiny_run) for part in ("--set", override)]
-    return lambda *more: multifield.main([*arguments, *more])
+def run(multifield: ModuleType, command_of: Callable[[ModuleType], Callable[..., int]]) -> Callable[..., int]:
+    return command_of(multifield)
 
 
 @pytest.mark.slow
@@ -78,14 +65,6 @@ def test_stopped_it_writes_no_result(
     assert run() == 130
     assert "give the same command again" in capsys.readouterr().out
     assert not (tmp_path / "results").exists()
-
-
-def test_missing_datasets_are_named(
-    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "data/bccd").unlink()
-    assert run() == 1
-    assert "expected the datasets bccd" in capsys.readouterr().out
 
 
 def test_pictures_of_the_page_are_spread_over_the_split(multifield: ModuleType) -> None:

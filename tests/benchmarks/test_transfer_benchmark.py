@@ -1,7 +1,6 @@
 """The transfer benchmark runs from end to end in miniature, goes on where it stopped, and shows what got worse."""
 
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -10,29 +9,17 @@ import pytest
 
 from metr.data.images import read_image
 
-from tiny import TinyRun, as_overrides
-
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 @pytest.fixture
-def transfer(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import transfer
-
-    return transfer
+def transfer(benchmark_of: Callable[[str], ModuleType]) -> ModuleType:
+    return benchmark_of("transfer")
 
 
 @pytest.fixture
-def run(transfer: ModuleType, tiny_run: TinyRun, tmp_path: Path) -> Callable[..., int]:
-    """The command on seven datasets, which are the tiny ones under the names of the real ones."""
-    (tmp_path / "data").mkdir()
-    for number, name in enumerate(transfer.DATASETS):
-        (tmp_path / "data" / name).symlink_to(tiny_run.datasets[number % 3], target_is_directory=True)
-    places = {"data": tmp_path / "data", "out": tmp_path / "runs", "results": tmp_path / "results"}
-    arguments = [part for name, path in places.items() for part in (f"--{name}", str(path))]
-    arguments += [part for override in as_overrides(tiny_run) for part in ("--set", override)]
-    return lambda *more: transfer.main([*arguments, *more])
+def run(transfer: ModuleType, command_of: Callable[[ModuleType], Callable[..., int]]) -> Callable[..., int]:
+    return command_of(transfer)
 
 
 def results(transfer: ModuleType, gains: dict[tuple[str, float], float], seeds: tuple[int, ...] = (0,)) -> list:
@@ -119,22 +106,6 @@ def test_stopped_it_says_how_to_go_on(
     assert not told["complete"]
     assert told["bars"] == [], "one of two datasets is missing"
     assert "(not complete)" in (tmp_path / "results/transfer-trial.md").read_text()
-
-
-def test_it_stops_by_itself(transfer: ModuleType) -> None:
-    with pytest.raises(KeyboardInterrupt), transfer.stopping_after(0.003):
-        time.sleep(20)
-    with transfer.stopping_after(0.003):
-        pass
-    time.sleep(0.3)  # the timer is off
-
-
-def test_missing_datasets_are_named(
-    run: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "data/bccd").unlink()
-    assert run() == 1
-    assert "expected the datasets bccd" in capsys.readouterr().out
 
 
 def test_aims_and_regressions(transfer: ModuleType, tmp_path: Path) -> None:

@@ -31,22 +31,15 @@ TINY = (
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """The command; what it imports lies beside it."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import transfer_detectors
-
-    return transfer_detectors
+def bench(benchmark_of: Callable[[str], ModuleType]) -> ModuleType:
+    return benchmark_of("transfer_detectors")
 
 
 @pytest.fixture(scope="session")
-def home(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Seven datasets, which are the tiny ones under the names of the real ones; and runs that the tests share."""
+def home(seven: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The seven datasets, and runs that the tests share."""
     folder = tmp_path_factory.mktemp("detectors")
-    (folder / "data").mkdir()
-    names = ("aquarium", "bccd", "chess_pieces", "coco_mini", "doc_tables", "endangered_animals", "playing_cards")
-    for number, name in enumerate(names):
-        (folder / "data" / name).symlink_to(tiny_run.datasets[number % 3], target_is_directory=True)
+    (folder / "data").symlink_to(seven, target_is_directory=True)
     return folder
 
 
