@@ -54,6 +54,7 @@ def test_another_family_is_told_of(metr: CommandLine, tiny_run: TinyRun, tmp_pat
         (["--to", "rt_detr"], "expected RUN and --to"),
         (["RUN", "--to", "rt_detr", "--from", "RUN"], "expected --from alone"),
         (["RUN", "--to", "rt_detr", "--text", "x"], "goes with --from only"),
+        (["RUN", "--to", "rt_detr", "--names", ""], "expected names or a dataset"),
         (["RUN", "--to", "rt_detr", "--names", "a,,b"], "a name is empty"),
         (["RUN", "--to", "rt_detr", "--names", "no/such/folder"], "no such dataset"),
         (["--from", "no/such/folder"], "no such file"),

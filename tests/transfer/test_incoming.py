@@ -226,3 +226,13 @@ def test_files_that_are_no_checkpoints(tmp_path: Path, text: TextEncoderConfig) 
     torch.save({key: tensor for key, tensor in state.items() if "layer4" not in key}, file)
     with pytest.raises(ModelError, match="other than a ResNet"):
         from_detector(file, ["a"], text=text, device="cpu")
+    torch.save({key: tensor for key, tensor in state.items() if ".encoder.layers.0." not in key}, file)
+    with pytest.raises(ModelError, match=r"not whole: transformer\.encoder\.layers\.0"):
+        from_detector(file, ["a"], text=text, device="cpu")
+
+
+@pytest.mark.parametrize("args", [["--nheads", "4"], "nheads=4", 7, None])
+def test_options_of_another_kind_are_none(args: object, tmp_path: Path) -> None:
+    file = tmp_path / "theirs.pth"
+    torch.save({"model": {"stem.weight": torch.zeros(2)}, "args": args}, file)
+    assert read_pickled(file).options == {}

@@ -148,6 +148,8 @@ def read_names(names: str) -> Vocabulary:
         ConfigError: a name is empty or given twice.
         DataError: the dataset cannot be read.
     """
+    if not names.strip():
+        raise ConfigError("expected names or a dataset, found nothing", where="names", hint='"penguin, shark"')
     path = names.partition("=")[2] or names
     if Path(path).expanduser().exists():
         vocabulary = open_joint([names]).vocabulary

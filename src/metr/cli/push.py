@@ -16,9 +16,7 @@ def push(
     licence: Annotated[
         str | None, typer.Option("--licence", "--license", help="The model's, as the hub calls it: apache-2.0, ...")
     ] = None,
-    branch: Annotated[
-        str | None, typer.Option(help="Of the repository, made if missing; by default main.")
-    ] = None,
+    branch: Annotated[str | None, typer.Option(help="Of the repository, made if missing; by default main.")] = None,
 ) -> None:
     """Share a detector on the Hugging Face hub. Sends weights and a model card; log in with `hf auth login` first."""
     import torch

@@ -17,7 +17,7 @@ from metr.errors import ConfigError
 RECIPE = "recipe"
 """The key of a checkpoint's `training` under which pretraining leaves what fine-tuning begins with."""
 _FROZEN: dict[Freeze, str] = {
-    "none": "nothing frozen",
+    "none": "nothing more frozen than in pretraining",
     "half": "first half of the backbone frozen",
     "backbone": "backbone frozen",
     "encoder": "backbone and encoder frozen",

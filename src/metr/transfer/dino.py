@@ -61,7 +61,11 @@ def read_dino(checkpoint: PickledCheckpoint, where: object = None) -> DinoFile:
         what = "expected the weights of DINO or of METR as their authors publish them, found other keys"
         raise ModelError(what, where=where, hint="for a detector of transformers name its folder, not a file in it")
     authors = any(key.startswith(f"{_EXTRACTION}.") for key in state)
-    config = _config(state, checkpoint.options, authors, where)
+    try:
+        config = _config(state, checkpoint.options, authors, where)
+    except KeyError as error:
+        what = f"the network is not whole: {error.args[0]} is missing"
+        raise ModelError(what, where=where, hint="download or copy it again") from None
     rows = AUTHORS if authors else tuple(row for row in AUTHORS if not row.theirs.startswith(_OTHERWISE))
     derived: dict[str, Derived] = {}
     if not authors and _QUERIES in state:

@@ -52,10 +52,14 @@ def read_pickled(path: Path) -> PickledCheckpoint:
     tensors = {str(key).removeprefix("module."): value for key, value in state.items() if isinstance(value, Tensor)}
     if not tensors:
         raise CheckpointError("holds no state of a network", where=path, hint="name the file with the weights")
-    options = found.get("args", {})
-    return PickledCheckpoint(
-        state=tensors, options=vars(options) if isinstance(options, Namespace) else dict(options or {})
-    )
+    return PickledCheckpoint(state=tensors, options=_options(found.get("args")))
+
+
+def _options(args: object) -> dict[str, Any]:
+    """The options of training, where the file tells them as scripts of DETR do; anything else is none."""
+    if isinstance(args, Namespace):
+        return vars(args)
+    return {str(key): value for key, value in args.items()} if isinstance(args, Mapping) else {}
 
 
 # what the refusal of PyTorch is about, such as "GLOBAL posix.mkdir"
