@@ -169,7 +169,7 @@ class Bench:
         elif arm == "untrained":
             model = untrained_start(self.family, names)
         elif arm == "joint":
-            model = joint_start(self.pretrained_detector(), names.names, seed)
+            model = joint_start(self.family, self.pretrained_detector(), names, seed)
         elif (checkpoint := self.pretrained_metr()) is None:
             return None
         else:

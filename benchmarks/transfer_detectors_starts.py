@@ -77,16 +77,25 @@ def metr_start(family: Family, checkpoint: Path, names: Vocabulary) -> Any:
     return to_detector(METR.from_pretrained(checkpoint, device="cpu"), family.target.name, names).model
 
 
-def joint_start(folder: Path, names: Sequence[str], seed: int) -> Any:
-    """A pretrained detector of transformers with other names: what does not fit them begins anew, as they do it."""
+def joint_start(family: Family, folder: Path, names: Vocabulary, seed: int) -> Any:
+    """A pretrained detector of transformers with other names: the heads that do not fit them begin as `untrained`'s.
+
+    transformers' own new heads would do worse than that: Deformable DETR's would first say "perhaps" of everything, and
+    choose the places of its queries, which no gradient ever reaches, at random.
+    """
     from transformers import AutoModelForObjectDetection
 
     auto: Any = AutoModelForObjectDetection  # its methods have no types
-    numbered = dict(enumerate(names))
+    numbered = dict(enumerate(names.names))
     labels = {"id2label": numbered, "label2id": {name: number for number, name in numbered.items()}}
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return auto.from_pretrained(folder, ignore_mismatched_sizes=True, **labels)
+        model, told = auto.from_pretrained(folder, ignore_mismatched_sizes=True, output_loading_info=True, **labels)
+    fresh, ours = untrained_start(family, names).state_dict(), model.state_dict()
+    with torch.no_grad():
+        for key, *_ in told["mismatched_keys"]:
+            ours[key].copy_(fresh[key])
+    return model
 
 
 def pretraining_start(family: Family, joint: JointData) -> Any:

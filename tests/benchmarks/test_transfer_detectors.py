@@ -93,7 +93,7 @@ def test_backbone_alone_is_the_backbone_and_nothing_else(bench_of: Callable[[str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("detector", ["dab_detr", "rt_detr"])
+@pytest.mark.parametrize("detector", ["dab_detr", "deformable_detr", "rt_detr"])
 def test_pretrained_arms_begin_with_what_was_pretrained(bench_of: Callable[[str], Any], detector: str) -> None:
     one = bench_of(detector)
     prefix = one.family.target.backbone
@@ -110,6 +110,7 @@ def test_pretrained_arms_begin_with_what_was_pretrained(bench_of: Callable[[str]
     key = "encoder.layers.0.attention.value.weight"
     theirs = {
         "dab_detr": "model.encoder.layers.0.self_attn.v_proj",
+        "deformable_detr": "model.encoder.layers.0.self_attn.value_proj",
         "rt_detr": "model.encoder.aifi.0.layers.0.self_attn.v_proj",
     }
     moved = metr.state_dict()[f"{theirs[detector]}.weight"]
@@ -123,6 +124,7 @@ def test_pretrained_arms_begin_with_what_was_pretrained(bench_of: Callable[[str]
     anew = [key for key, value in joint.state_dict().items() if not torch.equal(value, kept[key])]
     assert anew
     assert all("class_embed" in key or "score_head" in key for key in anew)
+    assert all(torch.equal(joint.state_dict()[key], untrained.state_dict()[key]) for key in anew)
     labels = len(one.left_out.vocabulary.names)
     assert joint.config.num_labels == metr.config.num_labels == labels
     assert joint.config.id2label == dict(enumerate(one.left_out.vocabulary.names))
