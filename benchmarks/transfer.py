@@ -21,12 +21,13 @@ import torch
 from rich.console import Console
 
 import resumable
+from kept_runs import commits_of, runs_by_commit
 from machine import commit, hardware
 from metr.config import read_yaml
 from metr.engine.hardware import resolved_device
 from resumable import check_data, command_line, done_within, exit_status, parsed, write_result
 from transfer_comparison import Comparison, as_markdown, draw_curves
-from transfer_runs import DATASETS, Profile, RunResult, Workplace, finished, run_all
+from transfer_runs import DATASETS, Profile, Workplace, finished, pretrainings, run_all
 
 HERE = Path(__file__).resolve().parent
 PROFILES = ("trial", "gpu")
@@ -52,7 +53,7 @@ def _protocol(settings: Settings, console: Console) -> bool:
         data=settings.data, out=settings.out, datasets=DATASETS, overrides=settings.overrides, console=console
     )
     done = done_within(settings.minutes, partial(run_all, place, profile))
-    _write(settings, profile, finished(place, profile), done, console)
+    _write(settings, profile, place, done)
     return done
 
 
@@ -62,33 +63,40 @@ def _settings(arguments: Sequence[str] | None) -> Settings:
     return Settings(**parsed(parser, arguments))
 
 
-def _write(settings: Settings, profile: Profile, results: Sequence[RunResult], done: bool, console: Console) -> None:
+def _write(settings: Settings, profile: Profile, place: Workplace, done: bool) -> None:
     """Writes what is known, once something can be compared."""
+    results, before = finished(place, profile), pretrainings(place, profile)
     comparison = Comparison.of(results, profile.left_out)
     if not comparison.points:
         return
+    made = [(one.title, one.commit) for one in before] + [(one.title, one.commit) for one in results]
     written: dict[str, Any] = {
         "benchmark": "transfer",
         "profile": settings.profile,
         "complete": done,
         "hardware": hardware(resolved_device("auto")),
         "torch": torch.__version__,
-        "commit": commit(),
+        "commit": commits_of(made),
+        "written_by": commit(),
         "settings": profile.model_dump(mode="json") | {"set": list(settings.overrides)},
         "training_seconds": round(sum(one.training_seconds for one in results)),
+        "pretraining": [asdict(one) for one in before],
         "runs": [asdict(one) for one in results],
         "points": [asdict(point) for point in comparison.points],
         "bars": [asdict(bar) for bar in comparison.bars],
     }
+    pretraining = sum(one.training_seconds for one in before)
     facts = (
         f"Profile `{written['profile']}`{'' if done else ' (not complete)'}: {written['training_seconds'] / 60:.0f} "
-        f"minutes of training steps on {written['hardware']}, torch {written['torch']}, commit {written['commit']}."
+        f"minutes of training steps, besides {pretraining / 60:.0f} of pretraining, on {written['hardware']}, "
+        f"torch {written['torch']}, commit {written['commit']}."
     )
     page = as_markdown(comparison, profile)
-    write_result(settings.stem, written, f"# Transfer: {settings.profile}\n\n{facts}\n\n{page}")
+    whole = [f"# Transfer: {settings.profile}", facts, page.rstrip(), runs_by_commit(made)]
+    write_result(settings.stem, written, "\n\n".join(part for part in whole if part) + "\n")
     draw_curves(comparison, settings.stem.with_suffix(".png"))
-    console.print(page, markup=False, soft_wrap=True)
-    console.print(f"written: {settings.stem}.json, .md and .png", markup=False, soft_wrap=True)
+    place.console.print(page, markup=False, soft_wrap=True)
+    place.console.print(f"written: {settings.stem}.json, .md and .png", markup=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from kept_runs import told_range
 from transfer_runs import ARMS, Arm, Profile, RunResult
 
 TITLES: dict[Arm, str] = {"imagenet": "ImageNet backbone alone", "pretrained": "pretrained on the other datasets"}
@@ -18,7 +19,10 @@ _WORST = -1.0
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """One dataset at one share: AP of both arms, the mean over the seeds that both have finished, and each seed's."""
+    """One dataset at one share: AP of both arms, the mean over the seeds that both have finished, and each seed's.
+
+    `steps` are those that the runs took, by arm, each number once.
+    """
 
     left_out: str
     share: float
@@ -26,6 +30,12 @@ class Point:
     seeds: tuple[int, ...]
     ap: dict[Arm, float]
     each: dict[Arm, tuple[float, ...]]
+    steps: dict[Arm, tuple[int, ...]]
+
+    @property
+    def all_steps(self) -> tuple[int, ...]:
+        """The steps of all its runs, each number once."""
+        return tuple(sorted({number for several in self.steps.values() for number in several}))
 
     @property
     def gain(self) -> float:
@@ -59,12 +69,9 @@ class Comparison:
             for share in sorted({one.share for one in results}):
                 seeds = sorted({one.seed for one in results if (one.left_out, one.share) == (name, share)})
                 both = tuple(s for s in seeds if all((name, share, s, arm) in cells for arm in ARMS))
-                if not both:
-                    continue
-                each = {arm: tuple(cells[name, share, seed, arm].ap for seed in both) for arm in ARMS}
-                images = cells[name, share, both[0], ARMS[0]].images
-                ap = {arm: sum(values) / len(values) for arm, values in each.items()}
-                points.append(Point(left_out=name, share=share, images=images, seeds=both, ap=ap, each=each))
+                if both:
+                    runs = {arm: tuple(cells[name, share, seed, arm] for seed in both) for arm in ARMS}
+                    points.append(_point(runs, both))
         return Comparison(left_out=left_out, points=tuple(points))
 
     @property
@@ -105,7 +112,7 @@ def as_markdown(comparison: Comparison, profile: Profile) -> str:
             point.left_out,
             f"{point.share:.0%}",
             str(point.images),
-            str(profile.steps[point.share]),
+            told_range(point.all_steps),
             str(len(point.seeds)),
             *(_with_spread(point, arm) for arm in ARMS),
             f"{point.gain:+.1f}",
@@ -118,17 +125,9 @@ def as_markdown(comparison: Comparison, profile: Profile) -> str:
         rows.append(["**mean**", f"{share:.0%}", "", "", "", *told, f"**{means[1] - means[0]:+.1f}**"])
     ruled = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
     table = "\n".join("| " + " | ".join(line) + " |" for line in ruled)
-    without = "all of them at once" if profile.shared else "one at a time"
-    preface = (
-        f"AP (0 to 100) on the val split of the left-out dataset, own names, last weights; left out: {without}. "
-        "Both arms see the same pictures in the same order, for the same steps. In brackets: the range of the seeds."
-    )
     aims = [f"- {bar.what}: {bar.found:+.1f} (aim {bar.aim:+.1f}), {_verdict(bar)}" for bar in comparison.bars]
-    worse = [
-        f"{point.left_out} at {point.share:.0%} ({point.gain:+.1f})" for point in comparison.points if point.gain < 0
-    ]
-    regressions = f"Worse with pretraining: {', '.join(worse) or 'nothing'}."
-    return "\n\n".join(part for part in (preface, table, "\n".join(aims), regressions) if part) + "\n"
+    parts = (_preface(comparison, profile), table, "\n".join(aims), _worse(comparison))
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def draw_curves(comparison: Comparison, path: Path) -> None:
@@ -157,6 +156,44 @@ def draw_curves(comparison: Comparison, path: Path) -> None:
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False, fontsize=9)
     figure.savefig(path, dpi=120)
+
+
+def _point(runs: dict[Arm, tuple[RunResult, ...]], seeds: tuple[int, ...]) -> Point:
+    """A point by the runs of both arms, in the order of the seeds."""
+    first, each = runs[ARMS[0]][0], {arm: tuple(one.ap for one in several) for arm, several in runs.items()}
+    return Point(
+        left_out=first.left_out,
+        share=first.share,
+        images=first.images,
+        seeds=seeds,
+        ap={arm: sum(values) / len(values) for arm, values in each.items()},
+        each=each,
+        steps={arm: tuple(sorted({one.steps for one in several})) for arm, several in runs.items()},
+    )
+
+
+def _preface(comparison: Comparison, profile: Profile) -> str:
+    """What the numbers are, and how alike the arms were treated."""
+    without = "all of them at once" if profile.shared else "one at a time"
+    uneven = [
+        f"{point.left_out} at {point.share:.0%} "
+        f"({', '.join(f'{TITLES[arm]} {told_range(point.steps[arm])}' for arm in ARMS)})"
+        for point in comparison.points
+        if len(point.all_steps) > 1
+    ]
+    alike = f"**not for the same steps: {'; '.join(uneven)}**" if uneven else "for the same steps"
+    return (
+        f"AP (0 to 100) on the val split of the left-out dataset, own names, last weights; left out: {without}. "
+        f"Both arms see the same pictures in the same order, {alike}. In brackets: the range of the seeds."
+    )
+
+
+def _worse(comparison: Comparison) -> str:
+    """Where pretraining loses."""
+    worse = [
+        f"{point.left_out} at {point.share:.0%} ({point.gain:+.1f})" for point in comparison.points if point.gain < 0
+    ]
+    return f"Worse with pretraining: {', '.join(worse) or 'nothing'}."
 
 
 def _curve(comparison: Comparison, name: str, arm: Arm) -> tuple[list[float], list[float]]:

@@ -29,12 +29,13 @@ import transformers
 from rich.console import Console
 
 import resumable
+from kept_runs import commits_of, runs_by_commit
 from machine import commit, hardware
 from metr.config import read_yaml
 from metr.engine.hardware import resolved_device
 from resumable import check_data, command_line, done_within, exit_status, parsed, write_result
 from transfer_detectors_comparison import Comparison, as_markdown, draw_bars
-from transfer_detectors_runs import Profile, finished, pretraining_seconds, run_all
+from transfer_detectors_runs import Profile, finished, pretrainings, run_all
 from transfer_runs import DATASETS, Workplace
 
 HERE = Path(__file__).resolve().parent
@@ -86,12 +87,13 @@ def _settings(arguments: Sequence[str] | None) -> Settings:
 
 def _write(settings: Settings, profile: Profile, place: Workplace) -> None:
     """Writes what is known, once a detector has all its arms."""
-    results, pretraining = finished(place, profile), pretraining_seconds(place, profile)
+    results, pretraining = finished(place, profile), pretrainings(place, profile)
     comparison = Comparison.of(results, tuple(profile.detectors))
     if not comparison.rows:
         return
     complete = len(results) == len(profile.seeds) * len(comparison.rows[0].ap) * len(profile.detectors)
-    seconds = sum(one.training_seconds for one in results) + sum(sum(kinds.values()) for kinds in pretraining.values())
+    seconds = sum(one.training_seconds for one in results) + sum(one.training_seconds for one in pretraining)
+    made = [(one.title, one.commit) for one in pretraining] + [(one.title, one.commit) for one in results]
     written: dict[str, Any] = {
         "benchmark": "transfer_detectors",
         "profile": settings.profile,
@@ -99,10 +101,11 @@ def _write(settings: Settings, profile: Profile, place: Workplace) -> None:
         "hardware": hardware(resolved_device("auto")),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "commit": commit(),
+        "commit": commits_of(made),
+        "written_by": commit(),
         "settings": profile.model_dump(mode="json") | {"set": list(settings.overrides)},
         "training_seconds": round(seconds),
-        "pretraining_seconds": pretraining,
+        "pretraining": [asdict(one) for one in pretraining],
         "runs": [asdict(one) for one in results],
         "rows": [asdict(row) | {"gain": row.gain, "over_joint": row.over_joint} for row in comparison.rows],
         "bars": [asdict(bar) for bar in comparison.bars],
@@ -113,8 +116,8 @@ def _write(settings: Settings, profile: Profile, place: Workplace) -> None:
         f"commit {written['commit']}."
     )
     page = as_markdown(comparison, profile, pretraining)
-    title = f"# Transfer to other detectors: {settings.profile}"
-    write_result(settings.stem, written, f"{title}\n\n{facts}\n\n{page}")
+    whole = [f"# Transfer to other detectors: {settings.profile}", facts, page.rstrip(), runs_by_commit(made)]
+    write_result(settings.stem, written, "\n\n".join(part for part in whole if part) + "\n")
     draw_bars(comparison, settings.stem.with_suffix(".png"))
     place.console.print(page, markup=False, soft_wrap=True)
     place.console.print(f"written: {settings.stem}.json, .md and .png", markup=False, soft_wrap=True)

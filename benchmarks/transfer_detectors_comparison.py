@@ -1,15 +1,16 @@
 """What the benchmark of detectors found: a table, a bar chart, and the bars that it is held to."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from kept_runs import told_range
 from metr.transfer.targets import find_target
 from transfer_comparison import Bar
-from transfer_detectors_runs import Profile, RunResult
+from transfer_detectors_runs import Pretraining, Profile, RunResult
 from transfer_detectors_starts import ARMS, BACKBONE_ALONE, Arm
 
 TITLES: dict[Arm, str] = {
@@ -25,7 +26,10 @@ _AIM = 3.0
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One detector: AP of each arm, the mean over the seeds that all arms have finished, and each seed's."""
+    """One detector: AP of each arm, the mean over the seeds that all arms have finished, and each seed's.
+
+    `steps` are those that the runs took, by arm, each number once.
+    """
 
     detector: str
     images: int
@@ -33,6 +37,12 @@ class Row:
     ap: dict[Arm, float]
     each: dict[Arm, tuple[float, ...]]
     before: float | None
+    steps: dict[Arm, tuple[int, ...]]
+
+    @property
+    def all_steps(self) -> tuple[int, ...]:
+        """The steps of all its runs, each number once."""
+        return tuple(sorted({number for several in self.steps.values() for number in several}))
 
     @property
     def backbone(self) -> float:
@@ -67,10 +77,8 @@ class Comparison:
             whole = tuple(seed for seed in seeds if all((name, seed, arm) in cells for arm in ARMS))
             if not whole:
                 continue
-            each = {arm: tuple(cells[name, seed, arm].ap for seed in whole) for arm in ARMS}
-            first = cells[name, whole[0], "metr"]
-            ap = {arm: sum(values) / len(values) for arm, values in each.items()}
-            rows.append(Row(detector=name, images=first.images, seeds=whole, ap=ap, each=each, before=first.ap_before))
+            runs = {arm: tuple(cells[name, seed, arm] for seed in whole) for arm in ARMS}
+            rows.append(_row(runs, whole))
         return Comparison(detectors=tuple(detectors), rows=tuple(rows))
 
     @property
@@ -90,7 +98,7 @@ class Comparison:
         return (*each, Bar(what="mean gain", aim=_AIM, found=self.gain, reached=self.gain >= _AIM))
 
 
-def as_markdown(comparison: Comparison, profile: Profile, pretraining: Mapping[str, Mapping[str, float]]) -> str:
+def as_markdown(comparison: Comparison, profile: Profile, pretraining: Sequence[Pretraining]) -> str:
     """The table, the aims, and what got worse."""
     gains = ["gain over the better backbone", "gain over own pretraining"]
     head = ["detector", *(TITLES[arm] for arm in ARMS), *gains, "METR's weights before any step"]
@@ -109,7 +117,13 @@ def as_markdown(comparison: Comparison, profile: Profile, pretraining: Mapping[s
     ruled = [head, ["---"] + ["---:"] * (len(head) - 1), *lines]
     table = "\n".join("| " + " | ".join(line) + " |" for line in ruled)
     aims = [f"- {bar.what}: {bar.found:+.1f} ({_aim(bar)}), {_verdict(bar)}" for bar in comparison.bars]
-    parts = (_preface(comparison, profile), table, "\n".join(aims), _worse(comparison), _times(pretraining))
+    parts = (
+        _preface(comparison, profile, pretraining),
+        table,
+        "\n".join(aims),
+        _worse(comparison),
+        _times(pretraining),
+    )
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -134,15 +148,46 @@ def draw_bars(comparison: Comparison, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _preface(comparison: Comparison, profile: Profile) -> str:
-    images = comparison.rows[0].images
-    pretrained = profile.pretrain["train"]["loop"]["steps"] * profile.pretrain["loader"]["batch_size"]
-    return (
-        f"AP (0 to 100) on the val split of {profile.left_out}, after {profile.steps} steps of transformers' Trainer "
-        f"on its {images} training pictures, last weights; every arm of a detector has the same sizes, sees the same "
-        f"pictures in the same order and is trained alike. METR and the detectors themselves were pretrained on "
-        f"{pretrained:,} pictures drawn from the other datasets, the same ones. In brackets: the range of the seeds."
+def _row(runs: dict[Arm, tuple[RunResult, ...]], seeds: tuple[int, ...]) -> Row:
+    """A detector by the runs of all arms, in the order of the seeds."""
+    each = {arm: tuple(one.ap for one in several) for arm, several in runs.items()}
+    first = runs["metr"][0]
+    return Row(
+        detector=first.detector,
+        images=first.images,
+        seeds=seeds,
+        ap={arm: sum(values) / len(values) for arm, values in each.items()},
+        each=each,
+        before=first.ap_before,
+        steps={arm: tuple(sorted({one.steps for one in several})) for arm, several in runs.items()},
     )
+
+
+def _preface(comparison: Comparison, profile: Profile, pretraining: Sequence[Pretraining]) -> str:
+    """What the numbers are, and how alike the arms were treated."""
+    images = told_range(row.images for row in comparison.rows)
+    steps = told_range(number for row in comparison.rows for number in row.all_steps)
+    uneven = [
+        f"{find_target(row.detector).title} ({', '.join(f'{arm} {told_range(row.steps[arm])}' for arm in ARMS)})"
+        for row in comparison.rows
+        if len(row.all_steps) > 1
+    ]
+    alike = f"but **not for the same steps: {'; '.join(uneven)}**" if uneven else "is trained alike"
+    return (
+        f"AP (0 to 100) on the val split of {profile.left_out}, after {steps} steps of transformers' Trainer "
+        f"on its {images} training pictures, last weights; every arm of a detector has the same sizes, sees the same "
+        f"pictures in the same order, {'' if uneven else 'and '}{alike}. METR and the detectors themselves were "
+        f"pretrained on {_drawn(pretraining)}. In brackets: the range of the seeds."
+    )
+
+
+def _drawn(pretraining: Sequence[Pretraining]) -> str:
+    """On how many pictures everything was pretrained, as far as the runs tell."""
+    drawn = {one.images for one in pretraining if one.images is not None}
+    if not drawn:
+        return "pictures drawn from the other datasets"
+    same = "the same ones" if len(drawn) == 1 else "**not the same number for all**"
+    return f"{told_range(drawn)} pictures drawn from the other datasets, {same}"
 
 
 def _mean_line(comparison: Comparison) -> list[str]:
@@ -162,11 +207,15 @@ def _worse(comparison: Comparison) -> str:
     return f"Worse with METR's weights: {', '.join(behind) or 'nothing'}."
 
 
-def _times(pretraining: Mapping[str, Mapping[str, float]]) -> str:
+def _times(pretraining: Sequence[Pretraining]) -> str:
+    """How long pretraining took, for detectors of which both are finished."""
+    seconds: dict[str, list[float]] = {}
+    for one in pretraining:
+        seconds.setdefault(one.detector, []).append(one.training_seconds)
     told = [
-        f"{find_target(name).title} {' and '.join(f'{seconds / 60:.1f}' for seconds in kinds.values())}"
-        for name, kinds in pretraining.items()
-        if len(kinds) > 1
+        f"{find_target(name).title} {' and '.join(f'{one / 60:.1f}' for one in both)}"
+        for name, both in seconds.items()
+        if len(both) > 1
     ]
     return f"Minutes of pretraining, METR's and the detector's own: {', '.join(told)}." if told else ""
 

@@ -1,24 +1,26 @@
 """The runs of the benchmark of detectors: pretrainings without a dataset, and every arm on that dataset.
 
-Every run has a folder of its own; `report.json` in it says that it is finished, and is not run again.
+Every run has a folder of its own; `report.json` in it says that it is finished, and is not run again
+(see kept_runs.py).
 """
 
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import yaml
 from torch import nn
 from transformers import PreTrainedModel
 
+from kept_runs import RECIPE, UNKNOWN, Run
 from metr.api.datasets import JointData, open_joint
 from metr.api.training import train
-from metr.config import Config, merge
+from metr.config import Config, merge, parse_overrides
 from metr.data.loading import spare_cores
+from metr.engine.folders import RunFolder
 from metr.engine.hardware import resolved_device
+from metr.engine.metrics import read_metrics
 from metr.engine.recipe import RunConfig, load_recipe
 from metr.errors import ConfigError
 from metr.evaluation.coco import CocoResult
@@ -47,9 +49,11 @@ from transfer_detectors_training import (
     judged,
     train_detector,
 )
-from transfer_runs import Workplace
+from transfer_runs import Workplace, written
 
-REPORT, RECIPE = "report.json", "recipe.yaml"
+Kind = Literal["metr", "joint"]
+KINDS: tuple[Kind, ...] = ("metr", "joint")
+"""What is pretrained: METR, and the detector itself."""
 
 
 class DetectorConfig(Config):
@@ -79,7 +83,8 @@ class Profile(Config):
 class RunResult:
     """What an arm found on the left-out dataset's val split; AP of 0 to 100, times in seconds of training steps.
 
-    `ap_before` is that before the first step, of the arm that has an answer then.
+    `ap_before` is that before the first step, of the arm that has an answer then; `commit` is what made the run, or
+    several where it was stopped in between.
     """
 
     detector: str
@@ -91,6 +96,28 @@ class RunResult:
     ap50: float
     ap_before: float | None
     training_seconds: float
+    commit: str = UNKNOWN
+
+    @property
+    def title(self) -> str:
+        """The run in a few words."""
+        return f"{self.detector}, {self.arm}, seed {self.seed}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pretraining:
+    """A finished pretraining: pictures drawn (None where it does not tell), seconds of steps, and what made it."""
+
+    detector: str
+    kind: Kind
+    images: int | None
+    training_seconds: float
+    commit: str
+
+    @property
+    def title(self) -> str:
+        """The run in a few words."""
+        return f"{self.detector}, pretraining of {'METR' if self.kind == 'metr' else 'its own'}"
 
 
 class Bench:
@@ -102,16 +129,14 @@ class Bench:
         profile: What is run.
 
     Raises:
-        ConfigError: the recipe pads pictures, which RT-DETR would see.
+        ConfigError: the recipe pads pictures, which RT-DETR would see, or runs were begun with other settings.
     """
 
     def __init__(self, detector: str, place: Workplace, profile: Profile) -> None:
         self.detector, self.place, self.profile = detector, place, profile
         self.config, self.home = profile.detectors[detector], place.out / detector
-        tree = merge(profile.pretrain, {"model": self.config.model})
-        self.home.mkdir(parents=True, exist_ok=True)
-        (self.home / RECIPE).write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
-        self.recipe: RunConfig = load_recipe("nano", self.home / RECIPE, place.overrides)
+        check_runs(place, profile, [detector])
+        self.recipe: RunConfig = load_recipe("nano", written(self.home, _tree(detector, profile)), place.overrides)
         if self.recipe.augmentation.resize.mode != "stretch":
             where = "pretrain.augmentation.resize.mode"
             raise ConfigError("expected stretch: pictures of one shape, without padding", where=where)
@@ -134,16 +159,17 @@ class Bench:
 
     def run(self, arm: Arm, seed: int) -> bool:
         """Runs an arm, and before it what it begins with, as far as they are not finished; False if interrupted."""
-        folder = arm_folder(self.place, self.detector, arm, seed)
-        if (folder / REPORT).is_file():
+        kept = arm_run(self.place, self.profile, self.detector, arm, seed)
+        if kept.finished:
             return True
         model = self.beginning(arm, seed)
         if model is None:
             return False
         self.place.console.rule(f"{self.family.target.title}, {arm}, seed {seed}")
+        kept.begin()
         before = self._judged(model).ap if arm == "metr" else None
         steps, images = self.profile.steps, chosen(self.left_out, self.recipe, training=True)
-        seconds = self._trained(model, DrawnPictures([images], self.recipe.loader, steps, seed), folder, seed)
+        seconds = self._trained(model, DrawnPictures([images], self.recipe.loader, steps, seed), kept.folder, seed)
         after = self._judged(model)
         told = RunResult(
             detector=self.detector,
@@ -157,7 +183,7 @@ class Bench:
             training_seconds=seconds,
         )
         self.place.console.print(f"AP {told.ap:.1f}, AP50 {told.ap50:.1f}", highlight=False)
-        _write(folder, asdict(told))
+        _finish(kept, asdict(told))
         return True
 
     def beginning(self, arm: Arm, seed: int) -> PreTrainedModel | None:
@@ -178,27 +204,33 @@ class Bench:
 
     def pretrained_metr(self) -> Path | None:
         """METR's checkpoint, trained now unless it was before; None where that was interrupted."""
-        folder = self.home / "pretrained-metr"
-        if not (folder / REPORT).is_file():
+        kept = self._kept("metr")
+        if not kept.finished:
+            kept.begin()
             self.place.console.rule(f"pretraining METR for {self.family.target.title}")
             data = [self.place.argument(source.name) for source in self.joint.sources]
-            if train(data, folder, self.recipe, resume=True, console=self.place.console).interrupted:
+            if train(data, kept.folder, self.recipe, resume=True, console=self.place.console).interrupted:
                 return None
-            _write(folder, {"data": data, "training_seconds": round(training_seconds(folder), 1)})
+            seconds = round(training_seconds(kept.folder), 1)
+            _finish(kept, {"data": data, "images": _drawn(kept.folder), "training_seconds": seconds})
         # the last weights: nothing is chosen by the pictures of any val split
-        return folder / "last"
+        return kept.folder / "last"
 
     def pretrained_detector(self) -> Path:
         """The detector's own pretraining on the concatenated labels, made now unless it was before."""
-        folder = self.home / "pretrained-joint"
-        if not (folder / REPORT).is_file():
+        kept = self._kept("joint")
+        if not kept.finished:
+            kept.begin()
             self.place.console.rule(f"pretraining {self.family.target.title} on concatenated labels")
             loop, datasets = self.recipe.train.loop, pretraining_data(self.family, self.joint)
             pictures = DrawnPictures(datasets, self.recipe.loader, loop.steps, loop.seed)
             model = pretraining_start(self.family, self.joint)
-            seconds = self._trained(model, pictures, folder, loop.seed)
-            _write(folder, {"data": list(pictures.mixed.lengths), "training_seconds": seconds})
-        return folder / TRAINED
+            seconds, drawn = self._trained(model, pictures, kept.folder, loop.seed), len(pictures)
+            _finish(kept, {"data": list(pictures.mixed.lengths), "images": drawn, "training_seconds": seconds})
+        return kept.folder / TRAINED
+
+    def _kept(self, kind: Kind) -> Run:
+        return pretraining_run(self.place, self.profile, self.detector, kind)
 
     def _trained(self, model: PreTrainedModel, pictures: DrawnPictures, folder: Path, seed: int) -> float:
         batch, workers = self.recipe.loader.batch_size, self.recipe.loader.workers
@@ -224,10 +256,11 @@ def run_all(place: Workplace, profile: Profile, detectors: Sequence[str]) -> boo
     """Runs everything of these detectors that is not finished; False where training was interrupted.
 
     Raises:
-        MetrError: data or configuration do not fit.
+        MetrError: data or configuration do not fit, or runs were begun with other settings.
     """
+    check_runs(place, profile, tuple(profile.detectors))  # all that is finished is told, whatever is run now
     for detector in detectors:
-        left = [run for run in _runs(profile) if not (arm_folder(place, detector, *run) / REPORT).is_file()]
+        left = [run for run in _runs(profile) if not arm_run(place, profile, detector, *run).finished]
         if not left:
             continue
         bench = Bench(detector, place, profile)
@@ -237,38 +270,95 @@ def run_all(place: Workplace, profile: Profile, detectors: Sequence[str]) -> boo
     return True
 
 
+def check_runs(place: Workplace, profile: Profile, detectors: Sequence[str]) -> None:
+    """Whether all that was begun of these detectors, finished or not, was begun with what is asked for.
+
+    Raises:
+        ConfigError: a run was begun with something else.
+    """
+    for detector in detectors:
+        for kind in KINDS:
+            pretraining_run(place, profile, detector, kind).check()
+        for arm, seed in _runs(profile):
+            arm_run(place, profile, detector, arm, seed).check()
+
+
 def finished(place: Workplace, profile: Profile) -> list[RunResult]:
     """The results of the runs that are finished."""
-    reports = [
-        arm_folder(place, detector, arm, seed) / REPORT
-        for detector in profile.detectors
-        for arm, seed in _runs(profile)
-    ]
-    return [RunResult(**json.loads(path.read_text(encoding="utf-8"))) for path in reports if path.is_file()]
+    known = {one.name for one in fields(RunResult)}
+    runs = [arm_run(place, profile, detector, *run) for detector in profile.detectors for run in _runs(profile)]
+    reports = [run.report() for run in runs if run.finished]
+    return [RunResult(**{key: value for key, value in told.items() if key in known}) for told in reports]
 
 
-def pretraining_seconds(place: Workplace, profile: Profile) -> dict[str, dict[str, float]]:
-    """Seconds of the steps of the pretrainings that are finished, by detector and by what was pretrained."""
-    told: dict[str, dict[str, float]] = {}
+def pretrainings(place: Workplace, profile: Profile) -> list[Pretraining]:
+    """The pretrainings that are finished."""
+    found = []
     for detector in profile.detectors:
-        for kind in ("metr", "joint"):
-            report = place.out / detector / f"pretrained-{kind}" / REPORT
-            if report.is_file():
-                values = json.loads(report.read_text(encoding="utf-8"))
-                told.setdefault(detector, {})[kind] = values["training_seconds"]
-    return told
+        for kind in KINDS:
+            run = pretraining_run(place, profile, detector, kind)
+            if run.finished:
+                told = run.report()
+                # a detector's own pretraining kept no number of pictures at first
+                images = told.get("images", _drawn(run.folder))
+                one = Pretraining(
+                    detector=detector,
+                    kind=kind,
+                    images=images,
+                    training_seconds=told["training_seconds"],
+                    commit=told["commit"],
+                )
+                found.append(one)
+    return found
 
 
-def arm_folder(place: Workplace, detector: str, arm: Arm, seed: int) -> Path:
-    """Where a run of an arm is."""
-    return place.out / detector / f"{seed}-{arm}"
+def arm_run(place: Workplace, profile: Profile, detector: str, arm: Arm, seed: int) -> Run:
+    """What is kept of a run of an arm."""
+    own = {"left_out": profile.left_out, "arm": arm, "seed": seed, "steps": profile.steps}
+    settings = _settings(place, profile, detector) | own
+    return Run(folder=place.out / detector / f"{seed}-{arm}", settings=settings, beside=_beside(place, detector))
+
+
+def pretraining_run(place: Workplace, profile: Profile, detector: str, kind: Kind) -> Run:
+    """What is kept of a pretraining."""
+    names = [name for name in place.datasets if name != profile.left_out]
+    settings = _settings(place, profile, detector) | {"datasets": names}
+    folder = _pretraining_folder(place, detector, kind)
+    return Run(folder=folder, settings=settings, beside=_beside(place, detector))
+
+
+def _settings(place: Workplace, profile: Profile, detector: str) -> dict[str, Any]:
+    """What all runs of a detector have in common."""
+    configuration = merge(_tree(detector, profile), parse_overrides(place.overrides))
+    trainer = profile.detectors[detector].trainer.model_dump(mode="json")
+    return {"detector": detector, "trainer": trainer, "configuration": configuration}
+
+
+def _tree(detector: str, profile: Profile) -> dict[str, Any]:
+    """The configuration of a detector's METR, over the size `nano`."""
+    return merge(profile.pretrain, {"model": profile.detectors[detector].model})
+
+
+def _beside(place: Workplace, detector: str) -> tuple[Path, ...]:
+    """The configuration of a detector's METR, as it is asked for and as it came out."""
+    metr = RunFolder(_pretraining_folder(place, detector, "metr"))
+    return place.out / detector / RECIPE, metr.config
+
+
+def _pretraining_folder(place: Workplace, detector: str, kind: Kind) -> Path:
+    return place.out / detector / f"pretrained-{kind}"
+
+
+def _drawn(folder: Path) -> int | None:
+    """Pictures that METR's training drew, by its run folder."""
+    return max((int(record["images"]) for record in read_metrics(folder) if "images" in record), default=None)
 
 
 def _runs(profile: Profile) -> Iterator[tuple[Arm, int]]:
     return ((arm, seed) for seed in profile.seeds for arm in ARMS)
 
 
-def _write(folder: Path, told: dict[str, Any]) -> None:
+def _finish(run: Run, told: dict[str, Any]) -> None:
     """From here on the run is finished."""
-    (folder / REPORT).write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-    drop_checkpoints(folder)
+    run.finish(told)
+    drop_checkpoints(run.folder)

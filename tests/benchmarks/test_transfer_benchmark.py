@@ -1,15 +1,35 @@
 """The transfer benchmark runs from end to end in miniature, goes on where it stopped, and shows what got worse."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
+import yaml
+from rich.console import Console
+from safetensors.torch import load_file
 
+from metr.config import Tree
 from metr.data.images import read_image
+from metr.engine.checkpoint import Checkpoint
+from metr.engine.finetune_recipe import RECIPE, finetune_recipe, left_to_finetuning
+from metr.engine.recipe import RunConfig, load_recipe
+from metr.errors import ConfigError
+from metr.text.vocabulary import Vocabulary
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+# in what the arms may differ: what is frozen, the rates, and where the backbone's first weights came from
+MAY_DIFFER = {
+    "train.freeze",
+    "train.optimizer.learning_rate",
+    "train.optimizer.layer_decay",
+    "model.backbone.pretrained",
+    "model.backbone.revision",
+}
 
 
 @pytest.fixture
@@ -20,6 +40,34 @@ def transfer(benchmark_of: Callable[[str], ModuleType]) -> ModuleType:
 @pytest.fixture
 def run(transfer: ModuleType, command_of: Callable[[ModuleType], Callable[..., int]]) -> Callable[..., int]:
     return command_of(transfer)
+
+
+@pytest.fixture
+def profile(transfer: ModuleType) -> Any:
+    return profile_of(transfer, "trial")
+
+
+def profile_of(transfer: ModuleType, name: str) -> Any:
+    return transfer.Profile.checked(transfer.read_yaml(BENCHMARKS / f"profiles/transfer-{name}.yaml"))
+
+
+def place_of(transfer: ModuleType, out: Path, *overrides: str) -> Any:
+    return transfer.Workplace(
+        data=out, out=out, datasets=transfer.DATASETS, overrides=overrides, console=Console(quiet=True)
+    )
+
+
+def leaves(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", value
+
+
+def differences(first: Tree, second: Tree) -> set[str]:
+    ours, theirs = dict(leaves(first)), dict(leaves(second))
+    return {key for key in ours.keys() | theirs.keys() if ours.get(key, "none") != theirs.get(key, "none")}
 
 
 def results(transfer: ModuleType, gains: dict[tuple[str, float], float], seeds: tuple[int, ...] = (0,)) -> list:
@@ -66,15 +114,30 @@ def test_every_run_once_and_both_arms_alike(
     assert {path.name for path in runs.iterdir()} == {"without-chess_pieces-playing_cards", *transfer_names()}
     report = json.loads((runs / "without-chess_pieces-playing_cards/report.json").read_text())
     assert not any("chess" in one or "cards" in one for one in report["data"])
-    # both arms go through the same pictures, in the same augmentation
-    configs = [
-        (runs / f"chess_pieces/1-0-{arm}/recipe.yaml").read_text().partition("optimizer")[0]
-        for arm in ("imagenet", "pretrained")
-    ]
-    assert configs[0].split("train:")[0] == configs[1].split("train:")[0]
+    # what both arms ran with, defaults of their verbs included
+    for left_out in transfer_names():
+        for share in ("0.1", "1"):
+            folders = [runs / left_out / f"{share}-0-{arm}" for arm in ("imagenet", "pretrained")]
+            first, second = (yaml.safe_load((folder / "config.yaml").read_text()) for folder in folders)
+            found = {key for key in differences(first, second) if not key.startswith("model.backbone.options.")}
+            assert found <= MAY_DIFFER
+            ours, theirs = (load_file(folder / "last/model.safetensors") for folder in folders)
+            # a checkpoint knows its backbone's options in full; both are of one make
+            assert {key: value.shape for key, value in ours.items()} == {key: v.shape for key, v in theirs.items()}
+            assert first["train"]["loop"]["steps"] == 2
+    assert all(one["commit"] not in {"", "unknown"} for one in (*told["runs"], *told["pretraining"]))
+    page = stem.with_suffix(".md").read_text()
+    assert "| chess_pieces | 10% | 1 | 2 | 1 |" in page, "the steps that were made, not those of the profile"
+    assert "Not all runs are of one commit" not in page
     before = {path: path.stat().st_mtime_ns for path in runs.rglob("report.json")}
+    written = stem.with_suffix(".json").read_bytes()
     capsys.readouterr()
-    assert run() == 0
+    assert run() == 1, "finished runs of other steps are not taken for these"
+    said = " ".join(capsys.readouterr().out.split())
+    assert "without-chess_pieces-playing_cards: the run was made with train.loop.steps 2, now 3" in said
+    assert "name another --out, or remove this folder" in said
+    assert stem.with_suffix(".json").read_bytes() == written
+    assert run("--set", "train.loop.steps=2", "--set", "train.loop.log_every=5") == 0
     assert {path: path.stat().st_mtime_ns for path in runs.rglob("report.json")} == before
     assert "pretraining without" not in capsys.readouterr().out
 
@@ -108,7 +171,7 @@ def test_stopped_it_says_how_to_go_on(
     assert "(not complete)" in (tmp_path / "results/transfer-trial.md").read_text()
 
 
-def test_aims_and_regressions(transfer: ModuleType, tmp_path: Path) -> None:
+def test_aims_and_regressions(transfer: ModuleType, profile: Any, tmp_path: Path) -> None:
     gains = {("a", 0.1): 8.0, ("b", 0.1): 3.0, ("a", 1.0): 4.5, ("b", 1.0): -1.5}
     comparison = transfer.Comparison.of(results(transfer, gains, seeds=(0, 1, 2)), ("a", "b"))
     assert [(bar.found, bar.reached) for bar in comparison.bars] == [
@@ -116,11 +179,9 @@ def test_aims_and_regressions(transfer: ModuleType, tmp_path: Path) -> None:
         (pytest.approx(1.5), True),
         (pytest.approx(-1.5), False),
     ]
-    from transfer_runs import Profile
-
-    profile = Profile.checked(transfer.read_yaml(BENCHMARKS / "profiles/transfer-trial.yaml"))
     page = transfer.as_markdown(comparison, profile)
-    assert "| a | 10% | 20 | 200 | 3 | 20.0 (10.0 to 30.0) | 28.0 (18.0 to 38.0) | +8.0 |" in page
+    assert "| a | 10% | 20 | 5 | 3 | 20.0 (10.0 to 30.0) | 28.0 (18.0 to 38.0) | +8.0 |" in page
+    assert "in the same order, for the same steps." in page
     assert "Worse with pretraining: b at 100% (-1.5)." in page
     assert "- least gain of a dataset at 100%: -1.5 (aim -1.0), **not reached**" in page
     transfer.draw_curves(comparison, tmp_path / "curves.png")
@@ -130,18 +191,103 @@ def test_aims_and_regressions(transfer: ModuleType, tmp_path: Path) -> None:
     assert [point.seeds for point in partial.points] == [(0, 1), (0, 1), (0, 1), (0,)]
 
 
+def test_steps_that_differ_are_said(transfer: ModuleType, profile: Any) -> None:
+    gains = {("a", 0.1): 8.0, ("b", 0.1): 3.0}
+    uneven = [
+        replace(one, steps=1200) if (one.left_out, one.seed, one.arm) == ("a", 1, "pretrained") else one
+        for one in results(transfer, gains, seeds=(0, 1))
+    ]
+    page = transfer.as_markdown(transfer.Comparison.of(uneven, ("a", "b")), profile)
+    assert "| a | 10% | 20 | 5 to 1,200 | 2 |" in page
+    assert "| b | 10% | 20 | 5 | 2 |" in page
+    differing = "a at 10% (ImageNet backbone alone 5, pretrained on the other datasets 5 to 1,200)"
+    assert f"**not for the same steps: {differing}**" in page
+    assert "for the same steps." not in page
+
+
+def test_runs_of_several_commits_are_told_apart(
+    run: Callable[..., int], transfer: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = results(transfer, {("chess_pieces", 0.1): 7.0})
+    made = [replace(part[0], commit="abc"), replace(part[1], commit="def")]
+    monkeypatch.setattr(transfer, "run_all", lambda *_: False)
+    monkeypatch.setattr(transfer, "finished", lambda *_: made)
+    assert run() == 130
+    page = (tmp_path / "results/transfer-trial.md").read_text()
+    assert "commit abc and def." in page
+    assert "- abc: chess_pieces, 10%, seed 0, imagenet\n- def: chess_pieces, 10%, seed 0, pretrained\n" in page
+    told = json.loads((tmp_path / "results/transfer-trial.json").read_text())
+    assert [one["commit"] for one in told["runs"]] == ["abc", "def"]
+
+
+def test_runs_that_kept_no_settings_are_read(transfer: ModuleType, profile: Any, tmp_path: Path) -> None:
+    """Folders as commit 93f6dad left them."""
+    from transfer_runs import Cell, _tree
+
+    place, profile = place_of(transfer, tmp_path), profile.model_copy(update={"seeds": {0.1: (0,)}})
+    facts = {"images": 19, "steps": 200, "ap": 50.9, "ap50": 73.9, "training_seconds": 275.6}
+    for left_out in profile.left_out:
+        for arm in ("imagenet", "pretrained"):
+            own = {"left_out": left_out, "share": 0.1, "seed": 0, "arm": arm}
+            cell = Cell(**own)
+            write_old(cell.folder(place), {**own, **facts}, _tree(cell, profile))
+    before = tmp_path / "without-chess_pieces-playing_cards"
+    write_old(before, {"data": [], "metrics": {}, "training_seconds": 2000.0}, profile.pretrain)
+    found = transfer.finished(place, profile)
+    assert {(one.steps, one.ap, one.commit) for one in found} == {(200, 50.9, "unknown")}
+    assert [one.arm for one in found] == ["imagenet", "pretrained"] * 2
+    (told,) = transfer.pretrainings(place, profile)
+    assert (told.training_seconds, told.commit) == (2000.0, "unknown")
+    for fitting in (place, place_of(transfer, tmp_path, "loader.workers=0")):
+        assert transfer.run_all(fitting, profile), "nothing is left to be run"
+    with pytest.raises(ConfigError, match=r"learning_rate 0\.0006, now 0\.1"):
+        transfer.run_all(place_of(transfer, tmp_path, "train.optimizer.learning_rate=0.1"), profile)
+
+
+def write_old(folder: Path, report: Mapping[str, Any], recipe: Tree) -> None:
+    folder.mkdir(parents=True)
+    (folder / "report.json").write_text(json.dumps(report))
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+
+
+@pytest.mark.parametrize("name", ["trial", "gpu"])
+def test_both_arms_of_a_profile_are_alike(transfer: ModuleType, tmp_path: Path, name: str) -> None:
+    """Whatever the verbs' defaults are: nothing of them comes through but what is frozen, and the rates."""
+    from transfer_runs import Cell, _tree, written
+
+    profile = profile_of(transfer, name)
+    pretraining = load_recipe("nano", written(tmp_path, profile.pretrain))
+    checkpoint = Checkpoint(
+        model=pretraining.model,
+        vocabulary=Vocabulary(names=("fish",)),
+        text_embeddings=torch.zeros(1, 4),
+        text_encoder=pretraining.text.model_dump(mode="json"),
+        preprocessing=pretraining.augmentation.resize.model_dump(mode="json"),
+        training={"foreign": pretraining.foreign, RECIPE: left_to_finetuning(pretraining)},
+    )
+    for share in profile.seeds:
+        trees = {
+            arm: _tree(Cell(left_out="a", share=share, seed=1, arm=arm), profile) for arm in ("imagenet", "pretrained")
+        }
+        seed = ["train.loop.seed=1"]
+        alone = load_recipe("nano", written(tmp_path, trees["imagenet"]), seed)
+        tuned = finetune_recipe(checkpoint, round(190 * share), written(tmp_path, trees["pretrained"]), seed)
+        found = differences(alone.model_dump(mode="json"), tuned.model_dump(mode="json"))
+        assert "train.optimizer.learning_rate" in found
+        assert found <= MAY_DIFFER
+
+
 @pytest.mark.parametrize("name", ["trial", "gpu"])
 def test_profiles_are_whole(transfer: ModuleType, name: str) -> None:
-    from metr.engine.recipe import RunConfig
-    from transfer_runs import Profile, _Cell, _cells, _tree
+    from transfer_runs import Cell, _cells, _tree
 
-    profile = Profile.checked(transfer.read_yaml(BENCHMARKS / f"profiles/transfer-{name}.yaml"))
+    profile = profile_of(transfer, name)
     assert set(profile.left_out) < set(transfer.DATASETS)
     assert profile.seeds.keys() == profile.steps.keys()
     assert "coco_mini" not in profile.left_out
     RunConfig.checked(profile.pretrain)
     for cell in _cells(profile):
-        assert isinstance(cell, _Cell)
+        assert isinstance(cell, Cell)
         recipe = RunConfig.checked(_tree(cell, profile))
         assert recipe.train.loop.steps == profile.steps[cell.share]
         assert (recipe.train.loop.evaluate_every, recipe.train.loop.patience) == (0, 0)

@@ -2,7 +2,7 @@
 
 import json
 import runpy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
@@ -13,7 +13,6 @@ import torch
 from rich.console import Console
 
 from metr.api.model import METR
-from metr.data.images import read_image
 from metr.transfer.targets.single_scale import spread_logits
 
 from tiny import TinyRun, as_overrides
@@ -47,10 +46,10 @@ def profile_of(bench: ModuleType, **changes: Any) -> Any:
     return bench.load_profile("trial").model_copy(update={"steps": 2, **changes})
 
 
-def place_of(bench: ModuleType, tiny_run: TinyRun, home: Path, out: str = "runs") -> Any:
+def place_of(bench: ModuleType, tiny_run: TinyRun, home: Path) -> Any:
     overrides = (*as_overrides(tiny_run), *TINY)
     return bench.Workplace(
-        data=home / "data", out=home / out, datasets=bench.DATASETS, overrides=overrides, console=Console(quiet=True)
+        data=home / "data", out=home / "runs", datasets=bench.DATASETS, overrides=overrides, console=Console(quiet=True)
     )
 
 
@@ -175,46 +174,6 @@ def test_answers_are_judged_by_metr(bench_of: Callable[[str], Any]) -> None:
     assert result.images == len(val)
 
 
-def results(gains: dict[str, dict[str, float]], seeds: tuple[int, ...] = (0,)) -> Iterator[Any]:
-    from transfer_detectors_runs import RunResult
-
-    for detector, aps in gains.items():
-        for arm, ap in aps.items():
-            for seed in seeds:
-                before = 4.0 if arm == "metr" else None
-                facts = {"images": 200, "steps": 5, "ap50": 50.0, "ap_before": before, "training_seconds": 1.0}
-                yield RunResult(detector=detector, arm=arm, seed=seed, ap=ap + 10 * seed, **facts)
-
-
-def test_aims_are_against_the_better_backbone(bench: ModuleType, tmp_path: Path) -> None:
-    found = {
-        "rt_detr": {"own": 10.0, "untrained": 8.0, "joint": 20.0, "metr": 18.0},
-        "deformable_detr": {"own": 2.0, "untrained": 5.0, "joint": 4.0, "metr": 4.5},
-        "dab_detr": {"own": 1.0, "untrained": 4.0, "joint": 2.0, "metr": 6.5},
-    }
-    profile = bench.load_profile("trial")
-    comparison = bench.Comparison.of([*results(found, (0, 1))], tuple(profile.detectors))
-    assert [(bar.found, bar.reached) for bar in comparison.bars] == [
-        (pytest.approx(8.0), True),
-        (pytest.approx(-0.5), False),
-        (pytest.approx(2.5), True),
-        (pytest.approx(10 / 3), True),
-    ]
-    page = bench.as_markdown(comparison, profile, {"rt_detr": {"metr": 120.0, "joint": 60.0}})
-    assert "| DAB-DETR | 6.0 (1.0 to 11.0) | 9.0 (4.0 to 14.0) |" in page
-    assert "- gain of Deformable DETR: -0.5 (aim: above 0), **not reached**" in page
-    assert "- mean gain: +3.3 (aim +3.0), reached" in page
-    assert "RT-DETR behind own pretraining, concatenated labels (-2.0)" in page
-    assert "RT-DETR 2.0 and 1.0" in page
-    bench.draw_bars(comparison, tmp_path / "bars.png")
-    assert min(read_image(tmp_path / "bars.png").shape[:2]) > 100
-    # nothing is judged before all is there, and a seed of which an arm is missing is left out
-    partial = bench.Comparison.of([*results(found, (0, 1))][:-1], tuple(profile.detectors))
-    assert [row.seeds for row in partial.rows] == [(0, 1), (0, 1), (0,)]
-    some = bench.Comparison.of([*results(found)][:-1], tuple(profile.detectors))
-    assert (len(some.rows), some.bars) == (2, ())
-
-
 def test_a_run_that_stopped_goes_on_and_ends_alike(bench_of: Callable[[str], Any], tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
@@ -277,6 +236,8 @@ def test_finished_arms_are_not_run_again(
     assert told["complete"]
     assert [one["arm"] for one in told["runs"]] == ["own", "untrained", "joint", "metr"]
     assert [one["ap_before"] is None for one in told["runs"]] == [True, True, True, False]
+    assert [(one["kind"], one["images"]) for one in told["pretraining"]] == [("metr", 4), ("joint", 4)]
+    assert all(one["commit"] not in {"", "unknown"} for one in (*told["runs"], *told["pretraining"]))
     assert "| DAB-DETR |" in stem.with_suffix(".md").read_text()
     reports = {path: path.stat().st_mtime_ns for path in (home / "runs").rglob("report.json")}
     weights = {path: path.stat().st_mtime_ns for path in (home / "runs/dab_detr").rglob("model.safetensors")}
@@ -284,6 +245,9 @@ def test_finished_arms_are_not_run_again(
     assert bench.main(arguments) == 0
     assert {path: path.stat().st_mtime_ns for path in (home / "runs").rglob("report.json")} == reports
     assert all(path.stat().st_mtime_ns == when for path, when in weights.items())
+    assert bench.main([*arguments, "--set", "augmentation.flip=0.1"]) == 1, "finished runs are not taken for others"
+    said = " ".join(capsys.readouterr().out.split())
+    assert "the run was made with augmentation.flip None, now 0.1" in said
     # one arm that is lost is run again, and its pretraining is not
     (home / "runs/dab_detr/0-metr/report.json").unlink()
     assert bench.main(arguments) == 0
@@ -339,7 +303,8 @@ def test_the_example_transfers_trains_and_saves(
 ) -> None:
     assert len(EXAMPLE.read_text().splitlines()) <= 30
     out = tmp_path / "out"
-    monkeypatch.setattr("sys.argv", [str(EXAMPLE), str(tiny_run.folder), str(tiny_run.datasets[0]), str(out), "1"])
+    words = [str(tiny_run.folder), str(tiny_run.datasets[0]), str(out), "--steps", "1"]
+    monkeypatch.setattr("sys.argv", [str(EXAMPLE), *words])
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     runpy.run_path(str(EXAMPLE), run_name="__main__")
     from transformers import AutoModelForObjectDetection
