@@ -111,6 +111,9 @@ def show_comparison(comparison: Comparison, console: Console) -> None:
         if mean is not None:
             table.add_row(mean.dataset, "", *_cells(mean))
     console.print(table)
+    # whoever quotes these numbers should know
+    told = "After: the best checkpoint of the run, chosen by the new datasets' own numbers."
+    console.print(told, highlight=False, soft_wrap=True)
 
 
 def _cells(change: Change) -> list[str]:
