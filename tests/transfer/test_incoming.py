@@ -1,27 +1,36 @@
 """Other detectors become METR: folders of transformers, and pickled files of which nothing runs."""
 
+import json
 import os
 import pickle
 from argparse import Namespace
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
-from transfer_cases import NAMES, SIDE, alike, normalised, pictures, stir, stirred
+from transfer_cases import NAMES, SIDE, alike, normalised, pictures, save_folder, stir, stirred
 
-from metr.api.transfer import from_detector
+from metr.api.model import METR
+from metr.api.transfer import REPORT, from_detector, to_detector, transfer_run
+from metr.data.config import ResizeConfig
+from metr.engine.checkpoint import load_checkpoint
+from metr.engine.finetune_defaults import defaults_for
+from metr.engine.finetune_recipe import finetune_recipe
+from metr.engine.recipe import load_recipe
 from metr.errors import CheckpointError, ConfigError, ModelError
 from metr.models.backbones.config import BackboneConfig
 from metr.models.config import DecoderConfig, DetectorConfig, EncoderConfig
 from metr.models.detector import Detector
 from metr.text.encoder import TextEncoderConfig
 from metr.transfer.authors import AUTHORS
-from metr.transfer.dino import resnet_rows
 from metr.transfer.outgoing import build, colours_of
 from metr.transfer.pickled import read_pickled
+from metr.transfer.resnet import resnet_rows
 from metr.transfer.table import to_theirs
 from metr.transfer.targets import find_target
 
@@ -42,15 +51,8 @@ def written(name: str, folder: Path) -> Any:
     """A detector of transformers with weights of its own, in a folder."""
     target, network = find_target(name), stirred(alike(name))
     model = stir(build(target, network, NAMES, seed=3)).eval()
-    model.save_pretrained(folder)
-    target.image_processor(alike_resize(), colours_of(network)).save_pretrained(folder)
+    save_folder(model, name, network, folder)
     return model
-
-
-def alike_resize() -> Any:
-    from metr.data.config import ResizeConfig
-
-    return ResizeConfig(size=SIDE)
 
 
 @pytest.mark.parametrize("name", FOLDERS)
@@ -75,8 +77,6 @@ def test_folders_of_transformers(name: str, tmp_path: Path, text: TextEncoderCon
 
 
 def test_it_is_saved_loaded_and_detects(tmp_path: Path, text: TextEncoderConfig) -> None:
-    from metr.api.model import METR
-
     written("rt_detr", tmp_path / "theirs")
     made = METR.from_detector(tmp_path / "theirs", ["bear", "otter"], text=text, device="cpu")
     made.save_pretrained(tmp_path / "ours")
@@ -85,6 +85,55 @@ def test_it_is_saved_loaded_and_detects(tmp_path: Path, text: TextEncoderConfig)
     first, second = (model.detect(picture, threshold=0.0) for model in (made, again))
     assert first.names == ("bear", "otter")
     assert torch.equal(first.boxes, second.boxes)
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_fine_tuning_begins_with_the_rates_of_base(kind: str, tmp_path: Path, text: TextEncoderConfig) -> None:
+    """As high as nano's own they would undo what another detector has learnt."""
+    source = tmp_path / "theirs.pth"
+    if kind == "folder":
+        written("rt_detr", source)
+    else:
+        torch.save(dino_like(authors=False)[1], source)
+    made, _ = from_detector(source, ["bear", "otter"], text=text, device="cpu")
+    made.save_pretrained(tmp_path / "ours")
+    checkpoint = load_checkpoint(tmp_path / "ours")
+    base, recipe = load_recipe("base"), finetune_recipe(checkpoint, images=2000)
+    assert recipe.loader.batch_size == base.loader.batch_size
+    own, wanted = recipe.train.optimizer, base.train.optimizer
+    assert own.backbone_multiplier == wanted.backbone_multiplier == 0.1
+    assert own.clip_norm == wanted.clip_norm == 0.1
+    assert own.learning_rate == defaults_for(2000).rate * wanted.learning_rate
+    # what the detector's files do not say is METR's own
+    assert recipe.criterion == finetune_recipe(replace(checkpoint, training={}), images=2000).criterion
+    assert recipe.augmentation.sizes == ()
+    assert recipe.augmentation.resize == made.resize
+
+
+@pytest.mark.parametrize(
+    ("resize", "note"),
+    [
+        (ResizeConfig(mode="fit", size=96, longest=160), "stretched to squares of 96 pixels; this METR's keep"),
+        (ResizeConfig(mode="stretch", size=80), "pictures have 96 pixels, a multiple of 32; this METR's have 80"),
+        (ResizeConfig(mode="stretch", size=96), None),
+    ],
+)
+def test_pictures_of_another_shape_are_told_of(
+    resize: ResizeConfig, note: str | None, tmp_path: Path, text: TextEncoderConfig
+) -> None:
+    written("rt_detr", tmp_path / "theirs")
+    made, _ = from_detector(tmp_path / "theirs", text=text, device="cpu")
+    model = METR(made.network, replace(made.checkpoint, preprocessing=resize.model_dump(mode="json")))
+    model.save_pretrained(tmp_path / "ours")
+    report = transfer_run(tmp_path / "ours", "rt_detr", tmp_path / "out", names=None, console=Console(quiet=True))
+    told = [one for one in report.notes if "pixels" in one]
+    assert len(told) == (note is not None)
+    assert note is None or note in told[0]
+    assert json.loads((tmp_path / "out" / REPORT).read_text())["notes"] == list(report.notes)
+    size = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())["size"]
+    assert size == {"height": 96, "width": 96}
+    fitting = [one for one in to_detector(model, "deformable_detr").report.notes if "squares" in one]
+    assert fitting == []
 
 
 def test_the_colours_of_a_detector_that_does_not_normalise(tmp_path: Path, text: TextEncoderConfig) -> None:
@@ -133,7 +182,7 @@ def dino_like(authors: bool) -> tuple[Detector, dict[str, Tensor]]:
     )
     torch.manual_seed(0)
     network = stir(Detector(config, TEXT_WIDTH)).eval()
-    state = to_theirs(network.state_dict(), (*AUTHORS, *resnet_rows())).state
+    state = to_theirs(network.state_dict(), (*AUTHORS, *resnet_rows("backbone.0.body.", "backbone.network."))).state
     if not authors:
         state = {key: tensor for key, tensor in state.items() if "prompt_indicator" not in key}
         state = {key: tensor for key, tensor in state.items() if not key.startswith(("class_embed.", "num_classes"))}

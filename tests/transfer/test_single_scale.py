@@ -13,7 +13,7 @@ from metr.models.encoders.plain import token_places
 from metr.structures import Categories, Memory, Queries
 from metr.transfer.classifier import name_tokens
 from metr.transfer.convert import giving_to_ours, giving_to_theirs
-from metr.transfer.outgoing import transfer
+from metr.transfer.outgoing import build, transfer
 from metr.transfer.report import TransferReport
 from metr.transfer.targets import find_target
 from metr.transfer.targets.base import KeyTable, Target
@@ -122,6 +122,24 @@ def test_the_table_gives_back_what_it_took(pair: Pair) -> None:
     for key, tensor in back.state.items():
         assert torch.equal(tensor, own[key]), key
     assert not [key for key in own if key.startswith("encoder.") and key not in back.state]
+
+
+def test_back_and_there(pair: Pair) -> None:
+    """The same from their side: a detector of transformers through METR's names."""
+    model: Any = build(pair.target, pair.ours, NAMES, seed=5)
+    stir(model)
+    state = model.state_dict()
+    ours = giving_to_ours(state, pair.table.rows(), {})
+    theirs = giving_to_theirs(ours.state, pair.table.rows(), {})
+    assert set(ours.state) <= set(pair.ours.state_dict())
+    assert not theirs.left_over
+    assert set(theirs.state) == set(state) - set(ours.left_over)
+    # what is left over of theirs is derived on the way to them, a copy, or what METR has not
+    made = {moved.key for moved in (*pair.report.reshaped, *pair.report.copied)} | set(pair.report.afresh)
+    assert set(ours.left_over) <= made
+    assert not [key for key in ours.left_over if key.startswith(("model.encoder.layers.", pair.target.backbone))]
+    for key, tensor in theirs.state.items():
+        assert torch.equal(tensor, state[key]), key
 
 
 @torch.no_grad()

@@ -1,8 +1,12 @@
 """Small METRs whose layers are those of other detectors, with weights and norms that no zero or one hides."""
 
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from metr.data.config import ResizeConfig
 from metr.models.config import (
     CategoryConfig,
     DecoderConfig,
@@ -12,6 +16,8 @@ from metr.models.config import (
     QueryConfig,
 )
 from metr.models.detector import Detector
+from metr.transfer.outgoing import colours_of
+from metr.transfer.targets import find_target
 
 from small import TEXT_WIDTH, small_backbone
 
@@ -77,3 +83,9 @@ def texts(number: int = len(NAMES)) -> Tensor:
     """Text embeddings."""
     torch.manual_seed(2)
     return nn.functional.normalize(torch.randn(number, TEXT_WIDTH), dim=-1)
+
+
+def save_folder(model: Any, name: str, network: Detector, folder: Path) -> None:
+    """Writes a detector of transformers with the image processor that a METR gives its target."""
+    model.save_pretrained(folder)
+    find_target(name).image_processor(ResizeConfig(size=SIDE), colours_of(network)).save_pretrained(folder)

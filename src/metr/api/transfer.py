@@ -3,16 +3,23 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
 
 from metr.api.datasets import open_joint
 from metr.api.model import METR
+from metr.config import Tree
 from metr.data.config import ResizeConfig
+from metr.data.images import read_image
+from metr.data.records import ImageRecord
 from metr.engine.checkpoint import Checkpoint
+from metr.engine.finetune_recipe import RECIPE, left_to_finetuning
 from metr.engine.folders import explained_disk_errors, replaced_folder
 from metr.engine.hardware import resolved_device
+from metr.engine.recipe import load_recipe
 from metr.engine.tensors import write_json
 from metr.errors import ConfigError, ModelError
 from metr.hub import quiet
@@ -25,6 +32,8 @@ from metr.transfer.targets import find_target
 
 REPORT = "transfer.json"
 """What became of every weight, in the folder of the detector."""
+# of an object, as transformers' image processors read it
+_COCO = ("category_id", "bbox", "area", "iscrowd")
 
 
 def to_detector(model: METR, target: str, names: Sequence[str] | Vocabulary | None = None) -> Transferred:
@@ -41,7 +50,9 @@ def to_detector(model: METR, target: str, names: Sequence[str] | Vocabulary | No
     """
     found = find_target(target)
     wanted = model.vocabulary if names is None else names if isinstance(names, Vocabulary) else Vocabulary.of(names)
-    return transfer(found, model.network, wanted.names, model.embed(wanted))
+    done = transfer(found, model.network, wanted.names, model.embed(wanted))
+    notes = (*done.report.notes, *found.resizes_otherwise(model.resize))
+    return replace(done, report=replace(done.report, notes=notes))
 
 
 def transfer_run(run: Path, target: str, out: Path, *, names: str | None, console: Console) -> TransferReport:
@@ -70,6 +81,25 @@ def transfer_run(run: Path, target: str, out: Path, *, names: str | None, consol
         write_json(fresh / REPORT, done.report.to_dict())
     show(done.report, out, console)
     return done.report
+
+
+def trainer_batch(processor: Any, records: Sequence[ImageRecord]) -> dict[str, Any]:
+    """Pictures and their objects as transformers' detectors are trained with them: what a Trainer's collator gives.
+
+    Args:
+        processor: The detector's image processor.
+        records: Of a dataset's split, whose categories are the detector's labels.
+
+    Raises:
+        DataError: a picture cannot be read.
+    """
+    told = []
+    for record in records:
+        boxes = np.concatenate([record.boxes[:, :2], record.boxes[:, 2:] - record.boxes[:, :2]], axis=1).tolist()
+        objects = zip(record.labels.tolist(), boxes, record.areas.tolist(), record.ignore.tolist(), strict=True)
+        values = [dict(zip(_COCO, one, strict=True)) for one in objects]
+        told.append({"image_id": 0, "annotations": values})
+    return {**processor([read_image(record.path) for record in records], told, return_tensors="pt")}
 
 
 def from_detector(
@@ -111,10 +141,19 @@ def from_detector(
         text_embeddings=embeddings,
         text_encoder=encoder.pinned_config.model_dump(mode="json") | {"identity": encoder.identity},
         preprocessing=(foreign.resize or ResizeConfig()).model_dump(mode="json"),
-        training={"started from": f"{foreign.title}, {Path(source).name}"},
+        training={"started from": f"{foreign.title}, {Path(source).name}", RECIPE: _rates()},
     )
     rebuilt = replace(checkpoint, model=foreign.config.model_copy(update={"backbone": network.backbone.config}))
     return METR(network.to(place), rebuilt, source), report
+
+
+def _rates() -> Tree:
+    """What fine-tuning begins with: batch and optimizer of detectors of this size, as METR base is trained.
+
+    Losses and augmentation are METR's own: how the detector was trained, its files do not say.
+    """
+    told = left_to_finetuning(load_recipe("base"))
+    return {part: told[part] for part in ("loader", "train")}
 
 
 def adopt_file(source: Path, out: Path, *, names: str | None, text: str | None, console: Console) -> TransferReport:

@@ -49,18 +49,11 @@ def backbone_rows(config: Any, prefix: str) -> tuple[Row, ...]:
 
 
 def adopted_backbone(config: Any, strides: tuple[int, ...], frozen_norms: bool) -> BackboneConfig:
-    """METR's configuration of the backbone that a detector of transformers carries, to be built without its weights.
-
-    Raises:
-        ModelError: METR has no such backbone.
-    """
+    """METR's configuration of the backbone that a detector of transformers carries, to be built without its weights."""
     common: dict[str, Any] = {"pretrained": False, "strides": strides, "freeze_batch_norm": frozen_norms}
     if config.model_type == EfficientNetLiteConfig.model_type:
         options = {"width": config.width, "depth": config.depth}
         return BackboneConfig(name="efficientnet_lite0", options=options, **common)
-    if config.model_type == "timm_backbone":
-        what = "this detector carries a backbone of timm, which METR cannot build"
-        raise ModelError(what, where="backbone_config", hint="convert it to a backbone of transformers first")
     values: Mapping[str, Any] = config.to_diff_dict()
     known = type(config)().to_dict().keys()
     options = {key: value for key, value in values.items() if key in known and key not in _NOT_OPTIONS}

@@ -1,6 +1,6 @@
 """Weights from METR to another detector and back: one table, read in either direction, and a report of every tensor."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,12 +33,11 @@ def giving_to_theirs(ours: Mapping[str, Tensor], rows: Sequence[Row], derived: M
     moved = []
     for key in state:
         if key in derived:
-            moved.append(Moved(key=key, source=derived[key].ours, how=derived[key].how))
+            moved.append(Moved(key=key, source=derived[key].source, how=derived[key].how))
         else:
             how = "stacked" if len(sources[key]) > 1 else ""
             moved.append(Moved(key=key, source=sources[key], how=how))
-    used = tuple({source for one in moved for source in one.source})
-    return Giving(state=state, moved=tuple(moved), left_over=tuple(key for key in ours if not _part_of(key, used)))
+    return Giving(state=state, moved=tuple(moved), left_over=_left_over(ours, moved))
 
 
 def giving_to_ours(theirs: Mapping[str, Tensor], rows: Sequence[Row], derived: Mapping[str, Derived]) -> Giving:
@@ -47,12 +46,10 @@ def giving_to_ours(theirs: Mapping[str, Tensor], rows: Sequence[Row], derived: M
     Raises:
         CheckpointError: two of their keys claim the same name of ours.
     """
-    moved, state, used = [], dict[str, Tensor](), set[str]()
+    moved, state = [], dict[str, Tensor]()
     for key in theirs:
         # one at a time, so that every part is known to come from it
         pieces = to_ours({key: theirs[key]}, rows).state
-        if pieces:
-            used.add(key)
         for name, piece in pieces.items():
             if name in state:
                 raise CheckpointError(f"two keys become {name!r}", where=key, hint="check the key table")
@@ -61,10 +58,8 @@ def giving_to_ours(theirs: Mapping[str, Tensor], rows: Sequence[Row], derived: M
                 moved.append(Moved(key=name, source=(key,), how="unstacked" if len(pieces) > 1 else ""))
     for name, one in derived.items():
         state[name] = one.tensor
-        used.update(one.ours)
-        moved.append(Moved(key=name, source=one.ours, how=one.how))
-    parts = tuple(used)
-    return Giving(state=state, moved=tuple(moved), left_over=tuple(key for key in theirs if not _part_of(key, parts)))
+        moved.append(Moved(key=name, source=one.source, how=one.how))
+    return Giving(state=state, moved=tuple(moved), left_over=_left_over(theirs, moved))
 
 
 def receive(receiver: nn.Module, given: Giving, *, source: str, name: str, notes: Sequence[str] = ()) -> TransferReport:
@@ -97,9 +92,10 @@ def receive(receiver: nn.Module, given: Giving, *, source: str, name: str, notes
     )
 
 
-def _part_of(key: str, names: Sequence[str]) -> bool:
-    """Whether a key is one of the names, or inside a module that one names."""
-    return any(key == name or key.startswith(f"{name}.") for name in names)
+def _left_over(keys: Iterable[str], moved: Iterable[Moved]) -> tuple[str, ...]:
+    """Those that nothing was made of."""
+    used = {source for one in moved for source in one.source}
+    return tuple(key for key in keys if key not in used)
 
 
 def _misfit(key: str, tensor: Tensor, own: Mapping[str, Tensor]) -> str:

@@ -18,12 +18,13 @@ from metr.models.config import (
 )
 from metr.transfer.authors import AUTHORS
 from metr.transfer.pickled import PickledCheckpoint
+from metr.transfer.resnet import numbered, resnet_options, resnet_rows
 from metr.transfer.table import Row
 from metr.transfer.targets.base import Derived
 
 _STRIDES = (4, 8, 16, 32)
 _EXTRACTION = "transformer.prompt_indicator"
-_BODY = "backbone.0.body"
+_BODY = "backbone.0.body."
 _QUERIES = "transformer.tgt_embed.weight"
 # of what DINO and the authors call alike, what is not the same: heads for fixed classes, queries for the whole picture
 _OTHERWISE = ("transformer.enc_out_class_embed.", "class_embed.", _QUERIES)
@@ -70,33 +71,15 @@ def read_dino(checkpoint: PickledCheckpoint, where: object = None) -> DinoFile:
     derived: dict[str, Derived] = {}
     if not authors and _QUERIES in state:
         learned = state[_QUERIES][: config.queries.ceiling].clone()
-        derived["class_queries.learned.weight"] = Derived(tensor=learned, how="cut", ours=(_QUERIES,))
+        derived["class_queries.learned.weight"] = Derived(tensor=learned, how="cut", source=(_QUERIES,))
     return DinoFile(
         title="METR of its authors" if authors else "DINO",
         config=config,
-        rows=(*rows, *resnet_rows()),
+        rows=(*rows, *resnet_rows(_BODY, "backbone.network.")),
         state=state,
         derived=derived,
         prompts=state.get(f"{_EXTRACTION}.class_prompts") if authors else None,
     )
-
-
-def resnet_rows() -> tuple[Row, ...]:
-    """A ResNet of torchvision inside their backbone, and that of transformers inside ours."""
-    ours = "backbone.network"
-    rows = [
-        Row(f"{_BODY}.conv1.weight", f"{ours}.embedder.embedder.convolution.weight"),
-        Row(f"{_BODY}.bn1.{{n}}", f"{ours}.embedder.embedder.normalization.{{n}}"),
-    ]
-    for stage in range(1, 5):
-        theirs, own = f"{_BODY}.layer{stage}.{{i}}", f"{ours}.encoder.stages.{stage - 1}.layers.{{i}}"
-        for number in range(1, 4):
-            layer = f"{own}.layer.{number - 1}"
-            rows.append(Row(f"{theirs}.conv{number}.weight", f"{layer}.convolution.weight"))
-            rows.append(Row(f"{theirs}.bn{number}.{{n}}", f"{layer}.normalization.{{n}}"))
-        rows.append(Row(f"{theirs}.downsample.0.weight", f"{own}.shortcut.convolution.weight"))
-        rows.append(Row(f"{theirs}.downsample.1.{{n}}", f"{own}.shortcut.normalization.{{n}}"))
-    return tuple(rows)
 
 
 def _config(state: Mapping[str, Tensor], options: Mapping[str, Any], authors: bool, where: object) -> DetectorConfig:
@@ -106,14 +89,14 @@ def _config(state: Mapping[str, Tensor], options: Mapping[str, Any], authors: bo
     points = state["transformer.encoder.layers.0.self_attn.attention_weights.bias"].shape[0] // (heads * levels)
     seen = state["transformer.decoder.layers.0.cross_attn.attention_weights.bias"].shape[0] // (heads * levels)
     encoder = EncoderConfig(
-        layers=_count(state, "transformer.encoder.layers"),
+        layers=numbered(state, "transformer.encoder.layers"),
         levels=levels,
         heads=heads,
         points=points,
         feed_forward=state["transformer.encoder.layers.0.linear1.weight"].shape[0],
     )
     decoder = DecoderConfig(
-        layers=_count(state, "transformer.decoder.layers"),
+        layers=numbered(state, "transformer.decoder.layers"),
         heads=heads,
         points=seen,
         feed_forward=state["transformer.decoder.layers.0.linear1.weight"].shape[0],
@@ -138,31 +121,17 @@ def _shared(learned: int) -> QueryConfig:
 def _categories(state: Mapping[str, Tensor], heads: int) -> CategoryConfig:
     block = f"{_EXTRACTION}.prompt_blocks"
     return CategoryConfig(
-        blocks=_count(state, block), heads=heads, feed_forward=state[f"{block}.0.ffn.linear1.weight"].shape[0]
+        blocks=numbered(state, block), heads=heads, feed_forward=state[f"{block}.0.ffn.linear1.weight"].shape[0]
     )
 
 
 def _resnet(state: Mapping[str, Tensor], where: object) -> BackboneConfig:
     """The ResNet that the weights are of, by its blocks."""
-    depths = [_count(state, f"{_BODY}.layer{stage}") for stage in range(1, 5)]
-    if not all(depths) or f"{_BODY}.conv1.weight" not in state:
+    options = resnet_options(state, _BODY)
+    if options is None:
         what = "carries a backbone other than a ResNet of torchvision"
         raise ModelError(what, where=where, hint="take a checkpoint with ResNet-50 or ResNet-101")
     maps = sum(
         tensor.shape[-1] == 1 for key, tensor in state.items() if re.fullmatch(r"input_proj\.\d+\.0\.weight", key)
     )
-    bottleneck = f"{_BODY}.layer1.0.conv3.weight" in state
-    last = "conv3" if bottleneck else "conv2"
-    options = {
-        "depths": depths,
-        "layer_type": "bottleneck" if bottleneck else "basic",
-        "hidden_sizes": [state[f"{_BODY}.layer{stage}.0.{last}.weight"].shape[0] for stage in range(1, 5)],
-        "embedding_size": state[f"{_BODY}.conv1.weight"].shape[0],
-    }
     return BackboneConfig(name="resnet", pretrained=False, strides=_STRIDES[-maps:], options=options)
-
-
-def _count(state: Mapping[str, Tensor], prefix: str) -> int:
-    """How many numbered modules a prefix has."""
-    pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
-    return 1 + max((int(found[1]) for key in state if (found := pattern.match(key))), default=-1)

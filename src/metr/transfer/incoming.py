@@ -23,6 +23,7 @@ from metr.transfer.pickled import read_pickled
 from metr.transfer.report import TransferReport
 from metr.transfer.table import State
 from metr.transfer.targets import NAMES, find_target
+from metr.transfer.timm_folders import TimmNetwork, timm_network, without_timm
 
 logger = logging.getLogger(__name__)
 
@@ -91,21 +92,14 @@ def _from_file(path: Path) -> Foreign:
 
 
 def _from_folder(folder: Path) -> Foreign:
-    from transformers import AutoConfig, AutoModelForObjectDetection
-
-    with loading(str(folder)):
-        config = AutoConfig.from_pretrained(folder)
-        kinds = [name for name in NAMES if name == config.model_type and find_target(name).adopt is not None]
-        if not kinds:
-            what = f"METR takes no weights from a {config.model_type} model"
-            raise ModelError(what, where=folder, hint=f"one of {', '.join(_adoptable())}")
-        model = AutoModelForObjectDetection.from_pretrained(folder, config=config, dtype=torch.float32)
+    model = _loaded(folder)
+    config = model.config
     target = find_target(config.model_type)
     assert target.adopt is not None
     state: State = {key: tensor.detach() for key, tensor in model.state_dict().items()}
     preprocessing = _preprocessing(folder)
     backbone = _coloured(_backbone(config), preprocessing)
-    adopted = target.adopt(config, backbone)
+    adopted = target.adopt(config, backbone, state)
     return Foreign(
         title=target.title,
         config=adopted.config,
@@ -113,6 +107,45 @@ def _from_folder(folder: Path) -> Foreign:
         names=_names(config),
         resize=_resize(preprocessing),
     )
+
+
+def _loaded(folder: Path) -> Any:
+    """The detector of a folder, as transformers builds it.
+
+    Raises:
+        CheckpointError: the folder holds no weights, or they are damaged.
+        ModelError: it cannot be loaded, or METR has no counterpart of it.
+    """
+    from transformers import AutoConfig, AutoModelForObjectDetection, PreTrainedConfig
+
+    with loading(str(folder)):
+        values, _ = PreTrainedConfig.get_config_dict(folder)
+        kind = values.get("model_type") or AutoConfig.from_pretrained(folder).model_type
+        if kind not in _adoptable():
+            what = f"METR takes no weights from a {kind} model"
+            raise ModelError(what, where=folder, hint=f"one of {', '.join(_adoptable())}")
+        network = timm_network(values)
+        if network is not None:
+            return _loaded_without_timm(values, network, folder)
+        config = AutoConfig.from_pretrained(folder)
+        return AutoModelForObjectDetection.from_pretrained(folder, config=config, dtype=torch.float32)
+
+
+def _loaded_without_timm(values: Mapping[str, Any], network: TimmNetwork, folder: Path) -> Any:
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING
+
+    changed, state = without_timm(values, network, folder)
+    config = CONFIG_MAPPING[values["model_type"]].from_dict(changed)
+    kind: Any = MODEL_FOR_OBJECT_DETECTION_MAPPING[type(config)]
+    model, told = kind.from_pretrained(
+        None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True
+    )
+    prefix = find_target(config.model_type).backbone
+    if missing := sorted(key for key in told["missing_keys"] if key.startswith(prefix)):
+        what = f"the backbone is not whole: {missing[0]} is missing"
+        raise ModelError(what, where=folder, hint="download or copy it again")
+    return model
 
 
 def _adoptable() -> list[str]:

@@ -22,16 +22,17 @@ _NODES = 33
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Moments:
-    """Mean and deviation of each channel."""
+    """Mean and deviation of each channel, and the norms that told them."""
 
     mean: Float[Tensor, "c"]
     deviation: Float[Tensor, "c"]
+    norms: tuple[nn.Module, ...] = ()
 
 
 def after_norm(norm: nn.Module) -> Moments:
     """Of what a layer norm or batch norm gives."""
     weight, bias = norm.get_parameter("weight"), norm.get_parameter("bias")
-    return Moments(mean=bias.detach().clone(), deviation=weight.detach().abs())
+    return Moments(mean=bias.detach().clone(), deviation=weight.detach().abs(), norms=(norm,))
 
 
 def after_silu(before: Moments) -> Moments:
@@ -41,12 +42,13 @@ def after_silu(before: Moments) -> Moments:
     share = torch.as_tensor(weights / weights.sum(), dtype=before.mean.dtype).unsqueeze(1)
     values = silu(before.mean + at * before.deviation)
     mean = (share * values).sum(0)
-    return Moments(mean=mean, deviation=(share * (values - mean) ** 2).sum(0).sqrt())
+    return Moments(mean=mean, deviation=(share * (values - mean) ** 2).sum(0).sqrt(), norms=before.norms)
 
 
 def added(first: Moments, second: Moments) -> Moments:
     """Of a sum, as if the two had nothing to do with each other."""
-    return Moments(mean=first.mean + second.mean, deviation=torch.hypot(first.deviation, second.deviation))
+    deviation = torch.hypot(first.deviation, second.deviation)
+    return Moments(mean=first.mean + second.mean, deviation=deviation, norms=first.norms + second.norms)
 
 
 def after_convolution(layer: ConvNorm) -> Moments:

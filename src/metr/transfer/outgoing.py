@@ -113,7 +113,7 @@ def variances(backbone: Backbone, model: Any, prefix: str) -> dict[str, Derived]
         if eps != _FROZEN_EPS:
             variance = own[key].get_buffer("running_var").detach().cpu() + (eps - _FROZEN_EPS)
             source = (f"backbone.{key}.running_var",)
-            moved[f"{name}.running_var"] = Derived(tensor=variance, how="eps moved into it", ours=source)
+            moved[f"{name}.running_var"] = Derived(tensor=variance, how="eps moved into it", source=source)
     return moved
 
 

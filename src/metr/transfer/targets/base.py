@@ -14,14 +14,13 @@ from metr.models.backbones.config import BackboneConfig
 from metr.models.config import DecoderConfig, DetectorConfig, EncoderConfig
 from metr.models.detector import Detector
 from metr.transfer.classifier import Linear, layer_classifier
-from metr.transfer.table import Row
+from metr.transfer.sources import of_layer_head
+from metr.transfer.table import Row, State
 
-AGREEMENT = ("decoder.agreement", "decoder.norm", "category_extraction")
-"""Our parts that make a classification head."""
 FOLDED = "folded: agreement head and names"
 """How a classification head was made."""
-PROPOSALS = ("proposals.category", "proposals.bias", "proposals.objectness", "category_extraction")
-"""Our parts that make a head that scores places."""
+FOLDED_PLACES = "folded: proposals' head and names"
+"""How a head that scores places was made."""
 
 Colours = tuple[tuple[float, ...], tuple[float, ...]]
 
@@ -92,11 +91,11 @@ class Knowledge:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Derived:
-    """A tensor of the target that is no copy: how it was made, in a few words, and from which of our keys."""
+    """A tensor of the receiver that is no copy: how it was made, in a few words, and from which keys of the giver."""
 
     tensor: Tensor
     how: str
-    ours: tuple[str, ...] = ()
+    source: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,8 +129,8 @@ class Target:
         table: Its key table, for a configuration of its own.
         derive: The tensors that no row gives, by its keys; asked only where the families fit.
         differences: What it computes otherwise than such a METR in spite of equal weights, in sentences.
-        adopt: The METR that its weights fit, from its configuration and METR's configuration of its backbone;
-            None where that direction is not offered.
+        adopt: The METR that its weights fit, from its configuration, METR's configuration of its backbone, and its
+            weights; None where that direction is not offered.
         multiple: Its pictures' sides must be multiples of this.
         single_map: It reads the backbone's last map only.
         square: Its pictures have one fixed size, as it looks at no padding mask.
@@ -147,7 +146,7 @@ class Target:
     table: Callable[[Any], KeyTable]
     derive: Derivation = nothing_derived
     differences: Callable[[DetectorConfig], tuple[str, ...]] = lambda _: ()
-    adopt: Callable[[Any, BackboneConfig], Adopted] | None = None
+    adopt: Callable[[Any, BackboneConfig, State], Adopted] | None = None
     multiple: int = 1
     single_map: bool = False
     square: bool = False
@@ -156,11 +155,21 @@ class Target:
         """Whether more than the backbone of such a METR has a place here."""
         return (config.encoder.kind, config.decoder.kind) == (self.encoder, self.decoder)
 
+    def resizes_otherwise(self, resize: ResizeConfig) -> tuple[str, ...]:
+        """What its image processor does to a picture's shape that METR does not, in sentences."""
+        size = self._size(resize)
+        if resize.mode == "fit" and self.square:
+            own = f"sides of {resize.size} to {resize.longest} (resize.mode: fit)"
+            return (f"pictures are stretched to squares of {size} pixels; this METR's keep their aspect, with {own}",)
+        if resize.mode == "stretch" and size != resize.size:
+            return (f"pictures have {size} pixels, a multiple of {self.multiple}; this METR's have {resize.size}",)
+        return ()
+
     def image_processor(self, resize: ResizeConfig, colours: Colours) -> Any:
         """Its image processor: METR's size and colours."""
         import transformers
 
-        size = -(-resize.size // self.multiple) * self.multiple
+        size = self._size(resize)
         shape = {"height": size, "width": size}
         if resize.mode == "fit" and not self.square:
             shape = {"shortest_edge": resize.size, "longest_edge": resize.longest}
@@ -168,6 +177,10 @@ class Target:
         # without torchvision only this backend exists; what is saved names neither
         made: Any = getattr(transformers, f"{self.processor}Pil")
         return made(size=shape, image_mean=mean, image_std=std, do_normalize=True, do_rescale=True)
+
+    def _size(self, resize: ResizeConfig) -> int:
+        """METR's size, or the next larger one that it takes."""
+        return -(-resize.size // self.multiple) * self.multiple
 
 
 def need_options(config: Any, wanted: Mapping[str, Any]) -> None:
@@ -181,7 +194,7 @@ def need_options(config: Any, wanted: Mapping[str, Any]) -> None:
         found = list(options[option]) if isinstance(options[option], tuple) else options[option]
         if found != value:
             what = f"METR needs {option} = {value!r}, found {found!r}"
-            raise ModelError(what, where=config.model_type, hint="take another size of this detector")
+            raise ModelError(what, where=config.model_type, hint=f"take one that was made with {option} = {value!r}")
 
 
 def encoder_values(config: Any) -> dict[str, Any]:
@@ -192,6 +205,12 @@ def encoder_values(config: Any) -> dict[str, Any]:
         "heads": config.encoder_attention_heads,
         "feed_forward": config.encoder_ffn_dim,
     }
+
+
+def level_points(config: Any) -> list[int]:
+    """How many points a head of their decoder samples on each level."""
+    points = config.decoder_n_points
+    return [points] * config.num_feature_levels if isinstance(points, int) else list(points)
 
 
 def around(
@@ -216,7 +235,7 @@ def around(
     sizes = DecoderConfig(
         layers=config.decoder_layers,
         heads=heads,
-        points=config.decoder_n_points,
+        points=max(level_points(config)),
         feed_forward=config.decoder_ffn_dim,
         **(decoder or {}),
     )
@@ -235,15 +254,15 @@ def layer_heads(known: Knowledge, theirs: str) -> dict[str, Derived]:
     fresh: dict[str, Derived] = {}
     for layer in range(known.config.decoder_layers):
         classes = layer_classifier(known.network, known.tokens, layer)
-        fresh |= given_layer(f"{theirs}.{layer}", classes, FOLDED, AGREEMENT)
+        fresh |= given_layer(f"{theirs}.{layer}", classes, FOLDED, of_layer_head(known.network, layer))
     return fresh
 
 
-def given_layer(key: str, layer: Linear, how: str, ours: tuple[str, ...]) -> dict[str, Derived]:
+def given_layer(key: str, layer: Linear, how: str, source: tuple[str, ...]) -> dict[str, Derived]:
     """Weight and bias of a linear layer of theirs."""
     return {
-        f"{key}.weight": Derived(tensor=layer.weight, how=how, ours=ours),
-        f"{key}.bias": Derived(tensor=layer.bias, how=how, ours=ours),
+        f"{key}.weight": Derived(tensor=layer.weight, how=how, source=source),
+        f"{key}.bias": Derived(tensor=layer.bias, how=how, source=source),
     }
 
 

@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import ConditionalDetrConfig
 
 from metr.transfer.classifier import Linear
+from metr.transfer.sources import of_head
 from metr.transfer.table import Row
 from metr.transfer.targets.base import (
-    AGREEMENT,
     FOLDED,
     Derived,
     KeyTable,
@@ -27,10 +27,10 @@ from metr.transfer.targets.base import (
 from metr.transfer.targets.single_scale import (
     ASK_FOR_ALL,
     DECODER,
-    POSITION,
     common_options,
     encoder_rows,
     name_logits,
+    position_keys,
     query_positions,
     spread_logits,
     with_backbone,
@@ -88,14 +88,14 @@ def _derive(knowledge: Knowledge) -> Mapping[str, Derived]:
     queries, first, last = _queries_and_points(query_positions(knowledge), start[:, :2])
     bias = knowledge.network.decoder.box.change.last.bias
     size = torch.cat([torch.zeros(2), start[0, 2:]])
-    how = "computed: embedded boxes spread over the picture"
+    how, positions = "computed: embedded boxes spread over the picture", position_keys(knowledge)
     return {
-        **given_layer("class_labels_classifier", name_logits(knowledge), FOLDED, AGREEMENT),
-        "model.query_position_embeddings.weight": Derived(tensor=queries, how=how, ours=POSITION),
-        **given_layer("model.decoder.ref_point_head.layers.0", first, how, POSITION),
-        **given_layer("model.decoder.ref_point_head.layers.1", last, how, POSITION),
+        **given_layer("class_labels_classifier", name_logits(knowledge), FOLDED, of_head(knowledge.network)),
+        "model.query_position_embeddings.weight": Derived(tensor=queries, how=how, source=positions),
+        **given_layer("model.decoder.ref_point_head.layers.0", first, how, positions),
+        **given_layer("model.decoder.ref_point_head.layers.1", last, how, positions),
         "bbox_predictor.layers.2.bias": Derived(
-            tensor=bias + size, how="shifted to the size of the spread boxes", ours=("decoder.box.change.4.bias",)
+            tensor=bias + size, how="shifted to the size of the spread boxes", source=("decoder.box.change.4.bias",)
         ),
     }
 

@@ -9,7 +9,7 @@ from metr.errors import ModelError
 from metr.models.backbones.config import BackboneConfig
 from metr.models.config import DetectorConfig
 from metr.transfer.carriers import backbone_rows
-from metr.transfer.table import Row
+from metr.transfer.table import Row, State
 from metr.transfer.targets import rt_detr
 from metr.transfer.targets.base import (
     Adopted,
@@ -22,6 +22,7 @@ from metr.transfer.targets.base import (
     mlp,
 )
 from metr.transfer.targets.rt_detr import convolution, two_branches
+from metr.transfer.targets.sampling import even_sampling
 
 # transformers ties its heads from the second layer on
 _LEAST_LAYERS = 2
@@ -105,7 +106,7 @@ def differences(config: DetectorConfig) -> tuple[str, ...]:
     return tuple(said)
 
 
-def adopt(config: Any, backbone: BackboneConfig) -> Adopted:
+def adopt(config: Any, backbone: BackboneConfig, state: State) -> Adopted:
     """A METR with D-FINE's encoder; the values and outputs that its decoder lacks change nothing.
 
     Raises:
@@ -119,7 +120,7 @@ def adopt(config: Any, backbone: BackboneConfig) -> Adopted:
             key, width = f"decoder.layers.{layer}.cross.{part}", config.d_model
             identity[f"{key}.weight"] = Derived(tensor=torch.eye(width), how="identity")
             identity[f"{key}.bias"] = Derived(tensor=torch.zeros(width), how="identity")
-    return Adopted(config=adopted, derived=identity)
+    return Adopted(config=adopted, derived=identity | even_sampling(config, state))
 
 
 TARGET = replace(

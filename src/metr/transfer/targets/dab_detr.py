@@ -7,8 +7,8 @@ import torch
 from transformers import DabDetrConfig
 
 from metr.models.encoders.plain import TEMPERATURE
+from metr.transfer.sources import of_contents, of_head
 from metr.transfer.targets.base import (
-    AGREEMENT,
     FOLDED,
     Derived,
     KeyTable,
@@ -89,14 +89,14 @@ def _derive(knowledge: Knowledge) -> Mapping[str, Derived]:
     scale = "model.encoder.query_scale.layers.1"
     still = "computed: changes nothing"
     return {
-        **given_layer("class_embed", name_logits(knowledge), FOLDED, AGREEMENT),
+        **given_layer("class_embed", name_logits(knowledge), FOLDED, of_head(network)),
         "model.query_refpoint_embeddings.weight": Derived(
             tensor=spread_logits(config.num_queries), how="computed: boxes spread over the picture"
         ),
         "model.patterns.weight": Derived(
             tensor=content.unsqueeze(0),
             how="computed: what METR's queries have in common",
-            ours=("class_queries.learned.weight",),
+            source=("class_queries.learned.weight", *of_contents(network)),
         ),
         f"{scale}.weight": Derived(tensor=torch.zeros(config.hidden_size, config.hidden_size), how=still),
         f"{scale}.bias": Derived(tensor=torch.ones(config.hidden_size), how=still),

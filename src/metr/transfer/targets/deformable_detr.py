@@ -13,9 +13,10 @@ from metr.transfer.carriers import backbone_rows
 from metr.transfer.classifier import place_classifier
 from metr.transfer.fitted import fit_stacked_norm
 from metr.transfer.positions import box_position, four_encodings
-from metr.transfer.table import Row
+from metr.transfer.sources import inside, of_contents, of_places
+from metr.transfer.table import Row, State
 from metr.transfer.targets.base import (
-    PROPOSALS,
+    FOLDED_PLACES,
     Adopted,
     Derived,
     KeyTable,
@@ -118,7 +119,7 @@ def derive(known: Knowledge) -> Mapping[str, Derived]:
     places = place_classifier(known.network, known.tokens)
     places.weight[0], places.bias[0] = places.weight.mean(0), places.bias.mean(0)
     key = f"class_embed.{known.config.decoder_layers}"
-    head = given_layer(key, places, "folded: proposals' head and names", PROPOSALS)
+    head = given_layer(key, places, FOLDED_PLACES, of_places(known.network))
     return layer_heads(known, "class_embed") | head | _queries(known)
 
 
@@ -132,10 +133,13 @@ def _queries(known: Knowledge) -> dict[str, Derived]:
         content = content + network.class_queries.place(network.proposals.norm.bias)
     fit = fit_stacked_norm(position, content, partial(four_encodings, width=width))
     stacked, norm = fit.layers
-    ours = ("decoder.position", "class_queries")
+    source = inside(network, "decoder.position", "class_queries") + of_contents(network)
+    if network.class_queries.place is not None:
+        source += ("proposals.norm.bias",)
     scale = {"weight": norm.weight.diagonal().clone(), "bias": norm.bias}
-    return given_layer("model.pos_trans", stacked, str(fit), ours) | {
-        f"model.pos_trans_norm.{name}": Derived(tensor=value, how=str(fit), ours=ours) for name, value in scale.items()
+    return given_layer("model.pos_trans", stacked, str(fit), source) | {
+        f"model.pos_trans_norm.{name}": Derived(tensor=value, how=str(fit), source=source)
+        for name, value in scale.items()
     }
 
 
@@ -149,7 +153,7 @@ def differences(config: DetectorConfig) -> tuple[str, ...]:
     return tuple(said)
 
 
-def adopt(config: Any, backbone: BackboneConfig) -> Adopted:
+def adopt(config: Any, backbone: BackboneConfig, _: State) -> Adopted:
     """A METR with Deformable DETR's positions.
 
     Raises:

@@ -8,8 +8,8 @@ import torch
 from transformers import DetrConfig
 
 from metr.transfer.classifier import Linear
+from metr.transfer.sources import of_head
 from metr.transfer.targets.base import (
-    AGREEMENT,
     FOLDED,
     Derived,
     KeyTable,
@@ -25,11 +25,11 @@ from metr.transfer.targets.base import (
 from metr.transfer.targets.single_scale import (
     ASK_FOR_ALL,
     DECODER,
-    POSITION,
     common_options,
     conditional_decoder,
     encoder_rows,
     name_logits,
+    position_keys,
     query_positions,
     with_backbone,
 )
@@ -74,20 +74,21 @@ def _derive(knowledge: Knowledge) -> Mapping[str, Derived]:
     names = name_logits(knowledge)
     weight = torch.cat([names.weight, torch.zeros_like(names.weight[:1])])
     bias = torch.cat([names.bias, torch.zeros_like(names.bias[:1])])
-    derived = given_layer("class_labels_classifier", Linear(weight=weight, bias=bias), FOLDED, AGREEMENT)
+    source = of_head(knowledge.network)
+    derived = given_layer("class_labels_classifier", Linear(weight=weight, bias=bias), FOLDED, source)
     derived["model.query_position_embeddings.weight"] = Derived(
         tensor=query_positions(knowledge),
         how="computed: embedded boxes spread over the picture",
-        ours=POSITION,
+        source=position_keys(knowledge),
     )
     for index, layer in enumerate(conditional_decoder(knowledge).layers):
         for part in ("weight", "bias"):
-            source = f"cross.query_content.{part}"
+            own = f"cross.query_content.{part}"
             # METR's heads are twice as wide: they hold the place as well
             derived[f"model.decoder.layers.{index}.encoder_attn.q_proj.{part}"] = Derived(
-                tensor=layer.get_parameter(source) / math.sqrt(2),
+                tensor=layer.get_parameter(own) / math.sqrt(2),
                 how="scaled for narrower heads",
-                ours=(f"decoder.layers.{index}.{source}",),
+                source=(f"decoder.layers.{index}.{own}",),
             )
     return derived
 

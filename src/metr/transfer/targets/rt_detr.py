@@ -17,9 +17,10 @@ from metr.transfer.classifier import place_classifier
 from metr.transfer.fitted import fit_box_mlp
 from metr.transfer.moments import Moments, inside_fusion, of_memory
 from metr.transfer.positions import box_position
-from metr.transfer.table import Row
+from metr.transfer.sources import inside, of_contents, of_norms, of_places
+from metr.transfer.table import Row, State
 from metr.transfer.targets.base import (
-    PROPOSALS,
+    FOLDED_PLACES,
     Adopted,
     Derived,
     KeyTable,
@@ -38,6 +39,7 @@ from metr.transfer.targets.base import (
     mlp,
     need_options,
 )
+from metr.transfer.targets.sampling import even_sampling
 
 # convolution blocks of each fusion, which RT-DETR's configuration cannot change
 BLOCKS = 3
@@ -185,8 +187,8 @@ def derive(known: Knowledge) -> Mapping[str, Derived]:
     network, fresh = known.network, queries_and_heads(known)
     assert isinstance(network.encoder, HybridEncoder)
     if not network.encoder.outputs:
-        fresh |= _memory_projection(network.encoder)
-    return fresh | _passing_blocks(network.encoder)
+        fresh |= _memory_projection(network, network.encoder)
+    return fresh | _passing_blocks(network, network.encoder)
 
 
 def queries_and_heads(known: Knowledge) -> dict[str, Derived]:
@@ -198,12 +200,13 @@ def queries_and_heads(known: Knowledge) -> dict[str, Derived]:
 def _places_and_names(known: Knowledge) -> dict[str, Derived]:
     """The head that scores places, and the content of denoising queries."""
     network, contents = known.network, known.contents
-    how = "folded: proposals' head and names"
-    fresh = given_layer("model.enc_score_head", place_classifier(network, known.tokens), how, PROPOSALS)
+    places = place_classifier(network, known.tokens)
+    fresh = given_layer("model.enc_score_head", places, FOLDED_PLACES, of_places(network))
     if known.config.num_denoising:
         learned = torch.zeros_like(contents[0]) if network.denoising is None else network.denoising.learned.detach()
         content = torch.cat([contents + learned, torch.zeros_like(contents[:1])])
-        fresh["model.denoising_class_embed.weight"] = Derived(tensor=content, how="computed: names")
+        source = inside(network, "denoising.learned") + of_contents(network)
+        fresh["model.denoising_class_embed.weight"] = Derived(tensor=content, how="computed: names", source=source)
     return fresh
 
 
@@ -216,13 +219,13 @@ def _positions(network: Detector) -> dict[str, Derived]:
     if position is None:
         return {}
     fit = fit_box_mlp(position, 2 * network.config.width)
-    given: dict[str, Derived] = {}
+    given, source = dict[str, Derived](), inside(network, "decoder.position")
     for number, layer in enumerate(fit.layers):
-        given |= given_layer(f"{_DECODER}.query_pos_head.layers.{number}", layer, str(fit), ("decoder.position",))
+        given |= given_layer(f"{_DECODER}.query_pos_head.layers.{number}", layer, str(fit), source)
     return given
 
 
-def _memory_projection(encoder: HybridEncoder) -> dict[str, Derived]:
+def _memory_projection(network: Detector, encoder: HybridEncoder) -> dict[str, Derived]:
     """RT-DETR projects and normalises the memory once more: made to change nothing.
 
     The norm expects what the weights say of each channel, so that in training too, where it looks at the batch, it
@@ -234,7 +237,9 @@ def _memory_projection(encoder: HybridEncoder) -> dict[str, Derived]:
         key = f"model.decoder_input_proj.{level}"
         eye = torch.eye(encoder.width)[:, :, None, None]
         fresh[f"{key}.0.weight"] = Derived(tensor=eye, how=how)
-        fresh |= {f"{key}.1.{name}": Derived(tensor=value, how=how) for name, value in _unmoved(moments).items()}
+        source = of_norms(network, moments)
+        for name, value in _unmoved(moments).items():
+            fresh[f"{key}.1.{name}"] = Derived(tensor=value, how=how, source=source)
     return fresh
 
 
@@ -249,7 +254,7 @@ def _unmoved(moments: Moments, shift: float = 0.0, eps: float = 1e-5) -> dict[st
     }
 
 
-def _passing_blocks(encoder: HybridEncoder) -> dict[str, Derived]:
+def _passing_blocks(network: Detector, encoder: HybridEncoder) -> dict[str, Derived]:
     """Blocks that METR's fusions lack: all passes through them, but for a shift that the convolution after them takes.
 
     A fusion without that convolution keeps the blocks as they were initialised.
@@ -264,22 +269,23 @@ def _passing_blocks(encoder: HybridEncoder) -> dict[str, Derived]:
                 continue
             key, own = f"{_ENCODER}.{name}.{number}", f"encoder.{'down' if name == 'fpn_blocks' else 'up'}_fusions"
             moments = inside_fusion(fusion)
+            source = of_norms(network, moments)
             for block in lacking:
-                fresh |= _passing(f"{key}.bottlenecks.{block}", moments)
+                fresh |= _passing(f"{key}.bottlenecks.{block}", moments, source)
                 moments = Moments(mean=moments.mean + _SHIFT, deviation=moments.deviation)
             norm = fusion.out[1]
             passed = fusion.out[0].get_parameter("weight").detach().sum((1, 2, 3))
             moved = norm.get_buffer("running_mean") + passed * _SHIFT * len(lacking)
-            ours = (f"{own}.{number}.out.1.running_mean",)
-            fresh[f"{key}.conv3.norm.running_mean"] = Derived(tensor=moved, how="shifted", ours=ours)
+            source = tuple(f"{own}.{number}.out.{part}" for part in ("1.running_mean", "0.weight"))
+            fresh[f"{key}.conv3.norm.running_mean"] = Derived(tensor=moved, how="shifted", source=source)
     return fresh
 
 
-def _passing(key: str, moments: Moments) -> dict[str, Derived]:
+def _passing(key: str, moments: Moments, source: tuple[str, ...]) -> dict[str, Derived]:
     """One block through which everything passes, shifted."""
     width, how = len(moments.mean), "passing block"
     norm = _unmoved(moments, _SHIFT)
-    fresh = {f"{key}.conv2.norm.{name}": Derived(tensor=value, how=how) for name, value in norm.items()}
+    fresh = {f"{key}.conv2.norm.{name}": Derived(tensor=value, how=how, source=source) for name, value in norm.items()}
     fresh[f"{key}.conv2.conv.weight"] = Derived(tensor=torch.eye(width)[:, :, None, None], how=how)
     silent = {"weight": torch.zeros(width), "bias": torch.zeros(width)}
     return fresh | {f"{key}.conv1.norm.{name}": Derived(tensor=value, how=how) for name, value in silent.items()}
@@ -306,13 +312,14 @@ def positions_differ(config: DetectorConfig) -> tuple[str, ...]:
     return (f"the encoder's positions are counted in cells; this METR's are {config.encoder.positions}",)
 
 
-def adopt(config: Any, backbone: BackboneConfig) -> Adopted:
+def adopt(config: Any, backbone: BackboneConfig, state: State) -> Adopted:
     """A METR with RT-DETR's encoder, its projection of the memory and its positions, so that all of it fits.
 
     Raises:
         ModelError: an option is set for which METR has no counterpart.
     """
-    return Adopted(config=adopted_config(config, backbone, fusion_blocks=BLOCKS, project_memory=True))
+    adopted = adopted_config(config, backbone, fusion_blocks=BLOCKS, project_memory=True)
+    return Adopted(config=adopted, derived=even_sampling(config, state))
 
 
 def adopted_config(config: Any, backbone: BackboneConfig, **fusions: Any) -> DetectorConfig:
@@ -347,10 +354,9 @@ def _refuse(config: Any) -> None:
         "activation_function": "silu",
         "decoder_activation_function": "relu",
     }
-    need_options(config, wanted)
-    if not isinstance(config.decoder_n_points, int):
-        what = f"METR needs as many points on every level, found {config.decoder_n_points}"
-        raise ModelError(what, where="decoder_n_points", hint="take another size of this detector")
+    # RT-DETR itself has no choice of it
+    method = {"decoder_method": "default"} if "decoder_method" in config.to_dict() else {}
+    need_options(config, wanted | method)
 
 
 TARGET = Target(

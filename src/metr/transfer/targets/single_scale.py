@@ -16,6 +16,7 @@ from metr.registered_config import EfficientNetLiteConfig
 from metr.transfer.carriers import backbone_rows
 from metr.transfer.classifier import Linear, classifier
 from metr.transfer.moments import after_norm
+from metr.transfer.sources import inside
 from metr.transfer.table import Row
 from metr.transfer.targets.base import (
     KeyTable,
@@ -28,8 +29,6 @@ from metr.transfer.targets.base import (
     linear,
 )
 
-# our embedding of boxes
-POSITION = ("decoder.position",)
 DECODER = ("model.decoder.layers.{i}", "decoder.layers.{i}")
 
 ASK_FOR_ALL = "every query asks for every name; METR's each ask for one, and attend to those that ask for the same"
@@ -116,6 +115,11 @@ def query_positions(knowledge: Knowledge) -> Float[Tensor, "n d"]:
     boxes = spread_boxes(knowledge.config.num_queries)
     embedded: Tensor = conditional_decoder(knowledge).position(box_encoding(boxes, knowledge.network.config.width))
     return embedded
+
+
+def position_keys(knowledge: Knowledge) -> tuple[str, ...]:
+    """Our embedding of boxes."""
+    return inside(knowledge.network, "decoder.position")
 
 
 def spread_logits(number: int) -> Float[Tensor, "n 4"]:
