@@ -21,9 +21,9 @@ _LONGEST = 120
 
 
 class Config(BaseModel):
-    """Base of every configuration class: frozen, and strict about keys that it does not know."""
+    """Base of every configuration class: frozen, strict about keys that it does not know, finite in every number."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
     @classmethod
     def checked(cls: type[ConfigT], values: Mapping[str, Any], *, where: object = None) -> ConfigT:
@@ -50,6 +50,8 @@ def read_yaml(path: Path) -> Tree:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, OSError) as error:  # impossible dates and bytes are ValueErrors
         raise ConfigError(f"not readable as YAML: {error}", where=path) from None
+    except RecursionError:
+        raise ConfigError("not readable as YAML: nested too deeply", where=path) from None
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise ConfigError(f"expected keys and values, found a {type(values).__name__}", where=path)
@@ -103,7 +105,7 @@ def _scalar(text: str) -> Any:
     """A YAML value; numbers such as 1e-4, which YAML 1.1 takes for words, are numbers, and quoted ones are words."""
     try:
         value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):
+    except (yaml.YAMLError, ValueError, RecursionError):
         return text
     return float(text) if isinstance(value, str) and _POWER.fullmatch(text.strip()) else value
 

@@ -127,3 +127,9 @@ def test_large_datasets_are_opened_in_part_unless_all_is_wanted(tmp_path: Path) 
     assert inspect_datasets([opened(root)], few, every_picture=True).faults["pets"].counts == {
         "same picture in two splits": 1
     }
+    # a header tells nothing of what is missing behind it
+    whole = (root / "images/d.png").read_bytes()
+    (root / "images/d.png").write_bytes(whole[: len(whole) // 2])
+    every = SPELLING.model_copy(update={"files": 99})
+    assert "unreadable picture" not in inspect_datasets([opened(root)], every).faults["pets"].counts
+    assert inspect_datasets([opened(root)], every, every_picture=True).faults["pets"].counts["unreadable picture"] == 1

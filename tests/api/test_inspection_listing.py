@@ -1,10 +1,11 @@
 """The listing that is left to edit: it says what was given, and every suggestion in it can be taken up."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
-from inspection_made import SPELLING, dataset_facts, name_facts, write_csv
+from inspection_made import SPELLING, dataset_facts, name_facts, save_noise, write_csv
 
 from metr.api.inspection.assistant import inspect_datasets
 from metr.api.inspection.doubts import Doubt
@@ -112,6 +113,41 @@ def test_long_lists_of_names_are_wrapped(tmp_path: Path) -> None:
     assert max(map(len, path.read_text().splitlines())) <= 130
     path.write_text(uncommented(path.read_text()))
     assert parse_data_arguments([str(path)])[0].exhaustive == source.categories
+
+
+def test_no_list_of_names_where_the_files_tell_it_of_each_picture(tmp_path: Path) -> None:
+    """With such a list, what is unknown would be taught as absent. A list that the user gave stays."""
+    root = tmp_path / "captions"
+    for name in "abcde":
+        save_noise(root / "images" / f"{name}.png", seed=ord(name))
+    lines = [
+        {
+            "filename": f"{name}.png",
+            "height": 30,
+            "width": 40,
+            "grounding": {"regions": [{"bbox": box, "phrase": name}]},
+        }
+        for name, box in zip("abcde", [[1, 1, 9, 9]] * 5, strict=True)
+    ]
+    (root / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    source = open_dataset(DatasetSpec(name="captions", path=root), tmp_path / "cache")
+    path = written(tmp_path, source)
+    entry = path.read_text().partition("datasets:")[2]
+    assert "# exhaustive:" not in entry
+    assert "  # its files say of each picture what is annotated" in entry
+    path.write_text(uncommented(path.read_text()))
+    assert parse_data_arguments([str(path)])[0].exhaustive is None
+    given = open_dataset(DatasetSpec(name="captions", path=root, exhaustive=["a"]), tmp_path / "cache")
+    text = written(tmp_path, given).read_text()
+    assert "    exhaustive: [a]\n" in text
+    assert "its files say" not in text
+
+
+def test_a_dropped_box_leaves_the_list_of_names(tmp_path: Path) -> None:
+    lines = ["a.png,0,0,5,5,cat", "a.png,3,3,3,9,dog", "b.png,0,0,5,5,cat"]
+    root = write_csv(tmp_path / "pets", {"train": lines, "val": ["c.png,,,,,"]})
+    source = open_dataset(DatasetSpec(name="pets", path=root), tmp_path / "cache")
+    assert "    # exhaustive: [cat, dog]\n" in written(tmp_path, source).read_text()
 
 
 def test_a_split_held_out_by_chance_is_not_written(tmp_path: Path) -> None:

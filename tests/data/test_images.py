@@ -2,13 +2,14 @@
 
 import io
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from metr.data.images import check_picture, probe_size, read_annotated, read_header, read_image
+from metr.data.images import check_picture, probe_size, read_annotated, read_header, read_image, upright_record
 from metr.data.records import ImageRecord
 from metr.errors import DataError
 
@@ -205,11 +206,40 @@ def test_boxes_of_the_stored_pixels(tmp_path: Path, picture: Image.Image) -> Non
     path = save(picture, tmp_path / "a.jpg", exif=exif)
     stored = record(path, height=HEIGHT, width=WIDTH)
     image, fitted, fault = read_annotated(stored)
-    assert image.shape == (HEIGHT, WIDTH, 3)
-    assert fitted is stored
+    np.testing.assert_array_equal(image, read_image(path))
+    assert (fitted.height, fitted.width) == image.shape[:2] == (WIDTH, HEIGHT)
     assert fault is not None
     assert fault.kind == "orientation"
     assert check_picture(stored) == fault
+    assert upright_record(stored).boxes.tolist() == fitted.boxes.tolist()
+
+
+@pytest.mark.parametrize("orientation", range(5, 9))
+def test_boxes_are_turned_with_their_picture(tmp_path: Path, orientation: int) -> None:
+    """The white rectangle that a box is around before it is around after."""
+    pixels = np.zeros((30, 50, 3), dtype=np.uint8)
+    pixels[4:10, 20:45] = 255
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = save(Image.fromarray(pixels), tmp_path / "a.png", exif=exif)
+    stored = replace(record(path, height=30, width=50), boxes=np.array([[20, 4, 45, 10]], dtype=np.float32))
+    image, fitted, _ = read_annotated(stored)
+    left, top, right, bottom = fitted.boxes[0].astype(int).tolist()
+    assert image.shape == (50, 30, 3)
+    assert (image[top:bottom, left:right] == 255).all()
+    assert (image == 255).sum() == 3 * (bottom - top) * (right - left) == 3 * 25 * 6
+    assert fitted.boxes.dtype == np.float32
+    assert fitted.areas.tolist() == stored.areas.tolist()
+
+
+def test_a_picture_that_ends_early_is_found_by_decoding(tmp_path: Path, picture: Image.Image) -> None:
+    path = save(picture, tmp_path / "a.jpg")
+    path.write_bytes(path.read_bytes()[:-20])
+    whole = record(path, height=HEIGHT, width=WIDTH)
+    assert check_picture(whole) is None
+    fault = check_picture(whole, decode=True)
+    assert fault is not None
+    assert fault.kind == "unreadable picture"
 
 
 def test_boxes_of_another_size_are_scaled(tmp_path: Path, picture: Image.Image) -> None:

@@ -33,6 +33,12 @@ def test_mixtures_that_do_not_fit_say_so() -> None:
         mixture_weights(LENGTHS, {"cells": 1.0, "fish": 1.0})
     with pytest.raises(ConfigError, match="zero"):
         mixture_weights(LENGTHS, dict.fromkeys(LENGTHS, 0.0))
+    for share in (float("inf"), 1e308):
+        with pytest.raises(ConfigError, match="finite"):
+            mixture_weights(LENGTHS, dict.fromkeys(LENGTHS, share))
+    for share in (float("inf"), float("nan")):
+        with pytest.raises(ConfigError, match="mixture"):
+            LoaderConfig.checked({"mixture": {"cells": share}})
     with pytest.raises(DataError, match="a, c: no pictures"):
         mixture_weights({"a": 0, "b": 4, "c": 0}, "sqrt")
     with pytest.raises(DataError, match="no dataset"):

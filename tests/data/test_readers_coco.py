@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -119,8 +120,9 @@ def test_ids_may_differ_between_splits(tmp_path: Path) -> None:
         (box(bbox=[]), "unreadable box"),
         (box(bbox=None), "unreadable box"),
         ({"id": 1, "image_id": 1, "category_id": 7}, "unreadable box"),
-        (box(bbox=[None, 1, 2, 3]), "unreadable annotation"),
-        (box(bbox="what"), "unreadable annotation"),
+        (box(bbox=[None, 1, 2, 3]), "unreadable box"),
+        (box(bbox="what"), "unreadable box"),
+        (box(bbox="what", category_id=[]), "unreadable annotation"),
         ({"id": 1, "category_id": 7, "bbox": [1, 2, 3, 4]}, "unreadable annotation"),
         (box(category_id=8), "unknown category"),
         (box(image_id=2), "unknown image"),
@@ -152,7 +154,7 @@ def test_numbers_written_as_words(tmp_path: Path) -> None:
 def test_nan_is_a_fault_of_its_box_alone(tmp_path: Path) -> None:
     content = json.dumps(with_boxes(box(bbox=[float("nan"), 1, 2, 3]), box()))
     source = opened(tmp_path, content)
-    assert source.fault_counts == {"unreadable annotation": 1}
+    assert source.fault_counts == {"unreadable box": 1}
     assert len(source.split("val")[0].boxes) == 1
 
 
@@ -196,7 +198,12 @@ def test_unreadable_pictures_without_a_size_are_skipped(tmp_path: Path) -> None:
         ('{"images": [], "annotations": [', "not readable as COCO JSON"),
         ('{"images": [{"id": 1}], "annotations": [], "categories": [{"id": 1}]}', "not readable as COCO JSON"),
         ('{"images": [], "annotations": [], "categories": []}', "no picture is left"),
-        ('{"images": null, "annotations": null, "categories": null}', "no picture is left"),
+        ('{"images": null, "annotations": [], "categories": null}', "no picture is left"),
+        ('{"images": [], "categories": []}', "`annotations` is missing, expected a list"),
+        (with_boxes() | {"annotations": None}, "`annotations` is null, expected a list"),
+        (with_boxes() | {"annotations": {"1": box()}}, "`annotations` is an object, expected a list"),
+        (with_boxes() | {"annotations": "x"}, "`annotations` is a string, expected a list"),
+        (with_boxes(categories=[CAT, {"id": 7, "name": "dog"}]), "category id 7 is 'cat' and 'dog'"),
         (with_boxes(images=[IMAGE | {"file_name": "c.jpg"}]), "1 faults, the first: missing picture"),
         (with_boxes(categories=[]), "no category"),
     ],
@@ -205,6 +212,23 @@ def test_fatal(tmp_path: Path, content: Any, message: str) -> None:
     with pytest.raises(DataError, match=message) as caught:
         opened(tmp_path, content)
     assert caught.value.where is not None
+
+
+def test_a_category_that_is_declared_twice_alike(tmp_path: Path) -> None:
+    source = opened(tmp_path, with_boxes(box(), categories=[CAT, CAT]))
+    assert source.categories == ("cat",)
+    assert source.fault_counts == {"duplicate category": 1}
+
+
+def test_a_test_split_without_annotations_is_left_out(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    save_picture(root / "test" / "c.jpg")
+    content = {"images": [IMAGE | {"file_name": "c.jpg"}], "categories": [CAT]}
+    write_json(root / "annotations" / "instances_test.json", content)
+    source = opened(tmp_path, with_boxes(box()))
+    assert list(source.splits) == ["val"]
+    assert source.fault_counts == {"unannotated picture": 1, "empty split": 1}
+    assert "`annotations` is missing" in source.faults[0].detail + source.faults[1].detail
 
 
 def test_other_tasks_are_left_out(tmp_path: Path) -> None:
@@ -227,15 +251,18 @@ def test_pieces_give_what_the_whole_gives(tmp_path: Path, monkeypatch: pytest.Mo
     """Cuts inside of objects and strings are tried and rejected."""
     rng = np.random.default_rng(0)
     nasty = [{"note": "}, {"}, {"parts": [{"a": 1}, {"b": [{}, {}]}]}, {"text": '"}\\", {"'}, {}]
-    images = [IMAGE | {"id": number} | nasty[number % 4] for number in range(50)]
+    images = [IMAGE | {"id": number, "file_name": f"{number}.jpg"} | nasty[number % 4] for number in range(50)]
     annotations = [
         box(image_id=int(rng.integers(50)), bbox=[int(value) for value in rng.integers(1, 9, 4)])
         | nasty[int(rng.integers(4))]
         for _ in range(300)
     ]
     content = with_boxes(*annotations, images=images)
+    sizes = (1, 100, 700)
+    for folder, number in product(("whole", *map(str, sizes)), range(50)):
+        save_picture(tmp_path / folder / "data" / "val" / f"{number}.jpg")
     whole = list(opened(tmp_path / "whole", content).split("val"))
-    for size in (1, 100, 700):
+    for size in sizes:
         monkeypatch.setattr(coco, "_PIECE_BYTES", size)
         pieces = list(opened(tmp_path / str(size), content).split("val"))
         assert [record.image_id for record in pieces] == [record.image_id for record in whole]

@@ -41,6 +41,15 @@ def test_group_boxes_are_ignored(tmp_path: Path) -> None:
     np.testing.assert_allclose(record.boxes[0], [4, 6, 20, 18], rtol=1e-5)
 
 
+@pytest.mark.parametrize("column", ["iscrowd", "IsGroupOf"])
+def test_lines_without_the_last_column(tmp_path: Path, column: str) -> None:
+    lines = ("a.jpg,cat,1,2,3,4", "a.jpg,cat,1,2,3,4,1", "b.jpg,,,,,")
+    source = opened(tmp_path, f"filename,class,xmin,ymin,xmax,ymax,{column}", *lines)
+    assert source.fault_counts == {"unreadable annotation": 1}
+    assert source.faults[0].where == "val.csv:2"
+    assert [record.ignore.tolist() for record in source.split("val")] == [[True], []]
+
+
 def test_quotes_spaces_tabs(tmp_path: Path) -> None:
     source = opened(tmp_path, HEADER.replace(",", "\t"), 'a.jpg\t40\t30\t"red, cell"\t 1 \t2\t3\t4', "", "\t\t")
     assert source.categories == ("red, cell",)

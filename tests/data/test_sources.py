@@ -86,6 +86,11 @@ datasets:
         ("datasets: [{path: a, name: ''}]", "name"),
         ("- a", "expected keys and values"),
         ("datasets: [", "not readable as YAML"),
+        ("datasets: " + "[" * 3000, "nested too deeply"),
+        ('datasets: ["a\\0b"]', "zero byte"),
+        ('datasets: [{path: "a\\0b", name: a}]', "zero byte"),
+        ("datasets: [{path: a, weight: .inf}]", "weight"),
+        ("datasets: [{path: a, weight: .nan}]", "weight"),
     ],
 )
 def test_faulty_listings(tmp_path: Path, text: str, message: str) -> None:
@@ -174,6 +179,9 @@ def test_held_out_pictures_are_a_fifth_and_stay() -> None:
     assert (hold_out(keys, seed=1) != held).any()
     grown = hold_out([*keys, "one more.jpg"])
     assert (grown[:1000] != held).sum() <= 2
+    twice = hold_out([*keys, *keys])
+    assert (twice[: len(keys)] == twice[len(keys) :]).all()
+    assert (twice[: len(keys)] == held).all()
     assert [int(hold_out(keys[:count]).sum()) for count in (0, 1, 2, 3, 8)] == [0, 0, 1, 1, 2]
 
 

@@ -19,6 +19,7 @@ from metr.data.dataset import DetectionDataset
 from metr.data.loading import build_evaluation_loader
 from metr.data.records import Annotations
 from metr.data.transforms.pipeline import build_transforms
+from metr.data.upright import Upright
 from metr.evaluation.evaluator import (
     EvaluationConfig,
     EvaluationReport,
@@ -98,7 +99,7 @@ class Judge:
         self.vocabulary, self.text, self.config = vocabulary, text, config or EvaluationConfig()
         transforms = build_transforms(AugmentationConfig(resize=resize), training=False)
         self.batch_size = batch_size
-        self.datasets = [DetectionDataset(one, vocabulary, transforms) for one in sets.values()]
+        self.datasets = [DetectionDataset(Upright(one), vocabulary, transforms) for one in sets.values()]
 
     def report(
         self, network: nn.Module, console: Console | None = None, foreign: str | None = None

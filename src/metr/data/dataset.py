@@ -30,8 +30,8 @@ ATTEMPTS = 20
 class Example:
     """One picture as the network is to see it, RGB of 0 to 255, and what is known of it.
 
-    `original_size` is (height, width) in pixels as annotated; `position` counts within the dataset; `faults` are the
-    pictures that could not be read in its place.
+    `original_size` is (height, width) in pixels as annotated, turned as the picture is; `position` counts within the
+    dataset; `faults` are the pictures that could not be read in its place.
     """
 
     image: UInt8[Tensor, "3 h w"]
@@ -114,7 +114,8 @@ class DetectionDataset(Dataset[Example | Missing]):
     def _load(self, index: int, rng: np.random.Generator | None = None, size: int | None = None) -> Example:
         stored = self.annotations[index]
         # Where the picture disagrees with its annotations, boxes fitted to the picture; `metr inspect` tells.
-        image, record, _ = read_annotated(stored)
+        image, record, fault = read_annotated(stored)
+        declared = record if fault is not None and fault.kind == "orientation" else stored
         sample = Sample(image=image, boxes=record.boxes, labels=record.labels, ignore=record.ignore)
         sample = self.transforms(sample, rng, size)
         # Channels stay last in memory: no work here, and the faster order for convolutions.
@@ -123,7 +124,7 @@ class DetectionDataset(Dataset[Example | Missing]):
             image=pixels,
             targets=self._targets(sample, record),
             image_id=stored.image_id,
-            original_size=(stored.height, stored.width),
+            original_size=(declared.height, declared.width),
             dataset=self.name,
             position=index,
         )

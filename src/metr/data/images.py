@@ -19,6 +19,9 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", 
 # A file of a few kilobytes may unfold to gigabytes: 2^27 pixels take 400 MB as RGB.
 MAX_PIXELS = 1 << 27
 
+# The EXIF orientations, after rows and columns have changed places where they must.
+_FLIP_ROWS, _FLIP_COLUMNS = frozenset({3, 4, 7, 8}), frozenset({2, 3, 6, 7})
+
 # OpenCV writes to the standard error what it finds wrong in a picture; the errors raised here say it, naming the file.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_FATAL)
 
@@ -78,15 +81,16 @@ def read_annotated(
     """The picture of a record, the record fitted to it, and what did not agree, if anything.
 
     Boxes are meant in a picture of the size that the annotations declare. Where that is the size of the stored pixels
-    and not of the picture as viewers turn it, the pixels stay as stored (a Fault "orientation"). Where it is neither,
-    the boxes are scaled to the picture (a Fault "size differs").
+    and not of the picture as viewers turn it, the boxes are turned with it (a Fault "orientation"). Where it is
+    neither, they are scaled to the picture (a Fault "size differs").
 
     Raises:
         DataError: as `read_image`.
     """
     header = read_header(record.path)
     fault = _disagreement(record, header)
-    image = read_image(record.path, max_pixels=max_pixels, orient=fault is None or fault.kind != "orientation")
+    image = read_image(record.path, max_pixels=max_pixels)
+    record = _turned_record(record, header)
     height, width = int(image.shape[0]), int(image.shape[1])
     if (height, width) == (record.height, record.width):
         return image, record, fault
@@ -96,11 +100,27 @@ def read_annotated(
     return image, replace(record, width=width, height=height, boxes=boxes, areas=areas), fault
 
 
-def check_picture(record: ImageRecord) -> Fault | None:
-    """What is wrong with a record's picture as far as its header tells; None where nothing is."""
+def upright_record(record: ImageRecord) -> ImageRecord:
+    """A record whose boxes are turned with its picture where they are meant in the pixels as stored.
+
+    It stays as it is where they are not, and where the picture cannot be read.
+    """
+    try:
+        return _turned_record(record, read_header(record.path))
+    except DataError:
+        return record
+
+
+def check_picture(record: ImageRecord, *, decode: bool = False) -> Fault | None:
+    """What is wrong with a record's picture as far as its header tells; None where nothing is.
+
+    With `decode` the whole picture is read, which alone finds one that is cut off or damaged further on.
+    """
     try:
         header = read_header(record.path)
         _refuse_too_large(record.path, header, MAX_PIXELS)
+        if decode:
+            read_image(record.path)
         return _disagreement(record, header)
     except DataError as error:
         return Fault(kind="unreadable picture", where=str(record.path), detail=error.what)
@@ -111,7 +131,7 @@ def _disagreement(record: ImageRecord, header: Header) -> Fault | None:
     if declared == header.shown_size:
         return None
     if declared == header.stored_size:
-        detail = f"boxes refer to the pixels as stored, not as EXIF orientation {header.orientation} turns them"
+        detail = f"boxes refer to the pixels as stored: they are turned as EXIF orientation {header.orientation} says"
         return Fault(kind="orientation", where=str(record.path), detail=detail)
     height, width = header.shown_size
     detail = f"annotated as {record.width} x {record.height}, is {width} x {height}: boxes are scaled"
@@ -183,9 +203,24 @@ def _as_rgb(image: np.ndarray, header: Header) -> UInt8[np.ndarray, "h w 3"]:
     return np.asarray(np.minimum(colour + 255 - opacity, 255).astype(np.uint8))
 
 
+def _turned_record(record: ImageRecord, header: Header) -> ImageRecord:
+    """The record with its boxes where `_turned` takes what they show, if it declares the size of the stored pixels."""
+    declared = (record.height, record.width)
+    if declared == header.shown_size or declared != header.stored_size:
+        return record
+    height, width = header.shown_size
+    left, top, right, bottom = record.boxes[:, [1, 0, 3, 2]].T  # the sides differ, so rows and columns change places
+    if header.orientation in _FLIP_ROWS:
+        top, bottom = height - bottom, height - top
+    if header.orientation in _FLIP_COLUMNS:
+        left, right = width - right, width - left
+    boxes = np.stack([left, top, right, bottom], axis=1).astype(record.boxes.dtype)
+    return replace(record, width=width, height=height, boxes=boxes)
+
+
 def _turned(image: UInt8[np.ndarray, "h w 3"], orientation: int) -> UInt8[np.ndarray, "a b 3"]:
     """The picture as its EXIF orientation wants it shown."""
     if orientation in {5, 6, 7, 8}:
         image = image.transpose(1, 0, 2)
-    flip_rows, flip_columns = orientation in {3, 4, 7, 8}, orientation in {2, 3, 6, 7}
+    flip_rows, flip_columns = orientation in _FLIP_ROWS, orientation in _FLIP_COLUMNS
     return image[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1]

@@ -4,6 +4,7 @@ A file holds one split: one row a picture, its boxes as one list. Processes that
 is made of its slices when it is asked for.
 """
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -18,7 +19,7 @@ from metr.data.records import Fault, ImageRecord
 from metr.errors import DataError
 
 # Changes whenever the columns do: indices of other versions are built again.
-VERSION = 2
+VERSION = 3
 
 # Pictures that are held as objects while an index is built, and the rows of one piece of its file. Opening reads a
 # page of each piece from the disk, so millions of pictures should be a few hundred pieces.
@@ -41,6 +42,7 @@ _SCHEMA = pa.schema(
         ("width", pa.int32()),
         ("boxes", pa.list_(_BOX)),
         ("annotated", pa.list_(pa.int32())),
+        ("unknown", pa.list_(pa.int32())),
     ]
 )
 
@@ -62,11 +64,20 @@ class LabelMap:
         """The labels are the places among the categories already."""
         return cls(categories=tuple(categories), rows=np.arange(len(categories)))
 
-    def annotated_by(self, labels: Sequence[int] | None) -> tuple[int, ...] | None:
+    def annotated_by(self, labels: Sequence[int] | None, unknown: Sequence[int] = ()) -> tuple[int, ...] | None:
         """The categories that are annotated exhaustively in a picture of which the file says so of `labels`.
 
-        A category that several labels were joined into is annotated where all of them are.
+        A category that several labels were joined into is annotated where all of them are, and where none of them is
+        among the `unknown`, of which a box was dropped.
         """
+        annotated = self._declared_by(labels)
+        doubtful = {int(self.rows[label]) for label in unknown} - {-1}
+        if not doubtful:
+            return annotated
+        every = range(len(self.categories)) if annotated is None else annotated
+        return tuple(row for row in every if row not in doubtful)
+
+    def _declared_by(self, labels: Sequence[int] | None) -> tuple[int, ...] | None:
         if self.annotated is not None or labels is None:
             return self.annotated
         joined = np.bincount(self.rows[self.rows >= 0], minlength=len(self.categories))
@@ -77,7 +88,10 @@ class LabelMap:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Views of one record batch: `starts[row]` to `starts[row + 1]` are the boxes of a row."""
+    """Views of one record batch: `starts[row]` to `starts[row + 1]` are the boxes of a row.
+
+    `told` are the columns of annotated and of unknown labels, None where nothing is in them.
+    """
 
     batch: pa.RecordBatch
     starts: Int[np.ndarray, "n"]
@@ -85,6 +99,7 @@ class _Piece:
     labels: Int[np.ndarray, "m"]
     areas: Float[np.ndarray, "m"]
     ignore: UInt8[np.ndarray, "m"]
+    told: tuple[pa.Array | None, pa.Array | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +152,7 @@ class AnnotationIndex:
             raise DataError(what, where=self.path, hint=hint) from None
         self._batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
         self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
-        self._root = Path(reader.schema.metadata[b"root"].decode())
+        self._root = Path(os.fsdecode(reader.schema.metadata[b"root"]))
         self._views: dict[int, _Piece] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -156,6 +171,17 @@ class AnnotationIndex:
         Raises:
             IndexError: there is no such picture.
         """
+        return self._record(index, mapped=True)
+
+    def stored(self, index: int) -> ImageRecord:
+        """The same with the labels of the file, in `annotated` and `unknown` too.
+
+        Raises:
+            IndexError: there is no such picture.
+        """
+        return self._record(index, mapped=False)
+
+    def _record(self, index: int, *, mapped: bool) -> ImageRecord:
         if not -len(self) <= index < len(self):
             raise IndexError(f"picture {index} of {len(self)}")
         index = index % len(self)
@@ -163,16 +189,19 @@ class AnnotationIndex:
         piece, row = self._piece(number), index - int(self._starts[number])
         mine = slice(int(piece.starts[row]), int(piece.starts[row + 1]))
         text = piece.batch.column(0)[row].as_py()
+        labels = piece.labels[mine]
+        annotated, unknown = (None if column is None else column[row].as_py() for column in piece.told)
         return ImageRecord(
             image_id=int(text) if piece.batch.column(1)[row].as_py() else text,
             path=self._root / piece.batch.column(2)[row].as_py(),
             height=piece.batch.column(3)[row].as_py(),
             width=piece.batch.column(4)[row].as_py(),
             boxes=piece.boxes[mine].copy(),
-            labels=self.labels.rows[piece.labels[mine]],
+            labels=self.labels.rows[labels] if mapped else labels.astype(np.int64),
             areas=piece.areas[mine].copy(),
             ignore=piece.ignore[mine].astype(bool),
-            annotated=self.labels.annotated_by(piece.batch.column(6)[row].as_py()),
+            annotated=self.labels.annotated_by(annotated, unknown or ()) if mapped else _tuple(annotated),
+            unknown=() if mapped else tuple(unknown or ()),
         )
 
     def __iter__(self) -> Iterator[ImageRecord]:
@@ -181,6 +210,16 @@ class AnnotationIndex:
     def relative_paths(self) -> list[str]:
         """The paths of all pictures, relative to the dataset's folder, with slashes."""
         return [path for batch in self._batches for path in batch.column("path").to_pylist()]
+
+    @property
+    def told_by_picture(self) -> bool:
+        """Whether the files say of each picture which categories are annotated in it, for at least one picture."""
+        return any(batch.column("annotated").null_count < batch.num_rows for batch in self._batches)
+
+    def repeated_ids(self) -> bool:
+        """Whether two pictures have one id."""
+        column = pa.chunked_array([batch.column("image_id") for batch in self._batches], pa.utf8())
+        return len(column.unique()) < len(self)
 
     def counts(self) -> SplitCounts:
         """What the split holds, counted on the columns without making records."""
@@ -226,7 +265,7 @@ def write_index(path: Path, images: Iterable[ImageRecord], *, root: Path) -> Int
     """
     counts = np.zeros(0, dtype=np.int64)
     stream = iter(images)
-    schema = _SCHEMA.with_metadata({"root": str(root)})
+    schema = _SCHEMA.with_metadata({"root": os.fsencode(root)})
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         while piece := list(islice(stream, _PIECE)):
             batch = _batch(piece, root, schema)
@@ -270,8 +309,13 @@ def _batch(images: Sequence[ImageRecord], root: Path, schema: pa.Schema) -> pa.R
         pa.array([image.width for image in images], pa.int32()),
         pa.ListArray.from_arrays(pa.array(offsets), values),
         pa.array([image.annotated for image in images], pa.list_(pa.int32())),
+        pa.array([image.unknown or None for image in images], pa.list_(pa.int32())),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def _tuple(labels: Sequence[int] | None) -> tuple[int, ...] | None:
+    return None if labels is None else tuple(labels)
 
 
 def _view(batch: pa.RecordBatch) -> _Piece:
@@ -284,4 +328,9 @@ def _view(batch: pa.RecordBatch) -> _Piece:
         labels=values.field("label").to_numpy(),
         areas=values.field("area").to_numpy(),
         ignore=values.field("ignore").to_numpy(),
+        told=(_filled(batch.column("annotated")), _filled(batch.column("unknown"))),
     )
+
+
+def _filled(column: pa.Array) -> pa.Array | None:
+    return None if column.null_count == len(column) else column

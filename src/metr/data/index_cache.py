@@ -2,7 +2,8 @@
 
 A dataset's indices lie in a folder named by what they are built from, with a manifest that lists the files and
 directories that reading touched. While those are unchanged the folder is used; else another is built and moved into
-place at once, so processes may build at the same time and none sees half an index.
+place at once, so none sees half an index. Of the processes that find none, one builds and the others wait for it; on a
+file system without locks they build at the same time.
 """
 
 import atexit
@@ -13,31 +14,37 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 import numpy as np
+from jaxtyping import Int
 
+from metr.data.file_names import encodable, packed_name, shown_name, unpacked_name
 from metr.data.index import VERSION as INDEX_VERSION
 from metr.data.index import AnnotationIndex, LabelMap, divide_index, write_index
+from metr.data.joining import joined
+from metr.data.locks import alone
 from metr.data.readers.base import FaultLog, Names, Reader, Reading, records
 from metr.data.readers.files import Files, signature
-from metr.data.records import Fault, ImageRecord
+from metr.data.records import Fault
 from metr.data.splits import TRAIN, VAL, SplitPlan, hold_out
+from metr.data.watched import Watched
 from metr.errors import DataError
 from metr.text.cache import cache_root
 
 logger = logging.getLogger(__name__)
 
 # Changes whenever a reader gives something else for the same files.
-READER_VERSION = 3
+READER_VERSION = 4
 
 # Outdated indices are removed after this time, in seconds: other processes may still use them.
 _KEPT = 7 * 24 * 3600
 
 _MANIFEST = "manifest.json"
+_LOCK = ".lock"
 
 
 class _Faults(msgspec.Struct, frozen=True):
@@ -51,8 +58,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """What an index folder holds, as `manifest.json` keeps it.
 
     `names` are the labels of the Arrow files in their order, `counts` their boxes in all splits. `touched` are the
-    paths that reading depended on, relative to the dataset's folder, with size and time of change. Faults under "" are
-    about the dataset as a whole.
+    paths that reading depended on, relative to the dataset's folder (packed as `packed_name` does), with size and time
+    of change. Faults under "" are about the dataset as a whole.
     """
 
     names: list[str]
@@ -93,14 +100,16 @@ def stored(reader: Reader, plan: SplitPlan, cache: Path) -> StoredDataset:
     Raises:
         DataError: an annotation file cannot be read, or there is no picture at all.
     """
+    if odd := next((split for split in plan.parts if not encodable(split)), None):
+        hint = "rename the file or folder that it is named after"
+        raise DataError(f"a split whose name is not UTF-8: {shown_name(odd)}", where=reader.root, hint=hint)
     place = cache / _key(reader, plan)
-    for folder in sorted(place.glob("[!.]*/")):
-        manifest = _valid_manifest(folder, reader.root)
-        if manifest is not None:
-            return StoredDataset(folder=folder, manifest=manifest)
+    if (found := _found(reader, place)) is not None:
+        return found
     try:
         place.mkdir(parents=True, exist_ok=True)
-        return _build(reader, plan, place)
+        with alone(place / _LOCK):
+            return _found(reader, place) or _build(reader, plan, place)
     except OSError as error:
         temporary = Path(tempfile.mkdtemp(prefix="metr-index-"))
         atexit.register(shutil.rmtree, temporary, ignore_errors=True)
@@ -112,12 +121,21 @@ def stored(reader: Reader, plan: SplitPlan, cache: Path) -> StoredDataset:
         raise DataError(f"the index of {reader.root} cannot be written: {error}", where=temporary, hint=hint) from None
 
 
+def _found(reader: Reader, place: Path) -> StoredDataset | None:
+    """The index in a folder of indices that fits the dataset as it is."""
+    for folder in sorted(place.glob("[!.]*/")):
+        manifest = _valid_manifest(folder, reader.root)
+        if manifest is not None:
+            return StoredDataset(folder=folder, manifest=manifest)
+    return None
+
+
 def _key(reader: Reader, plan: SplitPlan) -> str:
     """What an index is built from, but for the state of the files."""
     sources = sorted((split, [str(path) for path in paths]) for split, paths in reader.splits.items())
     parts = sorted((split, list(own)) for split, own in plan.parts.items())
     origin = [INDEX_VERSION, READER_VERSION, reader.format, str(reader.root), sources, parts, plan.seeded]
-    return hashlib.sha256(msgspec.json.encode(origin)).hexdigest()[:24]
+    return hashlib.sha256(ascii(origin).encode()).hexdigest()[:24]
 
 
 def _valid_manifest(folder: Path, root: Path) -> Manifest | None:
@@ -126,7 +144,7 @@ def _valid_manifest(folder: Path, root: Path) -> Manifest | None:
         manifest = msgspec.json.decode((folder / _MANIFEST).read_bytes(), type=Manifest)
     except (OSError, msgspec.MsgspecError):
         return None
-    if any(signature(root / path) != then for path, then in manifest.touched.items()):
+    if any(signature(root / unpacked_name(path)) != then for path, then in manifest.touched.items()):
         return None
     return manifest if all((folder / f"{split}.arrow").is_file() for split in manifest.splits) else None
 
@@ -155,18 +173,17 @@ def _build(reader: Reader, plan: SplitPlan, place: Path) -> StoredDataset:
 def _remove_outdated(place: Path) -> None:
     for folder in place.iterdir():
         with contextlib.suppress(OSError):  # another process may remove it too
-            if time.time() - folder.stat().st_mtime > _KEPT:
+            if folder.is_dir() and time.time() - folder.stat().st_mtime > _KEPT:
                 shutil.rmtree(folder)
 
 
 def _write(reader: Reader, plan: SplitPlan, folder: Path) -> Manifest:
     """Writes an Arrow file for each split, and the manifest."""
-    files, names, notes = Files(reader.root), Names(), FaultLog()
+    files, names, notes, watched = Files(reader.root), Names(), FaultLog(), Watched()
     counts, faults, splits = np.zeros(0, dtype=np.int64), {}, []
     for split, parts in plan.parts.items():
-        reading = Reading(files=files, names=names, notes=notes, faults=FaultLog())
-        path = folder / f"{split}.arrow"
-        found = write_index(path, _joined(reader, parts, reading), root=reader.root)
+        reading = Reading(files=files, names=names, notes=notes, faults=FaultLog(), watched=watched)
+        found = _write_split(reader, parts, reading, folder / f"{split}.arrow")
         counts = np.pad(counts, (0, max(0, len(names) - len(counts))))
         counts[: len(found)] += found
         faults[split] = _summary(reading.faults)
@@ -181,26 +198,27 @@ def _write(reader: Reader, plan: SplitPlan, folder: Path) -> Manifest:
         counts=counts.tolist(),
         splits=splits,
         faults={**faults, "": _summary(notes)},
-        touched=files.touched,
+        touched={packed_name(path): state for path, state in {**watched.signatures, **files.touched}.items()},
     )
     (folder / _MANIFEST).write_bytes(msgspec.json.encode(manifest))
     return manifest
 
 
-def _joined(reader: Reader, parts: tuple[str, ...], reading: Reading) -> Iterator[ImageRecord]:
-    """The records of several of the dataset's own splits, each picture once, each with an id of its own."""
-    if len(parts) == 1:
-        yield from records(reader, parts[0], reading)
-        return
-    paths: set[Path] = set()
-    ids: set[int | str] = set()
-    for part in parts:
-        for record in records(reader, part, reading):
-            if record.path not in paths:
-                unique = f"{part}/{record.image_id}" if record.image_id in ids else record.image_id
-                paths.add(record.path)
-                ids.add(unique)
-                yield replace(record, image_id=unique)
+def _write_split(reader: Reader, parts: Sequence[str], reading: Reading, path: Path) -> Int[np.ndarray, "c"]:
+    """Writes a split, and counts the boxes of each label: one of the dataset's own splits, or several joined."""
+    own = [path.with_name(f"{path.stem}.part-{number}") for number in range(len(parts))]
+    counts = [
+        write_index(target, records(reader, part, reading), root=reader.root)
+        for target, part in zip(own, parts, strict=True)
+    ]
+    indices = [AnnotationIndex(target, LabelMap.identity(())) for target in own]
+    if len(own) == 1 and not indices[0].repeated_ids():
+        own[0].rename(path)
+        return counts[0]
+    total = write_index(path, joined(dict(zip(parts, indices, strict=True)), reading.faults), root=reader.root)
+    for target in own:
+        target.unlink()
+    return total
 
 
 def _hold_out(folder: Path) -> list[str]:
@@ -238,4 +256,5 @@ def _no_pictures(reader: Reader, faults: Mapping[str, _Faults]) -> DataError:
 
 
 def _summary(log: FaultLog) -> _Faults:
-    return _Faults(counts=dict(log.counts), first=[(fault.kind, fault.where, fault.detail) for fault in log.kept])
+    first = [(fault.kind, shown_name(fault.where), shown_name(fault.detail)) for fault in log.kept]
+    return _Faults(counts=dict(log.counts), first=first)

@@ -1,5 +1,6 @@
 """How draws are shared out among datasets: by their size, and by how hard they are."""
 
+import math
 from collections.abc import Mapping
 
 from metr.data.config import BaseMixture, HardnessConfig
@@ -15,7 +16,7 @@ def mixture_weights(lengths: Mapping[str, int], mixture: BaseMixture) -> dict[st
 
     Raises:
         DataError: a dataset has no picture.
-        ConfigError: an explicit mixture leaves a dataset out, names an unknown one, or is all zero.
+        ConfigError: an explicit mixture leaves a dataset out, names an unknown one, is all zero or not finite.
     """
     if empty := [name for name, length in lengths.items() if length == 0]:
         raise DataError("no pictures in this split", where=", ".join(empty), hint="check the path and the split")
@@ -31,8 +32,11 @@ def mixture_weights(lengths: Mapping[str, int], mixture: BaseMixture) -> dict[st
     else:
         power = {"proportional": 1.0, "sqrt": 0.5, "equal": 0.0}[mixture]
         shares = {name: float(length**power) for name, length in lengths.items()}
-    if sum(shares.values()) <= 0:
+    total = sum(shares.values())
+    if total <= 0:
         raise ConfigError("every dataset has a share of zero", where="mixture", hint="give one of them a share above 0")
+    if not math.isfinite(total):
+        raise ConfigError("the shares have no finite sum", where="mixture", hint="write numbers such as 1 and 2")
     return _normalised(shares)
 
 

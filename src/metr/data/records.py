@@ -16,7 +16,8 @@ class ImageRecord:
     `boxes` are xyxy in pixels, inside the picture, never degenerate (faulty ones are dropped and listed as `Fault`).
     `labels` are indices of the dataset's categories. `areas` are in square pixels (COCO's own where the file gives
     them: that of the polygon). `ignore` marks crowds and group-of boxes. `annotated` lists the categories that are
-    annotated exhaustively in this picture; None means all of the dataset's.
+    annotated exhaustively in this picture; None means all of the dataset's. `unknown` are those of boxes that were
+    dropped, as reading leaves them: the index takes them from `annotated`, and has none.
     """
 
     image_id: int | str
@@ -28,6 +29,7 @@ class ImageRecord:
     areas: Float[np.ndarray, "m"]
     ignore: Bool[np.ndarray, "m"]
     annotated: tuple[int, ...] | None = None
+    unknown: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

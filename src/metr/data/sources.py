@@ -188,6 +188,8 @@ def _spec(values: Mapping[str, Any], base: Path, where: object) -> DatasetSpec:
     path = values.get("path")
     if not isinstance(path, str) or not path.strip():
         raise ConfigError("a dataset without a path", where=where, hint="write path: and the dataset's folder")
+    if "\0" in path:
+        raise ConfigError(f"a path with a zero byte: {path!r}", where=where, hint="take it out")
     full = base / expanded(path)
     resolved = Path(os.path.realpath(full))  # `resolve` raises an error for a link to itself
     default_name = resolved.parent.name if there(resolved, Path.is_file) else resolved.name

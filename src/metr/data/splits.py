@@ -76,12 +76,12 @@ def hold_out(keys: Sequence[str], *, seed: int = 0, share: float = HELD_OUT) -> 
     """True for the pictures of a seeded split that are held out.
 
     A picture's place in the order depends on its key and the seed alone, so adding pictures hardly changes the others.
-    At least one of two or more is held out.
+    What has one key, such as the captions of a picture, stays together. At least one of two or more keys is held out.
     """
-    held = np.zeros(len(keys), dtype=bool)
-    if len(keys) > 1:
-        held[seeded_order(keys, seed=seed)[: max(1, round(share * len(keys)))]] = True
-    return held
+    different = sorted(set(keys))
+    order = seeded_order(different, seed=seed)[: max(1, round(share * len(different)))]
+    held = {different[place] for place in order.tolist()} if len(different) > 1 else set()
+    return np.fromiter((key in held for key in keys), dtype=bool, count=len(keys))
 
 
 def seeded_order(keys: Sequence[str], *, seed: int = 0) -> Int[np.ndarray, "n"]:

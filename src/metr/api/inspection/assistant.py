@@ -80,7 +80,7 @@ def inspect_datasets(
         config: Thresholds, the language model, how much is looked at.
         model: A detector that looks for the names of all datasets in some pictures of each.
         shown_as: How the detector is called in messages.
-        every_picture: Open every picture, however many there are.
+        every_picture: Read every picture whole, however many there are, not only the headers of some.
         say: Told what is being done, in a few words.
     """
     config, say = config or InspectionConfig(), say or _silent
@@ -144,9 +144,9 @@ def _files(
     """
     places = [places_of(source) for source in sources]
     opened = []
-    for source, mine, log in zip(sources, places, logs, strict=True):
+    for source, log in zip(sources, logs, strict=True):
         say(f"{source.name}: opening pictures")
-        opened.append(check_pictures(source, len(mine) if every_picture else config.files, log, say))
+        opened.append(check_pictures(source, None if every_picture else config.files, log, say))
     say("comparing pictures")
     compared = [mine for mine, count in zip(places, opened, strict=True) if count == len(mine)]
     equal = equal_pictures(place for mine in compared for place in mine)

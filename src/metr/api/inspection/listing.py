@@ -87,6 +87,9 @@ def _told(source: DetectionSource, coverage: Coverage) -> list[str]:
     pictures = ", ".join(f"{len(annotations):,} {split}" for split, annotations in source.splits.items())
     number = len(source.categories)
     lines = [f"  # {pictures} pictures; {number:,} name{'s' if number > 1 else ''}"]
+    if source.spec.exhaustive is None and _told_by_picture(source):
+        told = "its files say of each picture what is annotated in it; `exhaustive` would hold for all pictures"
+        lines.append(f"  # {told}")
     hinted = coverage.hinted(source.name)
     for name, cell in hinted[:_TOLD]:
         lines.append(f"  # perhaps standing there unlabelled: {name} ({'; '.join(hint.why for hint in cell.hints)})")
@@ -111,7 +114,11 @@ def _entry(source: DetectionSource, suggestions: Sequence[Suggestion], folder: P
     lines += _mapping("prompts", spec.prompts, prompts)
     if spec.exhaustive is not None:
         return [*lines, *_list("exhaustive", spec.exhaustive, "")]
-    return [*lines, *_list("exhaustive", source.categories, "# ")]
+    return lines if _told_by_picture(source) else [*lines, *_list("exhaustive", source.categories, "# ")]
+
+
+def _told_by_picture(source: DetectionSource) -> bool:
+    return any(annotations.told_by_picture for annotations in source.splits.values())
 
 
 def _splits(source: DetectionSource) -> list[str]:

@@ -47,11 +47,15 @@ class Overlap:
     pictures: int
 
 
-def check_pictures(source: DetectionSource, most: int, log: FaultLog, say: Say) -> int:
-    """Notes what the headers of at most so many pictures tell to be wrong, and returns how many were opened."""
+def check_pictures(source: DetectionSource, most: int | None, log: FaultLog, say: Say) -> int:
+    """Notes what is wrong with pictures, and returns how many were opened.
+
+    At most so many are opened, of which the headers are read; with None every one, and all of it.
+    """
     opened = 0
-    for _, record in spread(source, most):
-        fault = check_picture(record)
+    whole = sum(len(annotations) for annotations in source.splits.values())
+    for _, record in spread(source, whole if most is None else most):
+        fault = check_picture(record, decode=most is None)
         if fault is not None:
             log.add(fault.kind, fault.where, fault.detail)
         opened += 1

@@ -1,5 +1,6 @@
 """What the readers of all formats share: what they yield, what they note, and the checks that make it a record."""
 
+import math
 import posixpath
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -14,10 +15,12 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from metr.data.file_names import encodable, shown_name
 from metr.data.images import probe_size
 from metr.data.readers.files import Files, OutsideError
 from metr.data.records import Fault, ImageRecord
 from metr.data.splits import canonical_split
+from metr.data.watched import Watched
 from metr.errors import DataError
 
 # A box thinner than this, in pixels, is no object; a hair below 1 lets rounded boxes of one pixel live.
@@ -34,6 +37,9 @@ _ANNOTATION_FOLDERS = frozenset(
     {"annotations", "annotation", "annots", "annot", "ann", "labels", "label", "xml", "xmls", "json", "jsons"}
 )
 
+# The corners of a box that cannot be read. Its category is in the picture all the same, which checking makes use of.
+UNREADABLE = (math.nan,) * 4
+
 
 @dataclass(frozen=True, kw_only=True)
 class RawImage:
@@ -44,7 +50,8 @@ class RawImage:
     `labels` are numbers that `Names` gave. `areas` are NaN where unknown. `marks` tell each box's place in the file,
     for messages. `annotated` are the numbers of the categories of which "no box" means "none there"; None: all that the
     dataset has. `amodal` boxes are of whole objects, also where those leave the picture: they are cut at its border
-    without a fault.
+    without a fault. `unknown` are categories of objects that the file has and does not tell in full: they are not
+    annotated exhaustively in this picture, as those of the boxes that the checks drop.
     """
 
     where: str
@@ -59,6 +66,7 @@ class RawImage:
     marks: Sequence[int | str] | None = None
     annotated: Sequence[int] | None = None
     amodal: bool = False
+    unknown: Sequence[int] = ()
 
 
 class Names:
@@ -116,6 +124,7 @@ class Reading:
     names: Names = field(default_factory=Names)
     notes: FaultLog = field(default_factory=FaultLog)
     faults: FaultLog = field(default_factory=FaultLog)
+    watched: Watched = field(default_factory=Watched)
 
 
 class Reader(ABC):
@@ -229,12 +238,12 @@ def records(reader: Reader, split: str, reading: Reading) -> Iterator[ImageRecor
     """The checked pictures of one split of a dataset; what is wrong is noted in `reading.faults`."""
     raws = iter(reader.read(split, reading))
     while group := list(islice(raws, _GROUP)):
-        yield from _checked(group, reader.root, reading.faults)
+        yield from _checked(group, reader.root, reading)
 
 
-def _checked(group: Iterable[RawImage], root: Path, faults: FaultLog) -> Iterator[ImageRecord]:
+def _checked(group: Iterable[RawImage], root: Path, reading: Reading) -> Iterator[ImageRecord]:
     """Pictures with the boxes that can be used, all boxes checked at once."""
-    sized = [(raw, size) for raw in group if (size := _size(raw, root, faults)) is not None]
+    sized = [(raw, size) for raw in group if (size := _size(raw, root, reading)) is not None]
     if not sized:
         return
     raws, counts = [raw for raw, _ in sized], [len(raw.boxes) for raw, _ in sized]
@@ -243,15 +252,18 @@ def _checked(group: Iterable[RawImage], root: Path, faults: FaultLog) -> Iterato
     relative = np.repeat([raw.relative for raw in raws], counts)
     boxes[relative] *= limit[relative]
     inside = np.minimum(np.maximum(boxes, 0), limit)
-    keep = _usable(sized, boxes, inside, faults)
+    keep = _usable(sized, boxes, inside, reading.faults)
     kept = inside[keep].astype(np.float32)
     areas = _areas(np.concatenate([_filled(raw.areas, raw, np.nan) for raw in raws])[keep], kept)
-    labels = np.concatenate([raw.labels for raw in raws])[keep].astype(np.int64)
+    labels = np.concatenate([raw.labels for raw in raws]).astype(np.int64)
+    unknown = _owned(labels, ~keep, counts)
+    labels = labels[keep]
     ignore = np.concatenate([_filled(raw.ignore, raw, 0.0) for raw in raws])[keep].astype(bool)
     ends = np.concatenate([[0], np.cumsum(keep)])[np.cumsum([0, *counts])].tolist()
-    for (raw, (height, width)), start, stop in zip(sized, ends[:-1], ends[1:], strict=True):
+    for number, (raw, (height, width)) in enumerate(sized):
+        start, stop = ends[number], ends[number + 1]
         yield ImageRecord(
-            image_id=raw.image_id,
+            image_id=raw.image_id if isinstance(raw.image_id, int) else shown_name(raw.image_id),
             path=root / raw.path,
             width=width,
             height=height,
@@ -260,17 +272,36 @@ def _checked(group: Iterable[RawImage], root: Path, faults: FaultLog) -> Iterato
             areas=areas[start:stop],
             ignore=ignore[start:stop],
             annotated=None if raw.annotated is None else tuple(sorted(set(raw.annotated))),
+            unknown=tuple(sorted({*raw.unknown, *unknown.get(number, ())})),
         )
 
 
-def _size(raw: RawImage, root: Path, faults: FaultLog) -> tuple[int, int] | None:
+def _owned(
+    labels: Int[np.ndarray, "m"], chosen: Bool[np.ndarray, "m"], counts: Sequence[int]
+) -> dict[int, tuple[int, ...]]:
+    """The labels of the chosen boxes by the number of their picture, each once, of pictures that have any."""
+    rows = np.flatnonzero(chosen)
+    owners = np.searchsorted(np.cumsum(counts), rows, side="right").tolist()
+    found: dict[int, set[int]] = {}
+    for owner, label in zip(owners, labels[rows].tolist(), strict=True):
+        found.setdefault(owner, set()).add(label)
+    return {owner: tuple(sorted(mine)) for owner, mine in found.items()}
+
+
+def _size(raw: RawImage, root: Path, reading: Reading) -> tuple[int, int] | None:
     """(height, width) as the file tells it, else as the picture does; None, and a fault, where that is unreadable."""
+    if not encodable(raw.path):
+        detail = "not UTF-8: the picture is left out; rename it"
+        reading.faults.add("unreadable file name", shown_name(raw.path), detail)
+        return None
     if raw.size is not None:
         return raw.size
     try:
+        reading.watched.add(raw.path, root)
         return probe_size(root / raw.path)
     except DataError as error:
-        faults.add("unreadable picture", raw.path, error.what)
+        reading.files.touch(raw.path)
+        reading.faults.add("unreadable picture", raw.path, error.what)
         return None
 
 

@@ -3,78 +3,40 @@
 Crowds are ignored objects. Polygons are skipped unread. Large files are decoded piece by piece.
 """
 
-import json
+import contextlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import ClassVar, TypeVar
+from typing import ClassVar
 
-import msgspec
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from metr.boxes import xywh_to_xyxy
 from metr.data.readers.base import RawImage, Reader, Reading, corners, locate, picture_folders, plain_name, whole_size
-from metr.data.readers.files import glance, there
-from metr.data.readers.json_pieces import Value, values_of
+from metr.data.readers.claims import Claims, boxes_of, claim
+from metr.data.readers.coco_files import (
+    CocoAnnotation,
+    CocoCategory,
+    CocoFile,
+    CocoImage,
+    Id,
+    file_ends,
+    look_through,
+    looks_like_coco,
+    pieces_of,
+)
+from metr.data.readers.files import glance, signature, there
+from metr.data.splits import TEST, canonical_split
 from metr.errors import DataError
 
 # What tools call the file that lies in the folder of a split (Roboflow, FiftyOne, Label Studio, ...).
 _IN_SPLIT_FOLDERS = ("_annotations.coco.json", "annotations.json", "labels.json", "coco.json", "result.json")
 # Files beside `instances_*.json` that describe the same pictures in other ways.
 _OTHER_TASKS = re.compile(r"^(captions|person_keypoints|panoptic|stuff|image_info)_")
-_FIRST_BYTES, _SNIFF_BYTES = 1 << 12, 1 << 20
-_LABELME = re.compile(rb'"(shapes|imagePath)"\s*:')
 _PIECE_BYTES = 1 << 24
-
-Id = int | str
-
-
-class CocoCategory(msgspec.Struct):
-    """A category as the file declares it."""
-
-    id: Id
-    name: str
-    supercategory: str | None = None
-    synset: str | None = None
-
-
-class CocoImage(msgspec.Struct, gc=False):
-    """A picture as the file lists it."""
-
-    id: Id
-    file_name: str
-    height: float | None = None
-    width: float | None = None
-
-
-class CocoAnnotation(msgspec.Struct, gc=False):
-    """A box as the file lists it."""
-
-    image_id: Id
-    category_id: Id
-    bbox: list[float] | None = None
-    area: float | None = None
-    iscrowd: int | bool | None = None
-
-    @property
-    def ignored(self) -> bool:
-        """Whether finding the object is neither right nor wrong."""
-        return bool(self.iscrowd)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _File:
-    """A file with its long lists still undecoded; None where it has none."""
-
-    images: Value | None
-    annotations: Value | None
-    categories: list[CocoCategory]
-
-
-Item = TypeVar("Item", CocoImage, CocoAnnotation)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,12 +49,17 @@ class _Columns:
     areas: Float[np.ndarray, "n"]
     ignore: Bool[np.ndarray, "n"]
 
+    def different(self, rows: Int[np.ndarray, "m"]) -> Int[np.ndarray, "k"]:
+        """The first of those rows that say the same of a box."""
+        values = np.column_stack([self.labels[rows], self.boxes[rows]])
+        return rows[np.sort(np.unique(values, axis=0, return_index=True)[1])]
+
 
 class CocoReader(Reader):
     """COCO JSON, plain or one file in the folder of each split (Roboflow).
 
-    Formats that are COCO but for a few rules of their own inherit from it: `fits`, `picture_finder`, `category_name`,
-    `annotated` and the two types are what they may change.
+    Formats that are COCO but for a few rules of their own inherit from it: `fits`, `picture_finder`, `picture_names`,
+    `category_name`, `annotated`, the two types and what stands beside them are what they may change.
     """
 
     format = "coco"
@@ -100,6 +67,14 @@ class CocoReader(Reader):
     declares_categories = True
     image_type: ClassVar[type[CocoImage]] = CocoImage
     annotation_type: ClassVar[type[CocoAnnotation]] = CocoAnnotation
+    # Whether the same name under two ids is one picture, whose boxes belong together.
+    joins_pictures: ClassVar[bool] = True
+    # Whether each picture says which categories are annotated in it.
+    federated: ClassVar[bool] = False
+
+    def __init__(self, root: Path, splits: Mapping[str, tuple[Path, ...]]) -> None:
+        super().__init__(root, splits)
+        self._contents: dict[tuple[Path, tuple[int, int]], CocoFile] = {}
 
     @classmethod
     def recognise(cls, path: Path) -> Reader | None:
@@ -128,6 +103,10 @@ class CocoReader(Reader):
         where, folders = self.within(file), picture_folders(reading.files, split, self.within(file.parent))
         return lambda image: locate(image.file_name, folders, where, reading)
 
+    def picture_names(self, image: CocoImage) -> Sequence[str]:
+        """The names that a picture may have, likeliest first."""
+        return (image.file_name,)
+
     def category_name(self, category: CocoCategory) -> str:
         """The name of a declared category."""
         return plain_name(category.name) or f"category {category.id}"
@@ -151,18 +130,23 @@ class CocoReader(Reader):
     def _read_file(self, file: Path, split: str, prefix: str, reading: Reading) -> Iterator[RawImage]:
         where = self.within(file)
         reading.files.touch(where)
-        content = _decoded(file)
+        content = self._content(file)
+        if not self._has_annotations(content, file, split, reading):
+            return
         numbers = self._number_categories(content, where, reading)
+        declared = None if self.federated else self._declared(content, numbers, reading)
         images = self._images(content, where, reading)
         columns = _annotations(content, self.annotation_type, images, numbers, where, reading)
+        find, listed = self.picture_finder(split, file, reading), list(images.values())
+        claims = claim((self.picture_names(image), find(image)) for image in listed)
+        joined = self._join(claims, listed, columns, where, reading)
         order = np.argsort(columns.image, kind="stable")
         starts = np.concatenate([[0], np.cumsum(np.bincount(columns.image, minlength=len(images)))])
-        find = self.picture_finder(split, file, reading)
-        for position, image in enumerate(images.values()):
-            path = find(image)
-            if path is None:
-                continue
-            rows = order[starts[position] : starts[position + 1]]
+        for path, position in claims.owners.items():
+            image, rows = listed[position], order[starts[position] : starts[position + 1]]
+            if position in joined:
+                rows = columns.different(rows)
+            annotated = self.annotated(image, columns.labels[rows], numbers)
             yield RawImage(
                 where=f"{where}, image {image.id}",
                 image_id=f"{prefix}{image.id}" if prefix else image.id,
@@ -172,11 +156,72 @@ class CocoReader(Reader):
                 labels=columns.labels[rows],
                 areas=columns.areas[rows],
                 ignore=columns.ignore[rows],
-                annotated=self.annotated(image, columns.labels[rows], numbers),
+                annotated=declared if annotated is None else annotated,
             )
 
-    def _number_categories(self, content: _File, where: str, reading: Reading) -> dict[Id, int]:
-        """The number of each declared category, by its id in the file."""
+    def _content(self, file: Path) -> CocoFile:
+        """A file, looked through once while it stays the same."""
+        key = file, signature(file)
+        if key not in self._contents:
+            self._contents[key] = look_through(file, _PIECE_BYTES)
+        return self._contents[key]
+
+    def _has_annotations(self, content: CocoFile, file: Path, split: str, reading: Reading) -> bool:
+        """Whether a file has annotations. Test pictures, whose annotations often are kept secret, are left out.
+
+        Raises:
+            DataError: it has none, and is not for tests.
+        """
+        if content.annotations is not None:
+            return True
+        what = f"`annotations` {content.instead}, expected a list"
+        if canonical_split(split) == TEST and len(self.splits) > 1:
+            detail = f"{what}: nothing can be learnt or measured on this split"
+            reading.faults.add("unannotated picture", self.within(file), detail)
+            return False
+        hint = 'leave the file out; where truly nothing is in any picture, write "annotations": []'
+        raise DataError(what, where=file, hint=hint)
+
+    def _declared(self, content: CocoFile, numbers: Mapping[Id, int], reading: Reading) -> Sequence[int] | None:
+        """The categories that a file declares, where others of the dataset declare more; None where it has all."""
+        others: set[str] = set()
+        for file in dict.fromkeys(chain.from_iterable(self.splits.values())):
+            reading.files.touch(self.within(file))
+            with contextlib.suppress(DataError):  # what is wrong with it is told when it is read itself
+                other = self._content(file)
+                others.update(map(self.category_name, other.categories if other.annotations is not None else ()))
+        return None if others <= set(map(self.category_name, content.categories)) else sorted(set(numbers.values()))
+
+    def _join(
+        self, claims: Claims, images: Sequence[CocoImage], columns: _Columns, where: str, reading: Reading
+    ) -> set[int]:
+        """Moves the boxes of pictures that are listed again to their first place; gives the places with more boxes."""
+        counts = np.bincount(columns.image, minlength=len(images)) if claims.again or claims.strangers else np.zeros(0)
+        for position, path in claims.strangers:
+            detail = f"{images[position].file_name}, with {boxes_of(int(counts[position]))}"
+            detail += f"; {path} is called alike, but is that of another image"
+            reading.faults.add("missing picture", f"{where}, image {images[position].id}", detail)
+        homes, joined = np.arange(len(images), dtype=np.int32), set()
+        for position, owner in claims.again:
+            image, first = images[position], images[owner]
+            sizes = {whole_size(item.height, item.width) for item in (image, first)} - {None}
+            fits = self.joins_pictures and len(sizes) <= 1
+            if fits:
+                homes[position] = owner
+                joined.add(owner)
+            detail = f"{image.file_name} again, with {boxes_of(int(counts[position]))}: "
+            detail += f"{'joined to' if fits else 'left out beside'} image {first.id}"
+            reading.faults.add("duplicate image", f"{where}, image {image.id}", detail)
+        if joined:
+            columns.image[:] = homes[columns.image]
+        return joined
+
+    def _number_categories(self, content: CocoFile, where: str, reading: Reading) -> dict[Id, int]:
+        """The number of each declared category, by its id in the file.
+
+        Raises:
+            DataError: an id means two of them.
+        """
         numbers: dict[Id, int] = {}
         seen: set[int] = set()
         for category in content.categories:
@@ -185,14 +230,17 @@ class CocoReader(Reader):
             if number in seen:
                 reading.notes.once("duplicate category", where, f"{name!r} is declared more than once: joined")
             seen.add(number)
-            numbers[category.id] = number
+            if numbers.setdefault(category.id, number) != number:
+                known = list(reading.names)[numbers[category.id]]
+                what, hint = f"category id {category.id} is {known!r} and {name!r}", "give each an id of its own"
+                raise DataError(what, where=self.root / where, hint=hint)
             if category.supercategory:
                 reading.names.parents[name] = plain_name(category.supercategory)
         return numbers
 
-    def _images(self, content: _File, where: str, reading: Reading) -> dict[Id, CocoImage]:
+    def _images(self, content: CocoFile, where: str, reading: Reading) -> dict[Id, CocoImage]:
         images: dict[Id, CocoImage] = {}
-        for piece in _pieces(content.images, self.image_type, where, reading):
+        for piece in pieces_of(content.images, self.image_type, where, reading):
             for image in piece:
                 if image.id in images:
                     reading.faults.add(
@@ -204,21 +252,21 @@ class CocoReader(Reader):
 
 
 def _annotations(
-    content: _File,
+    content: CocoFile,
     kind: type[CocoAnnotation],
     images: Mapping[Id, CocoImage],
     numbers: Mapping[Id, int],
     where: str,
     reading: Reading,
 ) -> _Columns:
-    """The annotations that belong to a picture and a category and have a box."""
+    """The annotations that belong to a picture and a category; the corners of boxes that cannot be read are NaN."""
     positions = {image_id: position for position, image_id in enumerate(images)}
     parts = {name: [column] for name, column in vars(_columns([], {}, {})).items()}
-    for annotations in _pieces(content.annotations, kind, where, reading):
+    for annotations in pieces_of(content.annotations, kind, where, reading):
         columns = _columns(annotations, positions, numbers)
-        bad = (columns.image < 0) | (columns.labels < 0) | np.isnan(columns.boxes[:, 0])
+        bad = (columns.image < 0) | (columns.labels < 0)
         for row in np.flatnonzero(bad):
-            _note_annotation(annotations[row], positions, numbers, where, reading)
+            _note_annotation(annotations[row], positions, where, reading)
         for name, column in vars(columns).items():
             parts[name].append(column[~bad] if bad.any() else column)
     # One column after another, its parts let go: all of them twice is what would not fit.
@@ -240,17 +288,12 @@ def _columns(annotations: list[CocoAnnotation], positions: Mapping[Id, int], num
         )
 
 
-def _note_annotation(
-    item: CocoAnnotation, positions: Mapping[Id, int], numbers: Mapping[Id, int], where: str, reading: Reading
-) -> None:
+def _note_annotation(item: CocoAnnotation, positions: Mapping[Id, int], where: str, reading: Reading) -> None:
     if item.image_id not in positions:
         reading.faults.add("unknown image", where, f"an annotation of image {item.image_id}, which is not listed")
-    elif item.category_id not in numbers:
+    else:
         detail = f"category_id {item.category_id} is not declared"
         reading.faults.add("unknown category", f"{where}, image {item.image_id}", detail)
-    else:
-        detail = f"bbox {item.bbox}, expected [x, y, width, height]"
-        reading.faults.add("unreadable box", f"{where}, image {item.image_id}", detail)
 
 
 def split_of(file: Path) -> str:
@@ -267,83 +310,3 @@ def _coco_files(folder: Path, fits: Callable[[Path], bool]) -> list[Path]:
     files = [Path(entry.path) for entry in glance(folder) if entry.name.lower().endswith(".json") and entry.is_file()]
     files = [file for file in files if not _OTHER_TASKS.match(file.name) and fits(file)]
     return [file for file in files if file.name.startswith("instances_")] or files
-
-
-def file_ends(path: Path) -> bytes:
-    """The first and the last bytes of a file, a mebibyte of each; nothing where it cannot be read or is of labelme."""
-    try:
-        with path.open("rb") as file:
-            ends = file.read(_FIRST_BYTES)
-            if _LABELME.search(ends):
-                return b""  # folders of labelme hold thousands of such files, with a picture in each
-            ends += file.read(_SNIFF_BYTES - _FIRST_BYTES)
-            file.seek(max(len(ends), path.stat().st_size - _SNIFF_BYTES))
-            return ends + file.read()
-    except OSError:
-        return b""
-
-
-def looks_like_coco(ends: bytes) -> bool:
-    """Whether the ends of a JSON file (see `file_ends`) hold the keys of COCO."""
-    keys = sum(key in ends for key in (b'"images"', b'"annotations"', b'"categories"'))
-    return ends.lstrip()[:1] == b"{" and keys >= 2 and b'"segments_info"' not in ends
-
-
-def _decoded(path: Path) -> _File:
-    """The file with its long lists still undecoded.
-
-    Raises:
-        DataError: it is no JSON, or its categories are no categories.
-    """
-    try:
-        values = values_of(path, _PIECE_BYTES)
-        text = values["categories"].text() if "categories" in values else b"null"
-        categories = msgspec.json.decode(_plain(text), type=list[CocoCategory] | None)
-    except (OSError, ValueError, RecursionError, msgspec.MsgspecError) as error:
-        raise _unreadable(path, error) from None
-    return _File(images=values.get("images"), annotations=values.get("annotations"), categories=categories or [])
-
-
-def _pieces(array: Value | None, kind: type[Item], where: str, reading: Reading) -> Iterator[list[Item]]:
-    """A JSON array of objects, decoded piece by piece, so that a large file never is held as objects at once.
-
-    Raises:
-        DataError: it is no JSON.
-    """
-    if array is None:
-        return
-    decoder = msgspec.json.Decoder(list[kind])  # type: ignore[valid-type]
-    try:
-        for text in array.pieces():
-            try:
-                yield decoder.decode(text)
-            except msgspec.DecodeError:
-                yield _one_by_one(text, kind, where, reading)
-    except (OSError, ValueError, RecursionError, msgspec.MsgspecError) as error:
-        raise _unreadable(array.path, error) from None
-
-
-def _one_by_one(text: bytes, kind: type[Item], where: str, reading: Reading) -> list[Item]:
-    """The objects of a JSON array that can be understood."""
-    items = []
-    for raw in msgspec.json.decode(_plain(text), type=list[msgspec.Raw]):
-        try:
-            items.append(msgspec.json.decode(raw, type=kind, strict=False))
-        except msgspec.ValidationError as error:
-            start = bytes(raw)[:80].decode(errors="replace")
-            reading.faults.add("unreadable annotation", where, f"{error}: {start}")
-    return items
-
-
-def _plain(text: bytes) -> bytes:
-    """JSON, also where Python wrote NaN and Infinity, which are none: they become null, and their boxes faults."""
-    try:
-        msgspec.json.decode(text, type=msgspec.Raw)
-    except msgspec.DecodeError:
-        return msgspec.json.encode(json.loads(text))
-    return text
-
-
-def _unreadable(path: Path, error: Exception) -> DataError:
-    what = f"not readable as COCO JSON: {error}"
-    return DataError(what, where=path, hint="check that the file is complete (it may be cut off)")

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from metr.data.readers.base import Reader, Reading, picture_folders
-from metr.data.readers.coco import CocoImage, CocoReader, file_ends, looks_like_coco, split_of
+from metr.data.readers.coco import CocoReader, split_of
+from metr.data.readers.coco_files import CocoImage, file_ends, looks_like_coco
 from metr.data.readers.files import OutsideError, glance
 
 
@@ -21,6 +22,8 @@ class CocoVariant(CocoReader):
     keys: ClassVar[tuple[bytes, ...]]
     # Folders, beside the usual ones, that the pictures may lie below.
     bases: ClassVar[tuple[str, ...]] = ()
+    # Two names may end alike and be two pictures.
+    joins_pictures = False
 
     @classmethod
     def fits(cls, path: Path) -> bool:
@@ -49,10 +52,6 @@ class CocoVariant(CocoReader):
         folders = (*picture_folders(reading.files, split, self.within(file.parent)), *self.bases)
         tails = Tails(folders, reading)
         return lambda image: tails.locate(self.picture_names(image), where)
-
-    def picture_names(self, image: CocoImage) -> Sequence[str]:
-        """The names that a picture may have, likeliest first."""
-        return (image.file_name,)
 
 
 class Tails:

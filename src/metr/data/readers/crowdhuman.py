@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 
 from metr.boxes import xywh_to_xyxy
-from metr.data.readers.base import RawImage, Reader, Reading, corners, locate, plain_name
+from metr.data.readers.base import UNREADABLE, RawImage, Reader, Reading, corners, locate, plain_name
 from metr.data.readers.files import glance
 from metr.data.readers.json_lines import first_keys, json_lines, numbers, wide_picture_folders
 
@@ -81,11 +81,11 @@ def _raw_image(line: _Line, path: str, place: str, reading: Reading) -> RawImage
     boxes, kept = [], []
     for index, item in enumerate(line.gtboxes, start=1):
         box = numbers(item.fbox, 4)
-        if box is None or not item.name:
-            kind = "unreadable box" if box is None else "unknown category"
-            reading.faults.add(kind, f"{place}, box {index}", f"tag {item.tag!r}, fbox {item.fbox!r}"[:80])
+        if not item.name:
+            detail = f"tag {item.tag!r}, fbox {item.fbox!r}"[:80]
+            reading.faults.add("unknown category", f"{place}, box {index}", detail)
             continue
-        boxes.append(box)
+        boxes.append(box or UNREADABLE)
         kept.append((index, item))
     return RawImage(
         where=place,

@@ -7,15 +7,19 @@ import csv
 import io
 import math
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from bisect import bisect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, chain
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 
-from metr.data.readers.base import RawImage, Reader, Reading, locate, picture_folders, whole_size
+from metr.data.readers.base import UNREADABLE, RawImage, Reader, Reading, locate, picture_folders, whole_size
+from metr.data.readers.claims import boxes_of, claim
 from metr.data.readers.files import folders_within, glance, is_picture
+from metr.data.readers.text import read_text
 from metr.data.splits import canonical_split
 
 _DEPTH = 2
@@ -44,6 +48,35 @@ class _Dialect:
     delimiter: str
     columns: Mapping[str, int]
     header: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """What a file says of one picture. `relative` says that its boxes are shares of the picture."""
+
+    where: str
+    size: tuple[int, int] | None
+    boxes: Float[np.ndarray, "m 4"]
+    labels: Int[np.ndarray, "m"]
+    lines: Int[np.ndarray, "m"]
+    group: Bool[np.ndarray, "m"]
+    relative: bool
+
+    def fits(self, other: "_Part") -> bool:
+        """Whether the boxes of both are measured alike."""
+        sizes = {self.size, other.size} - {None}
+        return len(sizes) <= 1 and (self.relative == other.relative or min(len(self.boxes), len(other.boxes)) == 0)
+
+    def without(self, others: Iterable["_Part"]) -> "_Part":
+        """Its boxes that others do not have."""
+        known = {key for other in others for key in other.boxes_told()}
+        new = np.array([key not in known for key in self.boxes_told()], dtype=bool)
+        columns = {name: getattr(self, name)[new] for name in ("boxes", "labels", "lines", "group")}
+        return replace(self, **columns)
+
+    def boxes_told(self) -> list[tuple[int, tuple[float, ...]]]:
+        """Category and corners of each box."""
+        return list(zip(self.labels.tolist(), map(tuple, self.boxes.tolist()), strict=True))
 
 
 class _Rows:
@@ -90,46 +123,100 @@ class CsvReader(Reader):
         return cls(path, named or splits) if splits else None
 
     def read(self, split: str, reading: Reading) -> Iterator[RawImage]:
-        """The pictures of a split in the order in which they first come up."""
-        for file in self.splits[split]:
-            yield from self._read_file(file, split, reading)
+        """The pictures of a split in the order in which they first come up, with the boxes of all its files."""
+        tables = [table for file in self.splits[split] if (table := self._table(file, reading)) is not None]
+        firsts = list(accumulate((len(table.names) for table in tables), initial=0))
 
-    def _read_file(self, file: Path, split: str, reading: Reading) -> Iterator[RawImage]:
+        def part(entry: int) -> _Part:
+            number = bisect(firsts, entry) - 1
+            return tables[number].part(entry - firsts[number])
+
+        claims = claim(chain.from_iterable(table.pictures(split, reading) for table in tables))
+        more: dict[int, list[_Part]] = {}
+        for entry, path in claims.strangers:
+            detail = f"{path} is called alike, but is that of other lines: {boxes_of(len(part(entry).boxes))} left out"
+            reading.faults.add("missing picture", part(entry).where, detail)
+        for entry, owner in claims.again:
+            parts, new = more.setdefault(owner, [part(owner)]), part(entry)
+            if all(map(new.fits, parts)):
+                parts.append(new.without(parts))
+            else:
+                detail = (
+                    f"its {boxes_of(len(new.boxes))} are measured in another way than in {parts[0].where}: left out"
+                )
+                reading.faults.add("duplicate image", new.where, detail)
+        for path, owner in claims.owners.items():
+            yield _raw_image(path, more.get(owner) or [part(owner)])
+
+    def _table(self, file: Path, reading: Reading) -> "_Table | None":
         where, dialect = self.within(file), _dialect(file)
         if dialect is None:
             reading.faults.add("unreadable annotation", where, "changed while it was read")
-            return
-        rows = _rows(reading.files.read(where), dialect, where, reading)
-        boxes = rows.boxes()
-        relative = len(boxes) > 0 and bool(boxes.max() <= 1.001) and bool((boxes % 1 > 0).any())
-        image, labels, lines = np.array(rows.image), np.array(rows.label), np.array(rows.line)
-        group = np.array(rows.group, dtype=bool)
-        order = np.argsort(image, kind="stable")
-        starts = np.searchsorted(image, np.arange(len(rows.images) + 1), sorter=order)
-        folders = picture_folders(reading.files, split, self.within(file.parent))
-        for number, name in enumerate(rows.images):
-            path = locate(name, folders, where, reading)
-            if path is None:
-                continue
-            mine = order[starts[number] : starts[number + 1]]
-            yield RawImage(
-                where=where,
-                image_id=path,
-                path=path,
-                size=rows.sizes[number],
-                boxes=boxes[mine],
-                labels=labels[mine],
-                relative=relative,
-                ignore=group[mine],
-                marks=[int(line) for line in lines[mine]],
-            )
+            return None
+        return _Table(_rows(read_text(where, reading), dialect, where, reading), where, self.within(file.parent))
 
 
-def _rows(data: bytes, dialect: _Dialect, where: str, reading: Reading) -> _Rows:
+class _Table:
+    """A file, by its pictures.
+
+    Args:
+        rows: Its boxes.
+        where: The file, relative to the dataset's folder.
+        folder: Its folder.
+    """
+
+    def __init__(self, rows: _Rows, where: str, folder: str) -> None:
+        self.where, self.folder = where, folder
+        self.names, self.sizes = list(rows.images), rows.sizes
+        self.boxes, self.labels, self.lines = rows.boxes(), np.array(rows.label), np.array(rows.line)
+        self.group = np.array(rows.group, dtype=bool)
+        read = self.boxes[np.isfinite(self.boxes).all(axis=1)]
+        self.relative = len(read) > 0 and bool(read.max() <= 1.001) and bool((read % 1 > 0).any())
+        image = np.array(rows.image)
+        self._order = np.argsort(image, kind="stable")
+        self._starts = np.searchsorted(image, np.arange(len(self.names) + 1), sorter=self._order)
+
+    def pictures(self, split: str, reading: Reading) -> Iterator[tuple[Sequence[str], str | None]]:
+        """The names of the pictures, and the pictures that were found."""
+        folders = picture_folders(reading.files, split, self.folder)
+        return (((name,), locate(name, folders, self.where, reading)) for name in self.names)
+
+    def part(self, number: int) -> _Part:
+        """What the file says of picture `number`."""
+        mine = self._order[self._starts[number] : self._starts[number + 1]]
+        return _Part(
+            where=self.where,
+            size=self.sizes[number],
+            boxes=self.boxes[mine],
+            labels=self.labels[mine],
+            lines=self.lines[mine],
+            group=self.group[mine],
+            relative=self.relative,
+        )
+
+
+def _raw_image(path: str, parts: Sequence[_Part]) -> RawImage:
+    """One picture with what one or more files say of it."""
+    first = parts[0]
+    marks = [f"{part.where}:{line}" if part is not first else int(line) for part in parts for line in part.lines]
+    return RawImage(
+        where=first.where,
+        image_id=path,
+        path=path,
+        size=next((part.size for part in parts if part.size is not None), None),
+        boxes=np.concatenate([part.boxes for part in parts]),
+        labels=np.concatenate([part.labels for part in parts]),
+        relative=any(part.relative for part in parts if len(part.boxes) > 0),
+        ignore=np.concatenate([part.group for part in parts]),
+        marks=marks,
+    )
+
+
+def _rows(text: str, dialect: _Dialect, where: str, reading: Reading) -> _Rows:
     """The lines of a file; those that cannot be understood are noted."""
     rows, columns = _Rows(), dialect.columns
     last = max(columns[name] for name in _NEEDED)
-    for line, row in _lines(data, dialect, where, reading):
+    for line, row in _lines(text, dialect, where, reading):
         place = f"{where}:{line}"
         if len(row) <= last or not row[columns["path"]].strip():
             reading.faults.add("unreadable annotation", place, f"expected {last + 1} columns: {','.join(row)[:80]}")
@@ -139,23 +226,21 @@ def _rows(data: bytes, dialect: _Dialect, where: str, reading: Reading) -> _Rows
         if not any(corners):
             continue  # a picture without objects
         name = row[columns["name"]].strip()
-        values = _numbers(corners)
-        if values is None or not name:
-            kind = "unknown category" if values is not None else "unreadable box"
+        if not name or len(row) <= columns.get("group", 0):
+            kind = "unreadable annotation" if name else "unknown category"
             reading.faults.add(kind, place, ",".join(row)[:80])
             continue
         rows.image.append(number)
         rows.label.append(reading.names.number(name))
         rows.line.append(line)
         rows.group.append("group" in columns and row[columns["group"]].strip() == "1")
-        rows.corners.extend(values)
+        rows.corners.extend(_numbers(corners) or UNREADABLE)
     return rows
 
 
-def _lines(data: bytes, dialect: _Dialect, where: str, reading: Reading) -> Iterator[tuple[int, list[str]]]:
+def _lines(text: str, dialect: _Dialect, where: str, reading: Reading) -> Iterator[tuple[int, list[str]]]:
     """The lines that hold anything, but for the header, with their numbers."""
-    text = io.StringIO(data.decode("utf-8-sig", errors="replace"), newline="")
-    lines = csv.reader(text, delimiter=dialect.delimiter)
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=dialect.delimiter)
     try:
         if dialect.header:
             next(row for row in lines if any(row))

@@ -84,19 +84,27 @@ class Files:
                     return posixpath.join(folder, base)
                 places.append((folder, base))
             for folder, base in places:
-                near = self._loosely(folder).get(_fold(base))
+                near = self._loosely(folder).get(fold(base))
                 if near is None and not is_picture(base):
-                    near = self._by_stem(folder).get(_fold(base))
+                    near = self._of_stem(base, folder)
                 if near is not None:
                     return posixpath.join(folder, near)
             if len(places) < len(folders):
                 raise OutsideError(name)
         return None
 
-    def find_stem(self, stem: str, folders: Sequence[str]) -> str | None:
-        """The picture of this name and any suffix in the first of `folders` that has it; None where none has it."""
+    def find_stem(self, stem: str, folders: Sequence[str], named: str = "") -> str | None:
+        """The picture of this name and any suffix in the first of `folders` that has it; None where none has it.
+
+        Where pictures differ in their suffix alone, it is the one that is `named`.
+        """
+        base = posixpath.basename(named.replace("\\", "/"))
+        if posixpath.splitext(base)[0] == stem and is_picture(base):
+            for folder in folders:
+                if base in self.listing(folder):
+                    return posixpath.join(folder, base)
         for folder, base in self._places(stem, folders):
-            found = self._by_stem(folder).get(_fold(base))
+            found = self._of_stem(base, folder)
             if found is not None:
                 return posixpath.join(folder, found)
         return None
@@ -129,14 +137,17 @@ class Files:
 
     def _loosely(self, folder: str) -> dict[str, str]:
         if folder not in self._loose:
-            self._loose[folder] = {_fold(name): name for name in sorted(self.listing(folder), reverse=True)}
+            self._loose[folder] = {fold(name): name for name in sorted(self.listing(folder), reverse=True)}
         return self._loose[folder]
 
-    def _by_stem(self, folder: str) -> dict[str, str]:
+    def _of_stem(self, stem: str, folder: str) -> str | None:
+        """The first picture in a folder with this name and any suffix, else one whose name differs in case."""
         if folder not in self._stems:
-            names = (name for name in sorted(self.listing(folder), reverse=True) if is_picture(name))
-            self._stems[folder] = {_fold(posixpath.splitext(name)[0]): name for name in names}
-        return self._stems[folder]
+            names = [name for name in sorted(self.listing(folder), reverse=True) if is_picture(name)]
+            stems = {fold(posixpath.splitext(name)[0]): name for name in names}
+            self._stems[folder] = stems | {posixpath.splitext(name)[0]: name for name in names}
+        found = self._stems[folder]
+        return found.get(stem) or found.get(fold(stem))
 
 
 def there(path: Path, kind: Callable[[Path], bool] = Path.exists) -> bool:
@@ -205,5 +216,6 @@ def _leads_up(entry: os.DirEntry[str]) -> bool:
     )
 
 
-def _fold(name: str) -> str:
+def fold(name: str) -> str:
+    """A name without what file systems do not tell apart: case, and how accents are encoded."""
     return unicodedata.normalize("NFC", name).casefold()

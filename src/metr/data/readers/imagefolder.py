@@ -24,9 +24,20 @@ import pyarrow.parquet as pq
 import yaml
 
 from metr.boxes import xywh_to_xyxy
-from metr.data.readers.base import RawImage, Reader, Reading, corners, locate, note_unannotated, plain_name, whole_size
+from metr.data.readers.base import (
+    UNREADABLE,
+    RawImage,
+    Reader,
+    Reading,
+    corners,
+    locate,
+    note_unannotated,
+    plain_name,
+    whole_size,
+)
 from metr.data.readers.files import Files, folders_within, glance, there
 from metr.data.readers.json_lines import json_lines, numbers, read_label_map
+from metr.data.readers.text import encoding_of, note_encoding, read_text
 from metr.data.splits import canonical_split
 from metr.errors import DataError
 
@@ -144,13 +155,12 @@ def _raw_image(row: Row, path: str, place: str, names: Mapping[str, str], readin
     kept, boxes, labels = [], [], []
     for index, (item, category) in enumerate(zip(objects.boxes, objects.categories, strict=True)):
         box, name = numbers(item, 4), _name(category, names, place, reading)
-        if box is None or name is None:
-            kind = "unreadable box" if box is None else "unknown category"
+        if name is None:
             detail = f"category {category!r}, bbox {item!r}"[:80]
-            reading.faults.add(kind, f"{place}, box {index + 1}", detail)
+            reading.faults.add("unknown category", f"{place}, box {index + 1}", detail)
             continue
         kept.append(index)
-        boxes.append(box)
+        boxes.append(box or UNREADABLE)
         labels.append(reading.names.number(name))
     ignored = None if objects.ignored is None else [bool(objects.ignored[index]) for index in kept]
     areas = None if objects.areas is None else [_number(objects.areas[index]) for index in kept]
@@ -262,13 +272,15 @@ def _rows(metadata: Path, where: str, reading: Reading) -> Iterator[tuple[str, R
         return
     reading.files.touch(where)
     try:
-        yield from _csv_rows(metadata, where) if metadata.suffix == ".csv" else _parquet_rows(metadata, where)
+        yield from _csv_rows(metadata, where, reading) if metadata.suffix == ".csv" else _parquet_rows(metadata, where)
     except (OSError, ValueError, csv.Error, pa.ArrowException) as error:
         raise DataError(f"cannot be read: {error}", where=metadata) from None
 
 
-def _csv_rows(metadata: Path, where: str) -> Iterator[tuple[str, Row]]:
-    with metadata.open(encoding="utf-8-sig", errors="replace", newline="") as file:
+def _csv_rows(metadata: Path, where: str, reading: Reading) -> Iterator[tuple[str, Row]]:
+    encoding = encoding_of(metadata.read_bytes())
+    note_encoding(encoding, where, reading)
+    with metadata.open(encoding=encoding, newline="") as file:
         rows = csv.DictReader(file, restkey="rest")
         for row in rows:
             yield f"{where}:{rows.line_num}", row
@@ -291,7 +303,7 @@ def _declared_names(folder: str, reading: Reading) -> Mapping[str, str]:
             continue
         where = posixpath.join(folder, name)
         try:
-            found = _read_names(where, reading.files)
+            found = _read_names(where, reading)
         except (DataError, yaml.YAMLError, ValueError, RecursionError) as error:
             reading.notes.once("unreadable annotation", where, f"names: {error}"[:200])
             continue
@@ -300,11 +312,11 @@ def _declared_names(folder: str, reading: Reading) -> Mapping[str, str]:
     return {}
 
 
-def _read_names(where: str, files: Files) -> Mapping[str, str]:
+def _read_names(where: str, reading: Reading) -> Mapping[str, str]:
     name = posixpath.basename(where)
     if name in _NAME_MAPS:
-        return read_label_map(files.root / where, where, files)
-    text = files.read(where).decode("utf-8-sig", errors="replace")
+        return read_label_map(reading.files.root / where, where, reading.files)
+    text = read_text(where, reading)
     if name != _CARD:
         return {str(number): line for number, line in enumerate(filter(None, map(str.strip, text.splitlines())))}
     header = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)

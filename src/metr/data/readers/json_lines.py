@@ -105,7 +105,7 @@ def read_label_map(file: Path, where: str, files: Files) -> dict[str, str]:
         DataError: it is no such file.
     """
     try:
-        values = msgspec.json.decode(files.read(where), type=dict[str, str] | list[str])
+        values = msgspec.json.decode(files.read(where).removeprefix(_BYTE_ORDER_MARK), type=dict[str, str] | list[str])
     except (msgspec.MsgspecError, RecursionError, ValueError) as error:
         hint = 'write {"0": "cat", "1": "dog"}'
         raise DataError(f"not readable as a label map: {error}", where=file, hint=hint) from None

@@ -18,6 +18,8 @@ _KEY_BYTES = 1 << 16
 # How often a place to cut is guessed before it is searched for.
 _GUESSES = 3
 
+# The byte order mark that Windows writes before UTF-8.
+_MARK = b"\xef\xbb\xbf"
 _BLANK = b" \t\r\n"
 _KEY = re.compile(rb'[\s,]*("[^"\\]*+(?:\\.[^"\\]*+)*+")\s*:\s*(?=\S)', re.DOTALL)
 _SCALAR = re.compile(rb"[^\s,}\]]+")
@@ -74,7 +76,7 @@ def values_of(path: Path, piece_bytes: int) -> dict[str, Value]:
     """
     found: dict[str, Value] = {}
     with path.open("rb") as file:
-        place = _expect(file, 0, b"{")
+        place = _expect(file, len(_MARK) if file.read(len(_MARK)) == _MARK else 0, b"{")
         while True:
             window = _read(file, place, _KEY_BYTES)
             match = _KEY.match(window)

@@ -6,6 +6,7 @@ objects. Shapes of one label and one `group_id` are parts of one object, as in l
 hold as text (`imageData`), is skipped unread.
 """
 
+import contextlib
 import posixpath
 import re
 from collections.abc import Iterator, Sequence
@@ -19,17 +20,19 @@ import numpy as np
 from jaxtyping import Float
 
 from metr.data.readers.base import (
+    UNREADABLE,
     RawImage,
     Reader,
     Reading,
-    locate,
     note_unannotated,
     plain_name,
     twin_folders,
     whole_size,
 )
+from metr.data.readers.claims import Stems, boxes_of, locate_own
 from metr.data.readers.files import OutsideError, folders_within, glance
 from metr.data.readers.json_lines import numbers
+from metr.data.readers.text import BYTE_ORDER_MARK
 from metr.data.splits import canonical_split
 from metr.errors import DataError
 
@@ -96,25 +99,28 @@ class LabelmeReader(Reader):
         for source in self.splits[split]:
             folder = self.within(source)
             folders = twin_folders(reading.files, folder)
+            stems = Stems(reading.files.listing(folder), ".json")
             for name in sorted(reading.files.listing(folder)):
                 if not name.lower().endswith(".json"):
                     continue
-                raw = _read_file(posixpath.join(folder, name), folders, reading)
+                raw = _read_file(posixpath.join(folder, name), folders, stems, reading)
                 if raw is not None and raw.path in annotated:
-                    reading.faults.add("duplicate image", raw.where, f"{raw.path} again: left out")
+                    detail = f"{raw.path} again, with {boxes_of(len(raw.boxes))}: left out"
+                    reading.faults.add("duplicate image", raw.where, detail)
                 elif raw is not None:
                     annotated.add(raw.path)
                     yield raw
         note_unannotated(annotated, "no JSON file for it: left out", reading)
 
 
-def _read_file(where: str, folders: Sequence[str], reading: Reading) -> RawImage | None:
+def _read_file(where: str, folders: Sequence[str], stems: Stems, reading: Reading) -> RawImage | None:
     try:
-        content = msgspec.json.decode(reading.files.read(where), type=_File, strict=False)
+        data = reading.files.read(where).removeprefix(BYTE_ORDER_MARK)
+        content = msgspec.json.decode(data, type=_File, strict=False)
     except (msgspec.MsgspecError, DataError, RecursionError, ValueError) as error:
         reading.faults.add("unreadable annotation", where, error.what if isinstance(error, DataError) else str(error))
         return None
-    path = _picture(where, content.picture, folders, reading)
+    path = _picture(where, content.picture or "", folders, stems, reading)
     if path is None:
         return None
     objects = _objects(content.shapes, where, reading)
@@ -141,16 +147,16 @@ def _objects(shapes: Sequence[_Shape], where: str, reading: Reading) -> list[_Ob
             reading.faults.add("unsupported shape", place, f"a {kind} of {name!r}: left out")
             continue
         box = _around(shape.points, kind)
-        if box is None or not name or name in _NO_OBJECT:
-            fault = "unreadable box" if box is None else "unknown category"
-            reading.faults.add(fault, place, f"a {kind} of {name!r}, {shape.points!r}"[:80])
+        if not name or name in _NO_OBJECT:
+            reading.faults.add("unknown category", place, f"a {kind} of {name!r}, {shape.points!r}"[:80])
             continue
-        item = _Object(label=reading.names.number(name), box=box, ignored=_ignored(shape), mark=f"shape {index}")
-        known = None if shape.group_id is None else groups.setdefault((item.label, shape.group_id), item)
+        corners = np.array(UNREADABLE) if box is None else box
+        item = _Object(label=reading.names.number(name), box=corners, ignored=_ignored(shape), mark=f"shape {index}")
+        known = None if shape.group_id is None or box is None else groups.setdefault((item.label, shape.group_id), item)
         if known is None or known is item:
             objects.append(item)
         else:
-            known.box = np.concatenate([np.minimum(known.box[:2], box[:2]), np.maximum(known.box[2:], box[2:])])
+            known.box = np.concatenate([np.minimum(known.box[:2], corners[:2]), np.maximum(known.box[2:], corners[2:])])
             known.ignored = known.ignored or item.ignored
     return objects
 
@@ -173,18 +179,21 @@ def _ignored(shape: _Shape) -> bool:
     return bool(shape.difficult) or any(flags.get(flag) is True for flag in _IGNORING_FLAGS)
 
 
-def _picture(where: str, named: str | None, folders: Sequence[str], reading: Reading) -> str | None:
-    """The picture of a file: of the same name beside it, else the one it names, else of the same name elsewhere."""
+def _picture(where: str, named: str, folders: Sequence[str], stems: Stems, reading: Reading) -> str | None:
+    """The picture of a file: of the same name beside it, else the one it names, else of the same name elsewhere.
+
+    What is called like another file is that file's.
+    """
     folder, name = posixpath.split(where)
     stem = posixpath.splitext(name)[0]
-    path = reading.files.find_stem(stem, [folder])
-    if path is None and named:
-        try:
-            path = reading.files.find(named, [folder])
-        except OutsideError:
-            path = None  # written where the folders lay otherwise
-    path = path or reading.files.find_stem(stem, folders)
-    return path or locate(named or stem, folders, where, reading)
+    options = [reading.files.find_stem(stem, [folder], named)]
+    if named:
+        # Paths that lead elsewhere were written where the folders lay otherwise.
+        with contextlib.suppress(OutsideError):
+            options.append(reading.files.find(named, [folder]))
+    options.append(reading.files.find_stem(stem, folders, named))
+    path = next((option for option in options if option and stems.belongs(option, stem)), None)
+    return path or locate_own(named or stem, stem, folders, stems, where, reading)
 
 
 def _looks_like_labelme(path: Path) -> bool:
@@ -195,4 +204,4 @@ def _looks_like_labelme(path: Path) -> bool:
             ends += file.read()
     except OSError:
         return False
-    return ends.lstrip()[:1] == b"{" and all(key.search(ends) for key in _KEYS)
+    return ends.removeprefix(BYTE_ORDER_MARK).lstrip()[:1] == b"{" and all(key.search(ends) for key in _KEYS)

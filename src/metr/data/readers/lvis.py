@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Int
 
 from metr.data.readers.base import plain_name
-from metr.data.readers.coco import CocoCategory, CocoImage, Id
+from metr.data.readers.coco_files import CocoCategory, CocoImage, Id
 from metr.data.readers.coco_variants import CocoVariant
 
 
@@ -47,6 +47,7 @@ class LvisReader(CocoVariant):
     file_names = re.compile(r"lvis_", re.IGNORECASE)
     keys = (b'"neg_category_ids"',)
     bases = ("coco",)
+    federated = True
 
     def picture_names(self, image: CocoImage) -> Sequence[str]:
         """The file name, and the end of the address where that says something else."""

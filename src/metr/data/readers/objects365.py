@@ -9,7 +9,7 @@ need be there, below `train`, `val` or `images`: with patches or without.
 
 import re
 
-from metr.data.readers.coco import CocoAnnotation
+from metr.data.readers.coco_files import CocoAnnotation
 from metr.data.readers.coco_variants import CocoVariant
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import msgspec
 import numpy as np
 
-from metr.data.readers.base import RawImage, Reader, Reading, locate, plain_name, whole_size
+from metr.data.readers.base import UNREADABLE, RawImage, Reader, Reading, locate, plain_name, whole_size
 from metr.data.readers.files import folders_within, glance
 from metr.data.readers.json_lines import first_keys, json_lines, numbers, read_label_map, wide_picture_folders
 from metr.data.splits import canonical_split
@@ -171,12 +171,11 @@ def _detections(
                 reading.notes.once("conflicting name", place.rpartition(":")[0], detail)
             number = named
         box = numbers(item.bbox, 4)
-        if box is None or number is None:
-            kind = "unreadable box" if box is None else "unknown category"
+        if number is None:
             detail = f"label {item.label!r}, bbox {item.bbox!r}"[:80]
-            reading.faults.add(kind, f"{place}, instance {index}", detail)
+            reading.faults.add("unknown category", f"{place}, instance {index}", detail)
         else:
-            found.append((number, box, f"instance {index}"))
+            found.append((number, box or list(UNREADABLE), f"instance {index}"))
     return found
 
 

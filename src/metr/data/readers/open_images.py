@@ -35,6 +35,7 @@ from metr.data.readers.open_images_tables import (
     read_boxes,
     read_labels,
 )
+from metr.data.readers.text import decoded, read_text
 from metr.data.splits import canonical_split
 from metr.errors import DataError
 
@@ -125,7 +126,7 @@ class OpenImagesReader(Reader):
         where = self.within(self.files.classes)
         numbers: dict[str, int] = {}
         seen: set[int] = set()
-        for line in _lines(reading.files.read(where)):
+        for line in _lines(read_text(where, reading)):
             if len(line) >= 2 and line[0].startswith(_CLASS_PREFIXES):
                 name = plain_name(line[1]) or line[0]
                 number = reading.names.number(name)
@@ -294,7 +295,7 @@ def _is_hierarchy(file: Path) -> bool:
 
 def _first_lines(file: Path) -> list[list[str]]:
     """The first lines of a CSV file that hold anything."""
-    return [] if file.suffix.lower() != ".csv" else _lines(_start(file))
+    return [] if file.suffix.lower() != ".csv" else _lines(decoded(_start(file)))
 
 
 def _start(file: Path) -> bytes:
@@ -305,10 +306,10 @@ def _start(file: Path) -> bytes:
         return b""
 
 
-def _lines(data: bytes) -> list[list[str]]:
+def _lines(text: str) -> list[list[str]]:
     """The lines of a small CSV file that hold anything; where its quotes are wrong, those before."""
     lines: list[list[str]] = []
     with contextlib.suppress(csv.Error):
-        text = io.StringIO(data.decode("utf-8-sig", errors="replace"), newline="")
-        lines.extend([cell.strip() for cell in line] for line in csv.reader(text) if any(line))
+        rows = csv.reader(io.StringIO(text, newline=""))
+        lines.extend([cell.strip() for cell in row] for row in rows if any(row))
     return lines

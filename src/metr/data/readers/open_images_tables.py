@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from pyarrow import csv as arrow_csv
 
 from metr.data.readers.base import Reading
+from metr.data.readers.text import decoded
 from metr.errors import DataError
 
 BOX_COLUMNS = ("ImageID", "LabelName", "XMin", "YMin", "XMax", "YMax")
@@ -221,7 +222,7 @@ def _float(text: str) -> float:
 
 
 def _text(cell: bytes) -> str:
-    return cell.decode(errors="replace").encode("latin-1", errors="replace").decode(errors="replace").strip(' "')
+    return decoded(cell.decode(errors="replace").encode("latin-1", errors="replace")).strip(' "')
 
 
 def _note_box(cells: Mapping[str, str], numbers: Mapping[str, int], where: str, reading: Reading) -> None:

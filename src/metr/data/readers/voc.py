@@ -12,8 +12,10 @@ from xml.etree import ElementTree as ET
 
 import numpy as np
 
-from metr.data.readers.base import RawImage, Reader, Reading, locate, note_unannotated, twin_folders, whole_size
+from metr.data.readers.base import UNREADABLE, RawImage, Reader, Reading, note_unannotated, twin_folders, whole_size
+from metr.data.readers.claims import Stems, boxes_of, locate_own
 from metr.data.readers.files import folders_within, glance, there
+from metr.data.readers.text import read_text
 from metr.data.splits import canonical_split
 from metr.errors import DataError
 
@@ -39,11 +41,17 @@ class VocReader(Reader):
 
     def read(self, split: str, reading: Reading) -> Iterator[RawImage]:
         """The pictures of a split in the order of its lists, or sorted by name."""
+        annotated: set[str] = set()
         for source in self.splits[split]:
-            if source.suffix.lower() == ".txt":
-                yield from self._read_list(source, reading)
-            else:
-                yield from self._read_folder(source, reading)
+            listed = source.suffix.lower() == ".txt"
+            found = self._read_list(source, reading) if listed else self._read_folder(source, reading)
+            for raw in found:
+                if raw.path in annotated:
+                    detail = f"{raw.path} again, with {boxes_of(len(raw.boxes))}: left out"
+                    reading.faults.add("duplicate image", raw.where, detail)
+                else:
+                    annotated.add(raw.path)
+                    yield raw
 
     def _read_list(self, source: Path, reading: Reading) -> Iterator[RawImage]:
         """The pictures that a file of `ImageSets/Main` names."""
@@ -51,30 +59,33 @@ class VocReader(Reader):
         annotations = posixpath.join(base, "Annotations")
         folders = twin_folders(reading.files, annotations)
         known = reading.files.listing(annotations)
-        lines = reading.files.read(self.within(source)).decode("utf-8-sig", errors="replace").splitlines()
-        for number, line in enumerate(lines, start=1):
+        stems, seen = Stems(known, ".xml"), set()
+        for number, line in enumerate(read_text(self.within(source), reading).splitlines(), start=1):
             # A second column tells whether the category of a list is in the picture. Names may hold spaces.
             options = [line.strip(), *line.split()[:1]]
             name = next((f"{option}.xml" for option in options if f"{option}.xml" in known), None)
-            if name is not None:
-                yield from self._read_xml(posixpath.join(annotations, name), folders, reading)
+            where = f"{self.within(source)}:{number}"
+            if name in seen:
+                reading.faults.add("duplicate image", where, f"{name} is listed again: left out")
+            elif name is not None:
+                seen.add(name)
+                yield from self._read_xml(posixpath.join(annotations, name), folders, stems, reading)
             elif line.strip():
-                where = f"{self.within(source)}:{number}"
                 reading.faults.add("missing annotation", where, f"no {options[0]}.xml in {annotations}")
 
     def _read_folder(self, source: Path, reading: Reading) -> Iterator[RawImage]:
         """The pictures whose XML files lie in a folder."""
         folder = self.within(source)
         names = sorted(name for name in reading.files.listing(folder) if name.lower().endswith(".xml"))
-        folders = twin_folders(reading.files, folder)
+        folders, stems = twin_folders(reading.files, folder), Stems(names, ".xml")
         annotated = set()
         for name in names:
-            for raw in self._read_xml(posixpath.join(folder, name), folders, reading):
+            for raw in self._read_xml(posixpath.join(folder, name), folders, stems, reading):
                 annotated.add(raw.path)
                 yield raw
         note_unannotated(annotated, "no XML file for it: left out", reading)
 
-    def _read_xml(self, where: str, folders: Sequence[str], reading: Reading) -> Iterator[RawImage]:
+    def _read_xml(self, where: str, folders: Sequence[str], stems: Stems, reading: Reading) -> Iterator[RawImage]:
         try:
             root = ET.fromstring(reading.files.read(where))
         except (ET.ParseError, DataError, LookupError, ValueError) as error:
@@ -83,19 +94,18 @@ class VocReader(Reader):
         if root.tag != "annotation":
             reading.faults.add("unreadable annotation", where, f"<{root.tag}>, expected <annotation>")
             return
-        path = _picture(where, _text(root, "filename"), folders, reading)
+        path = _picture(where, _text(root, "filename"), folders, stems, reading)
         if path is None:
             return
         offset = 1 if _text(root, "source/database").startswith("The VOC") else 0
         labels, boxes, ignore, marks = [], [], [], []
         for index, item in enumerate(root.iterfind("object"), start=1):
             name, box = _text(item, "name"), [_number(item, f"bndbox/{corner}") for corner in _CORNERS]
-            if not name or None in box:
-                kind = "unknown category" if not name else "unreadable box"
-                reading.faults.add(kind, f"{where}, object {index}", "no <name>" if not name else "no whole <bndbox>")
+            if not name:
+                reading.faults.add("unknown category", f"{where}, object {index}", "no <name>")
                 continue
             labels.append(reading.names.number(name))
-            boxes.append(box)
+            boxes.append(UNREADABLE if None in box else box)
             ignore.append(_text(item, "difficult") == "1")
             marks.append(f"object {index}")
         corners = np.array(boxes, dtype=np.float64).reshape(-1, 4) - np.array([offset, offset, 0, 0])
@@ -146,11 +156,16 @@ def _looks_like_voc(path: Path) -> bool:
         return False
 
 
-def _picture(where: str, filename: str, folders: Sequence[str], reading: Reading) -> str | None:
-    """The picture of an XML file: of the same name, else the one that the file names, which tools let grow stale."""
+def _picture(where: str, filename: str, folders: Sequence[str], stems: Stems, reading: Reading) -> str | None:
+    """The picture of an XML file: of the same name, else the one that the file names, which tools let grow stale.
+
+    What is called like another file is that file's.
+    """
     stem = posixpath.splitext(posixpath.basename(where))[0]
-    path = reading.files.find_stem(stem, folders)
-    return path or locate(filename or stem, folders, where, reading)
+    path = reading.files.find_stem(stem, folders, filename)
+    if path is not None and stems.belongs(path, stem):
+        return path
+    return locate_own(filename or stem, stem, folders, stems, where, reading)
 
 
 def _text(element: ET.Element, path: str) -> str:

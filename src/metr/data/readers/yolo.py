@@ -18,6 +18,7 @@ from jaxtyping import Float
 from metr.boxes import cxcywh_to_xyxy
 from metr.data.readers.base import RawImage, Reader, Reading, corners, locate, plain_name
 from metr.data.readers.files import folders_within, glance, is_picture, there
+from metr.data.readers.text import decoded, read_text
 from metr.data.splits import canonical_split
 from metr.errors import DataError
 
@@ -138,14 +139,31 @@ class YoloReader(Reader):
 
     def read(self, split: str, reading: Reading) -> Iterator[RawImage]:
         """The pictures of a split: those of its folders sorted by name, those of its lists in their order."""
-        reading.files.touch(self.within(self.description))
+        read_text(self.within(self.description), reading)  # notes an encoding that was guessed
         numbers = self._number_categories(reading)
-        seen: set[str] = set()
+        for picture in self._different_pictures(split, reading):
+            yield self._read_labels(picture, numbers, reading)
+
+    def _different_pictures(self, split: str, reading: Reading) -> Iterator[str]:
+        """The pictures of a split, each once, but for those that would share the text file of another."""
+        seen: dict[str, str] = {}  # by their paths without suffixes, as text files are called
+        twins: set[str] = set()
         for source in self.splits[split]:
             for picture in self._pictures(source, reading):
-                if picture not in seen:
-                    seen.add(picture)
-                    yield self._read_labels(picture, numbers, reading)
+                stem = posixpath.splitext(picture)[0]
+                first = seen.get(stem)
+                if picture == first or picture in twins:
+                    continue
+                if first is None:
+                    seen[stem] = picture
+                else:
+                    twins.add(picture)
+                where = None if first is None else _label_file(picture, reading)
+                if where is None:
+                    yield picture
+                else:
+                    detail = f"{where} is that of {first}, too, and this one is left out: rename one of them"
+                    reading.faults.add("shared annotation", picture, detail)
 
     def _number_categories(self, reading: Reading) -> dict[int, int]:
         numbers: dict[int, int] = {}
@@ -163,7 +181,7 @@ class YoloReader(Reader):
                 yield from reading.files.pictures(self.within(place))
             return
         where, folder = self.within(source), self.within(source.parent)
-        lines = reading.files.read(where).decode("utf-8-sig", errors="replace").splitlines()
+        lines = read_text(where, reading).splitlines()
         for number, line in enumerate(map(str.strip, lines), start=1):
             if line:
                 path = _listed(line, folder, reading) or locate(line, [folder, ""], f"{where}:{number}", reading)
@@ -213,7 +231,7 @@ def _yaml(path: Path) -> Any:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return [line.strip() for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines()]
+        return [line.strip() for line in decoded(path.read_bytes()).splitlines()]
     except OSError:
         return []
 
@@ -290,7 +308,7 @@ def _label_file(picture: str, reading: Reading) -> str | None:
 
 def _label_lines(where: str, reading: Reading) -> list[str]:
     try:
-        return reading.files.read(where).decode("utf-8-sig", errors="replace").splitlines()
+        return read_text(where, reading).splitlines()
     except DataError as error:
         reading.faults.add("unreadable annotation", where, error.what)
         return []

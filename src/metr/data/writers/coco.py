@@ -3,10 +3,9 @@
 Ignored boxes become crowds. Where a picture says of only some categories that they are annotated exhaustively, all
 pictures say so in LVIS' way: `neg_category_ids` are the annotated categories without a box, and
 `not_exhaustive_category_ids` those with boxes that are not annotated exhaustively. Prompts, weights and the names from
-before renaming have no place in the format.
+before renaming have no place in the format, and are counted.
 """
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -18,7 +17,7 @@ from metr.boxes import xyxy_to_xywh
 from metr.data.readers.base import corners
 from metr.data.records import Annotations, ImageRecord
 from metr.data.sources import DetectionSource
-from metr.data.writers.export import ExportReport, PictureFolder, Pictures, in_order, new_folder
+from metr.data.writers.export import ExportReport, PictureFolder, Pictures, in_order, new_folder, unsaid_options
 
 # Boxes and areas are rounded to so many digits: a thousandth of a pixel.
 _DIGITS = 3
@@ -36,14 +35,14 @@ def write_coco(source: DetectionSource, out: Path, pictures: Pictures = "link") 
         pictures: As hard links, where the file system can, or as copies.
 
     Returns:
-        What was written, and how many pictures were not there.
+        What was written, and how many of what was left out.
 
     Raises:
         DataError: `out` is not empty, lies in the dataset's folder, or cannot be written.
     """
     federated = any(record.annotated is not None for split in source.splits.values() for record in in_order(split))
     images, boxes, renamed, copied = 0, 0, 0, 0
-    left_out: Counter[str] = Counter()
+    left_out = unsaid_options(source)
     with new_folder(out, source.root) as folder:
         (folder / "annotations").mkdir()
         for split, annotations in source.splits.items():

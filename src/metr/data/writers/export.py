@@ -6,6 +6,7 @@ import os
 import secrets
 import shutil
 import unicodedata
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
@@ -13,6 +14,7 @@ from typing import Literal
 
 from metr.data.readers.files import there
 from metr.data.records import Annotations, ImageRecord
+from metr.data.sources import DetectionSource
 from metr.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -94,6 +96,12 @@ class PictureFolder:
             stem = f"{PurePath(name).stem}-{number}"
         self._taken.add(key)
         return stem + suffix
+
+
+def unsaid_options(source: DetectionSource) -> Counter[str]:
+    """What a dataset was opened with that no format has a place for; categories are written under their new names."""
+    spec = source.spec
+    return Counter({"prompt": len(spec.prompts), "weight": int(spec.weight != 1), "old name": len(spec.renames)})
 
 
 @contextlib.contextmanager

@@ -1,23 +1,22 @@
 """YOLO: `data.yaml`, the pictures in `images/SPLIT`, a text file a picture in `labels/SPLIT`.
 
 The format knows neither ignored boxes nor areas, nor which categories a picture is annotated with, nor splits other
-than train, val and test, nor boxes in a picture that is not turned as viewers turn it. What cannot be said is left out
-and counted: an ignored box becomes background.
+than train, val and test, nor prompts, weights and the names from before renaming. What cannot be said is left out and
+counted: an ignored box becomes background. Boxes in the pixels as stored are turned as viewers turn the picture.
 """
 
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import yaml
 
 from metr.boxes import xyxy_to_cxcywh
-from metr.data.images import check_picture
 from metr.data.readers.base import corners
 from metr.data.records import ImageRecord
 from metr.data.sources import DetectionSource
 from metr.data.splits import TEST, TRAIN, VAL
-from metr.data.writers.export import ExportReport, PictureFolder, Pictures, in_order, new_folder
+from metr.data.upright import Upright
+from metr.data.writers.export import ExportReport, PictureFolder, Pictures, in_order, new_folder, unsaid_options
 
 
 def write_yolo(source: DetectionSource, out: Path, pictures: Pictures = "link") -> ExportReport:
@@ -35,7 +34,7 @@ def write_yolo(source: DetectionSource, out: Path, pictures: Pictures = "link") 
         DataError: `out` is not empty, lies in the dataset's folder, or cannot be written.
     """
     images, boxes, renamed, copied = 0, 0, 0, 0
-    left_out: Counter[str] = Counter()
+    left_out = unsaid_options(source)
     with new_folder(out, source.root) as folder:
         description: dict[str, object] = {}
         for split, annotations in source.splits.items():
@@ -45,8 +44,9 @@ def write_yolo(source: DetectionSource, out: Path, pictures: Pictures = "link") 
             description[split] = f"images/{split}"
             place, labels = PictureFolder(folder / "images" / split, pictures, stems=True), folder / "labels" / split
             labels.mkdir(parents=True)
-            for record in in_order(annotations):
-                name = _put(record, place, left_out)
+            for record in in_order(Upright(annotations)):
+                name = place.put(record.path)
+                left_out["missing picture"] += name is None
                 if name is not None:
                     lines = _lines(record)
                     (labels / name).with_suffix(".txt").write_text("".join(lines), encoding="utf-8")
@@ -66,18 +66,6 @@ def write_yolo(source: DetectionSource, out: Path, pictures: Pictures = "link") 
         copied=copied,
         left_out=dict(+left_out),
     ).log(source.name)
-
-
-def _put(record: ImageRecord, place: PictureFolder, left_out: Counter[str]) -> str | None:
-    """The new name of a record's picture; None where it is left out, which is counted."""
-    fault = check_picture(record)
-    if fault is not None and fault.kind == "orientation":
-        left_out["picture whose boxes are not turned with it"] += 1
-        return None
-    name = place.put(record.path)
-    if name is None:
-        left_out["missing picture"] += 1
-    return name
 
 
 def _lines(record: ImageRecord) -> list[str]:
