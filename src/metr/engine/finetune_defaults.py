@@ -1,7 +1,8 @@
 """How fine-tuning goes by default: a table by the number of training images.
 
 Between two rows values are interpolated over the logarithm of the number, and of themselves where they count steps or
-are rates; what is frozen is that of the nearer row. Outside of the table the first or the last row holds.
+are rates. Outside of the table the first or the last row holds. Nothing is frozen and no depth has a lower rate than
+another: with few pictures too, both cost more than they saved (docs/decisions.md).
 """
 
 import math
@@ -9,7 +10,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from metr.config import Tree
-from metr.engine.config import Freeze
 
 # Steps over which the average of the weights warms up, as a share of those that it reaches back.
 _WARMING = 0.4
@@ -27,8 +27,6 @@ class Defaults:
     steps: int
     rate: float
     warmup: int
-    freeze: Freeze
-    layer_decay: float
     average: int
     evaluate_every: int
     crop: float
@@ -40,11 +38,7 @@ class Defaults:
         return {
             "augmentation": {"crop": self.crop, "zoom_out": self.zoom_out, "colour": self.colour},
             "train": {
-                "freeze": self.freeze,
-                "optimizer": {
-                    "learning_rate": _rounded(self.rate * pretraining_rate),
-                    "layer_decay": self.layer_decay,
-                },
+                "optimizer": {"learning_rate": _rounded(self.rate * pretraining_rate)},
                 "schedule": {"warmup_steps": self.warmup},
                 "ema": {"decay": round(1 - 1 / self.average, 6), "tau": _WARMING * self.average},
                 "loop": {
@@ -58,10 +52,10 @@ class Defaults:
 
 # fmt: off
 TABLE = (
-    Defaults(images=20,     steps=300,    rate=0.35, warmup=30,  freeze="backbone", layer_decay=0.9,  average=60,   evaluate_every=30,   crop=0.50, zoom_out=0.30, colour=0.8),  # noqa: E501
-    Defaults(images=200,    steps=1_000,  rate=0.5,  warmup=50,  freeze="half",     layer_decay=0.95, average=200,  evaluate_every=100,  crop=0.50, zoom_out=0.20, colour=0.7),  # noqa: E501
-    Defaults(images=2_000,  steps=5_000,  rate=0.5,  warmup=200, freeze="none",     layer_decay=1.0,  average=1000, evaluate_every=500,  crop=0.35, zoom_out=0.10, colour=0.5),  # noqa: E501
-    Defaults(images=20_000, steps=20_000, rate=0.5,  warmup=500, freeze="none",     layer_decay=1.0,  average=4000, evaluate_every=2000, crop=0.35, zoom_out=0.10, colour=0.5),  # noqa: E501
+    Defaults(images=20,     steps=300,    rate=1.0,  warmup=30,  average=60,   evaluate_every=30,   crop=0.50, zoom_out=0.30, colour=0.8),  # noqa: E501
+    Defaults(images=200,    steps=1_000,  rate=1.0,  warmup=50,  average=200,  evaluate_every=100,  crop=0.50, zoom_out=0.20, colour=0.7),  # noqa: E501
+    Defaults(images=2_000,  steps=5_000,  rate=0.5,  warmup=200, average=1000, evaluate_every=500,  crop=0.35, zoom_out=0.10, colour=0.5),  # noqa: E501
+    Defaults(images=20_000, steps=20_000, rate=0.5,  warmup=500, average=4000, evaluate_every=2000, crop=0.35, zoom_out=0.10, colour=0.5),  # noqa: E501
 )
 # fmt: on
 
@@ -90,8 +84,6 @@ def _between(lower: Defaults, upper: Defaults, share: float, images: int) -> Def
         steps=counted(lower.steps, upper.steps),
         rate=_rounded(lower.rate ** (1 - share) * upper.rate**share),
         warmup=counted(lower.warmup, upper.warmup),
-        freeze=(lower if share < 0.5 else upper).freeze,
-        layer_decay=mixed(lower.layer_decay, upper.layer_decay),
         average=counted(lower.average, upper.average),
         evaluate_every=counted(lower.evaluate_every, upper.evaluate_every),
         crop=mixed(lower.crop, upper.crop),
