@@ -177,7 +177,7 @@ def _tuned(arm: Arm, run: Run, source: str, place: Workplace, profile: Profile) 
         return False
     told = {
         "steps": outcome.training.step,
-        "training_seconds": round(training_seconds(run.folder), 1),
+        "training_seconds": round(training_seconds(run.folder), 3),
         "datasets": [asdict(change) for change in outcome.comparison.changes],
     }
     run.finish(told)

@@ -211,7 +211,7 @@ class Bench:
             data = [self.place.argument(source.name) for source in self.joint.sources]
             if train(data, kept.folder, self.recipe, resume=True, console=self.place.console).interrupted:
                 return None
-            seconds = round(training_seconds(kept.folder), 1)
+            seconds = round(training_seconds(kept.folder), 3)
             _finish(kept, {"data": data, "images": _drawn(kept.folder), "training_seconds": seconds})
         # the last weights: nothing is chosen by the pictures of any val split
         return kept.folder / "last"

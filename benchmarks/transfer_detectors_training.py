@@ -186,7 +186,7 @@ def train_detector(
         trainer.train(resume_from_checkpoint=stopped)
         model.save_pretrained(work.folder / TRAINED)
     # going on, Trainer replaces the clock by that of the checkpoint
-    return next(round(one.seconds, 1) for one in trainer.callback_handler.callbacks if isinstance(one, Clock))
+    return next(round(one.seconds, 3) for one in trainer.callback_handler.callbacks if isinstance(one, Clock))
 
 
 def last_checkpoint(folder: Path) -> str | None:

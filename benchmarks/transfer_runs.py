@@ -192,7 +192,7 @@ def pretrained(run: Run, tree: Mapping[str, Any], names: Sequence[str], place: W
         outcome = train(data, run.folder, recipe, resume=True, console=place.console)
         if outcome.interrupted:
             return None
-        seconds = round(training_seconds(run.folder), 1)
+        seconds = round(training_seconds(run.folder), 3)
         run.finish({"data": data, "metrics": dict(outcome.metrics), "training_seconds": seconds})
     # the last weights, not the best: nothing is chosen by the pictures of any val split
     return run.folder / "last"
@@ -303,5 +303,5 @@ def _result(cell: Cell, joint: JointData, outcome: Outcome, out: Path) -> RunRes
         steps=outcome.step,
         ap=outcome.metrics["AP"],
         ap50=outcome.metrics["AP50"],
-        training_seconds=round(training_seconds(out), 1),
+        training_seconds=round(training_seconds(out), 3),
     )
