@@ -26,6 +26,7 @@ import resumable
 from machine import commit, hardware
 from metr.api.evaluation import evaluate_run
 from metr.api.model import METR
+from metr.api.model_card import EVALUATION
 from metr.api.training import train
 from metr.engine.checkpoint import load_checkpoint
 from metr.engine.hardware import resolved_device
@@ -73,13 +74,14 @@ def run(settings: Settings, console: Console) -> bool:
     report = evaluate_run(settings.target, data, settings.out / "evaluation", config=judged, console=console)
     _write(settings, recipe, report, began_with)
     draw_page(data, settings.target, settings.stem.with_name(f"{settings.stem.name}-detections.jpg"))
-    _save(trained, settings.target)  # once more, with the results in its card
+    shutil.copyfile(settings.out / "evaluation" / EVALUATION, settings.target / EVALUATION)
+    _save(settings.target, settings.target)  # once more, with the results in its card
     console.print(f"written: {settings.target}", markup=False, soft_wrap=True)
     return True
 
 
-def _save(trained: Path, target: Path) -> None:
-    METR.from_pretrained(trained).save_pretrained(target, dtype=torch.float16, licence=LICENCE)
+def _save(source: Path, target: Path) -> None:
+    METR.from_pretrained(source).save_pretrained(target, dtype=torch.float16, licence=LICENCE)
 
 
 def licensed_copy(source: Path, target: Path, left_out: Collection[int] = NON_COMMERCIAL) -> int:

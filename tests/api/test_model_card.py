@@ -133,6 +133,17 @@ def test_a_report_is_shown_and_datasets_without_results_are_named(model: METR, t
     assert "pond" not in unjudged
 
 
+@pytest.mark.parametrize(("judged", "words"), [(None, "before the weights were"), ("float16", "with the weights")])
+def test_whether_the_stored_weights_were_judged_is_told(
+    model: METR, tmp_path: Path, judged: str | None, words: str
+) -> None:
+    report_of(tmp_path, {"ponds": (50.0, 40.0)})
+    report = find_report(tmp_path, model.checkpoint)
+    assert report is not None
+    facts = replace(replace_report(facts_of(model), replace(report, weights=judged)), dtype="float16")
+    assert f"Measured {words} stored as float16." in section(write_card(facts), "Results")
+
+
 def test_stages_of_training_are_told_in_their_order(model: METR) -> None:
     first = dict(model.checkpoint.training)
     second = {"data": {"shop": {"format": "coco", "splits": {"train": 20}, "trained_on": 10, "names": 2}}}

@@ -84,6 +84,7 @@ def test_what_is_shipped_is_what_was_measured(run: Callable[..., int], tiny_run:
     card = (shipped / "README.md").read_text()
     assert "license: apache-2.0" in card
     assert "coco_mini" in card
+    assert "Measured with the weights stored as float16." in card
     METR.from_pretrained(shipped).detect(tiny_run.unseen[0])
     assert run() == 0  # again: nothing is left to train, and the card is written anew
 

@@ -43,6 +43,11 @@ def test_round_trip(tmp_path: Path) -> None:
     assert all(torch.equal(loaded.weights[key], saved.weights[key]) for key in saved.weights)
 
 
+def test_who_may_read_the_folder_may_read_its_tensors(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path / "best", make_checkpoint())
+    assert len({path.stat().st_mode for path in (tmp_path / "best").iterdir()}) == 1
+
+
 def test_half_precision_on_disk(tmp_path: Path) -> None:
     saved = make_checkpoint()
     save_checkpoint(tmp_path / "full", saved)

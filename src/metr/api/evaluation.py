@@ -1,6 +1,7 @@
 """The verb evaluate: the COCO protocol on each dataset, with its own names and with all names."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -69,6 +70,7 @@ def evaluate_run(
     judge = Judge(vocabulary, model.embed(vocabulary), joint.evaluation(split), model.resize, batch_size, config)
     foreign = model.checkpoint.training.get("foreign")
     report = judge.report(model.network, console, None if foreign is None else str(foreign))
+    report = replace(report, weights=model.stored_as)
     table, text, chart = write_report(report, out)
     show(report, console)
     console.print(f"{table.name}, {text.name} and {chart.name} are in {out}", markup=False, soft_wrap=True)

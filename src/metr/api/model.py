@@ -14,6 +14,7 @@ from metr.api.sharing import Shared, fetched, may_be_a_hub_name
 from metr.data.config import ResizeConfig
 from metr.engine.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
 from metr.engine.hardware import resolved_device
+from metr.engine.tensors import type_of
 from metr.engine.weights import load_weights
 from metr.errors import CheckpointError, ConfigError, DataError
 from metr.inference.config import InferenceConfig, PostprocessConfig
@@ -34,10 +35,12 @@ class METR(Shared):
         network: The `Detector`, in evaluation mode.
         vocabulary: The names it was trained on, and which dataset annotates which.
         checkpoint: All else that the folder held; the weights are the network's.
+        stored_as: Of what type the weights on disk were ("float16"); None where there were none, or several types.
     """
 
     def __init__(self, network: Detector, checkpoint: Checkpoint, where: object = None) -> None:
         self.network, self.checkpoint = network.eval(), replace(checkpoint, weights={})
+        self.stored_as = type_of(checkpoint.weights)
         self.vocabulary = checkpoint.vocabulary
         where = where or "checkpoint"
         described = dict(checkpoint.text_encoder)

@@ -202,7 +202,8 @@ def _results(facts: CardFacts) -> str:
             dataset_table(facts.report),
         ]
         if facts.dtype is not None:
-            parts.append(f"Measured before the weights were stored as {facts.dtype}.")
+            when = "with the weights" if facts.report.weights == facts.dtype else "before the weights were"
+            parts.append(f"Measured {when} stored as {facts.dtype}.")
         return "\n\n".join(parts)
     metrics = facts.training.metrics
     if not metrics:

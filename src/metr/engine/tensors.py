@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from metr.errors import CheckpointError
@@ -21,7 +21,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype 
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     if dtype is not None:
         plain = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in plain.items()}
-    save_file(plain, path, metadata={"format": "pt"})
+    # not save_file, which makes files that nobody but their owner may read, whatever the folder allows
+    path.write_bytes(save(plain, metadata={"format": "pt"}))
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -35,6 +36,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"not readable as safetensors: {error}", where=path, hint=_INCOMPLETE) from None
+
+
+def type_of(tensors: Mapping[str, Tensor]) -> str | None:
+    """The type of the floating-point tensors, such as "float16"; None where there are none, or several types."""
+    kinds = {str(tensor.dtype).removeprefix("torch.") for tensor in tensors.values() if tensor.is_floating_point()}
+    return kinds.pop() if len(kinds) == 1 else None
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -81,12 +81,16 @@ class DatasetReport:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationReport:
-    """What the detector did to each dataset. `foreign` says how training treated unannotated categories."""
+    """What the detector did to each dataset.
+
+    `foreign` says how training treated unannotated categories, `weights` of what type those on disk were ("float16").
+    """
 
     datasets: tuple[DatasetReport, ...]
     names: int
     confusion: FieldConfusion | None = None
     foreign: str | None = None
+    weights: str | None = None
 
     def mean(self, mode: Mode, metric: Literal["ap", "ap50", "ap75", "ar100"] = "ap") -> float | None:
         """The mean over the datasets that belong to it; None where none has a number."""

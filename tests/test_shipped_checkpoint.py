@@ -1,0 +1,62 @@
+"""The checkpoint that comes with the project: small enough, honest in its card, and it finds what it says."""
+
+import json
+from itertools import islice
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from metr.api.model import METR
+from metr.api.model_card import is_untouched
+from metr.api.provenance import TrainingFacts
+from metr.engine.checkpoint import load_checkpoint
+
+FOLDER = Path(__file__).resolve().parents[1] / "checkpoints" / "metr-nano"
+# pictures of splits that neither training nor the card's results have seen, and what is in each
+UNSEEN = {
+    "aquarium": (
+        "aquarium/test/images/*.jpg",
+        {"fish", "jellyfish", "penguin", "puffin", "shark", "starfish", "stingray"},
+    ),
+    "chess_pieces": ("chess_pieces/test/*.jpg", {"white-", "black-"}),
+    "bccd": ("bccd/ImageSets/Main/test.txt", {"RBC", "WBC", "Platelets"}),
+}
+
+
+@pytest.fixture(scope="module")
+def model() -> METR:
+    return METR.from_pretrained(FOLDER, device="cpu")
+
+
+def test_it_is_small_and_of_half_precision() -> None:
+    assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 16e6
+    with safe_open(FOLDER / "model.safetensors", "pt") as tensors:
+        kinds = {tensors.get_slice(key).get_dtype() for key in tensors.keys()}  # noqa: SIM118  # no mapping
+    assert "F16" in kinds
+    assert "F32" not in kinds
+
+
+def test_its_card_tells_data_licences_and_results() -> None:
+    card = (FOLDER / "README.md").read_text(encoding="utf-8")
+    assert is_untouched(card)
+    data = TrainingFacts.of(load_checkpoint(FOLDER).training).data
+    assert set(data) == {"aquarium", "bccd", "chess_pieces", "coco_mini", "doc_tables", "playing_cards"}
+    assert "NonCommercial" not in card
+    report = json.loads((FOLDER / "evaluation.json").read_text(encoding="utf-8"))
+    assert report["weights"] == "float16"
+    assert f"| **mean of 5** |  |  |  | {report['mean']['own']['ap']:.1f} |" in card
+
+
+@pytest.mark.parametrize("dataset", UNSEEN)
+def test_it_finds_its_things_in_pictures_it_has_never_seen(model: METR, shared: Path, dataset: str) -> None:
+    pattern, names = UNSEEN[dataset]
+    pictures = sorted((shared / "data").glob(pattern))
+    if dataset == "bccd":
+        stems = pictures[0].read_text().split()
+        pictures = [shared / "data/bccd/JPEGImages" / f"{stem}.jpg" for stem in stems]
+    found = [model.detect(picture, threshold=0.5) for picture in islice(pictures, 8)]
+    labels = [[one.names[label] for label in one.labels.tolist()] for one in found]
+    own = [sum(label.startswith(tuple(names)) for label in picture) for picture in labels]
+    assert sum(map(bool, own)) >= 6, "there is something in every picture"
+    assert sum(own) >= 0.8 * sum(map(len, labels)), "hardly a thing is called by another dataset's name"
