@@ -7,7 +7,7 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 .PHONY: help demo test quick check format clean
 
 help:
-	@echo "make demo    build the environment, train on three made datasets, show the result (about ten minutes)"
+	@echo "make demo    build the environment, train on three made datasets, show the result (five minutes, and a few for the environment)"
 	@echo "make test    build the environment, run every test"
 	@echo "make quick   the tests that take seconds"
 	@echo "make check   formatting, lints, types, layers of imports, every test"

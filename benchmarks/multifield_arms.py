@@ -142,7 +142,7 @@ def _closed_set(task: Task) -> EvaluationReport | None:
         return None
     network.load_state_dict(dict(load_checkpoint(task.out / "last").weights))
     text, sets = torch.eye(len(names)), joint.evaluation()
-    judge = Judge(joint.vocabulary, text, sets, recipe.augmentation.resize, recipe.inference.batch_size, task.judged)
+    judge = Judge(joint.vocabulary, text, sets, recipe.augmentation.resize, recipe.evaluation_loader, task.judged)
     report = judge.report(network.eval(), task.console, "assume_absent")
     show(report, task.console)
     return report

@@ -153,3 +153,20 @@ def test_detections_have_a_length() -> None:
     assert len(detections()) == 2
     none = Detections(boxes=torch.zeros(0, 4), scores=torch.zeros(0), labels=torch.zeros(0).long(), names=("a",))
     assert len(none) == 0
+
+
+@pytest.mark.parametrize("count", [0, 2])
+def test_detections_for_supervision(count: int) -> None:
+    found = Detections(
+        boxes=torch.tensor([[1.0, 2, 3, 4], [5, 6, 7, 8]])[:count],
+        scores=torch.tensor([0.9, 0.4])[:count],
+        labels=torch.tensor([2, 0])[:count],
+        names=("cat", "dog", "bird"),
+    )
+    theirs = found.to_supervision()
+    assert len(theirs) == count
+    assert [(box.tolist(), score, label) for box, _, score, label, _, _ in theirs] == [
+        (box.tolist(), score, label)
+        for box, score, label in zip(found.boxes, found.scores.numpy(), found.labels.tolist(), strict=True)
+    ]
+    assert list(theirs["class_name"]) == ["bird", "cat"][:count]

@@ -61,11 +61,6 @@ def read_yaml(path: Path) -> Tree:
     return values
 
 
-def write_yaml(path: Path, config: Config) -> None:
-    """Writes a configuration so that `read_yaml` and `Config.checked` give it back."""
-    path.write_text(as_yaml(config), encoding="utf-8")
-
-
 def as_yaml(config: Config) -> str:
     """The configuration as YAML, in the order of its fields."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -11,8 +11,9 @@ final: `xyxy` in pixels of the picture as it was given.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -210,3 +211,19 @@ class Detections(_Movable):
 
     def __len__(self) -> int:
         return self.scores.shape[0]
+
+    def to_supervision(self) -> Any:
+        """The same as `supervision.Detections`, for its trackers, zones and annotators (the extra `supervision`).
+
+        Raises:
+            ImportError: supervision is not installed.
+        """
+        from supervision import Detections as TheirDetections
+
+        labels = self.labels.cpu().numpy()
+        return TheirDetections(
+            xyxy=self.boxes.cpu().numpy(),
+            confidence=self.scores.cpu().numpy(),
+            class_id=labels,
+            data={"class_name": np.array([self.names[label] for label in labels.tolist()], dtype=str)},
+        )

@@ -1,5 +1,6 @@
 """From arguments of a command to datasets with one vocabulary."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from metr.api.datasets import open_joint
 from metr.data.config import AugmentationConfig
 from metr.errors import ConfigError, DataError
+from metr.text.vocabulary import Vocabulary
 
 from tiny import NAMES, TinyRun
 
@@ -21,7 +23,8 @@ def listing(run: TinyRun, path: Path, **options: str) -> str:
 def test_names_are_joined_and_remember_their_datasets(tiny_run: TinyRun) -> None:
     joint = open_joint(tiny_run.data)
     assert joint.vocabulary.datasets == NAMES
-    assert joint.vocabulary.shared_names() == {"leaf": ("pond", "meadow")}
+    assert joint.vocabulary.annotated("pond")[joint.vocabulary.index_of("leaf")]
+    assert joint.vocabulary.annotated("meadow")[joint.vocabulary.index_of("leaf")]
     assert {name: len(split) for name, split in joint.evaluation().items()} == dict.fromkeys(NAMES, 3)
     assert {name: len(split) for name, split in joint.evaluation("train").items()} == dict.fromkeys(NAMES, 4)
     assert [len(one) for one in joint.training(AugmentationConfig(), "ignore")] == [4, 4, 4]
@@ -32,7 +35,6 @@ def test_prompts_renames_and_names_of_datasets(tiny_run: TinyRun, tmp_path: Path
     vocabulary = open_joint([listing(tiny_run, tmp_path / "list.yaml", **options)]).vocabulary
     assert vocabulary.datasets["water"] == ("fish", "frog", "lily pad", "turtle")
     assert vocabulary.prompts == {"lily pad": "leaf of a water lily"}
-    assert vocabulary.shared_names() == {}
 
 
 def test_weights_multiply_the_mixture(tiny_run: TinyRun, tmp_path: Path) -> None:
@@ -56,3 +58,15 @@ def test_what_does_not_fit_is_refused(tiny_run: TinyRun, tmp_path: Path) -> None
         open_joint([twice])
     with pytest.raises(DataError, match="2 datasets are called 'pond'"):
         open_joint([tiny_run.data[0], tiny_run.data[0]])
+
+
+def test_names_that_no_dataset_of_the_run_annotates_are_foreign_to_none(tiny_run: TinyRun) -> None:
+    joint = open_joint(tiny_run.data)
+    wider = replace(joint, vocabulary=Vocabulary.union({"old": ["zebra"], **NAMES}))
+    foreign = wider.foreign()
+    words = wider.vocabulary
+    assert set(foreign) == set(NAMES)
+    for name, mask in foreign.items():
+        assert not mask[words.index_of("zebra")], "it would be taught to be absent, and forgotten"
+        assert not (mask & words.annotated(name)).any()
+        assert mask.sum() == len(words) - 1 - words.annotated(name).sum()

@@ -1,7 +1,6 @@
 """The made datasets keep what they promise; their files are read here with parsers of their own."""
 
 import json
-import time
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree as Xml
@@ -248,11 +247,3 @@ def test_unseen_pictures(tmp_path: Path, datasets: dict[str, DemoDataset]) -> No
         home = next(field for field in FIELDS if field.name in picture.path.name)
         assert names & set(home.labelled)
         assert names & {name for field in FIELDS if field is not home for name in field.labelled} - set(home.labelled)
-
-
-def test_drawing_is_quick() -> None:
-    start = time.process_time()
-    for field in FIELDS:
-        for seed in range(2):
-            draw_scene(field, np.random.default_rng(seed))
-    assert (time.process_time() - start) / 6 < 0.25  # 0.03 s without the checks of shapes, on an idle core

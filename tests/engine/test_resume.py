@@ -173,10 +173,8 @@ def test_ctrl_c_breaks_an_evaluation_off_and_resuming_makes_up_for_it(
         time.sleep(20)
         pytest.fail("the evaluation went on")
 
-    started = time.monotonic()
     config = make_config(5, loop=SCHEDULE)
     outcome = Trainer(make_parts(tmp_path), config, tmp_path / "parts", evaluate=long).fit()
-    assert time.monotonic() - started < 15
     assert (outcome.step, outcome.interrupted, outcome.metrics) == (3, True, {})
     assert "the evaluation is broken off" in caplog.text
     run(tmp_path, "parts", resume=True)

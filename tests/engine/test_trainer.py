@@ -259,7 +259,13 @@ def test_bf16_trains_and_keeps_losses_in_float32(tmp_path: Path) -> None:
     assert trainer.counters.skipped == 0
     assert {parameter.dtype for parameter in trainer.plain_network.parameters()} == {torch.float32}
     full = Trainer(make_parts(tmp_path), make_config(2, loop={"log_every": 1}), tmp_path / "full")
+    begun = {name: value.clone() for name, value in full.plain_network.named_parameters()}
     full.fit()
+    half_moved, moved = (
+        {name for name, value in one.plain_network.named_parameters() if not torch.equal(value, begun[name])}
+        for one in (trainer, full)
+    )
+    assert half_moved == moved, "no gradient is lost on the way"
     half, whole = (read_metrics(tmp_path / name)[0]["total"] for name in ("run", "full"))
     assert half == pytest.approx(whole, rel=0.1)
     assert half != whole

@@ -22,14 +22,11 @@ def test_union_is_by_exact_name_in_the_order_seen() -> None:
     assert vocabulary.annotated("street").tolist() == [True, False, True, True, True, False, False]
     assert vocabulary.names_of("street") == ("person", "bear", "Bear", "dining table")
     assert vocabulary.index_of(" dining table") == 4
-    assert vocabulary.shared_names() == {"bear": ("zoo", "street")}
-    assert vocabulary.look_alikes() == (("bear", "Bear"),)
 
 
 def test_a_dataset_may_hold_a_name_twice() -> None:
     vocabulary = Vocabulary.union({"chess": ["pieces", "king", "king "]})
     assert vocabulary.rows("chess").tolist() == [0, 1, 1]
-    assert vocabulary.shared_names() == {}
 
 
 def test_a_dataset_may_hold_nothing() -> None:

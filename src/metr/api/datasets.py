@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from jaxtyping import Bool
+from torch import Tensor
 
 from metr.data.config import AugmentationConfig, BaseMixture
 from metr.data.dataset import DetectionDataset, Foreign
@@ -42,11 +44,22 @@ class JointData:
     def training(self, augmentation: AugmentationConfig, foreign: Foreign) -> list[DetectionDataset]:
         """The training splits, augmented."""
         transforms, words = build_transforms(augmentation, training=True), self.vocabulary
-        # a name that no dataset here annotates would only ever be absent, and what was known of it be lost
-        told_of = torch.stack([words.annotated(source.name) for source in self.sources]).any(0)
+        told_of = self.told_of
         return [
             DetectionDataset(self.train_split(source), words, transforms, foreign, told_of) for source in self.sources
         ]
+
+    @property
+    def told_of(self) -> Bool[Tensor, "v"]:
+        """The names that some dataset here annotates.
+
+        Another would only ever be absent, and what was known of it be lost.
+        """
+        return torch.stack([self.vocabulary.annotated(source.name) for source in self.sources]).any(0)
+
+    def foreign(self) -> dict[str, Bool[Tensor, "v"]]:
+        """By dataset, the names that another one here annotates and it does not."""
+        return {source.name: self.told_of & ~self.vocabulary.annotated(source.name) for source in self.sources}
 
     def mixture(self, base: BaseMixture) -> BaseMixture:
         """The mixture with the weights that the datasets were given; as it is where none was."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from metr.api.datasets import open_joint
 from metr.api.model import METR
-from metr.data.config import AugmentationConfig, ResizeConfig
+from metr.data.config import AugmentationConfig, LoaderConfig, ResizeConfig
 from metr.data.dataset import DetectionDataset
 from metr.data.loading import build_evaluation_loader
 from metr.data.records import Annotations
@@ -30,6 +31,7 @@ from metr.evaluation.evaluator import (
     ModeReport,
 )
 from metr.evaluation.report import write_report
+from metr.inference.predictor import device_of
 from metr.text.vocabulary import Vocabulary
 
 _SHORT: dict[Mode, str] = {"own": "own", "unified": "all"}
@@ -67,7 +69,14 @@ def evaluate_run(
     console = console or Console(quiet=True)
     joint, model = open_joint(data), METR.from_pretrained(source, device=device)
     vocabulary = _with_training(joint.vocabulary, model.vocabulary)
-    judge = Judge(vocabulary, model.embed(vocabulary), joint.evaluation(split), model.resize, batch_size, config)
+    judge = Judge(
+        vocabulary,
+        model.embed(vocabulary),
+        joint.evaluation(split),
+        model.resize,
+        LoaderConfig(batch_size=batch_size),
+        config,
+    )
     foreign = model.checkpoint.training.get("foreign")
     report = judge.report(model.network, console, None if foreign is None else str(foreign))
     report = replace(report, weights=model.stored_as)
@@ -85,7 +94,7 @@ class Judge:
         text: Their embeddings [v t].
         sets: One split of each dataset, by name.
         resize: The shape in which pictures enter the network.
-        batch_size: Pictures a step.
+        loader: Pictures a step, who reads them, and to what they are padded; the rest is of training.
         config: Modes, fields and post-processing.
     """
 
@@ -95,21 +104,22 @@ class Judge:
         text: Float[Tensor, "v t"],
         sets: Mapping[str, Annotations],
         resize: ResizeConfig,
-        batch_size: int = 8,
+        loader: LoaderConfig | None = None,
         config: EvaluationConfig | None = None,
     ) -> None:
         self.vocabulary, self.text, self.config = vocabulary, text, config or EvaluationConfig()
         transforms = build_transforms(AugmentationConfig(resize=resize), training=False)
-        self.batch_size = batch_size
+        self.loader = loader or LoaderConfig()
         self.datasets = [DetectionDataset(Upright(one), vocabulary, transforms) for one in sets.values()]
 
     def report(
         self, network: nn.Module, console: Console | None = None, foreign: str | None = None
     ) -> EvaluationReport:
         """What the network does to each dataset; shows a bar for each on the console."""
+        loader, device = self.loader, device_of(network)
+        load = partial(build_evaluation_loader, workers=loader.workers, multiple=loader.multiple, device=device)
         sets = [
-            EvaluationSet(annotations=one.annotations, batches=build_evaluation_loader(one, self.batch_size))
-            for one in self.datasets
+            EvaluationSet(annotations=one.annotations, batches=load(one, loader.batch_size)) for one in self.datasets
         ]
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         with Progress(*columns, console=console or Console(quiet=True), transient=True) as progress:

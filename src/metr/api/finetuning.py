@@ -149,7 +149,7 @@ def _parts(model: METR, opened: FinetuneData, recipe: RunConfig, apart: bool) ->
         criterion=SetCriterion(recipe.criterion),
         loader=partial(build_train_loader, datasets, mixed),
         checkpoint=checkpoint,
-        teacher=teacher_of(joint.vocabulary, recipe),
+        teacher=teacher_of(joint, recipe),
     )
     return parts, model
 
@@ -210,8 +210,7 @@ def _judged(
     """New and old datasets, asked for their own names and for all."""
     vocabulary = opened.judged_vocabulary()
     config = EvaluationConfig(precision=recipe.inference.precision, postprocess=recipe.inference.postprocess)
-    batch = recipe.inference.batch_size
-    judge = Judge(vocabulary, model.embed(vocabulary), opened.splits, resize, batch, config)
+    judge = Judge(vocabulary, model.embed(vocabulary), opened.splits, resize, recipe.evaluation_loader, config)
     return judge.report(model.network, console, recipe.foreign)
 
 

@@ -28,7 +28,6 @@ from metr.losses.criterion import SetCriterion
 from metr.models.config import DetectorConfig
 from metr.models.detector import Detector
 from metr.text.encoder import TextEncoder
-from metr.text.vocabulary import Vocabulary
 
 
 def train(
@@ -91,7 +90,7 @@ def fit(
         parts.checkpoint.text_embeddings,
         sets,
         recipe.augmentation.resize,
-        recipe.inference.batch_size,
+        recipe.evaluation_loader,
         judged or _quick_evaluation(recipe.inference),
     )
 
@@ -130,7 +129,7 @@ def training_parts(joint: JointData, recipe: RunConfig, console: Console) -> Tra
         criterion=SetCriterion(recipe.criterion),
         loader=partial(build_train_loader, datasets, mixed),
         checkpoint=checkpoint,
-        teacher=teacher_of(joint.vocabulary, recipe),
+        teacher=teacher_of(joint, recipe),
     )
 
 
@@ -145,11 +144,9 @@ def check_teacher(recipe: RunConfig) -> None:
         raise ConfigError(what, where="foreign", hint="set train.ema.enabled=true, or foreign=ignore")
 
 
-def teacher_of(vocabulary: Vocabulary, recipe: RunConfig) -> Teacher | None:
+def teacher_of(joint: JointData, recipe: RunConfig) -> Teacher | None:
     """The average's say in the categories that each dataset does not annotate, where it has one."""
-    if recipe.foreign != "teacher":
-        return None
-    return Teacher(recipe.train.teacher, {name: ~vocabulary.annotated(name) for name in vocabulary.datasets})
+    return Teacher(recipe.train.teacher, joint.foreign()) if recipe.foreign == "teacher" else None
 
 
 def _quick_evaluation(config: InferenceConfig) -> EvaluationConfig:

@@ -2,6 +2,7 @@
 
 import sys
 from contextlib import AbstractContextManager, nullcontext
+from inspect import signature
 
 import torch
 
@@ -32,7 +33,11 @@ def resolved_precision(wanted: str, device: torch.device) -> str:
     if device.type == "cpu":
         return "fp32"
     supported = getattr(torch.get_device_module(device), "is_bf16_supported", None)
-    return "bf16" if supported is not None and supported() else "fp32"
+    if supported is None:
+        return "fp32"
+    # where a device may pretend, slower than in fp32, it is asked for its own
+    own = {"including_emulation": False} if "including_emulation" in signature(supported).parameters else {}
+    return "bf16" if supported(**own) else "fp32"
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:

@@ -35,6 +35,12 @@ class RunConfig(Config):
     weights clearly says (`train.teacher`), otherwise nothing."""
     train: TrainConfig = TrainConfig()
     inference: InferenceConfig = InferenceConfig()
+    """Of evaluations in this run; those after it, and detection, are told theirs anew."""
+
+    @property
+    def evaluation_loader(self) -> LoaderConfig:
+        """How pictures are loaded in evaluations: as in training, in batches of `inference.batch_size`."""
+        return self.loader.model_copy(update={"batch_size": self.inference.batch_size})
 
 
 def load_recipe(

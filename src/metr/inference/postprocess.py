@@ -81,9 +81,9 @@ def _pixels(boxes: Float[Tensor, "b q 4"], sizes: Sequence[tuple[int, int]]) -> 
 def _survivors(
     boxes: Float[Tensor, "b q 4"], rivals: Int[Tensor, "b q"], candidates: Bool[Tensor, "b q"], iou: float
 ) -> Bool[Tensor, "b q"]:
-    """Greedy suppression among equal `rivals`, boxes best first: who is not overlapped by a better survivor."""
+    """Greedy suppression among equal `rivals`, candidates first and best first: whom no better survivor overlaps."""
     alive = candidates.clone()
-    queries = alive.shape[1]
+    queries = int(candidates.sum(1).max()) if candidates.numel() else 0
     # One row of overlaps at a time, so that memory does not grow with the square of the queries.
     for better in range(queries - 1):
         head, rest = slice(better, better + 1), slice(better + 1, queries)

@@ -1,7 +1,6 @@
 """The vocabulary: every category of every dataset by its name. Equal names are one entry; nobody merges labels."""
 
-import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -117,21 +116,6 @@ class Vocabulary:
         known = torch.zeros(len(self), dtype=torch.bool)
         known[self.rows(dataset)] = True
         return known
-
-    def shared_names(self) -> dict[str, tuple[str, ...]]:
-        """Names that several datasets annotate, each with those datasets."""
-        owners: defaultdict[str, list[str]] = defaultdict(list)
-        for dataset, names in self.datasets.items():
-            for name in dict.fromkeys(names):
-                owners[name].append(dataset)
-        return {name: tuple(owners[name]) for name in self.names if len(owners[name]) > 1}
-
-    def look_alikes(self) -> tuple[tuple[str, ...], ...]:
-        """Groups of names that differ only in case, spaces, hyphens or underscores: often, but not always, a slip."""
-        groups: defaultdict[str, list[str]] = defaultdict(list)
-        for name in self.names:
-            groups[re.sub(r"[\s_-]+", " ", name).casefold()].append(name)
-        return tuple(tuple(group) for group in groups.values() if len(group) > 1)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as `vocabulary.json` holds them."""
