@@ -33,7 +33,7 @@ def run(remembering: ModuleType, command_of: Callable[[ModuleType], Callable[...
 
 @pytest.fixture
 def profile(remembering: ModuleType) -> Any:
-    return remembering.load_profile("trial")
+    return remembering.load_profile("trial").model_copy(update={"old": OLD})
 
 
 Aps = tuple[float | None, float | None]
@@ -171,11 +171,12 @@ def test_stopped_in_every_run_it_goes_on(
 
 @pytest.mark.slow
 def test_it_begins_with_a_checkpoint_that_is_given(
-    run: Callable[..., int], tiny_run: TinyRun, seven: Path, tmp_path: Path
+    run: Callable[..., int], remembering: ModuleType, tiny_run: TinyRun, seven: Path, tmp_path: Path
 ) -> None:
+    old = remembering.load_profile("trial").old
     joint = tmp_path / "joint"
     overrides = (*as_overrides(tiny_run), "train.loop.steps=1")
-    train([f"{name}={seven / name}" for name in OLD], joint, load_recipe("nano", None, overrides))
+    train([f"{name}={seven / name}" for name in old], joint, load_recipe("nano", None, overrides))
     assert run("--from", str(joint), "--set", "train.loop.steps=1") == 0
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {"without", "with"}
     told = json.loads((tmp_path / "results/remembering-trial.json").read_text())
@@ -189,7 +190,10 @@ def test_a_checkpoint_that_does_not_fit_is_refused(
 ) -> None:  # fmt: skip
     assert run("--from", str(tiny_run.folder)) == 1
     said = " ".join(capsys.readouterr().out.split())
-    assert "has not seen bccd, chess_pieces, playing_cards, so there is nothing to be remembered" in said
+    assert (
+        "has not seen bccd, chess_pieces, endangered_animals, playing_cards, so there is nothing to be remembered"
+        in said
+    )
     known = profile.model_copy(update={"old": ("desk", "meadow"), "new": "pond"})
     for name in ("desk", "meadow", "pond"):
         (tmp_path / name).mkdir()
