@@ -145,7 +145,7 @@ def test_stopped_in_every_run_it_goes_on(
     assert run() == 0
     told = json.loads(stem.with_suffix(".json").read_text(), parse_constant=pytest.fail)
     assert {arm: one["steps"] for arm, one in told["arms"].items()} == {"without": 3, "with": 3}
-    assert list(told["datasets"]) == [*OLD, NEW, "mean of 3 old"]
+    assert list(told["datasets"]) == [*old, NEW, "mean of 4 old"]
     assert told["alike"]
     assert told["pretraining_seconds"] > 0
     assert told["settings"]["from"] == "its own pretraining"
@@ -155,10 +155,10 @@ def test_stopped_in_every_run_it_goes_on(
     assert configs[0] == configs[1]
     without, remembered = (json.loads((runs / arm / "finetuning.json").read_text()) for arm in ("without", "with"))
     assert without["new"] == remembered["new"] == {NEW: 4}
-    assert (without["remembered"], set(remembered["remembered"])) == ({}, set(OLD))
+    assert (without["remembered"], set(remembered["remembered"])) == ({}, set(old))
     assert Path(without["from"]) == Path(remembered["from"]) == runs / "pretrained/last"
     learnt = json.loads((runs / "pretrained/report.json").read_text())
-    assert [one.partition("=")[0] for one in learnt["data"]] == list(OLD)
+    assert [one.partition("=")[0] for one in learnt["data"]] == list(old)
     # finished runs are not run again, nor taken for others
     before = {path: path.stat().st_mtime_ns for path in runs.rglob("report.json")}
     assert run() == 0
