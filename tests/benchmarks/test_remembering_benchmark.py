@@ -126,8 +126,10 @@ def test_arms_that_are_not_alike_are_told(remembering: ModuleType, profile: Any)
 
 @pytest.mark.slow
 def test_stopped_in_every_run_it_goes_on(
-    run: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+    run: Callable[..., int], remembering: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    old = remembering.load_profile("trial").old
     made = Trainer.train_step
 
     def interrupted(self: Trainer, *arguments: Any) -> Any:
