@@ -62,6 +62,8 @@ class DetectorConfig(Config):
     model: dict[str, Any]
     """METR's family, laid over the size `nano`."""
     trainer: TrainerConfig
+    pretrain: dict[str, Any] = {}
+    """Laid over the profile's `pretrain`, for both of its pretrainings."""
 
 
 class Profile(Config):
@@ -336,7 +338,8 @@ def _settings(place: Workplace, profile: Profile, detector: str) -> dict[str, An
 
 def _tree(detector: str, profile: Profile) -> dict[str, Any]:
     """The configuration of a detector's METR, over the size `nano`."""
-    return merge(profile.pretrain, {"model": profile.detectors[detector].model})
+    own = profile.detectors[detector]
+    return merge(merge(profile.pretrain, own.pretrain), {"model": own.model})
 
 
 def _beside(place: Workplace, detector: str) -> tuple[Path, ...]:

@@ -288,7 +288,7 @@ def test_profiles_are_whole(bench: ModuleType, name: str) -> None:
     assert profile.left_out in bench.DATASETS
     assert tuple(profile.detectors) == bench.DETECTORS
     for detector, config in profile.detectors.items():
-        recipe = load_recipe("nano", None, (), merge(profile.pretrain, {"model": config.model}))
+        recipe = load_recipe("nano", None, (), merge(merge(profile.pretrain, config.pretrain), {"model": config.model}))
         assert isinstance(recipe, RunConfig)
         target = find_target(detector)
         assert target.fits(recipe.model), "all of METR moves"
