@@ -183,11 +183,18 @@ def _preface(comparison: Comparison, profile: Profile, pretraining: Sequence[Pre
 
 def _drawn(pretraining: Sequence[Pretraining]) -> str:
     """On how many pictures everything was pretrained, as far as the runs tell."""
-    drawn = {one.images for one in pretraining if one.images is not None}
+    drawn: dict[str, set[int]] = {}
+    for one in pretraining:
+        if one.images is not None:
+            drawn.setdefault(one.detector, set()).add(one.images)
     if not drawn:
         return "pictures drawn from the other datasets"
-    same = "the same ones" if len(drawn) == 1 else "**not the same number for all**"
-    return f"{told_range(drawn)} pictures drawn from the other datasets, {same}"
+    numbers = [f"{find_target(name).title} {told_range(several)}" for name, several in drawn.items()]
+    all_numbers = set().union(*drawn.values())
+    told = told_range(all_numbers) if len(all_numbers) == 1 else " or ".join(numbers)
+    uneven = any(len(several) > 1 for several in drawn.values())
+    same = "**not the same number for METR and the detector itself**" if uneven else "the same ones"
+    return f"{told} pictures drawn from the other datasets, {same}"
 
 
 def _mean_line(comparison: Comparison) -> list[str]:

@@ -301,8 +301,8 @@ def pretrainings(place: Workplace, profile: Profile) -> list[Pretraining]:
             run = pretraining_run(place, profile, detector, kind)
             if run.finished:
                 told = run.report()
-                # a detector's own pretraining kept no number of pictures at first
-                images = told.get("images", _drawn(run.folder))
+                # METR's reports told the last logged step's at first, a detector's own nothing
+                images = _drawn(run.folder) or told.get("images")
                 one = Pretraining(
                     detector=detector,
                     kind=kind,
@@ -353,8 +353,13 @@ def _pretraining_folder(place: Workplace, detector: str, kind: Kind) -> Path:
 
 
 def _drawn(folder: Path) -> int | None:
-    """Pictures that METR's training drew, by its run folder."""
-    return max((int(record["images"]) for record in read_metrics(folder) if "images" in record), default=None)
+    """Pictures that METR's training drew, by its run folder: as many in each of its steps, logged or not."""
+    records = read_metrics(folder)
+    logged = next((record for record in reversed(records) if "images" in record), None)
+    if logged is None:
+        return None
+    steps = max(int(record["step"]) for record in records)
+    return steps * int(logged["images"]) // int(logged["step"])
 
 
 def _runs(profile: Profile) -> Iterator[tuple[Arm, int]]:

@@ -81,7 +81,11 @@ def test_steps_and_pictures_that_differ_are_said(bench: ModuleType) -> None:
     page = bench.as_markdown(comparison, profile, several)
     assert "after 5 to 9 steps" in page
     assert "but **not for the same steps: DAB-DETR (own 5, untrained 5, joint 5, metr 9)**" in page
-    assert "pretrained on 80 to 3,600 pictures drawn from the other datasets, **not the same number for all**" in page
+    assert "pretrained on DAB-DETR 3,600 or RT-DETR 80 pictures drawn from the other datasets, the same ones." in page
+    several += pretrained(90, dab_detr=(1.0,))
+    page = bench.as_markdown(comparison, profile, several)
+    assert "on DAB-DETR 90 to 3,600 or RT-DETR 80 pictures" in page
+    assert "**not the same number for METR and the detector itself**" in page
     assert "pretrained on pictures drawn from the other datasets." in bench.as_markdown(
         comparison, profile, pretrained(None, dab_detr=(1.0,))
     )
@@ -106,6 +110,7 @@ def test_runs_that_kept_no_settings_are_read(bench: ModuleType, tmp_path: Path) 
         run = pretraining_run(place, profile, "dab_detr", kind)
         write_report(run.folder, {"data": [], "training_seconds": 60.0})
     records = [{"kind": "train", "step": step, "images": 8 * step} for step in (1, 2)]
+    records.append({"kind": "evaluation", "step": 3, "metrics": {}})  # the third was not logged
     (run.folder.with_name("pretrained-metr") / "metrics.jsonl").write_text(
         "".join(f"{json.dumps(r)}\n" for r in records)
     )
@@ -113,7 +118,7 @@ def test_runs_that_kept_no_settings_are_read(bench: ModuleType, tmp_path: Path) 
         (arm, "unknown", 2) for arm in ("own", "untrained", "joint", "metr")
     ]
     assert [(one.kind, one.images, one.commit) for one in bench.pretrainings(place, profile)] == [
-        ("metr", 16, "unknown"),
+        ("metr", 24, "unknown"),
         ("joint", None, "unknown"),
     ]
     assert bench.run_all(place, profile, ("dab_detr",)), "nothing is left to be run"
