@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import Field
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -62,7 +63,7 @@ class DetectorConfig(Config):
     model: dict[str, Any]
     """METR's family, laid over the size `nano`."""
     trainer: TrainerConfig
-    pretrain: dict[str, Any] = {}
+    pretrain: dict[str, Any] = Field(default_factory=dict)
     """Laid over the profile's `pretrain`, for both of its pretrainings."""
 
 
