@@ -166,7 +166,10 @@ def _row(runs: dict[Arm, tuple[RunResult, ...]], seeds: tuple[int, ...]) -> Row:
 def _preface(comparison: Comparison, profile: Profile, pretraining: Sequence[Pretraining]) -> str:
     """What the numbers are, and how alike the arms were treated."""
     images = told_range(row.images for row in comparison.rows)
-    steps = told_range(number for row in comparison.rows for number in row.all_steps)
+    each = {find_target(row.detector).title: told_range(row.all_steps) for row in comparison.rows}
+    told = (
+        [f"{steps} ({title})" for title, steps in each.items()] if len({*each.values()}) > 1 else [*each.values()][:1]
+    )
     uneven = [
         f"{find_target(row.detector).title} ({', '.join(f'{arm} {told_range(row.steps[arm])}' for arm in ARMS)})"
         for row in comparison.rows
@@ -174,7 +177,7 @@ def _preface(comparison: Comparison, profile: Profile, pretraining: Sequence[Pre
     ]
     alike = f"but **not for the same steps: {'; '.join(uneven)}**" if uneven else "is trained alike"
     return (
-        f"AP (0 to 100) on the val split of {profile.left_out}, after {steps} steps of transformers' Trainer "
+        f"AP (0 to 100) on the val split of {profile.left_out}, after {' or '.join(told)} steps of transformers' Trainer "
         f"on its {images} training pictures, last weights; every arm of a detector has the same sizes, sees the same "
         f"pictures in the same order, {'' if uneven else 'and '}{alike}. METR and the detectors themselves were "
         f"pretrained on {_drawn(pretraining)}. In brackets: the range of the seeds."

@@ -65,6 +65,8 @@ class DetectorConfig(Config):
     trainer: TrainerConfig
     pretrain: dict[str, Any] = Field(default_factory=dict)
     """Laid over the profile's `pretrain`, for both of its pretrainings."""
+    steps: int | None = None
+    """Of its fine-tuning, if not the profile's."""
 
 
 class Profile(Config):
@@ -75,11 +77,15 @@ class Profile(Config):
     seeds: tuple[int, ...]
     """Each fine-tunes every arm once; pretrainings go by the first alone."""
     steps: int
-    """Of fine-tuning, in every arm."""
+    """Of fine-tuning, in every arm; a detector may have its own."""
     pretrain: dict[str, Any]
     """METR's pretraining: a run's configuration over the size `nano`. Pictures, augmentation, batch size, steps and
     seed are those of the detectors' own pretraining too; augmentation and batch size also those of fine-tuning."""
     detectors: dict[str, DetectorConfig]
+
+    def steps_of(self, detector: str) -> int:
+        """Steps of a detector's fine-tuning."""
+        return self.detectors[detector].steps or self.steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +177,7 @@ class Bench:
         self.place.console.rule(f"{self.family.target.title}, {arm}, seed {seed}")
         kept.begin()
         before = self._judged(model).ap if arm == "metr" else None
-        steps, images = self.profile.steps, chosen(self.left_out, self.recipe, training=True)
+        steps, images = self.profile.steps_of(self.detector), chosen(self.left_out, self.recipe, training=True)
         seconds = self._trained(model, DrawnPictures([images], self.recipe.loader, steps, seed), kept.folder, seed)
         after = self._judged(model)
         told = RunResult(
@@ -317,7 +323,7 @@ def pretrainings(place: Workplace, profile: Profile) -> list[Pretraining]:
 
 def arm_run(place: Workplace, profile: Profile, detector: str, arm: Arm, seed: int) -> Run:
     """What is kept of a run of an arm."""
-    own = {"left_out": profile.left_out, "arm": arm, "seed": seed, "steps": profile.steps}
+    own = {"left_out": profile.left_out, "arm": arm, "seed": seed, "steps": profile.steps_of(detector)}
     settings = _settings(place, profile, detector) | own
     return Run(folder=place.out / detector / f"{seed}-{arm}", settings=settings, beside=_beside(place, detector))
 
