@@ -177,9 +177,9 @@ def _preface(comparison: Comparison, profile: Profile, pretraining: Sequence[Pre
     ]
     alike = f"but **not for the same steps: {'; '.join(uneven)}**" if uneven else "is trained alike"
     return (
-        f"AP (0 to 100) on the val split of {profile.left_out}, after {' or '.join(told)} steps of transformers' Trainer "
-        f"on its {images} training pictures, last weights; every arm of a detector has the same sizes, sees the same "
-        f"pictures in the same order, {'' if uneven else 'and '}{alike}. METR and the detectors themselves were "
+        f"AP (0 to 100) on the val split of {profile.left_out}, after {' or '.join(told)} steps of transformers' "
+        f"Trainer on its {images} training pictures, last weights; every arm of a detector has the same sizes, sees "
+        f"the same pictures in the same order, {'' if uneven else 'and '}{alike}. METR and the detectors themselves were "
         f"pretrained on {_drawn(pretraining)}. In brackets: the range of the seeds."
     )
 

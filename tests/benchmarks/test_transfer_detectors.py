@@ -43,7 +43,9 @@ def home(seven: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def profile_of(bench: ModuleType, **changes: Any) -> Any:
-    return bench.load_profile("trial").model_copy(update={"steps": 2, **changes})
+    whole = bench.load_profile("trial")
+    short = {name: one.model_copy(update={"steps": None}) for name, one in whole.detectors.items()}
+    return whole.model_copy(update={"steps": 2, "detectors": short, **changes})
 
 
 def place_of(bench: ModuleType, tiny_run: TinyRun, home: Path) -> Any:

@@ -73,6 +73,9 @@ def pretrained(images: int | None = 3600, **seconds: tuple[float, ...]) -> list[
     ]
 
 
+BOTH = {name: {"own": 1.0, "untrained": 4.0, "joint": 2.0, "metr": 6.5} for name in ("rt_detr", "dab_detr")}
+
+
 def test_steps_and_pictures_that_differ_are_said(bench: ModuleType) -> None:
     found = {"dab_detr": {"own": 1.0, "untrained": 4.0, "joint": 2.0, "metr": 6.5}}
     uneven = [replace(one, steps=9) if one.arm == "metr" else one for one in results(found)]
@@ -80,6 +83,9 @@ def test_steps_and_pictures_that_differ_are_said(bench: ModuleType) -> None:
     several = pretrained(3600, dab_detr=(1.0,)) + pretrained(80, rt_detr=(1.0,))
     page = bench.as_markdown(comparison, profile, several)
     assert "after 5 to 9 steps" in page
+    one_longer = [replace(one, steps=9) if one.detector == "rt_detr" else one for one in results(BOTH)]
+    both = bench.Comparison.of(one_longer, tuple(BOTH))
+    assert "after 9 (RT-DETR) or 5 (DAB-DETR) steps of" in bench.as_markdown(both, profile, several)
     assert "but **not for the same steps: DAB-DETR (own 5, untrained 5, joint 5, metr 9)**" in page
     assert "pretrained on DAB-DETR 3,600 or RT-DETR 80 pictures drawn from the other datasets, the same ones." in page
     several += pretrained(90, dab_detr=(1.0,))
@@ -96,6 +102,8 @@ def test_runs_that_kept_no_settings_are_read(bench: ModuleType, tmp_path: Path) 
     from transfer_detectors_runs import _tree, arm_run, pretraining_run
 
     profile = bench.load_profile("trial").model_copy(update={"steps": 2})
+    profile.detectors["dab_detr"] = profile.detectors["dab_detr"].model_copy(update={"steps": None})
+    assert bench.load_profile("trial").steps_of("dab_detr") == 300, "its own"
     place = bench.Workplace(
         data=tmp_path, out=tmp_path / "runs", datasets=bench.DATASETS, overrides=(), console=Console(quiet=True)
     )
