@@ -179,8 +179,8 @@ def _preface(comparison: Comparison, profile: Profile, pretraining: Sequence[Pre
     return (
         f"AP (0 to 100) on the val split of {profile.left_out}, after {' or '.join(told)} steps of transformers' "
         f"Trainer on its {images} training pictures, last weights; every arm of a detector has the same sizes, sees "
-        f"the same pictures in the same order, {'' if uneven else 'and '}{alike}. METR and the detectors themselves were "
-        f"pretrained on {_drawn(pretraining)}. In brackets: the range of the seeds."
+        f"the same pictures in the same order, {'' if uneven else 'and '}{alike}. METR and the detectors themselves "
+        f"were pretrained on {_drawn(pretraining)}. In brackets: the range of the seeds."
     )
 
 
