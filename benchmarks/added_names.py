@@ -1,18 +1,18 @@
-"""Added names: what names that a picture does not show do to the names that it was asked for before.
+"""Added names: what names that an image does not show do to the names that it was asked for before.
 
     python benchmarks/added_names.py --run plain=runs/plain/last among=runs/among/last --data ../shared/data \
         --nouns index.noun
 
-Every picture of the datasets' evaluation splits is asked for its dataset's own names, and then for those and 10, 100
+Every image of the datasets' evaluation splits is asked for its dataset's own names, and then for those and 10, 100
 and 1,000 more: names of the other fields first, then nouns drawn from WordNet's index (see vocabulary.py). Of several
 runs (with and without attention among categories, say) each is told beside the others, without and with a presence
 threshold.
 
-    AP        COCO AP on the dataset's own names; of each picture the 100 best detections count, whatever they name
+    AP        COCO AP on the dataset's own names; of each image the 100 best detections count, whatever they name
     kept      share of the detections (score at least 0.3) that are found again: same name, IoU at least 0.9
     moved     the same detections' scores: mean distance from what they were, on the scale 0 to 100
     presence  mean distance of the own names' presence probabilities from what they were, on the scale 0 to 100
-    slots     slots that added names took, a picture
+    slots     slots that added names took, an image
 
 The result is written to `results/added-names.json` and `.md` beside this file.
 """
@@ -33,18 +33,18 @@ from rich.progress import track
 from torch import Tensor
 
 from machine import commit, hardware
-from metr.api.datasets import JointData, open_joint
-from metr.api.model import METR
 from metr.boxes import pairwise_iou
-from metr.data.collate import padding_mask, stack_pictures
+from metr.data.collate import padding_mask, stack_images
 from metr.data.config import AugmentationConfig
 from metr.data.dataset import DetectionDataset, Example
+from metr.data.joint import JointData, open_joint
 from metr.data.records import Annotations, InMemoryAnnotations
 from metr.data.transforms.pipeline import build_transforms
 from metr.errors import ConfigError, MetrError
 from metr.evaluation.coco import evaluate_detections
 from metr.inference.postprocess import postprocess
 from metr.inference.predictor import inference
+from metr.model import METR
 from metr.models.config import CategoryConfig
 from metr.structures import Detections, DetectorOutput
 from vocabulary import vocabulary
@@ -57,14 +57,14 @@ FIGURES = ("kept", "moved", "presence", "slots")
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What the command line says. `runs` have a name each; `pictures` counts those of each dataset, 0 being all."""
+    """What the command line says. `runs` have a name each; `images` counts those of each dataset, 0 being all."""
 
     runs: dict[str, Path]
     data: Path
     nouns: Path
     sizes: tuple[int, ...] = SIZES
     thresholds: tuple[float, ...] = (0.0, 0.1)
-    pictures: int = 0
+    images: int = 0
     seed: int = 0
     threads: int = 0
     results: Path = HERE / "results"
@@ -72,11 +72,11 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What a network said of one picture: its detections, own names' presence, and slots that went to other names."""
+    """What a network said of one image: its detections, own names' presence, and slots that went to other names."""
 
     found: Detections
     presence: Float[Tensor, " v"]
-    foreign_slots: int
+    negative_slots: int
 
 
 @dataclass
@@ -87,13 +87,13 @@ class Tally:
     values: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in FIGURES})
 
     def add(self, image_id: int | str, answer: Answer, before: Answer) -> None:
-        """Takes a picture's answer in, beside the one that it gave to its own names alone."""
+        """Takes an image's answer in, beside the one that it gave to its own names alone."""
         self.found[image_id] = answer.found
         shares, moved = persistence(before.found, answer.found)
         self.values["kept"] += shares
         self.values["moved"] += moved
         self.values["presence"] += (100 * (answer.presence - before.presence).abs()).tolist()
-        self.values["slots"].append(answer.foreign_slots)
+        self.values["slots"].append(answer.negative_slots)
 
 
 def persistence(before: Detections, after: Detections) -> tuple[list[float], list[float]]:
@@ -133,7 +133,7 @@ def measure(settings: Settings, console: Console) -> dict[str, Any]:
         "torch": torch.__version__,
         "commit": began_with,
         "seed": settings.seed,
-        "pictures": settings.pictures or "all",
+        "images": settings.images or "all",
         "sure": SURE,
         "runs": runs,
     }
@@ -163,7 +163,7 @@ def _of_dataset(
     others = tuple(name for name in joint.vocabulary.names if name not in own)
     names = vocabulary((*own, *others), settings.nouns, len(own) + max(settings.sizes), settings.seed)
     text = model.embed(names)
-    seen = _some(annotations, settings.pictures)
+    seen = _some(annotations, settings.images)
     tallies = {number: Tally() for number in (0, *settings.sizes)}
     dataset = DetectionDataset(
         seen, joint.vocabulary, build_transforms(AugmentationConfig(resize=model.resize), training=False)
@@ -187,7 +187,7 @@ def _figures(tally: Tally, seen: Annotations, spelling: Sequence[str]) -> dict[s
 
 
 def _some(annotations: Annotations, number: int) -> InMemoryAnnotations:
-    """Pictures of a split, evenly spread."""
+    """Images of a split, evenly spread."""
     total = len(annotations)
     number = min(number or total, total)
     return InMemoryAnnotations(
@@ -201,7 +201,7 @@ def _some(annotations: Annotations, number: int) -> InMemoryAnnotations:
 
 def _answer(model: METR, example: Example, names: Sequence[str], text: Tensor, own: int) -> Answer:
     network, image = model.network, example.image
-    pixels = stack_pictures([image])
+    pixels = stack_images([image])
     mask = padding_mask([(image.shape[1], image.shape[2])], pixels.shape[-2], pixels.shape[-1])
     with inference(network, model.device):
         output: DetectorOutput = network(pixels.to(torch.float32) / 255, mask, text)
@@ -210,7 +210,7 @@ def _answer(model: METR, example: Example, names: Sequence[str], text: Tensor, o
     return Answer(
         found=found,
         presence=output.categories.presence_logits[-1, 0, :own].sigmoid(),
-        foreign_slots=int((kept.valid & (kept.ids >= own)).sum()),
+        negative_slots=int((kept.valid & (kept.ids >= own)).sum()),
     )
 
 
@@ -231,7 +231,7 @@ def as_markdown(result: dict[str, Any]) -> str:
     titles, *lines = rows(result)
     table = [titles, ["---", *["---:"] * (len(titles) - 1)], *lines]
     facts = f"{result['hardware']}, torch {result['torch']}, commit {result['commit']}, seed {result['seed']}"
-    return "\n".join(f"| {' | '.join(line)} |" for line in table) + f"\n\nPictures: {result['pictures']}. {facts}.\n"
+    return "\n".join(f"| {' | '.join(line)} |" for line in table) + f"\n\nImages: {result['images']}. {facts}.\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -259,7 +259,7 @@ def _settings(arguments: Sequence[str] | None) -> Settings:
     parser.add_argument("--data", type=Path, required=True, help="the folder of their datasets")
     parser.add_argument("--nouns", type=Path, required=True, help="WordNet's index.noun")
     parser.add_argument("--sizes", type=int, nargs="+", default=list(SIZES), help="numbers of added names")
-    for name in ("pictures", "seed", "threads"):
+    for name in ("images", "seed", "threads"):
         parser.add_argument(f"--{name}", type=int, default=getattr(Settings, name))
     parser.add_argument("--results", type=Path, default=Settings.results)
     given = vars(parser.parse_args(arguments))

@@ -1,4 +1,4 @@
-"""The checkpoint that comes with the project: `nano`, trained on six small datasets whose pictures may be used so.
+"""The checkpoint that comes with the project: `nano`, trained on six small datasets whose images may be used so.
 
     python benchmarks/checkpoint.py --data ../shared/data
 
@@ -24,16 +24,16 @@ from rich.console import Console
 
 import resumable
 from machine import commit, hardware
-from metr.api.evaluation import evaluate_run
-from metr.api.model import METR
-from metr.api.model_card import EVALUATION
-from metr.api.training import train
-from metr.engine.checkpoint import load_checkpoint
-from metr.engine.hardware import resolved_device
-from metr.engine.recipe import RunConfig, load_recipe
+from metr.checkpoint import load_checkpoint
+from metr.devices import resolved_device
 from metr.errors import DataError
+from metr.evaluation.evaluate import evaluate_run
 from metr.evaluation.evaluator import EvaluationConfig, EvaluationReport
 from metr.evaluation.report import as_dict, as_markdown
+from metr.model import METR
+from metr.sharing.model_card import EVALUATION
+from metr.training.recipe import RunConfig, load_recipe
+from metr.training.train import train
 from multifield import FIELDS, OUTSIDE_MEAN, draw_page
 from resumable import check_data, command_line, exit_status, parsed, training_seconds, write_result
 
@@ -68,7 +68,7 @@ def run(settings: Settings, console: Console) -> bool:
     data = _data(settings)
     if train(data, settings.out, recipe, resume=True, console=console).interrupted:
         return False
-    # the last weights, not the best: choosing by the very pictures that are reported would flatter
+    # the last weights, not the best: choosing by the very images that are reported would flatter
     trained, judged = settings.out / "last", EvaluationConfig(fields=FIELDS, outside_mean=OUTSIDE_MEAN)
     _save(trained, settings.target)  # what is measured is what is shipped: float16
     report = evaluate_run(settings.target, data, settings.out / "evaluation", config=judged, console=console)
@@ -85,12 +85,12 @@ def _save(source: Path, target: Path) -> None:
 
 
 def licensed_copy(source: Path, target: Path, left_out: Collection[int] = NON_COMMERCIAL) -> int:
-    """A COCO folder once more, without the pictures of some licences; how many pictures it has.
+    """A COCO folder once more, without the images of some licences; how many images it has.
 
     Args:
-        source: A folder with `annotations/instances_SPLIT.json` and the pictures in `SPLIT`.
-        target: Where to; pictures are hard links where the disk allows it. What is there is written over.
-        left_out: `license` numbers of pictures that stay out.
+        source: A folder with `annotations/instances_SPLIT.json` and the images in `SPLIT`.
+        target: Where to; images are hard links where the disk allows it. What is there is written over.
+        left_out: `license` numbers of images that stay out.
 
     Raises:
         DataError: there are no annotations.

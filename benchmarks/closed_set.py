@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from metr.boxes import cxcywh_to_xyxy, paired_giou
 from metr.losses.classification import focal_cost
 from metr.losses.criterion import SetCriterion
-from metr.losses.truth import NOTHING, Answers, Truth
+from metr.losses.padded_targets import NO_OBJECT, PaddedTargets, QueryPredictions
 from metr.models.backbones import build_backbone
 from metr.models.class_queries import side_by_side
 from metr.models.config import DetectorConfig
@@ -95,7 +95,7 @@ class ClosedSetDetector(nn.Module):
         plain = config.denoising.model_copy(update={"flips": False})
         self.denoising = Denoising(width, plain) if config.denoising.number else None
         self.decoder = Decoder(width, self.encoder.levels, config.decoder, PRIOR)
-        self.decoder.agreement = ClassHead(width, len(labels))  # type: ignore[assignment]
+        self.decoder.similarity = ClassHead(width, len(labels))  # type: ignore[assignment]
         self.register_buffer("name_of_label", torch.tensor([list(names).index(name) for name in labels]))
 
     def forward(
@@ -105,7 +105,7 @@ class ClosedSetDetector(nn.Module):
         text: Float[Tensor, "v t"],
         targets: Sequence[Targets] | None = None,
     ) -> ClosedSetOutput | DetectorOutput:
-        """Answers for the criterion in training, and as METR gives them in evaluation."""
+        """QueryPredictions for the criterion in training, and as METR gives them in evaluation."""
         memory = self.encoder(self.backbone(images), padding_mask)
         categories = self._categories(len(images))
         logits, boxes, queries = self._proposals(memory)
@@ -201,15 +201,15 @@ class ClosedSetCriterion(SetCriterion):
         """The loss terms of METR's criterion but for those of presence."""
         truth = _closed(targets)
         matches = matches or self.match(output, targets)
-        target = torch.full(output.every_logits.shape[:3], NOTHING, device=output.every_boxes.device)
+        target = torch.full(output.every_logits.shape[:3], NO_OBJECT, device=output.every_boxes.device)
         target[matches.layer, matches.image, matches.query] = matches.target
         answers = _questions(output.every_logits, output.every_boxes, target, truth)
         terms = self._proposals_and_decoder(answers, truth, truth.objects.clamp(min=1).float())
         if output.denoised is not None:
             logits, boxes, plan = output.denoised
-            wanted = plan.target.where(plan.positive & plan.valid, NOTHING).expand(logits.shape[:3])
+            wanted = plan.target.where(plan.positive & plan.valid, NO_OBJECT).expand(logits.shape[:3])
             copies = _questions(logits, boxes, wanted, truth, asked=plan.valid)
-            copied = (wanted[0] != NOTHING).sum().clamp(min=1).float()
+            copied = (wanted[0] != NO_OBJECT).sum().clamp(min=1).float()
             terms |= self._denoising(copies, truth, copied)
         return Losses(terms=terms)
 
@@ -257,28 +257,28 @@ def concatenated(vocabulary: Vocabulary) -> tuple[Vocabulary, tuple[str, ...]]:
     return Vocabulary(names=flat, datasets=every), names
 
 
-def _closed(targets: Sequence[Targets]) -> Truth:
+def _closed(targets: Sequence[Targets]) -> PaddedTargets:
     """Every label is annotated everywhere."""
-    return Truth.of([replace(target, annotated=torch.ones_like(target.annotated)) for target in targets])
+    return PaddedTargets.of([replace(target, annotated=torch.ones_like(target.annotated)) for target in targets])
 
 
 def _questions(
     logits: Float[Tensor, "r b q c"],
     boxes: Float[Tensor, "r b q 4"],
     target: Int[Tensor, "r b q"],
-    truth: Truth,
+    truth: PaddedTargets,
     asked: Tensor | None = None,
-) -> Answers:
+) -> QueryPredictions:
     """Each pair of query and label as one binary question; it stands for the query's object if that has its label."""
     labels = logits.shape[-1]
     image = torch.arange(logits.shape[1], device=logits.device).unsqueeze(-1)
-    wanted = truth.labels[image, target.clamp(min=0)].where(target != NOTHING, NOTHING).unsqueeze(-1)
+    wanted = truth.labels[image, target.clamp(min=0)].where(target != NO_OBJECT, NO_OBJECT).unsqueeze(-1)
     label = torch.arange(labels, device=logits.device)
-    stands = torch.where(wanted == label, target.unsqueeze(-1), NOTHING)
+    stands = torch.where(wanted == label, target.unsqueeze(-1), NO_OBJECT)
     category = label.expand(*logits.shape[1:3], -1)
     if asked is not None:
-        category = category.where(asked.unsqueeze(-1), NOTHING)
-    return Answers(
+        category = category.where(asked.unsqueeze(-1), NO_OBJECT)
+    return QueryPredictions(
         logits=rearrange(logits, "r b q c -> r b (q c)").float(),
         boxes=repeat(boxes, "r b q x -> r b (q c) x", c=labels).float(),
         category=rearrange(category, "b q c -> b (q c)"),

@@ -3,7 +3,7 @@
     python benchmarks/index.py                    # about 6 GB of disk, see --scratch
     python benchmarks/index.py --scale 0.1
 
-Writes a made-up dataset of 1.7 million pictures and 25 million boxes as COCO JSON (see `index_source.py`), then
+Writes a made-up dataset of 1.7 million images and 25 million boxes as COCO JSON (see `index_source.py`), then
 measures, each in a process of its own:
 
     build     seconds and peak memory (resident, of the process and of any it starts) of opening it the first time
@@ -42,7 +42,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from index_source import Source, write_source
 from machine import commit, hardware
-from metr.data.sources import DatasetSpec, DetectionSource, open_dataset
+from metr.data.datasets_file import DatasetConfig, DatasetSource, open_dataset
 from metr.errors import DataError, MetrError
 
 BUILD_BAR, OPEN_BAR, WORKER_BAR = 4 * 2**30, 1.0, 30e6  # bytes, seconds, bytes
@@ -106,10 +106,10 @@ def build(source: Source, cache: Path) -> dict[str, Any]:
     peak = max(before, peak_memory())
     counts = [annotations.counts() for annotations in dataset.splits.values()]
     boxes = sum(int(each.boxes.sum() + each.ignored.sum()) for each in counts)
-    found = (sum(each.images for each in counts), boxes, dataset.fault_counts.get("degenerate box", 0))
+    found = (sum(each.images for each in counts), boxes, dataset.issue_counts.get("degenerate box", 0))
     expected = (source.images, source.boxes - source.degenerate, source.degenerate)
     if found != expected:
-        what = f"pictures, boxes and degenerate ones are {found}, expected {expected}"
+        what = f"images, boxes and degenerate ones are {found}, expected {expected}"
         raise DataError(what, where=cache, hint="the index is wrong: this is a bug")
     size = sum(annotations.path.stat().st_size for annotations in dataset.splits.values())
     facts = {"seconds": seconds, "cpu_seconds": cpu, "peak_bytes": peak, "peak_bytes_before": before}
@@ -203,8 +203,8 @@ def _nothing(_index: int) -> None:
     pass
 
 
-def _opened(source: Source, cache: Path) -> DetectionSource:
-    return open_dataset(DatasetSpec(name="objects365", path=source.root), cache)
+def _opened(source: Source, cache: Path) -> DatasetSource:
+    return open_dataset(DatasetConfig(name="objects365", path=source.root), cache)
 
 
 def _state(cache: Path) -> dict[Path, tuple[int, int]]:
@@ -229,7 +229,7 @@ def _reference(settings: Settings, folder: Path) -> dict[str, Any] | None:
     if find_spec("pycocotools") is None:
         return None
     scale = REFERENCE_SHARE * settings.scale
-    source = _apart(write_source, folder / "reference", scale=scale, seed=settings.seed, pictures=False)
+    source = _apart(write_source, folder / "reference", scale=scale, seed=settings.seed, links=False)
     found = _apart(read_with_pycocotools, source.annotations, settings.workers, settings.records)
     return {"source": source.facts()} | found
 
@@ -259,8 +259,8 @@ def show(result: dict[str, Any], console: Console) -> None:
     metr, other = result["metr"], result["pycocotools"]
     source = metr["source"]
     console.print(f"{source['json_bytes'] / 1e9:.2f} GB of COCO JSON, read as {metr['build']['format']}")
-    console.print(f"{source['scattered']:.0%} of the annotations stand apart from the others of their picture")
-    console.print(f"pictures: {source['pictures']}")
+    console.print(f"{source['scattered']:.0%} of the annotations stand apart from the others of their image")
+    console.print(f"images: {source['images']}")
     table = Table("", _headed("METR", metr), _headed("pycocotools", other), "bar", title=result["hardware"])
     for row in zip(*_cells(result), strict=True):
         table.add_row(*row)
@@ -289,7 +289,7 @@ def _cells(result: dict[str, Any]) -> list[list[str]]:
 def _headed(name: str, measured: dict[str, Any] | None) -> str:
     if measured is None:
         return f"{name}\nnot installed"
-    return f"{name}\n{measured['source']['images']:,} pictures\n{measured['source']['boxes']:,} boxes"
+    return f"{name}\n{measured['source']['images']:,} images\n{measured['source']['boxes']:,} boxes"
 
 
 def _range(values: Sequence[float]) -> str:

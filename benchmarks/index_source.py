@@ -1,6 +1,6 @@
 """A dataset of the size and shape of Objects365, as COCO JSON: what `index.py` builds its index from.
 
-Numbers are drawn from a seed; no picture has pixels. Reading finds pictures by name only, so a folder's first picture
+Numbers are drawn from a seed; no image has pixels. Reading finds images by name only, so a folder's first image
 is an empty file and the others are hard links to it: a million names that take hardly any inodes.
 """
 
@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 IMAGES, BOXES, NAMES, FOLDERS = 1_700_000, 25_000_000, 365, 51
-# The share of annotations that stand anywhere in the file, not beside the others of their picture.
+# The share of annotations that stand anywhere in the file, not beside the others of their image.
 SCATTERED = 0.2
 CROWDS, FAKES, DEGENERATE = 0.015, 0.005, 1e-4
 # (height, width) in pixels.
@@ -39,7 +39,7 @@ class Source:
     boxes: int
     degenerate: int
     json_bytes: int
-    pictures: str
+    links: str
     seconds: float
 
     @property
@@ -54,7 +54,7 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class _Images:
-    """The pictures, in the order of the file: `ids` grow, with gaps; `folders` and `sizes` are numbers."""
+    """The images, in the order of the file: `ids` grow, with gaps; `folders` and `sizes` are numbers."""
 
     ids: Int[np.ndarray, "n"]
     folders: Int[np.ndarray, "n"]
@@ -71,19 +71,19 @@ def annotation_file(root: Path) -> Path:
     return root / "annotations" / "instances_train.json"
 
 
-def write_source(root: Path, *, scale: float, seed: int, pictures: bool = True) -> Source:
+def write_source(root: Path, *, scale: float, seed: int, links: bool = True) -> Source:
     """Writes the dataset, or finds it where the same has been written before.
 
     Args:
         root: The dataset's folder.
         scale: The size, relative to Objects365.
         seed: Decides every number.
-        pictures: Whether the pictures' names are to be there as well.
+        links: Whether the images' names are to be there as well.
     """
     facts = root / _FACTS
     if facts.is_file():
         found = Source(**json.loads(facts.read_text(encoding="utf-8")) | {"root": root})
-        if (found.scale, found.seed, found.pictures != "none") == (scale, seed, pictures):
+        if (found.scale, found.seed, found.links != "none") == (scale, seed, links):
             return found
     began, rng = time.perf_counter(), np.random.default_rng(seed)
     images = _made_images(rng, max(1, round(IMAGES * scale)))
@@ -99,7 +99,7 @@ def write_source(root: Path, *, scale: float, seed: int, pictures: bool = True) 
         boxes=boxes,
         degenerate=degenerate,
         json_bytes=path.stat().st_size,
-        pictures=_link_pictures(root / "train", images.names()) if pictures else "none",
+        links=_link_images(root / "train", images.names()) if links else "none",
         seconds=time.perf_counter() - began,
     )
     facts.write_text(json.dumps(asdict(source) | {"root": str(root)}), encoding="utf-8")
@@ -151,7 +151,7 @@ def _write_annotations(file: TextIO, rng: np.random.Generator, images: _Images, 
 
 
 def _owners(rng: np.random.Generator, images: int, count: int) -> Int[np.ndarray, "n"]:
-    """The picture of each box. Some pictures are crowded, some have none; a share of the boxes is out of order."""
+    """The image of each box. Some images are crowded, some have none; a share of the boxes is out of order."""
     edges = np.cumsum(rng.gamma(1.2, size=images))
     owners: Int[np.ndarray, "n"] = np.searchsorted(edges, np.sort(rng.random(count)) * edges[-1]).astype(np.int32)
     scattered = rng.random(count) < SCATTERED
@@ -167,7 +167,7 @@ def _labels(rng: np.random.Generator, count: int) -> Int[np.ndarray, "n"]:
 
 
 def _made_boxes(rng: np.random.Generator, sizes: Float[np.ndarray, "n 2"]) -> Float[np.ndarray, "n 4"]:
-    """xywh in pixels, inside the pictures."""
+    """xywh in pixels, inside the images."""
     limits = sizes[:, ::-1]
     sides = np.clip(rng.lognormal(-2, 0.9, (len(sizes), 2)) * limits, 2, limits)
     boxes = np.concatenate([rng.random((len(sizes), 2)) * (limits - sides), sides], axis=1)
@@ -183,7 +183,7 @@ def _write_rows(file: TextIO, row: str, values: Iterator[tuple[object, ...]]) ->
         separator = ", "
 
 
-def _link_pictures(folder: Path, names: Iterator[str]) -> str:
+def _link_images(folder: Path, names: Iterator[str]) -> str:
     """Puts the names in place, and says how."""
     empty: dict[Path, Path] = {}
     count = files = 0

@@ -13,8 +13,8 @@ from typing import Any
 
 from machine import commit
 from metr.config import Tree, merge, read_yaml
-from metr.engine.tensors import read_json
 from metr.errors import ConfigError
+from metr.serialization import read_json
 
 REPORT, BEGUN, RECIPE = "report.json", "run.json", "recipe.yaml"
 UNKNOWN = "unknown"

@@ -3,11 +3,11 @@
     python benchmarks/multifield.py --profile trial --data ../shared/data
 
 Trains on the train splits and reports, for each val split, COCO AP with the dataset's own names and with all names of
-all datasets, the recall of category extraction at K, and field confusion. It can be stopped and run again: it goes on
+all datasets, the recall of category extraction at K, and cross-dataset confusion. It can be stopped and run again: it goes on
 where it was. The result is written to `results/multifield-PROFILE.json` and `.md` beside this file, with a page of
 detections, and the run itself to `--out`.
 
-`--arms` runs baselines beside joint METR, for the same number of pictures seen (see multifield_arms.py); finished arms
+`--arms` runs baselines beside joint METR, for the same number of images seen (see multifield_arms.py); finished arms
 are not run again, so several processes may share the work. The profile `comparison` runs them all on four datasets.
 """
 
@@ -23,20 +23,20 @@ from rich.console import Console
 
 import resumable
 from machine import commit, hardware
-from metr.api.datasets import open_joint
-from metr.api.evaluation import evaluate_run
-from metr.api.model import METR
-from metr.api.training import train
+from metr.checkpoint import load_checkpoint
 from metr.data.images import read_image
+from metr.data.joint import open_joint
 from metr.data.records import Annotations, ImageRecord
-from metr.engine.checkpoint import load_checkpoint
-from metr.engine.curves import plot_curves
-from metr.engine.hardware import resolved_device
-from metr.engine.metrics import read_metrics
-from metr.engine.recipe import RunConfig, load_recipe
+from metr.devices import resolved_device
+from metr.evaluation.evaluate import evaluate_run
 from metr.evaluation.evaluator import EvaluationConfig, EvaluationReport
 from metr.evaluation.report import as_dict, as_markdown
-from metr.inference.visualize import contact_sheet, draw_detections, save_picture
+from metr.inference.draw import contact_sheet, draw_detections, save_image
+from metr.model import METR
+from metr.training.curves import plot_curves
+from metr.training.metrics import read_metrics
+from metr.training.recipe import RunConfig, load_recipe
+from metr.training.train import train
 from multifield_arms import ARMS, REPORT, ArmResult, Task, run_arm
 from multifield_comparison import as_markdown as compared
 from multifield_comparison import best_joint, draw_bars
@@ -59,10 +59,10 @@ PROFILES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 """Datasets and arms of each profile; without arms joint METR is trained as the recipe says."""
 
-# 195 pictures for 80 names are too few to learn from: told beside the mean
+# 195 images for 80 names are too few to learn from: told beside the mean
 OUTSIDE_MEAN = ("coco_mini",)
 JUDGED = EvaluationConfig(fields=FIELDS, outside_mean=OUTSIDE_MEAN)
-SHOWN = 2  # pictures of each dataset on the page of detections
+SHOWN = 2  # images of each dataset on the page of detections
 THRESHOLD = 0.35
 
 
@@ -86,12 +86,12 @@ def run(settings: Settings, console: Console) -> bool:
     judged = config.model_copy(update={"modes": ("own",)})
     if train(data, settings.out, recipe, resume=True, console=console, judged=judged).interrupted:
         return False
-    # the last weights, not the best: choosing by the very pictures that are reported would flatter
+    # the last weights, not the best: choosing by the very images that are reported would flatter
     report = evaluate_run(settings.out / "last", data, settings.out / "evaluation", config=config, console=console)
     _write(settings, _result(settings, recipe, report, began_with), report)
     draw_page(data, settings.out / "last", _beside(settings, "detections.jpg"))
-    save_picture(read_image(plot_curves(settings.out)), _beside(settings, "curves.png"))
-    console.print(f"written: {settings.stem}.json, .md and pictures", markup=False, soft_wrap=True)
+    save_image(read_image(plot_curves(settings.out)), _beside(settings, "curves.png"))
+    console.print(f"written: {settings.stem}.json, .md and images", markup=False, soft_wrap=True)
     return True
 
 
@@ -189,16 +189,16 @@ def _write(settings: Settings, result: dict[str, Any], report: EvaluationReport)
 
 
 def draw_page(data: Sequence[str], checkpoint: Path, path: Path) -> None:
-    """Pictures of every val split through the one detector, all names asked for, on one sheet."""
+    """Images of every val split through the one detector, all names asked for, on one sheet."""
     predictor = METR.from_pretrained(checkpoint).predictor()
-    pictures, captions = [], []
+    images, captions = [], []
     for name, annotations in open_joint(data).evaluation().items():
         for record in _spread(annotations):
             found = predictor.detect(record.path)
-            pictures.append(draw_detections(read_image(record.path), found, THRESHOLD))
+            images.append(draw_detections(read_image(record.path), found, THRESHOLD))
             captions.append(f"{name}: {int((found.scores >= THRESHOLD).sum())} found, {len(record.boxes)} labelled")
-    sheet = contact_sheet(pictures, captions, columns=4, cell=400)
-    save_picture(sheet, path)
+    sheet = contact_sheet(images, captions, columns=4, cell=400)
+    save_image(sheet, path)
 
 
 def _spread(annotations: Annotations) -> list[ImageRecord]:
@@ -207,7 +207,7 @@ def _spread(annotations: Annotations) -> list[ImageRecord]:
 
 
 def _beside(settings: Settings, name: str) -> Path:
-    """A picture's place beside the result."""
+    """An image's place beside the result."""
     return settings.results / f"{settings.stem.name}-{name}"
 
 

@@ -1,6 +1,6 @@
-"""The arms of MultiField: what joint METR is compared with, each for the same number of pictures seen.
+"""The arms of MultiField: what joint METR is compared with, each for the same number of images seen.
 
-`separate` trains one METR for each dataset, on as many of its pictures as the joint arms see. `closed_set` is one
+`separate` trains one METR for each dataset, on as many of its images as the joint arms see. `closed_set` is one
 closed head over the concatenated labels (see closed_set.py). Every other arm is joint METR, by how it treats the
 categories that an image's dataset does not annotate. An arm that is finished is not run again: `report.json` in its
 folder says so.
@@ -18,23 +18,23 @@ from rich.console import Console
 
 from closed_set import ClosedSetCriterion, ClosedSetDetector, concatenated
 from machine import commit
-from metr.api.datasets import JointData, open_joint
-from metr.api.evaluation import Judge, evaluate_run, show
-from metr.api.training import train
+from metr.checkpoint import Checkpoint, load_checkpoint
 from metr.data.dataset import DetectionDataset
+from metr.data.joint import JointData, open_joint
 from metr.data.loading import build_train_loader
 from metr.data.mixture import mixture_weights
 from metr.data.transforms.pipeline import build_transforms
-from metr.engine.checkpoint import Checkpoint, load_checkpoint
-from metr.engine.random_state import seed_everything
-from metr.engine.recipe import RunConfig
-from metr.engine.trainer import Trainer, TrainingParts
+from metr.evaluation.evaluate import EvaluationRunner, evaluate_run, show
 from metr.evaluation.evaluator import EvaluationConfig, EvaluationReport
 from metr.evaluation.report import as_dict, from_dict
+from metr.training.random_state import seed_everything
+from metr.training.recipe import RunConfig
+from metr.training.train import train
+from metr.training.trainer import Trainer, TrainingParts
 from resumable import training_seconds
 
-FOREIGN = ("ignore", "assume_absent", "teacher")
-ARMS = ("separate", "closed_set", *FOREIGN)
+UNANNOTATED = ("ignore", "negative", "pseudo_label")
+ARMS = ("separate", "closed_set", *UNANNOTATED)
 REPORT = "report.json"
 
 
@@ -51,7 +51,7 @@ class Task:
 
 @dataclass(frozen=True, kw_only=True)
 class ArmResult:
-    """What an arm found, and what it took: pictures seen, seconds of training steps; `commit` is what it began with."""
+    """What an arm found, and what it took: images seen, seconds of training steps; `commit` is what it began with."""
 
     arm: str
     report: EvaluationReport
@@ -81,9 +81,9 @@ def run_arm(arm: str, task: Task) -> ArmResult | None:
     )
 
 
-def _joint(foreign: str, task: Task) -> EvaluationReport | None:
+def _joint(unannotated: str, task: Task) -> EvaluationReport | None:
     """Joint METR."""
-    recipe = task.recipe.model_copy(update={"foreign": foreign})
+    recipe = task.recipe.model_copy(update={"unannotated": unannotated})
     quick = task.judged.model_copy(update={"modes": ("own",)})
     if train(task.data, task.out, recipe, resume=True, console=task.console, judged=quick).interrupted:
         return None
@@ -142,8 +142,10 @@ def _closed_set(task: Task) -> EvaluationReport | None:
         return None
     network.load_state_dict(dict(load_checkpoint(task.out / "last").weights))
     text, sets = torch.eye(len(names)), joint.evaluation()
-    judge = Judge(joint.vocabulary, text, sets, recipe.augmentation.resize, recipe.evaluation_loader, task.judged)
-    report = judge.report(network.eval(), task.console, "assume_absent")
+    judge = EvaluationRunner(
+        joint.vocabulary, text, sets, recipe.augmentation.resize, recipe.evaluation_loader, task.judged
+    )
+    report = judge.report(network.eval(), task.console, "negative")
     show(report, task.console)
     return report
 
@@ -154,7 +156,7 @@ def _closed_datasets(joint: JointData, vocabulary: Any, recipe: RunConfig) -> li
 
 
 def _taken(out: Path) -> dict[str, float]:
-    """Pictures seen and seconds of steps, summed over the runs in a folder."""
+    """Images seen and seconds of steps, summed over the runs in a folder."""
     images, seconds = 0, 0.0
     for metrics in sorted(out.rglob("metrics.jsonl")):
         images += load_checkpoint(metrics.parent / "last").training["images"]

@@ -7,20 +7,20 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from metr.evaluation.evaluator import EvaluationReport, Mode
-from multifield_arms import FOREIGN, ArmResult
+from multifield_arms import UNANNOTATED, ArmResult
 
 TITLES = {
     "separate": "a METR for each",
     "closed_set": "closed head, concatenated labels",
-    "ignore": "joint METR, foreign ignored",
-    "assume_absent": "joint METR, foreign absent",
+    "ignore": "joint METR, unannotated ignored",
+    "negative": "joint METR, unannotated absent",
     "teacher": "joint METR, teacher",
 }
 _COLOURS = {
     "separate": "#9a9a9a",
     "closed_set": "#e08a2e",
     "ignore": "#9dbfe3",
-    "assume_absent": "#5c93cf",
+    "negative": "#5c93cf",
     "teacher": "#1f5a9e",
 }
 _RECALL_AT = 10
@@ -28,17 +28,17 @@ _RECALL_AT = 10
 
 def best_joint(results: Sequence[ArmResult]) -> ArmResult | None:
     """Of the joint arms the one with the highest mean AP, all names asked for."""
-    joint = [result for result in results if result.arm in FOREIGN]
-    return max(joint, key=lambda result: result.report.mean("unified") or 0.0, default=None)
+    joint = [result for result in results if result.arm in UNANNOTATED]
+    return max(joint, key=lambda result: result.report.mean("joint") or 0.0, default=None)
 
 
 def as_markdown(results: Sequence[ArmResult]) -> str:
     """The tables: AP with own names, with all names, and what CEM and fields say."""
     names = [one.name for one in results[0].report.datasets]
     parts = ["AP, each dataset's own names:", _table(names, results, "own")]
-    unified = [result for result in results if result.report.mean("unified") is not None]
+    unified = [result for result in results if result.report.mean("joint") is not None]
     if unified:
-        parts += ["AP, all names at once:", _table(names, unified, "unified"), _confusion(names, unified)]
+        parts += ["AP, all names at once:", _table(names, unified, "joint"), _confusion(names, unified)]
     parts += [line for line in _verdicts(results) if line]
     return "\n\n".join(parts) + "\n"
 
@@ -47,7 +47,7 @@ def draw_bars(results: Sequence[ArmResult], path: Path) -> None:
     """A chart of AP with own and with all names: a group of bars for each dataset and for their mean."""
     figure = Figure(figsize=(10, 6), layout="constrained")
     FigureCanvasAgg(figure)
-    modes: tuple[Mode, Mode] = ("own", "unified")
+    modes: tuple[Mode, Mode] = ("own", "joint")
     for axes, mode in zip(figure.subplots(2, 1, sharex=True), modes, strict=True):
         names = [one.name for one in results[0].report.datasets]
         shown = [result for result in results if result.report.mean(mode) is not None]
@@ -68,7 +68,7 @@ def draw_bars(results: Sequence[ArmResult], path: Path) -> None:
 
 
 def _table(names: Sequence[str], results: Sequence[ArmResult], mode: Mode) -> str:
-    head = ["", *names, "mean", "pictures seen", "minutes"]
+    head = ["", *names, "mean", "images seen", "minutes"]
     rows = [
         [
             TITLES[result.arm],
@@ -83,10 +83,10 @@ def _table(names: Sequence[str], results: Sequence[ArmResult], mode: Mode) -> st
 
 
 def _confusion(names: Sequence[str], results: Sequence[ArmResult]) -> str:
-    head = ["", f"recall at {_RECALL_AT}: {', '.join(names)}", "field confusion, %"]
+    head = ["", f"recall at {_RECALL_AT}: {', '.join(names)}", "cross-dataset confusion, %"]
     rows = []
     for result in results:
-        recalls = [one.unified.recall.get(_RECALL_AT) for one in result.report.datasets if one.unified is not None]
+        recalls = [one.joint.recall.get(_RECALL_AT) for one in result.report.datasets if one.joint is not None]
         confusion = result.report.confusion
         told = ", ".join(map(_number, recalls)) if result.arm != "closed_set" else "-"
         rows.append([TITLES[result.arm], told, _number(None if confusion is None else confusion.pooled)])
@@ -98,7 +98,7 @@ def _verdicts(results: Sequence[ArmResult]) -> list[str]:
     best, by_arm = best_joint(results), {result.arm: result.report for result in results}
     if best is None:
         return []
-    own, unified = best.report.mean("own") or 0.0, best.report.mean("unified") or 0.0
+    own, unified = best.report.mean("own") or 0.0, best.report.mean("joint") or 0.0
     lines = [f"Best joint arm: {TITLES[best.arm]}; all names / own names: {unified / own if own else 0:.2f}."]
     if "separate" in by_arm:
         alone = by_arm["separate"]
@@ -108,7 +108,7 @@ def _verdicts(results: Sequence[ArmResult]) -> list[str]:
         gain = own - (alone.mean("own") or 0.0)
         lines.append(f"Against a METR for each, own names: {gain:+.1f} in the mean, {min(losses):+.1f} at worst.")
     if "closed_set" in by_arm:
-        closed = by_arm["closed_set"].mean("unified") or 0.0
+        closed = by_arm["closed_set"].mean("joint") or 0.0
         lines.append(f"Against the closed head, all names: {unified - closed:+.1f} in the mean.")
     return lines
 

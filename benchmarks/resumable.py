@@ -14,8 +14,8 @@ from typing import Any
 from rich.console import Console
 
 from metr.cli.main import show_log
-from metr.engine.metrics import read_metrics
 from metr.errors import DataError, MetrError
+from metr.training.metrics import read_metrics
 
 HERE = Path(__file__).resolve().parent
 

@@ -3,7 +3,7 @@
     python benchmarks/step.py
 
 Both have the same backbone (random weights, frozen batch norms, all else learns), width, layers, heads, points, levels,
-feed-forward parts, queries, pictures and objects, two stages, box refinement, a loss after every decoder layer, fused
+feed-forward parts, queries, images and objects, two stages, box refinement, a loss after every decoder layer, fused
 AdamW, no dropout; nothing is compiled, neither needs a built kernel. METR's denoising and EMA are off. A training step
 is forward, matching, losses, backward and optimizer; inference is the network without post-processing.
 
@@ -105,11 +105,11 @@ def _step_parts(contender: Metr) -> dict[str, float]:
 
     laps = {part: marks[part] - marks[earlier] for earlier, part in pairwise(marks)}
     seconds[REST] = laps.pop("forward") - sum(seconds.values())
-    moments = [marks["losses"], *returned, marks["backward"]]
+    activation_statistics = [marks["losses"], *returned, marks["backward"]]
     backward = ("backward_of_queries_and_categories", "backward_of_encoder", "backward_of_backbone")
     del laps["backward"]
     seconds |= {"matching": laps.pop("matching"), "losses": laps.pop("losses")}
-    seconds |= {part: end - start for part, (start, end) in zip(backward, pairwise(moments), strict=True)}
+    seconds |= {part: end - start for part, (start, end) in zip(backward, pairwise(activation_statistics), strict=True)}
     return seconds | laps
 
 

@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn, optim
 from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection
 
-from metr.engine.hardware import autocast
-from metr.engine.recipe import RunConfig, load_recipe
+from metr.devices import autocast
 from metr.errors import ConfigError
 from metr.losses.criterion import SetCriterion
 from metr.models.detector import Detector
 from metr.structures import Targets
+from metr.training.recipe import RunConfig, load_recipe
 
 TEXT_WIDTH = 512
-_CATEGORIES_SHOWN = 6  # in a picture
+_CATEGORIES_SHOWN = 6  # in an image
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -31,7 +31,7 @@ class Settings:
     repeats: int = 5  # counted rounds; one more warms up
     names: int = 80
     queries: int = 300
-    objects: int = 15  # a picture, on average
+    objects: int = 15  # an image, on average
     denoising: int = 100  # queries, in the further measurement
     backbone: str = "resnet50"
     layers: int = 6  # of encoder and decoder each
@@ -64,7 +64,7 @@ class Settings:
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """One batch that all contenders see: noise, and objects of a natural picture's number and sizes."""
+    """One batch that all contenders see: noise, and objects of a natural image's number and sizes."""
 
     images: Tensor
     padding_mask: Tensor

@@ -2,8 +2,8 @@
 
     python benchmarks/transfer.py --profile trial --data ../shared/data
 
-Leaves a dataset out, pretrains on the others, and fine-tunes on shares of the left-out one's training pictures;
-against the same detector that starts from the ImageNet backbone, on the same pictures, for the same steps. AP on the
+Leaves a dataset out, pretrains on the others, and fine-tunes on shares of the left-out one's training images;
+against the same detector that starts from the ImageNet backbone, on the same images, for the same steps. AP on the
 left-out dataset's val split, own names, last weights. It can be stopped and run again: it goes on where it was, and
 finished runs are not run again. `--minutes 9` stops it by itself. The result is written to
 `results/transfer-PROFILE.json`, `.md` and `.png` beside this file whenever it ends, with what is finished until then;
@@ -24,7 +24,7 @@ import resumable
 from kept_runs import commits_of, runs_by_commit
 from machine import commit, hardware
 from metr.config import read_yaml
-from metr.engine.hardware import resolved_device
+from metr.devices import resolved_device
 from resumable import check_data, command_line, done_within, exit_status, parsed, write_result
 from transfer_comparison import Comparison, as_markdown, draw_curves
 from transfer_runs import DATASETS, Profile, Workplace, finished, pretrainings, run_all

@@ -1,4 +1,4 @@
-"""What the transfer benchmark found: a table, curves over the number of pictures, and the bars that it is held to."""
+"""What the transfer benchmark found: a table, curves over the number of images, and the bars that it is held to."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from transfer_runs import ARMS, Arm, Profile, RunResult
 
 TITLES: dict[Arm, str] = {"imagenet": "ImageNet backbone alone", "pretrained": "pretrained on the other datasets"}
 _COLOURS: dict[Arm, str] = {"imagenet": "#9a9a9a", "pretrained": "#1f5a9e"}
-# gains in mean AP that are aimed at, by share of the pictures; and what no dataset may lose with all of them
+# gains in mean AP that are aimed at, by share of the images; and what no dataset may lose with all of them
 _AIMS = {0.1: 5.0, 1.0: 1.5}
 _WORST = -1.0
 
@@ -106,7 +106,7 @@ class Comparison:
 
 def as_markdown(comparison: Comparison, profile: Profile) -> str:
     """The table, the aims, and what got worse."""
-    head = ["left out", "share", "pictures", "steps", "seeds", *(TITLES[arm] for arm in ARMS), "gain"]
+    head = ["left out", "share", "images", "steps", "seeds", *(TITLES[arm] for arm in ARMS), "gain"]
     rows = [
         [
             point.left_out,
@@ -131,7 +131,7 @@ def as_markdown(comparison: Comparison, profile: Profile) -> str:
 
 
 def draw_curves(comparison: Comparison, path: Path) -> None:
-    """AP over the number of training pictures, a panel for each dataset and one for their mean."""
+    """AP over the number of training images, a panel for each dataset and one for their mean."""
     names = [name for name in comparison.left_out if any(point.left_out == name for point in comparison.points)]
     panels = [*names, *(["mean"] if len(names) > 1 and comparison.shares else [])]
     figure = Figure(figsize=(3.4 * len(panels), 3.6), layout="constrained")
@@ -184,7 +184,7 @@ def _preface(comparison: Comparison, profile: Profile) -> str:
     alike = f"**not for the same steps: {'; '.join(uneven)}**" if uneven else "for the same steps"
     return (
         f"AP (0 to 100) on the val split of the left-out dataset, own names, last weights; left out: {without}. "
-        f"Both arms see the same pictures in the same order, {alike}. In brackets: the range of the seeds."
+        f"Both arms see the same images in the same order, {alike}. In brackets: the range of the seeds."
     )
 
 

@@ -9,7 +9,7 @@ Leaves a dataset out and fine-tunes RT-DETR, Deformable DETR and DAB-DETR on it 
   this gains is the gain of a better start (of queries above all), and not of weights,
 - `joint`: the detector's own pretraining on the other datasets, labels side by side; its classification head begins
   anew, as transformers does it,
-- `metr`: `metr transfer` of a METR of the detector's family, pretrained on the same pictures in the same order.
+- `metr`: `metr transfer` of a METR of the detector's family, pretrained on the same images in the same order.
 
 COCO AP on the left-out dataset's val split. It can be stopped and run again: it goes on where it was, and finished
 runs are not run again. `--minutes 9` stops it by itself. The result is written to
@@ -32,7 +32,7 @@ import resumable
 from kept_runs import commits_of, runs_by_commit
 from machine import commit, hardware
 from metr.config import read_yaml
-from metr.engine.hardware import resolved_device
+from metr.devices import resolved_device
 from resumable import check_data, command_line, done_within, exit_status, parsed, write_result
 from transfer_detectors_comparison import Comparison, as_markdown, draw_bars
 from transfer_detectors_runs import Profile, finished, pretrainings, run_all

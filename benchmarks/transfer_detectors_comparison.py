@@ -8,7 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from kept_runs import told_range
-from metr.transfer.targets import find_target
+from metr.conversion.targets import find_target
 from transfer_comparison import Bar
 from transfer_detectors_runs import Pretraining, Profile, RunResult
 from transfer_detectors_starts import ARMS, BACKBONE_ALONE, Arm
@@ -178,26 +178,26 @@ def _preface(comparison: Comparison, profile: Profile, pretraining: Sequence[Pre
     alike = f"but **not for the same steps: {'; '.join(uneven)}**" if uneven else "is trained alike"
     return (
         f"AP (0 to 100) on the val split of {profile.left_out}, after {' or '.join(told)} steps of transformers' "
-        f"Trainer on its {images} training pictures, last weights; every arm of a detector has the same sizes, sees "
-        f"the same pictures in the same order, {'' if uneven else 'and '}{alike}. METR and the detectors themselves "
+        f"Trainer on its {images} training images, last weights; every arm of a detector has the same sizes, sees "
+        f"the same images in the same order, {'' if uneven else 'and '}{alike}. METR and the detectors themselves "
         f"were pretrained on {_drawn(pretraining)}. In brackets: the range of the seeds."
     )
 
 
 def _drawn(pretraining: Sequence[Pretraining]) -> str:
-    """On how many pictures everything was pretrained, as far as the runs tell."""
+    """On how many images everything was pretrained, as far as the runs tell."""
     drawn: dict[str, set[int]] = {}
     for one in pretraining:
         if one.images is not None:
             drawn.setdefault(one.detector, set()).add(one.images)
     if not drawn:
-        return "pictures drawn from the other datasets"
+        return "images drawn from the other datasets"
     numbers = [f"{find_target(name).title} {told_range(several)}" for name, several in drawn.items()]
     all_numbers = set().union(*drawn.values())
     told = told_range(all_numbers) if len(all_numbers) == 1 else " or ".join(numbers)
     uneven = any(len(several) > 1 for several in drawn.values())
     same = "**not the same number for METR and the detector itself**" if uneven else "the same ones"
-    return f"{told} pictures drawn from the other datasets, {same}"
+    return f"{told} images drawn from the other datasets, {same}"
 
 
 def _mean_line(comparison: Comparison) -> list[str]:

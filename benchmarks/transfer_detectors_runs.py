@@ -15,17 +15,17 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from kept_runs import RECIPE, UNKNOWN, Run
-from metr.api.datasets import JointData, open_joint
-from metr.api.training import train
 from metr.config import Config, merge, parse_overrides
+from metr.conversion.export import colours_of
+from metr.data.joint import JointData, open_joint
 from metr.data.loading import spare_cores
-from metr.engine.folders import RunFolder
-from metr.engine.hardware import resolved_device
-from metr.engine.metrics import read_metrics
-from metr.engine.recipe import RunConfig, load_recipe
+from metr.devices import resolved_device
 from metr.errors import ConfigError
 from metr.evaluation.coco import CocoResult
-from metr.transfer.outgoing import colours_of
+from metr.run_directory import RunDirectory
+from metr.training.metrics import read_metrics
+from metr.training.recipe import RunConfig, load_recipe
+from metr.training.train import train
 from resumable import training_seconds
 from transfer_detectors_starts import (
     ARMS,
@@ -43,7 +43,7 @@ from transfer_detectors_starts import (
 from transfer_detectors_training import (
     TRAINED,
     Collator,
-    DrawnPictures,
+    DrawnImages,
     TrainerConfig,
     Work,
     drop_checkpoints,
@@ -79,7 +79,7 @@ class Profile(Config):
     steps: int
     """Of fine-tuning, in every arm; a detector may have its own."""
     pretrain: dict[str, Any]
-    """METR's pretraining: a run's configuration over the size `nano`. Pictures, augmentation, batch size, steps and
+    """METR's pretraining: a run's configuration over the size `nano`. Images, augmentation, batch size, steps and
     seed are those of the detectors' own pretraining too; augmentation and batch size also those of fine-tuning."""
     detectors: dict[str, DetectorConfig]
 
@@ -115,7 +115,7 @@ class RunResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Pretraining:
-    """A finished pretraining: pictures drawn (None where it does not tell), seconds of steps, and what made it."""
+    """A finished pretraining: images drawn (None where it does not tell), seconds of steps, and what made it."""
 
     detector: str
     kind: Kind
@@ -138,7 +138,7 @@ class Bench:
         profile: What is run.
 
     Raises:
-        ConfigError: the recipe pads pictures, which RT-DETR would see, or runs were begun with other settings.
+        ConfigError: the recipe pads images, which RT-DETR would see, or runs were begun with other settings.
     """
 
     def __init__(self, detector: str, place: Workplace, profile: Profile) -> None:
@@ -148,7 +148,7 @@ class Bench:
         self.recipe: RunConfig = load_recipe("nano", written(self.home, _tree(detector, profile)), place.overrides)
         if self.recipe.augmentation.resize.mode != "stretch":
             where = "pretrain.augmentation.resize.mode"
-            raise ConfigError("expected stretch: pictures of one shape, without padding", where=where)
+            raise ConfigError("expected stretch: images of one shape, without padding", where=where)
         self.collate = Collator(colours_of(self.family.untrained.network))
 
     @cached_property
@@ -178,7 +178,7 @@ class Bench:
         kept.begin()
         before = self._judged(model).ap if arm == "metr" else None
         steps, images = self.profile.steps_of(self.detector), chosen(self.left_out, self.recipe, training=True)
-        seconds = self._trained(model, DrawnPictures([images], self.recipe.loader, steps, seed), kept.folder, seed)
+        seconds = self._trained(model, DrawnImages([images], self.recipe.loader, steps, seed), kept.folder, seed)
         after = self._judged(model)
         told = RunResult(
             detector=self.detector,
@@ -222,7 +222,7 @@ class Bench:
                 return None
             seconds = round(training_seconds(kept.folder), 3)
             _finish(kept, {"data": data, "images": _drawn(kept.folder), "training_seconds": seconds})
-        # the last weights: nothing is chosen by the pictures of any val split
+        # the last weights: nothing is chosen by the images of any val split
         return kept.folder / "last"
 
     def pretrained_detector(self) -> Path:
@@ -232,20 +232,20 @@ class Bench:
             kept.begin()
             self.place.console.rule(f"pretraining {self.family.target.title} on concatenated labels")
             loop, datasets = self.recipe.train.loop, pretraining_data(self.family, self.joint)
-            pictures = DrawnPictures(datasets, self.recipe.loader, loop.steps, loop.seed)
+            images = DrawnImages(datasets, self.recipe.loader, loop.steps, loop.seed)
             model = pretraining_start(self.family, self.joint)
-            seconds, drawn = self._trained(model, pictures, kept.folder, loop.seed), len(pictures)
-            _finish(kept, {"data": list(pictures.mixed.lengths), "images": drawn, "training_seconds": seconds})
+            seconds, drawn = self._trained(model, images, kept.folder, loop.seed), len(images)
+            _finish(kept, {"data": list(images.mixed.lengths), "images": drawn, "training_seconds": seconds})
         return kept.folder / TRAINED
 
     def _kept(self, kind: Kind) -> Run:
         return pretraining_run(self.place, self.profile, self.detector, kind)
 
-    def _trained(self, model: PreTrainedModel, pictures: DrawnPictures, folder: Path, seed: int) -> float:
+    def _trained(self, model: PreTrainedModel, images: DrawnImages, folder: Path, seed: int) -> float:
         batch, workers = self.recipe.loader.batch_size, self.recipe.loader.workers
         work = Work(
             folder=folder,
-            steps=len(pictures) // batch,
+            steps=len(images) // batch,
             seed=seed,
             settings=self.config.trainer,
             batch_size=batch,
@@ -253,7 +253,7 @@ class Bench:
             device=resolved_device(self.recipe.train.loop.device),
             backbone=self.family.target.backbone,
         )
-        return train_detector(model, pictures, self.collate, work, self.place.console)
+        return train_detector(model, images, self.collate, work, self.place.console)
 
     def _judged(self, model: nn.Module) -> CocoResult:
         val = chosen(self.left_out, self.recipe, training=False)
@@ -351,7 +351,7 @@ def _tree(detector: str, profile: Profile) -> dict[str, Any]:
 
 def _beside(place: Workplace, detector: str) -> tuple[Path, ...]:
     """The configuration of a detector's METR, as it is asked for and as it came out."""
-    metr = RunFolder(_pretraining_folder(place, detector, "metr"))
+    metr = RunDirectory(_pretraining_folder(place, detector, "metr"))
     return place.out / detector / RECIPE, metr.config
 
 
@@ -360,7 +360,7 @@ def _pretraining_folder(place: Workplace, detector: str, kind: Kind) -> Path:
 
 
 def _drawn(folder: Path) -> int | None:
-    """Pictures that METR's training drew, by its run folder: as many in each of its steps, logged or not."""
+    """Images that METR's training drew, by its run folder: as many in each of its steps, logged or not."""
     records = read_metrics(folder)
     logged = next((record for record in reversed(records) if "images" in record), None)
     if logged is None:

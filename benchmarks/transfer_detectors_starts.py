@@ -14,20 +14,20 @@ from rich.console import Console
 from torch import Tensor
 
 from closed_set import concatenated
-from metr.api.datasets import JointData
-from metr.api.model import METR
-from metr.api.training import training_parts
-from metr.api.transfer import to_detector
+from metr.conversion.convert import giving_to_theirs, receive
+from metr.conversion.export import build, transfer, variances
+from metr.conversion.targets import find_target
+from metr.conversion.targets.base import Target
+from metr.conversion.transfer import to_detector
 from metr.data.dataset import DetectionDataset
+from metr.data.joint import JointData
 from metr.data.transforms.pipeline import build_transforms
-from metr.engine.recipe import RunConfig
 from metr.hub import quiet
+from metr.model import METR
 from metr.models.detector import Detector
 from metr.text.vocabulary import Vocabulary
-from metr.transfer.convert import giving_to_theirs, receive
-from metr.transfer.outgoing import build, transfer, variances
-from metr.transfer.targets import find_target
-from metr.transfer.targets.base import Target
+from metr.training.recipe import RunConfig
+from metr.training.train import training_parts
 
 Arm = Literal["own", "untrained", "joint", "metr"]
 ARMS: tuple[Arm, ...] = ("own", "untrained", "joint", "metr")
@@ -66,8 +66,8 @@ def own_start(family: Family, names: Sequence[str], seed: int) -> Any:
 def untrained_start(family: Family, names: Vocabulary) -> Any:
     """The ImageNet backbone alone, all else as METR's transfer leaves it before METR has learnt anything.
 
-    What this gains over transformers' own start (queries spread over the picture, heads that at first say "no") is no
-    knowledge.
+    What this gains over transformers' own start (queries spread over the image, heads that at first say "no") is no
+    context.
     """
     return to_detector(family.untrained, family.target.name, names).model
 
@@ -122,7 +122,7 @@ def _concatenated_text(family: Family, joint: JointData) -> tuple[Vocabulary, Fl
 
 
 def chosen(joint: JointData, recipe: RunConfig, training: bool) -> DetectionDataset:
-    """The left-out dataset's training pictures, augmented as in pretraining, or its val pictures."""
+    """The left-out dataset's training images, augmented as in pretraining, or its val images."""
     source = joint.sources[0]
     split = joint.train_split(source) if training else source.evaluation_split()[1]
     return DetectionDataset(split, joint.vocabulary, build_transforms(recipe.augmentation, training=training))

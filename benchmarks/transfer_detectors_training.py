@@ -1,6 +1,6 @@
-"""transformers' Trainer on METR's pictures, and METR's evaluation of transformers' detectors.
+"""transformers' Trainer on METR's images, and METR's evaluation of transformers' detectors.
 
-Pictures, their order and their augmentation are METR's, draw for draw, whatever is trained: two runs of one seed see
+Images, their order and their augmentation are METR's, draw for draw, whatever is trained: two runs of one seed see
 the same.
 """
 
@@ -23,6 +23,7 @@ from transformers.trainer_callback import ExportableState
 
 from metr.boxes import clip, cxcywh_to_xyxy
 from metr.config import Config
+from metr.conversion.targets.base import Colours
 from metr.data.config import LoaderConfig
 from metr.data.dataset import DetectionDataset, Example, Missing, MixedDataset
 from metr.data.mixture import mixture_weights
@@ -31,7 +32,6 @@ from metr.errors import DataError
 from metr.evaluation.coco import MAX_DETECTIONS, CocoResult, ImageId, evaluate_detections
 from metr.hub import quiet
 from metr.structures import Detections
-from metr.transfer.targets.base import Colours
 
 TRAINED = "model"
 """The folder of a run in which the trained detector is."""
@@ -67,8 +67,8 @@ class Work:
     """The prefix of the backbone's keys."""
 
 
-class DrawnPictures(Dataset[Example]):
-    """The pictures of a run in their order: item n is METR's draw n.
+class DrawnImages(Dataset[Example]):
+    """The images of a run in their order: item n is METR's draw n.
 
     Args:
         datasets: Training splits with transforms of training.
@@ -91,14 +91,14 @@ class DrawnPictures(Dataset[Example]):
         """Draw `number`.
 
         Raises:
-            DataError: hardly a picture of its dataset can be read.
+            DataError: hardly an image of its dataset can be read.
         """
         return _readable(self.mixed[self.draws[number]])
 
 
 @dataclass(frozen=True)
 class Collator:
-    """Pictures of one shape as transformers' detectors take them: normalised, with labels and boxes (cxcywh, 0..1)."""
+    """Images of one shape as transformers' detectors take them: normalised, with labels and boxes (cxcywh, 0..1)."""
 
     colours: Colours
 
@@ -157,13 +157,13 @@ class Teller(TrainerCallback):
 
 
 def train_detector(
-    model: PreTrainedModel, pictures: DrawnPictures, collate: Collator, work: Work, console: Console
+    model: PreTrainedModel, images: DrawnImages, collate: Collator, work: Work, console: Console
 ) -> float:
     """Trains a detector of transformers from where the run in the folder stopped, and keeps it in `TRAINED`.
 
     Args:
         model: With the weights that the run begins with.
-        pictures: As many as there are steps, in batches.
+        images: As many as there are steps, in batches.
         collate: Makes batches of them.
         work: The rest.
         console: Where progress is told.
@@ -171,12 +171,12 @@ def train_detector(
     Returns:
         The seconds of its steps.
     """
-    cv2.setNumThreads(0)  # the processes that read pictures are forked from this one, and have a core each
+    cv2.setNumThreads(0)  # the processes that read images are forked from this one, and have a core each
     trainer = Trainer(
         model=model,
         args=_arguments(work),
         data_collator=collate,
-        train_dataset=pictures,
+        train_dataset=images,
         callbacks=[Clock(), Teller(console)],
         optimizers=(_optimizer(model, work), None),
     )
@@ -208,12 +208,12 @@ def judged(model: nn.Module, dataset: DetectionDataset, names: Sequence[str], co
 
     Args:
         model: On its device; left in evaluation mode.
-        dataset: The pictures, with transforms of evaluation.
+        dataset: The images, with transforms of evaluation.
         names: The names of the labels.
-        collate: Makes batches of pictures.
+        collate: Makes batches of images.
 
     Raises:
-        DataError: a picture cannot be read.
+        DataError: an image cannot be read.
     """
     device = next(model.parameters()).device
     model.eval()
@@ -228,12 +228,12 @@ def judged(model: nn.Module, dataset: DetectionDataset, names: Sequence[str], co
 
 
 def detections(logits: Tensor, boxes: Tensor, size: tuple[int, int], names: Sequence[str]) -> Detections:
-    """The best pairs of query and label of one picture.
+    """The best pairs of query and label of one image.
 
     Args:
         logits: [q c], one binary question each.
         boxes: [q 4], cxcywh in 0..1.
-        size: (height, width) of the picture in pixels.
+        size: (height, width) of the image in pixels.
         names: The names of the labels.
     """
     best, pair = logits.float().sigmoid().flatten().topk(min(MAX_DETECTIONS, logits.numel()))
@@ -290,5 +290,5 @@ def _optimizer(model: nn.Module, work: Work) -> torch.optim.Optimizer:
 
 def _readable(example: Example | Missing) -> Example:
     if isinstance(example, Missing):
-        raise DataError("a picture cannot be read", where=example.dataset, hint="metr inspect lists all")
+        raise DataError("an image cannot be read", where=example.dataset, hint="metr inspect lists all")
     return example

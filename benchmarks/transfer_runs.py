@@ -14,15 +14,15 @@ from pydantic import Field
 from rich.console import Console
 
 from kept_runs import RECIPE, UNKNOWN, Run
-from metr.api.datasets import JointData, open_joint
-from metr.api.finetuning import FinetuneOptions, finetune
-from metr.api.training import fit, train, training_parts
 from metr.config import Config, merge, parse_overrides
 from metr.data.few_shot import SubsetConfig, subset_of
-from metr.engine.folders import RunFolder
-from metr.engine.recipe import load_recipe
-from metr.engine.trainer import Outcome
+from metr.data.joint import JointData, open_joint
 from metr.errors import ConfigError
+from metr.run_directory import RunDirectory
+from metr.training.finetune import FinetuneOptions, finetune
+from metr.training.recipe import load_recipe
+from metr.training.train import fit, train, training_parts
+from metr.training.trainer import Outcome
 from resumable import training_seconds
 
 Arm = Literal["pretrained", "imagenet"]
@@ -46,10 +46,10 @@ class Profile(Config):
     """Datasets that take turns being left out."""
     shared: bool = False
     """Whether one pretraining without all of them serves all, instead of one for each."""
-    tell_apart: bool = False
-    """Whether the pretrained arm first moves the new names from each other (`metr finetune --tell-apart`)."""
+    decorrelate_names: bool = False
+    """Whether the pretrained arm first moves the new names from each other (`metr finetune --decorrelate-names`)."""
     seeds: dict[Share, tuple[int, ...]]
-    """For each share of the training pictures the seeds that choose them and train."""
+    """For each share of the training images the seeds that choose them and train."""
     steps: dict[Share, int]
     """Steps of both arms for each share."""
     pretrain: dict[str, Any]
@@ -92,7 +92,7 @@ class Cell:
 
     @property
     def subset(self) -> SubsetConfig:
-        """The part of the training pictures that it sees."""
+        """The part of the training images that it sees."""
         return SubsetConfig(share=self.share, seed=self.seed)
 
     @property
@@ -194,7 +194,7 @@ def pretrained(run: Run, tree: Mapping[str, Any], names: Sequence[str], place: W
             return None
         seconds = round(training_seconds(run.folder), 3)
         run.finish({"data": data, "metrics": dict(outcome.metrics), "training_seconds": seconds})
-    # the last weights, not the best: nothing is chosen by the pictures of any val split
+    # the last weights, not the best: nothing is chosen by the images of any val split
     return run.folder / "last"
 
 
@@ -207,7 +207,7 @@ def written(folder: Path, tree: Mapping[str, Any]) -> Path:
 
 def configurations(folder: Path) -> tuple[Path, ...]:
     """Where a run folder tells its configuration: what was asked for, and what came of it."""
-    return folder / RECIPE, RunFolder(folder).config
+    return folder / RECIPE, RunDirectory(folder).config
 
 
 def _cells(profile: Profile) -> Iterator[Cell]:
@@ -224,7 +224,7 @@ def _run(cell: Cell, place: Workplace, profile: Profile) -> Run:
     settings = asdict(cell) | {"configuration": merge(_tree(cell, profile), parse_overrides(place.overrides))}
     if cell.arm == "pretrained":
         before = _pretraining_run(_without(cell.left_out, profile), place, profile).settings
-        settings |= {"tell_apart": profile.tell_apart, "pretraining": before}
+        settings |= {"decorrelate_names": profile.decorrelate_names, "pretraining": before}
     return Run(folder=folder, settings=settings, beside=configurations(folder))
 
 
@@ -263,7 +263,7 @@ def _from_pretrained(cell: Cell, began: Path, place: Workplace, profile: Profile
         overrides=place.overrides,
         subset=cell.subset,
         compare=False,
-        tell_apart=profile.tell_apart,
+        decorrelate_names=profile.decorrelate_names,
     )
     data = [place.argument(cell.left_out)]
     outcome = finetune(data, began, out, options, resume=True, console=place.console).training
@@ -281,7 +281,7 @@ def _from_imagenet(cell: Cell, place: Workplace, profile: Profile) -> RunResult 
 
 
 def _chosen(cell: Cell, place: Workplace) -> JointData:
-    """The left-out dataset with the part of its training pictures that both arms see."""
+    """The left-out dataset with the part of its training images that both arms see."""
     joint = open_joint([place.argument(cell.left_out)])
     chosen = {source.name: subset_of(source.split("train"), cell.subset) for source in joint.sources}
     return replace(joint, chosen=chosen)

@@ -1,17 +1,17 @@
-"""Vocabulary: what thousands of names cost in time of inference, and in knowing which of them a picture shows.
+"""Vocabulary: what thousands of names cost in time of inference, and in knowing which of them an image shows.
 
     python benchmarks/vocabulary.py --run runs/multifield-trial/last --data ../shared/data --nouns index.noun
 
 Asks a trained detector for 80, 365, 1,203, 5,000 and 20,000 names: first those of its datasets, then distractors, nouns
 drawn from WordNet's index (`--nouns`: the file index.noun, of the Debian package wordnet-base for example).
 
-    time      seconds a picture, from its pixels in memory to detections, one picture at a time; sizes take turns on
-              every picture, so that whatever else the machine does hits all. A ratio is the median of the pictures'
-    recall    share of the pairs (picture, name present in it) whose name is among the K most likely, with the shortlist
+    time      seconds an image, from its pixels in memory to detections, one image at a time; sizes take turns on
+              every image, so that whatever else the machine does hits all. A ratio is the median of the images'
+    recall    share of the pairs (image, name present in it) whose name is among the K most likely, with the shortlist
               and, on the same names, with every name looked at
     text      seconds that the text encoder takes for a name that it has not met
 
-The pictures are those of the datasets' evaluation splits, evenly spread. A detector without a shortlist is timed as it
+The images are those of the datasets' evaluation splits, evenly spread. A detector without a shortlist is timed as it
 is. The result is written to `results/vocabulary-DEVICE.json` and `.md` beside this file.
 """
 
@@ -38,17 +38,17 @@ from rich.table import Table
 from torch import Tensor
 
 from machine import commit, hardware
-from metr.api.datasets import JointData, open_joint
-from metr.api.model import METR
-from metr.data.collate import padding_mask, stack_pictures
+from metr.data.collate import padding_mask, stack_images
 from metr.data.config import AugmentationConfig
 from metr.data.dataset import DetectionDataset, Example
 from metr.data.images import read_image
+from metr.data.joint import JointData, open_joint
 from metr.data.transforms.pipeline import build_transforms
-from metr.engine.hardware import resolved_device
+from metr.devices import resolved_device
 from metr.errors import DataError, MetrError
 from metr.evaluation.presence import PresenceRecall, presence_recall
 from metr.inference.predictor import Predictor, inference
+from metr.model import METR
 from metr.models.detector import Detector
 from metr.text.encoder import TextEncoder, TextEncoderConfig
 
@@ -63,13 +63,13 @@ _TIMED_NAMES, _CHUNK = 64, 500
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What the command line says. `pictures` and `timed` count those of each dataset, for recall and for time."""
+    """What the command line says. `images` and `timed` count those of each dataset, for recall and for time."""
 
     run: Path
     data: Path
     nouns: Path
     sizes: tuple[int, ...] = (80, 365, 1203, 5000, 20000)
-    pictures: int = 20
+    images: int = 20
     timed: int = 3
     seed: int = 0
     device: str = "auto"
@@ -87,7 +87,7 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class Sight:
-    """A picture as it is stored and as the network sees it, and which of the datasets' names it shows."""
+    """An image as it is stored and as the network sees it, and which of the datasets' names it shows."""
 
     pixels: UInt8[np.ndarray, "h w 3"]
     example: Example
@@ -130,7 +130,7 @@ def measure(settings: Settings, console: Console) -> dict[str, Any]:
             "trained_names": len(model.names),
             "steps": model.checkpoint.training.get("step"),
         },
-        "pictures": {"timed": sum(one.timed for one in sights), "recall": len(sights) if recalls else 0},
+        "images": {"timed": sum(one.timed for one in sights), "recall": len(sights) if recalls else 0},
         "text": embedding,
         **_figures(settings.sizes, seconds, recalls, config.categories.kept),
     }
@@ -187,12 +187,12 @@ def _embedded(model: METR, names: Sequence[str], console: Console) -> tuple[Floa
 
 
 def _sights(joint: JointData, model: METR, settings: Settings) -> list[Sight]:
-    """Some pictures of each dataset's evaluation split, evenly spread; every so often one that is timed."""
+    """Some images of each dataset's evaluation split, evenly spread; every so often one that is timed."""
     transforms = build_transforms(AugmentationConfig(resize=model.resize), training=False)
     sights = []
     for annotations in joint.evaluation().values():
         dataset = DetectionDataset(annotations, joint.vocabulary, transforms)
-        some, few = _spread(len(dataset), settings.pictures), settings.timed
+        some, few = _spread(len(dataset), settings.images), settings.timed
         timed = {some[place] for place in _spread(len(some), few)}
         for index in some:
             example = dataset[index]
@@ -216,16 +216,16 @@ def _without_shortlist(network: Detector) -> Detector:
 
 
 def _seconds(
-    model: METR, contenders: dict[str, Detector], questions: Sequence[Question], pictures: Sequence[np.ndarray]
+    model: METR, contenders: dict[str, Detector], questions: Sequence[Question], images: Sequence[np.ndarray]
 ) -> dict[str, list[list[float]]]:
-    """Seconds of each contender, picture and size."""
+    """Seconds of each contender, image and size."""
     predictors = {
         name: [Predictor(network, one.text, one.names, model.resize) for one in questions]
         for name, network in contenders.items()
     }
     seconds: dict[str, list[list[float]]] = {name: [] for name in contenders}
-    # the first picture is looked at twice, and counted once it is warm
-    for turn, pixels in enumerate(track([pictures[0], *pictures], "time", console=Console(stderr=True))):
+    # the first image is looked at twice, and counted once it is warm
+    for turn, pixels in enumerate(track([images[0], *images], "time", console=Console(stderr=True))):
         for name, sized in predictors.items():
             row = [0.0] * len(sized)
             for place in range(len(sized)):
@@ -240,14 +240,14 @@ def _seconds(
 def _recalls(
     contenders: dict[str, Detector], questions: Sequence[Question], sights: Sequence[Sight]
 ) -> dict[str, list[PresenceRecall]]:
-    """Presence recall of each contender at each size; backbone and encoder see a picture once."""
+    """Presence recall of each contender at each size; backbone and encoder see an image once."""
     first = next(iter(contenders.values()))
     device = next(first.parameters()).device
     recalls = {name: [PresenceRecall() for _ in questions] for name in contenders}
     with inference(first, device):
         texts = [first.project(one.text.to(device)) for one in questions]
         for sight in track(sights, "recall", console=Console(stderr=True)):
-            pixels = stack_pictures([sight.example.image])
+            pixels = stack_images([sight.example.image])
             shape = (sight.example.image.shape[1], sight.example.image.shape[2])
             mask = padding_mask([shape], pixels.shape[-2], pixels.shape[-1]).to(device)
             memory = first.encoder(first.backbone(pixels.to(device).to(torch.float32) / 255), mask)
@@ -294,9 +294,7 @@ def _lost(recall: dict[str, dict[int, float | None]], kept: int) -> float:
 def rows(result: dict[str, Any]) -> list[list[str]]:
     """The result as a table, its titles first."""
     first, kept = result["contender"], result["recall_at"]
-    table = [
-        ["names", "ms a picture", "ratio", "ms, every name looked at", f"recall at {kept}", "every name looked at"]
-    ]
+    table = [["names", "ms an image", "ratio", "ms, every name looked at", f"recall at {kept}", "every name looked at"]]
     for size, figure in result["sizes"].items():
         times, recall = figure["seconds"], figure["recall"]
         shares = [recall.get(name, {}).get(kept) for name in (SHORTLIST, EVERYTHING)]
@@ -378,7 +376,7 @@ def _settings(arguments: Sequence[str] | None) -> Settings:
     parser.add_argument("--data", type=Path, required=True, help="the folder of its datasets")
     parser.add_argument("--nouns", type=Path, required=True, help="WordNet's index.noun")
     parser.add_argument("--sizes", type=int, nargs="+", default=list(Settings.sizes), help="numbers of names")
-    for name in ("pictures", "timed", "seed", "threads"):
+    for name in ("images", "timed", "seed", "threads"):
         parser.add_argument(f"--{name}", type=int, default=getattr(Settings, name))
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default=Settings.device)
     parser.add_argument("--results", type=Path, default=Settings.results)

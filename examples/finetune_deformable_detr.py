@@ -9,8 +9,8 @@ from typing import Any
 from rich.console import Console
 from transformers import AutoImageProcessor, AutoModelForObjectDetection, Trainer, TrainingArguments
 
-from metr.api.datasets import open_joint
-from metr.api.transfer import trainer_batch, transfer_run
+from metr.conversion.transfer import trainer_batch, transfer_run
+from metr.data.joint import open_joint
 from metr.errors import MetrError
 
 parser = argparse.ArgumentParser(description=__doc__)

@@ -83,7 +83,7 @@ def test_a_key_near_to_none_is_answered_with_all_of_its_place() -> None:
     assert "one of 'heads', 'kind', 'rate', 'width'" in text
 
 
-def test_every_fault_is_told_at_once() -> None:
+def test_every_issue_is_told_at_once() -> None:
     text = message({"prat": 1, "part": {"width": "broad"}})
     assert "'prat'" in text
     assert "'part.width'" in text

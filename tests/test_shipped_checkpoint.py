@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from metr.api.model import METR
-from metr.api.model_card import is_untouched
-from metr.api.provenance import TrainingFacts
-from metr.engine.checkpoint import load_checkpoint
+from metr.checkpoint import load_checkpoint
+from metr.model import METR
+from metr.sharing.model_card import is_untouched
+from metr.training.provenance import TrainingFacts
 
 FOLDER = Path(__file__).resolve().parents[1] / "checkpoints" / "metr-nano"
-# pictures of splits that neither training nor the card's results have seen, and what is in each
+# images of splits that neither training nor the card's results have seen, and what is in each
 UNSEEN = {
     "aquarium": (
         "aquarium/test/images/*.jpg",
@@ -49,14 +49,14 @@ def test_its_card_tells_data_licences_and_results() -> None:
 
 
 @pytest.mark.parametrize("dataset", UNSEEN)
-def test_it_finds_its_things_in_pictures_it_has_never_seen(model: METR, shared: Path, dataset: str) -> None:
+def test_it_finds_its_things_in_images_it_has_never_seen(model: METR, shared: Path, dataset: str) -> None:
     pattern, names = UNSEEN[dataset]
-    pictures = sorted((shared / "data").glob(pattern))
+    images = sorted((shared / "data").glob(pattern))
     if dataset == "bccd":
-        stems = pictures[0].read_text().split()
-        pictures = [shared / "data/bccd/JPEGImages" / f"{stem}.jpg" for stem in stems]
-    found = [model.detect(picture, threshold=0.5) for picture in islice(pictures, 8)]
+        stems = images[0].read_text().split()
+        images = [shared / "data/bccd/JPEGImages" / f"{stem}.jpg" for stem in stems]
+    found = [model.detect(image, threshold=0.5) for image in islice(images, 8)]
     labels = [[one.names[label] for label in one.labels.tolist()] for one in found]
-    own = [sum(label.startswith(tuple(names)) for label in picture) for picture in labels]
-    assert sum(map(bool, own)) >= 6, "there is something in every picture"
+    own = [sum(label.startswith(tuple(names)) for label in image) for image in labels]
+    assert sum(map(bool, own)) >= 6, "there is something in every image"
     assert sum(own) >= 0.8 * sum(map(len, labels)), "hardly a thing is called by another dataset's name"

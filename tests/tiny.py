@@ -12,10 +12,10 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from metr.api.training import train
 from metr.cli.main import run as run_command_line
 from metr.demo import write_demo_datasets, write_unseen
-from metr.engine.recipe import load_recipe
+from metr.training.recipe import load_recipe
+from metr.training.train import train
 
 from small import small_backbone
 
@@ -29,7 +29,7 @@ _LETTERS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *"abcdefghijklmnopqrstuvwxyz- "]
 
 @dataclass(frozen=True, kw_only=True)
 class TinyRun:
-    """Three datasets in three formats, pictures without annotations, a recipe, and what training made of them.
+    """Three datasets in three formats, images without annotations, a recipe, and what training made of them.
 
     Everything is shared by many tests: copy what you change.
     """
@@ -85,7 +85,7 @@ def _trained(home: Path) -> TinyRun:
 
 
 def write_recipe(path: Path, text: Path | str) -> Path:
-    """A recipe laid over nano's: the smallest network of its kind, 64 pixels, three steps of two pictures."""
+    """A recipe laid over nano's: the smallest network of its kind, 64 pixels, three steps of two images."""
     tree = {
         "text": {"source": str(text), "templates": ["{}", "a {}"]},
         "model": {
@@ -141,7 +141,7 @@ def metr(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 
 
 def read_coco(folder: Path) -> tuple[dict[str, list[dict]], list[dict]]:
-    """What `metr detect` wrote about pictures, and what it found."""
+    """What `metr detect` wrote about images, and what it found."""
     images, found = (json.loads((folder / f"{name}.json").read_text()) for name in ("images", "detections"))
     return images, found
 

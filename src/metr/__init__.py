@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from metr.registration import register_backbone
 
 if TYPE_CHECKING:
-    from metr.api.model import METR as METR
+    from metr.model import METR as METR
 
 __version__ = "0.1.0"
 __all__ = ["METR", "__version__"]
@@ -22,7 +22,7 @@ register_backbone()
 def __getattr__(name: str) -> object:
     """`METR` is imported when it is asked for: the parts of the package can be used without the whole."""
     if name == "METR":
-        from metr.api.model import METR
+        from metr.model import METR
 
         return METR
     raise AttributeError(f"module 'metr' has no attribute {name!r}")

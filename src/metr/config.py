@@ -107,30 +107,30 @@ def _scalar(text: str) -> Any:
 
 def _explained(cls: type[BaseModel], error: ValidationError, where: object) -> ConfigError:
     lines, hint = [], None
-    for fault in error.errors():
-        key = ".".join(str(part) for part in fault["loc"])
-        if fault["type"] == "extra_forbidden":
+    for issue in error.errors():
+        key = ".".join(str(part) for part in issue["loc"])
+        if issue["type"] == "extra_forbidden":
             lines.append(f"unknown key {key!r}")
-            hint = hint or did_you_mean(str(fault["loc"][-1]), _fields_at(cls, fault))
+            hint = hint or did_you_mean(str(issue["loc"][-1]), _fields_at(cls, issue))
         else:
             # what a whole configuration contradicts has no key of its own
-            lines.append(f"{key!r}: {_fault(fault)}" if key else _fault(fault))
+            lines.append(f"{key!r}: {_issue(issue)}" if key else _issue(issue))
     return ConfigError("; ".join(lines), where=where or cls.__name__, hint=hint)
 
 
-def _fault(fault: ErrorDetails) -> str:
+def _issue(issue: ErrorDetails) -> str:
     """What is wrong with a value, and what was found (a rule of ours says so itself)."""
-    if fault["type"] == "value_error":
-        return str(fault["ctx"]["error"])
-    wanted = "expected keys and values" if fault["type"] == "model_type" else fault["msg"]
-    found = repr(fault["input"])
+    if issue["type"] == "value_error":
+        return str(issue["ctx"]["error"])
+    wanted = "expected keys and values" if issue["type"] == "model_type" else issue["msg"]
+    found = repr(issue["input"])
     found = found if len(found) <= _LONGEST else f"{found[:_LONGEST]}..."
     return f"{wanted[0].lower()}{wanted[1:]}, found {found}"
 
 
-def _fields_at(cls: type[BaseModel], fault: ErrorDetails) -> list[str]:
-    """The keys that are allowed where a fault lies."""
-    for part in fault["loc"][:-1]:
+def _fields_at(cls: type[BaseModel], issue: ErrorDetails) -> list[str]:
+    """The keys that are allowed where an issue lies."""
+    for part in issue["loc"][:-1]:
         field = cls.model_fields.get(str(part))
         # an index or a name inside a collection leads no deeper: its configuration class was found with the field
         cls = (field and _configuration_in(field.annotation)) or cls

@@ -27,7 +27,7 @@ class MetrError(Exception):
 
 
 class DataError(MetrError):
-    """A dataset, annotation file or picture is missing, unreadable or contradicts itself."""
+    """A dataset, annotation file or image is missing, unreadable or contradicts itself."""
 
 
 class ConfigError(MetrError):

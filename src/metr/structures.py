@@ -5,8 +5,8 @@ Axes, the same everywhere: `b` images, `h w` pixels, `s` memory tokens, `l` leve
 image, `n` denoising queries an image, `r` decoder layers, `e` extraction blocks, `m` boxes of one image, `i` ignored
 boxes of one image, `p` pairs.
 
-Boxes are `cxcywh`, normalised to 0..1 of the picture without its padding, everywhere but in `Detections`, which is
-final: `xyxy` in pixels of the picture as it was given.
+Boxes are `cxcywh`, normalised to 0..1 of the image without its padding, everywhere but in `Detections`, which is
+final: `xyxy` in pixels of the image as it was given.
 """
 
 from collections.abc import Iterator, Mapping
@@ -43,7 +43,7 @@ class Targets(_Movable):
     """What is known of one image.
 
     `labels` and `ignore_labels` are rows of the text embeddings that the network is given. `annotated[v]` is True where
-    "no box" means "none there"; elsewhere it is unknown and gives no loss, unless `presumed_absent[v]` says that none
+    "no box" means "none there"; elsewhere it is unknown and gives no loss, unless `assumed_negative[v]` says that none
     is taken to be there. Nobody looked, then: it teaches what images may contain, not what boxes hold. Crowds and
     group-of boxes are `ignore_boxes`: neither objects to find nor mistakes to find.
     """
@@ -53,12 +53,12 @@ class Targets(_Movable):
     annotated: Bool[Tensor, "v"]
     ignore_boxes: Float[Tensor, "i 4"]
     ignore_labels: Int[Tensor, "i"]
-    presumed_absent: Bool[Tensor, "v"] | None = None
+    assumed_negative: Bool[Tensor, "v"] | None = None
 
     @property
-    def presumed(self) -> Bool[Tensor, "v"]:
-        """`presumed_absent`; of nothing, where it is not given."""
-        return torch.zeros_like(self.annotated) if self.presumed_absent is None else self.presumed_absent
+    def assumed_negatives(self) -> Bool[Tensor, "v"]:
+        """`assumed_negative`; of nothing, where it is not given."""
+        return torch.zeros_like(self.annotated) if self.assumed_negative is None else self.assumed_negative
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class Batch(_Movable):
     """Images of one step, padded at the right and bottom to one shape.
 
     `images` are RGB in 0..1 (each backbone normalises for itself); `padding_mask` is True on padding;
-    `original_sizes` are (height, width) in pixels of the pictures as stored; `sizes` the same after transforms,
+    `original_sizes` are (height, width) in pixels of the images as stored; `sizes` the same after transforms,
     before padding.
     """
 
@@ -83,7 +83,7 @@ class Batch(_Movable):
 class Memory(_Movable):
     """Image tokens of all levels, finest first, each level row by row.
 
-    `valid_ratios[b l 2]` is the (x, y) share of each level that is picture rather than padding.
+    `valid_ratios[b l 2]` is the (x, y) share of each level that is image rather than padding.
     """
 
     tokens: Float[Tensor, "b s d"]

@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from metr.api.model import METR
 from metr.data.images import read_image
 from metr.errors import DataError
+from metr.model import METR
 
 from tiny import TinyRun, as_overrides
 
@@ -38,7 +38,7 @@ def run(checkpoint: ModuleType, tiny_run: TinyRun, tmp_path: Path) -> Callable[.
 
 
 def write_photographs(folder: Path) -> None:
-    """A COCO folder with two pictures of every licence in each split."""
+    """A COCO folder with two images of every licence in each split."""
     generator = np.random.default_rng(0)
     for split in ("train2017", "val2017"):
         (folder / split).mkdir(parents=True)

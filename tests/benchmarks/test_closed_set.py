@@ -66,8 +66,8 @@ def test_every_parameter_learns_and_no_label_is_left_unasked(closed_set: ModuleT
     silent = [name for name, parameter in network.named_parameters() if parameter.grad is None]
     assert not [name for name in silent if not name.startswith("backbone")]
     assert (output.every_logits.grad != 0).all()
-    foreign = [replace(target, annotated=torch.zeros(3, dtype=torch.bool)) for target in TARGETS]
-    totals = [criterion(output, targets).total for targets in (TARGETS, foreign)]
+    unannotated = [replace(target, annotated=torch.zeros(3, dtype=torch.bool)) for target in TARGETS]
+    totals = [criterion(output, targets).total for targets in (TARGETS, unannotated)]
     torch.testing.assert_close(totals[0], totals[1])  # what nobody annotated counts as absent
 
 

@@ -68,7 +68,7 @@ def test_the_made_up_dataset_is_as_described(tmp_path: Path, monkeypatch: pytest
         ).is_file()
 
     # the same seed gives the same file; what is there already is found
-    again = index_source.write_source(tmp_path / "b", scale=1e-4, seed=3, pictures=False)
+    again = index_source.write_source(tmp_path / "b", scale=1e-4, seed=3, images=False)
     assert again.annotations.read_bytes() == source.annotations.read_bytes()
     assert index_source.write_source(tmp_path / "a", scale=1e-4, seed=3) == source
 

@@ -68,7 +68,7 @@ def test_runs_of_other_settings_are_refused(kept: ModuleType, tmp_path: Path, fi
     run_of(kept, run.folder, changed(log_every=1)).check()  # decides nothing
     for other, named in (
         (run_of(kept, run.folder, changed(steps=7)), "train.loop.steps 200, now 7"),
-        (run_of(kept, run.folder, tell_apart=True), "tell_apart None, now True"),
+        (run_of(kept, run.folder, decorrelate_names=True), "decorrelate_names None, now True"),
         (run_of(kept, run.folder, {"train": {}}), "train.optimizer.learning_rate 0.0006, now None"),
     ):
         for refusing in (other.check, other.begin):
@@ -84,7 +84,7 @@ def test_runs_of_other_settings_are_refused(kept: ModuleType, tmp_path: Path, fi
 def test_old_folders_tell_what_they_can(kept: ModuleType, tmp_path: Path) -> None:
     folder = old_folder(tmp_path / "run", recipe=CONFIGURATION)
     (folder / "report.json").write_text(json.dumps({"arm": "with", "steps": 200, "ap": 9.0}))
-    run = run_of(kept, folder, tell_apart=False)
+    run = run_of(kept, folder, decorrelate_names=False)
     run.check()
     assert run.finished
     assert run.report() == {"arm": "with", "steps": 200, "ap": 9.0, "commit": "unknown"}
@@ -93,10 +93,13 @@ def test_old_folders_tell_what_they_can(kept: ModuleType, tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match="steps 200, now 100"):
         run_of(kept, folder, steps=100).check()
     # what came of --set is in the resolved configuration alone, which knows more than was asked
-    resolved = {"train": {"loop": {"steps": 7, "seed": 0}, "optimizer": {"learning_rate": 6e-4}}, "foreign": "ignore"}
+    resolved = {
+        "train": {"loop": {"steps": 7, "seed": 0}, "optimizer": {"learning_rate": 6e-4}},
+        "unannotated": "ignore",
+    }
     (folder / "config.yaml").write_text(yaml.safe_dump(resolved))
     run_of(kept, folder, changed(steps=7)).check()
-    for other in (CONFIGURATION, {**changed(steps=7), "foreign": "teacher"}):
+    for other in (CONFIGURATION, {**changed(steps=7), "unannotated": "teacher"}):
         with pytest.raises(ConfigError):
             run_of(kept, folder, other).check()
     # without any configuration nothing contradicts

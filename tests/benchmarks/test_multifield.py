@@ -24,7 +24,7 @@ def run(multifield: ModuleType, command_of: Callable[[ModuleType], Callable[...,
 
 
 @pytest.mark.slow
-def test_it_writes_settings_numbers_and_pictures(
+def test_it_writes_settings_numbers_and_images(
     run: Callable[..., int], multifield: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("--set", "train.loop.steps=2", "--set", "train.loop.curves=true") == 0
@@ -39,13 +39,13 @@ def test_it_writes_settings_numbers_and_pictures(
         name: name != "coco_mini" for name in multifield.FIELDS
     }
     assert set(report["confusion"]["fields"]) == set(multifield.FIELDS.values())
-    assert report["foreign"] == "assume_absent"
+    assert report["unannotated"] == "negative"
     assert all(math.isfinite(mean["ap"]) for mean in report["mean"].values())
     page = (results / "multifield-trial.md").read_text()
     assert "4 images seen in 2 steps" in page
     assert "coco_mini (not in the mean)" in page
-    for picture in ("detections.jpg", "curves.png"):
-        assert min(read_image(results / f"multifield-trial-{picture}").shape[:2]) > 100
+    for image in ("detections.jpg", "curves.png"):
+        assert min(read_image(results / f"multifield-trial-{image}").shape[:2]) > 100
     # run again it goes on: to a later step, or where nothing is left to the evaluation
     assert run("--set", "train.loop.steps=3") == 0
     assert json.loads((results / "multifield-trial.json").read_text())["images_seen"] == 6
@@ -67,7 +67,7 @@ def test_stopped_it_writes_no_result(
     assert not (tmp_path / "results").exists()
 
 
-def test_pictures_of_the_page_are_spread_over_the_split(multifield: ModuleType) -> None:
+def test_images_of_the_page_are_spread_over_the_split(multifield: ModuleType) -> None:
     assert multifield._spread(range(100)) == [25, 75]
     assert multifield._spread(range(2)) == [0, 1]
 
@@ -83,11 +83,11 @@ def test_arms_are_compared_and_finished_ones_are_not_run_again(
     result = json.loads((tmp_path / "results/multifield-comparison.json").read_text(), parse_constant=pytest.fail)
     assert set(result["arms"]) == {"separate", "closed_set", "teacher"}
     assert {arm["images_seen"] for arm in result["arms"].values()} == {8}
-    assert result["arms"]["teacher"]["report"]["foreign"] == "teacher"
+    assert result["arms"]["teacher"]["report"]["unannotated"] == "teacher"
     assert set(result["arms"]["separate"]["report"]["mean"]) == {"own"}
     page = (tmp_path / "results/multifield-comparison.md").read_text()
     assert "a METR for each" in page
     assert "Against the closed head" in page
-    for picture in ("bars.png", "detections.jpg"):
-        assert min(read_image(tmp_path / f"results/multifield-comparison-{picture}").shape[:2]) > 100
+    for image in ("bars.png", "detections.jpg"):
+        assert min(read_image(tmp_path / f"results/multifield-comparison-{image}").shape[:2]) > 100
     assert capsys.readouterr().out.count("─ closed_set ─") == 1

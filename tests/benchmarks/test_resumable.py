@@ -36,7 +36,7 @@ def test_the_exit_status_says_how_it_ended(resumable: ModuleType, capsys: pytest
         assert "not done yet; to go on, give the same command again" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ["multifield", "remembering", "transfer", "transfer_detectors"])
+@pytest.mark.parametrize("name", ["multifield", "rehearsal", "transfer", "transfer_detectors"])
 def test_missing_datasets_are_named(
     benchmark_of: Callable[[str], ModuleType], name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

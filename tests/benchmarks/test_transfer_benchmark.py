@@ -13,13 +13,13 @@ import yaml
 from rich.console import Console
 from safetensors.torch import load_file
 
+from metr.checkpoint import Checkpoint
 from metr.config import Tree
 from metr.data.images import read_image
-from metr.engine.checkpoint import Checkpoint
-from metr.engine.finetune_recipe import RECIPE, finetune_recipe, left_to_finetuning
-from metr.engine.recipe import RunConfig, load_recipe
 from metr.errors import ConfigError
 from metr.text.vocabulary import Vocabulary
+from metr.training.finetune_recipe import RECIPE, finetune_recipe, left_to_finetuning
+from metr.training.recipe import RunConfig, load_recipe
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 # in what the arms may differ: what is frozen, the rates, and where the backbone's first weights came from
@@ -261,7 +261,7 @@ def test_both_arms_of_a_profile_are_alike(transfer: ModuleType, tmp_path: Path, 
         text_embeddings=torch.zeros(1, 4),
         text_encoder=pretraining.text.model_dump(mode="json"),
         preprocessing=pretraining.augmentation.resize.model_dump(mode="json"),
-        training={"foreign": pretraining.foreign, RECIPE: left_to_finetuning(pretraining)},
+        training={"unannotated": pretraining.unannotated, RECIPE: left_to_finetuning(pretraining)},
     )
     for share in profile.seeds:
         trees = {
@@ -273,7 +273,7 @@ def test_both_arms_of_a_profile_are_alike(transfer: ModuleType, tmp_path: Path, 
             tuned = finetune_recipe(checkpoint, images, written(tmp_path, trees["pretrained"]), seed)
             found = differences(alone.model_dump(mode="json"), tuned.model_dump(mode="json"))
             assert found <= MAY_DIFFER
-        assert "train.optimizer.learning_rate" in found, "of 2,000 pictures, not of so few"
+        assert "train.optimizer.learning_rate" in found, "of 2,000 images, not of so few"
 
 
 @pytest.mark.parametrize("name", ["trial", "gpu"])

@@ -12,8 +12,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from metr.api.model import METR
-from metr.transfer.targets.single_scale import spread_logits
+from metr.conversion.targets.single_scale import spread_logits
+from metr.model import METR
 
 from tiny import TinyRun, as_overrides
 
@@ -71,7 +71,7 @@ def same(first: Any, second: Any, prefix: str = "") -> bool:
 
 
 def test_backbone_alone_is_the_backbone_and_nothing_else(bench_of: Callable[[str], Any]) -> None:
-    from metr.transfer.outgoing import build
+    from metr.conversion.export import build
 
     dab = bench_of("dab_detr")
     names, network, target = dab.left_out.vocabulary.names, dab.family.untrained.network, dab.family.target
@@ -131,14 +131,14 @@ def test_pretrained_arms_begin_with_what_was_pretrained(bench_of: Callable[[str]
     assert joint.config.id2label == dict(enumerate(one.left_out.vocabulary.names))
 
 
-def test_pictures_are_those_of_metr(bench_of: Callable[[str], Any]) -> None:
+def test_images_are_those_of_metr(bench_of: Callable[[str], Any]) -> None:
     from metr.data.loading import build_train_loader
     from transfer_detectors_starts import chosen
-    from transfer_detectors_training import DrawnPictures
+    from transfer_detectors_training import DrawnImages
 
     one = bench_of("dab_detr")
     loader, images = one.recipe.loader, chosen(one.left_out, one.recipe, training=True)
-    drawn = DrawnPictures([images], loader, 2, 0)
+    drawn = DrawnImages([images], loader, 2, 0)
     assert len(drawn) == 2 * loader.batch_size
     batch = one.collate([drawn[number] for number in range(loader.batch_size)])
     first = next(iter(build_train_loader([images], loader.model_copy(update={"workers": 0}), seed=0)))
@@ -157,7 +157,7 @@ def test_answers_are_judged_by_metr(bench_of: Callable[[str], Any]) -> None:
     val, names = chosen(one.left_out, one.recipe, training=False), one.left_out.vocabulary.names
 
     class Oracle(torch.nn.Linear):
-        """Knows the picture that is shown, and finds everything."""
+        """Knows the image that is shown, and finds everything."""
 
         def forward(self, pixel_values: torch.Tensor) -> Any:
             known = [val[number] for number in range(len(val))]
@@ -180,19 +180,19 @@ def test_a_run_that_stopped_goes_on_and_ends_alike(bench_of: Callable[[str], Any
     from safetensors.torch import load_file
 
     from transfer_detectors_starts import chosen
-    from transfer_detectors_training import TRAINED, DrawnPictures, Work, last_checkpoint, train_detector
+    from transfer_detectors_training import TRAINED, DrawnImages, Work, last_checkpoint, train_detector
 
     one = bench_of("dab_detr")
     images = chosen(one.left_out, one.recipe, training=True)
     settings = one.config.trainer.model_copy(update={"checkpoint_every": 2})
 
-    class Stopping(DrawnPictures):
+    class Stopping(DrawnImages):
         def __getitem__(self, number: int) -> Any:
             if number == 6:
                 raise KeyboardInterrupt
             return super().__getitem__(number)
 
-    def go(pictures: type[DrawnPictures], name: str) -> Path:
+    def go(images: type[DrawnImages], name: str) -> Path:
         work = Work(
             folder=tmp_path / name,
             steps=4,
@@ -203,7 +203,7 @@ def test_a_run_that_stopped_goes_on_and_ends_alike(bench_of: Callable[[str], Any
             device=torch.device("cpu"),
             backbone=one.family.target.backbone,
         )
-        drawn = pictures([images], one.recipe.loader, 4, 0)
+        drawn = images([images], one.recipe.loader, 4, 0)
         seconds = train_detector(one.beginning("own", 0), drawn, one.collate, work, Console(quiet=True))
         assert seconds > 0
         return work.folder / TRAINED
@@ -211,7 +211,7 @@ def test_a_run_that_stopped_goes_on_and_ends_alike(bench_of: Callable[[str], Any
     with pytest.raises(KeyboardInterrupt):
         go(Stopping, "stopped")
     assert (last_checkpoint(tmp_path / "stopped") or "").endswith("checkpoint-2")
-    resumed, whole = (load_file(go(DrawnPictures, name) / "model.safetensors") for name in ("stopped", "whole"))
+    resumed, whole = (load_file(go(DrawnImages, name) / "model.safetensors") for name in ("stopped", "whole"))
     assert all(torch.equal(resumed[key], whole[key]) for key in whole)
     # what ended, but was not judged, is not trained again
     again = load_file(go(Stopping, "whole") / "model.safetensors")
@@ -283,8 +283,8 @@ def test_every_detector_runs(bench: ModuleType, tiny_run: TinyRun, home: Path, d
 @pytest.mark.parametrize("name", ["trial", "gpu"])
 def test_profiles_are_whole(bench: ModuleType, name: str) -> None:
     from metr.config import merge
-    from metr.engine.recipe import RunConfig, load_recipe
-    from metr.transfer.targets import find_target
+    from metr.conversion.targets import find_target
+    from metr.training.recipe import RunConfig, load_recipe
 
     profile = bench.load_profile(name)
     assert profile.left_out in bench.DATASETS

@@ -51,9 +51,9 @@ def test_aims_are_against_the_better_backbone(bench: ModuleType, tmp_path: Path)
     assert "- mean gain: +3.3 (aim +3.0), reached" in page
     assert "RT-DETR behind own pretraining, concatenated labels (-2.0)" in page
     assert "RT-DETR 2.0 and 1.0." in page
-    assert "after 5 steps of transformers' Trainer on its 200 training pictures" in page, "not the profile's"
+    assert "after 5 steps of transformers' Trainer on its 200 training images" in page, "not the profile's"
     assert "and is trained alike. METR" in page
-    assert "pretrained on 3,600 pictures drawn from the other datasets, the same ones." in page
+    assert "pretrained on 3,600 images drawn from the other datasets, the same ones." in page
     bench.draw_bars(comparison, tmp_path / "bars.png")
     assert min(read_image(tmp_path / "bars.png").shape[:2]) > 100
     # nothing is judged before all is there, and a seed of which an arm is missing is left out
@@ -76,7 +76,7 @@ def pretrained(images: int | None = 3600, **seconds: tuple[float, ...]) -> list[
 BOTH = {name: {"own": 1.0, "untrained": 4.0, "joint": 2.0, "metr": 6.5} for name in ("rt_detr", "dab_detr")}
 
 
-def test_steps_and_pictures_that_differ_are_said(bench: ModuleType) -> None:
+def test_steps_and_images_that_differ_are_said(bench: ModuleType) -> None:
     found = {"dab_detr": {"own": 1.0, "untrained": 4.0, "joint": 2.0, "metr": 6.5}}
     uneven = [replace(one, steps=9) if one.arm == "metr" else one for one in results(found)]
     profile, comparison = bench.load_profile("trial"), bench.Comparison.of(uneven, ("dab_detr",))
@@ -87,12 +87,12 @@ def test_steps_and_pictures_that_differ_are_said(bench: ModuleType) -> None:
     both = bench.Comparison.of(one_longer, tuple(BOTH))
     assert "after 9 (RT-DETR) or 5 (DAB-DETR) steps of" in bench.as_markdown(both, profile, several)
     assert "but **not for the same steps: DAB-DETR (own 5, untrained 5, joint 5, metr 9)**" in page
-    assert "pretrained on DAB-DETR 3,600 or RT-DETR 80 pictures drawn from the other datasets, the same ones." in page
+    assert "pretrained on DAB-DETR 3,600 or RT-DETR 80 images drawn from the other datasets, the same ones." in page
     several += pretrained(90, dab_detr=(1.0,))
     page = bench.as_markdown(comparison, profile, several)
-    assert "on DAB-DETR 90 to 3,600 or RT-DETR 80 pictures" in page
+    assert "on DAB-DETR 90 to 3,600 or RT-DETR 80 images" in page
     assert "**not the same number for METR and the detector itself**" in page
-    assert "pretrained on pictures drawn from the other datasets." in bench.as_markdown(
+    assert "pretrained on images drawn from the other datasets." in bench.as_markdown(
         comparison, profile, pretrained(None, dab_detr=(1.0,))
     )
 

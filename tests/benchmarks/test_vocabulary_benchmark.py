@@ -7,8 +7,8 @@ from types import ModuleType
 
 import pytest
 
-from metr.api.model import METR
 from metr.errors import DataError
+from metr.model import METR
 from metr.models.detector import Detector
 
 from tiny import TinyRun
@@ -67,7 +67,7 @@ def test_distractors_are_nouns_that_no_dataset_names(vocabulary: ModuleType, nou
 
 def arguments(run: Path, tiny_run: TinyRun, nouns: Path, results: Path) -> list[str]:
     data = tiny_run.datasets[0].parent
-    sizes = ["--sizes", "10", "30", "60", "--pictures", "2", "--timed", "1", "--device", "cpu"]
+    sizes = ["--sizes", "10", "30", "60", "--images", "2", "--timed", "1", "--device", "cpu"]
     return ["--run", str(run), "--data", str(data), "--nouns", str(nouns), "--results", str(results), *sizes]
 
 

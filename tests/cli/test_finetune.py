@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from metr.engine.trainer import Trainer
+from metr.training.trainer import Trainer
 
 from tiny import CommandLine, TinyRun
 
@@ -21,15 +21,15 @@ def arguments(run: TinyRun, out: Path, *more: object) -> list[object]:
 
 def test_it_says_what_it_does_and_what_came_of_it(metr: CommandLine, tiny_run: TinyRun, tmp_path: Path) -> None:
     out = tmp_path / "mine"
-    old = ["--remember", tiny_run.data[1], "--remember-share", 0.5, "--remember-evaluate", tiny_run.data[2]]
+    old = ["--rehearse", tiny_run.data[1], "--rehearse-fraction", 0.5, "--rehearse-evaluate", tiny_run.data[2]]
     ended = metr(*arguments(tiny_run, out, "--shots", 1, "--seed", 2, "--freeze", "backbone", *old))
     assert ended.code == 0, ended
-    for part in ("2 steps of 2 at ", "backbone frozen", "--remember mixes old datasets in", "AP before and after"):
+    for part in ("2 steps of 2 at ", "backbone frozen", "--rehearse mixes old datasets in", "AP before and after"):
         assert part in ended.words
-    for part in ("lake", "new", "desk", "remembered", "meadow", "only judged", "Done: 2 steps, the best of step 2"):
+    for part in ("lake", "new", "desk", "rehearsed", "meadow", "only judged", "Done: 2 steps, the best of step 2"):
         assert part in ended.words
     request = json.loads((out / "finetuning.json").read_text())
-    assert (request["shots"], request["seed"], request["remember_share"]) == (1, 2, 0.5)
+    assert (request["shots"], request["seed"], request["rehearse_fraction"]) == (1, 2, 0.5)
     again = metr(*arguments(tiny_run, out))
     assert again.code == 1
     assert "a run is in this folder already" in again.err
@@ -60,12 +60,12 @@ def test_ctrl_c_and_resume(
 @pytest.mark.parametrize(
     ("more", "told"),
     [
-        (["--shots", 1, "--share", 0.5], ["--shots, --share: shots and share exclude each other"]),
-        (["--share", 2], ["'share'", "found 2"]),
-        (["--remember-share", 1], ["--remember: 'share'", "found 1"]),
+        (["--shots", 1, "--fraction", 0.5], ["--shots, --fraction: shots and share exclude each other"]),
+        (["--fraction", 2], ["'share'", "found 2"]),
+        (["--rehearse-fraction", 1], ["--rehearse: 'share'", "found 1"]),
         (["--freeze", "bakbone"], ["'train.freeze'", "found 'bakbone'"]),
         (["--set", "model.decoder.layers=2"], ["model: fine-tuning keeps", "model.decoder.layers=2", "metr train"]),
-        (["--remember", "nowhere"], ["nowhere", "no such"]),
+        (["--rehearse", "nowhere"], ["nowhere", "no such"]),
         (["--config", "no.yaml"], ["no.yaml: no such configuration file"]),
     ],
 )

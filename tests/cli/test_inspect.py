@@ -12,7 +12,7 @@ from PIL import Image
 from typer.testing import CliRunner, Result
 
 from metr.cli.inspect import inspect
-from metr.data.sources import open_dataset, parse_data_arguments
+from metr.data.datasets_file import open_dataset, parse_data_arguments
 from metr.errors import MetrError
 
 from tiny import CommandLine, TinyRun
@@ -34,7 +34,7 @@ def run(*arguments: object) -> Result:
 
 
 def write_csv(root: Path, *lines: str) -> Path:
-    """A dataset of two pictures of 40 x 30."""
+    """A dataset of two images of 40 x 30."""
     (root / "images").mkdir(parents=True)
     for shade, name in enumerate(("a.jpg", "b.jpg")):
         Image.new("RGB", (40, 30), (len(root.name), 100 * shade, 0)).save(root / "images" / name)
@@ -54,7 +54,7 @@ def test_a_line_for_each_dataset(tmp_path: Path) -> None:
     cats = write_csv(tmp_path / "cats [x]")
     result = run(pets, f"more={cats}")
     assert result.exit_code == 0, result.output
-    header = "dataset format images train val test boxes side S/M/L % names empty faults"
+    header = "dataset format images train val test boxes side S/M/L % names empty issues"
     assert " ".join(result.output.splitlines()[0].split()) == header
     side = f"{(9 * 18 / 1200) ** 0.5:.0%}"
     assert row(result, "pets") == ["pets", "csv", "2", "1", "1", "-", "2", side, "100/0/0", "2", "1", "0"]
@@ -62,7 +62,7 @@ def test_a_line_for_each_dataset(tmp_path: Path) -> None:
     assert "2 names in all, 1 of them in several datasets" in result.output
 
 
-def test_faults_are_shown_with_their_count(tmp_path: Path) -> None:
+def test_issues_are_shown_with_their_count(tmp_path: Path) -> None:
     pets = write_csv(tmp_path / "pets", *[f"a.jpg,5,{n},5,20,[bold]cat" for n in range(5)])
     result = run(pets)
     assert "pets: 5 x degenerate box" in result.output
@@ -78,7 +78,7 @@ def test_verbose_lists_the_categories(tmp_path: Path) -> None:
     assert "dog" not in run(tmp_path / "pets").output
 
 
-def test_the_pictures_are_looked_at(tmp_path: Path) -> None:
+def test_the_images_are_looked_at(tmp_path: Path) -> None:
     root = write_csv(tmp_path / "pets")
     header = "filename,width,height,class,xmin,ymin,xmax,ymax"
     (root / "train.csv").write_text(f"{header}\na.jpg,80,60,cat,1,2,10,20\n", encoding="utf-8")
@@ -87,18 +87,18 @@ def test_the_pictures_are_looked_at(tmp_path: Path) -> None:
     assert row(result, "pets")[-1] == "2"
     assert "pets: 1 x size differs" in result.output
     assert "annotated as 80 x 60, is 40 x 30" in result.output
-    assert "pets: 1 x same picture in two splits" in result.output
+    assert "pets: 1 x same image in two splits" in result.output
     few = run(root, "--set", "files=1", "--set", "annotations=1").output
-    assert "1 of 2 pictures opened; --check opens all" in few
-    assert "sizes from 1 of 2 pictures" in few
-    assert "same picture" not in few
-    assert "same picture" in run(root, "--set", "files=1", "--check").output
+    assert "1 of 2 images opened; --check opens all" in few
+    assert "sizes from 1 of 2 images" in few
+    assert "same image" not in few
+    assert "same image" in run(root, "--set", "files=1", "--check").output
 
 
-def test_pictures_that_two_datasets_share(tmp_path: Path) -> None:
+def test_images_that_two_datasets_share(tmp_path: Path) -> None:
     one, two = write_csv(tmp_path / "one"), write_csv(tmp_path / "four")
     shutil.copy(one / "images/a.jpg", two / "images/b.jpg")
-    expected = "one (train) and four (val): 1 x the same picture, such as images/a.jpg and images/b.jpg"
+    expected = "one (train) and four (val): 1 x the same image, such as images/a.jpg and images/b.jpg"
     assert expected in run(one, two).output
 
 
@@ -158,7 +158,7 @@ def test_exports_can_be_read(tmp_path: Path, name: str) -> None:
     listing.write_text(json.dumps({"datasets": [{"name": "my/pets", "path": "one", "renames": {"dog": "hound"}}]}))
     result = run(listing, "--export", name, tmp_path / "out")
     assert result.exit_code == 0, result.output
-    assert f"2 pictures, 2 boxes as {name} in {tmp_path / 'out/my_pets'}" in result.output
+    assert f"2 images, 2 boxes as {name} in {tmp_path / 'out/my_pets'}" in result.output
     (spec,) = parse_data_arguments([str(tmp_path / "out/my_pets")])
     source = open_dataset(spec)
     assert (source.format, set(source.categories)) == (name, {"cat", "hound"})
@@ -175,7 +175,7 @@ def test_exports_can_be_read(tmp_path: Path, name: str) -> None:
         (["--write", "data.json"], "data.yaml"),
         (["--export", "cocoa", "out"], "did you mean 'coco'?"),
         (["--model", "no-run"], "no-run"),
-        (["--set", "picture=3"], "did you mean 'pictures'"),
+        (["--set", "image=3"], "did you mean 'images'"),
         (["--set", "near=3"], "near"),
     ],
 )
@@ -191,10 +191,10 @@ def test_mistakes_end_in_one_message(
 
 
 def test_a_detector_looks_for_foreign_names(metr: CommandLine, tiny_run: TinyRun) -> None:
-    arguments = ["--model", tiny_run.folder, "--set", "pictures=2", "--set", f"text.source={tiny_run.text_model}"]
+    arguments = ["--model", tiny_run.folder, "--set", "images=2", "--set", f"text.source={tiny_run.text_model}"]
     ended = metr("inspect", *tiny_run.data, *arguments, "--set", "near=1", "--set", "device=cpu")
     assert ended.code == 0, ended
-    assert f"seen by {tiny_run.folder} where no box is, in 2 pictures of each dataset" in ended.words
+    assert f"seen by {tiny_run.folder} where no box is, in 2 images of each dataset" in ended.words
     assert "--set near=... sets another" in ended.words  # its similarities are not those of the bundled model
 
 
@@ -222,7 +222,7 @@ def test_the_real_datasets(shared: Path, meant: bool) -> None:
     assert re.search(r"^bear +- +- +- +5 +- +38 +- *$", result.output, re.MULTILINE)
     # people stand among the animals, as they do in coco_mini
     assert re.search(r"^person +- +- +- +699 +- +\? +- *$", result.output, re.MULTILINE)
-    assert "endangered_animals, person: in coco_mini it is in 5 of 9 pictures with elephant or bear" in result.output
+    assert "endangered_animals, person: in coco_mini it is in 5 of 9 images with elephant or bear" in result.output
     king = "king (playing_cards) / black-king, white-king (chess_pieces): "
     assert f"{king}{'the other names are far apart' if meant else 'boxes 6 times larger'}" in result.output
     assert (

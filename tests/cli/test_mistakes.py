@@ -139,19 +139,19 @@ def test_two_datasets_of_one_name(metr: CommandLine, tiny_run: TinyRun, tmp_path
     fails(ended, "2 datasets are called 'pond'", "try: give each a name of its own")
 
 
-def test_two_datasets_without_a_picture(metr: CommandLine, tiny_run: TinyRun, tmp_path: Path) -> None:
+def test_two_datasets_without_a_image(metr: CommandLine, tiny_run: TinyRun, tmp_path: Path) -> None:
     for name, dataset in (("a", tiny_run.datasets[0]), ("b", tiny_run.datasets[2])):
         shutil.copytree(dataset, tmp_path / name)
-        for picture in (tmp_path / name).rglob("*.jpg"):
-            picture.unlink()
+        for image in (tmp_path / name).rglob("*.jpg"):
+            image.unlink()
     ended = metr("train", tmp_path / "a", tmp_path / "b", "-o", tmp_path / "run", "--config", tiny_run.recipe)
-    fails(ended, tmp_path, "picture")
+    fails(ended, tmp_path, "image")
 
 
-def test_every_picture_of_a_dataset_is_broken(metr: CommandLine, tiny_run: TinyRun, tmp_path: Path) -> None:
+def test_every_image_of_a_dataset_is_broken(metr: CommandLine, tiny_run: TinyRun, tmp_path: Path) -> None:
     pond = copied_pond(tiny_run, tmp_path)
-    for picture in (pond / "train").rglob("*.jpg"):
-        picture.write_bytes(b"")
+    for image in (pond / "train").rglob("*.jpg"):
+        image.write_bytes(b"")
     fails(metr("train", pond, "-o", tmp_path / "run", "--config", tiny_run.recipe), "pond", "cannot be read", "try: ")
 
 
@@ -164,25 +164,25 @@ def test_a_dataset_without_a_training_split(metr: CommandLine, tiny_run: TinyRun
     fails(ended, pond, "no 'train' split", "try: it has val")
 
 
-def test_faults_that_training_goes_past(metr: CommandLine, tiny_run: TinyRun, tmp_path: Path) -> None:
+def test_issues_that_training_goes_past(metr: CommandLine, tiny_run: TinyRun, tmp_path: Path) -> None:
     pond = copied_pond(tiny_run, tmp_path)
     (annotations,) = (pond / "annotations").glob("*train*.json")
-    picture = min((pond / "train").rglob("*.jpg"))
+    image = min((pond / "train").rglob("*.jpg"))
 
     def spoil(values: dict) -> None:
         values["annotations"][0]["bbox"] = [10_000, 10, 50, 50]
         values["annotations"][1]["category_id"] = 4711
 
     change_json(annotations, spoil)
-    picture.write_bytes(picture.read_bytes()[:100])
+    image.write_bytes(image.read_bytes()[:100])
     ended = metr("train", pond, "-o", tmp_path / "run", "--config", tiny_run.recipe)
     assert ended.code == 0, ended
     listed = metr("inspect", pond, "--check")
     assert listed.code == 0
     assert "pond: 1 x unknown category" in listed.words
     assert "4711" in listed.words
-    assert "1 x unreadable picture" in listed.words
-    assert str(picture) in listed.out
+    assert "1 x unreadable image" in listed.words
+    assert str(image) in listed.out
 
 
 # checkpoints
@@ -284,14 +284,14 @@ def test_names_that_cannot_be_asked_for(
     fails(ended, "categories", *told)
 
 
-def test_pictures_that_are_none(metr: CommandLine, tiny_run: TinyRun, tmp_path: Path) -> None:
+def test_images_that_are_none(metr: CommandLine, tiny_run: TinyRun, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "zero.jpg").touch()
     out = ["-o", tmp_path / "out"]
-    fails(metr("detect", tiny_run.folder, tmp_path / "empty", *out), tmp_path / "empty", "no picture in this folder")
-    fails(metr("detect", tiny_run.folder, tmp_path / "no.jpg", *out), tmp_path / "no.jpg", "no such picture")
+    fails(metr("detect", tiny_run.folder, tmp_path / "empty", *out), tmp_path / "empty", "no image in this folder")
+    fails(metr("detect", tiny_run.folder, tmp_path / "no.jpg", *out), tmp_path / "no.jpg", "no such image")
     ended = metr("detect", tiny_run.folder, tmp_path / "zero.jpg", *out)
-    fails(ended, tmp_path / "zero.jpg", "none of 1 pictures could be read")
+    fails(ended, tmp_path / "zero.jpg", "none of 1 images could be read")
     ended = metr("detect", tiny_run.folder, tiny_run.unseen[0], tmp_path / "zero.jpg", *out)
     assert ended.code == 0, ended
     assert f"skipped {tmp_path / 'zero.jpg'}: an empty file (0 bytes)" in ended.out

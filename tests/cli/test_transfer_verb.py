@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
-from metr.api.model import METR
+from metr.model import METR
 
 from tiny import CommandLine, TinyRun
 
@@ -24,9 +24,9 @@ def test_to_rt_detr_and_back(metr: CommandLine, tiny_run: TinyRun, tmp_path: Pat
     assert model.config.id2label == {0: "fish", 1: "newt"}
     processor = AutoImageProcessor.from_pretrained(out)
     assert dict(processor.size) == {"height": 64, "width": 64}
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 80, 3), dtype=np.uint8))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 80, 3), dtype=np.uint8))
     with torch.no_grad():
-        answer = model(**processor(images=picture, return_tensors="pt"))
+        answer = model(**processor(images=image, return_tensors="pt"))
     (found,) = processor.post_process_object_detection(answer, threshold=0.0, target_sizes=[(50, 80)])
     assert len(found["scores"]) == 24
     report = json.loads((out / "transfer.json").read_text())

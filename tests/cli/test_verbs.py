@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from metr.engine.metrics import read_metrics
+from metr.training.metrics import read_metrics
 
 from tiny import CommandLine, TinyRun, read_coco, train_arguments, write_recipe
 
@@ -45,7 +45,7 @@ def test_training_goes_on_and_tells_where_everything_is(metr: CommandLine, tiny_
     assert ended.code == 0, ended
     assert "width: 32" in ended.out  # the resolved configuration
     assert f"Done: 4 steps, the best of step 3; everything is in {run}\n" in ended.out
-    assert f"metr detect {run} PICTURE" in ended.out
+    assert f"metr detect {run} IMAGE" in ended.out
     assert [record["step"] for record in read_metrics(run) if record["kind"] == "train"] == [1, 2, 3, 4]
 
 
@@ -69,17 +69,17 @@ def test_detect_asks_for_any_names(metr: CommandLine, tiny_run: TinyRun, tmp_pat
     assert [one["name"] for one in images["categories"]] == ["zebra", "leaf"]
     assert len(images["images"]) == len(tiny_run.unseen)
     assert {row["category_id"] for row in found} == {1, 2}
-    for picture in tiny_run.unseen:
-        assert (out / picture.name).is_file()
-        (line,) = (line for line in ended.out.splitlines() if line.startswith(f"{picture}: "))
+    for image in tiny_run.unseen:
+        assert (out / image.name).is_file()
+        (line,) = (line for line in ended.out.splitlines() if line.startswith(f"{image}: "))
         assert "zebra" in line
-    assert f"pictures, detections.json and images.json are in {out}\n" in ended.out
+    assert f"images, detections.json and images.json are in {out}\n" in ended.out
 
 
 def test_ctrl_c_tells_how_to_go_on(
     metr: CommandLine, tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from metr.engine.trainer import Trainer
+    from metr.training.trainer import Trainer
 
     def interrupted(self: Trainer, *arguments: object) -> object:
         os.kill(os.getpid(), signal.SIGINT)

@@ -15,8 +15,8 @@ NAMES = ("red cell", "white-cell", "пятно")
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One picture of the truth: boxes are xyxy in whole pixels."""
+class ExpectedImage:
+    """One expected_image of the truth: boxes are xyxy in whole pixels."""
 
     name: str
     width: int
@@ -25,15 +25,15 @@ class Picture:
     labels: tuple[str, ...]
 
 
-Truth = Mapping[str, Sequence[Picture]]
+Truth = Mapping[str, Sequence[ExpectedImage]]
 
 
 def made_up(seed: int = 0, splits: Mapping[str, int] | None = None) -> Truth:
-    """A truth with odd names, pictures without objects and boxes at the border."""
+    """A truth with odd names, expected_images without objects and boxes at the border."""
     rng = np.random.default_rng(seed)
     truth = {}
     for split, count in (splits or {"train": 5, "val": 3, "test": 2}).items():
-        pictures = []
+        expected_images = []
         for number in range(count):
             width, height = int(rng.integers(20, 60)), int(rng.integers(20, 60))
             boxes = []
@@ -43,13 +43,13 @@ def made_up(seed: int = 0, splits: Mapping[str, int] | None = None) -> Truth:
                 boxes.append((int(left), int(top), int(right), int(bottom)))
             labels = [NAMES[number % 3], *(str(rng.choice(NAMES)) for _ in boxes[1:])][: len(boxes)]
             name = f"{split} {number:02d} снимок.{'JPG' if number % 2 else 'jpg'}"
-            pictures.append(Picture(name, width, height, tuple(boxes), tuple(labels)))
-        truth[split] = pictures
+            expected_images.append(ExpectedImage(name, width, height, tuple(boxes), tuple(labels)))
+        truth[split] = expected_images
     return truth
 
 
-def save_picture(path: Path, width: int = 40, height: int = 30) -> Path:
-    """A grey picture."""
+def save_image(path: Path, width: int = 40, height: int = 30) -> Path:
+    """A grey expected_image."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (width, height), (127, 127, 127)).save(path, "PNG" if path.suffix == ".png" else "JPEG")
     return path
@@ -69,148 +69,164 @@ def write_text(path: Path, text: str) -> Path:
     return path
 
 
-def coco_content(pictures: Sequence[Picture], first_id: int = 3) -> dict[str, Any]:
+def coco_content(expected_images: Sequence[ExpectedImage], first_id: int = 3) -> dict[str, Any]:
     """The JSON of one split: ids with gaps, no `area`, no `iscrowd`."""
     ids = {name: 10 * (place + 1) for place, name in enumerate(NAMES)}
     images, annotations = [], []
-    for number, picture in enumerate(pictures):
+    for number, expected_image in enumerate(expected_images):
         image_id = first_id + 7 * number
-        images.append({"id": image_id, "file_name": picture.name, "width": picture.width, "height": picture.height})
-        for (left, top, right, bottom), label in zip(picture.boxes, picture.labels, strict=True):
+        images.append(
+            {
+                "id": image_id,
+                "file_name": expected_image.name,
+                "width": expected_image.width,
+                "height": expected_image.height,
+            }
+        )
+        for (left, top, right, bottom), label in zip(expected_image.boxes, expected_image.labels, strict=True):
             box = [left, top, right - left, bottom - top]
             polygon = [[left, top, right, top, right, bottom]]
             annotations.append(
                 {"id": len(annotations), "image_id": image_id, "category_id": ids[label], "bbox": box}
                 | {"segmentation": polygon}
             )
-    # Annotations of one picture need not stand together.
+    # Annotations of one expected_image need not stand together.
     annotations = annotations[::2] + annotations[1::2]
     categories = [{"id": number, "name": name} for name, number in ids.items()]
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
 def coco_plain(root: Path, truth: Truth) -> None:
-    for split, pictures in truth.items():
-        write_json(root / "annotations" / f"instances_{split}2017.json", coco_content(pictures))
+    for split, expected_images in truth.items():
+        write_json(root / "annotations" / f"instances_{split}2017.json", coco_content(expected_images))
         write_json(root / "annotations" / f"captions_{split}2017.json", {"images": [], "annotations": []})
-        _save(root / f"{split}2017", pictures)
+        _save(root / f"{split}2017", expected_images)
 
 
 def coco_images_folder(root: Path, truth: Truth) -> None:
-    for split, pictures in truth.items():
-        write_json(root / "annotations" / f"{split}.json", coco_content(pictures))
-        _save(root / "images", pictures)
+    for split, expected_images in truth.items():
+        write_json(root / "annotations" / f"{split}.json", coco_content(expected_images))
+        _save(root / "images", expected_images)
 
 
 def coco_roboflow(root: Path, truth: Truth) -> None:
-    for split, pictures in truth.items():
+    for split, expected_images in truth.items():
         folder = root / {"val": "valid"}.get(split, split)
-        write_json(folder / "_annotations.coco.json", coco_content(pictures))
-        _save(folder, pictures)
+        write_json(folder / "_annotations.coco.json", coco_content(expected_images))
+        _save(folder, expected_images)
 
 
 def coco_root(root: Path, truth: Truth) -> None:
-    for split, pictures in truth.items():
-        renamed = [Picture(f"{split}\\{item.name}", *list(vars(item).values())[1:]) for item in pictures]
+    for split, expected_images in truth.items():
+        renamed = [ExpectedImage(f"{split}\\{item.name}", *list(vars(item).values())[1:]) for item in expected_images]
         write_json(root / f"my_{split}_boxes.json", coco_content(renamed))
-        _save(root / "images" / split, pictures)
+        _save(root / "images" / split, expected_images)
 
 
-def voc_xml(picture: Picture, size: bool = True) -> str:
-    """The XML of a picture."""
+def voc_xml(expected_image: ExpectedImage, size: bool = True) -> str:
+    """The XML of a expected_image."""
     objects = "".join(
         f"<object><name>{label}</name><difficult>0</difficult><part><bndbox><xmin>1</xmin></bndbox></part>"
         f"<bndbox><xmax>{box[2]}</xmax><xmin>{box[0]}.0</xmin><ymin>{box[1]}</ymin><ymax>{box[3]}</ymax></bndbox></object>"
-        for box, label in zip(picture.boxes, picture.labels, strict=True)
+        for box, label in zip(expected_image.boxes, expected_image.labels, strict=True)
     )
-    width, height = (picture.width, picture.height) if size else (0, 0)
+    width, height = (expected_image.width, expected_image.height) if size else (0, 0)
     dimensions = f"<size><width>{width}</width><height>{height}</height><depth>3</depth></size>"
     source = "<source><database>Unknown</database></source>"
-    return f"<annotation><filename>{picture.name}</filename>{source}{dimensions}{objects}</annotation>"
+    return f"<annotation><filename>{expected_image.name}</filename>{source}{dimensions}{objects}</annotation>"
 
 
 def voc_listed(root: Path, truth: Truth) -> None:
     everything = []
-    for split, pictures in truth.items():
-        stems = [Path(picture.name).stem for picture in pictures]
+    for split, expected_images in truth.items():
+        stems = [Path(expected_image.name).stem for expected_image in expected_images]
         write_text(root / "ImageSets" / "Main" / f"{split}.txt", "\n".join(stems))
         write_text(root / "ImageSets" / "Main" / f"cell_{split}.txt", "\n".join(f"{stem} -1" for stem in stems))
         everything += stems if split != "test" else []
-        for picture in pictures:
-            write_text(root / "Annotations" / f"{Path(picture.name).stem}.xml", voc_xml(picture))
-        _save(root / "JPEGImages", pictures)
+        for expected_image in expected_images:
+            write_text(root / "Annotations" / f"{Path(expected_image.name).stem}.xml", voc_xml(expected_image))
+        _save(root / "JPEGImages", expected_images)
     write_text(root / "ImageSets" / "Main" / "trainval.txt", "\n".join(everything))
 
 
 def voc_devkit(root: Path, truth: Truth) -> None:
     for year, part in (("VOC2007", slice(0, 1)), ("VOC2012", slice(1, None))):
-        voc_listed(root / "VOCdevkit" / year, {split: pictures[part] for split, pictures in truth.items()})
+        voc_listed(
+            root / "VOCdevkit" / year, {split: expected_images[part] for split, expected_images in truth.items()}
+        )
 
 
 def voc_beside(root: Path, truth: Truth) -> None:
-    for split, pictures in truth.items():
-        for picture in pictures:
-            write_text(root / "images" / split / f"{Path(picture.name).stem}.xml", voc_xml(picture, size=False))
-        _save(root / "images" / split, pictures)
+    for split, expected_images in truth.items():
+        for expected_image in expected_images:
+            write_text(
+                root / "images" / split / f"{Path(expected_image.name).stem}.xml", voc_xml(expected_image, size=False)
+            )
+        _save(root / "images" / split, expected_images)
 
 
 def voc_folders(root: Path, truth: Truth) -> None:
-    for split, pictures in truth.items():
-        for picture in pictures:
-            write_text(root / split / "annotations" / f"{Path(picture.name).stem}.xml", voc_xml(picture))
-        _save(root / split / "images", pictures)
+    for split, expected_images in truth.items():
+        for expected_image in expected_images:
+            write_text(root / split / "annotations" / f"{Path(expected_image.name).stem}.xml", voc_xml(expected_image))
+        _save(root / split / "images", expected_images)
 
 
-def yolo_row(picture: Picture, box: tuple[int, int, int, int]) -> str:
-    """Centre and size as shares of the picture."""
+def yolo_row(expected_image: ExpectedImage, box: tuple[int, int, int, int]) -> str:
+    """Centre and size as shares of the expected_image."""
     left, top, right, bottom = box
-    values = (left + right) / 2 / picture.width, (top + bottom) / 2 / picture.height
-    return " ".join(repr(value) for value in (*values, (right - left) / picture.width, (bottom - top) / picture.height))
+    values = (left + right) / 2 / expected_image.width, (top + bottom) / 2 / expected_image.height
+    return " ".join(
+        repr(value)
+        for value in (*values, (right - left) / expected_image.width, (bottom - top) / expected_image.height)
+    )
 
 
-def yolo_polygon(picture: Picture, box: tuple[int, int, int, int]) -> str:
+def yolo_polygon(expected_image: ExpectedImage, box: tuple[int, int, int, int]) -> str:
     """A diamond that touches all sides of the box."""
     left, top, right, bottom = box
     middle, centre = (left + right) / 2, (top + bottom) / 2
     points = [(middle, top), (right, centre), (middle, bottom), (left, centre)]
-    return " ".join(f"{x / picture.width!r} {y / picture.height!r}" for x, y in points)
+    return " ".join(f"{x / expected_image.width!r} {y / expected_image.height!r}" for x, y in points)
 
 
 def yolo_labels(
-    folder: Path, pictures: Sequence[Picture], row: Callable[[Picture, tuple[int, int, int, int]], str] = yolo_row
+    folder: Path,
+    expected_images: Sequence[ExpectedImage],
+    row: Callable[[ExpectedImage, tuple[int, int, int, int]], str] = yolo_row,
 ) -> None:
-    """The text files of pictures; pictures without objects have none."""
-    for picture in pictures:
-        boxes = zip(picture.boxes, picture.labels, strict=True)
-        lines = [f"{NAMES.index(label)} {row(picture, box)}" for box, label in boxes]
+    """The text files of expected_images; expected_images without objects have none."""
+    for expected_image in expected_images:
+        boxes = zip(expected_image.boxes, expected_image.labels, strict=True)
+        lines = [f"{NAMES.index(label)} {row(expected_image, box)}" for box, label in boxes]
         if lines:
-            write_text(folder / f"{Path(picture.name).stem}.txt", "\n".join(lines) + "\n")
+            write_text(folder / f"{Path(expected_image.name).stem}.txt", "\n".join(lines) + "\n")
 
 
 def yolo_plain(root: Path, truth: Truth) -> None:
-    for split, pictures in truth.items():
-        _save(root / "images" / split, pictures)
-        yolo_labels(root / "labels" / split, pictures)
+    for split, expected_images in truth.items():
+        _save(root / "images" / split, expected_images)
+        yolo_labels(root / "labels" / split, expected_images)
     splits = {split: f"images/{split}" for split in truth}
     write_text(root / "data.yaml", yaml.safe_dump({**splits, "names": dict(enumerate(NAMES))}, allow_unicode=True))
 
 
 def yolo_roboflow(root: Path, truth: Truth) -> None:
-    for split, pictures in truth.items():
+    for split, expected_images in truth.items():
         folder = root / {"val": "valid"}.get(split, split)
-        _save(folder / "images", pictures)
-        yolo_labels(folder / "labels", pictures)
+        _save(folder / "images", expected_images)
+        yolo_labels(folder / "labels", expected_images)
     description = {"train": "../train/images", "val": "../valid/images", "nc": 3, "names": list(NAMES)}
     write_text(root / "data.yaml", yaml.safe_dump(description, allow_unicode=True))
 
 
 def yolo_travelled(root: Path, truth: Truth) -> None:
-    """The description names a folder of another machine; pictures lie in subfolders; a split is a list of folders."""
-    for split, pictures in truth.items():
-        _save(root / "sets" / split / "a" / "images", pictures[:1])
-        _save(root / "sets" / split / "b" / "images", pictures[1:])
-        yolo_labels(root / "sets" / split / "a" / "labels", pictures[:1], yolo_polygon)
-        yolo_labels(root / "sets" / split / "b" / "labels", pictures[1:], yolo_polygon)
+    """The description names a folder of another machine; expected_images lie in subfolders; a split is a list of folders."""
+    for split, expected_images in truth.items():
+        _save(root / "sets" / split / "a" / "images", expected_images[:1])
+        _save(root / "sets" / split / "b" / "images", expected_images[1:])
+        yolo_labels(root / "sets" / split / "a" / "labels", expected_images[:1], yolo_polygon)
+        yolo_labels(root / "sets" / split / "b" / "labels", expected_images[1:], yolo_polygon)
     splits = {split: [f"sets/{split}/a/images", f"sets/{split}/b"] for split in truth}
     description = {
         "path": "C:\\Users\\bob\\datasets\\cells",
@@ -221,36 +237,41 @@ def yolo_travelled(root: Path, truth: Truth) -> None:
 
 
 def yolo_lists(root: Path, truth: Truth) -> None:
-    for split, pictures in truth.items():
-        _save(root / "images", pictures)
-        yolo_labels(root / "labels", pictures)
-        write_text(root / f"{split}.txt", "\n".join(f"./images/{picture.name}" for picture in pictures))
+    for split, expected_images in truth.items():
+        _save(root / "images", expected_images)
+        yolo_labels(root / "labels", expected_images)
+        write_text(
+            root / f"{split}.txt", "\n".join(f"./images/{expected_image.name}" for expected_image in expected_images)
+        )
     description = {**{split: f"{split}.txt" for split in truth}, "names": list(NAMES)}
     write_text(root / "data.yaml", yaml.safe_dump(description, allow_unicode=True))
 
 
 def yolo_darknet(root: Path, truth: Truth) -> None:
     lines = ["classes = 3", "names = data/obj.names", "backup = backup/"]
-    for split, pictures in truth.items():
-        _save(root / "data" / "obj", pictures)
-        yolo_labels(root / "data" / "obj", pictures)
-        write_text(root / "data" / f"{split}.txt", "\n".join(f"build/data/obj/{picture.name}" for picture in pictures))
+    for split, expected_images in truth.items():
+        _save(root / "data" / "obj", expected_images)
+        yolo_labels(root / "data" / "obj", expected_images)
+        write_text(
+            root / "data" / f"{split}.txt",
+            "\n".join(f"build/data/obj/{expected_image.name}" for expected_image in expected_images),
+        )
         lines.append(f"{ {'val': 'valid'}.get(split, split) } = data/{split}.txt")
     write_text(root / "data" / "obj.names", "\n".join(NAMES) + "\n")
     write_text(root / "data" / "obj.data", "\n".join(lines))
 
 
 def yolo_names_file(root: Path, truth: Truth) -> None:
-    for split, pictures in truth.items():
-        _save(root / split, pictures)
-        yolo_labels(root / split, pictures)
+    for split, expected_images in truth.items():
+        _save(root / split, expected_images)
+        yolo_labels(root / split, expected_images)
         write_text(root / split / "_darknet.labels", "\n".join(NAMES))
 
 
 def csv_header(root: Path, truth: Truth, scale: bool = False) -> None:
-    for split, pictures in truth.items():
+    for split, expected_images in truth.items():
         rows: list[Sequence[object]] = [("filename", "width", "height", "class", "xmin", "ymin", "xmax", "ymax")]
-        for item in pictures:
+        for item in expected_images:
             limit = (item.width, item.height) * 2 if scale else (1, 1, 1, 1)
             for box, label in zip(item.boxes, item.labels, strict=True):
                 corners = [value / side for value, side in zip(box, limit, strict=True)] if scale else box
@@ -258,7 +279,7 @@ def csv_header(root: Path, truth: Truth, scale: bool = False) -> None:
             if not item.boxes:
                 rows.append((item.name, item.width, item.height, "", "", "", "", ""))
         _write_csv(root / "images" / f"{split}_labels.csv", rows)
-        _save(root / "images" / split, pictures)
+        _save(root / "images" / split, expected_images)
 
 
 def csv_relative(root: Path, truth: Truth) -> None:
@@ -266,27 +287,27 @@ def csv_relative(root: Path, truth: Truth) -> None:
 
 
 def csv_plain(root: Path, truth: Truth) -> None:
-    for split, pictures in truth.items():
+    for split, expected_images in truth.items():
         rows: list[Sequence[object]] = []
-        for item in pictures:
+        for item in expected_images:
             rows += [(f"images/{item.name}", *box, label) for box, label in zip(item.boxes, item.labels, strict=True)]
             if not item.boxes:
                 rows.append((f"images/{item.name}", "", "", "", "", ""))
         _write_csv(root / f"{split}.csv", rows)
-        _save(root / "images", pictures)
+        _save(root / "images", expected_images)
     _write_csv(root / "classes.csv", [(name, number) for number, name in enumerate(NAMES)])
 
 
 def csv_folders(root: Path, truth: Truth) -> None:
     """A file of the same name in each split's folder, semicolons, other names of the columns."""
-    for split, pictures in truth.items():
+    for split, expected_images in truth.items():
         lines = ["x1;y1;x2;y2;label;image"]
-        for item in pictures:
+        for item in expected_images:
             boxes = zip(item.boxes, item.labels, strict=True)
             lines += [";".join([*map(str, box), label, Path(item.name).stem]) for box, label in boxes]
             lines += [] if item.boxes else [f";;;;;{Path(item.name).stem}"]
         write_text(root / split / "_annotations.csv", "\ufeff" + "\r\n".join(lines))
-        _save(root / split, pictures)
+        _save(root / split, expected_images)
 
 
 LAYOUTS: dict[str, tuple[str, Callable[[Path, Truth], None]]] = {
@@ -311,9 +332,9 @@ LAYOUTS: dict[str, tuple[str, Callable[[Path, Truth], None]]] = {
 }
 
 
-def _save(folder: Path, pictures: Sequence[Picture]) -> None:
-    for picture in pictures:
-        save_picture(folder / picture.name, picture.width, picture.height)
+def _save(folder: Path, expected_images: Sequence[ExpectedImage]) -> None:
+    for expected_image in expected_images:
+        save_image(folder / expected_image.name, expected_image.width, expected_image.height)
 
 
 def _write_csv(path: Path, rows: Sequence[Sequence[object]]) -> None:

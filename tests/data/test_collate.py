@@ -6,23 +6,23 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from metr.data.collate import collate, padded_shape, padding_mask, stack_pictures
+from metr.data.collate import collate, padded_shape, padding_mask, stack_images
 from metr.data.config import MEAN_COLOUR
 from metr.data.dataset import Example, Missing
-from metr.data.records import Fault
+from metr.data.records import DataIssue
 from metr.structures import Targets
 
 CPU = torch.device("cpu")
 GENERATOR = torch.Generator().manual_seed(0)
 
 
-def picture(height: int, width: int) -> UInt8[Tensor, "3 h w"]:
+def image(height: int, width: int) -> UInt8[Tensor, "3 h w"]:
     return torch.randint(0, 256, (height, width, 3), dtype=torch.uint8, generator=GENERATOR).permute(2, 0, 1)
 
 
 def example(height: int, width: int, objects: int, ignored: int, number: int) -> Example:
     return Example(
-        image=picture(height, width),
+        image=image(height, width),
         targets=Targets(
             boxes=torch.rand(objects, 4),
             labels=torch.randint(0, 9, (objects,)),
@@ -30,11 +30,11 @@ def example(height: int, width: int, objects: int, ignored: int, number: int) ->
             ignore_boxes=torch.rand(ignored, 4),
             ignore_labels=torch.randint(0, 9, (ignored,)),
         ),
-        image_id=number if number % 2 else f"picture {number}",
+        image_id=number if number % 2 else f"image {number}",
         original_size=(100 + number, 200),
         dataset="cells",
         position=number,
-        faults=(Fault(kind="unreadable picture", where=str(number)),) if number == 2 else (),
+        issues=(DataIssue(kind="unreadable image", where=str(number)),) if number == 2 else (),
     )
 
 
@@ -42,7 +42,7 @@ def test_a_batch_holds_its_examples() -> None:
     examples = [example(40, 64, 3, 0, 0), example(64, 33, 0, 2, 1), example(64, 64, 0, 0, 2), example(1, 1, 5, 1, 3)]
     collated = collate(examples)
     assert collated.missing == ()
-    assert [fault.where for fault in collated.faults] == ["2"]
+    assert [issue.where for issue in collated.issues] == ["2"]
     assert collated.batch is not None
     batch = collated.batch.unpack(CPU)
     assert batch.images.shape == (4, 3, 64, 64)
@@ -57,7 +57,7 @@ def test_a_batch_holds_its_examples() -> None:
         torch.testing.assert_close(outside, colour.expand_as(outside))
         for name in ("boxes", "labels", "annotated", "ignore_boxes", "ignore_labels"):
             assert torch.equal(getattr(batch.targets[row], name), getattr(one.targets, name)), name
-    assert batch.image_ids == ("picture 0", 1, "picture 2", 3)
+    assert batch.image_ids == ("image 0", 1, "image 2", 3)
     assert batch.sizes == ((40, 64), (64, 33), (64, 64), (1, 1))
     assert batch.original_sizes == ((100, 200), (101, 200), (102, 200), (103, 200))
     assert collated.batch.positions == (0, 1, 2, 3)
@@ -72,11 +72,11 @@ def test_a_batch_without_any_box_works() -> None:
     assert not batch.padding_mask.any()
 
 
-def test_missing_pictures_are_passed_on() -> None:
-    missing = Missing(dataset="cells", position=7, faults=(Fault(kind="unreadable picture", where="7"),))
+def test_missing_images_are_passed_on() -> None:
+    missing = Missing(dataset="cells", position=7, issues=(DataIssue(kind="unreadable image", where="7"),))
     collated = collate([missing, example(32, 32, 1, 0, 2)])
     assert collated.missing == (missing,)
-    assert [fault.where for fault in collated.faults] == ["7", "2"]
+    assert [issue.where for issue in collated.issues] == ["7", "2"]
     assert collated.batch is not None
     assert collated.batch.positions == (2,)
     alone = collate([missing])
@@ -87,7 +87,7 @@ def test_missing_pictures_are_passed_on() -> None:
 @pytest.mark.parametrize(("multiple", "expected"), [(32, (64, 96)), (1, (33, 96)), (128, (128, 128))])
 def test_padding_goes_to_the_next_multiple(multiple: int, expected: tuple[int, int]) -> None:
     assert padded_shape(33, 96, multiple) == expected
-    assert stack_pictures([picture(33, 20), picture(5, 96)], multiple).shape == (2, 3, *expected)
+    assert stack_images([image(33, 20), image(5, 96)], multiple).shape == (2, 3, *expected)
 
 
 def test_padding_mask_against_loops() -> None:

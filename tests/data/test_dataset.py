@@ -1,4 +1,4 @@
-"""Items of a dataset: boxes, labels, what is annotated, and pictures that cannot be read."""
+"""Items of a dataset: boxes, labels, what is annotated, and images that cannot be read."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,14 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from made_pictures import NAMES, VOCABULARY, make_annotations, make_dataset
+from made_images import NAMES, VOCABULARY, make_annotations, make_dataset
 
 from metr.boxes import cxcywh_to_xyxy
 from metr.data.config import ResizeConfig
 from metr.data.dataset import ATTEMPTS, DetectionDataset, Example, Missing, MixedDataset
-from metr.data.draws import Draw
 from metr.data.images import read_image
 from metr.data.records import InMemoryAnnotations
+from metr.data.sample_keys import Draw
 from metr.errors import ConfigError
 
 
@@ -25,7 +25,7 @@ def item(dataset: DetectionDataset, index: int) -> Example:
 
 def broken(annotations: InMemoryAnnotations, *indices: int) -> InMemoryAnnotations:
     for index in indices:
-        annotations.records[index].path.write_bytes(b"no picture")
+        annotations.records[index].path.write_bytes(b"no image")
     return annotations
 
 
@@ -35,7 +35,7 @@ def test_an_item_is_its_record(tmp_path: Path) -> None:
     assert len(dataset) == 8
     for index, record in enumerate(annotations.records):
         example = item(dataset, index)
-        # The size that is asked for is the picture's own: pixels are untouched.
+        # The size that is asked for is the image's own: pixels are untouched.
         np.testing.assert_array_equal(example.image.permute(1, 2, 0).numpy(), read_image(record.path))
         boxes = torch.cat([example.targets.boxes, example.targets.ignore_boxes])
         labels = torch.cat([example.targets.labels, example.targets.ignore_labels])
@@ -46,7 +46,7 @@ def test_an_item_is_its_record(tmp_path: Path) -> None:
         assert len(example.targets.ignore_boxes) == record.ignore.sum()
         assert (example.image_id, example.original_size, example.dataset) == (f"fish-{index}", (48, 64), "fish")
         assert example.position == index
-        assert example.faults == ()
+        assert example.issues == ()
 
 
 def test_annotated_says_what_is_known(tmp_path: Path) -> None:
@@ -55,32 +55,32 @@ def test_annotated_says_what_is_known(tmp_path: Path) -> None:
     partly = replace(annotations, records=(annotations.records[0], replace(annotations.records[1], annotated=(2,))))
     ignoring, assuming = (
         make_dataset(partly, training=False),
-        make_dataset(partly, training=False, foreign="assume_absent"),
+        make_dataset(partly, training=False, unannotated="negative"),
     )
     known = [[VOCABULARY.names[row] for row in item(ignoring, i).targets.annotated.nonzero()] for i in range(2)]
     assert known == [["shark", "puffin", "penguin"], ["penguin"]]
     known = [[VOCABULARY.names[row] for row in item(assuming, i).targets.annotated.nonzero()] for i in range(2)]
     assert known == [["shark", "puffin", "penguin"], ["penguin"]]
-    foreign = ~VOCABULARY.annotated("fish")
-    assert foreign.any()
+    unannotated = ~VOCABULARY.annotated("fish")
+    assert unannotated.any()
     for i in range(2):
-        assert torch.equal(item(assuming, i).targets.presumed_absent, foreign)
-        assert not item(ignoring, i).targets.presumed_absent.any()
+        assert torch.equal(item(assuming, i).targets.assumed_negative, unannotated)
+        assert not item(ignoring, i).targets.assumed_negative.any()
     none = replace(partly, records=(replace(annotations.records[1], annotated=()),))
     assert not item(make_dataset(none, training=False), 0).targets.annotated.any()
 
 
-def test_evaluation_never_shows_another_picture(tmp_path: Path) -> None:
+def test_evaluation_never_shows_another_image(tmp_path: Path) -> None:
     dataset = make_dataset(broken(make_annotations(tmp_path), 3), training=False)
     missing = dataset[3]
     assert isinstance(missing, Missing)
     assert missing.position == 3
-    assert [(fault.kind, Path(fault.where).name) for fault in missing.faults] == [("unreadable picture", "3.png")]
-    assert "not a picture" in missing.faults[0].detail
+    assert [(issue.kind, Path(issue.where).name) for issue in missing.issues] == [("unreadable image", "3.png")]
+    assert "not an image" in missing.issues[0].detail
     assert item(dataset, 4).image_id == "cells-4"
 
 
-def test_training_replaces_unreadable_pictures(tmp_path: Path) -> None:
+def test_training_replaces_unreadable_images(tmp_path: Path) -> None:
     dataset = make_dataset(broken(make_annotations(tmp_path), 0, 2, 3))
     draws = [Draw(number=n, dataset=0, index=3, seed=1) for n in range(20)]
     examples = [dataset.draw(draw) for draw in draws]
@@ -88,7 +88,7 @@ def test_training_replaces_unreadable_pictures(tmp_path: Path) -> None:
         assert isinstance(example, Example)
         assert example.image_id in {"cells-1", "cells-4", "cells-5"}
         assert example.image_id == f"cells-{example.position}"
-        assert Path(example.faults[0].where).name == "3.png"
+        assert Path(example.issues[0].where).name == "3.png"
     assert len({example.image_id for example in examples if isinstance(example, Example)}) > 1
     for example, again in zip(examples, [dataset.draw(draw) for draw in draws], strict=True):
         assert isinstance(example, Example)
@@ -96,11 +96,11 @@ def test_training_replaces_unreadable_pictures(tmp_path: Path) -> None:
         assert torch.equal(again.image, example.image)
 
 
-def test_a_dataset_without_a_readable_picture_gives_up(tmp_path: Path) -> None:
+def test_a_dataset_without_a_readable_image_gives_up(tmp_path: Path) -> None:
     dataset = make_dataset(broken(make_annotations(tmp_path), *range(6)))
     missing = dataset.draw(Draw(number=0, dataset=0, index=3, seed=1))
     assert isinstance(missing, Missing)
-    assert len(missing.faults) == ATTEMPTS
+    assert len(missing.issues) == ATTEMPTS
 
 
 def test_a_draw_decides_everything(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_a_draw_decides_everything(tmp_path: Path) -> None:
     assert not torch.equal(images[0], images[3])
 
 
-def test_pictures_of_another_size_than_annotated_keep_their_boxes(tmp_path: Path) -> None:
+def test_images_of_another_size_than_annotated_keep_their_boxes(tmp_path: Path) -> None:
     annotations = make_annotations(tmp_path)
     record = annotations.records[3]
     half = replace(record, width=32, height=24, boxes=record.boxes / 2)

@@ -1,27 +1,27 @@
-"""A box that cannot be used says that something is there: its category is unknown in that picture, never absent."""
+"""A box that cannot be used says that something is there: its category is unknown in that image, never absent."""
 
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from reader_trees import save_picture, write_json, write_text
+from reader_trees import save_image, write_json, write_text
 
-from metr.data.index import AnnotationIndex, LabelMap, write_index
-from metr.data.readers.base import RawImage, Reader, Reading, records
-from metr.data.readers.files import Files
-from metr.data.sources import DatasetSpec, DetectionSource, open_dataset
+from metr.data.datasets_file import DatasetConfig, DatasetSource, open_dataset
+from metr.data.formats.base import RawImage, Reader, Reading, records
+from metr.data.formats.files import Files
+from metr.data.index.annotation_index import AnnotationIndex, LabelMap, write_index
 
 CATS = ["images/a.jpg,1,2,20,20,cat", "images/b.jpg,3,3,9,9,cat"]
 USELESS = {"degenerate box": "30,2,30,10", "box outside": "60,2,90,10"}
 
 
-def opened(root: Path, **options: object) -> DetectionSource:
-    return open_dataset(DatasetSpec(name="made", path=root, **options), root.parent / "cache")
+def opened(root: Path, **options: object) -> DatasetSource:
+    return open_dataset(DatasetConfig(name="made", path=root, **options), root.parent / "cache")
 
 
-def annotated(source: DetectionSource, split: str = "train") -> dict[str, set[str] | None]:
-    """The names that each picture annotates; None for all."""
+def annotated(source: DatasetSource, split: str = "train") -> dict[str, set[str] | None]:
+    """The names that each image annotates; None for all."""
     return {
         record.path.name: None if record.annotated is None else {source.categories[row] for row in record.annotated}
         for record in source.split(split)
@@ -30,9 +30,9 @@ def annotated(source: DetectionSource, split: str = "train") -> dict[str, set[st
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Two pictures, and a category that comes up in the last split only."""
+    """Two images, and a category that comes up in the last split only."""
     for name in "abv":
-        save_picture(tmp_path / "data" / "images" / f"{name}.jpg")
+        save_image(tmp_path / "data" / "images" / f"{name}.jpg")
     write_text(tmp_path / "data" / "val.csv", "images/v.jpg,1,1,9,9,bird\n")
     return tmp_path / "data"
 
@@ -41,13 +41,13 @@ def root(tmp_path: Path) -> Path:
 def test_all_but_the_category_of_a_dropped_box(root: Path, kind: str) -> None:
     write_text(root / "train.csv", "\n".join([*CATS, f"images/a.jpg,{USELESS[kind]},dog", ""]))
     source = opened(root)
-    assert source.fault_counts == {kind: 1}
+    assert source.issue_counts == {kind: 1}
     assert annotated(source) == {"a.jpg": {"bird", "cat"}, "b.jpg": None}
     assert annotated(source, "val") == {"v.jpg": None}
 
 
 def test_categories_that_a_reader_does_not_know_and_boxes_without_numbers(tmp_path: Path) -> None:
-    save_picture(tmp_path / "data" / "a.jpg")
+    save_image(tmp_path / "data" / "a.jpg")
 
     class Made(Reader):
         format, looks_like = "made", "nothing"
@@ -83,7 +83,7 @@ def test_neither_renames_nor_a_list_of_exhaustive_names_bring_it_back(root: Path
 
 def test_a_list_in_the_files_is_shortened(tmp_path: Path) -> None:
     for name in "ab":
-        save_picture(tmp_path / "data" / "train" / f"{name}.jpg")
+        save_image(tmp_path / "data" / "train" / f"{name}.jpg")
     federation = {"neg_category_ids": [2, 3], "not_exhaustive_category_ids": []}
     images = [
         {"id": place, "file_name": f"{name}.jpg", "width": 40, "height": 30, **federation}

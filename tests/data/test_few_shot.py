@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from metr.data.few_shot import Subset, SubsetConfig, shortage, subset_of
-from metr.data.index import AnnotationIndex, LabelMap, write_index
+from metr.data.index.annotation_index import AnnotationIndex, LabelMap, write_index
 from metr.data.records import Annotations, ImageRecord, InMemoryAnnotations
 from metr.data.repeat import repeat_factors
 from metr.errors import ConfigError, DataError
@@ -51,7 +51,7 @@ def objects(annotations: Annotations) -> Counter[int]:
 
 
 def by_hand(split: InMemoryAnnotations, order: list[int | str], shots: int) -> set[int | str]:
-    """One picture after the other: it is taken if a category that it shows has too few so far."""
+    """One image after the other: it is taken if a category that it shows has too few so far."""
     have: Counter[int] = Counter()
     taken = set()
     for number in order:
@@ -83,7 +83,7 @@ def test_shots_are_reached_and_nest(split: InMemoryAnnotations) -> None:
             assert found[label] >= min(shots, all_objects[label])
         assert before <= set(ids(part))
         before = set(ids(part))
-    assert 17 in set(ids(subset_of(split, SubsetConfig(shots=1)))), "the only picture of a category"
+    assert 17 in set(ids(subset_of(split, SubsetConfig(shots=1)))), "the only image of a category"
     assert not objects(split)[3]
     assert shortage(split, 2) == "once (1), never (0), ignored (0)"
 
@@ -93,7 +93,7 @@ def test_the_seed_decides_and_nothing_else(split: InMemoryAnnotations, tmp_path:
     assert first == ids(subset_of(split, SubsetConfig(shots=2, seed=1)))
     assert first != ids(subset_of(split, SubsetConfig(shots=2, seed=2)))
     assert first == sorted(first), "in the split's own order"
-    # an index chooses by the paths of its pictures, wherever they lie
+    # an index chooses by the paths of its images, wherever they lie
     shares = []
     for home in ("here", "there"):
         moved = [ImageRecord(**{**vars(one), "path": tmp_path / home / one.path.name}) for one in split.records]
@@ -110,7 +110,7 @@ def test_a_subset_is_a_split(split: InMemoryAnnotations) -> None:
     assert isinstance(part, Subset)
     assert isinstance(part, Annotations)
     assert (part.name, part.split, part.categories, part.format) == ("made", "train", NAMES, "memory")
-    assert len(part.faults) == 0
+    assert len(part.issues) == 0
     assert ids(pickle.loads(pickle.dumps(part))) == ids(part)
     assert repeat_factors(part, 0.5).shape == (len(part),)
     with pytest.raises(IndexError):

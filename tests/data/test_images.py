@@ -1,4 +1,4 @@
-"""Pictures of every kind against Pillow, and the files that must end in one clear message."""
+"""Images of every kind against Pillow, and the files that must end in one clear message."""
 
 import io
 import struct
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from metr.data.images import check_picture, probe_size, read_annotated, read_header, read_image, upright_record
+from metr.data.images import check_image, exif_oriented_record, probe_size, read_annotated, read_header, read_image
 from metr.data.records import ImageRecord
 from metr.errors import DataError
 
@@ -17,8 +17,8 @@ HEIGHT, WIDTH = 46, 70
 
 
 @pytest.fixture
-def picture() -> Image.Image:
-    """A smooth picture without any symmetry, so that lossy formats stay close and no turn goes unnoticed."""
+def image() -> Image.Image:
+    """A smooth image without any symmetry, so that lossy formats stay close and no turn goes unnoticed."""
     rows, columns = np.mgrid[:HEIGHT, :WIDTH]
     channels = [columns * 3, rows * 5, (rows + columns) * 2]
     return Image.fromarray(np.stack(channels, axis=-1).clip(0, 255).astype(np.uint8))
@@ -57,9 +57,9 @@ def record(path: Path, height: int, width: int) -> ImageRecord:
     ],
 )
 def test_formats_agree_with_pillow(
-    tmp_path: Path, picture: Image.Image, name: str, options: dict[str, object], tolerance: int
+    tmp_path: Path, pil_image: Image.Image, name: str, options: dict[str, object], tolerance: int
 ) -> None:
-    path = save(picture, tmp_path / name, **options)
+    path = save(pil_image, tmp_path / name, **options)
     image = read_image(path)
     assert image.dtype == np.uint8
     assert image.flags["C_CONTIGUOUS"]
@@ -70,19 +70,19 @@ def test_formats_agree_with_pillow(
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "LA", "RGBA", "CMYK"])
-def test_modes_become_rgb(tmp_path: Path, picture: Image.Image, mode: str) -> None:
-    path = save(picture.convert(mode), tmp_path / ("a.tif" if mode == "CMYK" else "a.png"))
+def test_modes_become_rgb(tmp_path: Path, pil_image: Image.Image, mode: str) -> None:
+    path = save(image.convert(mode), tmp_path / ("a.tif" if mode == "CMYK" else "a.png"))
     expected = np.asarray(Image.open(path).convert("RGB")).astype(int)
     assert np.abs(read_image(path).astype(int) - expected).max() <= 1
 
 
-def test_cmyk_jpeg_is_not_inverted(tmp_path: Path, picture: Image.Image) -> None:
-    path = save(picture.convert("CMYK"), tmp_path / "a.jpg", quality=95)
-    assert np.abs(read_image(path).astype(int) - np.asarray(picture).astype(int)).mean() < 4
+def test_cmyk_jpeg_is_not_inverted(tmp_path: Path, pil_image: Image.Image) -> None:
+    path = save(image.convert("CMYK"), tmp_path / "a.jpg", quality=95)
+    assert np.abs(read_image(path).astype(int) - np.asarray(image).astype(int)).mean() < 4
 
 
-def test_gif_gives_its_first_frame(tmp_path: Path, picture: Image.Image) -> None:
-    first, second = picture.quantize(), ImageOps.mirror(picture).quantize()
+def test_gif_gives_its_first_frame(tmp_path: Path, pil_image: Image.Image) -> None:
+    first, second = image.quantize(), ImageOps.mirror(image).quantize()
     path = save(first, tmp_path / "a.gif", save_all=True, append_images=[second])
     assert probe_size(path) == (HEIGHT, WIDTH)
     expected = np.asarray(first.convert("RGB")).astype(int)
@@ -106,12 +106,12 @@ def test_transparency_lies_on_white(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".webp", ".tif"])
-def test_orientation_agrees_with_pillow(tmp_path: Path, picture: Image.Image, orientation: int, suffix: str) -> None:
+def test_orientation_agrees_with_pillow(tmp_path: Path, pil_image: Image.Image, orientation: int, suffix: str) -> None:
     path = tmp_path / f"a{suffix}"
     exif = Image.Exif()
     exif[0x0112] = orientation
     options = {"quality": 95} if suffix == ".jpg" else {"lossless": True} if suffix == ".webp" else {}
-    picture.save(path, exif=exif.tobytes() if suffix != ".tif" else exif, **options)
+    pil_image.save(path, exif=exif.tobytes() if suffix != ".tif" else exif, **options)
     assert read_header(path).orientation == orientation
     expected = np.asarray(ImageOps.exif_transpose(Image.open(path)).convert("RGB")).astype(int)
     image = read_image(path).astype(int)
@@ -120,9 +120,9 @@ def test_orientation_agrees_with_pillow(tmp_path: Path, picture: Image.Image, or
     assert read_image(path, orient=False).shape == (HEIGHT, WIDTH, 3)
 
 
-def test_long_metadata_before_the_frame(tmp_path: Path, picture: Image.Image) -> None:
+def test_long_metadata_before_the_frame(tmp_path: Path, pil_image: Image.Image) -> None:
     data = io.BytesIO()
-    picture.save(data, "JPEG")
+    pil_image.save(data, "JPEG")
     comment = b"\xff\xfe" + struct.pack(">H", 60002) + bytes(60000)
     path = tmp_path / "a.jpg"
     path.write_bytes(data.getvalue()[:2] + comment + data.getvalue()[2:])
@@ -140,10 +140,10 @@ def test_truncated(tmp_path: Path, suffix: str, options: dict[str, object], shar
         read_image(path)
 
 
-def test_truncated_jpeg_with_a_whole_thumbnail(tmp_path: Path, picture: Image.Image) -> None:
-    """The thumbnail's end marker must not pass for the picture's."""
+def test_truncated_jpeg_with_a_whole_thumbnail(tmp_path: Path, pil_image: Image.Image) -> None:
+    """The thumbnail's end marker must not pass for the image's."""
     data = io.BytesIO()
-    picture.save(data, "JPEG")
+    pil_image.save(data, "JPEG")
     thumbnail = b"\xff\xe1" + struct.pack(">H", 8) + b"ab\xff\xd9cd"
     path = tmp_path / "a.jpg"
     path.write_bytes((data.getvalue()[:2] + thumbnail + data.getvalue()[2:])[:-2])
@@ -154,13 +154,13 @@ def test_truncated_jpeg_with_a_whole_thumbnail(tmp_path: Path, picture: Image.Im
 def test_bad_files(tmp_path: Path) -> None:
     missing, empty, text = tmp_path / "missing.jpg", tmp_path / "empty.jpg", tmp_path / "text.jpg"
     empty.touch()
-    text.write_text("not a picture")
+    text.write_text("not an image")
     short = tmp_path / "short.png"
     short.write_bytes(b"\x89PNG\r\n\x1a\n\0\0")
     for path, message in [
-        (missing, "no such picture"),
+        (missing, "no such image"),
         (empty, "0 bytes"),
-        (text, "not a picture"),
+        (text, "not an image"),
         (short, "ends within its header"),
         (tmp_path, "cannot be read"),
     ]:
@@ -188,34 +188,34 @@ def test_zero_sized_header(tmp_path: Path) -> None:
         probe_size(path)
 
 
-def test_boxes_of_the_shown_picture(tmp_path: Path, picture: Image.Image) -> None:
+def test_boxes_of_the_shown_image(tmp_path: Path, pil_image: Image.Image) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    path = save(picture, tmp_path / "a.jpg", exif=exif)
+    path = save(pil_image, tmp_path / "a.jpg", exif=exif)
     shown = record(path, height=WIDTH, width=HEIGHT)
-    image, fitted, fault = read_annotated(shown)
+    image, fitted, issue = read_annotated(shown)
     assert image.shape == (WIDTH, HEIGHT, 3)
     assert fitted is shown
-    assert fault is None
-    assert check_picture(shown) is None
+    assert issue is None
+    assert check_image(shown) is None
 
 
-def test_boxes_of_the_stored_pixels(tmp_path: Path, picture: Image.Image) -> None:
+def test_boxes_of_the_stored_pixels(tmp_path: Path, pil_image: Image.Image) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
-    path = save(picture, tmp_path / "a.jpg", exif=exif)
+    path = save(pil_image, tmp_path / "a.jpg", exif=exif)
     stored = record(path, height=HEIGHT, width=WIDTH)
-    image, fitted, fault = read_annotated(stored)
+    image, fitted, issue = read_annotated(stored)
     np.testing.assert_array_equal(image, read_image(path))
     assert (fitted.height, fitted.width) == image.shape[:2] == (WIDTH, HEIGHT)
-    assert fault is not None
-    assert fault.kind == "orientation"
-    assert check_picture(stored) == fault
-    assert upright_record(stored).boxes.tolist() == fitted.boxes.tolist()
+    assert issue is not None
+    assert issue.kind == "orientation"
+    assert check_image(stored) == issue
+    assert exif_oriented_record(stored).boxes.tolist() == fitted.boxes.tolist()
 
 
 @pytest.mark.parametrize("orientation", range(5, 9))
-def test_boxes_are_turned_with_their_picture(tmp_path: Path, orientation: int) -> None:
+def test_boxes_are_turned_with_their_image(tmp_path: Path, orientation: int) -> None:
     """The white rectangle that a box is around before it is around after."""
     pixels = np.zeros((30, 50, 3), dtype=np.uint8)
     pixels[4:10, 20:45] = 255
@@ -232,31 +232,31 @@ def test_boxes_are_turned_with_their_picture(tmp_path: Path, orientation: int) -
     assert fitted.areas.tolist() == stored.areas.tolist()
 
 
-def test_a_picture_that_ends_early_is_found_by_decoding(tmp_path: Path, picture: Image.Image) -> None:
-    path = save(picture, tmp_path / "a.jpg")
+def test_a_image_that_ends_early_is_found_by_decoding(tmp_path: Path, pil_image: Image.Image) -> None:
+    path = save(pil_image, tmp_path / "a.jpg")
     path.write_bytes(path.read_bytes()[:-20])
     whole = record(path, height=HEIGHT, width=WIDTH)
-    assert check_picture(whole) is None
-    fault = check_picture(whole, decode=True)
-    assert fault is not None
-    assert fault.kind == "unreadable picture"
+    assert check_image(whole) is None
+    issue = check_image(whole, decode=True)
+    assert issue is not None
+    assert issue.kind == "unreadable image"
 
 
-def test_boxes_of_another_size_are_scaled(tmp_path: Path, picture: Image.Image) -> None:
-    path = save(picture, tmp_path / "a.png")
-    image, fitted, fault = read_annotated(record(path, height=HEIGHT * 2, width=WIDTH // 2))
+def test_boxes_of_another_size_are_scaled(tmp_path: Path, pil_image: Image.Image) -> None:
+    path = save(pil_image, tmp_path / "a.png")
+    image, fitted, issue = read_annotated(record(path, height=HEIGHT * 2, width=WIDTH // 2))
     assert image.shape == (HEIGHT, WIDTH, 3)
     assert (fitted.height, fitted.width) == (HEIGHT, WIDTH)
     assert fitted.boxes.tolist() == [[4, 2, 20, 10]]
     assert fitted.areas.tolist() == [128]
     assert fitted.boxes.dtype == np.float32 == fitted.areas.dtype
-    assert fault is not None
-    assert fault.kind == "size differs"
+    assert issue is not None
+    assert issue.kind == "size differs"
 
 
-def test_check_picture_reports_unreadable_files(tmp_path: Path) -> None:
+def test_check_image_reports_unreadable_files(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").touch()
-    fault = check_picture(record(tmp_path / "a.jpg", height=1, width=1))
-    assert fault is not None
-    assert fault.kind == "unreadable picture"
-    assert "0 bytes" in fault.detail
+    issue = check_image(record(tmp_path / "a.jpg", height=1, width=1))
+    assert issue is not None
+    assert issue.kind == "unreadable image"
+    assert "0 bytes" in issue.detail

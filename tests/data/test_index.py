@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from reader_trees import coco_plain, csv_plain, made_up, save_picture, voc_beside, write_text, yolo_plain
+from reader_trees import coco_plain, csv_plain, made_up, save_image, voc_beside, write_text, yolo_plain
 
-from metr.data import index, index_cache
-from metr.data.index import AnnotationIndex, LabelMap, divide_index, write_index
-from metr.data.records import Annotations, Fault, ImageRecord
-from metr.data.sources import DatasetSpec, DetectionSource, open_dataset
+from metr.data.datasets_file import DatasetConfig, DatasetSource, open_dataset
+from metr.data.index import annotation_index as index
+from metr.data.index import cache as index_cache
+from metr.data.index.annotation_index import AnnotationIndex, LabelMap, divide_index, write_index
+from metr.data.records import Annotations, DataIssue, ImageRecord
 from metr.errors import DataError
 
 ROOT = Path("/nowhere/данные")
@@ -67,17 +68,17 @@ LABELS = LabelMap.identity(("a", "b", "c"))
 
 
 def test_round_trip(written: Path) -> None:
-    fault = Fault(kind="missing picture", where="x")
-    annotations: Annotations = AnnotationIndex(written, LABELS, name="made", split="val", format="voc", faults=[fault])
+    issue = DataIssue(kind="missing image", where="x")
+    annotations: Annotations = AnnotationIndex(written, LABELS, name="made", split="val", format="voc", issues=[issue])
     records = made_records()
     assert len(annotations) == 40
     for place in [*range(40), -1, -40]:
         assert_same(annotations[place], records[place])
     assert (annotations.name, annotations.split, annotations.format) == ("made", "val", "voc")
     assert annotations.categories == ("a", "b", "c")
-    assert list(annotations.faults) == [fault]
+    assert list(annotations.issues) == [issue]
     for place in (40, -41):
-        with pytest.raises(IndexError, match=f"picture {place} of 40"):
+        with pytest.raises(IndexError, match=f"image {place} of 40"):
             annotations[place]
 
 
@@ -110,7 +111,7 @@ def test_labels_are_mapped(written: Path) -> None:
     assert annotations.counts().boxes.sum() == AnnotationIndex(written, LABELS).counts().boxes.sum()
 
 
-def test_what_a_picture_annotates_follows_the_labels(written: Path) -> None:
+def test_what_a_image_annotates_follows_the_labels(written: Path) -> None:
     """A joined category is annotated where all that it was joined from are; a dropped one is not asked for."""
     joined = LabelMap(categories=("x", "y"), rows=np.array([0, 1, 0]))
     halved = LabelMap(categories=("x", "y"), rows=np.array([0, 0, 1]))
@@ -184,8 +185,8 @@ def test_broken_files(tmp_path: Path, content: bytes | None) -> None:
 # The cache ------------------------------------------------------------------------------------------------------------
 
 
-def opened(tmp_path: Path, **options: object) -> DetectionSource:
-    return open_dataset(DatasetSpec(name="made", path=tmp_path / "data", **options), tmp_path / "cache")
+def opened(tmp_path: Path, **options: object) -> DatasetSource:
+    return open_dataset(DatasetConfig(name="made", path=tmp_path / "data", **options), tmp_path / "cache")
 
 
 @pytest.fixture
@@ -224,24 +225,24 @@ def test_built_again_when_an_annotation_file_changes(tmp_path: Path, builds: lis
 
 
 def test_built_again_when_a_file_comes_up(tmp_path: Path, builds: list[Path]) -> None:
-    """The text file of a picture that had none; a picture that was missing."""
+    """The text file of an image that had none; an image that was missing."""
     yolo_plain(tmp_path / "data", made_up())
     before = opened(tmp_path).split("train").counts()
     assert before.empty == 1
     write_text(tmp_path / "data" / "labels" / "train" / "train 01 снимок.txt", "0 0.5 0.5 0.5 0.5\n")
     assert opened(tmp_path).split("train").counts().empty == 0
-    save_picture(tmp_path / "data" / "images" / "train" / "new.jpg")
+    save_image(tmp_path / "data" / "images" / "train" / "new.jpg")
     assert opened(tmp_path).split("train").counts().images == before.images + 1
     assert len(builds) == 3
 
 
-def test_built_again_when_a_missing_picture_is_put_in_place(tmp_path: Path, builds: list[Path]) -> None:
+def test_built_again_when_a_missing_image_is_put_in_place(tmp_path: Path, builds: list[Path]) -> None:
     coco_plain(tmp_path / "data", made_up())
-    picture = next((tmp_path / "data" / "val2017").iterdir())
-    moved = picture.rename(tmp_path / "aside.jpg")
-    assert opened(tmp_path).fault_counts == {"missing picture": 1}
-    moved.rename(picture)
-    assert opened(tmp_path).fault_counts == {}
+    image = next((tmp_path / "data" / "val2017").iterdir())
+    moved = image.rename(tmp_path / "aside.jpg")
+    assert opened(tmp_path).issue_counts == {"missing image": 1}
+    moved.rename(image)
+    assert opened(tmp_path).issue_counts == {}
     assert len(builds) == 2
 
 
@@ -325,5 +326,5 @@ def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("METR_CACHE", str(tmp_path / "elsewhere"))
     assert index_cache.default_cache() == tmp_path / "elsewhere" / "index"
     coco_plain(tmp_path / "data", made_up())
-    source = open_dataset(DatasetSpec(name="made", path=tmp_path / "data"))
+    source = open_dataset(DatasetConfig(name="made", path=tmp_path / "data"))
     assert source.split("train").path.is_relative_to(tmp_path / "elsewhere" / "index")

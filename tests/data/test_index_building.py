@@ -1,4 +1,4 @@
-"""Building an index: by one process at a time, of files with any name, and again when a measured picture changes."""
+"""Building an index: by one process at a time, of files with any name, and again when a measured image changes."""
 
 import json
 import logging
@@ -10,16 +10,17 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from reader_trees import coco_content, coco_plain, made_up, save_picture, write_json, write_text
+from reader_trees import coco_content, coco_plain, made_up, save_image, write_json, write_text
 
-from metr.data import index_cache, locks
-from metr.data import watched as watched_module
-from metr.data.readers import base
-from metr.data.sources import DatasetSpec, DetectionSource, open_dataset
+from metr.data import locks
+from metr.data.datasets_file import DatasetConfig, DatasetSource, open_dataset
+from metr.data.formats import base
+from metr.data.index import cache as index_cache
+from metr.data.index import fingerprints as fingerprints_module
 
 
-def opened(root: Path, **options: object) -> DetectionSource:
-    return open_dataset(DatasetSpec(name="made", path=root, **options), root.parent / "cache")
+def opened(root: Path, **options: object) -> DatasetSource:
+    return open_dataset(DatasetConfig(name="made", path=root, **options), root.parent / "cache")
 
 
 @pytest.fixture
@@ -95,13 +96,13 @@ def latin(tmp_path: Path) -> bytes:
 
 def yolo(root: Path) -> None:
     for name in "ab":
-        save_picture(root / "images" / "train" / f"{name}.jpg")
+        save_image(root / "images" / "train" / f"{name}.jpg")
         write_text(root / "labels" / "train" / f"{name}.txt", "0 .5 .5 .2 .2\n")
-    save_picture(root / "images" / "val" / "v.jpg")
+    save_image(root / "images" / "val" / "v.jpg")
     write_text(root / "data.yaml", "train: images/train\nval: images/val\nnames: [cat]\n")
 
 
-def test_a_picture_whose_name_is_not_utf8_is_counted(tmp_path: Path, latin: bytes) -> None:
+def test_a_image_whose_name_is_not_utf8_is_counted(tmp_path: Path, latin: bytes) -> None:
     root = tmp_path / "data"
     yolo(root)
     for kind, suffix in (("images", b"jpg"), ("labels", b"txt")):
@@ -109,16 +110,16 @@ def test_a_picture_whose_name_is_not_utf8_is_counted(tmp_path: Path, latin: byte
         (root / kind / "train" / f"b.{suffix.decode()}").rename(os.fsdecode(place + b"/b\xe9." + suffix))
     source = opened(root)
     assert [record.path.name for record in source.split("train")] == ["a.jpg"]
-    assert source.fault_counts == {"unreadable file name": 1}
-    assert [fault.where.encode() for fault in source.faults] == [rb"images/train/b\xe9.jpg"]
+    assert source.issue_counts == {"unreadable file name": 1}
+    assert [issue.where.encode() for issue in source.issues] == [rb"images/train/b\xe9.jpg"]
     assert opened(root).split("train").path == source.split("train").path
 
 
 def test_stray_files_whose_names_are_not_utf8(tmp_path: Path, latin: bytes) -> None:
     root = tmp_path / "data"
     coco_plain(root, made_up())
-    save_picture(root / "val2017" / os.fsdecode(b"stray\xe9.jpg"))
-    save_picture(root / os.fsdecode(b"caf\xe9") / "a.jpg")
+    save_image(root / "val2017" / os.fsdecode(b"stray\xe9.jpg"))
+    save_image(root / os.fsdecode(b"caf\xe9") / "a.jpg")
     source = opened(root)
     assert len(source.split("val")) == 3
     assert opened(root).split("val").path == source.split("val").path
@@ -127,53 +128,53 @@ def test_stray_files_whose_names_are_not_utf8(tmp_path: Path, latin: bytes) -> N
 def test_a_dataset_in_a_folder_whose_name_is_not_utf8(tmp_path: Path, latin: bytes) -> None:
     root = Path(os.fsdecode(latin)) / "data"
     yolo(root)
-    (record, _) = open_dataset(DatasetSpec(name="made", path=root), tmp_path / "cache").split("train")
+    (record, _) = open_dataset(DatasetConfig(name="made", path=root), tmp_path / "cache").split("train")
     assert record.path == root / "images" / "train" / "a.jpg"
     assert record.path.exists()
 
 
-# Measured pictures ----------------------------------------------------------------------------------------------------
+# Measured images ----------------------------------------------------------------------------------------------------
 
 
-def test_built_again_when_a_measured_picture_changes_in_place(tmp_path: Path, builds: list[Path]) -> None:
+def test_built_again_when_a_measured_image_changes_in_place(tmp_path: Path, builds: list[Path]) -> None:
     """No folder's time of change tells it."""
     root = tmp_path / "data"
     yolo(root)
     opened(root)
     assert opened(root).split("train")[0].width == 40
-    save_picture(root / "images" / "train" / "a.jpg", 80, 60)
+    save_image(root / "images" / "train" / "a.jpg", 80, 60)
     record = opened(root).split("train")[0]
     assert (record.width, record.height) == (80, 60)
     assert len(builds) == 2
 
 
-def test_built_again_when_a_broken_picture_is_mended_in_place(tmp_path: Path) -> None:
+def test_built_again_when_a_broken_image_is_mended_in_place(tmp_path: Path) -> None:
     root = tmp_path / "data"
     yolo(root)
-    (root / "images" / "train" / "b.jpg").write_bytes(b"no picture")
-    assert opened(root).fault_counts == {"unreadable picture": 1}
-    save_picture(root / "images" / "train" / "b.jpg")
-    assert opened(root).fault_counts == {}
+    (root / "images" / "train" / "b.jpg").write_bytes(b"no image")
+    assert opened(root).issue_counts == {"unreadable image": 1}
+    save_image(root / "images" / "train" / "b.jpg")
+    assert opened(root).issue_counts == {}
 
 
-def test_of_many_measured_pictures_some_are_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_many_measured_images_some_are_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Evenly spaced ones, so a change of all is noticed; and the manifest stays small."""
-    monkeypatch.setattr(watched_module, "WATCHED", 8)
-    watched = watched_module.Watched()
-    paths = [save_picture(tmp_path / f"{number:02}.jpg") for number in range(33)]
+    monkeypatch.setattr(fingerprints_module, "FINGERPRINTS", 8)
+    fingerprints = fingerprints_module.Fingerprints()
+    paths = [save_image(tmp_path / f"{number:02}.jpg") for number in range(33)]
     for path in paths:
-        watched.add(path.name, tmp_path)
-    assert list(watched.signatures) == ["00.jpg", "08.jpg", "16.jpg", "24.jpg", "32.jpg"]
-    assert watched.signatures["08.jpg"] == index_cache.signature(paths[8])
+        fingerprints.add(path.name, tmp_path)
+    assert list(fingerprints.signatures) == ["00.jpg", "08.jpg", "16.jpg", "24.jpg", "32.jpg"]
+    assert fingerprints.signatures["08.jpg"] == index_cache.signature(paths[8])
 
 
-# Pictures in two parts ------------------------------------------------------------------------------------------------
+# Images in two parts ------------------------------------------------------------------------------------------------
 
 
 def parts(root: Path, *, width: int = 40) -> None:
-    """One picture in two annotation files, of cats and of dogs, with one box in both; another in the first alone."""
-    save_picture(root / "images" / "a.jpg")
-    save_picture(root / "images" / "b.jpg")
+    """One image in two annotation files, of cats and of dogs, with one box in both; another in the first alone."""
+    save_image(root / "images" / "a.jpg")
+    save_image(root / "images" / "b.jpg")
     categories = [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
     boxes = {"cats": [(1, [1, 1, 9, 9]), (1, [20, 1, 9, 9])], "dogs": [(2, [5, 5, 10, 10]), (1, [1, 1, 9, 9])]}
     for part, mine in boxes.items():
@@ -188,7 +189,7 @@ def parts(root: Path, *, width: int = 40) -> None:
         write_json(root / "annotations" / f"train_{part}.json", content)
 
 
-def test_the_boxes_of_a_picture_in_two_parts_are_joined(tmp_path: Path) -> None:
+def test_the_boxes_of_a_image_in_two_parts_are_joined(tmp_path: Path) -> None:
     parts(tmp_path / "data")
     source = opened(tmp_path / "data", splits={"train": ["train_cats", "train_dogs"]})
     first, second = source.split("train")
@@ -196,7 +197,7 @@ def test_the_boxes_of_a_picture_in_two_parts_are_joined(tmp_path: Path) -> None:
     assert first.labels.tolist() == [0, 0, 1]
     assert first.boxes.tolist() == [[1, 1, 10, 10], [20, 1, 29, 10], [5, 5, 15, 15]]
     assert first.annotated is second.annotated is None
-    assert source.fault_counts == {}
+    assert source.issue_counts == {}
 
 
 def test_boxes_that_cannot_be_joined_are_counted_and_their_categories_unknown(tmp_path: Path) -> None:
@@ -205,17 +206,17 @@ def test_boxes_that_cannot_be_joined_are_counted_and_their_categories_unknown(tm
     first, _ = source.split("train")
     assert first.labels.tolist() == [0, 0]
     assert first.annotated == ()
-    assert source.fault_counts == {"duplicate image": 1}
-    (fault,) = source.faults
-    assert fault.where == "images/a.jpg"
-    assert "2 boxes" in fault.detail
-    assert "train_dogs" in fault.detail
+    assert source.issue_counts == {"duplicate image": 1}
+    (issue,) = source.issues
+    assert issue.where == "images/a.jpg"
+    assert "2 boxes" in issue.detail
+    assert "train_dogs" in issue.detail
 
 
 def test_ids_are_unique_within_a_part(tmp_path: Path) -> None:
     root = tmp_path / "data"
     for name in ("a", "b", "c"):
-        save_picture(root / "train" / name / "same.jpg")
+        save_image(root / "train" / name / "same.jpg")
         write_text(root / "train" / name / "same.txt", "0 .5 .5 .2 .2\n")
     raws = [
         base.RawImage(

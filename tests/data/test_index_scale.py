@@ -1,4 +1,4 @@
-"""Datasets of millions of pictures: little is held while one is read, and little is asked for when it is opened."""
+"""Datasets of millions of images: little is held while one is read, and little is asked for when it is opened."""
 
 import os
 from collections.abc import Sequence
@@ -7,22 +7,23 @@ from typing import Any
 
 import numpy as np
 import pytest
-from reader_trees import LAYOUTS, coco_plain, made_up, save_picture, write_json
+from reader_trees import LAYOUTS, coco_plain, made_up, save_image, write_json
 
-from metr.data import index, index_cache
-from metr.data.readers import base, coco
+from metr.data.datasets_file import DatasetConfig, DatasetSource, open_dataset
+from metr.data.formats import base, coco
+from metr.data.index import annotation_index as index
+from metr.data.index import cache as index_cache
 from metr.data.records import ImageRecord
-from metr.data.sources import DatasetSpec, DetectionSource, open_dataset
 
 
-def opened(root: Path, cache: Path) -> DetectionSource:
-    return open_dataset(DatasetSpec(name="made", path=root), cache)
+def opened(root: Path, cache: Path) -> DatasetSource:
+    return open_dataset(DatasetConfig(name="made", path=root), cache)
 
 
 def many(root: Path, images: int = 300, boxes: int = 3000) -> dict[str, Any]:
     """One split in patch folders, its annotations in no order."""
     rng = np.random.default_rng(0)
-    first = save_picture(root / "val" / "patch0" / "0.jpg")
+    first = save_image(root / "val" / "patch0" / "0.jpg")
     for number in range(1, images):
         path = root / "val" / f"patch{number % 3}" / f"{number}.jpg"
         path.parent.mkdir(exist_ok=True)
@@ -43,7 +44,7 @@ def many(root: Path, images: int = 300, boxes: int = 3000) -> dict[str, Any]:
 
 
 def test_few_objects_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Annotations become columns piece by piece; the columns hold all of them, each with its picture."""
+    """Annotations become columns piece by piece; the columns hold all of them, each with its image."""
     content = many(tmp_path / "data")
     counts: list[int] = []
     columns = coco._columns
@@ -63,8 +64,8 @@ def test_few_objects_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         np.testing.assert_array_equal(record.boxes.tolist(), [[1, 2, 1 + width, 7] for _, _, width, _ in mine])
 
 
-def test_opening_asks_for_no_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither the pictures nor the folders full of them: directories are asked for their time of change."""
+def test_opening_asks_for_no_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the images nor the folders full of them: directories are asked for their time of change."""
     many(tmp_path / "data")
     opened(tmp_path / "data", tmp_path / "cache")
     asked, listed = [], []
@@ -86,7 +87,7 @@ def test_opening_asks_for_no_picture(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not [path for path in listed if path.name.startswith("patch")]
 
 
-def test_a_seeded_split_keeps_every_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_seeded_split_keeps_every_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = many(tmp_path / "data")
     (tmp_path / "data" / "annotations" / "instances_val.json").rename(tmp_path / "data" / "annotations" / "all.json")
     (tmp_path / "data" / "val").rename(tmp_path / "data" / "images")
@@ -98,10 +99,10 @@ def test_a_seeded_split_keeps_every_picture(tmp_path: Path, monkeypatch: pytest.
     assert sum(len(record.boxes) for split in source.splits.values() for record in split) == 3000
 
 
-# Pictures are checked many at a time ----------------------------------------------------------------------------------
+# Images are checked many at a time ----------------------------------------------------------------------------------
 
 
-def one_at_a_time(root: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, group: int) -> DetectionSource:
+def one_at_a_time(root: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, group: int) -> DatasetSource:
     monkeypatch.setattr(base, "_GROUP", group)
     return opened(root, cache)
 
@@ -125,13 +126,13 @@ def test_groups_change_nothing(tmp_path: Path, layout: str, monkeypatch: pytest.
             assert_same(record, again)
 
 
-def test_faults_are_those_of_each_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kinds, order, places and words are what they are when pictures are checked one at a time."""
+def test_issues_are_those_of_each_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kinds, order, places and words are what they are when images are checked one at a time."""
     coco_plain(tmp_path / "data", made_up())
     boxes = [[2, 3, 0, 20], [1, 1, 2, 2], [50, 60, 9, 9], [-5, 3, 20, 9], [1, 1, 1e300, 1e300], [0, 0, 1000, 5]]
     for number in range(4):
-        save_picture(tmp_path / "data" / "val2017" / f"{number}.jpg")
-    (tmp_path / "data" / "val2017" / "2.jpg").write_bytes(b"no picture")
+        save_image(tmp_path / "data" / "val2017" / f"{number}.jpg")
+    (tmp_path / "data" / "val2017" / "2.jpg").write_bytes(b"no image")
     sizes: list[dict[str, int]] = [{"width": 40, "height": 30}, {}, {}, {"width": 20, "height": 70}]
     content = {
         "images": [{"id": number, "file_name": f"{number}.jpg"} | size for number, size in enumerate(sizes)],
@@ -145,11 +146,11 @@ def test_faults_are_those_of_each_picture(tmp_path: Path, monkeypatch: pytest.Mo
     one, other = (
         one_at_a_time(tmp_path / "data", tmp_path / f"cache {group}", monkeypatch, group) for group in (1, 512)
     )
-    assert sum(one.fault_counts.values()) > 9
-    assert one.fault_counts == other.fault_counts
-    for kind in one.fault_counts:
-        assert [fault for fault in one.faults if fault.kind == kind] == [
-            fault for fault in other.faults if fault.kind == kind
+    assert sum(one.issue_counts.values()) > 9
+    assert one.issue_counts == other.issue_counts
+    for kind in one.issue_counts:
+        assert [issue for issue in one.issues if issue.kind == kind] == [
+            issue for issue in other.issues if issue.kind == kind
         ]
     for record, again in zip(one.split("val"), other.split("val"), strict=True):
         assert_same(record, again)

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from made_pictures import make_annotations, make_dataset
+from made_images import make_annotations, make_dataset
 
 from metr.data.config import LoaderConfig, ResizeConfig
 from metr.data.dataset import DetectionDataset
-from metr.data.index import AnnotationIndex, LabelMap, write_index
-from metr.data.loading import FaultList, build_evaluation_loader, build_train_loader, shape_groups
-from metr.data.records import Fault, ImageRecord, InMemoryAnnotations
+from metr.data.index.annotation_index import AnnotationIndex, LabelMap, write_index
+from metr.data.loading import IssueList, build_evaluation_loader, build_train_loader, shape_groups
+from metr.data.records import DataIssue, ImageRecord, InMemoryAnnotations
 from metr.errors import DataError
 from metr.structures import Batch
 
@@ -49,7 +49,7 @@ def assert_same(left: Batch, right: Batch) -> None:
 
 def broken(annotations: InMemoryAnnotations, *indices: int) -> InMemoryAnnotations:
     for index in indices:
-        annotations.records[index].path.write_bytes(b"no picture")
+        annotations.records[index].path.write_bytes(b"no image")
     return annotations
 
 
@@ -89,7 +89,7 @@ class Counted:
 
     def __init__(self, inner: InMemoryAnnotations) -> None:
         self.inner, self.name, self.split, self.format = inner, inner.name, inner.split, inner.format
-        self.categories, self.faults = inner.categories, inner.faults
+        self.categories, self.issues = inner.categories, inner.issues
         self.asked = 0
 
     def __len__(self) -> int:
@@ -107,7 +107,7 @@ def test_workers_inherit_the_annotations(tmp_path: Path) -> None:
     annotations = Counted(make_annotations(tmp_path, "cells", 7))
     assert len(some([make_dataset(annotations)], 3, workers=2)) == 3
     assert len(list(build_evaluation_loader(make_dataset(annotations, training=False), 4, workers=1))) == 2
-    # Records are read where the pictures are: none in this process.
+    # Records are read where the images are: none in this process.
     assert annotations.asked == 0
 
 
@@ -127,35 +127,35 @@ def test_another_process_gets_the_place_of_an_index_not_its_records(tmp_path: Pa
     assert sizes[0] == sizes[1] < 5000
 
 
-def test_unreadable_pictures_are_listed_and_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_unreadable_images_are_listed_and_logged_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     dataset = make_dataset(broken(make_annotations(tmp_path), 0, 3))
     loader = build_train_loader([dataset], LoaderConfig(batch_size=4, workers=1))
     with caplog.at_level(logging.WARNING, logger="metr"), closing(iter(loader)) as batches:  # type: ignore[type-var]
         ids = {image_id for batch in islice(batches, 8) for image_id in batch.image_ids}
     assert ids == {"cells-1", "cells-2", "cells-4", "cells-5"}
-    assert sorted(Path(fault.where).name for fault in loader.faults) == ["0.png", "3.png"]
-    assert sorted(record.args[1] for record in caplog.records) == sorted(fault.where for fault in loader.faults)  # type: ignore[index]
+    assert sorted(Path(issue.where).name for issue in loader.issues) == ["0.png", "3.png"]
+    assert sorted(record.args[1] for record in caplog.records) == sorted(issue.where for issue in loader.issues)  # type: ignore[index]
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_dataset_without_readable_pictures_stops_the_run(tmp_path: Path, workers: int) -> None:
+def test_a_dataset_without_readable_images_stops_the_run(tmp_path: Path, workers: int) -> None:
     dataset = make_dataset(broken(make_annotations(tmp_path), *range(6)))
     loader = build_train_loader([dataset], LoaderConfig(batch_size=4, workers=workers))
     with (
-        pytest.raises(DataError, match=r"^cells: 20 pictures in a row(.|\n)*not a picture"),
+        pytest.raises(DataError, match=r"^cells: 20 images in a row(.|\n)*not an image"),
         closing(iter(loader)) as batches,
     ):  # type: ignore[type-var]
         next(batches)
 
 
-def test_a_dataset_without_pictures_stops_the_run(tmp_path: Path) -> None:
+def test_a_dataset_without_images_stops_the_run(tmp_path: Path) -> None:
     datasets = [make_dataset(make_annotations(tmp_path, name, 0)) for name in ("cells", "fish")]
-    with pytest.raises(DataError, match="cells, fish: no pictures"):
+    with pytest.raises(DataError, match="cells, fish: no images"):
         build_train_loader(datasets, LoaderConfig(workers=0))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_evaluation_shows_every_picture_once_in_groups_of_one_shape(tmp_path: Path, workers: int) -> None:
+def test_evaluation_shows_every_image_once_in_groups_of_one_shape(tmp_path: Path, workers: int) -> None:
     annotations = make_annotations(tmp_path, "cells", 11, shapes=((48, 64), (64, 48), (48, 60), (50, 300)))
     dataset = make_dataset(broken(annotations, 5), training=False, resize=FIT)
     loader = build_evaluation_loader(dataset, 2, workers=workers)
@@ -169,7 +169,7 @@ def test_evaluation_shows_every_picture_once_in_groups_of_one_shape(tmp_path: Pa
         expected = [f"cells-{i}" for i in range(11) if i != 5]
         assert ids != expected
         assert loader.in_order(ids) == expected
-    assert [Path(fault.where).name for fault in loader.faults] == ["5.png"]
+    assert [Path(issue.where).name for issue in loader.issues] == ["5.png"]
 
 
 def test_evaluation_of_squares_keeps_the_order_and_splits_over_processes(tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_evaluation_of_squares_keeps_the_order_and_splits_over_processes(tmp_pat
     assert [batch.image_ids for batch in second] == [("cells-1", "cells-3", "cells-5")]
 
 
-def test_groups_match_what_each_picture_gets_alone(tmp_path: Path) -> None:
+def test_groups_match_what_each_image_gets_alone(tmp_path: Path) -> None:
     annotations = make_annotations(tmp_path, "cells", 9, shapes=((48, 64), (64, 48), (33, 32)))
     dataset = make_dataset(annotations, training=False, resize=FIT)
     groups = shape_groups(dataset, range(9), 8, 32)
@@ -227,9 +227,9 @@ def test_a_killed_worker_is_explained(tmp_path: Path) -> None:
         list(build_evaluation_loader(dataset, 4, workers=1))
 
 
-def test_faults_are_logged_up_to_a_limit(caplog: pytest.LogCaptureFixture) -> None:
-    faults = FaultList()
+def test_issues_are_logged_up_to_a_limit(caplog: pytest.LogCaptureFixture) -> None:
+    issues = IssueList()
     with caplog.at_level(logging.WARNING, logger="metr"):
-        faults.add(Fault(kind="unreadable picture", where=str(i % 40)) for i in range(200))
-    assert len(faults.all()) == 40
-    assert len(caplog.records) == FaultList.LOGGED + 1
+        issues.add(DataIssue(kind="unreadable image", where=str(i % 40)) for i in range(200))
+    assert len(issues.all()) == 40
+    assert len(caplog.records) == IssueList.LOGGED + 1

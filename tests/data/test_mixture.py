@@ -39,18 +39,16 @@ def test_mixtures_that_do_not_fit_say_so() -> None:
     for share in (float("inf"), float("nan")):
         with pytest.raises(ConfigError, match="mixture"):
             LoaderConfig.checked({"mixture": {"cells": share}})
-    with pytest.raises(DataError, match="a, c: no pictures"):
+    with pytest.raises(DataError, match="a, c: no images"):
         mixture_weights({"a": 0, "b": 4, "c": 0}, "sqrt")
     with pytest.raises(DataError, match="no dataset"):
         mixture_weights({}, "sqrt")
 
 
 def plain_det(lengths: list[int], losses: list[float]) -> list[float]:
-    """The published rule, by picture: L / min L * sqrt(max S / S); a dataset's share is that of all its pictures."""
-    picture = [
-        loss / min(losses) * (max(lengths) / length) ** 0.5 for loss, length in zip(losses, lengths, strict=True)
-    ]
-    share = [one * length for one, length in zip(picture, lengths, strict=True)]
+    """The published rule, by image: L / min L * sqrt(max S / S); a dataset's share is that of all its images."""
+    image = [loss / min(losses) * (max(lengths) / length) ** 0.5 for loss, length in zip(losses, lengths, strict=True)]
+    share = [one * length for one, length in zip(image, lengths, strict=True)]
     return [one / sum(share) for one in share]
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from reader_trees import save_picture, write_json, write_text
+from reader_trees import save_image, write_json, write_text
 
-from metr.data.readers import coco
-from metr.data.sources import DatasetSpec, DetectionSource, open_dataset
+from metr.data.datasets_file import DatasetConfig, DatasetSource, open_dataset
+from metr.data.formats import coco
 from metr.errors import DataError
 
 IMAGE = {"id": 1, "file_name": "a.jpg", "width": 40, "height": 30}
@@ -22,17 +22,17 @@ def box(**values: Any) -> dict[str, Any]:
     return {"id": 1, "image_id": 1, "category_id": 7, "bbox": [2, 3, 10, 20]} | values
 
 
-def opened(tmp_path: Path, content: Any, split: str = "val") -> DetectionSource:
-    """A dataset of one split with the pictures a.jpg and b.jpg."""
+def opened(tmp_path: Path, content: Any, split: str = "val") -> DatasetSource:
+    """A dataset of one split with the images a.jpg and b.jpg."""
     root = tmp_path / "data"
     for name in ("a.jpg", "b.jpg"):
-        save_picture(root / split / name)
+        save_image(root / split / name)
     file = root / "annotations" / f"instances_{split}.json"
     if isinstance(content, str):
         write_text(file, content)
     else:
         write_json(file, content)
-    return open_dataset(DatasetSpec(name="made", path=root), tmp_path / "cache")
+    return open_dataset(DatasetConfig(name="made", path=root), tmp_path / "cache")
 
 
 def with_boxes(*boxes: Mapping[str, Any], **rest: Any) -> dict[str, Any]:
@@ -49,7 +49,7 @@ def test_crowds_are_ignored_and_areas_kept(tmp_path: Path) -> None:
     record = source.split("val")[0]
     assert record.ignore.tolist() == [False, True, False, False, False, False]
     assert record.areas.tolist() == [55.5, 200, 200, 200, 200, 200]
-    assert source.fault_counts == {}
+    assert source.issue_counts == {}
 
 
 def test_ids_with_gaps_and_as_words(tmp_path: Path) -> None:
@@ -72,14 +72,14 @@ def test_an_empty_parent_category_is_dropped(tmp_path: Path) -> None:
     source = opened(tmp_path, with_boxes(box(), categories=categories))
     assert source.categories == ("cat",)
     assert source.split("val")[0].labels.tolist() == [0]
-    assert source.fault_counts == {"unused parent category": 1}
+    assert source.issue_counts == {"unused parent category": 1}
 
 
 def test_a_parent_category_with_a_box_is_kept(tmp_path: Path) -> None:
     categories = [{"id": 0, "name": "pets", "supercategory": "none"}, CAT | {"supercategory": "pets"}]
     source = opened(tmp_path, with_boxes(box(), box(category_id=0), categories=categories))
     assert source.categories == ("pets", "cat")
-    assert source.fault_counts == {}
+    assert source.issue_counts == {}
 
 
 def test_a_category_that_is_its_own_parent_is_kept(tmp_path: Path) -> None:
@@ -93,17 +93,17 @@ def test_equal_names_are_joined(tmp_path: Path) -> None:
     source = opened(tmp_path, with_boxes(box(), box(category_id=9), box(category_id=8), categories=categories))
     assert source.categories == ("cat", "dog", "category 10")
     assert source.split("val")[0].labels.tolist() == [0, 0, 1]
-    assert source.fault_counts == {"duplicate category": 1}
+    assert source.issue_counts == {"duplicate category": 1}
 
 
 def test_ids_may_differ_between_splits(tmp_path: Path) -> None:
     root = tmp_path / "data"
     for split, first in (("train", 1), ("valid", 5)):
-        save_picture(root / split / "a.jpg")
+        save_image(root / split / "a.jpg")
         categories = [{"id": first, "name": "cat"}, {"id": first + 1, "name": f"dog {split}"}]
         annotations = [box(category_id=first), box(category_id=first + 1)]
         write_json(root / split / "_annotations.coco.json", with_boxes(*annotations, categories=categories))
-    source = open_dataset(DatasetSpec(name="made", path=root), tmp_path / "cache")
+    source = open_dataset(DatasetConfig(name="made", path=root), tmp_path / "cache")
     assert source.categories == ("cat", "dog train", "dog valid")
     assert [source.split(split)[0].labels.tolist() for split in ("train", "val")] == [[0, 1], [0, 2]]
 
@@ -130,11 +130,11 @@ def test_ids_may_differ_between_splits(tmp_path: Path) -> None:
 )
 def test_wrong_annotations_are_dropped_and_counted(tmp_path: Path, wrong: dict[str, Any], kind: str) -> None:
     source = opened(tmp_path, with_boxes(box(), wrong, box(bbox=[1, 1, 2, 2])))
-    assert source.fault_counts == {kind: 1}
-    (fault,) = source.faults
-    assert fault.kind == kind
-    assert "instances_val.json" in fault.where
-    assert source.split("val").faults == (fault,)
+    assert source.issue_counts == {kind: 1}
+    (issue,) = source.issues
+    assert issue.kind == kind
+    assert "instances_val.json" in issue.where
+    assert source.split("val").issues == (issue,)
     np.testing.assert_allclose(source.split("val")[0].boxes, [[2, 3, 12, 23], [1, 1, 3, 3]])
 
 
@@ -142,23 +142,23 @@ def test_boxes_are_clipped(tmp_path: Path) -> None:
     source = opened(tmp_path, with_boxes(box(bbox=[-5, 20, 20, 20], area=400), box(bbox=[0, 0, 40.3, 30.2])))
     np.testing.assert_allclose(source.split("val")[0].boxes, [[0, 20, 15, 30], [0, 0, 40, 30]])
     assert source.split("val")[0].areas.tolist() == [150, 1200]
-    assert source.fault_counts == {"box clipped": 1}  # a fraction of a pixel is rounding, not a fault
+    assert source.issue_counts == {"box clipped": 1}  # a fraction of a pixel is rounding, not an issue
 
 
 def test_numbers_written_as_words(tmp_path: Path) -> None:
     source = opened(tmp_path, with_boxes(box(bbox=["2", "3", "10", "20.0"]), images=[IMAGE | {"width": "40"}]))
     np.testing.assert_allclose(source.split("val")[0].boxes, [[2, 3, 12, 23]])
-    assert source.fault_counts == {}
+    assert source.issue_counts == {}
 
 
-def test_nan_is_a_fault_of_its_box_alone(tmp_path: Path) -> None:
+def test_nan_is_a_issue_of_its_box_alone(tmp_path: Path) -> None:
     content = json.dumps(with_boxes(box(bbox=[float("nan"), 1, 2, 3]), box()))
     source = opened(tmp_path, content)
-    assert source.fault_counts == {"unreadable box": 1}
+    assert source.issue_counts == {"unreadable box": 1}
     assert len(source.split("val")[0].boxes) == 1
 
 
-def test_pictures(tmp_path: Path) -> None:
+def test_images(tmp_path: Path) -> None:
     images = [
         IMAGE,
         IMAGE | {"id": 2, "file_name": "missing.jpg"},
@@ -168,9 +168,9 @@ def test_pictures(tmp_path: Path) -> None:
         IMAGE | {"id": 5, "file_name": "C:\\secret.jpg"},
         IMAGE | {"id": 6, "file_name": "B.JPG"},
     ]
-    save_picture(tmp_path / "secret.jpg")
+    save_image(tmp_path / "secret.jpg")
     source = opened(tmp_path, with_boxes(box(), images=images))
-    assert source.fault_counts == {"missing picture": 1, "duplicate image": 1, "path outside": 3}
+    assert source.issue_counts == {"missing image": 1, "duplicate image": 1, "path outside": 3}
     assert [record.path.name for record in source.split("val")] == ["a.jpg", "b.jpg"]
 
 
@@ -183,12 +183,12 @@ def test_sizes_that_say_nothing_are_probed(tmp_path: Path, size: dict[str, Any])
     assert (record.width, record.height) == (40, 30)
 
 
-def test_unreadable_pictures_without_a_size_are_skipped(tmp_path: Path) -> None:
+def test_unreadable_images_without_a_size_are_skipped(tmp_path: Path) -> None:
     (tmp_path / "data" / "val").mkdir(parents=True)
     (tmp_path / "data" / "val" / "empty.jpg").touch()
     images = [IMAGE, {"id": 2, "file_name": "empty.jpg"}]
     source = opened(tmp_path, with_boxes(box(), images=images))
-    assert source.fault_counts == {"unreadable picture": 1}
+    assert source.issue_counts == {"unreadable image": 1}
     assert len(source.split("val")) == 1
 
 
@@ -197,14 +197,14 @@ def test_unreadable_pictures_without_a_size_are_skipped(tmp_path: Path) -> None:
     [
         ('{"images": [], "annotations": [', "not readable as COCO JSON"),
         ('{"images": [{"id": 1}], "annotations": [], "categories": [{"id": 1}]}', "not readable as COCO JSON"),
-        ('{"images": [], "annotations": [], "categories": []}', "no picture is left"),
-        ('{"images": null, "annotations": [], "categories": null}', "no picture is left"),
+        ('{"images": [], "annotations": [], "categories": []}', "no image is left"),
+        ('{"images": null, "annotations": [], "categories": null}', "no image is left"),
         ('{"images": [], "categories": []}', "`annotations` is missing, expected a list"),
         (with_boxes() | {"annotations": None}, "`annotations` is null, expected a list"),
         (with_boxes() | {"annotations": {"1": box()}}, "`annotations` is an object, expected a list"),
         (with_boxes() | {"annotations": "x"}, "`annotations` is a string, expected a list"),
         (with_boxes(categories=[CAT, {"id": 7, "name": "dog"}]), "category id 7 is 'cat' and 'dog'"),
-        (with_boxes(images=[IMAGE | {"file_name": "c.jpg"}]), "1 faults, the first: missing picture"),
+        (with_boxes(images=[IMAGE | {"file_name": "c.jpg"}]), "1 issues, the first: missing image"),
         (with_boxes(categories=[]), "no category"),
     ],
 )
@@ -217,33 +217,33 @@ def test_fatal(tmp_path: Path, content: Any, message: str) -> None:
 def test_a_category_that_is_declared_twice_alike(tmp_path: Path) -> None:
     source = opened(tmp_path, with_boxes(box(), categories=[CAT, CAT]))
     assert source.categories == ("cat",)
-    assert source.fault_counts == {"duplicate category": 1}
+    assert source.issue_counts == {"duplicate category": 1}
 
 
 def test_a_test_split_without_annotations_is_left_out(tmp_path: Path) -> None:
     root = tmp_path / "data"
-    save_picture(root / "test" / "c.jpg")
+    save_image(root / "test" / "c.jpg")
     content = {"images": [IMAGE | {"file_name": "c.jpg"}], "categories": [CAT]}
     write_json(root / "annotations" / "instances_test.json", content)
     source = opened(tmp_path, with_boxes(box()))
     assert list(source.splits) == ["val"]
-    assert source.fault_counts == {"unannotated picture": 1, "empty split": 1}
-    assert "`annotations` is missing" in source.faults[0].detail + source.faults[1].detail
+    assert source.issue_counts == {"unannotated image": 1, "empty split": 1}
+    assert "`annotations` is missing" in source.issues[0].detail + source.issues[1].detail
 
 
 def test_other_tasks_are_left_out(tmp_path: Path) -> None:
     root = tmp_path / "data"
-    save_picture(root / "val" / "a.jpg")
+    save_image(root / "val" / "a.jpg")
     write_json(root / "annotations" / "image_info_test.json", with_boxes())
     write_json(root / "annotations" / "captions_val.json", with_boxes())
     write_json(root / "annotations" / "val.json", with_boxes(box()))
-    assert list(open_dataset(DatasetSpec(name="made", path=root), tmp_path / "cache").splits) == ["val"]
+    assert list(open_dataset(DatasetConfig(name="made", path=root), tmp_path / "cache").splits) == ["val"]
 
 
 def test_one_file_is_a_dataset(tmp_path: Path) -> None:
     opened(tmp_path, with_boxes(box()))
     path = tmp_path / "data" / "annotations" / "instances_val.json"
-    source = open_dataset(DatasetSpec(name="one", path=path), tmp_path / "cache")
+    source = open_dataset(DatasetConfig(name="one", path=path), tmp_path / "cache")
     assert {split: len(annotations) for split, annotations in source.splits.items()} == {"val": 1}
 
 
@@ -260,7 +260,7 @@ def test_pieces_give_what_the_whole_gives(tmp_path: Path, monkeypatch: pytest.Mo
     content = with_boxes(*annotations, images=images)
     sizes = (1, 100, 700)
     for folder, number in product(("whole", *map(str, sizes)), range(50)):
-        save_picture(tmp_path / folder / "data" / "val" / f"{number}.jpg")
+        save_image(tmp_path / folder / "data" / "val" / f"{number}.jpg")
     whole = list(opened(tmp_path / "whole", content).split("val"))
     for size in sizes:
         monkeypatch.setattr(coco, "_PIECE_BYTES", size)

@@ -4,21 +4,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from reader_trees import save_picture, write_text
+from reader_trees import save_image, write_text
 
-from metr.data.sources import DatasetSpec, DetectionSource, open_dataset
+from metr.data.datasets_file import DatasetConfig, DatasetSource, open_dataset
 from metr.errors import DataError
 
 HEADER = "filename,width,height,class,xmin,ymin,xmax,ymax"
 
 
-def opened(tmp_path: Path, *lines: str, name: str = "val.csv") -> DetectionSource:
-    """A dataset with the pictures a.jpg and b.jpg of 40 x 30."""
+def opened(tmp_path: Path, *lines: str, name: str = "val.csv") -> DatasetSource:
+    """A dataset with the images a.jpg and b.jpg of 40 x 30."""
     root = tmp_path / "data"
-    for picture in ("a.jpg", "b.jpg"):
-        save_picture(root / picture)
+    for image in ("a.jpg", "b.jpg"):
+        save_image(root / image)
     write_text(root / name, "\n".join(lines))
-    return open_dataset(DatasetSpec(name="made", path=root), tmp_path / "cache")
+    return open_dataset(DatasetConfig(name="made", path=root), tmp_path / "cache")
 
 
 def test_pixels_below_one_are_not_shares(tmp_path: Path) -> None:
@@ -45,15 +45,15 @@ def test_group_boxes_are_ignored(tmp_path: Path) -> None:
 def test_lines_without_the_last_column(tmp_path: Path, column: str) -> None:
     lines = ("a.jpg,cat,1,2,3,4", "a.jpg,cat,1,2,3,4,1", "b.jpg,,,,,")
     source = opened(tmp_path, f"filename,class,xmin,ymin,xmax,ymax,{column}", *lines)
-    assert source.fault_counts == {"unreadable annotation": 1}
-    assert source.faults[0].where == "val.csv:2"
+    assert source.issue_counts == {"unreadable annotation": 1}
+    assert source.issues[0].where == "val.csv:2"
     assert [record.ignore.tolist() for record in source.split("val")] == [[True], []]
 
 
 def test_quotes_spaces_tabs(tmp_path: Path) -> None:
     source = opened(tmp_path, HEADER.replace(",", "\t"), 'a.jpg\t40\t30\t"red, cell"\t 1 \t2\t3\t4', "", "\t\t")
     assert source.categories == ("red, cell",)
-    assert source.fault_counts == {}
+    assert source.issue_counts == {}
 
 
 @pytest.mark.parametrize(
@@ -67,31 +67,31 @@ def test_quotes_spaces_tabs(tmp_path: Path) -> None:
         ("a.jpg,40,30,,5,5,10,9", "unknown category"),
         ("a.jpg,40,30,cat,5", "unreadable annotation"),
         (",40,30,cat,5,5,10,9", "unreadable annotation"),
-        ("c.jpg,40,30,cat,5,5,10,9", "missing picture"),
+        ("c.jpg,40,30,cat,5,5,10,9", "missing image"),
         ("../x.jpg,40,30,cat,5,5,10,9", "path outside"),
         ("/etc/x.jpg,40,30,cat,5,5,10,9", "path outside"),
     ],
 )
 def test_wrong_lines_are_dropped_and_counted(tmp_path: Path, line: str, kind: str) -> None:
-    save_picture(tmp_path / "x.jpg")
+    save_image(tmp_path / "x.jpg")
     source = opened(tmp_path, HEADER, "a.jpg,40,30,cat,1,2,3,4", line, "b.jpg,40,30,dog,1,2,3,4")
-    assert source.fault_counts == {kind: 1}
-    assert source.faults[0].where.startswith("val.csv")
-    if "picture" not in kind and "path" not in kind:
-        assert source.faults[0].where == "val.csv:3"
+    assert source.issue_counts == {kind: 1}
+    assert source.issues[0].where.startswith("val.csv")
+    if "image" not in kind and "path" not in kind:
+        assert source.issues[0].where == "val.csv:3"
     assert [record.boxes.tolist() for record in source.split("val")] == [[[1, 2, 3, 4]]] * 2
 
 
 def test_boxes_are_clipped(tmp_path: Path) -> None:
     source = opened(tmp_path, HEADER, "a.jpg,40,30,cat,-5,2,3,4")
     np.testing.assert_array_equal(source.split("val")[0].boxes, [[0, 2, 3, 4]])
-    assert source.fault_counts == {"box clipped": 1}
+    assert source.issue_counts == {"box clipped": 1}
 
 
 def test_a_quote_that_never_ends(tmp_path: Path) -> None:
     endless = '"' + "x," * 100_000
     source = opened(tmp_path, HEADER, "a.jpg,40,30,cat,1,2,3,4", f"b.jpg,40,30,{endless}")
-    assert source.fault_counts == {"unreadable annotation": 1}
+    assert source.issue_counts == {"unreadable annotation": 1}
     assert len(source.split("val")) == 1
 
 
@@ -121,7 +121,7 @@ def test_other_tables_are_not_recognised(tmp_path: Path, lines: tuple[str, ...])
         opened(tmp_path, *lines)
 
 
-def test_pictures_without_objects_alone_have_no_category(tmp_path: Path) -> None:
+def test_images_without_objects_alone_have_no_category(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no category"):
         opened(tmp_path, "a.jpg,,,,,", "b.jpg,,,,,")
 
@@ -129,4 +129,4 @@ def test_pictures_without_objects_alone_have_no_category(tmp_path: Path) -> None
 def test_one_file_is_a_dataset(tmp_path: Path) -> None:
     opened(tmp_path, "a.jpg,1,2,3,4,cat", "b.jpg,,,,,")
     path = tmp_path / "data" / "val.csv"
-    assert len(open_dataset(DatasetSpec(name="one", path=path), tmp_path / "cache").split("val")) == 2
+    assert len(open_dataset(DatasetConfig(name="one", path=path), tmp_path / "cache").split("val")) == 2

@@ -1,4 +1,4 @@
-"""Damaged datasets end in records, faults or one clear message, never in a traceback."""
+"""Damaged datasets end in records, issues or one clear message, never in a traceback."""
 
 import contextlib
 import re
@@ -9,8 +9,8 @@ import pytest
 from line_trees import LINE_LAYOUTS
 from reader_trees import LAYOUTS, made_up, write_text
 
+from metr.data.datasets_file import DatasetConfig, open_dataset
 from metr.data.images import read_annotated
-from metr.data.sources import DatasetSpec, open_dataset
 from metr.errors import MetrError
 
 ODD_VALUES = (b"null", b"1e999", b"-1", b"NaN", b"9" * 30, b'"x"', b"[]", b"{}", b"", b"true", b"\0", b"[" * 5000)
@@ -47,7 +47,7 @@ def test_damaged_annotations(tmp_path: Path, layout: str) -> None:
         whole = path.read_bytes()
         path.write_bytes(damaged(whole, rng))
         with contextlib.suppress(MetrError):
-            source = open_dataset(DatasetSpec(name="made", path=root), tmp_path / f"cache {round_number}")
+            source = open_dataset(DatasetConfig(name="made", path=root), tmp_path / f"cache {round_number}")
             for record in (record for annotations in source.splits.values() for record in annotations):
                 sides = record.boxes[:, 2:] - record.boxes[:, :2]
                 assert (sides > 0.99).all()
@@ -57,15 +57,15 @@ def test_damaged_annotations(tmp_path: Path, layout: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "a\0b/c.jpg", "a/" * 3000, "~nobody/x", "."])
-def test_odd_paths_are_missing_pictures(tmp_path: Path, name: str) -> None:
+def test_odd_paths_are_missing_images(tmp_path: Path, name: str) -> None:
     root = tmp_path / "data"
     LAYOUTS["csv plain"][1](root, made_up())
     write_text(root / "val.csv", f'images/val 00 снимок.jpg,1,2,9,9,cat\n"{name}.jpg",1,2,9,9,cat')
-    source = open_dataset(DatasetSpec(name="made", path=root), tmp_path / "cache")
-    assert source.fault_counts == {"missing picture": 1}
+    source = open_dataset(DatasetConfig(name="made", path=root), tmp_path / "cache")
+    assert source.issue_counts == {"missing image": 1}
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "a" * 3000 + ".yaml", "~nobody/x"])
 def test_odd_paths_of_datasets(name: str) -> None:
     with pytest.raises(MetrError, match="no such dataset"):
-        open_dataset(DatasetSpec(name="made", path=Path(name)))
+        open_dataset(DatasetConfig(name="made", path=Path(name)))

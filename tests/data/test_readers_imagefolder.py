@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 from line_trees import write_lines
-from reader_trees import save_picture, write_json, write_text
+from reader_trees import save_image, write_json, write_text
 
-from metr.data.sources import DatasetSpec, DetectionSource, open_dataset
+from metr.data.datasets_file import DatasetConfig, DatasetSource, open_dataset
 from metr.errors import DataError
 
 
@@ -17,23 +17,23 @@ def row(name: str = "a.jpg", boxes: object = ((2, 3, 10, 20),), categories: obje
     return {"file_name": name, "objects": {key: value for key, value in objects.items() if value is not None}}
 
 
-def opened(tmp_path: Path, *rows: object, folder: str = "val", **files: str) -> DetectionSource:
-    """A dataset with the pictures a.jpg and b.jpg of 40 x 30; `files` are written to its folder."""
+def opened(tmp_path: Path, *rows: object, folder: str = "val", **files: str) -> DatasetSource:
+    """A dataset with the images a.jpg and b.jpg of 40 x 30; `files` are written to its folder."""
     root = tmp_path / "data"
     for name in ("a.jpg", "b.jpg"):
-        save_picture(root / folder / name)
+        save_image(root / folder / name)
     if rows:
         write_lines(root / folder / "metadata.jsonl", rows)
     for name, text in files.items():
         write_text(root / name.replace("_", "."), text)
-    return open_dataset(DatasetSpec(name="made", path=root), tmp_path / "cache")
+    return open_dataset(DatasetConfig(name="made", path=root), tmp_path / "cache")
 
 
 def test_numbers_without_names_are_named_and_noted_once(tmp_path: Path) -> None:
     boxes = [[1, 1, 5, 5]] * 3
     source = opened(tmp_path, row(boxes=boxes, categories=[3, 3, 11]), row("b.jpg", boxes, [3, 11, 3]))
     assert source.categories == ("category 11", "category 3")
-    assert source.fault_counts == {"unnamed category": 2}
+    assert source.issue_counts == {"unnamed category": 2}
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_names_of_numbers(tmp_path: Path, name: str, text: str, beside: bool) ->
     source = opened(tmp_path, row(categories=[1]), row("b.jpg", [], []))
     assert source.categories == ("cat", "dog")
     assert source.split("val")[0].labels.tolist() == [1]
-    assert source.fault_counts == {}
+    assert source.issue_counts == {}
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_names_of_numbers(tmp_path: Path, name: str, text: str, beside: bool) ->
 def test_cards_that_name_nothing(tmp_path: Path, card: str) -> None:
     source = opened(tmp_path, row(), README_md=card)
     assert source.categories == ("category 0",)
-    assert source.fault_counts["unnamed category"] == 1
+    assert source.issue_counts["unnamed category"] == 1
 
 
 def test_crowds_are_ignored_and_areas_kept(tmp_path: Path) -> None:
@@ -82,16 +82,16 @@ def test_a_row_tells_the_size(tmp_path: Path) -> None:
     assert [(record.width, record.height) for record in source.split("val")] == [(400, 300), (40, 30)]
 
 
-def test_a_picture_without_objects_and_one_without_annotations(tmp_path: Path) -> None:
-    save_picture(tmp_path / "data" / "val" / "c.jpg")
-    save_picture(tmp_path / "data" / "val" / "d.jpg")
+def test_a_image_without_objects_and_one_without_annotations(tmp_path: Path) -> None:
+    save_image(tmp_path / "data" / "val" / "c.jpg")
+    save_image(tmp_path / "data" / "val" / "d.jpg")
     rows = [row(), row("b.jpg", [], []), {"file_name": "c.jpg", "objects": None}]
     source = opened(tmp_path, *rows)
     assert [record.path.name for record in source.split("val")] == ["a.jpg", "b.jpg"]
-    assert source.fault_counts["unannotated picture"] == 3  # c.jpg as a row, then both as pictures without boxes
+    assert source.issue_counts["unannotated image"] == 3  # c.jpg as a row, then both as images without boxes
 
 
-def test_an_empty_list_of_objects_is_a_picture_without_objects(tmp_path: Path) -> None:
+def test_an_empty_list_of_objects_is_a_image_without_objects(tmp_path: Path) -> None:
     source = opened(tmp_path, row(), {"file_name": "b.jpg", "objects": []})
     assert source.split("val").counts().empty == 1
 
@@ -114,8 +114,8 @@ def test_an_empty_list_of_objects_is_a_picture_without_objects(tmp_path: Path) -
 def test_wrong_objects_are_dropped_and_counted(tmp_path: Path, box: object, category: object, kind: str) -> None:
     boxes, categories = [[2, 3, 10, 20], box, [1, 1, 5, 5]], ["cat", category, "dog"]
     source = opened(tmp_path, row(boxes=boxes, categories=categories), row("b.jpg"))
-    assert {**source.fault_counts, "unnamed category": 1} == {kind: 1, "unnamed category": 1}
-    assert next(fault for fault in source.faults if fault.kind == kind).where == "val/metadata.jsonl:1, box 2"
+    assert {**source.issue_counts, "unnamed category": 1} == {kind: 1, "unnamed category": 1}
+    assert next(issue for issue in source.issues if issue.kind == kind).where == "val/metadata.jsonl:1, box 2"
     assert len(source.split("val")[0].boxes) == 2
 
 
@@ -128,15 +128,15 @@ def test_wrong_objects_are_dropped_and_counted(tmp_path: Path, box: object, cate
         (row("b.jpg", [[1, 2, 3, 4]], ["cat"], iscrowd=[0, 1]), "unreadable annotation"),
         ({"objects": {"bbox": [], "categories": []}}, "unreadable annotation"),
         ([1], "unreadable annotation"),
-        (row("z.jpg"), "missing picture"),
+        (row("z.jpg"), "missing image"),
         (row("../../x.jpg"), "path outside"),
         (row("a.jpg"), "duplicate image"),
     ],
 )
 def test_wrong_rows_are_skipped_and_counted(tmp_path: Path, wrong: object, kind: str) -> None:
-    save_picture(tmp_path / "x.jpg")
+    save_image(tmp_path / "x.jpg")
     source = opened(tmp_path, row(categories=["cat"]), wrong, classes_txt="cat")
-    assert source.fault_counts == {kind: 1, "unannotated picture": 1}
+    assert source.issue_counts == {kind: 1, "unannotated image": 1}
     assert len(source.split("val")) == 1
 
 
@@ -144,7 +144,7 @@ def test_a_file_without_any_sound_row_is_an_empty_split(tmp_path: Path) -> None:
     write_text(tmp_path / "data" / "train" / "metadata.jsonl", "{\n")
     source = opened(tmp_path, row(categories=["cat"]), row("b.jpg", [], []))
     assert list(source.splits) == ["val"]
-    assert source.fault_counts == {"unreadable annotation": 1, "empty split": 1}
+    assert source.issue_counts == {"unreadable annotation": 1, "empty split": 1}
 
 
 def test_a_damaged_table_is_an_error(tmp_path: Path) -> None:
@@ -155,12 +155,12 @@ def test_a_damaged_table_is_an_error(tmp_path: Path) -> None:
 
 def test_one_file_is_a_dataset(tmp_path: Path) -> None:
     opened(tmp_path, row())
-    spec = DatasetSpec(name="one", path=tmp_path / "data" / "val" / "metadata.jsonl")
+    spec = DatasetConfig(name="one", path=tmp_path / "data" / "val" / "metadata.jsonl")
     assert list(open_dataset(spec, tmp_path / "cache").splits) == ["val"]
 
 
 def test_a_folder_without_splits_is_split(tmp_path: Path) -> None:
-    source = opened(tmp_path, row(), row("b.jpg"), folder="pictures")
+    source = opened(tmp_path, row(), row("b.jpg"), folder="images")
     assert {split: len(found) for split, found in source.splits.items()} == {"train": 1, "val": 1}
 
 

@@ -1,13 +1,13 @@
-"""labelme: every shape, groups, flags, where pictures lie, and everything that may be wrong in a file."""
+"""labelme: every shape, groups, flags, where images lie, and everything that may be wrong in a file."""
 
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from reader_trees import save_picture, write_json, write_text
+from reader_trees import save_image, write_json, write_text
 
-from metr.data.sources import DatasetSpec, DetectionSource, open_dataset
+from metr.data.datasets_file import DatasetConfig, DatasetSource, open_dataset
 
 BOX = [[2, 3], [12, 23]]
 
@@ -19,24 +19,24 @@ def shape(
     return {"label": label, "points": points, "shape_type": kind, "group_id": None, "flags": {}, **rest}
 
 
-def content(*shapes: object, picture: str | None = "a.jpg", **rest: object) -> dict[str, Any]:
+def content(*shapes: object, image: str | None = "a.jpg", **rest: object) -> dict[str, Any]:
     size = {"imageHeight": 30, "imageWidth": 40}
     return (
-        {"version": "5.5.0", "flags": {}, "shapes": list(shapes), "imagePath": picture, "imageData": None} | size | rest
+        {"version": "5.5.0", "flags": {}, "shapes": list(shapes), "imagePath": image, "imageData": None} | size | rest
     )
 
 
-def opened(tmp_path: Path, value: object, picture: str = "a.jpg") -> DetectionSource:
+def opened(tmp_path: Path, value: object, image: str = "a.jpg") -> DatasetSource:
     """A dataset whose one odd file lies beside a sound one."""
     root = tmp_path / "data"
-    for name in (picture, "sound.jpg"):
-        save_picture(root / "val" / name)
+    for name in (image, "sound.jpg"):
+        save_image(root / "val" / name)
     if isinstance(value, str):
         write_text(root / "val" / "a.json", value)
     else:
         write_json(root / "val" / "a.json", value)
-    write_json(root / "val" / "sound.json", content(shape("dog"), picture="sound.jpg"))
-    return open_dataset(DatasetSpec(name="made", path=root), tmp_path / "cache")
+    write_json(root / "val" / "sound.json", content(shape("dog"), image="sound.jpg"))
+    return open_dataset(DatasetConfig(name="made", path=root), tmp_path / "cache")
 
 
 @pytest.mark.parametrize(
@@ -54,14 +54,14 @@ def opened(tmp_path: Path, value: object, picture: str = "a.jpg") -> DetectionSo
 def test_shapes_are_read_as_the_boxes_around_them(tmp_path: Path, points: object, kind: str, box: list[float]) -> None:
     source = opened(tmp_path, content(shape("cat", points, kind)))
     np.testing.assert_allclose(source.split("val")[0].boxes, [box])
-    assert source.fault_counts == {}
+    assert source.issue_counts == {}
 
 
 @pytest.mark.parametrize("kind", ["line", "linestrip", "point", "points"])
 def test_lines_and_points_are_no_objects(tmp_path: Path, kind: str) -> None:
     source = opened(tmp_path, content(shape(), shape("edge", BOX, kind)))
-    assert source.fault_counts == {"unsupported shape": 1}
-    assert source.faults[0].where == "val/a.json, shape 2"
+    assert source.issue_counts == {"unsupported shape": 1}
+    assert source.issues[0].where == "val/a.json, shape 2"
     assert source.categories == ("cat", "dog")
 
 
@@ -91,7 +91,7 @@ def test_difficult_objects_and_crowds_are_ignored(tmp_path: Path) -> None:
 def test_numbers_are_names_and_regions_of_nothing_are_left_out(tmp_path: Path) -> None:
     source = opened(tmp_path, content(shape(7), shape("__ignore__"), shape("_background_")))
     assert source.categories == ("7", "dog")
-    assert source.fault_counts == {"unknown category": 2}
+    assert source.issue_counts == {"unknown category": 2}
 
 
 @pytest.mark.parametrize(
@@ -111,8 +111,8 @@ def test_numbers_are_names_and_regions_of_nothing_are_left_out(tmp_path: Path) -
 )
 def test_wrong_shapes_are_dropped_and_counted(tmp_path: Path, wrong: object, kind: str) -> None:
     source = opened(tmp_path, content(shape(), wrong, shape(points=[[1, 1], [3, 3]])))
-    assert source.fault_counts == {kind: 1}
-    assert source.faults[0].where == "val/a.json, shape 2"
+    assert source.issue_counts == {kind: 1}
+    assert source.issues[0].where == "val/a.json, shape 2"
     np.testing.assert_array_equal(source.split("val")[0].boxes, [[2, 3, 12, 23], [1, 1, 3, 3]])
 
 
@@ -121,53 +121,51 @@ def test_sizes_that_say_nothing_are_probed(tmp_path: Path, size: tuple[object, o
     height, width = size
     source = opened(tmp_path, content(shape(), imageHeight=height, imageWidth=width))
     if "x" in size:  # no number: nothing in the file can be trusted
-        assert source.fault_counts == {"unreadable annotation": 1, "unannotated picture": 1}
+        assert source.issue_counts == {"unreadable annotation": 1, "unannotated image": 1}
     else:
         record = source.split("val")[0]
         assert (record.width, record.height) == (40, 30)
 
 
 @pytest.mark.parametrize(
-    ("value", "picture", "faults"),
+    ("value", "image", "issues"),
     [
-        ("{", "a.jpg", {"unreadable annotation": 1, "unannotated picture": 1}),
-        ("", "a.jpg", {"unreadable annotation": 1, "unannotated picture": 1}),
-        ('{"shapes": ' + "[" * 100_000, "a.jpg", {"unreadable annotation": 1, "unannotated picture": 1}),
-        ('{"imagePath": "a.jpg"}', "a.jpg", {"unreadable annotation": 1, "unannotated picture": 1}),
-        (content(5), "a.jpg", {"unreadable annotation": 1, "unannotated picture": 1}),
-        (content(shape(), picture="c.jpg"), "b.jpg", {"missing picture": 1, "unannotated picture": 1}),
-        (content(shape(), picture=None), "b.jpg", {"missing picture": 1, "unannotated picture": 1}),
-        (content(shape(), picture="../../x.jpg"), "b.jpg", {"path outside": 1, "unannotated picture": 1}),
-        (content(shape(), picture="/etc/x.jpg"), "b.jpg", {"path outside": 1, "unannotated picture": 1}),
-        (content(shape(), picture="sound.jpg"), "b.jpg", {"missing picture": 1, "unannotated picture": 1}),
+        ("{", "a.jpg", {"unreadable annotation": 1, "unannotated image": 1}),
+        ("", "a.jpg", {"unreadable annotation": 1, "unannotated image": 1}),
+        ('{"shapes": ' + "[" * 100_000, "a.jpg", {"unreadable annotation": 1, "unannotated image": 1}),
+        ('{"imagePath": "a.jpg"}', "a.jpg", {"unreadable annotation": 1, "unannotated image": 1}),
+        (content(5), "a.jpg", {"unreadable annotation": 1, "unannotated image": 1}),
+        (content(shape(), image="c.jpg"), "b.jpg", {"missing image": 1, "unannotated image": 1}),
+        (content(shape(), image=None), "b.jpg", {"missing image": 1, "unannotated image": 1}),
+        (content(shape(), image="../../x.jpg"), "b.jpg", {"path outside": 1, "unannotated image": 1}),
+        (content(shape(), image="/etc/x.jpg"), "b.jpg", {"path outside": 1, "unannotated image": 1}),
+        (content(shape(), image="sound.jpg"), "b.jpg", {"missing image": 1, "unannotated image": 1}),
     ],
 )
-def test_wrong_files_are_skipped_and_counted(
-    tmp_path: Path, value: object, picture: str, faults: dict[str, int]
-) -> None:
-    save_picture(tmp_path / "x.jpg")
-    source = opened(tmp_path, value, picture)
-    assert source.fault_counts == faults
+def test_wrong_files_are_skipped_and_counted(tmp_path: Path, value: object, image: str, issues: dict[str, int]) -> None:
+    save_image(tmp_path / "x.jpg")
+    source = opened(tmp_path, value, image)
+    assert source.issue_counts == issues
     assert [record.path.name for record in source.split("val")] == ["sound.jpg"]
 
 
-@pytest.mark.parametrize("named", ["b.jpg", "C:\\pictures\\b.jpg", "../old/b.jpg", "/home/x/b.jpg", None])
-def test_the_picture_of_the_same_name_comes_first(tmp_path: Path, named: str | None) -> None:
+@pytest.mark.parametrize("named", ["b.jpg", "C:\\images\\b.jpg", "../old/b.jpg", "/home/x/b.jpg", None])
+def test_the_image_of_the_same_name_comes_first(tmp_path: Path, named: str | None) -> None:
     """Paths grow stale; b.jpg is there, but the file is called like a.jpg."""
-    save_picture(tmp_path / "data" / "val" / "b.jpg")
-    source = opened(tmp_path, content(shape(), picture=named))
+    save_image(tmp_path / "data" / "val" / "b.jpg")
+    source = opened(tmp_path, content(shape(), image=named))
     assert source.split("val")[0].path.name == "a.jpg"
-    assert source.fault_counts == {"unannotated picture": 1}
+    assert source.issue_counts == {"unannotated image": 1}
 
 
-def test_a_picture_without_objects(tmp_path: Path) -> None:
+def test_a_image_without_objects(tmp_path: Path) -> None:
     assert opened(tmp_path, content()).split("val").counts().empty == 1
 
 
 def test_a_folder_without_splits_is_split(tmp_path: Path) -> None:
     root = tmp_path / "data"
     for name in "abcde":
-        save_picture(root / f"{name}.jpg")
-        write_json(root / f"{name}.json", content(shape(), picture=f"{name}.jpg"))
-    source = open_dataset(DatasetSpec(name="made", path=root), tmp_path / "cache")
+        save_image(root / f"{name}.jpg")
+        write_json(root / f"{name}.json", content(shape(), image=f"{name}.jpg"))
+    source = open_dataset(DatasetConfig(name="made", path=root), tmp_path / "cache")
     assert {split: len(found) for split, found in source.splits.items()} == {"train": 4, "val": 1}

@@ -1,4 +1,4 @@
-"""LVIS JSON: which categories are annotated in which picture, and where the pictures of COCO are found."""
+"""LVIS JSON: which categories are annotated in which image, and where the images of COCO are found."""
 
 import contextlib
 from collections.abc import Mapping
@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from reader_trees import coco_plain, made_up, save_picture, write_json
+from reader_trees import coco_plain, made_up, save_image, write_json
 from test_readers_damaged import damaged
 
-from metr.data.readers import coco
-from metr.data.readers.registry import recognise
-from metr.data.sources import DatasetSpec, DetectionSource, open_dataset
+from metr.data.datasets_file import DatasetConfig, DatasetSource, open_dataset
+from metr.data.formats import coco
+from metr.data.formats.registry import recognise
 from metr.errors import DataError, MetrError
 
 NAMES = ("aerosol_can", "bow_(weapon)", "cat", "Ferris_wheel", "bow_(decorative_ribbons)")
@@ -31,7 +31,7 @@ IDS = {number: category(number)["id"] for number in range(len(NAMES))}
 
 
 def image(number: int, split: str = "train", **rest: Any) -> dict[str, Any]:
-    """A picture as LVIS v1 lists it: named by its address alone."""
+    """An image as LVIS v1 lists it: named by its address alone."""
     url = f"http://images.cocodataset.org/{split}2017/{number:012d}.jpg"
     return {
         "id": number,
@@ -50,13 +50,13 @@ def box(image_id: int, number: int, bbox: list[float]) -> dict[str, Any]:
 
 
 def content(images: list[dict[str, Any]], boxes: list[dict[str, Any]]) -> dict[str, Any]:
-    """The keys in the order of the real files, where pictures come after boxes."""
+    """The keys in the order of the real files, where images come after boxes."""
     categories = [category(number) for number in range(len(NAMES))]
     return {"info": {}, "annotations": boxes, "images": images, "licenses": [], "categories": categories}
 
 
 def truth(seed: int) -> dict[str, list[dict[str, Any]]]:
-    """For each picture of each split its boxes and the numbers of categories that are absent or boxed in part."""
+    """For each image of each split its boxes and the numbers of categories that are absent or boxed in part."""
     rng = np.random.default_rng(seed)
     result: dict[str, list[dict[str, Any]]] = {}
     for split in SPLITS:
@@ -76,9 +76,9 @@ def truth(seed: int) -> dict[str, list[dict[str, Any]]]:
     return result
 
 
-def write(root: Path, pictures: Mapping[str, list[dict[str, Any]]]) -> None:
-    """As it is distributed: pictures of either split may lie in either folder of COCO."""
-    for split, items in pictures.items():
+def write(root: Path, splits: Mapping[str, list[dict[str, Any]]]) -> None:
+    """As it is distributed: images of either split may lie in either folder of COCO."""
+    for split, items in splits.items():
         images = [
             image(
                 item["id"],
@@ -89,24 +89,24 @@ def write(root: Path, pictures: Mapping[str, list[dict[str, Any]]]) -> None:
             for item in items
         ]
         for listed in images:
-            save_picture(root / "/".join(listed["coco_url"].split("/")[-2:]))
+            save_image(root / "/".join(listed["coco_url"].split("/")[-2:]))
         boxes = [box(item["id"], kind, bbox) for item in items for kind, bbox in item["boxes"]]
         write_json(root / "annotations" / f"lvis_v1_{split}.json", content(images, boxes[::2] + boxes[1::2]))
 
 
-def opened(root: Path, tmp_path: Path, **options: Any) -> DetectionSource:
-    return open_dataset(DatasetSpec(name="made", path=root, **options), tmp_path / "cache")
+def opened(root: Path, tmp_path: Path, **options: Any) -> DatasetSource:
+    return open_dataset(DatasetConfig(name="made", path=root, **options), tmp_path / "cache")
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_round_trip(tmp_path: Path, seed: int) -> None:
-    pictures = truth(seed)
-    write(tmp_path / "data", pictures)
+    images = truth(seed)
+    write(tmp_path / "data", images)
     source = opened(tmp_path / "data", tmp_path)
-    assert (source.format, source.categories, source.fault_counts) == ("lvis", READ_AS, {})
+    assert (source.format, source.categories, source.issue_counts) == ("lvis", READ_AS, {})
     for split in SPLITS:
-        assert [record.image_id for record in source.split(split)] == [item["id"] for item in pictures[split]]
-        for record, item in zip(source.split(split), pictures[split], strict=True):
+        assert [record.image_id for record in source.split(split)] == [item["id"] for item in images[split]]
+        for record, item in zip(source.split(split), images[split], strict=True):
             assert record.path.is_file()
             expected = sorted((kind, [x, y, x + w, y + h]) for kind, (x, y, w, h) in item["boxes"])
             found = zip(record.labels.tolist(), record.boxes.tolist(), strict=True)
@@ -126,12 +126,10 @@ def test_pieces_give_what_the_whole_gives(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(set(whole)) > 1
 
 
-def made(
-    tmp_path: Path, images: list[dict[str, Any]], *pictures: str, name: str = "lvis_v1_val.json"
-) -> DetectionSource:
-    """A dataset of one file, with pictures."""
-    for picture in pictures:
-        save_picture(tmp_path / "data" / picture)
+def made(tmp_path: Path, images: list[dict[str, Any]], *files: str, name: str = "lvis_v1_val.json") -> DatasetSource:
+    """A dataset of one file, with images."""
+    for file in files:
+        save_image(tmp_path / "data" / file)
     write_json(tmp_path / "data" / "annotations" / name, content(images, []))
     return opened(tmp_path / "data", tmp_path)
 
@@ -146,7 +144,7 @@ def made(
         "images/000000000005.jpg",
     ],
 )
-def test_places_of_pictures(tmp_path: Path, place: str) -> None:
+def test_places_of_images(tmp_path: Path, place: str) -> None:
     """The end of the address leads there; a file name need not be given, and need not be right."""
     for number, rest in enumerate(({}, {"file_name": ""}, {"file_name": "somewhere/else.jpg"})):
         source = made(tmp_path / str(number), [image(5, "train", neg_category_ids=[20], **rest)], place)
@@ -159,30 +157,30 @@ def test_a_file_name_comes_before_the_address(tmp_path: Path) -> None:
     assert source.split("val")[0].path.parent.name == "own"
 
 
-def test_pictures_that_are_not_there(tmp_path: Path) -> None:
+def test_images_that_are_not_there(tmp_path: Path) -> None:
     images = [
         image(1, neg_category_ids=[20]),
         image(2, neg_category_ids=[]),
         image(3, neg_category_ids=[], file_name="../../secret.jpg"),
         image(4, neg_category_ids=[], coco_url=""),
     ]
-    save_picture(tmp_path / "secret.jpg")
+    save_image(tmp_path / "secret.jpg")
     source = made(tmp_path, images, "train2017/000000000001.jpg")
-    assert source.fault_counts == {"missing picture": 2, "path outside": 1}
+    assert source.issue_counts == {"missing image": 2, "path outside": 1}
     assert [record.image_id for record in source.split("val")] == [1]
 
 
 def test_without_what_was_looked_for(tmp_path: Path) -> None:
     """In a file of LVIS by its name: what is not said is not known; ids that are not declared say nothing."""
     listed = [image(1), image(2, neg_category_ids=[20, 999], not_exhaustive_category_ids=[998])]
-    pictures = [f"train2017/{number:012d}.jpg" for number in (1, 2)]
-    source = made(tmp_path, listed, *pictures)
+    images = [f"train2017/{number:012d}.jpg" for number in (1, 2)]
+    source = made(tmp_path, listed, *images)
     assert [record.annotated for record in source.split("val")] == [(), (0,)]
-    assert source.fault_counts == {}
+    assert source.issue_counts == {}
 
 
 def test_recognition(tmp_path: Path) -> None:
-    """By the key in files of any name, by the name where no picture says anything; COCO stays COCO."""
+    """By the key in files of any name, by the name where no image says anything; COCO stays COCO."""
     by_key, by_name, plain = tmp_path / "key", tmp_path / "name", tmp_path / "plain"
     write_json(by_key / "annotations" / "instances_train.json", content([image(1, neg_category_ids=[])], []))
     write_json(by_name / "data" / "lvis_v1_train.json", content([image(1)], []))
@@ -195,7 +193,7 @@ def test_recognition(tmp_path: Path) -> None:
 
 
 def test_beside_the_files_of_coco(tmp_path: Path) -> None:
-    """LVIS describes COCO's pictures and may lie in the same folder; either can be asked for."""
+    """LVIS describes COCO's images and may lie in the same folder; either can be asked for."""
     coco_plain(tmp_path / "data", made_up())
     write(tmp_path / "data", truth(0))
     assert opened(tmp_path / "data", tmp_path).categories == READ_AS
@@ -205,10 +203,10 @@ def test_beside_the_files_of_coco(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("wrong", [{"neg_category_ids": [None]}, {"neg_category_ids": 5}, {"coco_url": 7}])
-def test_wrong_pictures_are_noted(tmp_path: Path, wrong: dict[str, Any]) -> None:
+def test_wrong_images_are_noted(tmp_path: Path, wrong: dict[str, Any]) -> None:
     listed = [image(1, neg_category_ids=[20]), image(2) | wrong]
     source = made(tmp_path, listed, "train2017/000000000001.jpg", "train2017/000000000002.jpg")
-    assert source.fault_counts == {"unreadable annotation": 1}
+    assert source.issue_counts == {"unreadable annotation": 1}
     assert len(source.split("val")) == 1
 
 
@@ -220,6 +218,6 @@ def test_damaged_files(tmp_path: Path) -> None:
     for number in range(12):
         file.write_bytes(damaged(whole, rng))
         with contextlib.suppress(MetrError):
-            source = open_dataset(DatasetSpec(name="made", path=root), tmp_path / f"cache {number}")
+            source = open_dataset(DatasetConfig(name="made", path=root), tmp_path / f"cache {number}")
             for record in (record for annotations in source.splits.values() for record in annotations):
                 assert set(record.annotated or ()) <= set(range(len(source.categories)))

@@ -1,4 +1,4 @@
-"""Objects365 JSON: fakes are ignored, and pictures are found in patches wherever these were unpacked."""
+"""Objects365 JSON: fakes are ignored, and images are found in patches wherever these were unpacked."""
 
 import contextlib
 from pathlib import Path
@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from reader_trees import coco_plain, made_up, save_picture, write_json
+from reader_trees import coco_plain, made_up, save_image, write_json
 from test_readers_damaged import damaged
 
-from metr.data.readers.registry import recognise
-from metr.data.sources import DatasetSpec, DetectionSource, open_dataset
+from metr.data.datasets_file import DatasetConfig, DatasetSource, open_dataset
+from metr.data.formats.registry import recognise
 from metr.errors import DataError, MetrError
 
 NAMES = ("Person", "Cabinet/shelf", "Street Lights")
@@ -32,7 +32,7 @@ def name_of(split: str, number: int) -> str:
 
 
 def content(split: str, boxes: list[list[tuple[int, list[float], dict[str, int]]]]) -> dict[str, Any]:
-    """A file as it is distributed, for pictures with boxes (category, xywh, flags)."""
+    """A file as it is distributed, for images with boxes (category, xywh, flags)."""
     images = [
         {"height": 30, "id": 11 * number, "license": 5, "width": 40, "url": ""}
         | {"file_name": f"images/v1/patch8/{name_of(split, number)}"}
@@ -66,15 +66,15 @@ def truth(seed: int) -> dict[str, list[list[tuple[int, list[float], dict[str, in
 
 def write(root: Path, seed: int = 0, layout: str = "patches in the split", folder: str = "annotations") -> Any:
     made = truth(seed)
-    for split, pictures in made.items():
-        write_json(root / folder.format(split=split) / f"zhiyuan_objv2_{split}.json", content(split, pictures))
-        for number in range(len(pictures)):
-            save_picture(root / LAYOUTS[layout].format(split=split, name=name_of(split, number)))
+    for split, images in made.items():
+        write_json(root / folder.format(split=split) / f"zhiyuan_objv2_{split}.json", content(split, images))
+        for number in range(len(images)):
+            save_image(root / LAYOUTS[layout].format(split=split, name=name_of(split, number)))
     return made
 
 
-def opened(root: Path, tmp_path: Path, **options: Any) -> DetectionSource:
-    return open_dataset(DatasetSpec(name="made", path=root, **options), tmp_path / "cache")
+def opened(root: Path, tmp_path: Path, **options: Any) -> DatasetSource:
+    return open_dataset(DatasetConfig(name="made", path=root, **options), tmp_path / "cache")
 
 
 @pytest.mark.parametrize("folder", ["annotations", "", "{split}"])
@@ -83,7 +83,7 @@ def test_round_trip(tmp_path: Path, layout: str, folder: str) -> None:
     root = tmp_path / "data"
     made = write(root, len(layout), layout, folder)
     source = opened(root, tmp_path)
-    assert (source.format, source.categories, source.fault_counts) == ("objects365", NAMES, {})
+    assert (source.format, source.categories, source.issue_counts) == ("objects365", NAMES, {})
     for split in SPLITS:
         records = list(source.split(split))
         assert [record.image_id for record in records] == [11 * number for number in range(5)]
@@ -106,7 +106,7 @@ def test_what_plain_coco_makes_of_it(tmp_path: Path) -> None:
 
 
 def test_recognition(tmp_path: Path) -> None:
-    """By name, by the flag, by what pictures are called; COCO stays COCO."""
+    """By name, by the flag, by what images are called; COCO stays COCO."""
     whole = content("train", truth(0)["train"])
     bare = {**whole, "annotations": [], "images": [{"id": 1, "file_name": "a.jpg"}]}
     for number, (name, held) in enumerate(
@@ -131,11 +131,11 @@ def test_a_part_of_the_patches(tmp_path: Path) -> None:
     held = content("train", truth(0)["train"])
     for listed, name in zip(held["images"], ["images/v2/patch16/a.jpg", "../../a.jpg", "/a.jpg", ""], strict=False):
         listed["file_name"] = name
-    save_picture(root / "a.jpg")
+    save_image(root / "a.jpg")
     (root / "a.jpg").rename(tmp_path / "a.jpg")
     write_json(root / "annotations" / "zhiyuan_objv2_train.json", held)
     source = opened(root, tmp_path)
-    assert source.fault_counts == {"missing picture": 2, "path outside": 2}
+    assert source.issue_counts == {"missing image": 2, "path outside": 2}
     assert [record.image_id for record in source.split("train")] == [44]
 
 
@@ -147,6 +147,6 @@ def test_damaged_files(tmp_path: Path) -> None:
     for number in range(12):
         file.write_bytes(damaged(whole, rng))
         with contextlib.suppress(MetrError):
-            source = open_dataset(DatasetSpec(name="made", path=root), tmp_path / f"cache {number}")
+            source = open_dataset(DatasetConfig(name="made", path=root), tmp_path / f"cache {number}")
             for record in (record for annotations in source.splits.values() for record in annotations):
                 assert record.labels.max(initial=0) < len(source.categories)

@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 from line_trees import write_lines
-from reader_trees import save_picture, write_json, write_text
+from reader_trees import save_image, write_json, write_text
 
-from metr.data.sources import DatasetSpec, DetectionSource, open_dataset
+from metr.data.datasets_file import DatasetConfig, DatasetSource, open_dataset
 from metr.errors import DataError
 
 
@@ -25,16 +25,16 @@ def grounding(name: str, *regions: tuple[object, object]) -> dict[str, Any]:
     return {"filename": name, "height": 30, "width": 40, "grounding": {"caption": "a man on a horse", "regions": found}}
 
 
-def opened(tmp_path: Path, labels: object = None, **files: list[Any]) -> DetectionSource:
-    """A dataset with the pictures a.jpg to d.jpg of 40 x 30."""
+def opened(tmp_path: Path, labels: object = None, **files: list[Any]) -> DatasetSource:
+    """A dataset with the images a.jpg to d.jpg of 40 x 30."""
     root = tmp_path / "data"
     for name in "abcd":
-        save_picture(root / "images" / f"{name}.jpg")
+        save_image(root / "images" / f"{name}.jpg")
     for name, rows in files.items():
         write_lines(root / f"{name}.jsonl", rows)
     if labels is not None:
         write_json(root / "label_map.json", labels)
-    return open_dataset(DatasetSpec(name="made", path=root), tmp_path / "cache")
+    return open_dataset(DatasetConfig(name="made", path=root), tmp_path / "cache")
 
 
 def test_names_of_the_label_map_are_annotated_though_unseen(tmp_path: Path) -> None:
@@ -55,7 +55,7 @@ def test_the_name_in_a_line_is_believed(tmp_path: Path) -> None:
     rows = [detections("a.jpg", instance(0, category="cat"), instance(1, category="horse"), instance(1))]
     source = opened(tmp_path, {"0": "cat", "1": "dog"}, val=rows)
     assert [source.categories[label] for label in source.split("val")[0].labels] == ["cat", "horse", "dog"]
-    assert source.fault_counts == {"conflicting name": 1}
+    assert source.issue_counts == {"conflicting name": 1}
 
 
 def test_phrases_are_categories_of_which_nothing_is_known_to_be_absent(tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_phrases_are_categories_of_which_nothing_is_known_to_be_absent(tmp_path:
     assert (len(empty.boxes), empty.annotated) == (0, ())
 
 
-def test_a_picture_comes_with_each_of_its_captions(tmp_path: Path) -> None:
+def test_a_image_comes_with_each_of_its_captions(tmp_path: Path) -> None:
     rows = [grounding("a.jpg", ([1, 2, 3, 4], "man")), grounding("a.jpg", ([5, 6, 8, 9], "hat"))]
     first, second = opened(tmp_path, val=rows).split("val")
     assert first.path == second.path
@@ -116,8 +116,8 @@ def test_the_label_map_of_the_most_similar_name_is_taken(tmp_path: Path) -> None
 )
 def test_wrong_instances_are_dropped_and_counted(tmp_path: Path, wrong: object, kind: str) -> None:
     source = opened(tmp_path, ["cat"], val=[detections("a.jpg", instance(), wrong, instance(bbox=(1, 1, 5, 5)))])
-    assert source.fault_counts == {kind: 1}
-    assert source.faults[0].where == "val.jsonl:1, instance 2"
+    assert source.issue_counts == {kind: 1}
+    assert source.issues[0].where == "val.jsonl:1, instance 2"
     assert len(source.split("val")[0].boxes) == (3 if kind == "box clipped" else 2)
 
 
@@ -134,8 +134,8 @@ def test_wrong_instances_are_dropped_and_counted(tmp_path: Path, wrong: object, 
 )
 def test_wrong_regions_are_dropped_and_counted(tmp_path: Path, region: tuple[object, object], kind: str) -> None:
     source = opened(tmp_path, val=[grounding("a.jpg", ([1, 2, 3, 4], "hat"), region)])
-    assert source.fault_counts == {kind: 1}
-    assert source.faults[0].where == "val.jsonl:1, region 2"
+    assert source.issue_counts == {kind: 1}
+    assert source.issues[0].where == "val.jsonl:1, region 2"
 
 
 @pytest.mark.parametrize(
@@ -146,16 +146,16 @@ def test_wrong_regions_are_dropped_and_counted(tmp_path: Path, region: tuple[obj
         ({"filename": "b.jpg", "detection": {"instances": [1]}}, "unreadable annotation"),
         ({"detection": {"instances": []}}, "unreadable annotation"),
         (grounding("b.jpg", ([1, 2, 9, 9], "man")), "unreadable annotation"),
-        (detections("z.jpg"), "missing picture"),
+        (detections("z.jpg"), "missing image"),
         (detections("../../x.jpg"), "path outside"),
         (detections("a.jpg"), "duplicate image"),
     ],
 )
 def test_wrong_lines_are_skipped_and_counted(tmp_path: Path, row: object, kind: str) -> None:
-    save_picture(tmp_path / "x.jpg")
+    save_image(tmp_path / "x.jpg")
     source = opened(tmp_path, ["cat"], val=[detections("a.jpg", instance()), row])
-    assert source.fault_counts == {kind: 1}
-    assert source.faults[0].where == "val.jsonl:2"
+    assert source.issue_counts == {kind: 1}
+    assert source.issues[0].where == "val.jsonl:2"
     assert len(source.split("val")) == 1
 
 
@@ -169,7 +169,7 @@ def test_a_file_without_any_sound_line_is_an_empty_split(tmp_path: Path) -> None
     write_text(tmp_path / "data" / "train.jsonl", "{\n")
     source = opened(tmp_path, ["cat"], val=[detections("a.jpg", instance(0))])
     assert list(source.splits) == ["val"]
-    assert source.fault_counts == {"unreadable annotation": 1, "empty split": 1}
+    assert source.issue_counts == {"unreadable annotation": 1, "empty split": 1}
 
 
 def test_a_changed_label_map_is_read_again(tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_pieces_of_a_large_set_are_one_dataset(tmp_path: Path) -> None:
 
 def test_one_file_is_a_dataset(tmp_path: Path) -> None:
     opened(tmp_path, ["cat"], val=[detections("a.jpg", instance())], train=[detections("b.jpg")])
-    spec = DatasetSpec(name="one", path=tmp_path / "data" / "val.jsonl")
+    spec = DatasetConfig(name="one", path=tmp_path / "data" / "val.jsonl")
     assert list(open_dataset(spec, tmp_path / "cache").splits) == ["val"]
 
 
@@ -196,4 +196,4 @@ def test_a_file_with_a_byte_order_mark(tmp_path: Path) -> None:
     opened(tmp_path, ["cat"], val=[detections("a.jpg", instance())])
     path = tmp_path / "data" / "val.jsonl"
     write_text(path, "\ufeff" + path.read_text(encoding="utf-8"))
-    assert opened(tmp_path).fault_counts == {}
+    assert opened(tmp_path).issue_counts == {}

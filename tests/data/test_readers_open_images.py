@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from reader_trees import csv_header, made_up, save_picture, write_text
+from reader_trees import csv_header, made_up, save_image, write_text
 from test_readers_damaged import damaged
 
-from metr.data.readers import open_images_tables
-from metr.data.readers.registry import recognise
+from metr.data.datasets_file import DatasetConfig, DatasetSource, open_dataset
+from metr.data.formats import open_images_tables
+from metr.data.formats.registry import recognise
 from metr.data.records import ImageRecord
-from metr.data.sources import DatasetSpec, DetectionSource, open_dataset
 from metr.errors import DataError, MetrError
 
 # Identifier -> name, and the classes right above each. The root of the hierarchy is no class.
@@ -34,7 +34,7 @@ SPLITS = ("train", "validation", "test")
 HEADER = "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded,IsTruncated,IsGroupOf,IsDepiction,IsInside"
 CLICKS = HEADER + ",XClick1X,XClick2X"
 
-Row = tuple[str, str, tuple[float, float, float, float], int]  # picture, class, xyxy, group-of
+Row = tuple[str, str, tuple[float, float, float, float], int]  # image, class, xyxy, group-of
 
 
 def tree() -> dict[str, Any]:
@@ -67,7 +67,7 @@ def line(row: Row, clicks: bool = False) -> str:
 def write_split(
     root: Path, split: str, rows: Iterable[Row], labels: Mapping[str, Mapping[str, int]] | None, clicks: bool = False
 ) -> None:
-    """The boxes of a split, and the verified labels of its pictures with a few that nobody verified."""
+    """The boxes of a split, and the verified labels of its images with a few that nobody verified."""
     name = f"oidv6-{split}-annotations-bbox.csv" if clicks else f"{split}-annotations-bbox.csv"
     lines = [CLICKS if clicks else HEADER, *(line(row, clicks) for row in rows)]
     write_text(root / "annotations" / name, "\n".join(lines) + "\n")
@@ -120,12 +120,12 @@ def expected_annotated(rows: list[Row], labels: Mapping[str, int]) -> set[str]:
     return known
 
 
-def opened(root: Path, tmp_path: Path, cache: str = "cache", **options: Any) -> DetectionSource:
-    return open_dataset(DatasetSpec(name="made", path=root, **options), tmp_path / cache)
+def opened(root: Path, tmp_path: Path, cache: str = "cache", **options: Any) -> DatasetSource:
+    return open_dataset(DatasetConfig(name="made", path=root, **options), tmp_path / cache)
 
 
-def found(source: DetectionSource, record: ImageRecord) -> list[tuple[str, list[int], bool]]:
-    """Names, corners in pixels of a picture of 40 x 20, ignored or not; sorted."""
+def found(source: DatasetSource, record: ImageRecord) -> list[tuple[str, list[int], bool]]:
+    """Names, corners in pixels of an image of 40 x 20, ignored or not; sorted."""
     corners = [[round(value) for value in box] for box in record.boxes.tolist()]
     names = [source.categories[label] for label in record.labels]
     return sorted(zip(names, corners, record.ignore.tolist(), strict=True))
@@ -145,7 +145,7 @@ def expected(rows: Iterable[Row]) -> list[tuple[str, list[int], bool]]:
 @pytest.mark.parametrize("hierarchy", [True, False])
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_round_trip(tmp_path: Path, seed: int, hierarchy: bool, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(open_images_tables, "_BLOCK_BYTES", 1000)  # so that pictures go over the ends of blocks
+    monkeypatch.setattr(open_images_tables, "_BLOCK_BYTES", 1000)  # so that images go over the ends of blocks
     if not hierarchy:
         monkeypatch.setitem(globals(), "ABOVE", {})
     root, made = tmp_path / "data set", {split: truth(seed, split) for split in SPLITS}
@@ -155,9 +155,9 @@ def test_round_trip(tmp_path: Path, seed: int, hierarchy: bool, order: str, monk
             rows[:] = [rows[place] for place in np.random.default_rng(seed).permutation(len(rows))]
         write_split(root, split, rows, labels, clicks=split == "train")
         for image in labels:
-            save_picture(root / split / f"{image}.jpg", 40, 20)
+            save_image(root / split / f"{image}.jpg", 40, 20)
     source = opened(root, tmp_path)
-    assert (source.format, source.categories, source.fault_counts) == ("open_images", tuple(NAMES.values()), {})
+    assert (source.format, source.categories, source.issue_counts) == ("open_images", tuple(NAMES.values()), {})
     for (rows, labels), annotations in zip(made.values(), source.splits.values(), strict=True):
         records = {record.image_id: record for record in annotations}
         for image, verified in labels.items():
@@ -177,19 +177,19 @@ def tiny(
     tmp_path: Path,
     rows: Iterable[Row] = (),
     labels: Mapping[str, Mapping[str, int]] | None = None,
-    pictures: Iterable[str] = ("a", "b"),
+    images: Iterable[str] = ("a", "b"),
     **options: Any,
-) -> DetectionSource:
+) -> DatasetSource:
     """A dataset with one split."""
     root = tmp_path / "data"
     write_classes(root, **options)
     write_split(root, "validation", rows, labels)
-    for picture in pictures:
-        save_picture(root / "validation" / f"{picture}.jpg", 40, 20)
+    for image in images:
+        save_image(root / "validation" / f"{image}.jpg", 40, 20)
     return opened(root, tmp_path)
 
 
-def known(source: DetectionSource, number: int = 0) -> set[str]:
+def known(source: DatasetSource, number: int = 0) -> set[str]:
     return {source.categories[label] for label in source.split("val")[number].annotated or ()}
 
 
@@ -243,18 +243,18 @@ def test_without_hierarchy_a_box_is_of_its_own_class_alone(tmp_path: Path) -> No
 
 def test_without_verified_labels_only_boxes_are_known(tmp_path: Path) -> None:
     source = tiny(tmp_path, [("a", CAR, WHOLE, 0), ("b", BOOT, WHOLE, 1)])
-    assert source.fault_counts == {"no verified labels": 1}
-    assert "only the categories with boxes" in source.faults[0].detail
+    assert source.issue_counts == {"no verified labels": 1}
+    assert "only the categories with boxes" in source.issues[0].detail
     assert (known(source, 0), known(source, 1)) == ({"Car", "Vehicle"}, {"Boot"})
 
 
-def test_pictures_without_boxes_teach_what_is_not_there(tmp_path: Path) -> None:
-    """But those that are not there are no fault, nor are those of which nothing is known."""
+def test_images_without_boxes_teach_what_is_not_there(tmp_path: Path) -> None:
+    """But those that are not there are no issue, nor are those of which nothing is known."""
     labels = {"a": {CAR: 1}, "b": {VEHICLE: 0}, "c": {CAR: 1}, "d": {CAR: 0}}
     source = tiny(tmp_path, [("a", CAR, WHOLE, 0)], labels, "abc")
     assert [record.image_id for record in source.split("val")] == ["a", "b"]
     assert known(source, 1) == {"Vehicle", "Car", "Limousine", "Bicycle, bike"}
-    assert source.fault_counts == {}
+    assert source.issue_counts == {}
 
 
 def test_labels_that_come_later_are_seen(tmp_path: Path) -> None:
@@ -271,11 +271,11 @@ def fiftyone(root: Path) -> None:
         )
         write_text(root / split / "metadata" / "classes.csv", "\n".join(f"{key},{NAMES[key][:3]}" for key in IDS))
         write_text(root / split / "metadata" / "hierarchy.json", json.dumps(tree()))
-        save_picture(root / split / "data" / "a.jpg", 40, 20)
+        save_image(root / split / "data" / "a.jpg", 40, 20)
 
 
 def version_7(root: Path) -> None:
-    """Names of V7, whose file of classes has a header, with all that may lie beside, and pictures as PNG."""
+    """Names of V7, whose file of classes has a header, with all that may lie beside, and images as PNG."""
     rows = {
         "class-descriptions-boxable": "LabelName,DisplayName\n" + "\n".join(f"{key},{NAMES[key][:3]}" for key in IDS)
     }
@@ -287,7 +287,7 @@ def version_7(root: Path) -> None:
         rows[f"{split}-annotations-machine-imagelabels"] = f"ImageID,Source,LabelName,Confidence\na,machine,{PERSON},0"
         rows[f"{split}-images-with-rotation"] = "ImageID,Subset,OriginalURL,Rotation\na,train,http://x,0.0"
         rows[f"{split}-annotations-vrd"] = "ImageID,LabelName1,LabelName2,XMin1,XMax1,YMin1,YMax1"
-        save_picture(root / "images" / split / "a.png", 40, 20)
+        save_image(root / "images" / split / "a.png", 40, 20)
     for name, text in rows.items():
         write_text(root / "csv_folder" / f"oidv7-{name}.csv", text)
     write_text(root / "csv_folder" / "bbox_labels_600_hierarchy.json", json.dumps(tree()))
@@ -298,7 +298,7 @@ def test_layouts(tmp_path: Path, write: Callable[[Path], None]) -> None:
     write(tmp_path / "data")
     source = opened(tmp_path / "data", tmp_path)
     assert source.categories == tuple(name[:3] for name in NAMES.values())
-    assert (list(source.splits), source.fault_counts) == (["train", "val"], {})
+    assert (list(source.splits), source.issue_counts) == (["train", "val"], {})
     for annotations in source.splits.values():
         (record,) = annotations
         assert [source.categories[label] for label in record.labels] == ["Car", "Veh"]
@@ -336,7 +336,7 @@ def test_recognition(tmp_path: Path) -> None:
         (line(("b", CAR, WHOLE, 0)).replace("0.75", "inf"), "unreadable box"),
         (line(("b", "/m/unheard_of", WHOLE, 0)), "unknown category"),
         (line(("", CAR, WHOLE, 0)), "unreadable annotation"),
-        (line(("z", CAR, WHOLE, 0)), "missing picture"),
+        (line(("z", CAR, WHOLE, 0)), "missing image"),
         (line(("../../a", CAR, WHOLE, 0)), "path outside"),
         ("b,xclick", "unreadable annotation"),
         ('b,"xclick', "unreadable annotation"),
@@ -350,10 +350,10 @@ def test_wrong_rows_are_dropped_and_counted(tmp_path: Path, row: str, kind: str)
     file = write_text(
         root / "annotations" / "validation-annotations-bbox.csv", "\n".join([HEADER, good[0], row, good[1]])
     )
-    save_picture(tmp_path / "a.jpg", 40, 20)
+    save_image(tmp_path / "a.jpg", 40, 20)
     source = opened(root, tmp_path)
-    assert source.fault_counts == {kind: 1}
-    assert file.name in source.faults[0].where
+    assert source.issue_counts == {kind: 1}
+    assert file.name in source.issues[0].where
     assert [len(record.boxes) for record in source.split("val")] == [1, 1]
 
 
@@ -365,7 +365,7 @@ def test_quoted_cells(tmp_path: Path) -> None:
     write_text(tmp_path / "data" / "annotations" / "validation-annotations-bbox.csv", f"\ufeff{quoted}\r\n")
     source = opened(tmp_path / "data", tmp_path)
     assert found(source, source.split("val")[0]) == expected([("a", CAR, WHOLE, 1)])
-    assert source.fault_counts == {}
+    assert source.issue_counts == {}
 
 
 @pytest.mark.parametrize(
@@ -386,7 +386,7 @@ def test_damaged_files(tmp_path: Path) -> None:
         rows, labels = truth(0, split)
         write_split(root, split, rows, labels)
         for image in labels:
-            save_picture(root / split / f"{image}.jpg", 40, 20)
+            save_image(root / split / f"{image}.jpg", 40, 20)
     files, rng = sorted((root / "annotations").iterdir()), np.random.default_rng(0)
     for number in range(12):
         path = files[number % len(files)]

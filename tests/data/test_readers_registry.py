@@ -4,9 +4,9 @@ import logging
 from pathlib import Path
 
 import pytest
-from reader_trees import coco_plain, csv_header, csv_plain, made_up, save_picture, voc_beside, write_text, yolo_plain
+from reader_trees import coco_plain, csv_header, csv_plain, made_up, save_image, voc_beside, write_text, yolo_plain
 
-from metr.data.readers.registry import READERS, recognise
+from metr.data.formats.registry import READERS, recognise
 from metr.errors import DataError
 
 
@@ -33,14 +33,14 @@ def test_a_named_format_is_taken(tmp_path: Path) -> None:
 
 
 def test_nothing_is_recognised(tmp_path: Path) -> None:
-    save_picture(tmp_path / "one.jpg")
+    save_image(tmp_path / "one.jpg")
     (tmp_path / "folder").mkdir()
     write_text(tmp_path / "notes.md", "hello")
     with pytest.raises(DataError) as caught:
         recognise(tmp_path)
     message = str(caught.value)
     assert str(tmp_path) in message
-    assert "found 1 folders (folder), 1 pictures, 1 other files" in message
+    assert "found 1 folders (folder), 1 images, 1 other files" in message
     for word in ("COCO", "YOLO", "Pascal VOC", "CSV", "data.yaml", "ImageSets/Main"):
         assert word in message
     with pytest.raises(DataError) as caught:
@@ -52,7 +52,7 @@ def test_an_empty_folder_and_a_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="the folder is empty"):
         recognise(tmp_path)
     with pytest.raises(DataError, match="a single file"):
-        recognise(save_picture(tmp_path / "one.jpg"))
+        recognise(save_image(tmp_path / "one.jpg"))
 
 
 def test_a_misspelt_path(tmp_path: Path) -> None:

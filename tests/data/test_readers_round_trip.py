@@ -6,18 +6,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from line_trees import LINE_LAYOUTS
-from reader_trees import LAYOUTS, NAMES, Picture, Truth, made_up
+from reader_trees import LAYOUTS, NAMES, Image, Truth, made_up
 
-from metr.data.sources import DatasetSpec, DetectionSource, open_dataset
-
-
-def opened(root: Path, tmp_path: Path, **options: object) -> DetectionSource:
-    return open_dataset(DatasetSpec(name="made", path=root, **options), tmp_path / "cache")
+from metr.data.datasets_file import DatasetConfig, DatasetSource, open_dataset
 
 
-def as_truth(source: DetectionSource) -> dict[str, dict[str, Picture]]:
+def opened(root: Path, tmp_path: Path, **options: object) -> DatasetSource:
+    return open_dataset(DatasetConfig(name="made", path=root, **options), tmp_path / "cache")
+
+
+def as_truth(source: DatasetSource) -> dict[str, dict[str, Image]]:
     """What was read, in the form of the truth; boxes in whole pixels, in a fixed order."""
-    result: dict[str, dict[str, Picture]] = {}
+    result: dict[str, dict[str, Image]] = {}
     for split, annotations in source.splits.items():
         result[split] = {}
         for record in annotations:
@@ -27,7 +27,7 @@ def as_truth(source: DetectionSource) -> dict[str, dict[str, Picture]]:
             boxes = [tuple(int(value) for value in box.round()) for box in record.boxes]
             ordered = sorted(zip(boxes, labels, strict=True))
             name = record.path.name
-            result[split][name] = Picture(
+            result[split][name] = Image(
                 name,
                 record.width,
                 record.height,
@@ -41,14 +41,14 @@ def as_truth(source: DetectionSource) -> dict[str, dict[str, Picture]]:
     return result
 
 
-def in_order(truth: Truth) -> dict[str, dict[str, Picture]]:
-    result: dict[str, dict[str, Picture]] = {}
-    for split, pictures in truth.items():
+def in_order(truth: Truth) -> dict[str, dict[str, Image]]:
+    result: dict[str, dict[str, Image]] = {}
+    for split, images in truth.items():
         result[split] = {}
-        for item in pictures:
+        for item in images:
             ordered = sorted(zip(item.boxes, item.labels, strict=True))
             boxes, labels = tuple(box for box, _ in ordered), tuple(label for _, label in ordered)
-            result[split][item.name] = Picture(item.name, item.width, item.height, boxes, labels)
+            result[split][item.name] = Image(item.name, item.width, item.height, boxes, labels)
     return result
 
 
@@ -61,8 +61,8 @@ def test_round_trip(tmp_path: Path, layout: str, seed: int) -> None:
     write(root, truth)
     source = opened(root, tmp_path)
     assert source.format == expected_format
-    assert source.faults == ()
-    assert source.fault_counts == {}
+    assert source.issues == ()
+    assert source.issue_counts == {}
     assert as_truth(source) == in_order(truth)
     declared = expected_format in {"coco", "yolo"}
     assert source.categories == (NAMES if declared else tuple(sorted(NAMES)))
@@ -82,7 +82,7 @@ def test_order_is_the_same_every_time(tmp_path: Path, layout: str) -> None:
 
 
 REAL = {
-    # name: format, pictures by split, categories, boxes, ignored, pictures without objects, faults
+    # name: format, images by split, categories, boxes, ignored, images without objects, issues
     "bccd": ("voc", {"train": 205, "val": 87, "test": 72}, 3, 4886, 0, 0, {"degenerate box": 2}),
     "aquarium": ("yolo", {"train": 135, "val": 41, "test": 23}, 7, 1441, 0, 1, {"degenerate box": 2}),
     "coco_mini": ("coco", {"train": 195, "val": 120}, 80, 2943, 35, 4, {}),
@@ -95,7 +95,7 @@ REAL = {
 
 @pytest.mark.parametrize("name", REAL)
 def test_real_datasets(shared: Path, tmp_path: Path, name: str) -> None:
-    expected_format, images, categories, boxes, ignored, empty, faults = REAL[name]
+    expected_format, images, categories, boxes, ignored, empty, issues = REAL[name]
     source = opened(shared / "data" / name, tmp_path)
     counts = [annotations.counts() for annotations in source.splits.values()]
     assert source.format == expected_format
@@ -104,8 +104,8 @@ def test_real_datasets(shared: Path, tmp_path: Path, name: str) -> None:
     assert sum(count.boxes.sum() for count in counts) == boxes
     assert sum(count.ignored.sum() for count in counts) == ignored
     assert sum(count.empty for count in counts) == empty
-    assert source.fault_counts == faults
-    assert Counter(fault.kind for fault in source.faults) == faults
+    assert source.issue_counts == issues
+    assert Counter(issue.kind for issue in source.issues) == issues
     for annotations in source.splits.values():
         for record in annotations:
             assert (record.boxes >= 0).all()

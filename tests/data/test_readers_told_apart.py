@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 from line_trees import LINE_LAYOUTS, labelme_beside, write_lines
-from reader_trees import LAYOUTS, coco_content, coco_plain, made_up, save_picture, write_json, write_text
+from reader_trees import LAYOUTS, coco_content, coco_plain, made_up, save_image, write_json, write_text
 
-from metr.data.readers.registry import READERS, recognise
+from metr.data.formats.registry import READERS, recognise
 from metr.errors import DataError
 
 ALL = LAYOUTS | LINE_LAYOUTS
@@ -33,7 +33,7 @@ def test_a_layout_fits_its_own_format_alone(tmp_path: Path, layout: str) -> None
 )
 @pytest.mark.parametrize("name", ["metadata.jsonl", "train.json", "annotation_train.odgt"])
 def test_other_lines_are_not_recognised(tmp_path: Path, rows: list[object], name: str) -> None:
-    save_picture(tmp_path / "a.jpg")
+    save_image(tmp_path / "a.jpg")
     write_lines(tmp_path / name, rows)
     with pytest.raises(DataError, match="no annotations of a known format"):
         recognise(tmp_path)
@@ -49,7 +49,7 @@ def test_other_lines_are_not_recognised(tmp_path: Path, rows: list[object], name
     ],
 )
 def test_other_json_is_not_labelme(tmp_path: Path, content: object) -> None:
-    save_picture(tmp_path / "a.jpg")
+    save_image(tmp_path / "a.jpg")
     write_json(tmp_path / "a.json", content)
     with pytest.raises(DataError, match="no annotations of a known format"):
         recognise(tmp_path, "labelme")

@@ -4,25 +4,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from reader_trees import Picture, save_picture, voc_xml, write_text
+from reader_trees import Image, save_image, voc_xml, write_text
 
-from metr.data.sources import DatasetSpec, DetectionSource, open_dataset
+from metr.data.datasets_file import DatasetConfig, DatasetSource, open_dataset
 from metr.errors import DataError
 
-PICTURE = Picture("a.jpg", 40, 30, ((2, 3, 12, 23),), ("cat",))
+IMAGE = Image("a.jpg", 40, 30, ((2, 3, 12, 23),), ("cat",))
 
 
-def opened(root: Path) -> DetectionSource:
-    return open_dataset(DatasetSpec(name="made", path=root), root.parent / "cache")
+def opened(root: Path) -> DatasetSource:
+    return open_dataset(DatasetConfig(name="made", path=root), root.parent / "cache")
 
 
-def beside(tmp_path: Path, xml: str, picture: str = "a.jpg") -> DetectionSource:
+def beside(tmp_path: Path, xml: str, image: str = "a.jpg") -> DatasetSource:
     """A dataset whose one odd file lies beside a sound one."""
     root = tmp_path / "data"
-    for name in (picture, "sound.jpg"):
-        save_picture(root / "val" / name)
+    for name in (image, "sound.jpg"):
+        save_image(root / "val" / name)
     write_text(root / "val" / "a.xml", xml)
-    sound = Picture("sound.jpg", 40, 30, ((1, 1, 5, 5),), ("dog",))
+    sound = Image("sound.jpg", 40, 30, ((1, 1, 5, 5),), ("dog",))
     write_text(root / "val" / "sound.xml", voc_xml(sound))
     return opened(root)
 
@@ -63,7 +63,7 @@ def test_the_original_files_count_from_one(tmp_path: Path) -> None:
     np.testing.assert_array_equal(record.boxes, [[0, 0, 40, 30]])
 
 
-def test_a_picture_without_objects(tmp_path: Path) -> None:
+def test_a_image_without_objects(tmp_path: Path) -> None:
     source = beside(tmp_path, document())
     assert source.split("val")[0].boxes.shape == (0, 4)
     assert source.split("val").counts().empty == 1
@@ -85,49 +85,49 @@ def test_a_picture_without_objects(tmp_path: Path) -> None:
 )
 def test_wrong_objects_are_dropped_and_counted(tmp_path: Path, wrong: str, kind: str) -> None:
     source = beside(tmp_path, document(item(), wrong, item(corners=(1, 1, 3, 3))))
-    assert source.fault_counts == {kind: 1}
-    assert source.faults[0].where == "val/a.xml, object 2"
+    assert source.issue_counts == {kind: 1}
+    assert source.issues[0].where == "val/a.xml, object 2"
     np.testing.assert_array_equal(source.split("val")[0].boxes, [[2, 3, 12, 23], [1, 1, 3, 3]])
 
 
 def test_boxes_are_clipped(tmp_path: Path) -> None:
     source = beside(tmp_path, document(item(corners=(-5, 3, 45, 23))))
     np.testing.assert_array_equal(source.split("val")[0].boxes, [[0, 3, 40, 23]])
-    assert source.fault_counts == {"box clipped": 1}
+    assert source.issue_counts == {"box clipped": 1}
 
 
 @pytest.mark.parametrize(
-    ("xml", "picture", "faults"),
+    ("xml", "image", "issues"),
     [
-        ("<annotation><object>", "a.jpg", {"unreadable annotation": 1, "unannotated picture": 1}),
-        ("", "a.jpg", {"unreadable annotation": 1, "unannotated picture": 1}),
-        ("<other/>", "a.jpg", {"unreadable annotation": 1, "unannotated picture": 1}),
-        (document(item()), "b.jpg", {"missing picture": 1, "unannotated picture": 1}),
-        (document("<filename>../../a.jpg</filename>"), "b.jpg", {"path outside": 1, "unannotated picture": 1}),
-        (document("<filename>/etc/a.jpg</filename>"), "b.jpg", {"path outside": 1, "unannotated picture": 1}),
+        ("<annotation><object>", "a.jpg", {"unreadable annotation": 1, "unannotated image": 1}),
+        ("", "a.jpg", {"unreadable annotation": 1, "unannotated image": 1}),
+        ("<other/>", "a.jpg", {"unreadable annotation": 1, "unannotated image": 1}),
+        (document(item()), "b.jpg", {"missing image": 1, "unannotated image": 1}),
+        (document("<filename>../../a.jpg</filename>"), "b.jpg", {"path outside": 1, "unannotated image": 1}),
+        (document("<filename>/etc/a.jpg</filename>"), "b.jpg", {"path outside": 1, "unannotated image": 1}),
     ],
 )
-def test_wrong_files_are_skipped_and_counted(tmp_path: Path, xml: str, picture: str, faults: dict[str, int]) -> None:
-    save_picture(tmp_path / "a.jpg")
-    source = beside(tmp_path, xml, picture)
-    assert source.fault_counts == faults
+def test_wrong_files_are_skipped_and_counted(tmp_path: Path, xml: str, image: str, issues: dict[str, int]) -> None:
+    save_image(tmp_path / "a.jpg")
+    source = beside(tmp_path, xml, image)
+    assert source.issue_counts == issues
     assert [record.path.name for record in source.split("val")] == ["sound.jpg"]
 
 
 def test_entities_do_not_unfold(tmp_path: Path) -> None:
     levels = "".join(f'<!ENTITY e{n} "{f"&e{n - 1};" * 10}">' for n in range(1, 12))
     bomb = f'<!DOCTYPE x [<!ENTITY e0 "{"a" * 100}">{levels}]><annotation><filename>&e11;</filename></annotation>'
-    assert beside(tmp_path, bomb).fault_counts["unreadable annotation"] == 1
+    assert beside(tmp_path, bomb).issue_counts["unreadable annotation"] == 1
 
 
 def test_a_stale_file_name_gives_way_to_the_same_stem(tmp_path: Path) -> None:
     source = beside(tmp_path, document("<filename>old name.png</filename>", item()))
     assert source.split("val")[0].path.name == "a.jpg"
-    assert source.fault_counts == {}
+    assert source.issue_counts == {}
 
 
 def test_the_file_name_is_used_where_no_stem_fits(tmp_path: Path) -> None:
-    source = beside(tmp_path, document("<filename>B.jpg</filename>", item()), picture="b.JPG")
+    source = beside(tmp_path, document("<filename>B.jpg</filename>", item()), image="b.JPG")
     assert source.split("val")[0].path.name == "b.JPG"
 
 
@@ -135,16 +135,16 @@ def listed(root: Path, **lists: str) -> None:
     for name, text in lists.items():
         write_text(root / "ImageSets" / "Main" / f"{name}.txt", text)
     for stem in ("a", "b c"):
-        save_picture(root / "JPEGImages" / f"{stem}.jpg")
-        write_text(root / "Annotations" / f"{stem}.xml", voc_xml(PICTURE))
+        save_image(root / "JPEGImages" / f"{stem}.jpg")
+        write_text(root / "Annotations" / f"{stem}.xml", voc_xml(IMAGE))
 
 
 def test_lists_with_spaces_columns_and_missing_files(tmp_path: Path) -> None:
     listed(tmp_path / "data", train="b c\n\na  1\nmissing -1\n", val="a")
     source = opened(tmp_path / "data")
     assert [record.path.stem for record in source.split("train")] == ["b c", "a"]
-    assert source.fault_counts == {"missing annotation": 1}
-    assert source.faults[0].where == "ImageSets/Main/train.txt:4"
+    assert source.issue_counts == {"missing annotation": 1}
+    assert source.issues[0].where == "ImageSets/Main/train.txt:4"
 
 
 def test_trainval_serves_as_train_where_there_is_no_train(tmp_path: Path) -> None:
@@ -157,15 +157,15 @@ def test_one_default_list_is_split(tmp_path: Path) -> None:
     assert {split: len(found) for split, found in opened(tmp_path / "data").splits.items()} == {"train": 1, "val": 1}
 
 
-def test_a_split_without_pictures_is_left_out(tmp_path: Path) -> None:
+def test_a_split_without_images_is_left_out(tmp_path: Path) -> None:
     listed(tmp_path / "data", train="a", val="b c", test="x\ny")
     source = opened(tmp_path / "data")
     assert list(source.splits) == ["train", "val"]
-    assert source.fault_counts == {"empty split": 1, "missing annotation": 2}
+    assert source.issue_counts == {"empty split": 1, "missing annotation": 2}
 
 
-def test_no_picture_at_all(tmp_path: Path) -> None:
+def test_no_image_at_all(tmp_path: Path) -> None:
     listed(tmp_path / "data", train="x", val="y")
-    with pytest.raises(DataError, match="no picture is left") as caught:
+    with pytest.raises(DataError, match="no image is left") as caught:
         opened(tmp_path / "data")
     assert caught.value.hint is not None

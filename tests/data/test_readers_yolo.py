@@ -5,22 +5,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from reader_trees import save_picture, write_text
+from reader_trees import save_image, write_text
 
-from metr.data.sources import DatasetSpec, DetectionSource, open_dataset
+from metr.data.datasets_file import DatasetConfig, DatasetSource, open_dataset
 from metr.errors import DataError
 
 
-def opened(root: Path) -> DetectionSource:
-    return open_dataset(DatasetSpec(name="made", path=root), root.parent / "cache")
+def opened(root: Path) -> DatasetSource:
+    return open_dataset(DatasetConfig(name="made", path=root), root.parent / "cache")
 
 
 def with_labels(
     tmp_path: Path, text: str | None, description: str = "names: [cat, dog]\nval: images/val\n"
-) -> DetectionSource:
-    """A dataset of one picture of 40 x 30."""
+) -> DatasetSource:
+    """A dataset of one image of 40 x 30."""
     root = tmp_path / "data"
-    save_picture(root / "images" / "val" / "a.jpg")
+    save_image(root / "images" / "val" / "a.jpg")
     if text is not None:
         write_text(root / "labels" / "val" / "a.txt", text)
     write_text(root / "data.yaml", description)
@@ -32,7 +32,7 @@ def test_boxes_polygons_and_empty_lines(tmp_path: Path) -> None:
     record = source.split("val")[0]
     np.testing.assert_allclose(record.boxes, [[10, 12, 30, 18], [4, 6, 12, 12], [8, 0, 12, 30]], rtol=1e-5)
     assert record.labels.tolist() == [0, 1, 1]
-    assert source.fault_counts == {}
+    assert source.issue_counts == {}
 
 
 def test_key_points_are_no_polygon(tmp_path: Path) -> None:
@@ -43,10 +43,10 @@ def test_key_points_are_no_polygon(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", [None, "", "\n"])
-def test_pictures_without_objects(tmp_path: Path, text: str | None) -> None:
+def test_images_without_objects(tmp_path: Path, text: str | None) -> None:
     source = with_labels(tmp_path, text)
     assert len(source.split("val")[0].boxes) == 0
-    assert source.fault_counts == {}
+    assert source.issue_counts == {}
 
 
 @pytest.mark.parametrize(
@@ -66,24 +66,24 @@ def test_pictures_without_objects(tmp_path: Path, text: str | None) -> None:
 )
 def test_wrong_lines_are_dropped_and_counted(tmp_path: Path, line: str, kind: str) -> None:
     source = with_labels(tmp_path, f"1 0.5 0.5 0.5 0.2\n{line}\n0 0.5 0.5 0.5 0.2")
-    assert source.fault_counts == {kind: 1}
-    assert source.faults[0].where == "labels/val/a.txt:2"
+    assert source.issue_counts == {kind: 1}
+    assert source.issues[0].where == "labels/val/a.txt:2"
     assert source.split("val")[0].labels.tolist() == [1, 0]
 
 
 def test_boxes_are_clipped(tmp_path: Path) -> None:
     source = with_labels(tmp_path, "0 0.0 0.5 0.5 0.2")
     np.testing.assert_allclose(source.split("val")[0].boxes, [[0, 12, 10, 18]], rtol=1e-5)
-    assert source.fault_counts == {"box clipped": 1}
+    assert source.issue_counts == {"box clipped": 1}
 
 
-def test_unreadable_pictures_are_skipped(tmp_path: Path) -> None:
+def test_unreadable_images_are_skipped(tmp_path: Path) -> None:
     folder = tmp_path / "data" / "images" / "val"
     folder.mkdir(parents=True)
     (folder / "empty.jpg").touch()
     (folder / "notes.txt").touch()
     source = with_labels(tmp_path, "0 0.5 0.5 0.5 0.2")
-    assert source.fault_counts == {"unreadable picture": 1}
+    assert source.issue_counts == {"unreadable image": 1}
     assert len(source.split("val")) == 1
 
 
@@ -91,7 +91,7 @@ def test_names_twice_are_joined(tmp_path: Path) -> None:
     source = with_labels(tmp_path, "2 0.5 0.5 0.5 0.2", "names: [cat, dog, cat]\nval: images/val\n")
     assert source.categories == ("cat", "dog")
     assert source.split("val")[0].labels.tolist() == [0]
-    assert source.fault_counts == {"duplicate category": 1}
+    assert source.issue_counts == {"duplicate category": 1}
 
 
 def test_names_with_gaps(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_a_missing_split_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixtur
 
 
 def test_a_split_that_the_description_leaves_out_is_found(tmp_path: Path) -> None:
-    save_picture(tmp_path / "data" / "images" / "test" / "b.jpg")
+    save_image(tmp_path / "data" / "images" / "test" / "b.jpg")
     assert list(with_labels(tmp_path, None).splits) == ["val", "test"]
 
 
@@ -140,25 +140,25 @@ def test_the_description_may_be_named(tmp_path: Path) -> None:
 
 def test_lists_refuse_paths_that_lead_outside(tmp_path: Path) -> None:
     root = tmp_path / "data"
-    save_picture(tmp_path / "secret.jpg")
-    inside = save_picture(root / "images" / "a.jpg")
+    save_image(tmp_path / "secret.jpg")
+    inside = save_image(root / "images" / "a.jpg")
     lines = ["images/a.jpg", "../secret.jpg", "/etc/passwd.jpg", "images/missing.jpg", str(inside), "./images/a.jpg"]
     write_text(root / "val.txt", "\n".join(lines))
     write_text(root / "data.yaml", "names: [cat]\nval: val.txt\n")
     source = opened(root)
-    assert source.fault_counts == {"path outside": 2, "missing picture": 1}
+    assert source.issue_counts == {"path outside": 2, "missing image": 1}
     assert [record.path for record in source.split("val")] == [inside]
 
 
 def test_splits_never_leave_the_folder(tmp_path: Path) -> None:
-    save_picture(tmp_path / "other" / "images" / "a.jpg")
-    save_picture(tmp_path / "data" / "images" / "b.jpg")
+    save_image(tmp_path / "other" / "images" / "a.jpg")
+    save_image(tmp_path / "data" / "images" / "b.jpg")
     write_text(tmp_path / "data" / "data.yaml", "path: ../other\nnames: [cat]\nval: ../other/images\n")
     assert [record.path.name for record in opened(tmp_path / "data").split("val")] == ["b.jpg"]
 
 
 def test_classes_file_without_text_files_is_not_yolo(tmp_path: Path) -> None:
-    save_picture(tmp_path / "data" / "a.jpg")
+    save_image(tmp_path / "data" / "a.jpg")
     write_text(tmp_path / "data" / "classes.txt", "cat\ndog")
     with pytest.raises(DataError, match="no annotations of a known format"):
         opened(tmp_path / "data")

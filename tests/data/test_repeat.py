@@ -1,4 +1,4 @@
-"""Repeat factors against the formula, and passes that keep to them."""
+"""Repeat factors against the formula, and epochs that keep to them."""
 
 from collections import Counter
 from dataclasses import replace
@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from metr.data import index as index_module
-from metr.data.index import AnnotationIndex, LabelMap, write_index
-from metr.data.passes import Passes
+from metr.data.epochs import Epochs
+from metr.data.index import annotation_index as index_module
+from metr.data.index.annotation_index import AnnotationIndex, LabelMap, write_index
 from metr.data.records import ImageRecord, InMemoryAnnotations
 from metr.data.repeat import repeat_factors
 
@@ -33,7 +33,7 @@ def record(number: int, labels: list[int], ignored: list[int]) -> ImageRecord:
 
 
 def made_up(count: int = 200) -> tuple[ImageRecord, ...]:
-    """Category k is in about one of 4^k pictures, often several times; the last one is ignored wherever it is."""
+    """Category k is in about one of 4^k images, often several times; the last one is ignored wherever it is."""
     rng = np.random.default_rng(5)
     records = []
     for number in range(count):
@@ -84,14 +84,14 @@ def test_nothing_to_repeat() -> None:
 
 def test_a_pass_shows_everything_and_the_rare_more_often() -> None:
     repeats = np.array([1.0, 1.25, 2.0, 3.5, 1.0, 1.75])
-    passes = Passes(repeats, seed=4, key=2)
+    epochs = Epochs(repeats, seed=4, key=2)
     ends = [0]
     counts: Counter[int] = Counter()
     for turn in range(400):
         size = 0
         order = []
-        while passes.seen(ends[-1] + size) < turn + 1:
-            order.append(passes.picture(ends[-1] + size))
+        while epochs.seen(ends[-1] + size) < turn + 1:
+            order.append(epochs.image(ends[-1] + size))
             size += 1
         ends.append(ends[-1] + size)
         shown = Counter(order)
@@ -101,23 +101,23 @@ def test_a_pass_shows_everything_and_the_rare_more_often() -> None:
     sigma = np.sqrt(0.25 / 400)
     assert np.abs(np.array([counts[i] for i in range(6)]) / 400 - repeats).max() < 4 * sigma
     assert counts[0] == 400
-    assert passes.seen(ends[3]) == 3
-    assert len(set(np.diff(ends))) > 1, "passes differ in length"
+    assert epochs.seen(ends[3]) == 3
+    assert len(set(np.diff(ends))) > 1, "epochs differ in length"
 
 
 def test_any_place_can_be_asked_for_at_once() -> None:
     repeats = np.linspace(1, 2.6, 9)
-    first = Passes(repeats, seed=4, key=2)
-    order = [first.picture(number) for number in range(300)]
-    assert [Passes(repeats, seed=4, key=2).picture(number) for number in (0, 17, 123, 299)] == [
+    first = Epochs(repeats, seed=4, key=2)
+    order = [first.image(number) for number in range(300)]
+    assert [Epochs(repeats, seed=4, key=2).image(number) for number in (0, 17, 123, 299)] == [
         order[number] for number in (0, 17, 123, 299)
     ]
-    assert [Passes(repeats, seed=seed, key=key).picture(5) for seed, key in ((4, 3), (5, 2))] != [order[5]] * 2
+    assert [Epochs(repeats, seed=seed, key=key).image(5) for seed, key in ((4, 3), (5, 2))] != [order[5]] * 2
     assert (np.diff([first.seen(count) for count in range(300)]) > 0).all()
 
 
 def test_without_repeats_a_pass_is_a_shuffle() -> None:
-    plain, ones = Passes(8, seed=1, key=0), Passes(np.ones(8), seed=1, key=0)
-    assert [plain.picture(n) for n in range(50)] == [ones.picture(n) for n in range(50)]
-    assert sorted(plain.picture(n) for n in range(8, 16)) == list(range(8))
+    plain, ones = Epochs(8, seed=1, key=0), Epochs(np.ones(8), seed=1, key=0)
+    assert [plain.image(n) for n in range(50)] == [ones.image(n) for n in range(50)]
+    assert sorted(plain.image(n) for n in range(8, 16)) == list(range(8))
     assert plain.seen(20) == ones.seen(20) == 2.5

@@ -1,4 +1,4 @@
-"""The sequence of draws: its proportions, its passes, and that it can be cut anywhere."""
+"""The sequence of draws: its proportions, its epochs, and that it can be cut anywhere."""
 
 from collections import Counter
 from itertools import islice
@@ -6,8 +6,8 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from metr.data.draws import Draw
 from metr.data.mixture import mixture_weights
+from metr.data.sample_keys import Draw
 from metr.data.samplers import BLOCK, MixedSampler
 from metr.errors import ConfigError
 
@@ -33,15 +33,15 @@ def test_datasets_are_drawn_in_proportion(mixture: str) -> None:
     assert max(len({draw.dataset for draw in draws[i : i + 4]}) for i in range(0, 80, 4)) > 1
 
 
-def test_every_pass_shows_every_picture_once_in_another_order() -> None:
+def test_every_pass_shows_every_image_once_in_another_order() -> None:
     draws = taken(sampler(), 1500)
     for number, length in enumerate(LENGTHS.values()):
         indices = [draw.index for draw in draws if draw.dataset == number]
-        passes = [indices[i : i + length] for i in range(0, len(indices) - length, length)]
-        assert len(passes) >= 2
-        assert all(sorted(one) == list(range(length)) for one in passes)
+        epochs = [indices[i : i + length] for i in range(0, len(indices) - length, length)]
+        assert len(epochs) >= 2
+        assert all(sorted(one) == list(range(length)) for one in epochs)
         if length > 5:
-            assert passes[0] != passes[1]
+            assert epochs[0] != epochs[1]
 
 
 def test_passes_are_counted() -> None:
@@ -51,8 +51,8 @@ def test_passes_are_counted() -> None:
     state = one.draws_after(2 * BLOCK // 4 + 11)
     assert state == len(draws)
     expected = {name: counts[i] / length for i, (name, length) in enumerate(LENGTHS.items())}
-    assert one.passes(state) == expected
-    assert one.passes(0) == dict.fromkeys(LENGTHS, 0.0)
+    assert one.epochs(state) == expected
+    assert one.epochs(0) == dict.fromkeys(LENGTHS, 0.0)
 
 
 @pytest.mark.parametrize("cut", [0, 1, 7, BLOCK // 4 - 1, BLOCK // 4, BLOCK // 4 + 1])
@@ -113,7 +113,7 @@ def test_shares_change_at_their_draw_and_nothing_else_does() -> None:
     counts = np.bincount([draw.dataset for draw in other[130 : BLOCK + 40]])
     assert abs(counts[0] - counts[2]) < 3 * counts.sum() ** 0.5
     assert [draw.number for draw in other] == list(range(len(other)))
-    # the pictures of a dataset go on in their order, however often it comes
+    # the images of a dataset go on in their order, however often it comes
     for dataset in range(4):
         left, right = ([draw.index for draw in draws if draw.dataset == dataset] for draws in (steady, other))
         assert all(one == two for one, two in zip(left, right, strict=False))
@@ -139,8 +139,8 @@ def test_changes_may_be_announced_late_or_told_to_a_resumed_sampler(cut: int) ->
     assert taken(rest, 1200 - cut) == expected[4 * cut :]
     counts = Counter(draw.dataset for draw in expected)
     seen = {name: counts[number] / length for number, (name, length) in enumerate(LENGTHS.items())}
-    assert rest.passes(4800) == late.passes(4800) == seen
-    assert rest.passes(100) == changing().passes(100), "looking back counts anew"
+    assert rest.epochs(4800) == late.epochs(4800) == seen
+    assert rest.epochs(100) == changing().epochs(100), "looking back counts anew"
 
 
 def test_processes_share_changing_draws_and_see_none_twice() -> None:
@@ -161,7 +161,7 @@ def test_what_is_drawn_already_cannot_change() -> None:
         one.change(11, mixture_weights(LENGTHS, "equal"))
 
 
-# pictures that come more often
+# images that come more often
 
 REPEATS = {"cells": np.linspace(1, 3, 205), "fish": np.ones(13), "cards": np.array([2.5]), "tables": np.full(7, 1.5)}
 

@@ -1,4 +1,4 @@
-"""Transforms keep boxes on their pixels, objects in their pictures, and rows together."""
+"""Transforms keep boxes on their pixels, objects in their images, and rows together."""
 
 import colorsys
 
@@ -134,7 +134,7 @@ def test_half_visible_objects_are_ignored_and_hidden_ones_go() -> None:
 
 
 @pytest.mark.parametrize("seed", range(10))
-def test_zoom_out_holds_the_whole_picture_and_fills_the_rest(seed: int) -> None:
+def test_zoom_out_holds_the_whole_image_and_fills_the_rest(seed: int) -> None:
     rng = np.random.default_rng(seed)
     sample = painted(rng)
     sample = Sample(
@@ -175,7 +175,7 @@ def test_evaluation_only_resizes() -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_empty_pictures_work(training: bool) -> None:
+def test_empty_images_work(training: bool) -> None:
     rng = np.random.default_rng(1)
     for _ in range(20):
         result = build_transforms(AugmentationConfig(resize=ResizeConfig(size=64)), training)(bare(painted(rng)), rng)
@@ -183,7 +183,7 @@ def test_empty_pictures_work(training: bool) -> None:
         assert result.boxes.shape == (0, 4)
 
 
-def test_one_pixel_picture_works() -> None:
+def test_one_pixel_image_works() -> None:
     rng = np.random.default_rng(1)
     sample = Sample(
         image=np.zeros((1, 1, 3), np.uint8),

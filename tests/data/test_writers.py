@@ -13,39 +13,39 @@ import pytest
 import yaml
 from line_trees import LINE_LAYOUTS, odvg_line, write_lines
 from PIL import Image
-from reader_trees import LAYOUTS, NAMES, coco_content, made_up, save_picture, write_json
+from reader_trees import LAYOUTS, NAMES, coco_content, made_up, save_image, write_json
 
-from metr.data.images import upright_record
+from metr.data.datasets_file import DatasetConfig, DatasetSource, open_dataset
+from metr.data.export import ExportReport, ImageFolder
+from metr.data.formats.coco_writer import write_coco
+from metr.data.formats.yolo_writer import write_yolo
+from metr.data.images import exif_oriented_record
 from metr.data.records import ImageRecord
-from metr.data.sources import DatasetSpec, DetectionSource, open_dataset
-from metr.data.writers.coco import write_coco
-from metr.data.writers.export import ExportReport, PictureFolder
-from metr.data.writers.yolo import write_yolo
 from metr.errors import DataError
 
 Writer = Callable[..., ExportReport]
 WRITERS: dict[str, Writer] = {"coco": write_coco, "yolo": write_yolo}
 
 
-def opened(root: Path, **options: object) -> DetectionSource:
-    return open_dataset(DatasetSpec(name="made", path=root, **options), root.parent / f"cache of {root.name}")
+def opened(root: Path, **options: object) -> DatasetSource:
+    return open_dataset(DatasetConfig(name="made", path=root, **options), root.parent / f"cache of {root.name}")
 
 
-def made(root: Path, layout: str = "coco images folder", **options: object) -> DetectionSource:
+def made(root: Path, layout: str = "coco images folder", **options: object) -> DatasetSource:
     """The made-up dataset, opened."""
     (LAYOUTS | LINE_LAYOUTS)[layout][1](root, made_up())
     return opened(root, **options)
 
 
-def odd(root: Path) -> DetectionSource:
+def odd(root: Path) -> DatasetSource:
     """COCO with crowds, areas of polygons, corners between pixels, and names that have no box or only a crowd."""
     rng = np.random.default_rng(0)
-    for split, pictures in made_up().items():
-        content = coco_content(pictures)
+    for split, images in made_up().items():
+        content = coco_content(images)
         content["categories"] += [{"id": 90, "name": "никто"}, {"id": 91, "name": "yes"}]
         for item in content["annotations"]:
             left, top, width, height = item["bbox"]
-            if min(width, height) > 1:  # no box is dropped: its category would be unknown in its picture
+            if min(width, height) > 1:  # no box is dropped: its category would be unknown in its image
                 item["bbox"] = [left + 0.1234, top + 0.05, width - 0.2, height - 0.0501]
             item["iscrowd"] = int(rng.random() < 0.3)
             item["area"] = width * height * float(rng.random())
@@ -53,8 +53,8 @@ def odd(root: Path) -> DetectionSource:
             {"image_id": 3, "category_id": 91, "bbox": [0, 0, 9, 9], "iscrowd": 1, "area": 7.5, "id": 99}
         )
         write_json(root / "annotations" / f"{split}.json", content)
-        for item in pictures:
-            save_picture(root / "images" / item.name, item.width, item.height)
+        for item in images:
+            save_image(root / "images" / item.name, item.width, item.height)
     return opened(root)
 
 
@@ -67,11 +67,11 @@ def assert_same(one: ImageRecord, other: ImageRecord) -> None:
     assert one.annotated == other.annotated
 
 
-def by_name(source: DetectionSource, split: str) -> dict[str, ImageRecord]:
+def by_name(source: DatasetSource, split: str) -> dict[str, ImageRecord]:
     return {record.path.name: record for record in source.split(split)}
 
 
-def counts(source: DetectionSource) -> tuple[int, int]:
+def counts(source: DatasetSource) -> tuple[int, int]:
     records = [record for annotations in source.splits.values() for record in annotations]
     return len(records), sum(len(record.boxes) for record in records)
 
@@ -81,7 +81,7 @@ def test_coco_round_trip(tmp_path: Path) -> None:
     report = write_coco(source, tmp_path / "out")
     found = opened(tmp_path / "out")
     assert (report.images, report.boxes) == counts(source)
-    assert (report.format, report.left_out, report.renamed, found.fault_counts) == ("coco", {}, 0, {})
+    assert (report.format, report.left_out, report.renamed, found.issue_counts) == ("coco", {}, 0, {})
     assert found.format == "coco"
     assert found.categories == source.categories == (*NAMES, "никто", "yes")
     assert list(found.splits) == list(source.splits)
@@ -99,7 +99,7 @@ def test_round_trips_of_other_formats(tmp_path: Path, layout: str, kind: str) ->
     report = WRITERS[kind](source, tmp_path / "out")
     found = opened(tmp_path / "out")
     assert (report.images, report.boxes, report.left_out) == (*counts(source), {})
-    assert (found.format, found.categories, found.fault_counts) == (kind, source.categories, {})
+    assert (found.format, found.categories, found.issue_counts) == (kind, source.categories, {})
     for split in source.splits:
         mine, written = by_name(source, split), by_name(found, split)
         assert mine.keys() == written.keys()
@@ -109,9 +109,9 @@ def test_round_trips_of_other_formats(tmp_path: Path, layout: str, kind: str) ->
 
 @pytest.mark.parametrize(("name", "kind"), [("coco_mini", "coco"), ("aquarium", "yolo"), ("doc_tables", "coco")])
 def test_real_datasets(shared: Path, tmp_path: Path, name: str, kind: str) -> None:
-    source = open_dataset(DatasetSpec(name=name, path=shared / "data" / name), tmp_path / "cache")
+    source = open_dataset(DatasetConfig(name=name, path=shared / "data" / name), tmp_path / "cache")
     report = WRITERS[kind](source, tmp_path / "out")
-    # two pictures of the aquarium have a box that is dropped
+    # two images of the aquarium have a box that is dropped
     left_out = {"set of annotated categories": 2} if name == "aquarium" else {}
     found = opened(tmp_path / "out")
     assert (report.images, report.boxes, report.left_out) == (*counts(source), left_out)
@@ -134,7 +134,7 @@ def test_what_yolo_cannot_say_is_counted(tmp_path: Path, caplog: pytest.LogCaptu
     source = replace(source, splits={**source.splits, "extra": source.split("test")})
     with caplog.at_level(logging.WARNING):
         report = write_yolo(source, tmp_path / "out")
-    assert report.left_out == {"ignored box": ignored, "picture of the split 'extra'": 2}
+    assert report.left_out == {"ignored box": ignored, "image of the split 'extra'": 2}
     assert f"{ignored} x ignored box" in caplog.text
     found = opened(tmp_path / "out")
     assert list(found.splits) == ["train", "val", "test"]
@@ -162,12 +162,12 @@ def test_the_description_of_yolo_is_what_ultralytics_reads(tmp_path: Path) -> No
 def test_boxes_in_the_stored_pixels_are_turned_for_yolo(tmp_path: Path) -> None:
     source = made(tmp_path / "data")
     path = source.split("train")[0].path
-    with Image.open(path) as picture:
+    with Image.open(path) as image:
         exif = Image.Exif()
         exif[274] = 6
-        picture.save(path, exif=exif.tobytes())
+        image.save(path, exif=exif.tobytes())
     assert write_yolo(source, tmp_path / "yolo").left_out == write_coco(source, tmp_path / "coco").left_out == {}
-    turned = upright_record(source.split("train")[0])
+    turned = exif_oriented_record(source.split("train")[0])
     assert (turned.height, turned.width) == (source.split("train")[0].width, source.split("train")[0].height)
     again = by_name(opened(tmp_path / "yolo"), "train")[path.name]
     np.testing.assert_allclose(again.boxes, turned.boxes, atol=0.01)
@@ -180,12 +180,12 @@ def test_what_a_dataset_was_opened_with_is_counted(tmp_path: Path) -> None:
         assert write(source, tmp_path / kind).left_out == {"prompt": 2, "weight": 1, "old name": 1}
 
 
-def partly_annotated(root: Path) -> DetectionSource:
+def partly_annotated(root: Path) -> DatasetSource:
     """Phrases, of which nothing is known to be absent, beside detections, which know nothing of phrases."""
     truth = made_up()
-    for pictures in truth.values():
-        for item in pictures:
-            save_picture(root / "images" / item.name, item.width, item.height)
+    for images in truth.values():
+        for item in images:
+            save_image(root / "images" / item.name, item.width, item.height)
     write_lines(root / "val.jsonl", [odvg_line(item) for item in truth["val"]])
     regions = [{"bbox": [1, 1, 9, 9], "phrase": "a phrase"}]
     size = {"height": truth["train"][0].height, "width": truth["train"][0].width}
@@ -223,7 +223,7 @@ def test_annotated_sets_are_read_again(tmp_path: Path) -> None:
             assert_same(one, other)
 
 
-def test_pictures_that_say_nothing_are_wholly_annotated_beside_those_that_do(tmp_path: Path) -> None:
+def test_images_that_say_nothing_are_wholly_annotated_beside_those_that_do(tmp_path: Path) -> None:
     """A reader takes a missing list for an empty one: then nothing would be known."""
     source = partly_annotated(tmp_path / "data")
     plain = made(tmp_path / "plain").split("val")
@@ -234,13 +234,13 @@ def test_pictures_that_say_nothing_are_wholly_annotated_beside_those_that_do(tmp
         assert image["not_exhaustive_category_ids"] == []
 
 
-def colliding(root: Path) -> DetectionSource:
-    """Pictures of one name in several folders, or of names that differ in case or suffix alone."""
+def colliding(root: Path) -> DatasetSource:
+    """Images of one name in several folders, or of names that differ in case or suffix alone."""
     names = ["a/x.jpg", "b/x.jpg", "b/X.JPG", "c/x.png", "c/x-2.jpg"]
     images = [{"id": f"i{n}", "file_name": name, "width": 40 + n, "height": 30} for n, name in enumerate(names)]
     boxes = [{"image_id": f"i{n}", "category_id": 1, "bbox": [n, 1, 5, 5]} for n in range(len(names))]
     for number, name in enumerate(names):
-        save_picture(root / name, 40 + number, 30)
+        save_image(root / name, 40 + number, 30)
     content = {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "cat"}]}
     write_json(root / "val.json", content)
     return opened(root)
@@ -253,7 +253,7 @@ def colliding(root: Path) -> DetectionSource:
         ("yolo", ["x.jpg", "x-2.jpg", "X-3.JPG", "x-4.png", "x-2-2.jpg"]),
     ],
 )
-def test_pictures_of_the_same_name_stay_apart(tmp_path: Path, kind: str, names: list[str]) -> None:
+def test_images_of_the_same_name_stay_apart(tmp_path: Path, kind: str, names: list[str]) -> None:
     source = colliding(tmp_path / "data")
     report = WRITERS[kind](source, tmp_path / "out")
     assert report.renamed == sum(
@@ -267,13 +267,13 @@ def test_pictures_of_the_same_name_stay_apart(tmp_path: Path, kind: str, names: 
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-def test_pictures_are_linked_or_copied(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_linked_or_copied(tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     source = made(tmp_path / "data")
     record = source.split("train")[0]
     record.path.rename(tmp_path / "elsewhere.jpg")
     record.path.symlink_to(tmp_path / "elsewhere.jpg")
     reports = {"link": WRITERS[kind](source, tmp_path / "link")}
-    reports["copy"] = WRITERS[kind](source, tmp_path / "copy", pictures="copy")
+    reports["copy"] = WRITERS[kind](source, tmp_path / "copy", images="copy")
 
     def refused(self: Path, target: Path) -> None:
         raise OSError(errno.EXDEV, "another disk")
@@ -282,29 +282,29 @@ def test_pictures_are_linked_or_copied(tmp_path: Path, kind: str, monkeypatch: p
     reports["refused"] = WRITERS[kind](source, tmp_path / "refused")
     assert {name: report.copied for name, report in reports.items()} == {"link": 0, "copy": 10, "refused": 10}
     for name in reports:
-        picture = tmp_path / name / "images" / "train" / record.path.name
-        assert picture.read_bytes() == record.path.read_bytes()
-        assert not picture.is_symlink()
-        assert picture.samefile(record.path) == (name == "link")
+        image = tmp_path / name / "images" / "train" / record.path.name
+        assert image.read_bytes() == record.path.read_bytes()
+        assert not image.is_symlink()
+        assert image.samefile(record.path) == (name == "link")
 
 
 @pytest.mark.parametrize("kind", WRITERS)
-def test_missing_pictures_are_left_out(tmp_path: Path, kind: str) -> None:
+def test_missing_images_are_left_out(tmp_path: Path, kind: str) -> None:
     source = made(tmp_path / "data")
     gone = source.split("train")[0]
     gone.path.unlink()
     report = WRITERS[kind](source, tmp_path / "out")
-    assert report.left_out == {"missing picture": 1}
+    assert report.left_out == {"missing image": 1}
     assert (report.images, report.boxes) == (9, counts(source)[1] - len(gone.boxes))
     found = opened(tmp_path / "out")
-    assert found.fault_counts == {}
+    assert found.issue_counts == {}
     assert gone.path.name not in by_name(found, "train")
 
 
 @pytest.mark.parametrize("kind", WRITERS)
 def test_folders_that_are_not_written_to(tmp_path: Path, kind: str) -> None:
-    source, full, file = made(tmp_path / "data"), tmp_path / "full", save_picture(tmp_path / "file")
-    save_picture(full / "mine.jpg")
+    source, full, file = made(tmp_path / "data"), tmp_path / "full", save_image(tmp_path / "file")
+    save_image(full / "mine.jpg")
     before = sorted(tmp_path.rglob("*"))
     for out, what in ((full, "not empty"), (file, "a file of that name"), (tmp_path / "data" / "out", "own folder")):
         with pytest.raises(DataError, match=what):
@@ -330,14 +330,14 @@ def test_nothing_is_left_of_a_broken_export(
     tmp_path: Path, kind: str, error: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = made(tmp_path / "data")
-    put = PictureFolder.put
+    put = ImageFolder.put
 
-    def breaking(self: PictureFolder, picture: Path) -> Any:
+    def breaking(self: ImageFolder, image: Path) -> Any:
         if self.folder.name == "test":
             raise error
-        return put(self, picture)
+        return put(self, image)
 
-    monkeypatch.setattr(PictureFolder, "put", breaking)
+    monkeypatch.setattr(ImageFolder, "put", breaking)
     with pytest.raises(DataError if isinstance(error, OSError) else KeyboardInterrupt):
         WRITERS[kind](source, tmp_path / "exports" / "out")
     assert list((tmp_path / "exports").iterdir()) == []

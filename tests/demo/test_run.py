@@ -32,10 +32,10 @@ def test_the_demo_leaves_what_it_names_and_can_be_run_again(
     monkeypatch.setattr(demo, "UNSEEN", 3)
     overrides = (*as_overrides(tiny_run), "train.loop.curves=true")
     for _ in range(2):
-        result = run_demo(tmp_path / "demo", console, overrides, train_pictures=2)
+        result = run_demo(tmp_path / "demo", console, overrides, train_images=2)
     assert result is not None
     assert [one.name for one in result.report.datasets] == list(NAMES)
-    assert all(one.own is not None and one.unified is not None for one in result.report.datasets)
+    assert all(one.own is not None and one.joint is not None for one in result.report.datasets)
     text = said(console)
     closing = text.rpartition("Everything is in ")[2].splitlines()
     assert closing[0] == str(tmp_path / "demo")
@@ -64,7 +64,7 @@ def test_an_interrupted_demo_judges_nothing(
     monkeypatch.setattr(demo, "VAL", 1)
     monkeypatch.setattr(demo, "train", lambda *_, **__: Stopped)
     monkeypatch.setattr(demo, "evaluate_run", pytest.fail)
-    assert run_demo(tmp_path / "demo", console, as_overrides(tiny_run), train_pictures=2) is None
+    assert run_demo(tmp_path / "demo", console, as_overrides(tiny_run), train_images=2) is None
     assert "it begins anew" in said(console)
 
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import yaml
 
+from metr.data.datasets_file import DatasetConfig, open_dataset
 from metr.data.records import ImageRecord
-from metr.data.sources import DatasetSpec, open_dataset
 from metr.demo import (
     FIELDS,
     DemoDataset,
@@ -104,7 +104,7 @@ def test_promised_scenes(datasets: dict[str, DemoDataset]) -> None:
     for dataset in datasets.values():
         names, records = READERS[dataset.format](dataset.folder)
         statistics = scene_statistics(records, names)
-        assert statistics.pictures == TRAIN + VAL
+        assert statistics.images == TRAIN + VAL
         assert statistics.fewest >= 3
         assert statistics.most <= 12
         assert 0.1 < statistics.median_side < 0.25
@@ -127,22 +127,22 @@ def test_label_spaces_and_formats(datasets: dict[str, DemoDataset]) -> None:
 def test_foreign_objects_stand_unlabelled(datasets: dict[str, DemoDataset]) -> None:
     for dataset in datasets.values():
         others = {name for other in datasets.values() for name in other.categories} - set(dataset.categories)
-        unlabelled = [item.name for picture in dataset.pictures for item in picture.unlabelled]
+        unlabelled = [item.name for image in dataset.images for item in image.unlabelled]
         assert set(unlabelled) <= others
-        assert len(unlabelled) >= 0.3 * len(dataset.pictures)
+        assert len(unlabelled) >= 0.3 * len(dataset.images)
 
 
 def test_annotations_are_what_was_drawn(datasets: dict[str, DemoDataset]) -> None:
     for dataset in datasets.values():
         names, records = READERS[dataset.format](dataset.folder)
         by_path = {item.path: item for item in records}
-        assert len(by_path) == len(dataset.pictures)
-        for picture in dataset.pictures:
-            read = by_path[picture.path]
-            height, width = cv2.imread(str(picture.path)).shape[:2]
-            assert (read.width, read.height) == picture.size == (width, height)
-            assert [names[label] for label in read.labels] == [item.name for item in picture.labelled]
-            drawn = np.array([item.box for item in picture.labelled])
+        assert len(by_path) == len(dataset.images)
+        for image in dataset.images:
+            read = by_path[image.path]
+            height, width = cv2.imread(str(image.path)).shape[:2]
+            assert (read.width, read.height) == image.size == (width, height)
+            assert [names[label] for label in read.labels] == [item.name for item in image.labelled]
+            drawn = np.array([item.box for item in image.labelled])
             assert np.abs(read.boxes - drawn).max() <= (0.5 if dataset.format == "voc" else 1e-3)
             inside = (read.boxes >= -1e-3).all() and (read.boxes <= np.array([width, height] * 2) + 1e-3).all()
             assert inside
@@ -158,11 +158,11 @@ def test_boxes_are_tight(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a flat ground, without shadow, light and noise, what differs from the ground is the object."""
     monkeypatch.setitem(scenes.KINDS, name, replace(scenes.KINDS[name], height=0.0))
     monkeypatch.setattr(scenes, "_photographed", lambda canvas, field, rng: canvas)
-    field = Field(name="flat", size=(352, 264), ground=flat, labelled=(name,), foreign=(name,), clutter=())
+    field = Field(name="flat", size=(352, 264), ground=flat, labelled=(name,), unlabelled=(name,), clutter=())
     compared = 0
     for seed in range(3):
         scene = draw_scene(field, np.random.default_rng(seed))
-        changed = (np.abs(scene.picture.astype(int) - (255, 0, 255)) > 16).any(axis=2)
+        changed = (np.abs(scene.image.astype(int) - (255, 0, 255)) > 16).any(axis=2)
         boxes = np.array([item.box for item in scene.objects]) * scenes.OVERSAMPLING
         for index, box in enumerate(boxes):
             window = np.concatenate([box[:2] - 12, box[2:] + 12])
@@ -187,26 +187,26 @@ def test_hidden_objects_are_not_drawn() -> None:
 
 def test_metr_reads_them(datasets: dict[str, DemoDataset], tmp_path: Path) -> None:
     for dataset in datasets.values():
-        source = open_dataset(DatasetSpec(name=dataset.name, path=dataset.folder), tmp_path)
+        source = open_dataset(DatasetConfig(name=dataset.name, path=dataset.folder), tmp_path)
         assert (source.format, set(source.categories)) == (dataset.format, set(dataset.categories))
-        assert not source.faults
+        assert not source.issues
         assert {name: len(split) for name, split in source.splits.items()} == {"train": TRAIN, "val": VAL}
-        drawn = {picture.path.name: picture for picture in dataset.pictures}
+        drawn = {image.path.name: image for image in dataset.images}
         for item in (item for split in source.splits.values() for item in split):
             expected = drawn[item.path.name].labelled
             assert [source.categories[label] for label in item.labels] == [one.name for one in expected]
             assert np.abs(item.boxes - np.array([one.box for one in expected])).max() <= 0.51
 
 
-def test_same_seed_same_pictures_whatever_the_counts(tmp_path: Path, datasets: dict[str, DemoDataset]) -> None:
+def test_same_seed_same_images_whatever_the_counts(tmp_path: Path, datasets: dict[str, DemoDataset]) -> None:
     for again in write_demo_datasets(tmp_path, SEED, 1, 1):
-        before = {picture.path.name: picture for picture in datasets[again.name].pictures}
-        for picture in again.pictures:
-            assert picture.path.read_bytes() == before[picture.path.name].path.read_bytes()
-            assert picture.objects == before[picture.path.name].objects
+        before = {image.path.name: image for image in datasets[again.name].images}
+        for image in again.images:
+            assert image.path.read_bytes() == before[image.path.name].path.read_bytes()
+            assert image.objects == before[image.path.name].objects
 
 
-def test_another_seed_another_picture() -> None:
+def test_another_seed_another_image() -> None:
     first, second = (draw_scene(FIELDS[0], np.random.default_rng([seed, 0, 0, 0])) for seed in (0, 1))
     assert first.objects != second.objects
 
@@ -234,16 +234,16 @@ def test_strange_files_are_spared(tmp_path: Path) -> None:
         write_unseen(tmp_path / "unseen", -1, 1)
 
 
-def test_unseen_pictures(tmp_path: Path, datasets: dict[str, DemoDataset]) -> None:
-    pictures = write_unseen(tmp_path / "unseen", SEED, 6)
-    assert len(list((tmp_path / "unseen").glob("*.jpg"))) == len(pictures) == 6
+def test_unseen_images(tmp_path: Path, datasets: dict[str, DemoDataset]) -> None:
+    images = write_unseen(tmp_path / "unseen", SEED, 6)
+    assert len(list((tmp_path / "unseen").glob("*.jpg"))) == len(images) == 6
     assert {path.suffix for path in (tmp_path / "unseen").iterdir()} == {".jpg", ".txt"}
-    seen = {picture.path.read_bytes() for dataset in datasets.values() for picture in dataset.pictures}
-    assert not any(picture.path.read_bytes() in seen for picture in pictures)
-    mixed = [picture for picture in pictures if "mixed" in picture.path.name]
+    seen = {image.path.read_bytes() for dataset in datasets.values() for image in dataset.images}
+    assert not any(image.path.read_bytes() in seen for image in images)
+    mixed = [image for image in images if "mixed" in image.path.name]
     assert len(mixed) == 2
-    for picture in mixed:
-        names = {item.name for item in picture.objects}
-        home = next(field for field in FIELDS if field.name in picture.path.name)
+    for image in mixed:
+        names = {item.name for item in image.objects}
+        home = next(field for field in FIELDS if field.name in image.path.name)
         assert names & set(home.labelled)
         assert names & {name for field in FIELDS if field is not home for name in field.labelled} - set(home.labelled)

@@ -13,7 +13,7 @@ from metr.structures import Batch, Categories, Detections, DetectorOutput, Propo
 
 Box = tuple[float, float, float, float]
 
-# Pictures are this large as stored, and half of it for the network.
+# Images are this large as stored, and half of it for the network.
 HEIGHT, WIDTH = 80, 100
 
 
@@ -25,7 +25,7 @@ def record(
     annotated: tuple[int, ...] | None = None,
     areas: Sequence[float] | None = None,
 ) -> ImageRecord:
-    """One picture; boxes are xyxy, `crowds` counts those to ignore."""
+    """One image; boxes are xyxy, `crowds` counts those to ignore."""
     boxes = np.array([box for _, box in objects], dtype=np.float32).reshape(-1, 4)
     sides = boxes[:, 2:] - boxes[:, :2]
     return ImageRecord(
@@ -65,7 +65,7 @@ class Answer:
 
 
 class ScriptedNetwork(nn.Module):
-    """Answers picture n (its first pixel is n / 255) with `script[n]`, less what the text does not ask for.
+    """Answers image n (its first pixel is n / 255) with `script[n]`, less what the text does not ask for.
 
     Text embeddings are rows of the identity, one for each of `names`.
     """
@@ -111,8 +111,8 @@ class ScriptedNetwork(nn.Module):
         )
 
 
-class Pictures:
-    """Batches of two pictures, numbered by `numbers`, that can be gone through again and again."""
+class Images:
+    """Batches of two images, numbered by `numbers`, that can be gone through again and again."""
 
     def __init__(self, held: InMemoryAnnotations, numbers: Sequence[int], skip: Sequence[int] = ()) -> None:
         self.held, self.numbers, self.skip = held, numbers, skip

@@ -19,7 +19,7 @@ WHOLE = (0.0, 0.0, float(WIDTH), float(HEIGHT))
 
 
 def random_dataset(seed: int = 3) -> tuple[dict, list[dict]]:
-    """COCO files by hand: gaps in the ids, crowds, polygon areas, an empty picture, a category without objects."""
+    """COCO files by hand: gaps in the ids, crowds, polygon areas, an empty image, a category without objects."""
     rng = np.random.default_rng(seed)
     categories = [{"id": number, "name": name} for number, name in zip((1, 7, 8, 90), NAMES, strict=True)]
     images = [{"id": 100 + 3 * i, "width": 400, "height": 300, "file_name": f"{i}.jpg"} for i in range(12)]
@@ -156,12 +156,12 @@ def test_crowds_are_neither_found_nor_missed() -> None:
 def test_foreign_names_are_no_mistakes_but_count_among_the_hundred() -> None:
     held = annotations("set", ("cat",), record(1, [(0, (0, 0, 20, 20))]))
     mine = ("cat", 0.5, (0.0, 0.0, 20.0, 20.0))
-    for foreign, expected in ((99, 100.0), (100, 0.0)):
-        crowd = [("dog", 0.9, WHOLE)] * foreign
+    for unannotated, expected in ((99, 100.0), (100, 0.0)):
+        crowd = [("dog", 0.9, WHOLE)] * unannotated
         assert evaluate_detections(held, {1: detections(NAMES, *crowd, mine)}).ap == pytest.approx(expected)
 
 
-def test_categories_that_nobody_annotated_in_a_picture_are_not_judged_there() -> None:
+def test_categories_that_nobody_annotated_in_a_image_are_not_judged_there() -> None:
     shown = [(0, (0.0, 0.0, 20.0, 20.0))]
     held = annotations("set", ("cat", "dog"), record(1, shown, annotated=(0,)), record(2, [(1, WHOLE)]))
     wrong = {
@@ -233,7 +233,7 @@ def test_detections_must_belong_to_the_annotations() -> None:
     held = annotations("set", ("cat",), record(1, []), record(2, []))
     with pytest.raises(DataError, match="not in this split, the first is 7"):
         evaluate_detections(held, {7: detections(NAMES)})
-    with pytest.raises(DataError, match="2 pictures share 1 image ids"):
+    with pytest.raises(DataError, match="2 images share 1 image ids"):
         evaluate_detections(annotations("set", ("cat",), record(1, []), record(1, [])), {})
     with pytest.raises(DataError, match="a name for each of 1 categories"):
         evaluate_detections(held, {}, names=("cat", "dog"))

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from played import Answer, Pictures, ScriptedNetwork, annotations, detections, record
+from played import Answer, Images, ScriptedNetwork, annotations, detections, record
 
 from metr.errors import ConfigError, DataError, ModelError
 from metr.evaluation.coco import evaluate_detections
@@ -20,7 +20,7 @@ PETS = annotations(
 CARDS = annotations("cards", ("king", "ace"), record(0, [(0, CARD)]), record(1, [(0, CARD), (1, FAR)], crowds=[1]))
 VOCABULARY = Vocabulary.union({"pets": PETS.categories, "cards": CARDS.categories})
 
-# Pictures 0 to 2 are pets, 3 and 4 cards. In picture 1 the best guess is a card.
+# Images 0 to 2 are pets, 3 and 4 cards. In image 1 the best guess is a card.
 SCRIPT = {
     0: [Answer("cat", 0.9, CAT), Answer("dog", 0.8, DOG), Answer("king", 0.1, FAR)],
     1: [Answer("king", 0.95, CAT), Answer("cat", 0.7, CAT), Answer("dog", 0.75, FAR)],
@@ -36,13 +36,13 @@ def make_network() -> ScriptedNetwork:
 
 def make_sets() -> list[EvaluationSet]:
     return [
-        EvaluationSet(annotations=PETS, batches=Pictures(PETS, (0, 1, 2))),
-        EvaluationSet(annotations=CARDS, batches=Pictures(CARDS, (3, 4))),
+        EvaluationSet(annotations=PETS, batches=Images(PETS, (0, 1, 2))),
+        EvaluationSet(annotations=CARDS, batches=Images(CARDS, (3, 4))),
     ]
 
 
-def run(config: EvaluationConfig | None = None, foreign: str | None = None) -> EvaluationReport:
-    return Evaluator(torch.eye(4), VOCABULARY, config).evaluate(make_network(), make_sets(), foreign)
+def run(config: EvaluationConfig | None = None, unannotated: str | None = None) -> EvaluationReport:
+    return Evaluator(torch.eye(4), VOCABULARY, config).evaluate(make_network(), make_sets(), unannotated)
 
 
 def test_scores_are_those_of_the_script() -> None:
@@ -55,9 +55,9 @@ def test_scores_are_those_of_the_script() -> None:
         "c": detections(("cat", "dog"), ("dog", 0.6, DOG)),
     }
     assert pets.own.coco == evaluate_detections(PETS, own)
-    # all foreign names fit among the hundred, so nothing changes but what presence says
-    assert pets.unified.coco == pets.own.coco
-    assert (pets.own.names, pets.unified.names) == (2, 4)
+    # all unannotated names fit among the hundred, so nothing changes but what presence says
+    assert pets.joint.coco == pets.own.coco
+    assert (pets.own.names, pets.joint.names) == (2, 4)
     # kings: both found first, one wrong "ace" counts for a category without objects
     assert cards.own.coco.ap == pytest.approx(100)
     assert [one.ap for one in cards.own.coco.categories] == [pytest.approx(100), None]
@@ -69,7 +69,7 @@ def test_recall_of_presence_counts_present_categories() -> None:
     pets, cards = run(EvaluationConfig(recall_at=(1, 2))).datasets
     # own: a keeps cat, then dog; b ranks dog, cat; c dog. All names: king comes first in b.
     assert pets.own.recall == pytest.approx({1: 100 * 2 / 4, 2: 100})
-    assert pets.unified.recall == pytest.approx({1: 100 * 2 / 4, 2: 100 * 3 / 4})
+    assert pets.joint.recall == pytest.approx({1: 100 * 2 / 4, 2: 100 * 3 / 4})
     # the crowd of aces is not asked for
     assert cards.own.recall == pytest.approx({1: 100 * 1 / 2, 2: 100})
 
@@ -85,48 +85,48 @@ def test_field_confusion_counts_the_best_detections() -> None:
     assert [one.field for one in together.datasets] == ["photographs", "photographs"]
 
 
-def test_foreign_names_count_among_the_detections_of_a_picture() -> None:
+def test_foreign_names_count_among_the_detections_of_a_image() -> None:
     narrow = EvaluationConfig.checked({"postprocess": {"max_detections": 1}})
     pets = run(narrow).datasets[0]
-    # Own: picture b's one detection is a wrong dog, ahead of the right one in c. Unified: it is the king.
+    # Own: image b's one detection is a wrong dog, ahead of the right one in c. Unified: it is the king.
     half_found = 100 * 51 / 101
     assert pets.own.coco.categories[1].ap == pytest.approx(half_found / 2)
-    assert pets.unified.coco.categories[1].ap == pytest.approx(half_found)
-    assert [part.coco.categories[0].ap for part in (pets.own, pets.unified)] == [pytest.approx(half_found)] * 2
+    assert pets.joint.coco.categories[1].ap == pytest.approx(half_found)
+    assert [part.coco.categories[0].ap for part in (pets.own, pets.joint)] == [pytest.approx(half_found)] * 2
 
 
 def test_each_mode_asks_for_its_names_and_only_once() -> None:
     for modes, expected in {
         ("own",): [("cat", "dog")] * 2 + [("king", "ace")],
-        ("unified",): [VOCABULARY.names] * 3,
-        ("own", "unified"): [("cat", "dog"), VOCABULARY.names] * 2 + [("king", "ace"), VOCABULARY.names],
+        ("joint",): [VOCABULARY.names] * 3,
+        ("own", "joint"): [("cat", "dog"), VOCABULARY.names] * 2 + [("king", "ace"), VOCABULARY.names],
     }.items():
         network = make_network()
         report = Evaluator(torch.eye(4), VOCABULARY, EvaluationConfig(modes=modes)).evaluate(network, make_sets())
         assert network.asked == expected
         assert [one.own is not None for one in report.datasets] == ["own" in modes] * 2
-        assert (report.confusion is not None) == ("unified" in modes)
+        assert (report.confusion is not None) == ("joint" in modes)
 
 
 def test_one_dataset_is_not_run_twice() -> None:
     vocabulary = Vocabulary.union({"pets": PETS.categories})
     network = ScriptedNetwork(VOCABULARY.names, SCRIPT)
-    held = EvaluationSet(annotations=PETS, batches=Pictures(PETS, (0, 1, 2)))
+    held = EvaluationSet(annotations=PETS, batches=Images(PETS, (0, 1, 2)))
     report = Evaluator(torch.eye(4)[:2], vocabulary).evaluate(network, [held])
     assert network.asked == [("cat", "dog")] * 2
-    assert report.datasets[0].own == report.datasets[0].unified
+    assert report.datasets[0].own == report.datasets[0].joint
     assert report.confusion is None
 
 
-def test_pictures_that_cannot_be_read_are_counted_and_in_no_number() -> None:
-    held = EvaluationSet(annotations=PETS, batches=Pictures(PETS, (0, 1, 2), skip=(1,)))
+def test_images_that_cannot_be_read_are_counted_and_in_no_number() -> None:
+    held = EvaluationSet(annotations=PETS, batches=Images(PETS, (0, 1, 2), skip=(1,)))
     report = Evaluator(torch.eye(4), VOCABULARY).evaluate(make_network(), [held])
     (pets,) = report.datasets
     assert (pets.images, pets.missing, pets.own.coco.objects) == (2, 1, 3)
     assert pets.own.coco.ap == pytest.approx(100)
     assert "1 of pets" in as_markdown(report)
-    nothing = EvaluationSet(annotations=PETS, batches=Pictures(PETS, (0, 1, 2), skip=(0, 1, 2)))
-    with pytest.raises(DataError, match="no picture could be read"):
+    nothing = EvaluationSet(annotations=PETS, batches=Images(PETS, (0, 1, 2), skip=(0, 1, 2)))
+    with pytest.raises(DataError, match="no image could be read"):
         Evaluator(torch.eye(4), VOCABULARY).evaluate(make_network(), [nothing])
 
 
@@ -141,17 +141,17 @@ def test_metrics_are_flat_and_have_one_headline() -> None:
     metrics = report.metrics()
     assert metrics["AP"] == report.datasets[0].own.coco.ap
     assert metrics["AP cards"] == pytest.approx(100)
-    assert metrics["field confusion"] == report.confusion.pooled
-    assert run(EvaluationConfig(modes=("unified",))).metrics()["AP"] == run().mean("unified")
+    assert metrics["cross-dataset confusion"] == report.confusion.pooled
+    assert run(EvaluationConfig(modes=("joint",))).metrics()["AP"] == run().mean("joint")
 
 
-def test_faults_are_named() -> None:
+def test_issues_are_named() -> None:
     evaluator = Evaluator(torch.eye(4), VOCABULARY)
     stray = annotations("strays", ("cats",), record(0, []))
     with pytest.raises(DataError, match="did you mean 'cat'"):
         evaluator.evaluate(make_network(), [EvaluationSet(annotations=stray, batches=[])])
     with pytest.raises(DataError, match="not in the annotations"):
-        evaluator.evaluate(make_network(), [EvaluationSet(annotations=PETS, batches=Pictures(CARDS, (3, 4)))])
+        evaluator.evaluate(make_network(), [EvaluationSet(annotations=PETS, batches=Images(CARDS, (3, 4)))])
     with pytest.raises(DataError, match="two datasets are called 'pets'"):
         evaluator.evaluate(make_network(), [make_sets()[0], make_sets()[0]])
     with pytest.raises(DataError, match="no dataset"):
@@ -163,7 +163,7 @@ def test_faults_are_named() -> None:
 
 
 def test_json_gives_the_report_back(tmp_path: Path) -> None:
-    report = run(foreign="ignore")
+    report = run(unannotated="ignore")
     table, text, chart = write_report(report, tmp_path / "out")
     values = json.loads(table.read_text())
     assert from_dict(values) == report
@@ -176,14 +176,14 @@ def test_json_gives_the_report_back(tmp_path: Path) -> None:
 
 
 def test_markdown_has_every_number_in_its_column() -> None:
-    report = run(EvaluationConfig(outside_mean=("cards",)), foreign="assume_absent")
+    report = run(EvaluationConfig(outside_mean=("cards",)), unannotated="negative")
     lines = dataset_table(report).splitlines()
     assert {line.count("|") for line in lines} == {lines[0].count("|")}
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     pets = dict(zip(cells[0], cells[2], strict=True))
     assert pets["AP (own names)"] == f"{report.datasets[0].own.coco.ap:.1f}"
-    assert pets["AP50 (all names)"] == f"{report.datasets[0].unified.coco.ap50:.1f}"
-    assert pets["field confusion"] == "25.0"
+    assert pets["AP50 (all names)"] == f"{report.datasets[0].joint.coco.ap50:.1f}"
+    assert pets["cross-dataset confusion"] == "25.0"
     assert pets["recall at 1"] == "50.0"
     assert cells[3][0] == "cards (not in the mean)"
     assert cells[4][0] == "**mean of 1**"
@@ -196,7 +196,7 @@ def test_markdown_has_every_number_in_its_column() -> None:
 def test_one_mode_and_awkward_names_make_a_page_too(tmp_path: Path) -> None:
     held = annotations("piped|$x^2|猫", ("cat",), record("a", [(0, CAT)]), record("b", []), record("c", []))
     vocabulary = Vocabulary.union({"piped|$x^2|猫": ("cat",), "others": ("dog", "king", "ace")})
-    evaluator = Evaluator(torch.eye(4), vocabulary, EvaluationConfig(modes=("unified",), recall_at=()))
-    report = evaluator.evaluate(make_network(), [EvaluationSet(annotations=held, batches=Pictures(held, (0, 1, 2)))])
+    evaluator = Evaluator(torch.eye(4), vocabulary, EvaluationConfig(modes=("joint",), recall_at=()))
+    report = evaluator.evaluate(make_network(), [EvaluationSet(annotations=held, batches=Images(held, (0, 1, 2)))])
     write_report(report, tmp_path)
     assert "piped\\|$x^2\\|猫" in (tmp_path / "evaluation.md").read_text(encoding="utf-8")

@@ -96,7 +96,7 @@ def test_equals_one_query_after_the_other(config: PostprocessConfig, tied: bool)
         torch.testing.assert_close(detections.boxes, torch.stack([corners for _, _, corners in expected]))
 
 
-def test_boxes_lie_in_the_original_picture_and_scores_descend() -> None:
+def test_boxes_lie_in_the_original_image_and_scores_descend() -> None:
     for (height, width), found in zip(SIZES, postprocess(make_output(), SIZES, NAMES), strict=True):
         assert (found.boxes >= 0).all()
         assert (found.boxes <= torch.tensor([width, height, width, height])).all()
@@ -150,7 +150,7 @@ def test_half_precision_answers_become_float_detections() -> None:
 def test_names_and_sizes_must_fit() -> None:
     with pytest.raises(ModelError, match="expected 5 names"):
         postprocess(make_output(), SIZES, NAMES[:4])
-    with pytest.raises(ModelError, match="sizes of 3 pictures"):
+    with pytest.raises(ModelError, match="sizes of 3 images"):
         postprocess(make_output(), SIZES[:2], NAMES)
 
 

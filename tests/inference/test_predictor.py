@@ -59,10 +59,10 @@ class FindsLamps(nn.Module):
         )
 
 
-def lamp_picture(height: int, width: int, box: tuple[int, int, int, int]) -> np.ndarray:
-    picture = np.full((height, width, 3), 20, dtype=np.uint8)
-    picture[box[1] : box[3], box[0] : box[2]] = 250
-    return picture
+def lamp_image(height: int, width: int, box: tuple[int, int, int, int]) -> np.ndarray:
+    image = np.full((height, width, 3), 20, dtype=np.uint8)
+    image[box[1] : box[3], box[0] : box[2]] = 250
+    return image
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +71,7 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def noise_picture(height: int, width: int, seed: int) -> np.ndarray:
+def noise_image(height: int, width: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
@@ -86,40 +86,40 @@ def assert_same(one: Detections | None, other: Detections | None) -> None:
 
 @pytest.mark.parametrize("resize", [FIT, STRETCH], ids=["fit", "stretch"])
 @pytest.mark.parametrize("size", [(200, 300), (300, 200), (37, 52), (64, 400)], ids=str)
-def test_boxes_are_in_pixels_of_the_given_picture(resize: ResizeConfig, size: tuple[int, int]) -> None:
+def test_boxes_are_in_pixels_of_the_given_image(resize: ResizeConfig, size: tuple[int, int]) -> None:
     height, width = size
     box = (width // 4, height // 8, width // 2, height // 2)
-    found = Predictor(FindsLamps(), torch.eye(2), NAMES, resize).detect(lamp_picture(height, width, box))
+    found = Predictor(FindsLamps(), torch.eye(2), NAMES, resize).detect(lamp_image(height, width, box))
     assert found.labels.tolist() == [0]
     assert found.names == NAMES
-    # half a pixel of the network's picture, which may be coarser than the given one
+    # half a pixel of the network's image, which may be coarser than the given one
     coarse = 1 + max(height / 64, width / 64)
     torch.testing.assert_close(found.boxes[0], torch.tensor(box, dtype=torch.float32), atol=coarse, rtol=0)
 
 
 def test_paths_arrays_and_pil_images_are_one(tmp_path: Path) -> None:
-    picture = noise_picture(50, 80, 1)
-    Image.fromarray(picture).save(tmp_path / "picture.png")
+    image = noise_image(50, 80, 1)
+    Image.fromarray(image).save(tmp_path / "image.png")
     predictor = Predictor(small_detector(), torch.randn(2, TEXT_WIDTH), NAMES, STRETCH)
-    found = predictor.detect(picture)
-    given = (tmp_path / "picture.png", str(tmp_path / "picture.png"), Image.fromarray(picture))
+    found = predictor.detect(image)
+    given = (tmp_path / "image.png", str(tmp_path / "image.png"), Image.fromarray(image))
     for other in given:
         assert_same(found, predictor.detect(other))
 
 
 @pytest.mark.parametrize("resize", [FIT, STRETCH], ids=["fit", "stretch"])
-def test_many_pictures_get_the_answers_they_get_alone_in_their_order(resize: ResizeConfig) -> None:
+def test_many_images_get_the_answers_they_get_alone_in_their_order(resize: ResizeConfig) -> None:
     shapes = [(60, 80), (80, 60), (30, 90), (61, 80), (60, 80), (90, 30), (60, 81)]
-    pictures = [noise_picture(*shape, seed) for seed, shape in enumerate(shapes)]
+    images = [noise_image(*shape, seed) for seed, shape in enumerate(shapes)]
     config = InferenceConfig.checked({"batch_size": 3, "postprocess": {"max_detections": 8}})
     predictor = Predictor(small_detector(), torch.randn(2, TEXT_WIDTH), NAMES, resize, config)
-    together = list(predictor.detect_many(pictures))
+    together = list(predictor.detect_many(images))
     assert [one.size for one in together] == shapes
-    for picture, prediction in zip(pictures, together, strict=True):
-        assert_same(prediction.detections, predictor.detect(picture))
+    for image, prediction in zip(images, together, strict=True):
+        assert_same(prediction.detections, predictor.detect(image))
 
 
-def test_pictures_share_steps_and_are_read_as_they_are_needed() -> None:
+def test_images_share_steps_and_are_read_as_they_are_needed() -> None:
     network = FindsLamps()
     predictor = Predictor(network, torch.eye(2), NAMES, STRETCH, InferenceConfig(batch_size=2))
     taken = []
@@ -127,36 +127,36 @@ def test_pictures_share_steps_and_are_read_as_they_are_needed() -> None:
     def endless():
         while True:
             taken.append(1)
-            yield lamp_picture(40, 40, (5, 5, 20, 20))
+            yield lamp_image(40, 40, (5, 5, 20, 20))
 
     predictions = predictor.detect_many(endless())
-    assert next(predictions).source == "picture 0"
+    assert next(predictions).source == "image 0"
     assert network.batches == [2, 2, 2, 2]
     assert len(taken) == 8
 
 
-def test_a_broken_picture_is_an_error_alone_and_a_listed_skip_among_others(tmp_path: Path) -> None:
+def test_a_broken_image_is_an_error_alone_and_a_listed_skip_among_others(tmp_path: Path) -> None:
     good, broken, missing = tmp_path / "good.png", tmp_path / "broken.jpg", tmp_path / "missing.jpg"
-    Image.fromarray(lamp_picture(40, 60, (10, 10, 30, 30))).save(good)
-    broken.write_bytes(b"\xff\xd8\xff\xe0 not a picture")
+    Image.fromarray(lamp_image(40, 60, (10, 10, 30, 30))).save(good)
+    broken.write_bytes(b"\xff\xd8\xff\xe0 not an image")
     predictor = Predictor(FindsLamps(), torch.eye(2), NAMES, STRETCH)
     for path in (broken, missing):
         with pytest.raises(DataError, match=path.name):
             predictor.detect(path)
     predictions = list(predictor.detect_many([broken, good, missing, np.zeros((4, 4)), good]))
-    assert [one.fault is not None for one in predictions] == [True, False, True, True, False]
+    assert [one.issue is not None for one in predictions] == [True, False, True, True, False]
     assert [one.detections is None for one in predictions] == [True, False, True, True, False]
-    faults = [one.fault for one in predictions if one.fault is not None]
-    assert [fault.where for fault in faults] == [str(broken), str(missing), "picture 3"]
-    assert {fault.kind for fault in faults} == {"unreadable picture"}
+    issues = [one.issue for one in predictions if one.issue is not None]
+    assert [issue.where for issue in issues] == [str(broken), str(missing), "image 3"]
+    assert {issue.kind for issue in issues} == {"unreadable image"}
 
 
 @pytest.mark.parametrize(
-    "picture", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((0, 4, 3), np.uint8), 7], ids=str
+    "image", [np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((0, 4, 3), np.uint8), 7], ids=str
 )
-def test_what_is_no_picture_is_named(picture: object) -> None:
-    with pytest.raises(DataError, match="picture 3: expected"):
-        _as_array(picture, "picture 3")
+def test_what_is_no_image_is_named(image: object) -> None:
+    with pytest.raises(DataError, match="image 3: expected"):
+        _as_array(image, "image 3")
 
 
 def test_modes_are_given_back_and_nothing_needs_a_gradient() -> None:
@@ -164,15 +164,15 @@ def test_modes_are_given_back_and_nothing_needs_a_gradient() -> None:
     network.train()
     network.backbone.eval()
     before = [module.training for module in network.modules()]
-    found = Predictor(network, torch.randn(2, TEXT_WIDTH), NAMES, STRETCH).detect(noise_picture(40, 40, 0))
+    found = Predictor(network, torch.randn(2, TEXT_WIDTH), NAMES, STRETCH).detect(noise_image(40, 40, 0))
     assert [module.training for module in network.modules()] == before
     assert not found.scores.requires_grad
 
 
 def test_half_precision_is_near() -> None:
-    network, text, picture = small_detector(), torch.randn(2, TEXT_WIDTH), noise_picture(64, 64, 3)
+    network, text, image = small_detector(), torch.randn(2, TEXT_WIDTH), noise_image(64, 64, 3)
     full, half = (
-        Predictor(network, text, NAMES, STRETCH, InferenceConfig(precision=precision)).detect(picture)
+        Predictor(network, text, NAMES, STRETCH, InferenceConfig(precision=precision)).detect(image)
         for precision in ("fp32", "bf16")
     )
     assert half.scores.dtype == torch.float32
@@ -192,16 +192,16 @@ def test_text_is_projected_once_until_the_weights_change() -> None:
     network = small_detector()
     projected = []
     network.category_extraction.projection.register_forward_hook(lambda *_: projected.append(1))
-    text, picture = torch.randn(2, TEXT_WIDTH), noise_picture(50, 80, 1)
+    text, image = torch.randn(2, TEXT_WIDTH), noise_image(50, 80, 1)
     predictor = Predictor(network, text, NAMES, STRETCH)
-    before = predictor.detect(picture)
-    list(predictor.detect_many([picture] * 3))
+    before = predictor.detect(image)
+    list(predictor.detect_many([image] * 3))
     assert len(projected) == 1
     with torch.no_grad():
         network.category_extraction.projection.weight.add_(1.0)
-    after = predictor.detect(picture)
+    after = predictor.detect(image)
     assert len(projected) == 2
-    assert_same(after, Predictor(network, text, NAMES, STRETCH).detect(picture))
+    assert_same(after, Predictor(network, text, NAMES, STRETCH).detect(image))
     assert not torch.equal(before.scores, after.scores)
 
 
@@ -213,11 +213,11 @@ def test_a_shortlist_finds_what_is_shortlisted(precision: str) -> None:
     network, names = small_detector(config), [f"name {i}" for i in range(30)]
     text = torch.nn.functional.normalize(torch.randn(30, TEXT_WIDTH), dim=-1)
     settings = InferenceConfig.checked({"precision": precision})
-    found = Predictor(network, text, names, STRETCH, settings).detect(noise_picture(64, 64, 2))
+    found = Predictor(network, text, names, STRETCH, settings).detect(noise_image(64, 64, 2))
     shown = {found.names[label] for label in found.labels.tolist()}
     assert 0 < len(shown) <= 4
     # asked for these alone, the network says the same
     some = sorted(shown, key=names.index)
     alone = Predictor(network, text[[names.index(name) for name in some]], some, STRETCH, settings)
-    again = alone.detect(noise_picture(64, 64, 2))
+    again = alone.detect(noise_image(64, 64, 2))
     assert {again.names[label] for label in again.labels.tolist()} == shown

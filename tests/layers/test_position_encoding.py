@@ -29,7 +29,7 @@ def test_numbers_of_a_value(size: int, temperature: float) -> None:
 
 
 def mask() -> Tensor:
-    """Two pictures padded to 6 x 8: one whole, one of 4 x 5 cells."""
+    """Two images padded to 6 x 8: one whole, one of 4 x 5 cells."""
     padded = torch.zeros(2, 6, 8, dtype=torch.bool)
     padded[1, 4:], padded[1, :, 5:] = True, True
     return padded

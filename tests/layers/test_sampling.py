@@ -12,7 +12,7 @@ TOKENS = sum(h * w for h, w in SHAPES)
 
 
 def inputs(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
-    """Values, places in and around the picture, weights."""
+    """Values, places in and around the image, weights."""
     value = torch.randn(2, TOKENS, WIDTH, dtype=dtype)
     places = 1.6 * torch.rand(2, 5, HEADS, len(SHAPES), POINTS, 2, dtype=dtype) - 0.3
     weights = torch.randn(2, 5, HEADS, len(SHAPES), POINTS, dtype=dtype)

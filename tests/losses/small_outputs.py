@@ -11,7 +11,7 @@ WIDTH = 4
 
 
 def random_boxes(*shape: int) -> Tensor:
-    """cxcywh boxes, sound but not always inside the picture."""
+    """cxcywh boxes, sound but not always inside the image."""
     return torch.cat([torch.rand(*shape, 2), 0.05 + 0.45 * torch.rand(*shape, 2)], dim=-1)
 
 

@@ -16,7 +16,7 @@ from metr.losses.classification import (
     varifocal_loss,
 )
 from metr.losses.config import CriterionConfig
-from metr.losses.truth import Answers, Truth
+from metr.losses.padded_targets import PaddedTargets, QueryPredictions
 
 LOGITS = torch.tensor([-30.0, -2.0, 0.0, 1.5, 30.0])
 QUALITY = torch.tensor([0.0, 0.3, 0.5, 0.8, 1.0])
@@ -81,7 +81,7 @@ def test_weights_carry_no_gradient(kind: str) -> None:
 
 def test_golden_asymmetric_loss(shared: Path) -> None:
     golden = load_file(shared / "golden" / "official_forward.safetensors")
-    truth = Truth.of([image_targets(golden["input/present_categories"].nonzero().flatten().tolist(), 12)])
+    truth = PaddedTargets.of([image_targets(golden["input/present_categories"].nonzero().flatten().tolist(), 12)])
     loss = presence_losses(golden["output/cem_logits"][None], truth, CriterionConfig())
     torch.testing.assert_close(loss, golden["output/loss_asl"].reshape(1), atol=1e-5, rtol=1e-6)
 
@@ -96,9 +96,9 @@ def test_asymmetric_loss_is_cut_and_its_focus_carries_no_gradient() -> None:
     torch.testing.assert_close(gradient, torch.stack([p * 0, p * 0, p - 1, p**3]))
 
 
-def test_presence_is_asked_of_annotated_categories_and_of_those_in_the_picture() -> None:
+def test_presence_is_asked_of_annotated_categories_and_of_those_in_the_image() -> None:
     crowd = (0.5, 0.5, 1.0, 1.0)
-    truth = Truth.of(
+    truth = PaddedTargets.of(
         [
             image_targets([0], 5, annotated=[0, 1]),
             image_targets([3], 5, annotated=[1, 2], ignore=[(1, crowd)]),
@@ -118,26 +118,26 @@ def test_presence_is_asked_of_annotated_categories_and_of_those_in_the_picture()
     assert torch.equal(gradient != 0, asked.expand(3, 2, 5))
 
 
-def answers_for(boxes: torch.Tensor, category: list[int], target: list[int]) -> Answers:
+def answers_for(boxes: torch.Tensor, category: list[int], target: list[int]) -> QueryPredictions:
     """One layer, one image."""
     logits = torch.randn(1, 1, len(category))
-    return Answers(
+    return QueryPredictions(
         logits=logits, boxes=boxes[None, None], category=torch.tensor([category]), target=torch.tensor([[target]])
     )
 
 
 def test_no_is_known_only_of_annotated_categories() -> None:
-    truth = Truth.of([image_targets([2], 4, annotated=[0, 1])])
+    truth = PaddedTargets.of([image_targets([2], 4, annotated=[0, 1])])
     answers = answers_for(random_boxes(5), [0, 1, 2, 2, -1], [-1, -1, -1, 0, -1])
-    # Annotated, annotated, foreign, an object although its category is not annotated exhaustively, asked for nothing.
+    # Annotated, annotated, unannotated, an object although its category is not annotated exhaustively, asked for nothing.
     assert known(answers, truth, 0.5).flatten().tolist() == [True, True, False, True, False]
 
 
 def test_boxes_inside_ignored_ones_of_their_category_are_not_mistakes() -> None:
-    truth = Truth.of([image_targets([0], 2, ignore=[(0, (0.5, 0.5, 0.4, 0.4))]), image_targets([], 2)])
+    truth = PaddedTargets.of([image_targets([0], 2, ignore=[(0, (0.5, 0.5, 0.4, 0.4))]), image_targets([], 2)])
     half_inside, less = [0.3, 0.5, 0.2, 0.2], [0.29, 0.5, 0.2, 0.2]
     boxes = torch.tensor([[0.5, 0.5, 0.2, 0.2], [0.5, 0.5, 0.2, 0.2], [0.5, 0.5, 0.2, 0.2], half_inside, less])
-    answers = Answers(
+    answers = QueryPredictions(
         logits=torch.zeros(3, 2, 5),
         boxes=boxes.expand(3, 2, 5, 4),
         category=torch.tensor([[0, 0, 1, 0, 0]]).expand(2, 5),
@@ -150,11 +150,11 @@ def test_boxes_inside_ignored_ones_of_their_category_are_not_mistakes() -> None:
 
 @pytest.mark.parametrize("kind", ["focal", "quality", "matchability"])
 def test_what_is_not_asked_may_be_infinite_and_has_no_gradient(kind: str) -> None:
-    truth = Truth.of([image_targets([0], 2, annotated=[0])])
+    truth = PaddedTargets.of([image_targets([0], 2, annotated=[0])])
     boxes = random_boxes(4)
     answers = answers_for(boxes, [0, 0, 1, -1], [0, -1, -1, -1])
     logits = torch.tensor([[[0.1, 0.2, float("inf"), float("nan")]]], requires_grad=True)
-    answers = Answers(logits=logits, boxes=answers.boxes, category=answers.category, target=answers.target)
+    answers = QueryPredictions(logits=logits, boxes=answers.boxes, category=answers.category, target=answers.target)
     loss = query_losses(answers, torch.full((1, 1, 4), 0.6), truth, CriterionConfig(classification=kind))
     (gradient,) = torch.autograd.grad(loss.sum(), logits)
     assert loss.isfinite().all()

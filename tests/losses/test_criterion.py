@@ -185,8 +185,8 @@ def test_one_empty_image_beside_a_full_one() -> None:
 def test_foreign_and_invalid_queries_have_no_gradient(classification: str) -> None:
     output, targets = small_output(denoising=False), small_targets()
     found = gradients(criterion(classification)(output, targets), output)
-    foreign = torch.tensor([[False, True, False, False, True, False, False], [False] * 7])
-    silent = foreign | ~output.valid
+    unannotated = torch.tensor([[False, True, False, False, True, False, False], [False] * 7])
+    silent = unannotated | ~output.valid
     assert (found["logits"][:, silent] == 0).all()
     heard = found["logits"][:, ~silent] != 0
     # The varifocal loss asks nothing of a matched query whose box does not touch its object.

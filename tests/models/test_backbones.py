@@ -228,9 +228,9 @@ def test_classifier_names_elephants_and_bears(shared: Path) -> None:
     right, seen = 0, 0
     classes = {"elephant": {101, 385, 386}, "bear": {294, 295, 296, 297}}
     classifier = EfficientNetLiteClassifier.packaged()
-    for picture, name in animals(shared / "data" / "coco_mini"):
+    for image, name in animals(shared / "data" / "coco_mini"):
         with torch.no_grad():
-            best = classifier(picture[None]).topk(5).indices[0].tolist()
+            best = classifier(image[None]).topk(5).indices[0].tolist()
         seen += 1
         right += bool(classes[name] & set(best))
     assert seen >= 5
@@ -238,7 +238,7 @@ def test_classifier_names_elephants_and_bears(shared: Path) -> None:
 
 
 def animals(root: Path) -> list[tuple[Tensor, str]]:
-    """The central squares of pictures with a large elephant or bear."""
+    """The central squares of images with a large elephant or bear."""
     found = []
     for split in ("train2017", "val2017"):
         truth = json.loads((root / "annotations" / f"instances_{split}.json").read_text())
@@ -251,17 +251,17 @@ def animals(root: Path) -> list[tuple[Tensor, str]]:
             ]
             share = sum(w * h for _, _, w, h in boxes) / (image["width"] * image["height"])
             if name in ("elephant", "bear") and share > 0.1:
-                found.append((square_picture(root / split / image["file_name"]), name))
+                found.append((square_image(root / split / image["file_name"]), name))
     return found
 
 
-def square_picture(path: Path) -> Tensor:
-    """The middle 224 x 224 pixels of a picture of 256 pixels' shorter side."""
-    picture = cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)
-    scale = 256 / min(picture.shape[:2])
-    picture = cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-    top, left = ((side - 224) // 2 for side in picture.shape[:2])
-    return torch.from_numpy(picture[top : top + 224, left : left + 224]).permute(2, 0, 1).float() / 255
+def square_image(path: Path) -> Tensor:
+    """The middle 224 x 224 pixels of an image of 256 pixels' shorter side."""
+    image = cv2.cvtColor(cv2.imread(str(path)), cv2.COLOR_BGR2RGB)
+    scale = 256 / min(image.shape[:2])
+    image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+    top, left = ((side - 224) // 2 for side in image.shape[:2])
+    return torch.from_numpy(image[top : top + 224, left : left + 224]).permute(2, 0, 1).float() / 255
 
 
 def test_multiples_scale_channels_and_blocks() -> None:

@@ -19,7 +19,7 @@ def memory_of() -> Memory:
 
 
 @pytest.mark.parametrize("self_attention", [False, True])
-def test_every_block_looks_at_the_picture_and_answers(self_attention: bool) -> None:
+def test_every_block_looks_at_the_image_and_answers(self_attention: bool) -> None:
     config = CategoryConfig(blocks=3, heads=4, feed_forward=12, self_attention=self_attention)
     module, memory, text = CategoryExtraction(TEXT, WIDTH, config), memory_of(), torch.randn(WORDS, TEXT)
     found = module(memory, text)

@@ -92,11 +92,11 @@ def test_foreign_categories_never_take_a_slot_in_training() -> None:
 
 def test_at_most_so_many_of_those_presumed_absent_take_a_slot() -> None:
     logits = torch.tensor([[9.0, 8.0, 7.0, 6.0, 5.0]])
-    image = replace(target([2], 5, annotated=[2, 4]), presumed_absent=torch.tensor([True, True, False, False, False]))
+    image = replace(target([2], 5, annotated=[2, 4]), assumed_negative=torch.tensor([True, True, False, False, False]))
     for slots, expected in ((0, [2, 4]), (1, [0, 2, 4]), (2, [0, 1, 2, 4]), (9, [0, 1, 2, 4])):
-        assert kept_ids(selected(categories_of(logits), 5, [image], foreign_slots=slots)) == [expected]
+        assert kept_ids(selected(categories_of(logits), 5, [image], negative_slots=slots)) == [expected]
     # what nothing is presumed of stays out
-    assert kept_ids(selected(categories_of(logits), 5, [target([2], 5, annotated=[4])], foreign_slots=5)) == [[2, 4]]
+    assert kept_ids(selected(categories_of(logits), 5, [target([2], 5, annotated=[4])], negative_slots=5)) == [[2, 4]]
 
 
 def test_categories_below_the_threshold_take_no_slot_when_detecting() -> None:

@@ -1,4 +1,4 @@
-"""Two datasets of the same pictures, each labelled for one kind of thing alone: the detector finds both in both."""
+"""Two datasets of the same images, each labelled for one kind of thing alone: the detector finds both in both."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ COLOURS = torch.tensor([[1.0, 0.1, 0.1], [0.2, 0.2, 1.0]])
 CORNERS = torch.tensor([[0.27, 0.27], [0.73, 0.27], [0.27, 0.73], [0.73, 0.73]])
 
 
-def picture(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def random_image(generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """A red rectangle and a blue one on noise, in two of the four corners: pixels, and their boxes [2 4]."""
     image = 0.5 + 0.15 * torch.randn(3, SIZE, SIZE, generator=generator)
     place = (torch.arange(SIZE) + 0.5) / SIZE
@@ -29,10 +29,10 @@ def picture(generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def batch_of(generator: torch.Generator) -> tuple[Tensor, list[Targets]]:
-    """Pictures of two datasets in turn: the first has labels for red alone, the second for blue."""
+    """Images of two datasets in turn: the first has labels for red alone, the second for blue."""
     images, targets = [], []
     for number in range(BATCH):
-        image, boxes = picture(generator)
+        image, boxes = random_image(generator)
         kind = number % 2
         images.append(image)
         targets.append(targets_of([boxes[kind].tolist()], [kind], words=2, annotated=[kind]))
@@ -40,7 +40,7 @@ def batch_of(generator: torch.Generator) -> tuple[Tensor, list[Targets]]:
 
 
 @pytest.mark.slow
-def test_both_kinds_are_found_in_the_pictures_of_both_datasets() -> None:
+def test_both_kinds_are_found_in_the_images_of_both_datasets() -> None:
     torch.set_num_threads(1)  # so small a network is slower on several
     generator = torch.Generator().manual_seed(0)
     text = torch.nn.functional.normalize(torch.randn(2, TEXT_WIDTH), dim=-1)
@@ -57,7 +57,7 @@ def test_both_kinds_are_found_in_the_pictures_of_both_datasets() -> None:
         optimizer.step()
         schedule.step()
 
-    shown = [picture(generator) for _ in range(BATCH)]
+    shown = [random_image(generator) for _ in range(BATCH)]
     with torch.no_grad():
         output = detector.eval()(torch.stack([image for image, _ in shown]), mask, text)
     labels = output.categories.ids.gather(1, output.slot)
@@ -68,4 +68,4 @@ def test_both_kinds_are_found_in_the_pictures_of_both_datasets() -> None:
             best = scores[image].masked_fill(labels[image] != kind, -1.0).argmax()
             overlap = pairwise_iou(cxcywh_to_xyxy(output.boxes[-1, image, best]).unsqueeze(0), cxcywh_to_xyxy(boxes))
             hits[kind] += float(overlap[0, kind] > 0.5 and scores[image, best] > 0.3)
-    assert (hits >= BATCH - 1).all(), f"red and blue rectangles found in {BATCH} pictures: {hits.tolist()}"
+    assert (hits >= BATCH - 1).all(), f"red and blue rectangles found in {BATCH} images: {hits.tolist()}"

@@ -28,7 +28,7 @@ def decoder_of(layers: int = LAYERS) -> ConditionalDecoder:
 
 
 def memory_of() -> Memory:
-    """Two pictures, the second padded."""
+    """Two images, the second padded."""
     mask = torch.zeros(2, 64, 96, dtype=torch.bool)
     mask[1, 44:], mask[1, :, 60:] = True, True
     return flatten([torch.randn(2, WIDTH, 4, 6)], mask)
@@ -127,7 +127,7 @@ def test_equals_dab_detr(layers: int) -> None:
     boxes = (theirs.bbox_embed(expected.intermediate_hidden_states) + start).sigmoid()
     torch.testing.assert_close(answer.boxes, boxes, atol=1e-5, rtol=1e-4)
     tokens = categories.tokens.gather(1, queries.slot.unsqueeze(-1).expand(-1, -1, WIDTH))
-    logits = ours.agreement(expected.intermediate_hidden_states, tokens.expand(layers, -1, -1, -1))
+    logits = ours.similarity(expected.intermediate_hidden_states, tokens.expand(layers, -1, -1, -1))
     torch.testing.assert_close(answer.logits, logits, atol=1e-5, rtol=1e-4)
     direction = torch.randn_like(boxes)
     found, wanted = (torch.autograd.grad(b, queries.content, direction)[0] for b in (answer.boxes, boxes))

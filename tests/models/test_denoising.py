@@ -152,7 +152,7 @@ def test_directions_are_random() -> None:
     assert ((signs > 0.3) & (signs < 0.7)).all()
 
 
-def test_boxes_stay_in_the_picture() -> None:
+def test_boxes_stay_in_the_image() -> None:
     corner = targets_of([[0.02, 0.98, 0.04, 0.04], [0.5, 0.5, 1.0, 1.0]], [0, 1], words=WORDS)
     for _ in range(20):
         for copy in copies([corner], categories_of(range(5)))[0]:

@@ -1,4 +1,4 @@
-"""Properties of the network, each one a fault of published code."""
+"""Properties of the network, each one an issue of published code."""
 
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ FAMILIES = ["deformable", "hybrid", "plain"]
 NO_MASK = torch.zeros(1, 64, 96, dtype=torch.bool)
 
 
-def pictures(number: int, height: int = 64, width: int = 96) -> Tensor:
+def random_images(number: int, height: int = 64, width: int = 96) -> Tensor:
     return torch.rand(number, 3, height, width, generator=torch.Generator().manual_seed(2))
 
 
@@ -32,7 +32,7 @@ def mask_of(number: int) -> Tensor:
 def test_batch_invariance(layout: str, encoder: str) -> None:
     """[A, B] of one padded shape gives what A and B alone give, padding included."""
     detector = small_detector(small_config(layout=layout, encoder=encoder)).eval()
-    images, mask = pictures(2), mask_of(2).clone()
+    images, mask = random_images(2), mask_of(2).clone()
     mask[1, 50:], mask[1, :, 70:] = True, True
     images = images.masked_fill(mask.unsqueeze(1), 0)
     both = detector(images, mask, TEXT)
@@ -80,8 +80,8 @@ def test_padding_invariance_from_projected_features_on(encoder: str) -> None:
 def test_permuting_the_vocabulary_permutes_the_answers(layout: str, encoder: str) -> None:
     detector = small_detector(small_config(layout=layout, encoder=encoder)).eval()
     order = torch.randperm(len(TEXT))
-    plain = detector(pictures(1), mask_of(1), TEXT)
-    permuted = detector(pictures(1), mask_of(1), TEXT[order])
+    plain = detector(random_images(1), mask_of(1), TEXT)
+    permuted = detector(random_images(1), mask_of(1), TEXT[order])
     presence = permuted.categories.presence_logits
     torch.testing.assert_close(presence, plain.categories.presence_logits[:, :, order], atol=1e-4, rtol=0)
     assert sorted(order[permuted.categories.ids[0]].tolist()) == sorted(plain.categories.ids[0].tolist())
@@ -99,8 +99,8 @@ def test_permuting_the_vocabulary_permutes_the_answers(layout: str, encoder: str
 def test_other_names_do_not_change_a_categorys_presence() -> None:
     """Without self-attention among categories an answer depends on its own name alone."""
     detector = small_detector(small_config()).eval()
-    all_names = detector(pictures(1), mask_of(1), TEXT).categories
-    some = detector(pictures(1), mask_of(1), TEXT[:3]).categories
+    all_names = detector(random_images(1), mask_of(1), TEXT).categories
+    some = detector(random_images(1), mask_of(1), TEXT[:3]).categories
     torch.testing.assert_close(all_names.presence_logits[:, :, :3], some.presence_logits, atol=1e-5, rtol=0)
 
 
@@ -112,7 +112,7 @@ def test_every_parameter_gets_a_gradient_without_any_box(layout: str, encoder: s
 
     detector = small_detector(small_config(layout=layout, encoder=encoder)).train()
     targets = [targets_of([], [], words=9), targets_of([], [], words=9)]
-    output = detector(pictures(2), mask_of(2), TEXT, targets)
+    output = detector(random_images(2), mask_of(2), TEXT, targets)
     SetCriterion(CriterionConfig())(output, targets).total.backward()
     silent = [name for name, p in detector.named_parameters() if p.requires_grad and p.grad is None]
     assert not silent
@@ -123,10 +123,10 @@ def test_present_categories_always_get_slots_and_foreign_ones_never() -> None:
     config = small_config(kept=3)
     detector = small_detector(config).train()
     target = targets_of([[0.5, 0.5, 0.2, 0.2]] * 2, [7, 2], words=9, annotated=[1, 2, 7])
-    categories = detector(pictures(1), mask_of(1), TEXT, [target]).categories
+    categories = detector(random_images(1), mask_of(1), TEXT, [target]).categories
     assert categories.ids[0].tolist() == [1, 2, 7]
     narrow = replace(target, annotated=targets_of([], [], words=9, annotated=[2, 7]).annotated)
-    categories = detector(pictures(1), mask_of(1), TEXT, [narrow]).categories
+    categories = detector(random_images(1), mask_of(1), TEXT, [narrow]).categories
     assert categories.ids[0][categories.valid[0]].tolist() == [2, 7]
 
 
@@ -134,16 +134,16 @@ def test_present_categories_always_get_slots_and_foreign_ones_never() -> None:
 def test_inference_takes_any_list_of_names() -> None:
     detector = small_detector(small_config()).eval()
     for words in (1, 2, 9):
-        output = detector(pictures(1), mask_of(1), TEXT[:words])
+        output = detector(random_images(1), mask_of(1), TEXT[:words])
         assert output.logits.isfinite().all()
         assert int(output.categories.ids.max()) < words
 
 
 @pytest.mark.parametrize("encoder", ["deformable", "plain"])
 @torch.no_grad()
-def test_more_slots_than_places_and_tiny_pictures(encoder: str) -> None:
+def test_more_slots_than_places_and_tiny_images(encoder: str) -> None:
     detector = small_detector(small_config(number=500, ceiling=100, encoder=encoder)).eval()
-    output = detector(pictures(1, 32, 32), torch.zeros(1, 32, 32, dtype=torch.bool), TEXT)
+    output = detector(random_images(1, 32, 32), torch.zeros(1, 32, 32, dtype=torch.bool), TEXT)
     assert output.boxes.isfinite().all()
 
 
@@ -162,7 +162,7 @@ def test_options_are_not_ignored() -> None:
         with torch.no_grad():
             for parameter in detector.parameters():
                 parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3)) * 0.1)
-            return detector(pictures(1), mask_of(1), TEXT).logits
+            return detector(random_images(1), mask_of(1), TEXT).logits
 
     base = answer(plain)
     for config in others:
@@ -173,7 +173,7 @@ def test_denoising_plan_keeps_its_promises() -> None:
     detector = small_detector(small_config(denoising=30)).train()
     boxes = [[0.3, 0.3, 0.2, 0.2], [0.7, 0.6, 0.3, 0.2], [0.31, 0.3, 0.2, 0.2]]
     target = targets_of(boxes, [1, 4, 5], words=9, annotated=[1, 4, 5, 6])
-    categories = detector(pictures(1), mask_of(1), TEXT, [target]).categories
+    categories = detector(random_images(1), mask_of(1), TEXT, [target]).categories
     queries, plan = detector.denoising([target], categories)
     label = categories.ids[0][plan.slot[0]]
     own = label == target.labels[plan.target[0]]
@@ -197,10 +197,10 @@ def test_denoising_plan_keeps_its_promises() -> None:
 def test_denoising_does_not_change_the_other_answers(encoder: str) -> None:
     detector = small_detector(small_config(denoising=30, encoder=encoder)).eval()
     target = targets_of([[0.3, 0.3, 0.2, 0.2]], [1], words=9)
-    with_it = detector(pictures(1), mask_of(1), TEXT, [target])
+    with_it = detector(random_images(1), mask_of(1), TEXT, [target])
     bare = small_detector(small_config(denoising=0, encoder=encoder)).eval()
     bare.load_state_dict(detector.state_dict(), strict=False)
-    without = bare(pictures(1), mask_of(1), TEXT, [target])
+    without = bare(random_images(1), mask_of(1), TEXT, [target])
     torch.testing.assert_close(with_it.logits, without.logits, atol=1e-5, rtol=0)
 
 

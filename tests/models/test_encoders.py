@@ -46,7 +46,7 @@ def encoder_config(kind: str, **values: Any) -> EncoderConfig:
 
 
 def padding(whole: bool = False) -> Tensor:
-    """Masks of two pictures of 64 x 96 pixels: one whole, one of 44 x 60."""
+    """Masks of two images of 64 x 96 pixels: one whole, one of 44 x 60."""
     mask = torch.zeros(2, 64, 96, dtype=torch.bool)
     if not whole:
         mask[1, 44:], mask[1, :, 60:] = True, True
@@ -90,7 +90,7 @@ def test_a_cell_is_padding_where_its_first_pixel_is() -> None:
     mask = level_mask(padding(), (8, 12))
     assert not mask[0].any()
     assert torch.equal(mask[1], padding()[1, ::8, ::8])
-    # a picture that ends inside a cell has that cell; the smallest picture has the first one
+    # an image that ends inside a cell has that cell; the smallest image has the first one
     tiny = torch.ones(1, 64, 96, dtype=torch.bool)
     tiny[:, :1, :1] = False
     assert (~level_mask(tiny, (2, 3))).sum() == 1
@@ -299,7 +299,7 @@ def test_hybrid_equals_transformers(expansion: float, training: bool) -> None:
 
 
 def test_hybrid_attention_does_not_look_at_padding() -> None:
-    """Without fusion, a padded picture gives what it gives alone."""
+    """Without fusion, a padded image gives what it gives alone."""
     encoder = HybridEncoder((6,), WIDTH, encoder_config("hybrid", levels=1)).eval()
     stir(encoder)
     feature = torch.randn(1, 6, 4, 6)
@@ -321,7 +321,7 @@ def test_hybrid_takes_maps_of_odd_sides(size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["deformable", "hybrid", "plain"])
-def test_a_picture_of_one_pixel_has_a_cell_on_every_level(kind: str) -> None:
+def test_a_image_of_one_pixel_has_a_cell_on_every_level(kind: str) -> None:
     encoder = build_encoder(CHANNELS, WIDTH, encoder_config(kind)).eval()
     mask = torch.ones(2, 64, 96, dtype=torch.bool)
     mask[:, :1, :1] = False

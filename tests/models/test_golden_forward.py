@@ -7,6 +7,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from metr.conversion.published.authors import AUTHORS
+from metr.conversion.table import to_ours, to_theirs
 from metr.losses.config import CriterionConfig
 from metr.losses.criterion import SetCriterion
 from metr.models.config import (
@@ -20,8 +22,6 @@ from metr.models.config import (
 from metr.models.detector import Detector
 from metr.models.proposals import anchor_logits
 from metr.structures import DetectorOutput, Memory
-from metr.transfer.authors import AUTHORS
-from metr.transfer.table import to_ours, to_theirs
 
 from small import small_backbone, targets_of
 

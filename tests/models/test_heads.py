@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 
-from metr.models.config import AgreementConfig
-from metr.models.heads import AgreementHead, BoxHead, box_logits, compared_tokens
+from metr.models.config import SimilarityConfig
+from metr.models.heads import BoxHead, SimilarityHead, box_logits, similarity_tokens
 from metr.structures import Categories
 
 
-def test_agreement_is_a_scaled_product_plus_a_bias() -> None:
-    head = AgreementHead(16, prior=0.02)
+def test_similarity_is_a_scaled_product_plus_a_bias() -> None:
+    head = SimilarityHead(16, prior=0.02)
     features, text = torch.randn(3, 5, 16), torch.randn(3, 5, 16)
     logits = head(features, text)
     for image in range(3):
@@ -20,15 +20,15 @@ def test_agreement_is_a_scaled_product_plus_a_bias() -> None:
             torch.testing.assert_close(logits[image, row], product / 4 + head.bias[0])
 
 
-def test_agreement_of_one_vocabulary_with_many_images() -> None:
-    head = AgreementHead(16, prior=0.02)
+def test_similarity_of_one_vocabulary_with_many_images() -> None:
+    head = SimilarityHead(16, prior=0.02)
     features, text = torch.randn(3, 5, 16), torch.randn(5, 16)
     torch.testing.assert_close(head(features, text), head(features, text.expand(3, 5, 16)))
 
 
 @pytest.mark.parametrize("prior", [0.01, 0.3])
-def test_agreement_starts_at_its_prior(prior: float) -> None:
-    head = AgreementHead(16, prior)
+def test_similarity_starts_at_its_prior(prior: float) -> None:
+    head = SimilarityHead(16, prior)
     logit = head(torch.randn(4, 16), torch.zeros(4, 16))
     torch.testing.assert_close(logit.sigmoid(), torch.full((4,), prior))
 
@@ -66,22 +66,24 @@ def test_box_logits_stay_inside_their_margin() -> None:
     torch.testing.assert_close(box_logits(outside), torch.tensor([[edge, edge, -edge, -edge]]))
 
 
-def test_factor_and_objectness_of_an_agreement() -> None:
-    plain, sure = AgreementHead(16, 0.02), AgreementHead(16, 0.02, AgreementConfig(factor=4, objectness=True))
+def test_factor_and_objectness_of_an_similarity() -> None:
+    plain, sure = SimilarityHead(16, 0.02), SimilarityHead(16, 0.02, SimilarityConfig(factor=4, objectness=True))
     sure.load_state_dict(plain.state_dict(), strict=False)
     features, tokens = torch.randn(3, 5, 16), torch.randn(3, 5, 16)
     assert plain.objectness is None
     assert sure.objectness is not None
-    agreement = plain(features, tokens) - plain.bias
-    torch.testing.assert_close(sure(features, tokens), 4 * agreement + features @ sure.objectness.weight[0] + sure.bias)
+    similarity = plain(features, tokens) - plain.bias
+    torch.testing.assert_close(
+        sure(features, tokens), 4 * similarity + features @ sure.objectness.weight[0] + sure.bias
+    )
 
 
-def test_an_agreement_starts_as_it_would_without_its_factor() -> None:
+def test_an_similarity_starts_as_it_would_without_its_factor() -> None:
     features, tokens = torch.randn(3, 5, 16), torch.randn(3, 5, 16)
     heads = []
     for factor in (1.0, 4.0):
         torch.manual_seed(1)
-        heads.append(AgreementHead(16, 0.02, AgreementConfig(factor=factor)))
+        heads.append(SimilarityHead(16, 0.02, SimilarityConfig(factor=factor)))
     torch.testing.assert_close(heads[0](features, tokens), heads[1](features, tokens))
 
 
@@ -96,9 +98,9 @@ def test_what_slots_are_compared_with() -> None:
         valid=torch.tensor([[True, True], [True, False]]),
         shortlist=shortlist,
     )
-    refined = compared_tokens(categories, AgreementConfig())
+    refined = similarity_tokens(categories, SimilarityConfig())
     torch.testing.assert_close(refined[0], tokens[0, [1, 3]])
     torch.testing.assert_close(refined[1, 0], tokens[1, 3])
-    unrefined = compared_tokens(categories, AgreementConfig(token="text"))
+    unrefined = similarity_tokens(categories, SimilarityConfig(token="text"))
     torch.testing.assert_close(unrefined[0], text[[2, 8]])
     torch.testing.assert_close(unrefined[1, 0], text[4])

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, normalize
 
-from metr.models.new_names import tell_apart
+from metr.models.new_names import decorrelate_names
 
 
 def alike(projection: nn.Linear, text: Tensor) -> float:
@@ -27,7 +27,7 @@ def test_new_tokens_part_and_known_ones_stay(count: int) -> None:
     before = projection(known)
     likeness = alike(projection, new)
     assert likeness > 0.9
-    tell_apart(projection, known, new)
+    decorrelate_names(projection, known, new)
     torch.testing.assert_close(projection(known), before, atol=1e-4, rtol=0)
     assert alike(projection, new) < likeness - 0.02
     out = (projection(new) - projection(new).mean(0)).norm(dim=1).mean()
@@ -40,6 +40,6 @@ def test_where_there_is_no_room_nothing_changes() -> None:
     for known, new in ((many, names(5, 0.2, 1)), (many[:10], many[:1]), (many[:10], many[:4])):
         projection = nn.Linear(48, 24)
         weight, bias = projection.weight.clone(), projection.bias.clone()
-        tell_apart(projection, known, new)
+        decorrelate_names(projection, known, new)
         torch.testing.assert_close(projection.weight, weight, atol=1e-5, rtol=0)
         torch.testing.assert_close(projection.bias, bias, atol=1e-5, rtol=0)

@@ -1,4 +1,4 @@
-"""The network learns four pictures by heart: every part, from backbone to losses, pulls in one direction."""
+"""The network learns four images by heart: every part, from backbone to losses, pulls in one direction."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ SCENES: list[Scene] = [
 ]
 
 
-def picture(scene: Scene) -> Tensor:
+def random_image(scene: Scene) -> Tensor:
     """Coloured shapes on noise, later ones in front."""
     image = 0.5 + 0.15 * torch.randn(3, SIZE, SIZE)
     place = (torch.arange(SIZE) + 0.5) / SIZE
@@ -60,7 +60,7 @@ def learn(detector: Detector, images: Tensor, text: Tensor, targets: list[Target
 def test_overfits_four_images(layout: str, encoder: str, loss: str) -> None:
     """Each object is found once, by a query of its category, and nothing else is found; but for one."""
     torch.set_num_threads(1)  # so small a network is slower on several
-    images = torch.stack([picture(scene) for scene in SCENES])
+    images = torch.stack([random_image(scene) for scene in SCENES])
     targets = [targets_of([box for _, box in scene], [label for label, _ in scene], words=WORDS) for scene in SCENES]
     text = torch.nn.functional.normalize(torch.randn(WORDS, TEXT_WIDTH), dim=-1)
     detector = small_detector(small_config(encoder=encoder, kept=3, layout=layout)).train()

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from metr.models.config import AgreementConfig, QueryConfig
+from metr.models.config import QueryConfig, SimilarityConfig
 from metr.models.encoders.pyramid import flatten
 from metr.models.proposals import ProposalHead, anchor_logits, share_out, take_pairs
 from metr.structures import Categories, Memory, Proposals
@@ -17,14 +17,14 @@ LAYOUTS = ["budget", "uniform", "shared"]
 
 
 def memory_of(batch: int = 2, shapes: tuple[tuple[int, int], ...] = SHAPES) -> Memory:
-    """Random memory of pictures of 64 x 96 pixels; the second is 44 x 60 and padded."""
+    """Random memory of images of 64 x 96 pixels; the second is 44 x 60 and padded."""
     mask = torch.zeros(batch, 64, 96, dtype=torch.bool)
     mask[1:, 44:], mask[1:, :, 60:] = True, True
     return flatten([torch.randn(batch, WIDTH, *shape) for shape in shapes], mask)
 
 
 def categories_of(batch: int = 2, kept: int = 4) -> Categories:
-    """Random tokens; the second picture has one empty slot."""
+    """Random tokens; the second image has one empty slot."""
     ids = torch.stack([torch.randperm(WORDS)[:kept].sort().values for _ in range(batch)])
     valid = torch.ones(batch, kept, dtype=torch.bool)
     valid[1:, -1] = False
@@ -38,9 +38,9 @@ def categories_of(batch: int = 2, kept: int = 4) -> Categories:
 
 
 def head_of(**values: Any) -> ProposalHead:
-    agreement = values.pop("agreement", None)
+    similarity = values.pop("similarity", None)
     config = QueryConfig(**{"layout": "uniform", "number": 24, "floor": 2, "ceiling": 10} | values)
-    head = ProposalHead(WIDTH, config, prior=0.01, agreement=agreement)
+    head = ProposalHead(WIDTH, config, prior=0.01, similarity=similarity)
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -72,7 +72,7 @@ def test_anchors_follow_their_formulas() -> None:
                     else:
                         assert logits[image, here].isposinf().all()
         place += height * width
-    assert not usable[:, -1].any()  # 0.05 * 2^5 is wider than the picture
+    assert not usable[:, -1].any()  # 0.05 * 2^5 is wider than the image
 
 
 def test_centres_near_the_border_of_a_fine_level_are_unusable() -> None:
@@ -177,9 +177,9 @@ def test_answers_are_those_of_the_chosen_pairs(layout: str) -> None:
 
 
 @torch.no_grad()
-def test_logits_are_scaled_agreements_with_the_text_and_objectness() -> None:
-    agreement = AgreementConfig(token="text", factor=3, objectness=True)
-    head, memory, categories = head_of(agreement=agreement), memory_of(), categories_of()
+def test_logits_are_scaled_similaritys_with_the_text_and_objectness() -> None:
+    similarity = SimilarityConfig(token="text", factor=3, objectness=True)
+    head, memory, categories = head_of(similarity=similarity), memory_of(), categories_of()
     assert head.objectness is not None
     proposals, features = head(memory, categories)
     text = categories.text[categories.ids.gather(1, proposals.slot)]

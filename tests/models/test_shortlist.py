@@ -12,7 +12,7 @@ from metr.errors import ConfigError
 from metr.losses.classification import presence_losses
 from metr.losses.config import CriterionConfig
 from metr.losses.criterion import SetCriterion
-from metr.losses.truth import Truth
+from metr.losses.padded_targets import Truth
 from metr.models.config import DetectorConfig
 from metr.models.detector import Detector
 from metr.models.shortlist import Shortlist, Shortlisted
@@ -41,7 +41,7 @@ def without_shortlist(detector: Detector) -> Detector:
     return plain
 
 
-def pictures(number: int = 1, seed: int = 2) -> Tensor:
+def random_images(number: int = 1, seed: int = 2) -> Tensor:
     return torch.rand(number, 3, 64, 96, generator=torch.Generator().manual_seed(seed))
 
 
@@ -53,7 +53,7 @@ def ask(
 
 def test_logits_are_the_soft_maximum_over_the_summaries() -> None:
     detector = detector_of()
-    memory = detector.encoder(detector.backbone(pictures(2)), torch.zeros(2, 64, 96, dtype=torch.bool))
+    memory = detector.encoder(detector.backbone(random_images(2)), torch.zeros(2, 64, 96, dtype=torch.bool))
     module = detector.category_extraction.shortlist
     assert isinstance(module, Shortlist)
     projected = detector.project(TEXT).tokens
@@ -72,7 +72,7 @@ def test_logits_are_the_soft_maximum_over_the_summaries() -> None:
 @pytest.mark.parametrize("layout", ["budget", "uniform", "shared"])
 def test_no_more_names_than_the_shortlist_takes_is_no_shortlist(layout: str) -> None:
     detector = detector_of(shortlist=WORDS, layout=layout)
-    ours, plain = ask(detector, pictures(2)), ask(without_shortlist(detector), pictures(2))
+    ours, plain = ask(detector, random_images(2)), ask(without_shortlist(detector), random_images(2))
     assert ours.categories.shortlist is None
     assert ours.categories.shortlist_logits is None
     assert torch.equal(ours.logits, plain.logits)
@@ -84,8 +84,8 @@ def test_no_more_names_than_the_shortlist_takes_is_no_shortlist(layout: str) -> 
 def test_shortlisted_names_get_the_answers_of_all_names() -> None:
     """Category extraction without self-attention: what is looked at is answered as if everything were."""
     detector = detector_of()
-    ours = ask(detector, pictures(3)).categories
-    everything = ask(without_shortlist(detector), pictures(3)).categories
+    ours = ask(detector, random_images(3)).categories
+    everything = ask(without_shortlist(detector), random_images(3)).categories
     assert ours.shortlist is not None
     assert ours.shortlist.shape == (3, SHORT)
     for image, rows in enumerate(ours.shortlist):
@@ -107,7 +107,7 @@ def test_shortlisted_names_get_the_answers_of_all_names() -> None:
 @torch.no_grad()
 def test_where_the_kept_are_shortlisted_detection_is_that_of_all_names() -> None:
     detector = detector_of(shortlist=30)
-    plain = ask(without_shortlist(detector), pictures())
+    plain = ask(without_shortlist(detector), random_images())
     kept = plain.categories.ids[0]
     order = torch.cat([kept, torch.tensor([v for v in range(WORDS) if v not in kept.tolist()])])
     # a shortlist that agrees with category extraction: the kept names first
@@ -118,7 +118,7 @@ def test_where_the_kept_are_shortlisted_detection_is_that_of_all_names() -> None
         return Shortlisted(torch.zeros(1, WORDS), order[:30].sort().values.unsqueeze(0))
 
     module.register_forward_hook(likes_the_kept)
-    ours = ask(detector, pictures())
+    ours = ask(detector, random_images())
     assert ours.categories.ids.tolist() == plain.categories.ids.tolist()
     torch.testing.assert_close(ours.logits, plain.logits, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(ours.boxes, plain.boxes, atol=1e-4, rtol=1e-4)
@@ -130,7 +130,7 @@ def test_an_image_has_a_shortlist_of_its_own(layout: str) -> None:
     """[A, B] gives what A and B alone give."""
     detector = detector_of(layout=layout)
     _spread_out(detector)
-    images = pictures(3)
+    images = random_images(3)
     images[1] = images[1].square()
     images[2] *= 0.05
     together = ask(detector, images)
@@ -150,7 +150,7 @@ def test_an_image_has_a_shortlist_of_its_own(layout: str) -> None:
 def test_permuting_the_vocabulary_permutes_the_shortlist_and_the_answers() -> None:
     detector = detector_of()
     order = torch.randperm(WORDS)
-    plain, permuted = ask(detector, pictures()), ask(detector, pictures(), TEXT[order])
+    plain, permuted = ask(detector, random_images()), ask(detector, random_images(), TEXT[order])
     ours, theirs = plain.categories, permuted.categories
     assert ours.shortlist is not None
     assert theirs.shortlist is not None
@@ -170,18 +170,18 @@ def test_permuting_the_vocabulary_permutes_the_shortlist_and_the_answers() -> No
 def test_present_names_are_shortlisted_in_training_and_unknown_ones_last() -> None:
     detector = detector_of(shortlist=6, kept=3).train()
     with torch.no_grad():
-        likely = ask(detector.eval(), pictures()).categories.shortlist_logits
+        likely = ask(detector.eval(), random_images()).categories.shortlist_logits
     assert likely is not None
     unlikely = likely[0].argsort()[:2].tolist()
     asked = [*unlikely, *likely[0].argsort()[10:13].tolist()]
     target = targets_of([[0.5, 0.5, 0.2, 0.2]] * 2, unlikely, words=WORDS, annotated=asked)
-    found = ask(detector.train(), pictures(), TEXT, [target]).categories
+    found = ask(detector.train(), random_images(), TEXT, [target]).categories
     assert found.shortlist is not None
     assert {*asked} <= {*found.shortlist[0].tolist()}
     assert {*unlikely} <= {*found.ids[0][found.valid[0]].tolist()} <= {*asked}
     # more that are presumed absent than there is room for: present and then the likeliest of what is asked
     presumed = ~target.annotated
-    found = ask(detector, pictures(), TEXT, [replace(target, presumed_absent=presumed)]).categories
+    found = ask(detector, random_images(), TEXT, [replace(target, assumed_negative=presumed)]).categories
     assert found.shortlist is not None
     others = likely[0].clone()
     others[unlikely] = -torch.inf
@@ -193,7 +193,7 @@ def test_every_parameter_gets_a_gradient_without_any_box(words: int) -> None:
     """With fewer names than the shortlist takes, and with more."""
     detector = detector_of().train()
     targets = [targets_of([], [], words=words)] * 2
-    output = ask(detector, pictures(2), TEXT[:words], targets)
+    output = ask(detector, random_images(2), TEXT[:words], targets)
     losses = SetCriterion(CriterionConfig())(output, targets)
     assert losses.total.isfinite()
     losses.total.backward()
@@ -208,7 +208,7 @@ def test_every_parameter_gets_a_gradient_without_any_box(words: int) -> None:
 def test_the_loss_is_that_of_presence_on_what_is_asked() -> None:
     detector = detector_of().train()
     target = targets_of([[0.5, 0.5, 0.2, 0.2]], [3], words=WORDS, annotated=[1, 3, 5, 7])
-    output = ask(detector, pictures(), TEXT, [target])
+    output = ask(detector, random_images(), TEXT, [target])
     logits = output.categories.shortlist_logits
     assert logits is not None
     logits.retain_grad()
@@ -224,7 +224,7 @@ def test_the_loss_is_that_of_presence_on_what_is_asked() -> None:
 def test_names_that_were_not_looked_at_give_no_loss_to_category_extraction() -> None:
     detector = detector_of().train()
     target = targets_of([[0.5, 0.5, 0.2, 0.2]], [3], words=WORDS)
-    output = ask(detector, pictures(), TEXT, [target])
+    output = ask(detector, random_images(), TEXT, [target])
     rows = output.categories.shortlist
     assert rows is not None
     term = SetCriterion(CriterionConfig())(output, [target]).terms["presence/1"]
@@ -237,7 +237,7 @@ def test_names_that_were_not_looked_at_give_no_loss_to_category_extraction() -> 
 def test_logits_are_float32_under_autocast() -> None:
     detector = detector_of()
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
-        found = ask(detector, pictures())
+        found = ask(detector, random_images())
     assert found.categories.shortlist_logits is not None
     assert found.categories.shortlist_logits.dtype == torch.float32
     assert found.logits.isfinite().all()
@@ -254,10 +254,10 @@ def test_a_shortlist_smaller_than_the_kept_is_refused() -> None:
 
 
 def test_it_learns_which_names_are_shown() -> None:
-    """Four pictures with a colour and a name each; from what the encoder says of them, it learns to put it first."""
+    """Four images with a colour and a name each; from what the encoder says of them, it learns to put it first."""
     detector = detector_of(denoising=0)
     colours = torch.tensor([[1.0, 0.1, 0.1], [0.1, 1.0, 0.1], [0.1, 0.1, 1.0], [0.9, 0.9, 0.2]])
-    images, labels = 0.2 * pictures(4) + 0.8 * colours[:, :, None, None], [3, 11, 22, 33]
+    images, labels = 0.2 * random_images(4) + 0.8 * colours[:, :, None, None], [3, 11, 22, 33]
     with torch.no_grad():
         memory = detector.encoder(detector.backbone(images), torch.zeros(4, 64, 96, dtype=torch.bool))
     truth = Truth.of([targets_of([[0.5, 0.5, 0.4, 0.4]], [label], words=WORDS) for label in labels])
@@ -282,7 +282,7 @@ def test_projected_text_gives_the_same_answers_until_something_changes() -> None
     with torch.no_grad():
         first = detector.project(TEXT)
         assert detector.project(TEXT, first) is first
-        plain, ahead = ask(detector, pictures()), ask(detector, pictures(), first)
+        plain, ahead = ask(detector, random_images()), ask(detector, random_images(), first)
         assert torch.equal(plain.logits, ahead.logits)
         assert torch.equal(plain.categories.presence_logits, ahead.categories.presence_logits)
         # another text, another precision, other weights
@@ -292,7 +292,7 @@ def test_projected_text_gives_the_same_answers_until_something_changes() -> None
         detector.category_extraction.projection.weight.data.mul_(1.01)
         again = detector.project(TEXT, first)
         assert again is not first
-        assert torch.equal(ask(detector, pictures(), again).logits, ask(detector, pictures()).logits)
+        assert torch.equal(ask(detector, random_images(), again).logits, ask(detector, random_images()).logits)
 
 
 def _spread_out(detector: Detector) -> None:

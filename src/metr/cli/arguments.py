@@ -17,5 +17,5 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", help="One value of the recipe: section.key=value; may be repeated."),
 ]
-BatchSize = Annotated[int, typer.Option(help="Pictures a step.", min=1)]
+BatchSize = Annotated[int, typer.Option(help="Images a step.", min=1)]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]

@@ -13,7 +13,7 @@ def demo(
     out: Annotated[Path, typer.Option("-o", "--out", help="Where everything goes.")] = Path("demo"),
     set_: Overrides = None,
 ) -> None:
-    """Try it all on made pictures. Draws three small datasets, trains on them jointly, evaluates, detects."""
+    """Try it all on made images. Draws three small datasets, trains on them jointly, evaluates, detects."""
     from metr.demo.run import run_demo
 
     if run_demo(out, Console(), tuple(set_ or ())) is None:

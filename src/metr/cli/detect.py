@@ -1,4 +1,4 @@
-"""`metr detect`: pictures in, drawn pictures and COCO results out."""
+"""`metr detect`: images in, drawn images and COCO results out."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,22 +11,22 @@ from metr.cli.arguments import BatchSize, Device, Run
 
 def detect(
     run: Run,
-    pictures: Annotated[list[Path], typer.Argument(help="Pictures, or folders of pictures.", metavar="PICTURE")],
+    images: Annotated[list[Path], typer.Argument(help="Images, or folders of images.", metavar="IMAGE")],
     categories: Annotated[
         str | None, typer.Option(help='Names to look for, "penguin, shark"; by default all that were trained.')
     ] = None,
-    out: Annotated[Path, typer.Option("-o", "--out", help="Where drawn pictures and JSON go.")] = Path("detections"),
+    out: Annotated[Path, typer.Option("-o", "--out", help="Where drawn images and JSON go.")] = Path("detections"),
     threshold: Annotated[float, typer.Option(help="Least score that is shown.", min=0, max=1)] = 0.3,
     batch_size: BatchSize = 8,
     device: Device = "auto",
 ) -> None:
-    """Find objects in pictures. Any names can be asked for, trained or not."""
-    from metr.api.detection import detect_files
+    """Find objects in images. Any names can be asked for, trained or not."""
+    from metr.inference.detect_files import detect_files
 
     names = None if categories is None else [name.strip() for name in categories.split(",")]
     detect_files(
         run,
-        pictures,
+        images,
         out,
         names=names,
         threshold=threshold,

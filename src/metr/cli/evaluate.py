@@ -21,7 +21,7 @@ def evaluate(
     device: Device = "auto",
 ) -> None:
     """Measure average precision on datasets. Own names, all names together, confusion between fields."""
-    from metr.api.evaluation import evaluate_run
+    from metr.evaluation.evaluate import evaluate_run
 
     # a name on the hub is no folder to write into
     out = out or (run / "evaluation" if run.is_dir() else Path("evaluation"))

@@ -22,37 +22,38 @@ def finetune(
         str | None, typer.Option(help="none, half (of the backbone), backbone, or encoder (and backbone).")
     ] = None,
     shots: Annotated[
-        int | None, typer.Option(help="Train on so few pictures that each category has K objects.", min=1, metavar="K")
+        int | None, typer.Option(help="Train on so few images that each category has K objects.", min=1, metavar="K")
     ] = None,
-    share: Annotated[float | None, typer.Option(help="Train on this share of the pictures, 0 to 1.")] = None,
-    seed: Annotated[int, typer.Option(help="Decides which pictures, and training's random numbers.", min=0)] = 0,
-    remember: Annotated[
+    share: Annotated[float | None, typer.Option(help="Train on this share of the images, 0 to 1.")] = None,
+    seed: Annotated[int, typer.Option(help="Decides which images, and training's random numbers.", min=0)] = 0,
+    rehearse: Annotated[
         list[str] | None, typer.Option(help="Old datasets, mixed in; may be repeated.", metavar="DATA")
     ] = None,
-    remember_share: Annotated[float, typer.Option(help="Share of the draws that goes to them, 0 to 1.")] = 0.3,
-    remember_evaluate: Annotated[
+    rehearse_fraction: Annotated[float, typer.Option(help="Share of the draws that goes to them, 0 to 1.")] = 0.3,
+    rehearse_evaluate: Annotated[
         list[str] | None, typer.Option(help="Old datasets, judged before and after only.", metavar="DATA")
     ] = None,
-    tell_apart: Annotated[
-        bool, typer.Option("--tell-apart", help="First move new names that mean nearly the same from each other.")
+    decorrelate_names: Annotated[
+        bool,
+        typer.Option("--decorrelate-names", help="First move new names that mean nearly the same from each other."),
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the run in OUT stopped.")] = False,
 ) -> None:
     """Train a detector further on new data. Its names are new strings: nothing is begun anew."""
-    from metr.api.finetune_data import Remember
-    from metr.api.finetuning import FinetuneOptions
-    from metr.api.finetuning import finetune as run
     from metr.data.few_shot import SubsetConfig
+    from metr.training.finetune import FinetuneOptions
+    from metr.training.finetune import finetune as run
+    from metr.training.finetune_data import Rehearsal
 
     overrides = [*(set_ or []), *([f"train.loop.steps={steps}"] if steps is not None else [])]
     overrides += [f"train.freeze={freeze}"] if freeze is not None else []
-    old = {"data": remember or (), "share": remember_share, "evaluate": remember_evaluate or ()}
+    old = {"data": rehearse or (), "share": rehearse_fraction, "evaluate": rehearse_evaluate or ()}
     options = FinetuneOptions(
         file=config,
         overrides=tuple(overrides),
-        subset=SubsetConfig.checked({"shots": shots, "share": share, "seed": seed}, where="--shots, --share"),
-        remember=Remember.checked(old, where="--remember"),
-        tell_apart=tell_apart,
+        subset=SubsetConfig.checked({"shots": shots, "share": share, "seed": seed}, where="--shots, --fraction"),
+        rehearse=Rehearsal.checked(old, where="--rehearse"),
+        decorrelate_names=decorrelate_names,
     )
     outcome = run(data, source, out, options, resume=resume, console=Console()).training
     say_done(outcome, out)

@@ -12,13 +12,13 @@ from rich.console import Console
 from rich.markup import escape
 
 from metr.cli.arguments import Data
-from metr.data.sources import DetectionSource, open_dataset, parse_data_arguments
-from metr.data.writers.coco import write_coco
-from metr.data.writers.yolo import write_yolo
+from metr.data.datasets_file import DatasetSource, open_dataset, parse_data_arguments
+from metr.data.formats.coco_writer import write_coco
+from metr.data.formats.yolo_writer import write_yolo
 from metr.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
-    from metr.api.model import METR
+    from metr.model import METR
 
 # A table that is piped into a file is as wide as it needs to be.
 _PIPED_WIDTH = 160
@@ -27,12 +27,10 @@ _WRITERS = {"coco": write_coco, "yolo": write_yolo}
 Verbose = Annotated[
     bool, typer.Option("--verbose", "-v", help="Leave nothing out; list every category with its boxes.")
 ]
-Check = Annotated[bool, typer.Option("--check", help="Open every picture, not only up to 5,000 of a dataset.")]
+Check = Annotated[bool, typer.Option("--check", help="Open every image, not only up to 5,000 of a dataset.")]
 Model = Annotated[
     str | None,
-    typer.Option(
-        help="A run or checkpoint that looks for unlabelled objects, in 30 pictures a dataset.", metavar="RUN"
-    ),
+    typer.Option(help="A run or checkpoint that looks for unlabelled objects, in 30 images a dataset.", metavar="RUN"),
 ]
 Write = Annotated[
     Path | None,
@@ -45,7 +43,7 @@ Export = Annotated[
 ]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", help="How to look: pictures=100, threshold=0.5, near=0.8, text.source=...; may be repeated."),
+    typer.Option("--set", help="How to look: images=100, threshold=0.5, near=0.8, text.source=...; may be repeated."),
 ]
 
 
@@ -59,12 +57,12 @@ def inspect(
     export: Export = None,
     set_: Settings = None,
 ) -> None:
-    """Show what is in datasets: faults, labels that agree or clash, objects that perhaps stand unlabelled."""
-    from metr.api.inspection.assistant import inspect_datasets
-    from metr.api.inspection.config import InspectionConfig
-    from metr.api.inspection.listing import check_target, write_listing
+    """Show what is in datasets: issues, labels that agree or clash, objects that perhaps stand unlabelled."""
     from metr.cli.inspect_tables import print_inspection
     from metr.config import parse_overrides
+    from metr.inspection.config import InspectionConfig
+    from metr.inspection.datasets_file import check_target, write_datasets_file
+    from metr.inspection.label_report import inspect_datasets
 
     config = InspectionConfig.checked(parse_overrides(set_ or []), where="--set")
     if write is not None:
@@ -82,19 +80,19 @@ def inspect(
             config,
             model=detector,
             shown_as=model or "",
-            every_picture=check,
+            every_image=check,
             say=lambda words: status.update(escape(words)),
         )
     print_inspection(console, inspection, config, verbose=verbose)
     if write is not None:
-        write_listing(write, sources, inspection.suggestions, inspection.coverage)
+        write_datasets_file(write, sources, inspection.suggestions, inspection.coverage)
         told = f"\nA listing with these suggestions is in {write}. Edit it, then: metr train {write} -o RUN"
         console.print(told, markup=False, highlight=False, soft_wrap=True)
     if export is not None:
         _export(sources, *export, console)
 
 
-def _opened(data: Sequence[str], console: Console) -> list[DetectionSource]:
+def _opened(data: Sequence[str], console: Console) -> list[DatasetSource]:
     sources = []
     with _without_hints_to_this_verb():
         for spec in parse_data_arguments(data):
@@ -105,8 +103,8 @@ def _opened(data: Sequence[str], console: Console) -> list[DetectionSource]:
 
 @contextmanager
 def _without_hints_to_this_verb() -> Iterator[None]:
-    """Opening a dataset logs that `metr inspect` tells more of its faults, which is now about to happen."""
-    logger = logging.getLogger("metr.data.sources")
+    """Opening a dataset logs that `metr inspect` tells more of its issues, which is now about to happen."""
+    logger = logging.getLogger("metr.data.datasets_file")
     level = logger.level
     logger.setLevel(logging.WARNING)
     try:
@@ -116,7 +114,7 @@ def _without_hints_to_this_verb() -> Iterator[None]:
 
 
 def _loaded(model: str, device: str) -> "METR":
-    from metr.api.model import METR
+    from metr.model import METR
 
     return METR.from_pretrained(model, device=device)
 
@@ -126,11 +124,11 @@ def _check_format(name: str) -> None:
         raise ConfigError(f"no format {name!r} to write", where="--export", hint=did_you_mean(name, _WRITERS))
 
 
-def _export(sources: Sequence[DetectionSource], name: str, out: Path, console: Console) -> None:
+def _export(sources: Sequence[DatasetSource], name: str, out: Path, console: Console) -> None:
     """Writes each dataset into its own folder."""
     for source in sources:
         folder = out / (re.sub(r"[\\/:]+", "_", source.name).lstrip(".") or "dataset")
         with console.status(f"writing {escape(source.name)}"):
             report = _WRITERS[name](source, folder)
-        told = f"{source.name}: {report.images:,} pictures, {report.boxes:,} boxes as {name} in {folder}"
+        told = f"{source.name}: {report.images:,} images, {report.boxes:,} boxes as {name} in {folder}"
         console.print(told, markup=False, highlight=False, soft_wrap=True)

@@ -6,16 +6,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from metr.api.inspection.assistant import Inspection
-from metr.api.inspection.config import InspectionConfig
-from metr.api.inspection.coverage import Cell, Coverage
-from metr.api.inspection.facts import BoxSizes, DatasetFacts
-from metr.api.inspection.near import NearNames
+from metr.inspection.config import InspectionConfig
+from metr.inspection.coverage import Cell, Coverage
+from metr.inspection.facts import BoxSizes, DatasetFacts
+from metr.inspection.label_report import Inspection
+from metr.inspection.similar_names import SimilarNames
 from metr.text.language_model import BUNDLED
 
-# How much of each list is shown without --verbose: faults of a kind, pairs of names, rows of the matrix, hints of a
+# How much of each list is shown without --verbose: issues of a kind, pairs of names, rows of the matrix, hints of a
 # dataset, names in a line.
-_FAULTS, _PAIRS, _ROWS, _HINTS, _NAMES = 3, 15, 20, 5, 12
+_ISSUES, _PAIRS, _ROWS, _HINTS, _NAMES = 3, 15, 20, 5, 12
 # Columns of a console in which there is room for sums.
 _WIDE = 100
 # The narrowest column of the matrix; where columns would be narrower, it is written as lines.
@@ -27,13 +27,13 @@ def print_inspection(
 ) -> None:
     """Everything that was found; without `verbose`, of long lists the beginning."""
     console.print(_overview(inspection, console.width >= _WIDE))
-    _print_faults(console, inspection, verbose)
+    _print_issues(console, inspection, verbose)
     if verbose:
         for facts in inspection.facts:
             console.print(_categories(facts))
     if len(inspection.facts) > 1:
         _print_near(console, inspection, config, verbose)
-        _print_doubts(console, inspection, verbose)
+        _print_homonyms(console, inspection, verbose)
         _print_coverage(console, inspection.coverage, verbose)
 
 
@@ -43,7 +43,7 @@ def _overview(inspection: Inspection, wide: bool) -> Table:
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold")
     table.add_column("dataset", overflow="fold")
     table.add_column("format", no_wrap=True)
-    for column in (*(["images"] if wide else []), *splits, "boxes", "side", "S/M/L %", "names", "empty", "faults"):
+    for column in (*(["images"] if wide else []), *splits, "boxes", "side", "S/M/L %", "names", "empty", "issues"):
         table.add_column(column, justify="right", no_wrap=True)
     for one in inspection.facts:
         table.add_row(
@@ -55,37 +55,37 @@ def _overview(inspection: Inspection, wide: bool) -> Table:
             *_sizes(one.sizes),
             f"{len(one.names):,}",
             f"{one.empty:,}",
-            f"{sum(inspection.faults[one.name].counts.values()):,}",
+            f"{sum(inspection.issues[one.name].counts.values()):,}",
         )
     return table
 
 
 def _sizes(sizes: BoxSizes | None) -> tuple[str, str]:
-    """The median side in hundredths of the picture, and the shares of small, medium and large boxes."""
+    """The median side in hundredths of the image, and the shares of small, medium and large boxes."""
     if sizes is None:
         return "-", "-"
     shares = "/".join(f"{share:.0%}".rstrip("%") for share in (sizes.small, sizes.medium, sizes.large))
     return f"{sizes.side:.0%}", shares
 
 
-def _print_faults(console: Console, inspection: Inspection, verbose: bool) -> None:
-    """The faults of each dataset by kind, the first of each; then what datasets have in common."""
-    _line(console, "side: median of sqrt(box / picture); S/M/L: boxes up to 32 x 32 pixels, 96 x 96, larger")
+def _print_issues(console: Console, inspection: Inspection, verbose: bool) -> None:
+    """The issues of each dataset by kind, the first of each; then what datasets have in common."""
+    _line(console, "side: median of sqrt(box / image); S/M/L: boxes up to 32 x 32 pixels, 96 x 96, larger")
     for one in inspection.facts:
         if one.ignored:
             _line(console, f"{one.name}: {one.ignored:,} boxes besides are to be ignored (crowds, groups)")
-        faults = inspection.faults[one.name]
-        if one.looked_at < faults.pictures:
-            _line(console, f"{one.name}: sizes from {one.looked_at:,} of {faults.pictures:,} pictures")
-        if faults.opened < faults.pictures:
-            _line(console, f"{one.name}: {faults.opened:,} of {faults.pictures:,} pictures opened; --check opens all")
-        for kind, count in faults.counts.items():
+        issues = inspection.issues[one.name]
+        if one.looked_at < issues.images:
+            _line(console, f"{one.name}: sizes from {one.looked_at:,} of {issues.images:,} images")
+        if issues.opened < issues.images:
+            _line(console, f"{one.name}: {issues.opened:,} of {issues.images:,} images opened; --check opens all")
+        for kind, count in issues.counts.items():
             console.print(f"[bold]{escape(one.name)}[/bold]: {count:,} x {escape(kind)}", highlight=False)
-            found = [f"{fault.where}: {fault.detail}" for fault in faults.first if fault.kind == kind]
-            _listed(console, found if verbose else found[:_FAULTS], count)
+            found = [f"{issue.where}: {issue.detail}" for issue in issues.first if issue.kind == kind]
+            _listed(console, found if verbose else found[:_ISSUES], count)
     for overlap in inspection.overlaps:
         first, second = overlap.first, overlap.second
-        told = f"{overlap.pictures:,} x the same picture, such as {first.shown} and {second.shown}"
+        told = f"{overlap.images:,} x the same image, such as {first.shown} and {second.shown}"
         _line(console, f"{first.dataset} ({first.split}) and {second.dataset} ({second.split}): {told}")
 
 
@@ -111,8 +111,8 @@ def _print_near(console: Console, inspection: Inspection, config: InspectionConf
     )
     reads = f"{BUNDLED}, which reads English" if config.text.source == BUNDLED else config.text.source
     by = f"spelling or meaning ({reads}; similarity {config.near:.2f} or more)"
-    if inspection.text_fault is not None:
-        _line(console, f"Names are compared by spelling alone: {' '.join(inspection.text_fault.split())}")
+    if inspection.text_issue is not None:
+        _line(console, f"Names are compared by spelling alone: {' '.join(inspection.text_issue.split())}")
         by = "spelling"
     elif config.text.source != BUNDLED:
         _line(
@@ -120,28 +120,28 @@ def _print_near(console: Console, inspection: Inspection, config: InspectionConf
         )
     by += "" if inspection.sights is None else f" or by sight ({inspection.sights.model})"
     if not inspection.near:
-        _line(console, f"No {'other ' if inspection.doubts else ''}names are near in {by}.")
+        _line(console, f"No {'other ' if inspection.homonyms else ''}names are near in {by}.")
         return
     _heading(console, f"Names that may mean the same, by {by}:")
     shown = inspection.near if verbose else inspection.near[:_PAIRS]
     _listed(console, (_pair(one, verbose) for one in shown), len(inspection.near))
 
 
-def _pair(pair: NearNames, verbose: bool) -> str:
+def _pair(pair: SimilarNames, verbose: bool) -> str:
     one, two = (f"{name} ({_some(owners, verbose)})" for name, owners in zip(pair.names, pair.owners, strict=True))
     return f"{one} / {two}: {pair.why}"
 
 
-def _print_doubts(console: Console, inspection: Inspection, verbose: bool) -> None:
+def _print_homonyms(console: Console, inspection: Inspection, verbose: bool) -> None:
     """The names that are equal, or nearly, and perhaps not the same thing."""
-    if not inspection.doubts:
+    if not inspection.homonyms:
         return
     _heading(console, "Equal names, or nearly so, that perhaps do not mean the same:")
     lines = (
         f"{one.name} ({one.dataset}) / {_some(one.others, verbose)} ({one.other}): {'; '.join(one.reasons)}"
-        for one in inspection.doubts[: None if verbose else _PAIRS]
+        for one in inspection.homonyms[: None if verbose else _PAIRS]
     )
-    _listed(console, lines, len(inspection.doubts))
+    _listed(console, lines, len(inspection.homonyms))
 
 
 def _print_coverage(console: Console, coverage: Coverage, verbose: bool) -> None:
@@ -149,7 +149,7 @@ def _print_coverage(console: Console, coverage: Coverage, verbose: bool) -> None
     telling = coverage.telling()
     shown = telling if verbose else telling[:_ROWS]
     hinted = {dataset: coverage.hinted(dataset) for dataset in coverage.datasets}
-    legend = "boxes; - not annotated" + ("; ~ annotated in some pictures" if _any_partly(coverage, shown) else "")
+    legend = "boxes; - not annotated" + ("; ~ annotated in some images" if _any_partly(coverage, shown) else "")
     legend += "; ? not annotated, but perhaps there" if any(hinted.values()) else ""
     if shown:
         _heading(console, f"Names that concern several datasets ({legend}):")

@@ -69,5 +69,5 @@ def _translated(error: Exception) -> MetrError:
     if isinstance(error, OSError):
         hint = "check the path, its permissions and the room on the disk"
         return MetrError(error.strerror or str(error), where=error.filename, hint=hint)
-    hint = "a smaller batch (loader.batch_size in training, --batch-size otherwise) or smaller pictures"
+    hint = "a smaller batch (loader.batch_size in training, --batch-size otherwise) or smaller images"
     return MetrError(f"out of memory: {str(error).splitlines()[0] if str(error) else 'no more to be had'}", hint=hint)

@@ -9,7 +9,7 @@ from rich.console import Console
 from metr.cli.arguments import INTERRUPTED
 
 if TYPE_CHECKING:  # the engine is imported when a verb runs, so that help comes at once
-    from metr.engine.trainer import Outcome
+    from metr.training.trainer import Outcome
 
 
 def say_done(outcome: "Outcome", out: Path) -> None:
@@ -25,4 +25,4 @@ def say_done(outcome: "Outcome", out: Path) -> None:
     early = " (stopped early)" if outcome.stalled else ""
     best = "" if outcome.best is None else f", the best of step {outcome.best_step}"
     console.print(f"Done: {outcome.step} steps{early}{best}; everything is in {out}", markup=False)
-    console.print(f"What it finds:  metr detect {out} PICTURE", markup=False)
+    console.print(f"What it finds:  metr detect {out} IMAGE", markup=False)

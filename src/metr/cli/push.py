@@ -21,7 +21,7 @@ def push(
     """Share a detector on the Hugging Face hub. Sends weights and a model card; log in with `hf auth login` first."""
     import torch
 
-    from metr.api.model import METR
+    from metr.model import METR
 
     model = METR.from_pretrained(run, device="cpu")
     options = {} if branch is None else {"branch": branch}

@@ -20,8 +20,8 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the run in OUT stopped.")] = False,
 ) -> None:
     """Train one detector on many datasets. Their labels are never merged by hand."""
-    from metr.api.training import train as run
-    from metr.engine.recipe import load_recipe
+    from metr.training.recipe import load_recipe
+    from metr.training.train import train as run
 
     overrides = [*(set_ or []), *([f"train.loop.steps={steps}"] if steps is not None else [])]
     recipe = load_recipe(size, config, overrides)

@@ -31,7 +31,7 @@ def transfer(
     ] = None,
 ) -> None:
     """Move weights to a detector of transformers, or from other detectors. Reports the way of every weight."""
-    from metr.api.transfer import adopt_file, transfer_run
+    from metr.conversion.transfer import adopt_file, transfer_run
 
     console = Console()
     if source is not None:

@@ -1,7 +1,7 @@
 """Examples into batches.
 
 Workers send a batch as one block of bytes and a few flat arrays: little to copy, and few shared memory files however
-many pictures it holds. The training process turns it into a `Batch`, on the device, where floats are made.
+many images it holds. The training process turns it into a `Batch`, on the device, where floats are made.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from metr.data.config import MEAN_COLOUR
 from metr.data.dataset import Example, Missing
-from metr.data.records import Fault
+from metr.data.records import DataIssue
 from metr.structures import Batch, Targets
 
 
@@ -27,7 +27,7 @@ class PackedTargets:
     labels: Int[np.ndarray, "m"]
     counts: tuple[int, ...]
     annotated: Bool[np.ndarray, "b v"]
-    presumed_absent: Bool[np.ndarray, "b v"]
+    assumed_negative: Bool[np.ndarray, "b v"]
     ignore_boxes: Float[np.ndarray, "i 4"]
     ignore_labels: Int[np.ndarray, "i"]
     ignore_counts: tuple[int, ...]
@@ -40,7 +40,7 @@ class PackedTargets:
             labels=torch.cat([target.labels for target in targets]).numpy(),
             counts=tuple(len(target.labels) for target in targets),
             annotated=torch.stack([target.annotated for target in targets]).numpy(),
-            presumed_absent=torch.stack([target.presumed for target in targets]).numpy(),
+            assumed_negative=torch.stack([target.assumed_negatives for target in targets]).numpy(),
             ignore_boxes=torch.cat([target.ignore_boxes for target in targets]).numpy(),
             ignore_labels=torch.cat([target.ignore_labels for target in targets]).numpy(),
             ignore_counts=tuple(len(target.ignore_labels) for target in targets),
@@ -48,9 +48,9 @@ class PackedTargets:
 
     def unpack(self, device: torch.device) -> tuple[Targets, ...]:
         """The targets of each image, on `device`: six transfers, however many images."""
-        flat = (self.boxes, self.labels, self.annotated, self.presumed_absent, self.ignore_boxes, self.ignore_labels)
+        flat = (self.boxes, self.labels, self.annotated, self.assumed_negative, self.ignore_boxes, self.ignore_labels)
         moved = [torch.from_numpy(array).to(device) for array in flat]
-        boxes, labels, annotated, presumed_absent, ignore_boxes, ignore_labels = moved
+        boxes, labels, annotated, assumed_negative, ignore_boxes, ignore_labels = moved
         objects = [slice(*ends) for ends in pairwise(accumulate(self.counts, initial=0))]
         ignored = [slice(*ends) for ends in pairwise(accumulate(self.ignore_counts, initial=0))]
         return tuple(
@@ -60,7 +60,7 @@ class PackedTargets:
                 annotated=annotated[image],
                 ignore_boxes=ignore_boxes[there],
                 ignore_labels=ignore_labels[there],
-                presumed_absent=presumed_absent[image],
+                assumed_negative=assumed_negative[image],
             )
             for image, (here, there) in enumerate(zip(objects, ignored, strict=True))
         )
@@ -68,7 +68,7 @@ class PackedTargets:
 
 @dataclass(frozen=True, kw_only=True)
 class PackedBatch:
-    """A batch on its way from a worker. `positions` count within each picture's dataset."""
+    """A batch on its way from a worker. `positions` count within each image's dataset."""
 
     pixels: UInt8[Tensor, "b 3 h w"]
     targets: PackedTargets
@@ -94,11 +94,11 @@ class PackedBatch:
 
 @dataclass(frozen=True, kw_only=True)
 class Collated:
-    """What became of the pictures of one step: the batch of those that could be read, and the others."""
+    """What became of the images of one step: the batch of those that could be read, and the others."""
 
     batch: PackedBatch | None
     missing: tuple[Missing, ...]
-    faults: tuple[Fault, ...]
+    issues: tuple[DataIssue, ...]
 
     def pin_memory(self) -> "Collated":
         """The same with its pixels in page-locked memory, which the data loader asks for."""
@@ -113,7 +113,7 @@ def collate(examples: Sequence[Example | Missing], multiple: int = 32) -> Collat
     return Collated(
         batch=_pack(there, multiple) if there else None,
         missing=tuple(example for example in examples if isinstance(example, Missing)),
-        faults=tuple(fault for example in examples for fault in example.faults),
+        issues=tuple(issue for example in examples for issue in example.issues),
     )
 
 
@@ -122,21 +122,21 @@ def padded_shape(height: int, width: int, multiple: int = 32) -> tuple[int, int]
     return -(-height // multiple) * multiple, -(-width // multiple) * multiple
 
 
-def stack_pictures(pictures: Sequence[UInt8[Tensor, "3 _ _"]], multiple: int = 32) -> UInt8[Tensor, "b 3 h w"]:
-    """Pictures in one block, padded at the right and bottom with a mean colour; channels-last in memory."""
-    shapes = [padded_shape(picture.shape[1], picture.shape[2], multiple) for picture in pictures]
+def stack_images(images: Sequence[UInt8[Tensor, "3 _ _"]], multiple: int = 32) -> UInt8[Tensor, "b 3 h w"]:
+    """Images in one block, padded at the right and bottom with a mean colour; channels-last in memory."""
+    shapes = [padded_shape(image.shape[1], image.shape[2], multiple) for image in images]
     height, width = max(shape[0] for shape in shapes), max(shape[1] for shape in shapes)
-    block = torch.empty((len(pictures), height, width, 3), dtype=torch.uint8)
+    block = torch.empty((len(images), height, width, 3), dtype=torch.uint8)
     colour = torch.tensor(MEAN_COLOUR, dtype=torch.uint8)
-    for row, picture in zip(block, pictures, strict=True):
-        row[picture.shape[1] :] = colour
-        row[:, picture.shape[2] :] = colour
-        row[: picture.shape[1], : picture.shape[2]] = picture.permute(1, 2, 0)
+    for row, image in zip(block, images, strict=True):
+        row[image.shape[1] :] = colour
+        row[:, image.shape[2] :] = colour
+        row[: image.shape[1], : image.shape[2]] = image.permute(1, 2, 0)
     return block.permute(0, 3, 1, 2)
 
 
 def padding_mask(sizes: Sequence[tuple[int, int]], height: int, width: int) -> Bool[Tensor, "b h w"]:
-    """True where a `height` x `width` canvas lies outside the picture of each of `sizes` (height, width)."""
+    """True where a `height` x `width` canvas lies outside the image of each of `sizes` (height, width)."""
     limits = torch.tensor(sizes).reshape(-1, 2)
     below = torch.arange(height) >= limits[:, :1]
     right = torch.arange(width) >= limits[:, 1:]
@@ -145,7 +145,7 @@ def padding_mask(sizes: Sequence[tuple[int, int]], height: int, width: int) -> B
 
 def _pack(examples: Sequence[Example], multiple: int) -> PackedBatch:
     return PackedBatch(
-        pixels=stack_pictures([example.image for example in examples], multiple),
+        pixels=stack_images([example.image for example in examples], multiple),
         targets=PackedTargets.of([example.targets for example in examples]),
         sizes=tuple((example.image.shape[1], example.image.shape[2]) for example in examples),
         image_ids=tuple(example.image_id for example in examples),

@@ -1,4 +1,4 @@
-"""Configuration of the data path: how pictures are resized, augmented, mixed and loaded."""
+"""Configuration of the data path: how images are resized, augmented, mixed and loaded."""
 
 from typing import Annotated, Literal
 
@@ -19,39 +19,39 @@ MEAN_COLOUR: Colour = (124, 116, 104)
 
 
 class ResizeConfig(Config):
-    """The shape in which pictures enter the network."""
+    """The shape in which images enter the network."""
 
-    # "stretch": a square, whatever the picture's shape. "fit": the aspect is kept.
+    # "stretch": a square, whatever the image's shape. "fit": the aspect is kept.
     mode: Literal["stretch", "fit"] = "stretch"
     # Pixels: both sides when stretching, the shorter side when fitting.
     size: PositiveInt = 320
-    # Pixels: the longer side when fitting never passes this.
+    # Pixels: the longer side when fitting never epochs this.
     longest: PositiveInt = 1333
 
 
 class AugmentationConfig(Config):
-    """Random changes of training pictures. Evaluation only resizes."""
+    """Random changes of training images. Evaluation only resizes."""
 
     resize: ResizeConfig = ResizeConfig()
     # Pixels: sizes that training draws from, one a batch, in place of `resize.size`. Empty: that size alone.
     sizes: tuple[PositiveInt, ...] = ()
-    # Share of pictures that are mirrored.
+    # Share of images that are mirrored.
     flip: Probability = 0.5
-    # Share of pictures that are cropped (zoom-in). At least one object is kept where there is one.
+    # Share of images that are cropped (zoom-in). At least one object is kept where there is one.
     crop: Probability = 0.5
-    # Share of the picture's area that a crop has: least and most.
+    # Share of the image's area that a crop has: least and most.
     crop_area: tuple[Probability, Probability] = (0.3, 1.0)
-    # A crop's width over its height, both as shares of the picture's sides: at most this, at least its inverse.
+    # A crop's width over its height, both as shares of the image's sides: at most this, at least its inverse.
     crop_aspect: Annotated[float, Field(ge=1)] = 1.33
     # Share of a box's area that must be left by a crop; below it the box is neither demanded nor punished.
     min_visible: Probability = 0.4
-    # Share of pictures that are placed, smaller, on a canvas (zoom-out). Never together with a crop.
+    # Share of images that are placed, smaller, on a canvas (zoom-out). Never together with a crop.
     zoom_out: Probability = 0.3
-    # The canvas's sides over the picture's, at most.
+    # The canvas's sides over the image's, at most.
     zoom_out_ratio: Annotated[float, Field(ge=1)] = 2.0
     # The canvas's colour: RGB, 0 to 255.
     fill: Colour = MEAN_COLOUR
-    # Share of pictures whose colours change.
+    # Share of images whose colours change.
     colour: Probability = 0.8
     # Largest relative change of brightness, contrast and saturation: 0.25 means factors of 0.75 to 1.25.
     brightness: Strength = 0.25
@@ -83,21 +83,21 @@ class HardnessConfig(Config):
 
 
 class LoaderConfig(Config):
-    """How training pictures are mixed and loaded."""
+    """How training images are mixed and loaded."""
 
-    # Pictures a step and process.
+    # Images a step and process.
     batch_size: PositiveInt = 8
-    # Processes that read pictures; 0 reads in the training process. None: the spare cores, at most 8.
+    # Processes that read images; 0 reads in the training process. None: the spare cores, at most 8.
     workers: Annotated[int, Field(ge=0)] | None = None
     # Batches that each worker prepares in advance.
     prefetch: PositiveInt = 2
-    # How often each dataset is drawn: by its pictures, by their square root, all alike, shares by name, or by how hard
+    # How often each dataset is drawn: by its images, by their square root, all alike, shares by name, or by how hard
     # it is.
     mixture: Mixture = "sqrt"
     # What "hardness" means.
     hardness: HardnessConfig = HardnessConfig()
-    # A category that fewer than this share of a dataset's pictures show is rare: its pictures come more often in a pass
-    # over the dataset, by the root of how much rarer it is. 0: every picture comes once.
+    # A category that fewer than this share of a dataset's images show is rare: its images come more often in a pass
+    # over the dataset, by the root of how much rarer it is. 0: every image comes once.
     repeat_threshold: Probability = 0.0
     # Pixels: the sides of a batch are padded to multiples of this, the coarsest stride of the network.
     multiple: PositiveInt = 32

@@ -1,4 +1,4 @@
-"""Pictures and targets, one at a time: annotations, a vocabulary and transforms put together."""
+"""Images and targets, one at a time: annotations, a vocabulary and transforms put together."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,27 +11,27 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from metr.boxes import xyxy_to_cxcywh
-from metr.data.draws import Draw
 from metr.data.images import read_annotated
-from metr.data.records import Annotations, Fault, ImageRecord
+from metr.data.records import Annotations, DataIssue, ImageRecord
+from metr.data.sample_keys import Draw
 from metr.data.transforms.pipeline import Transforms
 from metr.data.transforms.sample import Sample
 from metr.errors import ConfigError, DataError
 from metr.structures import Targets
 from metr.text.vocabulary import Vocabulary
 
-Foreign = Literal["ignore", "assume_absent", "teacher"]
+Unannotated = Literal["ignore", "negative", "pseudo_label"]
 
-# A dataset of which this many pictures, drawn at random, are unreadable in a row is not worth going on with.
+# A dataset of which this many images, drawn at random, are unreadable in a row is not worth going on with.
 ATTEMPTS = 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One picture as the network is to see it, RGB of 0 to 255, and what is known of it.
+    """One image as the network is to see it, RGB of 0 to 255, and what is known of it.
 
-    `original_size` is (height, width) in pixels as annotated, turned as the picture is; `position` counts within the
-    dataset; `faults` are the pictures that could not be read in its place.
+    `original_size` is (height, width) in pixels as annotated, turned as the image is; `position` counts within the
+    dataset; `issues` are the images that could not be read in its place.
     """
 
     image: UInt8[Tensor, "3 h w"]
@@ -40,31 +40,31 @@ class Example:
     original_size: tuple[int, int]
     dataset: str
     position: int
-    faults: tuple[Fault, ...] = ()
+    issues: tuple[DataIssue, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Missing:
-    """A picture that could not be read, and had no replacement."""
+    """An image that could not be read, and had no replacement."""
 
     dataset: str
     position: int
-    faults: tuple[Fault, ...]
+    issues: tuple[DataIssue, ...]
 
 
 class DetectionDataset(Dataset[Example | Missing]):
     """One split of one dataset, with its labels as rows of the vocabulary.
 
-    `dataset[i]` is picture i, or a `Missing` where it cannot be read: evaluation counts those, and never evaluates
-    another picture in their stead. `dataset.draw(draw)` is for training: an unreadable picture is replaced.
+    `dataset[i]` is image i, or a `Missing` where it cannot be read: evaluation counts those, and never evaluates
+    another image in their stead. `dataset.draw(draw)` is for training: an unreadable image is replaced.
 
     Args:
         annotations: Where records come from; the worker processes share it.
         vocabulary: Knows this dataset by `annotations.name`.
         transforms: Resize and augment.
-        foreign: What a category means that the dataset does not annotate: "assume_absent" takes it that none is there;
+        unannotated: What a category means that the dataset does not annotate: "negative" takes it that none is there;
             otherwise nothing is known of it.
-        told_of: The names that some dataset beside it annotates; of all others, which nothing shows, nothing is known.
+        covered_names: The names that some dataset beside it annotates; of all others, which nothing shows, nothing is known.
             By default every name.
     """
 
@@ -73,15 +73,15 @@ class DetectionDataset(Dataset[Example | Missing]):
         annotations: Annotations,
         vocabulary: Vocabulary,
         transforms: Transforms,
-        foreign: Foreign = "ignore",
-        told_of: Bool[Tensor, "v"] | None = None,
+        unannotated: Unannotated = "ignore",
+        covered_names: Bool[Tensor, "v"] | None = None,
     ) -> None:
         self.annotations, self.transforms = annotations, transforms
         self.rows = vocabulary.rows(annotations.name)
         self.annotated = vocabulary.annotated(annotations.name)
-        self.presumed_absent = ~self.annotated & (foreign == "assume_absent")
-        if told_of is not None:
-            self.presumed_absent &= told_of
+        self.assumed_negative = ~self.annotated & (unannotated == "negative")
+        if covered_names is not None:
+            self.assumed_negative &= covered_names
 
     @property
     def name(self) -> str:
@@ -89,33 +89,33 @@ class DetectionDataset(Dataset[Example | Missing]):
         return self.annotations.name
 
     def __len__(self) -> int:
-        """The number of pictures."""
+        """The number of images."""
         return len(self.annotations)
 
     def __getitem__(self, index: int) -> Example | Missing:
-        """Picture `index`, without random changes."""
+        """Image `index`, without random changes."""
         try:
             return self._load(index)
         except DataError as error:
-            return Missing(dataset=self.name, position=index, faults=(self._fault(index, error),))
+            return Missing(dataset=self.name, position=index, issues=(self._issue(index, error),))
 
     def draw(self, draw: Draw) -> Example | Missing:
-        """The picture that is drawn, or another of this dataset where it cannot be read; the draw decides which."""
+        """The image that is drawn, or another of this dataset where it cannot be read; the draw decides which."""
         rng, index = draw.generator(), draw.index
-        faults: list[Fault] = []
+        issues: list[DataIssue] = []
         for _ in range(ATTEMPTS):
             try:
-                return replace(self._load(index, rng, draw.size), faults=tuple(faults))
+                return replace(self._load(index, rng, draw.size), issues=tuple(issues))
             except DataError as error:
-                faults.append(self._fault(index, error))
+                issues.append(self._issue(index, error))
                 index = int(rng.integers(len(self)))
-        return Missing(dataset=self.name, position=draw.index, faults=tuple(faults))
+        return Missing(dataset=self.name, position=draw.index, issues=tuple(issues))
 
     def _load(self, index: int, rng: np.random.Generator | None = None, size: int | None = None) -> Example:
         stored = self.annotations[index]
-        # Where the picture disagrees with its annotations, boxes fitted to the picture; `metr inspect` tells.
-        image, record, fault = read_annotated(stored)
-        declared = record if fault is not None and fault.kind == "orientation" else stored
+        # Where the image disagrees with its annotations, boxes fitted to the image; `metr inspect` tells.
+        image, record, issue = read_annotated(stored)
+        declared = record if issue is not None and issue.kind == "orientation" else stored
         sample = Sample(image=image, boxes=record.boxes, labels=record.labels, ignore=record.ignore)
         sample = self.transforms(sample, rng, size)
         # Channels stay last in memory: no work here, and the faster order for convolutions.
@@ -140,7 +140,7 @@ class DetectionDataset(Dataset[Example | Missing]):
             annotated=self._annotated(record),
             ignore_boxes=boxes[ignore],
             ignore_labels=labels[ignore],
-            presumed_absent=self.presumed_absent,
+            assumed_negative=self.assumed_negative,
         )
 
     def _annotated(self, record: ImageRecord) -> Bool[Tensor, "v"]:
@@ -150,8 +150,8 @@ class DetectionDataset(Dataset[Example | Missing]):
         here[self.rows[list(record.annotated)]] = True
         return here & self.annotated
 
-    def _fault(self, index: int, error: DataError) -> Fault:
-        return Fault(kind="unreadable picture", where=str(self.annotations[index].path), detail=error.what)
+    def _issue(self, index: int, error: DataError) -> DataIssue:
+        return DataIssue(kind="unreadable image", where=str(self.annotations[index].path), detail=error.what)
 
 
 class MixedDataset(Dataset[Example | Missing]):
@@ -170,5 +170,5 @@ class MixedDataset(Dataset[Example | Missing]):
             raise ConfigError(f"two datasets are called {twice!r}", hint="name them apart: first=PATH second=PATH")
 
     def __getitem__(self, draw: Draw) -> Example | Missing:
-        """The picture that is drawn."""
+        """The image that is drawn."""
         return self.datasets[draw.dataset].draw(draw)

@@ -1,7 +1,7 @@
-"""Small parts of a training split, chosen by a seed: a share of its pictures, or k objects of each category.
+"""Small parts of a training split, chosen by a seed: a share of its images, or k objects of each category.
 
-All choices go by one order of the pictures, which depends on the seed and the pictures' names alone. So they nest (a
-larger share or k holds all that a smaller one does), and adding pictures to a dataset hardly changes them.
+All choices go by one order of the images, which depends on the seed and the images' names alone. So they nest (a
+larger share or k holds all that a smaller one does), and adding images to a dataset hardly changes them.
 """
 
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ from jaxtyping import Int
 from pydantic import Field, model_validator
 
 from metr.config import Config
-from metr.data.index import AnnotationIndex
-from metr.data.records import Annotations, Fault, ImageRecord
+from metr.data.index.annotation_index import AnnotationIndex
+from metr.data.records import Annotations, DataIssue, ImageRecord
 from metr.data.repeat import objects_of
 from metr.data.splits import seeded_order
 from metr.errors import DataError
@@ -22,12 +22,12 @@ _TOLD = 6  # categories in a message
 
 
 class SubsetConfig(Config):
-    """Which part of the training pictures is used; of every dataset the same."""
+    """Which part of the training images is used; of every dataset the same."""
 
     shots: Annotated[int, Field(ge=1)] | None = None
     """Objects of each category, at least, as far as there are any."""
     share: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Share of the pictures."""
+    """Share of the images."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Which ones."""
 
@@ -44,15 +44,15 @@ class SubsetConfig(Config):
 
 
 class Subset:
-    """Some pictures of a split, in the order of their numbers; a sequence of records like the split itself.
+    """Some images of a split, in the order of their numbers; a sequence of records like the split itself.
 
     Args:
         annotations: The whole split.
-        pictures: The numbers of those that are in.
+        images: The numbers of those that are in.
     """
 
-    def __init__(self, annotations: Annotations, pictures: Int[np.ndarray, "n"]) -> None:
-        self.whole, self.pictures = annotations, pictures
+    def __init__(self, annotations: Annotations, images: Int[np.ndarray, "n"]) -> None:
+        self.whole, self.images = annotations, images
 
     @property
     def name(self) -> str:
@@ -71,27 +71,27 @@ class Subset:
 
     @property
     def categories(self) -> tuple[str, ...]:
-        """All names of the dataset, also those that no chosen picture shows."""
+        """All names of the dataset, also those that no chosen image shows."""
         return self.whole.categories
 
     @property
-    def faults(self) -> Sequence[Fault]:
+    def issues(self) -> Sequence[DataIssue]:
         """What reading the whole split went past."""
-        return self.whole.faults
+        return self.whole.issues
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> ImageRecord:
-        """The annotations of the chosen picture `index`."""
-        return self.whole[int(self.pictures[index])]
+        """The annotations of the chosen image `index`."""
+        return self.whole[int(self.images[index])]
 
 
 def subset_of(annotations: Annotations, config: SubsetConfig) -> Annotations:
     """The part of a split that the configuration asks for; the split itself where that is everything.
 
     Raises:
-        DataError: shots are asked for, and no picture has an object.
+        DataError: shots are asked for, and no image has an object.
     """
     if config.whole:
         return annotations
@@ -104,18 +104,18 @@ def subset_of(annotations: Annotations, config: SubsetConfig) -> Annotations:
 
 
 def _with_shots(annotations: Annotations, order: Int[np.ndarray, "n"], shots: int) -> Int[np.ndarray, "m"]:
-    """In the given order, every picture that shows an object of a category of which fewer than `shots` came before.
+    """In the given order, every image that shows an object of a category of which fewer than `shots` came before.
 
     So each category has `shots` objects, or all it has, as in the few-shot protocol of ODinW (Li et al., 2022).
-    Pictures keep all their boxes, hence common categories may have more: to drop boxes, as in TFA (Wang et al., 2020),
+    Images keep all their boxes, hence common categories may have more: to drop boxes, as in TFA (Wang et al., 2020),
     would make objects that stand there count as background.
     """
     place = np.empty(len(order), dtype=np.int64)
     place[order] = np.arange(len(order))
     pieces = list(objects_of(annotations))
-    places = place[np.concatenate([pictures for pictures, _ in pieces])] if pieces else np.zeros(0, dtype=np.int64)
+    places = place[np.concatenate([images for images, _ in pieces])] if pieces else np.zeros(0, dtype=np.int64)
     if not len(places):
-        raise DataError("no object in the training split, so no shots", where=annotations.name, hint="use --share")
+        raise DataError("no object in the training split, so no shots", where=annotations.name, hint="use --fraction")
     labels = np.concatenate([categories for _, categories in pieces])
     taken = np.zeros(len(order), dtype=bool)
     for label in np.unique(labels):
@@ -133,7 +133,7 @@ def shortage(annotations: Annotations, shots: int) -> str:
 
 
 def _keys(annotations: Annotations) -> list[str]:
-    """What names each picture wherever the dataset lies."""
+    """What names each image wherever the dataset lies."""
     if isinstance(annotations, AnnotationIndex):
         return annotations.relative_paths()
     return [str(annotations[index].image_id) for index in range(len(annotations))]

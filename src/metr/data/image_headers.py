@@ -1,4 +1,4 @@
-"""The size and orientation of a picture, read from the first bytes of its file without decoding it."""
+"""The size and orientation of an image, read from the first bytes of its file without decoding it."""
 
 import struct
 from collections.abc import Callable, Iterator
@@ -12,7 +12,7 @@ _TIFF_RGB = 2
 
 @dataclass(frozen=True, kw_only=True)
 class Header:
-    """What a file says of its picture: `height` and `width` in pixels as stored, and the EXIF orientation (1 to 8).
+    """What a file says of its image: `height` and `width` in pixels as stored, and the EXIF orientation (1 to 8).
 
     `offset` is a byte before which no pixels lie. `transparent` says that colours may have an opacity, `premultiplied`
     that they are stored multiplied by it.
@@ -33,7 +33,7 @@ class Header:
 
     @property
     def shown_size(self) -> tuple[int, int]:
-        """(height, width) as viewers show the picture, which obey the EXIF orientation."""
+        """(height, width) as viewers show the image, which obey the EXIF orientation."""
         return (self.width, self.height) if self.orientation in _SIDEWAYS else (self.height, self.width)
 
 
@@ -113,7 +113,7 @@ def _gif(data: bytes) -> Header:
 
 def _webp(data: bytes) -> Header:
     if data[8:12] != b"WEBP":
-        raise ValueError("a RIFF file that is not a WebP picture")
+        raise ValueError("a RIFF file that is not a WebP image")
     name = data[12:16]
     if name == b"VP8 ":
         width, height = struct.unpack_from("<HH", data, 26)
@@ -142,7 +142,7 @@ def _webp_orientation(data: bytes) -> int:
 def _tiff(data: bytes) -> Header:
     tags = _tiff_tags(data)
     if not {_TAG_WIDTH, _TAG_HEIGHT} <= tags.keys():
-        raise ValueError("a TIFF file without the size of its picture")
+        raise ValueError("a TIFF file without the size of its image")
     extra = tags.get(_TAG_EXTRA, 0)  # 1 and 2 mean opacity
     return Header(
         kind="tiff",

@@ -1,4 +1,4 @@
-"""Pictures: their size without decoding, and reading them as 8-bit RGB whatever the file holds."""
+"""Images: their size without decoding, and reading them as 8-bit RGB whatever the file holds."""
 
 import contextlib
 import os
@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from metr.data.image_headers import Header, parse_header, without_orientation
-from metr.data.records import Fault, ImageRecord
+from metr.data.records import DataIssue, ImageRecord
 from metr.errors import DataError
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".webp", ".gif", ".tif", ".tiff"})
@@ -22,7 +22,7 @@ MAX_PIXELS = 1 << 27
 # The EXIF orientations, after rows and columns have changed places where they must.
 _FLIP_ROWS, _FLIP_COLUMNS = frozenset({3, 4, 7, 8}), frozenset({2, 3, 6, 7})
 
-# OpenCV writes to the standard error what it finds wrong in a picture; the errors raised here say it, naming the file.
+# OpenCV writes to the standard error what it finds wrong in an image; the errors raised here say it, naming the file.
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_FATAL)
 
 # Headers nearly always end within this many bytes; the rest of the file is read only where they do not.
@@ -30,19 +30,19 @@ _HEAD_BYTES = 1 << 15
 
 
 def probe_size(path: Path) -> tuple[int, int]:
-    """(height, width) of a picture in pixels as viewers show it (EXIF orientation applied), without decoding it.
+    """(height, width) of an image in pixels as viewers show it (EXIF orientation applied), without decoding it.
 
     Raises:
-        DataError: the file is missing, empty, cut off or not a picture of a known format.
+        DataError: the file is missing, empty, cut off or not an image of a known format.
     """
     return read_header(path).shown_size
 
 
 def read_header(path: Path) -> Header:
-    """Size and orientation of a picture, without decoding it.
+    """Size and orientation of an image, without decoding it.
 
     Raises:
-        DataError: the file is missing, empty, cut off or not a picture of a known format.
+        DataError: the file is missing, empty, cut off or not an image of a known format.
     """
     with _file_errors(path), path.open("rb") as file:
         head = file.read(_HEAD_BYTES)
@@ -50,18 +50,18 @@ def read_header(path: Path) -> Header:
 
 
 def read_image(path: Path, *, max_pixels: int = MAX_PIXELS, orient: bool = True) -> UInt8[np.ndarray, "h w 3"]:
-    """A picture as 8-bit RGB.
+    """An image as 8-bit RGB.
 
-    Grey, palette, CMYK and 16-bit pictures are converted; transparency is laid on white (that of grey TIFF files is
+    Grey, palette, CMYK and 16-bit images are converted; transparency is laid on white (that of grey TIFF files is
     forgotten). Of an animation, the first frame is read.
 
     Args:
         path: A JPEG, PNG, BMP, GIF, WebP or TIFF file.
-        max_pixels: A picture with more pixels is refused before it is decoded.
-        orient: Turn the picture as its EXIF orientation says, as viewers do; else leave the pixels as stored.
+        max_pixels: An image with more pixels is refused before it is decoded.
+        orient: Turn the image as its EXIF orientation says, as viewers do; else leave the pixels as stored.
 
     Raises:
-        DataError: the file is missing, empty, cut off, not a picture, or has too many pixels.
+        DataError: the file is missing, empty, cut off, not an image, or has too many pixels.
     """
     with _file_errors(path):
         data = path.read_bytes()  # cv2.imread fails on non-Latin paths on some systems
@@ -69,7 +69,7 @@ def read_image(path: Path, *, max_pixels: int = MAX_PIXELS, orient: bool = True)
     _refuse_too_large(path, header, max_pixels)
     image = _decoded(data, header)
     if image is None or image.shape[:2] != header.stored_size:
-        what = f"a {header.kind.upper()} picture that cannot be decoded: cut off, damaged or of an unusual pixel type"
+        what = f"a {header.kind.upper()} image that cannot be decoded: cut off, damaged or of an unusual pixel type"
         raise DataError(what, where=path, hint="open it in a viewer and save it again, or remove it")
     image = _as_rgb(image, header)
     return np.ascontiguousarray(_turned(image, header.orientation) if orient else image)
@@ -77,33 +77,33 @@ def read_image(path: Path, *, max_pixels: int = MAX_PIXELS, orient: bool = True)
 
 def read_annotated(
     record: ImageRecord, *, max_pixels: int = MAX_PIXELS
-) -> tuple[UInt8[np.ndarray, "h w 3"], ImageRecord, Fault | None]:
-    """The picture of a record, the record fitted to it, and what did not agree, if anything.
+) -> tuple[UInt8[np.ndarray, "h w 3"], ImageRecord, DataIssue | None]:
+    """The image of a record, the record fitted to it, and what did not agree, if anything.
 
-    Boxes are meant in a picture of the size that the annotations declare. Where that is the size of the stored pixels
-    and not of the picture as viewers turn it, the boxes are turned with it (a Fault "orientation"). Where it is
-    neither, they are scaled to the picture (a Fault "size differs").
+    Boxes are meant in an image of the size that the annotations declare. Where that is the size of the stored pixels
+    and not of the image as viewers turn it, the boxes are turned with it (a DataIssue "orientation"). Where it is
+    neither, they are scaled to the image (a DataIssue "size differs").
 
     Raises:
         DataError: as `read_image`.
     """
     header = read_header(record.path)
-    fault = _disagreement(record, header)
+    issue = _disagreement(record, header)
     image = read_image(record.path, max_pixels=max_pixels)
     record = _turned_record(record, header)
     height, width = int(image.shape[0]), int(image.shape[1])
     if (height, width) == (record.height, record.width):
-        return image, record, fault
+        return image, record, issue
     across, down = width / record.width, height / record.height
     boxes = record.boxes * np.array([across, down, across, down], dtype=record.boxes.dtype)
     areas = record.areas * record.areas.dtype.type(across * down)
-    return image, replace(record, width=width, height=height, boxes=boxes, areas=areas), fault
+    return image, replace(record, width=width, height=height, boxes=boxes, areas=areas), issue
 
 
-def upright_record(record: ImageRecord) -> ImageRecord:
-    """A record whose boxes are turned with its picture where they are meant in the pixels as stored.
+def exif_oriented_record(record: ImageRecord) -> ImageRecord:
+    """A record whose boxes are turned with its image where they are meant in the pixels as stored.
 
-    It stays as it is where they are not, and where the picture cannot be read.
+    It stays as it is where they are not, and where the image cannot be read.
     """
     try:
         return _turned_record(record, read_header(record.path))
@@ -111,10 +111,10 @@ def upright_record(record: ImageRecord) -> ImageRecord:
         return record
 
 
-def check_picture(record: ImageRecord, *, decode: bool = False) -> Fault | None:
-    """What is wrong with a record's picture as far as its header tells; None where nothing is.
+def check_image(record: ImageRecord, *, decode: bool = False) -> DataIssue | None:
+    """What is wrong with a record's image as far as its header tells; None where nothing is.
 
-    With `decode` the whole picture is read, which alone finds one that is cut off or damaged further on.
+    With `decode` the whole image is read, which alone finds one that is cut off or damaged further on.
     """
     try:
         header = read_header(record.path)
@@ -123,19 +123,19 @@ def check_picture(record: ImageRecord, *, decode: bool = False) -> Fault | None:
             read_image(record.path)
         return _disagreement(record, header)
     except DataError as error:
-        return Fault(kind="unreadable picture", where=str(record.path), detail=error.what)
+        return DataIssue(kind="unreadable image", where=str(record.path), detail=error.what)
 
 
-def _disagreement(record: ImageRecord, header: Header) -> Fault | None:
+def _disagreement(record: ImageRecord, header: Header) -> DataIssue | None:
     declared = (record.height, record.width)
     if declared == header.shown_size:
         return None
     if declared == header.stored_size:
         detail = f"boxes refer to the pixels as stored: they are turned as EXIF orientation {header.orientation} says"
-        return Fault(kind="orientation", where=str(record.path), detail=detail)
+        return DataIssue(kind="orientation", where=str(record.path), detail=detail)
     height, width = header.shown_size
     detail = f"annotated as {record.width} x {record.height}, is {width} x {height}: boxes are scaled"
-    return Fault(kind="size differs", where=str(record.path), detail=detail)
+    return DataIssue(kind="size differs", where=str(record.path), detail=detail)
 
 
 @contextlib.contextmanager
@@ -144,9 +144,9 @@ def _file_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
-        raise DataError("no such picture", where=path, hint="check the path") from None
+        raise DataError("no such image", where=path, hint="check the path") from None
     except OSError as error:
-        raise DataError(f"a picture that cannot be read: {os.strerror(error.errno or 0)}", where=path) from None
+        raise DataError(f"an image that cannot be read: {os.strerror(error.errno or 0)}", where=path) from None
 
 
 def _header_of(path: Path, head: bytes, whole: Callable[[], bytes]) -> Header:
@@ -157,21 +157,21 @@ def _header_of(path: Path, head: bytes, whole: Callable[[], bytes]) -> Header:
         except EOFError:
             header = parse_header(whole())
     except EOFError:
-        raise DataError("a picture that ends within its header", where=path, hint="copy it again") from None
+        raise DataError("an image that ends within its header", where=path, hint="copy it again") from None
     except ValueError as error:
-        raise DataError(f"a broken picture: {error}", where=path) from None
+        raise DataError(f"a broken image: {error}", where=path) from None
     if header is not None:
         return header
     if not head:
-        raise DataError("an empty file (0 bytes), not a picture", where=path, hint="copy it again or remove it")
+        raise DataError("an empty file (0 bytes), not an image", where=path, hint="copy it again or remove it")
     kinds = "JPEG, PNG, BMP, GIF, WebP or TIFF"
-    raise DataError(f"not a picture in a known format ({kinds})", where=path, hint="convert it, for example to PNG")
+    raise DataError(f"not an image in a known format ({kinds})", where=path, hint="convert it, for example to PNG")
 
 
 def _refuse_too_large(path: Path, header: Header, max_pixels: int) -> None:
     if header.height * header.width > max_pixels:
         what = f"{header.width} x {header.height} pixels, more than the limit of {max_pixels:,}"
-        raise DataError(what, where=path, hint="scale the picture down or cut it into tiles, its boxes alike")
+        raise DataError(what, where=path, hint="scale the image down or cut it into tiles, its boxes alike")
 
 
 def _decoded(data: bytes, header: Header) -> np.ndarray | None:
@@ -219,7 +219,7 @@ def _turned_record(record: ImageRecord, header: Header) -> ImageRecord:
 
 
 def _turned(image: UInt8[np.ndarray, "h w 3"], orientation: int) -> UInt8[np.ndarray, "a b 3"]:
-    """The picture as its EXIF orientation wants it shown."""
+    """The image as its EXIF orientation wants it shown."""
     if orientation in {5, 6, 7, 8}:
         image = image.transpose(1, 0, 2)
     flip_rows, flip_columns = orientation in _FLIP_ROWS, orientation in _FLIP_COLUMNS

@@ -17,7 +17,7 @@ from metr.data.collate import Collated, collate, padded_shape
 from metr.data.config import HardnessConfig, LoaderConfig
 from metr.data.dataset import DetectionDataset, MixedDataset
 from metr.data.mixture import mixture_weights
-from metr.data.records import Fault
+from metr.data.records import DataIssue
 from metr.data.repeat import repeat_factors
 from metr.data.samplers import MixedSampler
 from metr.errors import ConfigError, DataError
@@ -29,26 +29,26 @@ CPU = torch.device("cpu")
 Result = TypeVar("Result")
 
 
-class FaultList:
-    """Pictures that could not be read, each listed once, the first ones logged."""
+class IssueList:
+    """Images that could not be read, each listed once, the first ones logged."""
 
     LOGGED = 20
 
     def __init__(self) -> None:
-        self._found: dict[str, Fault] = {}
+        self._found: dict[str, DataIssue] = {}
 
-    def add(self, faults: Iterable[Fault]) -> None:
-        """Lists the faults that are new."""
-        for fault in faults:
-            if fault.where not in self._found:
-                self._found[fault.where] = fault
+    def add(self, issues: Iterable[DataIssue]) -> None:
+        """Lists the issues that are new."""
+        for issue in issues:
+            if issue.where not in self._found:
+                self._found[issue.where] = issue
                 if len(self._found) <= self.LOGGED:
-                    log.warning("%s, skipped: %s (%s)", fault.kind, fault.where, fault.detail)
+                    log.warning("%s, skipped: %s (%s)", issue.kind, issue.where, issue.detail)
                 elif len(self._found) == self.LOGGED + 1:
-                    log.warning("more than %d pictures cannot be read; the others are counted", self.LOGGED)
+                    log.warning("more than %d images cannot be read; the others are counted", self.LOGGED)
 
-    def all(self) -> tuple[Fault, ...]:
-        """Every fault so far."""
+    def all(self) -> tuple[DataIssue, ...]:
+        """Every issue so far."""
         return tuple(self._found.values())
 
 
@@ -68,38 +68,38 @@ class TrainLoader:
         hardness: HardnessConfig | None = None,
     ) -> None:
         self.sampler, self.device, self.hardness = sampler, device, hardness
-        self._loader, self._faults = loader, FaultList()
+        self._loader, self._issues = loader, IssueList()
 
     def __iter__(self) -> Iterator[Batch]:
         """Batches on the device, without end.
 
         Raises:
-            DataError: a dataset has hardly a readable picture, or a process that reads pictures died.
+            DataError: a dataset has hardly a readable image, or a process that reads images died.
         """
         for collated in _collated(self._loader):
-            self._faults.add(collated.faults)
+            self._issues.add(collated.issues)
             if collated.missing or collated.batch is None:
                 missing = collated.missing[0]
-                what = f"{len(missing.faults)} pictures in a row cannot be read; the first: {missing.faults[0].where}"
-                raise DataError(what, where=missing.dataset, hint=f"{missing.faults[0].detail}; metr inspect lists all")
+                what = f"{len(missing.issues)} images in a row cannot be read; the first: {missing.issues[0].where}"
+                raise DataError(what, where=missing.dataset, hint=f"{missing.issues[0].detail}; metr inspect lists all")
             yield collated.batch.unpack(self.device)
 
     @property
-    def faults(self) -> tuple[Fault, ...]:
-        """The pictures that could not be read so far, and were replaced."""
-        return self._faults.all()
+    def issues(self) -> tuple[DataIssue, ...]:
+        """The images that could not be read so far, and were replaced."""
+        return self._issues.all()
 
 
 class EvaluationLoader:
-    """Every readable picture of a dataset once, in batches whose pictures have the same padded shape.
+    """Every readable image of a dataset once, in batches whose images have the same padded shape.
 
-    Pictures come in the dataset's order where all have one shape. Else they are grouped, and `in_order` puts what was
+    Images come in the dataset's order where all have one shape. Else they are grouped, and `in_order` puts what was
     made of them back into the dataset's order.
     """
 
     def __init__(self, loader: DataLoader[Any], batches: Sequence[Sequence[int]], device: torch.device) -> None:
         self.batches, self.device = batches, device
-        self._loader, self._faults = loader, FaultList()
+        self._loader, self._issues = loader, IssueList()
         self._positions: list[int] = []
 
     def __len__(self) -> int:
@@ -110,22 +110,22 @@ class EvaluationLoader:
         """Batches on the device.
 
         Raises:
-            DataError: a process that reads pictures died.
+            DataError: a process that reads images died.
         """
         self._positions = []
         for collated in _collated(self._loader):
-            self._faults.add(collated.faults)
+            self._issues.add(collated.issues)
             if collated.batch is not None:
                 self._positions.extend(collated.batch.positions)
                 yield collated.batch.unpack(self.device)
 
     @property
-    def faults(self) -> tuple[Fault, ...]:
-        """The pictures that could not be read, and are not in any batch."""
-        return self._faults.all()
+    def issues(self) -> tuple[DataIssue, ...]:
+        """The images that could not be read, and are not in any batch."""
+        return self._issues.all()
 
     def in_order(self, results: Sequence[Result]) -> list[Result]:
-        """One result for each picture, in the order in which the loader gave them, sorted into the dataset's order."""
+        """One result for each image, in the order in which the loader gave them, sorted into the dataset's order."""
         pairs = sorted(zip(self._positions, results, strict=True), key=lambda pair: pair[0])
         return [result for _, result in pairs]
 
@@ -152,14 +152,14 @@ def build_train_loader(
         device: Where batches go.
 
     Raises:
-        DataError: a dataset has no picture.
+        DataError: a dataset has no image.
         ConfigError: the mixture does not fit the datasets or the number of workers, or two datasets have one name.
     """
     mixed = MixedDataset(datasets)
     weights = mixture_weights(mixed.lengths, config.base_mixture)
     sizes = datasets[0].transforms.config.sizes
-    pictures = {one.name: _pictures(one, config.repeat_threshold) for one in datasets}
-    sampler = MixedSampler(pictures, weights, config.batch_size, seed, rank, world, sizes, start)
+    images = {one.name: _images(one, config.repeat_threshold) for one in datasets}
+    sampler = MixedSampler(images, weights, config.batch_size, seed, rank, world, sizes, start)
     workers = spare_cores() if config.workers is None else config.workers
     hardness = config.hardness if config.mixture == "hardness" else None
     if hardness is not None and hardness.every < workers * config.prefetch:
@@ -180,12 +180,12 @@ def build_evaluation_loader(
     world: int = 1,
     device: torch.device = CPU,
 ) -> EvaluationLoader:
-    """A loader of all pictures of `dataset`; process `rank` of `world` gets every `world`-th.
+    """A loader of all images of `dataset`; process `rank` of `world` gets every `world`-th.
 
     Args:
         dataset: With transforms of evaluation.
-        batch_size: Pictures a batch, at most.
-        workers: Processes that read pictures; None for the spare cores.
+        batch_size: Images a batch, at most.
+        workers: Processes that read images; None for the spare cores.
         multiple: Pixels: sides are padded to multiples of this.
         rank: This process's number.
         world: The number of processes.
@@ -197,7 +197,7 @@ def build_evaluation_loader(
 
 
 def shape_groups(dataset: DetectionDataset, indices: Iterable[int], batch_size: int, multiple: int) -> list[list[int]]:
-    """Indices in batches of one padded shape, so that no picture's answer depends on its neighbours' shapes."""
+    """Indices in batches of one padded shape, so that no image's answer depends on its neighbours' shapes."""
     transforms = dataset.transforms
     groups: dict[tuple[int, int], list[int]] = {}
     for index in indices:
@@ -211,12 +211,12 @@ def shape_groups(dataset: DetectionDataset, indices: Iterable[int], batch_size: 
     return [group[i : i + batch_size] for group in groups.values() for i in range(0, len(group), batch_size)]
 
 
-def _pictures(dataset: DetectionDataset, threshold: float) -> int | Float[np.ndarray, "n"]:
-    """How many pictures a dataset has, or how often a pass shows each of them."""
+def _images(dataset: DetectionDataset, threshold: float) -> int | Float[np.ndarray, "n"]:
+    """How many images a dataset has, or how often a pass shows each of them."""
     if not threshold:
         return len(dataset)
     factors = repeat_factors(dataset.annotations, threshold)
-    told = "%s: a pass shows pictures of rare categories up to %.1f times: about %.0f draws for %d pictures"
+    told = "%s: a pass shows images of rare categories up to %.1f times: about %.0f draws for %d images"
     log.info(told, dataset.name, factors.max(initial=1.0), factors.sum(), len(factors))
     return factors
 
@@ -262,4 +262,4 @@ def _collated(loader: DataLoader[Any]) -> Iterator[Collated]:
         if not str(error).startswith("DataLoader worker"):
             raise
         hint = "there may be too little memory: use fewer workers, or 0"
-        raise DataError("a process that reads pictures died", where="data loader", hint=hint) from error
+        raise DataError("a process that reads images died", where="data loader", hint=hint) from error

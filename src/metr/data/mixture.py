@@ -11,17 +11,17 @@ def mixture_weights(lengths: Mapping[str, int], mixture: BaseMixture) -> dict[st
     """The share of draws that goes to each dataset; shares sum to 1.
 
     Args:
-        lengths: Pictures of each dataset, by name.
-        mixture: "proportional" to the pictures, to their "sqrt", "equal", or a share for each name.
+        lengths: Images of each dataset, by name.
+        mixture: "proportional" to the images, to their "sqrt", "equal", or a share for each name.
 
     Raises:
-        DataError: a dataset has no picture.
+        DataError: a dataset has no image.
         ConfigError: an explicit mixture leaves a dataset out, names an unknown one, is all zero or not finite.
     """
     if empty := [name for name, length in lengths.items() if length == 0]:
-        raise DataError("no pictures in this split", where=", ".join(empty), hint="check the path and the split")
+        raise DataError("no images in this split", where=", ".join(empty), hint="check the path and the split")
     if not lengths:
-        raise DataError("no dataset to draw pictures from", hint="name at least one dataset")
+        raise DataError("no dataset to draw images from", hint="name at least one dataset")
     if isinstance(mixture, dict):
         if unknown := sorted(mixture.keys() - lengths.keys()):
             hint = did_you_mean(unknown[0], lengths)

@@ -11,12 +11,12 @@ from jaxtyping import Bool, Float, Int
 
 @dataclass(frozen=True, kw_only=True)
 class ImageRecord:
-    """The annotations of one picture.
+    """The annotations of one image.
 
-    `boxes` are xyxy in pixels, inside the picture, never degenerate (faulty ones are dropped and listed as `Fault`).
+    `boxes` are xyxy in pixels, inside the image, never degenerate (faulty ones are dropped and listed as `DataIssue`).
     `labels` are indices of the dataset's categories. `areas` are in square pixels (COCO's own where the file gives
     them: that of the polygon). `ignore` marks crowds and group-of boxes. `annotated` lists the categories that are
-    annotated exhaustively in this picture; None means all of the dataset's. `unknown` are those of boxes that were
+    annotated exhaustively in this image; None means all of the dataset's. `unknown` are those of boxes that were
     dropped, as reading leaves them: the index takes them from `annotated`, and has none.
     """
 
@@ -33,10 +33,10 @@ class ImageRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fault:
+class DataIssue:
     """Something wrong in a dataset that reading went past.
 
-    `kind` is one of a few words that can be counted ("degenerate box", "missing picture", ...); `where` names file and
+    `kind` is one of a few words that can be counted ("degenerate box", "missing image", ...); `where` names file and
     line, image or key; `detail` says what was found.
     """
 
@@ -70,16 +70,16 @@ class Annotations(Protocol):
         ...
 
     @property
-    def faults(self) -> Sequence[Fault]:
+    def issues(self) -> Sequence[DataIssue]:
         """What reading went past."""
         ...
 
     def __len__(self) -> int:
-        """The number of pictures."""
+        """The number of images."""
         ...
 
     def __getitem__(self, index: int) -> ImageRecord:
-        """The annotations of picture `index`."""
+        """The annotations of image `index`."""
         ...
 
 
@@ -92,11 +92,11 @@ class InMemoryAnnotations:
     categories: tuple[str, ...]
     records: tuple[ImageRecord, ...]
     format: str = "memory"
-    faults: tuple[Fault, ...] = field(default=())
+    issues: tuple[DataIssue, ...] = field(default=())
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> ImageRecord:
-        """The annotations of picture `index`."""
+        """The annotations of image `index`."""
         return self.records[index]

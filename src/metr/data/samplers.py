@@ -1,4 +1,4 @@
-"""Which picture comes next: one endless, reproducible sequence of draws over all datasets.
+"""Which image comes next: one endless, reproducible sequence of draws over all datasets.
 
 Draw n is a function of the seed and n alone (and of the shares that were announced for it): not of the process, the
 worker, or where a run was interrupted. So a run that resumes at draw n continues exactly as it would have gone on, and
@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Float, Int
 from torch.utils.data import Sampler
 
-from metr.data.draws import Draw, Stream, generator
-from metr.data.passes import Passes
+from metr.data.epochs import Epochs
+from metr.data.sample_keys import Draw, Stream, generator
 from metr.errors import ConfigError
 
 # Datasets are chosen for this many draws at a time.
@@ -24,7 +24,7 @@ class MixedSampler(Sampler[list[Draw]]):
     """Endless batches of draws that mix datasets by weight; inside a dataset, a new shuffle every pass.
 
     Args:
-        pictures: Pictures of each dataset, by name, in the order in which draws number the datasets: how many there
+        images: Images of each dataset, by name, in the order in which draws number the datasets: how many there
             are, or how often a pass shows each of them (see `repeat_factors`).
         weights: The share of draws of each dataset, by name (see `mixture_weights`).
         batch_size: Draws a batch and process.
@@ -37,7 +37,7 @@ class MixedSampler(Sampler[list[Draw]]):
 
     def __init__(
         self,
-        pictures: Mapping[str, int | Float[np.ndarray, "_"]],
+        images: Mapping[str, int | Float[np.ndarray, "_"]],
         weights: Mapping[str, float],
         batch_size: int,
         seed: int = 0,
@@ -49,16 +49,16 @@ class MixedSampler(Sampler[list[Draw]]):
         self.weights = dict(weights)
         self.batch_size, self.seed, self.sizes, self.start = batch_size, seed, sizes, start
         self.rank, self.world = rank, world
-        self._passes = {name: Passes(each, seed, number) for number, (name, each) in enumerate(pictures.items())}
+        self._epochs = {name: Epochs(each, seed, number) for number, (name, each) in enumerate(images.items())}
         self._begins = [0]  # the draws from which on the shares in `_shares` hold
         self._shares = [dict(weights)]
         self._made = 0  # the draw after the last one made
-        self._counted = 0, np.zeros(len(self._passes), dtype=np.int64)  # blocks, and the draws in them
+        self._counted = 0, np.zeros(len(self._epochs), dtype=np.int64)  # blocks, and the draws in them
 
     @property
     def lengths(self) -> dict[str, int]:
-        """Pictures of each dataset, by name."""
-        return {name: passes.length for name, passes in self._passes.items()}
+        """Images of each dataset, by name."""
+        return {name: epochs.length for name, epochs in self._epochs.items()}
 
     def __iter__(self) -> Iterator[list[Draw]]:
         """The batches of this process, from draw `start` on, without end."""
@@ -92,10 +92,10 @@ class MixedSampler(Sampler[list[Draw]]):
         """How many draws all processes have made when `steps` steps follow `start`: the state to resume from."""
         return self.start + steps * self.batch_size * self.world
 
-    def passes(self, draws: int) -> dict[str, float]:
+    def epochs(self, draws: int) -> dict[str, float]:
         """How many times over each dataset has been seen after `draws` draws of all processes."""
         counts = self._counts(draws).tolist()
-        return {name: passes.seen(count) for (name, passes), count in zip(self._passes.items(), counts, strict=True)}
+        return {name: epochs.seen(count) for (name, epochs), count in zip(self._epochs.items(), counts, strict=True)}
 
     def _size(self, first: int) -> int | None:
         """The size of the batch that begins with draw `first`."""
@@ -103,7 +103,7 @@ class MixedSampler(Sampler[list[Draw]]):
 
     def _draws(self, start: int) -> Iterator[tuple[int, int, int]]:
         """(number, dataset, index) of every draw from `start` on."""
-        seen, passes = self._counts(start).tolist(), list(self._passes.values())
+        seen, epochs = self._counts(start).tolist(), list(self._epochs.values())
         number, known = start, (-1, 0)
         chosen: list[int] = []
         while True:
@@ -111,7 +111,7 @@ class MixedSampler(Sampler[list[Draw]]):
                 known = number // BLOCK, len(self._begins)
                 chosen = self._block(number // BLOCK).tolist()
             dataset = chosen[number % BLOCK]
-            index = passes[dataset].picture(seen[dataset])
+            index = epochs[dataset].image(seen[dataset])
             seen[dataset] += 1
             number += 1
             self._made = number
@@ -123,7 +123,7 @@ class MixedSampler(Sampler[list[Draw]]):
         chosen = np.zeros(BLOCK, dtype=np.int64)
         for period in range(bisect_right(self._begins, first) - 1, bisect_right(self._begins, first + BLOCK - 1)):
             inside = max(0, self._begins[period] - first)
-            sums = np.cumsum([self._shares[period][name] for name in self._passes])
+            sums = np.cumsum([self._shares[period][name] for name in self._epochs])
             chosen[inside:] = np.searchsorted(sums / sums[-1], chance[inside:], side="right")
         return chosen
 

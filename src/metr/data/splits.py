@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 TRAIN, VAL, TEST = "train", "val", "test"
 
-# The share of pictures that a seeded split holds out for evaluation.
+# The share of images that a seeded split holds out for evaluation.
 HELD_OUT = 0.2
 
 _WORDS = {
@@ -73,10 +73,10 @@ def plan_splits(own: Sequence[str], wanted: Mapping[str, Sequence[str]] | None, 
 
 
 def hold_out(keys: Sequence[str], *, seed: int = 0, share: float = HELD_OUT) -> Bool[np.ndarray, "n"]:
-    """True for the pictures of a seeded split that are held out.
+    """True for the images of a seeded split that are held out.
 
-    A picture's place in the order depends on its key and the seed alone, so adding pictures hardly changes the others.
-    What has one key, such as the captions of a picture, stays together. At least one of two or more keys is held out.
+    An image's place in the order depends on its key and the seed alone, so adding images hardly changes the others.
+    What has one key, such as the captions of an image, stays together. At least one of two or more keys is held out.
     """
     different = sorted(set(keys))
     order = seeded_order(different, seed=seed)[: max(1, round(share * len(different)))]
@@ -85,7 +85,7 @@ def hold_out(keys: Sequence[str], *, seed: int = 0, share: float = HELD_OUT) -> 
 
 
 def seeded_order(keys: Sequence[str], *, seed: int = 0) -> Int[np.ndarray, "n"]:
-    """The numbers of the pictures in an order that is decided by each one's key and the seed alone."""
+    """The numbers of the images in an order that is decided by each one's key and the seed alone."""
     digests = [hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=8).digest() for key in keys]
     return np.argsort(np.array([int.from_bytes(digest, "big") for digest in digests], dtype=np.uint64), kind="stable")
 

@@ -1,14 +1,14 @@
-"""Made pictures for `metr demo`: three small datasets of different fields, and pictures to try the detector on."""
+"""Made images for `metr demo`: three small datasets of different fields, and images to try the detector on."""
 
 from metr.demo.datasets import DemoDataset, write_demo_datasets, write_unseen
-from metr.demo.formats import DemoPicture
+from metr.demo.formats import DemoImage
 from metr.demo.scenes import FIELDS, DrawnObject, Field, Scene, draw_scene
 from metr.demo.statistics import SceneStatistics, scene_statistics
 
 __all__ = [
     "FIELDS",
     "DemoDataset",
-    "DemoPicture",
+    "DemoImage",
     "DrawnObject",
     "Field",
     "Scene",

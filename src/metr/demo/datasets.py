@@ -1,4 +1,4 @@
-"""Three small datasets of different fields, formats and label spaces, and pictures that none of them holds."""
+"""Three small datasets of different fields, formats and label spaces, and images that none of them holds."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -9,7 +9,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from metr.demo.formats import COCO, TRAIN, VAL, VOC, YOLO, DemoFormat, DemoPicture
+from metr.demo.formats import COCO, TRAIN, VAL, VOC, YOLO, DemoFormat, DemoImage
 from metr.demo.scenes import FIELDS, Field, Scene, draw_scene
 from metr.errors import DataError
 
@@ -23,13 +23,13 @@ Progress = Callable[[Path], None]
 
 @dataclass(frozen=True, kw_only=True)
 class DemoDataset:
-    """One written dataset. `categories` are the names that it labels; its pictures know the rest as well."""
+    """One written dataset. `categories` are the names that it labels; its images know the rest as well."""
 
     name: str
     folder: Path
     format: str
     categories: tuple[str, ...]
-    pictures: tuple[DemoPicture, ...]
+    images: tuple[DemoImage, ...]
 
 
 def write_demo_datasets(
@@ -42,10 +42,10 @@ def write_demo_datasets(
 
     Args:
         folder: Where the three subfolders go; made if missing.
-        seed: Decides every picture.
-        train: Training pictures of each dataset.
-        val: Validation pictures of each dataset.
-        progress: Called with the path of every picture that is written.
+        seed: Decides every image.
+        train: Training images of each dataset.
+        val: Validation images of each dataset.
+        progress: Called with the path of every image that is written.
 
     Raises:
         DataError: a count is below 1 or the seed below 0, a subfolder holds what the demo did not draw, or the
@@ -62,24 +62,22 @@ def write_demo_datasets(
 def _write_dataset(
     home: Path, index: int, seed: int, counts: tuple[int, int], progress: Progress | None
 ) -> DemoDataset:
-    field, pictures = FIELDS[index], []
+    field, images = FIELDS[index], []
     form = FORMATS[field.name]
     with _writing(home):
         for split, count in zip((TRAIN, VAL), counts, strict=True):
             for number in range(count):
                 rng = np.random.default_rng([seed, index, split == VAL, number])
-                path = home / form.picture_folder(split) / f"{field.name}_{split}_{number:04d}.jpg"
-                pictures.append(_save(draw_scene(field, rng), path, split, rng))
+                path = home / form.image_folder(split) / f"{field.name}_{split}_{number:04d}.jpg"
+                images.append(_save(draw_scene(field, rng), path, split, rng))
                 if progress is not None:
                     progress(path)
-        form.annotate(home, pictures, field.labelled)
-    return DemoDataset(
-        name=field.name, folder=home, format=form.name, categories=field.labelled, pictures=tuple(pictures)
-    )
+        form.annotate(home, images, field.labelled)
+    return DemoDataset(name=field.name, folder=home, format=form.name, categories=field.labelled, images=tuple(images))
 
 
-def write_unseen(folder: Path, seed: int, count: int) -> tuple[DemoPicture, ...]:
-    """Draws pictures of all fields that are in no dataset, without annotations, straight into `folder`.
+def write_unseen(folder: Path, seed: int, count: int) -> tuple[DemoImage, ...]:
+    """Draws images of all fields that are in no dataset, without annotations, straight into `folder`.
 
     In the last ones (one in three, at most two) objects of two fields lie together.
 
@@ -88,9 +86,9 @@ def write_unseen(folder: Path, seed: int, count: int) -> tuple[DemoPicture, ...]
             be written.
     """
     _check(seed=(seed, 0), count=(count, 1))
-    _begin(folder, "Pictures of all fields, in no dataset, without annotations.")
+    _begin(folder, "Images of all fields, in no dataset, without annotations.")
     mixed = min(2, count // 3)
-    pictures = []
+    images = []
     with _writing(folder):
         for number in range(count):
             together = number >= count - mixed
@@ -98,17 +96,17 @@ def write_unseen(folder: Path, seed: int, count: int) -> tuple[DemoPicture, ...]
             rng = np.random.default_rng([seed, len(FIELDS), number])
             scene = draw_scene(field, rng, guests=_GUESTS[field.name] if together else ())
             name = f"{number + 1:02d}_{field.name}{'_mixed' if together else ''}.jpg"
-            pictures.append(_save(scene, folder / name, "unseen", rng))
-    return tuple(pictures)
+            images.append(_save(scene, folder / name, "unseen", rng))
+    return tuple(images)
 
 
-def _save(scene: Scene, path: Path, split: str, rng: np.random.Generator) -> DemoPicture:
-    height, width = scene.picture.shape[:2]
+def _save(scene: Scene, path: Path, split: str, rng: np.random.Generator) -> DemoImage:
+    height, width = scene.image.shape[:2]
     quality = int(rng.integers(82, 96))
-    _, encoded = cv2.imencode(".jpg", scene.picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
+    _, encoded = cv2.imencode(".jpg", scene.image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(encoded.tobytes())
-    return DemoPicture(path=path, split=split, size=(width, height), objects=scene.objects)
+    return DemoImage(path=path, split=split, size=(width, height), objects=scene.objects)
 
 
 def _check(**numbers: tuple[int, int]) -> None:
@@ -131,8 +129,8 @@ def _begin(folder: Path, content: str) -> None:
 
 
 def _told(field: Field) -> str:
-    labelled, foreign = ", ".join(field.labelled), ", ".join(field.foreign)
-    return f"Labelled: {labelled}.\nIn the pictures, but not labelled: {foreign}."
+    labelled, unlabelled = ", ".join(field.labelled), ", ".join(field.unlabelled)
+    return f"Labelled: {labelled}.\nIn the images, but not labelled: {unlabelled}."
 
 
 @contextmanager
@@ -140,5 +138,5 @@ def _writing(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        what = f"the demo's pictures cannot be written: {error.strerror or error}"
+        what = f"the demo's images cannot be written: {error.strerror or error}"
         raise DataError(what, where=folder, hint="a folder that can be written, with 50 MB free") from error

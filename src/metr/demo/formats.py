@@ -13,8 +13,8 @@ TRAIN, VAL = "train", "val"
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemoPicture:
-    """A written picture and everything in it, its unlabelled objects included. `size` is (width, height)."""
+class DemoImage:
+    """A written rendered and everything in it, its unlabelled objects included. `size` is (width, height)."""
 
     path: Path
     split: str
@@ -34,22 +34,22 @@ class DemoPicture:
 
 @dataclass(frozen=True, kw_only=True)
 class DemoFormat:
-    """One annotation format: where a split's pictures lie in the dataset's folder, and what writes the annotations."""
+    """One annotation format: where a split's images lie in the dataset's folder, and what writes the annotations."""
 
     name: str
-    picture_folder: Callable[[str], Path]
-    annotate: Callable[[Path, Sequence[DemoPicture], tuple[str, ...]], None]
+    image_folder: Callable[[str], Path]
+    annotate: Callable[[Path, Sequence[DemoImage], tuple[str, ...]], None]
 
 
-def _annotate_coco(folder: Path, pictures: Sequence[DemoPicture], categories: tuple[str, ...]) -> None:
+def _annotate_coco(folder: Path, rendered_images: Sequence[DemoImage], categories: tuple[str, ...]) -> None:
     named = [{"id": number, "name": name} for number, name in enumerate(categories, 1)]
     for split in (TRAIN, VAL):
         images: list[dict[str, object]] = []
         annotations: list[dict[str, object]] = []
-        for picture in (picture for picture in pictures if picture.split == split):
-            image_id, (width, height) = len(images) + 1, picture.size
-            images.append({"id": image_id, "file_name": picture.path.name, "width": width, "height": height})
-            for item in picture.labelled:
+        for rendered in (rendered for rendered in rendered_images if rendered.split == split):
+            image_id, (width, height) = len(images) + 1, rendered.size
+            images.append({"id": image_id, "file_name": rendered.path.name, "width": width, "height": height})
+            for item in rendered.labelled:
                 x0, y0, x1, y1 = item.box
                 size = {"bbox": [x0, y0, x1 - x0, y1 - y0], "area": (x1 - x0) * (y1 - y0), "iscrowd": 0}
                 category = categories.index(item.name) + 1
@@ -58,13 +58,13 @@ def _annotate_coco(folder: Path, pictures: Sequence[DemoPicture], categories: tu
         _write(folder / "annotations" / f"instances_{split}.json", json.dumps(content, indent=1))
 
 
-def _annotate_voc(folder: Path, pictures: Sequence[DemoPicture], categories: tuple[str, ...]) -> None:
+def _annotate_voc(folder: Path, rendered_images: Sequence[DemoImage], categories: tuple[str, ...]) -> None:
     del categories  # the format lists none: a name is known once an object bears it
-    for picture in pictures:
+    for rendered in rendered_images:
         root = Xml.Element("annotation")
-        _child(root, folder="JPEGImages", filename=picture.path.name)
-        _child(Xml.SubElement(root, "size"), width=picture.size[0], height=picture.size[1], depth=3)
-        for item in picture.labelled:
+        _child(root, folder="JPEGImages", filename=rendered.path.name)
+        _child(Xml.SubElement(root, "size"), width=rendered.size[0], height=rendered.size[1], depth=3)
+        for item in rendered.labelled:
             node = Xml.SubElement(root, "object")
             _child(node, name=item.name, difficult=0)
             x0, y0, x1, y1 = item.box  # whole pixels around it, counted from 0 as today's labelling tools do
@@ -72,21 +72,21 @@ def _annotate_voc(folder: Path, pictures: Sequence[DemoPicture], categories: tup
             corners = dict(zip(("xmin", "ymin", "xmax", "ymax"), low + high, strict=True))
             _child(Xml.SubElement(node, "bndbox"), **corners)
         Xml.indent(root)
-        _write(folder / "Annotations" / f"{picture.path.stem}.xml", Xml.tostring(root, encoding="unicode") + "\n")
+        _write(folder / "Annotations" / f"{rendered.path.stem}.xml", Xml.tostring(root, encoding="unicode") + "\n")
     for split in (TRAIN, VAL):
-        stems = [picture.path.stem for picture in pictures if picture.split == split]
+        stems = [rendered.path.stem for rendered in rendered_images if rendered.split == split]
         _write(folder / "ImageSets" / "Main" / f"{split}.txt", "".join(f"{stem}\n" for stem in stems))
 
 
-def _annotate_yolo(folder: Path, pictures: Sequence[DemoPicture], categories: tuple[str, ...]) -> None:
-    for picture in pictures:
-        width, height = picture.size
+def _annotate_yolo(folder: Path, rendered_images: Sequence[DemoImage], categories: tuple[str, ...]) -> None:
+    for rendered in rendered_images:
+        width, height = rendered.size
         rows = []
-        for item in picture.labelled:
+        for item in rendered.labelled:
             x0, y0, x1, y1 = item.box
             numbers = (x0 + x1) / 2 / width, (y0 + y1) / 2 / height, (x1 - x0) / width, (y1 - y0) / height
             rows.append(" ".join([str(categories.index(item.name)), *(f"{number:.6f}" for number in numbers)]) + "\n")
-        _write(picture.path.parents[1] / "labels" / f"{picture.path.stem}.txt", "".join(rows))
+        _write(rendered.path.parents[1] / "labels" / f"{rendered.path.stem}.txt", "".join(rows))
     names = ", ".join(f"'{name}'" for name in categories)
     lines = ["train: ../train/images", "val: ../valid/images", "", f"nc: {len(categories)}", f"names: [{names}]"]
     _write(folder / "data.yaml", "\n".join(lines) + "\n")
@@ -106,6 +106,6 @@ def _yolo_folder(split: str) -> Path:
     return Path("train" if split == TRAIN else "valid") / "images"
 
 
-COCO = DemoFormat(name="coco", picture_folder=Path, annotate=_annotate_coco)
-VOC = DemoFormat(name="voc", picture_folder=lambda _: Path("JPEGImages"), annotate=_annotate_voc)
-YOLO = DemoFormat(name="yolo", picture_folder=_yolo_folder, annotate=_annotate_yolo)
+COCO = DemoFormat(name="coco", image_folder=Path, annotate=_annotate_coco)
+VOC = DemoFormat(name="voc", image_folder=lambda _: Path("JPEGImages"), annotate=_annotate_voc)
+YOLO = DemoFormat(name="yolo", image_folder=_yolo_folder, annotate=_annotate_yolo)

@@ -1,4 +1,4 @@
-"""The demo's story: draw three datasets, train one detector on all of them, judge it, let it look at new pictures."""
+"""The demo's story: draw three datasets, train one detector on all of them, judge it, let it look at new images."""
 
 import shutil
 from dataclasses import dataclass
@@ -8,17 +8,17 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from metr.api.detection import detect_files
-from metr.api.evaluation import evaluate_run
-from metr.api.training import train
+from metr.data.datasets_file import open_dataset, parse_data_arguments
 from metr.data.images import read_image
-from metr.data.sources import open_dataset, parse_data_arguments
 from metr.demo.datasets import FORMATS, write_demo_datasets, write_unseen
-from metr.engine.folders import RunFolder
-from metr.engine.recipe import RunConfig, load_recipe
 from metr.errors import DataError
+from metr.evaluation.evaluate import evaluate_run
 from metr.evaluation.evaluator import EvaluationReport
-from metr.inference.visualize import contact_sheet, draw_annotations, save_picture
+from metr.inference.detect_files import detect_files
+from metr.inference.draw import contact_sheet, draw_annotations, save_image
+from metr.run_directory import RunDirectory
+from metr.training.recipe import RunConfig, load_recipe
+from metr.training.train import train
 
 TRAIN, VAL, UNSEEN = 120, 40, 9
 SEED = 0
@@ -35,7 +35,7 @@ class DemoResult:
 
 
 def run_demo(
-    folder: Path, console: Console, overrides: tuple[str, ...] = (), *, train_pictures: int = TRAIN
+    folder: Path, console: Console, overrides: tuple[str, ...] = (), *, train_images: int = TRAIN
 ) -> DemoResult | None:
     """Runs the whole demo inside `folder` and ends by naming what is there.
 
@@ -43,7 +43,7 @@ def run_demo(
         folder: Made if missing; what an earlier demo left there is replaced.
         console: Where progress is shown.
         overrides: section.key=value, laid over the demo's recipe.
-        train_pictures: Training pictures of each dataset.
+        train_images: Training images of each dataset.
 
     Returns:
         None where training was interrupted.
@@ -52,9 +52,9 @@ def run_demo(
         MetrError: the folder holds something else, or a part is missing.
     """
     recipe = demo_recipe(overrides)
-    _refuse_foreign(folder)
+    _refuse_other_content(folder)
     console.rule("1. three datasets that nobody merged")
-    data = _draw(folder, train_pictures, console)
+    data = _draw(folder, train_images, console)
     console.rule("2. one detector for all of them")
     run = folder / "run"
     _start_over(run)
@@ -63,7 +63,7 @@ def run_demo(
         return None
     console.rule("3. how good is it?")
     report = evaluate_run(run, data, folder / "evaluation", console=console)
-    console.rule("4. pictures that it has never seen")
+    console.rule("4. images that it has never seen")
     write_unseen(folder / "unseen", SEED, UNSEEN)
     detect_files(run, [folder / "unseen"], folder / "detections", threshold=0.35, console=console)
     _sheet(sorted((folder / "detections").glob("*.jpg")), folder / "detections.png")
@@ -77,13 +77,13 @@ def demo_recipe(overrides: tuple[str, ...] = ()) -> RunConfig:
         return load_recipe("nano", file, overrides)
 
 
-def _draw(folder: Path, train_pictures: int, console: Console) -> list[str]:
+def _draw(folder: Path, train_images: int, console: Console) -> list[str]:
     """Draws the datasets and a page of them; gives them as arguments of a command."""
-    total = len(FORMATS) * (train_pictures + VAL)
-    columns = TextColumn("drawing pictures"), BarColumn(), MofNCompleteColumn()
+    total = len(FORMATS) * (train_images + VAL)
+    columns = TextColumn("drawing images"), BarColumn(), MofNCompleteColumn()
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("", total=total)
-        datasets = write_demo_datasets(folder / "data", SEED, train_pictures, VAL, lambda _: progress.advance(task))
+        datasets = write_demo_datasets(folder / "data", SEED, train_images, VAL, lambda _: progress.advance(task))
     for one in datasets:
         told = f"{one.folder} ({one.format}): {', '.join(one.categories)}"
         console.print(told, highlight=False, markup=False, soft_wrap=True)
@@ -93,17 +93,17 @@ def _draw(folder: Path, train_pictures: int, console: Console) -> list[str]:
 
 
 def _page_of_truth(data: list[str], path: Path) -> None:
-    """Two annotated pictures of each dataset."""
-    pictures, captions = [], []
+    """Two annotated images of each dataset."""
+    images, captions = [], []
     for spec in parse_data_arguments(data):
         source = open_dataset(spec)
         for record in (source.split("train")[index] for index in range(2)):
-            pictures.append(draw_annotations(read_image(record.path), record, source.categories))
+            images.append(draw_annotations(read_image(record.path), record, source.categories))
             captions.append(f"{source.name}: as its owner labelled it")
-    save_picture(contact_sheet(pictures, captions, columns=2), path)
+    save_image(contact_sheet(images, captions, columns=2), path)
 
 
-def _refuse_foreign(folder: Path) -> None:
+def _refuse_other_content(folder: Path) -> None:
     """Keeps the demo from replacing files that are not its own."""
     found = {item.name for item in folder.iterdir()} if folder.is_dir() else set()
     if found - _OURS or ("run" in found and "data" not in found):
@@ -113,25 +113,25 @@ def _refuse_foreign(folder: Path) -> None:
 
 def _start_over(run: Path) -> None:
     """Takes an earlier demo's run away: the demo always trains anew."""
-    if RunFolder(run).config.is_file():
+    if RunDirectory(run).config.is_file():
         shutil.rmtree(run)
 
 
-def _sheet(pictures: list[Path], path: Path) -> None:
-    save_picture(contact_sheet([read_image(one) for one in pictures], [one.stem for one in pictures]), path)
+def _sheet(images: list[Path], path: Path) -> None:
+    save_image(contact_sheet([read_image(one) for one in images], [one.stem for one in images]), path)
 
 
 def _tell(folder: Path, run: Path, console: Console) -> None:
     console.rule("done")
     lines = {
-        "detections.png": "unseen pictures, with what was found",
+        "detections.png": "unseen images, with what was found",
         "datasets.png": "the datasets, as their owners labelled them",
         "evaluation/evaluation.md": "the table",
         "evaluation/evaluation.png": "the same as a chart",
-        str(RunFolder(run).curves.relative_to(folder)): "losses while it learnt",
+        str(RunDirectory(run).curves.relative_to(folder)): "losses while it learnt",
     }
     console.print(f"Everything is in {folder}", style="bold", markup=False, soft_wrap=True)
     for name, what in lines.items():
         console.print(f"  {name:28} {what}", highlight=False, markup=False)
-    told = f"\nOn pictures of your own:  metr detect {run} PICTURE"
+    told = f"\nOn images of your own:  metr detect {run} IMAGE"
     console.print(told, highlight=False, markup=False, soft_wrap=True)

@@ -1,6 +1,6 @@
-"""Pictures of three fields with objects whose visible extent is known exactly.
+"""Images of three fields with objects whose visible extent is known exactly.
 
-Everything is drawn at twice the size and shrunk. A picture is a function of its field and the random generator alone.
+Everything is drawn at twice the size and shrunk. An image is a function of its field and the random generator alone.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,17 +10,17 @@ import cv2
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from metr.demo import animals, things
-from metr.demo.brush import Brush, Colour, Pose, Sprite, hsv, softened
-from metr.demo.grounds import Ground, blades, daylight, grass, water, wood
+from metr.demo import animals, objects
+from metr.demo.backgrounds import Ground, blades, daylight, grass, water, wood
+from metr.demo.canvas import Canvas, Colour, Pose, Sprite, hsv, softened
 
 OVERSAMPLING = 2
 FEWEST, MOST = 3, 12
-_COUNT_SHARES = (0.09, 0.14, 0.17, 0.16, 0.14, 0.11, 0.08, 0.05, 0.03, 0.03)  # of pictures with 3, 4, ... 12 objects
+_COUNT_SHARES = (0.09, 0.14, 0.17, 0.16, 0.14, 0.11, 0.08, 0.05, 0.03, 0.03)  # of images with 3, 4, ... 12 objects
 _LEAST_VISIBLE = 0.4
 _TOUCHING = 0.23  # how often an object is put against another one
 
-Painter = Callable[[Brush, np.random.Generator], None]
+Painter = Callable[[Canvas, np.random.Generator], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,20 +46,20 @@ KINDS: dict[str, Kind] = {
     "frog": Kind(paint=animals.frog, size=1.0, layer=1.0),
     "butterfly": Kind(paint=animals.butterfly, size=0.95, layer=3.0, height=0.16),
     "snail": Kind(paint=animals.snail, size=1.0, turn=20.0, layer=1.0),
-    "leaf": Kind(paint=things.leaf, size=1.0, layer=1.0, height=0.04, bend=0.15),
-    "mushroom": Kind(paint=things.mushroom, size=1.0, turn=20.0, layer=1.5, height=0.1),
-    "cup": Kind(paint=things.cup, size=1.0, layer=1.0, height=0.1),
-    "scissors": Kind(paint=things.scissors, size=1.2, layer=1.0, height=0.05),
-    "book": Kind(paint=things.book, size=1.1, layer=0.0, height=0.08),
+    "leaf": Kind(paint=objects.leaf, size=1.0, layer=1.0, height=0.04, bend=0.15),
+    "mushroom": Kind(paint=objects.mushroom, size=1.0, turn=20.0, layer=1.5, height=0.1),
+    "cup": Kind(paint=objects.cup, size=1.0, layer=1.0, height=0.1),
+    "scissors": Kind(paint=objects.scissors, size=1.2, layer=1.0, height=0.05),
+    "book": Kind(paint=objects.book, size=1.1, layer=0.0, height=0.08),
 }
 CLUTTER: dict[str, Kind] = {
-    "lily pad": Kind(paint=things.lily_pad, size=1.2, height=0.06),
-    "stone": Kind(paint=things.stone, size=0.4),
-    "daisy": Kind(paint=things.daisy, size=0.3),
-    "twig": Kind(paint=things.twig, size=1.2, height=0.04),
-    "sheet": Kind(paint=things.sheet, size=1.9, height=0.02),
-    "note": Kind(paint=things.note, size=0.7, height=0.03),
-    "pencil": Kind(paint=things.pencil, size=1.4, height=0.04),
+    "lily pad": Kind(paint=objects.lily_pad, size=1.2, height=0.06),
+    "stone": Kind(paint=objects.stone, size=0.4),
+    "daisy": Kind(paint=objects.daisy, size=0.3),
+    "twig": Kind(paint=objects.twig, size=1.2, height=0.04),
+    "sheet": Kind(paint=objects.sheet, size=1.9, height=0.02),
+    "note": Kind(paint=objects.note, size=0.7, height=0.03),
+    "pencil": Kind(paint=objects.pencil, size=1.4, height=0.04),
 }
 
 
@@ -71,7 +71,7 @@ class Field:
     size: tuple[int, int]
     ground: Ground
     labelled: tuple[str, ...]
-    foreign: tuple[str, ...]
+    unlabelled: tuple[str, ...]
     clutter: tuple[str, ...]
     dapple: float = 0.0
     reeds: int = 0
@@ -83,7 +83,7 @@ FIELDS: tuple[Field, ...] = (
         size=(384, 288),
         ground=water,
         labelled=("fish", "frog", "leaf", "turtle"),
-        foreign=("butterfly",),
+        unlabelled=("butterfly",),
         clutter=("lily pad", "lily pad", "stone", "twig"),
         dapple=0.2,
         reeds=10,
@@ -93,7 +93,7 @@ FIELDS: tuple[Field, ...] = (
         size=(352, 264),
         ground=wood,
         labelled=("book", "cup", "scissors"),
-        foreign=("leaf",),
+        unlabelled=("leaf",),
         clutter=("sheet", "note", "pencil", "pencil"),
     ),
     Field(
@@ -101,7 +101,7 @@ FIELDS: tuple[Field, ...] = (
         size=(320, 240),
         ground=grass,
         labelled=("butterfly", "leaf", "mushroom", "snail"),
-        foreign=("frog", "cup"),
+        unlabelled=("frog", "cup"),
         clutter=("stone", "daisy", "daisy", "daisy", "twig"),
         dapple=0.35,
         reeds=26,
@@ -111,7 +111,7 @@ FIELDS: tuple[Field, ...] = (
 
 @dataclass(frozen=True, kw_only=True)
 class DrawnObject:
-    """One object of a picture: `box` is the visible extent, xyxy in pixels; `labelled` says if its dataset names it."""
+    """One object of an image: `box` is the visible extent, xyxy in pixels; `labelled` says if its dataset names it."""
 
     name: str
     box: tuple[float, float, float, float]
@@ -120,9 +120,9 @@ class DrawnObject:
 
 @dataclass(frozen=True, kw_only=True)
 class Scene:
-    """A picture (RGB) and everything of interest in it."""
+    """An image (RGB) and everything of interest in it."""
 
-    picture: UInt8[np.ndarray, "h w 3"]
+    image: UInt8[np.ndarray, "h w 3"]
     objects: tuple[DrawnObject, ...]
 
 
@@ -149,13 +149,13 @@ def draw_sprite(name: str, rng: np.random.Generator, side: float) -> Sprite:
         bend=float(rng.uniform(-kind.bend, kind.bend)),
         mirrored=bool(rng.random() < 0.5),
     )
-    brush = Brush(pose)
-    kind.paint(brush, rng)
-    return brush.finish(name, rng)
+    canvas = Canvas(pose)
+    kind.paint(canvas, rng)
+    return canvas.finish(name, rng)
 
 
 def draw_scene(field: Field, rng: np.random.Generator, guests: Sequence[str] = ()) -> Scene:
-    """A picture of `field`; objects called `guests` (of any field) are added to it, unlabelled."""
+    """An image of `field`; objects called `guests` (of any field) are added to it, unlabelled."""
     width, height = (OVERSAMPLING * side for side in field.size)
     placed: list[_Placed] = []
     while sum(item.labelled for item in placed) < FEWEST:
@@ -171,19 +171,19 @@ def draw_scene(field: Field, rng: np.random.Generator, guests: Sequence[str] = (
         for index, item in enumerate(placed)
         if (box := _extent(owner, index, item)) is not None
     )
-    return Scene(picture=_photographed(canvas, field, rng), objects=objects)
+    return Scene(image=_photographed(canvas, field, rng), objects=objects)
 
 
 def _arrange(field: Field, rng: np.random.Generator, guests: Sequence[str]) -> list[_Placed]:
     """Objects with their places, those that lie on others last."""
     count = int(rng.choice(np.arange(FEWEST, MOST + 1), p=_COUNT_SHARES))
     names = list(rng.choice(field.labelled, count))
-    foreign = list(rng.choice(field.foreign, int(rng.choice(3, p=(0.4, 0.4, 0.2))))) + list(guests)
-    crowding = min(1.0, (8 / (count + len(foreign))) ** 0.5)
-    picture_side = OVERSAMPLING * float(np.sqrt(field.size[0] * field.size[1]))
+    unlabelled = list(rng.choice(field.unlabelled, int(rng.choice(3, p=(0.4, 0.4, 0.2))))) + list(guests)
+    crowding = min(1.0, (8 / (count + len(unlabelled))) ** 0.5)
+    image_side = OVERSAMPLING * float(np.sqrt(field.size[0] * field.size[1]))
     placed: list[_Placed] = []
-    for index, name in enumerate(names + foreign):
-        side = picture_side * crowding * float(np.exp(rng.uniform(np.log(0.15), np.log(0.27))))
+    for index, name in enumerate(names + unlabelled):
+        side = image_side * crowding * float(np.exp(rng.uniform(np.log(0.15), np.log(0.27))))
         sprite = draw_sprite(str(name), rng, side)
         place = _free_place(sprite, placed, field, rng)
         if place is not None:
@@ -243,7 +243,7 @@ def _visible(placed: list[_Placed], height: int, width: int) -> list[_Placed]:
 
 
 def _extent(owner: Int[np.ndarray, "h w"], index: int, item: _Placed) -> tuple[float, float, float, float] | None:
-    """The box of what is seen of an object, in pixels of the finished picture."""
+    """The box of what is seen of an object, in pixels of the finished image."""
     inside, _ = _overlap(item, *owner.shape)
     mine = owner[inside] == index
     rows, columns = np.flatnonzero(mine.any(axis=1)), np.flatnonzero(mine.any(axis=0))
@@ -314,12 +314,12 @@ def _photographed(
 ) -> UInt8[np.ndarray, "h w 3"]:
     """The canvas at its final size under daylight, a little out of focus, with the noise of a sensor."""
     width, height = field.size
-    picture = cv2.resize(canvas, (width, height), interpolation=cv2.INTER_AREA)
+    image = cv2.resize(canvas, (width, height), interpolation=cv2.INTER_AREA)
     if rng.random() < 0.35:
-        picture = cv2.GaussianBlur(picture, (0, 0), float(rng.uniform(0.4, 0.9)))
+        image = cv2.GaussianBlur(image, (0, 0), float(rng.uniform(0.4, 0.9)))
     light = daylight(rng, height, width, field.dapple)
     tints = [light * np.float32(tint) for tint in rng.normal(1, 0.035, 3)]
-    lit = cv2.multiply(picture, cv2.merge(tints), dtype=cv2.CV_32F)
+    lit = cv2.multiply(image, cv2.merge(tints), dtype=cv2.CV_32F)
     grains = rng.integers(0, 256, (2, height, width, 3), np.uint8)  # the sum of two even ones is a quick bell
     strength = float(rng.uniform(1.5, 6)) / 104
     noise = cv2.addWeighted(grains[0], strength, grains[1], strength, -255 * strength, dtype=cv2.CV_32F)

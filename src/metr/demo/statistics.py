@@ -12,13 +12,13 @@ from metr.data.records import ImageRecord
 
 @dataclass(frozen=True, kw_only=True)
 class SceneStatistics:
-    """Figures of some pictures.
+    """Figures of some images.
 
-    `median_side` is that of sqrt(box area / picture area); `overlapping` the share of the boxes that have pixels in
-    common with another box of their picture; `counts` are the boxes of every name.
+    `median_side` is that of sqrt(box area / image area); `overlapping` the share of the boxes that have pixels in
+    common with another box of their image; `counts` are the boxes of every name.
     """
 
-    pictures: int
+    images: int
     objects: int
     fewest: int
     most: int
@@ -28,22 +28,22 @@ class SceneStatistics:
 
 
 def scene_statistics(records: Iterable[ImageRecord], categories: Sequence[str]) -> SceneStatistics:
-    """Figures of the pictures that `records` describe; `categories` name their labels."""
-    per_picture: list[int] = []
+    """Figures of the images that `records` describe; `categories` name their labels."""
+    per_image: list[int] = []
     sides: list[float] = []
     overlapping: list[bool] = []
     counts = Counter(dict.fromkeys(categories, 0))
     for record in records:
-        per_picture.append(len(record.boxes))
+        per_image.append(len(record.boxes))
         size = (record.boxes[:, 2:] - record.boxes[:, :2]).prod(axis=1)
         sides.extend(np.sqrt(size / (record.width * record.height)).tolist())
         overlapping.extend(_touched(record.boxes).tolist())
         counts.update(categories[label] for label in record.labels)
     return SceneStatistics(
-        pictures=len(per_picture),
+        images=len(per_image),
         objects=len(sides),
-        fewest=min(per_picture, default=0),
-        most=max(per_picture, default=0),
+        fewest=min(per_image, default=0),
+        most=max(per_image, default=0),
         median_side=float(np.median(sides)) if sides else 0.0,
         overlapping=float(np.mean(overlapping)) if overlapping else 0.0,
         counts=dict(counts),

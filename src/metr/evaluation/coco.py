@@ -1,4 +1,4 @@
-"""The COCO protocol for boxes: average precision over IoU 0.50:0.95, at most 100 detections a picture.
+"""The COCO protocol for boxes: average precision over IoU 0.50:0.95, at most 100 detections an image.
 
 All scores are on the scale 0 to 100; None stands where there is nothing to score.
 """
@@ -63,19 +63,19 @@ def evaluate_detections(
 ) -> CocoResult:
     """Scores detections against the annotations of one dataset.
 
-    Of each picture the 100 best count, whatever they name; then those go that name what the dataset does not know.
-    Categories that are not annotated in a picture are not judged there, but for the objects that it shows of them: to
-    find those is right, and nothing else of that category is wrong (LVIS's rule; Gupta et al., 2019). Pictures without
+    Of each image the 100 best count, whatever they name; then those go that name what the dataset does not know.
+    Categories that are not annotated in an image are not judged there, but for the objects that it shows of them: to
+    find those is right, and nothing else of that category is wrong (LVIS's rule; Gupta et al., 2019). Images without
     an entry count as ones where nothing was found.
 
     Args:
         annotations: What there is to find; ignored boxes are crowds, areas are the records'.
-        detections: The detections of each picture, by image id.
+        detections: The detections of each image, by image id.
         names: How the detections spell the dataset's categories; by default as the dataset does. Two categories with
             one name are one.
 
     Raises:
-        DataError: detections of an unknown picture, image ids that are not unique, or too few names.
+        DataError: detections of an unknown image, image ids that are not unique, or too few names.
     """
     spelling = tuple(annotations.categories if names is None else names)
     if len(spelling) != len(annotations.categories):
@@ -86,7 +86,7 @@ def evaluate_detections(
     labels = [numbers[name] for name in spelling]
     truth, results = _truth(annotations, categories, labels), []
     known: set[ImageId] = set()
-    # Inside, pictures are counted: ids may be file names, and the evaluator wants integers.
+    # Inside, images are counted: ids may be file names, and the evaluator wants integers.
     for index in range(len(annotations)):
         record = annotations[index]
         known.add(record.image_id)
@@ -104,9 +104,9 @@ def coco_results(
     """Detections in the form of COCO results: a list of image_id, category_id, bbox (x, y, width, height), score.
 
     Args:
-        detections: The detections of each picture, by image id.
+        detections: The detections of each image, by image id.
         category_ids: The number of each name; other names are left out.
-        max_detections: Most detections a picture; all of them by default.
+        max_detections: Most detections an image; all of them by default.
     """
     return [
         {**row, "bbox": [round(side, 2) for side in row["bbox"]], "score": round(row["score"], 5)}
@@ -122,7 +122,7 @@ def write_coco_results(path: Path, detections: Mapping[ImageId, Detections], cat
 
 
 def _rows(found: Detections, image_id: ImageId, category_ids: Mapping[str, int], limit: int) -> list[Row]:
-    """The `limit` best detections of a picture, less those whose name has no number."""
+    """The `limit` best detections of an image, less those whose name has no number."""
     order = found.scores.argsort(descending=True, stable=True)[:limit]
     boxes = xyxy_to_xywh(found.boxes[order].double()).tolist()
     return [
@@ -151,7 +151,7 @@ def _truth(annotations: Annotations, categories: Sequence[str], labels: Sequence
 
 
 def _scored(annotations: Annotations, labels: Sequence[int]) -> set[int]:
-    """The categories that are annotated exhaustively in some picture: of others, nothing could be wrong."""
+    """The categories that are annotated exhaustively in some image: of others, nothing could be wrong."""
     scored: set[int] = set()
     for index in range(len(annotations)):
         annotated = annotations[index].annotated
@@ -172,14 +172,14 @@ def _objects(record: ImageRecord, image_id: int, labels: Sequence[int]) -> list[
 
 
 def _judged(record: ImageRecord, labels: Sequence[int]) -> set[int]:
-    """The categories of which detections in a picture are judged."""
+    """The categories of which detections in an image are judged."""
     if record.annotated is None:
         return set(labels)
     return {labels[label] for label in (*record.annotated, *record.labels.tolist())}
 
 
 def _unfinished(record: ImageRecord, image_id: int, labels: Sequence[int]) -> list[Row]:
-    """A crowd over the whole picture for each category that it shows and does not annotate exhaustively.
+    """A crowd over the whole image for each category that it shows and does not annotate exhaustively.
 
     The protocol gives to a crowd what no object took, and that is neither right nor wrong.
     """
@@ -192,11 +192,11 @@ def _unfinished(record: ImageRecord, image_id: int, labels: Sequence[int]) -> li
 def _check_ids(annotations: Annotations, known: set[ImageId], detections: Mapping[ImageId, Detections]) -> None:
     where = f"{annotations.name} ({annotations.split})"
     if len(known) != len(annotations):
-        raise DataError(f"{len(annotations)} pictures share {len(known)} image ids", where=where)
+        raise DataError(f"{len(annotations)} images share {len(known)} image ids", where=where)
     strange = [image_id for image_id in detections if image_id not in known]
     if strange:
-        what = f"{len(strange)} pictures with detections are not in this split, the first is {strange[0]!r}"
-        raise DataError(what, where=where, hint="evaluate with the annotations that belong to the pictures")
+        what = f"{len(strange)} images with detections are not in this split, the first is {strange[0]!r}"
+        raise DataError(what, where=where, hint="evaluate with the annotations that belong to the images")
 
 
 def _summary(truth: Row, results: list[Row], categories: Sequence[str]) -> CocoResult:

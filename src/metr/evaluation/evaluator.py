@@ -14,27 +14,27 @@ from metr.config import Config
 from metr.data.records import Annotations, ImageRecord, InMemoryAnnotations
 from metr.errors import DataError, ModelError
 from metr.evaluation.coco import CocoResult, ImageId, evaluate_detections
-from metr.evaluation.fields import FieldConfusion, count_best_names, field_confusion
-from metr.evaluation.presence import DEFAULT_KEPT, PresenceRecall, presence_recall
+from metr.evaluation.cross_dataset import CrossDatasetConfusion, count_best_names, cross_dataset_confusion
+from metr.evaluation.presence import DEISSUE_KEPT, PresenceRecall, presence_recall
 from metr.inference.config import PostprocessConfig, Precision
 from metr.inference.postprocess import postprocess
 from metr.inference.predictor import device_of, inference
 from metr.structures import Batch, Detections
 from metr.text.vocabulary import Vocabulary
 
-Mode = Literal["own", "unified"]
+Mode = Literal["own", "joint"]
 Progress = Callable[[str, int, int], None]
 
 
 class EvaluationConfig(Config):
     """What is evaluated, and how."""
 
-    modes: Annotated[tuple[Mode, ...], Field(min_length=1)] = ("own", "unified")
+    modes: Annotated[tuple[Mode, ...], Field(min_length=1)] = ("own", "joint")
     """Vocabularies: `own` asks for a dataset's own names, `unified` for all names of all datasets."""
-    recall_at: tuple[PositiveInt, ...] = DEFAULT_KEPT
+    recall_at: tuple[PositiveInt, ...] = DEISSUE_KEPT
     """Numbers of most likely categories for which the recall of present ones is told."""
     fields: dict[str, str] = Field(default_factory=dict)
-    """The field of each dataset, for the field confusion; one that is not named is a field of its own."""
+    """The field of each dataset, for the cross-dataset confusion; one that is not named is a field of its own."""
     outside_mean: tuple[str, ...] = ()
     """Datasets that are told beside the mean over datasets, not in it."""
     precision: Precision = "fp32"
@@ -45,7 +45,7 @@ class EvaluationConfig(Config):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSet:
-    """One split of one dataset: what there is to find, and its pictures, each at most once."""
+    """One split of one dataset: what there is to find, and its images, each at most once."""
 
     annotations: Annotations
     batches: Iterable[Batch]
@@ -62,7 +62,7 @@ class ModeReport:
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetReport:
-    """What the detector did to one dataset. `missing` pictures could not be read, and are not in any number."""
+    """What the detector did to one dataset. `missing` images could not be read, and are not in any number."""
 
     name: str
     split: str
@@ -71,11 +71,11 @@ class DatasetReport:
     images: int
     missing: int
     own: ModeReport | None = None
-    unified: ModeReport | None = None
+    joint: ModeReport | None = None
 
     def ap(self, mode: Mode) -> float | None:
         """COCO AP with one vocabulary; None where that was not evaluated or nothing is to be found."""
-        part = self.own if mode == "own" else self.unified
+        part = self.own if mode == "own" else self.joint
         return None if part is None else part.coco.ap
 
 
@@ -83,18 +83,18 @@ class DatasetReport:
 class EvaluationReport:
     """What the detector did to each dataset.
 
-    `foreign` says how training treated unannotated categories, `weights` of what type those on disk were ("float16").
+    `unannotated` says how training treated unannotated categories, `weights` of what type those on disk were ("float16").
     """
 
     datasets: tuple[DatasetReport, ...]
     names: int
-    confusion: FieldConfusion | None = None
-    foreign: str | None = None
+    confusion: CrossDatasetConfusion | None = None
+    unannotated: str | None = None
     weights: str | None = None
 
     def mean(self, mode: Mode, metric: Literal["ap", "ap50", "ap75", "ar100"] = "ap") -> float | None:
         """The mean over the datasets that belong to it; None where none has a number."""
-        parts = [one.own if mode == "own" else one.unified for one in self.datasets if one.in_mean]
+        parts = [one.own if mode == "own" else one.joint for one in self.datasets if one.in_mean]
         values: list[float | None] = [getattr(part.coco, metric) for part in parts if part is not None]
         scored = [value for value in values if value is not None]
         return sum(scored) / len(scored) if scored else None
@@ -102,14 +102,14 @@ class EvaluationReport:
     def metrics(self) -> dict[str, float]:
         """The report as flat numbers for curves: "AP" is the mean with own names, or else with all names."""
         own_run = any(one.own is not None for one in self.datasets)
-        first: Mode = "own" if own_run else "unified"
+        first: Mode = "own" if own_run else "joint"
         values = {"AP": self.mean(first), "AP50": self.mean(first, "ap50")}
         if own_run:
-            values["AP unified"] = self.mean("unified")
+            values["AP joint vocabulary"] = self.mean("joint")
         for dataset in self.datasets:
             values[f"AP {dataset.name}"] = dataset.ap(first)
         if self.confusion is not None:
-            values["field confusion"] = self.confusion.pooled
+            values["cross-dataset confusion"] = self.confusion.pooled
         return {name: value for name, value in values.items() if value is not None}
 
 
@@ -124,7 +124,7 @@ class _Question:
 
 @dataclass
 class _Answers:
-    """What the network has answered so far for the pictures of a dataset."""
+    """What the network has answered so far for the images of a dataset."""
 
     detections: dict[ImageId, Detections] = field(default_factory=dict)
     recall: PresenceRecall = field(default_factory=PresenceRecall)
@@ -137,7 +137,7 @@ class Evaluator:
         text: The embedding of each name of the vocabulary.
         vocabulary: All names; its datasets say which fields have which names.
         config: Modes, recall, fields, post-processing.
-        progress: Called after each batch with the dataset's name, its pictures done, its pictures in all.
+        progress: Called after each batch with the dataset's name, its images done, its images in all.
 
     Raises:
         ModelError: `text` does not have a row for each name.
@@ -156,18 +156,18 @@ class Evaluator:
         self.config, self.progress = config or EvaluationConfig(), progress
 
     def evaluate(
-        self, network: nn.Module, sets: Sequence[EvaluationSet], foreign: str | None = None
+        self, network: nn.Module, sets: Sequence[EvaluationSet], unannotated: str | None = None
     ) -> EvaluationReport:
         """The report on all of `sets`.
 
         Args:
             network: Called as `network(images, padding_mask, text)`; its mode is left as it was.
             sets: Splits of datasets, each with a name of its own.
-            foreign: How training treated the categories that an image's dataset does not annotate; said in the report.
+            unannotated: How training treated the categories that an image's dataset does not annotate; said in the report.
 
         Raises:
-            DataError: no sets, a category that the vocabulary lacks, a dataset without a readable picture, a batch of
-                pictures that are not in the annotations, or two sets with one name.
+            DataError: no sets, a category that the vocabulary lacks, a dataset without a readable image, a batch of
+                images that are not in the annotations, or two sets with one name.
         """
         _check_names([item.annotations.name for item in sets])
         reports: list[DatasetReport] = []
@@ -175,13 +175,13 @@ class Evaluator:
         for item in sets:
             report, best = self._dataset(network, item)
             reports.append(report)
-            if report.unified is not None:
+            if report.joint is not None:
                 named[report.name] = best
         return EvaluationReport(
             datasets=tuple(reports),
             names=len(self.vocabulary),
             confusion=self._confusion(named, sets),
-            foreign=foreign,
+            unannotated=unannotated,
         )
 
     def _dataset(self, network: nn.Module, item: EvaluationSet) -> tuple[DatasetReport, Counter[str]]:
@@ -209,9 +209,9 @@ class Evaluator:
             images=len(seen),
             missing=len(annotations) - len(seen),
             own=parts[questions["own"]] if "own" in questions else None,
-            unified=parts[questions["unified"]] if "unified" in questions else None,
+            joint=parts[questions["joint"]] if "joint" in questions else None,
         )
-        found = answers[questions["unified"]].detections if "unified" in questions else {}
+        found = answers[questions["joint"]].detections if "joint" in questions else {}
         return report, count_best_names(seen, found)
 
     def _questions(self, names: Sequence[str], device: torch.device) -> dict[Mode, _Question]:
@@ -224,11 +224,11 @@ class Evaluator:
             text=text[own],
             columns=tuple(own.index(row) for row in rows),
         )
-        questions = {"own": unified if len(own) == len(text) else narrow, "unified": unified}
+        questions = {"own": unified if len(own) == len(text) else narrow, "joint": unified}
         return {mode: questions[mode] for mode in self.config.modes}
 
     def _answers(self, network: nn.Module, item: EvaluationSet, questions: Sequence[_Question]) -> list[_Answers]:
-        """Every picture through the network with every vocabulary, read once."""
+        """Every image through the network with every vocabulary, read once."""
         annotations, device = item.annotations, device_of(network)
         records = {record.image_id: record for record in _records(annotations)}
         answers = [_Answers() for _ in questions]
@@ -248,17 +248,19 @@ class Evaluator:
             if self.progress is not None:
                 self.progress(annotations.name, done, len(annotations))
         if not done:
-            raise DataError("no picture could be read", where=annotations.name, hint="metr inspect lists the faults")
+            raise DataError("no image could be read", where=annotations.name, hint="metr inspect lists the issues")
         return answers
 
-    def _confusion(self, named: Mapping[str, Counter[str]], sets: Sequence[EvaluationSet]) -> FieldConfusion | None:
+    def _confusion(
+        self, named: Mapping[str, Counter[str]], sets: Sequence[EvaluationSet]
+    ) -> CrossDatasetConfusion | None:
         """None where there is but one field, or detection with all names was not asked for."""
         evaluated = {item.annotations.name: tuple(map(str.strip, item.annotations.categories)) for item in sets}
         categories = {**self.vocabulary.datasets, **evaluated}
         fields = {dataset: self.config.fields.get(dataset, dataset) for dataset in categories}
         if not named or len(set(fields.values())) < 2:
             return None
-        return field_confusion(named, categories, fields)
+        return cross_dataset_confusion(named, categories, fields)
 
 
 def _check_names(names: Sequence[str]) -> None:
@@ -274,7 +276,7 @@ def _records(annotations: Annotations) -> Iterator[ImageRecord]:
 
 
 def _only(annotations: Annotations, images: Mapping[ImageId, Detections]) -> Annotations:
-    """The annotations of the pictures that the network saw."""
+    """The annotations of the images that the network saw."""
     return InMemoryAnnotations(
         name=annotations.name,
         split=annotations.split,
@@ -287,12 +289,12 @@ def _only(annotations: Annotations, images: Mapping[ImageId, Detections]) -> Ann
 def _shown(batch: Batch, records: Mapping[ImageId, ImageRecord], dataset: str) -> list[ImageRecord]:
     strange = [image_id for image_id in batch.image_ids if image_id not in records]
     if strange:
-        raise DataError(f"picture {strange[0]!r} is not in the annotations", where=dataset)
+        raise DataError(f"image {strange[0]!r} is not in the annotations", where=dataset)
     return [records[image_id] for image_id in batch.image_ids]
 
 
 def _present(records: Sequence[ImageRecord], columns: Sequence[int], names: int) -> Bool[Tensor, "b v"]:
-    """Where a category is annotated in a picture and has an object there."""
+    """Where a category is annotated in an image and has an object there."""
     present = torch.zeros(len(records), names, dtype=torch.bool)
     for row, record in zip(present, records, strict=True):
         labels = {*record.labels[~record.ignore].tolist()}

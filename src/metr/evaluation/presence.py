@@ -1,4 +1,4 @@
-"""How well the network knows which categories a picture shows, before it looks for their boxes."""
+"""How well the network knows which categories an image shows, before it looks for their boxes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -6,14 +6,14 @@ from dataclasses import dataclass, field
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-DEFAULT_KEPT = (1, 5, 10, 20)
+DEISSUE_KEPT = (1, 5, 10, 20)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PresenceRecall:
-    """Counts that add up over batches: of `pairs` (picture, category present in it), `hits[k]` were kept by `k`.
+    """Counts that add up over batches: of `pairs` (image, category present in it), `hits[k]` were kept by `k`.
 
-    Kept by `k` means: among the `k` most likely categories of the picture.
+    Kept by `k` means: among the `k` most likely categories of the image.
     """
 
     pairs: int = 0
@@ -32,7 +32,7 @@ class PresenceRecall:
 
 
 def presence_recall(
-    logits: Float[Tensor, "b v"], present: Bool[Tensor, "b v"], kept: Sequence[int] = DEFAULT_KEPT
+    logits: Float[Tensor, "b v"], present: Bool[Tensor, "b v"], kept: Sequence[int] = DEISSUE_KEPT
 ) -> PresenceRecall:
     """Counts which categories that are present stand among the most likely ones.
 

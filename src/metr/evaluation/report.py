@@ -11,22 +11,22 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
 
 from metr.errors import DataError
+from metr.evaluation.cross_dataset import CrossDatasetConfusion
 from metr.evaluation.evaluator import DatasetReport, EvaluationReport, Mode, ModeReport
-from metr.evaluation.fields import FieldConfusion
-from metr.inference.visualize import font_file, legible
+from metr.inference.draw import font_file, legible
 
-MODES: tuple[Mode, ...] = ("own", "unified")
-TITLES = {"own": "own names", "unified": "all names"}
-FOREIGN = {
-    "ignore": "Categories that an image's dataset does not annotate gave no loss in training (`foreign = ignore`).",
-    "assume_absent": "Categories that an image's dataset does not annotate counted as absent in training "
-    "(`foreign = assume_absent`).",
+MODES: tuple[Mode, ...] = ("own", "joint")
+TITLES = {"own": "own names", "joint": "all names"}
+UNANNOTATED = {
+    "ignore": "Categories that an image's dataset does not annotate gave no loss in training (`unannotated = ignore`).",
+    "negative": "Categories that an image's dataset does not annotate counted as absent in training "
+    "(`unannotated = negative`).",
     "teacher": "Of categories that an image's dataset does not annotate, training believed the clear answers of the "
-    "average of the weights (`foreign = teacher`).",
+    "average of the weights (`unannotated = pseudo_label`).",
 }
 
 # Two colours that readers with any colour vision tell apart.
-_COLOURS = {"own": "#3b6fb6", "unified": "#e08a2e"}
+_COLOURS = {"own": "#3b6fb6", "joint": "#e08a2e"}
 
 
 def as_dict(report: EvaluationReport) -> dict[str, Any]:
@@ -59,10 +59,10 @@ def write_report(report: EvaluationReport, folder: Path) -> tuple[Path, Path, Pa
 
 
 def as_markdown(report: EvaluationReport) -> str:
-    """The report as a page: one row a dataset, field confusion, one table of categories a dataset."""
+    """The report as a page: one row a dataset, cross-dataset confusion, one table of categories a dataset."""
     parts = ["# Evaluation", _preface(report), dataset_table(report)]
     if report.confusion is not None:
-        parts += ["## Field confusion", _confusion_note(report.confusion), _confusion_table(report.confusion)]
+        parts += ["## Cross-dataset confusion", _confusion_note(report.confusion), _confusion_table(report.confusion)]
     parts.append("## Categories")
     parts += [part for one in report.datasets for part in (f"### {_cell(one.name)}", category_table(one))]
     return "\n\n".join(parts) + "\n"
@@ -74,9 +74,9 @@ def dataset_table(report: EvaluationReport) -> str:
     kept = sorted({k for one in report.datasets for mode in modes for k in _part(one, mode).recall})
     # Of two vocabularies, the large one is where keeping the right categories is hard.
     hardest = modes[-1]
-    head = ["dataset", "pictures", "objects", "names"]
+    head = ["dataset", "images", "objects", "names"]
     head += [f"{metric} ({TITLES[mode]})" for mode in modes for metric in ("AP", "AP50")]
-    head += [f"recall at {k}" for k in kept] + (["field confusion"] if report.confusion else [])
+    head += [f"recall at {k}" for k in kept] + (["cross-dataset confusion"] if report.confusion else [])
     rows = []
     for one in report.datasets:
         coco = _part(one, modes[0]).coco
@@ -94,7 +94,7 @@ def dataset_table(report: EvaluationReport) -> str:
 
 def category_table(dataset: DatasetReport) -> str:
     """One row a category of a dataset, in Markdown."""
-    parts = [(mode, part) for mode, part in zip(MODES, (dataset.own, dataset.unified), strict=True) if part is not None]
+    parts = [(mode, part) for mode, part in zip(MODES, (dataset.own, dataset.joint), strict=True) if part is not None]
     head = ["category", "objects", *(f"{metric} ({TITLES[mode]})" for mode, _ in parts for metric in ("AP", "AP50"))]
     rows = []
     for same in zip(*(part.coco.categories for _, part in parts), strict=True):
@@ -104,7 +104,7 @@ def category_table(dataset: DatasetReport) -> str:
 
 
 def draw_chart(report: EvaluationReport, path: Path) -> None:
-    """Writes a picture (PNG, SVG, PDF) of each dataset's AP with own and with all names."""
+    """Writes an image (PNG, SVG, PDF) of each dataset's AP with own and with all names."""
     modes = _modes(report)
     names = [legible(one.name) for one in report.datasets]
     figure = Figure(figsize=(max(5.0, 1.6 + 1.1 * len(names)), 3.6), layout="constrained")
@@ -132,28 +132,30 @@ def draw_chart(report: EvaluationReport, path: Path) -> None:
 
 def _preface(report: EvaluationReport) -> str:
     lines = [
-        "COCO average precision over IoU 0.50:0.95 on the scale 0 to 100, at most 100 detections a picture. "
+        "COCO average precision over IoU 0.50:0.95 on the scale 0 to 100, at most 100 detections an image. "
         "*Own names*: the detector is asked for the dataset's names alone; *all names*: for all "
         f"{report.names} names at once, and scored on the dataset's own. *Recall at K*: the share of the categories "
-        "present that are among the K most likely of the picture, with the larger vocabulary."
+        "present that are among the K most likely of the image, with the larger vocabulary."
     ]
-    if report.foreign is not None:
-        lines.append(FOREIGN.get(report.foreign, f"Categories foreign to an image's dataset: {report.foreign}."))
+    if report.unannotated is not None:
+        lines.append(
+            UNANNOTATED.get(report.unannotated, f"Categories unannotated to an image's dataset: {report.unannotated}.")
+        )
     missing = [f"{one.missing} of {_cell(one.name)}" for one in report.datasets if one.missing]
     if missing:
-        lines.append(f"Pictures that could not be read, and are in no number: {', '.join(missing)}.")
+        lines.append(f"Images that could not be read, and are in no number: {', '.join(missing)}.")
     return "\n\n".join(lines)
 
 
-def _confusion_note(confusion: FieldConfusion) -> str:
+def _confusion_note(confusion: CrossDatasetConfusion) -> str:
     return (
-        "Of the best detections with all names, as many a picture as it has objects, "
-        f"{_number(confusion.pooled)} % name a category of another field. Rows: the field of the picture; columns: "
+        "Of the best detections with all names, as many an image as it has objects, "
+        f"{_number(confusion.pooled)} % name a category of another field. Rows: the field of the image; columns: "
         "the field named, in per cent of the row."
     )
 
 
-def _confusion_table(confusion: FieldConfusion) -> str:
+def _confusion_table(confusion: CrossDatasetConfusion) -> str:
     rows = []
     for name, counts in zip(confusion.fields, confusion.counts, strict=True):
         total = sum(counts)
@@ -164,12 +166,12 @@ def _confusion_table(confusion: FieldConfusion) -> str:
 
 def _modes(report: EvaluationReport) -> list[Mode]:
     """The modes in which every dataset was evaluated."""
-    asked = {"own": [one.own for one in report.datasets], "unified": [one.unified for one in report.datasets]}
+    asked = {"own": [one.own for one in report.datasets], "joint": [one.joint for one in report.datasets]}
     return [mode for mode in MODES if all(part is not None for part in asked[mode])]
 
 
 def _part(dataset: DatasetReport, mode: Mode) -> ModeReport:
-    part = dataset.own if mode == "own" else dataset.unified
+    part = dataset.own if mode == "own" else dataset.joint
     if part is None:
         raise DataError(f"{dataset.name} was not evaluated with {TITLES[mode]}", where="evaluation report")
     return part

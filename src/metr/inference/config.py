@@ -13,7 +13,7 @@ class PostprocessConfig(Config):
     """How the network's answers become detections."""
 
     max_detections: Annotated[int, Field(gt=0)] = 100
-    """Most detections a picture, over all categories together; the COCO protocol's number."""
+    """Most detections an image, over all categories together; the COCO protocol's number."""
     score_threshold: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Least score of a detection. 0 keeps everything, as average precision wants it."""
     presence_power: Annotated[float, Field(ge=0)] = 0.0
@@ -35,10 +35,10 @@ class PostprocessConfig(Config):
 
 
 class InferenceConfig(Config):
-    """How pictures go through the network."""
+    """How images go through the network."""
 
     batch_size: Annotated[int, Field(gt=0)] = 8
-    """Most pictures of one step; only pictures of one shape share a step."""
+    """Most images of one step; only images of one shape share a step."""
     precision: Precision = "fp32"
     """Arithmetic of the network (autocast); scores and boxes are finished in fp32."""
     postprocess: PostprocessConfig = PostprocessConfig()

@@ -1,4 +1,4 @@
-"""From the network's answers to detections in pixels of the original pictures."""
+"""From the network's answers to detections in pixels of the original images."""
 
 from collections.abc import Sequence
 
@@ -20,11 +20,11 @@ def postprocess(
 ) -> tuple[Detections, ...]:
     """The detections of each image of a batch, best first; equal scores keep the order of the queries.
 
-    Invalid queries, empty slots, boxes without area inside the picture and answers that are not finite never appear.
+    Invalid queries, empty slots, boxes without area inside the image and answers that are not finite never appear.
 
     Args:
         output: The network's answer; its last decoder layer counts.
-        original_sizes: (height, width) in pixels of each picture as it was given.
+        original_sizes: (height, width) in pixels of each image as it was given.
         names: The vocabulary that the network was given, row by row.
         config: Thresholds and limits.
 
@@ -36,7 +36,7 @@ def postprocess(
     _check(output, original_sizes, vocabulary)
     labels = output.categories.ids.gather(1, output.slot)
     scores = _scores(output, labels, config.presence_power)
-    # Clipped while the picture is the unit square: then the whole batch has one border.
+    # Clipped while the image is the unit square: then the whole batch has one border.
     boxes = geometry.clip(geometry.cxcywh_to_xyxy(output.boxes[-1].float()), 1.0, 1.0)
     boxes = boxes * _pixels(boxes, original_sizes)
     keep = output.valid & output.categories.valid.gather(1, output.slot) & (geometry.area(boxes) > 0)
@@ -61,7 +61,7 @@ def _check(output: DetectorOutput, original_sizes: Sequence[tuple[int, int]], na
     if len(names) != rows:
         raise ModelError(f"expected {rows} names, one for each row of the text, found {len(names)}", where="names")
     if len(original_sizes) != images:
-        raise ModelError(f"expected the sizes of {images} pictures, found {len(original_sizes)}", where="sizes")
+        raise ModelError(f"expected the sizes of {images} images, found {len(original_sizes)}", where="sizes")
 
 
 def _scores(output: DetectorOutput, labels: Int[Tensor, "b q"], presence_power: float) -> Float[Tensor, "b q"]:

@@ -1,4 +1,4 @@
-"""Detection on pictures of any kind and number."""
+"""Detection on images of any kind and number."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,10 +12,10 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
-from metr.data.collate import padded_shape, padding_mask, stack_pictures
+from metr.data.collate import padded_shape, padding_mask, stack_images
 from metr.data.config import ResizeConfig
 from metr.data.images import read_image
-from metr.data.records import Fault
+from metr.data.records import DataIssue
 from metr.data.transforms.geometry import output_shape, resize_image
 from metr.errors import DataError, ModelError
 from metr.inference.config import InferenceConfig, Precision
@@ -24,29 +24,29 @@ from metr.models.detector import Detector
 from metr.models.text_projection import ProjectedText
 from metr.structures import Detections
 
-Picture = str | Path | np.ndarray | Image.Image
+ImageSource = str | Path | np.ndarray | Image.Image
 
-# How many batches are read ahead, so that pictures of one shape find each other.
+# How many batches are read ahead, so that images of one shape find each other.
 _BATCHES_AHEAD = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """What became of one of many pictures: its detections, or the fault that kept it from being looked at.
+    """What became of one of many images: its detections, or the issue that kept it from being looked at.
 
-    `source` is the picture's path, or its position (`picture 3`) where it came as an array; `size` is (height, width)
-    in pixels of the picture as it was given.
+    `source` is the image's path, or its position (`image 3`) where it came as an array; `size` is (height, width)
+    in pixels of the image as it was given.
     """
 
     source: str
     size: tuple[int, int] | None = None
     detections: Detections | None = None
-    fault: Fault | None = None
+    issue: DataIssue | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Loaded:
-    """A picture as the network is to see it."""
+    """An image as the network is to see it."""
 
     index: int
     source: str
@@ -61,7 +61,7 @@ class Predictor:
         network: Called as `network(images, padding_mask, text)`; gives a `DetectorOutput`. Its mode is left as it was.
         text: The text embedding of each name.
         names: What detections are called, row by row of `text`.
-        resize: The shape in which pictures enter the network: that of its training.
+        resize: The shape in which images enter the network: that of its training.
         config: Batch size, precision, post-processing.
         device: Where the network is; by default where its first parameter is.
         multiple: Pixels: sides are padded to multiples of this.
@@ -88,31 +88,31 @@ class Predictor:
         self.text = text.to(self.device)
         self._projected: ProjectedText | None = None
 
-    def detect(self, picture: Picture) -> Detections:
-        """The detections of one picture: a path, an RGB array [h w 3] of bytes, or a PIL image.
+    def detect(self, image: ImageSource) -> Detections:
+        """The detections of one image: a path, an RGB array [h w 3] of bytes, or a PIL image.
 
         Raises:
-            DataError: the picture is missing or unreadable.
+            DataError: the image is missing or unreadable.
         """
-        return self._infer([self._load(0, picture)])[0]
+        return self._infer([self._load(0, image)])[0]
 
-    def detect_many(self, pictures: Iterable[Picture]) -> Iterator[Prediction]:
-        """The detections of each picture, in the order of the pictures, while they are being read.
+    def detect_many(self, images: Iterable[ImageSource]) -> Iterator[Prediction]:
+        """The detections of each image, in the order of the images, while they are being read.
 
-        Pictures share a step where their padded shapes agree, so each gets the answer that it gets alone. One that
-        cannot be read gives a `Prediction` with its fault, and the others go on.
+        Images share a step where their padded shapes agree, so each gets the answer that it gets alone. One that
+        cannot be read gives a `Prediction` with its issue, and the others go on.
         """
-        numbered = enumerate(pictures)
+        numbered = enumerate(images)
         while chunk := list(islice(numbered, _BATCHES_AHEAD * self.config.batch_size)):
             done: dict[int, Prediction] = {}
             groups: dict[tuple[int, int], list[_Loaded]] = {}
-            for index, picture in chunk:
+            for index, image in chunk:
                 try:
-                    loaded = self._load(index, picture)
+                    loaded = self._load(index, image)
                 except DataError as error:
-                    source = _source(index, picture)
-                    fault = Fault(kind="unreadable picture", where=source, detail=error.what)
-                    done[index] = Prediction(source=source, fault=fault)
+                    source = _source(index, image)
+                    issue = DataIssue(kind="unreadable image", where=source, detail=error.what)
+                    done[index] = Prediction(source=source, issue=issue)
                 else:
                     shape = padded_shape(loaded.pixels.shape[1], loaded.pixels.shape[2], self.multiple)
                     groups.setdefault(shape, []).append(loaded)
@@ -120,11 +120,11 @@ class Predictor:
                 done.update(self._predictions(group))
             yield from (done[index] for index, _ in chunk)
 
-    def _load(self, index: int, picture: Picture) -> _Loaded:
-        source = _source(index, picture)
-        image = _as_array(picture, source)
-        size = (int(image.shape[0]), int(image.shape[1]))
-        pixels = torch.from_numpy(resize_image(image, *output_shape(*size, self.resize))).permute(2, 0, 1)
+    def _load(self, index: int, image: ImageSource) -> _Loaded:
+        source = _source(index, image)
+        array = _as_array(image, source)
+        size = (int(array.shape[0]), int(array.shape[1]))
+        pixels = torch.from_numpy(resize_image(array, *output_shape(*size, self.resize))).permute(2, 0, 1)
         return _Loaded(index=index, source=source, size=size, pixels=pixels)
 
     def _predictions(self, group: Sequence[_Loaded]) -> Iterator[tuple[int, Prediction]]:
@@ -135,8 +135,8 @@ class Predictor:
                 yield one.index, Prediction(source=one.source, size=one.size, detections=found)
 
     def _infer(self, loaded: Sequence[_Loaded]) -> list[Detections]:
-        """The detections, on the CPU, of pictures that share a padded shape."""
-        pixels = stack_pictures([one.pixels for one in loaded], self.multiple)
+        """The detections, on the CPU, of images that share a padded shape."""
+        pixels = stack_images([one.pixels for one in loaded], self.multiple)
         shapes = [(one.pixels.shape[1], one.pixels.shape[2]) for one in loaded]
         padding = padding_mask(shapes, pixels.shape[-2], pixels.shape[-1]).to(self.device)
         images = pixels.to(self.device).to(torch.float32).div_(255)
@@ -147,7 +147,7 @@ class Predictor:
         return [one.to("cpu") for one in found]
 
     def _text_to_ask(self) -> Tensor | ProjectedText:
-        """What the network is asked for; projected once for all pictures, until the network's weights change."""
+        """What the network is asked for; projected once for all images, until the network's weights change."""
         if not isinstance(self.network, Detector):
             return self.text
         self._projected = self.network.project(self.text, self._projected)
@@ -174,22 +174,22 @@ def device_of(network: nn.Module) -> torch.device:
     return torch.device("cpu") if first is None else first.device
 
 
-def _source(index: int, picture: Picture) -> str:
-    return str(picture) if isinstance(picture, str | Path) else f"picture {index}"
+def _source(index: int, image: ImageSource) -> str:
+    return str(image) if isinstance(image, str | Path) else f"image {index}"
 
 
-def _as_array(picture: object, source: str) -> UInt8[np.ndarray, "h w 3"]:
-    if isinstance(picture, str | Path):
-        return read_image(Path(picture))
-    if isinstance(picture, Image.Image):
+def _as_array(image: object, source: str) -> UInt8[np.ndarray, "h w 3"]:
+    if isinstance(image, str | Path):
+        return read_image(Path(image))
+    if isinstance(image, Image.Image):
         try:
             # A file is decoded only now, so that is when it may turn out broken.
-            return np.array(ImageOps.exif_transpose(picture).convert("RGB"))
+            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
         except (OSError, SyntaxError, ValueError) as error:
-            raise DataError(f"a picture that cannot be decoded: {error}", where=source) from None
-    if not isinstance(picture, np.ndarray):
-        raise DataError(f"expected a path, an RGB array or a PIL image, found a {type(picture).__name__}", where=source)
-    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or picture.size == 0:
-        what = f"expected RGB bytes [height, width, 3], found {picture.dtype} {list(picture.shape)}"
+            raise DataError(f"an image that cannot be decoded: {error}", where=source) from None
+    if not isinstance(image, np.ndarray):
+        raise DataError(f"expected a path, an RGB array or a PIL image, found a {type(image).__name__}", where=source)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
+        what = f"expected RGB bytes [height, width, 3], found {image.dtype} {list(image.shape)}"
         raise DataError(what, where=source, hint="convert it to 8-bit RGB first, for example with PIL's convert")
-    return np.ascontiguousarray(picture)
+    return np.ascontiguousarray(image)

@@ -22,7 +22,7 @@ def sine_encoding(values: Float[Tensor, "*n"], size: int, temperature: float) ->
 def grid_encoding(
     padding_mask: Bool[Tensor, "b h w"], width: int, temperature: float = 20.0, *, first: float = 1.0
 ) -> Float[Tensor, "b h w d"]:
-    """Where each cell lies in its picture: y then x, counted over cells that are not padding.
+    """Where each cell lies in its image: y then x, counted over cells that are not padding.
 
     The running count starts at `first` (1 in DINO, 0.5 in Deformable DETR: the cell's centre) and is divided by the
     number of cells and multiplied by 2 pi: padding changes nothing.

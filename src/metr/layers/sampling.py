@@ -52,8 +52,8 @@ def sample_grids(
     maps = value.split_with_sizes([height * width for height, width in level_shapes], dim=1)
     total = None
     for tokens, grid, share, (height, width) in zip(maps, grids, shares, level_shapes, strict=True):
-        picture = rearrange(tokens, "b (h w) (m c) -> (b m) c h w", h=height, w=width, m=heads)
-        sampled = grid_sample(picture, grid, mode="bilinear", align_corners=False)
+        image = rearrange(tokens, "b (h w) (m c) -> (b m) c h w", h=height, w=width, m=heads)
+        sampled = grid_sample(image, grid, mode="bilinear", align_corners=False)
         part = (sampled * share).sum(-1)
         total = part if total is None else total + part
     assert total is not None

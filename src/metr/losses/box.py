@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from metr.boxes import cxcywh_to_xyxy, paired_giou, paired_iou
-from metr.losses.truth import Answers, Truth
+from metr.losses.padded_targets import PaddedTargets, QueryPredictions
 
 
 class BoxLosses(NamedTuple):
@@ -21,7 +21,7 @@ class BoxLosses(NamedTuple):
     iou: Float[Tensor, "r b q"]
 
 
-def box_losses(answers: Answers, truth: Truth) -> BoxLosses:
+def box_losses(answers: QueryPredictions, truth: PaddedTargets) -> BoxLosses:
     """Compares the boxes of queries with those of the objects that they stand for."""
     positive = answers.positive
     wanted = truth.boxes_of(answers.target)

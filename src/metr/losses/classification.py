@@ -1,4 +1,4 @@
-"""Is this an object of my category? Is this category in the picture? Losses of both answers, and who is asked."""
+"""Is this an object of my category? Is this category in the image? Losses of both answers, and who is asked."""
 
 import torch
 from jaxtyping import Bool, Float
@@ -7,7 +7,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from metr.boxes import cxcywh_to_xyxy, pairwise_coverage
 from metr.losses.config import CriterionConfig
-from metr.losses.truth import NOTHING, Answers, Truth
+from metr.losses.padded_targets import NO_OBJECT, PaddedTargets, QueryPredictions
 
 
 def focal_loss(
@@ -61,19 +61,19 @@ def asymmetric_loss(
     return -focus * right.clamp(min=1e-5).log()
 
 
-def known(answers: Answers, truth: Truth, ignore_coverage: float) -> Bool[Tensor, "r b q"]:
+def known(answers: QueryPredictions, truth: PaddedTargets, ignore_coverage: float) -> Bool[Tensor, "r b q"]:
     """Where it is known what a query should say.
 
     A query that stands for an object should say "yes". "No" is known only of the categories that are annotated in the
     image or presumed absent, and not of a box that lies inside an ignored box of the query's category.
     """
-    asked = answers.category != NOTHING
+    asked = answers.category != NO_OBJECT
     complete = (truth.annotated | truth.absent).gather(1, answers.category.clamp(min=0))
     absent = complete & ~_inside_ignored(answers, truth, ignore_coverage)
     return asked & (answers.positive | absent)
 
 
-def _inside_ignored(answers: Answers, truth: Truth, ignore_coverage: float) -> Bool[Tensor, "r b q"]:
+def _inside_ignored(answers: QueryPredictions, truth: PaddedTargets, ignore_coverage: float) -> Bool[Tensor, "r b q"]:
     inside = torch.zeros_like(answers.positive)
     if truth.ignore_labels.shape[1] == 0:
         return inside
@@ -88,7 +88,7 @@ def _inside_ignored(answers: Answers, truth: Truth, ignore_coverage: float) -> B
 
 
 def query_losses(
-    answers: Answers, quality: Float[Tensor, "r b q"], truth: Truth, config: CriterionConfig
+    answers: QueryPredictions, quality: Float[Tensor, "r b q"], truth: PaddedTargets, config: CriterionConfig
 ) -> Float[Tensor, "r"]:
     """The classification loss of every layer, summed over the queries whose answer is known, unweighted.
 
@@ -116,7 +116,9 @@ def _each_query(
             return matchability_loss(logits, quality, positive, config.matchability_gamma)
 
 
-def presence_losses(logits: Float[Tensor, "e b v"], truth: Truth, config: CriterionConfig) -> Float[Tensor, "e"]:
+def presence_losses(
+    logits: Float[Tensor, "e b v"], truth: PaddedTargets, config: CriterionConfig
+) -> Float[Tensor, "e"]:
     """The presence loss of every extraction block, summed over categories and divided by the number of images.
 
     Asked are the categories that an image is known to show, and those that are annotated or presumed absent there; not

@@ -10,13 +10,13 @@ from metr.losses.box import box_losses
 from metr.losses.classification import presence_losses, query_losses
 from metr.losses.config import CriterionConfig
 from metr.losses.matcher import match_groups
-from metr.losses.truth import (
-    Answers,
-    Truth,
-    denoising_answers,
-    judged_layers,
-    matched_answers,
+from metr.losses.padded_targets import (
+    PaddedTargets,
+    QueryPredictions,
+    denoising_predictions,
+    matched_predictions,
     query_categories,
+    supervised_layers,
 )
 from metr.structures import Categories, DetectorOutput, Losses, Matches, Targets
 
@@ -44,9 +44,9 @@ class SetCriterion(nn.Module):
             targets: What is known of each image.
             matches: Those of `match`, if the caller needs them besides; made here otherwise.
         """
-        truth = Truth.of(targets)
-        answers = matched_answers(output, self._match(output, truth) if matches is None else matches)
-        copies = None if output.denoising is None else denoising_answers(output.denoising, output.categories)
+        truth = PaddedTargets.of(targets)
+        answers = matched_predictions(output, self._match(output, truth) if matches is None else matches)
+        copies = None if output.denoising is None else denoising_predictions(output.denoising, output.categories)
         objects, copied = average_over_ranks(_counts(truth, copies)).unbind()
 
         terms = self._presence(output.categories, truth)
@@ -57,13 +57,13 @@ class SetCriterion(nn.Module):
 
     def match(self, output: DetectorOutput, targets: Sequence[Targets]) -> Matches:
         """Which query stands for which object; layer 0 is the proposals, layer R + 1 the decoder's layer R."""
-        return self._match(output, Truth.of(targets))
+        return self._match(output, PaddedTargets.of(targets))
 
-    def _match(self, output: DetectorOutput, truth: Truth) -> Matches:
+    def _match(self, output: DetectorOutput, truth: PaddedTargets) -> Matches:
         category = query_categories(output.slot, output.valid, output.categories)
-        return match_groups(*judged_layers(output), category, truth.boxes, truth.labels, self.config)
+        return match_groups(*supervised_layers(output), category, truth.boxes, truth.labels, self.config)
 
-    def _presence(self, categories: Categories, truth: Truth) -> Terms:
+    def _presence(self, categories: Categories, truth: PaddedTargets) -> Terms:
         losses = self.config.weights.presence * presence_losses(categories.presence_logits, truth, self.config)
         terms = {f"presence/{block}": loss for block, loss in enumerate(losses.unbind())}
         if categories.shortlist_logits is not None:
@@ -71,19 +71,23 @@ class SetCriterion(nn.Module):
             terms["presence/shortlist"] = self.config.weights.presence * presence_losses(asked, truth, self.config)[0]
         return terms
 
-    def _proposals_and_decoder(self, answers: Answers, truth: Truth, objects: Float[Tensor, ""]) -> Terms:
+    def _proposals_and_decoder(
+        self, answers: QueryPredictions, truth: PaddedTargets, objects: Float[Tensor, ""]
+    ) -> Terms:
         layers = ["proposals", *(f"decoder.{layer}" for layer in range(len(answers.logits) - 1))]
         scale = (1 / objects).repeat(len(layers))
         scale[0] *= self.config.weights.proposals
         return self._judged(layers, answers, truth, scale)
 
-    def _denoising(self, answers: Answers, truth: Truth, copies: Float[Tensor, ""]) -> Terms:
+    def _denoising(self, answers: QueryPredictions, truth: PaddedTargets, copies: Float[Tensor, ""]) -> Terms:
         layers = [f"denoising.{layer}" for layer in range(len(answers.logits))]
         # Divided by the copies of objects, so that how many there are changes no balance.
         scale = (self.config.weights.denoising / copies).repeat(len(layers))
         return self._judged(layers, answers, truth, scale)
 
-    def _judged(self, layers: Sequence[str], answers: Answers, truth: Truth, scale: Float[Tensor, "r"]) -> Terms:
+    def _judged(
+        self, layers: Sequence[str], answers: QueryPredictions, truth: PaddedTargets, scale: Float[Tensor, "r"]
+    ) -> Terms:
         """Classification and box terms of each layer, every layer's multiplied by its `scale`."""
         weights = self.config.weights
         boxes = box_losses(answers, truth)
@@ -99,7 +103,7 @@ class SetCriterion(nn.Module):
         }
 
 
-def _counts(truth: Truth, copies: Answers | None) -> Int[Tensor, "2"]:
+def _counts(truth: PaddedTargets, copies: QueryPredictions | None) -> Int[Tensor, "2"]:
     """How many objects the batch has, and how many positive denoising queries."""
     copied = torch.zeros_like(truth.objects) if copies is None else copies.positive[0].sum()
     return torch.stack([truth.objects, copied])

@@ -12,7 +12,7 @@ from torch import Tensor
 from metr.boxes import cxcywh_to_xyxy, paired_giou
 from metr.losses.classification import focal_cost
 from metr.losses.config import CriterionConfig
-from metr.losses.truth import NOTHING
+from metr.losses.padded_targets import NO_OBJECT
 from metr.structures import Matches
 
 _logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def match_groups(
 
 def _pairs(category: Int[Tensor, "b q"], labels: Int[Tensor, "b m"]) -> _Pairs:
     labels = labels.unsqueeze(1)
-    may_match = (category.unsqueeze(2) == labels) & (labels > NOTHING)
+    may_match = (category.unsqueeze(2) == labels) & (labels > NO_OBJECT)
     image, query, target = may_match.nonzero().unbind(1)
     label = category[image, query]
     order = label.argsort(stable=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from metr.boxes import cxcywh_to_xyxy, paired_giou, paired_iou
 from metr.losses.config import LossWeights
-from metr.losses.truth import NOTHING, Truth
+from metr.losses.padded_targets import NO_OBJECT, PaddedTargets
 from metr.structures import DetectorOutput, Matches, Targets
 
 
@@ -30,13 +30,13 @@ class MatchStatistics:
 @torch.no_grad()
 def match_statistics(output: DetectorOutput, targets: Sequence[Targets], matches: Matches) -> MatchStatistics:
     """Figures of a batch's matches, as `SetCriterion.match` gives them."""
-    truth = Truth.of(targets)
+    truth = PaddedTargets.of(targets)
     last = matches.layer == len(output.logits)
     image, query, target = matches.image[last], matches.query[last], matches.target[last]
     iou = paired_iou(cxcywh_to_xyxy(output.boxes[-1, image, query].float()), cxcywh_to_xyxy(truth.boxes[image, target]))
-    kept = output.categories.ids.where(output.categories.valid, NOTHING)
+    kept = output.categories.ids.where(output.categories.valid, NO_OBJECT)
     has_slot = (truth.labels.unsqueeze(2) == kept.unsqueeze(1)).any(2)
-    without_slot = ((truth.labels != NOTHING) & ~has_slot).sum()
+    without_slot = ((truth.labels != NO_OBJECT) & ~has_slot).sum()
     return MatchStatistics(
         iou=iou.sum() / max(len(iou), 1),
         objects=truth.objects,
@@ -52,7 +52,7 @@ def box_losses_of_images(
     """The last layer's box loss (L1 and GIoU, weighted) of each image, summed over its matches, and their number."""
     last = matches.layer == len(output.logits)
     image, query, target = matches.image[last], matches.query[last], matches.target[last]
-    boxes, wanted = output.boxes[-1, image, query].float(), Truth.of(targets).boxes[image, target]
+    boxes, wanted = output.boxes[-1, image, query].float(), PaddedTargets.of(targets).boxes[image, target]
     giou = 1 - paired_giou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(wanted))
     loss = weights.l1 * (boxes - wanted).abs().sum(-1) + weights.giou * giou
     mine = image.unsqueeze(1) == torch.arange(len(targets), device=image.device)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from metr.layers.attention import Attention
 from metr.layers.mlp import FeedForward
 from metr.models.config import CategoryConfig
-from metr.models.heads import AgreementHead
+from metr.models.heads import SimilarityHead
 from metr.models.shortlist import Shortlist, Shortlisted
 from metr.models.text_projection import ProjectedText, autocast_dtype, whitening_projection
 from metr.structures import Categories, Memory, Targets
@@ -47,7 +47,7 @@ class CategoryExtraction(nn.Module):
         self.projection = nn.Linear(text_width, width)
         self.norm = nn.LayerNorm(width)
         self.blocks = nn.ModuleList(ExtractionBlock(width, config) for _ in range(config.blocks))
-        self.presence = AgreementHead(width, config.prior)
+        self.presence = SimilarityHead(width, config.prior)
         self.shortlist = Shortlist(width, config) if config.shortlist else None
 
     def forward(

@@ -17,14 +17,14 @@ def select_categories(
     """The categories with at most `kept` slots an image, in ascending order of their ids, empty slots last.
 
     Without targets, categories below the threshold take no slot. With targets, present categories come first, and of
-    the others those that are annotated, with at most `foreign_slots` of those presumed absent: of the rest nothing can
+    the others those that are annotated, with at most `negative_slots` of those presumed absent: of the rest nothing can
     be learnt in this image.
     """
     scores = categories.presence_logits[-1].detach().float()
     if targets is None:
         scores = scores.masked_fill(scores.sigmoid() < config.threshold, -torch.inf)
     else:
-        scores = _with_truth(scores, targets, config.foreign_slots)
+        scores = _with_truth(scores, targets, config.negative_slots)
     best, ids = scores.topk(min(config.kept, scores.shape[1]), dim=1)
     valid = best > -torch.inf
     order = ids.masked_fill(~valid, scores.shape[1]).argsort(dim=1)
@@ -32,12 +32,12 @@ def select_categories(
     return replace(categories, ids=ids.gather(1, order).masked_fill(~valid, 0), valid=valid)
 
 
-def _with_truth(scores: Float[Tensor, "b v"], targets: Sequence[Targets], foreign_slots: int) -> Float[Tensor, "b v"]:
+def _with_truth(scores: Float[Tensor, "b v"], targets: Sequence[Targets], negative_slots: int) -> Float[Tensor, "b v"]:
     present = torch.stack([_present(target, scores.shape[1]) for target in targets])
     allowed = torch.stack([target.annotated for target in targets]) | present
-    if foreign_slots:
-        foreign = torch.stack([target.presumed for target in targets]) & ~allowed
-        allowed = allowed | _best(scores.masked_fill(~foreign, -torch.inf), foreign_slots)
+    if negative_slots:
+        unannotated = torch.stack([target.assumed_negatives for target in targets]) & ~allowed
+        allowed = allowed | _best(scores.masked_fill(~unannotated, -torch.inf), negative_slots)
     # names that were not shortlisted are at -inf, and stay there
     lowest = scores.masked_fill(scores.isneginf(), torch.inf).amin(dim=1, keepdim=True)
     ahead = scores.amax(dim=1, keepdim=True) - lowest + 1

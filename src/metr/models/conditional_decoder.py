@@ -8,13 +8,13 @@ from metr.layers.conditional_attention import ConditionalAttention, PlacedSelfAt
 from metr.layers.mlp import MLP, FeedForward
 from metr.layers.position_encoding import box_encoding
 from metr.models.class_queries import rows
-from metr.models.config import AgreementConfig, DecoderConfig
+from metr.models.config import DecoderConfig, SimilarityConfig
 from metr.models.decoder import DecoderAnswer
 from metr.models.encoders.plain import token_places
-from metr.models.heads import AgreementHead, BoxHead, box_logits, compared_tokens
+from metr.models.heads import BoxHead, SimilarityHead, box_logits, similarity_tokens
 from metr.structures import Categories, Memory, Queries
 
-# a box thinner than this share of the picture is looked at as if it were that thick
+# a box thinner than this share of the image is looked at as if it were that thick
 _THINNEST = 1e-3
 
 
@@ -62,17 +62,17 @@ class ConditionalDecoder(nn.Module):
     """
 
     def __init__(
-        self, width: int, config: DecoderConfig, prior: float, agreement: AgreementConfig | None = None
+        self, width: int, config: DecoderConfig, prior: float, similarity: SimilarityConfig | None = None
     ) -> None:
         super().__init__()
-        self.compared = agreement or AgreementConfig()
+        self.compared = similarity or SimilarityConfig()
         self.width = width
         self.position = MLP((2 * width, width, width))
         self.scale = _scale(width) if config.layers > 1 else None
         self.extent = MLP((width, width, 2))
         self.layers = nn.ModuleList(ConditionalDecoderLayer(width, config, n == 0) for n in range(config.layers))
         self.norm = nn.LayerNorm(width)
-        self.agreement = AgreementHead(width, prior, self.compared)
+        self.similarity = SimilarityHead(width, prior, self.compared)
         self.box = BoxHead(width)
 
     def forward(self, queries: Queries, memory: Memory, categories: Categories) -> DecoderAnswer:
@@ -82,7 +82,7 @@ class ConditionalDecoder(nn.Module):
         raw output, the reported one from the normalised output.
         """
         content, boxes = queries.content, queries.reference_boxes
-        tokens = rows(compared_tokens(categories, self.compared), queries.slot)
+        tokens = rows(similarity_tokens(categories, self.compared), queries.slot)
         allowed = queries.group.unsqueeze(2) == queries.group.unsqueeze(1)
         places = token_places(memory, self.width)
         logits, found = [], []
@@ -93,7 +93,7 @@ class ConditionalDecoder(nn.Module):
                 place = place * self.scale(content)
             content = layer(content, self.position(encoded), place, allowed, memory, places)
             normed, start = self.norm(content), box_logits(boxes)
-            logits.append(self.agreement(normed, tokens))
+            logits.append(self.similarity(normed, tokens))
             found.append(self.box(normed, start))
             boxes = self.box(content, start).detach()
         return DecoderAnswer(torch.stack(logits), torch.stack(found))

@@ -50,7 +50,7 @@ class CategoryConfig(Config):
     threshold: float = Field(0.0, ge=0, lt=1)
     """Least presence probability with which a category takes a slot outside of training. Categories below it change
     nothing for the others, and leave them the queries."""
-    foreign_slots: int = Field(0, ge=0)
+    negative_slots: int = Field(0, ge=0)
     """Most slots an image that categories presumed absent may take in training."""
     shortlist: int = Field(0, ge=0)
     """Most names an image that category extraction looks at, where there are more: chosen by a few dot products a name.
@@ -80,12 +80,12 @@ class QueryConfig(Config):
     """What joins the category's token: a learned query, or that and the features of the place where it starts."""
 
 
-class AgreementConfig(Config):
+class SimilarityConfig(Config):
     """How places and queries are compared with their categories, to one logit each."""
 
     token: Literal["refined", "text"] = "refined"
     """Compared with the category's token as the image refined it (the authors), or with its projected text: by that,
-    categories of one picture remain further apart."""
+    categories of one image remain further apart."""
     factor: float = Field(1.0, gt=0)
     """Of the dot product / sqrt(width): the larger, the sooner categories that look alike are told apart."""
     objectness: bool = False
@@ -129,7 +129,7 @@ class DecoderConfig(Config):
     """Sampling points a head and level (`deformable`)."""
     feed_forward: int = Field(2048, ge=1)
     padded_positions: bool = False
-    """Encode a query's box in units of the padded picture, as DINO and the authors (`deformable`)."""
+    """Encode a query's box in units of the padded image, as DINO and the authors (`deformable`)."""
     positions: Literal["sine", "plain"] = "sine"
     """A query's box enters as sines and cosines (DINO), or as four numbers (RT-DETR; `deformable`)."""
 
@@ -143,7 +143,7 @@ class DetectorConfig(Config):
     encoder: EncoderConfig = EncoderConfig()
     categories: CategoryConfig = CategoryConfig()
     queries: QueryConfig = QueryConfig()
-    agreement: AgreementConfig = AgreementConfig()
+    similarity: SimilarityConfig = SimilarityConfig()
     denoising: DenoisingConfig = DenoisingConfig()
     decoder: DecoderConfig = DecoderConfig()
 

@@ -11,8 +11,8 @@ from metr.layers.deformable_attention import DeformableAttention
 from metr.layers.mlp import MLP, FeedForward
 from metr.layers.position_encoding import box_encoding
 from metr.models.class_queries import rows
-from metr.models.config import AgreementConfig, DecoderConfig
-from metr.models.heads import AgreementHead, BoxHead, box_logits, compared_tokens
+from metr.models.config import DecoderConfig, SimilarityConfig
+from metr.models.heads import BoxHead, SimilarityHead, box_logits, similarity_tokens
 from metr.structures import Categories, Memory, Queries
 
 
@@ -54,16 +54,16 @@ class Decoder(nn.Module):
     """Layers with iterative box refinement; the heads are the same after every layer."""
 
     def __init__(
-        self, width: int, levels: int, config: DecoderConfig, prior: float, agreement: AgreementConfig | None = None
+        self, width: int, levels: int, config: DecoderConfig, prior: float, similarity: SimilarityConfig | None = None
     ) -> None:
         super().__init__()
-        self.compared = agreement or AgreementConfig()
+        self.compared = similarity or SimilarityConfig()
         self.width, self.padded_positions = width, config.padded_positions
         self.plain = config.positions == "plain"
         self.position = MLP((4, 2 * width, width) if self.plain else (2 * width, width, width))
         self.layers = nn.ModuleList(DecoderLayer(width, levels, config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(width)
-        self.agreement = AgreementHead(width, prior, self.compared)
+        self.similarity = SimilarityHead(width, prior, self.compared)
         self.box = BoxHead(width)
 
     def forward(self, queries: Queries, memory: Memory, categories: Categories) -> DecoderAnswer:
@@ -73,7 +73,7 @@ class Decoder(nn.Module):
         raw output, the reported one from the normalised output, as in DINO.
         """
         content, boxes = queries.content, queries.reference_boxes
-        tokens = rows(compared_tokens(categories, self.compared), queries.slot)
+        tokens = rows(similarity_tokens(categories, self.compared), queries.slot)
         allowed = queries.group.unsqueeze(2) == queries.group.unsqueeze(1)
         scale = memory.valid_ratios.tile(1, 1, 2).unsqueeze(1)
         logits, found = [], []
@@ -83,7 +83,7 @@ class Decoder(nn.Module):
             position = self.position(placed if self.plain else box_encoding(placed, self.width))
             content = layer(content, position, reference, allowed, memory)
             normed, start = self.norm(content), box_logits(boxes)
-            logits.append(self.agreement(normed, tokens))
+            logits.append(self.similarity(normed, tokens))
             found.append(self.box(normed, start))
             boxes = self.box(content, start).detach()
         return DecoderAnswer(torch.stack(logits), torch.stack(found))

@@ -70,8 +70,8 @@ class Denoising(nn.Module):
         versions = max(1, min(self.config.number // (kinds * len(index)), self.config.groups))
         boxes = target.boxes[index]
         slots = own[index].int().argmax(1)
-        foreign, possible = self._flipped(index, target, ids, valid)
-        slot = [slots, slots] + ([foreign] if self.config.flips else [])
+        unannotated, possible = self._flipped(index, target, ids, valid)
+        slot = [slots, slots] + ([unannotated] if self.config.flips else [])
         sure = torch.ones_like(possible)
         shown = [sure, sure] + ([possible] if self.config.flips else [])
         kind = repeat(torch.arange(kinds, device=index.device), "kind -> (g kind m)", g=versions, m=len(index))

@@ -37,7 +37,7 @@ class Detector(nn.Module):
         self.backbone = build_backbone(config.backbone)
         self.encoder = build_encoder(self.backbone.channels, width, config.encoder)
         self.category_extraction = CategoryExtraction(text_width, width, config.categories)
-        self.proposals = ProposalHead(width, config.queries, _OBJECT_PRIOR, config.agreement)
+        self.proposals = ProposalHead(width, config.queries, _OBJECT_PRIOR, config.similarity)
         self.class_queries = ClassQueries(width, config.queries)
         self.denoising = Denoising(width, config.denoising) if config.denoising.number else None
         self.decoder = _build_decoder(config, self.encoder.levels)
@@ -84,7 +84,7 @@ class Detector(nn.Module):
         )
 
     def project(self, text: Float[Tensor, "v t"], earlier: ProjectedText | None = None) -> ProjectedText:
-        """The text's share of the work, done once for many pictures; outside of training, as it carries no gradient.
+        """The text's share of the work, done once for many images; outside of training, as it carries no gradient.
 
         Args:
             text: The embeddings, not to be changed in place.
@@ -107,5 +107,5 @@ class Detector(nn.Module):
 
 def _build_decoder(config: DetectorConfig, levels: int) -> Decoder | ConditionalDecoder:
     if config.decoder.kind == "conditional":
-        return ConditionalDecoder(config.width, config.decoder, _OBJECT_PRIOR, config.agreement)
-    return Decoder(config.width, levels, config.decoder, _OBJECT_PRIOR, config.agreement)
+        return ConditionalDecoder(config.width, config.decoder, _OBJECT_PRIOR, config.similarity)
+    return Decoder(config.width, levels, config.decoder, _OBJECT_PRIOR, config.similarity)

@@ -7,11 +7,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from metr.layers.mlp import MLP
-from metr.models.config import AgreementConfig
+from metr.models.config import SimilarityConfig
 from metr.structures import Categories
 
 
-class AgreementHead(nn.Module):
+class SimilarityHead(nn.Module):
     """factor MLP(feature) . token / sqrt(d) + b: one logit for each pair of feature and token.
 
     With `objectness` a linear layer's word on the feature alone is added.
@@ -22,9 +22,9 @@ class AgreementHead(nn.Module):
         config: The factor, and whether there is objectness.
     """
 
-    def __init__(self, width: int, prior: float, config: AgreementConfig | None = None) -> None:
+    def __init__(self, width: int, prior: float, config: SimilarityConfig | None = None) -> None:
         super().__init__()
-        config = config or AgreementConfig()
+        config = config or SimilarityConfig()
         self.feature = MLP((width, width, width))
         self.bias = nn.Parameter(torch.tensor([math.log(prior / (1 - prior))]))
         self.objectness = nn.Linear(width, 1, bias=False) if config.objectness else None
@@ -35,12 +35,12 @@ class AgreementHead(nn.Module):
 
     def forward(self, features: Float[Tensor, "*n d"], tokens: Float[Tensor, "*#n d"]) -> Float[Tensor, "*n"]:
         """One logit for each feature and the token beside it."""
-        agreement: Tensor = (self.feature(features) * tokens).sum(-1)
-        logit = agreement * self.scale + self.bias
+        similarity: Tensor = (self.feature(features) * tokens).sum(-1)
+        logit = similarity * self.scale + self.bias
         return logit if self.objectness is None else logit + self.objectness(features).squeeze(-1)
 
 
-def compared_tokens(categories: Categories, config: AgreementConfig) -> Float[Tensor, "b k d"]:
+def similarity_tokens(categories: Categories, config: SimilarityConfig) -> Float[Tensor, "b k d"]:
     """What the features of each slot's places and queries are compared with."""
     # an empty slot's id is 0, and finds some text as well
     return categories.text[categories.ids] if config.token == "text" else categories.kept_tokens

@@ -12,7 +12,7 @@ _BLOWN_UP, _LEANT_ON = 0.01, 0.0003
 
 
 @torch.no_grad()
-def tell_apart(projection: nn.Linear, known: Float[Tensor, "n t"], new: Float[Tensor, "m t"]) -> None:
+def decorrelate_names(projection: nn.Linear, known: Float[Tensor, "n t"], new: Float[Tensor, "m t"]) -> None:
     """Changes a projection so that new names lie further from each other, and known ones exactly where they did.
 
     Names of one field are nearly the same to a language model; where a projection starts, whitening parts them, but a

@@ -8,8 +8,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from metr.models.class_queries import rows
-from metr.models.config import AgreementConfig, QueryConfig
-from metr.models.heads import BoxHead, compared_tokens
+from metr.models.config import QueryConfig, SimilarityConfig
+from metr.models.heads import BoxHead, similarity_tokens
 from metr.structures import Categories, Memory, Proposals
 
 
@@ -21,9 +21,11 @@ class ProposalHead(nn.Module):
     same for every category.
     """
 
-    def __init__(self, width: int, config: QueryConfig, prior: float, agreement: AgreementConfig | None = None) -> None:
+    def __init__(
+        self, width: int, config: QueryConfig, prior: float, similarity: SimilarityConfig | None = None
+    ) -> None:
         super().__init__()
-        self.config, self.compared = config, agreement or AgreementConfig()
+        self.config, self.compared = config, similarity or SimilarityConfig()
         self.feature = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width)
         self.category = nn.Linear(width, width)
@@ -41,8 +43,8 @@ class ProposalHead(nn.Module):
         features = self.features(memory, usable)
         places, ranks, slots, valid = self._choose(features, usable, categories)
         chosen = rows(features, places)
-        tokens = rows(compared_tokens(categories, self.compared), slots)
-        logits = self._agreement(chosen, tokens)
+        tokens = rows(similarity_tokens(categories, self.compared), slots)
+        logits = self._similarity(chosen, tokens)
         proposals = Proposals(
             logits=logits,
             boxes=self.box(chosen, rows(anchors, places)),
@@ -68,9 +70,9 @@ class ProposalHead(nn.Module):
         logits = (features @ turned.transpose(1, 2) + shift) * self.scale + self.bias
         return logits if self.objectness is None else logits + self.objectness(features)
 
-    def _agreement(self, features: Float[Tensor, "b q d"], tokens: Float[Tensor, "b q d"]) -> Float[Tensor, "b q"]:
-        agreement: Tensor = (self.category(features) * tokens).sum(-1)
-        logits = agreement * self.scale + self.bias
+    def _similarity(self, features: Float[Tensor, "b q d"], tokens: Float[Tensor, "b q d"]) -> Float[Tensor, "b q"]:
+        similarity: Tensor = (self.category(features) * tokens).sum(-1)
+        logits = similarity * self.scale + self.bias
         return logits if self.objectness is None else logits + self.objectness(features).squeeze(-1)
 
     @torch.no_grad()
@@ -85,7 +87,7 @@ class ProposalHead(nn.Module):
             every = categories.ids.shape[1]
             best, places = (repeat(x, "b c -> b k c", k=every) for x in (best, places))
         else:
-            tokens = compared_tokens(categories, self.compared)
+            tokens = similarity_tokens(categories, self.compared)
             scores = self.scores(features, tokens).masked_fill(~usable.unsqueeze(-1), -torch.inf)
             most = min(self.config.ceiling, self.config.number, scores.shape[1])
             best, places = rearrange(scores, "b s k -> b k s").topk(most, dim=-1)
@@ -136,7 +138,7 @@ def take_pairs(
 def anchor_logits(memory: Memory) -> tuple[Float[Tensor, "b s 4"], Bool[Tensor, "b s"]]:
     """An anchor at every place, in logit space, and where it can be used.
 
-    Centre: the cell's centre; sides: 0.05 of the picture on the finest level, twice as much on each coarser one.
+    Centre: the cell's centre; sides: 0.05 of the image on the finest level, twice as much on each coarser one.
     A place cannot be used where it is padding or where a number of its anchor is outside (0.01, 0.99).
     """
     boxes = []

@@ -65,9 +65,9 @@ class Shortlist(nn.Module):
     def _logits(self, summaries: Float[Tensor, "b n d"], projected: Float[Tensor, "v d"]) -> Float[Tensor, "b v"]:
         # of thousands of names, too many would be equal in fewer digits
         with torch.autocast(summaries.device.type, enabled=False):
-            agreement = summaries.float() @ projected.float().T * self.scale
+            similarity = summaries.float() @ projected.float().T * self.scale
             # the mean of exponentials, not their sum: how many vectors there are makes no name likelier
-            return agreement.logsumexp(dim=1) - math.log(_SUMMARIES) + self.bias
+            return similarity.logsumexp(dim=1) - math.log(_SUMMARIES) + self.bias
 
 
 def _asked_first(logits: Float[Tensor, "b v"], targets: Sequence[Targets]) -> Float[Tensor, "b v"]:
@@ -75,6 +75,6 @@ def _asked_first(logits: Float[Tensor, "b v"], targets: Sequence[Targets]) -> Fl
     present, asked = (torch.zeros_like(logits, dtype=torch.bool) for _ in range(2))
     for image, target in enumerate(targets):
         present[image, target.labels] = True
-        asked[image] = target.annotated | target.presumed
+        asked[image] = target.annotated | target.assumed_negatives
     ahead = logits.amax(dim=1, keepdim=True) - logits.amin(dim=1, keepdim=True) + 1
     return (logits + ahead * present).masked_fill(~(asked | present), -torch.inf)

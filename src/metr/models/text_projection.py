@@ -1,4 +1,4 @@
-"""Text embeddings that are projected once for many pictures: with thousands of names that is much of the work."""
+"""Text embeddings that are projected once for many images: with thousands of names that is much of the work."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ProjectedText:
-    """What a network makes of text embeddings before it sees a picture. `Detector.project` makes it.
+    """What a network makes of text embeddings before it sees an image. `Detector.project` makes it.
 
     Attributes:
         text: The embeddings, which must not be changed in place.

@@ -134,13 +134,13 @@ class Vocabulary:
         except ConfigError as error:
             raise CheckpointError(error.what, where=error.where, hint=error.hint) from None
         listed = {*stored.prompts, *(name for names in stored.datasets.values() for name in names)}
-        fault = ""
+        issue = ""
         if twice := _repeated(stored.names):
-            fault = f"these names are there twice: {twice}"
+            issue = f"these names are there twice: {twice}"
         elif strangers := sorted(listed.difference(stored.names)):
-            fault = f"prompts or datasets have names that 'names' lacks: {strangers}"
-        if fault:
-            raise CheckpointError(fault, where=where, hint="copy the checkpoint again, or take another one")
+            issue = f"prompts or datasets have names that 'names' lacks: {strangers}"
+        if issue:
+            raise CheckpointError(issue, where=where, hint="copy the checkpoint again, or take another one")
         return Vocabulary(names=stored.names, prompts=stored.prompts, datasets=stored.datasets)
 
 

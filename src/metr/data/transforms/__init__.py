@@ -1,1 +1,1 @@
-"""Pictures and their boxes, resized and augmented together."""
+"""Images and their boxes, resized and augmented together."""

@@ -1,7 +1,7 @@
 """Where the network looks: crop, zoom-out, resize and flip.
 
-Crop, zoom-out and resize are one step: a `Window` on the picture, which may reach beyond it, is drawn at the wanted
-size. So the picture is resampled once, from its own pixels, and no large canvas is ever made.
+Crop, zoom-out and resize are one step: a `Window` on the image, which may reach beyond it, is drawn at the wanted
+size. So the image is resampled once, from its own pixels, and no large canvas is ever made.
 """
 
 import math
@@ -14,15 +14,15 @@ from jaxtyping import Float, UInt8
 from metr.data.config import Colour, ResizeConfig
 from metr.data.transforms.sample import Sample
 
-Picture = UInt8[np.ndarray, "_ _ 3"]
+Image = UInt8[np.ndarray, "_ _ 3"]
 
-# A share that equals a threshold passes it, whatever the rounding of floats.
+# A share that equals a threshold epochs it, whatever the rounding of floats.
 TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
 class Window:
-    """A rectangle in whole pixels of a picture; what lies outside the picture is filled with a colour."""
+    """A rectangle in whole pixels of an image; what lies outside the image is filled with a colour."""
 
     left: int
     top: int
@@ -36,17 +36,17 @@ class Window:
 
 
 def whole(sample: Sample) -> Window:
-    """The window that shows the picture as it is."""
+    """The window that shows the image as it is."""
     return Window(left=0, top=0, width=sample.width, height=sample.height)
 
 
 def output_shape(height: int, width: int, config: ResizeConfig, size: int | None = None) -> tuple[int, int]:
-    """Height and width, in pixels, in which a picture of `height` x `width` enters the network.
+    """Height and width, in pixels, in which an image of `height` x `width` enters the network.
 
     Args:
-        height: Rows of the picture or window.
-        width: Columns of the picture or window.
-        config: How pictures are resized.
+        height: Rows of the image or window.
+        width: Columns of the image or window.
+        config: How images are resized.
         size: Stands in for `config.size` when several sizes are trained.
     """
     size = size or config.size
@@ -56,14 +56,14 @@ def output_shape(height: int, width: int, config: ResizeConfig, size: int | None
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
-def resize_image(image: Picture, height: int, width: int) -> Picture:
-    """The picture at another size: averaged over areas where it shrinks, interpolated where it grows."""
+def resize_image(image: Image, height: int, width: int) -> Image:
+    """The image at another size: averaged over areas where it shrinks, interpolated where it grows."""
     if image.shape[:2] == (height, width):
         return image
     # OpenCV averages areas only where both sides shrink; else that method copies pixels in blocks.
     shrinks = height <= image.shape[0] and width <= image.shape[1]
     method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-    resized: Picture = cv2.resize(image, (width, height), interpolation=method)
+    resized: Image = cv2.resize(image, (width, height), interpolation=method)
     return resized
 
 
@@ -91,7 +91,7 @@ def view(sample: Sample, window: Window, shape: tuple[int, int], *, fill: Colour
 
 
 def draw_zoom_out(sample: Sample, largest: float, rng: np.random.Generator) -> Window:
-    """A window up to `largest` times the picture's sides that has the whole picture in it, anywhere."""
+    """A window up to `largest` times the image's sides that has the whole image in it, anywhere."""
     ratio = rng.uniform(1.0, largest)
     width, height = round(sample.width * ratio), round(sample.height * ratio)
     left = -int(rng.integers(0, width - sample.width + 1))
@@ -102,12 +102,12 @@ def draw_zoom_out(sample: Sample, largest: float, rng: np.random.Generator) -> W
 def draw_crop(
     sample: Sample, area: tuple[float, float], aspect: float, min_visible: float, rng: np.random.Generator
 ) -> Window:
-    """A window inside the picture that keeps one object, drawn at random: its centre and `min_visible` of its area.
+    """A window inside the image that keeps one object, drawn at random: its centre and `min_visible` of its area.
 
     Args:
-        sample: The picture; ignored boxes are no objects.
-        area: Least and largest share of the picture's area.
-        aspect: Width over height, in shares of the picture's sides, is at most this and at least its inverse.
+        sample: The image; ignored boxes are no objects.
+        area: Least and largest share of the image's area.
+        aspect: Width over height, in shares of the image's sides, is at most this and at least its inverse.
         min_visible: The share of the object's area that is left at least; the window grows where it must.
         rng: Where the random numbers come from.
     """
@@ -140,9 +140,9 @@ def _cover(
 
 
 def _draw(
-    image: Picture, window: Window, shape: tuple[int, int], fill: Colour
-) -> tuple[Picture, Float[np.ndarray, "2"], Float[np.ndarray, "2"]]:
-    """The window's content at `shape`, and the scale and offset (x, y) that carry picture coordinates into it."""
+    image: Image, window: Window, shape: tuple[int, int], fill: Colour
+) -> tuple[Image, Float[np.ndarray, "2"], Float[np.ndarray, "2"]]:
+    """The window's content at `shape`, and the scale and offset (x, y) that carry image coordinates into it."""
     source = np.array([0, 0, image.shape[1], image.shape[0]], dtype=np.float64)
     inner = np.concatenate([np.maximum(source[:2], window.corners[:2]), np.minimum(source[2:], window.corners[2:])])
     to_output = np.array([shape[1] / window.width, shape[0] / window.height])

@@ -21,7 +21,7 @@ class Transforms:
         """The sample as the network is to see it.
 
         Args:
-            sample: The picture as stored; boxes xyxy in its pixels.
+            sample: The image as stored; boxes xyxy in its pixels.
             rng: Where the random numbers of training come from; evaluation needs none.
             size: Stands in for `config.resize.size` when several sizes are trained, in pixels.
         """
@@ -32,13 +32,13 @@ class Transforms:
         sample = self._look(sample, self._draw_window(sample, rng), size)
         if rng.random() < self.config.flip:
             sample = flip(sample)
-        # On the resized picture: fewer pixels.
+        # On the resized image: fewer pixels.
         if rng.random() < self.config.colour:
             sample = recolour(sample, draw_jitter(self.config, rng))
         return sample
 
     def shape(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width in pixels in which evaluation shows a picture of `height` x `width`."""
+        """Height and width in pixels in which evaluation shows an image of `height` x `width`."""
         return output_shape(height, width, self.config.resize)
 
     def _draw_window(self, sample: Sample, rng: np.random.Generator) -> Window:

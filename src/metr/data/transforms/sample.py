@@ -1,4 +1,4 @@
-"""A picture with its boxes, as the transforms see it."""
+"""An image with its boxes, as the transforms see it."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 
 @dataclass(frozen=True, kw_only=True)
 class Sample:
-    """One RGB picture and its boxes: xyxy in pixels of `image`. Rows of `boxes`, `labels`, `ignore` belong together."""
+    """One RGB image and its boxes: xyxy in pixels of `image`. Rows of `boxes`, `labels`, `ignore` belong together."""
 
     image: UInt8[np.ndarray, "h w 3"]
     boxes: Float[np.ndarray, "m 4"]
@@ -17,10 +17,10 @@ class Sample:
 
     @property
     def height(self) -> int:
-        """Rows of the picture."""
+        """Rows of the image."""
         return int(self.image.shape[0])
 
     @property
     def width(self) -> int:
-        """Columns of the picture."""
+        """Columns of the image."""
         return int(self.image.shape[1])

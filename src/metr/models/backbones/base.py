@@ -72,7 +72,7 @@ class Backbone(nn.Module):
         return self
 
     def freeze(self, modules: Iterable[nn.Module]) -> None:
-        """Takes modules out of training for good; autograd passes them by where nothing before them learns."""
+        """Takes modules out of training for good; autograd epochs them by where nothing before them learns."""
         self._frozen = list(modules)
         for module in self._frozen:
             module.requires_grad_(False)

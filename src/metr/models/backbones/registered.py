@@ -17,7 +17,7 @@ STAGE_OF_STRIDE = {4: "stage2", 8: "stage3", 16: "stage5", 32: "stage7"}
 
 
 class EfficientNetLiteModel(BackboneMixin, PreTrainedModel):  # type: ignore[no-untyped-call]
-    """EfficientNet-Lite for `AutoBackbone`; pictures are normalised as (x - 127) / 128, of 0 to 255."""
+    """EfficientNet-Lite for `AutoBackbone`; images are normalised as (x - 127) / 128, of 0 to 255."""
 
     config_class = EfficientNetLiteConfig
     base_model_prefix = "efficientnet_lite"

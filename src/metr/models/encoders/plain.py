@@ -40,7 +40,7 @@ class PlainEncoderLayer(nn.Module):
 class PlainEncoder(nn.Module):
     """Projection of the backbone's last map to one width, then layers of self-attention.
 
-    Its cost grows with the square of the cells: meant for maps of stride 32, or 16 for small pictures
+    Its cost grows with the square of the cells: meant for maps of stride 32, or 16 for small images
     (`backbone.strides=[16]`).
     """
 
@@ -66,7 +66,7 @@ class PlainEncoder(nn.Module):
 
 
 def token_places(memory: Memory, width: int) -> Float[Tensor, "b s d"]:
-    """Where each token lies in its picture, as `width` sines and cosines; padding changes nothing."""
+    """Where each token lies in its image, as `width` sines and cosines; padding changes nothing."""
     sizes = [height * width for height, width in memory.level_shapes]
     levels = []
     for (height, _), mask in zip(memory.level_shapes, torch.split(memory.padding_mask, sizes, dim=1), strict=True):

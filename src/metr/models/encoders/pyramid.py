@@ -20,7 +20,7 @@ def level_mask(padding_mask: Bool[Tensor, "b h w"], shape: tuple[int, int]) -> B
 
 
 def valid_ratio(mask: Bool[Tensor, "b h w"]) -> Float[Tensor, "b 2"]:
-    """The (x, y) share of a level that is picture: padding lies at the right and the bottom."""
+    """The (x, y) share of a level that is image: padding lies at the right and the bottom."""
     width = (~mask[:, 0, :]).float().mean(-1)
     height = (~mask[:, :, 0]).float().mean(-1)
     return torch.stack([width, height], dim=-1)

@@ -1,0 +1,149 @@
+"""Checkpoints: a folder with the network, its vocabulary and all that detection needs, and nothing to unpickle."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from metr.errors import CheckpointError, ConfigError
+from metr.models.config import DetectorConfig
+from metr.run_directory import RunDirectory, existing_folder, replaced_folder
+from metr.serialization import read_json, read_tensors, write_json, write_tensors
+from metr.text.vocabulary import Vocabulary
+
+FORMAT_VERSION = 1
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+VOCABULARY, EMBEDDINGS = "vocabulary.json", "text_embeddings.safetensors"
+_EMBEDDINGS_KEY = "embeddings"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A trained detector as data.
+
+    `weights` are by the keys of the network's state; `text_embeddings` are the vocabulary's rows. `text_encoder` and
+    `preprocessing` are plain values (JSON) that their owners understand: what made the embeddings, and how an image
+    becomes the network's input. `training` tells how the weights came about (step, metrics); detection does without it.
+    """
+
+    model: DetectorConfig
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+    vocabulary: Vocabulary
+    text_embeddings: Float[Tensor, "v t"]
+    text_encoder: Mapping[str, Any]
+    preprocessing: Mapping[str, Any]
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def text_width(self) -> int:
+        """Numbers of a text embedding."""
+        return self.text_embeddings.shape[1]
+
+
+def save_checkpoint(
+    folder: Path,
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype | None = None,
+    beside: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a checkpoint: whole, or not at all.
+
+    Args:
+        folder: Replaced if it holds a checkpoint, made if it is missing.
+        checkpoint: What to write.
+        dtype: Of the weights on disk, such as `torch.float16` to ship them; as they are by default.
+        beside: Texts for people that go with it, by file name.
+
+    Raises:
+        CheckpointError: `folder` holds something else, or the disk refuses.
+    """
+    config = {
+        "format": "metr",
+        "format_version": FORMAT_VERSION,
+        "model": checkpoint.model.model_dump(mode="json"),
+        "text_width": checkpoint.text_width,
+        "text_encoder": dict(checkpoint.text_encoder),
+        "preprocessing": dict(checkpoint.preprocessing),
+        "training": dict(checkpoint.training),
+    }
+    with replaced_folder(folder, CONFIG) as fresh:
+        write_tensors(fresh / WEIGHTS, checkpoint.weights, dtype)
+        write_tensors(fresh / EMBEDDINGS, {_EMBEDDINGS_KEY: checkpoint.text_embeddings})
+        write_json(fresh / VOCABULARY, checkpoint.vocabulary.to_dict())
+        write_json(fresh / CONFIG, config)
+        for name, text in (beside or {}).items():
+            (fresh / name).write_text(text, encoding="utf-8")
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Reads a checkpoint, tensors on the CPU; of a run folder, its best one.
+
+    Raises:
+        CheckpointError: something is missing, damaged, contradictory, or from a newer version; the message says what.
+    """
+    folder = find_checkpoint(path)
+    config = read_json(folder / CONFIG)
+    _check_format(config, folder / CONFIG)
+    vocabulary = Vocabulary.from_dict(read_json(folder / VOCABULARY), where=folder / VOCABULARY)
+    return Checkpoint(
+        model=_model(config["model"], folder / CONFIG),
+        weights=read_tensors(folder / WEIGHTS),
+        vocabulary=vocabulary,
+        text_embeddings=_embeddings(folder / EMBEDDINGS, len(vocabulary), config["text_width"]),
+        text_encoder=config["text_encoder"],
+        preprocessing=config["preprocessing"],
+        training=config.get("training", {}),
+    )
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint folder that `path` means: itself, or the best, else the last, of a run.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    run = RunDirectory(path)
+    for folder in (existing_folder(path), existing_folder(run.best), existing_folder(run.last)):
+        if (folder / CONFIG).is_file():
+            return folder
+    if not path.exists():
+        raise CheckpointError("no such checkpoint", where=path, hint="check the path")
+    what = f"expected a checkpoint ({CONFIG} and {WEIGHTS}) or a run folder that holds one"
+    raise CheckpointError(what, where=path, hint="name the folder itself, such as RUN/best")
+
+
+def _check_format(config: Mapping[str, Any], where: Path) -> None:
+    if config.get("format") != "metr":
+        what = "not a METR checkpoint"
+        raise CheckpointError(what, where=where, hint="weights of other detectors have to be converted first")
+    version = config.get("format_version")
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        what = f"format version {version!r}; this METR reads versions up to {FORMAT_VERSION}"
+        raise CheckpointError(what, where=where, hint="update metr")
+    kinds = {"model": dict, "text_width": int, "text_encoder": dict, "preprocessing": dict}
+    for key, kind in kinds.items():
+        if not isinstance(config.get(key), kind):
+            what = f"expected {key!r} to be a {kind.__name__}, found {config.get(key)!r}"
+            raise CheckpointError(what, where=where, hint="copy the checkpoint again, or take another one")
+
+
+def _model(values: Mapping[str, Any], where: Path) -> DetectorConfig:
+    try:
+        return DetectorConfig.checked(values, where=f"{where} (model)")
+    except ConfigError as error:
+        raise CheckpointError(error.what, where=error.where, hint=error.hint) from None
+
+
+def _embeddings(path: Path, rows: int, width: int) -> Tensor:
+    tensors = read_tensors(path)
+    embeddings = tensors.get(_EMBEDDINGS_KEY)
+    if embeddings is None or embeddings.shape != (rows, width):
+        found = sorted(tensors) if embeddings is None else list(embeddings.shape)
+        what = f"expected {_EMBEDDINGS_KEY!r} of shape {[rows, width]} (names, text width), found {found}"
+        raise CheckpointError(what, where=path, hint="copy the checkpoint again, or take another one")
+    return embeddings

@@ -1,0 +1,97 @@
+"""What is known of a network's features without an image: norms say how each channel is distributed behind them.
+
+After a layer norm or batch norm a channel has the norm's bias for a mean and its weight for a deviation; a normal
+distribution with these is what the functions here go on with.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from metr.models.encoders import Encoder
+from metr.models.encoders.fusion import AggregatingFusion, ConvNorm, Fusion, RepVggBlock
+from metr.models.encoders.hybrid import HybridEncoder
+
+# nodes of the Gauss-Hermite quadrature: means of smooth functions to five digits
+_NODES = 33
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ActivationStatistics:
+    """Mean and deviation of each channel, and the norms that told them."""
+
+    mean: Float[Tensor, "c"]
+    deviation: Float[Tensor, "c"]
+    norms: tuple[nn.Module, ...] = ()
+
+
+def after_norm(norm: nn.Module) -> ActivationStatistics:
+    """Of what a layer norm or batch norm gives."""
+    weight, bias = norm.get_parameter("weight"), norm.get_parameter("bias")
+    return ActivationStatistics(mean=bias.detach().clone(), deviation=weight.detach().abs(), norms=(norm,))
+
+
+def after_silu(before: ActivationStatistics) -> ActivationStatistics:
+    """Of SiLU of normal numbers."""
+    nodes, weights = np.polynomial.hermite_e.hermegauss(_NODES)
+    at = torch.as_tensor(nodes, dtype=before.mean.dtype).unsqueeze(1)
+    share = torch.as_tensor(weights / weights.sum(), dtype=before.mean.dtype).unsqueeze(1)
+    values = silu(before.mean + at * before.deviation)
+    mean = (share * values).sum(0)
+    return ActivationStatistics(mean=mean, deviation=(share * (values - mean) ** 2).sum(0).sqrt(), norms=before.norms)
+
+
+def added(first: ActivationStatistics, second: ActivationStatistics) -> ActivationStatistics:
+    """Of a sum, as if the two had nothing to do with each other."""
+    deviation = torch.hypot(first.deviation, second.deviation)
+    return ActivationStatistics(mean=first.mean + second.mean, deviation=deviation, norms=first.norms + second.norms)
+
+
+def after_convolution(layer: ConvNorm) -> ActivationStatistics:
+    """Of what a convolution with its norm and activation gives."""
+    before = after_norm(layer[1])
+    return after_silu(before) if isinstance(layer[2], nn.SiLU) else before
+
+
+def after_block(block: RepVggBlock) -> ActivationStatistics:
+    """Of what a RepVGG block gives."""
+    return after_silu(added(after_convolution(block.wide), after_convolution(block.narrow)))
+
+
+def inside_fusion(fusion: Fusion) -> ActivationStatistics:
+    """Of the path of blocks inside a fusion, at its end."""
+    last = fusion.blocks[-1]
+    assert isinstance(last, RepVggBlock)
+    return after_block(last)
+
+
+def after_fusion(fusion: Fusion | AggregatingFusion) -> ActivationStatistics:
+    """Of what a fusion gives."""
+    if isinstance(fusion, AggregatingFusion):
+        return after_convolution(fusion.merge)
+    if isinstance(fusion.out, ConvNorm):
+        return after_convolution(fusion.out)
+    return added(inside_fusion(fusion), after_convolution(fusion.side))
+
+
+def of_memory(encoder: Encoder) -> list[ActivationStatistics]:
+    """Of each level of the memory, finest first."""
+    if not isinstance(encoder, HybridEncoder):
+        return [_after_layers(encoder)] * encoder.levels
+    if encoder.outputs:
+        return [after_convolution(layer) for layer in encoder.outputs]  # type: ignore[arg-type]
+    if encoder.levels == 1:
+        return [_after_layers(encoder)]
+    return [after_fusion(fusion) for fusion in (encoder.down_fusions[-1], *encoder.up_fusions)]
+
+
+def _after_layers(encoder: Encoder) -> ActivationStatistics:
+    """Of what attention layers give; of an encoder without any, nothing is known."""
+    if len(encoder.layers):
+        return after_norm(encoder.layers[-1].feed_forward.norm)  # type: ignore[arg-type]
+    width = torch.zeros(encoder.width)
+    return ActivationStatistics(mean=width, deviation=torch.ones_like(width))

@@ -1,0 +1,122 @@
+"""Weights from METR to another detector and back: one table, read in either direction, and a report of every tensor."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metr.conversion.report import Moved, TransferReport
+from metr.conversion.table import Row, State, to_ours, to_theirs
+from metr.conversion.targets.base import Derived
+from metr.errors import CheckpointError, ModelError
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StateTransfer:
+    """What one detector gives another: tensors under the receiver's names, with where they come from.
+
+    `left_over` are the giver's keys that went into nothing.
+    """
+
+    state: State
+    moved: tuple[Moved, ...]
+    left_over: tuple[str, ...]
+
+
+def giving_to_theirs(ours: Mapping[str, Tensor], rows: Sequence[Row], derived: Mapping[str, Derived]) -> StateTransfer:
+    """METR's state under another detector's names; what is derived goes before what is copied."""
+    converted = to_theirs(ours, rows)
+    sources = _sources(ours, rows)
+    state = converted.state | {key: one.tensor for key, one in derived.items()}
+    moved = []
+    for key in state:
+        if key in derived:
+            moved.append(Moved(key=key, source=derived[key].source, how=derived[key].how))
+        else:
+            how = "stacked" if len(sources[key]) > 1 else ""
+            moved.append(Moved(key=key, source=sources[key], how=how))
+    return StateTransfer(state=state, moved=tuple(moved), left_over=_left_over(ours, moved))
+
+
+def giving_to_ours(theirs: Mapping[str, Tensor], rows: Sequence[Row], derived: Mapping[str, Derived]) -> StateTransfer:
+    """Another detector's state under METR's names; what is derived goes before what is copied.
+
+    Raises:
+        CheckpointError: two of their keys claim the same name of ours.
+    """
+    moved, state = [], dict[str, Tensor]()
+    for key in theirs:
+        # one at a time, so that every part is known to come from it
+        pieces = to_ours({key: theirs[key]}, rows).state
+        for name, piece in pieces.items():
+            if name in state:
+                raise CheckpointError(f"two keys become {name!r}", where=key, hint="check the key table")
+            if name not in derived:
+                state[name] = piece
+                moved.append(Moved(key=name, source=(key,), how="unstacked" if len(pieces) > 1 else ""))
+    for name, one in derived.items():
+        state[name] = one.tensor
+        moved.append(Moved(key=name, source=one.source, how=one.how))
+    return StateTransfer(state=state, moved=tuple(moved), left_over=_left_over(theirs, moved))
+
+
+def receive(
+    receiver: nn.Module, given: StateTransfer, *, source: str, name: str, notes: Sequence[str] = ()
+) -> TransferReport:
+    """Loads what was given as far as it fits, and reports every tensor of both sides.
+
+    A tensor of another shape stays behind. Tensors that the receiver keeps under several names are counted once.
+
+    Raises:
+        ModelError: nothing fits at all.
+    """
+    own = receiver.state_dict()
+    fitting = {key: tensor for key, tensor in given.state.items() if key in own and own[key].shape == tensor.shape}
+    if not fitting:
+        raise ModelError(f"no weight of {source} fits {name}", hint="were they trained with another backbone and size?")
+    with torch.no_grad():
+        receiver.load_state_dict({key: tensor.to(own[key]) for key, tensor in fitting.items()}, strict=False)
+    moved = [one for one in given.moved if one.key in fitting]
+    reached = {_place(own[key]) for key in fitting}
+    taken = {key for one in moved for key in one.source}
+    lost = [one for one in given.moved if one.key not in fitting]
+    misshapen = tuple(_misfit(one.key, given.state[one.key], own) for one in lost)
+    return TransferReport(
+        source=source,
+        receiver=name,
+        copied=tuple(one for one in moved if not one.how),
+        reshaped=tuple(one for one in moved if one.how),
+        afresh=tuple(key for key in own if _place(own[key]) not in reached),
+        left_over=tuple(dict.fromkeys([*given.left_over, *(k for one in lost for k in one.source if k not in taken)])),
+        notes=(*notes, *misshapen),
+    )
+
+
+def _left_over(keys: Iterable[str], moved: Iterable[Moved]) -> tuple[str, ...]:
+    """Those that nothing was made of."""
+    used = {source for one in moved for source in one.source}
+    return tuple(key for key in keys if key not in used)
+
+
+def _misfit(key: str, tensor: Tensor, own: Mapping[str, Tensor]) -> str:
+    if key not in own:
+        return f"{key}: the receiver has none"
+    return f"{key}: expected {list(own[key].shape)}, found {list(tensor.shape)}"
+
+
+def _place(tensor: Tensor) -> Any:
+    """What is equal for one tensor under several names. Empty tensors have no address."""
+    return tensor.data_ptr() or id(tensor)
+
+
+def _sources(ours: Mapping[str, Tensor], rows: Sequence[Row]) -> dict[str, tuple[str, ...]]:
+    """Which of our keys go into each of theirs."""
+    found = dict[str, tuple[str, ...]]()
+    for row in rows:
+        for key in ours:
+            match = row.match(key)
+            if match is not None:
+                found[row.theirs.format(**match)] = tuple(part.format(**match) for part in row.parts)
+    return found

@@ -1,0 +1,147 @@
+"""METR becomes a detector of transformers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from metr.conversion.backbone_mapping import backbone_config
+from metr.conversion.classifier import name_tokens, refined_tokens
+from metr.conversion.convert import giving_to_theirs, receive
+from metr.conversion.report import TransferReport
+from metr.conversion.targets.base import Colours, Context, Derived, Order, Target
+from metr.errors import ConfigError
+from metr.hub import loading
+from metr.models.backbones.base import Backbone
+from metr.models.detector import Detector
+
+# of the frozen batch norms in transformers' detectors
+_FROZEN_EPS = 1e-5
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Transferred:
+    """A detector of transformers with METR's weights, and what became of each."""
+
+    model: Any
+    report: TransferReport
+
+
+def build(target: Target, network: Detector, names: Sequence[str], seed: int = 0) -> Any:
+    """The target for METR's backbone and sizes and these names, with weights of its own initialisation.
+
+    Raises:
+        ConfigError: there is no name, or one is given twice.
+        ModelError: the target cannot be built for this METR.
+    """
+    from transformers import AutoModelForObjectDetection
+
+    if not names or len(set(names)) != len(names):
+        raise ConfigError("expected names, each once", where="names", hint='such as "penguin, shark"')
+    auto: Any = AutoModelForObjectDetection  # its methods have no types
+    config = target.configure(order_for(target, network, names))
+    with loading(target.name), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return auto.from_config(config).eval()
+
+
+def order_for(target: Target, network: Detector, names: Sequence[str]) -> Order:
+    """What the target is to be built for."""
+    backbone, encoder = network.backbone, network.config.encoder
+    fits = target.fits(network.config)
+    levels = 1 if target.single_map else min(encoder.levels, len(backbone.channels)) if fits else len(backbone.channels)
+    return Order(
+        config=network.config,
+        backbone=backbone_config(backbone, levels),
+        channels=backbone.channels[-levels:],
+        strides=backbone.strides[-levels:],
+        names=tuple(names),
+        fits=fits,
+    )
+
+
+def transfer(
+    target: Target, network: Detector, names: Sequence[str], text: Float[Tensor, "v t"], seed: int = 0
+) -> Transferred:
+    """METR's weights in a detector of transformers.
+
+    Args:
+        target: Which.
+        network: METR's; on any device, and it stays as it is. What it gives is on the CPU.
+        names: What the detector is to find, label by label.
+        text: Their text embeddings.
+        seed: Of the weights that start afresh.
+
+    Raises:
+        ConfigError: there is no name, or one is given twice.
+        ModelError: the target cannot be built for this METR.
+    """
+    model = build(target, network, names, seed)
+    ours = {key: tensor.detach().cpu() for key, tensor in network.state_dict().items()}
+    table, notes = target.table(model.config), [*target.differences(network.config)]
+    derived = dict(variances(network.backbone, model, target.backbone))
+    rows = (*table.rows(), *table.copies)
+    if target.fits(network.config):
+        own = _on_cpu(network)
+        tokens, contents = name_tokens(own, text), refined_tokens(own, text)
+        derived |= target.derive(Context(network=own, tokens=tokens, contents=contents, config=model.config))
+    else:
+        rows, notes = table.backbone, [_only_the_backbone(target, network)]
+    given = giving_to_theirs(ours, rows, derived)
+    report = receive(model, given, source="METR", name=target.title, notes=notes)
+    return Transferred(model=model, report=report)
+
+
+def variances(backbone: Backbone, model: Any, prefix: str) -> dict[str, Derived]:
+    """Variances of batch norms that the detector freezes with an eps of its own, so that they scale as METR's do.
+
+    Args:
+        backbone: METR's.
+        model: The detector of transformers.
+        prefix: Of its backbone's keys.
+    """
+    own, moved = dict(backbone.named_modules()), dict[str, Derived]()
+    for name, module in model.named_modules():
+        if not (name.startswith(prefix) and type(module).__name__.endswith("FrozenBatchNorm2d")):
+            continue
+        path = name.removeprefix(prefix)
+        key = path if path.startswith("trunk.") else f"network.{path}"
+        eps = float(getattr(own[key], "eps", _FROZEN_EPS))
+        if eps != _FROZEN_EPS:
+            variance = own[key].get_buffer("running_var").detach().cpu() + (eps - _FROZEN_EPS)
+            source = (f"backbone.{key}.running_var",)
+            moved[f"{name}.running_var"] = Derived(tensor=variance, how="eps moved into it", source=source)
+    return moved
+
+
+def colours_of(network: Detector) -> Colours:
+    """Mean and deviation of the images that the backbone was made for, of 0..1."""
+    backbone = network.backbone
+    mean, std = ([float(value) for value in colour.flatten()] for colour in (backbone.mean, backbone.std))
+    return tuple(mean), tuple(std)
+
+
+def _on_cpu(network: Detector) -> Detector:
+    """The network itself, or a copy of it from another device."""
+    if next(network.parameters()).device.type == "cpu":
+        return network
+    copy = Detector(_bare(network), network.text_width)
+    copy.load_state_dict(network.state_dict())
+    return copy.eval()
+
+
+def _bare(network: Detector) -> Any:
+    """Its configuration, with which nothing is fetched."""
+    backbone = network.backbone.config.model_copy(update={"pretrained": False})
+    return network.config.model_copy(update={"backbone": backbone})
+
+
+def _only_the_backbone(target: Target, network: Detector) -> str:
+    own, decoder = network.config.encoder.kind, network.config.decoder.kind
+    what = f"{target.title} has a {target.encoder} encoder and a {target.decoder} decoder, this METR has a {own} and a"
+    wanted = [f"model.encoder.kind={target.encoder}"] if own != target.encoder else []
+    wanted += [f"model.decoder.kind={target.decoder}"] if decoder != target.decoder else []
+    return f"{what} {decoder} one: only the backbone moves. Train with {' and '.join(wanted)} to move more"

@@ -1,0 +1,200 @@
+"""A detector of transformers, DINO or the METR of its authors becomes METR."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from metr.conversion.backbone_mapping import adopted_backbone
+from metr.conversion.convert import StateTransfer, giving_to_ours, receive
+from metr.conversion.published.dino import read_dino
+from metr.conversion.published.restricted_unpickling import read_restricted
+from metr.conversion.published.timm_folders import TimmNetwork, timm_network, without_timm
+from metr.conversion.report import TransferReport
+from metr.conversion.table import State
+from metr.conversion.targets import NAMES, find_target
+from metr.data.config import ResizeConfig
+from metr.errors import ModelError
+from metr.hub import loading
+from metr.models.backbones.config import BackboneConfig
+from metr.models.config import DetectorConfig
+from metr.models.detector import Detector
+
+logger = logging.getLogger(__name__)
+
+_STRIDES = (4, 8, 16, 32)
+# names that stand for no category in the labels of published detectors
+_NO_NAMES = ("LABEL_", "N/A")
+# of the mean variance of the text embeddings: as the recipes start the text projection
+_RIDGE = 0.1
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Unannotated:
+    """What another detector has for METR.
+
+    Attributes:
+        title: Who it is.
+        config: The METR that its weights fit.
+        giving: Its weights under METR's names.
+        names: Of its categories, as far as it names them.
+        resize: How its images are resized, if that is known.
+        prompts: Text embeddings that are kept with the weights, of unnamed categories.
+    """
+
+    title: str
+    config: DetectorConfig
+    giving: StateTransfer
+    names: tuple[str, ...] = ()
+    resize: ResizeConfig | None = None
+    prompts: Float[Tensor, "v t"] | None = None
+
+
+def read_published(source: Path) -> Unannotated:
+    """Reads a folder of transformers, or a `.pth` file of DINO or of METR's authors. Nothing in it is executed.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or would have to run code.
+        ModelError: METR has no counterpart of what it is.
+    """
+    return _from_folder(source) if source.is_dir() else _from_file(source)
+
+
+def adopt(published: Unannotated, text: Float[Tensor, "v t"], seed: int = 0) -> tuple[Detector, TransferReport]:
+    """A METR with the weights of another detector; all that has to do with names starts afresh.
+
+    Args:
+        published: What the other detector has.
+        text: Text embeddings of the names that METR is to know: the text projection starts where these are told apart.
+        seed: Of the weights that start afresh.
+
+    Raises:
+        ModelError: nothing fits.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = Detector(published.config, text.shape[1]).eval()
+        if published.prompts is None and len(text) > 1:
+            network.category_extraction.whiten(text, _RIDGE)
+    report = receive(network, published.giving, source=published.title, name="METR")
+    return network, report
+
+
+def _from_file(path: Path) -> Unannotated:
+    found = read_dino(read_restricted(path), path)
+    giving = giving_to_ours(found.state, found.rows, found.derived)
+    return Unannotated(title=found.title, config=found.config, giving=giving, prompts=found.prompts)
+
+
+def _from_folder(folder: Path) -> Unannotated:
+    model = _loaded(folder)
+    config = model.config
+    target = find_target(config.model_type)
+    assert target.adopt is not None
+    state: State = {key: tensor.detach() for key, tensor in model.state_dict().items()}
+    preprocessing = _preprocessing(folder)
+    backbone = _coloured(_backbone(config), preprocessing)
+    adopted = target.adopt(config, backbone, state)
+    return Unannotated(
+        title=target.title,
+        config=adopted.config,
+        giving=giving_to_ours(state, target.table(config).rows(), adopted.derived),
+        names=_names(config),
+        resize=_resize(preprocessing),
+    )
+
+
+def _loaded(folder: Path) -> Any:
+    """The detector of a folder, as transformers builds it.
+
+    Raises:
+        CheckpointError: the folder holds no weights, or they are damaged.
+        ModelError: it cannot be loaded, or METR has no counterpart of it.
+    """
+    from transformers import AutoConfig, AutoModelForObjectDetection, PreTrainedConfig
+
+    with loading(str(folder)):
+        values, _ = PreTrainedConfig.get_config_dict(folder)
+        kind = values.get("model_type") or AutoConfig.from_pretrained(folder).model_type
+        if kind not in _adoptable():
+            what = f"METR takes no weights from a {kind} model"
+            raise ModelError(what, where=folder, hint=f"one of {', '.join(_adoptable())}")
+        network = timm_network(values)
+        if network is not None:
+            return _loaded_without_timm(values, network, folder)
+        config = AutoConfig.from_pretrained(folder)
+        return AutoModelForObjectDetection.from_pretrained(folder, config=config, dtype=torch.float32)
+
+
+def _loaded_without_timm(values: Mapping[str, Any], network: TimmNetwork, folder: Path) -> Any:
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_OBJECT_DETECTION_MAPPING
+
+    changed, state = without_timm(values, network, folder)
+    config = CONFIG_MAPPING[values["model_type"]].from_dict(changed)
+    kind: Any = MODEL_FOR_OBJECT_DETECTION_MAPPING[type(config)]
+    model, told = kind.from_pretrained(
+        None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True
+    )
+    prefix = find_target(config.model_type).backbone
+    if missing := sorted(key for key in told["missing_keys"] if key.startswith(prefix)):
+        what = f"the backbone is not whole: {missing[0]} is missing"
+        raise ModelError(what, where=folder, hint="download or copy it again")
+    return model
+
+
+def _adoptable() -> list[str]:
+    return [name for name in NAMES if find_target(name).adopt is not None]
+
+
+def _backbone(config: Any) -> BackboneConfig:
+    """METR's configuration of a detector's backbone."""
+    found, options = config.backbone_config, config.to_dict()
+    # RT-DETR and its successors say so; the others have no such options, and freeze the norms always
+    strides = options.get("feat_strides") or _STRIDES[-len(found.out_features) :]
+    return adopted_backbone(found, tuple(strides), options.get("freeze_backbone_batch_norms", True))
+
+
+def _preprocessing(folder: Path) -> Mapping[str, Any]:
+    """What the image processor's file says; nothing where there is none."""
+    from transformers import AutoImageProcessor
+
+    if not (folder / "preprocessor_config.json").is_file():
+        logger.warning("%s has no preprocessor_config.json: METR's own size and colours are taken", folder)
+        return {}
+    with loading(str(folder)):
+        auto: Any = AutoImageProcessor  # its methods have no types
+        values: Mapping[str, Any] = auto.from_pretrained(folder).to_dict()
+        return values
+
+
+def _coloured(backbone: BackboneConfig, preprocessing: Mapping[str, Any]) -> BackboneConfig:
+    """The backbone with the colours that the detector was trained with."""
+    if not preprocessing:
+        return backbone
+    colours: dict[str, Any] = {"pixel_mean": (0.0, 0.0, 0.0), "pixel_std": (1.0, 1.0, 1.0)}
+    if preprocessing.get("do_normalize", True):
+        colours = {f"pixel_{name}": tuple(preprocessing[f"image_{name}"]) for name in ("mean", "std")}
+    return backbone.model_copy(update=colours)
+
+
+def _resize(preprocessing: Mapping[str, Any]) -> ResizeConfig | None:
+    """METR's way to resize an image that comes nearest."""
+    size = preprocessing.get("size") or {}
+    if size.get("shortest_edge"):
+        longest = size.get("longest_edge") or ResizeConfig().longest
+        return ResizeConfig(mode="fit", size=size["shortest_edge"], longest=longest)
+    if size.get("height"):
+        return ResizeConfig(mode="stretch", size=max(size["height"], size["width"]))
+    return None
+
+
+def _names(config: Any) -> tuple[str, ...]:
+    """The names of its labels that name something, each once."""
+    labels = [str(name).strip() for _, name in sorted(config.id2label.items())]
+    return tuple(dict.fromkeys(name for name in labels if name and not name.startswith(_NO_NAMES)))

@@ -1,0 +1,1 @@
+"""Detectors as others published them: how their files are read and named."""

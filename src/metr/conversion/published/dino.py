@@ -1,0 +1,137 @@
+"""DINO as IDEA-Research published it, and the METR that its authors built on it: their files become METR's weights."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from metr.conversion.published.authors import AUTHORS
+from metr.conversion.published.resnet import numbered, resnet_options, resnet_rows
+from metr.conversion.published.restricted_unpickling import PickledCheckpoint
+from metr.conversion.table import Row
+from metr.conversion.targets.base import Derived
+from metr.errors import ModelError
+from metr.models.backbones.config import BackboneConfig
+from metr.models.config import (
+    CategoryConfig,
+    DecoderConfig,
+    DetectorConfig,
+    EncoderConfig,
+    QueryConfig,
+)
+
+_STRIDES = (4, 8, 16, 32)
+_EXTRACTION = "transformer.prompt_indicator"
+_BODY = "backbone.0.body."
+_QUERIES = "transformer.tgt_embed.weight"
+# of what DINO and the authors call alike, what is not the same: heads for fixed classes, queries for the whole image
+_OTHERWISE = ("transformer.enc_out_class_embed.", "class_embed.", _QUERIES)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DinoFile:
+    """What a file of this family holds.
+
+    Attributes:
+        title: Who it is.
+        config: The METR that its weights fit.
+        rows: Its key table.
+        state: Its weights.
+        derived: What no row gives.
+        prompts: The text embeddings that METR's authors keep with their weights, if it is theirs.
+    """
+
+    title: str
+    config: DetectorConfig
+    rows: tuple[Row, ...]
+    state: Mapping[str, Tensor]
+    derived: Mapping[str, Derived]
+    prompts: Tensor | None
+
+
+def read_dino(checkpoint: PickledCheckpoint, where: object = None) -> DinoFile:
+    """Recognises a checkpoint of DINO or of METR's authors, and says what METR it fits.
+
+    Raises:
+        ModelError: it is of neither, or carries a backbone other than a ResNet.
+    """
+    state = checkpoint.state
+    if "transformer.level_embed" not in state or "transformer.enc_output.weight" not in state:
+        what = "expected the weights of DINO or of METR as their authors publish them, found other keys"
+        raise ModelError(what, where=where, hint="for a detector of transformers name its folder, not a file in it")
+    authors = any(key.startswith(f"{_EXTRACTION}.") for key in state)
+    try:
+        config = _config(state, checkpoint.options, authors, where)
+    except KeyError as error:
+        what = f"the network is not whole: {error.args[0]} is missing"
+        raise ModelError(what, where=where, hint="download or copy it again") from None
+    rows = AUTHORS if authors else tuple(row for row in AUTHORS if not row.theirs.startswith(_OTHERWISE))
+    derived: dict[str, Derived] = {}
+    if not authors and _QUERIES in state:
+        learned = state[_QUERIES][: config.queries.ceiling].clone()
+        derived["class_queries.learned.weight"] = Derived(tensor=learned, how="cut", source=(_QUERIES,))
+    return DinoFile(
+        title="METR of its authors" if authors else "DINO",
+        config=config,
+        rows=(*rows, *resnet_rows(_BODY, "backbone.network.")),
+        state=state,
+        derived=derived,
+        prompts=state.get(f"{_EXTRACTION}.class_prompts") if authors else None,
+    )
+
+
+def _config(state: Mapping[str, Tensor], options: Mapping[str, Any], authors: bool, where: object) -> DetectorConfig:
+    """METR's configuration from the shapes of their weights, and from options where shapes do not tell."""
+    levels, width = state["transformer.level_embed"].shape
+    heads = int(options.get("nheads", 8))
+    points = state["transformer.encoder.layers.0.self_attn.attention_weights.bias"].shape[0] // (heads * levels)
+    seen = state["transformer.decoder.layers.0.cross_attn.attention_weights.bias"].shape[0] // (heads * levels)
+    encoder = EncoderConfig(
+        layers=numbered(state, "transformer.encoder.layers"),
+        levels=levels,
+        heads=heads,
+        points=points,
+        feed_forward=state["transformer.encoder.layers.0.linear1.weight"].shape[0],
+    )
+    decoder = DecoderConfig(
+        layers=numbered(state, "transformer.decoder.layers"),
+        heads=heads,
+        points=seen,
+        feed_forward=state["transformer.decoder.layers.0.linear1.weight"].shape[0],
+        padded_positions=True,
+    )
+    learned = len(state[_QUERIES]) if _QUERIES in state else QueryConfig().number
+    return DetectorConfig(
+        width=width,
+        backbone=_resnet(state, where),
+        encoder=encoder,
+        categories=_categories(state, heads) if authors else CategoryConfig(heads=heads),
+        queries=_shared(learned) if authors else QueryConfig(number=max(learned, CategoryConfig().kept)),
+        decoder=decoder,
+    )
+
+
+def _shared(learned: int) -> QueryConfig:
+    """The authors': as many places, the same for each kept category, as there are learned queries."""
+    return QueryConfig(layout="shared", number=CategoryConfig().kept * learned, ceiling=learned, floor=0)
+
+
+def _categories(state: Mapping[str, Tensor], heads: int) -> CategoryConfig:
+    block = f"{_EXTRACTION}.prompt_blocks"
+    return CategoryConfig(
+        blocks=numbered(state, block), heads=heads, feed_forward=state[f"{block}.0.ffn.linear1.weight"].shape[0]
+    )
+
+
+def _resnet(state: Mapping[str, Tensor], where: object) -> BackboneConfig:
+    """The ResNet that the weights are of, by its blocks."""
+    options = resnet_options(state, _BODY)
+    if options is None:
+        what = "carries a backbone other than a ResNet of torchvision"
+        raise ModelError(what, where=where, hint="take a checkpoint with ResNet-50 or ResNet-101")
+    maps = sum(
+        tensor.shape[-1] == 1 for key, tensor in state.items() if re.fullmatch(r"input_proj\.\d+\.0\.weight", key)
+    )
+    return BackboneConfig(name="resnet", pretrained=False, strides=_STRIDES[-maps:], options=options)

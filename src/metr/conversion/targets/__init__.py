@@ -1,0 +1,31 @@
+"""The detectors that METR's weights move to, by name."""
+
+from importlib import import_module
+
+from metr.conversion.targets.base import Target
+from metr.errors import ConfigError, did_you_mean
+
+# one module each, which calls it TARGET; imported when it is asked for
+NAMES = (
+    "deformable_detr",
+    "dab_detr",
+    "conditional_detr",
+    "detr",
+    "rt_detr",
+    "rt_detr_v2",
+    "d_fine",
+)
+
+
+def find_target(name: str) -> Target:
+    """The target of that name; hyphens and capitals do not count.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    wanted = name.strip().lower().replace("-", "_")
+    if wanted not in NAMES:
+        raise ConfigError(f"no detector {name!r}", where="--to", hint=did_you_mean(wanted, NAMES))
+    target = import_module(f"{__name__}.{wanted}").TARGET
+    assert isinstance(target, Target)
+    return target

@@ -1,0 +1,297 @@
+"""What another detector is to METR: how it is configured, which of its parameters is which of ours, what is derived."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from metr.conversion.classifier import Linear, layer_classifier
+from metr.conversion.published.sources import of_layer_head
+from metr.conversion.table import Row, State
+from metr.data.config import ResizeConfig
+from metr.errors import ModelError
+from metr.models.backbones.config import BackboneConfig
+from metr.models.config import DecoderConfig, DetectorConfig, EncoderConfig
+from metr.models.detector import Detector
+
+FOLDED = "folded: similarity head and names"
+"""How a classification head was made."""
+FOLDED_PLACES = "folded: proposals' head and names"
+"""How a head that scores places was made."""
+
+Colours = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """What a target is to be built for.
+
+    Attributes:
+        config: The METR whose weights it gets.
+        backbone: Their configuration of METR's backbone; `out_features` are the maps that METR's encoder reads.
+        channels: Channels of those maps, finest first.
+        strides: Pixels a cell of those maps.
+        names: What it is to detect, in the order of its labels.
+        fits: Whether METR's encoder and decoder are of the target's family; if not, they start afresh, and nothing has
+            to agree with them.
+    """
+
+    config: DetectorConfig
+    backbone: Any
+    channels: tuple[int, ...]
+    strides: tuple[int, ...]
+    names: tuple[str, ...]
+    fits: bool
+
+    @property
+    def labels(self) -> dict[str, dict[Any, Any]]:
+        """The names as transformers' configurations take them."""
+        numbered = dict(enumerate(self.names))
+        return {"id2label": numbered, "label2id": {name: number for number, name in numbered.items()}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyTable:
+    """One target's table, part by part; read in both directions.
+
+    `copies` say where else the target keeps what is one module with METR (heads of every layer): they are written on
+    the way out, and not read on the way in.
+    """
+
+    backbone: tuple[Row, ...] = ()
+    encoder: tuple[Row, ...] = ()
+    decoder: tuple[Row, ...] = ()
+    heads: tuple[Row, ...] = ()
+    copies: tuple[Row, ...] = ()
+
+    def rows(self) -> tuple[Row, ...]:
+        """The rows that hold in both directions."""
+        return (*self.backbone, *self.encoder, *self.decoder, *self.heads)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Context:
+    """What can be derived from.
+
+    Attributes:
+        network: METR's.
+        tokens: Of each name, as its queries are compared with them.
+        contents: Of each name, as its queries contain them.
+        config: The target's.
+    """
+
+    network: Detector
+    tokens: Float[Tensor, "v d"]
+    contents: Float[Tensor, "v d"]
+    config: Any
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Derived:
+    """A tensor of the receiver that is no copy: how it was made, in a few words, and from which keys of the giver."""
+
+    tensor: Tensor
+    how: str
+    source: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adopted:
+    """What METR must be to take a target's weights: its configuration, and tensors that no row gives."""
+
+    config: DetectorConfig
+    derived: Mapping[str, Derived] = field(default_factory=dict)
+
+
+Derivation = Callable[[Context], Mapping[str, Derived]]
+
+
+def nothing_derived(_: Context) -> Mapping[str, Derived]:
+    """For a target of which all that moves is copied."""
+    return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """A detector of transformers that METR's weights move to, and (with `adopt`) come from.
+
+    Attributes:
+        name: What users write; transformers' `model_type`.
+        title: What people call it.
+        encoder: METR's encoder kind whose weights fit.
+        decoder: METR's decoder kind whose weights fit.
+        backbone: The prefix of its backbone's keys.
+        processor: Its image processor's class, without the suffix of a backend.
+        configure: Its configuration.
+        table: Its key table, for a configuration of its own.
+        derive: The tensors that no row gives, by its keys; asked only where the families fit.
+        differences: What it computes otherwise than such a METR in spite of equal weights, in sentences.
+        adopt: The METR that its weights fit, from its configuration, METR's configuration of its backbone, and its
+            weights; None where that direction is not offered.
+        multiple: Its images' sides must be multiples of this.
+        single_map: It reads the backbone's last map only.
+        square: Its images have one fixed size, as it looks at no padding mask.
+    """
+
+    name: str
+    title: str
+    encoder: str
+    decoder: str = "deformable"
+    backbone: str = "model.backbone.model."
+    processor: str
+    configure: Callable[[Order], Any]
+    table: Callable[[Any], KeyTable]
+    derive: Derivation = nothing_derived
+    differences: Callable[[DetectorConfig], tuple[str, ...]] = lambda _: ()
+    adopt: Callable[[Any, BackboneConfig, State], Adopted] | None = None
+    multiple: int = 1
+    single_map: bool = False
+    square: bool = False
+
+    def fits(self, config: DetectorConfig) -> bool:
+        """Whether more than the backbone of such a METR has a place here."""
+        return (config.encoder.kind, config.decoder.kind) == (self.encoder, self.decoder)
+
+    def resizes_otherwise(self, resize: ResizeConfig) -> tuple[str, ...]:
+        """What its image processor does to an image's shape that METR does not, in sentences."""
+        size = self._size(resize)
+        if resize.mode == "fit" and self.square:
+            own = f"sides of {resize.size} to {resize.longest} (resize.mode: fit)"
+            return (f"images are stretched to squares of {size} pixels; this METR's keep their aspect, with {own}",)
+        if resize.mode == "stretch" and size != resize.size:
+            return (f"images have {size} pixels, a multiple of {self.multiple}; this METR's have {resize.size}",)
+        return ()
+
+    def image_processor(self, resize: ResizeConfig, colours: Colours) -> Any:
+        """Its image processor: METR's size and colours."""
+        import transformers
+
+        size = self._size(resize)
+        shape = {"height": size, "width": size}
+        if resize.mode == "fit" and not self.square:
+            shape = {"shortest_edge": resize.size, "longest_edge": resize.longest}
+        mean, std = (list(map(float, colour)) for colour in colours)
+        # without torchvision only this backend exists; what is saved names neither
+        made: Any = getattr(transformers, f"{self.processor}Pil")
+        return made(size=shape, image_mean=mean, image_std=std, do_normalize=True, do_rescale=True)
+
+    def _size(self, resize: ResizeConfig) -> int:
+        """METR's size, or the next larger one that it takes."""
+        return -(-resize.size // self.multiple) * self.multiple
+
+
+def need_options(config: Any, wanted: Mapping[str, Any]) -> None:
+    """Stops where METR has no counterpart of an option of theirs.
+
+    Raises:
+        ModelError: naming the option.
+    """
+    options = config.to_dict()
+    for option, value in wanted.items():
+        found = list(options[option]) if isinstance(options[option], tuple) else options[option]
+        if found != value:
+            what = f"METR needs {option} = {value!r}, found {found!r}"
+            raise ModelError(what, where=config.model_type, hint=f"take one that was made with {option} = {value!r}")
+
+
+def encoder_values(config: Any) -> dict[str, Any]:
+    """What every configuration of theirs of several scales says of METR's encoder."""
+    return {
+        "layers": config.encoder_layers,
+        "levels": config.num_feature_levels,
+        "heads": config.encoder_attention_heads,
+        "feed_forward": config.encoder_ffn_dim,
+    }
+
+
+def level_points(config: Any) -> list[int]:
+    """How many points a head of their decoder samples on each level."""
+    points = config.decoder_n_points
+    return [points] * config.num_feature_levels if isinstance(points, int) else list(points)
+
+
+def around(
+    encoder: EncoderConfig,
+    config: Any,
+    backbone: BackboneConfig,
+    decoder: Mapping[str, Any] | None = None,
+    queries: Mapping[str, Any] | None = None,
+) -> DetectorConfig:
+    """METR's configuration around an encoder.
+
+    Args:
+        encoder: METR's, of the target's family.
+        config: The target's, which gives the sizes.
+        backbone: METR's configuration of its backbone.
+        decoder: What METR's decoder is besides, if not what it is by default.
+        queries: The same of METR's queries.
+    """
+    base, heads = DetectorConfig(), config.decoder_attention_heads
+    categories = base.categories.model_copy(update={"heads": heads})
+    number = max(config.num_queries, categories.kept)
+    sizes = DecoderConfig(
+        layers=config.decoder_layers,
+        heads=heads,
+        points=max(level_points(config)),
+        feed_forward=config.decoder_ffn_dim,
+        **(decoder or {}),
+    )
+    return DetectorConfig(
+        width=config.d_model,
+        backbone=backbone,
+        encoder=encoder,
+        decoder=sizes,
+        categories=categories,
+        queries=base.queries.model_copy(update={"number": number, **(queries or {})}),
+    )
+
+
+def layer_heads(known: Context, theirs: str) -> dict[str, Derived]:
+    """The classification head of each of the decoder's layers, whose keys begin with `theirs` and its number."""
+    fresh: dict[str, Derived] = {}
+    for layer in range(known.config.decoder_layers):
+        classes = layer_classifier(known.network, known.tokens, layer)
+        fresh |= given_layer(f"{theirs}.{layer}", classes, FOLDED, of_layer_head(known.network, layer))
+    return fresh
+
+
+def given_layer(key: str, layer: Linear, how: str, source: tuple[str, ...]) -> dict[str, Derived]:
+    """Weight and bias of a linear layer of theirs."""
+    return {
+        f"{key}.weight": Derived(tensor=layer.weight, how=how, source=source),
+        f"{key}.bias": Derived(tensor=layer.bias, how=how, source=source),
+    }
+
+
+def linear(theirs: str, ours: str, names: Mapping[str, str]) -> tuple[Row, ...]:
+    """Rows of modules with weight and bias: `names` maps their parts to ours."""
+    return tuple(Row(f"{theirs}.{name}.{{p}}", f"{ours}.{own}.{{p}}") for name, own in names.items())
+
+
+def attention(theirs: str, ours: str, out: str = "o_proj") -> tuple[Row, ...]:
+    """Multi-head attention as transformers keeps it."""
+    return linear(theirs, ours, {"q_proj": "query", "k_proj": "key", "v_proj": "value", out: "out"})
+
+
+def deformable_attention(theirs: str, ours: str) -> tuple[Row, ...]:
+    """Multi-scale deformable attention."""
+    names = {"sampling_offsets": "offsets", "attention_weights": "weights"}
+    return linear(theirs, ours, names | {"value_proj": "value", "output_proj": "out"})
+
+
+def feed_forward(theirs: str, ours: str, first: str = "mlp.fc1", second: str = "mlp.fc2") -> tuple[Row, ...]:
+    """A layer's last part: two linear layers and the norm after them."""
+    return linear(theirs, ours, {first: "widen", second: "narrow", "final_layer_norm": "norm"})
+
+
+def mlp(theirs: str, ours: str, layers: int) -> tuple[Row, ...]:
+    """Linear layers with an activation between them, which METR counts too."""
+    return tuple(Row(f"{theirs}.layers.{n}.{{p}}", f"{ours}.{2 * n}.{{p}}") for n in range(layers))
+
+
+def joined(*parts: tuple[Row, ...]) -> tuple[Row, ...]:
+    """One table of several."""
+    return tuple(chain(*parts))

@@ -1,0 +1,179 @@
+"""Deformable DETR (Zhu et al., 2021): two stages, with iterative refinement of boxes."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+
+from metr.conversion.backbone_mapping import backbone_rows
+from metr.conversion.classifier import place_classifier
+from metr.conversion.least_squares import fit_stacked_norm
+from metr.conversion.positions import box_position, four_encodings
+from metr.conversion.published.sources import inside, of_contents, of_places
+from metr.conversion.table import Row, State
+from metr.conversion.targets.base import (
+    FOLDED_PLACES,
+    Adopted,
+    Context,
+    Derived,
+    KeyTable,
+    Order,
+    Target,
+    around,
+    attention,
+    deformable_attention,
+    encoder_values,
+    feed_forward,
+    given_layer,
+    joined,
+    layer_heads,
+    linear,
+    mlp,
+    need_options,
+)
+from metr.errors import ModelError
+from metr.models.backbones.config import BackboneConfig
+from metr.models.config import DetectorConfig, EncoderConfig
+
+# the channels of each of its group norms must be a whole number
+_GROUPS = 32
+
+
+def configure(order: Order) -> Any:
+    """A DeformableDetrConfig of two stages.
+
+    Raises:
+        ModelError: the width does not divide into its groups.
+    """
+    from transformers import DeformableDetrConfig
+
+    config, ours = order.config, order.config.encoder if order.fits else EncoderConfig()
+    if config.width % _GROUPS:
+        what = f"needs a width that {_GROUPS} divides, found {config.width}"
+        raise ModelError(what, where="model.width", hint="transfer from a METR of another width")
+    labels: dict[str, Any] = order.labels
+    return DeformableDetrConfig(
+        backbone_config=order.backbone,
+        d_model=config.width,
+        num_feature_levels=ours.levels if order.fits else max(len(order.channels), config.encoder.levels),
+        encoder_layers=ours.layers,
+        encoder_ffn_dim=ours.feed_forward,
+        encoder_attention_heads=ours.heads,
+        encoder_n_points=ours.points,
+        decoder_layers=config.decoder.layers,
+        decoder_ffn_dim=config.decoder.feed_forward,
+        decoder_attention_heads=config.decoder.heads,
+        decoder_n_points=config.decoder.points,
+        two_stage=True,
+        with_box_refine=True,
+        num_queries=config.queries.number,
+        two_stage_num_proposals=config.queries.number,
+        auxiliary_loss=True,
+        dropout=0.0,
+        class_cost=2,
+        **labels,
+    )
+
+
+def table(config: Any) -> KeyTable:
+    """Deformable DETR's; a box head that every layer has for itself is METR's one."""
+    encoder, decoder = "model.encoder.layers.{i}", "model.decoder.layers.{i}"
+    ours, last = "decoder.layers.{i}", config.decoder_layers - 1
+    heads = [mlp(f"bbox_embed.{layer}", "decoder.box.change", 3) for layer in range(last + 1)]
+    proposals: tuple[Row, ...] = ()
+    if config.two_stage:
+        proposals = joined(
+            linear("model", "proposals", {"enc_output": "feature", "enc_output_norm": "norm"}),
+            mlp(f"bbox_embed.{last + 1}", "proposals.box.change", 3),
+        )
+    return KeyTable(
+        backbone=backbone_rows(config.backbone_config, TARGET.backbone),
+        encoder=joined(
+            (
+                Row("model.input_proj.{i}.0.{p}", "encoder.projection.steps.{i}.0.{p}"),
+                Row("model.input_proj.{i}.1.{p}", "encoder.projection.steps.{i}.1.{p}"),
+                Row("model.level_embed", "encoder.level_embedding"),
+            ),
+            deformable_attention(f"{encoder}.self_attn", "encoder.layers.{i}.attention"),
+            linear(encoder, "encoder.layers.{i}", {"self_attn_layer_norm": "norm"}),
+            feed_forward(encoder, "encoder.layers.{i}.feed_forward"),
+        ),
+        decoder=joined(
+            attention(f"{decoder}.self_attn", f"{ours}.among"),
+            linear(decoder, ours, {"self_attn_layer_norm": "among_norm", "encoder_attn_layer_norm": "cross_norm"}),
+            deformable_attention(f"{decoder}.encoder_attn", f"{ours}.cross"),
+            feed_forward(decoder, f"{ours}.feed_forward"),
+        ),
+        heads=joined(proposals, heads[last] if config.with_box_refine else ()),
+        copies=joined(*heads[:last]),
+    )
+
+
+def derive(known: Context) -> Mapping[str, Derived]:
+    """The classification heads, and what queries start from.
+
+    Places are chosen by the first label's score, whatever the label, and transformers never trains that score: it
+    becomes the mean of all names'.
+    """
+    places = place_classifier(known.network, known.tokens)
+    places.weight[0], places.bias[0] = places.weight.mean(0), places.bias.mean(0)
+    key = f"class_embed.{known.config.decoder_layers}"
+    head = given_layer(key, places, FOLDED_PLACES, of_places(known.network))
+    return layer_heads(known, "class_embed") | head | _queries(known)
+
+
+@torch.no_grad()
+def _queries(known: Context) -> dict[str, Derived]:
+    """Position and content of a query from its box: METR's position, and the mean of what its queries contain."""
+    network, width = known.network, known.network.config.width
+    position = box_position(network) or network.decoder.position
+    content = network.class_queries.learned.weight.mean(0) + known.contents.mean(0)
+    if network.class_queries.place is not None:
+        content = content + network.class_queries.place(network.proposals.norm.bias)
+    fit = fit_stacked_norm(position, content, partial(four_encodings, width=width))
+    stacked, norm = fit.layers
+    source = inside(network, "decoder.position", "class_queries") + of_contents(network)
+    if network.class_queries.place is not None:
+        source += ("proposals.norm.bias",)
+    scale = {"weight": norm.weight.diagonal().clone(), "bias": norm.bias}
+    return given_layer("model.pos_trans", stacked, str(fit), source) | {
+        f"model.pos_trans_norm.{name}": Derived(tensor=value, how=str(fit), source=source)
+        for name, value in scale.items()
+    }
+
+
+def differences(config: DetectorConfig) -> tuple[str, ...]:
+    """What Deformable DETR computes otherwise."""
+    said = ["a query keeps the position of its first box; METR's follows the box from layer to layer"]
+    if config.encoder.positions != "centred":
+        said.append(f"the encoder's positions are those of cells' centres; this METR's are {config.encoder.positions}")
+    if config.width % (4 * _GROUPS):
+        said.append(f"group norms have {_GROUPS} groups; this METR's have fewer")
+    return tuple(said)
+
+
+def adopt(config: Any, backbone: BackboneConfig, _: State) -> Adopted:
+    """A METR with Deformable DETR's positions.
+
+    Raises:
+        ModelError: an option is set for which METR has no counterpart.
+    """
+    need_options(config, {"position_embedding_type": "sine", "activation_function": "relu"})
+    encoder = EncoderConfig(
+        kind="deformable", positions="centred", points=config.encoder_n_points, **encoder_values(config)
+    )
+    return Adopted(config=around(encoder, config, backbone))
+
+
+TARGET = Target(
+    name="deformable_detr",
+    title="Deformable DETR",
+    encoder="deformable",
+    processor="DeformableDetrImageProcessor",
+    configure=configure,
+    table=table,
+    derive=derive,
+    differences=differences,
+    adopt=adopt,
+)

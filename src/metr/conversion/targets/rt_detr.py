@@ -1,0 +1,376 @@
+"""RT-DETR (Zhao et al., 2024): METR's hybrid encoder, and a decoder that starts from the features of places."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metr.conversion.activation_statistics import ActivationStatistics, inside_fusion, of_memory
+from metr.conversion.backbone_mapping import backbone_rows
+from metr.conversion.classifier import place_classifier
+from metr.conversion.least_squares import fit_box_mlp
+from metr.conversion.positions import box_position
+from metr.conversion.published.sources import inside, of_contents, of_norms, of_places
+from metr.conversion.table import Row, State
+from metr.conversion.targets.base import (
+    FOLDED_PLACES,
+    Adopted,
+    Context,
+    Derived,
+    KeyTable,
+    Order,
+    Target,
+    around,
+    attention,
+    deformable_attention,
+    encoder_values,
+    feed_forward,
+    given_layer,
+    joined,
+    layer_heads,
+    linear,
+    mlp,
+    need_options,
+)
+from metr.conversion.targets.sampling import even_sampling
+from metr.errors import ModelError
+from metr.models.backbones.config import BackboneConfig
+from metr.models.config import DetectorConfig, EncoderConfig
+from metr.models.detector import Detector
+from metr.models.encoders.fusion import ConvNorm, Fusion
+from metr.models.encoders.hybrid import HybridEncoder
+
+# convolution blocks of each fusion, which RT-DETR's configuration cannot change
+BLOCKS = 3
+PLACES = "queries start from the features of places; METR's from learned ones and the category's token"
+"""What distinguishes the queries of RT-DETR and its successors from METR's."""
+# how far a block is shifted so that its SiLU lets everything pass: SiLU(x + 12) is x + 12 within 1e-4
+_SHIFT = 12.0
+_ENCODER, _DECODER = "model.encoder", "model.decoder"
+
+
+def configure(order: Order) -> Any:
+    """An RTDetrConfig."""
+    from transformers import RTDetrConfig
+
+    return RTDetrConfig(**arguments(order))
+
+
+def arguments(order: Order) -> dict[str, Any]:
+    """What RT-DETR and its successors are configured with.
+
+    Raises:
+        ModelError: its strides are not those of one step each.
+    """
+    config, width, levels = order.config, order.config.width, len(order.channels)
+    if any(coarse != 2 * fine for fine, coarse in zip(order.strides, order.strides[1:], strict=False)):
+        what = f"needs maps of strides that double, found {list(order.strides)}"
+        raise ModelError(what, where="backbone.strides", hint="train with backbone.strides=[8,16,32]")
+    ours = config if order.fits else config.model_copy(update={"encoder": EncoderConfig(kind="hybrid", layers=1)})
+    return {
+        "backbone_config": order.backbone,
+        "freeze_backbone_batch_norms": config.backbone.freeze_batch_norm,
+        "d_model": width,
+        "encoder_hidden_dim": width,
+        "encoder_in_channels": list(order.channels),
+        "feat_strides": list(order.strides),
+        "encode_proj_layers": [levels - 1],
+        "encoder_layers": ours.encoder.layers,
+        "encoder_ffn_dim": ours.encoder.feed_forward,
+        "encoder_attention_heads": ours.encoder.heads,
+        "hidden_expansion": ours.encoder.fusion_expansion,
+        "decoder_in_channels": [width] * levels,
+        "num_feature_levels": levels,
+        "decoder_layers": config.decoder.layers,
+        "decoder_ffn_dim": config.decoder.feed_forward,
+        "decoder_attention_heads": config.decoder.heads,
+        "decoder_n_points": config.decoder.points,
+        "num_queries": config.queries.number,
+        "num_denoising": config.denoising.number,
+        "anchor_image_size": None,
+        **order.labels,
+    }
+
+
+def convolution(theirs: str, ours: str) -> tuple[Row, ...]:
+    """A convolution and its batch norm."""
+    return (Row(f"{theirs}.conv.weight", f"{ours}.0.weight"), Row(f"{theirs}.norm.{{n}}", f"{ours}.1.{{n}}"))
+
+
+def sequence(theirs: str, ours: str) -> tuple[Row, ...]:
+    """A convolution and its batch norm that have no names."""
+    return (Row(f"{theirs}.0.weight", f"{ours}.0.weight"), Row(f"{theirs}.1.{{n}}", f"{ours}.1.{{n}}"))
+
+
+def attention_rows() -> tuple[Row, ...]:
+    """The projections of the backbone's maps, and the attention on the coarsest."""
+    theirs, ours = f"{_ENCODER}.aifi.0.layers.{{i}}", "encoder.layers.{i}"
+    return joined(
+        sequence("model.encoder_input_proj.{i}", "encoder.projections.{i}"),
+        attention(f"{theirs}.self_attn", f"{ours}.attention"),
+        linear(theirs, ours, {"self_attn_layer_norm": "norm"}),
+    )
+
+
+def two_branches(theirs: str, ours: str) -> tuple[Row, ...]:
+    """A fusion's two branches, one of them a chain of blocks."""
+    block, own = f"{theirs}.bottlenecks.{{j}}", f"{ours}.blocks.{{j}}"
+    return joined(
+        convolution(f"{theirs}.conv1", f"{ours}.main"),
+        convolution(f"{theirs}.conv2", f"{ours}.side"),
+        convolution(f"{block}.conv1", f"{own}.wide"),
+        convolution(f"{block}.conv2", f"{own}.narrow"),
+    )
+
+
+def _fusion(theirs: str, ours: str) -> tuple[Row, ...]:
+    return joined(two_branches(theirs, ours), convolution(f"{theirs}.conv3", f"{ours}.out"))
+
+
+def encoder_rows() -> tuple[Row, ...]:
+    """The hybrid encoder, and the projection of its levels if METR has that."""
+    return joined(
+        attention_rows(),
+        feed_forward(f"{_ENCODER}.aifi.0.layers.{{i}}", "encoder.layers.{i}.feed_forward"),
+        convolution(f"{_ENCODER}.lateral_convs.{{i}}", "encoder.laterals.{i}"),
+        _fusion(f"{_ENCODER}.fpn_blocks.{{i}}", "encoder.down_fusions.{i}"),
+        convolution(f"{_ENCODER}.downsample_convs.{{i}}", "encoder.strides.{i}"),
+        _fusion(f"{_ENCODER}.pan_blocks.{{i}}", "encoder.up_fusions.{i}"),
+        sequence("model.decoder_input_proj.{i}", "encoder.outputs.{i}"),
+    )
+
+
+def self_attention_rows() -> tuple[Row, ...]:
+    """What precedes the attention to the memory in each layer of the decoder."""
+    theirs, ours = f"{_DECODER}.layers.{{i}}", "decoder.layers.{i}"
+    return joined(
+        attention(f"{theirs}.self_attn", f"{ours}.among"),
+        linear(theirs, ours, {"self_attn_layer_norm": "among_norm"}),
+    )
+
+
+def position_rows() -> tuple[Row, ...]:
+    """From a box to a query's position, where METR takes its four numbers."""
+    return mlp(f"{_DECODER}.query_pos_head", "decoder.position", 2)
+
+
+def proposal_rows() -> tuple[Row, ...]:
+    """The features and boxes of places."""
+    return joined(
+        linear("model.enc_output", "proposals", {"0": "feature", "1": "norm"}),
+        mlp("model.enc_bbox_head", "proposals.box.change", 3),
+    )
+
+
+def table(config: Any) -> KeyTable:
+    """RT-DETR's; the position of METR's queries has a place where it is made of the box's four numbers."""
+    theirs, ours, last = f"{_DECODER}.layers.{{i}}", "decoder.layers.{i}", config.decoder_layers - 1
+    heads = [mlp(f"{_DECODER}.bbox_embed.{layer}", "decoder.box.change", 3) for layer in range(last + 1)]
+    return KeyTable(
+        backbone=backbone_rows(config.backbone_config, TARGET.backbone),
+        encoder=encoder_rows(),
+        decoder=joined(
+            self_attention_rows(),
+            deformable_attention(f"{theirs}.encoder_attn", f"{ours}.cross"),
+            linear(theirs, ours, {"encoder_attn_layer_norm": "cross_norm"}),
+            feed_forward(theirs, f"{ours}.feed_forward"),
+            position_rows(),
+        ),
+        heads=joined(proposal_rows(), heads[last]),
+        copies=joined(*heads[:last]),
+    )
+
+
+def derive(known: Context) -> Mapping[str, Derived]:
+    """The classification heads, the positions of queries, and what METR's encoder has no counterpart of."""
+    network, fresh = known.network, queries_and_heads(known)
+    assert isinstance(network.encoder, HybridEncoder)
+    if not network.encoder.outputs:
+        fresh |= _memory_projection(network, network.encoder)
+    return fresh | _passing_blocks(network, network.encoder)
+
+
+def queries_and_heads(known: Context) -> dict[str, Derived]:
+    """The classification heads, and the positions and contents of queries."""
+    heads = layer_heads(known, f"{_DECODER}.class_embed")
+    return heads | _places_and_names(known) | _positions(known.network)
+
+
+def _places_and_names(known: Context) -> dict[str, Derived]:
+    """The head that scores places, and the content of denoising queries."""
+    network, contents = known.network, known.contents
+    places = place_classifier(network, known.tokens)
+    fresh = given_layer("model.enc_score_head", places, FOLDED_PLACES, of_places(network))
+    if known.config.num_denoising:
+        learned = torch.zeros_like(contents[0]) if network.denoising is None else network.denoising.learned.detach()
+        content = torch.cat([contents + learned, torch.zeros_like(contents[:1])])
+        source = inside(network, "denoising.learned") + of_contents(network)
+        fresh["model.denoising_class_embed.weight"] = Derived(tensor=content, how="computed: names", source=source)
+    return fresh
+
+
+def _positions(network: Detector) -> dict[str, Derived]:
+    """A network that turns a box's four numbers into a query's position, as METR does from its encoding.
+
+    A METR that takes the four numbers itself needs none: its own is copied.
+    """
+    position = box_position(network)
+    if position is None:
+        return {}
+    fit = fit_box_mlp(position, 2 * network.config.width)
+    given, source = dict[str, Derived](), inside(network, "decoder.position")
+    for number, layer in enumerate(fit.layers):
+        given |= given_layer(f"{_DECODER}.query_pos_head.layers.{number}", layer, str(fit), source)
+    return given
+
+
+def _memory_projection(network: Detector, encoder: HybridEncoder) -> dict[str, Derived]:
+    """RT-DETR projects and normalises the memory once more: made to change nothing.
+
+    The norm expects what the weights say of each channel, so that in training too, where it looks at the batch, it
+    changes little.
+    """
+    fresh: dict[str, Derived] = {}
+    how = "identity"
+    for level, activation_statistics in enumerate(of_memory(encoder)):
+        key = f"model.decoder_input_proj.{level}"
+        eye = torch.eye(encoder.width)[:, :, None, None]
+        fresh[f"{key}.0.weight"] = Derived(tensor=eye, how=how)
+        source = of_norms(network, activation_statistics)
+        for name, value in _unmoved(activation_statistics).items():
+            fresh[f"{key}.1.{name}"] = Derived(tensor=value, how=how, source=source)
+    return fresh
+
+
+def _unmoved(activation_statistics: ActivationStatistics, shift: float = 0.0, eps: float = 1e-5) -> dict[str, Tensor]:
+    """A batch norm that gives what it is given, or that and a shift."""
+    deviation = activation_statistics.deviation.clamp(min=1e-2)
+    return {
+        "weight": (deviation**2 + eps).sqrt(),
+        "bias": activation_statistics.mean + shift,
+        "running_mean": activation_statistics.mean,
+        "running_var": deviation**2,
+    }
+
+
+def _passing_blocks(network: Detector, encoder: HybridEncoder) -> dict[str, Derived]:
+    """Blocks that METR's fusions lack: all epochs through them, but for a shift that the convolution after them takes.
+
+    A fusion without that convolution keeps the blocks as they were initialised.
+    """
+    fresh: dict[str, Derived] = {}
+    for name, fusions in (("fpn_blocks", encoder.down_fusions), ("pan_blocks", encoder.up_fusions)):
+        for number, fusion in enumerate(fusions):
+            if not (isinstance(fusion, Fusion) and isinstance(fusion.out, ConvNorm)):
+                continue
+            lacking = range(len(fusion.blocks), BLOCKS)
+            if not lacking:
+                continue
+            key, own = f"{_ENCODER}.{name}.{number}", f"encoder.{'down' if name == 'fpn_blocks' else 'up'}_fusions"
+            activation_statistics = inside_fusion(fusion)
+            source = of_norms(network, activation_statistics)
+            for block in lacking:
+                fresh |= _passing(f"{key}.bottlenecks.{block}", activation_statistics, source)
+                activation_statistics = ActivationStatistics(
+                    mean=activation_statistics.mean + _SHIFT, deviation=activation_statistics.deviation
+                )
+            norm = fusion.out[1]
+            passed = fusion.out[0].get_parameter("weight").detach().sum((1, 2, 3))
+            moved = norm.get_buffer("running_mean") + passed * _SHIFT * len(lacking)
+            source = tuple(f"{own}.{number}.out.{part}" for part in ("1.running_mean", "0.weight"))
+            fresh[f"{key}.conv3.norm.running_mean"] = Derived(tensor=moved, how="shifted", source=source)
+    return fresh
+
+
+def _passing(key: str, activation_statistics: ActivationStatistics, source: tuple[str, ...]) -> dict[str, Derived]:
+    """One block through which everything epochs, shifted."""
+    width, how = len(activation_statistics.mean), "passing block"
+    norm = _unmoved(activation_statistics, _SHIFT)
+    fresh = {f"{key}.conv2.norm.{name}": Derived(tensor=value, how=how, source=source) for name, value in norm.items()}
+    fresh[f"{key}.conv2.conv.weight"] = Derived(tensor=torch.eye(width)[:, :, None, None], how=how)
+    silent = {"weight": torch.zeros(width), "bias": torch.zeros(width)}
+    return fresh | {f"{key}.conv1.norm.{name}": Derived(tensor=value, how=how) for name, value in silent.items()}
+
+
+def differences(config: DetectorConfig) -> tuple[str, ...]:
+    """What RT-DETR computes otherwise."""
+    said = [PLACES, *positions_differ(config)]
+    if config.encoder.fusion != "csp":
+        said.append("its fusions are those of RT-DETR; this METR's are those of D-FINE, and start afresh")
+    elif config.encoder.fusion_blocks > BLOCKS:
+        said.append(f"a fusion has {BLOCKS} blocks; this METR's others have no place")
+    elif config.encoder.fusion_blocks < BLOCKS:
+        passing = int(config.width * config.encoder.fusion_expansion) != config.width
+        state = "let everything pass at first" if passing else "start afresh"
+        said.append(f"a fusion has {BLOCKS} blocks, this METR's {config.encoder.fusion_blocks}: the others {state}")
+    return tuple(said)
+
+
+def positions_differ(config: DetectorConfig) -> tuple[str, ...]:
+    """What is said of an encoder with other positions."""
+    if config.encoder.positions == "counted":
+        return ()
+    return (f"the encoder's positions are counted in cells; this METR's are {config.encoder.positions}",)
+
+
+def adopt(config: Any, backbone: BackboneConfig, state: State) -> Adopted:
+    """A METR with RT-DETR's encoder, its projection of the memory and its positions, so that all of it fits.
+
+    Raises:
+        ModelError: an option is set for which METR has no counterpart.
+    """
+    adopted = adopted_config(config, backbone, fusion_blocks=BLOCKS, project_memory=True)
+    return Adopted(config=adopted, derived=even_sampling(config, state))
+
+
+def adopted_config(config: Any, backbone: BackboneConfig, **fusions: Any) -> DetectorConfig:
+    """A METR with the encoder of RT-DETR or D-FINE, whose options of `fusions` differ.
+
+    Raises:
+        ModelError: an option is set for which METR has no counterpart.
+    """
+    _refuse(config)
+    encoder = EncoderConfig(
+        kind="hybrid",
+        positions="counted",
+        fusion_expansion=config.hidden_expansion,
+        **encoder_values(config),
+        **fusions,
+    )
+    return around(encoder, config, backbone, decoder={"positions": "plain"}, queries={"content": "place"})
+
+
+def _refuse(config: Any) -> None:
+    """Stops where METR has no counterpart of an option.
+
+    Raises:
+        ModelError: naming the option.
+    """
+    wanted = {
+        "encoder_hidden_dim": config.d_model,
+        "normalize_before": False,
+        "num_feature_levels": len(config.encoder_in_channels),
+        "encode_proj_layers": [len(config.encoder_in_channels) - 1],
+        "encoder_activation_function": "gelu",
+        "activation_function": "silu",
+        "decoder_activation_function": "relu",
+    }
+    # RT-DETR itself has no choice of it
+    method = {"decoder_method": "default"} if "decoder_method" in config.to_dict() else {}
+    need_options(config, wanted | method)
+
+
+TARGET = Target(
+    name="rt_detr",
+    title="RT-DETR",
+    encoder="hybrid",
+    processor="RTDetrImageProcessor",
+    configure=configure,
+    table=table,
+    derive=derive,
+    differences=differences,
+    adopt=adopt,
+    multiple=32,
+    square=True,
+)

@@ -1,0 +1,127 @@
+"""What the targets of one scale have in common: METR's `plain` family in the words of DETR and its successors."""
+
+from collections.abc import Callable
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from metr.conversion.activation_statistics import after_norm
+from metr.conversion.backbone_mapping import backbone_rows
+from metr.conversion.classifier import Linear, classifier
+from metr.conversion.published.sources import inside
+from metr.conversion.table import Row
+from metr.conversion.targets.base import (
+    Context,
+    KeyTable,
+    Order,
+    Target,
+    attention,
+    feed_forward,
+    joined,
+    linear,
+)
+from metr.layers.position_encoding import box_encoding
+from metr.models.conditional_decoder import ConditionalDecoder
+from metr.models.config import EncoderConfig
+from metr.registered_config import EfficientNetLiteConfig
+
+DECODER = ("model.decoder.layers.{i}", "decoder.layers.{i}")
+
+ASK_FOR_ALL = "every query asks for every name; METR's each ask for one, and attend to those that ask for the same"
+"""What distinguishes the queries of all these detectors from METR's."""
+
+# the side of the boxes from which learnt queries start, as a share of the image
+SIDE = 0.2
+# the steps of the most even sequence of points in a square: powers of the inverse of the plastic number (Roberts, 2018)
+_STEPS = (0.7548776662466927, 0.5698402909980532)
+
+
+def with_backbone(table: KeyTable, prefix: str = Target.backbone) -> Callable[[Any], KeyTable]:
+    """The whole table of a configuration: beside the rows that are always the same those of its backbone."""
+    return lambda config: replace(table, backbone=backbone_rows(config.backbone_config, prefix))
+
+
+def common_options(order: Order, width: str) -> dict[str, Any]:
+    """What the configurations of these detectors share: METR's sizes. Dropout is off, as in METR.
+
+    Args:
+        order: What the target is built for; a METR with another encoder says nothing of this one's sizes.
+        width: What the configuration calls the width.
+    """
+    config = order.config
+    encoder = config.encoder if config.encoder.kind == "plain" else EncoderConfig(kind="plain")
+    return {
+        "backbone_config": _with_frozen_norms(order.backbone),
+        width: config.width,
+        "encoder_layers": encoder.layers,
+        "encoder_attention_heads": encoder.heads,
+        "encoder_ffn_dim": encoder.feed_forward,
+        "decoder_layers": config.decoder.layers,
+        "decoder_attention_heads": config.decoder.heads,
+        "decoder_ffn_dim": config.decoder.feed_forward,
+        "num_queries": config.queries.number,
+        "activation_function": "relu",
+        "dropout": 0.0,
+        **order.labels,
+    }
+
+
+def _with_frozen_norms(backbone: Any) -> Any:
+    """These detectors freeze the batch norms that they know, with an epsilon of their own; ours freeze themselves."""
+    frozen = deepcopy(backbone)
+    if isinstance(frozen, EfficientNetLiteConfig):
+        frozen.freeze_batch_norm = True
+    return frozen
+
+
+def encoder_rows(out: str = "o_proj", first: str = "mlp.fc1", second: str = "mlp.fc2") -> tuple[Row, ...]:
+    """The convolution between backbone and encoder, and the encoder; detectors name three of its layers differently."""
+    theirs, ours = "model.encoder.layers.{i}", "encoder.layers.{i}"
+    return joined(
+        linear("model", "encoder", {"input_projection": "projection"}),
+        attention(f"{theirs}.self_attn", f"{ours}.attention", out),
+        linear(theirs, ours, {"self_attn_layer_norm": "norm"}),
+        feed_forward(theirs, f"{ours}.feed_forward", first, second),
+    )
+
+
+def spread_boxes(number: int) -> Float[Tensor, "n 4"]:
+    """Boxes of one size whose centres fill the image evenly, however many there are."""
+    index = torch.arange(1, number + 1, dtype=torch.float64).unsqueeze(1)
+    centres = (0.5 + index * torch.tensor(_STEPS, dtype=torch.float64)) % 1
+    return torch.cat([centres, torch.full_like(centres, SIDE)], dim=1).float()
+
+
+def conditional_decoder(context: Context) -> ConditionalDecoder:
+    """METR's decoder, which is conditional where the families fit."""
+    decoder = context.network.decoder
+    assert isinstance(decoder, ConditionalDecoder)
+    return decoder
+
+
+def name_logits(context: Context) -> Linear:
+    """One logit a name from the decoder's normalised output."""
+    decoder = conditional_decoder(context)
+    return classifier(decoder.similarity, context.tokens, after_norm(decoder.norm))
+
+
+@torch.no_grad()
+def query_positions(context: Context) -> Float[Tensor, "n d"]:
+    """METR's embedding of boxes spread over the image, one for each of the target's learnt queries."""
+    boxes = spread_boxes(context.config.num_queries)
+    embedded: Tensor = conditional_decoder(context).position(box_encoding(boxes, context.network.config.width))
+    return embedded
+
+
+def position_keys(context: Context) -> tuple[str, ...]:
+    """Our embedding of boxes."""
+    return inside(context.network, "decoder.position")
+
+
+def spread_logits(number: int) -> Float[Tensor, "n 4"]:
+    """The spread boxes before the sigmoid."""
+    return spread_boxes(number).clamp(0.01, 0.99).logit()

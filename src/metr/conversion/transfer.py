@@ -1,0 +1,209 @@
+"""`metr transfer`: METR becomes a detector of transformers, and other detectors become METR."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+
+from metr.checkpoint import Checkpoint
+from metr.config import Tree
+from metr.conversion.export import Transferred, colours_of, transfer
+from metr.conversion.import_ import adopt, read_published
+from metr.conversion.report import TransferReport
+from metr.conversion.targets import find_target
+from metr.data.config import ResizeConfig
+from metr.data.images import read_image
+from metr.data.joint import open_joint
+from metr.data.records import ImageRecord
+from metr.devices import resolved_device
+from metr.errors import ConfigError, ModelError
+from metr.hub import quiet
+from metr.model import METR
+from metr.run_directory import explained_disk_errors, replaced_folder
+from metr.serialization import write_json
+from metr.text.encoder import TextEncoder, TextEncoderConfig
+from metr.text.vocabulary import Vocabulary
+from metr.training.finetune_recipe import RECIPE, left_to_finetuning
+from metr.training.recipe import load_recipe
+
+REPORT = "transfer.json"
+"""What became of every weight, in the folder of the detector."""
+# of an object, as transformers' image processors read it
+_COCO = ("category_id", "bbox", "area", "iscrowd")
+
+
+def to_detector(model: METR, target: str, names: Sequence[str] | Vocabulary | None = None) -> Transferred:
+    """A METR's weights in a detector of transformers, for any list of names.
+
+    Args:
+        model: The METR.
+        target: The detector: deformable_detr, rt_detr, ...
+        names: What it is to find, label by label; by default all names of training.
+
+    Raises:
+        ConfigError: there is no such detector, or a name is empty or given twice.
+        ModelError: the detector cannot be built for this METR, or a name is new and there is no text encoder.
+    """
+    found = find_target(target)
+    wanted = model.vocabulary if names is None else names if isinstance(names, Vocabulary) else Vocabulary.of(names)
+    done = transfer(found, model.network, wanted.names, model.embed(wanted))
+    notes = (*done.report.notes, *found.resizes_otherwise(model.resize))
+    return replace(done, report=replace(done.report, notes=notes))
+
+
+def transfer_run(run: Path, target: str, out: Path, *, names: str | None, console: Console) -> TransferReport:
+    """Writes a folder that `AutoModelForObjectDetection` and `AutoImageProcessor` of transformers load as it is.
+
+    Args:
+        run: A run folder, a checkpoint folder, or a name on the hub.
+        target: The detector.
+        out: Where to; it may hold what an earlier transfer wrote.
+        names: Names between commas, or a dataset, whose names they are; by default all names of training.
+        console: Where the report goes.
+
+    Raises:
+        CheckpointError: the run cannot be read, or `out` holds something else.
+        ConfigError: there is no such detector, or a name is empty or given twice.
+        DataError: the dataset cannot be read.
+        ModelError: the detector cannot be built for this METR.
+    """
+    found = find_target(target)
+    model = METR.from_pretrained(run, device="cpu")
+    done = to_detector(model, target, None if names is None else read_names(names))
+    processor = found.image_processor(model.resize, colours_of(model.network))
+    with explained_disk_errors(out), replaced_folder(out, REPORT) as fresh, quiet():
+        done.model.save_pretrained(fresh)
+        processor.save_pretrained(fresh)
+        write_json(fresh / REPORT, done.report.to_dict())
+    show(done.report, out, console)
+    return done.report
+
+
+def trainer_batch(processor: Any, records: Sequence[ImageRecord]) -> dict[str, Any]:
+    """Images and their objects as transformers' detectors are trained with them: what a Trainer's collator gives.
+
+    Args:
+        processor: The detector's image processor.
+        records: Of a dataset's split, whose categories are the detector's labels.
+
+    Raises:
+        DataError: an image cannot be read.
+    """
+    told = []
+    for record in records:
+        boxes = np.concatenate([record.boxes[:, :2], record.boxes[:, 2:] - record.boxes[:, :2]], axis=1).tolist()
+        objects = zip(record.labels.tolist(), boxes, record.areas.tolist(), record.ignore.tolist(), strict=True)
+        values = [dict(zip(_COCO, one, strict=True)) for one in objects]
+        told.append({"image_id": 0, "annotations": values})
+    return {**processor([read_image(record.path) for record in records], told, return_tensors="pt")}
+
+
+def from_detector(
+    source: str | Path,
+    names: Sequence[str] | Vocabulary | None = None,
+    *,
+    text: TextEncoderConfig | None = None,
+    device: str | torch.device = "auto",
+) -> tuple[METR, TransferReport]:
+    """A METR that starts from another detector, and what became of every weight.
+
+    Args:
+        source: A folder of transformers (Deformable DETR, RT-DETR, D-FINE), or a `.pth` file of IDEA-Research's DINO or
+            of METR's authors. Nothing in it is executed.
+        names: What it is to know; by default the detector's labels. Of METR's authors' names there are as many as
+            embeddings in the file, in that order, or they are others.
+        text: The text encoder; by default the bundled one.
+        device: Where the network goes.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or would have to run code.
+        ConfigError: the detector names nothing and no names are given, or a name is empty or given twice.
+        ModelError: METR has no counterpart of the detector, or the text encoder cannot be loaded.
+    """
+    place, published = resolved_device(device), read_published(Path(source).expanduser())
+    given = published.names if names is None else names
+    if not given:
+        hint = 'name what it is to find: names=["penguin", "shark"], or --names'
+        raise ConfigError(f"{published.title} does not say what it finds", where=source, hint=hint)
+    vocabulary = given if isinstance(given, Vocabulary) else Vocabulary.of(given)
+    encoder = TextEncoder(text)
+    embeddings = encoder.embed(vocabulary)
+    if published.prompts is not None and published.prompts.shape == embeddings.shape:
+        embeddings = published.prompts.to(embeddings)
+    network, report = adopt(published, embeddings)
+    checkpoint = Checkpoint(
+        model=published.config,
+        vocabulary=vocabulary,
+        text_embeddings=embeddings,
+        text_encoder=encoder.pinned_config.model_dump(mode="json") | {"identity": encoder.identity},
+        preprocessing=(published.resize or ResizeConfig()).model_dump(mode="json"),
+        training={"started from": f"{published.title}, {Path(source).name}", RECIPE: _rates()},
+    )
+    rebuilt = replace(checkpoint, model=published.config.model_copy(update={"backbone": network.backbone.config}))
+    return METR(network.to(place), rebuilt, source), report
+
+
+def _rates() -> Tree:
+    """What fine-tuning begins with: batch and optimizer of detectors of this size, as METR base is trained.
+
+    Losses and augmentation are METR's own: how the detector was trained, its files do not say.
+    """
+    told = left_to_finetuning(load_recipe("base"))
+    return {part: told[part] for part in ("loader", "train")}
+
+
+def adopt_file(source: Path, out: Path, *, names: str | None, text: str | None, console: Console) -> TransferReport:
+    """Writes a METR checkpoint that starts from another detector.
+
+    Args:
+        source: As `from_detector`.
+        out: Where to; it may hold a checkpoint.
+        names: Names between commas, or a dataset, whose names they are; by default the detector's labels.
+        text: The text encoder's folder or hub name; by default the bundled one.
+        console: Where the report goes.
+
+    Raises:
+        CheckpointError: as `from_detector`, or `out` holds something else.
+        ConfigError: as `from_detector`.
+        DataError: the dataset cannot be read.
+        ModelError: as `from_detector`.
+    """
+    wanted = None if names is None else read_names(names)
+    encoder = None if text is None else TextEncoderConfig(source=text)
+    model, report = from_detector(source, wanted, text=encoder, device="cpu")
+    model.save_pretrained(out)
+    show(report, out, console)
+    return report
+
+
+def read_names(names: str) -> Vocabulary:
+    """The names of a dataset, label by label, if that is what is named; else names between commas.
+
+    Raises:
+        ConfigError: a name is empty or given twice.
+        DataError: the dataset cannot be read.
+    """
+    if not names.strip():
+        raise ConfigError("expected names or a dataset, found nothing", where="names", hint='"penguin, shark"')
+    path = names.partition("=")[2] or names
+    if Path(path).expanduser().exists():
+        vocabulary = open_joint([names]).vocabulary
+        return Vocabulary.of(vocabulary.names, vocabulary.prompts)
+    if "/" in names and "," not in names:
+        raise ModelError("no such dataset", where=names, hint='names go between commas: "penguin, shark"')
+    return Vocabulary.of(names.split(","))
+
+
+def show(report: TransferReport, out: Path, console: Console) -> None:
+    """The table of the report, what a reader should know, and where everything is."""
+    console.print(report.table())
+    for note in report.notes:
+        console.print(f"- {note}", highlight=False, markup=False)
+    ways = ", ".join(f"{how} ({number})" for how, number in report.reshapings().items())
+    if ways:
+        console.print(f"- reshaped: {ways}", highlight=False, markup=False)
+    console.print(f"the detector is in {out}", highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,239 @@
+"""Datasets as users name them: a path, `name=path`, or a YAML file that lists several with their options."""
+
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import Field
+
+from metr.config import Config, read_yaml
+from metr.data.formats.base import plain_name
+from metr.data.formats.files import expanded, there
+from metr.data.formats.registry import log_other_formats, recognise
+from metr.data.index.annotation_index import AnnotationIndex, LabelMap
+from metr.data.index.cache import Manifest, default_cache, stored
+from metr.data.records import Annotations, DataIssue
+from metr.data.splits import TEST, VAL, plan_splits
+from metr.errors import ConfigError, DataError, did_you_mean
+
+logger = logging.getLogger(__name__)
+
+FormatName = Literal[
+    "coco", "lvis", "objects365", "yolo", "crowdhuman", "odvg", "open_images", "imagefolder", "labelme", "voc", "csv"
+]
+SplitName = Literal["train", "val", "test"]
+
+_LISTING_SUFFIXES = frozenset({".yaml", ".yml"})
+
+
+class DatasetConfig(Config):
+    """One dataset of a run: where it is and how it is meant. Category names are meant after `renames`."""
+
+    # How messages, results and vocabularies call the dataset.
+    name: Annotated[str, Field(min_length=1)]
+    # Its folder, or its one annotation file.
+    path: Path
+    # None: recognised.
+    format: FormatName | None = None
+    # Which of the dataset's own splits are train, val and test. None: by the convention of the format.
+    splits: dict[SplitName, tuple[str, ...] | str] | None = None
+    # How much of a batch the dataset gets, relative to the others.
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    # Category name -> the phrase that the text encoder reads instead of it.
+    prompts: dict[str, str] = Field(default_factory=dict)
+    # Category name in the files -> category name here. Several may become one.
+    renames: dict[str, str] = Field(default_factory=dict)
+    # The categories that are annotated wherever they are to be seen. None: what the format says, mostly all.
+    exhaustive: tuple[str, ...] | None = None
+
+
+class DatasetsFile(Config):
+    """A YAML file that lists datasets: `datasets:` with a path, or a mapping of options, for each."""
+
+    datasets: Annotated[list[dict[str, Any] | str], Field(min_length=1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetSource:
+    """An opened dataset.
+
+    `categories` are its names in the order of the labels. `splits` are its annotations by split. `issues` are the first
+    of each kind that reading went past, `issue_counts` how many there were.
+    """
+
+    name: str
+    format: str
+    root: Path
+    spec: DatasetConfig
+    categories: tuple[str, ...]
+    splits: Mapping[str, AnnotationIndex]
+    issues: tuple[DataIssue, ...] = ()
+    issue_counts: Mapping[str, int] = field(default_factory=dict)
+
+    def split(self, name: str) -> AnnotationIndex:
+        """The annotations of one split.
+
+        Raises:
+            DataError: the dataset has no such split.
+        """
+        if name not in self.splits:
+            hint = f"it has {', '.join(self.splits)}; `splits` in a YAML listing can say which is which"
+            raise DataError(f"no {name!r} split", where=self.root, hint=hint)
+        return self.splits[name]
+
+    def evaluation_split(self) -> tuple[str, Annotations]:
+        """The split to evaluate on, and its name: "val", or "test" where there is no "val".
+
+        Raises:
+            DataError: the dataset has neither.
+        """
+        if VAL in self.splits:
+            return VAL, self.splits[VAL]
+        if TEST in self.splits:
+            logger.warning("%s: no val split; evaluated on its test split", self.name)
+            return TEST, self.splits[TEST]
+        return VAL, self.split(VAL)
+
+
+def parse_data_arguments(arguments: Sequence[str]) -> tuple[DatasetConfig, ...]:
+    """The datasets that a command line names: paths, `name=path`, or YAML files that list datasets.
+
+    Raises:
+        ConfigError: a listing has an unknown key or a wrong value.
+        DataError: two datasets have the same name, or none is named.
+    """
+    specs = [spec for argument in arguments for spec in _parse_argument(argument)]
+    if not specs:
+        raise DataError("no dataset is named", hint="name a folder: metr inspect path/to/dataset")
+    counts = Counter(spec.name for spec in specs)
+    for spec in specs:
+        if counts[spec.name] > 1:
+            paths = " and ".join(str(other.path) for other in specs if other.name == spec.name)
+            hint = f"give each a name of its own: other_name={spec.path}"
+            raise DataError(f"{counts[spec.name]} datasets are called {spec.name!r}: {paths}", hint=hint)
+    return tuple(specs)
+
+
+def open_dataset(spec: DatasetConfig, cache_dir: Path | None = None) -> DatasetSource:
+    """Recognises and reads a dataset, or opens its index where it has been read before and is unchanged.
+
+    Args:
+        spec: The dataset.
+        cache_dir: The folder of indices; None means `index` in METR_CACHE or in `~/.cache/metr`.
+
+    Raises:
+        DataError: the folder is missing, fits no known format, holds no image, or lacks what the spec names.
+    """
+    reader = recognise(spec.path, spec.format, tell_others=False)
+    wanted = None if spec.splits is None else {str(key): _as_tuple(value) for key, value in spec.splits.items()}
+    plan = plan_splits(list(reader.splits), wanted, spec.path)
+    if plan.seeded:
+        logger.warning("%s: no split to evaluate on; a seeded fifth of its images is held out as val", spec.name)
+    dataset = stored(reader, plan, cache_dir or default_cache())
+    if dataset.fresh and spec.format is None:
+        log_other_formats(reader, spec.path)
+    notes: list[DataIssue] = []
+    kept = _kept_names(dataset.manifest, notes)
+    labels = _label_map(dataset.manifest, kept, spec, sort=not reader.declares_categories)
+    counts: Counter[str] = Counter(issue.kind for issue in notes)
+    for summary in dataset.manifest.issues.values():
+        counts.update(summary.counts)
+    found = [issue for split in dataset.manifest.issues for issue in dataset.issues(split)]
+    if counts:
+        listed = ", ".join(f"{count} x {kind}" for kind, count in counts.items())
+        logger.info("%s: went past %s; `metr inspect` shows where", spec.name, listed)
+    return DatasetSource(
+        name=spec.name,
+        format=reader.format,
+        root=reader.root,
+        spec=spec,
+        categories=labels.categories,
+        splits={
+            split: dataset.open(split, name=spec.name, format_name=reader.format, labels=labels)
+            for split in dataset.manifest.splits
+        },
+        issues=(*notes, *found),
+        issue_counts=dict(counts),
+    )
+
+
+def _parse_argument(argument: str) -> list[DatasetConfig]:
+    name, equals, rest = argument.partition("=")
+    path = expanded(argument)
+    if equals and name and not re.search(r"[\\/]", name) and not there(path):
+        return [_spec({"name": name, "path": rest}, Path(), argument)]
+    if path.suffix.lower() in _LISTING_SUFFIXES:
+        values = read_yaml(path)
+        if "datasets" in values or "names" not in values:  # with names it is the description of a YOLO dataset
+            listing = DatasetsFile.checked(values, where=path)
+            return [_listed_spec(item, path) for item in listing.datasets]
+    return [_spec({"path": argument}, Path(), argument)]
+
+
+def _listed_spec(item: Mapping[str, Any] | str, listing: Path) -> DatasetConfig:
+    """A dataset of a listing; its path is relative to the listing."""
+    if isinstance(item, str):
+        name, equals, path = item.rpartition("=")
+        item = {"name": name, "path": path} if equals else {"path": path}
+    return _spec(item, listing.parent, listing)
+
+
+def _spec(values: Mapping[str, Any], base: Path, where: object) -> DatasetConfig:
+    path = values.get("path")
+    if not isinstance(path, str) or not path.strip():
+        raise ConfigError("a dataset without a path", where=where, hint="write path: and the dataset's folder")
+    if "\0" in path:
+        raise ConfigError(f"a path with a zero byte: {path!r}", where=where, hint="take it out")
+    full = base / expanded(path)
+    resolved = Path(os.path.realpath(full))  # `resolve` raises an error for a link to itself
+    default_name = resolved.parent.name if there(resolved, Path.is_file) else resolved.name
+    return DatasetConfig.checked({"name": default_name, **values, "path": full}, where=where)
+
+
+def _as_tuple(value: tuple[str, ...] | str) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else value
+
+
+def _kept_names(manifest: Manifest, notes: list[DataIssue]) -> list[str]:
+    """The names without those that only head the others and have no box (category 0 of Roboflow's COCO files)."""
+    heads = {parent for name, parent in manifest.parents.items() if parent != name}
+    kept = []
+    for name, count in zip(manifest.names, manifest.counts, strict=True):
+        if count == 0 and name in heads:
+            detail = f"{name!r} has no box and is only the supercategory of others: dropped"
+            notes.append(DataIssue(kind="unused parent category", where="categories", detail=detail))
+        else:
+            kept.append(name)
+    return kept
+
+
+def _label_map(manifest: Manifest, kept: Sequence[str], spec: DatasetConfig, *, sort: bool) -> LabelMap:
+    """The dataset's categories: the kept names, renamed, equal ones joined.
+
+    Raises:
+        DataError: there is no category, or the spec names one that is not there.
+    """
+    if not kept:
+        raise DataError("no category: nothing is declared and no box has a name", where=spec.path)
+    _check_known(spec.renames, kept, "renames", spec)
+    renamed = {name: plain_name(spec.renames.get(name, name)) for name in kept}
+    categories = tuple(dict.fromkeys(renamed[name] for name in (sorted(kept) if sort else kept)))
+    places = {name: place for place, name in enumerate(categories)}
+    rows = np.array([places[renamed[name]] if name in renamed else -1 for name in manifest.names], dtype=np.int64)
+    _check_known(spec.prompts, categories, "prompts", spec)
+    _check_known(spec.exhaustive or (), categories, "exhaustive", spec)
+    annotated = None if spec.exhaustive is None else tuple(sorted(places[name] for name in set(spec.exhaustive)))
+    return LabelMap(categories=categories, rows=rows, annotated=annotated)
+
+
+def _check_known(names: Sequence[str] | Mapping[str, str], known: Sequence[str], key: str, spec: DatasetConfig) -> None:
+    for name in names:
+        if name not in known:
+            what = f"`{key}` names {name!r}, which is no category of this dataset"
+            raise DataError(what, where=spec.path, hint=did_you_mean(name, known))

@@ -1,0 +1,172 @@
+"""COCO JSON as files hold it: what its entries are, and how they are decoded, piece by piece where they are many."""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from metr.data.formats.base import Reading
+from metr.data.formats.json_pieces import Value, values_of
+from metr.data.formats.text import BYTE_ORDER_MARK
+from metr.errors import DataError
+
+_FIRST_BYTES, _SNIFF_BYTES = 1 << 12, 1 << 20
+_LABELME = re.compile(rb'"(shapes|imagePath)"\s*:')
+
+Id = int | str
+
+
+class CocoCategory(msgspec.Struct):
+    """A category as the file declares it."""
+
+    id: Id
+    name: str
+    supercategory: str | None = None
+    synset: str | None = None
+
+
+class CocoImage(msgspec.Struct, gc=False):
+    """An image as the file lists it."""
+
+    id: Id
+    file_name: str
+    height: float | None = None
+    width: float | None = None
+
+
+class CocoAnnotation(msgspec.Struct, gc=False):
+    """A box as the file lists it."""
+
+    image_id: Id
+    category_id: Id
+    bbox: list[float] | None = None
+    area: float | None = None
+    iscrowd: int | bool | None = None
+
+    @property
+    def ignored(self) -> bool:
+        """Whether finding the object is neither right nor wrong."""
+        return bool(self.iscrowd)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CocoFile:
+    """A file with its long lists still undecoded; None where it has none."""
+
+    images: Value | None
+    annotations: Value | None
+    categories: list[CocoCategory]
+    # What stands in place of the annotations, where there are none.
+    instead: str = ""
+
+
+Item = TypeVar("Item", CocoImage, CocoAnnotation)
+
+
+def file_ends(path: Path) -> bytes:
+    """The first and the last bytes of a file, a mebibyte of each; nothing where it cannot be read or is of labelme."""
+    try:
+        with path.open("rb") as file:
+            ends = file.read(_FIRST_BYTES)
+            if _LABELME.search(ends):
+                return b""  # folders of labelme hold thousands of such files, with an image in each
+            ends += file.read(_SNIFF_BYTES - _FIRST_BYTES)
+            file.seek(max(len(ends), path.stat().st_size - _SNIFF_BYTES))
+            return ends + file.read()
+    except OSError:
+        return b""
+
+
+def looks_like_coco(ends: bytes) -> bool:
+    """Whether the ends of a JSON file (see `file_ends`) hold the keys of COCO."""
+    keys = sum(key in ends for key in (b'"images"', b'"annotations"', b'"categories"'))
+    return ends.removeprefix(BYTE_ORDER_MARK).lstrip()[:1] == b"{" and keys >= 2 and b'"segments_info"' not in ends
+
+
+def look_through(path: Path, piece_bytes: int) -> CocoFile:
+    """The file with its long lists still undecoded.
+
+    Raises:
+        DataError: it is no JSON, or its categories are no categories.
+    """
+    try:
+        values = values_of(path, piece_bytes)
+        text = values["categories"].text() if "categories" in values else b"null"
+        categories = msgspec.json.decode(_plain(text), type=list[CocoCategory] | None)
+        annotations = values.get("annotations")
+        instead = "is missing" if annotations is None else ""
+        if annotations is not None and not annotations.is_array:
+            instead = f"is {_kind(annotations.text())}"
+    except (OSError, ValueError, RecursionError, msgspec.MsgspecError) as error:
+        raise _unreadable(path, error) from None
+    listed = annotations if annotations is not None and annotations.is_array else None
+    return CocoFile(images=values.get("images"), annotations=listed, categories=categories or [], instead=instead)
+
+
+def _kind(text: bytes) -> str:
+    """What a JSON value is, in words."""
+    return {b"{": "an object", b'"': "a string", b"n": "null"}.get(text[:1], "a single value")
+
+
+def pieces_of(array: Value | None, kind: type[Item], where: str, reading: Reading) -> Iterator[list[Item]]:
+    """A JSON array of objects, decoded piece by piece, so that a large file never is held as objects at once.
+
+    Raises:
+        DataError: it is no JSON.
+    """
+    if array is None:
+        return
+    decoder = msgspec.json.Decoder(list[kind])  # type: ignore[valid-type]
+    try:
+        for text in array.pieces():
+            try:
+                yield decoder.decode(text)
+            except msgspec.DecodeError:
+                yield _one_by_one(text, kind, where, reading)
+    except (OSError, ValueError, RecursionError, msgspec.MsgspecError) as error:
+        raise _unreadable(array.path, error) from None
+
+
+def _one_by_one(text: bytes, kind: type[Item], where: str, reading: Reading) -> list[Item]:
+    """The objects of a JSON array that can be understood."""
+    items = []
+    for raw in msgspec.json.decode(_plain(text), type=list[msgspec.Raw]):
+        try:
+            items.append(msgspec.json.decode(raw, type=kind, strict=False))
+        except msgspec.ValidationError as error:
+            item = _without_box(raw, kind)
+            if item is not None:
+                items.append(item)
+                continue
+            start = bytes(raw)[:80].decode(errors="replace")
+            reading.issues.add("unreadable annotation", where, f"{error}: {start}")
+    return items
+
+
+def _without_box(raw: msgspec.Raw, kind: type[Item]) -> Item | None:
+    """An object of which the box alone cannot be understood: that its category is there is known."""
+    values = msgspec.json.decode(raw)
+    if not isinstance(values, dict) or values.pop("bbox", None) is None:
+        return None
+    try:
+        return msgspec.convert(values, kind, strict=False)
+    except msgspec.ValidationError:
+        return None
+
+
+def _plain(text: bytes) -> bytes:
+    """JSON, also where Python wrote NaN and Infinity, which are none: they become null, and their boxes issues."""
+    try:
+        msgspec.json.decode(text, type=msgspec.Raw)
+    except msgspec.DecodeError:
+        return msgspec.json.encode(json.loads(text))
+    return text
+
+
+def _unreadable(path: Path, error: Exception) -> DataError:
+    what = f"not readable as COCO JSON: {error}"
+    return DataError(what, where=path, hint="check that the file is complete (it may be cut off)")

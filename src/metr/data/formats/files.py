@@ -1,0 +1,221 @@
+"""A dataset's files: found by listings, never outside of the dataset's folder, and rehearsed for the index.
+
+A path in an annotation file must not lead out of the dataset's folder. Symbolic links in that folder are followed,
+wherever they lead: whoever put the dataset together made them.
+"""
+
+import contextlib
+import os
+import posixpath
+import stat
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+from metr.data.images import SUFFIXES
+from metr.errors import DataError
+
+# Recognising a format looks at this many entries of a folder at most: enough to meet what is mixed among images.
+_GLANCE = 20_000
+
+
+class OutsideError(ValueError):
+    """A path leads out of the dataset's folder."""
+
+
+class Files:
+    """Looks into a dataset's folder. Every directory is listed once; no file is asked for one by one.
+
+    Paths are relative to `root`, with slashes. `touched` are the files and directories that were read: while they stay
+    unchanged, reading again gives the same.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self._roots = (root, Path(os.path.realpath(root)))
+        self.touched: dict[str, tuple[int, int]] = {}
+        self._listings: dict[str, frozenset[str]] = {}
+        self._loose: dict[str, dict[str, str]] = {}
+        self._stems: dict[str, dict[str, str]] = {}
+
+    def read(self, path: str) -> bytes:
+        """The bytes of an annotation file.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        self.touch(path)
+        try:
+            return (self.root / path).read_bytes()
+        except OSError as error:
+            raise DataError(f"cannot be read: {error.strerror}", where=self.root / path) from None
+
+    def touch(self, path: str) -> None:
+        """Remembers that the result depends on a file or directory."""
+        self.touched[path] = signature(self.root / path)
+
+    def listing(self, folder: str) -> frozenset[str]:
+        """The names in a directory; none where there is no such directory."""
+        found = self._listings.get(folder)
+        if found is None:
+            self.touch(folder)
+            try:
+                with os.scandir(self.root / folder) as entries:
+                    found = frozenset(entry.name for entry in entries)
+            except (OSError, ValueError):
+                found = frozenset()
+            self._listings[folder] = found
+        return found
+
+    def find(self, name: str, folders: Sequence[str]) -> str | None:
+        """The image `name`, relative to the first of `folders` that has it; None where none has it.
+
+        Names that differ in case or in how accents are encoded are the same; a name without an image's suffix is
+        looked for with any.
+
+        Raises:
+            OutsideError: the name leads out of the dataset's folder.
+        """
+        for option in [name, name.replace("\\", "/")] if "\\" in name else [name]:
+            places = []
+            for folder, base in self._places(option, folders):
+                if base in self.listing(folder):
+                    return posixpath.join(folder, base)
+                places.append((folder, base))
+            for folder, base in places:
+                near = self._loosely(folder).get(fold(base))
+                if near is None and not is_image(base):
+                    near = self._of_stem(base, folder)
+                if near is not None:
+                    return posixpath.join(folder, near)
+            if len(places) < len(folders):
+                raise OutsideError(name)
+        return None
+
+    def find_stem(self, stem: str, folders: Sequence[str], named: str = "") -> str | None:
+        """The image of this name and any suffix in the first of `folders` that has it; None where none has it.
+
+        Where images differ in their suffix alone, it is the one that is `named`.
+        """
+        base = posixpath.basename(named.replace("\\", "/"))
+        if posixpath.splitext(base)[0] == stem and is_image(base):
+            for folder in folders:
+                if base in self.listing(folder):
+                    return posixpath.join(folder, base)
+        for folder, base in self._places(stem, folders):
+            found = self._of_stem(base, folder)
+            if found is not None:
+                return posixpath.join(folder, found)
+        return None
+
+    def _places(self, name: str, folders: Sequence[str]) -> Iterator[tuple[str, str]]:
+        """Directory and base name of `name` in each of `folders`, but for those that it leads out of."""
+        for folder in folders:
+            with contextlib.suppress(OutsideError):
+                yield posixpath.split(self.resolve(name, folder))
+
+    def resolve(self, name: str, folder: str = "") -> str:
+        """A path relative to the dataset's folder, for a name as an annotation file in `folder` gives it.
+
+        Raises:
+            OutsideError: it leads out of the dataset's folder.
+        """
+        if posixpath.isabs(name):
+            root = next((root for root in self._roots if Path(name).is_relative_to(root)), None)
+            if root is None:
+                raise OutsideError(name)
+            name, folder = Path(name).relative_to(root).as_posix(), ""
+        path = posixpath.normpath(posixpath.join(folder, name))
+        if path == ".." or path.startswith("../") or path[1:3] in {":\\", ":/"}:
+            raise OutsideError(name)
+        return "" if path == "." else path
+
+    def images(self, folder: str) -> list[str]:
+        """The images in a directory, sorted."""
+        return sorted(posixpath.join(folder, name) for name in self.listing(folder) if is_image(name))
+
+    def _loosely(self, folder: str) -> dict[str, str]:
+        if folder not in self._loose:
+            self._loose[folder] = {fold(name): name for name in sorted(self.listing(folder), reverse=True)}
+        return self._loose[folder]
+
+    def _of_stem(self, stem: str, folder: str) -> str | None:
+        """The first image in a folder with this name and any suffix, else one whose name differs in case."""
+        if folder not in self._stems:
+            names = [name for name in sorted(self.listing(folder), reverse=True) if is_image(name)]
+            stems = {fold(posixpath.splitext(name)[0]): name for name in names}
+            self._stems[folder] = stems | {posixpath.splitext(name)[0]: name for name in names}
+        found = self._stems[folder]
+        return found.get(stem) or found.get(fold(stem))
+
+
+def there(path: Path, kind: Callable[[Path], bool] = Path.exists) -> bool:
+    """Whether something is at a path, of a kind (`Path.is_file`, `Path.is_dir`); False where it cannot be told."""
+    try:
+        return kind(path)
+    except (OSError, ValueError):  # no permission, a name too long, a zero byte
+        return False
+
+
+def expanded(path: str | Path) -> Path:
+    """A path with the home folder in place of `~`; as it is where there is no such user, on whom pathlib breaks off."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111
+
+
+def signature(path: Path) -> tuple[int, int]:
+    """Size and time of change of a file, time of change of a directory; (-1, 0) where there is nothing."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError):
+        return -1, 0
+    return (0 if stat.S_ISDIR(status.st_mode) else status.st_size), status.st_mtime_ns
+
+
+def is_image(name: str) -> bool:
+    """Whether a file's name ends like an image's."""
+    return posixpath.splitext(name)[1].lower() in SUFFIXES
+
+
+def glance(folder: Path) -> list[os.DirEntry[str]]:
+    """The first entries of a directory, sorted by name; none where it cannot be listed.
+
+    Links whose target cannot be looked at are left out: asking what they are would be an error.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(filter(_can_be_asked, islice(entries, _GLANCE)), key=lambda entry: entry.name)
+    except OSError:
+        return []
+
+
+def folders_within(root: Path, depth: int) -> Iterator[Path]:
+    """`root` and the directories below it, at most `depth` deep, parents first.
+
+    Hidden ones are left out, and links that lead back up.
+    """
+    yield root
+    if depth > 0:
+        for entry in glance(root):
+            if entry.is_dir() and not entry.name.startswith((".", "__")) and not _leads_up(entry):
+                yield from folders_within(Path(entry.path), depth - 1)
+
+
+def _can_be_asked(entry: os.DirEntry[str]) -> bool:
+    try:
+        entry.is_dir()
+    except OSError:  # a link to itself, or into a folder without permission
+        return False
+    return True
+
+
+def _leads_up(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a link to a folder that it lies in."""
+    return entry.is_symlink() and Path(os.path.realpath(Path(entry.path).parent)).is_relative_to(
+        os.path.realpath(entry.path)
+    )
+
+
+def fold(name: str) -> str:
+    """A name without what file systems do not tell apart: case, and how accents are encoded."""
+    return unicodedata.normalize("NFC", name).casefold()

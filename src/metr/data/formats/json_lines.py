@@ -1,0 +1,124 @@
+"""What the readers of JSON lines share: the objects line by line, and where their images may lie."""
+
+import json
+import posixpath
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from metr.data.formats.base import IMAGE_FOLDERS, Reading, image_folders
+from metr.data.formats.files import Files
+from metr.data.splits import canonical_split
+from metr.errors import DataError
+
+# A file's first lines may be broken; those within its first bytes tell what it is.
+_SNIFFED, _SNIFF_BYTES = 20, 1 << 20
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+
+Item = TypeVar("Item")
+
+
+def json_lines(
+    file: Path, decoder: msgspec.json.Decoder[Item], where: str, reading: Reading
+) -> Iterator[tuple[str, Item]]:
+    """The objects of a file with their places (`file:line`), one line in memory at a time.
+
+    Lines that cannot be understood are noted.
+
+    Args:
+        file: The file.
+        decoder: Decodes a line.
+        where: The file relative to the dataset's folder.
+        reading: Where issues go.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
+    reading.files.touch(where)
+    try:
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                text = line.removeprefix(_BYTE_ORDER_MARK).strip()
+                item = _understood(text, decoder, f"{where}:{number}", reading) if text else None
+                if item is not None:
+                    yield f"{where}:{number}", item
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}", where=file) from None
+
+
+def _understood(text: bytes, decoder: msgspec.json.Decoder[Item], place: str, reading: Reading) -> Item | None:
+    try:
+        try:
+            return decoder.decode(text)
+        except msgspec.ValidationError:
+            raise
+        except msgspec.DecodeError:
+            # Python writes NaN and Infinity, which are no JSON.
+            return msgspec.convert(json.loads(text), decoder.type, strict=False)
+    except (ValueError, RecursionError, msgspec.MsgspecError) as error:
+        start = text[:80].decode(errors="replace")
+        reading.issues.add("unreadable annotation", place, f"{error}: {start}")
+        return None
+
+
+def first_keys(file: Path) -> Iterator[frozenset[str]]:
+    """The keys of those of a file's first lines that are JSON objects; a cheap look."""
+    try:
+        with file.open("rb") as lines:
+            head = lines.read(_SNIFF_BYTES)
+    except OSError:
+        return
+    whole = head.removeprefix(_BYTE_ORDER_MARK).splitlines()
+    for line in whole[: -1 if len(head) == _SNIFF_BYTES else None][:_SNIFFED]:
+        keys = _keys(line)
+        if keys is not None:
+            yield keys
+
+
+def _keys(line: bytes) -> frozenset[str] | None:
+    try:
+        try:
+            return frozenset(msgspec.json.decode(line, type=dict[str, msgspec.Raw]))
+        except msgspec.DecodeError:
+            value = json.loads(line)  # NaN and Infinity, as above
+    except (ValueError, RecursionError):
+        return None
+    return frozenset(value) if isinstance(value, dict) else None
+
+
+def numbers(value: Any, count: int) -> list[float] | None:
+    """A decoded JSON value as so many numbers; None if it is anything else."""
+    if not isinstance(value, list) or len(value) != count:
+        return None
+    try:
+        return [float(item) for item in value]
+    except (TypeError, ValueError, OverflowError):
+        return None
+
+
+def read_label_map(file: Path, where: str, files: Files) -> dict[str, str]:
+    """The names by label, from a JSON file {"0": "person", ...} or a list of names.
+
+    Raises:
+        DataError: it is no such file.
+    """
+    try:
+        values = msgspec.json.decode(files.read(where).removeprefix(_BYTE_ORDER_MARK), type=dict[str, str] | list[str])
+    except (msgspec.MsgspecError, RecursionError, ValueError) as error:
+        hint = 'write {"0": "cat", "1": "dog"}'
+        raise DataError(f"not readable as a label map: {error}", where=file, hint=hint) from None
+    return values if isinstance(values, dict) else {str(label): name for label, name in enumerate(values)}
+
+
+def wide_image_folders(files: Files, split: str, beside: str) -> tuple[str, ...]:
+    """`image_folders`, and after them the dataset's other folders but for those of other splits.
+
+    The formats whose files do not say where their images lie leave it to the configuration of training.
+    """
+    own = canonical_split(split)
+    top = sorted(name for name in files.listing("") if "." not in name and canonical_split(name) in {None, own})
+    inner = [posixpath.join(name, below) for name in top for below in (*IMAGE_FOLDERS, "ImageFolder")]
+    places = dict.fromkeys([*image_folders(files, split, beside), *inner, *top])
+    return tuple(place for place in places if files.listing(place))

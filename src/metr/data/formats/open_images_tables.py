@@ -1,0 +1,244 @@
+"""The tables of Open Images: CSV files read in batches into columns of numbers, and the hierarchy of the classes.
+
+Rows of one image mostly stand together, but nothing here depends on it. A file of 15 million boxes takes some 400 MB.
+"""
+
+import csv
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Bool, Float, Int
+from pyarrow import csv as arrow_csv
+
+from metr.data.formats.base import Reading
+from metr.data.formats.text import decoded
+from metr.errors import DataError
+
+BOX_COLUMNS = ("ImageID", "LabelName", "XMin", "YMin", "XMax", "YMax")
+LABEL_COLUMNS = ("ImageID", "LabelName", "Confidence")
+
+_HEADER_BYTES = 4096
+_BLOCK_BYTES = 1 << 22
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoxTable:
+    """Boxes column by column: numbers of image and class, corners xyxy as shares of the image, group-of flags."""
+
+    image: Int[np.ndarray, "n"]
+    label: Int[np.ndarray, "n"]
+    corners: Float[np.ndarray, "n 4"]
+    group: Bool[np.ndarray, "n"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelTable:
+    """What people verified of whole images: that a class is there (`present`) or is not."""
+
+    image: Int[np.ndarray, "n"]
+    label: Int[np.ndarray, "n"]
+    present: Bool[np.ndarray, "n"]
+
+
+class RowsByImage:
+    """Where the rows of each image stand in a table, whatever their order."""
+
+    def __init__(self, image: Int[np.ndarray, "n"], count: int) -> None:
+        self._order = np.argsort(image, kind="stable")
+        self._starts = np.searchsorted(image, np.arange(count + 1), sorter=self._order)
+
+    def __getitem__(self, number: int) -> Int[np.ndarray, "m"]:
+        """The rows of image `number`, in their order in the file."""
+        return self._order[self._starts[number] : self._starts[number + 1]]
+
+
+class _Node(msgspec.Struct, rename="pascal"):
+    """A class of the hierarchy. Parts (a wheel of a car) are no kinds of it and are not read."""
+
+    label_name: str
+    subcategory: list["_Node"] = []
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hierarchy:
+    """The kinds of things: for each class number, the class itself and all above it, and the class and all below it."""
+
+    above: tuple[tuple[int, ...], ...]
+    below: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def read(cls, file: Path | None, numbers: Mapping[str, int], count: int) -> "Hierarchy":
+        """The hierarchy in a JSON file; without one, each of `count` classes stands alone.
+
+        Raises:
+            DataError: the file is no such JSON.
+        """
+        above: list[set[int]] = [set() for _ in range(count)]
+        below: list[set[int]] = [set() for _ in range(count)]
+        waiting: list[tuple[_Node, tuple[int, ...]]] = [] if file is None else [(_tree(file), ())]
+        while waiting:
+            node, heads = waiting.pop()
+            number = numbers.get(node.label_name)
+            if number is not None:
+                above[number].update(heads)
+                for head in heads:
+                    below[head].add(number)
+                heads = (*heads, number)
+            waiting += [(child, heads) for child in node.subcategory]
+        above_each, below_each = (
+            tuple((number, *sorted(others - {number})) for number, others in enumerate(sets)) for sets in (above, below)
+        )
+        return cls(above=above_each, below=below_each)
+
+
+def header(path: Path) -> tuple[str, ...]:
+    """The cells of the first line of a CSV file; none where it is no such file or cannot be read."""
+    if path.suffix.lower() != ".csv":
+        return ()
+    try:
+        with path.open("rb") as file:
+            lines = file.read(_HEADER_BYTES).decode("utf-8-sig", errors="replace").splitlines()
+        return tuple(cell.strip() for cell in next(csv.reader(lines[:1]), []))
+    except (OSError, csv.Error):
+        return ()
+
+
+def read_boxes(files: Sequence[Path], images: dict[str, int], numbers: Mapping[str, int], reading: Reading) -> BoxTable:
+    """The boxes in files. New images are added to `images`; rows that cannot be understood are noted.
+
+    Raises:
+        DataError: a file is no such CSV.
+    """
+    pieces = [(np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros((0, 4), np.float32), np.zeros(0, np.bool_))]
+    for file in files:
+        where = file.relative_to(reading.files.root).as_posix()
+        for batch in _batches(file, BOX_COLUMNS, "IsGroupOf", reading):
+            image = _codes(batch["ImageID"], lambda name: images.setdefault(name, len(images)) if name else -1)
+            label = _codes(batch["LabelName"], lambda name: numbers.get(name, -1))
+            corners = np.stack([_floats(batch[name]) for name in BOX_COLUMNS[2:]], axis=1)
+            good = (image >= 0) & (label >= 0) & ~np.isnan(corners).any(axis=1)
+            for row in np.flatnonzero(~good):
+                _note_box({name: _text(column[row].as_py()) for name, column in batch.items()}, numbers, where, reading)
+            group = np.zeros(len(image), np.bool_)
+            if "IsGroupOf" in batch:
+                group = _codes(batch["IsGroupOf"], lambda flag: int(flag == "1")) == 1
+            pieces.append((image[good], label[good], corners[good].astype(np.float32), group[good]))
+    image, label, corners, group = map(np.concatenate, zip(*pieces, strict=True))
+    return BoxTable(image=image, label=label, corners=corners, group=group)
+
+
+def read_labels(
+    file: Path, image_number: Callable[[str], int], numbers: Mapping[str, int], reading: Reading
+) -> LabelTable:
+    """The verified labels in a file; those of images without a number (-1) and of other classes are left out.
+
+    Raises:
+        DataError: the file is no such CSV.
+    """
+    where = file.relative_to(reading.files.root).as_posix()
+    pieces = [(np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.bool_))]
+    for batch in _batches(file, LABEL_COLUMNS, "Source", reading):
+        label = _codes(batch["LabelName"], lambda name: numbers.get(name, -1))
+        confidence = _floats(batch["Confidence"])
+        for row in np.flatnonzero(np.isnan(confidence)):
+            cells = ",".join(_text(batch[name][row].as_py()) for name in LABEL_COLUMNS)
+            reading.issues.add("unreadable label", where, cells[:80])
+        # Between 0 and 1 is what a machine thinks.
+        keep = (label >= 0) & ((confidence == 0) | (confidence == 1))
+        if "Source" in batch:
+            keep &= _codes(batch["Source"], lambda source: int(source == "machine")) == 0
+        image = _codes(batch["ImageID"].filter(pa.array(keep)), image_number)
+        known = image >= 0
+        pieces.append((image[known], label[keep][known], confidence[keep][known] == 1))
+    image, label, present = map(np.concatenate, zip(*pieces, strict=True))
+    return LabelTable(image=image, label=label, present=present)
+
+
+def _batches(path: Path, needed: Sequence[str], optional: str, reading: Reading) -> Iterator[dict[str, pa.Array]]:
+    """The named columns of a file, as bytes, some ten thousand rows at a time; rows of odd length are noted."""
+    where = path.relative_to(reading.files.root).as_posix()
+    reading.files.touch(where)
+
+    def skip(row: arrow_csv.InvalidRow) -> str:
+        detail = f"expected {row.expected_columns} columns: {_text(row.text.encode()[:80])}"
+        reading.issues.add("unreadable annotation", f"{where}:{row.number}", detail)
+        return "skip"
+
+    cells = header(path)
+    places = {name: str(cells.index(name)) for name in (*needed, optional) if name in cells}
+    if not set(needed) <= places.keys():
+        raise DataError(f"expected the columns {', '.join(needed)}", where=path)
+    try:
+        with path.open("rb") as file:
+            if not (file.readline() and file.read(1)):
+                return  # a header alone
+        with arrow_csv.open_csv(
+            path,
+            # Threads would take the numbers of the lines away. Bytes that are no UTF-8 would raise where it cannot be
+            # caught, so the file is read as Latin-1, which every byte is; `_text` undoes it.
+            arrow_csv.ReadOptions(
+                encoding="latin-1",
+                column_names=[str(place) for place in range(len(cells))],
+                skip_rows=1,
+                block_size=_BLOCK_BYTES,
+                use_threads=False,
+            ),
+            # Nothing here needs quotes, and a stray one would swallow lines.
+            arrow_csv.ParseOptions(quote_char=False, invalid_row_handler=skip),
+            arrow_csv.ConvertOptions(
+                column_types=dict.fromkeys(places.values(), pa.binary()), include_columns=list(places.values())
+            ),
+        ) as reader:
+            for batch in reader:
+                yield {name: batch.column(place) for name, place in places.items()}
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
+        raise DataError(f"not readable as CSV: {error}", where=path, hint="check that the file is complete") from None
+
+
+def _codes(column: pa.Array, number: Callable[[str], int]) -> Int[np.ndarray, "n"]:
+    """The number of each cell; each different cell is asked for once."""
+    encoded = column.dictionary_encode()
+    table: Int[np.ndarray, "u"] = np.array([number(_text(cell)) for cell in encoded.dictionary.to_pylist()], np.int32)
+    return np.asarray(table[encoded.indices.to_numpy(zero_copy_only=False)])
+
+
+def _floats(column: pa.Array) -> Float[np.ndarray, "n"]:
+    """The cells as numbers; NaN where a cell is none."""
+    try:
+        return np.asarray(column.cast(pa.utf8()).cast(pa.float64()).to_numpy(zero_copy_only=False))
+    except pa.ArrowInvalid:
+        return np.array([_float(_text(cell)) for cell in column.to_pylist()], np.float64)
+
+
+def _float(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")
+
+
+def _text(cell: bytes) -> str:
+    return decoded(cell.decode(errors="replace").encode("latin-1", errors="replace")).strip(' "')
+
+
+def _note_box(cells: Mapping[str, str], numbers: Mapping[str, int], where: str, reading: Reading) -> None:
+    place = f"{where}, image {cells['ImageID'][:80]}"
+    if not cells["ImageID"]:
+        reading.issues.add("unreadable annotation", where, f"a box of no image: {','.join(cells.values())[:80]}")
+    elif cells["LabelName"] not in numbers:
+        reading.issues.add("unknown category", place, f"{cells['LabelName'][:80]!r} is not described")
+    else:
+        corners = ", ".join(f"{name} {cells[name][:20]!r}" for name in BOX_COLUMNS[2:])
+        reading.issues.add("unreadable box", place, corners)
+
+
+def _tree(file: Path) -> _Node:
+    try:
+        return msgspec.json.decode(file.read_bytes(), type=_Node)
+    except (OSError, ValueError, RecursionError, msgspec.MsgspecError) as error:
+        hint = "expected LabelName and Subcategory, as in bbox_labels_600_hierarchy.json; remove it to do without"
+        raise DataError(f"not readable as a hierarchy of classes: {error}", where=file, hint=hint) from None

@@ -1,0 +1,102 @@
+"""Which formats there are, and which of them a folder is."""
+
+import logging
+import os
+from pathlib import Path
+
+from metr.data.formats.base import Reader
+from metr.data.formats.coco import CocoReader
+from metr.data.formats.crowdhuman import CrowdHumanReader
+from metr.data.formats.csv_boxes import CsvReader
+from metr.data.formats.files import expanded, glance, is_image, there
+from metr.data.formats.imagefolder import ImageFolderReader
+from metr.data.formats.labelme import LabelmeReader
+from metr.data.formats.lvis import LvisReader
+from metr.data.formats.objects365 import Objects365Reader
+from metr.data.formats.odvg import OdvgReader
+from metr.data.formats.open_images import OpenImagesReader
+from metr.data.formats.voc import VocReader
+from metr.data.formats.yolo import YoloReader
+from metr.errors import DataError, did_you_mean
+
+logger = logging.getLogger(__name__)
+
+# A folder that fits several formats is read as the first of these: what declares its categories comes before what only
+# shows them, what tells more of each image before what tells less, and a kind of COCO JSON before COCO.
+READERS: tuple[type[Reader], ...] = (
+    LvisReader,
+    Objects365Reader,
+    CocoReader,
+    YoloReader,
+    CrowdHumanReader,
+    OdvgReader,
+    OpenImagesReader,
+    ImageFolderReader,
+    LabelmeReader,
+    VocReader,
+    CsvReader,
+)
+
+
+def recognise(path: Path, format_name: str | None = None, *, tell_others: bool = True) -> Reader:
+    """The reader of a dataset's folder (or of its one annotation file).
+
+    Args:
+        path: The folder or file.
+        format_name: The format, where it is known; else it is recognised.
+        tell_others: Log which other formats it fits (see `log_other_formats`).
+
+    Raises:
+        DataError: there is no such path, or it fits no format.
+    """
+    path = _absolute(path)
+    if not there(path):
+        near = did_you_mean(path.name, [entry.name for entry in glance(path.parent)])
+        raise DataError("no such dataset", where=path, hint=near if near.startswith("did") else "check the path")
+    readers = [reader for reader in READERS if format_name in {None, reader.format}]
+    if not readers:
+        hint = did_you_mean(str(format_name), [reader.format for reader in READERS])
+        raise DataError(f"unknown format {format_name!r}", where=path, hint=hint)
+    for reader in readers:
+        found = reader.recognise(path)
+        if found is not None:
+            if tell_others and format_name is None:
+                log_other_formats(found, path)
+            return found
+    looked_for = "\n    ".join(reader.looks_like for reader in readers)
+    what = f"no annotations of a known format ({_contents(path)})"
+    raise DataError(what, where=path, hint=f"one of these layouts\n    {looked_for}")
+
+
+def log_other_formats(reader: Reader, path: Path) -> None:
+    """Logs which formats after its own a dataset fits as well. All folders are looked into: not for every opening."""
+    if logger.isEnabledFor(logging.INFO):
+        after = [other.format for other in READERS].index(reader.format) + 1
+        also = [other.format for other in READERS[after:] if _fits(other, _absolute(path))]
+        if also:
+            logger.info("%s: read as %s; it also fits %s", _absolute(path), reader.format, ", ".join(also))
+
+
+def _absolute(path: Path) -> Path:
+    return Path(os.path.abspath(expanded(path)))  # noqa: PTH100  (`..` goes, symbolic links stay)
+
+
+def _fits(reader: type[Reader], path: Path) -> bool:
+    try:
+        return reader.recognise(path) is not None
+    except DataError:
+        return False
+
+
+def _contents(path: Path) -> str:
+    """What is found in place of a dataset, in a few words."""
+    if path.is_file():
+        return "a single file"
+    entries = glance(path)
+    if not entries:
+        return "the folder is empty"
+    folders = [entry.name for entry in entries if entry.is_dir()]
+    images = sum(is_image(entry.name) for entry in entries)
+    others = len(entries) - len(folders) - images
+    named = f" ({', '.join(folders[:5])}{', ...' if len(folders) > 5 else ''})" if folders else ""
+    return f"found {len(folders)} folders{named}, {images} images, {others} other files"

@@ -1,0 +1,1 @@
+"""Annotations in memory-mapped files, built once and shared by all worker processes."""

@@ -1,1 +1,0 @@
-"""One file an annotation format that datasets can be written in."""

@@ -1,0 +1,180 @@
+"""The verb detect: images and folders in, drawn images and COCO results out."""
+
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+
+from metr.data.images import SUFFIXES, read_image
+from metr.errors import DataError
+from metr.evaluation.coco import write_coco_results
+from metr.inference.config import InferenceConfig, PostprocessConfig
+from metr.inference.draw import draw_detections, save_image
+from metr.inference.predictor import Prediction
+from metr.model import METR
+from metr.serialization import write_json
+from metr.structures import Detections
+
+RESULTS, IMAGES = "detections.json", "images.json"
+# images that are summed up in a line of their own
+_LISTED = 20
+
+
+def detect_files(
+    source: str | Path,
+    images: Sequence[Path],
+    out: Path,
+    *,
+    names: Sequence[str] | None = None,
+    threshold: float = 0.3,
+    batch_size: int = 8,
+    device: str = "auto",
+    console: Console | None = None,
+) -> list[Prediction]:
+    """Detects in every image, draws what was found into `out`, and writes what was found as COCO has it.
+
+    `out/detections.json` is in COCO's results form: a list of image_id, category_id, bbox (x, y, width, height in
+    pixels) and score. `out/images.json` says what the ids mean: `images` (id, file_name, height, width) and
+    `categories` (id, name), so that `COCO("images.json").loadRes("detections.json")` works.
+
+    Args:
+        source: A checkpoint folder, a run folder, or a name on the hub.
+        images: Files, and folders whose images are taken, those of their subfolders too.
+        out: The folder to write; made if missing.
+        names: What to look for; by default everything that was trained.
+        threshold: The least score, 0..1.
+        batch_size: Most images a step.
+        device: Where the network runs.
+        console: Where progress and a summary are shown.
+
+    Raises:
+        DataError: a path does not exist, none of them holds a readable image, or one would be drawn over.
+        CheckpointError: there is no such checkpoint.
+    """
+    console = console or Console(quiet=True)
+    paths = _expanded(images, out)
+    drawn = _drawn(paths, out)
+    model = METR.from_pretrained(source, device=device)
+    config = InferenceConfig(batch_size=batch_size, postprocess=PostprocessConfig.to_show(threshold))
+    predictor = model.predictor(names, config)
+    out.mkdir(parents=True, exist_ok=True)
+    done = []
+    for path, target, prediction in zip(paths, drawn, predictor.detect_many(_shown(paths, console)), strict=True):
+        done.append(prediction)
+        if prediction.detections is not None:
+            save_image(draw_detections(read_image(path), prediction.detections, threshold), target)
+    _write_results(done, predictor.names, out)
+    _report(done, out, console)
+    return done
+
+
+def _expanded(images: Sequence[Path], out: Path) -> list[Path]:
+    """Every image that is named, or lies in a folder that is named; what was drawn into `out` before is none."""
+    found: list[Path] = []
+    for path in images:
+        if path.is_dir():
+            inside, drawn = _images_within(path), _real(out)
+            if drawn != _real(path):
+                inside = [item for item in inside if drawn not in _real(item).parents]
+            if not inside:
+                endings = ", ".join(sorted(SUFFIXES))
+                raise DataError("no image in this folder", where=path, hint=f"images end in {endings}")
+            found += inside
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise DataError("no such image or folder", where=path, hint="check the path")
+    return list(dict.fromkeys(found))
+
+
+def _images_within(folder: Path) -> list[Path]:
+    """The images in a folder and in those below it, sorted. Links are followed; no folder is looked into twice.
+
+    Links to nothing are among them, to be told of.
+    """
+    found, known = [], {_real(folder)}
+    for place, folders, names in os.walk(folder, followlinks=True):
+        fresh = []
+        for name in sorted(folders):
+            real = _real(Path(place, name))
+            if real not in known:
+                known.add(real)
+                fresh.append(name)
+        folders[:] = fresh
+        images = [Path(place, name) for name in names if Path(name).suffix.lower() in SUFFIXES]
+        found += [path for path in images if path.is_file() or not path.exists()]
+    return sorted(found)
+
+
+def _real(path: Path) -> Path:
+    """A path without links; `Path.resolve` raises an error for a link to itself."""
+    return Path(os.path.realpath(path))
+
+
+def _drawn(paths: Sequence[Path], out: Path) -> list[Path]:
+    """A file for each drawn image; where several images share a name, they are numbered.
+
+    Raises:
+        DataError: an image would be drawn over one that is looked at.
+    """
+    names: dict[str, None] = {}
+    for path in paths:
+        name, number = f"{path.stem}.jpg", 2
+        while name in names:
+            name, number = f"{path.stem}-{number}.jpg", number + 1
+        names[name] = None
+    originals = {_real(path) for path in paths}
+    for name in names:
+        if _real(out / name) in originals:
+            raise DataError("a drawing would take the place of this image", where=out / name, hint="another -o")
+    return [out / name for name in names]
+
+
+def _shown(paths: Sequence[Path], console: Console) -> Iterator[Path]:
+    """The paths, under a progress bar."""
+    yield from track(paths, "detecting", console=console, transient=True)
+
+
+def _write_results(predictions: Sequence[Prediction], names: Sequence[str], out: Path) -> None:
+    """Detections as COCO has them; ids count from 1 in the order of images and names."""
+    numbered = list(enumerate(predictions, 1))
+    found: dict[int | str, Detections] = {n: one.detections for n, one in numbered if one.detections is not None}
+    images = [
+        {"id": number, "file_name": one.source, "height": one.size[0], "width": one.size[1]}
+        for number, one in numbered
+        if one.size is not None
+    ]
+    ids = {name: number for number, name in enumerate(names, 1)}
+    categories = [{"id": number, "name": name} for name, number in ids.items()]
+    write_coco_results(out / RESULTS, found, ids)
+    write_json(out / IMAGES, {"images": images, "categories": categories, "annotations": []})
+
+
+def _report(predictions: Sequence[Prediction], out: Path, console: Console) -> None:
+    """One line an image for the first few, the issues, and where everything is.
+
+    Raises:
+        DataError: no image could be read.
+    """
+    read = [one for one in predictions if one.detections is not None]
+    for one in read[:_LISTED]:
+        console.print(f"{one.source}: {_summary(one)}", highlight=False, markup=False, soft_wrap=True)
+    if len(read) > _LISTED:
+        console.print(f"and {len(read) - _LISTED} more")
+    for one in predictions:
+        if one.issue is not None:
+            console.print(f"skipped {one.source}: {one.issue.detail}", style="yellow", markup=False, soft_wrap=True)
+    if not read:
+        what = f"none of {len(predictions)} images could be read"
+        raise DataError(what, where=predictions[0].source, hint="open it in a viewer")
+    console.print(f"images, {RESULTS} and {IMAGES} are in {out}", markup=False, soft_wrap=True)
+
+
+def _summary(prediction: Prediction) -> str:
+    """How many of each name were found."""
+    assert prediction.detections is not None
+    counts = Counter(prediction.detections.names[row] for row in prediction.detections.labels.tolist())
+    return ", ".join(f"{number} {name}" for name, number in counts.most_common()) or "nothing found"

@@ -1,0 +1,161 @@
+"""The image files themselves: broken ones, and images that lie in two splits or two datasets."""
+
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import combinations
+from pathlib import Path
+
+from metr.data.datasets_file import DatasetSource
+from metr.data.formats.base import IssueLog
+from metr.data.images import check_image
+from metr.inspection.facts import spread
+
+Say = Callable[[str], None]
+
+# What Roboflow adds to the name of the image that it exports, each augmented copy its own.
+_EXPORTED = re.compile(r"[_.](jpe?g|png|bmp|webp)\.rf\.[0-9a-f]{16,}$|\.rf\.[0-9a-f]{16,}$", re.IGNORECASE)
+# Bytes from the middle of a file, where images of one camera have nothing in common any more.
+_PROBE = 4096
+# Images after which progress is told again.
+_TOLD = 500
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """An image of a split; `path` is the file, `shown` the path that messages name."""
+
+    dataset: str
+    split: str
+    path: Path
+    shown: str
+
+    @property
+    def group(self) -> tuple[str, str]:
+        """Its dataset and split."""
+        return self.dataset, self.split
+
+
+@dataclass(frozen=True, kw_only=True)
+class Overlap:
+    """Images that two datasets have in common, byte by byte: how many, in which splits, and one of them."""
+
+    first: Place
+    second: Place
+    images: int
+
+
+def check_images(source: DatasetSource, most: int | None, log: IssueLog, say: Say) -> int:
+    """Notes what is wrong with images, and returns how many were opened.
+
+    At most so many are opened, of which the headers are read; with None every one, and all of it.
+    """
+    opened = 0
+    whole = sum(len(annotations) for annotations in source.splits.values())
+    for _, record in spread(source, whole if most is None else most):
+        issue = check_image(record, decode=most is None)
+        if issue is not None:
+            log.add(issue.kind, issue.where, issue.detail)
+        opened += 1
+        if opened % _TOLD == 0:
+            say(f"{source.name}: {opened:,} images opened")
+    return opened
+
+
+def places_of(source: DatasetSource) -> tuple[Place, ...]:
+    """Every image of a dataset."""
+    return tuple(
+        Place(dataset=source.name, split=split, path=source.root / path, shown=path)
+        for split, annotations in source.splits.items()
+        for path in annotations.relative_paths()
+    )
+
+
+def equal_images(places: Iterable[Place]) -> list[tuple[Place, ...]]:
+    """Groups of images with the same bytes that do not all lie in one split of one dataset.
+
+    Files are told apart by their size, then by a few bytes from their middle, and read whole only where both agree.
+    """
+    groups = [list(places)]
+    for sign in (_size, _middle, _whole):
+        groups = [kept for group in groups for kept in _divided(group, sign)]
+    return [tuple(group) for group in groups]
+
+
+def equal_names(places: Sequence[Place]) -> list[tuple[Place, Place]]:
+    """Images of different splits of one dataset whose files have the same name, exports of one original included.
+
+    Names that are bare numbers tell nothing, and images are compared with the first of their name only.
+    """
+    first: dict[str, Place] = {}
+    pairs = []
+    for place in places:
+        stem = _EXPORTED.sub("", Path(place.shown).stem).casefold()
+        if stem.isdigit():
+            continue
+        other = first.setdefault(stem, place)
+        if other.split != place.split:
+            pairs.append((other, place))
+    return pairs
+
+
+def note_duplicates(places: Sequence[Place], equal: Sequence[tuple[Place, ...]], log: IssueLog) -> None:
+    """Notes the images of one dataset that lie in several of its splits, by their bytes and else by their names."""
+    known = set()
+    for group in equal:
+        mine: dict[str, Place] = {}
+        for place in (place for place in group if place.dataset == places[0].dataset):
+            mine.setdefault(place.split, place)
+        for one, two in combinations(mine.values(), 2):
+            log.add("same image in two splits", one.shown, f"is in {one.split}; {two.split} has it as {two.shown}")
+            known |= {one.path, two.path}
+    for one, two in equal_names(places):
+        if one.path not in known or two.path not in known:
+            detail = (
+                f"is in {one.split}; {two.split} has {two.shown}, with other bytes (saved again, or another image?)"
+            )
+            log.add("same file name in two splits", one.shown, detail)
+
+
+def overlaps(equal: Sequence[tuple[Place, ...]]) -> tuple[Overlap, ...]:
+    """The images that datasets have in common, for each pair of their splits."""
+    found: defaultdict[tuple[tuple[str, str], tuple[str, str]], list[tuple[Place, Place]]] = defaultdict(list)
+    for group in equal:
+        one_each: dict[tuple[str, str], Place] = {}
+        for place in group:
+            one_each.setdefault(place.group, place)
+        for one, two in combinations(one_each.values(), 2):
+            if one.dataset != two.dataset:
+                found[one.group, two.group].append((one, two))
+    return tuple(Overlap(first=pairs[0][0], second=pairs[0][1], images=len(pairs)) for pairs in found.values())
+
+
+def _divided(group: Iterable[Place], sign: Callable[[Path], object]) -> list[list[Place]]:
+    """The parts of a group that share a sign and come from several splits; a file that cannot be read is left out."""
+    parts: defaultdict[object, list[Place]] = defaultdict(list)
+    for place in group:
+        try:
+            parts[sign(place.path)].append(place)
+        except OSError:  # missing images are noted where they are opened
+            continue
+    return [part for part in parts.values() if len({place.group for place in part}) > 1]
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size
+
+
+def _middle(path: Path) -> bytes:
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size // 2 - _PROBE // 2))
+        return file.read(_PROBE)
+
+
+def _whole(path: Path) -> bytes:
+    digest = blake2b(digest_size=16)
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.digest()

@@ -1,0 +1,182 @@
+"""What is in one dataset: its images and boxes, counted and measured."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from metr.data.datasets_file import DatasetSource
+from metr.data.index.annotation_index import AnnotationIndex
+from metr.data.records import DataIssue, ImageRecord
+from metr.inspection.string_similarity import by_head, ending_in
+
+# Where COCO's small objects end, and its medium ones, in square pixels.
+_SMALL, _MEDIUM = 32**2, 96**2
+# A bare name with at most this share of the boxes of the names that end in it may be a mistake.
+_STRAY = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class BoxSizes:
+    """How large boxes are: `side` is the median of the square root of a box's share of its image.
+
+    `small`, `medium` and `large` are shares of the boxes, by COCO's areas (up to 32 x 32 and 96 x 96 pixels).
+    """
+
+    side: float
+    small: float
+    medium: float
+    large: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class NameFacts:
+    """One category of a dataset.
+
+    `boxes` are counted in each split, without ignored ones. The rest was measured in the images that were looked at:
+    `side` as in `BoxSizes`, `aspect` the median of width / height (both None without boxes), and `annotated`, the share
+    of the images in which "no box" means "none there".
+    """
+
+    name: str
+    boxes: Mapping[str, int]
+    side: float | None
+    aspect: float | None
+    annotated: float
+
+    @property
+    def count(self) -> int:
+        """The boxes of all splits."""
+        return sum(self.boxes.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetFacts:
+    """One dataset, all splits together.
+
+    `images` are counted by split, `looked_at` is how many of them were measured. A row (image, category) of `shown`
+    says that a measured image shows a category.
+    """
+
+    name: str
+    format: str
+    images: Mapping[str, int]
+    empty: int
+    ignored: int
+    names: Mapping[str, NameFacts]
+    sizes: BoxSizes | None
+    looked_at: int
+    shown: Int[np.ndarray, "n 2"]
+
+    @property
+    def boxes(self) -> int:
+        """The boxes of all categories and splits, without ignored ones."""
+        return sum(name.count for name in self.names.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Measured:
+    """Boxes of the images that were looked at, one row a box that is not ignored."""
+
+    images: Int[np.ndarray, "m"]
+    labels: Int[np.ndarray, "m"]
+    sides: Float[np.ndarray, "m"]
+    aspects: Float[np.ndarray, "m"]
+    areas: Float[np.ndarray, "m"]
+    annotated: Float[np.ndarray, "c"]
+    looked_at: int
+
+
+def facts_of(source: DatasetSource, most: int) -> DatasetFacts:
+    """Counts a dataset, and measures the boxes of at most so many of its images."""
+    counts = {split: annotations.counts() for split, annotations in source.splits.items()}
+    measured = _measured(source, most)
+    sides, aspects = (
+        _medians(values, measured, len(source.categories)) for values in (measured.sides, measured.aspects)
+    )
+    names = {
+        name: NameFacts(
+            name=name,
+            boxes={split: int(count.boxes[label]) for split, count in counts.items()},
+            side=sides[label],
+            aspect=aspects[label],
+            annotated=float(measured.annotated[label]),
+        )
+        for label, name in enumerate(source.categories)
+    }
+    return DatasetFacts(
+        name=source.name,
+        format=source.format,
+        images={split: count.images for split, count in counts.items()},
+        empty=sum(count.empty for count in counts.values()),
+        ignored=sum(int(count.ignored.sum()) for count in counts.values()),
+        names=names,
+        sizes=_sizes(measured),
+        looked_at=measured.looked_at,
+        shown=np.unique(np.stack([measured.images, measured.labels], axis=1), axis=0),
+    )
+
+
+def strays_of(facts: DatasetFacts) -> list[DataIssue]:
+    """Bare names with next to no box beside names that end in them, in one dataset: `bishop` and `white-bishop`."""
+    heads, found = by_head(facts.names), []
+    for name in facts.names.values():
+        others = ending_in(name.name, heads)
+        count = sum(facts.names[other].count for other in others)
+        if 0 < name.count <= _STRAY * count:
+            detail = f"{name.count} x {name.name!r}, but {count:,} x {', '.join(others)}: labelled by mistake?"
+            found.append(DataIssue(kind="stray name", where="categories", detail=detail))
+    return found
+
+
+def spread(source: DatasetSource, most: int) -> Iterator[tuple[str, ImageRecord]]:
+    """Split and record of images of all splits: every one, or `most` evenly spaced ones where there are more."""
+    starts = np.cumsum([0, *(len(annotations) for annotations in source.splits.values())])
+    chosen = np.arange(starts[-1])
+    if len(chosen) > most:
+        chosen = np.unique(np.linspace(0, len(chosen) - 1, most).round().astype(np.int64))
+    splits: list[tuple[str, AnnotationIndex]] = list(source.splits.items())
+    for place in chosen:
+        number = int(np.searchsorted(starts, place, side="right")) - 1
+        split, annotations = splits[number]
+        yield split, annotations[int(place - starts[number])]
+
+
+def _measured(source: DatasetSource, most: int) -> _Measured:
+    columns: list[tuple[np.ndarray, ...]] = []
+    annotated = np.zeros(len(source.categories))
+    looked_at = 0
+    for number, (_, record) in enumerate(spread(source, most)):
+        looked_at = number + 1
+        annotated[slice(None) if record.annotated is None else list(record.annotated)] += 1
+        keep = ~record.ignore & (record.labels >= 0)
+        width, height = (record.boxes[keep, 2:] - record.boxes[keep, :2]).astype(np.float64).T
+        side = np.sqrt(width * height / (record.width * record.height))
+        images = np.full(len(side), number)
+        columns.append((images, record.labels[keep], side, width / height, record.areas[keep].astype(np.float64)))
+    images, labels, sides, aspects, areas = (np.concatenate(column) for column in zip(*columns, strict=True))
+    return _Measured(
+        images=images,
+        labels=labels,
+        sides=sides,
+        aspects=aspects,
+        areas=areas,
+        annotated=annotated / looked_at,
+        looked_at=looked_at,
+    )
+
+
+def _medians(values: Float[np.ndarray, "m"], measured: _Measured, categories: int) -> list[float | None]:
+    """The median of the values of each category; None for one without boxes."""
+    order = np.argsort(measured.labels, kind="stable")
+    ends = np.cumsum(np.bincount(measured.labels, minlength=categories))
+    groups = np.split(values[order], ends[:-1])
+    return [float(np.median(group)) if len(group) else None for group in groups]
+
+
+def _sizes(measured: _Measured) -> BoxSizes | None:
+    if not len(measured.areas):
+        return None
+    small, medium = (float((measured.areas < limit).mean()) for limit in (_SMALL, _MEDIUM))
+    return BoxSizes(side=float(np.median(measured.sides)), small=small, medium=medium - small, large=1 - medium)

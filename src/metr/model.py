@@ -1,0 +1,244 @@
+"""METR: a network, its vocabulary and its text encoder, as one thing that detects."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import overload
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from metr.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
+from metr.data.config import ResizeConfig
+from metr.devices import resolved_device
+from metr.errors import CheckpointError, ConfigError, DataError
+from metr.inference.config import InferenceConfig, PostprocessConfig
+from metr.inference.predictor import ImageSource, Prediction, Predictor
+from metr.models.detector import Detector
+from metr.serialization import type_of
+from metr.sharing.push import Shared, fetched, may_be_a_hub_name
+from metr.structures import Detections
+from metr.text.encoder import TextEncoder, TextEncoderConfig
+from metr.text.vocabulary import Vocabulary
+from metr.weights import load_weights
+
+
+class METR(Shared):
+    """A detector that finds what it is asked for by name.
+
+    Made by `from_pretrained` from a checkpoint folder, a run folder or a name on the hub; `save_pretrained` and
+    `push_to_hub` give it to others.
+
+    Attributes:
+        network: The `Detector`, in evaluation mode.
+        vocabulary: The names it was trained on, and which dataset annotates which.
+        checkpoint: All else that the folder held; the weights are the network's.
+        stored_as: Of what type the weights on disk were ("float16"); None where there were none, or several types.
+    """
+
+    def __init__(self, network: Detector, checkpoint: Checkpoint, where: object = None) -> None:
+        self.network, self.checkpoint = network.eval(), replace(checkpoint, weights={})
+        self.stored_as = type_of(checkpoint.weights)
+        self.vocabulary = checkpoint.vocabulary
+        where = where or "checkpoint"
+        described = dict(checkpoint.text_encoder)
+        self._encoder_identity = described.pop("identity", None)
+        with _checkpoint_errors():
+            self.resize = ResizeConfig.checked(checkpoint.preprocessing, where=f"{where} (preprocessing)")
+            self._encoder_config = TextEncoderConfig.checked(described, where=f"{where} (text_encoder)")
+        self._encoder: TextEncoder | None = None
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]  # no other arguments reach the constructor
+        cls,
+        source: str | Path,
+        *,
+        device: str | torch.device = "auto",
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+    ) -> "METR":
+        """Loads a detector; no flags are needed, nothing is unpickled, and a folder needs no network.
+
+        Args:
+            source: A checkpoint folder, a run folder (its best checkpoint), or a name on the hub ("user/name").
+            device: Where the network goes; "auto" is an accelerator where there is one, else the CPU.
+            revision: Of a name on the hub: a branch, a tag or a commit; by default the newest of `main`.
+            token: Of the hub; by default that of `hf auth login` or HF_TOKEN, False for none.
+            cache_dir: Where what is fetched is kept; by default where huggingface-hub keeps everything.
+            local_files_only: Ask the hub for nothing: take what was fetched before.
+            force_download: Fetch again what is here already.
+
+        Raises:
+            CheckpointError: there is no such checkpoint, it is damaged, or the hub does not give it.
+            ConfigError: there is no such device.
+        """
+        place = resolved_device(device)
+        folder = Path(source)
+        if not folder.exists() and may_be_a_hub_name(str(source)):
+            folder = fetched(
+                str(source),
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+                force_download=force_download,
+            )
+        checkpoint = load_checkpoint(folder)
+        config = checkpoint.model
+        # the weights come from the checkpoint, so the backbone's own need not be fetched
+        bare = config.model_copy(update={"backbone": config.backbone.model_copy(update={"pretrained": False})})
+        network = Detector(bare, checkpoint.text_width)
+        hint = "config.json and model.safetensors are not of one checkpoint: copy the folder again"
+        load_weights(network, checkpoint.weights, where=folder, hint=hint)
+        model = cls(network.to(place), checkpoint, folder)
+        model._source = find_checkpoint(folder)
+        return model
+
+    @classmethod
+    def from_detector(
+        cls,
+        source: str | Path,
+        names: Sequence[str] | Vocabulary | None = None,
+        *,
+        text: TextEncoderConfig | None = None,
+        device: str | torch.device = "auto",
+    ) -> "METR":
+        """A METR that starts from the weights of another detector; what has to do with names starts afresh.
+
+        Args:
+            source: A folder of transformers (Deformable DETR, RT-DETR, D-FINE), or a `.pth` file of IDEA-Research's
+                DINO or of METR's authors. Nothing in it is executed.
+            names: What it is to know; by default the detector's labels.
+            text: The text encoder; by default the bundled one.
+            device: Where the network goes.
+
+        Raises:
+            CheckpointError: a file is missing, damaged, or would have to run code.
+            ConfigError: the detector names nothing and no names are given, or a name is empty or given twice.
+            ModelError: METR has no counterpart of the detector, or the text encoder cannot be loaded.
+        """
+        from metr.conversion.transfer import from_detector
+
+        return from_detector(source, names, text=text, device=device)[0]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names that it was trained on."""
+        return self.vocabulary.names
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.network.parameters()).device
+
+    def embed(self, names: Sequence[str] | Vocabulary) -> Float[Tensor, "v t"]:
+        """Text embeddings of any names; those of training come from the checkpoint, the others from its text encoder.
+
+        Args:
+            names: Plain names, or a vocabulary whose prompts say what is to be embedded instead of some of them.
+
+        Raises:
+            ConfigError: a name is empty or given twice.
+            ModelError: a name is new and the text encoder cannot be loaded.
+        """
+        wanted = names if isinstance(names, Vocabulary) else Vocabulary.of(_listed(names))
+        trained = {name for name in wanted.names if self._was_embedded(name, wanted.prompts.get(name))}
+        fresh = [name for name in wanted.names if name not in trained]
+        rows = {name: self.checkpoint.text_embeddings[self.vocabulary.index_of(name)] for name in trained}
+        if fresh:
+            prompts = {name: wanted.prompts[name] for name in fresh if name in wanted.prompts}
+            rows |= dict(zip(fresh, self._text_encoder().embed(Vocabulary.of(fresh, prompts)), strict=True))
+        return torch.stack([rows[name] for name in wanted.names])
+
+    def _was_embedded(self, name: str, prompt: str | None) -> bool:
+        """Whether training embedded a name, and by the same prompt if one is given."""
+        return name in self.vocabulary.names and prompt in {None, self.vocabulary.prompts.get(name)}
+
+    def predictor(self, names: Sequence[str] | None = None, config: InferenceConfig | None = None) -> Predictor:
+        """A predictor for these names (by default all of training), for many images or settings of one's own."""
+        wanted = self.vocabulary.names if names is None else Vocabulary.of(_listed(names)).names
+        return Predictor(self.network, self.embed(wanted), wanted, self.resize, config)
+
+    @overload
+    def detect(
+        self, images: ImageSource, names: Sequence[str] | None = None, *, threshold: float = 0.3
+    ) -> Detections: ...
+
+    @overload
+    def detect(
+        self, images: list[ImageSource], names: Sequence[str] | None = None, *, threshold: float = 0.3
+    ) -> list[Detections]: ...
+
+    def detect(
+        self, images: ImageSource | list[ImageSource], names: Sequence[str] | None = None, *, threshold: float = 0.3
+    ) -> Detections | list[Detections]:
+        """Finds objects: sure ones, and one name a place (where boxes of several names overlap by more than 0.7 IoU).
+
+        `predictor` gives everything, overlapping names and low scores included.
+
+        Args:
+            images: A path, an RGB array [h w 3] of bytes or a PIL image; or a list of such.
+            names: What to look for; by default everything that it was trained on.
+            threshold: The least score, 0..1.
+
+        Returns:
+            The detections of the image, best first; a list of them for a list of images.
+
+        Raises:
+            DataError: an image is missing or unreadable.
+            ConfigError: a name is empty or given twice, or the threshold is not in 0..1.
+        """
+        post = PostprocessConfig.to_show(threshold)
+        predictor = self.predictor(names, InferenceConfig(postprocess=post))
+        if not isinstance(images, list):
+            return predictor.detect(images)
+        return [_found(prediction) for prediction in predictor.detect_many(images)]
+
+    def _text_encoder(self) -> TextEncoder:
+        """The text encoder of training, loaded when a name first needs it.
+
+        Raises:
+            CheckpointError: it is another model than that of training.
+        """
+        if self._encoder is None:
+            encoder = TextEncoder(self._encoder_config)
+            expected = self._encoder_identity or encoder.identity
+            if encoder.identity != expected or encoder.width != self.checkpoint.text_width:
+                what = f"not the text encoder of training: expected {expected}, found {encoder.identity}"
+                hint = "put that of training back in its place; names of training need no text encoder"
+                raise CheckpointError(what, where=self._encoder_config.source, hint=hint)
+            self._encoder = encoder
+        return self._encoder
+
+
+@contextmanager
+def _checkpoint_errors() -> Iterator[None]:
+    """What is wrong with a configuration inside a checkpoint is the checkpoint's issue."""
+    try:
+        yield
+    except ConfigError as error:
+        hint = error.hint or "copy the checkpoint again, or update metr"
+        raise CheckpointError(error.what, where=error.where, hint=hint) from None
+
+
+def _listed(names: Sequence[str]) -> Sequence[str]:
+    """The names, unless a single text was given for them: its letters would be taken for names."""
+    if isinstance(names, str):
+        raise ConfigError(f"expected a list of names, found the text {names!r}", where="names", hint=f"[{names!r}]")
+    return names
+
+
+def _found(prediction: Prediction) -> Detections:
+    """The detections of an image.
+
+    Raises:
+        DataError: it could not be read.
+    """
+    if prediction.detections is None:
+        raise DataError(prediction.issue.detail if prediction.issue else "no answer", where=prediction.source)
+    return prediction.detections

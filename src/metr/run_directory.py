@@ -1,0 +1,137 @@
+"""Folders on disk: the layout of a run, and folders that are replaced whole or not at all."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from metr.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Where everything of one training run lies."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.path / "config.yaml"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON a logged step or evaluation."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def last(self) -> Path:
+        """The newest checkpoint."""
+        return self.path / "last"
+
+    @property
+    def best(self) -> Path:
+        """The checkpoint with the best evaluation."""
+        return self.path / "best"
+
+    @property
+    def state(self) -> Path:
+        """What training needs to go on: weights, their average, optimizer, random numbers, counters."""
+        return self.path / "state"
+
+    @property
+    def curves(self) -> Path:
+        """The image of losses and metrics over the steps."""
+        return self.path / "curves.png"
+
+    @property
+    def tensorboard(self) -> Path:
+        """TensorBoard's event files."""
+        return self.path / "tensorboard"
+
+
+@contextmanager
+def explained_disk_errors(where: Path) -> Iterator[None]:
+    """What the operating system refuses in the block is a `CheckpointError` about `where`."""
+    try:
+        yield
+    except OSError as error:
+        hint = "check that the disk has room and that the folder may be written"
+        raise CheckpointError(f"cannot be written: {error}", where=where, hint=hint) from None
+
+
+@contextmanager
+def replaced_folder(folder: Path, marker: str) -> Iterator[Path]:
+    """An empty folder to write into, which takes the place of `folder` when the block ends well.
+
+    Until then `folder` is untouched; afterwards it is complete and flushed to disk. A crash at any moment leaves the
+    old one or the new one (between two renames the old one lies beside its place, where `existing_folder` finds it).
+
+    Args:
+        folder: The place to fill; its parents are made.
+        marker: A file that tells a folder of this kind: one that holds other things is not replaced.
+
+    Raises:
+        CheckpointError: `folder` holds something else, or the disk refuses.
+    """
+    fresh, previous = _sibling(folder, "new"), _previous(folder)
+    with explained_disk_errors(folder):
+        if previous.exists() and not folder.exists():
+            previous.replace(folder)
+        _refuse_other_content(folder, marker)
+        for leftover in (fresh, previous):
+            if leftover.exists():
+                shutil.rmtree(leftover)
+        fresh.mkdir(parents=True)
+        try:
+            yield fresh
+            _flush(fresh)
+            if folder.exists():
+                folder.replace(previous)
+            fresh.replace(folder)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+        _flush_entry(folder.parent)
+        shutil.rmtree(previous, ignore_errors=True)
+
+
+def existing_folder(folder: Path) -> Path:
+    """`folder`, or the complete old version of it that a crash between two renames left beside it."""
+    previous = _previous(folder)
+    return previous if previous.is_dir() and not folder.exists() else folder
+
+
+def _previous(folder: Path) -> Path:
+    return _sibling(folder, "previous")
+
+
+def _sibling(folder: Path, suffix: str) -> Path:
+    return folder.with_name(f".{folder.name}.{suffix}")
+
+
+def _refuse_other_content(folder: Path, marker: str) -> None:
+    """Keeps a slip of the pen in a path from deleting somebody's files."""
+    if folder.is_dir() and (not any(folder.iterdir()) or (folder / marker).is_file()):
+        return
+    if folder.exists():
+        what = f"exists and is not a folder with {marker}, so it is not overwritten"
+        raise CheckpointError(what, where=folder, hint="name another folder, or move this one away")
+
+
+def _flush(folder: Path) -> None:
+    """Makes sure that files and names reach the disk before the folder is renamed."""
+    for path in folder.rglob("*"):
+        _flush_entry(path)
+    _flush_entry(folder)
+
+
+def _flush_entry(path: Path) -> None:
+    if os.name == "nt":  # Windows opens no folders, and flushes only handles that may write
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,1 @@
+"""Trained detectors handed on: model cards and the Hugging Face hub."""

@@ -1,0 +1,129 @@
+"""Before and after: what fine-tuning did to new datasets and to old ones."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from metr.evaluation.evaluator import EvaluationReport, Mode
+from metr.evaluation.report import as_dict, from_dict
+from metr.serialization import read_json, write_json
+from metr.training.finetune_data import Role
+
+BEFORE, COMPARISON = "before.json", "comparison.json"
+_MODES: tuple[Mode, ...] = ("own", "joint")
+_ASKED = {"own": "own names", "joint": "all names"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """AP (0 to 100) of one dataset before and after, by vocabulary; None where there is nothing to find."""
+
+    dataset: str
+    role: Role
+    before: Mapping[Mode, float | None]
+    after: Mapping[Mode, float | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What fine-tuning did to each dataset."""
+
+    changes: tuple[Change, ...]
+    before: EvaluationReport
+    after: EvaluationReport
+
+    @staticmethod
+    def of(before: EvaluationReport, after: EvaluationReport, roles: Mapping[str, Role]) -> "Comparison":
+        """The two reports side by side; both are on the same datasets."""
+        judged = {one.name: one for one in after.datasets}
+        changes = tuple(
+            Change(
+                dataset=one.name,
+                role=roles[one.name],
+                before={mode: one.ap(mode) for mode in _MODES},
+                after={mode: judged[one.name].ap(mode) for mode in _MODES},
+            )
+            for one in before.datasets
+        )
+        return Comparison(changes=changes, before=before, after=after)
+
+    def mean(self, old: bool) -> Change | None:
+        """The mean over old datasets or over new ones; None where there are none."""
+        some = [one for one in self.changes if (one.role != "new") == old]
+        if not some:
+            return None
+        return Change(
+            dataset=f"mean of {len(some)} {'old' if old else 'new'}",
+            role=some[0].role,
+            before={mode: _mean([one.before[mode] for one in some]) for mode in _MODES},
+            after={mode: _mean([one.after[mode] for one in some]) for mode in _MODES},
+        )
+
+    def write(self, folder: Path) -> Path:
+        """Writes comparison.json into a run folder and gives its path."""
+        means = {"new": self.mean(old=False), "old": self.mean(old=True)}
+        values = {
+            "datasets": [asdict(change) for change in self.changes],
+            "mean": {name: asdict(change) for name, change in means.items() if change is not None},
+            "before": as_dict(self.before),
+            "after": as_dict(self.after),
+        }
+        path = folder / COMPARISON
+        path.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        return path
+
+
+def keep_before(folder: Path, report: EvaluationReport) -> None:
+    """Leaves the report of the checkpoint in a run folder, for a run that is resumed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / BEFORE, as_dict(report))
+
+
+def kept_before(folder: Path) -> EvaluationReport | None:
+    """The report that `keep_before` left; None where there is none.
+
+    Raises:
+        CheckpointError: it is no JSON.
+        DataError: it is no report.
+    """
+    path = folder / BEFORE
+    return from_dict(read_json(path), where=path) if path.is_file() else None
+
+
+def show_comparison(comparison: Comparison, console: Console) -> None:
+    """A row a dataset: AP before and after, asked for its own names and for all."""
+    table = Table(title="AP before and after, 0 to 100", box=SIMPLE_HEAD, padding=0, pad_edge=False)
+    table.add_column("dataset", overflow="fold")
+    table.add_column("is")
+    for mode in _MODES:
+        for when in ("before", "after"):
+            table.add_column(f"{_ASKED[mode]} {when}", justify="right")
+    for change in comparison.changes:
+        table.add_row(escape(change.dataset), change.role, *_cells(change))
+    table.add_section()
+    for mean in (comparison.mean(old=False), comparison.mean(old=True)):
+        if mean is not None:
+            table.add_row(mean.dataset, "", *_cells(mean))
+    console.print(table)
+    # whoever quotes these numbers should know
+    told = "After: the best checkpoint of the run, chosen by the new datasets' own numbers."
+    console.print(told, highlight=False, soft_wrap=True)
+
+
+def _cells(change: Change) -> list[str]:
+    return [_number(values[mode]) for mode in _MODES for values in (change.before, change.after)]
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"

@@ -1,0 +1,120 @@
+"""Configuration of training: one class a part, a unit or meaning under each field."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from metr.config import Config
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=0)]
+PositiveCount = Annotated[int, Field(ge=1)]
+Freeze = Literal["none", "half", "backbone", "encoder"]
+
+
+class OptimizerConfig(Config):
+    """AdamW, its parameter groups and gradient clipping."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    """Step size of everything but the backbone, at the schedule's height."""
+    backbone_multiplier: Annotated[float, Field(ge=0)] = 0.1
+    """The backbone's step size as a multiple of `learning_rate`; 0 freezes it."""
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Step size of a depth as a multiple of that of the depth above it: from what follows the encoder down to the
+    encoder, the backbone's last stage, ..., its stem. 1: all alike; `backbone_multiplier` comes on top."""
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
+    """Decoupled decay a step and unit of learning rate; norms, biases and embeddings have none."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """Decay a step of the averages of the gradient and of its square."""
+    epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    """Added to the root of the averaged square."""
+    clip_norm: Annotated[float, Field(ge=0)] = 0.1
+    """Largest Euclidean norm of the whole gradient; 0 clips nothing."""
+
+
+class ScheduleConfig(Config):
+    """The learning rate over the steps, as a share of its height."""
+
+    kind: Literal["cosine", "flat_cosine", "constant"] = "cosine"
+    """What follows the warm-up: a half cosine at once, a flat stretch before it, or no fall at all."""
+    warmup_steps: Count = 500
+    """Steps of linear warm-up, at most all of them."""
+    flat_fraction: Share = 0.5
+    """Share of all steps that the warm-up and the flat stretch take together (`flat_cosine`)."""
+    floor: Share = 0.01
+    """Share of the height where the cosine ends."""
+
+
+class EmaConfig(Config):
+    """The exponential moving average of the weights."""
+
+    enabled: bool = True
+    """Whether the average is kept, evaluated and saved as the model's weights."""
+    decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
+    """Share of the old average that a step keeps, once warm."""
+    tau: Annotated[float, Field(gt=0)] = 2000.0
+    """Steps by which the decay warms up: after n steps it is decay * (1 - exp(-n / tau))."""
+
+
+class PseudoLabelConfig(Config):
+    """When the average of the weights is believed about categories that an image's dataset does not annotate."""
+
+    absent_below: Share = 0.5
+    """Presence probability under which a category counts as absent."""
+    present_above: Share = 0.9
+    """Presence probability over which its detections may count as objects."""
+    object_above: Share = 0.6
+    """Score over which such a detection counts as an object."""
+    objects: PositiveCount = 20
+    """Most detections an image that are looked at."""
+    same_object: Share = 0.5
+    """IoU over which two boxes of one category are one object."""
+
+
+class LoopConfig(Config):
+    """How long, on what, and how often something is written."""
+
+    steps: PositiveCount = 10_000
+    """Updates of the weights."""
+    accumulation: PositiveCount = 1
+    """Batches whose gradients are averaged for one step."""
+    vocabulary_sample: Count = 0
+    """Most names that a batch is asked for: those that it shows, however many, then sampled ones that it lacks; 0 asks
+    for all."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Arithmetic of the network (autocast); `auto` is bf16 on GPUs that have it, otherwise fp32. Losses are fp32."""
+    device: Literal["auto", "cpu"] = "auto"
+    """`auto` takes an accelerator where there is one."""
+    seed: Count = 0
+    """Of every random number in training."""
+    log_every: PositiveCount = 20
+    """Steps between lines of metrics.jsonl."""
+    evaluate_every: Count = 1000
+    """Steps between evaluations; 0 evaluates at the end only."""
+    checkpoint_every: Count = 500
+    """Steps between savings of the last checkpoint, besides those at evaluations and at the end; 0 for none besides."""
+    best_metric: str = "AP"
+    """The metric of the evaluation whose highest value marks the best checkpoint."""
+    patience: Count = 0
+    """Evaluations without a new best after which training ends early; 0 goes on to the last step."""
+    max_skipped: PositiveCount = 20
+    """Steps in a row that may be skipped for numbers that are not finite, before training gives up."""
+    curves: bool = True
+    """Whether to draw curves.png whenever training ends."""
+    tensorboard: bool = False
+    """Whether to write TensorBoard's event files besides metrics.jsonl."""
+    progress_seconds: Annotated[float, Field(gt=0)] = 30.0
+    """Seconds between lines of progress where there is no terminal."""
+
+
+class TrainConfig(Config):
+    """Everything that the trainer itself can be told."""
+
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    ema: EmaConfig = EmaConfig()
+    freeze: Freeze = "none"
+    """What keeps its weights besides what the network's own configuration freezes: the first `half` of the backbone's
+    stages with the stem, the whole `backbone`, backbone and `encoder`, or nothing. It stays in evaluation mode."""
+    pseudo_labels: PseudoLabelConfig = PseudoLabelConfig()
+    loop: LoopConfig = LoopConfig()

@@ -1,0 +1,104 @@
+"""An image of how training went: losses and metrics over the steps."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from metr.errors import MetrError
+from metr.run_directory import RunDirectory
+from metr.training.metrics import Record, grouped_terms, read_metrics
+
+_SMOOTHING = 0.7  # share of the old average that a point keeps
+_MOST_METRICS = 12  # lines that a legend can still be read with
+
+
+def plot_curves(run: Path) -> Path:
+    """Draws `curves.png` from the metrics.jsonl of a run folder, and gives its path.
+
+    Raises:
+        MetrError: nothing is logged there yet.
+    """
+    folder = RunDirectory(run)
+    records = read_metrics(folder.metrics)
+    if not records:
+        what = "nothing is logged here, so there is nothing to plot"
+        raise MetrError(what, where=folder.metrics, hint="train for a few more steps")
+    training = [record for record in records if record["kind"] == "train"]
+    evaluations = [record for record in records if record["kind"] == "evaluation"]
+    figure = Figure(figsize=(15, 8), layout="constrained")
+    FigureCanvasAgg(figure)
+    total, terms, metrics, rate = figure.subplots(2, 2).flat
+    _plot_total(total, training)
+    _plot_terms(terms, training)
+    _plot_metrics(metrics, evaluations)
+    _plot_rate(rate, training)
+    figure.savefig(folder.curves, dpi=100)
+    return folder.curves
+
+
+def _plot_total(axes: Any, records: Sequence[Record]) -> None:
+    steps, values = _series(records, "total")
+    axes.plot(steps, values, color="tab:blue", alpha=0.35, linewidth=1)
+    axes.plot(steps, _smoothed(values), color="tab:blue", linewidth=2)
+    _finish(axes, "loss, total", bool(values))
+
+
+def _plot_terms(axes: Any, records: Sequence[Record]) -> None:
+    groups = [(record["step"], grouped_terms(_numbers(record.get("losses", {})))) for record in records]
+    names = sorted({name for _, values in groups for name in values})
+    for index, name in enumerate(names):
+        points = [(step, values[name]) for step, values in groups if name in values]
+        style = ["-", "--", ":"][index // 10 % 3]
+        axes.plot([step for step, _ in points], _smoothed([value for _, value in points]), style, label=name)
+    if any(value > 0 for _, values in groups for value in values.values()):
+        axes.set_yscale("log")
+    _finish(axes, "loss, by term (summed over layers, smoothed)", bool(names))
+
+
+def _plot_metrics(axes: Any, records: Sequence[Record]) -> None:
+    found = [(record["step"], _numbers(record.get("metrics", {}))) for record in records]
+    names = list(dict.fromkeys(name for _, values in found for name in values))
+    for name in names[:_MOST_METRICS]:
+        points = [(step, values[name]) for step, values in found if name in values]
+        axes.plot([step for step, _ in points], [value for _, value in points], marker="o", markersize=3, label=name)
+    more = f" (the first {_MOST_METRICS} of {len(names)})" if len(names) > _MOST_METRICS else ""
+    _finish(axes, f"evaluation{more}", bool(names))
+
+
+def _plot_rate(axes: Any, records: Sequence[Record]) -> None:
+    parts = list(dict.fromkeys(part for record in records for part in record.get("learning_rate", {})))
+    for part in parts:
+        points = [(record["step"], record["learning_rate"][part]) for record in records if "learning_rate" in record]
+        axes.plot([step for step, _ in points], [rate for _, rate in points], label=part)
+    _finish(axes, "learning rate", bool(parts))
+
+
+def _finish(axes: Any, title: str, filled: bool) -> None:
+    axes.set_title(title)
+    axes.set_xlabel("step")
+    axes.grid(alpha=0.3)
+    if not filled:
+        axes.text(0.5, 0.5, "nothing yet", ha="center", va="center", transform=axes.transAxes, color="gray")
+    elif axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1.0))
+
+
+def _series(records: Iterable[Record], key: str) -> tuple[list[int], list[float]]:
+    points = [(record["step"], record[key]) for record in records if record.get(key) is not None]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def _numbers(values: Record) -> dict[str, float]:
+    return {name: value for name, value in values.items() if isinstance(value, int | float)}
+
+
+def _smoothed(values: Sequence[float]) -> list[float]:
+    """An exponential moving average without the pull of its start."""
+    smooth, result = 0.0, []
+    for count, value in enumerate(values, 1):
+        smooth = _SMOOTHING * smooth + (1 - _SMOOTHING) * value
+        result.append(smooth / (1 - _SMOOTHING**count))
+    return result

@@ -1,0 +1,113 @@
+"""Where weights come from: what a checkpoint tells of the data, the machine and the settings of its training."""
+
+import logging
+import os
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+import torch
+
+import metr
+from metr.config import Tree
+from metr.data.datasets_file import DatasetSource
+from metr.data.joint import JointData
+from metr.devices import resolved_device
+from metr.sharing.licences import Licence, licences_of, origin_of
+from metr.training.recipe import RunConfig
+
+_logger = logging.getLogger(__name__)
+
+
+class DataFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One dataset: images by split, images trained on (fewer where a part was chosen), names, licences as given."""
+
+    format: str
+    splits: dict[str, int]
+    trained_on: int
+    names: int
+    licences: tuple[Licence, ...] = ()
+    origin: str | None = None
+
+
+class TrainingFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a checkpoint's `training` tells people; older checkpoints tell less.
+
+    `images` were seen in `step` steps, `epochs` times over each dataset; `metrics` are those of the evaluation at that
+    step. `finetuned_from` is the same of the checkpoint that fine-tuning began with.
+    """
+
+    data: dict[str, DataFacts] = {}
+    seed: int | None = None
+    batch: int | None = None
+    learning_rate: float | None = None
+    software: dict[str, str] = {}
+    hardware: str | None = None
+    unannotated: str | None = None
+    step: int | None = None
+    images: int | None = None
+    epochs: dict[str, float] = {}
+    metrics: dict[str, float] = {}
+    started_from: str | None = msgspec.field(default=None, name="started from")
+    finetuned_from: "TrainingFacts | None" = None
+
+    @staticmethod
+    def of(training: Mapping[str, Any]) -> "TrainingFacts":
+        """What `training` of a checkpoint tells; nothing where it is not understood."""
+        try:
+            return msgspec.convert(training, TrainingFacts)
+        except msgspec.ValidationError as error:
+            _logger.warning("what the checkpoint tells of its training is not understood and left out: %s", error)
+            return TrainingFacts()
+
+    def stages(self) -> tuple["TrainingFacts", ...]:
+        """Pretraining first, then one fine-tuning after the other."""
+        earlier = self.finetuned_from.stages() if self.finetuned_from is not None else ()
+        return (*earlier, self)
+
+
+def provenance(joint: JointData, recipe: RunConfig) -> Tree:
+    """What is known of a training run when it begins, as plain values for `Checkpoint.training`.
+
+    It names no path of this machine: checkpoints are shared.
+    """
+    loop = recipe.train.loop
+    facts = TrainingFacts(
+        data={source.name: _data(source, joint) for source in joint.sources},
+        seed=loop.seed,
+        batch=recipe.loader.batch_size * loop.accumulation * _processes(),
+        learning_rate=recipe.train.optimizer.learning_rate,
+        software={"metr": metr.__version__, "torch": str(torch.__version__), "python": platform.python_version()},
+        hardware=_hardware(loop.device),
+    )
+    values: Tree = msgspec.to_builtins(facts)
+    return values
+
+
+def _data(source: DatasetSource, joint: JointData) -> DataFacts:
+    used = joint.train_split(source)
+    return DataFacts(
+        format=source.format,
+        splits={name: len(split) for name, split in source.splits.items()},
+        trained_on=len(used),
+        names=len(source.categories),
+        licences=licences_of(source, used),
+        origin=origin_of(source),
+    )
+
+
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _hardware(wanted: str) -> str:
+    """The kind of device, and how many."""
+    device, number = resolved_device(wanted), _processes()
+    name = getattr(torch.get_device_module(device), "get_device_name", None)
+    if device.type == "cpu" or name is None:
+        threads = f"{torch.get_num_threads()} thread{'' if torch.get_num_threads() == 1 else 's'}"
+        kind = f"{device.type} ({platform.machine()}, {threads})"
+    else:
+        kind = str(name(device))
+    return kind if number == 1 else f"{number} x {kind}"

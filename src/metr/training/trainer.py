@@ -1,0 +1,396 @@
+"""The training loop: steps, evaluations, checkpoints, and going on exactly where it stopped."""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from rich.console import Console
+from torch import Tensor, nn
+
+from metr.checkpoint import Checkpoint, save_checkpoint
+from metr.config import Config
+from metr.data.loading import TrainLoader
+from metr.devices import autocast, resolved_precision
+from metr.errors import MetrError
+from metr.losses.criterion import SetCriterion
+from metr.losses.statistics import match_statistics
+from metr.run_directory import RunDirectory
+from metr.structures import Batch, Losses, Targets
+from metr.training.batch_iterator import Stream
+from metr.training.config import TrainConfig
+from metr.training.curves import plot_curves
+from metr.training.early_stop import has_stalled, is_best
+from metr.training.ema import Ema, KeptBuffers
+from metr.training.freezing import freeze
+from metr.training.logger import MATCHING, RunLogger
+from metr.training.metrics import read_metrics
+from metr.training.optimizer import build_optimizer, set_learning_rates
+from metr.training.pseudo_labels import PseudoLabeler
+from metr.training.random_state import (
+    gathered_random_state,
+    restore_random_state,
+    seed_everything,
+    undisturbed_random_state,
+)
+from metr.training.schedule import learning_rate_factor
+from metr.training.signals import Abandoned, StopSignals
+from metr.training.state import (
+    Counters,
+    StepReport,
+    Trained,
+    check_place,
+    has_state,
+    load_state,
+    save_state,
+)
+from metr.training.vocabulary_sampling import narrowed, sample_vocabulary
+
+Evaluate = Callable[[nn.Module], Mapping[str, float | None]]
+_logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingParts:
+    """What is trained, on what, and all that goes into its checkpoints besides the weights.
+
+    `loader` is called once with the keywords `seed`, `start` (draws already made by all processes), `rank`, `world` and
+    `device`: `partial(build_train_loader, datasets, config)`. `checkpoint` lacks its weights; its text embeddings are
+    those that the network is trained with. `teacher` adds to the targets what the average of the weights says.
+    """
+
+    network: nn.Module
+    criterion: SetCriterion
+    loader: Callable[..., TrainLoader]
+    checkpoint: Checkpoint
+    teacher: PseudoLabeler | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How training ended: after which step, whether something is left to be done, and what the evaluations said.
+
+    `stalled` says that it ended before the last step, because the best checkpoint grew old (`loop.patience`).
+    """
+
+    step: int
+    interrupted: bool
+    metrics: Mapping[str, float]
+    best: float | None
+    best_step: int
+    stalled: bool = False
+
+
+class Trainer:
+    """Trains a detector on one process or many (`accelerate launch`), and keeps a run folder.
+
+    Args:
+        parts: Network, criterion, data, and the rest of the checkpoint.
+        config: Optimizer, schedule, average and loop.
+        folder: The run folder; made if it is missing.
+        evaluate: Called in the main process with the network to judge, in evaluation mode; gives metrics by name.
+        resolved: The whole configuration, shown once and saved as config.yaml; `config` by default.
+        console: Where progress is shown; None leaves it to the log.
+    """
+
+    def __init__(
+        self,
+        parts: TrainingParts,
+        config: TrainConfig,
+        folder: Path,
+        *,
+        evaluate: Evaluate | None = None,
+        resolved: Config | str | None = None,
+        console: Console | None = None,
+    ) -> None:
+        self.parts, self.config, self.folder, self.evaluate = parts, config, RunDirectory(folder), evaluate
+        # Evaluation in the main process may keep the others waiting for long.
+        patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))
+        self.accelerator = Accelerator(
+            cpu=config.loop.device == "cpu", mixed_precision="no", kwargs_handlers=[patience]
+        )
+        self.device = self.accelerator.device
+        self.precision = resolved_precision(config.loop.precision, self.device)
+        self.plain_network = parts.network.to(self.device)
+        self._frozen = freeze(self.plain_network, config.freeze)
+        self.ema = Ema(self.plain_network, config.ema) if config.ema.enabled else None
+        self._buffers = KeptBuffers(self.plain_network)
+        self.optimizer = build_optimizer(self.plain_network, config.optimizer)
+        self.network = self.accelerator.prepare(self.plain_network)
+        self.criterion = parts.criterion.to(self.device)
+        self.text = parts.checkpoint.text_embeddings.to(self.device)
+        self.counters = Counters()
+        self._stream: Stream | None = None
+        self._resolved = config if resolved is None else resolved
+        self._saved_step = -1
+        self._stop_signals = StopSignals()
+        self._run_logger = RunLogger(self.folder, config.loop, console, silent=not self.accelerator.is_main_process)
+
+    def train_step(self, batches: Sequence[Batch]) -> StepReport:
+        """One update of the weights, by the gradients of all `batches`, averaged."""
+        rates = set_learning_rates(self.optimizer, self._learning_rate_factor())
+        figures: dict[str, float] = {}
+        for number, batch in enumerate(batches, 1):
+            with self._exchanging_gradients(number == len(batches)):
+                losses, values = self._losses(batch.to(self.device, non_blocking=True))
+                if faulty := tuple(name for name, value in values.items() if not math.isfinite(value)):
+                    return self._without_effect(StepReport(learning_rate=rates, faulty=faulty))
+                self.accelerator.backward(losses.total / len(batches))
+            figures = {name: figures.get(name, 0.0) + value / len(batches) for name, value in values.items()}
+
+        norm = self._clip_gradient()
+        if not math.isfinite(norm):
+            return self._without_effect(StepReport(learning_rate=rates, faulty=("the gradient",)))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self._buffers.keep()
+        if self.ema is not None:
+            self.ema.update(self.counters.step + 1)
+        return StepReport(learning_rate=rates, figures=figures, gradient_norm=norm)
+
+    def fit(self, *, resume: bool = False) -> Outcome:
+        """Trains to the last step, or until Ctrl-C.
+
+        Args:
+            resume: Go on from the state that the folder holds, if it holds one; otherwise such a folder is refused.
+
+        Raises:
+            MetrError: the folder holds a run and `resume` is off, or losses stay not finite.
+            CheckpointError: the saved state is damaged or of another network.
+        """
+        self._stop_signals = StopSignals()
+        with self._stop_signals, self._run_logger:
+            stream = self._begin(resume)
+            self._evaluate_if_due()  # a run may have been stopped before an evaluation
+            while self.counters.step < self.config.loop.steps and not (self._asked_to_stop() or self._has_stalled()):
+                self._advance(stream)
+                self._evaluate_if_due()
+                self._save_if_due()
+            return self._end()
+
+    # the parts of a step
+
+    def _losses(self, batch: Batch) -> tuple[Losses, dict[str, float]]:
+        """The losses of a batch, and its loss terms and matching statistics as numbers, averaged over processes."""
+        with autocast(self.precision, self.device):
+            text, targets = self._asked(self._targets(batch))
+            output = self.network(batch.images, batch.padding_mask, text, targets)
+        matches = self.criterion.match(output, targets)
+        losses: Losses = self.criterion(output, targets, matches)
+        statistics = match_statistics(output, targets, matches)
+        matching = {MATCHING + name: value for name, value in vars(statistics).items()}
+        if self._stream is not None:
+            matching |= self._stream.figures(output, targets, matches, self.criterion.config.weights, batch)
+        return losses, self._averaged({**losses.terms, **matching})
+
+    def _targets(self, batch: Batch) -> tuple[Targets, ...]:
+        """What is known of the images, with what the average of the weights adds where it may."""
+        if self.parts.teacher is None or self.ema is None:
+            return batch.targets
+        return self.parts.teacher(self.ema.network, batch, self.text)
+
+    def _asked(self, targets: tuple[Targets, ...]) -> tuple[Tensor, tuple[Targets, ...]]:
+        """The text of the names that the batch is asked for, and the targets in its terms."""
+        rows = sample_vocabulary(targets, self.config.loop.vocabulary_sample)
+        if len(rows) == len(self.text):
+            return self.text, targets
+        return self.text[rows], narrowed(targets, rows)
+
+    def _averaged(self, values: Mapping[str, Tensor]) -> dict[str, float]:
+        """Scalars averaged over processes, which all have the same names: one exchange, one transfer."""
+        flat = torch.stack([value.detach().float() for value in values.values()])
+        averages: list[float] = self.accelerator.reduce(flat, "mean").tolist()
+        return dict(zip(values, averages, strict=True))
+
+    def _exchanging_gradients(self, wanted: bool) -> AbstractContextManager[None]:
+        """Processes exchange gradients once a step, in the backward pass of its last batch."""
+        return nullcontext() if wanted else self.accelerator.no_sync(self.network)
+
+    def _clip_gradient(self) -> float:
+        """Clips the gradient in place, and gives its norm before that."""
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        limit = self.config.optimizer.clip_norm or math.inf
+        return float(nn.utils.clip_grad_norm_(parameters, limit))
+
+    def _without_effect(self, report: StepReport) -> StepReport:
+        """Forgets the gradients, and what the forward epochs did to running statistics."""
+        self.optimizer.zero_grad()
+        self._buffers.restore()
+        return report
+
+    def _learning_rate_factor(self) -> float:
+        return learning_rate_factor(self.counters.step, self.config.loop.steps, self.config.schedule)
+
+    # the parts of a run
+
+    def _begin(self, resume: bool) -> Stream:
+        """Takes up the saved state, or starts afresh."""
+        accelerator, loop = self.accelerator, self.config.loop
+        rank, world = accelerator.process_index, accelerator.num_processes
+        seed_everything(loop.seed + rank)
+        check_place(self.folder, resume)
+        if has_state(self.folder.state):
+            self._load(rank)
+        elif resume and accelerator.is_main_process:
+            _logger.info("nothing to resume in %s: training starts afresh", self.folder.path)
+        start = self.counters.images
+        loader = self.parts.loader(seed=loop.seed, start=start, rank=rank, world=world, device=self.device)
+        self._stream = Stream(loader, self.counters)
+        self._run_logger.begin(self._resolved, self.counters)
+        self._to_training_mode()
+        return self._stream
+
+    def _to_training_mode(self) -> None:
+        """Frozen parts stay in evaluation mode."""
+        self.network.train()
+        for module in self._frozen:
+            module.eval()
+
+    def _advance(self, stream: Stream) -> None:
+        """Draws batches, makes a step, and counts it."""
+        started = time.perf_counter()
+        batches = stream.take(self.config.loop.accumulation)
+        waiting = time.perf_counter() - started
+        report = self.train_step(batches)
+        images = sum(len(batch.images) for batch in batches) * self.accelerator.num_processes
+        report = replace(report, images=images, seconds=time.perf_counter() - started, waiting=waiting)
+        self.counters.add(report)
+        stream.after(report)
+        if report.faulty:
+            self._complain(report, batches)
+        self._run_logger.step(report, self.counters, lambda: stream.runtime_stats(self.device))
+
+    def _complain(self, report: StepReport, batches: Sequence[Batch]) -> None:
+        """Says why a step was skipped; gives up when that does not end."""
+        counters, most = self.counters, self.config.loop.max_skipped
+        names = self._run_logger.skipped(report, counters, batches)
+        if counters.skipped_in_a_row >= most:
+            what = f"{most} steps in a row had numbers that are not finite, at last in: {names}"
+            hint = "lower optimizer.learning_rate, lengthen schedule.warmup_steps, or set loop.precision=fp32"
+            raise MetrError(what, where=f"step {counters.step}", hint=hint)
+
+    @property
+    def _epochs(self) -> dict[str, float]:
+        """How many times over each dataset has been seen."""
+        return {} if self._stream is None else self._stream.epochs
+
+    def _asked_to_stop(self) -> bool:
+        """Whether any process was: all of them stop after the same step."""
+        return self._in_any_process(self._stop_signals.requested)
+
+    def _has_stalled(self) -> bool:
+        """Whether the main process, which alone knows the evaluations, says so."""
+        return self._in_any_process(has_stalled(self.counters, self.config.loop))
+
+    def _in_any_process(self, flag: bool) -> bool:
+        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.device), "sum") > 0)
+
+    # evaluation
+
+    def _evaluate_if_due(self) -> None:
+        counters, loop = self.counters, self.config.loop
+        at_turn = counters.step == loop.steps or (loop.evaluate_every and counters.step % loop.evaluate_every == 0)
+        if self.evaluate is None or not at_turn or counters.step <= counters.evaluated_step:
+            return
+        self._save()  # an evaluation is long, and may fail
+        if not self.accelerator.is_main_process:
+            counters.evaluated_step = counters.step
+        elif not self._stop_signals.requested:
+            self._evaluate(self.evaluate)
+        self.accelerator.wait_for_everyone()
+        self._save(again=True)
+
+    @torch.no_grad()
+    def _evaluate(self, evaluate: Evaluate) -> None:
+        """Judges the average, or the network if there is none, and keeps it if it is the best so far."""
+        counters, network, journal, interrupts = self.counters, self._judged, self._run_logger, self._stop_signals
+        try:
+            with undisturbed_random_state(self.device), interrupts.leaving_at_once(), journal.evaluation(counters.step):
+                metrics = evaluate(network.eval())
+        except Abandoned:
+            _logger.warning("the evaluation is broken off; resuming makes up for it")
+            return
+        finally:
+            self._to_training_mode()
+        counters.evaluated_step = counters.step
+        counters.metrics = {name: float(value) for name, value in metrics.items() if value is not None}
+        journal.evaluated(counters, self._epochs)
+        if is_best(counters, best_metric := self.config.loop.best_metric):
+            counters.best, counters.best_step = counters.metrics[best_metric], counters.step
+            save_checkpoint(self.folder.best, self._checkpoint())
+
+    # checkpoints
+
+    @property
+    def _judged(self) -> nn.Module:
+        """The network that is evaluated and saved."""
+        return self.plain_network if self.ema is None else self.ema.network
+
+    def _checkpoint(self) -> Checkpoint:
+        counters = self.counters
+        epochs = {name: round(times, 3) for name, times in self._epochs.items()}
+        counted = {"step": counters.step, "images": counters.images, "epochs": epochs, "metrics": counters.metrics}
+        training = {**self.parts.checkpoint.training, **counted}
+        return replace(self.parts.checkpoint, weights=self._judged.state_dict(), training=training)
+
+    def _trained(self) -> Trained:
+        average = None if self.ema is None else self.ema.network
+        return Trained(network=self.plain_network, average=average, optimizer=self.optimizer)
+
+    def _save_if_due(self) -> None:
+        every = self.config.loop.checkpoint_every
+        if every and self.counters.step % every == 0:
+            self._save()
+
+    def _save(self, again: bool = False) -> None:
+        """Writes the last checkpoint and the state, unless this step's are there already and suffice."""
+        if self._saved_step == self.counters.step and not again:
+            return
+        random = gathered_random_state(self.accelerator)
+        if self.accelerator.is_main_process:
+            save_checkpoint(self.folder.last, self._checkpoint())
+            save_state(self.folder.state, self._trained(), self.counters, random)
+        self.accelerator.wait_for_everyone()
+        self._saved_step = self.counters.step
+
+    def _load(self, rank: int) -> None:
+        self.counters, random = load_state(self.folder.state, self._trained())
+        self._buffers.keep()
+        self._saved_step = self.counters.step
+        if all(rank < len(rows) for rows in random.values()):
+            restore_random_state({name: rows[rank] for name, rows in random.items()}, self.device)
+        else:
+            _logger.warning("the run had fewer processes: this one begins with random numbers of its own")
+            seed_everything(self.config.loop.seed + rank + self.counters.images)
+        _logger.info("going on after step %d", self.counters.step)
+
+    def _end(self) -> Outcome:
+        """Saves, draws the curves, and says how to go on if this is not the last step."""
+        self._save()
+        counters, steps = self.counters, self.config.loop.steps
+        is_main = self.accelerator.is_main_process
+        stalled = counters.step < steps and self._has_stalled()
+        # a stop before or in the last evaluation leaves that to be made up for
+        unfinished = (counters.step < steps and not stalled) or (
+            self.evaluate is not None and counters.evaluated_step < counters.step
+        )
+        if is_main and self.config.loop.curves and read_metrics(self.folder.metrics):
+            plot_curves(self.folder.path)
+        if counters.evaluated_step < counters.step:  # else it is said already
+            self._run_logger.seen(self._epochs)
+        if unfinished or stalled:
+            self._run_logger.stopped(counters, stalled)
+        return Outcome(
+            step=counters.step,
+            interrupted=unfinished,
+            metrics=counters.metrics,
+            best=counters.best,
+            best_step=counters.best_step,
+            stalled=stalled,
+        )

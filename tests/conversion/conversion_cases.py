@@ -1,0 +1,91 @@
+"""Small METRs whose layers are those of other detectors, with weights and norms that no zero or one hides."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metr.conversion.export import colours_of
+from metr.conversion.targets import find_target
+from metr.data.config import ResizeConfig
+from metr.models.config import (
+    CategoryConfig,
+    DecoderConfig,
+    DenoisingConfig,
+    DetectorConfig,
+    EncoderConfig,
+    QueryConfig,
+)
+from metr.models.detector import Detector
+
+from small import TEXT_WIDTH, small_backbone
+
+NAMES = ("penguin", "shark", "puffin")
+SIDE = 64
+
+
+def alike(target: str, **encoder: object) -> DetectorConfig:
+    """A METR with the same layers as a target, or with other options of its encoder."""
+    deformable = target == "deformable_detr"
+    # the group norms of Deformable DETR have 32 groups, as METR's from this width on
+    width = 128 if deformable else 32
+    options: dict[str, object] = {"layers": 2 if deformable else 1, "heads": 4, "feed_forward": 48, "points": 2}
+    if deformable:
+        options |= {"kind": "deformable", "levels": 4, "positions": "centred"}
+    else:
+        options |= {"kind": "hybrid", "levels": 3, "positions": "counted", "fusion_blocks": 3}
+        options |= {"fusion": "elan", "fusion_blocks": 1} if target == "d_fine" else {"project_memory": True}
+    return DetectorConfig(
+        width=width,
+        backbone=small_backbone(),
+        encoder=EncoderConfig(**(options | encoder)),
+        categories=CategoryConfig(blocks=1, heads=4, feed_forward=32, kept=3),
+        queries=QueryConfig(number=9, floor=2, ceiling=9, layout="uniform", attention="image"),
+        denoising=DenoisingConfig(number=6),
+        decoder=DecoderConfig(
+            layers=2, heads=4, points=2, feed_forward=32, positions="sine" if deformable else "plain"
+        ),
+    )
+
+
+def stirred(config: DetectorConfig, seed: int = 0) -> Detector:
+    """A network with random weights, biases and norms."""
+    torch.manual_seed(seed)
+    return stir(Detector(config, TEXT_WIDTH)).eval()
+
+
+@torch.no_grad()
+def stir(network: nn.Module) -> nn.Module:
+    """Moves every parameter and every statistic of a norm off its start."""
+    for parameter in network.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.1)
+    for key, buffer in network.named_buffers():
+        if key.endswith(("running_mean", "bias")):
+            buffer.add_(torch.randn_like(buffer) * 0.1)
+        elif key.endswith(("running_var", "weight")):
+            buffer.mul_(0.5 + torch.rand_like(buffer))
+    return network
+
+
+def random_images(number: int = 2, seed: int = 1) -> Tensor:
+    """Random images in 0..1."""
+    torch.manual_seed(seed)
+    return torch.rand(number, 3, SIDE, SIDE + 32)
+
+
+def normalised(network: Detector, images: Tensor) -> Tensor:
+    """Images as detectors of transformers get them."""
+    return (images - network.backbone.mean) / network.backbone.std
+
+
+def texts(number: int = len(NAMES)) -> Tensor:
+    """Text embeddings."""
+    torch.manual_seed(2)
+    return nn.functional.normalize(torch.randn(number, TEXT_WIDTH), dim=-1)
+
+
+def save_folder(model: Any, name: str, network: Detector, folder: Path) -> None:
+    """Writes a detector of transformers with the image processor that a METR gives its target."""
+    model.save_pretrained(folder)
+    find_target(name).image_processor(ResizeConfig(size=SIDE), colours_of(network)).save_pretrained(folder)

@@ -1,0 +1,287 @@
+"""Other detectors become METR: folders of transformers, and pickled files of which nothing runs."""
+
+import json
+import os
+import pickle
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+from transfer_cases import NAMES, SIDE, alike, normalised, random_images, save_folder, stir, stirred
+
+from metr.checkpoint import load_checkpoint
+from metr.conversion.export import build, colours_of
+from metr.conversion.published.authors import AUTHORS
+from metr.conversion.published.resnet import resnet_rows
+from metr.conversion.published.restricted_unpickling import read_restricted
+from metr.conversion.table import to_theirs
+from metr.conversion.targets import find_target
+from metr.conversion.transfer import REPORT, from_detector, to_detector, transfer_run
+from metr.data.config import ResizeConfig
+from metr.errors import CheckpointError, ConfigError, ModelError
+from metr.model import METR
+from metr.models.backbones.config import BackboneConfig
+from metr.models.config import DecoderConfig, DetectorConfig, EncoderConfig
+from metr.models.detector import Detector
+from metr.text.encoder import TextEncoderConfig
+from metr.training.finetune_defaults import defaults_for
+from metr.training.finetune_recipe import finetune_recipe
+from metr.training.recipe import load_recipe
+
+from small import TEXT_WIDTH
+from tiny import write_text_model
+
+FOLDERS = ("deformable_detr", "rt_detr", "rt_detr_v2", "d_fine")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> TextEncoderConfig:
+    folder = tmp_path_factory.mktemp("text")
+    write_text_model(folder)
+    return TextEncoderConfig(source=str(folder), templates=("{}",))
+
+
+def written(name: str, folder: Path) -> Any:
+    """A detector of transformers with weights of its own, in a folder."""
+    target, network = find_target(name), stirred(alike(name))
+    model = stir(build(target, network, NAMES, seed=3)).eval()
+    save_folder(model, name, network, folder)
+    return model
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+@torch.no_grad()
+def test_folders_of_transformers(name: str, tmp_path: Path, text: TextEncoderConfig) -> None:
+    model = written(name, tmp_path)
+    ours, report = from_detector(tmp_path, text=text, device="cpu")
+    assert ours.names == NAMES
+    assert ours.resize.size == SIDE
+    images = random_images()
+    theirs = model(normalised(ours.network, images)).encoder_last_hidden_state
+    if not isinstance(theirs, Tensor):
+        levels = [project(level) for project, level in zip(model.model.decoder_input_proj, theirs, strict=True)]
+        theirs = torch.cat([level.flatten(2).transpose(1, 2) for level in levels], dim=1)
+    padding = torch.zeros(2, *images.shape[2:], dtype=torch.bool)
+    memory = ours.network.encoder(ours.network.backbone(images), padding).tokens
+    torch.testing.assert_close(memory, theirs, atol=1e-4, rtol=1e-4)
+    fresh = ("category_extraction", "class_queries", "denoising", "decoder.similarity", "decoder.norm")
+    more = ("decoder.position",) if name == "deformable_detr" else ()
+    for key in report.afresh:
+        assert key.startswith((*fresh, *more, "proposals.category", "proposals.bias")), key
+
+
+def test_it_is_saved_loaded_and_detects(tmp_path: Path, text: TextEncoderConfig) -> None:
+    written("rt_detr", tmp_path / "theirs")
+    made = METR.from_detector(tmp_path / "theirs", ["bear", "otter"], text=text, device="cpu")
+    made.save_pretrained(tmp_path / "ours")
+    again = METR.from_pretrained(tmp_path / "ours", device="cpu")
+    image = (torch.rand(50, 70, 3) * 255).byte().numpy()
+    first, second = (model.detect(image, threshold=0.0) for model in (made, again))
+    assert first.names == ("bear", "otter")
+    assert torch.equal(first.boxes, second.boxes)
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_fine_tuning_begins_with_the_rates_of_base(kind: str, tmp_path: Path, text: TextEncoderConfig) -> None:
+    """As high as nano's own they would undo what another detector has learnt."""
+    source = tmp_path / "theirs.pth"
+    if kind == "folder":
+        written("rt_detr", source)
+    else:
+        torch.save(dino_like(authors=False)[1], source)
+    made, _ = from_detector(source, ["bear", "otter"], text=text, device="cpu")
+    made.save_pretrained(tmp_path / "ours")
+    checkpoint = load_checkpoint(tmp_path / "ours")
+    base, recipe = load_recipe("base"), finetune_recipe(checkpoint, images=2000)
+    assert recipe.loader.batch_size == base.loader.batch_size
+    own, wanted = recipe.train.optimizer, base.train.optimizer
+    assert own.backbone_multiplier == wanted.backbone_multiplier == 0.1
+    assert own.clip_norm == wanted.clip_norm == 0.1
+    assert own.learning_rate == defaults_for(2000).rate * wanted.learning_rate
+    # what the detector's files do not say is METR's own
+    assert recipe.criterion == finetune_recipe(replace(checkpoint, training={}), images=2000).criterion
+    assert recipe.augmentation.sizes == ()
+    assert recipe.augmentation.resize == made.resize
+
+
+@pytest.mark.parametrize(
+    ("resize", "note"),
+    [
+        (ResizeConfig(mode="fit", size=96, longest=160), "stretched to squares of 96 pixels; this METR's keep"),
+        (ResizeConfig(mode="stretch", size=80), "images have 96 pixels, a multiple of 32; this METR's have 80"),
+        (ResizeConfig(mode="stretch", size=96), None),
+    ],
+)
+def test_images_of_another_shape_are_told_of(
+    resize: ResizeConfig, note: str | None, tmp_path: Path, text: TextEncoderConfig
+) -> None:
+    written("rt_detr", tmp_path / "theirs")
+    made, _ = from_detector(tmp_path / "theirs", text=text, device="cpu")
+    model = METR(made.network, replace(made.checkpoint, preprocessing=resize.model_dump(mode="json")))
+    model.save_pretrained(tmp_path / "ours")
+    report = transfer_run(tmp_path / "ours", "rt_detr", tmp_path / "out", names=None, console=Console(quiet=True))
+    told = [one for one in report.notes if "pixels" in one]
+    assert len(told) == (note is not None)
+    assert note is None or note in told[0]
+    assert json.loads((tmp_path / "out" / REPORT).read_text())["notes"] == list(report.notes)
+    size = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())["size"]
+    assert size == {"height": 96, "width": 96}
+    fitting = [one for one in to_detector(model, "deformable_detr").report.notes if "squares" in one]
+    assert fitting == []
+
+
+def test_the_colours_of_a_detector_that_does_not_normalise(tmp_path: Path, text: TextEncoderConfig) -> None:
+    written("rt_detr", tmp_path)
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(file.read_text().replace('"do_normalize": true', '"do_normalize": false'))
+    ours, _ = from_detector(tmp_path, text=text, device="cpu")
+    assert colours_of(ours.network) == ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+
+def test_a_folder_without_names_or_preprocessing(tmp_path: Path, text: TextEncoderConfig) -> None:
+    model = written("rt_detr", tmp_path)
+    (tmp_path / "preprocessor_config.json").unlink()
+    model.config.id2label = {0: "LABEL_0", 1: "N/A", 2: "LABEL_2"}
+    model.config.save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="does not say what it finds"):
+        from_detector(tmp_path, text=text, device="cpu")
+    ours, _ = from_detector(tmp_path, ["fish"], text=text, device="cpu")
+    assert ours.names == ("fish",)
+
+
+def test_a_detector_that_metr_does_not_know(tmp_path: Path, text: TextEncoderConfig) -> None:
+    from transformers import YolosConfig
+
+    YolosConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="no weights from a yolos"):
+        from_detector(tmp_path, text=text, device="cpu")
+
+
+def test_options_without_a_counterpart(tmp_path: Path, text: TextEncoderConfig) -> None:
+    model = written("rt_detr", tmp_path)
+    model.config.normalize_before = True
+    model.config.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="needs normalize_before = False"):
+        from_detector(tmp_path, text=text, device="cpu")
+
+
+def dino_like(authors: bool) -> tuple[Detector, dict[str, Tensor]]:
+    """A METR with a bottleneck ResNet, and its weights under the names of DINO or of METR's authors."""
+    options = {"embedding_size": 8, "hidden_sizes": [8, 16, 16, 24], "depths": [1, 2, 1, 1], "layer_type": "bottleneck"}
+    config = DetectorConfig(
+        width=32,
+        backbone=BackboneConfig(name="resnet", pretrained=False, options=options),
+        encoder=EncoderConfig(layers=2, levels=4, heads=4, points=2, feed_forward=48),
+        decoder=DecoderConfig(layers=2, heads=4, points=3, feed_forward=40, padded_positions=True),
+    )
+    torch.manual_seed(0)
+    network = stir(Detector(config, TEXT_WIDTH)).eval()
+    state = to_theirs(network.state_dict(), (*AUTHORS, *resnet_rows("backbone.0.body.", "backbone.network."))).state
+    if not authors:
+        state = {key: tensor for key, tensor in state.items() if "prompt_indicator" not in key}
+        state = {key: tensor for key, tensor in state.items() if not key.startswith(("class_embed.", "num_classes"))}
+        state |= {
+            "transformer.enc_out_class_embed.weight": torch.randn(91, 32),
+            "label_enc.weight": torch.randn(92, 32),
+        }
+        state |= {"class_embed.0.weight": torch.randn(91, 32), "transformer.tgt_embed.weight": torch.randn(300, 32)}
+    else:
+        state["transformer.prompt_indicator.class_prompts"] = torch.randn(2, TEXT_WIDTH)
+    return network, state
+
+
+@pytest.mark.parametrize("authors", [False, True], ids=["dino", "authors"])
+@torch.no_grad()
+def test_files_of_dino_and_of_the_authors(authors: bool, tmp_path: Path, text: TextEncoderConfig) -> None:
+    network, state = dino_like(authors)
+    torch.save({"model": state, "args": Namespace(nheads=4, lr=1e-4), "epoch": 3}, tmp_path / "theirs.pth")
+    ours, report = from_detector(tmp_path / "theirs.pth", ["a", "b"], text=text, device="cpu")
+    assert ours.network.config.decoder.points == 3
+    images = random_images()
+    padding = torch.zeros(2, *images.shape[2:], dtype=torch.bool)
+    padding[1, :, 50:] = True
+    memories = [one.encoder(one.backbone(images), padding).tokens for one in (network, ours.network)]
+    torch.testing.assert_close(memories[0], memories[1], atol=1e-5, rtol=1e-5)
+    for key in ("decoder.layers.1.among.key.weight", "decoder.position.0.weight", "proposals.box.change.4.bias"):
+        assert torch.equal(network.state_dict()[key], ours.network.state_dict()[key])
+    learned = [key for key in report.afresh if key.startswith(("class_queries", "proposals.category"))]
+    assert learned == ([] if authors else ["proposals.category.weight", "proposals.category.bias"])
+    if authors:
+        assert ours.network.config.queries.layout == "shared"
+    else:
+        assert report.reshapings() == {"unstacked": 12, "cut": 1}
+        assert "class_embed.0.weight" in report.left_over
+
+
+def test_the_authors_text_embeddings(tmp_path: Path, text: TextEncoderConfig) -> None:
+    """Where the text encoder's width is theirs and the names are as many, the file's embeddings hold."""
+    _, state = dino_like(authors=True)
+    state["transformer.prompt_indicator.class_prompts"] = torch.randn(2, 16)
+    torch.save(state, tmp_path / "theirs.pth")
+    ours, _ = from_detector(tmp_path / "theirs.pth", ["a", "b"], text=text, device="cpu")
+    prompts = state["transformer.prompt_indicator.class_prompts"]
+    assert torch.equal(ours.checkpoint.text_embeddings, prompts)
+    other, _ = from_detector(tmp_path / "theirs.pth", ["a", "b", "c"], text=text, device="cpu")
+    assert other.checkpoint.text_embeddings.shape == (3, 16)
+
+
+class Malice:
+    """Runs a command where it is unpickled."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, Sequence[Any]]:
+        return os.mkdir, (str(self.trace),)
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "bare pickle"])
+def test_nothing_in_a_file_runs(legacy: bool, tmp_path: Path, text: TextEncoderConfig) -> None:
+    file, trace = tmp_path / "evil.pth", tmp_path / "ran"
+    harm = {"model": {"weight": torch.zeros(1)}, "args": Malice(trace)}
+    if legacy:
+        file.write_bytes(pickle.dumps(harm))
+    else:
+        torch.save(harm, file)
+    with pytest.raises(CheckpointError, match=r"would (run|have to run) code") as error:
+        from_detector(file, ["a"], text=text, device="cpu")
+    assert not trace.exists()
+    assert "weights_only" not in str(error.value)
+    assert legacy or "mkdir" in str(error.value)
+
+
+def test_files_that_are_no_checkpoints(tmp_path: Path, text: TextEncoderConfig) -> None:
+    file = tmp_path / "theirs.pth"
+    with pytest.raises(CheckpointError, match="no such file"):
+        read_restricted(file)
+    for content in (b"", b"no pickle at all", b"PK\x03\x04 cut off"):
+        file.write_bytes(content)
+        with pytest.raises(CheckpointError):
+            read_restricted(file)
+    for value, message in (([1, 2], "expected a mapping"), ({"epoch": 3}, "holds no state")):
+        torch.save(value, file)
+        with pytest.raises(CheckpointError, match=message):
+            read_restricted(file)
+    torch.save({"model": {"stem.weight": torch.zeros(2)}}, file)
+    with pytest.raises(ModelError, match="expected the weights of DINO"):
+        from_detector(file, ["a"], text=text, device="cpu")
+    _, state = dino_like(authors=False)
+    torch.save({key: tensor for key, tensor in state.items() if "layer4" not in key}, file)
+    with pytest.raises(ModelError, match="other than a ResNet"):
+        from_detector(file, ["a"], text=text, device="cpu")
+    torch.save({key: tensor for key, tensor in state.items() if ".encoder.layers.0." not in key}, file)
+    with pytest.raises(ModelError, match=r"not whole: transformer\.encoder\.layers\.0"):
+        from_detector(file, ["a"], text=text, device="cpu")
+
+
+@pytest.mark.parametrize("args", [["--nheads", "4"], "nheads=4", 7, None])
+def test_options_of_another_kind_are_none(args: object, tmp_path: Path) -> None:
+    file = tmp_path / "theirs.pth"
+    torch.save({"model": {"stem.weight": torch.zeros(2)}, "args": args}, file)
+    assert read_restricted(file).options == {}

@@ -1,0 +1,61 @@
+import pytest
+from played import annotations, detections, record
+
+from metr.evaluation.cross_dataset import NO_FIELD, count_best_names, cross_dataset_confusion
+
+NAMES = ("RBC", "king", "bear", "eel", "cup")
+BOX = (0.0, 0.0, 9.0, 9.0)
+
+
+def test_as_many_detections_count_as_there_are_objects() -> None:
+    held = annotations(
+        "blood",
+        ("RBC",),
+        record(1, [(0, BOX), (0, BOX), (0, BOX)], crowds=[2]),
+        record(2, []),
+        record(3, [(0, BOX), (0, BOX)]),
+        record(4, [(0, BOX)]),
+    )
+    found = {
+        1: detections(NAMES, ("RBC", 0.3, BOX), ("king", 0.9, BOX), ("eel", 0.2, BOX)),
+        2: detections(NAMES, ("bear", 0.9, BOX)),
+        3: detections(NAMES, ("RBC", 0.9, BOX)),
+    }
+    assert count_best_names(held, found) == {"king": 1, "RBC": 2}
+
+
+CATEGORIES = {"bccd": ("RBC",), "cards": ("king",), "wild": ("bear",), "sea": ("eel",), "coco": ("bear", "cup", "king")}
+FIELDS = {"wild": "photographs", "sea": "photographs", "coco": "photographs"}
+
+
+def test_names_of_another_field_are_confused_and_shared_ones_are_not() -> None:
+    named = {
+        "bccd": {"RBC": 6, "king": 2},
+        "wild": {"bear": 3, "eel": 1, "cup": 1, "RBC": 5},
+        "cards": {"king": 4},
+    }
+    result = cross_dataset_confusion(named, CATEGORIES, FIELDS)
+    assert result.fields == ("bccd", "photographs", "cards")
+    # "king" names cards and photographs: half a count each in a blood smear, a whole one among the cards
+    assert result.counts == ((6.0, 1.0, 1.0), (5.0, 5.0, 0.0), (0.0, 0.0, 4.0))
+    assert result.shares == pytest.approx({"bccd": 25.0, "wild": 50.0, "cards": 0.0})
+    assert result.pooled == pytest.approx(100 * 7 / 22)
+
+
+def test_without_groups_each_dataset_is_a_field() -> None:
+    result = cross_dataset_confusion({"wild": {"bear": 3, "eel": 1}}, CATEGORIES)
+    assert result.shares == {"wild": 25.0}
+    assert set(result.fields) == set(CATEGORIES)
+
+
+def test_names_of_no_dataset_are_foreign_everywhere() -> None:
+    result = cross_dataset_confusion({"bccd": {"RBC": 1, "unicorn": 1}}, CATEGORIES, FIELDS)
+    assert result.fields[-1] == NO_FIELD
+    assert result.counts[0][-1] == 1
+    assert result.pooled == 50
+
+
+def test_nothing_detected_has_no_share() -> None:
+    result = cross_dataset_confusion({"bccd": {}}, CATEGORIES, FIELDS)
+    assert result.shares == {"bccd": None}
+    assert result.pooled is None

@@ -1,0 +1,128 @@
+"""The verb detect: drawn images, and what was found as COCO has it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from faster_coco_eval.core.coco import COCO
+from rich.console import Console
+
+from metr.boxes import xywh_to_xyxy
+from metr.data.images import read_image
+from metr.errors import DataError
+from metr.inference.detect_files import detect_files
+from metr.model import METR
+
+from tiny import TinyRun
+
+
+@pytest.fixture
+def random_images(tiny_run: TinyRun, tmp_path: Path) -> Path:
+    """A folder of two images, one in a subfolder, and a text."""
+    (tmp_path / "images/more").mkdir(parents=True)
+    shutil.copy(tiny_run.unseen[0], tmp_path / "images/a.jpg")
+    shutil.copy(tiny_run.unseen[1], tmp_path / "images/more/a.JPG")
+    (tmp_path / "images/notes.txt").write_text("no image")
+    return tmp_path / "images"
+
+
+def test_results_are_coco_results_and_their_key(tiny_run: TinyRun, images: Path, tmp_path: Path) -> None:
+    out, names = tmp_path / "made/out", ["penguin", "leaf"]
+    detect_files(tiny_run.folder, [images], out, names=names, threshold=0.0, device="cpu")
+    truth = COCO(str(out / "images.json"))
+    loaded = truth.loadRes(str(out / "detections.json"))
+    assert [category["name"] for category in truth.loadCats(truth.getCatIds())] == names
+    model = METR.from_pretrained(tiny_run.folder, device="cpu")
+    for image in truth.loadImgs(truth.getImgIds()):
+        path = Path(image["file_name"])
+        assert read_image(path).shape[:2] == (image["height"], image["width"])
+        rows = loaded.loadAnns(loaded.getAnnIds(imgIds=[image["id"]]))
+        expected = model.detect(path, names, threshold=0.0)
+        boxes = xywh_to_xyxy(torch.tensor([row["bbox"] for row in rows]))
+        torch.testing.assert_close(boxes, expected.boxes, rtol=0, atol=0.02)
+        assert [row["category_id"] - 1 for row in rows] == expected.labels.tolist()
+        assert [row["score"] for row in rows] == pytest.approx(expected.scores.tolist(), abs=1e-4)
+    rows = json.loads((out / "detections.json").read_text())
+    assert isinstance(rows, list)
+    assert set(rows[0]) == {"image_id", "category_id", "bbox", "score"}
+
+
+def test_every_image_is_drawn_under_a_name_of_its_own(tiny_run: TinyRun, images: Path, tmp_path: Path) -> None:
+    done = detect_files(tiny_run.folder, [images], tmp_path / "out", threshold=0.0)
+    assert [Path(one.source).name for one in done] == ["a.jpg", "a.JPG"]
+    for name, original in (("a.jpg", "a.jpg"), ("a-2.jpg", "more/a.JPG")):
+        drawn, plain = read_image(tmp_path / "out" / name), read_image(images / original)
+        assert drawn.shape == plain.shape
+        assert (np.abs(drawn.astype(int) - plain).max(axis=2) > 60).mean() > 0.01
+
+
+def test_nothing_found_is_no_issue(tiny_run: TinyRun, images: Path, tmp_path: Path) -> None:
+    (one,) = detect_files(tiny_run.folder, [images / "a.jpg"], tmp_path / "out", threshold=1.0)
+    assert one.detections is not None
+    assert len(one.detections) == 0
+    assert json.loads((tmp_path / "out/detections.json").read_text()) == []
+    assert len(json.loads((tmp_path / "out/images.json").read_text())["images"]) == 1
+    assert (tmp_path / "out/a.jpg").is_file()
+
+
+def test_what_was_drawn_before_is_not_looked_at(tiny_run: TinyRun, images: Path) -> None:
+    for _ in range(2):
+        done = detect_files(tiny_run.folder, [images], images / "out")
+    assert len(done) == 2
+
+
+def test_a_image_is_never_drawn_over(tiny_run: TinyRun, images: Path) -> None:
+    before = (images / "a.jpg").read_bytes()
+    with pytest.raises(DataError, match=r"a\.jpg: a drawing would take the place of this image"):
+        detect_files(tiny_run.folder, [images], images)
+    with pytest.raises(DataError, match="take the place"):
+        detect_files(tiny_run.folder, [images / "a.jpg"], images / "more/..")
+    assert (images / "a.jpg").read_bytes() == before
+
+
+def test_a_broken_image_is_skipped_and_listed(tiny_run: TinyRun, images: Path, tmp_path: Path) -> None:
+    (images / "b.png").touch()
+    console = Console(record=True, width=80, quiet=False, file=(tmp_path / "said").open("w", encoding="utf-8"))
+    done = detect_files(tiny_run.folder, [images], tmp_path / "out", console=console)
+    console.file.close()
+    assert [one.issue is None for one in done] == [True, False, True]
+    said = (tmp_path / "said").read_text()
+    assert f"skipped {images / 'b.png'}: an empty file (0 bytes), not an image\n" in said
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "a-2.jpg",
+        "a.jpg",
+        "detections.json",
+        "images.json",
+    ]
+    # ids count the images as they were given: 2 is the broken one
+    assert [one["id"] for one in json.loads((tmp_path / "out/images.json").read_text())["images"]] == [1, 3]
+
+
+def test_many_images_are_summed_up(tiny_run: TinyRun, tmp_path: Path) -> None:
+    for number in range(22):
+        shutil.copy(tiny_run.unseen[0], tmp_path / f"{number:02}.jpg")
+    with (tmp_path / "said").open("w", encoding="utf-8") as said:
+        detect_files(tiny_run.folder, [tmp_path], tmp_path / "out", console=Console(file=said, width=80))
+    text = (tmp_path / "said").read_text()
+    assert "19.jpg: " in text
+    assert "20.jpg: " not in text
+    assert "and 2 more" in text
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("nowhere.jpg", "no such image or folder"),
+        ("texts", "no image in this folder"),
+        ("broken.jpg", "none of 1 images could be read"),
+    ],
+)
+def test_without_a_image_there_is_an_error(tiny_run: TinyRun, tmp_path: Path, given: str, told: str) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 no image")
+    with pytest.raises(DataError, match=told) as caught:
+        detect_files(tiny_run.folder, [tmp_path / given], tmp_path / "out")
+    assert str(tmp_path / given) in str(caught.value)

@@ -1,0 +1,145 @@
+"""The coverage matrix, and what a detector sees."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from inspection_made import dataset_facts, meanings, name_facts
+
+from metr.data.records import ImageRecord
+from metr.inspection.coverage import Coverage, coverage_of
+from metr.inspection.detector_hints import Called, Look, Sighting, Sights, near_by_sight, sureness
+from metr.inspection.facts import DatasetFacts
+from metr.inspection.homonyms import Homonym
+from metr.structures import Detections
+
+
+def photos_and_animals() -> list[DatasetFacts]:
+    with_bear = [["bear", "person"]] * 3 + [["bear"]] * 2 + [["bear", "cup"]]
+    photos = dataset_facts("photos", ["bear", "person", "cup"], [*with_bear, ["cup", "person"], ["cup"]])
+    return [photos, dataset_facts("animals", [name_facts("bear", 7, annotated=0.5), "deer"], [["bear"], ["deer"]])]
+
+
+def hints(coverage: Coverage) -> dict[tuple[str, str], list[str]]:
+    return {
+        (dataset, name): [hint.kind for hint in cell.hints]
+        for dataset in coverage.datasets
+        for name, cell in coverage.hinted(dataset)
+    }
+
+
+def test_annotated_and_absent() -> None:
+    coverage = coverage_of(photos_and_animals(), (), None, None, 0.59)
+    assert (coverage.cell("photos", "bear").boxes, coverage.cell("photos", "bear").partly) == (10, False)
+    assert (coverage.cell("animals", "bear").boxes, coverage.cell("animals", "bear").partly) == (7, True)
+    assert coverage.cell("photos", "deer") == coverage.cell("nowhere", "nothing")
+    assert coverage.telling() == ["bear", "person"]  # most annotated first
+
+
+def test_what_stands_beside_common_names() -> None:
+    """A person is in 3 of 6 images with bears, a cup in one only: no hint."""
+    coverage = coverage_of(photos_and_animals(), (), None, None, 0.59)
+    assert hints(coverage) == {("animals", "person"): ["beside"]}
+    (hint,) = coverage.cell("animals", "person").hints
+    assert hint.strength == pytest.approx(0.5)
+    assert hint.why == "in photos it is in 3 of 6 images with bear"
+
+
+def test_a_doubted_name_is_no_bridge() -> None:
+    homonym = Homonym(name="bear", dataset="animals", others=("bear",), other="photos", reasons=("so",))
+    assert hints(coverage_of(photos_and_animals(), [homonym], None, None, 0.59)) == {}
+
+
+def test_names_that_are_akin() -> None:
+    sea = dataset_facts("sea", ["penguin", "fish"])
+    photos = dataset_facts("photos", ["bird", "boat"])
+    made = meanings({"penguin": (1, 0), "bird": (0.8, 0.6), "fish": (-1, 0.2), "boat": (-0.1, -1)})
+    assert hints(coverage_of([sea, photos], (), made, None, 0.7)) == {
+        ("sea", "bird"): ["akin"],
+        ("photos", "penguin"): ["akin"],
+    }
+    assert hints(coverage_of([sea, photos], (), made, None, 0.9)) == {}
+    # photos that tell birds and penguins apart would have called a penguin so
+    both = dataset_facts("photos", ["bird", "boat", "penguin"])
+    assert hints(coverage_of([sea, both], (), made, None, 0.7)) == {}
+    homonym = Homonym(name="bird", dataset="photos", others=("penguin",), other="sea", reasons=("so",))
+    assert hints(coverage_of([sea, photos], [homonym], made, None, 0.7)) == {}
+
+
+# A detector -----------------------------------------------------------------------------------------------------------
+
+NAMES = ("person", "bear", "deer")
+
+
+def record(path: str, boxes: list[list[float]], labels: list[int], ignore: list[bool] | None = None) -> ImageRecord:
+    return ImageRecord(
+        image_id=path,
+        path=Path(path),
+        width=100,
+        height=100,
+        boxes=np.array(boxes, dtype=np.float32).reshape(-1, 4),
+        labels=np.array(labels, dtype=np.int64),
+        areas=np.ones(len(boxes), dtype=np.float32),
+        ignore=np.array(ignore or [False] * len(boxes), dtype=bool),
+    )
+
+
+def detections(*found: tuple[str, float, list[float]]) -> Detections:
+    return Detections(
+        boxes=torch.tensor([box for _, _, box in found], dtype=torch.float32).reshape(-1, 4),
+        scores=torch.tensor([score for _, score, _ in found]),
+        labels=torch.tensor([NAMES.index(name) for name, _, _ in found], dtype=torch.int64),
+        names=NAMES,
+    )
+
+
+LEFT, RIGHT, BETWEEN = [0, 0, 40, 40], [60, 60, 100, 100], [10, 0, 50, 70]
+
+
+def test_seen_apart_from_all_boxes() -> None:
+    look = Look("animals", ("bear", "deer"))
+    look.add(record("1.png", [LEFT], [0]), detections(("person", 0.9, RIGHT), ("person", 0.4, [60, 0, 100, 40])))
+    look.add(record("2.png", [LEFT], [0]), detections(("person", 0.6, RIGHT), ("deer", 0.9, RIGHT)))
+    look.add(record("3.png", [LEFT], [0]), detections(("person", 0.9, BETWEEN)))  # overlaps by a third: neither
+    look.add(record("4.png", [], []), detections(("person", 0.3, RIGHT)))
+    look.add(record("5.png", [], []), detections())
+    (seen,) = look.sightings({"person": 0.5})
+    assert seen == Sighting(dataset="animals", name="person", images=2, of=5, example=Path("1.png"))
+    assert look.sightings({"person": 0.2})[0].images == 3
+    assert look.sightings({}) == []  # a name that it does not find where it is annotated
+
+
+def test_boxes_called_by_a_foreign_name() -> None:
+    look = Look("animals", ("bear", "deer"))
+    for number in range(6):
+        name = "person" if number else "bear"
+        look.add(record(f"{number}.png", [LEFT, RIGHT], [0, 1]), detections((name, 0.8, LEFT), ("deer", 0.7, RIGHT)))
+    look.add(record("7.png", [LEFT], [0], [True]), detections(("person", 0.8, LEFT)))  # an ignored box is nobody's
+    assert look.sightings({"person": 0.5}) == []
+    assert look.called({"person": 0.5}) == [Called(dataset="animals", name="bear", called="person", boxes=5, of=6)]
+    assert look.called({"person": 0.85}) == []
+    assert dict(look.found) == {"bear": [pytest.approx(0.8)], "deer": [pytest.approx(0.7)] * 6}
+    assert sureness([look]) == {"deer": pytest.approx(0.7)}  # one bear is too few
+
+
+def test_sightings_are_the_evidence() -> None:
+    sights = Sights(
+        model="runs/joint",
+        sightings=(
+            Sighting(dataset="animals", name="person", images=3, of=30, example=Path("train/1.png")),
+            Sighting(dataset="animals", name="cup", images=1, of=30, example=Path("train/2.png")),
+            Sighting(dataset="photos", name="deer", images=2, of=50, example=Path("3.png")),
+        ),
+        called=(Called(dataset="animals", name="deer", called="person", boxes=5, of=8),),
+        images={"animals": 30, "photos": 30},
+        unjudged=("cup",),
+    )
+    coverage = coverage_of(photos_and_animals(), (), None, sights, 0.59)
+    assert hints(coverage) == {("animals", "person"): ["seen"]}  # once may be an error, and so may 4 %
+    assert coverage.cell("animals", "person").hints[0].why == "seen in 3 of 30 images, such as train/1.png"
+    assert "seen by runs/joint" in coverage.evidence
+    assert "1 name" in coverage.evidence
+    (near,) = near_by_sight(sights, {"person": ("photos",), "deer": ("animals",)})
+    assert (near.names, near.kind) == (("deer", "person"), "sight")
+    assert near.why == "5 of 8 boxes are seen as person"

@@ -1,0 +1,288 @@
+"""The verb finetune: all weights, new names beside the old, what is rehearsed, and what it refuses."""
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Sequence
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from metr.checkpoint import load_checkpoint
+from metr.config import read_yaml
+from metr.data.config import AugmentationConfig
+from metr.data.few_shot import SubsetConfig
+from metr.errors import CheckpointError, ConfigError, DataError, MetrError, ModelError
+from metr.evaluation.evaluate import evaluate_run
+from metr.model import METR
+from metr.text.encoder import TextEncoder
+from metr.training.finetune import FinetuneOptions, FinetuneOutcome, finetune
+from metr.training.finetune_data import FinetuneData, Rehearsal, open_finetune_data
+from metr.training.finetune_recipe import RECIPE
+from metr.training.metrics import read_metrics
+from metr.training.recipe import RunConfig, load_recipe
+from metr.training.trainer import Trainer
+
+from tiny import NAMES, TinyRun
+
+OLD = tuple(dict.fromkeys(name for names in NAMES.values() for name in names))
+SHORT = ("train.loop.device=cpu", "train.loop.steps=2", "train.loop.curves=false", "loader.workers=0")
+SHORT += ("loader.batch_size=2", "train.loop.log_every=1", "train.loop.evaluate_every=0")
+
+
+def new_data(run: TinyRun, place: Path) -> list[str]:
+    """A fourth dataset: the pond under another name, with two names that nobody knows and one that is known."""
+    place.mkdir(exist_ok=True)
+    listing = place / "lake.yaml"
+    names = "{fish: trout, frog: toad, leaf: leaf, turtle: turtle}"
+    listing.write_text(f"datasets: [{{name: lake, path: {run.datasets[0]}, renames: {names}}}]")
+    return [str(listing)]
+
+
+def tuned(
+    run: TinyRun, place: Path, name: str = "mine", *, overrides: Sequence[str] = (), resume: bool = False, **more: Any
+) -> FinetuneOutcome:
+    options = FinetuneOptions(overrides=(*SHORT, *overrides), **({"compare": False} | more))
+    return finetune(new_data(run, place), run.folder, place / name, options, resume=resume)
+
+
+def opened(run: TinyRun, place: Path, **rehearse: Any) -> FinetuneData:
+    trained = load_checkpoint(run.folder).vocabulary
+    return open_finetune_data(new_data(run, place), trained, rehearse=Rehearsal(**rehearse))
+
+
+@pytest.fixture(scope="module")
+def mine(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A detector fine-tuned for two steps, with backbone and encoder frozen, compared with before."""
+    place = tmp_path_factory.mktemp("finetuned")
+    rehearse = Rehearsal(evaluate=(tiny_run.data[1],))
+    outcome = tuned(tiny_run, place, overrides=["train.freeze=encoder"], compare=True, rehearse=rehearse)
+    assert (outcome.training.step, outcome.training.interrupted) == (2, False)
+    return place / "mine"
+
+
+def test_it_is_the_checkpoints_network_with_all_its_weights(mine: Path, tiny_run: TinyRun) -> None:
+    before, after = load_checkpoint(tiny_run.best), load_checkpoint(mine / "last")
+    assert after.model == before.model
+    assert after.weights.keys() == before.weights.keys()
+    for key, value in before.weights.items():
+        if key.startswith(("backbone.", "encoder.")):
+            assert torch.equal(after.weights[key], value), key
+        elif value.is_floating_point():
+            # two steps at a low rate: close to where it began, and not anew
+            torch.testing.assert_close(after.weights[key], value, atol=5e-3, rtol=0)
+    assert any(not torch.equal(after.weights[key], value) for key, value in before.weights.items())
+    config = RunConfig.checked(read_yaml(mine / "config.yaml"))
+    assert (config.train.freeze, config.augmentation.resize.size, config.model.width) == ("encoder", 64, 32)
+    assert config.criterion == load_recipe("nano", tiny_run.recipe).criterion
+
+
+def test_old_names_come_first_and_stay_as_they_were(mine: Path, tiny_run: TinyRun) -> None:
+    before, after = load_checkpoint(tiny_run.best), load_checkpoint(mine)
+    assert after.vocabulary.names == (*OLD, "trout", "toad")
+    assert after.vocabulary.datasets == {**NAMES, "lake": ("trout", "toad", "leaf", "turtle")}
+    assert torch.equal(after.text_embeddings[: len(OLD)], before.text_embeddings)
+    encoder = TextEncoder(load_recipe("nano", tiny_run.recipe).text)
+    torch.testing.assert_close(after.text_embeddings[len(OLD) :], encoder.embed(["trout", "toad"]))
+    assert after.text_encoder == before.text_encoder
+    assert after.training["finetuned_from"]["step"] == 3
+    assert after.training[RECIPE] == before.training[RECIPE], "of pretraining, for a second fine-tuning"
+    found = METR.from_pretrained(mine).predictor().detect(tiny_run.unseen[0])
+    assert found.names == after.vocabulary.names, "all of them are asked for by default"
+
+
+def test_before_and_after_are_told(mine: Path, tiny_run: TinyRun, tmp_path: Path) -> None:
+    told = json.loads((mine / "comparison.json").read_text())
+    assert [(one["dataset"], one["role"]) for one in told["datasets"]] == [("lake", "new"), ("desk", "only judged")]
+    desk = told["datasets"][1]
+    report = evaluate_run(tiny_run.folder, [tiny_run.data[1]], tmp_path / "judged")
+    assert desk["before"]["own"] == pytest.approx(report.datasets[0].ap("own"))
+    after = evaluate_run(mine, [tiny_run.data[1]], tmp_path / "judged")
+    assert desk["after"] == {
+        "own": pytest.approx(after.datasets[0].ap("own")),
+        "joint": pytest.approx(after.datasets[0].ap("joint")),
+    }
+    assert told["mean"]["old"]["after"] == desk["after"]
+    assert told["before"]["names"] == told["after"]["names"] == len(OLD) + 2
+    request = json.loads((mine / "finetuning.json").read_text())
+    assert request["new"] == {"lake": 4}
+    assert request["rehearsed"] == {}
+    # training saw and judged the new dataset alone
+    records = read_metrics(mine)
+    assert set(records[0]["epochs"]) == {"lake"}
+    assert set(records[-1]["metrics"]) == {"AP", "AP50", "AP lake"}
+
+
+def test_a_second_run_is_no_third_network(mine: Path, tiny_run: TinyRun, tmp_path: Path) -> None:
+    """What was fine-tuned is fine-tuned again, on a dataset that the first checkpoint knew."""
+    options = FinetuneOptions(overrides=SHORT, compare=False)
+    finetune([tiny_run.data[1]], mine, tmp_path / "again", options)
+    again = load_checkpoint(tmp_path / "again")
+    assert again.vocabulary == load_checkpoint(mine).vocabulary
+    assert again.training["finetuned_from"]["finetuned_from"]["step"] == 3
+
+
+def test_names_that_nothing_shows_are_not_presumed_absent(tiny_run: TinyRun, tmp_path: Path) -> None:
+    for rehearse, known in (((), set()), ((tiny_run.data[1],), {"book", "cup", "scissors"})):
+        joint = opened(tiny_run, tmp_path, data=rehearse).joint
+        lake, *others = joint.training(AugmentationConfig(), "negative")
+        absent = {name for name, here in zip(joint.vocabulary.names, lake.assumed_negative, strict=True) if here}
+        assert absent == known
+        assert len(others) == len(rehearse)
+        for one in others:
+            absent = {name for name, here in zip(joint.vocabulary.names, one.assumed_negative, strict=True) if here}
+            assert absent == {"trout", "toad", "leaf", "turtle"}
+
+
+def test_remembered_datasets_have_their_share_of_the_draws(tiny_run: TinyRun, tmp_path: Path) -> None:
+    data = opened(tiny_run, tmp_path, data=tuple(tiny_run.data[1:]), share=0.4)
+    assert data.roles == {"lake": "new", "desk": "rehearsed", "meadow": "rehearsed"}
+    assert data.mixture("sqrt") == {
+        "lake": pytest.approx(0.6),
+        "desk": pytest.approx(0.2),
+        "meadow": pytest.approx(0.2),
+    }
+    own = {"lake": 0.5, "desk": 0.5, "meadow": 0.0}
+    assert data.mixture(own) is own
+    assert opened(tiny_run, tmp_path).mixture("sqrt") == "sqrt"
+    assert data.images == 4, "the new ones count"
+    part = open_finetune_data(
+        new_data(tiny_run, tmp_path),
+        load_checkpoint(tiny_run.folder).vocabulary,
+        SubsetConfig(share=0.5),
+        Rehearsal(data=(tiny_run.data[1],)),
+    )
+    assert part.joint.lengths == {"lake": 2, "desk": 4}, "what is rehearsed stays whole"
+    assert (part.images, len(part.new_splits["lake"])) == (2, 3)
+
+
+def test_rehearsal_is_trained_and_told(tiny_run: TinyRun, tmp_path: Path) -> None:
+    console = Console(width=100, record=True, file=StringIO())
+    options = FinetuneOptions(
+        overrides=(*SHORT, "train.loop.steps=4"),
+        subset=SubsetConfig(share=0.5),
+        rehearse=Rehearsal(data=(tiny_run.data[1],), share=0.5),
+    )
+    outcome = finetune(new_data(tiny_run, tmp_path), tiny_run.folder, tmp_path / "run", options, console=console)
+    assert outcome.comparison is not None
+    assert [(one.dataset, one.role) for one in outcome.comparison.changes] == [("lake", "new"), ("desk", "rehearsed")]
+    epochs = [one["epochs"] for one in read_metrics(tmp_path / "run") if one["kind"] == "train"][-1]
+    assert set(epochs) == {"lake", "desk"}
+    assert epochs["lake"] * 2 + epochs["desk"] * 4 == pytest.approx(8)
+    said = " ".join(console.export_text().split())
+    assert "2 images: 4 steps of 2 at" in said
+    assert "5 of the checkpoint's 10 names are in none of this data" in said
+    told = ("before fine-tuning", "AP before and after", "rehearsed", "mean of 1 new", "mean of 1 old", "chosen by")
+    for part in told:
+        assert part in said
+
+
+def interrupt_at(step: int, patch: pytest.MonkeyPatch) -> None:
+    made = Trainer.train_step
+
+    def interrupted(self: Trainer, *arguments: Any) -> Any:
+        if self.counters.step + 1 == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return made(self, *arguments)
+
+    patch.setattr(Trainer, "train_step", interrupted)
+
+
+def test_resumed_equals_uninterrupted(tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    how: dict[str, Any] = {
+        "overrides": ["train.loop.steps=4", "train.optimizer.layer_decay=0.7", "train.freeze=half"],
+        "rehearse": Rehearsal(data=(tiny_run.data[1],)),
+        "subset": SubsetConfig(shots=1, seed=3),
+        "compare": True,
+    }
+    whole = tuned(tiny_run, tmp_path, "whole", **how)
+    with monkeypatch.context() as patch:
+        interrupt_at(2, patch)
+        first = tuned(tiny_run, tmp_path, "parts", **how)
+    assert (first.training.step, first.training.interrupted, first.comparison) == (2, True, None)
+    told = (tmp_path / "parts/before.json").stat().st_mtime_ns
+    second = tuned(tiny_run, tmp_path, "parts", resume=True, **how)
+    assert second.training.step == 4
+    assert (tmp_path / "parts/before.json").stat().st_mtime_ns == told, "judged once"
+    ours, theirs = (load_checkpoint(tmp_path / name / "last").weights for name in ("whole", "parts"))
+    assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+    assert whole.comparison is not None
+    assert second.comparison == whole.comparison
+    assert read_yaml(tmp_path / "parts/config.yaml")["train"]["loop"]["seed"] == 3
+    with pytest.raises(ConfigError, match=r"the run was begun with .*seed 3, now 0\n  try: give the same"):
+        tuned(tiny_run, tmp_path, "parts", resume=True, **how | {"subset": SubsetConfig(shots=1)})
+
+
+def test_new_names_can_be_told_apart_first(tiny_run: TinyRun, tmp_path: Path) -> None:
+    overrides = ["train.loop.steps=1", "train.optimizer.learning_rate=1e-12", "train.ema.enabled=false"]
+    tuned(tiny_run, tmp_path, "apart", overrides=overrides, decorrelate_names=True)
+    before, after = METR.from_pretrained(tiny_run.best), METR.from_pretrained(tmp_path / "apart/last")
+    text = after.embed(after.vocabulary)
+    old, new = (model.network.category_extraction.projection(text) for model in (before, after))
+    torch.testing.assert_close(new[: len(OLD)], old[: len(OLD)], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(new[len(OLD) :], old[len(OLD) :], atol=1e-3)
+
+
+def test_settings_that_would_make_another_network(tiny_run: TinyRun, tmp_path: Path) -> None:
+    what = (
+        r"model: fine-tuning keeps the checkpoint's network, which model.width=64 \(the checkpoint's: 32\) would change"
+    )
+    with pytest.raises(ConfigError, match=what) as caught:
+        tuned(tiny_run, tmp_path, overrides=["model.width=64"])
+    assert "expected [64" in str(caught.value)
+    assert "metr train" in str(caught.value)
+    assert not (tmp_path / "mine").exists()
+    # what changes no shape is the user's
+    tuned(tiny_run, tmp_path, overrides=["model.denoising.groups=1", "model.backbone.freeze_stages=2"])
+    assert load_checkpoint(tmp_path / "mine").model.denoising.groups == 1
+
+
+def test_what_is_no_checkpoint(tiny_run: TinyRun, tmp_path: Path) -> None:
+    data = new_data(tiny_run, tmp_path)
+    with pytest.raises(CheckpointError, match=r"expected a checkpoint \(config.json and model.safetensors\) or a run"):
+        finetune(data, tiny_run.datasets[0], tmp_path / "out")
+    (tmp_path / "file").touch()
+    with pytest.raises(MetrError, match="expected a folder for the run"):
+        finetune(data, tmp_path / "nowhere", tmp_path / "file")
+    with pytest.raises(ConfigError, match="a run cannot begin with itself"):
+        finetune(data, tiny_run.folder, tiny_run.folder, resume=True)
+    with pytest.raises(CheckpointError, match="nowhere: no such checkpoint"):
+        finetune(data, tmp_path / "nowhere", tmp_path / "out")
+
+
+def test_a_text_encoder_that_is_gone_or_elsewhere(tiny_run: TinyRun, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(tiny_run.folder, tmp_path / "run"))
+    for checkpoint in (run / "best", run / "last"):
+        values = json.loads((checkpoint / "config.json").read_text())
+        values["text_encoder"]["source"] = str(tmp_path / "gone")
+        (checkpoint / "config.json").write_text(json.dumps(values))
+    options = FinetuneOptions(overrides=SHORT, compare=False)
+    with pytest.raises(ModelError, match="gone"):
+        finetune(new_data(tiny_run, tmp_path), run, tmp_path / "out", options)
+    # names of the checkpoint need none
+    finetune([tiny_run.data[1]], run, tmp_path / "old names", options)
+    # and it may have moved
+    elsewhere = (*SHORT, f"text.source={tiny_run.text_model}")
+    moved = FinetuneOptions(overrides=elsewhere, compare=False)
+    finetune(new_data(tiny_run, tmp_path), run, tmp_path / "moved", moved)
+    assert load_checkpoint(tmp_path / "moved").text_encoder["source"] == str(tiny_run.text_model)
+
+
+def test_data_that_does_not_fit(tiny_run: TinyRun, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trained = load_checkpoint(tiny_run.folder).vocabulary
+    desk = tiny_run.data[1]
+    with pytest.raises(DataError, match="2 datasets are called 'desk'"):
+        open_finetune_data([desk], trained, rehearse=Rehearsal(data=(desk,)))
+    with pytest.raises(DataError, match="no dataset is named"):
+        open_finetune_data([], trained)
+    with pytest.raises(ConfigError, match="share"):
+        Rehearsal.checked({"share": 1.0})
+    open_finetune_data([f"pond={desk}"], trained)
+    assert "pond: the checkpoint knows a dataset of this name with other categories" in caplog.text
+    open_finetune_data([desk], trained, SubsetConfig(shots=50))
+    assert "desk: categories with fewer than 50 objects: " in caplog.text

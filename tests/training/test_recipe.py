@@ -1,0 +1,134 @@
+"""Recipes: the sizes are what they are said to be, and every value can be overridden by its name."""
+
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from metr.demo.run import demo_recipe
+from metr.errors import ConfigError
+from metr.training.recipe import SIZES, RunConfig, load_recipe
+
+RECIPES = resources.files("metr") / "recipes"
+
+
+def leaves(tree: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            yield from leaves(value, f"{path}{key}.")
+        else:
+            yield f"{path}{key}", value
+
+
+def assignment(key: str, value: object) -> str:
+    written = yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("...\n").strip()
+    return f"{key}={written}"
+
+
+DEISSUES = dict(leaves(RunConfig().model_dump(mode="json")))
+# numbers whose neighbours are not allowed
+NARROW = {
+    "model.queries.floor": 7,
+    "model.backbone.freeze_stages": 2,
+    "model.categories.shortlist": 64,
+    "augmentation.crop_aspect": 2.0,
+}
+NUMBERS = {key: value for key, value in DEISSUES.items() if type(value) in {int, float}}
+
+
+def at(config: RunConfig, key: str) -> object:
+    value: Any = config
+    for part in key.split("."):
+        value = getattr(value, part)
+    return value
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_size_is_a_document_of_known_keys(size: str) -> None:
+    text = (RECIPES / f"{size}.yaml").read_text(encoding="utf-8")
+    assert text.startswith("# ")
+    assert f"--size {size}" in text
+    config = load_recipe(size)
+    for key, value in leaves(yaml.safe_load(text)):
+        stored = at(config, key)
+        assert (list(stored) if isinstance(stored, tuple) else stored) == value
+
+
+def test_the_sizes_are_what_is_promised() -> None:
+    nano, small, base = (load_recipe(size) for size in SIZES)
+    assert [one.model.backbone.name for one in (nano, small, base)] == ["efficientnet_lite0", "resnet18", "resnet50"]
+    assert (nano.model.encoder.kind, nano.model.width, nano.model.decoder.layers) == ("hybrid", 128, 3)
+    assert nano.augmentation.resize.size == 320
+    assert (base.model.encoder.kind, base.model.width) == ("deformable", 256)
+    assert (base.model.encoder.layers, base.model.decoder.layers) == (6, 6)
+
+
+def test_nano_is_the_default_and_needs_no_network() -> None:
+    assert load_recipe() == load_recipe("nano")
+    assert load_recipe().text.source == "bundled:minilm"
+
+
+def test_every_value_can_be_overridden_by_its_name() -> None:
+    everything = [assignment(key, value) for key, value in DEISSUES.items()]
+    assert load_recipe("base", overrides=everything) == RunConfig()
+
+
+@pytest.mark.parametrize("key", sorted(NUMBERS))
+def test_every_number_can_be_overridden_alone(key: str) -> None:
+    base, value = load_recipe("nano"), NUMBERS[key]
+    changed = NARROW.get(key, value / 2 if isinstance(value, float) else value + 8)
+    config = load_recipe("nano", overrides=[assignment(key, changed)])
+    assert at(config, key) == changed
+    others = {name for name, _ in leaves(base.model_dump(mode="json"))} - {key}
+    assert all(at(config, name) == at(base, name) for name in others)
+
+
+@pytest.mark.parametrize("key", ["model.width", "train.loop.steps", "augmentation.resize.size", "unannotated"])
+def test_a_typo_names_the_key_and_the_near_one(key: str) -> None:
+    section, _, last = key.rpartition(".")
+    typo = f"{section}.{last}x".removeprefix(".")
+    with pytest.raises(ConfigError) as caught:
+        load_recipe("nano", overrides=[f"{typo}=1"])
+    assert str(caught.value).startswith(f"recipe nano and --set: unknown key {typo!r}\n")
+    assert repr(last) in str(caught.value).partition("did you mean")[2]
+
+
+@pytest.mark.parametrize("size", ["nanno", "large", ""])
+def test_an_unknown_size(size: str) -> None:
+    with pytest.raises(ConfigError, match=f"--size: unknown size '{size}'\n  try: (did you mean 'nano'|one of 'base')"):
+        load_recipe(size)
+
+
+def test_a_file_lies_over_the_size_and_overrides_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("model: {width: 64, queries: {number: 50}}\ntrain: {loop: {steps: 7}}\n", encoding="utf-8")
+    config = load_recipe("nano", file, ["model.width=96", "train.optimizer.learning_rate=1e-5"])
+    assert (config.model.width, config.model.queries.number, config.train.loop.steps) == (96, 50, 7)
+    assert config.train.optimizer.learning_rate == 1e-5
+    assert config.model.decoder == load_recipe("nano").model.decoder
+
+
+def test_a_typo_in_a_file_names_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("train: {loop: {step: 7}}\n", encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        load_recipe("nano", file)
+    message = str(caught.value)
+    assert message == f"recipe nano with {file}: unknown key 'train.loop.step'\n  try: did you mean 'steps'?"
+
+
+def test_a_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.yaml: no such configuration file"):
+        load_recipe("nano", tmp_path / "none.yaml")
+
+
+def test_the_demo_is_nano_made_shorter() -> None:
+    demo, nano = demo_recipe(), load_recipe("nano")
+    assert demo.model.backbone == nano.model.backbone
+    assert demo.text == nano.text
+    assert demo.train.loop.steps < nano.train.loop.steps
+    assert demo.augmentation.resize.size <= 320
+    assert demo_recipe(("train.loop.steps=3",)).train.loop.steps == 3
