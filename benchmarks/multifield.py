@@ -3,8 +3,8 @@
     python benchmarks/multifield.py --profile trial --data ../shared/data
 
 Trains on the train splits and reports, for each val split, COCO AP with the dataset's own names and with all names of
-all datasets, the recall of category extraction at K, and cross-dataset confusion. It can be stopped and run again: it goes on
-where it was. The result is written to `results/multifield-PROFILE.json` and `.md` beside this file, with a page of
+all datasets, the recall of category extraction at K, and cross-dataset confusion.
+It can be stopped and run again: it goes on where it was. The result is written to `results/multifield-PROFILE.json` and `.md` beside this file, with a page of
 detections, and the run itself to `--out`.
 
 `--arms` runs baselines beside joint METR, for the same number of images seen (see multifield_arms.py); finished arms

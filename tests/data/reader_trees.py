@@ -221,7 +221,7 @@ def yolo_roboflow(root: Path, truth: Truth) -> None:
 
 
 def yolo_travelled(root: Path, truth: Truth) -> None:
-    """The description names a folder of another machine; expected_images lie in subfolders; a split is a list of folders."""
+    """The description names a folder of another machine; images lie in subfolders; a split is a list of folders."""
     for split, expected_images in truth.items():
         _save(root / "sets" / split / "a" / "images", expected_images[:1])
         _save(root / "sets" / split / "b" / "images", expected_images[1:])

@@ -129,7 +129,7 @@ def answers_for(boxes: torch.Tensor, category: list[int], target: list[int]) -> 
 def test_no_is_known_only_of_annotated_categories() -> None:
     truth = PaddedTargets.of([image_targets([2], 4, annotated=[0, 1])])
     answers = answers_for(random_boxes(5), [0, 1, 2, 2, -1], [-1, -1, -1, 0, -1])
-    # Annotated, annotated, unannotated, an object although its category is not annotated exhaustively, asked for nothing.
+    # Annotated, annotated, unannotated, an object of a category that is not annotated exhaustively, asked for nothing.
     assert known(answers, truth, 0.5).flatten().tolist() == [True, True, False, True, False]
 
 

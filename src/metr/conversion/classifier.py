@@ -92,7 +92,7 @@ def _with_objectness(ask: Linear, objectness: nn.Linear | None) -> Linear:
 
 @torch.no_grad()
 def norm_as_linear(norm: nn.LayerNorm, before: ActivationStatistics) -> Linear:
-    """A layer norm for tokens whose channels have these activation_statistics: it divides by the deviation that these amount to."""
+    """A layer norm for tokens of these statistics: it divides by the deviation that they amount to."""
     width = len(before.mean)
     energy = (before.mean**2 + before.deviation**2).mean() - before.mean.mean() ** 2
     scale = norm.weight / (energy + norm.eps).sqrt()

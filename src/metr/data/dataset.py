@@ -64,7 +64,7 @@ class DetectionDataset(Dataset[Example | Missing]):
         transforms: Resize and augment.
         unannotated: What a category means that the dataset does not annotate: "negative" takes it that none is there;
             otherwise nothing is known of it.
-        covered_names: The names that some dataset beside it annotates; of all others, which nothing shows, nothing is known.
+        covered_names: The names that some dataset beside it annotates; nothing is known of all others.
             By default every name.
     """
 

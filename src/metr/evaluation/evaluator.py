@@ -83,7 +83,7 @@ class DatasetReport:
 class EvaluationReport:
     """What the detector did to each dataset.
 
-    `unannotated` says how training treated unannotated categories, `weights` of what type those on disk were ("float16").
+    `unannotated` says how training treated unannotated categories, `weights` is the type of those on disk ("float16").
     """
 
     datasets: tuple[DatasetReport, ...]
@@ -163,7 +163,7 @@ class Evaluator:
         Args:
             network: Called as `network(images, padding_mask, text)`; its mode is left as it was.
             sets: Splits of datasets, each with a name of its own.
-            unannotated: How training treated the categories that an image's dataset does not annotate; said in the report.
+            unannotated: How training treated categories that an image's dataset does not annotate, for the report.
 
         Raises:
             DataError: no sets, a category that the vocabulary lacks, a dataset without a readable image, a batch of

@@ -163,7 +163,7 @@ class Look:
                     self._upon.append((name, score, own[box]))
 
     def sightings(self, least: Mapping[str, float]) -> list[Sighting]:
-        """The unannotated names that were seen apart from the dataset's boxes with a score of at least `least[name]`."""
+        """The unannotated names seen apart from the dataset's boxes with a score of at least `least[name]`."""
         seen: defaultdict[str, dict[Path, float]] = defaultdict(dict)
         for name, score, path in self._apart:
             if score >= least.get(name, math.inf):

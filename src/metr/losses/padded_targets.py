@@ -17,8 +17,8 @@ NO_OBJECT = -1
 class PaddedTargets:
     """The targets of a batch, padded to one number of objects (at least one) and of ignored boxes.
 
-    `labels` and `ignore_labels` are `NO_OBJECT` on padding, whose boxes are arbitrary but sound. `absent` is annotated or
-    presumed absent, and has neither object nor ignored box in the image; `present` has an object there.
+    `labels` and `ignore_labels` are `NO_OBJECT` on padding, whose boxes are arbitrary but sound. `absent` is annotated
+    or     presumed absent, and has neither object nor ignored box in the image; `present` has an object there.
     """
 
     boxes: Float[Tensor, "b m 4"]

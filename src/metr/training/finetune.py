@@ -46,8 +46,8 @@ class FinetuneOptions:
     """How to fine-tune, besides the defaults for this much data.
 
     `file` and `overrides` (`section.key=value`) are laid over them; `subset` is the part of the new datasets that is
-    trained on, whose seed is that of training too; `compare` judges old and new datasets before and after. `decorrelate_names`
-    first moves the projections of new names further from each other, where those of old names stay untouched.
+    trained on, whose seed is that of training too; `compare` evaluates old and new datasets before and after.
+    `decorrelate_names` first moves the projections of new names further from each other, where those of old names stay untouched.
     """
 
     file: Path | None = None

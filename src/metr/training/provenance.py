@@ -13,8 +13,8 @@ import metr
 from metr.config import Tree
 from metr.data.datasets_file import DatasetSource
 from metr.data.joint import JointData
+from metr.data.licences import Licence, licences_of, origin_of
 from metr.devices import resolved_device
-from metr.sharing.licences import Licence, licences_of, origin_of
 from metr.training.recipe import RunConfig
 
 _logger = logging.getLogger(__name__)

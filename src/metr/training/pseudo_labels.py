@@ -27,7 +27,7 @@ class PseudoLabeler:
 
     Args:
         config: The thresholds.
-        unannotated: Where a category is unannotated to an image's dataset, by the dataset's name. Categories that the dataset
+        unannotated: Where an image's dataset does not annotate a category, by the dataset's name. Categories that it
             annotates, but not in this very image, are unannotated to none.
     """
 

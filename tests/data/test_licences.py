@@ -10,7 +10,7 @@ import pytest
 
 from metr.data.datasets_file import DatasetSource, open_dataset, parse_data_arguments
 from metr.data.joint import open_joint
-from metr.sharing.licences import Licence, licences_of, origin_of, recognised_licence
+from metr.data.licences import Licence, licences_of, origin_of, recognised_licence
 
 from tiny import TinyRun
 
