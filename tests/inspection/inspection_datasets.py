@@ -8,9 +8,8 @@ import torch
 from PIL import Image
 from torch.nn.functional import normalize
 
-from metr.inspection.config import InspectionConfig
-from metr.inspection.embedding_similarity import EmbeddingSimilarity
 from metr.inspection.facts import DatasetFacts, NameFacts
+from metr.inspection.similar_names import EmbeddingSimilarity, InspectionConfig
 from metr.text.encoder import TextEncoderConfig
 
 # A text encoder that there is not: names are compared by spelling, and no language model is loaded.

@@ -9,11 +9,17 @@ from inspection_made import SPELLING, dataset_facts, name_facts, save_noise, wri
 
 from metr.data.datasets_file import DatasetConfig, DatasetSource, open_dataset, parse_data_arguments
 from metr.errors import ConfigError
-from metr.inspection.datasets_file import check_target, listing_text, write_datasets_file
+from metr.inspection.datasets_file import (
+    Suggestion,
+    check_target,
+    is_cryptic,
+    listing_text,
+    suggestions_of,
+    write_datasets_file,
+)
 from metr.inspection.homonyms import Homonym
 from metr.inspection.label_report import inspect_datasets
 from metr.inspection.similar_names import similar_names
-from metr.inspection.suggestions import Suggestion, is_cryptic, suggestions_of
 
 
 def opened(tmp_path: Path, **options: object) -> DatasetSource:

@@ -5,11 +5,8 @@ from importlib.util import find_spec
 import pytest
 from inspection_made import dataset_facts, meanings, name_facts
 
-from metr.inspection.config import InspectionConfig
-from metr.inspection.embedding_similarity import meanings_of
 from metr.inspection.homonyms import homonyms_of
-from metr.inspection.similar_names import similar_names
-from metr.inspection.string_similarity import has_head, spelt_alike, words
+from metr.inspection.similar_names import InspectionConfig, has_head, meanings_of, similar_names, spelt_alike, words
 from metr.text.vocabulary import Vocabulary
 
 FAR = InspectionConfig().far

@@ -1,9 +1,8 @@
 """Made images for `metr demo`: three small datasets of different fields, and images to try the detector on."""
 
-from metr.demo.datasets import DemoDataset, write_demo_datasets, write_unseen
-from metr.demo.formats import DemoImage
+from metr.demo.datasets import DemoDataset, DemoImage, write_demo_datasets, write_unseen
+from metr.demo.run import SceneStatistics, scene_statistics
 from metr.demo.scenes import FIELDS, DrawnObject, Field, Scene, draw_scene
-from metr.demo.statistics import SceneStatistics, scene_statistics
 
 __all__ = [
     "FIELDS",

@@ -10,9 +10,8 @@ import cv2
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 
-from metr.demo import animals, objects
-from metr.demo.backgrounds import Ground, blades, daylight, grass, water, wood
-from metr.demo.canvas import Canvas, Colour, Pose, Sprite, hsv, softened
+from metr.demo import objects
+from metr.demo.canvas import Canvas, Colour, Ground, Pose, Sprite, blades, daylight, grass, hsv, softened, water, wood
 
 OVERSAMPLING = 2
 FEWEST, MOST = 3, 12
@@ -41,11 +40,11 @@ class Kind:
 
 
 KINDS: dict[str, Kind] = {
-    "fish": Kind(paint=animals.fish, size=1.15, layer=0.0, height=0.12, bend=0.3, opacity=0.9),
-    "turtle": Kind(paint=animals.turtle, size=1.05, layer=0.7, height=0.1),
-    "frog": Kind(paint=animals.frog, size=1.0, layer=1.0),
-    "butterfly": Kind(paint=animals.butterfly, size=0.95, layer=3.0, height=0.16),
-    "snail": Kind(paint=animals.snail, size=1.0, turn=20.0, layer=1.0),
+    "fish": Kind(paint=objects.fish, size=1.15, layer=0.0, height=0.12, bend=0.3, opacity=0.9),
+    "turtle": Kind(paint=objects.turtle, size=1.05, layer=0.7, height=0.1),
+    "frog": Kind(paint=objects.frog, size=1.0, layer=1.0),
+    "butterfly": Kind(paint=objects.butterfly, size=0.95, layer=3.0, height=0.16),
+    "snail": Kind(paint=objects.snail, size=1.0, turn=20.0, layer=1.0),
     "leaf": Kind(paint=objects.leaf, size=1.0, layer=1.0, height=0.04, bend=0.15),
     "mushroom": Kind(paint=objects.mushroom, size=1.0, turn=20.0, layer=1.5, height=0.1),
     "cup": Kind(paint=objects.cup, size=1.0, layer=1.0, height=0.1),

@@ -7,9 +7,9 @@ from typing import Literal
 import numpy as np
 
 from metr.inspection.detector_hints import Sights
-from metr.inspection.embedding_similarity import EmbeddingSimilarity
 from metr.inspection.facts import DatasetFacts
 from metr.inspection.homonyms import Homonym
+from metr.inspection.similar_names import EmbeddingSimilarity
 
 # A name that stands beside common names so rarely, or in so few images, is no hint.
 _BESIDE, _FEWEST_BESIDE, _LEAST_IMAGES = 0.15, 2, 5

@@ -18,11 +18,9 @@ from metr.data.records import ImageRecord
 from metr.errors import DataError
 from metr.inference.config import InferenceConfig, PostprocessConfig
 from metr.inference.predictor import Predictor
-from metr.inspection.config import InspectionConfig
 from metr.inspection.duplicates import Say
-from metr.inspection.embedding_similarity import joint_vocabulary
 from metr.inspection.facts import spread
-from metr.inspection.similar_names import SimilarNames
+from metr.inspection.similar_names import InspectionConfig, SimilarNames, joint_vocabulary
 from metr.structures import Detections
 
 if TYPE_CHECKING:

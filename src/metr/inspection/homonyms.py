@@ -6,9 +6,8 @@ from itertools import permutations
 
 import numpy as np
 
-from metr.inspection.embedding_similarity import EmbeddingSimilarity
 from metr.inspection.facts import DatasetFacts
-from metr.inspection.string_similarity import by_head, ending_in, squeezed
+from metr.inspection.similar_names import EmbeddingSimilarity, by_head, ending_in, squeezed
 
 # Boxes that are so many times larger in area, or wider for their height, are told.
 _LARGER, _WIDER = 5.0, 1.75

@@ -8,8 +8,8 @@ from metr.data.datasets_file import DatasetSource
 from metr.data.formats.base import IssueLog
 from metr.data.records import DataIssue
 from metr.errors import DependencyError, ModelError
-from metr.inspection.config import InspectionConfig
 from metr.inspection.coverage import Coverage, coverage_of
+from metr.inspection.datasets_file import Suggestion, suggestions_of
 from metr.inspection.detector_hints import Sights, near_by_sight, sights_of
 from metr.inspection.duplicates import (
     Overlap,
@@ -20,11 +20,18 @@ from metr.inspection.duplicates import (
     overlaps,
     places_of,
 )
-from metr.inspection.embedding_similarity import EmbeddingSimilarity, joint_vocabulary, meanings_of, owners_of
 from metr.inspection.facts import DatasetFacts, facts_of, strays_of
 from metr.inspection.homonyms import Homonym, homonyms_of
-from metr.inspection.similar_names import SimilarNames, in_order, similar_names
-from metr.inspection.suggestions import Suggestion, suggestions_of
+from metr.inspection.similar_names import (
+    EmbeddingSimilarity,
+    InspectionConfig,
+    SimilarNames,
+    in_order,
+    joint_vocabulary,
+    meanings_of,
+    owners_of,
+    similar_names,
+)
 
 if TYPE_CHECKING:
     from metr.model import METR
