@@ -3,7 +3,7 @@
 from importlib.util import find_spec
 
 import pytest
-from inspection_made import dataset_facts, meanings, name_facts
+from inspection_datasets import dataset_facts, meanings, name_facts
 
 from metr.inspection.config import InspectionConfig
 from metr.inspection.embedding_similarity import meanings_of
