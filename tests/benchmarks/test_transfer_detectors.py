@@ -183,7 +183,7 @@ def test_a_run_that_stopped_goes_on_and_ends_alike(bench_of: Callable[[str], Any
     from transfer_detectors_training import TRAINED, DrawnImages, Work, last_checkpoint, train_detector
 
     one = bench_of("dab_detr")
-    images = chosen(one.left_out, one.recipe, training=True)
+    kept_images = chosen(one.left_out, one.recipe, training=True)
     settings = one.config.trainer.model_copy(update={"checkpoint_every": 2})
 
     class Stopping(DrawnImages):
@@ -203,7 +203,7 @@ def test_a_run_that_stopped_goes_on_and_ends_alike(bench_of: Callable[[str], Any
             device=torch.device("cpu"),
             backbone=one.family.target.backbone,
         )
-        drawn = images([images], one.recipe.loader, 4, 0)
+        drawn = images([kept_images], one.recipe.loader, 4, 0)
         seconds = train_detector(one.beginning("own", 0), drawn, one.collate, work, Console(quiet=True))
         assert seconds > 0
         return work.folder / TRAINED

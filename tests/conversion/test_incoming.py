@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from conversion_cases import NAMES, SIDE, alike, normalised, random_images, save_folder, stir, stirred
 from rich.console import Console
 from torch import Tensor
-from transfer_cases import NAMES, SIDE, alike, normalised, random_images, save_folder, stir, stirred
 
 from metr.checkpoint import load_checkpoint
 from metr.conversion.export import build, colours_of

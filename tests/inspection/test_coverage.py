@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from inspection_made import dataset_facts, meanings, name_facts
+from inspection_datasets import dataset_facts, meanings, name_facts
 
 from metr.data.records import ImageRecord
 from metr.inspection.coverage import Coverage, coverage_of

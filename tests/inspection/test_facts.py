@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from inspection_made import SPELLING, dataset_facts, name_facts, save_noise, write_csv
+from inspection_datasets import SPELLING, dataset_facts, name_facts, save_noise, write_csv
 
 from metr.data.datasets_file import DatasetConfig, DatasetSource, open_dataset
 from metr.inspection.duplicates import equal_images, equal_names, overlaps, places_of

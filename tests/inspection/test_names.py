@@ -3,7 +3,7 @@
 from importlib.util import find_spec
 
 import pytest
-from inspection_made import dataset_facts, meanings, name_facts
+from inspection_datasets import dataset_facts, meanings, name_facts
 
 from metr.inspection.homonyms import homonyms_of
 from metr.inspection.similar_names import InspectionConfig, has_head, meanings_of, similar_names, spelt_alike, words

@@ -12,7 +12,7 @@ from metr.errors import ConfigError
 from metr.losses.classification import presence_losses
 from metr.losses.config import CriterionConfig
 from metr.losses.criterion import SetCriterion
-from metr.losses.padded_targets import Truth
+from metr.losses.padded_targets import PaddedTargets
 from metr.models.config import DetectorConfig
 from metr.models.detector import Detector
 from metr.models.shortlist import Shortlist, Shortlisted
@@ -260,7 +260,7 @@ def test_it_learns_which_names_are_shown() -> None:
     images, labels = 0.2 * random_images(4) + 0.8 * colours[:, :, None, None], [3, 11, 22, 33]
     with torch.no_grad():
         memory = detector.encoder(detector.backbone(images), torch.zeros(4, 64, 96, dtype=torch.bool))
-    truth = Truth.of([targets_of([[0.5, 0.5, 0.4, 0.4]], [label], words=WORDS) for label in labels])
+    truth = PaddedTargets.of([targets_of([[0.5, 0.5, 0.4, 0.4]], [label], words=WORDS) for label in labels])
     extraction = detector.category_extraction
     assert isinstance(extraction.shortlist, Shortlist)
     optimizer = torch.optim.Adam(extraction.parameters(), lr=3e-3)

@@ -47,7 +47,7 @@ class FinetuneOptions:
 
     `file` and `overrides` (`section.key=value`) are laid over them; `subset` is the part of the new datasets that is
     trained on, whose seed is that of training too; `compare` evaluates old and new datasets before and after.
-    `decorrelate_names` first moves the projections of new names further from each other, where those of old names stay untouched.
+    `decorrelate_names` first moves the projections of new names further apart; those of old names stay untouched.
     """
 
     file: Path | None = None

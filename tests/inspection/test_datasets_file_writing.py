@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from inspection_made import SPELLING, dataset_facts, name_facts, save_noise, write_csv
+from inspection_datasets import SPELLING, dataset_facts, name_facts, save_noise, write_csv
 
 from metr.data.datasets_file import DatasetConfig, DatasetSource, open_dataset, parse_data_arguments
 from metr.errors import ConfigError
