@@ -1,4 +1,4 @@
-"""`metr inspect`: what it shows, the listing and the exports it leaves, and how mistakes end."""
+"""`metr inspect`: what it shows, the datasets file and the exports it leaves, and how mistakes end."""
 
 import json
 import re
@@ -154,9 +154,9 @@ def test_the_listing_is_what_train_reads(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["coco", "yolo"])
 def test_exports_can_be_read(tmp_path: Path, name: str) -> None:
     one = write_csv(tmp_path / "one", "a.jpg,1,2,10,20,dog")
-    listing = tmp_path / "data.yaml"
-    listing.write_text(json.dumps({"datasets": [{"name": "my/pets", "path": "one", "renames": {"dog": "hound"}}]}))
-    result = run(listing, "--export", name, tmp_path / "out")
+    datasets file = tmp_path / "data.yaml"
+    datasets file.write_text(json.dumps({"datasets": [{"name": "my/pets", "path": "one", "renames": {"dog": "hound"}}]}))
+    result = run(datasets file, "--export", name, tmp_path / "out")
     assert result.exit_code == 0, result.output
     assert f"2 images, 2 boxes as {name} in {tmp_path / 'out/my_pets'}" in result.output
     (spec,) = parse_data_arguments([str(tmp_path / "out/my_pets")])
@@ -176,7 +176,7 @@ def test_exports_can_be_read(tmp_path: Path, name: str) -> None:
         (["--export", "cocoa", "out"], "did you mean 'coco'?"),
         (["--model", "no-run"], "no-run"),
         (["--set", "image=3"], "did you mean 'images'"),
-        (["--set", "near=3"], "near"),
+        (["--set", "similar=3"], "similar"),
     ],
 )
 def test_mistakes_end_in_one_message(
@@ -192,10 +192,10 @@ def test_mistakes_end_in_one_message(
 
 def test_a_detector_looks_for_foreign_names(metr: CommandLine, tiny_run: TinyRun) -> None:
     arguments = ["--model", tiny_run.folder, "--set", "images=2", "--set", f"text.source={tiny_run.text_model}"]
-    ended = metr("inspect", *tiny_run.data, *arguments, "--set", "near=1", "--set", "device=cpu")
+    ended = metr("inspect", *tiny_run.data, *arguments, "--set", "similar=1", "--set", "device=cpu")
     assert ended.code == 0, ended
     assert f"seen by {tiny_run.folder} where no box is, in 2 images of each dataset" in ended.words
-    assert "--set near=... sets another" in ended.words  # its similarities are not those of the bundled model
+    assert "--set similar=... sets another" in ended.words  # its similarities are not those of the bundled model
 
 
 @pytest.mark.parametrize("meant", [False, pytest.param(True, marks=pytest.mark.slow)])

@@ -1,4 +1,4 @@
-"""Facts about datasets and meanings of names as tests want them, and datasets on disk."""
+"""Facts about datasets and embeddings of names as tests want them, and datasets on disk."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -45,8 +45,8 @@ def dataset_facts(name: str, names: Sequence[str | NameFacts], shown: Sequence[S
     )
 
 
-def meanings(vectors: Mapping[str, Sequence[float]]) -> EmbeddingSimilarity:
-    """Directions that stand for meanings."""
+def embeddings(vectors: Mapping[str, Sequence[float]]) -> EmbeddingSimilarity:
+    """Directions that stand for embeddings."""
     table = normalize(torch.tensor([list(vector) for vector in vectors.values()], dtype=torch.float32), dim=-1)
     return EmbeddingSimilarity(source="made", names=tuple(vectors), vectors=table)
 

@@ -5,11 +5,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from inspection_datasets import dataset_facts, meanings, name_facts
+from inspection_datasets import dataset_facts, embeddings, name_facts
 
 from metr.data.records import ImageRecord
 from metr.inspection.coverage import Coverage, coverage_of
-from metr.inspection.detector_hints import Called, Look, Sighting, Sights, near_by_sight, sureness
+from metr.inspection.detector_hints import (
+    DetectorHints,
+    HintCollector,
+    RenamedHint,
+    UnlabelledHint,
+    confidence_floors,
+    similar_by_detector,
+)
 from metr.inspection.facts import DatasetFacts
 from metr.inspection.homonyms import Homonym
 from metr.structures import Detections
@@ -54,10 +61,10 @@ def test_a_doubted_name_is_no_bridge() -> None:
 def test_names_that_are_akin() -> None:
     sea = dataset_facts("sea", ["penguin", "fish"])
     photos = dataset_facts("photos", ["bird", "boat"])
-    made = meanings({"penguin": (1, 0), "bird": (0.8, 0.6), "fish": (-1, 0.2), "boat": (-0.1, -1)})
+    made = embeddings({"penguin": (1, 0), "bird": (0.8, 0.6), "fish": (-1, 0.2), "boat": (-0.1, -1)})
     assert hints(coverage_of([sea, photos], (), made, None, 0.7)) == {
-        ("sea", "bird"): ["akin"],
-        ("photos", "penguin"): ["akin"],
+        ("sea", "bird"): ["related"],
+        ("photos", "penguin"): ["related"],
     }
     assert hints(coverage_of([sea, photos], (), made, None, 0.9)) == {}
     # photos that tell birds and penguins apart would have called a penguin so
@@ -98,48 +105,52 @@ LEFT, RIGHT, BETWEEN = [0, 0, 40, 40], [60, 60, 100, 100], [10, 0, 50, 70]
 
 
 def test_seen_apart_from_all_boxes() -> None:
-    look = Look("animals", ("bear", "deer"))
-    look.add(record("1.png", [LEFT], [0]), detections(("person", 0.9, RIGHT), ("person", 0.4, [60, 0, 100, 40])))
-    look.add(record("2.png", [LEFT], [0]), detections(("person", 0.6, RIGHT), ("deer", 0.9, RIGHT)))
-    look.add(record("3.png", [LEFT], [0]), detections(("person", 0.9, BETWEEN)))  # overlaps by a third: neither
-    look.add(record("4.png", [], []), detections(("person", 0.3, RIGHT)))
-    look.add(record("5.png", [], []), detections())
-    (seen,) = look.sightings({"person": 0.5})
-    assert seen == Sighting(dataset="animals", name="person", images=2, of=5, example=Path("1.png"))
-    assert look.sightings({"person": 0.2})[0].images == 3
-    assert look.sightings({}) == []  # a name that it does not find where it is annotated
+    collector = HintCollector("animals", ("bear", "deer"))
+    collector.add(record("1.png", [LEFT], [0]), detections(("person", 0.9, RIGHT), ("person", 0.4, [60, 0, 100, 40])))
+    collector.add(record("2.png", [LEFT], [0]), detections(("person", 0.6, RIGHT), ("deer", 0.9, RIGHT)))
+    collector.add(record("3.png", [LEFT], [0]), detections(("person", 0.9, BETWEEN)))  # overlaps by a third: neither
+    collector.add(record("4.png", [], []), detections(("person", 0.3, RIGHT)))
+    collector.add(record("5.png", [], []), detections())
+    (seen,) = collector.unlabelled({"person": 0.5})
+    assert seen == UnlabelledHint(dataset="animals", name="person", images=2, of=5, example=Path("1.png"))
+    assert collector.unlabelled({"person": 0.2})[0].images == 3
+    assert collector.unlabelled({}) == []  # a name that it does not find where it is annotated
 
 
 def test_boxes_called_by_a_foreign_name() -> None:
-    look = Look("animals", ("bear", "deer"))
+    collector = HintCollector("animals", ("bear", "deer"))
     for number in range(6):
         name = "person" if number else "bear"
-        look.add(record(f"{number}.png", [LEFT, RIGHT], [0, 1]), detections((name, 0.8, LEFT), ("deer", 0.7, RIGHT)))
-    look.add(record("7.png", [LEFT], [0], [True]), detections(("person", 0.8, LEFT)))  # an ignored box is nobody's
-    assert look.sightings({"person": 0.5}) == []
-    assert look.called({"person": 0.5}) == [Called(dataset="animals", name="bear", called="person", boxes=5, of=6)]
-    assert look.called({"person": 0.85}) == []
-    assert dict(look.found) == {"bear": [pytest.approx(0.8)], "deer": [pytest.approx(0.7)] * 6}
-    assert sureness([look]) == {"deer": pytest.approx(0.7)}  # one bear is too few
+        collector.add(
+            record(f"{number}.png", [LEFT, RIGHT], [0, 1]), detections((name, 0.8, LEFT), ("deer", 0.7, RIGHT))
+        )
+    collector.add(record("7.png", [LEFT], [0], [True]), detections(("person", 0.8, LEFT)))  # an ignored box is nobody's
+    assert collector.unlabelled({"person": 0.5}) == []
+    assert collector.called({"person": 0.5}) == [
+        RenamedHint(dataset="animals", name="bear", called="person", boxes=5, of=6)
+    ]
+    assert collector.called({"person": 0.85}) == []
+    assert dict(collector.found) == {"bear": [pytest.approx(0.8)], "deer": [pytest.approx(0.7)] * 6}
+    assert confidence_floors([look]) == {"deer": pytest.approx(0.7)}  # one bear is too few
 
 
 def test_sightings_are_the_evidence() -> None:
-    sights = Sights(
+    detector_hints = DetectorHints(
         model="runs/joint",
-        sightings=(
-            Sighting(dataset="animals", name="person", images=3, of=30, example=Path("train/1.png")),
-            Sighting(dataset="animals", name="cup", images=1, of=30, example=Path("train/2.png")),
-            Sighting(dataset="photos", name="deer", images=2, of=50, example=Path("3.png")),
+        unlabelled=(
+            UnlabelledHint(dataset="animals", name="person", images=3, of=30, example=Path("train/1.png")),
+            UnlabelledHint(dataset="animals", name="cup", images=1, of=30, example=Path("train/2.png")),
+            UnlabelledHint(dataset="photos", name="deer", images=2, of=50, example=Path("3.png")),
         ),
-        called=(Called(dataset="animals", name="deer", called="person", boxes=5, of=8),),
+        called=(RenamedHint(dataset="animals", name="deer", called="person", boxes=5, of=8),),
         images={"animals": 30, "photos": 30},
-        unjudged=("cup",),
+        unreliable=("cup",),
     )
-    coverage = coverage_of(photos_and_animals(), (), None, sights, 0.59)
+    coverage = coverage_of(photos_and_animals(), (), None, detector_hints, 0.59)
     assert hints(coverage) == {("animals", "person"): ["seen"]}  # once may be an error, and so may 4 %
     assert coverage.cell("animals", "person").hints[0].why == "seen in 3 of 30 images, such as train/1.png"
     assert "seen by runs/joint" in coverage.evidence
     assert "1 name" in coverage.evidence
-    (near,) = near_by_sight(sights, {"person": ("photos",), "deer": ("animals",)})
-    assert (near.names, near.kind) == (("deer", "person"), "sight")
+    (near,) = similar_by_detector(detector_hints, {"person": ("photos",), "deer": ("animals",)})
+    assert (near.names, near.kind) == (("deer", "person"), "detector")
     assert near.why == "5 of 8 boxes are seen as person"

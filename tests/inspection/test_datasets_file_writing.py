@@ -1,4 +1,4 @@
-"""The listing that is left to edit: it says what was given, and every suggestion in it can be taken up."""
+"""The datasets file that is left to edit: it says what was given, and every suggestion in it can be taken up."""
 
 import json
 import re
@@ -12,8 +12,8 @@ from metr.errors import ConfigError
 from metr.inspection.datasets_file import (
     Suggestion,
     check_target,
+    datasets_file_text,
     is_cryptic,
-    listing_text,
     suggestions_of,
     write_datasets_file,
 )
@@ -99,7 +99,7 @@ def test_suggestions_join_what_is_given(tmp_path: Path) -> None:
         Suggestion(kind="rename", dataset="elsewhere", name="RBCs", value="no", why="x"),
     ]
     coverage = inspect_datasets([source], SPELLING).coverage
-    text = listing_text(tmp_path / "data.yaml", [source], suggestions, coverage)
+    text = datasets_file_text(tmp_path / "data.yaml", [source], suggestions, coverage)
     path = tmp_path / "data.yaml"
     path.write_text(text)
     (spec,) = parse_data_arguments([str(path)])
@@ -170,7 +170,7 @@ def test_what_is_there_is_not_written_over(tmp_path: Path) -> None:
         check_target(tmp_path / "data.yaml", force=False)
     check_target(tmp_path / "data.yaml", force=True)
     (tmp_path / "yolo.yaml").write_text("names: [a]\ntrain: images")
-    with pytest.raises(ConfigError, match="no listing"):
+    with pytest.raises(ConfigError, match="no datasets file"):
         check_target(tmp_path / "yolo.yaml", force=True)
     with pytest.raises(ConfigError, match=r"data\.yaml"):
         check_target(tmp_path / "data.txt", force=True)

@@ -3,14 +3,21 @@
 from importlib.util import find_spec
 
 import pytest
-from inspection_datasets import dataset_facts, meanings, name_facts
+from inspection_datasets import dataset_facts, embeddings, name_facts
 
 from metr.inspection.homonyms import homonyms_of
-from metr.inspection.similar_names import InspectionConfig, has_head, meanings_of, similar_names, spelt_alike, words
+from metr.inspection.similar_names import (
+    InspectionConfig,
+    embed_names,
+    has_head,
+    similar_names,
+    spelling_matches,
+    words,
+)
 from metr.text.vocabulary import Vocabulary
 
-FAR = InspectionConfig().far
-NEAR = InspectionConfig().near
+FAR = InspectionConfig().unrelated
+NEAR = InspectionConfig().similar
 
 
 # Spelling -------------------------------------------------------------------------------------------------------------
@@ -51,7 +58,7 @@ def test_words_of_a_name() -> None:
 )
 def test_spelt_alike(one: str, two: str, why: str | None) -> None:
     for names in ((one, two), (two, one)):
-        found = spelt_alike(names)
+        found = spelling_matches(names)
         if why is None:
             assert found == ()
         else:
@@ -77,10 +84,10 @@ DIRECTIONS = {"person": (1, 0, 0), "pedestrian": (0.8, 0.6, 0), "rider": (0.6, 0
 
 
 def test_near_in_meaning_needs_different_datasets() -> None:
-    made = meanings(DIRECTIONS)
+    made = embeddings(DIRECTIONS)
     apart = {"person": ["a"], "pedestrian": ["b"], "rider": ["b"], "tree": ["a", "b"]}
     (found,) = similar_names(apart, made, 0.7)
-    assert (found.names, found.owners, found.kind) == (("person", "pedestrian"), (("a",), ("b",)), "meaning")
+    assert (found.names, found.owners, found.kind) == (("person", "pedestrian"), (("a",), ("b",)), "embedding")
     assert found.strength == pytest.approx(0.8)
     assert "0.80" in found.why
     assert {pair.names for pair in similar_names(apart, made, 0.81)} == set()
@@ -90,16 +97,16 @@ def test_near_in_meaning_needs_different_datasets() -> None:
 
 def test_only_the_nearest_partners_count() -> None:
     owners = {"person": ["a"], "pedestrian": ["b"], "rider": ["b"], "tree": ["a"]}
-    names = {pair.names for pair in similar_names(owners, meanings(DIRECTIONS), 0.55)}
+    names = {pair.names for pair in similar_names(owners, embeddings(DIRECTIONS), 0.55)}
     assert names == {("person", "pedestrian")}  # rider, 0.6, is 0.2 behind
     close = DIRECTIONS | {"rider": (0.78, 0.62, 0)}
-    names = {pair.names for pair in similar_names(owners, meanings(close), 0.55)}
+    names = {pair.names for pair in similar_names(owners, embeddings(close), 0.55)}
     assert names == {("person", "pedestrian"), ("person", "rider")}
 
 
 def test_spelling_comes_first_and_hides_worse_partners() -> None:
     owners = {"dogs": ["a"], "dog": ["b"], "hot dog": ["b"]}
-    made = meanings({"dogs": (1, 0), "dog": (0.99, 0.1), "hot dog": (0.75, 0.66)})
+    made = embeddings({"dogs": (1, 0), "dog": (0.99, 0.1), "hot dog": (0.75, 0.66)})
     (found,) = similar_names(owners, made, 0.7)
     assert (found.names, found.kind) == (("dogs", "dog"), "spelling")
 
@@ -114,7 +121,7 @@ def test_without_meanings_spelling_is_compared() -> None:
 
 def test_a_kind_of_something_is_told() -> None:
     owners = {"monkey": ["a"], "rhesus monkey": ["b"]}
-    (found,) = similar_names(owners, meanings({"monkey": (1, 0), "rhesus monkey": (0.9, 0.44)}), 0.7)
+    (found,) = similar_names(owners, embeddings({"monkey": (1, 0), "rhesus monkey": (0.9, 0.44)}), 0.7)
     assert "perhaps a kind of monkey" in found.why
 
 
@@ -128,18 +135,18 @@ APART |= {"rook": (0, 1, 0), "pawn": (0, 1, 0), "bishop": (0, 1, 0.1)}
 
 def test_equal_names_among_names_that_are_far_apart() -> None:
     facts = [dataset_facts("cards", CARDS), dataset_facts("chess", CHESS)]
-    (homonym,) = homonyms_of(facts, meanings(APART), 0.38)
+    (homonym,) = homonyms_of(facts, embeddings(APART), 0.38)
     assert (homonym.name, homonym.dataset, homonym.others, homonym.other) == ("king", "cards", ("king",), "chess")
     assert homonym.equal
     assert homonym.reasons == ("the other names are far apart in meaning (0.10, below 0.38)",)
     # among names of one kind there is no homonym
     near = APART | dict.fromkeys(("rook", "pawn", "bishop"), (1, 0.2, 0))
-    assert homonyms_of(facts, meanings(near), 0.38) == ()
+    assert homonyms_of(facts, embeddings(near), 0.38) == ()
 
 
 def test_a_bare_name_and_those_that_end_in_it() -> None:
     chess = ["white-king", "black-king", "rook", "pawn"]
-    made = meanings(APART | {"white-king": (0, 1, 0), "black-king": (0, 1, 0)})
+    made = embeddings(APART | {"white-king": (0, 1, 0), "black-king": (0, 1, 0)})
     (homonym,) = homonyms_of([dataset_facts("chess", chess), dataset_facts("cards", CARDS)], made, 0.38)
     assert (homonym.name, homonym.dataset, homonym.others) == ("king", "cards", ("white-king", "black-king"))
     assert not homonym.equal
@@ -153,11 +160,11 @@ def test_datasets_that_share_most_names_are_of_one_field() -> None:
         dataset_facts("a", ["king", "jack", "ace"]),
         dataset_facts("b", ["king", "jack", "rook", "pawn", "bishop"]),
     ]
-    assert homonyms_of(facts, meanings(APART), 0.38) == ()  # one of two other names
+    assert homonyms_of(facts, embeddings(APART), 0.38) == ()  # one of two other names
 
 
 def test_a_dataset_of_one_name_cannot_be_judged() -> None:
-    made = meanings({"table": (1, 0), "dining table": (1, 0.1), "chair": (1, 0.3), "cup": (0.5, 1), "bed": (1, 1)})
+    made = embeddings({"table": (1, 0), "dining table": (1, 0.1), "chair": (1, 0.3), "cup": (0.5, 1), "bed": (1, 1)})
     facts = [dataset_facts("pages", ["table"]), dataset_facts("rooms", ["dining table", "chair", "cup", "bed"])]
     (homonym,) = homonyms_of(facts, made, 0.38)
     assert homonym.reasons == ("no other name to judge by in pages",)
@@ -192,7 +199,7 @@ def test_what_the_bundled_model_finds() -> None:
     wild, photos = ["bear", "deer", "otter", "tiger"], ["bear", "dog", "horse", "car", "cup", "person", "bird"]
     names = dict.fromkeys(name for pair in (*same, *other, *missed) for name in pair)
     names |= dict.fromkeys([*construction, *birds, *wild, *photos])
-    made = meanings_of(Vocabulary.of(tuple(names)), InspectionConfig().text)
+    made = embed_names(Vocabulary.of(tuple(names)), InspectionConfig().text)
     assert all(made.similarity(*pair) >= NEAR for pair in same)
     assert all(made.similarity(*pair) < NEAR for pair in (*other, *missed))
     (homonym,) = homonyms_of([dataset_facts("site", construction), dataset_facts("lake", birds)], made, FAR)

@@ -30,20 +30,24 @@ Verbose = Annotated[
 Check = Annotated[bool, typer.Option("--check", help="Open every image, not only up to 5,000 of a dataset.")]
 Model = Annotated[
     str | None,
-    typer.Option(help="A run or checkpoint that looks for unlabelled objects, in 30 images a dataset.", metavar="RUN"),
+    typer.Option(
+        help="A run or checkpoint that collectors for unlabelled objects, in 30 images a dataset.", metavar="RUN"
+    ),
 ]
 Write = Annotated[
     Path | None,
-    typer.Option(help="Leave a listing of the datasets with all suggestions, to edit.", metavar="DATA.YAML"),
+    typer.Option(help="Leave a datasets file of the datasets with all suggestions, to edit.", metavar="DATA.YAML"),
 ]
-Force = Annotated[bool, typer.Option("--force", help="Write over a listing that exists.")]
+Force = Annotated[bool, typer.Option("--force", help="Write over a datasets file that exists.")]
 Export = Annotated[
     tuple[str, Path] | None,
     typer.Option(help="Write each dataset as coco or yolo, into a folder of its own in OUT.", metavar="FORMAT OUT"),
 ]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", help="How to look: images=100, threshold=0.5, near=0.8, text.source=...; may be repeated."),
+    typer.Option(
+        "--set", help="How to look: images=100, threshold=0.5, similar=0.8, text.source=...; may be repeated."
+    ),
 ]
 
 
@@ -79,14 +83,14 @@ def inspect(
             sources,
             config,
             model=detector,
-            shown_as=model or "",
+            detector_name=model or "",
             every_image=check,
             say=lambda words: status.update(escape(words)),
         )
     print_inspection(console, inspection, config, verbose=verbose)
     if write is not None:
         write_datasets_file(write, sources, inspection.suggestions, inspection.coverage)
-        told = f"\nA listing with these suggestions is in {write}. Edit it, then: metr train {write} -o RUN"
+        told = f"\nA datasets file with these suggestions is in {write}. Edit it, then: metr train {write} -o RUN"
         console.print(told, markup=False, highlight=False, soft_wrap=True)
     if export is not None:
         _export(sources, *export, console)

@@ -109,21 +109,22 @@ def _print_near(console: Console, inspection: Inspection, config: InspectionConf
         "No others are joined unless you rename them.",
     )
     reads = f"{BUNDLED}, which reads English" if config.text.source == BUNDLED else config.text.source
-    by = f"spelling or meaning ({reads}; similarity {config.near:.2f} or more)"
+    by = f"spelling or meaning ({reads}; similarity {config.similar:.2f} or more)"
     if inspection.text_issue is not None:
         _line(console, f"Names are compared by spelling alone: {' '.join(inspection.text_issue.split())}")
         by = "spelling"
     elif config.text.source != BUNDLED:
         _line(
-            console, f"The similarities at which names are told were found with {BUNDLED}; --set near=... sets another."
+            console,
+            f"The similarities at which names are told were found with {BUNDLED}; --set similar=... sets another.",
         )
-    by += "" if inspection.sights is None else f" or by sight ({inspection.sights.model})"
-    if not inspection.near:
+    by += "" if inspection.detector_hints is None else f" or by sight ({inspection.detector_hints.model})"
+    if not inspection.similar:
         _line(console, f"No {'other ' if inspection.homonyms else ''}names are near in {by}.")
         return
     _heading(console, f"Names that may mean the same, by {by}:")
-    shown = inspection.near if verbose else inspection.near[:_PAIRS]
-    _listed(console, (_pair(one, verbose) for one in shown), len(inspection.near))
+    shown = inspection.similar if verbose else inspection.similar[:_PAIRS]
+    _listed(console, (_pair(one, verbose) for one in shown), len(inspection.similar))
 
 
 def _pair(pair: SimilarNames, verbose: bool) -> str:

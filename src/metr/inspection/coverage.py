@@ -1,4 +1,4 @@
-"""Which dataset annotates which name, and where a name's objects perhaps stand unlabelled."""
+"""The coverage matrix: which dataset annotates which name, and where its objects are perhaps unlabelled."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -6,26 +6,26 @@ from typing import Literal
 
 import numpy as np
 
-from metr.inspection.detector_hints import Sights
+from metr.inspection.detector_hints import DetectorHints
 from metr.inspection.facts import DatasetFacts
 from metr.inspection.homonyms import Homonym
 from metr.inspection.similar_names import EmbeddingSimilarity
 
-# A name that stands beside common names so rarely, or in so few images, is no hint.
+# Least fraction of images, number of those, and of images in all, for a name that occurs with common names.
 _BESIDE, _FEWEST_BESIDE, _LEAST_IMAGES = 0.15, 2, 5
-# A detector that sees a name in fewer images, or in a smaller share of them, may err.
+# Least fraction and number of images in which a detector must find a name.
 _SEEN, _FEWEST_SEEN = 0.05, 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hint:
-    """Why a name's objects may stand unlabelled in a dataset: `strength` is a share of images, or a similarity.
+    """Why objects of a name may be unlabelled in a dataset; `strength` is a fraction of images or a similarity.
 
-    "seen": a detector finds it there. "beside": elsewhere it stands beside what the dataset shows. "akin": the dataset
-    has a name that is near in meaning.
+    "seen": a detector finds it there. "beside": in another dataset it occurs in images with names of this one.
+    "related": the dataset has a name of similar meaning.
     """
 
-    kind: Literal["seen", "beside", "akin"]
+    kind: Literal["seen", "beside", "related"]
     strength: float
     why: str
 
@@ -41,9 +41,9 @@ class Cell:
 
 @dataclass(frozen=True, kw_only=True)
 class Coverage:
-    """The matrix of datasets and names. What `cells` lacks is neither annotated nor to be expected.
+    """The matrix of datasets and names. Pairs missing in `cells` are neither annotated nor hinted at.
 
-    `evidence` says what the hints rest on.
+    `evidence` says what the hints are based on.
     """
 
     datasets: tuple[str, ...]
@@ -56,7 +56,7 @@ class Coverage:
         return self.cells.get((dataset, name), Cell())
 
     def telling(self) -> list[str]:
-        """The names that several datasets annotate or perhaps show, those that most annotate first."""
+        """Names annotated or hinted at in several datasets, the most annotated first."""
         found: dict[str, list[Cell]] = {name: [] for name in self.names}
         for (_, name), cell in self.cells.items():
             found[name].append(cell)
@@ -65,7 +65,7 @@ class Coverage:
         return sorted(several, key=lambda name: (-annotated[name], -len(found[name])))
 
     def hinted(self, dataset: str) -> list[tuple[str, Cell]]:
-        """The names that perhaps stand unlabelled in a dataset, likeliest first."""
+        """The names that are perhaps unlabelled in a dataset, the most likely first."""
         found = [(name, self.cell(dataset, name)) for name in self.names]
         return sorted(
             ((name, cell) for name, cell in found if cell.hints),
@@ -76,18 +76,18 @@ class Coverage:
 def coverage_of(
     facts: Sequence[DatasetFacts],
     homonyms: Sequence[Homonym],
-    meanings: EmbeddingSimilarity | None,
-    sights: Sights | None,
-    akin: float,
+    embeddings: EmbeddingSimilarity | None,
+    detector_hints: DetectorHints | None,
+    related: float,
 ) -> Coverage:
-    """Fills the matrix. With a detector its sightings are the hints, else what stands together and what words tell.
+    """Fills the matrix. Hints come from a detector if one was run, else from co-occurrence and similar names.
 
     Args:
         facts: The datasets.
-        homonyms: Pairs of names that are no hints for one another.
-        meanings: Embeddings of all names, or None.
-        sights: What a detector found, or None.
-        akin: The similarity from which a unannotated name may stand in a dataset under another name.
+        homonyms: Pairs of names that give no hints about each other.
+        embeddings: Embeddings of all names, or None.
+        detector_hints: What a detector found, or None.
+        related: A name may be annotated under another name from this similarity on.
     """
     cells = {
         (one.name, name): Cell(boxes=category.count, partly=category.annotated < 1)
@@ -95,42 +95,45 @@ def coverage_of(
         for name, category in one.names.items()
     }
     hints: dict[tuple[str, str], dict[str, Hint]] = {}
-    found = _seen(sights) if sights is not None else _told(facts, homonyms, meanings, akin)
+    found = _seen(detector_hints) if detector_hints is not None else _from_names(facts, homonyms, embeddings, related)
     for dataset, name, hint in found:
         mine = hints.setdefault((dataset, name), {})
         mine[hint.kind] = max(hint, mine.get(hint.kind, hint), key=lambda one: one.strength)
     cells |= {key: Cell(hints=tuple(told.values())) for key, told in hints.items() if key not in cells}
     names = dict.fromkeys(name for one in facts for name in one.names)
     return Coverage(
-        datasets=tuple(one.name for one in facts), names=tuple(names), cells=cells, evidence=_evidence(meanings, sights)
+        datasets=tuple(one.name for one in facts),
+        names=tuple(names),
+        cells=cells,
+        evidence=_evidence(embeddings, detector_hints),
     )
 
 
-_Told = Iterator[tuple[str, str, Hint]]
+_Hints = Iterator[tuple[str, str, Hint]]
 
 
-def _seen(sights: Sights) -> _Told:
-    for one in sights.sightings:
+def _seen(detector_hints: DetectorHints) -> _Hints:
+    for one in detector_hints.unlabelled:
         share = one.images / one.of
         if one.images >= _FEWEST_SEEN and share >= _SEEN:
             why = f"seen in {one.images} of {one.of} images, such as {one.example}"
             yield one.dataset, one.name, Hint(kind="seen", strength=share, why=why)
 
 
-def _told(
-    facts: Sequence[DatasetFacts], homonyms: Sequence[Homonym], meanings: EmbeddingSimilarity | None, akin: float
-) -> _Told:
+def _from_names(
+    facts: Sequence[DatasetFacts], homonyms: Sequence[Homonym], embeddings: EmbeddingSimilarity | None, related: float
+) -> _Hints:
     for here in facts:
         for there in facts:
             if here is there:
                 continue
             yield from _beside(here, there, homonyms)
-            if meanings is not None:
-                yield from _akin(here, there, homonyms, meanings, akin)
+            if embeddings is not None:
+                yield from _related(here, there, homonyms, embeddings, related)
 
 
-def _beside(here: DatasetFacts, there: DatasetFacts, homonyms: Sequence[Homonym]) -> _Told:
-    """Names that stand, in the images of `there`, beside the names that both datasets annotate."""
+def _beside(here: DatasetFacts, there: DatasetFacts, homonyms: Sequence[Homonym]) -> _Hints:
+    """Names that occur, in images of `there`, with names that both datasets annotate."""
     labels = {name: label for label, name in enumerate(there.names)}
     common = [name for name in there.names if name in here.names and not _doubted(homonyms, name, name, here, there)]
     if not common or not len(there.shown):
@@ -149,21 +152,25 @@ def _beside(here: DatasetFacts, there: DatasetFacts, homonyms: Sequence[Homonym]
             yield here.name, name, Hint(kind="beside", strength=count / len(images), why=why)
 
 
-def _akin(
-    here: DatasetFacts, there: DatasetFacts, homonyms: Sequence[Homonym], meanings: EmbeddingSimilarity, akin: float
-) -> _Told:
-    """Names of `there` that are near in meaning to one of `here` that `there` does not tell from it."""
+def _related(
+    here: DatasetFacts,
+    there: DatasetFacts,
+    homonyms: Sequence[Homonym],
+    embeddings: EmbeddingSimilarity,
+    related: float,
+) -> _Hints:
+    """Names of `there` similar in meaning to a name of `here` that `there` does not have."""
     own = [name for name in here.names if name not in there.names]
     unannotated = [name for name in there.names if name not in here.names]
     if not own or not unannotated:
         return
-    table = meanings.between(unannotated, own)
+    table = embeddings.between(unannotated, own)
     for row, name in enumerate(unannotated):
         place = int(table[row].argmax())
         strength = float(table[row, place])
-        if strength >= akin and not _doubted(homonyms, own[place], name, here, there):
+        if strength >= related and not _doubted(homonyms, own[place], name, here, there):
             why = f"perhaps there as {own[place]} (near in meaning, {strength:.2f})"
-            yield here.name, name, Hint(kind="akin", strength=strength, why=why)
+            yield here.name, name, Hint(kind="related", strength=strength, why=why)
 
 
 def _doubted(homonyms: Sequence[Homonym], one: str, two: str, here: DatasetFacts, there: DatasetFacts) -> bool:
@@ -171,14 +178,14 @@ def _doubted(homonyms: Sequence[Homonym], one: str, two: str, here: DatasetFacts
     return any({homonym.dataset, homonym.other} == datasets and homonym.between(one, two) for homonym in homonyms)
 
 
-def _evidence(meanings: EmbeddingSimilarity | None, sights: Sights | None) -> str:
-    if sights is not None:
-        looked = sorted(set(sights.images.values()))
+def _evidence(embeddings: EmbeddingSimilarity | None, detector_hints: DetectorHints | None) -> str:
+    if detector_hints is not None:
+        looked = sorted(set(detector_hints.images.values()))
         number = f"{looked[0]}" if len(looked) == 1 else f"{looked[0]} to {looked[-1]}"
-        told = f"seen by {sights.model} where no box is, in {number} images of each dataset"
-        unjudged = len(sights.unjudged)
+        told = f"seen by {detector_hints.model} where no box is, in {number} images of each dataset"
+        unreliable = len(detector_hints.unreliable)
         return told + (
-            f"; {unjudged:,} names that it hardly finds even where annotated are not judged" if unjudged else ""
+            f"; {unreliable:,} names that it hardly finds even where annotated are left out" if unreliable else ""
         )
-    told = ", or whose words are near" if meanings is not None else ""
+    told = ", or whose words are near" if embeddings is not None else ""
     return f"weak hints: names that elsewhere stand beside common ones{told}; --model RUN looks at images"

@@ -1,4 +1,4 @@
-"""A listing of the datasets for a person to edit: what holds is written, what is suggested is commented out."""
+"""Writes a datasets file for a person to edit: settings in force as they are, suggestions as comments."""
 
 import os
 import re
@@ -21,7 +21,7 @@ from metr.inspection.facts import DatasetFacts
 from metr.inspection.homonyms import Homonym
 from metr.inspection.similar_names import SimilarNames, is_abbreviation, words
 
-# What has a vowel, or is as short as tv.
+# Contains a vowel, or has at most two letters (tv).
 _SPEAKABLE = re.compile(r"[aeiouy]|^[a-z]{1,2}$")
 
 
@@ -39,9 +39,9 @@ class Suggestion:
 def suggestions_of(
     facts: Sequence[DatasetFacts], near: Sequence[SimilarNames], homonyms: Sequence[Homonym]
 ) -> tuple[Suggestion, ...]:
-    """One suggestion a name at most: to join it with a near one, to keep it apart, or to say what it stands for.
+    """At most one suggestion a name: merge it with a similar name, keep it apart, or give it a prompt.
 
-    Of two near names the one with more boxes stays (the written-out one, of an abbreviation and its meaning).
+    Of two similar names the one with more boxes stays; of an abbreviation and its meaning, the meaning.
     """
     found: dict[tuple[str, str], Suggestion] = {}
     boxes: dict[str, int] = {}
@@ -54,13 +54,13 @@ def suggestions_of(
 
 
 def is_cryptic(name: str) -> bool:
-    """Whether a language model can hardly know what a name stands for: capitals, numbers, consonants alone."""
+    """Whether a language model can hardly know what a name means: capitals, numbers or consonants only."""
     letters = "".join(words(name))
     return is_abbreviation(name) or letters.isdigit() or (letters.isascii() and not _SPEAKABLE.search(letters))
 
 
 def _kept_apart(homonyms: Sequence[Homonym]) -> list[Suggestion]:
-    """Equal names need other names to be two categories; for unequal ones a prompt can say what is meant."""
+    """Equal names need a rename to become two categories; for unequal names a prompt is enough."""
     found = []
     for homonym in homonyms:
         why = f"not the same as {', '.join(homonym.others)} of {homonym.other}? say what it is"
@@ -83,11 +83,11 @@ def _joined(near: Sequence[SimilarNames], boxes: dict[str, int]) -> list[Suggest
 
 
 def _that_goes(pair: SimilarNames, boxes: dict[str, int]) -> int:
-    """Which of two near names is to be renamed to the other, 0 or 1."""
+    """Which of two similar names is to be renamed to the other, 0 or 1."""
     one, two = pair.names
     if pair.kind == "abbreviation":
         return 0 if is_abbreviation(one) else 1
-    return 0 if pair.kind == "sight" or boxes[one] < boxes[two] else 1
+    return 0 if pair.kind == "detector" or boxes[one] < boxes[two] else 1
 
 
 def _written_out(facts: Sequence[DatasetFacts]) -> list[Suggestion]:
@@ -102,8 +102,8 @@ def _written_out(facts: Sequence[DatasetFacts]) -> list[Suggestion]:
 
 _WIDTH = 110
 _SUFFIXES = (".yaml", ".yml")
-# Names that perhaps stand unlabelled, told above a dataset.
-_TOLD = 5
+# Most names that are listed above a dataset as perhaps unlabelled.
+_REPORTED = 5
 
 _HEAD = """\
 # Datasets to train on together:   metr train {file} -o runs/joint
@@ -127,47 +127,47 @@ datasets:
 
 
 def check_target(path: Path, force: bool) -> None:
-    """Whether a listing may be written.
+    """Checks that a datasets file may be written to `path`.
 
     Raises:
-        ConfigError: no YAML file is named, or there is a file already (with `force`, one that is no listing).
+        ConfigError: `path` is no YAML file, or exists (with `force`: exists and is no datasets file).
     """
     if path.suffix.lower() not in _SUFFIXES:
-        raise ConfigError("a listing is a YAML file", where=path, hint=f"{path.with_suffix('.yaml')}")
+        raise ConfigError("a datasets file ends in .yaml", where=path, hint=f"{path.with_suffix('.yaml')}")
     if not path.exists():
         return
     if not force:
-        raise ConfigError("this file exists", where=path, hint="another name, or --force to write over it")
+        raise ConfigError("this file exists", where=path, hint="choose another name, or --force to overwrite it")
     if "datasets" not in read_yaml(path):
-        what = "this file is no listing of datasets, and is not written over"
+        what = "this file is no datasets file, and is not overwritten"
         raise ConfigError(what, where=path, hint="another name")
 
 
 def write_datasets_file(
     path: Path, sources: Sequence[DatasetSource], suggestions: Sequence[Suggestion], coverage: Coverage
 ) -> None:
-    """Writes the listing, its folder too where it is missing.
+    """Writes the datasets file; makes its folder if missing.
 
     Raises:
-        OSError: the disk refuses.
+        OSError: the file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(listing_text(path, sources, suggestions, coverage), encoding="utf-8")
+    path.write_text(datasets_file_text(path, sources, suggestions, coverage), encoding="utf-8")
 
 
-def listing_text(
+def datasets_file_text(
     path: Path, sources: Sequence[DatasetSource], suggestions: Sequence[Suggestion], coverage: Coverage
 ) -> str:
-    """The listing's text; `path` is where it will lie, which paths are relative to."""
+    """The text of the datasets file; paths in it are relative to the folder of `path`."""
     parts = [_HEAD.format(file=path.name)]
     for source in sources:
         mine = [suggestion for suggestion in suggestions if suggestion.dataset == source.name]
-        parts.append("\n".join([*_told(source, coverage), *_entry(source, mine, path.parent), ""]))
+        parts.append("\n".join([*_comments(source, coverage), *_entry(source, mine, path.parent), ""]))
     return "\n".join(parts)
 
 
-def _told(source: DatasetSource, coverage: Coverage) -> list[str]:
-    """What is known of a dataset, in comments above its entry."""
+def _comments(source: DatasetSource, coverage: Coverage) -> list[str]:
+    """Facts and hints about a dataset, as comments above its entry."""
     images = ", ".join(f"{len(annotations):,} {split}" for split, annotations in source.splits.items())
     number = len(source.categories)
     lines = [f"  # {images} images; {number:,} name{'s' if number > 1 else ''}"]
@@ -175,10 +175,10 @@ def _told(source: DatasetSource, coverage: Coverage) -> list[str]:
         told = "its files say of each image what is annotated in it; `exhaustive` would hold for all images"
         lines.append(f"  # {told}")
     hinted = coverage.hinted(source.name)
-    for name, cell in hinted[:_TOLD]:
-        lines.append(f"  # perhaps standing there unlabelled: {name} ({'; '.join(hint.why for hint in cell.hints)})")
-    if len(hinted) > _TOLD:
-        lines.append(f"  # and {len(hinted) - _TOLD} more")
+    for name, cell in hinted[:_REPORTED]:
+        lines.append(f"  # perhaps unlabelled there: {name} ({'; '.join(hint.why for hint in cell.hints)})")
+    if len(hinted) > _REPORTED:
+        lines.append(f"  # and {len(hinted) - _REPORTED} more")
     return lines
 
 
@@ -216,12 +216,12 @@ def _splits(source: DatasetSource) -> list[str]:
         meant = [name for name in own if canonical_split(name) == split]
         if split in source.splits and meant:
             taken[split] = split if split in meant else max(meant)
-    # a part that was held out by chance is no split of the dataset's own
+    # a part held out at random is not among the dataset's own splits
     return [f"    # splits: {_flow(taken)}"] if taken.keys() == source.splits.keys() else []
 
 
 def _mapping(key: str, given: Mapping[str, str], suggested: Sequence[tuple[str, Suggestion]]) -> list[str]:
-    """A mapping of names with what is given, and what is suggested behind "#"."""
+    """A mapping of names: given entries as they are, suggested ones as comments."""
     if not given and not suggested:
         return []
     lines = [f"    {key}:" if given else f"    # {key}:"]

@@ -1,4 +1,4 @@
-"""What a detector sees in datasets: names that they do not annotate, and boxes that it calls by such a name."""
+"""Hints from a detector: objects that a dataset does not annotate, and boxes that it gives another name."""
 
 import math
 from collections import Counter, defaultdict
@@ -18,7 +18,7 @@ from metr.data.records import ImageRecord
 from metr.errors import DataError
 from metr.inference.config import InferenceConfig, PostprocessConfig
 from metr.inference.predictor import Predictor
-from metr.inspection.duplicates import Say
+from metr.inspection.duplicates import Progress
 from metr.inspection.facts import spread
 from metr.inspection.similar_names import InspectionConfig, SimilarNames, joint_vocabulary
 from metr.structures import Detections
@@ -26,19 +26,19 @@ from metr.structures import Detections
 if TYPE_CHECKING:
     from metr.model import METR
 
-# Overlap with every annotated box below which a detection is an object of its own, and from which it is that object.
+# Largest IoU with any annotated box of a new object, and least IoU of an annotated object.
 _APART, _SAME = 0.3, 0.5
-# A name is suggested for boxes of which the detector calls this share so, and at least so many.
+# Least fraction and number of boxes to which the detector gives another name.
 _CALLED, _FEWEST_CALLED = 0.3, 5
-# Objects of a name that must be found where it is annotated, before the detector is believed elsewhere.
+# Annotated objects of a name that the detector must find before its detections of it count elsewhere.
 _FEWEST_FOUND = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sighting:
-    """A name that a dataset does not annotate, seen where none of its boxes is, in `images` of `of` images.
+class UnlabelledHint:
+    """A name that a dataset does not annotate, detected apart from its boxes in `images` of `of` images.
 
-    `example` is the image in which it is seen best, relative to the dataset's folder.
+    `example` is the image with the highest score, relative to the dataset's folder.
     """
 
     dataset: str
@@ -49,8 +49,8 @@ class Sighting:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Called:
-    """Boxes of a dataset's `name` that the detector calls by the unannotated name `called`: `boxes` of `of`."""
+class RenamedHint:
+    """`boxes` of the `of` boxes of a dataset's `name` that the detector gives the name `called`."""
 
     dataset: str
     name: str
@@ -60,76 +60,76 @@ class Called:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sights:
-    """All that the detector `model` saw.
+class DetectorHints:
+    """All hints of the detector `model`.
 
-    `images` were looked at in each dataset. The `unjudged` names are hardly found even where they are annotated, so
-    not seeing them elsewhere tells nothing.
+    `images` is the number of images of each dataset that it ran on. It hardly finds the `unreliable` names where they
+    are annotated, so they give no hints elsewhere.
     """
 
     model: str
-    sightings: tuple[Sighting, ...]
-    called: tuple[Called, ...]
+    unlabelled: tuple[UnlabelledHint, ...]
+    called: tuple[RenamedHint, ...]
     images: Mapping[str, int]
-    unjudged: tuple[str, ...] = ()
+    unreliable: tuple[str, ...] = ()
 
 
-def sights_of(
-    model: "METR", sources: Sequence[DatasetSource], config: InspectionConfig, shown_as: str, say: Say
-) -> Sights:
-    """Looks for all names of all datasets in some images of each.
+def detector_hints_of(
+    model: "METR", sources: Sequence[DatasetSource], config: InspectionConfig, detector_name: str, progress: Progress
+) -> DetectorHints:
+    """Detects all names of all datasets in some images of each.
 
     Args:
         model: The detector.
         sources: The datasets.
         config: How many images, and the least score.
-        shown_as: How the detector is called in messages.
-        say: Told of the progress.
+        detector_name: The name of the detector in messages.
+        progress: Called with a line about the progress.
     """
     vocabulary = joint_vocabulary(sources)
     inference = InferenceConfig(batch_size=config.batch_size, postprocess=PostprocessConfig.to_show(config.threshold))
     predictor = Predictor(model.network, model.embed(vocabulary), vocabulary.names, model.resize, inference)
-    looks = []
+    collectors = []
     for source in sources:
-        look = Look(source.name, source.categories)
+        collector = HintCollector(source.name, source.categories)
         for number, (record, found) in enumerate(_detected(predictor, source, config.images)):
-            look.add(replace(record, path=record.path.relative_to(source.root)), found)
-            say(f"{source.name}: the detector has seen {number + 1} of {config.images} images")
-        looks.append(look)
-    least = sureness(looks)
-    return Sights(
-        model=shown_as,
-        sightings=tuple(one for look in looks for one in look.sightings(least)),
-        called=tuple(one for look in looks for one in look.called(least)),
-        images={look.dataset: look.images for look in looks},
-        unjudged=tuple(name for name in vocabulary.names if name not in least),
+            collector.add(replace(record, path=record.path.relative_to(source.root)), found)
+            progress(f"{source.name}: the detector has seen {number + 1} of {config.images} images")
+        collectors.append(collector)
+    least = confidence_floors(collectors)
+    return DetectorHints(
+        model=detector_name,
+        unlabelled=tuple(one for collector in collectors for one in collector.unlabelled(least)),
+        called=tuple(one for collector in collectors for one in collector.called(least)),
+        images={collector.dataset: collector.images for collector in collectors},
+        unreliable=tuple(name for name in vocabulary.names if name not in least),
     )
 
 
-def near_by_sight(sights: Sights, owners: Mapping[str, Sequence[str]]) -> tuple[SimilarNames, ...]:
-    """Names that the detector gives to boxes of another name, often enough to be perhaps the same."""
+def similar_by_detector(detector_hints: DetectorHints, owners: Mapping[str, Sequence[str]]) -> tuple[SimilarNames, ...]:
+    """Pairs of names of which the detector often gives one to boxes of the other."""
     return tuple(
         SimilarNames(
             names=(one.name, one.called),
             owners=((one.dataset,), tuple(owners[one.called])),
-            kind="sight",
+            kind="detector",
             why=f"{one.boxes} of {one.of} boxes are seen as {one.called}",
             strength=one.boxes / one.of,
         )
-        for one in sights.called
+        for one in detector_hints.called
         if one.boxes >= _FEWEST_CALLED and one.boxes / one.of >= _CALLED
     )
 
 
-class Look:
-    """Gathers what is seen in the images of one dataset.
+class HintCollector:
+    """Collects the detections in the images of one dataset.
 
     Args:
         dataset: Its name.
         categories: Its names; all others are unannotated.
 
     Attributes:
-        images: How many were taken.
+        images: How many were added.
         found: The scores of detections that lie on a box of their own name, by name.
     """
 
@@ -141,7 +141,7 @@ class Look:
         self._boxes: Counter[str] = Counter()
 
     def add(self, record: ImageRecord, detections: Detections) -> None:
-        """Takes the detections in one image, in the pixels of its record, one name a place."""
+        """Adds the detections of one image, in pixels of its record, after suppression across names."""
         self.images += 1
         own = [self.categories[label] for label in record.labels]
         self._boxes.update(name for name, ignored in zip(own, record.ignore, strict=True) if not ignored)
@@ -160,15 +160,15 @@ class Look:
                 elif name not in self.categories:
                     self._upon.append((name, score, own[box]))
 
-    def sightings(self, least: Mapping[str, float]) -> list[Sighting]:
-        """The unannotated names seen apart from the dataset's boxes with a score of at least `least[name]`."""
+    def unlabelled(self, least: Mapping[str, float]) -> list[UnlabelledHint]:
+        """Unannotated names detected apart from the boxes with a score of at least `least[name]`."""
         seen: defaultdict[str, dict[Path, float]] = defaultdict(dict)
         for name, score, path in self._apart:
             if score >= least.get(name, math.inf):
                 seen[name][path] = max(score, seen[name].get(path, 0.0))
         most = sorted(seen.items(), key=lambda item: -len(item[1]))
         return [
-            Sighting(
+            UnlabelledHint(
                 dataset=self.dataset,
                 name=name,
                 images=len(scores),
@@ -178,30 +178,30 @@ class Look:
             for name, scores in most
         ]
 
-    def called(self, least: Mapping[str, float]) -> list[Called]:
-        """The unannotated names that the dataset's boxes were given with a score of at least `least[name]`."""
+    def called(self, least: Mapping[str, float]) -> list[RenamedHint]:
+        """Unannotated names that the detector gave to boxes with a score of at least `least[name]`."""
         sure = Counter((own, name) for name, score, own in self._upon if score >= least.get(name, math.inf))
         return [
-            Called(dataset=self.dataset, name=own, called=name, boxes=count, of=self._boxes[own])
+            RenamedHint(dataset=self.dataset, name=own, called=name, boxes=count, of=self._boxes[own])
             for (own, name), count in sure.most_common()
         ]
 
 
-def sureness(looks: Sequence[Look]) -> dict[str, float]:
-    """The median score with which the detector finds each name where it is annotated.
+def confidence_floors(collectors: Sequence[HintCollector]) -> dict[str, float]:
+    """The median score of correct detections of each name, from the datasets that annotate it.
 
-    Detections below it are not counted elsewhere: a detector may see much where it was never told what is not there.
-    A name that is hardly found where it is annotated has none.
+    Detections with lower scores are not counted elsewhere, since a detector that never saw negatives of a name there
+    gives many. Names with too few correct detections are left out.
     """
     scores: defaultdict[str, list[float]] = defaultdict(list)
-    for look in looks:
-        for name, found in look.found.items():
+    for collector in collectors:
+        for name, found in collector.found.items():
             scores[name] += found
     return {name: median(found) for name, found in scores.items() if len(found) >= _FEWEST_FOUND}
 
 
 def _detected(predictor: Predictor, source: DatasetSource, most: int) -> Iterator[tuple[ImageRecord, Detections]]:
-    """Records of some images with what is found in them; unreadable images are left out."""
+    """Records of some images with their detections, without unreadable images."""
     records: list[ImageRecord] = []
 
     def images() -> Iterator[np.ndarray]:

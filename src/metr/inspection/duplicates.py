@@ -1,4 +1,4 @@
-"""The image files themselves: broken ones, and images that lie in two splits or two datasets."""
+"""Image files: unreadable ones, and images that occur in two splits or two datasets."""
 
 import re
 from collections import defaultdict
@@ -13,14 +13,14 @@ from metr.data.formats.base import IssueLog
 from metr.data.images import check_image
 from metr.inspection.facts import spread
 
-Say = Callable[[str], None]
+Progress = Callable[[str], None]
 
 # What Roboflow adds to the name of the image that it exports, each augmented copy its own.
 _EXPORTED = re.compile(r"[_.](jpe?g|png|bmp|webp)\.rf\.[0-9a-f]{16,}$|\.rf\.[0-9a-f]{16,}$", re.IGNORECASE)
 # Bytes from the middle of a file, where images of one camera have nothing in common any more.
 _PROBE = 4096
-# Images after which progress is told again.
-_TOLD = 500
+# Images between two reports of progress.
+_REPORTED = 500
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,17 +40,17 @@ class Place:
 
 @dataclass(frozen=True, kw_only=True)
 class Overlap:
-    """Images that two datasets have in common, byte by byte: how many, in which splits, and one of them."""
+    """Images with equal bytes in two datasets: how many there are in these splits, and the first of them."""
 
     first: Place
     second: Place
     images: int
 
 
-def check_images(source: DatasetSource, most: int | None, log: IssueLog, say: Say) -> int:
-    """Notes what is wrong with images, and returns how many were opened.
+def check_images(source: DatasetSource, most: int | None, log: IssueLog, progress: Progress) -> int:
+    """Adds issues of image files to `log`, and returns how many files were opened.
 
-    At most so many are opened, of which the headers are read; with None every one, and all of it.
+    Reads the headers of at most `most` images; None decodes every image.
     """
     opened = 0
     whole = sum(len(annotations) for annotations in source.splits.values())
@@ -59,8 +59,8 @@ def check_images(source: DatasetSource, most: int | None, log: IssueLog, say: Sa
         if issue is not None:
             log.add(issue.kind, issue.where, issue.detail)
         opened += 1
-        if opened % _TOLD == 0:
-            say(f"{source.name}: {opened:,} images opened")
+        if opened % _REPORTED == 0:
+            progress(f"{source.name}: {opened:,} images opened")
     return opened
 
 
@@ -87,7 +87,7 @@ def equal_images(places: Iterable[Place]) -> list[tuple[Place, ...]]:
 def equal_names(places: Sequence[Place]) -> list[tuple[Place, Place]]:
     """Images of different splits of one dataset whose files have the same name, exports of one original included.
 
-    Names that are bare numbers tell nothing, and images are compared with the first of their name only.
+    File names that are numbers are ignored. Images are compared with the first of their name only.
     """
     first: dict[str, Place] = {}
     pairs = []
@@ -102,7 +102,7 @@ def equal_names(places: Sequence[Place]) -> list[tuple[Place, Place]]:
 
 
 def note_duplicates(places: Sequence[Place], equal: Sequence[tuple[Place, ...]], log: IssueLog) -> None:
-    """Notes the images of one dataset that lie in several of its splits, by their bytes and else by their names."""
+    """Adds an issue for each image of a dataset that occurs in several of its splits, by its bytes or file name."""
     known = set()
     for group in equal:
         mine: dict[str, Place] = {}

@@ -1,4 +1,4 @@
-"""What is in one dataset: its images and boxes, counted and measured."""
+"""Facts about one dataset: counts and sizes of its images and boxes."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,15 +13,15 @@ from metr.inspection.similar_names import by_head, ending_in
 
 # Where COCO's small objects end, and its medium ones, in square pixels.
 _SMALL, _MEDIUM = 32**2, 96**2
-# A bare name with at most this share of the boxes of the names that end in it may be a mistake.
+# A name with at most this fraction of the boxes of the names that end in it may be a labelling mistake.
 _STRAY = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
 class BoxSizes:
-    """How large boxes are: `side` is the median of the square root of a box's share of its image.
+    """Sizes of boxes: `side` is the median of sqrt(box area / image area).
 
-    `small`, `medium` and `large` are shares of the boxes, by COCO's areas (up to 32 x 32 and 96 x 96 pixels).
+    `small`, `medium` and `large` are fractions of the boxes, by COCO's areas (up to 32 x 32 and 96 x 96 pixels).
     """
 
     side: float
@@ -34,9 +34,9 @@ class BoxSizes:
 class NameFacts:
     """One category of a dataset.
 
-    `boxes` are counted in each split, without ignored ones. The rest was measured in the images that were looked at:
-    `side` as in `BoxSizes`, `aspect` the median of width / height (both None without boxes), and `annotated`, the share
-    of the images in which "no box" means "none there".
+    `boxes` counts each split, without ignored boxes. The rest is measured in the inspected images: `side` as in
+    `BoxSizes`, `aspect` the median of width / height (both None without boxes), and `annotated`, the fraction of the
+    images in which the category is annotated exhaustively.
     """
 
     name: str
@@ -55,8 +55,8 @@ class NameFacts:
 class DatasetFacts:
     """One dataset, all splits together.
 
-    `images` are counted by split, `looked_at` is how many of them were measured. A row (image, category) of `shown`
-    says that a measured image shows a category.
+    `images` counts each split; `looked_at` of them were measured. A row (image, category) of `shown` says that a
+    measured image shows a category.
     """
 
     name: str
@@ -119,7 +119,7 @@ def facts_of(source: DatasetSource, most: int) -> DatasetFacts:
 
 
 def strays_of(facts: DatasetFacts) -> list[DataIssue]:
-    """Bare names with next to no box beside names that end in them, in one dataset: `bishop` and `white-bishop`."""
+    """Names with very few boxes beside names of the same dataset that end in them: `bishop` and `white-bishop`."""
     heads, found = by_head(facts.names), []
     for name in facts.names.values():
         others = ending_in(name.name, heads)

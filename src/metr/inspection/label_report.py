@@ -1,4 +1,4 @@
-"""The whole look at several datasets: facts, issues, names that are near or doubtful, and the coverage matrix."""
+"""The label report: facts and issues of each dataset, similar names and homonyms between them, and coverage."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,10 +10,10 @@ from metr.data.records import DataIssue
 from metr.errors import DependencyError, ModelError
 from metr.inspection.coverage import Coverage, coverage_of
 from metr.inspection.datasets_file import Suggestion, suggestions_of
-from metr.inspection.detector_hints import Sights, near_by_sight, sights_of
+from metr.inspection.detector_hints import DetectorHints, detector_hints_of, similar_by_detector
 from metr.inspection.duplicates import (
     Overlap,
-    Say,
+    Progress,
     check_images,
     equal_images,
     note_duplicates,
@@ -26,9 +26,9 @@ from metr.inspection.similar_names import (
     EmbeddingSimilarity,
     InspectionConfig,
     SimilarNames,
+    embed_names,
     in_order,
     joint_vocabulary,
-    meanings_of,
     owners_of,
     similar_names,
 )
@@ -39,9 +39,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Issues:
-    """What is wrong in one dataset: how many issues of each kind, and the first of each.
+    """The issues of one dataset: how many of each kind, and the first of each.
 
-    `opened` of `images` image files were opened to find out.
+    `opened` of `images` image files were opened.
     """
 
     counts: Mapping[str, int]
@@ -52,23 +52,23 @@ class Issues:
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """All that was found. `facts` and `issues` are of each dataset, the rest is between them.
+    """The result of an inspection: `facts` and `issues` for each dataset, the rest across datasets.
 
-    `owners` are the datasets that annotate each name. `text` says by which language model names were compared, and
-    `text_issue` why not.
+    `owners` are the datasets that annotate each name. `text` is the language model that compared names; `text_issue`
+    says why names could not be compared by meaning.
     """
 
     facts: tuple[DatasetFacts, ...]
     issues: Mapping[str, Issues]
     overlaps: tuple[Overlap, ...]
     owners: Mapping[str, tuple[str, ...]]
-    near: tuple[SimilarNames, ...]
+    similar: tuple[SimilarNames, ...]
     homonyms: tuple[Homonym, ...]
     coverage: Coverage
     suggestions: tuple[Suggestion, ...]
     text: str
     text_issue: str | None
-    sights: Sights | None
+    detector_hints: DetectorHints | None
 
 
 def inspect_datasets(
@@ -76,64 +76,67 @@ def inspect_datasets(
     config: InspectionConfig | None = None,
     *,
     model: "METR | None" = None,
-    shown_as: str = "the detector",
+    detector_name: str = "the detector",
     every_image: bool = False,
-    say: Say | None = None,
+    progress: Progress | None = None,
 ) -> Inspection:
-    """Looks at datasets and compares them. Nothing is changed.
+    """Inspects datasets and compares their labels. Changes nothing.
 
     Args:
         sources: The opened datasets, each with a name of its own.
-        config: Thresholds, the language model, how much is looked at.
-        model: A detector that looks for the names of all datasets in some images of each.
-        shown_as: How the detector is called in messages.
-        every_image: Read every image whole, however many there are, not only the headers of some.
-        say: Told what is being done, in a few words.
+        config: Thresholds, the language model, and how many images are inspected.
+        model: A detector that collectors for the names of all datasets in some images of each.
+        detector_name: The name of the detector in messages.
+        every_image: Decode every image, instead of reading the headers of some.
+        progress: Called with a short description of each stage.
     """
-    config, say = config or InspectionConfig(), say or _silent
+    config, progress = config or InspectionConfig(), progress or _silent
     facts = []
     for source in sources:
-        say(f"{source.name}: measuring boxes")
+        progress(f"{source.name}: measuring boxes")
         facts.append(facts_of(source, config.annotations))
     logs = [IssueLog() for _ in sources]
     for log, one in zip(logs, facts, strict=True):
         for issue in strays_of(one):
             log.add(issue.kind, issue.where, issue.detail)
-    issues, common = _files(sources, logs, config, every_image, say)
+    issues, common = _files(sources, logs, config, every_image, progress)
     owners = owners_of(sources)
-    meanings, text_issue = _meanings(sources, config, say)
-    sights = None if model is None else sights_of(model, sources, config, shown_as, say)
-    say("comparing names")
-    homonyms = homonyms_of(facts, meanings, config.far)
-    near = [*similar_names(owners, meanings, config.near), *(near_by_sight(sights, owners) if sights else ())]
-    undoubted = in_order([pair for pair in near if not any(homonym.between(*pair.names) for homonym in homonyms)])
+    embeddings, text_issue = _embeddings(sources, config, progress)
+    detector_hints = None if model is None else detector_hints_of(model, sources, config, detector_name, progress)
+    progress("comparing names")
+    homonyms = homonyms_of(facts, embeddings, config.unrelated)
+    near = [
+        *similar_names(owners, embeddings, config.similar),
+        *(similar_by_detector(detector_hints, owners) if detector_hints else ()),
+    ]
+    unambiguous = in_order([pair for pair in near if not any(homonym.between(*pair.names) for homonym in homonyms)])
     return Inspection(
         facts=tuple(facts),
         issues=issues,
         overlaps=common,
         owners=owners,
-        near=undoubted,
+        similar=unambiguous,
         homonyms=homonyms,
-        coverage=coverage_of(facts, homonyms, meanings, sights, config.akin),
-        suggestions=suggestions_of(facts, undoubted, homonyms),
+        coverage=coverage_of(facts, homonyms, embeddings, detector_hints, config.related),
+        suggestions=suggestions_of(facts, unambiguous, homonyms),
         text=config.text.source,
         text_issue=text_issue,
-        sights=sights,
+        detector_hints=detector_hints,
     )
 
 
 def _silent(_: str) -> None:
-    """Takes what is said, and does nothing."""
+    """Ignores reports of progress."""
 
 
-def _meanings(
-    sources: Sequence[DatasetSource], config: InspectionConfig, say: Say
+def _embeddings(
+    sources: Sequence[DatasetSource], config: InspectionConfig, progress: Progress
 ) -> tuple[EmbeddingSimilarity | None, str | None]:
     """Embeddings of all names, or why there are none."""
     vocabulary = joint_vocabulary(sources)
-    say(f"reading {len(vocabulary):,} names")
+    progress(f"reading {len(vocabulary):,} names")
     try:
-        return meanings_of(vocabulary, config.text), None
+        return embed_names(vocabulary, config.text), None
     except (DependencyError, ModelError) as error:
         return None, str(error)
 
@@ -143,18 +146,18 @@ def _files(
     logs: Sequence[IssueLog],
     config: InspectionConfig,
     every_image: bool,
-    say: Say,
+    progress: Progress,
 ) -> tuple[dict[str, Issues], tuple[Overlap, ...]]:
-    """The issues of each dataset, those of its image files among them, and what datasets have in common.
+    """The issues of each dataset, image files included, and the images that datasets have in common.
 
-    Images are compared where all of a dataset's are opened; file names always.
+    Image contents are compared only for datasets whose images were all opened; file names always.
     """
     places = [places_of(source) for source in sources]
     opened = []
     for source, log in zip(sources, logs, strict=True):
-        say(f"{source.name}: opening images")
-        opened.append(check_images(source, None if every_image else config.files, log, say))
-    say("comparing images")
+        progress(f"{source.name}: opening images")
+        opened.append(check_images(source, None if every_image else config.files, log, progress))
+    progress("comparing images")
     compared = [mine for mine, count in zip(places, opened, strict=True) if count == len(mine)]
     equal = equal_images(place for mine in compared for place in mine)
     issues = {}

@@ -24,21 +24,21 @@ Count = Annotated[int, Field(gt=0)]
 
 
 class InspectionConfig(Config):
-    """What is compared, and from where on it is told. The similarities are cosines of text embeddings.
+    """Thresholds of the label report. Similarities are cosines of text embeddings.
 
-    Their defaults were found with `bundled:minilm`; other text encoders spread their similarities otherwise.
+    The defaults were chosen with `bundled:minilm`; other text encoders need others.
     """
 
     text: TextEncoderConfig = TextEncoderConfig()
     """The language model that compares names. The bundled one reads English only."""
-    near: Share = 0.7
-    """Similarity from which names of different datasets are told as near in meaning."""
-    akin: Share = 0.59
-    """Similarity from which a unannotated name may stand in a dataset under another name."""
-    far: Share = 0.38
-    """Similarity of the other names below which two datasets are taken to speak of different things."""
+    similar: Share = 0.7
+    """Names of different datasets are reported as similar from this similarity on."""
+    related: Share = 0.59
+    """A name may be annotated in a dataset under another name from this similarity on."""
+    unrelated: Share = 0.38
+    """Two datasets belong to different domains if their other names are less similar than this."""
     images: Count = 30
-    """Images of each dataset that a detector looks at."""
+    """Images of each dataset that a detector is run on."""
     threshold: Share = 0.3
     """Least score of a detection that counts."""
     batch_size: Count = 8
@@ -46,7 +46,7 @@ class InspectionConfig(Config):
     device: str = "auto"
     """Where the detector runs."""
     annotations: Count = 20_000
-    """Most images of a dataset whose boxes are measured; evenly spaced ones are taken of more."""
+    """Most images of a dataset whose boxes are measured; of larger datasets, evenly spaced images."""
     files: Count = 5_000
     """Most images of a dataset that are opened, unless all are asked for."""
 
@@ -62,8 +62,8 @@ _LEAST_FOR_SLIPS = 6
 
 
 @dataclass(frozen=True, kw_only=True)
-class Spelt:
-    """Two names that their letters bring together, and how."""
+class SpellingMatch:
+    """Two names with similar spelling; `why` says how they differ."""
 
     first: str
     second: str
@@ -113,15 +113,15 @@ def is_abbreviation(name: str) -> bool:
     return _CAPITALS.fullmatch(name) is not None
 
 
-def spelt_alike(names: Sequence[str]) -> tuple[Spelt, ...]:
+def spelling_matches(names: Sequence[str]) -> tuple[SpellingMatch, ...]:
     """Pairs of different names that are one but for spelling, or of which one abbreviates the other."""
-    found: dict[tuple[str, str], Spelt] = {}
+    found: dict[tuple[str, str], SpellingMatch] = {}
     position = {name: number for number, name in enumerate(names)}
     for rule in (_same_letters, _plural, _initials, _slips):
         for one, two, why in rule(names):
             pair = (one, two) if position[one] < position[two] else (two, one)
-            spelt = Spelt(first=pair[0], second=pair[1], abbreviation=rule is _initials, why=why)
-            found.setdefault(pair, spelt)
+            by_spelling = SpellingMatch(first=pair[0], second=pair[1], abbreviation=rule is _initials, why=why)
+            found.setdefault(pair, by_spelling)
     return tuple(found.values())
 
 
@@ -155,7 +155,7 @@ def _initials(names: Sequence[str]) -> Iterator[_Pair]:
 
 
 def _slips(names: Sequence[str]) -> Iterator[_Pair]:
-    """Names that become one when a letter is left out of each: one letter wrong, missing, added or out of place."""
+    """Names at most one letter apart: a letter is wrong, missing, added or out of place."""
     reduced: defaultdict[str, list[str]] = defaultdict(list)
     for key in (key for key in _grouped(names) if len(key) >= _LEAST_FOR_SLIPS):
         for shorter in {key, *(key[:place] + key[place + 1 :] for place in range(len(key)))}:
@@ -192,7 +192,7 @@ _ROWS = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddingSimilarity:
-    """Text embeddings of names; `source` says by which language model."""
+    """Text embeddings of names, and the language model (`source`) that made them."""
 
     source: str
     names: tuple[str, ...]
@@ -224,7 +224,7 @@ class EmbeddingSimilarity:
 
 
 def joint_vocabulary(sources: Sequence[DatasetSource]) -> Vocabulary:
-    """All names with their prompts; where datasets prompt one name differently, the first one's counts."""
+    """All names with their prompts; where datasets give a name different prompts, the first one is taken."""
     names = dict.fromkeys(name for source in sources for name in source.categories)
     prompts: dict[str, str] = {}
     for source in sources:
@@ -233,8 +233,8 @@ def joint_vocabulary(sources: Sequence[DatasetSource]) -> Vocabulary:
     return Vocabulary.of(tuple(names), prompts)
 
 
-def meanings_of(vocabulary: Vocabulary, config: TextEncoderConfig) -> EmbeddingSimilarity:
-    """Embeds names, their prompts in their stead.
+def embed_names(vocabulary: Vocabulary, config: TextEncoderConfig) -> EmbeddingSimilarity:
+    """Embeds each name, or its prompt where it has one.
 
     Raises:
         ModelError: the language model cannot be found.
@@ -254,11 +254,11 @@ def owners_of(sources: Sequence[DatasetSource]) -> Mapping[str, tuple[str, ...]]
     return {name: tuple(datasets) for name, datasets in owners.items()}
 
 
-Kind = Literal["spelling", "abbreviation", "meaning", "sight"]
+Kind = Literal["spelling", "abbreviation", "embedding", "detector"]
 
 # A pair is left out where one of its names has another partner in the same dataset that is nearer by this much.
 _MARGIN = 0.1
-_ORDER: tuple[Kind, ...] = ("spelling", "abbreviation", "sight", "meaning")
+_ORDER: tuple[Kind, ...] = ("spelling", "abbreviation", "detector", "embedding")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -273,30 +273,30 @@ class SimilarNames:
 
 
 def similar_names(
-    owners: Mapping[str, Sequence[str]], meanings: EmbeddingSimilarity | None, least: float
+    owners: Mapping[str, Sequence[str]], embeddings: EmbeddingSimilarity | None, least: float
 ) -> tuple[SimilarNames, ...]:
     """Pairs of names that are near by spelling, or near in meaning and annotated by different datasets.
 
     Args:
         owners: The datasets that annotate each name.
-        meanings: Embeddings of all names; None leaves spelling alone.
+        embeddings: Embeddings of all names; None leaves spelling alone.
         least: The similarity from which names are near.
     """
-    spelt = [
+    by_spelling = [
         _pair(one.first, one.second, owners, "abbreviation" if one.abbreviation else "spelling", one.why)
-        for one in spelt_alike(tuple(owners))
+        for one in spelling_matches(tuple(owners))
         # a dataset that tells two names of several letters apart means to; one that has both spellings may not
         if one.why != "one letter apart" or not _together(one.first, one.second, owners)
     ]
-    if meanings is None:
-        return in_order(spelt)
-    known = {pair.names for pair in spelt}
+    if embeddings is None:
+        return in_order(by_spelling)
+    known = {pair.names for pair in by_spelling}
     meant = [
-        _pair(one, two, owners, "meaning", _meant(one, two, strength), strength)
-        for one, two, strength in meanings.pairs(least)
+        _pair(one, two, owners, "embedding", _meant(one, two, strength), strength)
+        for one, two, strength in embeddings.pairs(least)
         if (one, two) not in known and not _together(one, two, owners)
     ]
-    return in_order([*spelt, *_best(spelt, meant)])
+    return in_order([*by_spelling, *_best(by_spelling, meant)])
 
 
 def in_order(pairs: Sequence[SimilarNames]) -> tuple[SimilarNames, ...]:
@@ -312,7 +312,7 @@ def _pair(
 
 
 def _together(one: str, two: str, owners: Mapping[str, Sequence[str]]) -> bool:
-    """Whether a dataset annotates both names, and so tells them apart."""
+    """Whether one dataset annotates both names: then they mean different things there."""
     return not set(owners[one]).isdisjoint(owners[two])
 
 
@@ -321,10 +321,10 @@ def _meant(one: str, two: str, strength: float) -> str:
     return f"near in meaning, {strength:.2f}{kind}"
 
 
-def _best(spelt: Sequence[SimilarNames], meant: Sequence[SimilarNames]) -> list[SimilarNames]:
-    """The pairs by meaning, without those of which one name has a clearly nearer partner in the other's dataset."""
+def _best(by_spelling: Sequence[SimilarNames], meant: Sequence[SimilarNames]) -> list[SimilarNames]:
+    """The pairs similar in meaning, unless a name has a clearly more similar partner in the other's dataset."""
     nearest: defaultdict[tuple[str, str], float] = defaultdict(float)
-    for pair in (*spelt, *meant):
+    for pair in (*by_spelling, *meant):
         for side in (0, 1):
             for dataset in pair.owners[1 - side]:
                 key = (pair.names[side], dataset)
