@@ -154,9 +154,11 @@ def test_the_listing_is_what_train_reads(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["coco", "yolo"])
 def test_exports_can_be_read(tmp_path: Path, name: str) -> None:
     one = write_csv(tmp_path / "one", "a.jpg,1,2,10,20,dog")
-    datasets file = tmp_path / "data.yaml"
-    datasets file.write_text(json.dumps({"datasets": [{"name": "my/pets", "path": "one", "renames": {"dog": "hound"}}]}))
-    result = run(datasets file, "--export", name, tmp_path / "out")
+    datasets_file = tmp_path / "data.yaml"
+    datasets_file.write_text(
+        json.dumps({"datasets": [{"name": "my/pets", "path": "one", "renames": {"dog": "hound"}}]})
+    )
+    result = run(datasets_file, "--export", name, tmp_path / "out")
     assert result.exit_code == 0, result.output
     assert f"2 images, 2 boxes as {name} in {tmp_path / 'out/my_pets'}" in result.output
     (spec,) = parse_data_arguments([str(tmp_path / "out/my_pets")])

@@ -9,10 +9,9 @@ from conversion_cases import NAMES, alike, save_folder, stir, stirred, texts
 from torch import Tensor
 
 from metr.conversion.classifier import name_tokens, refined_tokens
-from metr.conversion.convert import giving_to_ours
-from metr.conversion.export import build, order_for, transfer
+from metr.conversion.convert import TransferReport, giving_to_ours
+from metr.conversion.export import build, transfer
 from metr.conversion.import_ import adopt, read_published
-from metr.conversion.report import TransferReport
 from metr.conversion.table import Row
 from metr.conversion.targets import NAMES as TARGETS
 from metr.conversion.targets import find_target
@@ -95,7 +94,7 @@ class Derivation:
 
     def __init__(self, target: str, config: DetectorConfig) -> None:
         self.target, self.network = find_target(target), stirred(config)
-        self.config = self.target.configure(order_for(self.target, self.network, NAMES))
+        self.config = self.target.configure(spec_for(self.target, self.network, NAMES))
 
     def __call__(self) -> Mapping[str, Derived]:
         own = self.network

@@ -12,12 +12,22 @@ from metr.conversion.activation_statistics import (
     after_block,
     after_convolution,
     after_norm,
+    four_encodings,
     of_memory,
 )
-from metr.conversion.classifier import Linear, classifier, layer_classifier, name_tokens, norm_as_linear, refined_tokens
+from metr.conversion.classifier import (
+    Linear,
+    classifier,
+    explained,
+    fit_box_mlp,
+    fit_stacked_norm,
+    layer_classifier,
+    name_tokens,
+    norm_as_linear,
+    refined_tokens,
+    sample_boxes,
+)
 from metr.conversion.export import transfer
-from metr.conversion.least_squares import explained, fit_box_mlp, fit_stacked_norm, sample_boxes
-from metr.conversion.positions import four_encodings
 from metr.conversion.targets import NAMES as TARGETS
 from metr.conversion.targets import find_target
 from metr.errors import ConfigError, ModelError

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from metr.checkpoint import load_checkpoint
 from metr.conversion.export import build, colours_of
-from metr.conversion.published.authors import AUTHORS
-from metr.conversion.published.resnet import resnet_rows
+from metr.conversion.published.dino import AUTHORS
 from metr.conversion.published.restricted_unpickling import read_restricted
+from metr.conversion.published.timm import resnet_rows
 from metr.conversion.table import to_theirs
 from metr.conversion.targets import find_target
 from metr.conversion.transfer import REPORT, from_detector, to_detector, transfer_run

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import batch_norm, conv2d, max_pool2d, relu
 
-from metr.conversion.published.resnet import resnet_options, resnet_rows
+from metr.conversion.published.timm import resnet_options, resnet_rows
 from metr.conversion.table import to_ours, to_theirs
 
 NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")

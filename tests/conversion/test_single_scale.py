@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from metr.conversion.classifier import name_tokens
-from metr.conversion.convert import giving_to_ours, giving_to_theirs
+from metr.conversion.convert import TransferReport, giving_to_ours, giving_to_theirs
 from metr.conversion.export import build, transfer
-from metr.conversion.report import TransferReport
 from metr.conversion.targets import find_target
 from metr.conversion.targets.base import KeyTable, Target
 from metr.conversion.targets.single_scale import spread_boxes

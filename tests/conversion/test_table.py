@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from metr.conversion.published.authors import AUTHORS
+from metr.conversion.published.dino import AUTHORS
 from metr.conversion.table import Row, to_ours, to_theirs
 from metr.errors import CheckpointError
 from metr.layers.attention import Attention

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from metr.conversion.published.authors import AUTHORS
+from metr.conversion.published.dino import AUTHORS
 from metr.conversion.table import to_ours, to_theirs
 from metr.losses.config import CriterionConfig
 from metr.losses.criterion import SetCriterion

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from metr.conversion.backbone_mapping import backbone_config
 from metr.conversion.classifier import name_tokens, refined_tokens
-from metr.conversion.convert import giving_to_theirs, receive
-from metr.conversion.report import TransferReport
-from metr.conversion.targets.base import Colours, Context, Derived, Order, Target
+from metr.conversion.convert import TransferReport, giving_to_theirs, receive
+from metr.conversion.targets.base import BuildSpec, Colours, Context, Derived, Target
 from metr.errors import ConfigError
 from metr.hub import loading
 from metr.models.backbones.base import Backbone
@@ -42,18 +41,18 @@ def build(target: Target, network: Detector, names: Sequence[str], seed: int = 0
     if not names or len(set(names)) != len(names):
         raise ConfigError("expected names, each once", where="names", hint='such as "penguin, shark"')
     auto: Any = AutoModelForObjectDetection  # its methods have no types
-    config = target.configure(order_for(target, network, names))
+    config = target.configure(spec_for(target, network, names))
     with loading(target.name), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return auto.from_config(config).eval()
 
 
-def order_for(target: Target, network: Detector, names: Sequence[str]) -> Order:
+def build_spec_for(target: Target, network: Detector, names: Sequence[str]) -> BuildSpec:
     """What the target is to be built for."""
     backbone, encoder = network.backbone, network.config.encoder
     fits = target.fits(network.config)
     levels = 1 if target.single_map else min(encoder.levels, len(backbone.channels)) if fits else len(backbone.channels)
-    return Order(
+    return BuildSpec(
         config=network.config,
         backbone=backbone_config(backbone, levels),
         channels=backbone.channels[-levels:],

@@ -11,11 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from metr.conversion.backbone_mapping import adopted_backbone
-from metr.conversion.convert import StateTransfer, giving_to_ours, receive
+from metr.conversion.convert import StateTransfer, TransferReport, giving_to_ours, receive
 from metr.conversion.published.dino import read_dino
 from metr.conversion.published.restricted_unpickling import read_restricted
-from metr.conversion.published.timm_folders import TimmNetwork, timm_network, without_timm
-from metr.conversion.report import TransferReport
+from metr.conversion.published.timm import TimmNetwork, timm_network, without_timm
 from metr.conversion.table import State
 from metr.conversion.targets import NAMES, find_target
 from metr.data.config import ResizeConfig

@@ -11,9 +11,9 @@ from rich.console import Console
 
 from metr.checkpoint import Checkpoint
 from metr.config import Tree
+from metr.conversion.convert import TransferReport
 from metr.conversion.export import Transferred, colours_of, transfer
 from metr.conversion.import_ import adopt, read_published
-from metr.conversion.report import TransferReport
 from metr.conversion.targets import find_target
 from metr.data.config import ResizeConfig
 from metr.data.images import read_image

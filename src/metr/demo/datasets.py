@@ -20,7 +20,7 @@ TRAIN, VAL = "train", "val"
 
 @dataclass(frozen=True, kw_only=True)
 class DemoImage:
-    """A written rendered and everything in it, its unlabelled objects included. `size` is (width, height)."""
+    """A written image and all objects in it, unlabelled ones included. `size` is (width, height)."""
 
     path: Path
     split: str

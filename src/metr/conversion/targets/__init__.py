@@ -5,7 +5,7 @@ from importlib import import_module
 from metr.conversion.targets.base import Target
 from metr.errors import ConfigError, did_you_mean
 
-# one module each, which calls it TARGET; imported when it is asked for
+# each in a module of its name, as TARGET; imported when it is asked for
 NAMES = (
     "deformable_detr",
     "dab_detr",
@@ -26,6 +26,7 @@ def find_target(name: str) -> Target:
     wanted = name.strip().lower().replace("-", "_")
     if wanted not in NAMES:
         raise ConfigError(f"no detector {name!r}", where="--to", hint=did_you_mean(wanted, NAMES))
-    target = import_module(f"{__name__}.{wanted}").TARGET
+    module = import_module(f"{__name__}.{wanted.removesuffix('_v2')}")
+    target = module.TARGET_V2 if wanted.endswith("_v2") else module.TARGET
     assert isinstance(target, Target)
     return target

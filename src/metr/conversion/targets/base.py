@@ -8,8 +8,8 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
+from metr.conversion.activation_statistics import of_layer_head
 from metr.conversion.classifier import Linear, layer_classifier
-from metr.conversion.published.sources import of_layer_head
 from metr.conversion.table import Row, State
 from metr.data.config import ResizeConfig
 from metr.errors import ModelError
@@ -26,7 +26,7 @@ Colours = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Order:
+class BuildSpec:
     """What a target is to be built for.
 
     Attributes:
@@ -142,7 +142,7 @@ class Target:
     decoder: str = "deformable"
     backbone: str = "model.backbone.model."
     processor: str
-    configure: Callable[[Order], Any]
+    configure: Callable[[BuildSpec], Any]
     table: Callable[[Any], KeyTable]
     derive: Derivation = nothing_derived
     differences: Callable[[DetectorConfig], tuple[str, ...]] = lambda _: ()
@@ -249,12 +249,12 @@ def around(
     )
 
 
-def layer_heads(known: Context, theirs: str) -> dict[str, Derived]:
+def layer_heads(context: Context, theirs: str) -> dict[str, Derived]:
     """The classification head of each of the decoder's layers, whose keys begin with `theirs` and its number."""
     fresh: dict[str, Derived] = {}
-    for layer in range(known.config.decoder_layers):
-        classes = layer_classifier(known.network, known.tokens, layer)
-        fresh |= given_layer(f"{theirs}.{layer}", classes, FOLDED, of_layer_head(known.network, layer))
+    for layer in range(context.config.decoder_layers):
+        classes = layer_classifier(context.network, context.tokens, layer)
+        fresh |= given_layer(f"{theirs}.{layer}", classes, FOLDED, of_layer_head(context.network, layer))
     return fresh
 
 

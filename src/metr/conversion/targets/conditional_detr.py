@@ -8,15 +8,15 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import ConditionalDetrConfig
 
+from metr.conversion.activation_statistics import of_head
 from metr.conversion.classifier import Linear
-from metr.conversion.published.sources import of_head
 from metr.conversion.table import Row
 from metr.conversion.targets.base import (
     FOLDED,
+    BuildSpec,
     Context,
     Derived,
     KeyTable,
-    Order,
     Target,
     feed_forward,
     given_layer,
@@ -76,9 +76,9 @@ _TABLE = KeyTable(
 )
 
 
-def _configure(order: Order) -> Any:
+def _configure(spec: BuildSpec) -> Any:
     """Without auxiliary losses: transformers' layers would normalise what they pass on, as METR's do not."""
-    return ConditionalDetrConfig(**common_options(order, "d_model"))
+    return ConditionalDetrConfig(**common_options(spec, "d_model"))
 
 
 @torch.no_grad()

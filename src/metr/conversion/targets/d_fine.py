@@ -10,9 +10,9 @@ from metr.conversion.table import Row, State
 from metr.conversion.targets import rt_detr
 from metr.conversion.targets.base import (
     Adopted,
+    BuildSpec,
     Derived,
     KeyTable,
-    Order,
     feed_forward,
     joined,
     linear,
@@ -30,7 +30,7 @@ _FIRST, _SECOND = "mlp.layers.0", "mlp.layers.1"
 _ENCODER, _DECODER = "model.encoder", "model.decoder"
 
 
-def configure(order: Order) -> Any:
+def configure(spec: BuildSpec) -> Any:
     """A DFineConfig; the depth of its fusions is METR's where METR's are of its kind.
 
     Raises:
@@ -38,12 +38,12 @@ def configure(order: Order) -> Any:
     """
     from transformers import DFineConfig
 
-    if order.config.decoder.layers < _LEAST_LAYERS:
-        what = f"needs {_LEAST_LAYERS} decoder layers, found {order.config.decoder.layers}"
+    if spec.config.decoder.layers < _LEAST_LAYERS:
+        what = f"needs {_LEAST_LAYERS} decoder layers, found {spec.config.decoder.layers}"
         raise ModelError(what, where="model.decoder.layers", hint="train a METR with more")
-    values = rt_detr.arguments(order)
-    encoder = order.config.encoder
-    if order.fits and encoder.fusion == "elan":
+    values = rt_detr.arguments(spec)
+    encoder = spec.config.encoder
+    if spec.fits and encoder.fusion == "elan":
         values["depth_mult"] = encoder.fusion_blocks / rt_detr.BLOCKS
     return DFineConfig(**values)
 

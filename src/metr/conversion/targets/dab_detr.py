@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from transformers import DabDetrConfig
 
-from metr.conversion.published.sources import of_contents, of_head
+from metr.conversion.activation_statistics import of_contents, of_head
 from metr.conversion.targets.base import (
     FOLDED,
+    BuildSpec,
     Context,
     Derived,
     KeyTable,
-    Order,
     Target,
     given_layer,
     joined,
@@ -70,10 +70,10 @@ _TABLE = KeyTable(
 )
 
 
-def _configure(order: Order) -> Any:
+def _configure(spec: BuildSpec) -> Any:
     """Positions have one temperature, as in METR; the content that METR's queries share is a pattern."""
-    options = common_options(order, "hidden_size") | {"auxiliary_loss": True}
-    if order.fits:
+    options = common_options(spec, "hidden_size") | {"auxiliary_loss": True}
+    if spec.fits:
         temperature = int(TEMPERATURE)
         options |= {"temperature_height": temperature, "temperature_width": temperature, "num_patterns": 1}
     return DabDetrConfig(**options)

@@ -6,19 +6,17 @@ from typing import Any
 
 import torch
 
+from metr.conversion.activation_statistics import box_position, four_encodings, inside, of_contents, of_places
 from metr.conversion.backbone_mapping import backbone_rows
-from metr.conversion.classifier import place_classifier
-from metr.conversion.least_squares import fit_stacked_norm
-from metr.conversion.positions import box_position, four_encodings
-from metr.conversion.published.sources import inside, of_contents, of_places
+from metr.conversion.classifier import fit_stacked_norm, place_classifier
 from metr.conversion.table import Row, State
 from metr.conversion.targets.base import (
     FOLDED_PLACES,
     Adopted,
+    BuildSpec,
     Context,
     Derived,
     KeyTable,
-    Order,
     Target,
     around,
     attention,
@@ -40,7 +38,7 @@ from metr.models.config import DetectorConfig, EncoderConfig
 _GROUPS = 32
 
 
-def configure(order: Order) -> Any:
+def configure(spec: BuildSpec) -> Any:
     """A DeformableDetrConfig of two stages.
 
     Raises:
@@ -48,15 +46,15 @@ def configure(order: Order) -> Any:
     """
     from transformers import DeformableDetrConfig
 
-    config, ours = order.config, order.config.encoder if order.fits else EncoderConfig()
+    config, ours = spec.config, spec.config.encoder if spec.fits else EncoderConfig()
     if config.width % _GROUPS:
         what = f"needs a width that {_GROUPS} divides, found {config.width}"
         raise ModelError(what, where="model.width", hint="transfer from a METR of another width")
-    labels: dict[str, Any] = order.labels
+    labels: dict[str, Any] = spec.labels
     return DeformableDetrConfig(
-        backbone_config=order.backbone,
+        backbone_config=spec.backbone,
         d_model=config.width,
-        num_feature_levels=ours.levels if order.fits else max(len(order.channels), config.encoder.levels),
+        num_feature_levels=ours.levels if spec.fits else max(len(spec.channels), config.encoder.levels),
         encoder_layers=ours.layers,
         encoder_ffn_dim=ours.feed_forward,
         encoder_attention_heads=ours.heads,
@@ -110,25 +108,25 @@ def table(config: Any) -> KeyTable:
     )
 
 
-def derive(known: Context) -> Mapping[str, Derived]:
+def derive(context: Context) -> Mapping[str, Derived]:
     """The classification heads, and what queries start from.
 
     Places are chosen by the first label's score, whatever the label, and transformers never trains that score: it
     becomes the mean of all names'.
     """
-    places = place_classifier(known.network, known.tokens)
+    places = place_classifier(context.network, context.tokens)
     places.weight[0], places.bias[0] = places.weight.mean(0), places.bias.mean(0)
-    key = f"class_embed.{known.config.decoder_layers}"
-    head = given_layer(key, places, FOLDED_PLACES, of_places(known.network))
-    return layer_heads(known, "class_embed") | head | _queries(known)
+    key = f"class_embed.{context.config.decoder_layers}"
+    head = given_layer(key, places, FOLDED_PLACES, of_places(context.network))
+    return layer_heads(context, "class_embed") | head | _queries(context)
 
 
 @torch.no_grad()
-def _queries(known: Context) -> dict[str, Derived]:
+def _queries(context: Context) -> dict[str, Derived]:
     """Position and content of a query from its box: METR's position, and the mean of what its queries contain."""
-    network, width = known.network, known.network.config.width
+    network, width = context.network, context.network.config.width
     position = box_position(network) or network.decoder.position
-    content = network.class_queries.learned.weight.mean(0) + known.contents.mean(0)
+    content = network.class_queries.learned.weight.mean(0) + context.contents.mean(0)
     if network.class_queries.place is not None:
         content = content + network.class_queries.place(network.proposals.norm.bias)
     fit = fit_stacked_norm(position, content, partial(four_encodings, width=width))

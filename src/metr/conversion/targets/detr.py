@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from transformers import DetrConfig
 
+from metr.conversion.activation_statistics import of_head
 from metr.conversion.classifier import Linear
-from metr.conversion.published.sources import of_head
 from metr.conversion.targets.base import (
     FOLDED,
+    BuildSpec,
     Context,
     Derived,
     KeyTable,
-    Order,
     Target,
     feed_forward,
     given_layer,
@@ -63,9 +63,9 @@ _TABLE = KeyTable(
 )
 
 
-def _configure(order: Order) -> Any:
+def _configure(spec: BuildSpec) -> Any:
     """Without auxiliary losses: transformers' layers would normalise what they pass on, as METR's do not."""
-    return DetrConfig(**common_options(order, "d_model"))
+    return DetrConfig(**common_options(spec, "d_model"))
 
 
 @torch.no_grad()

@@ -1,25 +1,32 @@
 """RT-DETR (Zhao et al., 2024): METR's hybrid encoder, and a decoder that starts from the features of places."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from metr.conversion.activation_statistics import ActivationStatistics, inside_fusion, of_memory
+from metr.conversion.activation_statistics import (
+    ActivationStatistics,
+    box_position,
+    inside,
+    inside_fusion,
+    of_contents,
+    of_memory,
+    of_norms,
+    of_places,
+)
 from metr.conversion.backbone_mapping import backbone_rows
-from metr.conversion.classifier import place_classifier
-from metr.conversion.least_squares import fit_box_mlp
-from metr.conversion.positions import box_position
-from metr.conversion.published.sources import inside, of_contents, of_norms, of_places
+from metr.conversion.classifier import fit_box_mlp, place_classifier
 from metr.conversion.table import Row, State
 from metr.conversion.targets.base import (
     FOLDED_PLACES,
     Adopted,
+    BuildSpec,
     Context,
     Derived,
     KeyTable,
-    Order,
     Target,
     around,
     attention,
@@ -50,31 +57,31 @@ _SHIFT = 12.0
 _ENCODER, _DECODER = "model.encoder", "model.decoder"
 
 
-def configure(order: Order) -> Any:
+def configure(spec: BuildSpec) -> Any:
     """An RTDetrConfig."""
     from transformers import RTDetrConfig
 
-    return RTDetrConfig(**arguments(order))
+    return RTDetrConfig(**arguments(spec))
 
 
-def arguments(order: Order) -> dict[str, Any]:
+def arguments(spec: BuildSpec) -> dict[str, Any]:
     """What RT-DETR and its successors are configured with.
 
     Raises:
         ModelError: its strides are not those of one step each.
     """
-    config, width, levels = order.config, order.config.width, len(order.channels)
-    if any(coarse != 2 * fine for fine, coarse in zip(order.strides, order.strides[1:], strict=False)):
-        what = f"needs maps of strides that double, found {list(order.strides)}"
+    config, width, levels = spec.config, spec.config.width, len(spec.channels)
+    if any(coarse != 2 * fine for fine, coarse in zip(spec.strides, spec.strides[1:], strict=False)):
+        what = f"needs maps of strides that double, found {list(spec.strides)}"
         raise ModelError(what, where="backbone.strides", hint="train with backbone.strides=[8,16,32]")
-    ours = config if order.fits else config.model_copy(update={"encoder": EncoderConfig(kind="hybrid", layers=1)})
+    ours = config if spec.fits else config.model_copy(update={"encoder": EncoderConfig(kind="hybrid", layers=1)})
     return {
-        "backbone_config": order.backbone,
+        "backbone_config": spec.backbone,
         "freeze_backbone_batch_norms": config.backbone.freeze_batch_norm,
         "d_model": width,
         "encoder_hidden_dim": width,
-        "encoder_in_channels": list(order.channels),
-        "feat_strides": list(order.strides),
+        "encoder_in_channels": list(spec.channels),
+        "feat_strides": list(spec.strides),
         "encode_proj_layers": [levels - 1],
         "encoder_layers": ours.encoder.layers,
         "encoder_ffn_dim": ours.encoder.feed_forward,
@@ -89,7 +96,7 @@ def arguments(order: Order) -> dict[str, Any]:
         "num_queries": config.queries.number,
         "num_denoising": config.denoising.number,
         "anchor_image_size": None,
-        **order.labels,
+        **spec.labels,
     }
 
 
@@ -182,27 +189,27 @@ def table(config: Any) -> KeyTable:
     )
 
 
-def derive(known: Context) -> Mapping[str, Derived]:
+def derive(context: Context) -> Mapping[str, Derived]:
     """The classification heads, the positions of queries, and what METR's encoder has no counterpart of."""
-    network, fresh = known.network, queries_and_heads(known)
+    network, fresh = context.network, queries_and_heads(context)
     assert isinstance(network.encoder, HybridEncoder)
     if not network.encoder.outputs:
         fresh |= _memory_projection(network, network.encoder)
     return fresh | _passing_blocks(network, network.encoder)
 
 
-def queries_and_heads(known: Context) -> dict[str, Derived]:
+def queries_and_heads(context: Context) -> dict[str, Derived]:
     """The classification heads, and the positions and contents of queries."""
-    heads = layer_heads(known, f"{_DECODER}.class_embed")
-    return heads | _places_and_names(known) | _positions(known.network)
+    heads = layer_heads(context, f"{_DECODER}.class_embed")
+    return heads | _places_and_names(context) | _positions(context.network)
 
 
-def _places_and_names(known: Context) -> dict[str, Derived]:
+def _places_and_names(context: Context) -> dict[str, Derived]:
     """The head that scores places, and the content of denoising queries."""
-    network, contents = known.network, known.contents
-    places = place_classifier(network, known.tokens)
+    network, contents = context.network, context.contents
+    places = place_classifier(network, context.tokens)
     fresh = given_layer("model.enc_score_head", places, FOLDED_PLACES, of_places(network))
-    if known.config.num_denoising:
+    if context.config.num_denoising:
         learned = torch.zeros_like(contents[0]) if network.denoising is None else network.denoising.learned.detach()
         content = torch.cat([contents + learned, torch.zeros_like(contents[:1])])
         source = inside(network, "denoising.learned") + of_contents(network)
@@ -374,3 +381,13 @@ TARGET = Target(
     multiple=32,
     square=True,
 )
+
+
+def _configure_v2(spec: BuildSpec) -> Any:
+    """An RTDetrV2Config (Lv et al., 2024): RT-DETR with another way to write the same sampling."""
+    from transformers import RTDetrV2Config
+
+    return RTDetrV2Config(**arguments(spec), decoder_n_levels=len(spec.channels))
+
+
+TARGET_V2 = replace(TARGET, name="rt_detr_v2", title="RT-DETRv2", configure=_configure_v2)

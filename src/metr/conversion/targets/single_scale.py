@@ -9,15 +9,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from metr.conversion.activation_statistics import after_norm
+from metr.conversion.activation_statistics import after_norm, inside
 from metr.conversion.backbone_mapping import backbone_rows
 from metr.conversion.classifier import Linear, classifier
-from metr.conversion.published.sources import inside
 from metr.conversion.table import Row
 from metr.conversion.targets.base import (
+    BuildSpec,
     Context,
     KeyTable,
-    Order,
     Target,
     attention,
     feed_forward,
@@ -45,17 +44,17 @@ def with_backbone(table: KeyTable, prefix: str = Target.backbone) -> Callable[[A
     return lambda config: replace(table, backbone=backbone_rows(config.backbone_config, prefix))
 
 
-def common_options(order: Order, width: str) -> dict[str, Any]:
+def common_options(spec: BuildSpec, width: str) -> dict[str, Any]:
     """What the configurations of these detectors share: METR's sizes. Dropout is off, as in METR.
 
     Args:
-        order: What the target is built for; a METR with another encoder says nothing of this one's sizes.
+        spec: What the target is built for; a METR with another encoder says nothing of this one's sizes.
         width: What the configuration calls the width.
     """
-    config = order.config
+    config = spec.config
     encoder = config.encoder if config.encoder.kind == "plain" else EncoderConfig(kind="plain")
     return {
-        "backbone_config": _with_frozen_norms(order.backbone),
+        "backbone_config": _with_frozen_norms(spec.backbone),
         width: config.width,
         "encoder_layers": encoder.layers,
         "encoder_attention_heads": encoder.heads,
@@ -66,7 +65,7 @@ def common_options(order: Order, width: str) -> dict[str, Any]:
         "num_queries": config.queries.number,
         "activation_function": "relu",
         "dropout": 0.0,
-        **order.labels,
+        **spec.labels,
     }
 
 
