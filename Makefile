@@ -4,13 +4,14 @@ BIN := .venv/bin
 # one thread a process and a process a core: the tests' networks are too small to be shared out
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
-.PHONY: help demo test quick check format clean
+.PHONY: help demo test quick check docs format clean
 
 help:
 	@echo "make demo    build the environment, train on three made datasets, show the result (five minutes, and a few for the environment)"
 	@echo "make test    build the environment, run every test"
 	@echo "make quick   the tests that take seconds"
 	@echo "make check   formatting, lints, types, layers of imports, every test"
+	@echo "make docs    build the documentation into site/; a broken link fails"
 	@echo "make format  let ruff rewrite what it can"
 
 .venv/.ready: pyproject.toml constraints.txt
@@ -19,7 +20,7 @@ help:
 	@echo "Building the environment in .venv (a few minutes the first time)"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch -c constraints.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bundled,tensorboard,supervision,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bundled,tensorboard,supervision,docs,dev]'
 	@touch $@
 
 demo: .venv/.ready
@@ -38,9 +39,12 @@ check: .venv/.ready
 	$(BIN)/lint-imports
 	$(MAKE) --no-print-directory test
 
+docs: .venv/.ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 format: .venv/.ready
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv build dist site .mypy_cache .ruff_cache .pytest_cache
