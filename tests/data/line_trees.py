@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from reader_trees import NAMES, Image, Truth, save_image, write_json, write_text
+from reader_trees import NAMES, ExpectedImage, Truth, save_image, write_json, write_text
 
 
 def write_lines(path: Path, rows: Sequence[Any]) -> Path:
@@ -21,7 +21,7 @@ def xywh(box: tuple[int, int, int, int]) -> list[int]:
     return [left, top, right - left, bottom - top]
 
 
-def odgt_line(image: Image) -> dict[str, Any]:
+def odgt_line(image: ExpectedImage) -> dict[str, Any]:
     """A line of CrowdHuman, whose names are tags."""
     boxes = [
         {"tag": label, "fbox": xywh(box), "vbox": [0, 0, 1, 1], "hbox": [0, 0, 2, 2], "extra": {"box_id": 0, "occ": 1}}
@@ -44,7 +44,7 @@ def crowdhuman_folders(root: Path, truth: Truth) -> None:
         _save(root / f"CrowdHuman_{split}01" / "ImageFolder", images)
 
 
-def shapes(image: Image) -> list[dict[str, Any]]:
+def shapes(image: ExpectedImage) -> list[dict[str, Any]]:
     """The objects of an image in all shapes with an extent that whole pixels can give."""
     found = []
     for number, ((left, top, right, bottom), label) in enumerate(zip(image.boxes, image.labels, strict=True)):
@@ -61,7 +61,7 @@ def shapes(image: Image) -> list[dict[str, Any]]:
     return found
 
 
-def labelme_content(image: Image, path: str | None = None, size: bool = True) -> dict[str, Any]:
+def labelme_content(image: ExpectedImage, path: str | None = None, size: bool = True) -> dict[str, Any]:
     """The JSON of an image, which holds the image as text."""
     content = {"version": "5.5.0", "flags": {}, "shapes": shapes(image), "imagePath": path or image.name}
     height, width = (image.height, image.width) if size else (None, None)
@@ -85,7 +85,7 @@ def labelme_apart(root: Path, truth: Truth) -> None:
         write_json(root / "sets" / split / "json" / "summary.JSON.bak", {})
 
 
-def odvg_line(image: Image, categories: bool = True, labels: bool = True) -> dict[str, Any]:
+def odvg_line(image: ExpectedImage, categories: bool = True, labels: bool = True) -> dict[str, Any]:
     """A line of detections."""
     instances = [
         {"bbox": list(box)}
@@ -113,7 +113,7 @@ def odvg_names(root: Path, truth: Truth) -> None:
         _save(root / "cell_images", images)
 
 
-def imagefolder_row(image: Image, folder: str = "", key: str = "categories") -> dict[str, Any]:
+def imagefolder_row(image: ExpectedImage, folder: str = "", key: str = "categories") -> dict[str, Any]:
     """A row with lists side by side and numbered categories."""
     objects = {"bbox": [xywh(box) for box in image.boxes], key: [NAMES.index(label) for label in image.labels]}
     return {"file_name": folder + image.name, "objects": objects}
@@ -187,6 +187,6 @@ LINE_LAYOUTS: dict[str, tuple[str, Callable[[Path, Truth], None]]] = {
 }
 
 
-def _save(folder: Path, images: Sequence[Image]) -> None:
+def _save(folder: Path, images: Sequence[ExpectedImage]) -> None:
     for image in images:
         save_image(folder / image.name, image.width, image.height)

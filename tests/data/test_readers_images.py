@@ -56,7 +56,7 @@ def one_each(root: Path, kind: str, files: Mapping[str, tuple[str, str, int]], i
 
 @pytest.mark.parametrize("kind", ["voc", "labelme"])
 @pytest.mark.parametrize("stale", ["a", "c"])
-def test_a_image_with_a_file_of_its_own_is_no_fallback(tmp_path: Path, kind: str, stale: str) -> None:
+def test_an_image_with_a_file_of_its_own_is_no_fallback(tmp_path: Path, kind: str, stale: str) -> None:
     """The stale file comes before the true one or after it."""
     files = {stale: ("b.jpg", "dog", 5), "b": ("b.jpg", "cat", 2)}
     source = opened(one_each(tmp_path / "data", kind, files, ["b.jpg"]))

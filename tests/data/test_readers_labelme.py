@@ -158,7 +158,7 @@ def test_the_image_of_the_same_name_comes_first(tmp_path: Path, named: str | Non
     assert source.issue_counts == {"unannotated image": 1}
 
 
-def test_a_image_without_objects(tmp_path: Path) -> None:
+def test_an_image_without_objects(tmp_path: Path) -> None:
     assert opened(tmp_path, content()).split("val").counts().empty == 1
 
 

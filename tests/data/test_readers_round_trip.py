@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from line_trees import LINE_LAYOUTS
-from reader_trees import LAYOUTS, NAMES, Image, Truth, made_up
+from reader_trees import LAYOUTS, NAMES, ExpectedImage, Truth, made_up
 
 from metr.data.datasets_file import DatasetConfig, DatasetSource, open_dataset
 
@@ -15,9 +15,9 @@ def opened(root: Path, tmp_path: Path, **options: object) -> DatasetSource:
     return open_dataset(DatasetConfig(name="made", path=root, **options), tmp_path / "cache")
 
 
-def as_truth(source: DatasetSource) -> dict[str, dict[str, Image]]:
+def as_truth(source: DatasetSource) -> dict[str, dict[str, ExpectedImage]]:
     """What was read, in the form of the truth; boxes in whole pixels, in a fixed order."""
-    result: dict[str, dict[str, Image]] = {}
+    result: dict[str, dict[str, ExpectedImage]] = {}
     for split, annotations in source.splits.items():
         result[split] = {}
         for record in annotations:
@@ -27,7 +27,7 @@ def as_truth(source: DatasetSource) -> dict[str, dict[str, Image]]:
             boxes = [tuple(int(value) for value in box.round()) for box in record.boxes]
             ordered = sorted(zip(boxes, labels, strict=True))
             name = record.path.name
-            result[split][name] = Image(
+            result[split][name] = ExpectedImage(
                 name,
                 record.width,
                 record.height,
@@ -41,14 +41,14 @@ def as_truth(source: DatasetSource) -> dict[str, dict[str, Image]]:
     return result
 
 
-def in_order(truth: Truth) -> dict[str, dict[str, Image]]:
-    result: dict[str, dict[str, Image]] = {}
+def in_order(truth: Truth) -> dict[str, dict[str, ExpectedImage]]:
+    result: dict[str, dict[str, ExpectedImage]] = {}
     for split, images in truth.items():
         result[split] = {}
         for item in images:
             ordered = sorted(zip(item.boxes, item.labels, strict=True))
             boxes, labels = tuple(box for box, _ in ordered), tuple(label for _, label in ordered)
-            result[split][item.name] = Image(item.name, item.width, item.height, boxes, labels)
+            result[split][item.name] = ExpectedImage(item.name, item.width, item.height, boxes, labels)
     return result
 
 

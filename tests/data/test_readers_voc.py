@@ -4,12 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from reader_trees import Image, save_image, voc_xml, write_text
+from reader_trees import ExpectedImage, save_image, voc_xml, write_text
 
 from metr.data.datasets_file import DatasetConfig, DatasetSource, open_dataset
 from metr.errors import DataError
 
-IMAGE = Image("a.jpg", 40, 30, ((2, 3, 12, 23),), ("cat",))
+IMAGE = ExpectedImage("a.jpg", 40, 30, ((2, 3, 12, 23),), ("cat",))
 
 
 def opened(root: Path) -> DatasetSource:
@@ -22,7 +22,7 @@ def beside(tmp_path: Path, xml: str, image: str = "a.jpg") -> DatasetSource:
     for name in (image, "sound.jpg"):
         save_image(root / "val" / name)
     write_text(root / "val" / "a.xml", xml)
-    sound = Image("sound.jpg", 40, 30, ((1, 1, 5, 5),), ("dog",))
+    sound = ExpectedImage("sound.jpg", 40, 30, ((1, 1, 5, 5),), ("dog",))
     write_text(root / "val" / "sound.xml", voc_xml(sound))
     return opened(root)
 
@@ -63,7 +63,7 @@ def test_the_original_files_count_from_one(tmp_path: Path) -> None:
     np.testing.assert_array_equal(record.boxes, [[0, 0, 40, 30]])
 
 
-def test_a_image_without_objects(tmp_path: Path) -> None:
+def test_an_image_without_objects(tmp_path: Path) -> None:
     source = beside(tmp_path, document())
     assert source.split("val")[0].boxes.shape == (0, 4)
     assert source.split("val").counts().empty == 1
