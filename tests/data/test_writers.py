@@ -273,7 +273,7 @@ def test_images_are_linked_or_copied(tmp_path: Path, kind: str, monkeypatch: pyt
     record.path.rename(tmp_path / "elsewhere.jpg")
     record.path.symlink_to(tmp_path / "elsewhere.jpg")
     reports = {"link": WRITERS[kind](source, tmp_path / "link")}
-    reports["copy"] = WRITERS[kind](source, tmp_path / "copy", images="copy")
+    reports["copy"] = WRITERS[kind](source, tmp_path / "copy", placement="copy")
 
     def refused(self: Path, target: Path) -> None:
         raise OSError(errno.EXDEV, "another disk")

@@ -1,26 +1,22 @@
 """Boxes as CSV, one a line: with a header (TensorFlow Object Detection) or without one (keras-retinanet).
 
-A line without a box says that its image has no objects. Coordinates that are shares of the image are recognised.
+A line without a box says that its image has no objects. Coordinates that are fractions of the image are recognised.
 """
 
 import csv
 import io
 import math
 from array import array
-from bisect import bisect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, chain
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
 
-from metr.data.formats.base import UNREADABLE, RawImage, Reader, Reading, image_folders, locate, whole_size
-from metr.data.formats.files import folders_within, glance, is_image
-from metr.data.formats.image_conflicts import boxes_of, claim
-from metr.data.formats.text import read_text
-from metr.data.splits import canonical_split
+from metr.data.formats.base import UNREADABLE, BoxTable, RawImage, Reader, Reading, count_boxes, whole_size
+from metr.data.formats.files import files_in, folders_within, is_image, start_of
+from metr.data.formats.locating import image_folders, locate, resolve_conflicts, split_of_file, splits_of_files
 
 _DEPTH = 2
 _SNIFF_BYTES = 4096
@@ -50,35 +46,6 @@ class _Dialect:
     header: bool
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Part:
-    """What a file says of one image. `relative` says that its boxes are shares of the image."""
-
-    where: str
-    size: tuple[int, int] | None
-    boxes: Float[np.ndarray, "m 4"]
-    labels: Int[np.ndarray, "m"]
-    lines: Int[np.ndarray, "m"]
-    group: Bool[np.ndarray, "m"]
-    relative: bool
-
-    def fits(self, other: "_Part") -> bool:
-        """Whether the boxes of both are measured alike."""
-        sizes = {self.size, other.size} - {None}
-        return len(sizes) <= 1 and (self.relative == other.relative or min(len(self.boxes), len(other.boxes)) == 0)
-
-    def without(self, others: Iterable["_Part"]) -> "_Part":
-        """Its boxes that others do not have."""
-        known = {key for other in others for key in other.boxes_told()}
-        new = np.array([key not in known for key in self.boxes_told()], dtype=bool)
-        columns = {name: getattr(self, name)[new] for name in ("boxes", "labels", "lines", "group")}
-        return replace(self, **columns)
-
-    def boxes_told(self) -> list[tuple[int, tuple[float, ...]]]:
-        """Category and corners of each box."""
-        return list(zip(self.labels.tolist(), map(tuple, self.boxes.tolist()), strict=True))
-
-
 class _Rows:
     """The boxes of a file, column by column: 50 bytes a box, so that large files fit into memory."""
 
@@ -95,9 +62,15 @@ class _Rows:
             self.sizes.append(size)
         return number
 
-    def boxes(self) -> Float[np.ndarray, "n 4"]:
-        """All boxes, xyxy as the file gives them."""
-        return np.array(self.corners, dtype=np.float64).reshape(-1, 4)
+    def table(self) -> BoxTable:
+        """The boxes, xyxy as the file gives them."""
+        return BoxTable(
+            image=np.array(self.image),
+            labels=np.array(self.label),
+            boxes=np.array(self.corners, dtype=np.float64).reshape(-1, 4),
+            ignore=np.array(self.group, dtype=bool),
+            lines=np.array(self.line),
+        )
 
 
 class CsvReader(Reader):
@@ -111,49 +84,44 @@ class CsvReader(Reader):
         """A reader of a folder with CSV files, at most two folders deep, or of one such file."""
         if path.is_file():
             fits = path.suffix.lower() == ".csv" and _dialect(path) is not None
-            return cls(path.parent, {_split_of(path): (path,)}) if fits else None
-        splits: dict[str, tuple[Path, ...]] = {}
-        for folder in folders_within(path, _DEPTH):
-            for entry in glance(folder):
-                if entry.name.lower().endswith(".csv") and _dialect(Path(entry.path)) is not None:
-                    file = Path(entry.path)
-                    splits[_split_of(file)] = (*splits.get(_split_of(file), ()), file)
-        # Beside the files of splits, one with all boxes says the same again.
-        named = {name: files for name, files in splits.items() if canonical_split(name)}
-        return cls(path, named or splits) if splits else None
+            return cls(path.parent, {split_of_file(path): (path,)}) if fits else None
+        files = (file for folder in folders_within(path, _DEPTH) for file in files_in(folder, ".csv"))
+        splits = splits_of_files(file for file in files if _dialect(file) is not None)
+        return cls(path, splits) if splits else None
 
     def read(self, split: str, reading: Reading) -> Iterator[RawImage]:
         """The images of a split in the order in which they first come up, with the boxes of all its files."""
         tables = [table for file in self.splits[split] if (table := self._table(file, reading)) is not None]
-        firsts = list(accumulate((len(table.names) for table in tables), initial=0))
+        places = [(table, number) for table in tables for number in range(len(table.names))]
+        found = [named for table in tables for named in table.images(split, reading)]
 
-        def part(entry: int) -> _Part:
-            number = bisect(firsts, entry) - 1
-            return tables[number].part(entry - firsts[number])
+        def image(entry: int) -> RawImage:
+            table, number = places[entry]
+            return table.image(number, found[entry][1] or "")
 
-        image_conflicts = claim(chain.from_iterable(table.images(split, reading) for table in tables))
-        more: dict[int, list[_Part]] = {}
-        for entry, path in image_conflicts.strangers:
-            detail = f"{path} is called alike, but is that of other lines: {boxes_of(len(part(entry).boxes))} left out"
-            reading.issues.add("missing image", part(entry).where, detail)
-        for entry, owner in image_conflicts.again:
-            parts, new = more.setdefault(owner, [part(owner)]), part(entry)
-            if all(map(new.fits, parts)):
-                parts.append(new.without(parts))
+        conflicts = resolve_conflicts(found)
+        for entry, path in conflicts.misled:
+            raw = image(entry)
+            detail = f"{path} is called alike, but is that of other lines: {count_boxes(len(raw.boxes))} left out"
+            reading.issues.add("missing image", raw.where, detail)
+        more: dict[int, list[RawImage]] = {}
+        for entry, owner in conflicts.repeats:
+            parts, new = more.setdefault(owner, [image(owner)]), image(entry)
+            if all(_measured_alike(new, part) for part in parts):
+                parts.append(_without(new, parts))
             else:
-                detail = (
-                    f"its {boxes_of(len(new.boxes))} are measured in another way than in {parts[0].where}: left out"
-                )
+                other_way = f"measured in another way than in {parts[0].where}"
+                detail = f"its {count_boxes(len(new.boxes))} are {other_way}: left out"
                 reading.issues.add("duplicate image", new.where, detail)
-        for path, owner in image_conflicts.owners.items():
-            yield _raw_image(path, more.get(owner) or [part(owner)])
+        for owner in conflicts.owners.values():
+            yield _joined(more[owner]) if owner in more else image(owner)
 
     def _table(self, file: Path, reading: Reading) -> "_Table | None":
         where, dialect = self.within(file), _dialect(file)
         if dialect is None:
             reading.issues.add("unreadable annotation", where, "changed while it was read")
             return None
-        return _Table(_rows(read_text(where, reading), dialect, where, reading), where, self.within(file.parent))
+        return _Table(_rows(reading.text(where), dialect, where, reading), where, self.within(file.parent))
 
 
 class _Table:
@@ -167,48 +135,61 @@ class _Table:
 
     def __init__(self, rows: _Rows, where: str, folder: str) -> None:
         self.where, self.folder = where, folder
-        self.names, self.sizes = list(rows.images), rows.sizes
-        self.boxes, self.labels, self.lines = rows.boxes(), np.array(rows.label), np.array(rows.line)
-        self.group = np.array(rows.group, dtype=bool)
-        read = self.boxes[np.isfinite(self.boxes).all(axis=1)]
+        self.names, self.sizes, self.table = list(rows.images), rows.sizes, rows.table()
+        read = self.table.boxes[np.isfinite(self.table.boxes).all(axis=1)]
         self.relative = len(read) > 0 and bool(read.max() <= 1.001) and bool((read % 1 > 0).any())
-        image = np.array(rows.image)
-        self._order = np.argsort(image, kind="stable")
-        self._starts = np.searchsorted(image, np.arange(len(self.names) + 1), sorter=self._order)
 
     def images(self, split: str, reading: Reading) -> Iterator[tuple[Sequence[str], str | None]]:
         """The names of the images, and the images that were found."""
         folders = image_folders(reading.files, split, self.folder)
         return (((name,), locate(name, folders, self.where, reading)) for name in self.names)
 
-    def part(self, number: int) -> _Part:
-        """What the file says of image `number`."""
-        mine = self._order[self._starts[number] : self._starts[number + 1]]
-        return _Part(
+    def image(self, number: int, path: str) -> RawImage:
+        """What the file says of image `number`, which lies at a path."""
+        mine, lines = self.table.by_image[number], self.table.lines
+        return RawImage(
             where=self.where,
+            image_id=path,
+            path=path,
             size=self.sizes[number],
-            boxes=self.boxes[mine],
-            labels=self.labels[mine],
-            lines=self.lines[mine],
-            group=self.group[mine],
+            boxes=self.table.boxes[mine],
+            labels=self.table.labels[mine],
             relative=self.relative,
+            ignore=self.table.ignore[mine],
+            marks=[] if lines is None else lines[mine].tolist(),
         )
 
 
-def _raw_image(path: str, parts: Sequence[_Part]) -> RawImage:
-    """One image with what one or more files say of it."""
-    first = parts[0]
-    marks = [f"{part.where}:{line}" if part is not first else int(line) for part in parts for line in part.lines]
-    return RawImage(
-        where=first.where,
-        image_id=path,
-        path=path,
+def _measured_alike(one: RawImage, other: RawImage) -> bool:
+    """Whether the boxes that two files have of an image are measured in the same way."""
+    same_size = len({one.size, other.size} - {None}) <= 1
+    return same_size and (one.relative == other.relative or min(len(one.boxes), len(other.boxes)) == 0)
+
+
+def _box_keys(raw: RawImage) -> list[tuple[int, tuple[float, ...]]]:
+    """Category and corners of each box."""
+    return list(zip(raw.labels.tolist(), map(tuple, raw.boxes.tolist()), strict=True))
+
+
+def _without(raw: RawImage, others: Sequence[RawImage]) -> RawImage:
+    """An image with those of its boxes that others do not have. Their marks name the file, too."""
+    known = {key for other in others for key in _box_keys(other)}
+    new = np.array([key not in known for key in _box_keys(raw)], dtype=bool)
+    marks = [f"{raw.where}:{line}" for line, is_new in zip(raw.marks or (), new, strict=True) if is_new]
+    ignore = None if raw.ignore is None else raw.ignore[new]
+    return replace(raw, boxes=raw.boxes[new], labels=raw.labels[new], ignore=ignore, marks=marks)
+
+
+def _joined(parts: Sequence[RawImage]) -> RawImage:
+    """One image with what several files say of it."""
+    return replace(
+        parts[0],
         size=next((part.size for part in parts if part.size is not None), None),
         boxes=np.concatenate([part.boxes for part in parts]),
         labels=np.concatenate([part.labels for part in parts]),
         relative=any(part.relative for part in parts if len(part.boxes) > 0),
-        ignore=np.concatenate([part.group for part in parts]),
-        marks=marks,
+        ignore=np.concatenate([part.ignore for part in parts if part.ignore is not None]),
+        marks=list(chain.from_iterable(part.marks or () for part in parts)),
     )
 
 
@@ -249,20 +230,9 @@ def _lines(text: str, dialect: _Dialect, where: str, reading: Reading) -> Iterat
         reading.issues.add("unreadable annotation", f"{where}:{lines.line_num}", f"{error}; the rest is left out")
 
 
-def _split_of(file: Path) -> str:
-    """The name of the split of a file: in its own name, else in that of its folder."""
-    if canonical_split(file.stem) is None and canonical_split(file.parent.name):
-        return file.parent.name
-    return file.stem
-
-
 def _dialect(path: Path) -> _Dialect | None:
     """How a CSV file is written, from its first lines; None if it holds no boxes."""
-    try:
-        with path.open("rb") as file:
-            lines = file.read(_SNIFF_BYTES).decode("utf-8-sig", errors="replace").splitlines()
-    except OSError:
-        return None
+    lines = start_of(path, _SNIFF_BYTES).decode("utf-8-sig", errors="replace").splitlines()
     first = next((line for line in lines if line.strip()), "")
     delimiter = max(",;\t", key=first.count)
     row = next(csv.reader([first], delimiter=delimiter), [])

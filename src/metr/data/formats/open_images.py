@@ -22,20 +22,18 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
-from metr.data.formats.base import RawImage, Reader, Reading, image_folders, locate, plain_name
-from metr.data.formats.files import folders_within, glance
+from metr.data.formats.base import BoxTable, RawImage, Reader, Reading, plain_name
+from metr.data.formats.files import decoded, files_in, folders_within, start_of
+from metr.data.formats.locating import dataset_root, grouped, image_folders, locate
 from metr.data.formats.open_images_tables import (
     BOX_COLUMNS,
     LABEL_COLUMNS,
-    BoxTable,
     Hierarchy,
     LabelTable,
-    RowsByImage,
     header,
     read_boxes,
     read_labels,
 )
-from metr.data.formats.text import decoded, read_text
 from metr.data.splits import canonical_split
 from metr.errors import DataError
 
@@ -84,13 +82,10 @@ class OpenImagesReader(Reader):
         if path.is_file():
             if path.suffix.lower() != ".csv" or not _has_boxes(path):
                 return None
-            root = path.parent.parent if path.parent.name in _ANNOTATION_FOLDERS else path.parent
+            root = dataset_root(path, _ANNOTATION_FOLDERS)
             return cls(root, {_split_of(path, root): (path,)}, files=_files_beside(root, _tables(root)))
         found = _tables(path)
-        splits: dict[str, tuple[Path, ...]] = {}
-        for file in filter(_has_boxes, found):
-            name = _split_of(file, path)
-            splits[name] = (*splits.get(name, ()), file)
+        splits = grouped((_split_of(file, path), file) for file in filter(_has_boxes, found))
         return cls(path, splits, files=_files_beside(path, found)) if splits else None
 
     def read(self, split: str, reading: Reading) -> Iterator[RawImage]:
@@ -109,11 +104,11 @@ class OpenImagesReader(Reader):
             reading.notes.once("no verified labels", self.within(files[0]), detail)
         else:
             labels = read_labels(verified, _number_if_there(images, folders, reading), names.numbers, reading)
-        context = _Knowledge(names, boxes, labels, count=len(images))
+        knowledge, where = _Knowledge(names, boxes, labels), self.within(files[0])
         for image, number in images.items():
-            path = _locate(image, folders, self.within(files[0]), reading)
+            path = _beside(image, folders, reading) or locate(image, folders, where, reading)
             if path is not None:
-                raw = context.image(image, number, path, self.within(files[0]))
+                raw = knowledge.image(image, number, path, where)
                 if number < with_boxes or raw.annotated:
                     yield raw
 
@@ -124,16 +119,9 @@ class OpenImagesReader(Reader):
             DataError: one of the two files cannot be read.
         """
         where = self.within(self.files.classes)
-        numbers: dict[str, int] = {}
-        seen: set[int] = set()
-        for line in _lines(read_text(where, reading)):
-            if len(line) >= 2 and line[0].startswith(_CLASS_PREFIXES):
-                name = plain_name(line[1]) or line[0]
-                number = reading.names.number(name)
-                if number in seen:
-                    reading.notes.once("duplicate category", where, f"{name!r} is declared more than once: joined")
-                seen.add(number)
-                numbers[line[0]] = number
+        lines = [line for line in _lines(reading.text(where)) if len(line) >= 2 and line[0].startswith(_CLASS_PREFIXES)]
+        counted = reading.number_declared((plain_name(line[1]) or line[0] for line in lines), where)
+        numbers = {line[0]: number for line, number in zip(lines, counted, strict=True)}
         if self.files.hierarchy is not None:
             reading.files.touch(self.within(self.files.hierarchy))
         hierarchy = Hierarchy.read(self.files.hierarchy, numbers, len(reading.names))
@@ -152,16 +140,14 @@ class _Names:
 class _Knowledge:
     """What the tables say of each image, with what follows from the hierarchy."""
 
-    def __init__(self, names: _Names, boxes: BoxTable, labels: LabelTable | None, *, count: int) -> None:
+    def __init__(self, names: _Names, boxes: BoxTable, labels: LabelTable | None) -> None:
         self.names, self.boxes, self.labels = names, boxes, labels
-        self._box_rows = RowsByImage(boxes.image, count)
-        self._label_rows = None if labels is None else RowsByImage(labels.image, count)
 
     def image(self, image: str, number: int, path: str, where: str) -> RawImage:
         """One image with its boxes under their own classes and under those above."""
-        mine = self._box_rows[number]
+        mine = self.boxes.by_image[number]
         rows, labels = self._expanded(mine)
-        own = self.boxes.label[mine]
+        own = self.boxes.labels[mine]
         marks = [
             f"box {row + 1}" if own[row] == label else f"box {row + 1} as {self.names.names[label]}"
             for row, label in zip(rows, labels, strict=True)
@@ -171,10 +157,10 @@ class _Knowledge:
             image_id=image,
             path=path,
             size=None,
-            boxes=self.boxes.corners[mine[rows]].astype(np.float64),
+            boxes=self.boxes.boxes[mine[rows]].astype(np.float64),
             labels=np.array(labels, dtype=np.int64),
             relative=True,
-            ignore=self.boxes.group[mine[rows]],
+            ignore=self.boxes.ignore[mine[rows]],
             marks=marks,
             annotated=self._annotated(number, set(labels)),
         )
@@ -182,7 +168,7 @@ class _Knowledge:
     def _expanded(self, mine: Int[np.ndarray, "m"]) -> tuple[list[int], list[int]]:
         """Which of an image's boxes are which class; a file that holds expanded boxes already doubles none."""
         found: dict[tuple[float, ...], int] = {}
-        rows = zip(self.boxes.label[mine].tolist(), self.boxes.corners[mine].tolist(), strict=True)
+        rows = zip(self.boxes.labels[mine].tolist(), self.boxes.boxes[mine].tolist(), strict=True)
         for row, (own, box) in enumerate(rows):
             for label in self.names.hierarchy.above[own]:
                 found.setdefault((label, *box), row)
@@ -190,11 +176,11 @@ class _Knowledge:
 
     def _annotated(self, number: int, boxed: set[int]) -> list[int]:
         """The classes of which "no box" means "none there"."""
-        if self.labels is None or self._label_rows is None:
+        if self.labels is None:
             return sorted(boxed)
         above, below = self.names.hierarchy.above, self.names.hierarchy.below
-        rows = self._label_rows[number]
-        verified = list(zip(self.labels.label[rows].tolist(), self.labels.present[rows].tolist(), strict=True))
+        rows = self.labels.by_image[number]
+        verified = list(zip(self.labels.labels[rows].tolist(), self.labels.present[rows].tolist(), strict=True))
         absent = {lower for label, present in verified if not present for lower in below[label]}
         partly = {upper for label, present in verified if present and label not in boxed for upper in above[label]}
         return sorted((boxed | absent) - partly)
@@ -221,15 +207,9 @@ def _beside(image: str, folders: Sequence[str], reading: Reading) -> str | None:
     return next((posixpath.join(folder, name) for folder in folders if name in reading.files.listing(folder)), None)
 
 
-def _locate(image: str, folders: Sequence[str], where: str, reading: Reading) -> str | None:
-    """The image of this identifier, with any suffix; an issue if it is missing."""
-    return _beside(image, folders, reading) or locate(image, folders, where, reading)
-
-
 def _tables(root: Path) -> list[Path]:
     """The CSV and JSON files of a folder, at most two folders deep."""
-    entries = (Path(entry.path) for folder in folders_within(root, _DEPTH) for entry in glance(folder))
-    return [entry for entry in entries if entry.suffix.lower() in {".csv", ".json"}]
+    return [file for folder in folders_within(root, _DEPTH) for file in files_in(folder, ".csv", ".json")]
 
 
 def _files_beside(root: Path, found: Sequence[Path]) -> OpenImagesFiles:
@@ -289,21 +269,13 @@ def _has_classes(file: Path) -> bool:
 
 
 def _is_hierarchy(file: Path) -> bool:
-    start = _start(file)
+    start = start_of(file, _SNIFF_BYTES)
     return file.suffix.lower() == ".json" and b'"LabelName"' in start and b'"Subcategory"' in start
 
 
 def _first_lines(file: Path) -> list[list[str]]:
     """The first lines of a CSV file that hold anything."""
-    return [] if file.suffix.lower() != ".csv" else _lines(decoded(_start(file)))
-
-
-def _start(file: Path) -> bytes:
-    try:
-        with file.open("rb") as stream:
-            return stream.read(_SNIFF_BYTES)
-    except OSError:
-        return b""
+    return [] if file.suffix.lower() != ".csv" else _lines(decoded(start_of(file, _SNIFF_BYTES)))
 
 
 def _lines(text: str) -> list[list[str]]:

@@ -6,6 +6,7 @@ Rows of one image mostly stand together, but nothing here depends on it. A file 
 import csv
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import msgspec
@@ -14,8 +15,8 @@ import pyarrow as pa
 from jaxtyping import Bool, Float, Int
 from pyarrow import csv as arrow_csv
 
-from metr.data.formats.base import Reading
-from metr.data.formats.text import decoded
+from metr.data.formats.base import BoxTable, Reading, RowsByImage
+from metr.data.formats.files import decoded, start_of
 from metr.errors import DataError
 
 BOX_COLUMNS = ("ImageID", "LabelName", "XMin", "YMin", "XMax", "YMax")
@@ -26,34 +27,17 @@ _BLOCK_BYTES = 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True)
-class BoxTable:
-    """Boxes column by column: numbers of image and class, corners xyxy as shares of the image, group-of flags."""
-
-    image: Int[np.ndarray, "n"]
-    label: Int[np.ndarray, "n"]
-    corners: Float[np.ndarray, "n 4"]
-    group: Bool[np.ndarray, "n"]
-
-
-@dataclass(frozen=True, kw_only=True)
 class LabelTable:
     """What people verified of whole images: that a class is there (`present`) or is not."""
 
     image: Int[np.ndarray, "n"]
-    label: Int[np.ndarray, "n"]
+    labels: Int[np.ndarray, "n"]
     present: Bool[np.ndarray, "n"]
 
-
-class RowsByImage:
-    """Where the rows of each image stand in a table, whatever their order."""
-
-    def __init__(self, image: Int[np.ndarray, "n"], count: int) -> None:
-        self._order = np.argsort(image, kind="stable")
-        self._starts = np.searchsorted(image, np.arange(count + 1), sorter=self._order)
-
-    def __getitem__(self, number: int) -> Int[np.ndarray, "m"]:
-        """The rows of image `number`, in their order in the file."""
-        return self._order[self._starts[number] : self._starts[number + 1]]
+    @cached_property
+    def by_image(self) -> RowsByImage:
+        """Finds the rows of an image."""
+        return RowsByImage(self.image)
 
 
 class _Node(msgspec.Struct, rename="pascal"):
@@ -99,11 +83,10 @@ def header(path: Path) -> tuple[str, ...]:
     """The cells of the first line of a CSV file; none where it is no such file or cannot be read."""
     if path.suffix.lower() != ".csv":
         return ()
+    lines = start_of(path, _HEADER_BYTES).decode("utf-8-sig", errors="replace").splitlines()
     try:
-        with path.open("rb") as file:
-            lines = file.read(_HEADER_BYTES).decode("utf-8-sig", errors="replace").splitlines()
         return tuple(cell.strip() for cell in next(csv.reader(lines[:1]), []))
-    except (OSError, csv.Error):
+    except csv.Error:
         return ()
 
 
@@ -128,7 +111,7 @@ def read_boxes(files: Sequence[Path], images: dict[str, int], numbers: Mapping[s
                 group = _codes(batch["IsGroupOf"], lambda flag: int(flag == "1")) == 1
             pieces.append((image[good], label[good], corners[good].astype(np.float32), group[good]))
     image, label, corners, group = map(np.concatenate, zip(*pieces, strict=True))
-    return BoxTable(image=image, label=label, corners=corners, group=group)
+    return BoxTable(image=image, labels=label, boxes=corners, ignore=group)
 
 
 def read_labels(
@@ -155,7 +138,7 @@ def read_labels(
         known = image >= 0
         pieces.append((image[known], label[keep][known], confidence[keep][known] == 1))
     image, label, present = map(np.concatenate, zip(*pieces, strict=True))
-    return LabelTable(image=image, label=label, present=present)
+    return LabelTable(image=image, labels=label, present=present)
 
 
 def _batches(path: Path, needed: Sequence[str], optional: str, reading: Reading) -> Iterator[dict[str, pa.Array]]:
