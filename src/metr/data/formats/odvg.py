@@ -112,7 +112,8 @@ class OdvgReader(Reader):
         maps = next(filter(None, near), None)
         if maps is None:
             return {}
-        best = max(maps, key=lambda found: (len(commonprefix([found.stem, file.stem])), -len(found.stem)))
+        # The likeness of two names is the number of characters that they begin with alike.
+        best = max(maps, key=lambda found: (len(commonprefix([found.stem, file.stem])), -len(found.stem)))  # noqa: RUF071
         declared = read_label_map(self.within(best), reading.files)
         names = {label: plain_name(name) for label, name in declared.items() if plain_name(name)}
         reading.number_declared(names.values(), self.within(best))
