@@ -54,8 +54,7 @@ class RawImage:
 class BoxTable:
     """The boxes of many images, column by column.
 
-    `image` is the number of each box's image; the boxes of one image need not stand together. `lines` are their places
-    in the file, where readers need them.
+    `image` is the number of each box's image; the boxes of one image need not stand together.
     """
 
     image: Int[np.ndarray, "n"]
@@ -63,7 +62,6 @@ class BoxTable:
     boxes: Float[np.ndarray, "n 4"]
     ignore: Bool[np.ndarray, "n"]
     areas: Float[np.ndarray, "n"] | None = None
-    lines: Int[np.ndarray, "n"] | None = None
 
     @cached_property
     def by_image(self) -> "RowsByImage":

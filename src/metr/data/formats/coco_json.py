@@ -55,7 +55,7 @@ class CocoAnnotation(msgspec.Struct, gc=False):
 
 @dataclass(frozen=True, kw_only=True)
 class CocoFile:
-    """A file with its long lists still undecoded; None where it has none."""
+    """A file whose long lists are not decoded yet; None where it has none."""
 
     images: Value | None
     annotations: Value | None
@@ -78,10 +78,10 @@ def coco_ends(path: Path) -> bytes:
 
 
 def look_through(path: Path, piece_bytes: int) -> CocoFile:
-    """The file with its long lists still undecoded.
+    """Finds the long lists of a file, and decodes its categories.
 
     Raises:
-        DataError: it is no JSON, or its categories cannot be decoded.
+        DataError: the file is not JSON, or its categories cannot be decoded.
     """
     try:
         values = values_of(path, piece_bytes)
@@ -98,10 +98,10 @@ def look_through(path: Path, piece_bytes: int) -> CocoFile:
 
 
 def pieces_of(array: Value | None, kind: type[Item], where: str, reading: Reading) -> Iterator[list[Item]]:
-    """A JSON array of objects, decoded piece by piece, so that a large file never is held as objects at once.
+    """The objects of a JSON array, decoded piece by piece, so that those of a large file are never all in memory.
 
     Raises:
-        DataError: it is no JSON.
+        DataError: the array is not valid JSON.
     """
     if array is None:
         return

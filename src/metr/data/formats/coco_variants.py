@@ -71,9 +71,9 @@ class CocoVariant(CocoReader):
 
 
 class _Tails:
-    """Finds images by the end of a path that may begin in a way that is not there: on another machine, in an archive.
+    """Finds images by the end of a path whose start may not exist here: it is of another machine, or of an archive.
 
-    Which directories the end of a path may mean is looked up once for each directory that the names have.
+    The directories that the end of a path may mean are looked up once for each directory in the names.
 
     Args:
         folders: Where images may lie, relative to the dataset's folder, likeliest first.
@@ -105,7 +105,7 @@ class _Tails:
         return self.reading.files.find(base, homes)
 
     def _directories(self, directory: str) -> Iterable[str]:
-        """The directories that are there and may be meant: those that share most of the path first."""
+        """The existing directories that may be meant, those that share most of the path first."""
         parts = [part for part in directory.split("/") if part]
         ends = ("/".join(parts[start:]) for start in range(len(parts) + 1))
         places = (posixpath.join(folder, end).rstrip("/") for end in ends for folder in self.folders)

@@ -6,6 +6,7 @@ A line without a box says that its image has no objects. Coordinates that are fr
 import csv
 import io
 import math
+import posixpath
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -47,29 +48,33 @@ class _Dialect:
 
 
 class _Rows:
-    """The boxes of a file, column by column: 50 bytes a box, so that large files fit into memory."""
+    """The boxes of the files of a split, column by column: 50 bytes a box, so that large files fit into memory.
+
+    An entry is what one file says of one image; `entries` numbers them by file and name. `sizes` are theirs as the
+    files give them. `relative` says which files give their boxes as fractions of the image.
+    """
 
     def __init__(self) -> None:
-        self.images: dict[str, int] = {}
+        self.entries: dict[tuple[str, str], int] = {}
         self.sizes: list[tuple[int, int] | None] = []
-        self.image, self.label, self.line, self.group = array("i"), array("i"), array("i"), array("b")
+        self.relative: dict[str, bool] = {}
+        self.entry, self.label, self.line, self.ignore = array("i"), array("i"), array("i"), array("b")
         self.corners = array("d")
 
-    def image_number(self, name: str, size: tuple[int, int] | None) -> int:
-        """The number of an image, a new one where it is new."""
-        number = self.images.setdefault(name, len(self.images))
+    def entry_number(self, where: str, name: str, size: tuple[int, int] | None) -> int:
+        """The number of an entry, a new one where it is new."""
+        number = self.entries.setdefault((where, name), len(self.entries))
         if number == len(self.sizes):
             self.sizes.append(size)
         return number
 
     def table(self) -> BoxTable:
-        """The boxes, xyxy as the file gives them."""
+        """The boxes by their entries, xyxy as the files give them."""
         return BoxTable(
-            image=np.array(self.image),
+            image=np.array(self.entry),
             labels=np.array(self.label),
             boxes=np.array(self.corners, dtype=np.float64).reshape(-1, 4),
-            ignore=np.array(self.group, dtype=bool),
-            lines=np.array(self.line),
+            ignore=np.array(self.ignore, dtype=bool),
         )
 
 
@@ -91,13 +96,26 @@ class CsvReader(Reader):
 
     def read(self, split: str, reading: Reading) -> Iterator[RawImage]:
         """The images of a split in the order in which they first come up, with the boxes of all its files."""
-        tables = [table for file in self.splits[split] if (table := self._table(file, reading)) is not None]
-        places = [(table, number) for table in tables for number in range(len(table.names))]
-        found = [named for table in tables for named in table.images(split, reading)]
+        rows = _Rows()
+        for file in self.splits[split]:
+            _read_file(file, self.within(file), rows, reading)
+        folders = {where: image_folders(reading.files, split, posixpath.dirname(where)) for where in rows.relative}
+        found = [((name,), locate(name, folders[where], where, reading)) for where, name in rows.entries]
+        table, lines, places = rows.table(), np.array(rows.line), list(rows.entries)
 
         def image(entry: int) -> RawImage:
-            table, number = places[entry]
-            return table.image(number, found[entry][1] or "")
+            mine, where, path = table.by_image[entry], places[entry][0], found[entry][1] or ""
+            return RawImage(
+                where=where,
+                image_id=path,
+                path=path,
+                size=rows.sizes[entry],
+                boxes=table.boxes[mine],
+                labels=table.labels[mine],
+                relative=rows.relative[where],
+                ignore=table.ignore[mine],
+                marks=lines[mine].tolist(),
+            )
 
         conflicts = resolve_conflicts(found)
         for entry, path in conflicts.misled:
@@ -110,54 +128,11 @@ class CsvReader(Reader):
             if all(_measured_alike(new, part) for part in parts):
                 parts.append(_without(new, parts))
             else:
-                other_way = f"measured in another way than in {parts[0].where}"
-                detail = f"its {count_boxes(len(new.boxes))} are {other_way}: left out"
+                boxes, first = count_boxes(len(new.boxes)), parts[0].where
+                detail = f"its {boxes} are measured in another way than in {first}: left out"
                 reading.issues.add("duplicate image", new.where, detail)
         for owner in conflicts.owners.values():
             yield _joined(more[owner]) if owner in more else image(owner)
-
-    def _table(self, file: Path, reading: Reading) -> "_Table | None":
-        where, dialect = self.within(file), _dialect(file)
-        if dialect is None:
-            reading.issues.add("unreadable annotation", where, "changed while it was read")
-            return None
-        return _Table(_rows(reading.text(where), dialect, where, reading), where, self.within(file.parent))
-
-
-class _Table:
-    """A file, by its images.
-
-    Args:
-        rows: Its boxes.
-        where: The file, relative to the dataset's folder.
-        folder: Its folder.
-    """
-
-    def __init__(self, rows: _Rows, where: str, folder: str) -> None:
-        self.where, self.folder = where, folder
-        self.names, self.sizes, self.table = list(rows.images), rows.sizes, rows.table()
-        read = self.table.boxes[np.isfinite(self.table.boxes).all(axis=1)]
-        self.relative = len(read) > 0 and bool(read.max() <= 1.001) and bool((read % 1 > 0).any())
-
-    def images(self, split: str, reading: Reading) -> Iterator[tuple[Sequence[str], str | None]]:
-        """The names of the images, and the images that were found."""
-        folders = image_folders(reading.files, split, self.folder)
-        return (((name,), locate(name, folders, self.where, reading)) for name in self.names)
-
-    def image(self, number: int, path: str) -> RawImage:
-        """What the file says of image `number`, which lies at a path."""
-        mine, lines = self.table.by_image[number], self.table.lines
-        return RawImage(
-            where=self.where,
-            image_id=path,
-            path=path,
-            size=self.sizes[number],
-            boxes=self.table.boxes[mine],
-            labels=self.table.labels[mine],
-            relative=self.relative,
-            ignore=self.table.ignore[mine],
-            marks=[] if lines is None else lines[mine].tolist(),
-        )
 
 
 def _measured_alike(one: RawImage, other: RawImage) -> bool:
@@ -193,16 +168,20 @@ def _joined(parts: Sequence[RawImage]) -> RawImage:
     )
 
 
-def _rows(text: str, dialect: _Dialect, where: str, reading: Reading) -> _Rows:
-    """The lines of a file; those that cannot be understood are noted."""
-    rows, columns = _Rows(), dialect.columns
+def _read_file(file: Path, where: str, rows: _Rows, reading: Reading) -> None:
+    """Adds the lines of a file to `rows`; those that cannot be read are noted."""
+    dialect = _dialect(file)
+    if dialect is None:
+        reading.issues.add("unreadable annotation", where, "changed while it was read")
+        return
+    columns, start = dialect.columns, len(rows.corners)
     last = max(columns[name] for name in _NEEDED)
-    for line, row in _lines(text, dialect, where, reading):
+    for line, row in _lines(reading.text(where), dialect, where, reading):
         place = f"{where}:{line}"
         if len(row) <= last or not row[columns["path"]].strip():
             reading.issues.add("unreadable annotation", place, f"expected {last + 1} columns: {','.join(row)[:80]}")
             continue
-        number = rows.image_number(row[columns["path"]].strip(), _size(row, columns))
+        entry = rows.entry_number(where, row[columns["path"]].strip(), _size(row, columns))
         corners = [row[columns[name]].strip() for name in _CORNERS]
         if not any(corners):
             continue  # an image without objects
@@ -211,16 +190,18 @@ def _rows(text: str, dialect: _Dialect, where: str, reading: Reading) -> _Rows:
             kind = "unreadable annotation" if name else "unknown category"
             reading.issues.add(kind, place, ",".join(row)[:80])
             continue
-        rows.image.append(number)
+        rows.entry.append(entry)
         rows.label.append(reading.names.number(name))
         rows.line.append(line)
-        rows.group.append("group" in columns and row[columns["group"]].strip() == "1")
+        rows.ignore.append("group" in columns and row[columns["group"]].strip() == "1")
         rows.corners.extend(_numbers(corners) or UNREADABLE)
-    return rows
+    boxes = np.array(rows.corners[start:]).reshape(-1, 4)
+    read = boxes[np.isfinite(boxes).all(axis=1)]
+    rows.relative[where] = bool(read.max(initial=-1) <= 1.001 and (read % 1 > 0).any())
 
 
 def _lines(text: str, dialect: _Dialect, where: str, reading: Reading) -> Iterator[tuple[int, list[str]]]:
-    """The lines that hold anything, but for the header, with their numbers."""
+    """The lines that are not blank, without the header, with their numbers."""
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=dialect.delimiter)
     try:
         if dialect.header:
@@ -255,7 +236,7 @@ def _dialect(path: Path) -> _Dialect | None:
 
 
 def _size(row: Sequence[str], columns: Mapping[str, int]) -> tuple[int, int] | None:
-    """(height, width) where a line tells them."""
+    """(height, width) where a line gives them."""
     if "height" not in columns or "width" not in columns:
         return None
     values = _numbers([row[columns[name]] if columns[name] < len(row) else "" for name in ("height", "width")])
@@ -263,7 +244,7 @@ def _size(row: Sequence[str], columns: Mapping[str, int]) -> tuple[int, int] | N
 
 
 def _numbers(cells: Sequence[str]) -> list[float] | None:
-    """The cells as numbers; None if any is not one."""
+    """The cells as finite numbers; None if any is not one."""
     try:
         values = [float(cell) for cell in cells]
     except ValueError:

@@ -18,7 +18,7 @@ from metr.errors import DataError
 
 # The mark that Windows writes before UTF-8.
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-# Recognising a format looks at this many entries of a folder at most: enough to meet what is mixed among images.
+# Recognising a format looks at this many entries of a folder at most: enough to find annotations among images.
 _GLANCE = 20_000
 
 
@@ -27,10 +27,10 @@ class OutsideError(ValueError):
 
 
 class Files:
-    """Looks into a dataset's folder. Every directory is listed once; no file is asked for one by one.
+    """Looks into a dataset's folder. Every directory is listed once, instead of asking for single files.
 
-    Paths are relative to `root`, with slashes. `touched` are the files and directories that were read: while they stay
-    unchanged, reading again gives the same.
+    Paths are relative to `root`, with slashes. `touched` are the files and directories that were read, with their
+    signatures: while those stay the same, reading again gives the same.
     """
 
     def __init__(self, root: Path) -> None:
@@ -54,7 +54,7 @@ class Files:
             raise DataError(f"cannot be read: {error.strerror}", where=self.root / path) from None
 
     def touch(self, path: str) -> None:
-        """Remembers that the result depends on a file or directory."""
+        """Records that the result depends on a file or directory."""
         self.touched[path] = signature(self.root / path)
 
     def listing(self, folder: str) -> frozenset[str]:
@@ -98,7 +98,7 @@ class Files:
     def find_stem(self, stem: str, folders: Sequence[str], named: str = "") -> str | None:
         """The image of this name and any suffix in the first of `folders` that has it; None where none has it.
 
-        Where images differ in their suffix alone, it is the one that is `named`.
+        Where images differ in their suffix alone, the one called `named` is taken.
         """
         base = posixpath.basename(named.replace("\\", "/"))
         if posixpath.splitext(base)[0] == stem and is_image(base):

@@ -108,7 +108,7 @@ class ImageFolderReader(Reader):
                     yield raw
 
     def _names(self, folder: Path, reading: Reading) -> Mapping[str, str]:
-        """The names of numbered categories: from the folder of the metadata, or from one on the way to the root."""
+        """The names of numbered categories: from the folder of the metadata, else from one above it in the dataset."""
         names = _declared_names(self.within(folder), reading)
         if not names and folder != self.root:
             return self._names(folder.parent, reading)
@@ -165,7 +165,7 @@ def _objects(value: Any) -> list[tuple[Any, Any, Any, Any]] | None:
 
 
 def _literal(text: str) -> Any:
-    """What a cell of a CSV file holds: JSON, or what Python prints of a dictionary."""
+    """The value in a cell of a CSV file: JSON, or a dictionary as Python prints it."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -191,7 +191,7 @@ def _name(category: Any, names: Mapping[str, str], place: str, reading: Reading)
 
 
 def _number(value: Any) -> float:
-    """A decoded value as a number; NaN if it is none."""
+    """A decoded value as a number; NaN if it is not one."""
     found = numbers([value], 1)
     return math.nan if found is None else found[0]
 
@@ -216,7 +216,7 @@ def _sample(metadata: Path) -> list[Row]:
 
 
 def _parts(folder: Path, sample: Sequence[Row]) -> list[Path]:
-    """The folders of splits below a folder if its metadata names their images, too."""
+    """The folders of splits below a folder if its metadata lists their images, too."""
     first = {(_file_name(row) or "").partition("/")[0] for row in sample}
     below = [part for part in folders_in(folder) if canonical_split(part.name)]
     return below if first & {part.name for part in below} else []
@@ -295,7 +295,7 @@ def _class_labels(card: Any) -> dict[str, str]:
     while rest:
         value, inside = rest.pop(0)
         if (id(value), inside) in seen:
-            continue  # YAML can hold what holds itself
+            continue  # YAML can contain itself
         seen.add((id(value), inside))
         if isinstance(value, dict):
             inside = inside or value.get("name") == "objects"

@@ -11,7 +11,7 @@ from metr.data.formats.base import Reading
 from metr.data.formats.files import BYTE_ORDER_MARK, Files, start_of
 from metr.errors import DataError
 
-# A file's first lines may be broken; those within its first bytes tell what it is.
+# Formats are told apart by a file's first lines, several because some may be broken.
 _SNIFFED, _SNIFF_BYTES = 20, 1 << 20
 
 Item = TypeVar("Item")
@@ -22,7 +22,7 @@ def json_lines(
 ) -> Iterator[tuple[str, Item]]:
     """The objects of a file with their places (`file:line`), one line in memory at a time.
 
-    Lines that cannot be understood are noted.
+    Lines that cannot be decoded are noted.
 
     Args:
         file: The file.
@@ -38,21 +38,21 @@ def json_lines(
         with file.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
                 text = line.removeprefix(BYTE_ORDER_MARK).strip()
-                item = _understood(text, decoder, f"{where}:{number}", reading) if text else None
+                item = _decoded_line(text, decoder, f"{where}:{number}", reading) if text else None
                 if item is not None:
                     yield f"{where}:{number}", item
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror}", where=file) from None
 
 
-def _understood(text: bytes, decoder: msgspec.json.Decoder[Item], place: str, reading: Reading) -> Item | None:
+def _decoded_line(text: bytes, decoder: msgspec.json.Decoder[Item], place: str, reading: Reading) -> Item | None:
     try:
         try:
             return decoder.decode(text)
         except msgspec.ValidationError:
             raise
         except msgspec.DecodeError:
-            # Python writes NaN and Infinity, which are no JSON.
+            # Python writes NaN and Infinity, which are not valid JSON.
             return msgspec.convert(json.loads(text), decoder.type, strict=False)
     except (ValueError, RecursionError, msgspec.MsgspecError) as error:
         start = text[:80].decode(errors="replace")
@@ -95,7 +95,7 @@ def read_label_map(where: str, files: Files) -> dict[str, str]:
     """The names by label, from a JSON file {"0": "person", ...} or a list of names.
 
     Raises:
-        DataError: it is no such file.
+        DataError: the file cannot be read, or holds neither.
     """
     try:
         values = msgspec.json.decode(files.read(where).removeprefix(BYTE_ORDER_MARK), type=dict[str, str] | list[str])

@@ -1,10 +1,9 @@
 """ODVG (Grounding DINO, MM-Grounding-DINO): a JSON line an image, with detections or with grounded phrases.
 
-Detections have a label, which a label map beside the file names, and mostly the name itself, which is believed where
-the two differ. All names of the label map are annotated in all its images. Grounded regions are boxes whose category
-is their phrase. A caption names what somebody chose to mention and is silent about all else, so in images with
-captions "no box" never means "none there": nothing counts as annotated exhaustively. An image may come up again with
-each of its captions.
+A detection has a label, which a label map beside the file translates to a name, and mostly the name itself, which is
+taken where the two differ. All names of the label map are annotated in all images of the file. A grounded region is a
+box whose category is its phrase. A caption mentions some objects and not others, so in images with captions "no box"
+never means "none there": nothing counts as annotated exhaustively. An image may be listed with several captions.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -97,7 +96,7 @@ class OdvgReader(Reader):
                     _add_instances(boxes, line.detection, labels)
                     if mixed:
                         annotated = sorted(set(map(reading.names.number, labels.values())) or boxes.labels)
-                # An image comes up again with each of its captions.
+                # An image is listed again with each of its captions.
                 image_id = f"{path} ({line_place})" if path in seen else path
                 seen.add(path)
                 size = whole_size(line.height, line.width)

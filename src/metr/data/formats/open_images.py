@@ -1,7 +1,7 @@
 """Open Images (V4 to V7): CSV files with boxes, with verified labels of whole images, and with the classes' names.
 
 Groups of objects in one box (`IsGroupOf`) are ignored objects; drawings and other depictions are objects, as are those
-seen from the inside, which is how the Open Images Challenge judges them.
+seen from the inside; the Open Images Challenge counts them in the same way.
 
 With `bbox_labels_600_hierarchy.json` a box of a class is a box of all classes above it as well: a man is a person.
 
@@ -28,7 +28,7 @@ from metr.data.formats.locating import dataset_root, grouped, image_folders, loc
 from metr.data.formats.open_images_tables import (
     BOX_COLUMNS,
     LABEL_COLUMNS,
-    Hierarchy,
+    Classes,
     LabelTable,
     header,
     read_boxes,
@@ -92,27 +92,27 @@ class OpenImagesReader(Reader):
         """The images of a split in the order in which they first come up, first those that have boxes."""
         for folder in self.files.folders:
             reading.files.touch(self.within(folder))
-        names = self._names(reading)
+        classes = self._classes(reading)
         files, verified = self.splits[split], self.files.labels.get(_split_key(split))
         folders = image_folders(reading.files, split, self.within(files[0].parent))
         images: dict[str, int] = {}
-        boxes = read_boxes(files, images, names.numbers, reading)
+        boxes = read_boxes(files, images, classes.numbers, reading)
         with_boxes = len(images)
         labels = None
         if verified is None:
             detail = "no verified labels of whole images: only the categories with boxes count as annotated"
             reading.notes.once("no verified labels", self.within(files[0]), detail)
         else:
-            labels = read_labels(verified, _number_if_there(images, folders, reading), names.numbers, reading)
-        knowledge, where = _Knowledge(names, boxes, labels), self.within(files[0])
+            labels = read_labels(verified, _number_if_there(images, folders, reading), classes.numbers, reading)
+        tables, where = _Tables(classes, boxes, labels), self.within(files[0])
         for image, number in images.items():
             path = _beside(image, folders, reading) or locate(image, folders, where, reading)
             if path is not None:
-                raw = knowledge.image(image, number, path, where)
+                raw = tables.image(image, number, path, where)
                 if number < with_boxes or raw.annotated:
                     yield raw
 
-    def _names(self, reading: Reading) -> "_Names":
+    def _classes(self, reading: Reading) -> Classes:
         """The classes, numbered in the order of the file, and their hierarchy.
 
         Raises:
@@ -124,24 +124,14 @@ class OpenImagesReader(Reader):
         numbers = {line[0]: number for line, number in zip(lines, counted, strict=True)}
         if self.files.hierarchy is not None:
             reading.files.touch(self.within(self.files.hierarchy))
-        hierarchy = Hierarchy.read(self.files.hierarchy, numbers, len(reading.names))
-        return _Names(names=tuple(reading.names), numbers=numbers, hierarchy=hierarchy)
+        return Classes.read(list(reading.names), numbers, self.files.hierarchy)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Names:
-    """The names of the classes by number, their numbers by identifier, and their hierarchy."""
+class _Tables:
+    """The boxes and annotated categories of each image, from the tables and the hierarchy."""
 
-    names: tuple[str, ...]
-    numbers: Mapping[str, int]
-    hierarchy: Hierarchy
-
-
-class _Knowledge:
-    """What the tables say of each image, with what follows from the hierarchy."""
-
-    def __init__(self, names: _Names, boxes: BoxTable, labels: LabelTable | None) -> None:
-        self.names, self.boxes, self.labels = names, boxes, labels
+    def __init__(self, classes: Classes, boxes: BoxTable, labels: LabelTable | None) -> None:
+        self.classes, self.boxes, self.labels = classes, boxes, labels
 
     def image(self, image: str, number: int, path: str, where: str) -> RawImage:
         """One image with its boxes under their own classes and under those above."""
@@ -149,7 +139,7 @@ class _Knowledge:
         rows, labels = self._expanded(mine)
         own = self.boxes.labels[mine]
         marks = [
-            f"box {row + 1}" if own[row] == label else f"box {row + 1} as {self.names.names[label]}"
+            f"box {row + 1}" if own[row] == label else f"box {row + 1} as {self.classes.names[label]}"
             for row, label in zip(rows, labels, strict=True)
         ]
         return RawImage(
@@ -166,19 +156,19 @@ class _Knowledge:
         )
 
     def _expanded(self, mine: Int[np.ndarray, "m"]) -> tuple[list[int], list[int]]:
-        """Which of an image's boxes are which class; a file that holds expanded boxes already doubles none."""
+        """The rows of boxes and their classes, those above included; equal boxes of a class count once."""
         found: dict[tuple[float, ...], int] = {}
         rows = zip(self.boxes.labels[mine].tolist(), self.boxes.boxes[mine].tolist(), strict=True)
         for row, (own, box) in enumerate(rows):
-            for label in self.names.hierarchy.above[own]:
+            for label in self.classes.above[own]:
                 found.setdefault((label, *box), row)
         return list(found.values()), [int(key[0]) for key in found]
 
     def _annotated(self, number: int, boxed: set[int]) -> list[int]:
-        """The classes of which "no box" means "none there"."""
+        """The classes that are annotated exhaustively: "no box" means "none there"."""
         if self.labels is None:
             return sorted(boxed)
-        above, below = self.names.hierarchy.above, self.names.hierarchy.below
+        above, below = self.classes.above, self.classes.below
         rows = self.labels.by_image[number]
         verified = list(zip(self.labels.labels[rows].tolist(), self.labels.present[rows].tolist(), strict=True))
         absent = {lower for label, present in verified if not present for lower in below[label]}
@@ -187,22 +177,21 @@ class _Knowledge:
 
 
 def _number_if_there(images: dict[str, int], folders: Sequence[str], reading: Reading) -> Callable[[str], int]:
-    """Numbers the images of verified labels: those without a box only where they are there.
+    """Numbers the images of verified labels; -1 for those without a box whose file is missing.
 
-    The files list millions of images that nobody downloads for their boxes.
+    The files list millions of images that people who want boxes do not download.
     """
 
     def number(image: str) -> int:
-        found = images.get(image)
-        if found is None:
-            found = images.setdefault(image, len(images)) if _beside(image, folders, reading) else -1
-        return found
+        if image not in images and _beside(image, folders, reading) is None:
+            return -1
+        return images.setdefault(image, len(images))
 
     return number
 
 
 def _beside(image: str, folders: Sequence[str], reading: Reading) -> str | None:
-    """The image where it is called and lies as it should."""
+    """The image with the usual suffix, in one of the folders."""
     name = f"{image}.jpg"
     return next((posixpath.join(folder, name) for folder in folders if name in reading.files.listing(folder)), None)
 
@@ -245,7 +234,7 @@ def _split_of(file: Path, root: Path) -> str:
 
 
 def _split_key(split: str) -> str:
-    """What files of one split have in common."""
+    """What the names of files of one split have in common."""
     return canonical_split(split) or ""
 
 
@@ -263,7 +252,7 @@ def _has_labels(file: Path) -> bool:
 
 
 def _has_classes(file: Path) -> bool:
-    """Whether a file holds identifiers with names, below a line that says so or at once."""
+    """Whether a file holds identifiers with names, with or without a header."""
     pairs = [line[:2] for line in _first_lines(file)[:2] if len(line) >= 2]
     return any(key.startswith(_CLASS_PREFIXES) and not name.startswith(_CLASS_PREFIXES) for key, name in pairs)
 
@@ -274,12 +263,12 @@ def _is_hierarchy(file: Path) -> bool:
 
 
 def _first_lines(file: Path) -> list[list[str]]:
-    """The first lines of a CSV file that hold anything."""
+    """The first lines of a CSV file that are not blank."""
     return [] if file.suffix.lower() != ".csv" else _lines(decoded(start_of(file, _SNIFF_BYTES)))
 
 
 def _lines(text: str) -> list[list[str]]:
-    """The lines of a small CSV file that hold anything; where its quotes are wrong, those before."""
+    """The lines of a small CSV file that are not blank; where its quotes are wrong, those before."""
     lines: list[list[str]] = []
     with contextlib.suppress(csv.Error):
         rows = csv.reader(io.StringIO(text, newline=""))

@@ -117,7 +117,7 @@ class YoloReader(Reader):
 
     @classmethod
     def _from_names(cls, root: Path) -> Reader | None:
-        """A folder that has its names and its text files, but no description."""
+        """Reads a folder that has a file of names and text files, but no description."""
         splits = _conventional_splits(root)
         places = [place for places in splits.values() for place in places]
         files = (folder / name for folder in [root, root / "labels", *places] for name in _NAME_FILES)
@@ -136,7 +136,7 @@ class YoloReader(Reader):
             yield self._read_labels(image, names, reading)
 
     def _different_images(self, split: str, reading: Reading) -> Iterator[str]:
-        """The images of a split, each once, but for those that would share the text file of another."""
+        """The images of a split, each once, without those that would share the text file of another."""
         owners: dict[str, str] = {}  # by their paths without suffixes, as text files are called
         known: set[str] = set()
         for image in (image for source in self.splits[split] for image in self._images(source, reading)):
@@ -215,8 +215,8 @@ def _declared_names(names: Any, where: Path) -> dict[int, str]:
 def _inside(entry: str, bases: Sequence[Path]) -> Path | None:
     """The file or folder that an entry of a description means, below one of `bases`; None where there is none.
 
-    Descriptions travel: they name paths of another machine, or start with `../` (Roboflow). So leading parts are left
-    out one by one until the rest is there. Nothing outside of the bases is ever looked at.
+    Descriptions often name paths of another machine, or start with `../` (Roboflow). So leading parts are left out one
+    by one until the rest exists. Nothing outside of the bases is ever looked at.
     """
     parts = [part for part in re.split(r"[\\/]+", entry) if part not in {"", ".", ".."} and not part.endswith(":")]
     places = [base.joinpath(*parts[start:]) for start in range(max(1, len(parts))) for base in bases]
@@ -246,7 +246,7 @@ def _has_labels(folder: Path) -> bool:
 
 
 def _listed(line: str, folder: str, reading: Reading) -> str | None:
-    """The image that a relative line of a list means, which darknet takes from the folder it is started in."""
+    """The image that a relative line of a list means; darknet resolves it in the folder that it is started in."""
     path = PurePosixPath(line.replace("\\", "/"))
     if path.is_absolute() or ".." in path.parts:
         return None
@@ -277,7 +277,7 @@ def _label_lines(where: str, reading: Reading) -> list[str]:
 
 
 def _numbers(line: str, keypoints: bool) -> list[float] | None:
-    """The class and the box or polygon of a line; None if it is neither."""
+    """The class and the box or polygon of a line; None if it is not a valid line."""
     try:
         row = [float(cell) for cell in line.split()]
     except ValueError:
