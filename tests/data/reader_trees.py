@@ -1,4 +1,4 @@
-"""One made-up dataset, written to disk in every format and layout that the readers know."""
+"""One made-up dataset, written to disk in every format and layout that the readers support."""
 
 import csv
 import json
@@ -29,7 +29,7 @@ Truth = Mapping[str, Sequence[ExpectedImage]]
 
 
 def made_up(seed: int = 0, splits: Mapping[str, int] | None = None) -> Truth:
-    """A truth with odd names, images without objects and boxes at the border."""
+    """A truth with unusual names, images without objects and boxes at the border."""
     rng = np.random.default_rng(seed)
     truth = {}
     for split, count in (splits or {"train": 5, "val": 3, "test": 2}).items():
@@ -169,7 +169,7 @@ def voc_folders(root: Path, truth: Truth) -> None:
 
 
 def yolo_row(image: ExpectedImage, box: tuple[int, int, int, int]) -> str:
-    """Centre and size as shares of the image."""
+    """Centre and size as fractions of the image."""
     left, top, right, bottom = box
     values = (left + right) / 2 / image.width, (top + bottom) / 2 / image.height
     return " ".join(repr(value) for value in (*values, (right - left) / image.width, (bottom - top) / image.height))

@@ -17,7 +17,7 @@ def opened(path: Path) -> DatasetSource:
     return open_dataset(parse_data_arguments([str(path)])[0])
 
 
-def told(path: Path) -> tuple[Licence, ...]:
+def declared(path: Path) -> tuple[Licence, ...]:
     source = opened(path)
     return licences_of(source, source.split("train"))
 
@@ -59,7 +59,7 @@ def coco(tmp_path: Path) -> Path:
 
 
 def test_a_folder_that_declares_nothing(yolo: Path) -> None:
-    assert told(yolo) == ()
+    assert declared(yolo) == ()
     assert origin_of(opened(yolo)) is None
 
 
@@ -75,7 +75,7 @@ def test_a_folder_that_declares_nothing(yolo: Path) -> None:
 )
 def test_metadata_that_declares_a_licence(yolo: Path, name: str, text: str, expected: list[str]) -> None:
     (yolo / name).write_text(text)
-    assert told(yolo) == tuple(Licence(text=one, stated_in=name) for one in expected)
+    assert declared(yolo) == tuple(Licence(text=one, stated_in=name) for one in expected)
 
 
 @pytest.mark.parametrize(
@@ -92,24 +92,24 @@ def test_metadata_that_declares_a_licence(yolo: Path, name: str, text: str, expe
 def test_files_that_declare_nothing(yolo: Path, name: str, text: str) -> None:
     """Free text is not a declaration."""
     (yolo / name).write_text(text)
-    assert told(yolo) == ()
+    assert declared(yolo) == ()
 
 
 def test_the_description_of_a_yolo_dataset(yolo: Path) -> None:
     description = yolo / "data.yaml"
     description.write_text(description.read_text() + "\nroboflow:\n  license: CC BY 4.0\n  version: 2\n")
-    assert told(yolo) == (Licence(text="CC BY 4.0", stated_in="data.yaml"),)
+    assert declared(yolo) == (Licence(text="CC BY 4.0", stated_in="data.yaml"),)
 
 
 def test_contradicting_declarations_are_both_given(yolo: Path) -> None:
     (yolo / "data.yaml").write_text((yolo / "data.yaml").read_text() + "\nlicense: MIT\n")
     (yolo / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n")
-    assert [one.text for one in told(yolo)] == ["cc-by-4.0", "MIT"]
+    assert [one.text for one in declared(yolo)] == ["cc-by-4.0", "MIT"]
 
 
 def test_coco_files_say_it_of_each_image(coco: Path) -> None:
     where = "annotations/instances_train.json"
-    assert told(coco) == (
+    assert declared(coco) == (
         Licence(text="Attribution License", url="https://example.org/by", stated_in=where, images=2),
         Licence(text="Attribution-NonCommercial License", url="https://example.org/by-nc", stated_in=where, images=1),
     )
@@ -120,7 +120,7 @@ def test_coco_files_say_it_of_each_image(coco: Path) -> None:
 def test_odd_lists_of_licences(coco: Path, licenses: object) -> None:
     path = coco / "annotations/instances_train.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"licenses": licenses, "info": []}))
-    found = told(coco)
+    found = declared(coco)
     assert [(one.text, one.images) for one in found] == ([("4", 2)] if licenses == [{"id": 4}] else [])
     assert origin_of(opened(coco)) == "Things, https://things.example"  # as the other split says
 
@@ -129,7 +129,7 @@ def test_real_datasets(shared: Path) -> None:
     """The READMEs of the shared folders speak of licences in free text; only data.yaml and COCO files declare them."""
     names = ("cones_cubes", "rubik", "chess_pieces", "turkish_road", "bccd")
     joint = open_joint([str(shared / "data" / name) for name in names])
-    found = {one.name: [told.text for told in licences_of(one, joint.train_split(one))] for one in joint.sources}
+    found = {one.name: [found.text for found in licences_of(one, joint.train_split(one))] for one in joint.sources}
     assert found == {
         "cones_cubes": ["CC BY 4.0"],
         "rubik": ["MIT"],

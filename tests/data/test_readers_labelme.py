@@ -27,7 +27,7 @@ def content(*shapes: object, image: str | None = "a.jpg", **rest: object) -> dic
 
 
 def opened(tmp_path: Path, value: object, image: str = "a.jpg") -> DatasetSource:
-    """A dataset whose one odd file lies beside a sound one."""
+    """A dataset of one valid annotation file and one with the given content."""
     root = tmp_path / "data"
     for name in (image, "sound.jpg"):
         save_image(root / "val" / name)

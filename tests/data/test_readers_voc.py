@@ -17,7 +17,7 @@ def opened(root: Path) -> DatasetSource:
 
 
 def beside(tmp_path: Path, xml: str, image: str = "a.jpg") -> DatasetSource:
-    """A dataset whose one odd file lies beside a sound one."""
+    """A dataset of one valid annotation file and one with the given content."""
     root = tmp_path / "data"
     for name in (image, "sound.jpg"):
         save_image(root / "val" / name)

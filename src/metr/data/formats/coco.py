@@ -61,7 +61,7 @@ class CocoReader(Reader):
     annotation_type: ClassVar[type[CocoAnnotation]] = CocoAnnotation
     # Whether the same name under two ids is one image, whose boxes belong together.
     joins_images: ClassVar[bool] = True
-    # Whether each image says which categories are annotated in it.
+    # Whether each image lists the categories that are annotated in it.
     federated: ClassVar[bool] = False
 
     def __init__(self, root: Path, splits: Mapping[str, tuple[Path, ...]]) -> None:
@@ -183,7 +183,7 @@ class CocoReader(Reader):
     def _join(
         self, conflicts: ImageConflicts, images: Sequence[CocoImage], table: BoxTable, where: str, reading: Reading
     ) -> set[int]:
-        """Moves the boxes of images that are listed again to their first place; gives the places with more boxes."""
+        """Moves the boxes of images that are listed again to their first position; returns the positions with more boxes."""
         homes, joined = np.arange(len(images), dtype=np.int32), set()
         counts = np.bincount(table.image, minlength=len(images)).tolist()
         for position, path in conflicts.misled:

@@ -1,9 +1,9 @@
 """COCO JSON: `annotations/instances_SPLIT.json` with the images in `images/SPLIT`.
 
-Ignored boxes become crowds. Where an image says of only some categories that they are annotated exhaustively, all
-images say so in LVIS' way: `neg_category_ids` are the annotated categories without a box, and
-`not_exhaustive_category_ids` those with boxes that are not annotated exhaustively. Prompts, weights and the names from
-before renaming have no place in the format, and are counted.
+Ignored boxes become crowds. Where some image is not annotated exhaustively with all categories, all images list theirs
+as LVIS does: `neg_category_ids` are the annotated categories without a box, `not_exhaustive_category_ids` those with
+boxes that are not annotated exhaustively. Prompts, weights and the names from before renaming have no place in the
+format, and are counted.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -81,7 +81,7 @@ def _image_ids(annotations: Annotations) -> list[int]:
 
 
 def _federation(record: ImageRecord, everything: Iterable[int]) -> dict[str, list[int]]:
-    """What is annotated in an image, in LVIS' way."""
+    """The categories that an image annotates, in the keys of LVIS."""
     annotated = set(everything if record.annotated is None else record.annotated)
     present = set(record.labels.tolist())
     return {

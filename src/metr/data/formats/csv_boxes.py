@@ -50,8 +50,8 @@ class _Dialect:
 class _Rows:
     """The boxes of the files of a split, column by column: 50 bytes a box, so that large files fit into memory.
 
-    An entry is what one file says of one image; `entries` numbers them by file and name. `sizes` are theirs as the
-    files give them. `relative` says which files give their boxes as fractions of the image.
+    An entry is the part of a file about one image; `entries` numbers them by file and name, `sizes` are the sizes that
+    the files give. `relative` says which files give their boxes as fractions of the image.
     """
 
     def __init__(self) -> None:
@@ -156,7 +156,7 @@ def _without(raw: RawImage, others: Sequence[RawImage]) -> RawImage:
 
 
 def _joined(parts: Sequence[RawImage]) -> RawImage:
-    """One image with what several files say of it."""
+    """One image with the boxes of several files."""
     return replace(
         parts[0],
         size=next((part.size for part in parts if part.size is not None), None),

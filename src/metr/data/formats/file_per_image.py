@@ -82,7 +82,7 @@ class AnnotationFolder:
 
         Args:
             where: The annotation file.
-            named: What it says that its image is called; may be empty.
+            named: The name of the image in it; may be empty.
             reading: The dataset's files and issues.
             beside_first: Whether images beside the file, of its name or named by it, come before those elsewhere.
         """

@@ -263,5 +263,5 @@ def decoded(data: bytes) -> str:
 
 
 def fold(name: str) -> str:
-    """A name without what file systems do not tell apart: case, and how accents are encoded."""
+    """A name without the differences that file systems ignore: case, and how accents are encoded."""
     return unicodedata.normalize("NFC", name).casefold()

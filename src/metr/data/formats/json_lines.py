@@ -1,4 +1,4 @@
-"""What the readers of JSON lines share: decoding line by line, telling files by their keys, and label maps."""
+"""What the readers of JSON lines share: decoding line by line, the keys of the first lines, and label maps."""
 
 import json
 from collections.abc import Iterator

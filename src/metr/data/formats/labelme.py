@@ -22,7 +22,7 @@ from metr.data.formats.files import BYTE_ORDER_MARK, ends_of
 from metr.data.formats.json_lines import numbers
 from metr.errors import DataError
 
-# The keys that tell a file stand before and after the image in it.
+# The keys that identify a file stand before and after the image in it.
 _SNIFF_BYTES = 1 << 14
 _KEYS = (re.compile(rb'"shapes"\s*:'), re.compile(rb'"(imagePath|imageData|shape_type)"\s*:'))
 # The fewest points of the shapes that have an extent.

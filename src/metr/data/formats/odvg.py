@@ -21,7 +21,7 @@ from metr.data.formats.locating import dataset_root, image_folders, locate, spli
 
 _DEPTH = 1
 _SUFFIXES = (".json", ".jsonl")
-# Folders with one JSON file an image are told from these by their first files.
+# Folders with one JSON file an image are distinguished from these by their first files.
 _SNIFFED = 20
 
 Kind = Literal["detection", "grounding"]
@@ -73,7 +73,7 @@ class OdvgReader(Reader):
 
     def read(self, split: str, reading: Reading) -> Iterator[RawImage]:
         """The images of a split in the order of its files."""
-        # Where some names of the dataset are phrases, its detections know nothing about those.
+        # Where some names of the dataset are phrases, its detections do not annotate those.
         mixed = len({_kind(file) for files in self.splits.values() for file in files}) > 1
         seen: set[str] = set()
         for file in self.splits[split]:

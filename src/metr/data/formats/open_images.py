@@ -77,7 +77,7 @@ class OpenImagesReader(Reader):
         """A reader of a folder with such files, at most two folders deep, or of one file with boxes.
 
         Raises:
-            DataError: there are boxes of Open Images, but nothing says what its classes are called.
+            DataError: there are boxes of Open Images, but no names of its classes.
         """
         if path.is_file():
             if path.suffix.lower() != ".csv" or not _has_boxes(path):
@@ -205,7 +205,7 @@ def _files_beside(root: Path, found: Sequence[Path]) -> OpenImagesFiles:
     """The files that belong to the boxes. Those of the 600 classes with boxes are preferred to those of 20,000.
 
     Raises:
-        DataError: nothing says what the classes are called.
+        DataError: no file names the classes.
     """
 
     def preferred(file: Path) -> tuple[bool, str]:

@@ -58,9 +58,9 @@ def write_yolo(source: DatasetSource, out: Path, placement: Placement = "link") 
 
 def _lines(record: ImageRecord) -> list[str]:
     """Class, centre and size of each box that is not ignored, as fractions of the image."""
-    shares = corners(record.boxes.astype(np.float64), xyxy_to_cxcywh)
-    shares /= np.array([record.width, record.height] * 2)
+    fractions = corners(record.boxes.astype(np.float64), xyxy_to_cxcywh)
+    fractions /= np.array([record.width, record.height] * 2)
     return [
         f"{label} {box[0]:.8f} {box[1]:.8f} {box[2]:.8f} {box[3]:.8f}\n"
-        for label, box in zip(record.labels[~record.ignore], shares[~record.ignore], strict=True)
+        for label, box in zip(record.labels[~record.ignore], fractions[~record.ignore], strict=True)
     ]
