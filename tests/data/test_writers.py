@@ -181,7 +181,7 @@ def test_what_a_dataset_was_opened_with_is_counted(tmp_path: Path) -> None:
 
 
 def partly_annotated(root: Path) -> DatasetSource:
-    """Images with phrases, which annotate no category exhaustively, beside detections, which do not annotate phrases."""
+    """Images with phrases, which annotate nothing exhaustively, beside detections, which do not annotate phrases."""
     truth = made_up()
     for images in truth.values():
         for item in images:

@@ -1,10 +1,12 @@
 """Licences of datasets as their files declare them: repeated, not judged. Declarations may contradict each other."""
 
+import contextlib
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 import yaml
@@ -54,9 +56,6 @@ class _CocoImage(msgspec.Struct, gc=False):
     license: int | str | None = None
 
 
-_Entry = TypeVar("_Entry", _CocoLicence, _CocoImage)
-
-
 def licences_of(source: DatasetSource, images: Annotations) -> tuple[Licence, ...]:
     """The licences that a dataset's files declare; none where they declare none.
 
@@ -72,13 +71,8 @@ def licences_of(source: DatasetSource, images: Annotations) -> tuple[Licence, ..
 
 def origin_of(source: DatasetSource) -> str | None:
     """The origin that `info` of a COCO file declares; None where it declares none, and for other formats."""
-    for file in _coco_files(source):
-        value = _values(file).get("info")
-        try:
-            info = None if value is None else msgspec.json.decode(value.text())
-        except (OSError, msgspec.MsgspecError):
-            continue
-        if isinstance(info, dict):
+    for _, values in _coco_files(source):
+        for info in _decoded(values.get("info"), dict[str, Any]):
             declared = [str(info[key]).strip() for key in ("description", "url") if info.get(key)]
             return _short(", ".join(declared)) if declared else None
     return None
@@ -104,43 +98,33 @@ def _in_coco(source: DatasetSource, images: Annotations) -> Iterator[Licence]:
     """The licences that COCO files list, each with the number of used images that refer to it."""
     counts: Counter[tuple[str, str | None, str]] = Counter()
     used: set[str] = set()
-    for file in _coco_files(source):
+    for where, values in _coco_files(source):
         used = used or {images[index].path.name for index in range(len(images))}
-        values = _values(file)
-        names = {one.id: (one.name or str(one.id), one.url) for one in _entries(values, "licenses", _CocoLicence)}
-        where = file.relative_to(source.root).as_posix() if file.is_relative_to(source.root) else file.name
-        for image in _entries(values, "images", _CocoImage) if names else ():
+        listed = chain.from_iterable(_decoded(values.get("licenses"), list[_CocoLicence]))
+        names = {one.id: (one.name or str(one.id), one.url) for one in listed}
+        for image in chain.from_iterable(_decoded(values.get("images"), list[_CocoImage]) if names else ()):
             if image.license in names and Path(image.file_name).name in used:
                 counts[(*names[image.license], where)] += 1
     for (name, url, where), number in counts.most_common():
         yield Licence(text=_short(name), url=url, stated_in=where, images=number)
 
 
-def _coco_files(source: DatasetSource) -> Iterator[Path]:
+def _coco_files(source: DatasetSource) -> Iterator[tuple[str, dict[str, Value]]]:
+    """The COCO files of a dataset, relative to its folder, with their values; none of another format."""
     if source.format in _COCO:
-        try:
+        with contextlib.suppress(DataError):  # opened from an index whose files are gone
             reader = recognise(source.spec.path, source.spec.format, tell_others=False)
-        except DataError:  # opened from an index whose files are gone
-            return
-        for files in reader.splits.values():
-            yield from files
+            for file in chain.from_iterable(reader.splits.values()):
+                with contextlib.suppress(OSError, ValueError):
+                    yield reader.within(file), values_of(file, _PIECE_BYTES)
 
 
-def _values(file: Path) -> Mapping[str, Value]:
-    try:
-        return values_of(file, _PIECE_BYTES)
-    except (OSError, ValueError) as error:
-        _logger.debug("%s: no licence can be read: %s", file, error)
-        return {}
-
-
-def _entries(values: Mapping[str, Value], key: str, kind: type[_Entry]) -> Iterator[_Entry]:
-    """The entries of a list in a COCO file; none from where on they cannot be decoded."""
-    try:
-        for piece in values[key].pieces() if key in values else ():
-            yield from msgspec.json.decode(piece, type=list[kind])  # type: ignore[valid-type]
-    except (OSError, msgspec.MsgspecError) as error:
-        _logger.debug("no licence can be read from `%s`: %s", key, error)
+def _decoded(value: Value | None, kind: Any) -> Iterator[Any]:
+    """A value of a JSON file, an array in pieces; nothing from where on it is not of a kind."""
+    with contextlib.suppress(OSError, msgspec.MsgspecError):
+        if value is not None:
+            for text in value.pieces() if value.is_array else [value.text()]:
+                yield msgspec.json.decode(text, type=kind)
 
 
 def _short(text: str) -> str:

@@ -183,7 +183,7 @@ class CocoReader(Reader):
     def _join(
         self, conflicts: ImageConflicts, images: Sequence[CocoImage], table: BoxTable, where: str, reading: Reading
     ) -> set[int]:
-        """Moves the boxes of images that are listed again to their first position; returns the positions with more boxes."""
+        """Moves the boxes of images that are listed again to the first one; returns the positions that got some."""
         homes, joined = np.arange(len(images), dtype=np.int32), set()
         counts = np.bincount(table.image, minlength=len(images)).tolist()
         for position, path in conflicts.misled:
