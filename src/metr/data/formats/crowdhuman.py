@@ -60,7 +60,7 @@ class CrowdHumanReader(Reader):
 
     def _read_file(self, file: Path, split: str, reading: Reading) -> Iterator[RawImage]:
         folders = image_folders(reading.files, split, self.within(file.parent), anywhere=True)
-        for place, line in json_lines(file, _DECODER, self.within(file), reading):
+        for place, line in json_lines(self.within(file), _DECODER, reading):
             path = locate(line.id, folders, place, reading)
             if path is None:
                 continue

@@ -97,7 +97,7 @@ class ImageFolderReader(Reader):
             return
         names = self._names(home, reading)
         prefix = "" if home == folder else f"{folder.name}/"
-        for place, row in _rows(metadata, self.within(metadata), reading):
+        for place, row in _rows(self.within(metadata), reading):
             name = _file_name(row)
             if name is None:
                 reading.issues.add("unreadable annotation", place, "no file_name")
@@ -209,7 +209,7 @@ def _metadata(folder: Path) -> Path | None:
 def _sample(metadata: Path) -> list[Row]:
     """The first rows of a file, a cheap look."""
     try:
-        rows = _rows(metadata, metadata.name, Reading(files=Files(metadata.parent)))
+        rows = _rows(metadata.name, Reading(files=Files(metadata.parent)))
         return [row for _, row in islice(rows, _SAMPLED)]
     except DataError:
         return []
@@ -222,14 +222,15 @@ def _parts(folder: Path, sample: Sequence[Row]) -> list[Path]:
     return below if first & {part.name for part in below} else []
 
 
-def _rows(metadata: Path, where: str, reading: Reading) -> Iterator[tuple[str, Row]]:
+def _rows(where: str, reading: Reading) -> Iterator[tuple[str, Row]]:
     """The rows of a metadata file with their places.
 
     Raises:
         DataError: the file cannot be read.
     """
+    metadata = reading.files.root / where
     if metadata.suffix == ".jsonl":
-        yield from json_lines(metadata, _DECODER, where, reading)
+        yield from json_lines(where, _DECODER, reading)
         return
     reading.files.touch(where)
     try:

@@ -17,23 +17,21 @@ _SNIFFED, _SNIFF_BYTES = 20, 1 << 20
 Item = TypeVar("Item")
 
 
-def json_lines(
-    file: Path, decoder: msgspec.json.Decoder[Item], where: str, reading: Reading
-) -> Iterator[tuple[str, Item]]:
+def json_lines(where: str, decoder: msgspec.json.Decoder[Item], reading: Reading) -> Iterator[tuple[str, Item]]:
     """The objects of a file with their places (`file:line`), one line in memory at a time.
 
     Lines that cannot be decoded are noted.
 
     Args:
-        file: The file.
+        where: The file, relative to the dataset's folder.
         decoder: Decodes a line.
-        where: The file relative to the dataset's folder.
-        reading: Where issues go.
+        reading: The dataset's files, and its issues.
 
     Raises:
         DataError: the file cannot be read.
     """
     reading.files.touch(where)
+    file = reading.files.root / where
     try:
         with file.open("rb") as lines:
             for number, line in enumerate(lines, start=1):

@@ -84,7 +84,7 @@ class OdvgReader(Reader):
                 continue
             labels = self._label_map(file, reading) if kind == "detection" else {}
             folders = image_folders(reading.files, split, self.within(file.parent), anywhere=True)
-            for line_place, line in json_lines(file, _DECODER, where, reading):
+            for line_place, line in json_lines(where, _DECODER, reading):
                 path = locate(line.filename, folders, line_place, reading)
                 if path is None or not _fits(line, kind, line_place, path in seen, reading):
                     continue
