@@ -45,7 +45,7 @@ def crowdhuman_folders(root: Path, truth: Truth) -> None:
 
 
 def shapes(image: ExpectedImage) -> list[dict[str, Any]]:
-    """The objects of an image in all shapes with an extent that whole pixels can give."""
+    """The objects of an image as shapes of every kind that has an extent and corners in whole pixels."""
     found = []
     for number, ((left, top, right, bottom), label) in enumerate(zip(image.boxes, image.labels, strict=True)):
         middle, centre = (left + right) / 2, (top + bottom) / 2

@@ -8,7 +8,8 @@ import pytest
 from reader_trees import save_image, write_json, write_text
 
 from metr.data.datasets_file import DatasetConfig, DatasetSource, open_dataset
-from metr.data.formats.base import RawImage, Reader, Reading, records
+from metr.data.formats.base import RawImage, Reader, Reading
+from metr.data.formats.checks import records
 from metr.data.formats.files import Files
 from metr.data.index.annotation_index import AnnotationIndex, LabelMap, write_index
 

@@ -10,7 +10,8 @@ import pytest
 from reader_trees import LAYOUTS, coco_plain, made_up, save_image, write_json
 
 from metr.data.datasets_file import DatasetConfig, DatasetSource, open_dataset
-from metr.data.formats import base, coco
+from metr.data.formats import checks as base
+from metr.data.formats import coco
 from metr.data.index import annotation_index as index
 from metr.data.index import cache as index_cache
 from metr.data.records import ImageRecord

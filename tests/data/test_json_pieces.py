@@ -1,4 +1,4 @@
-"""Large JSON in pieces: whatever is in a file, its values are found and cut between whole elements."""
+"""Large JSON in pieces: the values of any file are found, and arrays are cut between elements."""
 
 import json
 from pathlib import Path
@@ -68,7 +68,7 @@ def test_arrays_are_cut(tmp_path: Path) -> None:
 
 
 def test_numbers_of_python_and_arrays_of_numbers(tmp_path: Path) -> None:
-    """What is no JSON but has its brackets in place is found; reading its text is another matter."""
+    """Values that are not valid JSON are found if their brackets match."""
     boxes = ", ".join(f'{{"bbox": [NaN, -Infinity, {number}, 1]}}' for number in range(100))
     path = written(tmp_path / "a.json", f'{{"n": NaN, "boxes": [{boxes}], "scalars": [1, 2, "]", NaN], "none": [ ]}}')
     for size in (1, 50, 1 << 20):
@@ -112,6 +112,6 @@ def test_little_is_read_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     path = written(tmp_path / "a.json", content)
     assert read(path, 1000) == content
     assert path.stat().st_size > 150_000
-    # The texts of whole values are asked for in this test, not by readers.
+    # Only this test asks for the text of a whole value; readers do not.
     whole = max(stop - start for start, stop in values_of(path, 1000)["info"].spans)
     assert max(size for size in sizes if size != whole) <= 1000

@@ -151,7 +151,7 @@ def test_numbers_written_as_words(tmp_path: Path) -> None:
     assert source.issue_counts == {}
 
 
-def test_nan_is_a_issue_of_its_box_alone(tmp_path: Path) -> None:
+def test_nan_is_an_issue_of_its_box_alone(tmp_path: Path) -> None:
     content = json.dumps(with_boxes(box(bbox=[float("nan"), 1, 2, 3]), box()))
     source = opened(tmp_path, content)
     assert source.issue_counts == {"unreadable box": 1}

@@ -45,7 +45,7 @@ def test_masks_and_ignored_persons_are_ignored_not_negative(tmp_path: Path) -> N
     assert source.split("val")[0].ignore.tolist() == [False, True, True, True, False, False]
 
 
-def test_full_boxes_leave_the_image_without_a_issue(tmp_path: Path) -> None:
+def test_full_boxes_leave_the_image_without_an_issue(tmp_path: Path) -> None:
     source = opened(tmp_path, person((-30, -5, 50, 60)), person((35, 20, 10, 100)), person((41, 3, 5, 5)))
     np.testing.assert_array_equal(source.split("val")[0].boxes, [[0, 0, 20, 30], [35, 20, 40, 30]])
     assert source.issue_counts == {"box outside": 1}

@@ -1,4 +1,4 @@
-"""CSV: headers and their absence, shares and pixels, and everything that may be wrong in a line."""
+"""CSV: headers and their absence, fractions and pixels, and everything that may be wrong in a line."""
 
 from pathlib import Path
 
@@ -21,13 +21,13 @@ def opened(tmp_path: Path, *lines: str, name: str = "val.csv") -> DatasetSource:
     return open_dataset(DatasetConfig(name="made", path=root), tmp_path / "cache")
 
 
-def test_pixels_below_one_are_not_shares(tmp_path: Path) -> None:
+def test_pixels_below_one_are_not_fractions(tmp_path: Path) -> None:
     """A file of boxes of one pixel at the corner is in pixels: no coordinate is a fraction."""
     source = opened(tmp_path, HEADER, "a.jpg,40,30,cat,0,0,1,1")
     np.testing.assert_array_equal(source.split("val")[0].boxes, [[0, 0, 1, 1]])
 
 
-def test_shares_are_scaled(tmp_path: Path) -> None:
+def test_fractions_are_scaled(tmp_path: Path) -> None:
     source = opened(tmp_path, "a.jpg,0.1,0,1,0.5,cat", "b.jpg,0,0,1,1,dog")
     boxes = [record.boxes.tolist() for record in source.split("val")]
     np.testing.assert_allclose(boxes, [[[4, 0, 40, 15]], [[0, 0, 40, 30]]])

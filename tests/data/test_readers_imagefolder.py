@@ -82,7 +82,7 @@ def test_a_row_tells_the_size(tmp_path: Path) -> None:
     assert [(record.width, record.height) for record in source.split("val")] == [(400, 300), (40, 30)]
 
 
-def test_a_image_without_objects_and_one_without_annotations(tmp_path: Path) -> None:
+def test_an_image_without_objects_and_one_without_annotations(tmp_path: Path) -> None:
     save_image(tmp_path / "data" / "val" / "c.jpg")
     save_image(tmp_path / "data" / "val" / "d.jpg")
     rows = [row(), row("b.jpg", [], []), {"file_name": "c.jpg", "objects": None}]
@@ -91,7 +91,7 @@ def test_a_image_without_objects_and_one_without_annotations(tmp_path: Path) -> 
     assert source.issue_counts["unannotated image"] == 3  # c.jpg as a row, then both as images without boxes
 
 
-def test_an_empty_list_of_objects_is_a_image_without_objects(tmp_path: Path) -> None:
+def test_an_empty_list_of_objects_is_an_image_without_objects(tmp_path: Path) -> None:
     source = opened(tmp_path, row(), {"file_name": "b.jpg", "objects": []})
     assert source.split("val").counts().empty == 1
 

@@ -1,4 +1,4 @@
-"""Each box lies on the image it was drawn on, and each image is one record, whatever the names look like."""
+"""Boxes belong to the image that they were drawn on, and each image is one record, whatever the names look like."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -56,7 +56,7 @@ def one_each(root: Path, kind: str, files: Mapping[str, tuple[str, str, int]], i
 
 @pytest.mark.parametrize("kind", ["voc", "labelme"])
 @pytest.mark.parametrize("stale", ["a", "c"])
-def test_a_image_with_a_file_of_its_own_is_no_fallback(tmp_path: Path, kind: str, stale: str) -> None:
+def test_an_image_with_a_file_of_its_own_is_no_fallback(tmp_path: Path, kind: str, stale: str) -> None:
     """The stale file comes before the true one or after it."""
     files = {stale: ("b.jpg", "dog", 5), "b": ("b.jpg", "cat", 2)}
     source = opened(one_each(tmp_path / "data", kind, files, ["b.jpg"]))
@@ -195,7 +195,7 @@ def test_csv_files_of_a_split_are_joined(tmp_path: Path) -> None:
     assert "val/dogs.csv:4" in source.issues[0].where
 
 
-def test_csv_files_in_shares_and_in_pixels(tmp_path: Path) -> None:
+def test_csv_files_in_fractions_and_in_pixels(tmp_path: Path) -> None:
     source = tables(
         tmp_path / "data",
         cats=f"{HEADER}a.jpg,cat,1,1,20,20\nb.jpg,cat,1,1,20,20\n",
@@ -208,7 +208,7 @@ def test_csv_files_in_shares_and_in_pixels(tmp_path: Path) -> None:
 
 
 def test_the_same_box_twice_in_one_csv_file_is_kept(tmp_path: Path) -> None:
-    """Only what two files say alike is one: nothing is known of why a file says it twice."""
+    """Only equal boxes of two files are joined: why one file lists a box twice is unknown."""
     source = tables(tmp_path / "data", all=HEADER + "a.jpg,cat,1,1,20,20\n" * 2)
     assert len(source.split("val")[0].boxes) == 2
 

@@ -27,7 +27,7 @@ def content(*shapes: object, image: str | None = "a.jpg", **rest: object) -> dic
 
 
 def opened(tmp_path: Path, value: object, image: str = "a.jpg") -> DatasetSource:
-    """A dataset whose one odd file lies beside a sound one."""
+    """A dataset of one valid annotation file and one with the given content."""
     root = tmp_path / "data"
     for name in (image, "sound.jpg"):
         save_image(root / "val" / name)
@@ -158,7 +158,7 @@ def test_the_image_of_the_same_name_comes_first(tmp_path: Path, named: str | Non
     assert source.issue_counts == {"unannotated image": 1}
 
 
-def test_a_image_without_objects(tmp_path: Path) -> None:
+def test_an_image_without_objects(tmp_path: Path) -> None:
     assert opened(tmp_path, content()).split("val").counts().empty == 1
 
 

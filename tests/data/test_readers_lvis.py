@@ -171,7 +171,7 @@ def test_images_that_are_not_there(tmp_path: Path) -> None:
 
 
 def test_without_what_was_looked_for(tmp_path: Path) -> None:
-    """In a file of LVIS by its name: what is not said is not known; ids that are not declared say nothing."""
+    """Without the two lists only categories with boxes are annotated; undeclared ids in them are left out."""
     listed = [image(1), image(2, neg_category_ids=[20, 999], not_exhaustive_category_ids=[998])]
     images = [f"train2017/{number:012d}.jpg" for number in (1, 2)]
     source = made(tmp_path, listed, *images)
@@ -180,7 +180,7 @@ def test_without_what_was_looked_for(tmp_path: Path) -> None:
 
 
 def test_recognition(tmp_path: Path) -> None:
-    """By the key in files of any name, by the name where no image says anything; COCO stays COCO."""
+    """By the key in files of any name, by the name where no image has the key; COCO stays COCO."""
     by_key, by_name, plain = tmp_path / "key", tmp_path / "name", tmp_path / "plain"
     write_json(by_key / "annotations" / "instances_train.json", content([image(1, neg_category_ids=[])], []))
     write_json(by_name / "data" / "lvis_v1_train.json", content([image(1)], []))

@@ -98,7 +98,7 @@ def test_round_trip(tmp_path: Path, layout: str, folder: str) -> None:
 
 
 def test_what_plain_coco_makes_of_it(tmp_path: Path) -> None:
-    """The format can be named: then fakes are objects, which is what tells the two apart."""
+    """The format can be set to COCO: then fakes are objects, which is the difference between the two."""
     write(tmp_path / "data", layout="the path of the file")
     ours, plain = (opened(tmp_path / "data", tmp_path, format=name) for name in ("objects365", "coco"))
     ignored = [sum(int(record.ignore.sum()) for record in source.split("train")) for source in (ours, plain)]

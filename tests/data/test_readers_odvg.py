@@ -70,7 +70,7 @@ def test_phrases_are_categories_of_which_nothing_is_known_to_be_absent(tmp_path:
     assert (len(empty.boxes), empty.annotated) == (0, ())
 
 
-def test_a_image_comes_with_each_of_its_captions(tmp_path: Path) -> None:
+def test_an_image_comes_with_each_of_its_captions(tmp_path: Path) -> None:
     rows = [grounding("a.jpg", ([1, 2, 3, 4], "man")), grounding("a.jpg", ([5, 6, 8, 9], "hat"))]
     first, second = opened(tmp_path, val=rows).split("val")
     assert first.path == second.path

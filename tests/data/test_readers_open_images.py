@@ -1,4 +1,4 @@
-"""Open Images CSV: boxes under their class and all above it, and what verified labels say of the rest."""
+"""Open Images CSV: boxes count for their class and its superclasses; verified labels decide what is annotated."""
 
 import contextlib
 import itertools

@@ -1,4 +1,4 @@
-"""Which format a folder is read as, and what is said where it is none."""
+"""Which format a folder is read as, and the message where none fits."""
 
 import logging
 from pathlib import Path

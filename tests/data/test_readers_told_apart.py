@@ -1,4 +1,4 @@
-"""No format is taken for another, and files that are none of them for none."""
+"""No format is mistaken for another, and files of other kinds are not recognised."""
 
 import json
 from pathlib import Path

@@ -17,7 +17,7 @@ def opened(root: Path) -> DatasetSource:
 
 
 def beside(tmp_path: Path, xml: str, image: str = "a.jpg") -> DatasetSource:
-    """A dataset whose one odd file lies beside a sound one."""
+    """A dataset of one valid annotation file and one with the given content."""
     root = tmp_path / "data"
     for name in (image, "sound.jpg"):
         save_image(root / "val" / name)
@@ -63,7 +63,7 @@ def test_the_original_files_count_from_one(tmp_path: Path) -> None:
     np.testing.assert_array_equal(record.boxes, [[0, 0, 40, 30]])
 
 
-def test_a_image_without_objects(tmp_path: Path) -> None:
+def test_an_image_without_objects(tmp_path: Path) -> None:
     source = beside(tmp_path, document())
     assert source.split("val")[0].boxes.shape == (0, 4)
     assert source.split("val").counts().empty == 1

@@ -1,4 +1,4 @@
-"""What is written as COCO or YOLO and read again is the same dataset; what cannot be said is counted."""
+"""A dataset written as COCO or YOLO and read again is the same; what a format has no place for is counted."""
 
 import errno
 import json
@@ -128,7 +128,7 @@ def test_renamed_categories_are_written_as_they_are_called(tmp_path: Path) -> No
         assert opened(tmp_path / kind).categories == ("cell", NAMES[2])
 
 
-def test_what_yolo_cannot_say_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_yolo_has_no_place_for_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = odd(tmp_path / "data")
     ignored = sum(int(record.ignore.sum()) for split in source.splits.values() for record in split)
     source = replace(source, splits={**source.splits, "extra": source.split("test")})
@@ -181,7 +181,7 @@ def test_what_a_dataset_was_opened_with_is_counted(tmp_path: Path) -> None:
 
 
 def partly_annotated(root: Path) -> DatasetSource:
-    """Phrases, of which nothing is known to be absent, beside detections, which know nothing of phrases."""
+    """Images with phrases, which annotate nothing exhaustively, beside detections, which do not annotate phrases."""
     truth = made_up()
     for images in truth.values():
         for item in images:
@@ -195,7 +195,7 @@ def partly_annotated(root: Path) -> DatasetSource:
     return opened(root)
 
 
-def test_annotated_sets_are_written_in_the_way_of_lvis(tmp_path: Path) -> None:
+def test_annotated_sets_are_written_as_lvis_does(tmp_path: Path) -> None:
     source = partly_annotated(tmp_path / "data")
     write_coco(source, tmp_path / "out")
     known = {}
@@ -223,8 +223,8 @@ def test_annotated_sets_are_read_again(tmp_path: Path) -> None:
             assert_same(one, other)
 
 
-def test_images_that_say_nothing_are_wholly_annotated_beside_those_that_do(tmp_path: Path) -> None:
-    """A reader takes a missing list for an empty one: then nothing would be known."""
+def test_fully_annotated_images_list_all_categories_beside_partly_annotated_ones(tmp_path: Path) -> None:
+    """A reader takes a missing list for an empty one: then only categories with boxes would be annotated."""
     source = partly_annotated(tmp_path / "data")
     plain = made(tmp_path / "plain").split("val")
     write_coco(replace(source, splits={**source.splits, "val": plain}), tmp_path / "out")
@@ -273,7 +273,7 @@ def test_images_are_linked_or_copied(tmp_path: Path, kind: str, monkeypatch: pyt
     record.path.rename(tmp_path / "elsewhere.jpg")
     record.path.symlink_to(tmp_path / "elsewhere.jpg")
     reports = {"link": WRITERS[kind](source, tmp_path / "link")}
-    reports["copy"] = WRITERS[kind](source, tmp_path / "copy", images="copy")
+    reports["copy"] = WRITERS[kind](source, tmp_path / "copy", placement="copy")
 
     def refused(self: Path, target: Path) -> None:
         raise OSError(errno.EXDEV, "another disk")

@@ -1,57 +1,38 @@
-"""What the readers of all formats share: what they yield, what they note, and the checks that make it a record."""
+"""What the readers of all formats share: what they yield, the names they number and the issues they note."""
 
 import math
-import posixpath
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from metr.data.file_names import encodable, shown_name
-from metr.data.formats.files import Files, OutsideError
-from metr.data.images import probe_size
+from metr.data.formats.files import Files, encoding_of
 from metr.data.index.fingerprints import Fingerprints
-from metr.data.records import DataIssue, ImageRecord
-from metr.data.splits import canonical_split
-from metr.errors import DataError
+from metr.data.records import DataIssue
 
-# A box thinner than this, in pixels, is no object; a hair below 1 lets rounded boxes of one pixel live.
-_THINNEST = 0.999
-# Boxes pass the border by rounding; further out than this, in pixels, is worth telling.
-_SLACK = 0.5
-
-# Images that are checked at once: the boxes of hundreds take hardly longer than those of one.
-_GROUP = 512
-
-# What folders with images are called, and those with one annotation file an image.
-IMAGE_FOLDERS = ("images", "Images", "JPEGImages", "imgs", "img", "data")
-_ANNOTATION_FOLDERS = frozenset(
-    {"annotations", "annotation", "annots", "annot", "ann", "labels", "label", "xml", "xmls", "json", "jsons"}
-)
-
-# The corners of a box that cannot be read. Its category is in the image all the same, which checking makes use of.
+# The corners of a box that cannot be read. Its category is in the image all the same, and checking makes use of that.
 UNREADABLE = (math.nan,) * 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class RawImage:
-    """One image as its annotation file tells it, before any check of its boxes.
+    """One image as its annotation file describes it, before its boxes are checked.
 
     `path` is relative to the dataset's folder, with slashes, and was found there. `size` is (height, width) in pixels,
-    None where the file does not tell. `boxes` are xyxy in pixels of that size, or shares of the image if `relative`.
-    `labels` are numbers that `Names` gave. `areas` are NaN where unknown. `marks` tell each box's place in the file,
-    for messages. `annotated` are the numbers of the categories of which "no box" means "none there"; None: all that the
-    dataset has. `amodal` boxes are of whole objects, also where those leave the image: they are cut at its border
-    without an issue. `unknown` are categories of objects that the file has and does not tell in full: they are not
-    annotated exhaustively in this image, as those of the boxes that the checks drop.
+    None where the file gives none. `boxes` are xyxy in pixels of that size, or fractions of the image if `relative`.
+    `labels` are numbers given by `Names`. `areas` are NaN where unknown. `marks` give each box's place in the file, for
+    messages. `annotated` are the numbers of the categories that are annotated exhaustively, so that "no box" means
+    "none there"; None: all of the dataset's. `amodal` boxes are of whole objects, also where those leave the image:
+    they are cut at its border without an issue. `unknown` are categories that are not annotated exhaustively in this
+    image, because the file has objects of them that it describes in part; those of dropped boxes are added to them.
     """
 
     where: str
@@ -69,8 +50,41 @@ class RawImage:
     unknown: Sequence[int] = ()
 
 
+@dataclass(frozen=True, kw_only=True)
+class BoxTable:
+    """The boxes of many images, column by column.
+
+    `image` is the number of each box's image; the boxes of one image need not stand together.
+    """
+
+    image: Int[np.ndarray, "n"]
+    labels: Int[np.ndarray, "n"]
+    boxes: Float[np.ndarray, "n 4"]
+    ignore: Bool[np.ndarray, "n"]
+    areas: Float[np.ndarray, "n"] | None = None
+
+    @cached_property
+    def by_image(self) -> "RowsByImage":
+        """Finds the rows of an image; `image` must not change afterwards."""
+        return RowsByImage(self.image)
+
+
+class RowsByImage:
+    """Where the rows of each image stand in a table, whatever their order."""
+
+    def __init__(self, image: Int[np.ndarray, "n"]) -> None:
+        self._order = np.argsort(image, kind="stable")
+        self._starts = np.searchsorted(image, np.arange(image.max(initial=-1) + 2), sorter=self._order)
+
+    def __getitem__(self, number: int) -> Int[np.ndarray, "m"]:
+        """The rows of image `number`, in their order in the file."""
+        if number + 1 >= len(self._starts):
+            return self._order[:0]
+        return self._order[self._starts[number] : self._starts[number + 1]]
+
+
 class Names:
-    """The category names of a dataset, numbered as they come up; equal names are one.
+    """The category names of a dataset, numbered in the order in which they come up; equal names are one.
 
     `parents` are the names' supercategories, where they are declared.
     """
@@ -106,7 +120,7 @@ class IssueLog:
             kept.append(DataIssue(kind=kind, where=where, detail=detail))
 
     def once(self, kind: str, where: str, detail: str = "") -> None:
-        """Notes an issue that reading several splits would bring up again."""
+        """Notes an issue that comes up again with each split that is read."""
         if DataIssue(kind=kind, where=where, detail=detail) not in self._kept.get(kind, []):
             self.add(kind, where, detail)
 
@@ -125,6 +139,112 @@ class Reading:
     notes: IssueLog = field(default_factory=IssueLog)
     issues: IssueLog = field(default_factory=IssueLog)
     fingerprints: Fingerprints = field(default_factory=Fingerprints)
+
+    def text(self, where: str) -> str:
+        """The text of a file, relative to the dataset's folder; noted where it is not UTF-8.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        data = self.files.read(where)
+        return data.decode(self.encoding(data, where))
+
+    def encoding(self, data: bytes, where: str) -> str:
+        """The encoding of the bytes of a file; noted where it is not UTF-8."""
+        encoding = encoding_of(data)
+        if encoding != "utf-8-sig":
+            self.notes.once("not UTF-8", where, f"read as {encoding}: save it as UTF-8 if names look wrong")
+        return encoding
+
+    def number_declared(self, names: Iterable[str], where: str) -> list[int]:
+        """The numbers of the declared names of a file; noted where a name is declared more than once."""
+        numbers: list[int] = []
+        seen: set[int] = set()
+        for name in names:
+            number = self.names.number(name)
+            if number in seen:
+                self.notes.once("duplicate category", where, f"{name!r} is declared more than once: joined")
+            seen.add(number)
+            numbers.append(number)
+        return numbers
+
+
+class BoxList:
+    """Collects the boxes of one image in the order of its file; boxes without a category are noted and left out.
+
+    Args:
+        where: The annotation file, and the line in it where it has one for each image.
+        reading: Numbers the names, and takes the issues.
+    """
+
+    def __init__(self, where: str, reading: Reading) -> None:
+        self.where, self.reading = where, reading
+        self._boxes: list[Sequence[float]] = []
+        self._labels: list[int] = []
+        self._marks: list[int | str] = []
+        self._flags: list[tuple[bool, float]] = []
+
+    def add(
+        self,
+        name: str | None,
+        box: Sequence[float] | None,
+        mark: int | str,
+        *,
+        ignore: bool = False,
+        area: float = math.nan,
+        found: object = "",
+    ) -> None:
+        """Adds a box.
+
+        Args:
+            name: Its category; None or blank where it has none.
+            box: Four numbers; None where they cannot be read.
+            mark: Its line, or what it is in the file ("box 3").
+            ignore: Whether finding the object is neither right nor wrong.
+            area: The object's area in square pixels.
+            found: What the file says, for the message that the category is unknown.
+        """
+        if name is None or not plain_name(name):
+            self.reading.issues.add("unknown category", place(self.where, mark), str(found)[:80])
+            return
+        self._boxes.append(UNREADABLE if box is None else box)
+        self._labels.append(self.reading.names.number(name))
+        self._marks.append(mark)
+        self._flags.append((ignore, area))
+
+    @property
+    def labels(self) -> set[int]:
+        """The numbers of the categories so far."""
+        return set(self._labels)
+
+    def image(
+        self,
+        path: str,
+        *,
+        image_id: str | None = None,
+        size: tuple[int, int] | None = None,
+        convert: Callable[[Float[Tensor, "m 4"]], Float[Tensor, "m 4"]] | None = None,
+        relative: bool = False,
+        amodal: bool = False,
+        annotated: Sequence[int] | None = None,
+    ) -> RawImage:
+        """The image with the boxes; see `RawImage`. `convert` makes the boxes xyxy; the id is the path by default."""
+        boxes = np.array(self._boxes, dtype=np.float64).reshape(-1, 4)
+        ignore, areas = np.array(self._flags, dtype=np.float64).reshape(-1, 2).T
+        return RawImage(
+            where=self.where,
+            image_id=path if image_id is None else image_id,
+            path=path,
+            size=size,
+            boxes=boxes if convert is None else corners(boxes, convert),
+            labels=np.array(self._labels, dtype=np.int64),
+            relative=relative,
+            areas=areas,
+            ignore=ignore.astype(bool),
+            marks=self._marks,
+            annotated=annotated,
+            amodal=amodal,
+        )
 
 
 class Reader(ABC):
@@ -161,70 +281,21 @@ def plain_name(name: str) -> str:
     return " ".join(name.split())
 
 
+def place(where: str, mark: int | str) -> str:
+    """A place in a file, for messages: `where:line`, or `where, mark` where the mark is no line."""
+    return f"{where}:{mark}" if isinstance(mark, int) else f"{where}, {mark}"
+
+
+def count_boxes(count: int) -> str:
+    """A number of boxes in words."""
+    return "1 box" if count == 1 else f"{count} boxes"
+
+
 def whole_size(height: float | None, width: float | None) -> tuple[int, int] | None:
-    """(height, width) in pixels as a file declares them; None where it declares nothing that can be true."""
+    """(height, width) in pixels as a file declares them; None where it declares none, or an impossible one."""
     if height is None or width is None or not (1 <= height < 1e9 and 1 <= width < 1e9):
         return None
     return round(height), round(width)
-
-
-def image_folders(files: Files, split: str, beside: str) -> tuple[str, ...]:
-    """Where the images of a split may lie, likeliest first.
-
-    They lie in a folder named like the split, or all together, near the annotation file in the folder `beside` or in
-    the dataset's folder.
-    """
-    places = [beside, "", *(posixpath.join(base, name) for base in (beside, "") for name in IMAGE_FOLDERS)]
-    bases = [place for place in dict.fromkeys(places) if files.listing(place)]
-    named = [posixpath.join(base, name) for base in bases for name in _like(split, files.listing(base))]
-    inner = [posixpath.join(place, name) for place in named for name in IMAGE_FOLDERS]
-    return tuple(place for place in dict.fromkeys([*named, *inner, *bases]) if files.listing(place))
-
-
-def twin_folders(files: Files, folder: str) -> tuple[str, ...]:
-    """Where the images of a folder with one annotation file an image may lie, likeliest first.
-
-    They lie in a folder that is called like images where this one is called like annotations, or beside the files.
-    """
-    parts, base = folder.split("/"), posixpath.dirname(folder)
-    twins = [
-        "/".join([*parts[:index], name, *parts[index + 1 :]])
-        for index, part in enumerate(parts)
-        if part.lower() in _ANNOTATION_FOLDERS
-        for name in IMAGE_FOLDERS
-    ]
-    inner = [posixpath.join(place, name) for place in (folder, base) for name in IMAGE_FOLDERS]
-    places = dict.fromkeys([*twins, folder, *inner, base])
-    return tuple(place for place in places if files.listing(place))
-
-
-def note_unannotated(annotated: Iterable[str], detail: str, reading: Reading) -> None:
-    """Notes the images without annotations that lie where the annotated ones do."""
-    known = set(annotated)
-    for place in dict.fromkeys(posixpath.dirname(path) for path in sorted(known)):
-        for image in reading.files.images(place):
-            if image not in known:
-                reading.issues.add("unannotated image", image, detail)
-
-
-def locate(name: str, folders: Sequence[str], where: str, reading: Reading) -> str | None:
-    """The image that an annotation file names, relative to the dataset's folder; an issue if it is missing."""
-    try:
-        path = reading.files.find(name, folders)
-    except OutsideError:
-        reading.issues.add("path outside", where, f"{name} leads out of the dataset's folder: left out")
-        return None
-    if path is None:
-        looked = ", ".join(folder or "." for folder in folders[:4])
-        reading.issues.add("missing image", where, f"{name}, looked for in {looked}")
-    return path
-
-
-def _like(split: str, names: Iterable[str]) -> list[str]:
-    """The names that mean the same split, the very same name first."""
-    canonical = canonical_split(split)
-    alike = [name for name in names if name == split or (canonical is not None and canonical_split(name) == canonical)]
-    return sorted(alike, key=lambda name: (name != split, name))
 
 
 def corners(
@@ -234,121 +305,12 @@ def corners(
     return np.asarray(convert(torch.from_numpy(boxes)).numpy())
 
 
-def records(reader: Reader, split: str, reading: Reading) -> Iterator[ImageRecord]:
-    """The checked images of one split of a dataset; what is wrong is noted in `reading.issues`."""
-    raws = iter(reader.read(split, reading))
-    while group := list(islice(raws, _GROUP)):
-        yield from _checked(group, reader.root, reading)
-
-
-def _checked(group: Iterable[RawImage], root: Path, reading: Reading) -> Iterator[ImageRecord]:
-    """Images with the boxes that can be used, all boxes checked at once."""
-    sized = [(raw, size) for raw in group if (size := _size(raw, root, reading)) is not None]
-    if not sized:
-        return
-    raws, counts = [raw for raw, _ in sized], [len(raw.boxes) for raw, _ in sized]
-    limit = np.repeat(np.array([(width, height) * 2 for _, (height, width) in sized], dtype=np.float64), counts, axis=0)
-    boxes = np.concatenate([raw.boxes for raw in raws]).astype(np.float64)
-    relative = np.repeat([raw.relative for raw in raws], counts)
-    boxes[relative] *= limit[relative]
-    inside = np.minimum(np.maximum(boxes, 0), limit)
-    keep = _usable(sized, boxes, inside, reading.issues)
-    kept = inside[keep].astype(np.float32)
-    areas = _areas(np.concatenate([_filled(raw.areas, raw, np.nan) for raw in raws])[keep], kept)
-    labels = np.concatenate([raw.labels for raw in raws]).astype(np.int64)
-    unknown = _owned(labels, ~keep, counts)
-    labels = labels[keep]
-    ignore = np.concatenate([_filled(raw.ignore, raw, 0.0) for raw in raws])[keep].astype(bool)
-    ends = np.concatenate([[0], np.cumsum(keep)])[np.cumsum([0, *counts])].tolist()
-    for number, (raw, (height, width)) in enumerate(sized):
-        start, stop = ends[number], ends[number + 1]
-        yield ImageRecord(
-            image_id=raw.image_id if isinstance(raw.image_id, int) else shown_name(raw.image_id),
-            path=root / raw.path,
-            width=width,
-            height=height,
-            boxes=kept[start:stop],
-            labels=labels[start:stop],
-            areas=areas[start:stop],
-            ignore=ignore[start:stop],
-            annotated=None if raw.annotated is None else tuple(sorted(set(raw.annotated))),
-            unknown=tuple(sorted({*raw.unknown, *unknown.get(number, ())})),
-        )
-
-
-def _owned(
-    labels: Int[np.ndarray, "m"], chosen: Bool[np.ndarray, "m"], counts: Sequence[int]
-) -> dict[int, tuple[int, ...]]:
-    """The labels of the chosen boxes by the number of their image, each once, of images that have any."""
-    rows = np.flatnonzero(chosen)
-    owners = np.searchsorted(np.cumsum(counts), rows, side="right").tolist()
-    found: dict[int, set[int]] = {}
-    for owner, label in zip(owners, labels[rows].tolist(), strict=True):
-        found.setdefault(owner, set()).add(label)
-    return {owner: tuple(sorted(mine)) for owner, mine in found.items()}
-
-
-def _size(raw: RawImage, root: Path, reading: Reading) -> tuple[int, int] | None:
-    """(height, width) as the file tells it, else as the image does; None, and an issue, where that is unreadable."""
-    if not encodable(raw.path):
-        detail = "not UTF-8: the image is left out; rename it"
-        reading.issues.add("unreadable file name", shown_name(raw.path), detail)
-        return None
-    if raw.size is not None:
-        return raw.size
-    try:
-        reading.fingerprints.add(raw.path, root)
-        return probe_size(root / raw.path)
-    except DataError as error:
-        reading.files.touch(raw.path)
-        reading.issues.add("unreadable image", raw.path, error.what)
-        return None
-
-
-def _filled(values: Shaped[np.ndarray, "m"] | None, raw: RawImage, value: float) -> Shaped[np.ndarray, "m"]:
-    """One value a box, where the file tells none."""
-    return np.full(len(raw.boxes), value, dtype=np.float32) if values is None else values
-
-
-def _usable(
-    sized: Sequence[tuple[RawImage, tuple[int, int]]],
-    boxes: Float[np.ndarray, "m 4"],
-    inside: Float[np.ndarray, "m 4"],
-    issues: IssueLog,
-) -> Bool[np.ndarray, "m"]:
-    """Which boxes are kept. `inside` are `boxes` cut at the border; what is dropped or cut is noted."""
-    counts = [len(raw.boxes) for raw, _ in sized]
-    amodal = np.repeat([raw.amodal for raw, _ in sized], counts)
-    with np.errstate(invalid="ignore"):
-        thick = (boxes[:, 2:] - boxes[:, :2] >= _THINNEST).all(axis=1) & np.isfinite(boxes).all(axis=1)
-        visible = (inside[:, 2:] - inside[:, :2] >= _THINNEST).all(axis=1)
-        fine = thick & visible & (amodal | (np.abs(boxes - inside) <= _SLACK).all(axis=1))
-    starts = np.cumsum([0, *counts])
-    for row in np.flatnonzero(~fine).tolist():
-        owner = int(np.searchsorted(starts, row, side="right")) - 1
-        raw, size = sized[owner]
-        place = row - int(starts[owner])
-        issues.add(*_box_issue(raw, place, boxes[row], bool(thick[row]), bool(visible[row]), size))
-    keep: Bool[np.ndarray, "m"] = thick & visible
-    return keep
-
-
-def _box_issue(
-    raw: RawImage, row: int, box: Float[np.ndarray, "4"], thick: bool, visible: bool, size: tuple[int, int]
-) -> tuple[str, str, str]:
-    mark = f"box {row + 1}" if raw.marks is None else raw.marks[row]
-    where = f"{raw.where}:{mark}" if isinstance(mark, int) else f"{raw.where}, {mark}"
-    corners_text = ", ".join(f"{value:.6g}" for value in box)
-    detail = f"[{corners_text}] in {size[1]} x {size[0]}"
-    if not np.isfinite(box).all():
-        return "unreadable box", where, detail
-    if not thick:
-        return "degenerate box", where, detail
-    return ("box clipped" if visible else "box outside"), where, detail
-
-
-def _areas(areas: Float[np.ndarray, "m"], boxes: Float[np.ndarray, "m 4"]) -> Float[np.ndarray, "m"]:
-    """Areas as the file gives them where it does, never more than the box holds after clipping."""
-    box_areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    known = areas > 0  # False for NaN
-    return np.asarray(np.where(known, np.minimum(areas, box_areas), box_areas), dtype=np.float32)
+def without_repeats(images: Iterable[RawImage], seen: set[str], reading: Reading) -> Iterator[RawImage]:
+    """The images that are not in `seen` yet, which they are added to; the others are noted and left out."""
+    for raw in images:
+        if raw.path in seen:
+            detail = f"{raw.path} again, with {count_boxes(len(raw.boxes))}: left out"
+            reading.issues.add("duplicate image", raw.where, detail)
+        else:
+            seen.add(raw.path)
+            yield raw

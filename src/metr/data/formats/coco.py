@@ -6,29 +6,37 @@ Crowds are ignored objects. Polygons are skipped unread. Large files are decoded
 import contextlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Int
 
 from metr.boxes import xywh_to_xyxy
-from metr.data.formats.base import RawImage, Reader, Reading, corners, image_folders, locate, plain_name, whole_size
-from metr.data.formats.coco_files import (
+from metr.data.formats.base import (
+    UNREADABLE,
+    BoxTable,
+    RawImage,
+    Reader,
+    Reading,
+    corners,
+    count_boxes,
+    plain_name,
+    whole_size,
+)
+from metr.data.formats.coco_json import (
     CocoAnnotation,
     CocoCategory,
     CocoFile,
     CocoImage,
     Id,
-    file_ends,
+    coco_ends,
     look_through,
-    looks_like_coco,
     pieces_of,
 )
-from metr.data.formats.files import glance, signature, there
-from metr.data.formats.image_conflicts import ImageConflicts, boxes_of, claim
+from metr.data.formats.files import files_in, folders_in, signature, there
+from metr.data.formats.locating import ImageConflicts, dataset_root, image_folders, locate, resolve_conflicts
 from metr.data.splits import TEST, canonical_split
 from metr.errors import DataError
 
@@ -39,27 +47,11 @@ _OTHER_TASKS = re.compile(r"^(captions|person_keypoints|panoptic|stuff|image_inf
 _PIECE_BYTES = 1 << 24
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Columns:
-    """Annotations column by column: `image` is the place of their image in the file's list."""
-
-    image: Int[np.ndarray, "n"]
-    labels: Int[np.ndarray, "n"]
-    boxes: Float[np.ndarray, "n 4"]
-    areas: Float[np.ndarray, "n"]
-    ignore: Bool[np.ndarray, "n"]
-
-    def different(self, rows: Int[np.ndarray, "m"]) -> Int[np.ndarray, "k"]:
-        """The first of those rows that say the same of a box."""
-        values = np.column_stack([self.labels[rows], self.boxes[rows]])
-        return rows[np.sort(np.unique(values, axis=0, return_index=True)[1])]
-
-
 class CocoReader(Reader):
     """COCO JSON, plain or one file in the folder of each split (Roboflow).
 
-    Formats that are COCO but for a few rules of their own inherit from it: `fits`, `image_finder`, `image_names`,
-    `category_name`, `annotated`, the two types and what stands beside them are what they may change.
+    Formats that differ from COCO in a few rules inherit from it. They may override `fits`, `image_finder`,
+    `image_names`, `category_name`, `annotated` and the class variables.
     """
 
     format = "coco"
@@ -69,7 +61,7 @@ class CocoReader(Reader):
     annotation_type: ClassVar[type[CocoAnnotation]] = CocoAnnotation
     # Whether the same name under two ids is one image, whose boxes belong together.
     joins_images: ClassVar[bool] = True
-    # Whether each image says which categories are annotated in it.
+    # Whether each image lists the categories that are annotated in it.
     federated: ClassVar[bool] = False
 
     def __init__(self, root: Path, splits: Mapping[str, tuple[Path, ...]]) -> None:
@@ -82,21 +74,19 @@ class CocoReader(Reader):
         if path.is_file():
             if path.suffix.lower() != ".json" or not cls.fits(path):
                 return None
-            root = path.parent.parent if path.parent.name == "annotations" else path.parent
-            return cls(root, {split_of(path): (path,)})
+            return cls(dataset_root(path), {split_of(path): (path,)})
         for folder in (path / "annotations", path):
             files = _coco_files(folder, cls.fits)
             if files:
                 return cls(path, {split_of(file): (file,) for file in files})
-        folders = [Path(entry.path) for entry in glance(path) if entry.is_dir()]
-        found = {folder.name: _file_in(folder, cls.fits) for folder in folders}
+        found = {folder.name: _file_in(folder, cls.fits) for folder in folders_in(path)}
         splits = {name: (file,) for name, file in found.items() if file is not None}
         return cls(path, splits) if splits else None
 
     @classmethod
     def fits(cls, path: Path) -> bool:
         """Whether a JSON file looks like this format; a cheap look."""
-        return looks_like_coco(file_ends(path))
+        return bool(coco_ends(path))
 
     def image_finder(self, split: str, file: Path, reading: Reading) -> Callable[[CocoImage], str | None]:
         """Finds the images that an annotation file lists; where one is missing, None and an issue."""
@@ -136,26 +126,24 @@ class CocoReader(Reader):
         numbers = self._number_categories(content, where, reading)
         declared = None if self.federated else self._declared(content, numbers, reading)
         images = self._images(content, where, reading)
-        columns = _annotations(content, self.annotation_type, images, numbers, where, reading)
+        table = _table(content, self.annotation_type, images, numbers, where, reading)
         find, listed = self.image_finder(split, file, reading), list(images.values())
-        image_conflicts = claim((self.image_names(image), find(image)) for image in listed)
-        joined = self._join(image_conflicts, listed, columns, where, reading)
-        order = np.argsort(columns.image, kind="stable")
-        starts = np.concatenate([[0], np.cumsum(np.bincount(columns.image, minlength=len(images)))])
-        for path, position in image_conflicts.owners.items():
-            image, rows = listed[position], order[starts[position] : starts[position + 1]]
+        conflicts = resolve_conflicts((self.image_names(image), find(image)) for image in listed)
+        joined = self._join(conflicts, listed, table, where, reading)
+        for path, position in conflicts.owners.items():
+            image, rows = listed[position], table.by_image[position]
             if position in joined:
-                rows = columns.different(rows)
-            annotated = self.annotated(image, columns.labels[rows], numbers)
+                rows = _different(table, rows)
+            annotated = self.annotated(image, table.labels[rows], numbers)
             yield RawImage(
                 where=f"{where}, image {image.id}",
                 image_id=f"{prefix}{image.id}" if prefix else image.id,
                 path=path,
                 size=whole_size(image.height, image.width),
-                boxes=columns.boxes[rows],
-                labels=columns.labels[rows],
-                areas=columns.areas[rows],
-                ignore=columns.ignore[rows],
+                boxes=table.boxes[rows],
+                labels=table.labels[rows],
+                areas=None if table.areas is None else table.areas[rows],
+                ignore=table.ignore[rows],
                 annotated=declared if annotated is None else annotated,
             )
 
@@ -187,42 +175,32 @@ class CocoReader(Reader):
         others: set[str] = set()
         for file in dict.fromkeys(chain.from_iterable(self.splits.values())):
             reading.files.touch(self.within(file))
-            with contextlib.suppress(DataError):  # what is wrong with it is told when it is read itself
+            with contextlib.suppress(DataError):  # an error in it is raised when it is read itself
                 other = self._content(file)
                 others.update(map(self.category_name, other.categories if other.annotations is not None else ()))
         return None if others <= set(map(self.category_name, content.categories)) else sorted(set(numbers.values()))
 
     def _join(
-        self,
-        image_conflicts: ImageConflicts,
-        images: Sequence[CocoImage],
-        columns: _Columns,
-        where: str,
-        reading: Reading,
+        self, conflicts: ImageConflicts, images: Sequence[CocoImage], table: BoxTable, where: str, reading: Reading
     ) -> set[int]:
-        """Moves the boxes of images that are listed again to their first place; gives the places with more boxes."""
-        counts = (
-            np.bincount(columns.image, minlength=len(images))
-            if image_conflicts.again or image_conflicts.strangers
-            else np.zeros(0)
-        )
-        for position, path in image_conflicts.strangers:
-            detail = f"{images[position].file_name}, with {boxes_of(int(counts[position]))}"
+        """Moves the boxes of images that are listed again to the first one; returns the positions that got some."""
+        homes, joined = np.arange(len(images), dtype=np.int32), set()
+        counts = np.bincount(table.image, minlength=len(images)).tolist()
+        for position, path in conflicts.misled:
+            detail = f"{images[position].file_name}, with {count_boxes(counts[position])}"
             detail += f"; {path} is called alike, but is that of another image"
             reading.issues.add("missing image", f"{where}, image {images[position].id}", detail)
-        homes, joined = np.arange(len(images), dtype=np.int32), set()
-        for position, owner in image_conflicts.again:
+        for position, owner in conflicts.repeats:
             image, first = images[position], images[owner]
             sizes = {whole_size(item.height, item.width) for item in (image, first)} - {None}
             fits = self.joins_images and len(sizes) <= 1
             if fits:
                 homes[position] = owner
                 joined.add(owner)
-            detail = f"{image.file_name} again, with {boxes_of(int(counts[position]))}: "
+            detail = f"{image.file_name} again, with {count_boxes(counts[position])}: "
             detail += f"{'joined to' if fits else 'left out beside'} image {first.id}"
             reading.issues.add("duplicate image", f"{where}, image {image.id}", detail)
-        if joined:
-            columns.image[:] = homes[columns.image]
+        table.image[:] = homes[table.image]
         return joined
 
     def _number_categories(self, content: CocoFile, where: str, reading: Reading) -> dict[Id, int]:
@@ -232,13 +210,9 @@ class CocoReader(Reader):
             DataError: an id means two of them.
         """
         numbers: dict[Id, int] = {}
-        seen: set[int] = set()
-        for category in content.categories:
-            name = self.category_name(category)
-            number = reading.names.number(name)
-            if number in seen:
-                reading.notes.once("duplicate category", where, f"{name!r} is declared more than once: joined")
-            seen.add(number)
+        names = list(map(self.category_name, content.categories))
+        counted = reading.number_declared(names, where)
+        for category, name, number in zip(content.categories, names, counted, strict=True):
             if numbers.setdefault(category.id, number) != number:
                 known = list(reading.names)[numbers[category.id]]
                 what, hint = f"category id {category.id} is {known!r} and {name!r}", "give each an id of its own"
@@ -251,50 +225,59 @@ class CocoReader(Reader):
         images: dict[Id, CocoImage] = {}
         for piece in pieces_of(content.images, self.image_type, where, reading):
             for image in piece:
-                if image.id in images:
-                    reading.issues.add(
-                        "duplicate image", where, f"id {image.id} again, for {image.file_name}: left out"
-                    )
-                else:
-                    images[image.id] = image
+                if images.setdefault(image.id, image) is not image:
+                    detail = f"id {image.id} again, for {image.file_name}: left out"
+                    reading.issues.add("duplicate image", where, detail)
         return images
 
 
-def _annotations(
+def _different(table: BoxTable, rows: Int[np.ndarray, "m"]) -> Int[np.ndarray, "k"]:
+    """The first of those rows that have the same category and box."""
+    values = np.column_stack([table.labels[rows], table.boxes[rows]])
+    return rows[np.sort(np.unique(values, axis=0, return_index=True)[1])]
+
+
+def _table(
     content: CocoFile,
     kind: type[CocoAnnotation],
     images: Mapping[Id, CocoImage],
     numbers: Mapping[Id, int],
     where: str,
     reading: Reading,
-) -> _Columns:
-    """The annotations that belong to an image and a category; the corners of boxes that cannot be read are NaN."""
+) -> BoxTable:
+    """The annotations that belong to an image and a category; `image` is the position of theirs in the list.
+
+    The corners of boxes that cannot be read are NaN.
+    """
     positions = {image_id: position for position, image_id in enumerate(images)}
-    parts = {name: [column] for name, column in vars(_columns([], {}, {})).items()}
+    parts = {name: [column] for name, column in _columns([], {}, {}).items()}
     for annotations in pieces_of(content.annotations, kind, where, reading):
         columns = _columns(annotations, positions, numbers)
-        bad = (columns.image < 0) | (columns.labels < 0)
+        bad = (columns["image"] < 0) | (columns["labels"] < 0)
         for row in np.flatnonzero(bad):
             _note_annotation(annotations[row], positions, where, reading)
-        for name, column in vars(columns).items():
+        for name, column in columns.items():
             parts[name].append(column[~bad] if bad.any() else column)
-    # One column after another, its parts let go: all of them twice is what would not fit.
-    return _Columns(**{name: np.concatenate(parts.pop(name)) for name in list(parts)})
+    # One column after another, and its parts let go: all columns twice would need too much memory.
+    return BoxTable(**{name: np.concatenate(parts.pop(name)) for name in list(parts)})
 
 
-def _columns(annotations: list[CocoAnnotation], positions: Mapping[Id, int], numbers: Mapping[Id, int]) -> _Columns:
-    count, absent = len(annotations), [np.nan] * 4
-    boxes = (item.bbox if item.bbox and len(item.bbox) == 4 else absent for item in annotations)
+def _columns(
+    annotations: Sequence[CocoAnnotation], positions: Mapping[Id, int], numbers: Mapping[Id, int]
+) -> dict[str, np.ndarray]:
+    """The columns of a table of boxes; -1 stands for an unknown image or category."""
+    count = len(annotations)
+    boxes = (item.bbox if item.bbox and len(item.bbox) == 4 else UNREADABLE for item in annotations)
     areas = (np.nan if item.area is None else item.area for item in annotations)
     flat = np.fromiter(chain.from_iterable(boxes), np.float64, 4 * count)
-    with np.errstate(over="ignore"):  # what is too large for the type is infinite: its box is found to be unreadable
-        return _Columns(
-            image=np.fromiter((positions.get(item.image_id, -1) for item in annotations), np.int32, count),
-            labels=np.fromiter((numbers.get(item.category_id, -1) for item in annotations), np.int32, count),
-            boxes=corners(flat.reshape(count, 4), xywh_to_xyxy).astype(np.float32),
-            areas=np.fromiter(areas, np.float32, count),
-            ignore=np.fromiter((item.ignored for item in annotations), np.bool_, count),
-        )
+    with np.errstate(over="ignore"):  # what is too large for the type becomes infinite, and so an unreadable box
+        return {
+            "image": np.fromiter((positions.get(item.image_id, -1) for item in annotations), np.int32, count),
+            "labels": np.fromiter((numbers.get(item.category_id, -1) for item in annotations), np.int32, count),
+            "boxes": corners(flat.reshape(count, 4), xywh_to_xyxy).astype(np.float32),
+            "areas": np.fromiter(areas, np.float32, count),
+            "ignore": np.fromiter((item.ignored for item in annotations), np.bool_, count),
+        }
 
 
 def _note_annotation(item: CocoAnnotation, positions: Mapping[Id, int], where: str, reading: Reading) -> None:
@@ -316,6 +299,5 @@ def _file_in(folder: Path, fits: Callable[[Path], bool]) -> Path | None:
 
 
 def _coco_files(folder: Path, fits: Callable[[Path], bool]) -> list[Path]:
-    files = [Path(entry.path) for entry in glance(folder) if entry.name.lower().endswith(".json") and entry.is_file()]
-    files = [file for file in files if not _OTHER_TASKS.match(file.name) and fits(file)]
+    files = [file for file in files_in(folder, ".json") if not _OTHER_TASKS.match(file.name) and fits(file)]
     return [file for file in files if file.name.startswith("instances_")] or files

@@ -1,9 +1,9 @@
 """COCO JSON: `annotations/instances_SPLIT.json` with the images in `images/SPLIT`.
 
-Ignored boxes become crowds. Where an image says of only some categories that they are annotated exhaustively, all
-images say so in LVIS' way: `neg_category_ids` are the annotated categories without a box, and
-`not_exhaustive_category_ids` those with boxes that are not annotated exhaustively. Prompts, weights and the names from
-before renaming have no place in the format, and are counted.
+Ignored boxes become crowds. Where some image is not annotated exhaustively with all categories, all images list theirs
+as LVIS does: `neg_category_ids` are the annotated categories without a box, `not_exhaustive_category_ids` those with
+boxes that are not annotated exhaustively. Prompts, weights and the names from before renaming have no place in the
+format, and are counted.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -15,7 +15,7 @@ import numpy as np
 
 from metr.boxes import xyxy_to_xywh
 from metr.data.datasets_file import DatasetSource
-from metr.data.export import ExportReport, ImageFolder, Placement, in_order, new_folder, unsaid_options
+from metr.data.export import ExportReport, Placement, in_order, new_export
 from metr.data.formats.base import corners
 from metr.data.records import Annotations, ImageRecord
 
@@ -41,27 +41,14 @@ def write_coco(source: DatasetSource, out: Path, placement: Placement = "link") 
         DataError: `out` is not empty, lies in the dataset's folder, or cannot be written.
     """
     federated = any(record.annotated is not None for split in source.splits.values() for record in in_order(split))
-    images, boxes, renamed, copied = 0, 0, 0, 0
-    left_out = unsaid_options(source)
-    with new_folder(out, source.root) as folder:
-        (folder / "annotations").mkdir()
+    with new_export(source, out, placement) as export:
+        (export.folder / "annotations").mkdir()
         for split, annotations in source.splits.items():
-            place = ImageFolder(folder / "images" / split, placement)
+            place = export.image_folder(split)
             names = [place.put(record.path) for record in in_order(annotations)]
-            with (folder / "annotations" / f"instances_{split}.json").open("wb") as file:
-                boxes += _write_split(file, annotations, names, federated)
-            written = sum(name is not None for name in names)
-            left_out["missing image"] += len(names) - written
-            images, renamed, copied = images + written, renamed + place.renamed, copied + place.copied
-    return ExportReport(
-        out=out,
-        format="coco",
-        images=images,
-        boxes=boxes,
-        renamed=renamed,
-        copied=copied,
-        left_out=dict(+left_out),
-    ).log(source.name)
+            with (export.folder / "annotations" / f"instances_{split}.json").open("wb") as file:
+                export.boxes += _write_split(file, annotations, names, federated)
+    return export.report(source.name, out, "coco")
 
 
 def _write_split(file: BinaryIO, annotations: Annotations, names: Sequence[str | None], federated: bool) -> int:
@@ -94,7 +81,7 @@ def _image_ids(annotations: Annotations) -> list[int]:
 
 
 def _federation(record: ImageRecord, everything: Iterable[int]) -> dict[str, list[int]]:
-    """What is annotated in an image, in LVIS' way."""
+    """The categories that an image annotates, in the keys of LVIS."""
     annotated = set(everything if record.annotated is None else record.annotated)
     present = set(record.labels.tolist())
     return {

@@ -1,26 +1,23 @@
 """Boxes as CSV, one a line: with a header (TensorFlow Object Detection) or without one (keras-retinanet).
 
-A line without a box says that its image has no objects. Coordinates that are shares of the image are recognised.
+A line without a box says that its image has no objects. Coordinates that are fractions of the image are recognised.
 """
 
 import csv
 import io
 import math
+import posixpath
 from array import array
-from bisect import bisect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, chain
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
 
-from metr.data.formats.base import UNREADABLE, RawImage, Reader, Reading, image_folders, locate, whole_size
-from metr.data.formats.files import folders_within, glance, is_image
-from metr.data.formats.image_conflicts import boxes_of, claim
-from metr.data.formats.text import read_text
-from metr.data.splits import canonical_split
+from metr.data.formats.base import UNREADABLE, BoxTable, RawImage, Reader, Reading, count_boxes, whole_size
+from metr.data.formats.files import files_in, folders_within, is_image, start_of
+from metr.data.formats.locating import image_folders, locate, resolve_conflicts, split_of_file, splits_of_files
 
 _DEPTH = 2
 _SNIFF_BYTES = 4096
@@ -50,54 +47,35 @@ class _Dialect:
     header: bool
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Part:
-    """What a file says of one image. `relative` says that its boxes are shares of the image."""
-
-    where: str
-    size: tuple[int, int] | None
-    boxes: Float[np.ndarray, "m 4"]
-    labels: Int[np.ndarray, "m"]
-    lines: Int[np.ndarray, "m"]
-    group: Bool[np.ndarray, "m"]
-    relative: bool
-
-    def fits(self, other: "_Part") -> bool:
-        """Whether the boxes of both are measured alike."""
-        sizes = {self.size, other.size} - {None}
-        return len(sizes) <= 1 and (self.relative == other.relative or min(len(self.boxes), len(other.boxes)) == 0)
-
-    def without(self, others: Iterable["_Part"]) -> "_Part":
-        """Its boxes that others do not have."""
-        known = {key for other in others for key in other.boxes_told()}
-        new = np.array([key not in known for key in self.boxes_told()], dtype=bool)
-        columns = {name: getattr(self, name)[new] for name in ("boxes", "labels", "lines", "group")}
-        return replace(self, **columns)
-
-    def boxes_told(self) -> list[tuple[int, tuple[float, ...]]]:
-        """Category and corners of each box."""
-        return list(zip(self.labels.tolist(), map(tuple, self.boxes.tolist()), strict=True))
-
-
 class _Rows:
-    """The boxes of a file, column by column: 50 bytes a box, so that large files fit into memory."""
+    """The boxes of the files of a split, column by column: 50 bytes a box, so that large files fit into memory.
+
+    An entry is the part of a file about one image; `entries` numbers them by file and name, `sizes` are the sizes that
+    the files give. `relative` says which files give their boxes as fractions of the image.
+    """
 
     def __init__(self) -> None:
-        self.images: dict[str, int] = {}
+        self.entries: dict[tuple[str, str], int] = {}
         self.sizes: list[tuple[int, int] | None] = []
-        self.image, self.label, self.line, self.group = array("i"), array("i"), array("i"), array("b")
+        self.relative: dict[str, bool] = {}
+        self.entry, self.label, self.line, self.ignore = array("i"), array("i"), array("i"), array("b")
         self.corners = array("d")
 
-    def image_number(self, name: str, size: tuple[int, int] | None) -> int:
-        """The number of an image, a new one where it is new."""
-        number = self.images.setdefault(name, len(self.images))
+    def entry_number(self, where: str, name: str, size: tuple[int, int] | None) -> int:
+        """The number of an entry, a new one where it is new."""
+        number = self.entries.setdefault((where, name), len(self.entries))
         if number == len(self.sizes):
             self.sizes.append(size)
         return number
 
-    def boxes(self) -> Float[np.ndarray, "n 4"]:
-        """All boxes, xyxy as the file gives them."""
-        return np.array(self.corners, dtype=np.float64).reshape(-1, 4)
+    def table(self) -> BoxTable:
+        """The boxes by their entries, xyxy as the files give them."""
+        return BoxTable(
+            image=np.array(self.entry),
+            labels=np.array(self.label),
+            boxes=np.array(self.corners, dtype=np.float64).reshape(-1, 4),
+            ignore=np.array(self.ignore, dtype=bool),
+        )
 
 
 class CsvReader(Reader):
@@ -111,117 +89,99 @@ class CsvReader(Reader):
         """A reader of a folder with CSV files, at most two folders deep, or of one such file."""
         if path.is_file():
             fits = path.suffix.lower() == ".csv" and _dialect(path) is not None
-            return cls(path.parent, {_split_of(path): (path,)}) if fits else None
-        splits: dict[str, tuple[Path, ...]] = {}
-        for folder in folders_within(path, _DEPTH):
-            for entry in glance(folder):
-                if entry.name.lower().endswith(".csv") and _dialect(Path(entry.path)) is not None:
-                    file = Path(entry.path)
-                    splits[_split_of(file)] = (*splits.get(_split_of(file), ()), file)
-        # Beside the files of splits, one with all boxes says the same again.
-        named = {name: files for name, files in splits.items() if canonical_split(name)}
-        return cls(path, named or splits) if splits else None
+            return cls(path.parent, {split_of_file(path): (path,)}) if fits else None
+        files = (file for folder in folders_within(path, _DEPTH) for file in files_in(folder, ".csv"))
+        splits = splits_of_files(file for file in files if _dialect(file) is not None)
+        return cls(path, splits) if splits else None
 
     def read(self, split: str, reading: Reading) -> Iterator[RawImage]:
         """The images of a split in the order in which they first come up, with the boxes of all its files."""
-        tables = [table for file in self.splits[split] if (table := self._table(file, reading)) is not None]
-        firsts = list(accumulate((len(table.names) for table in tables), initial=0))
+        rows = _Rows()
+        for file in self.splits[split]:
+            _read_file(file, self.within(file), rows, reading)
+        folders = {where: image_folders(reading.files, split, posixpath.dirname(where)) for where in rows.relative}
+        found = [((name,), locate(name, folders[where], where, reading)) for where, name in rows.entries]
+        table, lines, places = rows.table(), np.array(rows.line), list(rows.entries)
 
-        def part(entry: int) -> _Part:
-            number = bisect(firsts, entry) - 1
-            return tables[number].part(entry - firsts[number])
+        def image(entry: int) -> RawImage:
+            mine, where, path = table.by_image[entry], places[entry][0], found[entry][1] or ""
+            return RawImage(
+                where=where,
+                image_id=path,
+                path=path,
+                size=rows.sizes[entry],
+                boxes=table.boxes[mine],
+                labels=table.labels[mine],
+                relative=rows.relative[where],
+                ignore=table.ignore[mine],
+                marks=lines[mine].tolist(),
+            )
 
-        image_conflicts = claim(chain.from_iterable(table.images(split, reading) for table in tables))
-        more: dict[int, list[_Part]] = {}
-        for entry, path in image_conflicts.strangers:
-            detail = f"{path} is called alike, but is that of other lines: {boxes_of(len(part(entry).boxes))} left out"
-            reading.issues.add("missing image", part(entry).where, detail)
-        for entry, owner in image_conflicts.again:
-            parts, new = more.setdefault(owner, [part(owner)]), part(entry)
-            if all(map(new.fits, parts)):
-                parts.append(new.without(parts))
+        conflicts = resolve_conflicts(found)
+        for entry, path in conflicts.misled:
+            raw = image(entry)
+            detail = f"{path} is called alike, but is that of other lines: {count_boxes(len(raw.boxes))} left out"
+            reading.issues.add("missing image", raw.where, detail)
+        more: dict[int, list[RawImage]] = {}
+        for entry, owner in conflicts.repeats:
+            parts, new = more.setdefault(owner, [image(owner)]), image(entry)
+            if all(_measured_alike(new, part) for part in parts):
+                parts.append(_without(new, parts))
             else:
-                detail = (
-                    f"its {boxes_of(len(new.boxes))} are measured in another way than in {parts[0].where}: left out"
-                )
+                boxes, first = count_boxes(len(new.boxes)), parts[0].where
+                detail = f"its {boxes} are measured in another way than in {first}: left out"
                 reading.issues.add("duplicate image", new.where, detail)
-        for path, owner in image_conflicts.owners.items():
-            yield _raw_image(path, more.get(owner) or [part(owner)])
-
-    def _table(self, file: Path, reading: Reading) -> "_Table | None":
-        where, dialect = self.within(file), _dialect(file)
-        if dialect is None:
-            reading.issues.add("unreadable annotation", where, "changed while it was read")
-            return None
-        return _Table(_rows(read_text(where, reading), dialect, where, reading), where, self.within(file.parent))
+        for owner in conflicts.owners.values():
+            yield _joined(more[owner]) if owner in more else image(owner)
 
 
-class _Table:
-    """A file, by its images.
-
-    Args:
-        rows: Its boxes.
-        where: The file, relative to the dataset's folder.
-        folder: Its folder.
-    """
-
-    def __init__(self, rows: _Rows, where: str, folder: str) -> None:
-        self.where, self.folder = where, folder
-        self.names, self.sizes = list(rows.images), rows.sizes
-        self.boxes, self.labels, self.lines = rows.boxes(), np.array(rows.label), np.array(rows.line)
-        self.group = np.array(rows.group, dtype=bool)
-        read = self.boxes[np.isfinite(self.boxes).all(axis=1)]
-        self.relative = len(read) > 0 and bool(read.max() <= 1.001) and bool((read % 1 > 0).any())
-        image = np.array(rows.image)
-        self._order = np.argsort(image, kind="stable")
-        self._starts = np.searchsorted(image, np.arange(len(self.names) + 1), sorter=self._order)
-
-    def images(self, split: str, reading: Reading) -> Iterator[tuple[Sequence[str], str | None]]:
-        """The names of the images, and the images that were found."""
-        folders = image_folders(reading.files, split, self.folder)
-        return (((name,), locate(name, folders, self.where, reading)) for name in self.names)
-
-    def part(self, number: int) -> _Part:
-        """What the file says of image `number`."""
-        mine = self._order[self._starts[number] : self._starts[number + 1]]
-        return _Part(
-            where=self.where,
-            size=self.sizes[number],
-            boxes=self.boxes[mine],
-            labels=self.labels[mine],
-            lines=self.lines[mine],
-            group=self.group[mine],
-            relative=self.relative,
-        )
+def _measured_alike(one: RawImage, other: RawImage) -> bool:
+    """Whether the boxes that two files have of an image are measured in the same way."""
+    same_size = len({one.size, other.size} - {None}) <= 1
+    return same_size and (one.relative == other.relative or min(len(one.boxes), len(other.boxes)) == 0)
 
 
-def _raw_image(path: str, parts: Sequence[_Part]) -> RawImage:
-    """One image with what one or more files say of it."""
-    first = parts[0]
-    marks = [f"{part.where}:{line}" if part is not first else int(line) for part in parts for line in part.lines]
-    return RawImage(
-        where=first.where,
-        image_id=path,
-        path=path,
+def _box_keys(raw: RawImage) -> list[tuple[int, tuple[float, ...]]]:
+    """Category and corners of each box."""
+    return list(zip(raw.labels.tolist(), map(tuple, raw.boxes.tolist()), strict=True))
+
+
+def _without(raw: RawImage, others: Sequence[RawImage]) -> RawImage:
+    """An image with those of its boxes that others do not have. Their marks name the file, too."""
+    known = {key for other in others for key in _box_keys(other)}
+    new = np.array([key not in known for key in _box_keys(raw)], dtype=bool)
+    marks = [f"{raw.where}:{line}" for line, is_new in zip(raw.marks or (), new, strict=True) if is_new]
+    ignore = None if raw.ignore is None else raw.ignore[new]
+    return replace(raw, boxes=raw.boxes[new], labels=raw.labels[new], ignore=ignore, marks=marks)
+
+
+def _joined(parts: Sequence[RawImage]) -> RawImage:
+    """One image with the boxes of several files."""
+    return replace(
+        parts[0],
         size=next((part.size for part in parts if part.size is not None), None),
         boxes=np.concatenate([part.boxes for part in parts]),
         labels=np.concatenate([part.labels for part in parts]),
         relative=any(part.relative for part in parts if len(part.boxes) > 0),
-        ignore=np.concatenate([part.group for part in parts]),
-        marks=marks,
+        ignore=np.concatenate([part.ignore for part in parts if part.ignore is not None]),
+        marks=list(chain.from_iterable(part.marks or () for part in parts)),
     )
 
 
-def _rows(text: str, dialect: _Dialect, where: str, reading: Reading) -> _Rows:
-    """The lines of a file; those that cannot be understood are noted."""
-    rows, columns = _Rows(), dialect.columns
+def _read_file(file: Path, where: str, rows: _Rows, reading: Reading) -> None:
+    """Adds the lines of a file to `rows`; those that cannot be read are noted."""
+    dialect = _dialect(file)
+    if dialect is None:
+        reading.issues.add("unreadable annotation", where, "changed while it was read")
+        return
+    columns, start = dialect.columns, len(rows.corners)
     last = max(columns[name] for name in _NEEDED)
-    for line, row in _lines(text, dialect, where, reading):
+    for line, row in _lines(reading.text(where), dialect, where, reading):
         place = f"{where}:{line}"
         if len(row) <= last or not row[columns["path"]].strip():
             reading.issues.add("unreadable annotation", place, f"expected {last + 1} columns: {','.join(row)[:80]}")
             continue
-        number = rows.image_number(row[columns["path"]].strip(), _size(row, columns))
+        entry = rows.entry_number(where, row[columns["path"]].strip(), _size(row, columns))
         corners = [row[columns[name]].strip() for name in _CORNERS]
         if not any(corners):
             continue  # an image without objects
@@ -230,16 +190,18 @@ def _rows(text: str, dialect: _Dialect, where: str, reading: Reading) -> _Rows:
             kind = "unreadable annotation" if name else "unknown category"
             reading.issues.add(kind, place, ",".join(row)[:80])
             continue
-        rows.image.append(number)
+        rows.entry.append(entry)
         rows.label.append(reading.names.number(name))
         rows.line.append(line)
-        rows.group.append("group" in columns and row[columns["group"]].strip() == "1")
+        rows.ignore.append("group" in columns and row[columns["group"]].strip() == "1")
         rows.corners.extend(_numbers(corners) or UNREADABLE)
-    return rows
+    boxes = np.array(rows.corners[start:]).reshape(-1, 4)
+    read = boxes[np.isfinite(boxes).all(axis=1)]
+    rows.relative[where] = bool(read.max(initial=-1) <= 1.001 and (read % 1 > 0).any())
 
 
 def _lines(text: str, dialect: _Dialect, where: str, reading: Reading) -> Iterator[tuple[int, list[str]]]:
-    """The lines that hold anything, but for the header, with their numbers."""
+    """The lines that are not blank, without the header, with their numbers."""
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=dialect.delimiter)
     try:
         if dialect.header:
@@ -249,20 +211,9 @@ def _lines(text: str, dialect: _Dialect, where: str, reading: Reading) -> Iterat
         reading.issues.add("unreadable annotation", f"{where}:{lines.line_num}", f"{error}; the rest is left out")
 
 
-def _split_of(file: Path) -> str:
-    """The name of the split of a file: in its own name, else in that of its folder."""
-    if canonical_split(file.stem) is None and canonical_split(file.parent.name):
-        return file.parent.name
-    return file.stem
-
-
 def _dialect(path: Path) -> _Dialect | None:
     """How a CSV file is written, from its first lines; None if it holds no boxes."""
-    try:
-        with path.open("rb") as file:
-            lines = file.read(_SNIFF_BYTES).decode("utf-8-sig", errors="replace").splitlines()
-    except OSError:
-        return None
+    lines = start_of(path, _SNIFF_BYTES).decode("utf-8-sig", errors="replace").splitlines()
     first = next((line for line in lines if line.strip()), "")
     delimiter = max(",;\t", key=first.count)
     row = next(csv.reader([first], delimiter=delimiter), [])
@@ -285,7 +236,7 @@ def _dialect(path: Path) -> _Dialect | None:
 
 
 def _size(row: Sequence[str], columns: Mapping[str, int]) -> tuple[int, int] | None:
-    """(height, width) where a line tells them."""
+    """(height, width) where a line gives them."""
     if "height" not in columns or "width" not in columns:
         return None
     values = _numbers([row[columns[name]] if columns[name] < len(row) else "" for name in ("height", "width")])
@@ -293,7 +244,7 @@ def _size(row: Sequence[str], columns: Mapping[str, int]) -> tuple[int, int] | N
 
 
 def _numbers(cells: Sequence[str]) -> list[float] | None:
-    """The cells as numbers; None if any is not one."""
+    """The cells as finite numbers; None if any is not one."""
     try:
         values = [float(cell) for cell in cells]
     except ValueError:

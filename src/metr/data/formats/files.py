@@ -1,4 +1,4 @@
-"""A dataset's files: found by listings, never outside of the dataset's folder, and rehearsed for the index.
+"""A dataset's files: found by listings, never outside of the dataset's folder, and remembered for the index.
 
 A path in an annotation file must not lead out of the dataset's folder. Symbolic links in that folder are followed,
 wherever they lead: whoever put the dataset together made them.
@@ -16,7 +16,9 @@ from pathlib import Path
 from metr.data.images import SUFFIXES
 from metr.errors import DataError
 
-# Recognising a format looks at this many entries of a folder at most: enough to meet what is mixed among images.
+# The mark that Windows writes before UTF-8.
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# Recognising a format looks at this many entries of a folder at most: enough to find annotations among images.
 _GLANCE = 20_000
 
 
@@ -25,10 +27,10 @@ class OutsideError(ValueError):
 
 
 class Files:
-    """Looks into a dataset's folder. Every directory is listed once; no file is asked for one by one.
+    """Looks into a dataset's folder. Every directory is listed once, instead of asking for single files.
 
-    Paths are relative to `root`, with slashes. `touched` are the files and directories that were read: while they stay
-    unchanged, reading again gives the same.
+    Paths are relative to `root`, with slashes. `touched` are the files and directories that were read, with their
+    signatures: while those stay the same, reading again gives the same.
     """
 
     def __init__(self, root: Path) -> None:
@@ -52,7 +54,7 @@ class Files:
             raise DataError(f"cannot be read: {error.strerror}", where=self.root / path) from None
 
     def touch(self, path: str) -> None:
-        """Remembers that the result depends on a file or directory."""
+        """Records that the result depends on a file or directory."""
         self.touched[path] = signature(self.root / path)
 
     def listing(self, folder: str) -> frozenset[str]:
@@ -96,7 +98,7 @@ class Files:
     def find_stem(self, stem: str, folders: Sequence[str], named: str = "") -> str | None:
         """The image of this name and any suffix in the first of `folders` that has it; None where none has it.
 
-        Where images differ in their suffix alone, it is the one that is `named`.
+        Where images differ in their suffix alone, the one called `named` is taken.
         """
         base = posixpath.basename(named.replace("\\", "/"))
         if posixpath.splitext(base)[0] == stem and is_image(base):
@@ -151,7 +153,7 @@ class Files:
 
 
 def there(path: Path, kind: Callable[[Path], bool] = Path.exists) -> bool:
-    """Whether something is at a path, of a kind (`Path.is_file`, `Path.is_dir`); False where it cannot be told."""
+    """Whether a path exists and is of a kind (`Path.is_file`, `Path.is_dir`); False where that cannot be found out."""
     try:
         return kind(path)
     except (OSError, ValueError):  # no permission, a name too long, a zero byte
@@ -159,7 +161,7 @@ def there(path: Path, kind: Callable[[Path], bool] = Path.exists) -> bool:
 
 
 def expanded(path: str | Path) -> Path:
-    """A path with the home folder in place of `~`; as it is where there is no such user, on whom pathlib breaks off."""
+    """A path with the home folder in place of `~`; unchanged where there is no such user (pathlib raises an error)."""
     return Path(os.path.expanduser(path))  # noqa: PTH111
 
 
@@ -189,6 +191,16 @@ def glance(folder: Path) -> list[os.DirEntry[str]]:
         return []
 
 
+def files_in(folder: Path, *suffixes: str) -> list[Path]:
+    """The files among the first entries of a directory whose names end so (in lower case), sorted by name."""
+    return [Path(entry.path) for entry in glance(folder) if entry.name.lower().endswith(suffixes) and entry.is_file()]
+
+
+def folders_in(folder: Path) -> list[Path]:
+    """The directories among the first entries of a directory, sorted by name."""
+    return [Path(entry.path) for entry in glance(folder) if entry.is_dir()]
+
+
 def folders_within(root: Path, depth: int) -> Iterator[Path]:
     """`root` and the directories below it, at most `depth` deep, parents first.
 
@@ -196,9 +208,9 @@ def folders_within(root: Path, depth: int) -> Iterator[Path]:
     """
     yield root
     if depth > 0:
-        for entry in glance(root):
-            if entry.is_dir() and not entry.name.startswith((".", "__")) and not _leads_up(entry):
-                yield from folders_within(Path(entry.path), depth - 1)
+        for folder in folders_in(root):
+            if not folder.name.startswith((".", "__")) and not _leads_up(folder):
+                yield from folders_within(folder, depth - 1)
 
 
 def _can_be_asked(entry: os.DirEntry[str]) -> bool:
@@ -209,13 +221,47 @@ def _can_be_asked(entry: os.DirEntry[str]) -> bool:
     return True
 
 
-def _leads_up(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry is a link to a folder that it lies in."""
-    return entry.is_symlink() and Path(os.path.realpath(Path(entry.path).parent)).is_relative_to(
-        os.path.realpath(entry.path)
-    )
+def _leads_up(folder: Path) -> bool:
+    """Whether a directory is a link to one that it lies in."""
+    return folder.is_symlink() and Path(os.path.realpath(folder.parent)).is_relative_to(os.path.realpath(folder))
+
+
+def start_of(path: Path, count: int) -> bytes:
+    """The first bytes of a file; none where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return file.read(count)
+    except OSError:
+        return b""
+
+
+def ends_of(path: Path, count: int) -> bytes:
+    """The first and the last bytes of a file, so many of each at most; none where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(count)
+            file.seek(max(len(start), path.stat().st_size - count))
+            return start + file.read()
+    except OSError:
+        return b""
+
+
+def encoding_of(data: bytes) -> str:
+    """The encoding of text: UTF-8 where the bytes are that, else Windows-1252, else Latin-1, which all bytes are."""
+    for encoding in ("utf-8-sig", "cp1252"):
+        try:
+            data.decode(encoding)
+        except UnicodeDecodeError:
+            continue
+        return encoding
+    return "latin-1"
+
+
+def decoded(data: bytes) -> str:
+    """The text of some bytes. No two differing bytes become the same character, so that names stay apart."""
+    return data.decode(encoding_of(data))
 
 
 def fold(name: str) -> str:
-    """A name without what file systems do not tell apart: case, and how accents are encoded."""
+    """A name without the differences that file systems ignore: case, and how accents are encoded."""
     return unicodedata.normalize("NFC", name).casefold()

@@ -12,32 +12,21 @@ import math
 import posixpath
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
 from metr.boxes import xywh_to_xyxy
-from metr.data.formats.base import (
-    UNREADABLE,
-    RawImage,
-    Reader,
-    Reading,
-    corners,
-    locate,
-    note_unannotated,
-    plain_name,
-    whole_size,
-)
-from metr.data.formats.files import Files, folders_within, glance, there
+from metr.data.formats.base import BoxList, RawImage, Reader, Reading, plain_name, whole_size, without_repeats
+from metr.data.formats.file_per_image import note_unannotated
+from metr.data.formats.files import Files, folders_in, folders_within, there
 from metr.data.formats.json_lines import json_lines, numbers, read_label_map
-from metr.data.formats.text import encoding_of, note_encoding, read_text
+from metr.data.formats.locating import grouped, locate, split_of_folder
 from metr.data.splits import canonical_split
 from metr.errors import DataError
 
@@ -54,21 +43,11 @@ _CATEGORIES = (
 _IGNORED = ("iscrowd", "is_crowd", "crowd", "ignore", "ignored")
 _AREAS = ("area", "areas")
 _ROWS_A_BATCH = 1024
-# Rows that are looked at to recognise a file.
+# Rows that recognising a file looks at.
 _SAMPLED = 20
 
 Row = Mapping[str, Any]
 _DECODER = msgspec.json.Decoder(dict[str, Any])
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Objects:
-    """The objects of a row: lists of the same length, as the file gives their values; None where it gives none."""
-
-    boxes: list[Any]
-    categories: list[Any]
-    ignored: list[Any] | None = None
-    areas: list[Any] | None = None
 
 
 class ImageFolderReader(Reader):
@@ -93,26 +72,22 @@ class ImageFolderReader(Reader):
         fitting = {
             folder for folder, rows in samples.items() if any("objects" in row and _file_name(row) for row in rows)
         }
-        splits: dict[str, tuple[Path, ...]] = {}
-        for folder, sample in samples.items():
-            # Beside one that fits, a file without any row that can be read is a damaged one, which reading tells.
-            if folder in fitting or (fitting and not sample):
-                for part in _parts(folder, sample) or [folder]:
-                    name = _split_of(part, root.parent if alone else root)
-                    splits[name] = (*splits.get(name, ()), part)
+        # Beside one that fits, a file without any readable row is a damaged one; it is noted when it is read.
+        parts = (
+            part
+            for folder, sample in samples.items()
+            if folder in fitting or (fitting and not sample)
+            for part in _parts(folder, sample) or [folder]
+        )
+        splits = grouped((split_of_folder(part, root.parent if alone else root), part) for part in parts)
         return cls(root, splits) if splits else None
 
     def read(self, split: str, reading: Reading) -> Iterator[RawImage]:
         """The images of a split in the order of the files."""
-        annotated: set[str] = set()
+        seen: set[str] = set()
         for folder in self.splits[split]:
-            for raw in self._read_folder(folder, reading):
-                if raw.path in annotated:
-                    reading.issues.add("duplicate image", raw.where, f"{raw.path} again: left out")
-                else:
-                    annotated.add(raw.path)
-                    yield raw
-        note_unannotated(annotated, "not in the metadata: left out", reading)
+            yield from without_repeats(self._read_folder(folder, reading), seen, reading)
+        note_unannotated(seen, "not in the metadata: left out", reading)
 
     def _read_folder(self, folder: Path, reading: Reading) -> Iterator[RawImage]:
         home = folder if _metadata(folder) is not None or folder == self.root else folder.parent
@@ -122,17 +97,18 @@ class ImageFolderReader(Reader):
             return
         names = self._names(home, reading)
         prefix = "" if home == folder else f"{folder.name}/"
-        for place, row in _rows(metadata, self.within(metadata), reading):
+        for place, row in _rows(self.within(metadata), reading):
             name = _file_name(row)
             if name is None:
                 reading.issues.add("unreadable annotation", place, "no file_name")
             elif name.startswith(prefix):
                 path = locate(name, [self.within(home)], place, reading)
-                if path is not None:
-                    yield from _raw_image(row, path, place, names, reading)
+                raw = None if path is None else _raw_image(row, path, place, names, reading)
+                if raw is not None:
+                    yield raw
 
     def _names(self, folder: Path, reading: Reading) -> Mapping[str, str]:
-        """The names of numbered categories: from the folder of the metadata, or from one on the way to the root."""
+        """The names of numbered categories: from the folder of the metadata, else from one above it in the dataset."""
         names = _declared_names(self.within(folder), reading)
         if not names and folder != self.root:
             return self._names(folder.parent, reading)
@@ -141,42 +117,35 @@ class ImageFolderReader(Reader):
         return names
 
 
-def _raw_image(row: Row, path: str, place: str, names: Mapping[str, str], reading: Reading) -> Iterator[RawImage]:
-    objects = _objects(row.get("objects"))
-    if row.get("objects") in (None, ""):
+def _raw_image(row: Row, path: str, place: str, names: Mapping[str, str], reading: Reading) -> RawImage | None:
+    value = row.get("objects")
+    if value in (None, ""):
         reading.issues.add("unannotated image", place, f"{path} has no objects, not even an empty list: left out")
-        return
+        return None
+    objects = _objects(value)
     if objects is None:
-        detail = f"objects are not lists of the same length: {row['objects']!r}"[:120]
+        detail = f"objects are not lists of the same length: {value!r}"[:120]
         reading.issues.add("unreadable annotation", place, detail)
-        return
-    kept, boxes, labels = [], [], []
-    for index, (item, category) in enumerate(zip(objects.boxes, objects.categories, strict=True)):
-        box, name = numbers(item, 4), _name(category, names, place, reading)
-        if name is None:
-            detail = f"category {category!r}, bbox {item!r}"[:80]
-            reading.issues.add("unknown category", f"{place}, box {index + 1}", detail)
-            continue
-        kept.append(index)
-        boxes.append(box or UNREADABLE)
-        labels.append(reading.names.number(name))
-    ignored = None if objects.ignored is None else [bool(objects.ignored[index]) for index in kept]
-    areas = None if objects.areas is None else [_number(objects.areas[index]) for index in kept]
-    yield RawImage(
-        where=place,
-        image_id=path,
-        path=path,
-        size=whole_size(_number(row.get("height")), _number(row.get("width"))),
-        boxes=corners(np.array(boxes, dtype=np.float64).reshape(-1, 4), xywh_to_xyxy),
-        labels=np.array(labels, dtype=np.int64),
-        ignore=None if ignored is None else np.array(ignored, dtype=bool),
-        areas=None if areas is None else np.array(areas, dtype=np.float64),
-        marks=[f"box {index + 1}" for index in kept],
-    )
+        return None
+    boxes = BoxList(place, reading)
+    for index, (box, category, ignored, area) in enumerate(objects, start=1):
+        boxes.add(
+            _name(category, names, place, reading),
+            numbers(box, 4),
+            f"box {index}",
+            ignore=bool(ignored),
+            area=_number(area),
+            found=f"category {category!r}, bbox {box!r}",
+        )
+    size = whole_size(_number(row.get("height")), _number(row.get("width")))
+    return boxes.image(path, size=size, convert=xywh_to_xyxy)
 
 
-def _objects(value: Any) -> _Objects | None:
-    """The objects of a row, from lists side by side or from a list of objects; None if they are neither."""
+def _objects(value: Any) -> list[tuple[Any, Any, Any, Any]] | None:
+    """Box, category, ignored and area of each object of a row, as the file gives them, None where it gives none.
+
+    They come from lists side by side or from a list of objects; None if they are neither.
+    """
     if isinstance(value, str):
         value = _literal(value)
     if isinstance(value, list) and all(isinstance(item, dict) for item in value):
@@ -190,13 +159,13 @@ def _objects(value: Any) -> _Objects | None:
     )
     if boxes is None or categories is None:
         return None
-    if any(len(column) != len(boxes) for column in (categories, ignored, areas) if column is not None):
-        return None
-    return _Objects(boxes=boxes, categories=categories, ignored=ignored, areas=areas)
+    missing = [None] * len(boxes)
+    columns = (boxes, categories, missing if ignored is None else ignored, missing if areas is None else areas)
+    return list(zip(*columns, strict=True)) if {*map(len, columns)} == {len(boxes)} else None
 
 
 def _literal(text: str) -> Any:
-    """What a cell of a CSV file holds: JSON, or what Python prints of a dictionary."""
+    """The value in a cell of a CSV file: JSON, or a dictionary as Python prints it."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -222,13 +191,13 @@ def _name(category: Any, names: Mapping[str, str], place: str, reading: Reading)
 
 
 def _number(value: Any) -> float:
-    """A decoded value as a number; NaN if it is none."""
+    """A decoded value as a number; NaN if it is not one."""
     found = numbers([value], 1)
     return math.nan if found is None else found[0]
 
 
 def _file_name(row: Row) -> str | None:
-    """The image of a row: its `file_name`, or the column whose name ends so."""
+    """The image of a row: its `file_name`, or a column whose name ends with that."""
     keys = ["file_name", *(key for key in row if key.endswith("_file_name"))]
     return next((row[key] for key in keys if isinstance(row.get(key), str) and row[key]), None)
 
@@ -240,33 +209,28 @@ def _metadata(folder: Path) -> Path | None:
 def _sample(metadata: Path) -> list[Row]:
     """The first rows of a file, a cheap look."""
     try:
-        return [
-            row for _, row in islice(_rows(metadata, metadata.name, Reading(files=Files(metadata.parent))), _SAMPLED)
-        ]
+        rows = _rows(metadata.name, Reading(files=Files(metadata.parent)))
+        return [row for _, row in islice(rows, _SAMPLED)]
     except DataError:
         return []
 
 
 def _parts(folder: Path, sample: Sequence[Row]) -> list[Path]:
-    """The folders of splits below a folder if its metadata names their images, too."""
+    """The folders of splits below a folder if its metadata lists their images, too."""
     first = {(_file_name(row) or "").partition("/")[0] for row in sample}
-    below = [Path(entry.path) for entry in glance(folder) if canonical_split(entry.name) and entry.is_dir()]
+    below = [part for part in folders_in(folder) if canonical_split(part.name)]
     return below if first & {part.name for part in below} else []
 
 
-def _split_of(folder: Path, root: Path) -> str:
-    parts = folder.relative_to(root).parts
-    return next((part for part in reversed(parts) if canonical_split(part)), "all")
-
-
-def _rows(metadata: Path, where: str, reading: Reading) -> Iterator[tuple[str, Row]]:
+def _rows(where: str, reading: Reading) -> Iterator[tuple[str, Row]]:
     """The rows of a metadata file with their places.
 
     Raises:
         DataError: the file cannot be read.
     """
+    metadata = reading.files.root / where
     if metadata.suffix == ".jsonl":
-        yield from json_lines(metadata, _DECODER, where, reading)
+        yield from json_lines(where, _DECODER, reading)
         return
     reading.files.touch(where)
     try:
@@ -276,21 +240,17 @@ def _rows(metadata: Path, where: str, reading: Reading) -> Iterator[tuple[str, R
 
 
 def _csv_rows(metadata: Path, where: str, reading: Reading) -> Iterator[tuple[str, Row]]:
-    encoding = encoding_of(metadata.read_bytes())
-    note_encoding(encoding, where, reading)
-    with metadata.open(encoding=encoding, newline="") as file:
+    with metadata.open(encoding=reading.encoding(metadata.read_bytes(), where), newline="") as file:
         rows = csv.DictReader(file, restkey="rest")
         for row in rows:
             yield f"{where}:{rows.line_num}", row
 
 
 def _parquet_rows(metadata: Path, where: str) -> Iterator[tuple[str, Row]]:
-    number = 0
     with pq.ParquetFile(metadata) as file:
-        for batch in file.iter_batches(_ROWS_A_BATCH):
-            for row in batch.to_pylist():
-                number += 1
-                yield f"{where}:{number}", row
+        rows = (row for batch in file.iter_batches(_ROWS_A_BATCH) for row in batch.to_pylist())
+        for number, row in enumerate(rows, start=1):
+            yield f"{where}:{number}", row
 
 
 def _declared_names(folder: str, reading: Reading) -> Mapping[str, str]:
@@ -313,12 +273,21 @@ def _declared_names(folder: str, reading: Reading) -> Mapping[str, str]:
 def _read_names(where: str, reading: Reading) -> Mapping[str, str]:
     name = posixpath.basename(where)
     if name in _NAME_MAPS:
-        return read_label_map(reading.files.root / where, where, reading.files)
-    text = read_text(where, reading)
+        return read_label_map(where, reading.files)
+    text = reading.text(where)
     if name != _CARD:
         return {str(number): line for number, line in enumerate(filter(None, map(str.strip, text.splitlines())))}
-    header = re.match(r"---\s*\n(.*?)\n---", text, re.DOTALL)
-    return {} if header is None else _class_labels(yaml.safe_load(header[1]))
+    return _class_labels(card_header(text))
+
+
+def card_header(card: str) -> Any:
+    """What the YAML header of a dataset's card holds; None where it has none.
+
+    Raises:
+        YAMLError: the header is no YAML.
+    """
+    header = re.match(r"---\s*\n(.*?)\n---", card, re.DOTALL)
+    return None if header is None else yaml.safe_load(header[1])
 
 
 def _class_labels(card: Any) -> dict[str, str]:
@@ -327,7 +296,7 @@ def _class_labels(card: Any) -> dict[str, str]:
     while rest:
         value, inside = rest.pop(0)
         if (id(value), inside) in seen:
-            continue  # YAML can hold what holds itself
+            continue  # YAML can contain itself
         seen.add((id(value), inside))
         if isinstance(value, dict):
             inside = inside or value.get("name") == "objects"

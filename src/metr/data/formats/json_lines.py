@@ -1,61 +1,56 @@
-"""What the readers of JSON lines share: the objects line by line, and where their images may lie."""
+"""What the readers of JSON lines share: decoding line by line, the keys of the first lines, and label maps."""
 
 import json
-import posixpath
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
 
-from metr.data.formats.base import IMAGE_FOLDERS, Reading, image_folders
-from metr.data.formats.files import Files
-from metr.data.splits import canonical_split
+from metr.data.formats.base import Reading
+from metr.data.formats.files import BYTE_ORDER_MARK, Files, start_of
 from metr.errors import DataError
 
-# A file's first lines may be broken; those within its first bytes tell what it is.
+# Formats are told apart by a file's first lines, several because some may be broken.
 _SNIFFED, _SNIFF_BYTES = 20, 1 << 20
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 Item = TypeVar("Item")
 
 
-def json_lines(
-    file: Path, decoder: msgspec.json.Decoder[Item], where: str, reading: Reading
-) -> Iterator[tuple[str, Item]]:
+def json_lines(where: str, decoder: msgspec.json.Decoder[Item], reading: Reading) -> Iterator[tuple[str, Item]]:
     """The objects of a file with their places (`file:line`), one line in memory at a time.
 
-    Lines that cannot be understood are noted.
+    Lines that cannot be decoded are noted.
 
     Args:
-        file: The file.
+        where: The file, relative to the dataset's folder.
         decoder: Decodes a line.
-        where: The file relative to the dataset's folder.
-        reading: Where issues go.
+        reading: The dataset's files, and its issues.
 
     Raises:
         DataError: the file cannot be read.
     """
     reading.files.touch(where)
+    file = reading.files.root / where
     try:
         with file.open("rb") as lines:
             for number, line in enumerate(lines, start=1):
-                text = line.removeprefix(_BYTE_ORDER_MARK).strip()
-                item = _understood(text, decoder, f"{where}:{number}", reading) if text else None
+                text = line.removeprefix(BYTE_ORDER_MARK).strip()
+                item = _decoded_line(text, decoder, f"{where}:{number}", reading) if text else None
                 if item is not None:
                     yield f"{where}:{number}", item
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror}", where=file) from None
 
 
-def _understood(text: bytes, decoder: msgspec.json.Decoder[Item], place: str, reading: Reading) -> Item | None:
+def _decoded_line(text: bytes, decoder: msgspec.json.Decoder[Item], place: str, reading: Reading) -> Item | None:
     try:
         try:
             return decoder.decode(text)
         except msgspec.ValidationError:
             raise
         except msgspec.DecodeError:
-            # Python writes NaN and Infinity, which are no JSON.
+            # Python writes NaN and Infinity, which are not valid JSON.
             return msgspec.convert(json.loads(text), decoder.type, strict=False)
     except (ValueError, RecursionError, msgspec.MsgspecError) as error:
         start = text[:80].decode(errors="replace")
@@ -65,12 +60,8 @@ def _understood(text: bytes, decoder: msgspec.json.Decoder[Item], place: str, re
 
 def first_keys(file: Path) -> Iterator[frozenset[str]]:
     """The keys of those of a file's first lines that are JSON objects; a cheap look."""
-    try:
-        with file.open("rb") as lines:
-            head = lines.read(_SNIFF_BYTES)
-    except OSError:
-        return
-    whole = head.removeprefix(_BYTE_ORDER_MARK).splitlines()
+    head = start_of(file, _SNIFF_BYTES)
+    whole = head.removeprefix(BYTE_ORDER_MARK).splitlines()
     for line in whole[: -1 if len(head) == _SNIFF_BYTES else None][:_SNIFFED]:
         keys = _keys(line)
         if keys is not None:
@@ -98,27 +89,15 @@ def numbers(value: Any, count: int) -> list[float] | None:
         return None
 
 
-def read_label_map(file: Path, where: str, files: Files) -> dict[str, str]:
+def read_label_map(where: str, files: Files) -> dict[str, str]:
     """The names by label, from a JSON file {"0": "person", ...} or a list of names.
 
     Raises:
-        DataError: it is no such file.
+        DataError: the file cannot be read, or holds neither.
     """
     try:
-        values = msgspec.json.decode(files.read(where).removeprefix(_BYTE_ORDER_MARK), type=dict[str, str] | list[str])
+        values = msgspec.json.decode(files.read(where).removeprefix(BYTE_ORDER_MARK), type=dict[str, str] | list[str])
     except (msgspec.MsgspecError, RecursionError, ValueError) as error:
         hint = 'write {"0": "cat", "1": "dog"}'
-        raise DataError(f"not readable as a label map: {error}", where=file, hint=hint) from None
+        raise DataError(f"not readable as a label map: {error}", where=files.root / where, hint=hint) from None
     return values if isinstance(values, dict) else {str(label): name for label, name in enumerate(values)}
-
-
-def wide_image_folders(files: Files, split: str, beside: str) -> tuple[str, ...]:
-    """`image_folders`, and after them the dataset's other folders but for those of other splits.
-
-    The formats whose files do not say where their images lie leave it to the configuration of training.
-    """
-    own = canonical_split(split)
-    top = sorted(name for name in files.listing("") if "." not in name and canonical_split(name) in {None, own})
-    inner = [posixpath.join(name, below) for name in top for below in (*IMAGE_FOLDERS, "ImageFolder")]
-    places = dict.fromkeys([*image_folders(files, split, beside), *inner, *top])
-    return tuple(place for place in places if files.listing(place))

@@ -1,6 +1,6 @@
-"""Large JSON files in pieces: where the values of a file's object lie, and its arrays a few megabytes at a time.
+"""Large JSON files in pieces: finds the values of the object in a file, and reads its arrays a few megabytes at a time.
 
-Nothing is held but one piece: a file of many gigabytes takes as much memory as one of a few megabytes.
+Only one piece is in memory: a file of many gigabytes takes as much memory as one of a few megabytes.
 """
 
 import json
@@ -13,26 +13,26 @@ from typing import BinaryIO
 
 import msgspec
 
-# Keys and what is around them are shorter than this.
+from metr.data.formats.files import BYTE_ORDER_MARK
+
+# A key with the space around it is shorter than this.
 _KEY_BYTES = 1 << 16
-# How often a place to cut is guessed before it is searched for.
+# How many places to cut are tried before brackets are counted.
 _GUESSES = 3
 
-# The byte order mark that Windows writes before UTF-8.
-_MARK = b"\xef\xbb\xbf"
 _BLANK = b" \t\r\n"
 _KEY = re.compile(rb'[\s,]*("[^"\\]*+(?:\\.[^"\\]*+)*+")\s*:\s*(?=\S)', re.DOTALL)
 _SCALAR = re.compile(rb"[^\s,}\]]+")
 _CLOSING = re.compile(rb"\}\s*\]")
-# A string, the begin of one that goes on behind the text, or a bracket.
+# A string, the quote of one that does not end in the text, or a bracket.
 _TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|["{}\[\]]', re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Value:
-    """A value in a file: `spans` are its first and last byte (not included).
+    """A value in a file. `spans` are byte offsets (start, end), the end excluded.
 
-    An array's are those of pieces of whole elements, without its brackets.
+    An array has a span for each piece, which is made of whole elements, without the array's brackets.
     """
 
     path: Path
@@ -40,7 +40,7 @@ class Value:
     is_array: bool
 
     def pieces(self) -> Iterator[bytes]:
-        """An array as the texts of shorter arrays.
+        """The texts of the pieces of an array, each an array itself; none for other values.
 
         Raises:
             OSError: the file cannot be read.
@@ -64,11 +64,11 @@ class Value:
 def values_of(path: Path, piece_bytes: int) -> dict[str, Value]:
     """The values of the object that a JSON file holds, by their keys.
 
-    Where they are is found by cutting, and what is in them need not be right: reading their texts tells.
+    Only their places are found. Whether a value is valid JSON shows when its text is decoded.
 
     Args:
         path: The file.
-        piece_bytes: How long the pieces of an array are, about. A longer element is a piece of its own.
+        piece_bytes: The approximate length of the pieces of an array. A longer element is a piece of its own.
 
     Raises:
         OSError: the file cannot be read.
@@ -76,7 +76,7 @@ def values_of(path: Path, piece_bytes: int) -> dict[str, Value]:
     """
     found: dict[str, Value] = {}
     with path.open("rb") as file:
-        place = _expect(file, len(_MARK) if file.read(len(_MARK)) == _MARK else 0, b"{")
+        place = _expect(file, len(BYTE_ORDER_MARK) if file.read(len(BYTE_ORDER_MARK)) == BYTE_ORDER_MARK else 0, b"{")
         while True:
             window = _read(file, place, _KEY_BYTES)
             match = _KEY.match(window)
@@ -98,7 +98,7 @@ def _read(file: BinaryIO, place: int, size: int) -> bytes:
 
 
 def _expect(file: BinaryIO, place: int, byte: bytes) -> int:
-    """The place behind a byte that comes next."""
+    """The offset after the byte that must come next."""
     window = _read(file, place, _KEY_BYTES)
     text = window.lstrip(_BLANK)
     if not text.startswith(byte):
@@ -114,7 +114,7 @@ def _expect_end(file: BinaryIO, place: int) -> None:
 
 
 def _array(file: BinaryIO, place: int, piece_bytes: int) -> tuple[tuple[tuple[int, int], ...], int]:
-    """The pieces of the array whose first element is at `place`, and the place behind the array."""
+    """The pieces of the array whose first element is at `place`, and the offset after the array."""
     spans: list[tuple[int, int]] = []
     size = piece_bytes
     while True:
@@ -134,10 +134,10 @@ def _array(file: BinaryIO, place: int, piece_bytes: int) -> tuple[tuple[tuple[in
 
 
 def _whole_elements(text: bytes) -> int:
-    """Where the last whole element in a part of an array ends; 0 where none does.
+    """The offset after the last whole element in a part of an array; 0 where no element ends in it.
 
-    Places that look like it are tried first: what parses was cut in the right place. It may be the wrong one, inside of
-    an object or a string, or the numbers may be such as only Python writes (NaN). Then all brackets are counted.
+    Likely offsets are tried first: if the text before one is valid JSON, it is right. All may be wrong, inside of an
+    object or a string, or the text may hold numbers that only Python writes (NaN). Then the brackets are counted.
     """
     for end in _guesses(text):
         try:
@@ -149,7 +149,7 @@ def _whole_elements(text: bytes) -> int:
 
 
 def _guesses(text: bytes) -> Iterator[int]:
-    """Where the last objects begin that others come before, then where an array of objects ends."""
+    """The offsets of the commas before the last objects, then those of ends of an array of objects."""
     brace = len(text)
     for _ in range(_GUESSES):
         brace = text.rfind(b"{", 0, brace)
@@ -163,7 +163,7 @@ def _guesses(text: bytes) -> Iterator[int]:
 
 
 def _counted(text: bytes) -> int:
-    """Where the last whole element in a part of an array ends, by its brackets."""
+    """The offset after the last whole element in a part of an array, found by counting brackets."""
     depth = end = 0
     for token in _TOKEN.finditer(text):
         first = token[0][:1]
@@ -174,14 +174,14 @@ def _counted(text: bytes) -> int:
         elif first in b"}]":
             depth -= 1
             if depth < 0:
-                # The array's own end. Elements that are no objects or arrays end here.
+                # The end of the array itself; elements that are neither objects nor arrays end here.
                 return token.start()
             end = token.end() if depth == 0 else end
     return end
 
 
 def _value_end(file: BinaryIO, place: int, window_bytes: int) -> int:
-    """The place behind a value that is no array."""
+    """The offset after a value that is not an array."""
     first = _SCALAR.match(_read(file, place, _KEY_BYTES))
     if first is None:
         raise ValueError(f"expected a value (byte {place})")

@@ -1,29 +1,27 @@
 """ODVG (Grounding DINO, MM-Grounding-DINO): a JSON line an image, with detections or with grounded phrases.
 
-Detections have a label, which a label map beside the file names, and mostly the name itself, which is believed where
-the two differ. All names of the label map are annotated in all its images. Grounded regions are boxes whose category
-is their phrase. A caption names what somebody chose to mention and is silent about all else, so in images with
-captions "no box" never means "none there": nothing counts as annotated exhaustively. An image may come up again with
-each of its captions.
+A detection has a label, which a label map beside the file translates to a name, and mostly the name itself, which is
+taken where the two differ. All names of the label map are annotated in all images of the file. A grounded region is a
+box whose category is its phrase. A caption mentions some objects and not others, so in images with captions "no box"
+never means "none there": nothing counts as annotated exhaustively. An image may be listed with several captions.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import islice, takewhile
+from itertools import islice
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
-import numpy as np
 
-from metr.data.formats.base import UNREADABLE, RawImage, Reader, Reading, locate, plain_name, whole_size
-from metr.data.formats.files import folders_within, glance
-from metr.data.formats.json_lines import first_keys, json_lines, numbers, read_label_map, wide_image_folders
-from metr.data.splits import canonical_split
+from metr.data.formats.base import BoxList, RawImage, Reader, Reading, place, plain_name, whole_size
+from metr.data.formats.files import files_in, folders_within
+from metr.data.formats.json_lines import first_keys, json_lines, numbers, read_label_map
+from metr.data.formats.locating import dataset_root, image_folders, locate, split_of_file, splits_of_files
 
 _DEPTH = 1
 _SUFFIXES = (".json", ".jsonl")
-# Folders with one JSON file an image are told from these by their first files.
+# Folders with one JSON file an image are distinguished from these by their first files.
 _SNIFFED = 20
 
 Kind = Literal["detection", "grounding"]
@@ -59,19 +57,6 @@ class _Line(msgspec.Struct):
 _DECODER = msgspec.json.Decoder(_Line, strict=False)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Rules:
-    """How the lines of a file are meant.
-
-    `labels` are the numbers of the labels of its label map. `mixed` says that some names of the dataset are phrases,
-    which its detections know nothing about.
-    """
-
-    kind: Kind
-    labels: Mapping[str, int]
-    mixed: bool
-
-
 class OdvgReader(Reader):
     """ODVG lines. A split is made of files, each of detections or of grounded phrases."""
 
@@ -82,18 +67,14 @@ class OdvgReader(Reader):
     def recognise(cls, path: Path) -> Reader | None:
         """A reader of a folder with ODVG files, at most one folder deep, or of one such file."""
         if path.is_file():
-            root = path.parent.parent if path.parent.name == "annotations" else path.parent
-            return cls(root, {_split_of(path): (path,)}) if _kind(path) else None
-        splits: dict[str, tuple[Path, ...]] = {}
-        for folder in folders_within(path, _DEPTH):
-            for file in _odvg_files(folder):
-                splits[_split_of(file)] = (*splits.get(_split_of(file), ()), file)
-        named = {name: files for name, files in splits.items() if canonical_split(name)}
-        return cls(path, named or splits) if splits else None
+            return cls(dataset_root(path), {split_of_file(path): (path,)}) if _kind(path) else None
+        splits = splits_of_files(file for folder in folders_within(path, _DEPTH) for file in _odvg_files(folder))
+        return cls(path, splits) if splits else None
 
     def read(self, split: str, reading: Reading) -> Iterator[RawImage]:
         """The images of a split in the order of its files."""
-        kinds = {_kind(file) for files in self.splits.values() for file in files}
+        # Where some names of the dataset are phrases, its detections do not annotate those.
+        mixed = len({_kind(file) for files in self.splits.values() for file in files}) > 1
         seen: set[str] = set()
         for file in self.splits[split]:
             kind, where = _kind(file), self.within(file)
@@ -101,99 +82,76 @@ class OdvgReader(Reader):
                 reading.files.touch(where)
                 reading.issues.add("unreadable annotation", where, "none of its first lines is ODVG: left out")
                 continue
-            labels = self._number_labels(file, reading) if kind == "detection" else {}
-            rules = _Rules(kind=kind, labels=labels, mixed=len(kinds) > 1)
-            folders = wide_image_folders(reading.files, split, self.within(file.parent))
-            for place, line in json_lines(file, _DECODER, where, reading):
-                path = locate(line.filename, folders, place, reading)
-                if path is not None and _fits(line, rules, place, path in seen, reading):
-                    # an image comes up again with each of its captions
-                    image_id = f"{path} ({place})" if path in seen else path
-                    seen.add(path)
-                    yield _raw_image(line, path, image_id, place, rules, reading)
+            labels = self._label_map(file, reading) if kind == "detection" else {}
+            folders = image_folders(reading.files, split, self.within(file.parent), anywhere=True)
+            for line_place, line in json_lines(where, _DECODER, reading):
+                path = locate(line.filename, folders, line_place, reading)
+                if path is None or not _fits(line, kind, line_place, path in seen, reading):
+                    continue
+                boxes, annotated = BoxList(line_place, reading), None
+                if kind == "grounding":
+                    _add_regions(boxes, line.grounding)
+                    annotated = []
+                else:
+                    _add_instances(boxes, line.detection, labels)
+                    if mixed:
+                        annotated = sorted(set(map(reading.names.number, labels.values())) or boxes.labels)
+                # An image is listed again with each of its captions.
+                image_id = f"{path} ({line_place})" if path in seen else path
+                seen.add(path)
+                size = whole_size(line.height, line.width)
+                yield boxes.image(path, image_id=image_id, size=size, annotated=annotated)
 
-    def _number_labels(self, file: Path, reading: Reading) -> dict[str, int]:
-        """The numbers of the labels of the label map that belongs to a file; none where there is no label map."""
-        found = _label_map(file, self.root)
-        if found is None:
+    def _label_map(self, file: Path, reading: Reading) -> dict[str, str]:
+        """The names by label, of the label map of a file: the one near it whose name begins most like the file's."""
+        near = (
+            [found for found in files_in(folder, ".json") if "label_map" in found.name.lower()]
+            for folder in (file.parent, self.root)
+        )
+        maps = next(filter(None, near), None)
+        if maps is None:
             return {}
-        where = self.within(found)
-        labels = read_label_map(found, where, reading.files)
-        numbered = {label: reading.names.number(name) for label, name in labels.items() if plain_name(name)}
-        if len(set(numbered.values())) < len(numbered):
-            reading.notes.once("duplicate category", where, "a name has more than one label: joined")
-        return numbered
+        # The likeness of two names is the number of characters that they begin with alike.
+        best = max(maps, key=lambda found: (len(commonprefix([found.stem, file.stem])), -len(found.stem)))  # noqa: RUF071
+        declared = read_label_map(self.within(best), reading.files)
+        names = {label: plain_name(name) for label, name in declared.items() if plain_name(name)}
+        reading.number_declared(names.values(), self.within(best))
+        return names
 
 
-def _fits(line: _Line, rules: _Rules, place: str, again: bool, reading: Reading) -> bool:
+def _fits(line: _Line, kind: Kind, where: str, again: bool, reading: Reading) -> bool:
     """Whether a line is one that its file should have; else it is noted."""
-    if (line.detection if rules.kind == "detection" else line.grounding) is None:
-        detail = f"no {rules.kind!r}, which the first lines of this file have"
-        reading.issues.add("unreadable annotation", place, detail)
+    if (line.detection if kind == "detection" else line.grounding) is None:
+        reading.issues.add("unreadable annotation", where, f"no {kind!r}, which the first lines of this file have")
         return False
-    if again and rules.kind == "detection":
-        reading.issues.add("duplicate image", place, f"{line.filename} again: left out")
+    if again and kind == "detection":
+        reading.issues.add("duplicate image", where, f"{line.filename} again: left out")
         return False
     return True
 
 
-def _raw_image(line: _Line, path: str, image_id: str, place: str, rules: _Rules, reading: Reading) -> RawImage:
-    annotated: Sequence[int] | None = None
-    if rules.kind == "grounding":
-        found, annotated = _regions(line.grounding, place, reading), ()
-    else:
-        found = _detections(line.detection, rules.labels, place, reading)
-        if rules.mixed:
-            annotated = sorted(set(rules.labels.values()) or {number for number, _, _ in found})
-    return RawImage(
-        where=place,
-        image_id=image_id,
-        path=path,
-        size=whole_size(line.height, line.width),
-        boxes=np.array([box for _, box, _ in found], dtype=np.float64).reshape(-1, 4),
-        labels=np.array([number for number, _, _ in found], dtype=np.int64),
-        marks=[mark for _, _, mark in found],
-        annotated=annotated,
-    )
-
-
-def _detections(
-    detection: _Detection | None, labels: Mapping[str, int], place: str, reading: Reading
-) -> list[tuple[int, list[float], str]]:
-    """Number, corners and place of each box that can be understood."""
-    found = []
+def _add_instances(boxes: BoxList, detection: _Detection | None, labels: Mapping[str, str]) -> None:
     for index, item in enumerate([] if detection is None else detection.instances, start=1):
-        number = labels.get(str(item.label))
-        if item.category and plain_name(item.category):
-            named = reading.names.number(item.category)
-            if number is not None and named != number:
-                detail = f"label {item.label} is {item.category!r} here and another name in the label map"
-                reading.notes.once("conflicting name", place.rpartition(":")[0], detail)
-            number = named
-        box = numbers(item.bbox, 4)
-        if number is None:
-            detail = f"label {item.label!r}, bbox {item.bbox!r}"[:80]
-            reading.issues.add("unknown category", f"{place}, instance {index}", detail)
-        else:
-            found.append((number, box or list(UNREADABLE), f"instance {index}"))
-    return found
+        declared, name = labels.get(str(item.label)), plain_name(item.category or "")
+        if declared and name and name != declared:
+            detail = f"label {item.label} is {name!r} here and {declared!r} in the label map"
+            boxes.reading.notes.once("conflicting name", boxes.where.rpartition(":")[0], detail)
+        found = f"label {item.label!r}, bbox {item.bbox!r}"
+        boxes.add(name or declared, numbers(item.bbox, 4), f"instance {index}", found=found)
 
 
-def _regions(grounding: _Grounding | None, place: str, reading: Reading) -> list[tuple[int, list[float], str]]:
-    """Number, corners and place of each box of each region; a region is one box or a list of them."""
-    found = []
+def _add_regions(boxes: BoxList, grounding: _Grounding | None) -> None:
+    """Adds the boxes of regions; a region is one box or a list of them."""
     for index, region in enumerate([] if grounding is None else grounding.regions, start=1):
         several = isinstance(region.bbox, list) and len(region.bbox) > 0 and isinstance(region.bbox[0], list)
-        phrase = plain_name(" ".join(region.phrase) if isinstance(region.phrase, list) else region.phrase or "")
-        for item in region.bbox if several else [region.bbox]:
-            box = numbers(item, 4)
-            if box is None or not phrase:
-                kind = "unreadable box" if box is None else "unknown category"
-                detail = f"phrase {region.phrase!r}, bbox {item!r}"[:80]
-                reading.issues.add(kind, f"{place}, region {index}", detail)
+        phrase = " ".join(region.phrase) if isinstance(region.phrase, list) else region.phrase
+        items: Sequence[Any] = region.bbox if several else [region.bbox]
+        for item in items:
+            box, mark, found = numbers(item, 4), f"region {index}", f"phrase {region.phrase!r}, bbox {item!r}"
+            if box is None:  # a phrase without any box is no category
+                boxes.reading.issues.add("unreadable box", place(boxes.where, mark), found[:80])
             else:
-                found.append((reading.names.number(phrase), box, f"region {index}"))
-    return found
+                boxes.add(phrase, box, mark, found=found)
 
 
 def _kind(path: Path) -> Kind | None:
@@ -209,30 +167,8 @@ def _kind(path: Path) -> Kind | None:
 
 
 def _odvg_files(folder: Path) -> list[Path]:
-    files = [Path(entry.path) for entry in glance(folder) if entry.name.lower().endswith(_SUFFIXES)]
+    files = files_in(folder, *_SUFFIXES)
     if not any(map(_kind, islice(files, _SNIFFED))):
         return []
-    # Beside one that fits, lines of which none can be read are a damaged file, which reading tells.
+    # Beside a file that fits, one without a single JSON line is a damaged one; it is noted when it is read.
     return [file for file in files if _kind(file) or (file.suffix.lower() == ".jsonl" and not any(first_keys(file)))]
-
-
-def _split_of(file: Path) -> str:
-    """The name of the split of a file: in its own name, else in that of its folder."""
-    if canonical_split(file.stem) is None and canonical_split(file.parent.name):
-        return file.parent.name
-    return file.stem
-
-
-def _label_map(file: Path, root: Path) -> Path | None:
-    """The label map of a file: near it, and the one whose name is most like the file's where there are several."""
-    for folder in dict.fromkeys([file.parent, root]):
-        entries = [Path(entry.path) for entry in glance(folder) if "label_map" in entry.name.lower()]
-        maps = [entry for entry in entries if entry.suffix.lower() == ".json"]
-        if maps:
-            return max(maps, key=lambda entry: (_shared(entry.stem, file.stem), -len(entry.stem)))
-    return None
-
-
-def _shared(one: str, other: str) -> int:
-    """The number of characters that two names begin with alike."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))

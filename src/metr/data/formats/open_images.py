@@ -1,7 +1,7 @@
 """Open Images (V4 to V7): CSV files with boxes, with verified labels of whole images, and with the classes' names.
 
 Groups of objects in one box (`IsGroupOf`) are ignored objects; drawings and other depictions are objects, as are those
-seen from the inside, which is how the Open Images Challenge judges them.
+seen from the inside; the Open Images Challenge counts them in the same way.
 
 With `bbox_labels_600_hierarchy.json` a box of a class is a box of all classes above it as well: a man is a person.
 
@@ -22,20 +22,18 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
-from metr.data.formats.base import RawImage, Reader, Reading, image_folders, locate, plain_name
-from metr.data.formats.files import folders_within, glance
+from metr.data.formats.base import BoxTable, RawImage, Reader, Reading, plain_name
+from metr.data.formats.files import decoded, files_in, folders_within, start_of
+from metr.data.formats.locating import dataset_root, grouped, image_folders, locate
 from metr.data.formats.open_images_tables import (
     BOX_COLUMNS,
     LABEL_COLUMNS,
-    BoxTable,
-    Hierarchy,
+    Classes,
     LabelTable,
-    RowsByImage,
     header,
     read_boxes,
     read_labels,
 )
-from metr.data.formats.text import decoded, read_text
 from metr.data.splits import canonical_split
 from metr.errors import DataError
 
@@ -79,91 +77,69 @@ class OpenImagesReader(Reader):
         """A reader of a folder with such files, at most two folders deep, or of one file with boxes.
 
         Raises:
-            DataError: there are boxes of Open Images, but nothing says what its classes are called.
+            DataError: there are boxes of Open Images, but no names of its classes.
         """
         if path.is_file():
             if path.suffix.lower() != ".csv" or not _has_boxes(path):
                 return None
-            root = path.parent.parent if path.parent.name in _ANNOTATION_FOLDERS else path.parent
+            root = dataset_root(path, _ANNOTATION_FOLDERS)
             return cls(root, {_split_of(path, root): (path,)}, files=_files_beside(root, _tables(root)))
         found = _tables(path)
-        splits: dict[str, tuple[Path, ...]] = {}
-        for file in filter(_has_boxes, found):
-            name = _split_of(file, path)
-            splits[name] = (*splits.get(name, ()), file)
+        splits = grouped((_split_of(file, path), file) for file in filter(_has_boxes, found))
         return cls(path, splits, files=_files_beside(path, found)) if splits else None
 
     def read(self, split: str, reading: Reading) -> Iterator[RawImage]:
         """The images of a split in the order in which they first come up, first those that have boxes."""
         for folder in self.files.folders:
             reading.files.touch(self.within(folder))
-        names = self._names(reading)
+        classes = self._classes(reading)
         files, verified = self.splits[split], self.files.labels.get(_split_key(split))
         folders = image_folders(reading.files, split, self.within(files[0].parent))
         images: dict[str, int] = {}
-        boxes = read_boxes(files, images, names.numbers, reading)
+        boxes = read_boxes(files, images, classes.numbers, reading)
         with_boxes = len(images)
         labels = None
         if verified is None:
             detail = "no verified labels of whole images: only the categories with boxes count as annotated"
             reading.notes.once("no verified labels", self.within(files[0]), detail)
         else:
-            labels = read_labels(verified, _number_if_there(images, folders, reading), names.numbers, reading)
-        context = _Knowledge(names, boxes, labels, count=len(images))
+            labels = read_labels(verified, _number_if_there(images, folders, reading), classes.numbers, reading)
+        tables, where = _Tables(classes, boxes, labels), self.within(files[0])
         for image, number in images.items():
-            path = _locate(image, folders, self.within(files[0]), reading)
+            path = _beside(image, folders, reading) or locate(image, folders, where, reading)
             if path is not None:
-                raw = context.image(image, number, path, self.within(files[0]))
+                raw = tables.image(image, number, path, where)
                 if number < with_boxes or raw.annotated:
                     yield raw
 
-    def _names(self, reading: Reading) -> "_Names":
+    def _classes(self, reading: Reading) -> Classes:
         """The classes, numbered in the order of the file, and their hierarchy.
 
         Raises:
             DataError: one of the two files cannot be read.
         """
         where = self.within(self.files.classes)
-        numbers: dict[str, int] = {}
-        seen: set[int] = set()
-        for line in _lines(read_text(where, reading)):
-            if len(line) >= 2 and line[0].startswith(_CLASS_PREFIXES):
-                name = plain_name(line[1]) or line[0]
-                number = reading.names.number(name)
-                if number in seen:
-                    reading.notes.once("duplicate category", where, f"{name!r} is declared more than once: joined")
-                seen.add(number)
-                numbers[line[0]] = number
+        lines = [line for line in _lines(reading.text(where)) if len(line) >= 2 and line[0].startswith(_CLASS_PREFIXES)]
+        counted = reading.number_declared((plain_name(line[1]) or line[0] for line in lines), where)
+        numbers = {line[0]: number for line, number in zip(lines, counted, strict=True)}
         if self.files.hierarchy is not None:
             reading.files.touch(self.within(self.files.hierarchy))
-        hierarchy = Hierarchy.read(self.files.hierarchy, numbers, len(reading.names))
-        return _Names(names=tuple(reading.names), numbers=numbers, hierarchy=hierarchy)
+        return Classes.read(list(reading.names), numbers, self.files.hierarchy)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Names:
-    """The names of the classes by number, their numbers by identifier, and their hierarchy."""
+class _Tables:
+    """The boxes and annotated categories of each image, from the tables and the hierarchy."""
 
-    names: tuple[str, ...]
-    numbers: Mapping[str, int]
-    hierarchy: Hierarchy
-
-
-class _Knowledge:
-    """What the tables say of each image, with what follows from the hierarchy."""
-
-    def __init__(self, names: _Names, boxes: BoxTable, labels: LabelTable | None, *, count: int) -> None:
-        self.names, self.boxes, self.labels = names, boxes, labels
-        self._box_rows = RowsByImage(boxes.image, count)
-        self._label_rows = None if labels is None else RowsByImage(labels.image, count)
+    def __init__(self, classes: Classes, boxes: BoxTable, labels: LabelTable | None) -> None:
+        self.classes, self.boxes, self.labels = classes, boxes, labels
 
     def image(self, image: str, number: int, path: str, where: str) -> RawImage:
         """One image with its boxes under their own classes and under those above."""
-        mine = self._box_rows[number]
+        mine = self.boxes.by_image[number]
         rows, labels = self._expanded(mine)
-        own = self.boxes.label[mine]
+        own = self.boxes.labels[mine]
         marks = [
-            f"box {row + 1}" if own[row] == label else f"box {row + 1} as {self.names.names[label]}"
+            f"box {row + 1}" if own[row] == label else f"box {row + 1} as {self.classes.names[label]}"
             for row, label in zip(rows, labels, strict=True)
         ]
         return RawImage(
@@ -171,72 +147,65 @@ class _Knowledge:
             image_id=image,
             path=path,
             size=None,
-            boxes=self.boxes.corners[mine[rows]].astype(np.float64),
+            boxes=self.boxes.boxes[mine[rows]].astype(np.float64),
             labels=np.array(labels, dtype=np.int64),
             relative=True,
-            ignore=self.boxes.group[mine[rows]],
+            ignore=self.boxes.ignore[mine[rows]],
             marks=marks,
             annotated=self._annotated(number, set(labels)),
         )
 
     def _expanded(self, mine: Int[np.ndarray, "m"]) -> tuple[list[int], list[int]]:
-        """Which of an image's boxes are which class; a file that holds expanded boxes already doubles none."""
+        """The rows of boxes and their classes, those above included; equal boxes of a class count once."""
         found: dict[tuple[float, ...], int] = {}
-        rows = zip(self.boxes.label[mine].tolist(), self.boxes.corners[mine].tolist(), strict=True)
+        rows = zip(self.boxes.labels[mine].tolist(), self.boxes.boxes[mine].tolist(), strict=True)
         for row, (own, box) in enumerate(rows):
-            for label in self.names.hierarchy.above[own]:
+            for label in self.classes.above[own]:
                 found.setdefault((label, *box), row)
         return list(found.values()), [int(key[0]) for key in found]
 
     def _annotated(self, number: int, boxed: set[int]) -> list[int]:
-        """The classes of which "no box" means "none there"."""
-        if self.labels is None or self._label_rows is None:
+        """The classes that are annotated exhaustively: "no box" means "none there"."""
+        if self.labels is None:
             return sorted(boxed)
-        above, below = self.names.hierarchy.above, self.names.hierarchy.below
-        rows = self._label_rows[number]
-        verified = list(zip(self.labels.label[rows].tolist(), self.labels.present[rows].tolist(), strict=True))
+        above, below = self.classes.above, self.classes.below
+        rows = self.labels.by_image[number]
+        verified = list(zip(self.labels.labels[rows].tolist(), self.labels.present[rows].tolist(), strict=True))
         absent = {lower for label, present in verified if not present for lower in below[label]}
         partly = {upper for label, present in verified if present and label not in boxed for upper in above[label]}
         return sorted((boxed | absent) - partly)
 
 
 def _number_if_there(images: dict[str, int], folders: Sequence[str], reading: Reading) -> Callable[[str], int]:
-    """Numbers the images of verified labels: those without a box only where they are there.
+    """Numbers the images of verified labels; -1 for those without a box whose file is missing.
 
-    The files list millions of images that nobody downloads for their boxes.
+    The files list millions of images that people who want boxes do not download.
     """
 
     def number(image: str) -> int:
-        found = images.get(image)
-        if found is None:
-            found = images.setdefault(image, len(images)) if _beside(image, folders, reading) else -1
-        return found
+        if image not in images and _beside(image, folders, reading) is None:
+            return -1
+        return images.setdefault(image, len(images))
 
     return number
 
 
 def _beside(image: str, folders: Sequence[str], reading: Reading) -> str | None:
-    """The image where it is called and lies as it should."""
+    """The image with the usual suffix, in one of the folders."""
     name = f"{image}.jpg"
     return next((posixpath.join(folder, name) for folder in folders if name in reading.files.listing(folder)), None)
 
 
-def _locate(image: str, folders: Sequence[str], where: str, reading: Reading) -> str | None:
-    """The image of this identifier, with any suffix; an issue if it is missing."""
-    return _beside(image, folders, reading) or locate(image, folders, where, reading)
-
-
 def _tables(root: Path) -> list[Path]:
     """The CSV and JSON files of a folder, at most two folders deep."""
-    entries = (Path(entry.path) for folder in folders_within(root, _DEPTH) for entry in glance(folder))
-    return [entry for entry in entries if entry.suffix.lower() in {".csv", ".json"}]
+    return [file for folder in folders_within(root, _DEPTH) for file in files_in(folder, ".csv", ".json")]
 
 
 def _files_beside(root: Path, found: Sequence[Path]) -> OpenImagesFiles:
     """The files that belong to the boxes. Those of the 600 classes with boxes are preferred to those of 20,000.
 
     Raises:
-        DataError: nothing says what the classes are called.
+        DataError: no file names the classes.
     """
 
     def preferred(file: Path) -> tuple[bool, str]:
@@ -265,7 +234,7 @@ def _split_of(file: Path, root: Path) -> str:
 
 
 def _split_key(split: str) -> str:
-    """What files of one split have in common."""
+    """What the names of files of one split have in common."""
     return canonical_split(split) or ""
 
 
@@ -283,31 +252,23 @@ def _has_labels(file: Path) -> bool:
 
 
 def _has_classes(file: Path) -> bool:
-    """Whether a file holds identifiers with names, below a line that says so or at once."""
+    """Whether a file holds identifiers with names, with or without a header."""
     pairs = [line[:2] for line in _first_lines(file)[:2] if len(line) >= 2]
     return any(key.startswith(_CLASS_PREFIXES) and not name.startswith(_CLASS_PREFIXES) for key, name in pairs)
 
 
 def _is_hierarchy(file: Path) -> bool:
-    start = _start(file)
+    start = start_of(file, _SNIFF_BYTES)
     return file.suffix.lower() == ".json" and b'"LabelName"' in start and b'"Subcategory"' in start
 
 
 def _first_lines(file: Path) -> list[list[str]]:
-    """The first lines of a CSV file that hold anything."""
-    return [] if file.suffix.lower() != ".csv" else _lines(decoded(_start(file)))
-
-
-def _start(file: Path) -> bytes:
-    try:
-        with file.open("rb") as stream:
-            return stream.read(_SNIFF_BYTES)
-    except OSError:
-        return b""
+    """The first lines of a CSV file that are not blank."""
+    return [] if file.suffix.lower() != ".csv" else _lines(decoded(start_of(file, _SNIFF_BYTES)))
 
 
 def _lines(text: str) -> list[list[str]]:
-    """The lines of a small CSV file that hold anything; where its quotes are wrong, those before."""
+    """The lines of a small CSV file that are not blank; where its quotes are wrong, those before."""
     lines: list[list[str]] = []
     with contextlib.suppress(csv.Error):
         rows = csv.reader(io.StringIO(text, newline=""))

@@ -6,6 +6,7 @@ Rows of one image mostly stand together, but nothing here depends on it. A file 
 import csv
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import msgspec
@@ -14,8 +15,8 @@ import pyarrow as pa
 from jaxtyping import Bool, Float, Int
 from pyarrow import csv as arrow_csv
 
-from metr.data.formats.base import Reading
-from metr.data.formats.text import decoded
+from metr.data.formats.base import BoxTable, Reading, RowsByImage
+from metr.data.formats.files import decoded, start_of
 from metr.errors import DataError
 
 BOX_COLUMNS = ("ImageID", "LabelName", "XMin", "YMin", "XMax", "YMax")
@@ -26,60 +27,48 @@ _BLOCK_BYTES = 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True)
-class BoxTable:
-    """Boxes column by column: numbers of image and class, corners xyxy as shares of the image, group-of flags."""
-
-    image: Int[np.ndarray, "n"]
-    label: Int[np.ndarray, "n"]
-    corners: Float[np.ndarray, "n 4"]
-    group: Bool[np.ndarray, "n"]
-
-
-@dataclass(frozen=True, kw_only=True)
 class LabelTable:
-    """What people verified of whole images: that a class is there (`present`) or is not."""
+    """The labels of whole images that people verified: whether a class is `present`."""
 
     image: Int[np.ndarray, "n"]
-    label: Int[np.ndarray, "n"]
+    labels: Int[np.ndarray, "n"]
     present: Bool[np.ndarray, "n"]
 
-
-class RowsByImage:
-    """Where the rows of each image stand in a table, whatever their order."""
-
-    def __init__(self, image: Int[np.ndarray, "n"], count: int) -> None:
-        self._order = np.argsort(image, kind="stable")
-        self._starts = np.searchsorted(image, np.arange(count + 1), sorter=self._order)
-
-    def __getitem__(self, number: int) -> Int[np.ndarray, "m"]:
-        """The rows of image `number`, in their order in the file."""
-        return self._order[self._starts[number] : self._starts[number + 1]]
+    @cached_property
+    def by_image(self) -> RowsByImage:
+        """Finds the rows of an image."""
+        return RowsByImage(self.image)
 
 
 class _Node(msgspec.Struct, rename="pascal"):
-    """A class of the hierarchy. Parts (a wheel of a car) are no kinds of it and are not read."""
+    """A class of the hierarchy. Parts (a wheel of a car) are not subclasses and are not read."""
 
     label_name: str
     subcategory: list["_Node"] = []
 
 
 @dataclass(frozen=True, kw_only=True)
-class Hierarchy:
-    """The kinds of things: for each class number, the class itself and all above it, and the class and all below it."""
+class Classes:
+    """The classes: their names by number, and their numbers by identifier.
 
+    `above` is, for each number, the class and all its superclasses; `below` the class and all its subclasses.
+    """
+
+    names: tuple[str, ...]
+    numbers: Mapping[str, int]
     above: tuple[tuple[int, ...], ...]
     below: tuple[tuple[int, ...], ...]
 
     @classmethod
-    def read(cls, file: Path | None, numbers: Mapping[str, int], count: int) -> "Hierarchy":
-        """The hierarchy in a JSON file; without one, each of `count` classes stands alone.
+    def read(cls, names: Sequence[str], numbers: Mapping[str, int], hierarchy: Path | None) -> "Classes":
+        """The classes with the hierarchy in a JSON file; without one, each class stands alone.
 
         Raises:
-            DataError: the file is no such JSON.
+            DataError: the file is not a hierarchy.
         """
-        above: list[set[int]] = [set() for _ in range(count)]
-        below: list[set[int]] = [set() for _ in range(count)]
-        waiting: list[tuple[_Node, tuple[int, ...]]] = [] if file is None else [(_tree(file), ())]
+        above: list[set[int]] = [set() for _ in names]
+        below: list[set[int]] = [set() for _ in names]
+        waiting: list[tuple[_Node, tuple[int, ...]]] = [] if hierarchy is None else [(_tree(hierarchy), ())]
         while waiting:
             node, heads = waiting.pop()
             number = numbers.get(node.label_name)
@@ -92,26 +81,25 @@ class Hierarchy:
         above_each, below_each = (
             tuple((number, *sorted(others - {number})) for number, others in enumerate(sets)) for sets in (above, below)
         )
-        return cls(above=above_each, below=below_each)
+        return cls(names=tuple(names), numbers=numbers, above=above_each, below=below_each)
 
 
 def header(path: Path) -> tuple[str, ...]:
     """The cells of the first line of a CSV file; none where it is no such file or cannot be read."""
     if path.suffix.lower() != ".csv":
         return ()
+    lines = start_of(path, _HEADER_BYTES).decode("utf-8-sig", errors="replace").splitlines()
     try:
-        with path.open("rb") as file:
-            lines = file.read(_HEADER_BYTES).decode("utf-8-sig", errors="replace").splitlines()
         return tuple(cell.strip() for cell in next(csv.reader(lines[:1]), []))
-    except (OSError, csv.Error):
+    except csv.Error:
         return ()
 
 
 def read_boxes(files: Sequence[Path], images: dict[str, int], numbers: Mapping[str, int], reading: Reading) -> BoxTable:
-    """The boxes in files. New images are added to `images`; rows that cannot be understood are noted.
+    """The boxes in files. New images are added to `images`; rows that cannot be read are noted.
 
     Raises:
-        DataError: a file is no such CSV.
+        DataError: a file is not CSV with these columns.
     """
     pieces = [(np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros((0, 4), np.float32), np.zeros(0, np.bool_))]
     for file in files:
@@ -128,7 +116,7 @@ def read_boxes(files: Sequence[Path], images: dict[str, int], numbers: Mapping[s
                 group = _codes(batch["IsGroupOf"], lambda flag: int(flag == "1")) == 1
             pieces.append((image[good], label[good], corners[good].astype(np.float32), group[good]))
     image, label, corners, group = map(np.concatenate, zip(*pieces, strict=True))
-    return BoxTable(image=image, label=label, corners=corners, group=group)
+    return BoxTable(image=image, labels=label, boxes=corners, ignore=group)
 
 
 def read_labels(
@@ -137,7 +125,7 @@ def read_labels(
     """The verified labels in a file; those of images without a number (-1) and of other classes are left out.
 
     Raises:
-        DataError: the file is no such CSV.
+        DataError: the file is not CSV with these columns.
     """
     where = file.relative_to(reading.files.root).as_posix()
     pieces = [(np.zeros(0, np.int32), np.zeros(0, np.int32), np.zeros(0, np.bool_))]
@@ -147,7 +135,7 @@ def read_labels(
         for row in np.flatnonzero(np.isnan(confidence)):
             cells = ",".join(_text(batch[name][row].as_py()) for name in LABEL_COLUMNS)
             reading.issues.add("unreadable label", where, cells[:80])
-        # Between 0 and 1 is what a machine thinks.
+        # Values between 0 and 1 are those of machines.
         keep = (label >= 0) & ((confidence == 0) | (confidence == 1))
         if "Source" in batch:
             keep &= _codes(batch["Source"], lambda source: int(source == "machine")) == 0
@@ -155,7 +143,7 @@ def read_labels(
         known = image >= 0
         pieces.append((image[known], label[keep][known], confidence[keep][known] == 1))
     image, label, present = map(np.concatenate, zip(*pieces, strict=True))
-    return LabelTable(image=image, label=label, present=present)
+    return LabelTable(image=image, labels=label, present=present)
 
 
 def _batches(path: Path, needed: Sequence[str], optional: str, reading: Reading) -> Iterator[dict[str, pa.Array]]:
@@ -178,8 +166,8 @@ def _batches(path: Path, needed: Sequence[str], optional: str, reading: Reading)
                 return  # a header alone
         with arrow_csv.open_csv(
             path,
-            # Threads would take the numbers of the lines away. Bytes that are no UTF-8 would raise where it cannot be
-            # caught, so the file is read as Latin-1, which every byte is; `_text` undoes it.
+            # With threads, line numbers are unknown. Bytes that are not UTF-8 would raise an error that cannot be
+            # caught, so the file is read as Latin-1, which all bytes are; `_text` undoes it.
             arrow_csv.ReadOptions(
                 encoding="latin-1",
                 column_names=[str(place) for place in range(len(cells))],
@@ -187,7 +175,7 @@ def _batches(path: Path, needed: Sequence[str], optional: str, reading: Reading)
                 block_size=_BLOCK_BYTES,
                 use_threads=False,
             ),
-            # Nothing here needs quotes, and a stray one would swallow lines.
+            # No cell needs quotes, and a stray quote would swallow lines.
             arrow_csv.ParseOptions(quote_char=False, invalid_row_handler=skip),
             arrow_csv.ConvertOptions(
                 column_types=dict.fromkeys(places.values(), pa.binary()), include_columns=list(places.values())
@@ -200,14 +188,14 @@ def _batches(path: Path, needed: Sequence[str], optional: str, reading: Reading)
 
 
 def _codes(column: pa.Array, number: Callable[[str], int]) -> Int[np.ndarray, "n"]:
-    """The number of each cell; each different cell is asked for once."""
+    """The number of each cell; `number` is called once for each different cell."""
     encoded = column.dictionary_encode()
     table: Int[np.ndarray, "u"] = np.array([number(_text(cell)) for cell in encoded.dictionary.to_pylist()], np.int32)
     return np.asarray(table[encoded.indices.to_numpy(zero_copy_only=False)])
 
 
 def _floats(column: pa.Array) -> Float[np.ndarray, "n"]:
-    """The cells as numbers; NaN where a cell is none."""
+    """The cells as numbers; NaN where a cell is not one."""
     try:
         return np.asarray(column.cast(pa.utf8()).cast(pa.float64()).to_numpy(zero_copy_only=False))
     except pa.ArrowInvalid:

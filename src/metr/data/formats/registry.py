@@ -6,13 +6,12 @@ from pathlib import Path
 
 from metr.data.formats.base import Reader
 from metr.data.formats.coco import CocoReader
+from metr.data.formats.coco_variants import LvisReader, Objects365Reader
 from metr.data.formats.crowdhuman import CrowdHumanReader
 from metr.data.formats.csv_boxes import CsvReader
 from metr.data.formats.files import expanded, glance, is_image, there
 from metr.data.formats.imagefolder import ImageFolderReader
 from metr.data.formats.labelme import LabelmeReader
-from metr.data.formats.lvis import LvisReader
-from metr.data.formats.objects365 import Objects365Reader
 from metr.data.formats.odvg import OdvgReader
 from metr.data.formats.open_images import OpenImagesReader
 from metr.data.formats.voc import VocReader
@@ -21,8 +20,8 @@ from metr.errors import DataError, did_you_mean
 
 logger = logging.getLogger(__name__)
 
-# A folder that fits several formats is read as the first of these: what declares its categories comes before what only
-# shows them, what tells more of each image before what tells less, and a kind of COCO JSON before COCO.
+# A folder that fits several formats is read as the first of these: formats that declare their categories come before
+# those that only use them, those that say more of each image before those that say less, variants of COCO before COCO.
 READERS: tuple[type[Reader], ...] = (
     LvisReader,
     Objects365Reader,

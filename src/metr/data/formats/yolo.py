@@ -8,17 +8,16 @@ import logging
 import posixpath
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
 import yaml
-from jaxtyping import Float
 
-from metr.boxes import cxcywh_to_xyxy
-from metr.data.formats.base import RawImage, Reader, Reading, corners, locate, plain_name
-from metr.data.formats.files import folders_within, glance, is_image, there
-from metr.data.formats.text import decoded, read_text
+from metr.data.formats.base import BoxList, RawImage, Reader, Reading, plain_name
+from metr.data.formats.files import decoded, files_in, folders_within, glance, is_image, there
+from metr.data.formats.locating import locate
 from metr.data.splits import canonical_split
 from metr.errors import DataError
 
@@ -67,18 +66,10 @@ class YoloReader(Reader):
         if path.is_file():
             suffix = path.suffix.lower()
             return cls._from_yaml(path) if suffix in {".yaml", ".yml"} else cls._from_darknet(path)
-        entries = [Path(entry.path) for entry in glance(path) if entry.is_file()]
-        descriptions = [entry for entry in entries if entry.suffix.lower() in {".yaml", ".yml"}]
-        for description in sorted(descriptions, key=lambda entry: (entry.stem != "data", entry.name)):
-            reader = cls._from_yaml(description)
-            if reader is not None:
-                return reader
-        for folder in (path, path / "data", path / "cfg"):
-            for entry in glance(folder):
-                reader = cls._from_darknet(Path(entry.path), root=path)
-                if reader is not None:
-                    return reader
-        return cls._from_names(path)
+        descriptions = sorted(files_in(path, ".yaml", ".yml"), key=lambda file: (file.stem != "data", file.name))
+        darknet = (file for folder in (path, path / "data", path / "cfg") for file in files_in(folder, ".data"))
+        readers = chain(map(cls._from_yaml, descriptions), (cls._from_darknet(file, path) for file in darknet))
+        return next(filter(None, readers), None) or cls._from_names(path)
 
     @classmethod
     def _from_yaml(cls, description: Path) -> Reader | None:
@@ -89,14 +80,12 @@ class YoloReader(Reader):
         splits: dict[str, tuple[Path, ...]] = {}
         for key in _SPLIT_KEYS:
             entries = values.get(key) or []
-            entries = [str(entry) for entry in (entries if isinstance(entries, list) else [entries])]
-            found = [_inside(entry, [base, root]) for entry in entries]
-            for entry, place in zip(entries, found, strict=True):
+            for entry in map(str, entries if isinstance(entries, list) else [entries]):
+                place = _inside(entry, [base, root])
                 if place is None:
                     logger.warning("%s: the %s split %r is not in this folder: left out", description, key, entry)
-            places = tuple(place for place in found if place is not None)
-            if places:
-                splits[key] = places
+                else:
+                    splits[key] = (*splits.get(key, ()), place)
         named = {canonical_split(key) for key in splits}
         for key, places in _conventional_splits(root).items():
             if canonical_split(key) not in named and (canonical_split(key) or not splits):
@@ -109,7 +98,7 @@ class YoloReader(Reader):
 
     @classmethod
     def _from_darknet(cls, description: Path, root: Path | None = None) -> Reader | None:
-        if description.suffix != ".data":
+        if description.suffix.lower() != ".data":
             return None
         pairs = (line.partition("=") for line in _lines(description))
         values = {key.strip(): value.strip() for key, equals, value in pairs if equals}
@@ -128,7 +117,7 @@ class YoloReader(Reader):
 
     @classmethod
     def _from_names(cls, root: Path) -> Reader | None:
-        """A folder that has its names and its text files, but no description."""
+        """Reads a folder that has a file of names and text files, but no description."""
         splits = _conventional_splits(root)
         places = [place for places in splits.values() for place in places]
         files = (folder / name for folder in [root, root / "labels", *places] for name in _NAME_FILES)
@@ -139,41 +128,28 @@ class YoloReader(Reader):
 
     def read(self, split: str, reading: Reading) -> Iterator[RawImage]:
         """The images of a split: those of its folders sorted by name, those of its lists in their order."""
-        read_text(self.within(self.description), reading)  # notes an encoding that was guessed
-        numbers = self._number_categories(reading)
+        where = self.within(self.description)
+        reading.text(where)  # notes an encoding that was guessed
+        names = {index: plain_name(name) or f"category {index}" for index, name in self.names.items()}
+        reading.number_declared(names.values(), where)
         for image in self._different_images(split, reading):
-            yield self._read_labels(image, numbers, reading)
+            yield self._read_labels(image, names, reading)
 
     def _different_images(self, split: str, reading: Reading) -> Iterator[str]:
-        """The images of a split, each once, but for those that would share the text file of another."""
-        seen: dict[str, str] = {}  # by their paths without suffixes, as text files are called
-        twins: set[str] = set()
-        for source in self.splits[split]:
-            for image in self._images(source, reading):
-                stem = posixpath.splitext(image)[0]
-                first = seen.get(stem)
-                if image == first or image in twins:
-                    continue
-                if first is None:
-                    seen[stem] = image
-                else:
-                    twins.add(image)
-                where = None if first is None else _label_file(image, reading)
-                if where is None:
-                    yield image
-                else:
-                    detail = f"{where} is that of {first}, too, and this one is left out: rename one of them"
-                    reading.issues.add("shared annotation", image, detail)
-
-    def _number_categories(self, reading: Reading) -> dict[int, int]:
-        numbers: dict[int, int] = {}
-        for index, name in self.names.items():
-            number = reading.names.number(plain_name(name) or f"category {index}")
-            if number in numbers.values():
-                where = self.within(self.description)
-                reading.notes.once("duplicate category", where, f"{name!r} is declared more than once: joined")
-            numbers[index] = number
-        return numbers
+        """The images of a split, each once, without those that would share the text file of another."""
+        owners: dict[str, str] = {}  # by their paths without suffixes, as text files are called
+        known: set[str] = set()
+        for image in (image for source in self.splits[split] for image in self._images(source, reading)):
+            if image in known:
+                continue
+            known.add(image)
+            owner = owners.setdefault(posixpath.splitext(image)[0], image)
+            where = None if owner == image else _label_file(image, reading)
+            if where is None:
+                yield image
+            else:
+                detail = f"{where} is that of {owner}, too, and this one is left out: rename one of them"
+                reading.issues.add("shared annotation", image, detail)
 
     def _images(self, source: Path, reading: Reading) -> Iterator[str]:
         if there(source, Path.is_dir):
@@ -181,46 +157,32 @@ class YoloReader(Reader):
                 yield from reading.files.images(self.within(place))
             return
         where, folder = self.within(source), self.within(source.parent)
-        lines = read_text(where, reading).splitlines()
+        lines = reading.text(where).splitlines()
         for number, line in enumerate(map(str.strip, lines), start=1):
             if line:
                 path = _listed(line, folder, reading) or locate(line, [folder, ""], f"{where}:{number}", reading)
                 if path is not None:
                     yield path
 
-    def _read_labels(self, image: str, numbers: Mapping[int, int], reading: Reading) -> RawImage:
+    def _read_labels(self, image: str, names: Mapping[int, str], reading: Reading) -> RawImage:
         where = _label_file(image, reading)
-        labels, rows, polygons, marks = [], [], [], []
-        for line, content in enumerate([] if where is None else _label_lines(where, reading), start=1):
-            row = _numbers(content, self.keypoints)
-            if row is None:
-                if content.strip():
-                    reading.issues.add("unreadable label", f"{where}:{line}", content.strip()[:80])
-            elif row[0] not in numbers:
-                reading.issues.add(
-                    "unknown category", f"{where}:{line}", f"class {row[0]:g} of {len(self.names)} names"
-                )
-            else:
-                labels.append(numbers[int(row[0])])
-                polygons.append(len(row) > 5)
-                rows.append(_around(row[1:]) if len(row) > 5 else row[1:])
-                marks.append(line)
-        boxes = np.array(rows, dtype=np.float64).reshape(-1, 4)
-        is_polygon = np.array(polygons, dtype=bool)[:, None]
-        return RawImage(
-            where=where or image,
-            image_id=image,
-            path=image,
-            size=None,
-            boxes=np.where(is_polygon, boxes, corners(boxes, cxcywh_to_xyxy)),
-            labels=np.array(labels, dtype=np.int64),
-            relative=True,
-            marks=marks,
-        )
+        boxes = BoxList(where or image, reading)
+        for number, line in enumerate([] if where is None else _label_lines(where, reading), start=1):
+            row = _numbers(line, self.keypoints)
+            if row is not None:
+                name = names.get(int(row[0])) if row[0].is_integer() else None
+                boxes.add(name, _corners(row[1:]), number, found=f"class {row[0]:g} of {len(names)} names")
+            elif line.strip():
+                reading.issues.add("unreadable label", f"{where}:{number}", line.strip()[:80])
+        return boxes.image(image, relative=True)
 
 
 def _yaml(path: Path) -> Any:
-    """What a YAML file holds; None where it is no YAML, unless its name says that it describes a dataset."""
+    """What a YAML file holds; None where it is no YAML.
+
+    Raises:
+        DataError: it is no YAML, but is called like the description of a dataset.
+    """
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8-sig"))
     except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
@@ -253,8 +215,8 @@ def _declared_names(names: Any, where: Path) -> dict[int, str]:
 def _inside(entry: str, bases: Sequence[Path]) -> Path | None:
     """The file or folder that an entry of a description means, below one of `bases`; None where there is none.
 
-    Descriptions travel: they name paths of another machine, or start with `../` (Roboflow). So leading parts are left
-    out one by one until the rest is there. Nothing outside of the bases is ever looked at.
+    Descriptions often name paths of another machine, or start with `../` (Roboflow). So leading parts are left out one
+    by one until the rest exists. Nothing outside of the bases is ever looked at.
     """
     parts = [part for part in re.split(r"[\\/]+", entry) if part not in {"", ".", ".."} and not part.endswith(":")]
     places = [base.joinpath(*parts[start:]) for start in range(max(1, len(parts))) for base in bases]
@@ -284,7 +246,7 @@ def _has_labels(folder: Path) -> bool:
 
 
 def _listed(line: str, folder: str, reading: Reading) -> str | None:
-    """The image that a relative line of a list means, which darknet takes from the folder it is started in."""
+    """The image that a relative line of a list means; darknet resolves it in the folder that it is started in."""
     path = PurePosixPath(line.replace("\\", "/"))
     if path.is_absolute() or ".." in path.parts:
         return None
@@ -308,14 +270,14 @@ def _label_file(image: str, reading: Reading) -> str | None:
 
 def _label_lines(where: str, reading: Reading) -> list[str]:
     try:
-        return read_text(where, reading).splitlines()
+        return reading.text(where).splitlines()
     except DataError as error:
         reading.issues.add("unreadable annotation", where, error.what)
         return []
 
 
 def _numbers(line: str, keypoints: bool) -> list[float] | None:
-    """The class and the box or polygon of a line; None if it is neither."""
+    """The class and the box or polygon of a line; None if it is not a valid line."""
     try:
         row = [float(cell) for cell in line.split()]
     except ValueError:
@@ -325,7 +287,10 @@ def _numbers(line: str, keypoints: bool) -> list[float] | None:
     return row if len(row) == 5 or (len(row) >= 7 and len(row) % 2 == 1) else None
 
 
-def _around(polygon: Sequence[float]) -> Float[np.ndarray, "4"]:
-    """The corners of the box around a polygon x, y, x, y, ..."""
-    points = np.array(polygon).reshape(-1, 2)
-    return np.concatenate([points.min(axis=0), points.max(axis=0)])
+def _corners(values: Sequence[float]) -> list[float]:
+    """The corners of a box given by centre and size, or of the box around a polygon x, y, x, y, ..."""
+    if len(values) == 4:
+        x, y, width, height = values
+        return [x - width / 2, y - height / 2, x + width / 2, y + height / 2]
+    points = np.array(values).reshape(-1, 2)
+    return [*points.min(axis=0).tolist(), *points.max(axis=0).tolist()]

@@ -23,7 +23,8 @@ import numpy as np
 from jaxtyping import Int
 
 from metr.data.file_names import encodable, packed_name, shown_name, unpacked_name
-from metr.data.formats.base import IssueLog, Names, Reader, Reading, records
+from metr.data.formats.base import IssueLog, Names, Reader, Reading
+from metr.data.formats.checks import records
 from metr.data.formats.files import Files, signature
 from metr.data.index.annotation_index import VERSION as INDEX_VERSION
 from metr.data.index.annotation_index import AnnotationIndex, LabelMap, divide_index, write_index

@@ -1,4 +1,4 @@
-"""COCO JSON as files hold it: what its entries are, and how they are decoded, piece by piece where they are many."""
+"""The entries of COCO JSON, and how they are decoded: piece by piece where they are many."""
 
 import json
 import re
@@ -10,8 +10,8 @@ from typing import TypeVar
 import msgspec
 
 from metr.data.formats.base import Reading
+from metr.data.formats.files import BYTE_ORDER_MARK, ends_of, start_of
 from metr.data.formats.json_pieces import Value, values_of
-from metr.data.formats.text import BYTE_ORDER_MARK
 from metr.errors import DataError
 
 _FIRST_BYTES, _SNIFF_BYTES = 1 << 12, 1 << 20
@@ -55,68 +55,53 @@ class CocoAnnotation(msgspec.Struct, gc=False):
 
 @dataclass(frozen=True, kw_only=True)
 class CocoFile:
-    """A file with its long lists still undecoded; None where it has none."""
+    """A file whose long lists are not decoded yet; None where it has none."""
 
     images: Value | None
     annotations: Value | None
     categories: list[CocoCategory]
-    # What stands in place of the annotations, where there are none.
+    # What the file has in place of a list of annotations, where it has none: "is missing".
     instead: str = ""
 
 
 Item = TypeVar("Item", CocoImage, CocoAnnotation)
 
 
-def file_ends(path: Path) -> bytes:
-    """The first and the last bytes of a file, a mebibyte of each; nothing where it cannot be read or is of labelme."""
-    try:
-        with path.open("rb") as file:
-            ends = file.read(_FIRST_BYTES)
-            if _LABELME.search(ends):
-                return b""  # folders of labelme hold thousands of such files, with an image in each
-            ends += file.read(_SNIFF_BYTES - _FIRST_BYTES)
-            file.seek(max(len(ends), path.stat().st_size - _SNIFF_BYTES))
-            return ends + file.read()
-    except OSError:
-        return b""
-
-
-def looks_like_coco(ends: bytes) -> bool:
-    """Whether the ends of a JSON file (see `file_ends`) hold the keys of COCO."""
+def coco_ends(path: Path) -> bytes:
+    """The first and the last bytes of a file, a mebibyte of each, if they hold the keys of COCO JSON; else nothing."""
+    if _LABELME.search(start_of(path, _FIRST_BYTES)):
+        return b""  # folders of labelme hold thousands of such files, with an image in each
+    ends = ends_of(path, _SNIFF_BYTES)
     keys = sum(key in ends for key in (b'"images"', b'"annotations"', b'"categories"'))
-    return ends.removeprefix(BYTE_ORDER_MARK).lstrip()[:1] == b"{" and keys >= 2 and b'"segments_info"' not in ends
+    is_object = ends.removeprefix(BYTE_ORDER_MARK).lstrip()[:1] == b"{"
+    return ends if is_object and keys >= 2 and b'"segments_info"' not in ends else b""
 
 
 def look_through(path: Path, piece_bytes: int) -> CocoFile:
-    """The file with its long lists still undecoded.
+    """Finds the long lists of a file, and decodes its categories.
 
     Raises:
-        DataError: it is no JSON, or its categories are no categories.
+        DataError: the file is not JSON, or its categories cannot be decoded.
     """
     try:
         values = values_of(path, piece_bytes)
         text = values["categories"].text() if "categories" in values else b"null"
         categories = msgspec.json.decode(_plain(text), type=list[CocoCategory] | None)
-        annotations = values.get("annotations")
-        instead = "is missing" if annotations is None else ""
+        annotations, instead = values.get("annotations"), "is missing"
         if annotations is not None and not annotations.is_array:
-            instead = f"is {_kind(annotations.text())}"
+            kinds = {b"{": "an object", b'"': "a string", b"n": "null"}
+            instead = f"is {kinds.get(annotations.text()[:1], 'a single value')}"
+            annotations = None
     except (OSError, ValueError, RecursionError, msgspec.MsgspecError) as error:
         raise _unreadable(path, error) from None
-    listed = annotations if annotations is not None and annotations.is_array else None
-    return CocoFile(images=values.get("images"), annotations=listed, categories=categories or [], instead=instead)
-
-
-def _kind(text: bytes) -> str:
-    """What a JSON value is, in words."""
-    return {b"{": "an object", b'"': "a string", b"n": "null"}.get(text[:1], "a single value")
+    return CocoFile(images=values.get("images"), annotations=annotations, categories=categories or [], instead=instead)
 
 
 def pieces_of(array: Value | None, kind: type[Item], where: str, reading: Reading) -> Iterator[list[Item]]:
-    """A JSON array of objects, decoded piece by piece, so that a large file never is held as objects at once.
+    """The objects of a JSON array, decoded piece by piece, so that those of a large file are never all in memory.
 
     Raises:
-        DataError: it is no JSON.
+        DataError: the array is not valid JSON.
     """
     if array is None:
         return
@@ -132,23 +117,23 @@ def pieces_of(array: Value | None, kind: type[Item], where: str, reading: Readin
 
 
 def _one_by_one(text: bytes, kind: type[Item], where: str, reading: Reading) -> list[Item]:
-    """The objects of a JSON array that can be understood."""
+    """The objects of a JSON array that can be decoded; the others are noted."""
     items = []
     for raw in msgspec.json.decode(_plain(text), type=list[msgspec.Raw]):
         try:
             items.append(msgspec.json.decode(raw, type=kind, strict=False))
         except msgspec.ValidationError as error:
             item = _without_box(raw, kind)
-            if item is not None:
+            if item is None:
+                start = bytes(raw)[:80].decode(errors="replace")
+                reading.issues.add("unreadable annotation", where, f"{error}: {start}")
+            else:
                 items.append(item)
-                continue
-            start = bytes(raw)[:80].decode(errors="replace")
-            reading.issues.add("unreadable annotation", where, f"{error}: {start}")
     return items
 
 
 def _without_box(raw: msgspec.Raw, kind: type[Item]) -> Item | None:
-    """An object of which the box alone cannot be understood: that its category is there is known."""
+    """An object of which only the box cannot be decoded: its category is known to be in the image."""
     values = msgspec.json.decode(raw)
     if not isinstance(values, dict) or values.pop("bbox", None) is None:
         return None
@@ -159,7 +144,7 @@ def _without_box(raw: msgspec.Raw, kind: type[Item]) -> Item | None:
 
 
 def _plain(text: bytes) -> bytes:
-    """JSON, also where Python wrote NaN and Infinity, which are none: they become null, and their boxes issues."""
+    """Valid JSON, also where Python wrote NaN and Infinity: they become null, and their boxes issues."""
     try:
         msgspec.json.decode(text, type=msgspec.Raw)
     except msgspec.DecodeError:

@@ -1,0 +1,132 @@
+"""What the formats with one annotation file an image share: their splits, their files, and which image is whose."""
+
+import contextlib
+import posixpath
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import ClassVar
+
+from metr.data.formats.base import RawImage, Reader, Reading, without_repeats
+from metr.data.formats.files import Files, OutsideError, files_in, fold, folders_within
+from metr.data.formats.locating import IMAGE_FOLDERS, grouped, locate, split_of_folder
+
+# What folders with one annotation file an image are called.
+_ANNOTATION_FOLDERS = frozenset(
+    {"annotations", "annotation", "annots", "annot", "ann", "labels", "label", "xml", "xmls", "json", "jsons"}
+)
+_DEPTH = 3
+# A folder's first files may be broken or something else.
+_SNIFFED = 20
+
+
+class FilePerImageReader(Reader):
+    """Reads a format with one annotation file an image. A split is made of folders with such files."""
+
+    # What the names of annotation files end with, in lower case.
+    suffix: ClassVar[str]
+
+    @classmethod
+    @abstractmethod
+    def fits(cls, path: Path) -> bool:
+        """Whether a file looks like this format; a cheap look."""
+
+    @abstractmethod
+    def read_file(self, where: str, folder: "AnnotationFolder", reading: Reading) -> RawImage | None:
+        """The image of an annotation file; None, and an issue, where it cannot be used."""
+
+    @classmethod
+    def recognise(cls, path: Path) -> Reader | None:
+        """A reader of a folder with such files, at most a few folders deep."""
+        if not path.is_dir():
+            return None
+        folders = (
+            folder
+            for folder in folders_within(path, _DEPTH)
+            if any(map(cls.fits, islice(files_in(folder, cls.suffix), _SNIFFED)))
+        )
+        splits = grouped((split_of_folder(folder, path), folder) for folder in folders)
+        return cls(path, splits) if splits else None
+
+    def read(self, split: str, reading: Reading) -> Iterator[RawImage]:
+        """The images of a split, sorted by the names of their annotation files."""
+        seen: set[str] = set()
+        for source in self.splits[split]:
+            folder = AnnotationFolder(self.within(source), self.suffix, reading.files)
+            found = (self.read_file(posixpath.join(folder.path, name), folder, reading) for name in folder.names)
+            yield from without_repeats((raw for raw in found if raw is not None), seen, reading)
+        note_unannotated(seen, f"no {self.suffix} file for it: left out", reading)
+
+
+class AnnotationFolder:
+    """A folder with one annotation file an image: its files, and where their images may lie.
+
+    Args:
+        path: The folder, relative to the dataset's.
+        suffix: What the names of annotation files end with, in lower case.
+        files: The dataset's files.
+    """
+
+    def __init__(self, path: str, suffix: str, files: Files) -> None:
+        self.path, self.files = path, files
+        self.names = sorted(name for name in files.listing(path) if name.lower().endswith(suffix))
+        self.image_folders = twin_folders(files, path)
+        self._stems = {posixpath.splitext(name)[0] for name in self.names}
+        self._folded = set(map(fold, self._stems))
+
+    def image_of(self, where: str, named: str, reading: Reading, *, beside_first: bool = False) -> str | None:
+        """The image of an annotation file: of the same name, else the one that the file names; an issue if missing.
+
+        Tools let the names in files grow stale. An image that is called like another annotation file is that file's.
+
+        Args:
+            where: The annotation file.
+            named: The name of the image in it; may be empty.
+            reading: The dataset's files and issues.
+            beside_first: Whether images beside the file, of its name or named by it, come before those elsewhere.
+        """
+        stem = posixpath.splitext(posixpath.basename(where))[0]
+        options = []
+        if beside_first:
+            options.append(self.files.find_stem(stem, [self.path], named))
+            with contextlib.suppress(OutsideError):  # written where the folders lay otherwise
+                options.append(self.files.find(named, [self.path]) if named else None)
+        options.append(self.files.find_stem(stem, self.image_folders, named))
+        own = next((option for option in options if option and self._may_own(stem, option)), None)
+        path = own or locate(named or stem, self.image_folders, where, reading)
+        if path is None or self._may_own(stem, path):
+            return path
+        reading.issues.add("missing image", where, f"it names {path}, which has an annotation file of its own")
+        return None
+
+    def _may_own(self, stem: str, image: str) -> bool:
+        """Whether an image may be that of the file `stem`: no other file is called like it."""
+        own = posixpath.splitext(posixpath.basename(image))[0]
+        return own == stem or not (own in self._stems or (fold(own) != fold(stem) and fold(own) in self._folded))
+
+
+def twin_folders(files: Files, folder: str) -> tuple[str, ...]:
+    """Where the images of a folder with one annotation file an image may lie, likeliest first.
+
+    They lie in a folder that is called like images where this one is called like annotations, or beside the files.
+    """
+    parts, base = folder.split("/"), posixpath.dirname(folder)
+    twins = [
+        "/".join([*parts[:index], name, *parts[index + 1 :]])
+        for index, part in enumerate(parts)
+        if part.lower() in _ANNOTATION_FOLDERS
+        for name in IMAGE_FOLDERS
+    ]
+    inner = [posixpath.join(place, name) for place in (folder, base) for name in IMAGE_FOLDERS]
+    places = dict.fromkeys([*twins, folder, *inner, base])
+    return tuple(place for place in places if files.listing(place))
+
+
+def note_unannotated(annotated: Iterable[str], detail: str, reading: Reading) -> None:
+    """Notes the images without annotations that lie where the annotated ones do."""
+    known = set(annotated)
+    for folder in dict.fromkeys(posixpath.dirname(path) for path in sorted(known)):
+        for image in reading.files.images(folder):
+            if image not in known:
+                reading.issues.add("unannotated image", image, detail)
