@@ -1,4 +1,4 @@
-"""The verb detect: images and folders in, drawn images and COCO results out."""
+"""The verb detect: images and folders go in, drawn images and COCO results come out."""
 
 import os
 from collections import Counter
@@ -10,11 +10,9 @@ from rich.progress import track
 
 from metr.data.images import SUFFIXES, read_image
 from metr.errors import DataError
-from metr.evaluation.coco import write_coco_results
-from metr.inference.config import InferenceConfig, PostprocessConfig
+from metr.inference.coco_results import write_coco_results
 from metr.inference.draw import draw_detections, save_image
-from metr.inference.predictor import Prediction
-from metr.model import METR
+from metr.inference.predictor import Prediction, Predictor
 from metr.serialization import write_json
 from metr.structures import Detections
 
@@ -24,15 +22,7 @@ _LISTED = 20
 
 
 def detect_files(
-    source: str | Path,
-    images: Sequence[Path],
-    out: Path,
-    *,
-    names: Sequence[str] | None = None,
-    threshold: float = 0.3,
-    batch_size: int = 8,
-    device: str = "auto",
-    console: Console | None = None,
+    predictor: Predictor, images: Sequence[Path], out: Path, *, console: Console | None = None
 ) -> list[Prediction]:
     """Detects in every image, draws what was found into `out`, and writes what was found as COCO has it.
 
@@ -41,25 +31,18 @@ def detect_files(
     `categories` (id, name), so that `COCO("images.json").loadRes("detections.json")` works.
 
     Args:
-        source: A checkpoint folder, a run folder, or a name on the hub.
+        predictor: Knows the names and the least score; `METR.predictor` makes one.
         images: Files, and folders whose images are taken, those of their subfolders too.
         out: The folder to write; made if missing.
-        names: What to look for; by default everything that was trained.
-        threshold: The least score, 0..1.
-        batch_size: Most images a step.
-        device: Where the network runs.
         console: Where progress and a summary are shown.
 
     Raises:
         DataError: a path does not exist, none of them holds a readable image, or one would be drawn over.
-        CheckpointError: there is no such checkpoint.
     """
     console = console or Console(quiet=True)
     paths = _expanded(images, out)
     drawn = _drawn(paths, out)
-    model = METR.from_pretrained(source, device=device)
-    config = InferenceConfig(batch_size=batch_size, postprocess=PostprocessConfig.to_show(threshold))
-    predictor = model.predictor(names, config)
+    threshold = predictor.config.postprocess.score_threshold
     out.mkdir(parents=True, exist_ok=True)
     done = []
     for path, target, prediction in zip(paths, drawn, predictor.detect_many(_shown(paths, console)), strict=True):
