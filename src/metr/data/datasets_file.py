@@ -17,7 +17,8 @@ from metr.data.formats.base import plain_name
 from metr.data.formats.files import expanded, there
 from metr.data.formats.registry import log_other_formats, recognise
 from metr.data.index.annotation_index import AnnotationIndex, LabelMap
-from metr.data.index.cache import Manifest, default_cache, stored
+from metr.data.index.cache import default_cache, stored
+from metr.data.index.manifest import Manifest
 from metr.data.records import Annotations, DataIssue
 from metr.data.splits import TEST, VAL, plan_splits
 from metr.errors import ConfigError, DataError, did_you_mean

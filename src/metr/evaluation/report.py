@@ -23,8 +23,8 @@ UNANNOTATED = {
     "ignore": "Categories that an image's dataset does not annotate gave no loss in training (`unannotated = ignore`).",
     "negative": "Categories that an image's dataset does not annotate counted as absent in training "
     "(`unannotated = negative`).",
-    "pseudo_label": "Of categories that an image's dataset does not annotate, training believed the clear answers of the "
-    "average of the weights (`unannotated = pseudo_label`).",
+    "pseudo_label": "Of categories that an image's dataset does not annotate, training believed the clear answers "
+    "of the average of the weights (`unannotated = pseudo_label`).",
 }
 
 # Two colours that readers with any colour vision tell apart.
@@ -53,7 +53,7 @@ def as_markdown(report: EvaluationReport) -> str:
 
 
 def dataset_table(report: EvaluationReport) -> str:
-    """One row a dataset and one for the mean, in Markdown: AP with own names and with the joint vocabulary, recall, confusion."""
+    """One row a dataset and one for the mean, in Markdown: AP with each vocabulary, recall, confusion."""
     modes = report.modes
     kept = sorted({k for one in report.datasets for mode in modes for k in _part(one, mode).recall})
     # Of two vocabularies, the large one is where keeping the right categories is hard.

@@ -1,0 +1,94 @@
+"""What an index folder keeps beside its Arrow files: names, issues, and the files that it was built from.
+
+Names of files need not be UTF-8, so they are packed to be stored, and made legible to be shown.
+"""
+
+import os
+from itertools import islice
+from pathlib import Path
+
+import msgspec
+
+from metr.data.formats.files import signature
+
+# A character that no file's name has: it marks packed names.
+_MARK = "\0"
+
+# Most images whose size was measured that an index watches for changes. Opening it asks the disk for each of them.
+FINGERPRINTS = 20_000
+
+
+class IssueSummary(msgspec.Struct, frozen=True):
+    """The issues of one split: how many of each kind, and (kind, where, detail) of the first of each."""
+
+    counts: dict[str, int]
+    first: list[tuple[str, str, str]]
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    """What an index folder holds, as `manifest.json` keeps it.
+
+    `names` are the labels of the Arrow files in their order, `counts` their boxes in all splits. `touched` are the
+    paths that reading depended on, relative to the dataset's folder (packed as `packed_name` does), with size and time
+    of change. Issues under "" are about the dataset as a whole.
+    """
+
+    names: list[str]
+    parents: dict[str, str]
+    counts: list[int]
+    splits: list[str]
+    issues: dict[str, IssueSummary]
+    touched: dict[str, tuple[int, int]]
+
+
+class Fingerprints:
+    """Size and time of change of images whose size was measured, because no annotation file tells it.
+
+    No folder's time of change tells of an image that is changed in place. Of many images evenly spaced ones are
+    fingerprints: a change of all is noticed, as when they are scaled, without asking for millions of files whenever the
+    index is opened. A single image that is missed has its boxes fitted when it is read.
+    """
+
+    def __init__(self) -> None:
+        self.signatures: dict[str, tuple[int, int]] = {}
+        self._seen, self._step = 0, 1
+
+    def add(self, path: str, root: Path) -> None:
+        """Watches an image, unless enough near it are; `path` is relative to `root`."""
+        if self._seen % self._step == 0:
+            self.signatures[path] = signature(root / path)
+            if len(self.signatures) > FINGERPRINTS:
+                self.signatures = dict(islice(self.signatures.items(), 0, None, 2))
+                self._step *= 2
+        self._seen += 1
+
+
+def encodable(text: str) -> bool:
+    """Whether a text can be stored as it is."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def shown_name(text: str) -> str:
+    r"""A text with the bytes that are not UTF-8 as numbers, `\xe9`."""
+    if text.isascii() or encodable(text):
+        return text
+    try:
+        return os.fsencode(text).decode(errors="backslashreplace")
+    except UnicodeEncodeError:  # half a character that no file's name has
+        return text.encode(errors="backslashreplace").decode()
+
+
+def packed_name(text: str) -> str:
+    """A path as it can be stored; `unpacked_name` gives it back."""
+    if text.isascii() or encodable(text):
+        return text
+    return _MARK + text.encode(errors="surrogatepass").hex()
+
+
+def unpacked_name(text: str) -> str:
+    """The path that `packed_name` made storable."""
+    return bytes.fromhex(text[1:]).decode(errors="surrogatepass") if text.startswith(_MARK) else text
