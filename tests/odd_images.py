@@ -60,8 +60,8 @@ def stored_pixels(path: Path) -> np.ndarray:
     """RGB as the file has it, before a viewer turns it."""
     with Image.open(path) as image:
         orientation = image.getexif().get(0x0112, 1)
-        image = ImageOps.exif_transpose(image)
-        return np.asarray(image.transpose(_STORED[orientation]) if orientation in _STORED else image)
+        upright = ImageOps.exif_transpose(image)
+    return np.asarray(upright.transpose(_STORED[orientation]) if orientation in _STORED else upright)
 
 
 def _turned(orientation: int, suffix: str) -> Callable[[Path], None]:

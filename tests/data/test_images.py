@@ -147,7 +147,7 @@ def test_an_image_has_the_same_pixels_however_it_is_given(tmp_path: Path, name: 
 @pytest.mark.parametrize("name", UNREADABLE)
 def test_a_damaged_image_is_an_error_however_it_is_given(tmp_path: Path, name: str) -> None:
     UNREADABLE[name](tmp_path / name)
-    with pytest.raises(DataError, match="\\w") as caught:
+    with pytest.raises(DataError) as caught:
         load_image(tmp_path / name, "given")
     assert caught.value.where == tmp_path / name
     if name.startswith("cut off") and not name.endswith(".webp"):  # which PIL does not open

@@ -39,7 +39,7 @@ def report_of(tmp_path: Path, values: dict[str, tuple[float, float]]) -> Path:
         return {"names": 2, "coco": coco | {"images": 3, "objects": 5, "categories": []}, "recall": {"1": 50.0}}
 
     datasets = [
-        {"name": name, "split": "val", "field": name, "in_mean": True, "images": 3, "missing": 0}
+        {"name": name, "split": "val", "domain": name, "in_mean": True, "images": 3, "missing": 0}
         | {"own": part(own), "joint": part(unified)}
         for name, (own, unified) in values.items()
     ]

@@ -197,7 +197,7 @@ def _results(facts: CardFacts) -> str:
         splits = sorted({one.split for one in facts.report.datasets})
         parts = [
             f"COCO average precision over IoU 0.50:0.95, 0 to 100, on the {' and '.join(splits)} splits. "
-            "*Own names*: asked for the dataset's names alone; *all names*: for all "
+            "*Own names*: asked for the dataset's names alone; *joint vocabulary*: for all "
             f"{facts.report.names:,} names at once.",
             dataset_table(facts.report),
         ]
