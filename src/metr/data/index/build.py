@@ -1,4 +1,4 @@
-"""Building an index: a dataset is read into one Arrow file for each split, its own splits merged where wanted."""
+"""Builds an index: reads a dataset into one Arrow file for each split, and merges splits if asked to."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -20,7 +20,11 @@ MANIFEST = "manifest.json"
 
 
 def build_index(reader: Reader, plan: SplitPlan, folder: Path) -> Manifest:
-    """Writes an Arrow file for each split, and the manifest."""
+    """Writes an Arrow file for each split, and the manifest.
+
+    Raises:
+        DataError: an annotation file cannot be read, or there is no image at all.
+    """
     files, names, notes, fingerprints = Files(reader.root), Names(), IssueLog(), Fingerprints()
     counts, issues, splits = np.zeros(0, dtype=np.int64), {}, []
     for split, parts in plan.parts.items():
@@ -47,7 +51,7 @@ def build_index(reader: Reader, plan: SplitPlan, folder: Path) -> Manifest:
 
 
 def _write_split(reader: Reader, parts: Sequence[str], reading: Reading, path: Path) -> Int[np.ndarray, "c"]:
-    """Writes a split, and counts the boxes of each label: one of the dataset's own splits, or several joined."""
+    """Writes a split, one of the dataset's own or several merged; returns the number of boxes of each label."""
     own = [path.with_name(f"{path.stem}.part-{number}") for number in range(len(parts))]
     counts = [
         write_index(target, records(reader, part, reading), root=reader.root)
@@ -64,7 +68,7 @@ def _write_split(reader: Reader, parts: Sequence[str], reading: Reading, path: P
 
 
 def _hold_out(folder: Path) -> list[str]:
-    """Divides the one index of a dataset without a split to evaluate on."""
+    """Divides the index of a dataset that has no split to evaluate on."""
     whole, train, val = folder / "whole.arrow", folder / f"{TRAIN}.arrow", folder / f"{VAL}.arrow"
     train.rename(whole)
     keys = AnnotationIndex(whole, LabelMap.identity(())).relative_paths()
@@ -74,7 +78,7 @@ def _hold_out(folder: Path) -> list[str]:
 
 
 def _without_empty(folder: Path, splits: list[str], issues: Mapping[str, IssueSummary], notes: IssueLog) -> list[str]:
-    """The splits that have an image; the others are noted."""
+    """The splits that have an image; the others become issues."""
     kept = []
     for split in splits:
         if len(AnnotationIndex(folder / f"{split}.arrow", LabelMap.identity(()))):
@@ -103,11 +107,11 @@ def _summary(log: IssueLog) -> IssueSummary:
 
 
 def merged(parts: Mapping[str, AnnotationIndex], issues: IssueLog) -> Iterator[ImageRecord]:
-    """The records of all parts as they are stored, each image at the place where it comes up first.
+    """The stored records of all parts, each image once, in the order in which they first occur, with ids of their own.
 
-    Boxes that a later part has of an image are joined to it where both parts declare the same size of it; else they
-    are left out, which is an issue, and their categories are unknown in that image. What one part lists twice stays
-    apart: captions of one image are.
+    If a later part has boxes in an image of an earlier one, they are added to it, provided that both parts declare the
+    same size of the image. Otherwise they are left out, which is an issue, and their categories are unknown in that
+    image. Records that one part has of one image stay apart, as those of several captions.
 
     Args:
         parts: The indices by the names of the splits, all of one dataset folder.
@@ -136,7 +140,7 @@ def merged(parts: Mapping[str, AnnotationIndex], issues: IssueLog) -> Iterator[I
 
 
 def _owners(parts: Mapping[str, AnnotationIndex]) -> dict[str, tuple[int, int]]:
-    """The number of the part, and the row in it, where each path comes up first."""
+    """The part and its row in which each path first occurs."""
     owners: dict[str, tuple[int, int]] = {}
     for number, part in enumerate(parts.values()):
         for row, path in enumerate(part.relative_paths()):
@@ -147,7 +151,7 @@ def _owners(parts: Mapping[str, AnnotationIndex]) -> dict[str, tuple[int, int]]:
 def _later(
     parts: Mapping[str, AnnotationIndex], owners: Mapping[str, tuple[int, int]]
 ) -> dict[tuple[int, int], list[tuple[int, int]]]:
-    """For an image's first place, its places in later parts."""
+    """The (part, row) of an image in later parts, by its first (part, row)."""
     later: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for number, part in enumerate(parts.values()):
         for row, path in enumerate(part.relative_paths()):
@@ -157,7 +161,10 @@ def _later(
 
 
 def _with_boxes(record: ImageRecord, more: ImageRecord) -> ImageRecord:
-    """A record with the boxes of another one of its image that it lacks. What either annotates is annotated."""
+    """A record with the boxes of another record of the same image added, each box once.
+
+    A category that one of them annotates exhaustively counts as annotated.
+    """
     known = set(_boxes(record))
     new = np.array([box not in known for box in _boxes(more)], dtype=bool)
     both = None not in (record.annotated, more.annotated)

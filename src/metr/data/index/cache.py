@@ -1,9 +1,9 @@
 """Where indices are kept, and when they are built again.
 
-A dataset's indices lie in a folder named by what they are built from, with a manifest that lists the files and
-directories that reading touched. While those are unchanged the folder is used; else another is built and moved into
-place at once, so none sees half an index. Of the processes that find none, one builds and the others wait for it; on a
-file system without locks they build at the same time.
+A dataset's indices lie in a folder whose name is a digest of what they are built from. Beside them lies a manifest of
+the files and directories that the reader touched. While these are unchanged, the folder is used. Otherwise a new one is
+built and then renamed in one step, so that no process sees half an index. If several processes need the same index, one
+builds it and the others wait; on a file system without locks all of them build it.
 """
 
 import atexit
@@ -33,7 +33,7 @@ from metr.text.cache import cache_root
 
 logger = logging.getLogger(__name__)
 
-# Changes whenever a reader gives something else for the same files.
+# Raised whenever a reader's result for the same files changes.
 READER_VERSION = 4
 
 # Outdated indices are removed after this time, in seconds: other processes may still use them.
@@ -67,7 +67,7 @@ def default_cache() -> Path:
 
 
 def stored(reader: Reader, plan: SplitPlan, cache: Path) -> StoredDataset:
-    """The index of a dataset, built where there is none that fits.
+    """The index of a dataset, built unless there is one that fits.
 
     Raises:
         DataError: an annotation file cannot be read, or there is no image at all.
@@ -94,7 +94,7 @@ def stored(reader: Reader, plan: SplitPlan, cache: Path) -> StoredDataset:
 
 
 def _found(reader: Reader, place: Path) -> StoredDataset | None:
-    """The index in a folder of indices that fits the dataset as it is."""
+    """The index among those in `place` that fits the dataset as it is now."""
     for folder in sorted(place.glob("[!.]*/")):
         manifest = _valid_manifest(folder, reader.root)
         if manifest is not None:
@@ -103,7 +103,7 @@ def _found(reader: Reader, place: Path) -> StoredDataset | None:
 
 
 def _key(reader: Reader, plan: SplitPlan) -> str:
-    """What an index is built from, but for the state of the files."""
+    """A digest of everything that an index is built from, except for the state of the files."""
     sources = sorted((split, [str(path) for path in paths]) for split, paths in reader.splits.items())
     parts = sorted((split, list(own)) for split, own in plan.parts.items())
     origin = [INDEX_VERSION, READER_VERSION, reader.format, str(reader.root), sources, parts, plan.seeded]
@@ -111,7 +111,7 @@ def _key(reader: Reader, plan: SplitPlan) -> str:
 
 
 def _valid_manifest(folder: Path, root: Path) -> Manifest | None:
-    """The manifest of a folder if all that it was built from is unchanged."""
+    """The manifest of a folder, if everything that it was built from is unchanged."""
     try:
         manifest = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=Manifest)
     except (OSError, msgspec.MsgspecError):

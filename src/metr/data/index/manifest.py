@@ -26,11 +26,11 @@ class IssueSummary(msgspec.Struct, frozen=True):
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
-    """What an index folder holds, as `manifest.json` keeps it.
+    """The content of an index folder, as `manifest.json` stores it.
 
-    `names` are the labels of the Arrow files in their order, `counts` their boxes in all splits. `touched` are the
-    paths that reading depended on, relative to the dataset's folder (packed as `packed_name` does), with size and time
-    of change. Issues under "" are about the dataset as a whole.
+    `names` are the labels of the Arrow files in their order, `counts` the numbers of their boxes in all splits.
+    `touched` are the paths that the reader depended on, relative to the dataset's folder (see `packed_name`), with size
+    and time of change. The issues of "" concern the dataset as a whole.
     """
 
     names: list[str]
@@ -42,11 +42,12 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Fingerprints:
-    """Size and time of change of images whose size was measured, because no annotation file tells it.
+    """Size and time of change of images whose size was measured because no annotation file states it.
 
-    No folder's time of change tells of an image that is changed in place. Of many images evenly spaced ones are
-    fingerprints: a change of all is noticed, as when they are scaled, without asking for millions of files whenever the
-    index is opened. A single image that is missed has its boxes fitted when it is read.
+    A folder's time of change does not show that an image was changed in place, so images are watched themselves. Of
+    many images only evenly spaced ones are: if all are changed, for example scaled, this is noticed without asking for
+    millions of files whenever the index is opened. If a single changed image is missed, its boxes are fitted to it when
+    it is read.
     """
 
     def __init__(self) -> None:
@@ -54,7 +55,7 @@ class Fingerprints:
         self._seen, self._step = 0, 1
 
     def add(self, path: str, root: Path) -> None:
-        """Watches an image, unless enough near it are; `path` is relative to `root`."""
+        """Watches an image, unless enough images near it are watched; `path` is relative to `root`."""
         if self._seen % self._step == 0:
             self.signatures[path] = signature(root / path)
             if len(self.signatures) > FINGERPRINTS:
