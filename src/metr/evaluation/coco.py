@@ -1,6 +1,6 @@
 """The COCO protocol for boxes: average precision over IoU 0.50:0.95, at most 100 detections an image.
 
-All scores are on the scale 0 to 100; None stands where there is nothing to score.
+All scores are on the scale 0 to 100, or None where there is nothing to score.
 """
 
 import logging
@@ -23,7 +23,7 @@ MAX_DETECTIONS = 100
 
 @dataclass(frozen=True, kw_only=True)
 class CategoryResult:
-    """One category of one dataset: `objects` is how many there are to find, crowds apart."""
+    """One category of one dataset: `objects` is the number of objects to find, without crowds."""
 
     name: str
     objects: int
@@ -33,9 +33,9 @@ class CategoryResult:
 
 @dataclass(frozen=True, kw_only=True)
 class CocoResult:
-    """The COCO numbers of one dataset. Categories without objects do not enter the means.
+    """The COCO numbers of one dataset. Categories without objects are not in the means.
 
-    Small, medium and large are split at 32 x 32 and 96 x 96 square pixels of the object's area as annotated.
+    Small, medium and large objects are told apart at annotated areas of 32 x 32 and 96 x 96 square pixels.
     """
 
     ap: float | None
@@ -60,17 +60,17 @@ def evaluate_detections(
 
 
 class CocoScorer:
-    """Scores detections against the annotations of one dataset, as often as there are detections.
+    """Scores detections against the annotations of one dataset; one scorer serves several detectors or vocabularies.
 
-    Of each image the 100 best count, whatever they name; then those go that name what the dataset does not know.
-    Categories that are not annotated in an image are not scored there, but for the objects that it shows of them: to
-    find those is right, and nothing else of that category is wrong (LVIS's rule; Gupta et al., 2019). Images without
-    an entry count as ones where nothing was found.
+    Only the 100 best detections of each image count. Of these, detections are then left out whose name the dataset does
+    not have. In an image where a category is not annotated exhaustively, its annotated objects count as found or
+    missed, and its other detections count neither as right nor as wrong (LVIS's rule; Gupta et al., 2019). An image
+    without an entry counts as one without detections.
 
     Args:
-        annotations: What there is to find; ignored boxes are crowds, areas are the records'.
-        names: How the detections spell the dataset's categories; by default as the dataset does. Two categories with
-            one name are one.
+        annotations: The objects to find; ignored boxes are crowds, areas are those of the records.
+        names: The detections' names for the dataset's categories; by default the dataset's own. Two categories with
+            the same name are one.
 
     Raises:
         DataError: image ids are not unique, or there are too few names.
@@ -135,7 +135,7 @@ def _truth(records: Sequence[ImageRecord], categories: Sequence[str], labels: Se
 
 
 def _annotated_somewhere(records: Sequence[ImageRecord], labels: Sequence[int]) -> set[int]:
-    """The categories that are annotated exhaustively in some image: of others, nothing could be wrong."""
+    """The categories that are annotated exhaustively in some image; of others no detection could be wrong."""
     scored: set[int] = set()
     for record in records:
         if record.annotated is None:
@@ -162,9 +162,9 @@ def _scored_there(record: ImageRecord, labels: Sequence[int]) -> set[int]:
 
 
 def _unfinished(record: ImageRecord, image_id: int, labels: Sequence[int]) -> list[Row]:
-    """A crowd over the whole image for each category that it shows and does not annotate exhaustively.
+    """A crowd over the whole image for each category that has objects there but is not annotated exhaustively.
 
-    The protocol gives to a crowd what no object took, and that is neither right nor wrong.
+    The protocol matches to a crowd every detection that matches no object, and counts it neither as right nor as wrong.
     """
     annotated = range(len(labels)) if record.annotated is None else record.annotated
     partly = {labels[label] for label in {*record.labels.tolist()}.difference(annotated)}
@@ -197,6 +197,6 @@ def _summary(evaluation: COCOeval_faster, truth: Row, categories: Sequence[str])
 
 
 def _mean(values: np.ndarray) -> float | None:
-    """The mean on the scale 0 to 100 of what was scored: -1 marks what was not."""
+    """The mean of the scored values on the scale 0 to 100; -1 marks values that were not scored."""
     scored = values[values > -1]
     return float(scored.mean()) * 100 if scored.size else None

@@ -1,4 +1,4 @@
-"""Evaluation of one detector on many datasets, with each dataset's own names and with the joint vocabulary."""
+"""Evaluates one detector on many datasets, with each dataset's own names and with the joint vocabulary."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -36,7 +36,7 @@ from metr.text.vocabulary import Vocabulary
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationSet:
-    """One split of one dataset: what there is to find, and its images, each at most once."""
+    """One split of one dataset: its annotations, and batches with each of its images at most once."""
 
     annotations: Annotations
     batches: Iterable[Batch]
@@ -71,7 +71,7 @@ class EvaluationRunner:
     def report(
         self, network: nn.Module, console: Console | None = None, unannotated: str | None = None
     ) -> EvaluationReport:
-        """What the network does to each dataset; shows a bar for each on the console."""
+        """The report on all datasets; shows a progress bar for each on the console."""
         loader, device = self.loader, device_of(network)
         load = partial(build_evaluation_loader, workers=loader.workers, multiple=loader.multiple, device=device)
         sets = [

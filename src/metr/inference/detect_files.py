@@ -24,7 +24,7 @@ _LISTED = 20
 def detect_files(
     predictor: Predictor, images: Sequence[Path], out: Path, *, console: Console | None = None
 ) -> list[Prediction]:
-    """Detects in every image, draws what was found into `out`, and writes what was found as COCO has it.
+    """Detects objects in every image, draws them into `out`, and writes them there as COCO results.
 
     `out/detections.json` is in COCO's results form: a list of image_id, category_id, bbox (x, y, width, height in
     pixels) and score. `out/images.json` says what the ids mean: `images` (id, file_name, height, width) and
@@ -55,7 +55,7 @@ def detect_files(
 
 
 def _expanded(images: Sequence[Path], out: Path) -> list[Path]:
-    """Every image that is named, or lies in a folder that is named; what was drawn into `out` before is none."""
+    """Every image that is named or lies in a named folder, without those in `out`, which earlier calls drew."""
     found: list[Path] = []
     for path in images:
         if path.is_dir():
@@ -74,9 +74,9 @@ def _expanded(images: Sequence[Path], out: Path) -> list[Path]:
 
 
 def _images_within(folder: Path) -> list[Path]:
-    """The images in a folder and in those below it, sorted. Links are followed; no folder is looked into twice.
+    """The images in a folder and its subfolders, sorted. Links are followed; no folder is visited twice.
 
-    Links to nothing are among them, to be told of.
+    Links to nothing are included, so that they are reported.
     """
     found, known = [], {_real(folder)}
     for place, folders, names in os.walk(folder, followlinks=True):
@@ -101,7 +101,7 @@ def _drawn(paths: Sequence[Path], out: Path) -> list[Path]:
     """A file for each drawn image; where several images share a name, they are numbered.
 
     Raises:
-        DataError: an image would be drawn over one that is looked at.
+        DataError: an image would be drawn over one of the given images.
     """
     names: dict[str, None] = {}
     for path in paths:
@@ -122,7 +122,7 @@ def _shown(paths: Sequence[Path], console: Console) -> Iterator[Path]:
 
 
 def _write_results(predictions: Sequence[Prediction], names: Sequence[str], out: Path) -> None:
-    """Detections as COCO has them; ids count from 1 in the order of images and names."""
+    """Writes the detections as COCO results; ids count from 1 in the order of images and names."""
     numbered = list(enumerate(predictions, 1))
     found: dict[int | str, Detections] = {n: one.detections for n, one in numbered if one.detections is not None}
     images = [
@@ -137,7 +137,7 @@ def _write_results(predictions: Sequence[Prediction], names: Sequence[str], out:
 
 
 def _report(predictions: Sequence[Prediction], out: Path, console: Console) -> None:
-    """One line an image for the first few, the issues, and where everything is.
+    """Prints a line for each of the first images, the issues, and where the files are.
 
     Raises:
         DataError: no image could be read.

@@ -28,7 +28,7 @@ _BATCHES_AHEAD = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """What became of one of many images: its detections, or the issue that kept it from being looked at.
+    """The result for one of many images: its detections, or the issue that made it unreadable.
 
     `source` is the image's path, or its position (`image 3`) where it came as an array; `size` is (height, width)
     in pixels of the image as it was given.
@@ -54,9 +54,9 @@ class Predictor:
     """A network with the names that it is to find.
 
     Args:
-        network: Called as `network(images, padding_mask, text)`; gives a `DetectorOutput`. Its mode is left as it was.
+        network: Called as `network(images, padding_mask, text)`; gives a `DetectorOutput`. Its mode is kept.
         text: The text embedding of each name.
-        names: What detections are called, row by row of `text`.
+        names: The name of each row of `text`.
         resize: The shape in which images enter the network: that of its training.
         config: Batch size, precision, post-processing.
         device: Where the network is; by default where its first parameter is.
@@ -93,10 +93,10 @@ class Predictor:
         return self._infer([self._load(0, image)])[0]
 
     def detect_many(self, images: Iterable[ImageSource]) -> Iterator[Prediction]:
-        """The detections of each image, in the order of the images, while they are being read.
+        """The detections of each image, in the order of the images, which are read as they are needed.
 
-        Images share a step where their padded shapes agree, so each gets the answer that it gets alone. One that
-        cannot be read gives a `Prediction` with its issue, and the others go on.
+        Images share a step only if their padded shapes agree, so each gets the answer that it gets alone. An image
+        that cannot be read gives a `Prediction` with its issue; the others are not affected.
         """
         numbered = enumerate(images)
         while chunk := list(islice(numbered, _BATCHES_AHEAD * self.config.batch_size)):
@@ -143,7 +143,7 @@ class Predictor:
         return [one.to("cpu") for one in found]
 
     def _text_to_ask(self) -> Tensor | ProjectedText:
-        """What the network is asked for; projected once for all images, until the network's weights change."""
+        """The text as the network takes it: projected once, and again whenever the network's weights have changed."""
         text = project(self.network, self.text, self._projected)
         self._projected = text if isinstance(text, ProjectedText) else None
         return text
