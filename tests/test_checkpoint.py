@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import make_description
 
 from metr.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, save_checkpoint
 from metr.errors import CheckpointError
 from metr.models.detector import Detector
 from metr.weights import load_weights
+from small_runs import make_description
 
 from small import TEXT_WIDTH, small_config, small_detector
 

@@ -10,9 +10,8 @@ import torch
 from huggingface_hub import ModelCard
 
 from metr.checkpoint import Checkpoint
-from metr.evaluation.evaluate import evaluate_run
-from metr.evaluation.evaluator import EvaluationConfig
-from metr.evaluation.report import from_dict
+from metr.evaluation.evaluate import evaluate
+from metr.evaluation.results import EvaluationConfig, from_dict
 from metr.model import METR
 from metr.sharing.model_card import CardFacts, find_report, is_untouched, write_card
 from metr.text.vocabulary import Vocabulary
@@ -40,7 +39,7 @@ def report_of(tmp_path: Path, values: dict[str, tuple[float, float]]) -> Path:
         return {"names": 2, "coco": coco | {"images": 3, "objects": 5, "categories": []}, "recall": {"1": 50.0}}
 
     datasets = [
-        {"name": name, "split": "val", "field": name, "in_mean": True, "images": 3, "missing": 0}
+        {"name": name, "split": "val", "domain": name, "in_mean": True, "images": 3, "missing": 0}
         | {"own": part(own), "joint": part(unified)}
         for name, (own, unified) in values.items()
     ]
@@ -202,7 +201,7 @@ def test_saving_writes_the_card_anew_but_never_over_a_persons(model: METR, tmp_p
 def test_results_of_the_run_go_along(tiny_run: TinyRun, tmp_path: Path) -> None:
     run = tmp_path / "run"
     METR.from_pretrained(tiny_run.best).save_pretrained(run / "best")
-    evaluate_run(run, tiny_run.data[:1], run / "evaluation", config=EvaluationConfig(modes=("own",)), device="cpu")
+    evaluate(run, tiny_run.data[:1], run / "evaluation", config=EvaluationConfig(modes=("own",)), device="cpu")
     METR.from_pretrained(run).save_pretrained(tmp_path / "saved")
     again = METR.from_pretrained(tmp_path / "saved")
     again.save_pretrained(tmp_path / "again")

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_runs import make_config, make_parts
 
 from metr.training.metrics import read_metrics
 from metr.training.trainer import Trainer
+from small_runs import make_config, make_parts
 
 # Without denoising, whose random numbers differ from process to process.
 SCRIPT = """

@@ -5,13 +5,13 @@ import logging
 from pathlib import Path
 
 import pytest
-from small_runs import make_config, make_parts
 from torch import nn
 
 from metr.training.config import LoopConfig
 from metr.training.early_stop import has_stalled
 from metr.training.state import Counters
 from metr.training.trainer import Outcome, Trainer
+from small_runs import make_config, make_parts
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from small_runs import make_description
 
 from metr.checkpoint import Checkpoint
 from metr.config import as_yaml, merge
@@ -15,6 +14,7 @@ from metr.training.config import TrainConfig
 from metr.training.finetune_defaults import TABLE, Defaults, defaults_for
 from metr.training.finetune_recipe import RECIPE, described, finetune_recipe, left_to_finetuning
 from metr.training.recipe import RunConfig, load_recipe
+from small_runs import make_description
 
 
 def checkpoint(**training: object) -> Checkpoint:

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import make_config, make_parts
 from torch import nn
 
 from metr.errors import ModelError
@@ -12,6 +11,7 @@ from metr.models.backbones import build_backbone
 from metr.models.backbones.config import BackboneConfig
 from metr.training.freezing import backbone_stages, depths_below_top, freeze
 from metr.training.trainer import Trainer
+from small_runs import make_config, make_parts
 
 from small import small_backbone, small_config, small_detector
 

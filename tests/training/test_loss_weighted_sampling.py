@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_runs import make_config, make_datasets, make_parts
 
 from metr.checkpoint import load_checkpoint
 from metr.data.config import HardnessConfig, LoaderConfig
@@ -23,6 +22,7 @@ from metr.training.loss_weighted_sampling import HardnessFollower
 from metr.training.metrics import read_metrics
 from metr.training.state import Counters, HardnessState, StepReport
 from metr.training.trainer import Trainer
+from small_runs import make_config, make_datasets, make_parts
 
 BASE = {"cells": 0.5, "fish": 0.5}
 

@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_runs import make_config, make_parts
 from torch import nn
 
 from metr.errors import CheckpointError
 from metr.training.metrics import read_metrics
 from metr.training.trainer import Trainer
+from small_runs import make_config, make_parts
 
 TIMES = {"seconds", "images_per_second", "waiting_share", "memory_gib", "evaluation_seconds"}
 SCHEDULE = {"evaluate_every": 3, "checkpoint_every": 0, "log_every": 2, "accumulation": 2}

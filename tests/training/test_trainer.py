@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from small_runs import make_config, make_parts
 from torch import nn
 
 from metr.checkpoint import load_checkpoint
@@ -24,6 +23,7 @@ from metr.structures import DetectorOutput, Losses, Targets
 from metr.training.config import TrainConfig
 from metr.training.metrics import read_metrics
 from metr.training.trainer import Trainer
+from small_runs import make_config, make_parts
 
 
 class Rising:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import make_config, make_parts
 from torch import Tensor
 
 from metr.losses.config import CriterionConfig
@@ -15,6 +14,7 @@ from metr.losses.criterion import SetCriterion
 from metr.structures import Targets
 from metr.training.trainer import Trainer
 from metr.training.vocabulary_sampling import narrowed, sample_vocabulary
+from small_runs import make_config, make_parts
 
 from small import small_config, small_detector, targets_of
 

@@ -21,16 +21,11 @@ def detect(
     device: Device = "auto",
 ) -> None:
     """Find objects in images. Any names can be asked for, trained or not."""
+    from metr.inference.config import InferenceConfig, PostprocessConfig
     from metr.inference.detect_files import detect_files
+    from metr.model import METR
 
     names = None if categories is None else [name.strip() for name in categories.split(",")]
-    detect_files(
-        run,
-        images,
-        out,
-        names=names,
-        threshold=threshold,
-        batch_size=batch_size,
-        device=device,
-        console=Console(),
-    )
+    config = InferenceConfig(batch_size=batch_size, postprocess=PostprocessConfig.to_show(threshold))
+    predictor = METR.from_pretrained(run, device=device).predictor(names, config)
+    detect_files(predictor, images, out, console=Console())

@@ -1,4 +1,4 @@
-"""`metr evaluate`: the COCO protocol on each dataset, with its own names and with all names."""
+"""`metr evaluate`: the COCO protocol on each dataset, with its own names and with the joint vocabulary."""
 
 from pathlib import Path
 from typing import Annotated
@@ -20,9 +20,9 @@ def evaluate(
     batch_size: BatchSize = 8,
     device: Device = "auto",
 ) -> None:
-    """Measure average precision on datasets. Own names, all names together, confusion between fields."""
-    from metr.evaluation.evaluate import evaluate_run
+    """Measure average precision on datasets. Own names, the joint vocabulary, confusion between datasets."""
+    from metr.evaluation.evaluate import evaluate as evaluate_datasets
 
     # a name on the hub is no folder to write into
     out = out or (run / "evaluation" if run.is_dir() else Path("evaluation"))
-    evaluate_run(run, data, out, split=split, batch_size=batch_size, device=device, console=Console())
+    evaluate_datasets(run, data, out, split=split, batch_size=batch_size, device=device, console=Console())

@@ -136,7 +136,7 @@ def new_export(source: DatasetSource, out: Path, placement: Placement) -> Iterat
     Raises:
         DataError: `out` is a file, is not empty, lies in the dataset's folder, or cannot be written.
     """
-    spec = source.spec
+    spec = source.config
     options = {"prompt": len(spec.prompts), "weight": int(spec.weight != 1), "old name": len(spec.renames)}
     target = Path(os.path.abspath(out.expanduser()))  # noqa: PTH100  (symbolic links stay)
     if target.is_relative_to(source.root):

@@ -11,8 +11,8 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from metr.checkpoint import Checkpoint
 from metr.errors import MetrError
-from metr.evaluation.evaluator import EvaluationReport, Mode
-from metr.evaluation.report import MODES, TITLES, UNANNOTATED, dataset_table, from_dict
+from metr.evaluation.report import TITLES, UNANNOTATED, dataset_table
+from metr.evaluation.results import MODES, EvaluationReport, Mode, from_dict
 from metr.run_directory import RunDirectory
 from metr.serialization import read_json
 from metr.training.comparison import COMPARISON
@@ -197,7 +197,7 @@ def _results(facts: CardFacts) -> str:
         splits = sorted({one.split for one in facts.report.datasets})
         parts = [
             f"COCO average precision over IoU 0.50:0.95, 0 to 100, on the {' and '.join(splits)} splits. "
-            "*Own names*: asked for the dataset's names alone; *all names*: for all "
+            "*Own names*: asked for the dataset's names alone; *joint vocabulary*: for all "
             f"{facts.report.names:,} names at once.",
             dataset_table(facts.report),
         ]

@@ -14,7 +14,7 @@ from huggingface_hub import HfApi, ModelCard, ModelHubMixin, hf_hub_download, sn
 
 from metr.checkpoint import CONFIG, EMBEDDINGS, VOCABULARY, WEIGHTS, Checkpoint, save_checkpoint
 from metr.errors import CheckpointError, ConfigError
-from metr.evaluation.report import as_dict
+from metr.evaluation.results import as_dict
 from metr.hub import asking
 from metr.models.detector import Detector
 from metr.run_directory import existing_folder

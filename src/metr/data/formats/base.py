@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from metr.data.formats.files import Files, encoding_of
-from metr.data.index.fingerprints import Fingerprints
+from metr.data.index.manifest import Fingerprints
 from metr.data.records import DataIssue
 
 # The corners of a box that cannot be read. Its category is in the image all the same, and checking makes use of that.

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 
-from metr.data.file_names import encodable, shown_name
 from metr.data.formats.base import IssueLog, RawImage, Reader, Reading, place
 from metr.data.images import probe_size
+from metr.data.index.manifest import encodable, shown_name
 from metr.data.records import ImageRecord
 from metr.errors import DataError
 

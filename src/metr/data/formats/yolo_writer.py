@@ -12,9 +12,9 @@ import yaml
 
 from metr.boxes import xyxy_to_cxcywh
 from metr.data.datasets_file import DatasetSource
-from metr.data.exif_oriented import ExifOriented
 from metr.data.export import ExportReport, Placement, in_order, new_export
 from metr.data.formats.base import corners
+from metr.data.images import exif_oriented_record
 from metr.data.records import ImageRecord
 from metr.data.splits import TEST, TRAIN, VAL
 
@@ -42,7 +42,7 @@ def write_yolo(source: DatasetSource, out: Path, placement: Placement = "link") 
             description[split] = f"images/{split}"
             place, labels = export.image_folder(split, stems=True), export.folder / "labels" / split
             labels.mkdir(parents=True)
-            for record in in_order(ExifOriented(annotations)):
+            for record in map(exif_oriented_record, in_order(annotations)):
                 name = place.put(record.path)
                 if name is not None:
                     lines = _lines(record)
