@@ -1,4 +1,4 @@
-"""The hub: models of others, loaded quietly through transformers, and repositories of METR's; failures explained."""
+"""The Hugging Face hub: models of others are loaded quietly through transformers, and its errors are explained."""
 
 import warnings
 from collections.abc import Iterator
@@ -26,6 +26,11 @@ _FAILURES = (OSError, ValueError, KeyError, ImportError, RuntimeError, Safetenso
 _HTTP_ERROR = cast("type[Exception]", HfHubHTTPError.__bases__[0])
 _HUB_FAILURES = (_HTTP_ERROR, OSError, ValueError, RuntimeError)
 _REFUSED = (401, 403)
+
+
+def may_be_a_hub_name(source: str) -> bool:
+    """Whether this looks like user/name: one slash, and no path of this machine."""
+    return source.count("/") == 1 and not source.startswith((".", "/", "~"))
 
 
 @contextmanager

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from conversion_cases import NAMES, alike, save_folder, stir, stirred, texts
 from torch import Tensor
-from transfer_cases import NAMES, alike, save_folder, stir, stirred, texts
 
 from metr.conversion.classifier import name_tokens, refined_tokens
 from metr.conversion.convert import giving_to_ours

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from conversion_cases import NAMES, alike, normalised, random_images, stir, stirred, texts
 from torch import Tensor, nn
-from transfer_cases import NAMES, alike, normalised, random_images, stir, stirred, texts
 
 from metr.conversion.activation_statistics import (
     ActivationStatistics,

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conversion_cases import SIDE, alike, stirred
 from PIL import Image
-from transfer_cases import SIDE, alike, stirred
 
 from metr.conversion.export import colours_of
 from metr.conversion.targets import find_target

@@ -1,7 +1,7 @@
 """Heads for fixed names from a METR that compares with the text, by a factor and beside an objectness."""
 
 import torch
-from transfer_cases import alike, stir, stirred, texts
+from conversion_cases import alike, stir, stirred, texts
 
 from metr.conversion.activation_statistics import ActivationStatistics
 from metr.conversion.classifier import classifier, name_tokens, place_classifier

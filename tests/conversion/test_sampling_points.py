@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
+from conversion_cases import NAMES, alike, save_folder, stir, stirred, texts
 from torch import Tensor
-from transfer_cases import NAMES, alike, save_folder, stir, stirred, texts
 
 from metr.conversion.export import order_for, transfer
 from metr.conversion.import_ import adopt, read_published

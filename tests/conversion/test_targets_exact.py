@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
+from conversion_cases import NAMES, SIDE, alike, normalised, random_images, stir, stirred, texts
 from torch import Tensor
-from transfer_cases import NAMES, SIDE, alike, normalised, random_images, stir, stirred, texts
 
 from metr.conversion.classifier import name_tokens
 from metr.conversion.convert import giving_to_ours, giving_to_theirs

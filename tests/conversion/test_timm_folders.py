@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from conversion_cases import NAMES, alike, save_folder, stir, stirred, texts
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transfer_cases import NAMES, alike, save_folder, stir, stirred, texts
 
 from metr.conversion.export import build
 from metr.conversion.import_ import adopt, read_published

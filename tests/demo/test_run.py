@@ -63,7 +63,7 @@ def test_an_interrupted_demo_judges_nothing(
 
     monkeypatch.setattr(demo, "VAL", 1)
     monkeypatch.setattr(demo, "train", lambda *_, **__: Stopped)
-    monkeypatch.setattr(demo, "evaluate_run", pytest.fail)
+    monkeypatch.setattr(demo, "evaluate", pytest.fail)
     assert run_demo(tmp_path / "demo", console, as_overrides(tiny_run), train_images=2) is None
     assert "it begins anew" in said(console)
 

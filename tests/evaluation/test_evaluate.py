@@ -14,7 +14,7 @@ from metr.data.images import read_image
 from metr.data.joint import open_joint
 from metr.errors import DataError
 from metr.evaluation.coco import evaluate_detections
-from metr.evaluation.evaluate import evaluate_run
+from metr.evaluation.evaluate import evaluate
 from metr.evaluation.evaluator import EvaluationConfig, EvaluationReport
 from metr.evaluation.report import from_dict
 from metr.inference.config import InferenceConfig
@@ -41,7 +41,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def report(tiny_run: TinyRun, out: Path) -> EvaluationReport:
     with (out / "said").open("w", encoding="utf-8") as said:
-        return evaluate_run(tiny_run.folder, tiny_run.data, out / "e", console=Console(file=said, width=80))
+        return evaluate(tiny_run.folder, tiny_run.data, out / "e", console=Console(file=said, width=80))
 
 
 def test_json_markdown_and_chart_are_written(report: EvaluationReport, out: Path) -> None:
@@ -94,7 +94,7 @@ def test_the_table_fits_80_columns(report: EvaluationReport, out: Path) -> None:
 
 def test_names_that_the_model_never_saw(tiny_run: TinyRun, tmp_path: Path) -> None:
     strange = write_csv(tmp_path / "strange", tiny_run.unseen)
-    report = evaluate_run(tiny_run.folder, [str(strange)], tmp_path / "e", split="train")
+    report = evaluate(tiny_run.folder, [str(strange)], tmp_path / "e", split="train")
     (one,) = report.datasets
     assert one.own is not None
     assert [category.name for category in one.own.coco.categories] == ["leaf", "zebra"]
@@ -107,7 +107,7 @@ def test_names_that_the_model_never_saw(tiny_run: TinyRun, tmp_path: Path) -> No
 
 def test_a_dataset_of_the_same_name_does_not_hide_names_of_training(tiny_run: TinyRun, tmp_path: Path) -> None:
     strange = write_csv(tmp_path / "strange", tiny_run.unseen)
-    assert evaluate_run(tiny_run.folder, [f"pond={strange}"], tmp_path / "e", split="train").names == 11
+    assert evaluate(tiny_run.folder, [f"pond={strange}"], tmp_path / "e", split="train").names == 11
 
 
 def test_prompts_of_a_listing_are_what_is_embedded(
@@ -124,14 +124,14 @@ def test_prompts_of_a_listing_are_what_is_embedded(
 
     original = METR.embed
     monkeypatch.setattr(METR, "embed", embed)
-    evaluate_run(tiny_run.folder, [str(listing)], tmp_path / "e", split="train")
+    evaluate(tiny_run.folder, [str(listing)], tmp_path / "e", split="train")
     assert asked == {"zebra": "a striped horse"}
 
 
 def test_a_dataset_outside_the_mean_is_told_beside_it(tiny_run: TinyRun, tmp_path: Path) -> None:
     config = EvaluationConfig(outside_mean=("pond",), modes=("own",))
     with (tmp_path / "said").open("w", encoding="utf-8") as said:
-        report = evaluate_run(
+        report = evaluate(
             tiny_run.folder, tiny_run.data, tmp_path / "e", config=config, console=Console(file=said, width=80)
         )
     assert report.confusion is None
@@ -144,13 +144,13 @@ def test_a_dataset_outside_the_mean_is_told_beside_it(tiny_run: TinyRun, tmp_pat
 def test_a_broken_image_is_in_no_number(tiny_run: TinyRun, tmp_path: Path) -> None:
     pond = Path(shutil.copytree(tiny_run.datasets[0], tmp_path / "pond"))
     next(iter(sorted((pond / "val").glob("*.jpg")))).write_bytes(b"")
-    (one,) = evaluate_run(tiny_run.folder, [str(pond)], tmp_path / "e").datasets
+    (one,) = evaluate(tiny_run.folder, [str(pond)], tmp_path / "e").datasets
     assert (one.images, one.missing) == (2, 1)
 
 
 def test_a_split_that_is_not_there(tiny_run: TinyRun, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no 'test' split\n  try: it has train, val"):
-        evaluate_run(tiny_run.folder, tiny_run.data[:1], tmp_path / "e", split="test")
+        evaluate(tiny_run.folder, tiny_run.data[:1], tmp_path / "e", split="test")
 
 
 def write_csv(root: Path, images: tuple[Path, ...]) -> Path:

@@ -18,7 +18,7 @@ from metr.config import read_yaml
 from metr.data.config import AugmentationConfig
 from metr.data.few_shot import SubsetConfig
 from metr.errors import CheckpointError, ConfigError, DataError, MetrError, ModelError
-from metr.evaluation.evaluate import evaluate_run
+from metr.evaluation.evaluate import evaluate
 from metr.model import METR
 from metr.text.encoder import TextEncoder
 from metr.training.finetune import FinetuneOptions, FinetuneOutcome, finetune
@@ -100,9 +100,9 @@ def test_before_and_after_are_told(mine: Path, tiny_run: TinyRun, tmp_path: Path
     told = json.loads((mine / "comparison.json").read_text())
     assert [(one["dataset"], one["role"]) for one in told["datasets"]] == [("lake", "new"), ("desk", "only judged")]
     desk = told["datasets"][1]
-    report = evaluate_run(tiny_run.folder, [tiny_run.data[1]], tmp_path / "judged")
+    report = evaluate(tiny_run.folder, [tiny_run.data[1]], tmp_path / "judged")
     assert desk["before"]["own"] == pytest.approx(report.datasets[0].ap("own"))
-    after = evaluate_run(mine, [tiny_run.data[1]], tmp_path / "judged")
+    after = evaluate(mine, [tiny_run.data[1]], tmp_path / "judged")
     assert desk["after"] == {
         "own": pytest.approx(after.datasets[0].ap("own")),
         "joint": pytest.approx(after.datasets[0].ap("joint")),

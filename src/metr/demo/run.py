@@ -12,7 +12,7 @@ from metr.data.datasets_file import open_dataset, parse_data_arguments
 from metr.data.images import read_image
 from metr.demo.datasets import FORMATS, write_demo_datasets, write_unseen
 from metr.errors import DataError
-from metr.evaluation.evaluate import evaluate_run
+from metr.evaluation.evaluate import evaluate
 from metr.evaluation.evaluator import EvaluationReport
 from metr.inference.detect_files import detect_files
 from metr.inference.draw import contact_sheet, draw_annotations, save_image
@@ -62,7 +62,7 @@ def run_demo(
         console.print("The demo is not done; it begins anew when it is run again.")
         return None
     console.rule("3. how good is it?")
-    report = evaluate_run(run, data, folder / "evaluation", console=console)
+    report = evaluate(run, data, folder / "evaluation", console=console)
     console.rule("4. images that it has never seen")
     write_unseen(folder / "unseen", SEED, UNSEEN)
     detect_files(run, [folder / "unseen"], folder / "detections", threshold=0.35, console=console)

@@ -38,7 +38,7 @@ _SHORT: dict[Mode, str] = {"own": "own", "joint": "all"}
 _METRICS: tuple[Literal["ap"], Literal["ap50"]] = ("ap", "ap50")
 
 
-def evaluate_run(
+def evaluate(
     source: str | Path,
     data: Sequence[str],
     out: Path,

@@ -4,16 +4,44 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoBackbone, PreTrainedModel, initialization
-from transformers.backbone_utils import BackboneMixin
+from transformers import AutoBackbone, AutoConfig, PreTrainedConfig, PreTrainedModel, initialization
+from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin
 from transformers.modeling_outputs import BackboneOutput
 
 from metr.models.backbones.batch_norm import freeze_batch_norms
 from metr.models.backbones.efficientnet_lite import EfficientNetLite, packaged_weights
-from metr.registered_config import EfficientNetLiteConfig
 
 STAGE_OF_STRIDE = {4: "stage2", 8: "stage3", 16: "stage5", 32: "stage7"}
 """The stage that ends each resolution."""
+_STAGES = 7
+
+
+class EfficientNetLiteConfig(BackboneConfigMixin, PreTrainedConfig):  # type: ignore[no-untyped-call]
+    """Which EfficientNet-Lite: Lite0, or a multiple of it.
+
+    Args:
+        width: Multiple of Lite0's channels.
+        depth: Multiple of Lite0's blocks.
+        freeze_batch_norm: Its batch norms are constants. They are none of PyTorch's then, so that detectors which
+            replace those (and would forget EfficientNet's eps) leave them alone.
+        out_features: The stages whose maps are given, of "stage1" to "stage7"; or by number in `out_indices`.
+    """
+
+    model_type = "efficientnet_lite"
+
+    def __init__(
+        self,
+        width: float = 1.0,
+        depth: float = 1.0,
+        freeze_batch_norm: bool = True,
+        out_features: list[str] | None = None,
+        out_indices: list[int] | None = None,
+        **rest: Any,
+    ) -> None:
+        super().__init__(**rest)
+        self.width, self.depth, self.freeze_batch_norm = width, depth, freeze_batch_norm
+        self.stage_names = ["stem", *(f"stage{number}" for number in range(1, _STAGES + 1))]
+        self.set_output_features_output_indices(out_features=out_features, out_indices=out_indices)
 
 
 class EfficientNetLiteModel(BackboneMixin, PreTrainedModel):  # type: ignore[no-untyped-call]
@@ -57,5 +85,10 @@ class EfficientNetLiteModel(BackboneMixin, PreTrainedModel):  # type: ignore[no-
 
 
 def register() -> None:
-    """Makes it known to `AutoBackbone`; more than once does nothing."""
+    """Makes EfficientNet-Lite known to transformers' `AutoConfig` and `AutoBackbone`.
+
+    Call it before transformers loads a detector that has this backbone, such as a folder that `metr transfer` wrote.
+    Calling it again does nothing.
+    """
+    AutoConfig.register(EfficientNetLiteConfig.model_type, EfficientNetLiteConfig, exist_ok=True)
     AutoBackbone.register(EfficientNetLiteConfig, EfficientNetLiteModel, exist_ok=True)
