@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from tiny import TinyRun
+from tiny import TinyRun, tiny_run
+
+__all__ = ["tiny_run"]
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples/detect.py"
 

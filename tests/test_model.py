@@ -20,7 +20,9 @@ from metr.structures import Detections
 from metr.text.encoder import TextEncoder, TextEncoderConfig
 from metr.text.vocabulary import Vocabulary
 
-from tiny import NAMES, TinyRun, write_text_model
+from tiny import NAMES, TinyRun, tiny_run, write_text_model
+
+__all__ = ["tiny_run"]
 
 ALL_NAMES = tuple(dict.fromkeys(name for names in NAMES.values() for name in names))
 ANOTHER_PROCESS = """
