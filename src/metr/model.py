@@ -17,7 +17,7 @@ from metr.errors import CheckpointError, ConfigError, DataError
 from metr.hub import may_be_a_hub_name
 from metr.inference.config import InferenceConfig, PostprocessConfig
 from metr.inference.predictor import ImageSource, Prediction, Predictor
-from metr.models.backbones.registered import register
+from metr.models.backbones.efficientnet_lite import register
 from metr.models.detector import Detector
 from metr.serialization import type_of
 from metr.structures import Detections

@@ -22,7 +22,7 @@ from metr.data.config import ResizeConfig
 from metr.errors import ModelError
 from metr.hub import loading
 from metr.models.backbones.config import BackboneConfig
-from metr.models.backbones.registered import register
+from metr.models.backbones.efficientnet_lite import register
 from metr.models.config import DetectorConfig
 from metr.models.detector import Detector
 
