@@ -1,4 +1,4 @@
-"""Checkpoints: a folder with the network, its vocabulary and all that detection needs, and nothing to unpickle."""
+"""Checkpoints: a folder with the network, its vocabulary and all else that detection needs; nothing is unpickled."""
 
 import hashlib
 import re
@@ -18,6 +18,25 @@ from metr.models.config import DetectorConfig
 from metr.run_directory import RunDirectory, existing_folder, replaced_folder
 from metr.serialization import read_json, read_tensors, write_json, write_tensors
 from metr.text.vocabulary import Vocabulary
+
+__all__ = [
+    "CARD",
+    "CONFIG",
+    "EMBEDDINGS",
+    "EVALUATION",
+    "FILES",
+    "FORMAT_VERSION",
+    "VOCABULARY",
+    "WEIGHTS",
+    "Checkpoint",
+    "fetch_checkpoint",
+    "find_checkpoint",
+    "is_untouched",
+    "load_checkpoint",
+    "persons_card",
+    "save_checkpoint",
+    "signed_card",
+]
 
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
