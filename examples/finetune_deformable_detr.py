@@ -3,13 +3,13 @@
 import argparse
 import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from transformers import AutoImageProcessor, AutoModelForObjectDetection, Trainer, TrainingArguments
 
-from metr.conversion.transfer import trainer_batch, transfer_run
+import metr
+from metr.conversion.transfer import trainer_batch
 from metr.data.joint import open_joint
 from metr.errors import MetrError
 
@@ -20,7 +20,7 @@ parser.add_argument("--steps", type=int, default=500)
 run, folder, out, steps = vars(parser.parse_args()).values()
 try:
     images = open_joint([folder]).sources[0].split("train")
-    transfer_run(Path(run), "deformable_detr", Path(out), names=folder, console=Console())
+    metr.transfer(run, "deformable_detr", out, names=folder, console=Console())
     processor: Any = AutoImageProcessor.from_pretrained(out)  # type: ignore[no-untyped-call]
     model = AutoModelForObjectDetection.from_pretrained(out)
     asked = TrainingArguments(f"{out}/training", max_steps=steps, learning_rate=2e-4)

@@ -20,7 +20,9 @@ from metr.structures import Detections
 from metr.text.encoder import TextEncoder, TextEncoderConfig
 from metr.text.vocabulary import Vocabulary
 
-from tiny import NAMES, TinyRun, write_text_model
+from tiny import NAMES, TinyRun, tiny_run, write_text_model
+
+__all__ = ["tiny_run"]
 
 ALL_NAMES = tuple(dict.fromkeys(name for names in NAMES.values() for name in names))
 ANOTHER_PROCESS = """
@@ -147,6 +149,7 @@ def test_a_predictor_takes_settings_of_ones_own(model: METR, tiny_run: TinyRun) 
 
 def test_saved_again_it_is_the_same(model: METR, tiny_run: TinyRun, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "again")
+    assert "README.md" not in {path.name for path in (tmp_path / "again").iterdir()}  # `metr.save` writes a card
     again = METR.from_pretrained(tmp_path / "again")
     same(
         again.detect(tiny_run.unseen[0], threshold=0.0), model.detect(tiny_run.unseen[0], threshold=0.0), rtol=0, atol=0
@@ -222,7 +225,7 @@ def test_neither_a_folder_nor_a_name_on_the_hub(monkeypatch: pytest.MonkeyPatch,
         asked.append(name)
         raise OSError("no network")
 
-    monkeypatch.setattr("metr.sharing.push.snapshot_download", offline)
+    monkeypatch.setattr("metr.checkpoint.snapshot_download", offline)
     with pytest.raises(CheckpointError, match="user/nothing: no network"):
         METR.from_pretrained("user/nothing")
     with pytest.raises(CheckpointError, match="no such checkpoint"):
@@ -231,7 +234,7 @@ def test_neither_a_folder_nor_a_name_on_the_hub(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_a_name_on_the_hub(monkeypatch: pytest.MonkeyPatch, tiny_run: TinyRun) -> None:
-    monkeypatch.setattr("metr.sharing.push.snapshot_download", lambda name, **_: str(tiny_run.best))
+    monkeypatch.setattr("metr.checkpoint.snapshot_download", lambda name, **_: str(tiny_run.best))
     assert METR.from_pretrained("user/detector").names == ALL_NAMES
 
 

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from metr.checkpoint import load_checkpoint
+from metr.checkpoint import is_untouched, load_checkpoint
 from metr.model import METR
-from metr.sharing.model_card import is_untouched
 from metr.training.provenance import TrainingFacts
 
 FOLDER = Path(__file__).resolve().parents[1] / "checkpoints" / "metr-nano"

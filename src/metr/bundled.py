@@ -8,6 +8,8 @@ from pathlib import Path
 
 from metr.errors import DependencyError
 
+__all__ = ["BundledFile", "efficientnet_lite0_weights", "minilm_folder", "verified"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class BundledFile:
@@ -53,7 +55,7 @@ def efficientnet_lite0_weights() -> Path:
 
 @cache
 def verified(file: BundledFile) -> Path:
-    """Where a bundled file lies; its SHA-256 is computed once a process.
+    """The path of a bundled file. Its SHA-256 is checked once in each process.
 
     Raises:
         DependencyError: the package is missing or incomplete, or the file is not the known one.
@@ -71,7 +73,7 @@ def verified(file: BundledFile) -> Path:
 
 
 def _folder(file: BundledFile) -> Path:
-    """The package's folder. Importing it could import much else, so the import system is only asked where it is."""
+    """The package's folder. The package itself is not imported, as that could import much else."""
     spec = importlib.util.find_spec(file.module)
     if spec is None or not spec.submodule_search_locations:
         what = f"the package {file.distribution} is not installed"

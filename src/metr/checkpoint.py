@@ -1,24 +1,52 @@
-"""Checkpoints: a folder with the network, its vocabulary and all that detection needs, and nothing to unpickle."""
+"""Checkpoints: a folder with the network, its vocabulary and all else that detection needs; nothing is unpickled."""
 
+import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from jaxtyping import Float
 from torch import Tensor
 
 from metr.errors import CheckpointError, ConfigError
+from metr.hub import asking
 from metr.models.config import DetectorConfig
 from metr.run_directory import RunDirectory, existing_folder, replaced_folder
 from metr.serialization import read_json, read_tensors, write_json, write_tensors
 from metr.text.vocabulary import Vocabulary
 
+__all__ = [
+    "CARD",
+    "CONFIG",
+    "EMBEDDINGS",
+    "EVALUATION",
+    "FILES",
+    "FORMAT_VERSION",
+    "VOCABULARY",
+    "WEIGHTS",
+    "Checkpoint",
+    "fetch_checkpoint",
+    "find_checkpoint",
+    "is_untouched",
+    "load_checkpoint",
+    "persons_card",
+    "save_checkpoint",
+    "signed_card",
+]
+
 FORMAT_VERSION = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 VOCABULARY, EMBEDDINGS = "vocabulary.json", "text_embeddings.safetensors"
+CARD, EVALUATION = "README.md", "evaluation.json"
+"""What may lie beside a checkpoint: its model card, and the report that the card is written from."""
+FILES = (CONFIG, WEIGHTS, EMBEDDINGS, VOCABULARY, CARD, EVALUATION)
+"""What a checkpoint on the hub consists of: nothing else is downloaded or sent."""
 _EMBEDDINGS_KEY = "embeddings"
+_SIGNATURE = re.compile(r"\n*<!-- written by METR[^>]*sha256 ([0-9a-f]{64})[^>]*-->\s*\Z")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +85,13 @@ def save_checkpoint(
         folder: Replaced if it holds a checkpoint, made if it is missing.
         checkpoint: What to write.
         dtype: Of the weights on disk, such as `torch.float16` to ship them; as they are by default.
-        beside: Texts for people that go with it, by file name.
+        beside: Texts for people that go with it, by file name. A README.md that a person wrote in `folder` stays.
 
     Raises:
         CheckpointError: `folder` holds something else, or the disk refuses.
     """
+    card = persons_card(folder)
+    texts = {**(beside or {}), **({} if card is None else {CARD: card})}
     config = {
         "format": "metr",
         "format_version": FORMAT_VERSION,
@@ -76,7 +106,7 @@ def save_checkpoint(
         write_tensors(fresh / EMBEDDINGS, {_EMBEDDINGS_KEY: checkpoint.text_embeddings})
         write_json(fresh / VOCABULARY, checkpoint.vocabulary.to_dict())
         write_json(fresh / CONFIG, config)
-        for name, text in (beside or {}).items():
+        for name, text in texts.items():
             (fresh / name).write_text(text, encoding="utf-8")
 
 
@@ -115,6 +145,62 @@ def find_checkpoint(path: Path) -> Path:
         raise CheckpointError("no such checkpoint", where=path, hint="check the path")
     what = f"expected a checkpoint ({CONFIG} and {WEIGHTS}) or a run folder that holds one"
     raise CheckpointError(what, where=path, hint="name the folder itself, such as RUN/best")
+
+
+def fetch_checkpoint(name: str, *, revision: str | None = None, **options: Any) -> Path:
+    """Downloads a checkpoint from the hub, all its files as of one commit, and gives its folder.
+
+    The configuration comes first, so that a repository of something else costs no large download.
+
+    Args:
+        name: The repository, "user/name".
+        revision: A branch, a tag or a commit; by default the newest of `main`.
+        options: `token`, `cache_dir`, `local_files_only` and `force_download` of huggingface-hub.
+
+    Raises:
+        CheckpointError: the hub cannot be reached, or the repository holds no such checkpoint.
+    """
+    with asking(name, revision):
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=[CONFIG], **options))
+    config = folder / CONFIG
+    if not config.is_file() or read_json(config).get("format") != "metr":
+        hint = "weights of some other detectors can become METR's: metr.from_detector, metr transfer --from"
+        raise CheckpointError("this repository holds no METR checkpoint", where=name, hint=hint)
+    with asking(name, revision):
+        return Path(snapshot_download(name, revision=folder.name, allow_patterns=list(FILES), **options))
+
+
+def signed_card(text: str) -> str:
+    """A model card with a last line by which `is_untouched` recognises that METR wrote it."""
+    line = "written by METR, and anew whenever the weights are, unless a person changes it"
+    return f"{text.rstrip()}\n\n<!-- {line}: sha256 {_digest(text)} -->\n"
+
+
+def is_untouched(card: str) -> bool:
+    """Whether a card is as METR wrote it. A card that a person wrote or changed is never written over."""
+    signature = _SIGNATURE.search(card)
+    return signature is not None and signature.group(1) == _digest(card[: signature.start()])
+
+
+def persons_card(folder: Path) -> str | None:
+    """The README.md of a folder, if a person wrote or changed it.
+
+    Raises:
+        CheckpointError: it is not readable as UTF-8.
+    """
+    path = existing_folder(folder) / CARD
+    if not path.is_file():
+        return None
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        hint = "make it readable as UTF-8, or move it away"
+        raise CheckpointError(f"cannot be read, and is not to be lost: {error}", where=path, hint=hint) from None
+    return None if is_untouched(text) else text
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256("\n".join(text.rstrip().splitlines()).encode()).hexdigest()
 
 
 def _check_format(config: Mapping[str, Any], where: Path) -> None:

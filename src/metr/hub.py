@@ -1,4 +1,4 @@
-"""The hub: models of others, loaded quietly through transformers, and repositories of METR's; failures explained."""
+"""The Hugging Face hub: models of others are loaded quietly through transformers, and its errors are explained."""
 
 import warnings
 from collections.abc import Iterator
@@ -21,6 +21,8 @@ from transformers.utils import logging as transformers_logging
 
 from metr.errors import CheckpointError, ModelError
 
+__all__ = ["asking", "loading", "may_be_a_hub_name", "quiet"]
+
 _FAILURES = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 # the root of what the HTTP library raises, whichever the hub's library uses
 _HTTP_ERROR = cast("type[Exception]", HfHubHTTPError.__bases__[0])
@@ -28,15 +30,20 @@ _HUB_FAILURES = (_HTTP_ERROR, OSError, ValueError, RuntimeError)
 _REFUSED = (401, 403)
 
 
+def may_be_a_hub_name(source: str) -> bool:
+    """Whether this looks like user/name: one slash, and no path of this machine."""
+    return source.count("/") == 1 and not source.startswith((".", "/", "~"))
+
+
 @contextmanager
 def loading(source: str) -> Iterator[None]:
     """Wraps calls of transformers that read the model `source`, a hub name or a folder.
 
-    Its progress bars, load reports and warnings are kept back: weights that a headless network leaves unused are
-    no news. What is downloaded still shows its progress.
+    Hides transformers' progress bars, load reports and warnings, such as those about weights that a network without its
+    head leaves unused. Downloads still show their progress.
 
     Raises:
-        ModelError: the model cannot be had, or is not what was asked for.
+        ModelError: the model cannot be loaded, or is not of the kind that was asked for.
     """
     try:
         with quiet():
@@ -63,7 +70,7 @@ def asking(repository: str, revision: str | None = None) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps the progress bars and warnings of transformers back."""
+    """Hides the progress bars and warnings of transformers."""
     log: Any = transformers_logging  # partly without types
     verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()

@@ -10,35 +10,41 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from metr.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
+from metr.checkpoint import Checkpoint, fetch_checkpoint, find_checkpoint, load_checkpoint, save_checkpoint
 from metr.data.config import ResizeConfig
 from metr.devices import resolved_device
 from metr.errors import CheckpointError, ConfigError, DataError
+from metr.hub import may_be_a_hub_name
 from metr.inference.config import InferenceConfig, PostprocessConfig
 from metr.inference.predictor import ImageSource, Prediction, Predictor
+from metr.models.backbones.efficientnet_lite import register
 from metr.models.detector import Detector
 from metr.serialization import type_of
-from metr.sharing.push import Shared, fetched, may_be_a_hub_name
 from metr.structures import Detections
 from metr.text.encoder import TextEncoder, TextEncoderConfig
 from metr.text.vocabulary import Vocabulary
 from metr.weights import load_weights
 
+__all__ = ["METR"]
 
-class METR(Shared):
+
+class METR:
     """A detector that finds what it is asked for by name.
 
-    Made by `from_pretrained` from a checkpoint folder, a run folder or a name on the hub; `save_pretrained` and
-    `push_to_hub` give it to others.
+    `from_pretrained` loads one from a checkpoint folder, a run folder or a name on the hub. `save_pretrained` writes
+    the checkpoint alone; `metr.save` writes a model card beside it, and `metr.push` sends both to the hub.
 
     Attributes:
         network: The `Detector`, in evaluation mode.
         vocabulary: The names it was trained on, and which dataset annotates which.
         checkpoint: All else that the folder held; the weights are the network's.
-        stored_as: Of what type the weights on disk were ("float16"); None where there were none, or several types.
+        resize: The shape in which images enter the network: that of its training.
+        stored_as: The type of the weights on disk ("float16"); None where there were none, or several types.
+        folder: The checkpoint folder that it was loaded from; None where it was made in another way.
     """
 
     def __init__(self, network: Detector, checkpoint: Checkpoint, where: object = None) -> None:
+        register()
         self.network, self.checkpoint = network.eval(), replace(checkpoint, weights={})
         self.stored_as = type_of(checkpoint.weights)
         self.vocabulary = checkpoint.vocabulary
@@ -48,10 +54,11 @@ class METR(Shared):
         with _checkpoint_errors():
             self.resize = ResizeConfig.checked(checkpoint.preprocessing, where=f"{where} (preprocessing)")
             self._encoder_config = TextEncoderConfig.checked(described, where=f"{where} (text_encoder)")
+        self.folder: Path | None = None
         self._encoder: TextEncoder | None = None
 
     @classmethod
-    def from_pretrained(  # type: ignore[override]  # no other arguments reach the constructor
+    def from_pretrained(
         cls,
         source: str | Path,
         *,
@@ -62,16 +69,16 @@ class METR(Shared):
         local_files_only: bool = False,
         force_download: bool = False,
     ) -> "METR":
-        """Loads a detector; no flags are needed, nothing is unpickled, and a folder needs no network.
+        """Loads a detector. Nothing is unpickled, and a folder needs no internet.
 
         Args:
             source: A checkpoint folder, a run folder (its best checkpoint), or a name on the hub ("user/name").
             device: Where the network goes; "auto" is an accelerator where there is one, else the CPU.
-            revision: Of a name on the hub: a branch, a tag or a commit; by default the newest of `main`.
-            token: Of the hub; by default that of `hf auth login` or HF_TOKEN, False for none.
-            cache_dir: Where what is fetched is kept; by default where huggingface-hub keeps everything.
-            local_files_only: Ask the hub for nothing: take what was fetched before.
-            force_download: Fetch again what is here already.
+            revision: The branch, tag or commit of a repository on the hub; by default the newest of `main`.
+            token: The hub's; by default that of `hf auth login` or HF_TOKEN, False for none.
+            cache_dir: Where downloads are kept; by default in huggingface-hub's own cache.
+            local_files_only: Ask the hub for nothing: take what was downloaded before.
+            force_download: Download again what is here already.
 
         Raises:
             CheckpointError: there is no such checkpoint, it is damaged, or the hub does not give it.
@@ -80,7 +87,7 @@ class METR(Shared):
         place = resolved_device(device)
         folder = Path(source)
         if not folder.exists() and may_be_a_hub_name(str(source)):
-            folder = fetched(
+            folder = fetch_checkpoint(
                 str(source),
                 revision=revision,
                 token=token,
@@ -96,35 +103,26 @@ class METR(Shared):
         hint = "config.json and model.safetensors are not of one checkpoint: copy the folder again"
         load_weights(network, checkpoint.weights, where=folder, hint=hint)
         model = cls(network.to(place), checkpoint, folder)
-        model._source = find_checkpoint(folder)
+        model.folder = find_checkpoint(folder)
         return model
 
-    @classmethod
-    def from_detector(
-        cls,
-        source: str | Path,
-        names: Sequence[str] | Vocabulary | None = None,
-        *,
-        text: TextEncoderConfig | None = None,
-        device: str | torch.device = "auto",
-    ) -> "METR":
-        """A METR that starts from the weights of another detector; what has to do with names starts afresh.
+    def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
+        """Writes a checkpoint folder that `from_pretrained` reads: whole, or not at all.
+
+        It holds no model card: `metr.save` writes one. A README.md that a person wrote there stays as it is.
 
         Args:
-            source: A folder of transformers (Deformable DETR, RT-DETR, D-FINE), or a `.pth` file of IDEA-Research's
-                DINO or of METR's authors. Nothing in it is executed.
-            names: What it is to know; by default the detector's labels.
-            text: The text encoder; by default the bundled one.
-            device: Where the network goes.
+            folder: Made if it is missing, replaced if it holds a checkpoint.
+            dtype: The type of the weights on disk, such as `torch.float16`; by default the network's.
 
         Raises:
-            CheckpointError: a file is missing, damaged, or would have to run code.
-            ConfigError: the detector names nothing and no names are given, or a name is empty or given twice.
-            ModelError: METR has no counterpart of the detector, or the text encoder cannot be loaded.
+            CheckpointError: the folder holds something else, or the disk refuses.
         """
-        from metr.conversion.transfer import from_detector
+        save_checkpoint(Path(folder), self.with_weights(), dtype=dtype)
 
-        return from_detector(source, names, text=text, device=device)[0]
+    def with_weights(self) -> Checkpoint:
+        """The checkpoint with the network's weights as they are now."""
+        return replace(self.checkpoint, weights=self.network.state_dict())
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -137,10 +135,10 @@ class METR(Shared):
         return next(self.network.parameters()).device
 
     def embed(self, names: Sequence[str] | Vocabulary) -> Float[Tensor, "v t"]:
-        """Text embeddings of any names; those of training come from the checkpoint, the others from its text encoder.
+        """Text embeddings of any names: of training's names from the checkpoint, of others from the text encoder.
 
         Args:
-            names: Plain names, or a vocabulary whose prompts say what is to be embedded instead of some of them.
+            names: Plain names, or a vocabulary. Its prompts are embedded in place of the names that have one.
 
         Raises:
             ConfigError: a name is empty or given twice.
@@ -177,9 +175,10 @@ class METR(Shared):
     def detect(
         self, images: ImageSource | list[ImageSource], names: Sequence[str] | None = None, *, threshold: float = 0.3
     ) -> Detections | list[Detections]:
-        """Finds objects: sure ones, and one name a place (where boxes of several names overlap by more than 0.7 IoU).
+        """Finds objects: those above the threshold, and one name for each place.
 
-        `predictor` gives everything, overlapping names and low scores included.
+        Where boxes of several names overlap by more than 0.7 IoU, the best one stays. `predictor` gives everything,
+        overlapping names and low scores included.
 
         Args:
             images: A path, an RGB array [h w 3] of bytes or a PIL image; or a list of such.
@@ -218,7 +217,7 @@ class METR(Shared):
 
 @contextmanager
 def _checkpoint_errors() -> Iterator[None]:
-    """What is wrong with a configuration inside a checkpoint is the checkpoint's issue."""
+    """Turns errors in a configuration inside a checkpoint into errors of the checkpoint."""
     try:
         yield
     except ConfigError as error:
@@ -227,7 +226,11 @@ def _checkpoint_errors() -> Iterator[None]:
 
 
 def _listed(names: Sequence[str]) -> Sequence[str]:
-    """The names, unless a single text was given for them: its letters would be taken for names."""
+    """The names.
+
+    Raises:
+        ConfigError: they are a single text, whose letters would be taken for names.
+    """
     if isinstance(names, str):
         raise ConfigError(f"expected a list of names, found the text {names!r}", where="names", hint=f"[{names!r}]")
     return names

@@ -22,7 +22,7 @@ from metr.conversion.published.restricted_unpickling import read_restricted
 from metr.conversion.published.timm import resnet_rows
 from metr.conversion.table import to_theirs
 from metr.conversion.targets import find_target
-from metr.conversion.transfer import REPORT, from_detector, to_detector, transfer_run
+from metr.conversion.transfer import REPORT, from_detector, import_detector, to_detector, transfer
 from metr.data.config import ResizeConfig
 from metr.errors import CheckpointError, ConfigError, ModelError
 from metr.model import METR
@@ -59,7 +59,7 @@ def written(name: str, folder: Path) -> Any:
 @torch.no_grad()
 def test_folders_of_transformers(name: str, tmp_path: Path, text: TextEncoderConfig) -> None:
     model = written(name, tmp_path)
-    ours, report = from_detector(tmp_path, text=text, device="cpu")
+    ours, report = import_detector(tmp_path, text=text, device="cpu")
     assert ours.names == NAMES
     assert ours.resize.size == SIDE
     images = random_images()
@@ -78,7 +78,7 @@ def test_folders_of_transformers(name: str, tmp_path: Path, text: TextEncoderCon
 
 def test_it_is_saved_loaded_and_detects(tmp_path: Path, text: TextEncoderConfig) -> None:
     written("rt_detr", tmp_path / "theirs")
-    made = METR.from_detector(tmp_path / "theirs", ["bear", "otter"], text=text, device="cpu")
+    made = from_detector(tmp_path / "theirs", ["bear", "otter"], text=text, device="cpu")
     made.save_pretrained(tmp_path / "ours")
     again = METR.from_pretrained(tmp_path / "ours", device="cpu")
     image = (torch.rand(50, 70, 3) * 255).byte().numpy()
@@ -95,7 +95,7 @@ def test_fine_tuning_begins_with_the_rates_of_base(kind: str, tmp_path: Path, te
         written("rt_detr", source)
     else:
         torch.save(dino_like(authors=False)[1], source)
-    made, _ = from_detector(source, ["bear", "otter"], text=text, device="cpu")
+    made, _ = import_detector(source, ["bear", "otter"], text=text, device="cpu")
     made.save_pretrained(tmp_path / "ours")
     checkpoint = load_checkpoint(tmp_path / "ours")
     base, recipe = load_recipe("base"), finetune_recipe(checkpoint, images=2000)
@@ -122,10 +122,10 @@ def test_images_of_another_shape_are_told_of(
     resize: ResizeConfig, note: str | None, tmp_path: Path, text: TextEncoderConfig
 ) -> None:
     written("rt_detr", tmp_path / "theirs")
-    made, _ = from_detector(tmp_path / "theirs", text=text, device="cpu")
+    made, _ = import_detector(tmp_path / "theirs", text=text, device="cpu")
     model = METR(made.network, replace(made.checkpoint, preprocessing=resize.model_dump(mode="json")))
     model.save_pretrained(tmp_path / "ours")
-    report = transfer_run(tmp_path / "ours", "rt_detr", tmp_path / "out", names=None, console=Console(quiet=True))
+    report = transfer(tmp_path / "ours", "rt_detr", tmp_path / "out", names=None, console=Console(quiet=True))
     told = [one for one in report.notes if "pixels" in one]
     assert len(told) == (note is not None)
     assert note is None or note in told[0]
@@ -140,7 +140,7 @@ def test_the_colours_of_a_detector_that_does_not_normalise(tmp_path: Path, text:
     written("rt_detr", tmp_path)
     file = tmp_path / "preprocessor_config.json"
     file.write_text(file.read_text().replace('"do_normalize": true', '"do_normalize": false'))
-    ours, _ = from_detector(tmp_path, text=text, device="cpu")
+    ours, _ = import_detector(tmp_path, text=text, device="cpu")
     assert colours_of(ours.network) == ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
@@ -150,8 +150,8 @@ def test_a_folder_without_names_or_preprocessing(tmp_path: Path, text: TextEncod
     model.config.id2label = {0: "LABEL_0", 1: "N/A", 2: "LABEL_2"}
     model.config.save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="does not say what it finds"):
-        from_detector(tmp_path, text=text, device="cpu")
-    ours, _ = from_detector(tmp_path, ["fish"], text=text, device="cpu")
+        import_detector(tmp_path, text=text, device="cpu")
+    ours, _ = import_detector(tmp_path, ["fish"], text=text, device="cpu")
     assert ours.names == ("fish",)
 
 
@@ -160,7 +160,7 @@ def test_a_detector_that_metr_does_not_know(tmp_path: Path, text: TextEncoderCon
 
     YolosConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="no weights from a yolos"):
-        from_detector(tmp_path, text=text, device="cpu")
+        import_detector(tmp_path, text=text, device="cpu")
 
 
 def test_options_without_a_counterpart(tmp_path: Path, text: TextEncoderConfig) -> None:
@@ -168,7 +168,7 @@ def test_options_without_a_counterpart(tmp_path: Path, text: TextEncoderConfig) 
     model.config.normalize_before = True
     model.config.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="needs normalize_before = False"):
-        from_detector(tmp_path, text=text, device="cpu")
+        import_detector(tmp_path, text=text, device="cpu")
 
 
 def dino_like(authors: bool) -> tuple[Detector, dict[str, Tensor]]:
@@ -201,7 +201,7 @@ def dino_like(authors: bool) -> tuple[Detector, dict[str, Tensor]]:
 def test_files_of_dino_and_of_the_authors(authors: bool, tmp_path: Path, text: TextEncoderConfig) -> None:
     network, state = dino_like(authors)
     torch.save({"model": state, "args": Namespace(nheads=4, lr=1e-4), "epoch": 3}, tmp_path / "theirs.pth")
-    ours, report = from_detector(tmp_path / "theirs.pth", ["a", "b"], text=text, device="cpu")
+    ours, report = import_detector(tmp_path / "theirs.pth", ["a", "b"], text=text, device="cpu")
     assert ours.network.config.decoder.points == 3
     images = random_images()
     padding = torch.zeros(2, *images.shape[2:], dtype=torch.bool)
@@ -224,10 +224,10 @@ def test_the_authors_text_embeddings(tmp_path: Path, text: TextEncoderConfig) ->
     _, state = dino_like(authors=True)
     state["transformer.prompt_indicator.class_prompts"] = torch.randn(2, 16)
     torch.save(state, tmp_path / "theirs.pth")
-    ours, _ = from_detector(tmp_path / "theirs.pth", ["a", "b"], text=text, device="cpu")
+    ours, _ = import_detector(tmp_path / "theirs.pth", ["a", "b"], text=text, device="cpu")
     prompts = state["transformer.prompt_indicator.class_prompts"]
     assert torch.equal(ours.checkpoint.text_embeddings, prompts)
-    other, _ = from_detector(tmp_path / "theirs.pth", ["a", "b", "c"], text=text, device="cpu")
+    other, _ = import_detector(tmp_path / "theirs.pth", ["a", "b", "c"], text=text, device="cpu")
     assert other.checkpoint.text_embeddings.shape == (3, 16)
 
 
@@ -250,7 +250,7 @@ def test_nothing_in_a_file_runs(legacy: bool, tmp_path: Path, text: TextEncoderC
     else:
         torch.save(harm, file)
     with pytest.raises(CheckpointError, match=r"would (run|have to run) code") as error:
-        from_detector(file, ["a"], text=text, device="cpu")
+        import_detector(file, ["a"], text=text, device="cpu")
     assert not trace.exists()
     assert "weights_only" not in str(error.value)
     assert legacy or "mkdir" in str(error.value)
@@ -270,14 +270,14 @@ def test_files_that_are_no_checkpoints(tmp_path: Path, text: TextEncoderConfig) 
             read_restricted(file)
     torch.save({"model": {"stem.weight": torch.zeros(2)}}, file)
     with pytest.raises(ModelError, match="expected the weights of DINO"):
-        from_detector(file, ["a"], text=text, device="cpu")
+        import_detector(file, ["a"], text=text, device="cpu")
     _, state = dino_like(authors=False)
     torch.save({key: tensor for key, tensor in state.items() if "layer4" not in key}, file)
     with pytest.raises(ModelError, match="other than a ResNet"):
-        from_detector(file, ["a"], text=text, device="cpu")
+        import_detector(file, ["a"], text=text, device="cpu")
     torch.save({key: tensor for key, tensor in state.items() if ".encoder.layers.0." not in key}, file)
     with pytest.raises(ModelError, match=r"not whole: transformer\.encoder\.layers\.0"):
-        from_detector(file, ["a"], text=text, device="cpu")
+        import_detector(file, ["a"], text=text, device="cpu")
 
 
 @pytest.mark.parametrize("args", [["--nheads", "4"], "nheads=4", 7, None])

@@ -1,7 +1,5 @@
-"""EfficientNet-Lite as a backbone of transformers: by itself, inside a detector, and without importing transformers."""
+"""EfficientNet-Lite as a backbone of transformers: by itself and inside a detector."""
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +7,15 @@ import pytest
 import torch
 from transformers import AutoBackbone, AutoConfig, AutoModelForObjectDetection, DeformableDetrConfig
 
-import metr  # noqa: F401  (which registers it)
 from metr.models.backbones import build_backbone
 from metr.models.backbones.batch_norm import FrozenBatchNorm
 from metr.models.backbones.config import BackboneConfig
-from metr.registered_config import EfficientNetLiteConfig
+from metr.models.backbones.efficientnet_lite import EfficientNetLiteConfig, register
 
 OPTIONS = {"width": 0.25, "depth": 0.5}
 STAGES = ["stage3", "stage5", "stage7"]
 _auto: Any = AutoBackbone
+register()
 
 
 @pytest.fixture
@@ -78,19 +76,3 @@ def test_the_weights_of_imagenet() -> None:
     before = model.trunk.stem.convolution.weight.clone()
     model.load_imagenet()
     assert not torch.equal(before, model.trunk.stem.convolution.weight)
-
-
-@pytest.mark.slow
-def test_importing_metr_registers_it_without_importing_transformers() -> None:
-    script = """
-import sys
-import metr
-assert "transformers" not in sys.modules
-assert "torch" not in sys.modules
-from transformers import AutoBackbone, AutoConfig
-config = AutoConfig.for_model("efficientnet_lite", width=0.25, depth=0.5, out_features=["stage3"])
-print(type(AutoBackbone.from_config(config)).__name__)
-"""
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[-1] == "EfficientNetLiteModel"

@@ -9,11 +9,13 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from metr.checkpoint import Checkpoint
+from metr.checkpoint import Checkpoint, is_untouched
+from metr.errors import CheckpointError
 from metr.evaluation.evaluate import evaluate
 from metr.evaluation.results import EvaluationConfig, from_dict
 from metr.model import METR
-from metr.sharing.model_card import CardFacts, find_report, is_untouched, write_card
+from metr.sharing.model_card import CardFacts, find_report, model_card, write_card
+from metr.sharing.push import save
 from metr.text.vocabulary import Vocabulary
 from metr.training.provenance import TrainingFacts
 
@@ -29,6 +31,10 @@ def facts_of(model: METR, **changes: Any) -> CardFacts:
     """What a card tells of a model whose training told other things."""
     checkpoint = replace(model.checkpoint, training={**model.checkpoint.training, **changes})
     return CardFacts(title="tiny", checkpoint=checkpoint, parameters=1234)
+
+
+def text_of(facts: CardFacts) -> str:
+    return str(write_card(facts))
 
 
 def report_of(tmp_path: Path, values: dict[str, tuple[float, float]]) -> Path:
@@ -55,7 +61,7 @@ def section(card: str, title: str) -> str:
 def test_the_header_is_the_hubs(model: METR, tmp_path: Path) -> None:
     values = {"pond": (12.344, 10.0), "desk": (0.0, 1.5)}
     report = from_dict(json.loads(report_of(tmp_path, values).read_text()))
-    data = ModelCard(write_card(replace_report(facts_of(model), report))).data
+    data = ModelCard(text_of(replace_report(facts_of(model), report))).data
     assert (data.library_name, data.pipeline_tag, data.license) == ("metr", "object-detection", "unknown")
     assert set(data.datasets) == set(NAMES)
     assert data.metrics == ["map"]
@@ -86,7 +92,7 @@ def test_what_training_leaves_in_a_checkpoint_names_no_place_of_this_machine(mod
 
 def test_the_card_tells_what_is_known(model: METR) -> None:
     facts = facts_of(model)
-    card = write_card(facts)
+    card = text_of(facts)
     assert "1,234 weights" in card
     for dataset, names in NAMES.items():
         assert f"- **{dataset}**: {', '.join(names)}" in section(card, "What it finds")
@@ -113,7 +119,7 @@ def test_licences_are_repeated_and_restrictions_said(model: METR) -> None:
     data["desk"]["licences"] = [
         {"text": "Attribution-NonCommercial License", "stated_in": "a.json", "images": 3, "url": "https://x.org"}
     ]
-    card = write_card(facts_of(model, data=data))
+    card = text_of(facts_of(model, data=data))
     assert "LICENSE: MIT" in section(card, "Data")
     assert "a.json, 3 images: Attribution-NonCommercial License" in section(card, "Data")
     assert "- Licences that mention non-commercial use: desk." in section(card, "Limits")
@@ -124,7 +130,7 @@ def test_licences_are_repeated_and_restrictions_said(model: METR) -> None:
 def test_a_report_is_shown_and_datasets_without_results_are_named(model: METR, tmp_path: Path) -> None:
     report = from_dict(json.loads(report_of(tmp_path, {"pond": (12.3, 10.0)}).read_text()))
     facts = facts_of(model, metrics={})
-    card = write_card(replace_report(facts, report))
+    card = text_of(replace_report(facts, report))
     assert "| pond | 3 | 5 |" in section(card, "Results")
     assert "| 12.3 |" in section(card, "Results")
     unjudged = next(line for line in section(card, "Limits").splitlines() if line.startswith("- Not evaluated"))
@@ -140,14 +146,14 @@ def test_whether_the_stored_weights_were_judged_is_told(
     report = find_report(tmp_path, model.checkpoint)
     assert report is not None
     facts = replace(replace_report(facts_of(model), replace(report, weights=judged)), dtype="float16")
-    assert f"Measured {words} stored as float16." in section(write_card(facts), "Results")
+    assert f"Measured {words} stored as float16." in section(text_of(facts), "Results")
 
 
 def test_stages_of_training_are_told_in_their_order(model: METR) -> None:
     first = dict(model.checkpoint.training)
     second = {"data": {"shop": {"format": "coco", "splits": {"train": 20}, "trained_on": 10, "names": 2}}}
     checkpoint = replace(model.checkpoint, training={**second, "seed": 7, "step": 9, "finetuned_from": first})
-    card = write_card(CardFacts(title="tuned", checkpoint=checkpoint, parameters=1))
+    card = text_of(CardFacts(title="tuned", checkpoint=checkpoint, parameters=1))
     told = section(card, "Training")
     assert told.index("- pretraining: 3 steps") < told.index("- fine-tuning: 9 steps")
     assert "| shop (fine-tuning) | coco | train 20 | 10 |" in section(card, "Data")
@@ -156,20 +162,18 @@ def test_stages_of_training_are_told_in_their_order(model: METR) -> None:
 
 def test_nothing_known_is_nothing_said(model: METR, caplog: pytest.LogCaptureFixture) -> None:
     bare = replace(model.checkpoint, training={}, vocabulary=Vocabulary.of(["fish", "| <b>frog</b>\n"]))
-    card = write_card(CardFacts(title="bare", checkpoint=bare, parameters=1))
+    card = text_of(CardFacts(title="bare", checkpoint=bare, parameters=1))
     assert "does not tell what it was trained on" in section(card, "Data")
     assert section(card, "Results").strip() == "Not measured."
     assert "fish, \\| &lt;b>frog&lt;/b>" in section(card, "What it finds")
     assert ModelCard(card).data.eval_results is None
     damaged = replace(bare, training={"step": "many", "data": 3})
-    assert section(write_card(CardFacts(title="bare", checkpoint=damaged, parameters=1)), "Data") == section(
-        card, "Data"
-    )
+    assert section(text_of(CardFacts(title="bare", checkpoint=damaged, parameters=1)), "Data") == section(card, "Data")
     assert "is not understood and left out" in caplog.text
 
 
 def test_an_untouched_card_is_known_again(model: METR) -> None:
-    card = write_card(facts_of(model))
+    card = text_of(facts_of(model))
     assert is_untouched(card)
     assert is_untouched(card.replace("\n", "\r\n"))
     for changed in (
@@ -184,27 +188,49 @@ def test_an_untouched_card_is_known_again(model: METR) -> None:
 
 def test_saving_writes_the_card_anew_but_never_over_a_persons(model: METR, tmp_path: Path) -> None:
     place = tmp_path / "saved"
-    model.save_pretrained(place)
+    save(model, place)
     card = place / "README.md"
     assert is_untouched(card.read_text())
     assert ModelCard(card.read_text()).data.license == "unknown"
-    model.save_pretrained(place, licence="mit")
+    save(model, place, licence="mit")
     assert ModelCard(card.read_text()).data.license == "mit"
+    model.save_pretrained(place)  # the checkpoint alone: a card of other weights would be wrong
+    assert not card.exists()
     card.write_text("Mine.\n")
-    model.save_pretrained(place, licence="mit")
+    model.save_pretrained(place)
+    save(model, place, licence="mit")
     assert card.read_text() == "Mine.\n"
     # and it goes along wherever the model goes
-    METR.from_pretrained(place).save_pretrained(tmp_path / "further")
+    save(METR.from_pretrained(place), tmp_path / "further")
     assert (tmp_path / "further/README.md").read_text() == "Mine.\n"
+
+
+def test_a_card_that_cannot_be_read_is_not_lost(model: METR, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_bytes(b"M\xe9tr")
+    with pytest.raises(CheckpointError, match="is not to be lost"):
+        model.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_bytes() == b"M\xe9tr"
+
+
+def test_a_card_as_an_object_of_the_hubs_library(model: METR, tmp_path: Path) -> None:
+    card = model_card(model, repository="user/tiny", licence="mit", dtype=torch.float16)
+    assert (card.data.model_name, card.data.license) == ("tiny", "mit")
+    assert model_card(model, title="Ponds").data.model_name == "Ponds"
+    card.save(tmp_path / "README.md")
+    written = (tmp_path / "README.md").read_text()
+    assert is_untouched(written)
+    assert is_untouched(str(ModelCard(written)))  # read and written by the library, it is the same
+    assert 'METR.from_pretrained("user/tiny")' in written
+    assert "Weights are stored as float16." in written
 
 
 def test_results_of_the_run_go_along(tiny_run: TinyRun, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    METR.from_pretrained(tiny_run.best).save_pretrained(run / "best")
+    save(METR.from_pretrained(tiny_run.best), run / "best")
     evaluate(run, tiny_run.data[:1], run / "evaluation", config=EvaluationConfig(modes=("own",)), device="cpu")
-    METR.from_pretrained(run).save_pretrained(tmp_path / "saved")
-    again = METR.from_pretrained(tmp_path / "saved")
-    again.save_pretrained(tmp_path / "again")
+    save(METR.from_pretrained(run), tmp_path / "saved")
+    save(METR.from_pretrained(tmp_path / "saved"), tmp_path / "again")
     for place in ("saved", "again"):
         assert "| pond | 3 |" in section((tmp_path / place / "README.md").read_text(), "Results")
     reports = [

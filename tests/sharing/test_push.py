@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from hub_stand_in import TOKEN, Hub, Repository, hub, point_to
 from metr.errors import CheckpointError, ConfigError
 from metr.model import METR
+from metr.sharing.push import push
 
 from tiny import CommandLine, TinyRun
 
@@ -43,7 +44,7 @@ def model(tiny_run: TinyRun) -> METR:
 @pytest.fixture
 def shared_model(model: METR, hub: Hub) -> Repository:
     """The model, pushed."""
-    model.push_to_hub(NAME, token=TOKEN)
+    push(model, NAME, token=TOKEN)
     return hub.repositories[NAME]
 
 
@@ -84,12 +85,12 @@ def test_only_safetensors_json_and_the_card_are_sent(shared_model: Repository, h
 
 def test_pushing_the_same_again_sends_no_weights(model: METR, shared_model: Repository, hub: Hub) -> None:
     hub.asked.clear()
-    model.push_to_hub(NAME, token=TOKEN)
+    push(model, NAME, token=TOKEN)
     assert not [path for how, path in hub.asked if how == "PUT"]
 
 
 def test_half_precision(model: METR, hub: Hub, tmp_path: Path) -> None:
-    model.push_to_hub(NAME, token=TOKEN, dtype=torch.float16, licence="apache-2.0")
+    push(model, NAME, token=TOKEN, dtype=torch.float16, licence="apache-2.0")
     files = hub.repositories[NAME].files
     (tmp_path / "half.safetensors").write_bytes(files["model.safetensors"])
     stored = load_file(tmp_path / "half.safetensors")
@@ -103,7 +104,7 @@ def test_half_precision(model: METR, hub: Hub, tmp_path: Path) -> None:
 def test_a_revision_is_a_commit_a_branch_or_a_tag(model: METR, shared_model: Repository) -> None:
     first = shared_model.refs["v1"] = shared_model.refs["main"]
     before = METR.from_pretrained(NAME)
-    nudged(model).push_to_hub(NAME, token=TOKEN)
+    push(nudged(model), NAME, token=TOKEN)
     assert same_weights(METR.from_pretrained(NAME), model)
     for revision in (first, "v1"):
         old = METR.from_pretrained(NAME, revision=revision)
@@ -114,13 +115,13 @@ def test_a_revision_is_a_commit_a_branch_or_a_tag(model: METR, shared_model: Rep
 def test_a_branch_is_made_if_it_is_missing(model: METR, shared_model: Repository) -> None:
     before = METR.from_pretrained(NAME)
     for _ in range(2):  # made, and then there already
-        nudged(model).push_to_hub(NAME, token=TOKEN, branch="trial")
+        push(nudged(model), NAME, token=TOKEN, branch="trial")
         assert same_weights(METR.from_pretrained(NAME, revision="trial"), model)
     assert same_weights(METR.from_pretrained(NAME), before)
 
 
 def test_a_branch_of_a_repository_that_is_new(model: METR, hub: Hub) -> None:
-    model.push_to_hub("user/fresh", token=TOKEN, branch="trial")
+    push(model, "user/fresh", token=TOKEN, branch="trial")
     assert same_weights(METR.from_pretrained("user/fresh", revision="trial"), model)
 
 
@@ -140,7 +141,7 @@ def test_what_was_fetched_needs_no_hub(
     with pytest.raises(CheckpointError, match=r"(?s)user/other: the hub cannot be reached.*try: check the connection"):
         METR.from_pretrained("user/other")
     with pytest.raises(CheckpointError, match=r"(?s)user/other: the hub cannot be reached.*try: check the connection"):
-        first.push_to_hub("user/other", token=TOKEN)
+        push(first, "user/other", token=TOKEN)
 
 
 def test_nothing_is_fetched_twice_unless_that_is_asked_for(shared_model: Repository, hub: Hub) -> None:
@@ -153,7 +154,7 @@ def test_nothing_is_fetched_twice_unless_that_is_asked_for(shared_model: Reposit
 
 
 def test_a_private_model_wants_a_token(model: METR, hub: Hub) -> None:
-    model.push_to_hub(NAME, token=TOKEN, private=True)
+    push(model, NAME, token=TOKEN, private=True)
     assert hub.repositories[NAME].private
     assert same_weights(METR.from_pretrained(NAME, token=TOKEN), model)
     with pytest.raises(
@@ -178,9 +179,9 @@ def test_what_the_hub_does_not_give(model: METR, shared_model: Repository, hub: 
 
 def test_pushing_without_leave(model: METR, hub: Hub) -> None:
     with pytest.raises(CheckpointError, match=r"(?s)user/detector: the hub does not allow this.*hf auth login"):
-        model.push_to_hub(NAME, token="hf_reads_only")
-    with pytest.raises(ConfigError, match="repo_id: expected user/name, found 'detector'"):
-        model.push_to_hub("detector", token=TOKEN)
+        push(model, NAME, token="hf_reads_only")
+    with pytest.raises(ConfigError, match="repository: expected user/name, found 'detector'"):
+        push(model, "detector", token=TOKEN)
     assert hub.repositories == {}
 
 
@@ -210,12 +211,12 @@ def test_no_pickle_is_fetched_even_if_there_is_nothing_else(hub: Hub, tiny_run: 
 def test_a_persons_card_on_the_hub_stays(model: METR, shared_model: Repository) -> None:
     ours = shared_model.files["README.md"]
     shared_model.commit({**shared_model.files, "README.md": ours.replace(b"## Use", b"## How we use it")})
-    nudged(model).push_to_hub(NAME, token=TOKEN)
+    push(nudged(model), NAME, token=TOKEN)
     assert b"## How we use it" in shared_model.files["README.md"]
     assert same_weights(METR.from_pretrained(NAME), model)
     # as METR wrote it, it is written anew
     shared_model.commit({**shared_model.files, "README.md": ours})
-    model.push_to_hub(NAME, token=TOKEN, licence="mit")
+    push(model, NAME, token=TOKEN, licence="mit")
     assert b"license: mit" in shared_model.files["README.md"]
 
 

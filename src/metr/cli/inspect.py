@@ -11,18 +11,18 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from metr.cli.arguments import Data
-from metr.data.datasets_file import DatasetSource, open_dataset, parse_data_arguments
-from metr.data.formats.coco_writer import write_coco
-from metr.data.formats.yolo_writer import write_yolo
+from metr.cli.verbs import Data
 from metr.errors import ConfigError, did_you_mean
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # what the verb needs is imported when it runs, so that help comes at once
+    from metr.data.datasets_file import DatasetSource
     from metr.model import METR
+
+__all__ = ["inspect"]
 
 # A table that is piped into a file is as wide as it needs to be.
 _PIPED_WIDTH = 160
-_WRITERS = {"coco": write_coco, "yolo": write_yolo}
+_WRITERS = ("coco", "yolo")
 
 Verbose = Annotated[
     bool, typer.Option("--verbose", "-v", help="Leave nothing out; list every category with its boxes.")
@@ -96,7 +96,9 @@ def inspect(
         _export(sources, *export, console)
 
 
-def _opened(data: Sequence[str], console: Console) -> list[DatasetSource]:
+def _opened(data: Sequence[str], console: Console) -> "list[DatasetSource]":
+    from metr.data.datasets_file import open_dataset, parse_data_arguments
+
     sources = []
     with _without_hints_to_this_verb():
         for spec in parse_data_arguments(data):
@@ -128,11 +130,15 @@ def _check_format(name: str) -> None:
         raise ConfigError(f"no format {name!r} to write", where="--export", hint=did_you_mean(name, _WRITERS))
 
 
-def _export(sources: Sequence[DatasetSource], name: str, out: Path, console: Console) -> None:
+def _export(sources: "Sequence[DatasetSource]", name: str, out: Path, console: Console) -> None:
     """Writes each dataset into its own folder."""
+    from metr.data.formats.coco_writer import write_coco
+    from metr.data.formats.yolo_writer import write_yolo
+
+    write = {"coco": write_coco, "yolo": write_yolo}[name]
     for source in sources:
         folder = out / (re.sub(r"[\\/:]+", "_", source.name).lstrip(".") or "dataset")
         with console.status(f"writing {escape(source.name)}"):
-            report = _WRITERS[name](source, folder)
+            report = write(source, folder)
         told = f"{source.name}: {report.images:,} images, {report.boxes:,} boxes as {name} in {folder}"
         console.print(told, markup=False, highlight=False, soft_wrap=True)

@@ -3,33 +3,54 @@
 import logging
 import os
 import sys
+from typing import Any
 
-import torch
 import typer
 from rich.console import Console
-from rich.logging import RichHandler
+from typer.core import TyperCommand, TyperGroup
 
 import metr
-from metr.cli.demo import demo
-from metr.cli.detect import detect
-from metr.cli.evaluate import evaluate
-from metr.cli.finetune import finetune
 from metr.cli.inspect import inspect
-from metr.cli.push import push
-from metr.cli.train import train
-from metr.cli.transfer import transfer
+from metr.cli.verbs import demo, detect, evaluate, finetune, push, train, transfer
 from metr.errors import MetrError
+
+__all__ = ["app", "run", "show_log"]
+
+# the base of mistakes on a command line: click's, or that of typer's own copy of click
+_COMMAND_LINE_ERROR: Any = typer.BadParameter.__mro__[2]
+
+
+class _Verb(TyperCommand):
+    """A verb, which shows the log when it runs; help comes without it."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the verb."""
+        show_log()
+        return super().invoke(ctx)
+
+
+class _Command(TyperGroup):
+    """The command itself."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """The options. A flag is off by default: to check one that is None, typer imports pydantic, for 0.3 s."""
+        params: list[Any] = super().get_params(ctx)
+        for param in params:
+            if getattr(param, "is_bool_flag", False) and param.default is None:
+                param.default = False
+        return params
+
 
 app = typer.Typer(
     name="metr",
+    cls=_Command,
     help="One object detector from many isolated datasets.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 for verb in (inspect, train, finetune, evaluate, detect, transfer, push, demo):
-    app.command()(verb)
+    app.command(cls=_Verb)(verb)
 
 
 @app.callback(invoke_without_command=True)
@@ -41,33 +62,60 @@ def _options(version: bool = typer.Option(False, "--version", help="Show the ver
 
 
 def run() -> None:
-    """The console script: runs a verb. A mistake ends in one clear message and exit code 1, Ctrl-C in 130.
+    """The console script: runs a verb and ends the process.
 
-    With METR_DEBUG=1 in the environment errors show their traceback.
+    A mistake ends in one message: exit code 2 where the command line has it, 1 elsewhere. Ctrl-C ends in 130. With
+    METR_DEBUG=1 in the environment errors show their traceback.
     """
-    show_log()
     try:
-        app()
-    except (MetrError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        if os.environ.get("METR_DEBUG"):
+        sys.exit(app(prog_name="metr", standalone_mode=False))
+    except _COMMAND_LINE_ERROR as error:
+        _tell_of_command_line(error)
+    except typer.Abort:
+        sys.exit(1)
+    except Exception as error:
+        told = _told(error)
+        if told is None or os.environ.get("METR_DEBUG"):
             raise
-        told = error if isinstance(error, MetrError) else _translated(error)
-        Console(stderr=True, soft_wrap=True).print(f"error: {told}", style="red", markup=False, highlight=False)
+        _tell(str(told))
         sys.exit(1)
 
 
 def show_log() -> None:
     """Shows what METR logs on the standard error: progress where there is no terminal, what is skipped, warnings."""
+    from rich.logging import RichHandler
+
     handler = RichHandler(console=Console(stderr=True), show_time=False, show_path=False, rich_tracebacks=False)
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
     for noisy in ("httpx", "PIL", "matplotlib", "accelerate"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
-def _translated(error: Exception) -> MetrError:
-    """What the operating system or the device refuses, in our words."""
+def _tell(message: str) -> None:
+    Console(stderr=True, soft_wrap=True).print(f"error: {message}", style="red", markup=False, highlight=False)
+
+
+def _tell_of_command_line(error: Any) -> None:
+    """One line for a mistyped verb or option, and where to read more; without any arguments, the help."""
+    message, context = error.format_message(), getattr(error, "ctx", None)
+    if len(sys.argv) == 1:
+        error.show()
+    else:
+        command = "metr" if context is None else context.command_path
+        end = "" if message.endswith(("?", ".")) else "."
+        _tell(f"{message}{end} See {command} --help")
+    sys.exit(error.exit_code)
+
+
+def _told(error: Exception) -> MetrError | None:
+    """The error in METR's words, if METR, the operating system or the device raised it; None for any other."""
+    if isinstance(error, MetrError):
+        return error
     if isinstance(error, OSError):
         hint = "check the path, its permissions and the room on the disk"
         return MetrError(error.strerror or str(error), where=error.filename, hint=hint)
-    hint = "a smaller batch (loader.batch_size in training, --batch-size otherwise) or smaller images"
-    return MetrError(f"out of memory: {str(error).splitlines()[0] if str(error) else 'no more to be had'}", hint=hint)
+    torch = sys.modules.get("torch")  # where it is not imported, it has raised nothing
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
+        hint = "a smaller batch (loader.batch_size in training, --batch-size otherwise) or smaller images"
+        return MetrError(f"out of memory: {(str(error) or 'no more to be had').splitlines()[0]}", hint=hint)
+    return None

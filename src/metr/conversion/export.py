@@ -15,6 +15,7 @@ from metr.conversion.targets.base import BuildSpec, Colours, Context, Derived, T
 from metr.errors import ConfigError
 from metr.hub import loading
 from metr.models.backbones.base import Backbone
+from metr.models.backbones.efficientnet_lite import register
 from metr.models.detector import Detector
 
 # of the frozen batch norms in transformers' detectors
@@ -41,6 +42,7 @@ def build(target: Target, network: Detector, names: Sequence[str], seed: int = 0
     if not names or len(set(names)) != len(names):
         raise ConfigError("expected names, each once", where="names", hint='such as "penguin, shark"')
     auto: Any = AutoModelForObjectDetection  # its methods have no types
+    register()  # the network may have METR's own backbone
     config = target.configure(spec_for(target, network, names))
     with loading(target.name), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

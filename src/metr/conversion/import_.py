@@ -21,6 +21,7 @@ from metr.data.config import ResizeConfig
 from metr.errors import ModelError
 from metr.hub import loading
 from metr.models.backbones.config import BackboneConfig
+from metr.models.backbones.efficientnet_lite import register
 from metr.models.config import DetectorConfig
 from metr.models.detector import Detector
 
@@ -117,6 +118,7 @@ def _loaded(folder: Path) -> Any:
     """
     from transformers import AutoConfig, AutoModelForObjectDetection, PreTrainedConfig
 
+    register()  # the folder may hold METR's own backbone
     with loading(str(folder)):
         values, _ = PreTrainedConfig.get_config_dict(folder)
         kind = values.get("model_type") or AutoConfig.from_pretrained(folder).model_type

@@ -12,7 +12,8 @@ from rich.console import Console
 from metr.checkpoint import Checkpoint
 from metr.config import Tree
 from metr.conversion.convert import TransferReport
-from metr.conversion.export import Transferred, colours_of, transfer
+from metr.conversion.export import Transferred, colours_of
+from metr.conversion.export import transfer as transfer_weights
 from metr.conversion.import_ import adopt, read_published
 from metr.conversion.targets import find_target
 from metr.data.config import ResizeConfig
@@ -25,10 +26,13 @@ from metr.hub import quiet
 from metr.model import METR
 from metr.run_directory import explained_disk_errors, replaced_folder
 from metr.serialization import write_json
+from metr.sharing.push import save
 from metr.text.encoder import TextEncoder, TextEncoderConfig
 from metr.text.vocabulary import Vocabulary
 from metr.training.finetune_recipe import RECIPE, left_to_finetuning
 from metr.training.recipe import load_recipe
+
+__all__ = ["REPORT", "adopt_file", "from_detector", "import_detector", "to_detector", "trainer_batch", "transfer"]
 
 REPORT = "transfer.json"
 """What became of every weight, in the folder of the detector."""
@@ -50,20 +54,30 @@ def to_detector(model: METR, target: str, names: Sequence[str] | Vocabulary | No
     """
     found = find_target(target)
     wanted = model.vocabulary if names is None else names if isinstance(names, Vocabulary) else Vocabulary.of(names)
-    done = transfer(found, model.network, wanted.names, model.embed(wanted))
+    done = transfer_weights(found, model.network, wanted.names, model.embed(wanted))
     notes = (*done.report.notes, *found.resizes_otherwise(model.resize))
     return replace(done, report=replace(done.report, notes=notes))
 
 
-def transfer_run(run: Path, target: str, out: Path, *, names: str | None, console: Console) -> TransferReport:
+def transfer(
+    source: METR | str | Path,
+    target: str,
+    out: str | Path,
+    *,
+    names: str | Sequence[str] | Vocabulary | None = None,
+    console: Console | None = None,
+) -> TransferReport:
     """Writes a folder that `AutoModelForObjectDetection` and `AutoImageProcessor` of transformers load as it is.
 
+    Where the backbone is EfficientNet-Lite, `metr.register()` makes it known to transformers first.
+
     Args:
-        run: A run folder, a checkpoint folder, or a name on the hub.
-        target: The detector.
+        source: A METR, a run folder, a checkpoint folder, or a name on the hub.
+        target: The detector: deformable_detr, rt_detr, ...
         out: Where to; it may hold what an earlier transfer wrote.
-        names: Names between commas, or a dataset, whose names they are; by default all names of training.
-        console: Where the report goes.
+        names: What the detector is to find, label by label. As one text: names between commas, or a dataset, whose
+            names they are. By default all names of training.
+        console: Where the report is shown.
 
     Raises:
         CheckpointError: the run cannot be read, or `out` holds something else.
@@ -71,15 +85,15 @@ def transfer_run(run: Path, target: str, out: Path, *, names: str | None, consol
         DataError: the dataset cannot be read.
         ModelError: the detector cannot be built for this METR.
     """
-    found = find_target(target)
-    model = METR.from_pretrained(run, device="cpu")
-    done = to_detector(model, target, None if names is None else read_names(names))
+    found, out = find_target(target), Path(out)
+    model = source if isinstance(source, METR) else METR.from_pretrained(source, device="cpu")
+    done = to_detector(model, target, read_names(names) if isinstance(names, str) else names)
     processor = found.image_processor(model.resize, colours_of(model.network))
     with explained_disk_errors(out), replaced_folder(out, REPORT) as fresh, quiet():
         done.model.save_pretrained(fresh)
         processor.save_pretrained(fresh)
         write_json(fresh / REPORT, done.report.to_dict())
-    show(done.report, out, console)
+    show(done.report, out, console or Console(quiet=True))
     return done.report
 
 
@@ -108,8 +122,8 @@ def from_detector(
     *,
     text: TextEncoderConfig | None = None,
     device: str | torch.device = "auto",
-) -> tuple[METR, TransferReport]:
-    """A METR that starts from another detector, and what became of every weight.
+) -> METR:
+    """A METR that starts from the weights of another detector. What has to do with names starts afresh.
 
     Args:
         source: A folder of transformers (Deformable DETR, RT-DETR, D-FINE), or a `.pth` file of IDEA-Research's DINO or
@@ -124,6 +138,17 @@ def from_detector(
         ConfigError: the detector names nothing and no names are given, or a name is empty or given twice.
         ModelError: METR has no counterpart of the detector, or the text encoder cannot be loaded.
     """
+    return import_detector(source, names, text=text, device=device)[0]
+
+
+def import_detector(
+    source: str | Path,
+    names: Sequence[str] | Vocabulary | None = None,
+    *,
+    text: TextEncoderConfig | None = None,
+    device: str | torch.device = "auto",
+) -> tuple[METR, TransferReport]:
+    """As `from_detector`, with the report of what became of every weight."""
     place, published = resolved_device(device), read_published(Path(source).expanduser())
     given = published.names if names is None else names
     if not given:
@@ -174,8 +199,8 @@ def adopt_file(source: Path, out: Path, *, names: str | None, text: str | None, 
     """
     wanted = None if names is None else read_names(names)
     encoder = None if text is None else TextEncoderConfig(source=text)
-    model, report = from_detector(source, wanted, text=encoder, device="cpu")
-    model.save_pretrained(out)
+    model, report = import_detector(source, wanted, text=encoder, device="cpu")
+    save(model, out)
     show(report, out, console)
     return report
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from metr.data.datasets_file import DatasetSource
+from metr.data.datasets_file import DatasetSource, open_dataset, parse_data_arguments
 from metr.data.formats.base import IssueLog
 from metr.data.records import DataIssue
 from metr.errors import DependencyError, ModelError
@@ -69,6 +69,29 @@ class Inspection:
     text: str
     text_issue: str | None
     detector_hints: DetectorHints | None
+
+
+def inspect(
+    data: Sequence[str],
+    config: InspectionConfig | None = None,
+    *,
+    model: "METR | None" = None,
+    every_image: bool = False,
+) -> Inspection:
+    """Opens datasets and compares them, as `metr inspect` does. Nothing is changed.
+
+    Args:
+        data: Datasets: folders, name=folder, or YAML files that list some.
+        config: Thresholds, the language model, how much is looked at.
+        model: A detector that looks for the names of all datasets in some images of each.
+        every_image: Read every image whole, however many there are, not only the headers of some.
+
+    Raises:
+        DataError: a dataset cannot be read.
+        ConfigError: a YAML file does not list datasets as it should.
+    """
+    sources = [open_dataset(spec) for spec in parse_data_arguments(data)]
+    return inspect_datasets(sources, config, model=model, every_image=every_image)
 
 
 def inspect_datasets(

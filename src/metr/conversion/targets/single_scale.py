@@ -24,9 +24,9 @@ from metr.conversion.targets.base import (
     linear,
 )
 from metr.layers.position_encoding import box_encoding
+from metr.models.backbones.efficientnet_lite import EfficientNetLiteConfig
 from metr.models.conditional_decoder import ConditionalDecoder
 from metr.models.config import EncoderConfig
-from metr.registered_config import EfficientNetLiteConfig
 
 DECODER = ("model.decoder.layers.{i}", "decoder.layers.{i}")
 

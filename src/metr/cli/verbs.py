@@ -1,0 +1,230 @@
+"""The verbs of `metr`, all but `inspect`. What a verb needs is imported when it runs, so that help comes at once."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from metr.errors import ConfigError
+
+if TYPE_CHECKING:
+    from metr.training.trainer import Outcome
+
+__all__ = ["Data", "demo", "detect", "evaluate", "finetune", "push", "train", "transfer"]
+
+# the exit code after Ctrl-C, by which scripts tell that training is not done
+_INTERRUPTED = 130
+_TARGETS = "deformable_detr, dab_detr, conditional_detr, detr, rt_detr, rt_detr_v2 or d_fine"
+
+Data = Annotated[
+    list[str],
+    typer.Argument(help="Datasets: a folder, name=folder, or a YAML file that lists some.", metavar="DATA"),
+]
+_Run = Annotated[Path, typer.Argument(help="A run folder, a checkpoint folder, or a name on the hub.", metavar="RUN")]
+_RunToWrite = Annotated[Path, typer.Option("-o", "--out", help="The run folder to write.")]
+_Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="One value of the recipe: section.key=value; may be repeated."),
+]
+_Steps = Annotated[int | None, typer.Option(help="Training steps, in place of the recipe's.", min=1)]
+_Resume = Annotated[bool, typer.Option("--resume", help="Go on where the run in OUT stopped.")]
+_BatchSize = Annotated[int, typer.Option(help="Images a step.", min=1)]
+_Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
+
+
+def train(
+    data: Data,
+    out: _RunToWrite,
+    size: Annotated[str, typer.Option(help="nano, small or base.")] = "nano",
+    config: Annotated[Path | None, typer.Option(help="A YAML file laid over the size's recipe.")] = None,
+    set_: _Overrides = None,
+    steps: _Steps = None,
+    resume: _Resume = False,
+) -> None:
+    """Train one detector on many datasets. Their labels are never merged by hand."""
+    from metr.training.recipe import load_recipe
+    from metr.training.train import train as run
+
+    recipe = load_recipe(size, config, _overrides(set_, **{"train.loop.steps": steps}))
+    _say_done(run(data, out, recipe, resume=resume, console=Console()), out)
+
+
+def finetune(
+    data: Data,
+    *,
+    source: Annotated[str, typer.Option("--from", help="A run folder, a checkpoint folder, or a name on the hub.")],
+    out: _RunToWrite,
+    config: Annotated[Path | None, typer.Option(help="A YAML file laid over the defaults.")] = None,
+    set_: _Overrides = None,
+    steps: _Steps = None,
+    freeze: Annotated[
+        str | None, typer.Option(help="none, half (of the backbone), backbone, or encoder (and backbone).")
+    ] = None,
+    shots: Annotated[
+        int | None, typer.Option(help="Train on so few images that each category has K objects.", min=1, metavar="K")
+    ] = None,
+    fraction: Annotated[float | None, typer.Option(help="Train on this fraction of the images, 0 to 1.")] = None,
+    seed: Annotated[int, typer.Option(help="Decides which images, and training's random numbers.", min=0)] = 0,
+    rehearse: Annotated[
+        list[str] | None, typer.Option(help="Old datasets, mixed in; may be repeated.", metavar="DATA")
+    ] = None,
+    rehearse_fraction: Annotated[
+        float, typer.Option(help="Fraction of the training images that comes from them, 0 to 1.")
+    ] = 0.3,
+    rehearse_evaluate: Annotated[
+        list[str] | None, typer.Option(help="Old datasets, only evaluated before and after.", metavar="DATA")
+    ] = None,
+    decorrelate_names: Annotated[
+        bool,
+        typer.Option("--decorrelate-names", help="First move new names that mean nearly the same from each other."),
+    ] = False,
+    resume: _Resume = False,
+) -> None:
+    """Train a detector further on new data. Its names are new strings: nothing is begun anew."""
+    from metr.data.few_shot import SubsetConfig
+    from metr.training.finetune import FinetuneOptions
+    from metr.training.finetune import finetune as run
+    from metr.training.finetune_data import Rehearsal
+
+    old = {"data": rehearse or (), "share": rehearse_fraction, "evaluate": rehearse_evaluate or ()}
+    options = FinetuneOptions(
+        file=config,
+        overrides=tuple(_overrides(set_, **{"train.loop.steps": steps, "train.freeze": freeze})),
+        subset=SubsetConfig.checked({"shots": shots, "share": fraction, "seed": seed}, where="--shots, --fraction"),
+        rehearse=Rehearsal.checked(old, where="--rehearse"),
+        decorrelate_names=decorrelate_names,
+    )
+    _say_done(run(data, source, out, options, resume=resume, console=Console()).training, out)
+
+
+def evaluate(
+    run: _Run,
+    data: Data,
+    out: Annotated[
+        Path | None,
+        typer.Option("-o", "--out", help="Where JSON, Markdown and chart go; by default evaluation, in RUN if local."),
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="The split; by default val, else test.")] = None,
+    batch_size: _BatchSize = 8,
+    device: _Device = "auto",
+) -> None:
+    """Measure average precision on datasets. Own names, the joint vocabulary, confusion between datasets."""
+    from metr.evaluation.evaluate import evaluate as run_evaluation
+
+    # a name on the hub is no folder to write into
+    out = out or (run / "evaluation" if run.is_dir() else Path("evaluation"))
+    run_evaluation(run, data, out, split=split, batch_size=batch_size, device=device, console=Console())
+
+
+def detect(
+    run: _Run,
+    images: Annotated[list[Path], typer.Argument(help="Images, or folders of images.", metavar="IMAGE")],
+    categories: Annotated[
+        str | None, typer.Option(help='Names to look for, "penguin, shark"; by default all that were trained.')
+    ] = None,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Where drawn images and JSON go.")] = Path("detections"),
+    threshold: Annotated[float, typer.Option(help="Least score that is shown.", min=0, max=1)] = 0.3,
+    batch_size: _BatchSize = 8,
+    device: _Device = "auto",
+) -> None:
+    """Find objects in images. Any names can be asked for, trained or not."""
+    from metr.inference.config import InferenceConfig, PostprocessConfig
+    from metr.inference.detect_files import detect_files
+    from metr.model import METR
+
+    names = None if categories is None else [name.strip() for name in categories.split(",")]
+    config = InferenceConfig(batch_size=batch_size, postprocess=PostprocessConfig.to_show(threshold))
+    predictor = METR.from_pretrained(run, device=device).predictor(names, config)
+    detect_files(predictor, images, out, console=Console())
+
+
+def transfer(
+    out: Annotated[Path, typer.Option("-o", "--out", help="Where the detector goes.")],
+    run: Annotated[
+        Path | None, typer.Argument(help="A run folder, a checkpoint folder, or a name on the hub.", metavar="RUN")
+    ] = None,
+    to: Annotated[str | None, typer.Option(help=f"A detector of transformers: {_TARGETS}.")] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option("--from", help="Make a METR of this: a folder of transformers, or a .pth of DINO or METR."),
+    ] = None,
+    names: Annotated[
+        str | None,
+        typer.Option(help='What it is to find: "penguin, shark", or a dataset; by default what it knows.'),
+    ] = None,
+    text: Annotated[
+        str | None,
+        typer.Option(help="With --from: the text encoder's folder or hub name; by default the bundled one."),
+    ] = None,
+) -> None:
+    """Move weights to a detector of transformers, or from other detectors. Reports what becomes of every weight."""
+    from metr.conversion.transfer import adopt_file
+    from metr.conversion.transfer import transfer as transfer_run
+
+    if source is not None:
+        if run is not None or to is not None:
+            hint = "metr transfer --from FOLDER -o OUT"
+            raise ConfigError("expected --from alone, without RUN and --to", where="--from", hint=hint)
+        adopt_file(source, out, names=names, text=text, console=Console())
+        return
+    if run is None or to is None:
+        hint = "metr transfer RUN --to rt_detr -o OUT, or metr transfer --from FOLDER -o OUT"
+        raise ConfigError("expected RUN and --to", where="transfer", hint=hint)
+    if text is not None:
+        raise ConfigError("goes with --from only: a METR has its text encoder", where="--text", hint="leave it out")
+    transfer_run(run, to, out, names=names, console=Console())
+
+
+def push(
+    run: _Run,
+    name: Annotated[str, typer.Argument(help="The repository: user/name; made if it is missing.", metavar="NAME")],
+    half: Annotated[bool, typer.Option("--half", help="Send float16 weights: half the size.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    licence: Annotated[
+        str | None, typer.Option("--licence", "--license", help="The model's, as the hub calls it: apache-2.0, ...")
+    ] = None,
+    branch: Annotated[
+        str | None, typer.Option(help="Of the repository, made if it is missing; by default main.")
+    ] = None,
+) -> None:
+    """Share a detector on the Hugging Face hub. Sends weights and a model card; log in with `hf auth login` first."""
+    import torch
+
+    from metr.sharing.push import push as push_run
+
+    dtype = torch.float16 if half else None
+    place = push_run(run, name, dtype=dtype, licence=licence, private=private or None, branch=branch)
+    Console().print(f"{name} is shared: {place}", markup=False, highlight=False, soft_wrap=True)
+
+
+def demo(
+    out: Annotated[Path, typer.Option("-o", "--out", help="Where everything goes.")] = Path("demo"),
+    set_: _Overrides = None,
+) -> None:
+    """Try it all on synthetic images. Draws three small datasets, trains on them jointly, evaluates, detects."""
+    from metr.demo.run import run_demo
+
+    if run_demo(out, Console(), tuple(set_ or ())) is None:
+        raise typer.Exit(_INTERRUPTED)
+
+
+def _overrides(given: list[str] | None, **options: object) -> list[str]:
+    """What `--set` says, then what options of their own say of the same configuration."""
+    return [*(given or []), *(f"{key}={value}" for key, value in options.items() if value is not None)]
+
+
+def _say_done(outcome: "Outcome", out: Path) -> None:
+    """Where everything is and what to do next.
+
+    Raises:
+        typer.Exit: the run was interrupted.
+    """
+    console = Console(soft_wrap=True, highlight=False)
+    if outcome.interrupted:
+        console.print("To go on, give the same command again with --resume.")
+        raise typer.Exit(_INTERRUPTED)
+    early = " (stopped early)" if outcome.stalled else ""
+    best = "" if outcome.best is None else f", the best of step {outcome.best_step}"
+    console.print(f"Done: {outcome.step} steps{early}{best}; everything is in {out}", markup=False)
+    console.print(f"What it finds:  metr detect {out} IMAGE", markup=False)

@@ -1,0 +1,90 @@
+"""Help comes at once, mistyped words end in one line, and shells complete words."""
+
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+from typer.main import get_command
+
+from metr.cli.main import app
+
+from tiny import CommandLine
+
+VERBS = ("inspect", "train", "finetune", "evaluate", "detect", "transfer", "push", "demo")
+ALL_HELP = """
+import sys
+from contextlib import suppress
+from metr.cli.main import run
+for arguments in [["--help"], *([verb, "--help"] for verb in sys.argv[1:])]:
+    sys.argv = ["metr", *arguments]
+    with suppress(SystemExit):
+        run()
+heavy = {"torch", "transformers", "pyarrow", "cv2", "matplotlib", "numpy", "yaml", "huggingface_hub", "pydantic"}
+print("imported:", *heavy & set(sys.modules))
+"""
+
+
+def test_the_verbs() -> None:
+    assert tuple(get_command(app).commands) == VERBS  # type: ignore[attr-defined]
+
+
+def test_help_of_every_verb_imports_nothing_heavy_and_takes_little_time() -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, "-c", ALL_HELP, *VERBS], capture_output=True, text=True, check=False, timeout=60
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].strip() == "imported:"
+    assert all(f"Usage: metr {verb} [OPTIONS]" in done.stdout for verb in VERBS)
+    # 0.3 s of processor time on an idle core; torch alone would take more than two seconds
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["trian"], "No such command 'trian'. Did you mean 'train', 'transfer'? See metr --help"),
+        (["train", "data", "-o", "run", "--stpes", "3"], "--stpes (Possible options: --set, --size, --steps). See"),
+        (["train", "data"], "Missing option '-o' / '--out'. See metr train --help"),
+        (["push", "run"], "Missing argument 'NAME'. See metr push --help"),
+        (["--verzion"], "No such option: --verzion (Possible options: --version). See metr --help"),
+    ],
+)
+def test_a_mistyped_word_ends_in_one_line(metr: CommandLine, arguments: list[str], told: str) -> None:
+    ended = metr(*arguments)
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err.startswith("error: ")
+    assert ended.err.count("\n") == 1
+    assert told in ended.err
+
+
+def test_without_arguments_there_is_help(metr: CommandLine) -> None:
+    ended = metr()
+    assert ended.code == 2
+    assert "inspect" in ended.words
+
+
+def test_the_version(metr: CommandLine) -> None:
+    ended = metr("--version")
+    assert ended.code == 0
+    assert ended.out.startswith("metr ")
+
+
+def test_a_shell_completes_verbs() -> None:
+    asked = {"_METR_COMPLETE": "complete_bash", "COMP_WORDS": "metr tr", "COMP_CWORD": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", "from metr.cli.main import run; run()"],
+        env={**os.environ, **asked},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.stdout.split() == ["train", "transfer"], done.stderr
+
+
+def test_completion_can_be_installed(metr: CommandLine) -> None:
+    assert "--install-completion" in metr("--help").out
