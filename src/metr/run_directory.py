@@ -47,14 +47,14 @@ class RunDirectory:
         return self.path / "curves.png"
 
     @property
-    def tensorboard(self) -> Path:
-        """TensorBoard's event files."""
-        return self.path / "tensorboard"
+    def trackers(self) -> Path:
+        """What trackers write, such as TensorBoard's event files."""
+        return self.path / "trackers"
 
 
 @contextmanager
 def explained_disk_errors(where: Path) -> Iterator[None]:
-    """What the operating system refuses in the block is a `CheckpointError` about `where`."""
+    """Turns the operating system's errors in the block into a `CheckpointError` about `where`."""
     try:
         yield
     except OSError as error:
@@ -67,7 +67,7 @@ def replaced_folder(folder: Path, marker: str) -> Iterator[Path]:
     """An empty folder to write into, which takes the place of `folder` when the block ends well.
 
     Until then `folder` is untouched; afterwards it is complete and flushed to disk. A crash at any moment leaves the
-    old one or the new one (between two renames the old one lies beside its place, where `existing_folder` finds it).
+    old one or the new one (between two renames the old one lies beside its place; `existing_folder` finds it there).
 
     Args:
         folder: The place to fill; its parents are made.
@@ -112,7 +112,7 @@ def _sibling(folder: Path, suffix: str) -> Path:
 
 
 def _refuse_other_content(folder: Path, marker: str) -> None:
-    """Keeps a slip of the pen in a path from deleting somebody's files."""
+    """Keeps a mistyped path from deleting somebody's files."""
     if folder.is_dir() and (not any(folder.iterdir()) or (folder / marker).is_file()):
         return
     if folder.exists():
@@ -121,7 +121,7 @@ def _refuse_other_content(folder: Path, marker: str) -> None:
 
 
 def _flush(folder: Path) -> None:
-    """Makes sure that files and names reach the disk before the folder is renamed."""
+    """Makes sure that files and their names reach the disk before the folder is renamed."""
     for path in folder.rglob("*"):
         _flush_entry(path)
     _flush_entry(folder)

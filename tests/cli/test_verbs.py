@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from metr.training.metrics import read_metrics
+from metr.training.logger import read_metrics
 
 from tiny import CommandLine, TinyRun, read_coco, train_arguments, write_recipe
 

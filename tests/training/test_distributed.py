@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from small_runs import make_config, make_parts
 
-from metr.training.metrics import read_metrics
+from metr.training.logger import read_metrics
 from metr.training.trainer import Trainer
 
 # Without denoising, whose random numbers differ from process to process.

@@ -13,7 +13,7 @@ from metr.config import merge, read_yaml
 from metr.errors import CheckpointError, ConfigError, DataError, MetrError
 from metr.evaluation.evaluate import EvaluationRunner
 from metr.model import METR
-from metr.training.metrics import read_metrics
+from metr.training.logger import read_metrics
 from metr.training.recipe import RunConfig, load_recipe
 from metr.training.train import train
 

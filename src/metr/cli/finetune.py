@@ -24,14 +24,14 @@ def finetune(
     shots: Annotated[
         int | None, typer.Option(help="Train on so few images that each category has K objects.", min=1, metavar="K")
     ] = None,
-    share: Annotated[float | None, typer.Option(help="Train on this share of the images, 0 to 1.")] = None,
+    fraction: Annotated[float | None, typer.Option(help="Train on this fraction of the images, 0 to 1.")] = None,
     seed: Annotated[int, typer.Option(help="Decides which images, and training's random numbers.", min=0)] = 0,
     rehearse: Annotated[
         list[str] | None, typer.Option(help="Old datasets, mixed in; may be repeated.", metavar="DATA")
     ] = None,
-    rehearse_fraction: Annotated[float, typer.Option(help="Share of the draws that goes to them, 0 to 1.")] = 0.3,
+    rehearse_fraction: Annotated[float, typer.Option(help="Fraction of the samples that goes to them, 0 to 1.")] = 0.3,
     rehearse_evaluate: Annotated[
-        list[str] | None, typer.Option(help="Old datasets, judged before and after only.", metavar="DATA")
+        list[str] | None, typer.Option(help="Old datasets, evaluated before and after only.", metavar="DATA")
     ] = None,
     decorrelate_names: Annotated[
         bool,
@@ -40,20 +40,24 @@ def finetune(
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the run in OUT stopped.")] = False,
 ) -> None:
     """Train a detector further on new data. Its names are new strings: nothing is begun anew."""
-    from metr.data.few_shot import SubsetConfig
-    from metr.training.finetune import FinetuneOptions
     from metr.training.finetune import finetune as run
-    from metr.training.finetune_data import Rehearsal
 
     overrides = [*(set_ or []), *([f"train.loop.steps={steps}"] if steps is not None else [])]
     overrides += [f"train.freeze={freeze}"] if freeze is not None else []
-    old = {"data": rehearse or (), "share": rehearse_fraction, "evaluate": rehearse_evaluate or ()}
-    options = FinetuneOptions(
-        file=config,
-        overrides=tuple(overrides),
-        subset=SubsetConfig.checked({"shots": shots, "share": share, "seed": seed}, where="--shots, --fraction"),
-        rehearse=Rehearsal.checked(old, where="--rehearse"),
+    outcome = run(
+        data,
+        source,
+        out,
+        resume=resume,
+        console=Console(),
+        config=config,
+        overrides=overrides,
+        shots=shots,
+        fraction=fraction,
+        seed=seed,
+        rehearse=rehearse or (),
+        rehearse_fraction=rehearse_fraction,
+        rehearse_evaluate=rehearse_evaluate or (),
         decorrelate_names=decorrelate_names,
     )
-    outcome = run(data, source, out, options, resume=resume, console=Console()).training
-    say_done(outcome, out)
+    say_done(outcome.training, out)

@@ -18,12 +18,17 @@ def train(
     set_: Overrides = None,
     steps: Annotated[int | None, typer.Option(help="Training steps, in place of the recipe's.", min=1)] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the run in OUT stopped.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show datasets, steps and sizes; train nothing and write nothing.")
+    ] = False,
 ) -> None:
     """Train one detector on many datasets. Their labels are never merged by hand."""
-    from metr.training.recipe import load_recipe
+    from metr.training.train import plan
     from metr.training.train import train as run
 
     overrides = [*(set_ or []), *([f"train.loop.steps={steps}"] if steps is not None else [])]
-    recipe = load_recipe(size, config, overrides)
-    outcome = run(data, out, recipe, resume=resume, console=Console())
+    if dry_run:
+        Console(soft_wrap=True).print(plan(data, config, size=size, overrides=overrides))
+        return
+    outcome = run(data, out, config, size=size, overrides=overrides, resume=resume, console=Console())
     say_done(outcome, out)

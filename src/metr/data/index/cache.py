@@ -20,6 +20,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+from filelock import FileLock, Timeout
 from jaxtyping import Int
 
 from metr.data.file_names import encodable, packed_name, shown_name, unpacked_name
@@ -29,7 +30,6 @@ from metr.data.index.annotation_index import VERSION as INDEX_VERSION
 from metr.data.index.annotation_index import AnnotationIndex, LabelMap, divide_index, write_index
 from metr.data.index.fingerprints import Fingerprints
 from metr.data.index.split_merge import joined
-from metr.data.locks import alone
 from metr.data.records import DataIssue
 from metr.data.splits import TRAIN, VAL, SplitPlan, hold_out
 from metr.errors import DataError
@@ -108,7 +108,7 @@ def stored(reader: Reader, plan: SplitPlan, cache: Path) -> StoredDataset:
         return found
     try:
         place.mkdir(parents=True, exist_ok=True)
-        with alone(place / _LOCK):
+        with _locked(place):
             return _found(reader, place) or _build(reader, plan, place)
     except OSError as error:
         temporary = Path(tempfile.mkdtemp(prefix="metr-index-"))
@@ -119,6 +119,16 @@ def stored(reader: Reader, plan: SplitPlan, cache: Path) -> StoredDataset:
     except OSError as error:
         hint = "free some disk space, or name another folder in METR_CACHE"
         raise DataError(f"the index of {reader.root} cannot be written: {error}", where=temporary, hint=hint) from None
+
+
+def _locked(place: Path) -> contextlib.AbstractContextManager[object]:
+    """Waits until no other process builds in a folder; the lock ends with the block, or with its process."""
+    lock = FileLock(place / _LOCK)
+    try:
+        return lock.acquire(blocking=False)
+    except Timeout:
+        logger.info("another process builds the index in %s; waiting for it", place)
+        return lock.acquire()
 
 
 def _found(reader: Reader, place: Path) -> StoredDataset | None:
