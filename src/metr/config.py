@@ -1,7 +1,7 @@
 """Configuration: loaded from YAML, merged with overrides, checked key by key, reported once."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -94,9 +94,16 @@ def leaves(tree: Mapping[str, Any], section: str = "") -> Tree:
 
 def differences(first: Config, second: Config) -> list[tuple[str, Any, Any]]:
     """(dotted key, first value, second value) of every setting that differs; None where one of them lacks the key."""
-    ours, theirs = (leaves(one.model_dump(mode="json")) for one in (first, second))
-    keys = dict.fromkeys([*ours, *theirs])
-    return [(key, ours.get(key), theirs.get(key)) for key in keys if ours.get(key) != theirs.get(key)]
+    return list(_differences(first.model_dump(mode="json"), second.model_dump(mode="json"), ""))
+
+
+def _differences(first: Mapping[str, Any], second: Mapping[str, Any], section: str) -> Iterator[tuple[str, Any, Any]]:
+    for key in dict.fromkeys([*first, *second]):
+        ours, theirs, place = first.get(key), second.get(key), f"{section}{key}"
+        if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+            yield from _differences(ours, theirs, f"{place}.")
+        elif ours != theirs:
+            yield place, ours, theirs
 
 
 def merge(base: Mapping[str, Any], *layers: Mapping[str, Any]) -> Tree:
