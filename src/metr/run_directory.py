@@ -12,7 +12,7 @@ from metr.errors import CheckpointError
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """Where everything of one training run lies."""
+    """The files and folders of one training run."""
 
     path: Path
 
@@ -23,7 +23,7 @@ class RunDirectory:
 
     @property
     def metrics(self) -> Path:
-        """One JSON a logged step or evaluation."""
+        """Metrics: one JSON for each logged step or evaluation."""
         return self.path / "metrics.jsonl"
 
     @property
@@ -38,7 +38,7 @@ class RunDirectory:
 
     @property
     def state(self) -> Path:
-        """What training needs to go on: weights, their average, optimizer, random numbers, counters."""
+        """What a resumed run needs: weights, their average, optimizer, random numbers, counters."""
         return self.path / "state"
 
     @property
@@ -66,12 +66,12 @@ def explained_disk_errors(where: Path) -> Iterator[None]:
 def replaced_folder(folder: Path, marker: str) -> Iterator[Path]:
     """An empty folder to write into, which takes the place of `folder` when the block ends well.
 
-    Until then `folder` is untouched; afterwards it is complete and flushed to disk. A crash at any moment leaves the
+    Until then `folder` stays as it is; afterwards it is complete and flushed to disk. A crash at any moment leaves the
     old one or the new one (between two renames the old one lies beside its place; `existing_folder` finds it there).
 
     Args:
         folder: The place to fill; its parents are made.
-        marker: A file that tells a folder of this kind: one that holds other things is not replaced.
+        marker: A file that every folder of this kind holds: a folder without it is not replaced.
 
     Raises:
         CheckpointError: `folder` holds something else, or the disk refuses.

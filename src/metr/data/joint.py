@@ -1,4 +1,4 @@
-"""From the arguments of a command to datasets with one vocabulary."""
+"""Several datasets with one vocabulary, from the arguments of a command."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,10 +18,10 @@ from metr.text.vocabulary import Vocabulary
 
 @dataclass(frozen=True, kw_only=True)
 class JointData:
-    """Several datasets, and a vocabulary that holds every name of each.
+    """Several datasets, and a vocabulary that holds all their names.
 
-    The vocabulary may hold more: names that none of these datasets annotates. `chosen` are parts of training splits, by
-    dataset, that take the place of the whole.
+    The vocabulary may hold more names, which none of these datasets annotates. `chosen` holds parts of training splits,
+    by dataset, that are used in place of the whole split.
     """
 
     sources: tuple[DatasetSource, ...]
@@ -29,7 +29,7 @@ class JointData:
     chosen: Mapping[str, Annotations] = field(default_factory=dict)
 
     def train_split(self, source: DatasetSource) -> Annotations:
-        """What of a dataset is trained on.
+        """The part of a dataset that is trained on.
 
         Raises:
             DataError: it has no such split.
@@ -58,7 +58,7 @@ class JointData:
         return torch.stack([self.vocabulary.annotated(source.name) for source in self.sources]).any(0)
 
     def unannotated(self) -> dict[str, Bool[Tensor, "v"]]:
-        """By dataset, the names that another one here annotates and it does not."""
+        """By dataset, the names that it does not annotate and another one does."""
         return {source.name: self.covered_names & ~self.vocabulary.annotated(source.name) for source in self.sources}
 
     def mixture(self, base: Mixture) -> Mixture:

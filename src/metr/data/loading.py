@@ -1,4 +1,4 @@
-"""Loaders: batches for training without end, batches for evaluation once through."""
+"""Loaders: endless batches for training; each image once for evaluation."""
 
 import logging
 import os
@@ -85,8 +85,8 @@ class TrainLoader:
 class EvaluationLoader:
     """Every readable image of a dataset once, in batches whose images have the same padded shape.
 
-    Images come in the dataset's order where all have one shape. Else they are grouped, and `in_order` puts what was
-    made of them back into the dataset's order.
+    Images come in the dataset's order where all have one shape. Else they are grouped by shape, and `in_order` sorts
+    results back into the dataset's order.
     """
 
     def __init__(self, loader: DataLoader[Any], batches: Sequence[Sequence[int]], device: torch.device) -> None:
@@ -209,7 +209,7 @@ def _images(dataset: DetectionDataset, threshold: float) -> int | Float[np.ndarr
 
 
 def spare_cores() -> int:
-    """How many worker processes this machine has room for beside the main one, at most 8."""
+    """The number of cores besides the one of the main process, at most 8."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(0, min(8, cores - 1))
 

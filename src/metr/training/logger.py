@@ -1,4 +1,4 @@
-"""What training tells: metrics.jsonl, the trackers of accelerate, progress in the terminal, the log."""
+"""Where training reports: metrics.jsonl, the trackers of accelerate, progress in the terminal, the log."""
 
 import json
 import logging

@@ -276,7 +276,7 @@ def restore_random_state(state: Mapping[str, Tensor], device: torch.device) -> N
 
 @contextmanager
 def undisturbed_random_state(device: torch.device) -> Iterator[None]:
-    """Whatever the block draws, the random numbers after it are those that would have come without it."""
+    """Restores the random state after the block, so that the block uses up no random numbers of training."""
     state = random_state(device)
     try:
         yield

@@ -267,7 +267,7 @@ def _plan_lines(joint: JointData, recipe: RunConfig) -> list[str]:
     device, images = resolved_device(loop.device), _images_a_step(recipe)
     shape = f"{resize.size} x {resize.size}" if resize.mode == "stretch" else f"{resize.size} to {resize.longest}"
     sizes = f", in training {', '.join(map(str, recipe.augmentation.sizes))}" if recipe.augmentation.sizes else ""
-    every = f"every {loop.evaluate_every:,} steps" if loop.evaluate_every else "at the end"
+    every = f"every {loop.evaluate_every:,} steps and at the end" if loop.evaluate_every else "at the end"
     return [
         f"names: {len(joint.vocabulary):,}, {shared:,} of them in several datasets; unannotated: {recipe.unannotated}",
         f"steps: {loop.steps:,} of {images:,} images, {loop.steps * images:,} images in all; evaluated {every}",
