@@ -34,7 +34,7 @@ from metr.evaluation.results import EvaluationConfig, EvaluationReport, as_dict
 from metr.inference.draw import contact_sheet, draw_detections, save_image
 from metr.model import METR
 from metr.training.curves import plot_curves
-from metr.training.metrics import read_metrics
+from metr.training.logger import read_metrics
 from metr.training.recipe import RunConfig, load_recipe
 from metr.training.train import train
 from multifield_arms import ARMS, REPORT, ArmResult, Task, run_arm
@@ -84,7 +84,7 @@ def run(settings: Settings, console: Console) -> bool:
     data, began_with = _data(settings), commit()
     recipe, config = _recipe(settings), JUDGED
     judged = config.model_copy(update={"modes": ("own",)})
-    if train(data, settings.out, recipe, resume=True, console=console, judged=judged).interrupted:
+    if train(data, settings.out, recipe, resume=True, console=console, evaluation=judged).interrupted:
         return False
     # the last weights, not the best: choosing by the very images that are reported would flatter
     report = evaluate(settings.out / "last", data, settings.out / "evaluation", config=config, console=console)

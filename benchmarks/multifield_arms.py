@@ -22,14 +22,14 @@ from metr.checkpoint import Checkpoint, load_checkpoint
 from metr.data.dataset import DetectionDataset
 from metr.data.joint import JointData, open_joint
 from metr.data.loading import build_train_loader
-from metr.data.mixture import mixture_weights
+from metr.data.sampling import mixture_weights
 from metr.data.transforms.pipeline import build_transforms
 from metr.evaluation.evaluate import evaluate
 from metr.evaluation.report import show
 from metr.evaluation.results import EvaluationConfig, EvaluationReport, as_dict, from_dict
 from metr.evaluation.runner import EvaluationRunner
-from metr.training.random_state import seed_everything
 from metr.training.recipe import RunConfig
+from metr.training.state import seed_everything
 from metr.training.train import train
 from metr.training.trainer import Trainer, TrainingParts
 from resumable import training_seconds
@@ -86,7 +86,7 @@ def _joint(unannotated: str, task: Task) -> EvaluationReport | None:
     """Joint METR."""
     recipe = task.recipe.model_copy(update={"unannotated": unannotated})
     quick = task.judged.model_copy(update={"modes": ("own",)})
-    if train(task.data, task.out, recipe, resume=True, console=task.console, judged=quick).interrupted:
+    if train(task.data, task.out, recipe, resume=True, console=task.console, evaluation=quick).interrupted:
         return None
     return evaluate(task.out / "last", task.data, task.out / "evaluation", config=task.judged, console=task.console)
 
@@ -103,7 +103,7 @@ def _separate(task: Task) -> EvaluationReport | None:
                 "loader": task.recipe.loader.model_copy(update={"mixture": "equal"}),
             }
         )
-        if train([argument], out, recipe, resume=True, console=task.console, judged=own).interrupted:
+        if train([argument], out, recipe, resume=True, console=task.console, evaluation=own).interrupted:
             return None
         reports.append(evaluate(out / "last", [argument], out / "evaluation", config=own, console=task.console))
     return EvaluationReport(
@@ -115,7 +115,7 @@ def _separate(task: Task) -> EvaluationReport | None:
 def _shares(task: Task) -> list[int]:
     """How many of the joint run's steps fall to each dataset."""
     lengths = {source.name: len(source.split("train")) for source in open_joint(task.data).sources}
-    shares = mixture_weights(lengths, task.recipe.loader.base_mixture)
+    shares = mixture_weights(lengths, task.recipe.loader.mixture)
     return [round(share * task.recipe.train.loop.steps) for share in shares.values()]
 
 

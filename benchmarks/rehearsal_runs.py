@@ -11,12 +11,11 @@ from pydantic import Field
 
 from kept_runs import Run
 from metr.config import Config, merge, parse_overrides
-from metr.data.few_shot import SubsetConfig
 from metr.errors import ConfigError
 from metr.model import METR
 from metr.training.comparison import Change
-from metr.training.finetune import FinetuneOptions, finetune
-from metr.training.finetune_data import Rehearsal
+from metr.training.finetune import finetune
+from metr.training.finetune_data import FinetuneOptions
 from resumable import training_seconds
 from transfer_runs import Workplace, configurations, pretrained, written
 
@@ -165,11 +164,13 @@ def _tuned(arm: Arm, run: Run, source: str, place: Workplace, profile: Profile) 
     run.begin()
     old = tuple(place.argument(name) for name in profile.old)
     options = FinetuneOptions(
-        file=written(run.folder, profile.tuning),
+        config=written(run.folder, profile.tuning),
         # one evaluation, so the last weights are judged: nothing is chosen by the images of any val split
         overrides=(*place.overrides, "train.loop.evaluate_every=0"),
-        subset=SubsetConfig(seed=profile.seed),
-        rehearse=Rehearsal(data=old, share=profile.share) if arm == "with" else Rehearsal(evaluate=old),
+        seed=profile.seed,
+        rehearse=old if arm == "with" else (),
+        rehearse_fraction=profile.share,
+        rehearse_evaluate=() if arm == "with" else old,
     )
     data = [place.argument(profile.new)]
     outcome = finetune(data, source, run.folder, options, resume=True, console=place.console)

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from metr.cli.main import show_log
 from metr.errors import DataError, MetrError
-from metr.training.metrics import read_metrics
+from metr.training.logger import read_metrics
 
 HERE = Path(__file__).resolve().parent
 

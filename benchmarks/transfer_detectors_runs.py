@@ -23,7 +23,7 @@ from metr.devices import resolved_device
 from metr.errors import ConfigError
 from metr.evaluation.coco import CocoResult
 from metr.run_directory import RunDirectory
-from metr.training.metrics import read_metrics
+from metr.training.logger import read_metrics
 from metr.training.recipe import RunConfig, load_recipe
 from metr.training.train import train
 from resumable import training_seconds

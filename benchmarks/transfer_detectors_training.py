@@ -26,8 +26,7 @@ from metr.config import Config
 from metr.conversion.targets.base import Colours
 from metr.data.config import LoaderConfig
 from metr.data.dataset import DetectionDataset, Example, Missing, MixedDataset
-from metr.data.mixture import mixture_weights
-from metr.data.samplers import MixedSampler
+from metr.data.sampling import MixedSampler, mixture_weights
 from metr.errors import DataError
 from metr.evaluation.coco import MAX_DETECTIONS, CocoResult, ImageId, evaluate_detections
 from metr.hub import quiet
@@ -79,7 +78,7 @@ class DrawnImages(Dataset[Example]):
 
     def __init__(self, datasets: Sequence[DetectionDataset], loader: LoaderConfig, steps: int, seed: int) -> None:
         self.mixed = MixedDataset(datasets)
-        weights = mixture_weights(self.mixed.lengths, loader.base_mixture)
+        weights = mixture_weights(self.mixed.lengths, loader.mixture)
         sampler = MixedSampler(self.mixed.lengths, weights, loader.batch_size, seed)
         self.draws = [draw for batch in islice(sampler, steps) for draw in batch]
 

@@ -19,7 +19,8 @@ from metr.data.few_shot import SubsetConfig, subset_of
 from metr.data.joint import JointData, open_joint
 from metr.errors import ConfigError
 from metr.run_directory import RunDirectory
-from metr.training.finetune import FinetuneOptions, finetune
+from metr.training.finetune import finetune
+from metr.training.finetune_data import FinetuneOptions
 from metr.training.recipe import load_recipe
 from metr.training.train import fit, train, training_parts
 from metr.training.trainer import Outcome
@@ -93,7 +94,7 @@ class Cell:
     @property
     def subset(self) -> SubsetConfig:
         """The part of the training images that it sees."""
-        return SubsetConfig(share=self.share, seed=self.seed)
+        return SubsetConfig(fraction=self.share, seed=self.seed)
 
     @property
     def title(self) -> str:
@@ -259,9 +260,10 @@ def _pretraining(left_out: str, place: Workplace, profile: Profile) -> Path | No
 def _from_pretrained(cell: Cell, began: Path, place: Workplace, profile: Profile) -> RunResult | None:
     out = cell.folder(place)
     options = FinetuneOptions(
-        file=written(out, _tree(cell, profile)),
+        config=written(out, _tree(cell, profile)),
         overrides=place.overrides,
-        subset=cell.subset,
+        fraction=cell.share,
+        seed=cell.seed,
         compare=False,
         decorrelate_names=profile.decorrelate_names,
     )

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from metr.config import Config, as_yaml, merge, parse_overrides, read_yaml
+from metr.config import Config, as_yaml, differences, leaves, merge, parse_overrides, read_yaml
 from metr.errors import ConfigError
 
 
@@ -227,3 +227,23 @@ def test_a_missing_file_or_a_folder_is_named(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match="no such configuration file") as error:
             read_yaml(path)
         assert str(path) in str(error.value)
+
+
+def test_leaves_and_differences_have_dotted_keys() -> None:
+    assert leaves({"a": {"b": 1, "c": {"d": [2]}}, "e": {}}) == {"a.b": 1, "a.c.d": [2], "e": {}}
+    first, second = Machine(), Machine(part=Part(width=64), spare=Part(), sizes=(3,))
+    found = {key: (old, new) for key, old, new in differences(first, second)}
+    assert found["part.width"] == (32, 64)
+    assert found["sizes"] == ([1, 2], [3])
+    assert found["spare"] == (None, Part().model_dump())
+    assert differences(first, first) == []
+
+
+def test_every_field_has_its_docstring_as_a_description() -> None:
+    class Documented(Config):
+        """One."""
+
+        size: int = 3
+        """Pixels."""
+
+    assert Documented.model_fields["size"].description == "Pixels."

@@ -1,7 +1,7 @@
 """Configuration: loaded from YAML, merged with overrides, checked key by key, reported once."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -14,6 +14,21 @@ from metr.errors import ConfigError, did_you_mean
 Tree = dict[str, Any]
 ConfigT = TypeVar("ConfigT", bound="Config")
 
+_RENAMED = {
+    "foreign": "unannotated",
+    "agreement": "similarity",
+    "teacher": "pseudo_labels",
+    "flat_share": "flat_fraction",
+    "foreign_slots": "negative_slots",
+    "names": "vocabulary_sample",
+    "tensorboard": "trackers",
+    "share": "fraction",
+}
+"""Keys that had another name once, and their names now."""
+_RENAMED_VALUES = {"assume_absent": "negative", "teacher": "pseudo_label"}
+"""Values of `unannotated` that had another name once, and their names now."""
+_REMOVED = {"hardness": ("mixture", "proportional, sqrt, equal, or a weight for each dataset")}
+"""What there once was, as a key or as the value of a key: the key that is left, and what it may be."""
 # what YAML 1.1 takes for a word for want of a dot or a sign: 1e-4, 2E5
 _POWER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 # characters of a faulty value that a message repeats
@@ -23,7 +38,9 @@ _LONGEST = 120
 class Config(BaseModel):
     """Base of every configuration class: frozen, strict about keys that it does not know, finite in every number."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
     @classmethod
     def checked(cls: type[ConfigT], values: Mapping[str, Any], *, where: object = None) -> ConfigT:
@@ -64,6 +81,29 @@ def read_yaml(path: Path) -> Tree:
 def as_yaml(config: Config) -> str:
     """The configuration as YAML, in the order of its fields."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def leaves(tree: Mapping[str, Any], section: str = "") -> Tree:
+    """Every setting of a nested mapping by its dotted key."""
+    flat: Tree = {}
+    for key, value in tree.items():
+        place = f"{section}{key}"
+        flat |= leaves(value, f"{place}.") if isinstance(value, Mapping) and value else {place: value}
+    return flat
+
+
+def differences(first: Config, second: Config) -> list[tuple[str, Any, Any]]:
+    """(dotted key, first value, second value) of every setting that differs; None where one of them lacks the key."""
+    return list(_differences(first.model_dump(mode="json"), second.model_dump(mode="json"), ""))
+
+
+def _differences(first: Mapping[str, Any], second: Mapping[str, Any], section: str) -> Iterator[tuple[str, Any, Any]]:
+    for key in dict.fromkeys([*first, *second]):
+        ours, theirs, place = first.get(key), second.get(key), f"{section}{key}"
+        if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
+            yield from _differences(ours, theirs, f"{place}.")
+        elif ours != theirs:
+            yield place, ours, theirs
 
 
 def merge(base: Mapping[str, Any], *layers: Mapping[str, Any]) -> Tree:
@@ -111,11 +151,37 @@ def _explained(cls: type[BaseModel], error: ValidationError, where: object) -> C
         key = ".".join(str(part) for part in issue["loc"])
         if issue["type"] == "extra_forbidden":
             lines.append(f"unknown key {key!r}")
-            hint = hint or did_you_mean(str(issue["loc"][-1]), _fields_at(cls, issue))
+            hint = hint or _hint_for_key(key, issue["input"], _fields_at(cls, issue))
         else:
             # what a whole configuration contradicts has no key of its own
             lines.append(f"{key!r}: {_issue(issue)}" if key else _issue(issue))
+            hint = hint or _hint_for_value(issue)
     return ConfigError("; ".join(lines), where=where or cls.__name__, hint=hint)
+
+
+def _hint_for_key(key: str, value: object, known: Sequence[str]) -> str:
+    """What to write in place of an unknown key: its name of today, or the nearest that is known."""
+    section, _, last = key.rpartition(".")
+    prefix = f"{section}." if section else ""
+    if (new := _RENAMED.get(last)) in known:
+        renamed = _RENAMED_VALUES.get(value) if isinstance(value, str) else None
+        more = f", and its value {value!r} is called {renamed!r}" if renamed else ""
+        return f"{key!r} is called '{prefix}{new}' now{more}"
+    if (left := _REMOVED.get(last)) and left[0] in known:
+        return f"{key!r} was removed; '{prefix}{left[0]}' is {left[1]}"
+    return did_you_mean(last, known)
+
+
+def _hint_for_value(issue: ErrorDetails) -> str | None:
+    """What to write in place of a value that had another name once, or is gone."""
+    value = issue["input"]
+    if issue["type"] != "literal_error" or not isinstance(value, str):
+        return None
+    if (new := _RENAMED_VALUES.get(value)) and repr(new) in issue["msg"]:
+        return f"{value!r} is called {new!r} now"
+    if (left := _REMOVED.get(value)) and left[0] in issue["loc"]:
+        return f"{value!r} was removed; {left[0]!r} is {left[1]}"
+    return None
 
 
 def _issue(issue: ErrorDetails) -> str:

@@ -1,5 +1,6 @@
-"""What the hardware offers: precision and memory, without a word about its maker."""
+"""What the hardware offers: device, precision and memory, alike for all vendors."""
 
+import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
@@ -35,7 +36,7 @@ def resolved_precision(wanted: str, device: torch.device) -> str:
     supported = getattr(torch.get_device_module(device), "is_bf16_supported", None)
     if supported is None:
         return "fp32"
-    # where a device may pretend, slower than in fp32, it is asked for its own
+    # emulated bf16 is slower than fp32: only support in hardware counts
     own = {"including_emulation": False} if "including_emulation" in signature(supported).parameters else {}
     return "bf16" if supported(**own) else "fp32"
 
@@ -56,3 +57,13 @@ def peak_memory(device: torch.device) -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / _GIB
     peak = getattr(torch.get_device_module(device), "max_memory_allocated", None)
     return 0.0 if peak is None else float(peak(device)) / _GIB
+
+
+def process_count() -> int:
+    """How many processes `accelerate launch` or `torchrun` started; 1 without them."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def in_main_process() -> bool:
+    """Whether this is the one of several processes that writes and shows."""
+    return os.environ.get("RANK", "0") == "0"

@@ -12,7 +12,7 @@ from metr.errors import CheckpointError
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """Where everything of one training run lies."""
+    """The files and folders of one training run."""
 
     path: Path
 
@@ -23,7 +23,7 @@ class RunDirectory:
 
     @property
     def metrics(self) -> Path:
-        """One JSON a logged step or evaluation."""
+        """Metrics: one JSON for each logged step or evaluation."""
         return self.path / "metrics.jsonl"
 
     @property
@@ -38,7 +38,7 @@ class RunDirectory:
 
     @property
     def state(self) -> Path:
-        """What training needs to go on: weights, their average, optimizer, random numbers, counters."""
+        """What a resumed run needs: weights, their average, optimizer, random numbers, counters."""
         return self.path / "state"
 
     @property
@@ -47,14 +47,14 @@ class RunDirectory:
         return self.path / "curves.png"
 
     @property
-    def tensorboard(self) -> Path:
-        """TensorBoard's event files."""
-        return self.path / "tensorboard"
+    def trackers(self) -> Path:
+        """What trackers write, such as TensorBoard's event files."""
+        return self.path / "trackers"
 
 
 @contextmanager
 def explained_disk_errors(where: Path) -> Iterator[None]:
-    """What the operating system refuses in the block is a `CheckpointError` about `where`."""
+    """Turns the operating system's errors in the block into a `CheckpointError` about `where`."""
     try:
         yield
     except OSError as error:
@@ -66,12 +66,12 @@ def explained_disk_errors(where: Path) -> Iterator[None]:
 def replaced_folder(folder: Path, marker: str) -> Iterator[Path]:
     """An empty folder to write into, which takes the place of `folder` when the block ends well.
 
-    Until then `folder` is untouched; afterwards it is complete and flushed to disk. A crash at any moment leaves the
-    old one or the new one (between two renames the old one lies beside its place, where `existing_folder` finds it).
+    Until then `folder` stays as it is; afterwards it is complete and flushed to disk. A crash at any moment leaves the
+    old one or the new one (between two renames the old one lies beside its place; `existing_folder` finds it there).
 
     Args:
         folder: The place to fill; its parents are made.
-        marker: A file that tells a folder of this kind: one that holds other things is not replaced.
+        marker: A file that every folder of this kind holds: a folder without it is not replaced.
 
     Raises:
         CheckpointError: `folder` holds something else, or the disk refuses.
@@ -112,7 +112,7 @@ def _sibling(folder: Path, suffix: str) -> Path:
 
 
 def _refuse_other_content(folder: Path, marker: str) -> None:
-    """Keeps a slip of the pen in a path from deleting somebody's files."""
+    """Keeps a mistyped path from deleting somebody's files."""
     if folder.is_dir() and (not any(folder.iterdir()) or (folder / marker).is_file()):
         return
     if folder.exists():
@@ -121,7 +121,7 @@ def _refuse_other_content(folder: Path, marker: str) -> None:
 
 
 def _flush(folder: Path) -> None:
-    """Makes sure that files and names reach the disk before the folder is renamed."""
+    """Makes sure that files and their names reach the disk before the folder is renamed."""
     for path in folder.rglob("*"):
         _flush_entry(path)
     _flush_entry(folder)

@@ -1,4 +1,4 @@
-"""Tensors and plain values on disk: safetensors and JSON, with errors that say which file and why."""
+"""Tensors and plain values on disk, as safetensors and JSON; errors name the file and the reason."""
 
 import json
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype 
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     if dtype is not None:
         plain = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in plain.items()}
-    # not save_file, which makes files that nobody but their owner may read, whatever the folder allows
+    # not save_file, whose files only their owner may read, whatever the folder allows
     path.write_bytes(save(plain, metadata={"format": "pt"}))
 
 

@@ -12,7 +12,7 @@ _SHOWN = 4
 
 @dataclass(frozen=True, kw_only=True)
 class WeightReport:
-    """What became of each key: `misshapen` holds the key, the network's shape and the file's."""
+    """Which keys fitted and which did not; `misshapen` holds the key, the network's shape and the file's."""
 
     loaded: tuple[str, ...]
     missing: tuple[str, ...]
@@ -21,7 +21,7 @@ class WeightReport:
 
     @property
     def complete(self) -> bool:
-        """Whether every key found its place."""
+        """Whether every key fitted."""
         return not (self.missing or self.unexpected or self.misshapen)
 
     def __str__(self) -> str:
@@ -49,8 +49,8 @@ def load_weights(
         network: Receives them.
         weights: By the keys of `network.state_dict()`.
         strict: Refuse, and change nothing, unless all keys and shapes agree; otherwise load those that do.
-        where: What the message of an error is about: the file.
-        hint: What the message tells to try; by default what suits a checkpoint.
+        where: The file that an error message names.
+        hint: What the error message suggests to try; by default what suits a checkpoint.
 
     Raises:
         CheckpointError: `strict` and some do not fit; the message lists them.

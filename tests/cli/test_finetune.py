@@ -26,7 +26,7 @@ def test_it_says_what_it_does_and_what_came_of_it(metr: CommandLine, tiny_run: T
     assert ended.code == 0, ended
     for part in ("2 steps of 2 at ", "backbone frozen", "--rehearse mixes old datasets in", "AP before and after"):
         assert part in ended.words
-    for part in ("lake", "new", "desk", "rehearsed", "meadow", "only judged", "Done: 2 steps, the best of step 2"):
+    for part in ("lake", "new", "desk", "rehearsed", "meadow", "only evaluated", "Done: 2 steps, the best of step 2"):
         assert part in ended.words
     request = json.loads((out / "finetuning.json").read_text())
     assert (request["shots"], request["seed"], request["rehearse_fraction"]) == (1, 2, 0.5)
@@ -60,9 +60,9 @@ def test_ctrl_c_and_resume(
 @pytest.mark.parametrize(
     ("more", "told"),
     [
-        (["--shots", 1, "--fraction", 0.5], ["--shots, --fraction: shots and share exclude each other"]),
-        (["--fraction", 2], ["'share'", "found 2"]),
-        (["--rehearse-fraction", 1], ["--rehearse: 'share'", "found 1"]),
+        (["--shots", 1, "--fraction", 0.5], ["finetune: shots and fraction exclude each other"]),
+        (["--fraction", 2], ["'fraction'", "found 2"]),
+        (["--rehearse-fraction", 1], ["'rehearse_fraction'", "found 1"]),
         (["--freeze", "bakbone"], ["'train.freeze'", "found 'bakbone'"]),
         (["--set", "model.decoder.layers=2"], ["model: fine-tuning keeps", "model.decoder.layers=2", "metr train"]),
         (["--rehearse", "nowhere"], ["nowhere", "no such"]),

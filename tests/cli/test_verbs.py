@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from metr.training.metrics import read_metrics
+from metr.training.logger import read_metrics
 
 from tiny import CommandLine, TinyRun, read_coco, train_arguments, write_recipe
 
@@ -43,10 +43,20 @@ def test_training_goes_on_and_tells_where_everything_is(metr: CommandLine, tiny_
     run = Path(shutil.copytree(tiny_run.folder, tmp_path / "run"))
     ended = metr(*train_arguments(tiny_run, run, "--steps", 4, "--resume"))
     assert ended.code == 0, ended
-    assert "width: 32" in ended.out  # the resolved configuration
+    assert "  model.width: 128 -> 32\n" in ended.out, "what differs from the recipe"
+    assert f"configuration: {run / 'config.yaml'}\n" in ended.out
+    assert len(ended.out.splitlines()) < 60, "the rest of the configuration is in the file"
     assert f"Done: 4 steps, the best of step 3; everything is in {run}\n" in ended.out
     assert f"metr detect {run} IMAGE" in ended.out
     assert [record["step"] for record in read_metrics(run) if record["kind"] == "train"] == [1, 2, 3, 4]
+
+
+def test_a_dry_run_shows_the_plan_and_writes_nothing(metr: CommandLine, tiny_run: TinyRun, tmp_path: Path) -> None:
+    ended = metr(*train_arguments(tiny_run, tmp_path / "run", "--steps", 30, "--dry-run"))
+    assert ended.code == 0, ended
+    for part in ("pond", "desk", "meadow", "steps: 30 of 2 images, 60 images in all", "model.width: 128 -> 32"):
+        assert part in ended.words
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_evaluate_writes_into_the_run(metr: CommandLine, tiny_run: TinyRun, tmp_path: Path) -> None:

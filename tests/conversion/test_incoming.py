@@ -30,8 +30,7 @@ from metr.models.backbones.config import BackboneConfig
 from metr.models.config import DecoderConfig, DetectorConfig, EncoderConfig
 from metr.models.detector import Detector
 from metr.text.encoder import TextEncoderConfig
-from metr.training.finetune_defaults import defaults_for
-from metr.training.finetune_recipe import finetune_recipe
+from metr.training.finetune_recipe import defaults_for, finetune_recipe
 from metr.training.recipe import load_recipe
 
 from small import TEXT_WIDTH

@@ -13,7 +13,7 @@ from metr.data.config import ResizeConfig
 from metr.data.dataset import ATTEMPTS, DetectionDataset, Example, Missing, MixedDataset
 from metr.data.images import read_image
 from metr.data.records import InMemoryAnnotations
-from metr.data.sample_keys import Draw
+from metr.data.sampling import SampleKey
 from metr.errors import ConfigError
 
 
@@ -82,15 +82,15 @@ def test_evaluation_never_shows_another_image(tmp_path: Path) -> None:
 
 def test_training_replaces_unreadable_images(tmp_path: Path) -> None:
     dataset = make_dataset(broken(make_annotations(tmp_path), 0, 2, 3))
-    draws = [Draw(number=n, dataset=0, index=3, seed=1) for n in range(20)]
-    examples = [dataset.draw(draw) for draw in draws]
+    keys = [SampleKey(number=n, dataset=0, index=3, seed=1) for n in range(20)]
+    examples = [dataset.sample(key) for key in keys]
     for example in examples:
         assert isinstance(example, Example)
         assert example.image_id in {"cells-1", "cells-4", "cells-5"}
         assert example.image_id == f"cells-{example.position}"
         assert Path(example.issues[0].where).name == "3.png"
     assert len({example.image_id for example in examples if isinstance(example, Example)}) > 1
-    for example, again in zip(examples, [dataset.draw(draw) for draw in draws], strict=True):
+    for example, again in zip(examples, [dataset.sample(key) for key in keys], strict=True):
         assert isinstance(example, Example)
         assert isinstance(again, Example)
         assert torch.equal(again.image, example.image)
@@ -98,15 +98,15 @@ def test_training_replaces_unreadable_images(tmp_path: Path) -> None:
 
 def test_a_dataset_without_a_readable_image_gives_up(tmp_path: Path) -> None:
     dataset = make_dataset(broken(make_annotations(tmp_path), *range(6)))
-    missing = dataset.draw(Draw(number=0, dataset=0, index=3, seed=1))
+    missing = dataset.sample(SampleKey(number=0, dataset=0, index=3, seed=1))
     assert isinstance(missing, Missing)
     assert len(missing.issues) == ATTEMPTS
 
 
-def test_a_draw_decides_everything(tmp_path: Path) -> None:
+def test_a_sample_key_decides_everything(tmp_path: Path) -> None:
     dataset = make_dataset(make_annotations(tmp_path))
-    draw = Draw(number=5, dataset=0, index=3, seed=1, size=48)
-    results = [dataset.draw(one) for one in (draw, draw, replace(draw, number=6), replace(draw, seed=2))]
+    key = SampleKey(number=5, dataset=0, index=3, seed=1, size=48)
+    results = [dataset.sample(one) for one in (key, key, replace(key, number=6), replace(key, seed=2))]
     images = [result.image for result in results if isinstance(result, Example)]
     assert all(image.shape == (3, 48, 48) for image in images)
     assert torch.equal(images[0], images[1])
@@ -128,7 +128,7 @@ def test_mixed_datasets_go_by_number_and_need_different_names(tmp_path: Path) ->
     fish, cells = make_annotations(tmp_path, "fish", 3), make_annotations(tmp_path, "cells", 2)
     mixed = MixedDataset([make_dataset(fish), make_dataset(cells)])
     assert mixed.lengths == {"fish": 3, "cells": 2}
-    example = mixed[Draw(number=0, dataset=1, index=1, seed=0)]
+    example = mixed[SampleKey(number=0, dataset=1, index=1, seed=0)]
     assert isinstance(example, Example)
     assert example.image_id == "cells-1"
     with pytest.raises(ConfigError, match="two datasets are called 'fish'"):

@@ -10,7 +10,7 @@ import pytest
 from metr.data.few_shot import Subset, SubsetConfig, shortage, subset_of
 from metr.data.index.annotation_index import AnnotationIndex, LabelMap, write_index
 from metr.data.records import Annotations, ImageRecord, InMemoryAnnotations
-from metr.data.repeat import repeat_factors
+from metr.data.sampling import repeat_factors
 from metr.errors import ConfigError, DataError
 
 NAMES = ("often", "seldom", "once", "never", "ignored")
@@ -63,16 +63,18 @@ def by_hand(split: InMemoryAnnotations, order: list[int | str], shots: int) -> s
     return taken
 
 
-def test_a_share_is_a_share_and_nests(split: InMemoryAnnotations) -> None:
-    chosen = {share: set(ids(subset_of(split, SubsetConfig(share=share)))) for share in (0.001, 0.1, 0.25, 0.5)}
+def test_a_fraction_is_a_fraction_and_nests(split: InMemoryAnnotations) -> None:
+    chosen = {
+        fraction: set(ids(subset_of(split, SubsetConfig(fraction=fraction)))) for fraction in (0.001, 0.1, 0.25, 0.5)
+    }
     assert [len(one) for one in chosen.values()] == [1, 6, 15, 30]
     assert chosen[0.001] < chosen[0.1] < chosen[0.25] < chosen[0.5]
-    assert subset_of(split, SubsetConfig(share=1.0)) is split
+    assert subset_of(split, SubsetConfig(fraction=1.0)) is split
     assert subset_of(split, SubsetConfig()) is split
 
 
 def test_shots_are_reached_and_nest(split: InMemoryAnnotations) -> None:
-    order = [ids(subset_of(split, SubsetConfig(share=n / 60)))[:] for n in range(1, 61)]
+    order = [ids(subset_of(split, SubsetConfig(fraction=n / 60)))[:] for n in range(1, 61)]
     walk = [(set(later) - set(earlier)).pop() for earlier, later in zip([[], *order[:-1]], order, strict=True)]
     all_objects, before = objects(split), set()
     for shots in (1, 2, 5, 10, 100):
@@ -94,15 +96,15 @@ def test_the_seed_decides_and_nothing_else(split: InMemoryAnnotations, tmp_path:
     assert first != ids(subset_of(split, SubsetConfig(shots=2, seed=2)))
     assert first == sorted(first), "in the split's own order"
     # an index chooses by the paths of its images, wherever they lie
-    shares = []
+    fractions = []
     for home in ("here", "there"):
         moved = [ImageRecord(**{**vars(one), "path": tmp_path / home / one.path.name}) for one in split.records]
         write_index(tmp_path / f"{home}.arrow", moved, root=tmp_path / home)
         index = AnnotationIndex(tmp_path / f"{home}.arrow", LabelMap.identity(NAMES), name="made", split="train")
-        shares.append(ids(subset_of(index, SubsetConfig(share=0.2))))
+        fractions.append(ids(subset_of(index, SubsetConfig(fraction=0.2))))
         part = subset_of(index, SubsetConfig(shots=3))
         assert all(objects(part)[label] >= min(3, count) for label, count in objects(split).items())
-    assert shares[0] == shares[1]
+    assert fractions[0] == fractions[1]
 
 
 def test_a_subset_is_a_split(split: InMemoryAnnotations) -> None:
@@ -121,6 +123,6 @@ def test_choices_that_are_none(split: InMemoryAnnotations) -> None:
     empty = InMemoryAnnotations(name="bare", split="train", categories=NAMES, records=())
     with pytest.raises(DataError, match="no object in the training split"):
         subset_of(empty, SubsetConfig(shots=1))
-    for values in ({"shots": 1, "share": 0.5}, {"shots": 0}, {"share": 0}, {"share": 1.5}):
-        with pytest.raises(ConfigError, match=r"share|shots"):
+    for values in ({"shots": 1, "fraction": 0.5}, {"shots": 0}, {"fraction": 0}, {"fraction": 1.5}):
+        with pytest.raises(ConfigError, match=r"fraction|shots"):
             SubsetConfig.checked(values)

@@ -57,7 +57,7 @@ def test_a_resumed_run_gets_the_very_same_batches(tmp_path: Path) -> None:
     datasets = mixed(tmp_path, sizes=(32, 64))
     whole = some(datasets, 7)
     assert {batch.images.shape[-1] for batch in whole} == {32, 64}
-    state = build_train_loader(datasets, LoaderConfig(batch_size=4, workers=0)).sampler.draws_after(3)
+    state = build_train_loader(datasets, LoaderConfig(batch_size=4, workers=0)).sampler.samples_after(3)
     torch.rand(17)  # the global generator has no say
     for before, after in zip(whole[3:], some(datasets, 4, start=state), strict=True):
         assert_same(before, after)
@@ -72,7 +72,7 @@ def test_workers_change_nothing(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_processes_share_the_draws(tmp_path: Path) -> None:
+def test_processes_share_the_samples(tmp_path: Path) -> None:
     datasets = mixed(tmp_path)
     loader = build_train_loader(datasets, LoaderConfig(batch_size=8, workers=0), seed=3)
     with closing(iter(loader)) as batches:  # type: ignore[type-var]

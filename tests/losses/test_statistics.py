@@ -6,7 +6,7 @@ from small_outputs import image_targets, random_output
 from metr.boxes import cxcywh_to_xyxy, paired_iou
 from metr.losses.config import CriterionConfig
 from metr.losses.criterion import SetCriterion
-from metr.losses.statistics import box_losses_of_images, match_statistics
+from metr.losses.statistics import match_statistics
 
 
 def test_counts_what_was_left_over_and_how_well_the_rest_fits() -> None:
@@ -40,20 +40,3 @@ def test_an_empty_batch_has_figures_too() -> None:
     found = match_statistics(output, targets, SetCriterion(CriterionConfig()).match(output, targets))
     assert [int(figure) for figure in (found.objects, found.without_slot, found.crowded_out)] == [0, 0, 0]
     assert float(found.iou) == 0
-
-
-def test_box_losses_of_images_are_those_of_the_criterion() -> None:
-    output = random_output([[0, 1], [1, 2], [0, 1]], [[0, 0, 1], [1], [0]], vocabulary=4, layers=3)
-    targets = [image_targets([0, 1, 1, 3], 4), image_targets([2, 0, 0], 4), image_targets([], 4)]
-    criterion = SetCriterion(CriterionConfig())
-    matches = criterion.match(output, targets)
-    losses, objects = box_losses_of_images(output, targets, matches, criterion.config.weights)
-    assert objects.tolist() == [2, 1, 0]
-    assert not losses.requires_grad
-    terms = criterion(output, targets, matches).terms
-    # the criterion divides by the number of objects, matched or not
-    torch.testing.assert_close(losses.sum() / 7, (terms["decoder.2/l1"] + terms["decoder.2/giou"]).detach())
-    alone = replace(matches, **{name: value[matches.image == 1] for name, value in vars(matches).items()})
-    one, counted = box_losses_of_images(output, targets, alone, criterion.config.weights)
-    torch.testing.assert_close(one, torch.stack([torch.zeros(()), losses[1], torch.zeros(())]))
-    assert counted.tolist() == [0, 1, 0]

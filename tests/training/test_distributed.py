@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from metr.training.metrics import read_metrics
+from metr.training.logger import read_metrics
 from metr.training.trainer import Trainer
 from small_runs import make_config, make_parts
 

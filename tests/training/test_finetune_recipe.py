@@ -11,8 +11,15 @@ from metr.config import as_yaml, merge
 from metr.errors import ConfigError
 from metr.text.encoder import TextEncoderConfig
 from metr.training.config import TrainConfig
-from metr.training.finetune_defaults import TABLE, Defaults, defaults_for
-from metr.training.finetune_recipe import RECIPE, described, finetune_recipe, left_to_finetuning
+from metr.training.finetune_recipe import (
+    RECIPE,
+    TABLE,
+    Defaults,
+    defaults_for,
+    described,
+    finetune_recipe,
+    left_to_finetuning,
+)
 from metr.training.recipe import RunConfig, load_recipe
 from small_runs import make_description
 

@@ -16,15 +16,14 @@ from rich.console import Console
 from metr.checkpoint import load_checkpoint
 from metr.config import read_yaml
 from metr.data.config import AugmentationConfig
-from metr.data.few_shot import SubsetConfig
 from metr.errors import CheckpointError, ConfigError, DataError, MetrError, ModelError
 from metr.evaluation.evaluate import evaluate
 from metr.model import METR
 from metr.text.encoder import TextEncoder
-from metr.training.finetune import FinetuneOptions, FinetuneOutcome, finetune
-from metr.training.finetune_data import FinetuneData, Rehearsal, open_finetune_data
+from metr.training.finetune import FinetuneOutcome, finetune
+from metr.training.finetune_data import FinetuneData, FinetuneOptions, open_finetune_data
 from metr.training.finetune_recipe import RECIPE
-from metr.training.metrics import read_metrics
+from metr.training.logger import read_metrics
 from metr.training.recipe import RunConfig, load_recipe
 from metr.training.trainer import Trainer
 
@@ -51,17 +50,17 @@ def tuned(
     return finetune(new_data(run, place), run.folder, place / name, options, resume=resume)
 
 
-def opened(run: TinyRun, place: Path, **rehearse: Any) -> FinetuneData:
+def opened(run: TinyRun, place: Path, **options: Any) -> FinetuneData:
     trained = load_checkpoint(run.folder).vocabulary
-    return open_finetune_data(new_data(run, place), trained, rehearse=Rehearsal(**rehearse))
+    return open_finetune_data(new_data(run, place), trained, FinetuneOptions(**options))
 
 
 @pytest.fixture(scope="module")
 def mine(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A detector fine-tuned for two steps, with backbone and encoder frozen, compared with before."""
     place = tmp_path_factory.mktemp("finetuned")
-    rehearse = Rehearsal(evaluate=(tiny_run.data[1],))
-    outcome = tuned(tiny_run, place, overrides=["train.freeze=encoder"], compare=True, rehearse=rehearse)
+    old = (tiny_run.data[1],)
+    outcome = tuned(tiny_run, place, overrides=["train.freeze=encoder"], compare=True, rehearse_evaluate=old)
     assert (outcome.training.step, outcome.training.interrupted) == (2, False)
     return place / "mine"
 
@@ -98,7 +97,7 @@ def test_old_names_come_first_and_stay_as_they_were(mine: Path, tiny_run: TinyRu
 
 def test_before_and_after_are_told(mine: Path, tiny_run: TinyRun, tmp_path: Path) -> None:
     told = json.loads((mine / "comparison.json").read_text())
-    assert [(one["dataset"], one["role"]) for one in told["datasets"]] == [("lake", "new"), ("desk", "only judged")]
+    assert [(one["dataset"], one["role"]) for one in told["datasets"]] == [("lake", "new"), ("desk", "only evaluated")]
     desk = told["datasets"][1]
     report = evaluate(tiny_run.folder, [tiny_run.data[1]], tmp_path / "judged")
     assert desk["before"]["own"] == pytest.approx(report.datasets[0].ap("own"))
@@ -129,7 +128,7 @@ def test_a_second_run_is_no_third_network(mine: Path, tiny_run: TinyRun, tmp_pat
 
 def test_names_that_nothing_shows_are_not_presumed_absent(tiny_run: TinyRun, tmp_path: Path) -> None:
     for rehearse, known in (((), set()), ((tiny_run.data[1],), {"book", "cup", "scissors"})):
-        joint = opened(tiny_run, tmp_path, data=rehearse).joint
+        joint = opened(tiny_run, tmp_path, rehearse=rehearse).joint
         lake, *others = joint.training(AugmentationConfig(), "negative")
         absent = {name for name, here in zip(joint.vocabulary.names, lake.assumed_negative, strict=True) if here}
         assert absent == known
@@ -139,8 +138,8 @@ def test_names_that_nothing_shows_are_not_presumed_absent(tiny_run: TinyRun, tmp
             assert absent == {"trout", "toad", "leaf", "turtle"}
 
 
-def test_remembered_datasets_have_their_share_of_the_draws(tiny_run: TinyRun, tmp_path: Path) -> None:
-    data = opened(tiny_run, tmp_path, data=tuple(tiny_run.data[1:]), share=0.4)
+def test_rehearsed_datasets_have_their_fraction_of_the_samples(tiny_run: TinyRun, tmp_path: Path) -> None:
+    data = opened(tiny_run, tmp_path, rehearse=tuple(tiny_run.data[1:]), rehearse_fraction=0.4)
     assert data.roles == {"lake": "new", "desk": "rehearsed", "meadow": "rehearsed"}
     assert data.mixture("sqrt") == {
         "lake": pytest.approx(0.6),
@@ -154,8 +153,7 @@ def test_remembered_datasets_have_their_share_of_the_draws(tiny_run: TinyRun, tm
     part = open_finetune_data(
         new_data(tiny_run, tmp_path),
         load_checkpoint(tiny_run.folder).vocabulary,
-        SubsetConfig(share=0.5),
-        Rehearsal(data=(tiny_run.data[1],)),
+        FinetuneOptions(fraction=0.5, rehearse=(tiny_run.data[1],)),
     )
     assert part.joint.lengths == {"lake": 2, "desk": 4}, "what is rehearsed stays whole"
     assert (part.images, len(part.new_splits["lake"])) == (2, 3)
@@ -163,18 +161,24 @@ def test_remembered_datasets_have_their_share_of_the_draws(tiny_run: TinyRun, tm
 
 def test_rehearsal_is_trained_and_told(tiny_run: TinyRun, tmp_path: Path) -> None:
     console = Console(width=100, record=True, file=StringIO())
-    options = FinetuneOptions(
-        overrides=(*SHORT, "train.loop.steps=4"),
-        subset=SubsetConfig(share=0.5),
-        rehearse=Rehearsal(data=(tiny_run.data[1],), share=0.5),
+    outcome = finetune(
+        new_data(tiny_run, tmp_path),
+        tiny_run.folder,
+        tmp_path / "run",
+        console=console,
+        overrides=[*SHORT, "train.loop.steps=4"],
+        fraction=0.5,
+        rehearse=[tiny_run.data[1]],
+        rehearse_fraction=0.5,
     )
-    outcome = finetune(new_data(tiny_run, tmp_path), tiny_run.folder, tmp_path / "run", options, console=console)
     assert outcome.comparison is not None
     assert [(one.dataset, one.role) for one in outcome.comparison.changes] == [("lake", "new"), ("desk", "rehearsed")]
     epochs = [one["epochs"] for one in read_metrics(tmp_path / "run") if one["kind"] == "train"][-1]
     assert set(epochs) == {"lake", "desk"}
     assert epochs["lake"] * 2 + epochs["desk"] * 4 == pytest.approx(8)
     said = " ".join(console.export_text().split())
+    assert "configuration: the defaults, but for" in said
+    assert "train.loop.steps: 300 -> 4" in said
     assert "2 images: 4 steps of 2 at" in said
     assert "5 of the checkpoint's 10 names are in none of this data" in said
     told = ("before fine-tuning", "AP before and after", "rehearsed", "mean of 1 new", "mean of 1 old", "chosen by")
@@ -196,8 +200,9 @@ def interrupt_at(step: int, patch: pytest.MonkeyPatch) -> None:
 def test_resumed_equals_uninterrupted(tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     how: dict[str, Any] = {
         "overrides": ["train.loop.steps=4", "train.optimizer.layer_decay=0.7", "train.freeze=half"],
-        "rehearse": Rehearsal(data=(tiny_run.data[1],)),
-        "subset": SubsetConfig(shots=1, seed=3),
+        "rehearse": (tiny_run.data[1],),
+        "shots": 1,
+        "seed": 3,
         "compare": True,
     }
     whole = tuned(tiny_run, tmp_path, "whole", **how)
@@ -208,14 +213,14 @@ def test_resumed_equals_uninterrupted(tiny_run: TinyRun, tmp_path: Path, monkeyp
     told = (tmp_path / "parts/before.json").stat().st_mtime_ns
     second = tuned(tiny_run, tmp_path, "parts", resume=True, **how)
     assert second.training.step == 4
-    assert (tmp_path / "parts/before.json").stat().st_mtime_ns == told, "judged once"
+    assert (tmp_path / "parts/before.json").stat().st_mtime_ns == told, "evaluated once"
     ours, theirs = (load_checkpoint(tmp_path / name / "last").weights for name in ("whole", "parts"))
     assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
     assert whole.comparison is not None
     assert second.comparison == whole.comparison
     assert read_yaml(tmp_path / "parts/config.yaml")["train"]["loop"]["seed"] == 3
     with pytest.raises(ConfigError, match=r"the run was begun with .*seed 3, now 0\n  try: give the same"):
-        tuned(tiny_run, tmp_path, "parts", resume=True, **how | {"subset": SubsetConfig(shots=1)})
+        tuned(tiny_run, tmp_path, "parts", resume=True, **how | {"seed": 0})
 
 
 def test_new_names_can_be_told_apart_first(tiny_run: TinyRun, tmp_path: Path) -> None:
@@ -277,12 +282,14 @@ def test_data_that_does_not_fit(tiny_run: TinyRun, tmp_path: Path, caplog: pytes
     trained = load_checkpoint(tiny_run.folder).vocabulary
     desk = tiny_run.data[1]
     with pytest.raises(DataError, match="2 datasets are called 'desk'"):
-        open_finetune_data([desk], trained, rehearse=Rehearsal(data=(desk,)))
+        open_finetune_data([desk], trained, FinetuneOptions(rehearse=(desk,)))
     with pytest.raises(DataError, match="no dataset is named"):
         open_finetune_data([], trained)
-    with pytest.raises(ConfigError, match="share"):
-        Rehearsal.checked({"share": 1.0})
+    with pytest.raises(ConfigError, match=r"finetune: 'rehearse_fraction': .*less than 1, found 1"):
+        finetune([desk], tiny_run.folder, tmp_path / "out", rehearse_fraction=1.0)
+    with pytest.raises(ConfigError, match="finetune: unknown key 'shot'\n  try: did you mean 'shots'"):
+        finetune([desk], tiny_run.folder, tmp_path / "out", shot=1)
     open_finetune_data([f"pond={desk}"], trained)
     assert "pond: the checkpoint knows a dataset of this name with other categories" in caplog.text
-    open_finetune_data([desk], trained, SubsetConfig(shots=50))
+    open_finetune_data([desk], trained, FinetuneOptions(shots=50))
     assert "desk: categories with fewer than 50 objects: " in caplog.text

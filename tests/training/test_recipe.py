@@ -1,5 +1,6 @@
 """Recipes: the sizes are what they are said to be, and every value can be overridden by its name."""
 
+import json
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
@@ -8,9 +9,15 @@ from typing import Any
 import pytest
 import yaml
 
+from metr.checkpoint import load_checkpoint, save_checkpoint
+from metr.data.config import AugmentationConfig, LoaderConfig, ResizeConfig
+from metr.data.few_shot import SubsetConfig
 from metr.demo.run import demo_recipe
-from metr.errors import ConfigError
-from metr.training.recipe import SIZES, RunConfig, load_recipe
+from metr.errors import CheckpointError, ConfigError
+from metr.training.config import EmaConfig, LoopConfig, OptimizerConfig, PseudoLabelConfig, ScheduleConfig, TrainConfig
+from metr.training.finetune_data import FinetuneOptions
+from metr.training.recipe import SIZES, RunConfig, changed_lines, load_recipe
+from small_runs import make_description
 
 RECIPES = resources.files("metr") / "recipes"
 
@@ -132,3 +139,92 @@ def test_the_demo_is_nano_made_shorter() -> None:
     assert demo.train.loop.steps < nano.train.loop.steps
     assert demo.augmentation.resize.size <= 320
     assert demo_recipe(("train.loop.steps=3",)).train.loop.steps == 3
+
+
+RENAMED = [
+    ("foreign", "ignore", "'foreign' is called 'unannotated' now"),
+    ("foreign", "teacher", "'foreign' is called 'unannotated' now, and its value 'teacher' is called 'pseudo_label'"),
+    ("unannotated", "assume_absent", "'assume_absent' is called 'negative' now"),
+    ("unannotated", "teacher", "'teacher' is called 'pseudo_label' now"),
+    ("model.agreement.factor", 4.0, "'model.agreement' is called 'model.similarity' now"),
+    ("train.teacher.objects", 5, "'train.teacher' is called 'train.pseudo_labels' now"),
+    ("train.schedule.flat_share", 0.5, "'train.schedule.flat_share' is called 'train.schedule.flat_fraction' now"),
+    (
+        "model.categories.foreign_slots",
+        2,
+        "'model.categories.foreign_slots' is called 'model.categories.negative_slots' now",
+    ),
+    ("train.loop.names", 500, "'train.loop.names' is called 'train.loop.vocabulary_sample' now"),
+    ("train.loop.tensorboard", True, "'train.loop.tensorboard' is called 'train.loop.trackers' now"),
+    ("loader.hardness.every", 9, "'loader.hardness' was removed; 'loader.mixture' is proportional, sqrt, equal, or a"),
+    (
+        "loader.mixture",
+        "hardness",
+        "'hardness' was removed; 'mixture' is proportional, sqrt, equal, or a weight",
+    ),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "hint"), RENAMED)
+def test_a_key_or_value_of_old_is_refused_with_its_new_name(tmp_path: Path, key: str, value: object, hint: str) -> None:
+    tree: Any = value
+    for part in reversed(key.split(".")):
+        tree = {part: tree}
+    file = tmp_path / "old.yaml"
+    file.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    for given in ({"overrides": [assignment(key, value)]}, {"config": file}):
+        with pytest.raises(ConfigError) as caught:
+            load_recipe("nano", **given)
+        assert f"\n  try: {hint}" in str(caught.value)
+
+
+def test_old_keys_of_fine_tuning_are_refused_with_their_new_names() -> None:
+    for config in (SubsetConfig, FinetuneOptions):
+        with pytest.raises(ConfigError, match="unknown key 'share'\n  try: 'share' is called 'fraction' now"):
+            config.checked({"share": 0.5})
+
+
+@pytest.mark.parametrize(
+    ("key", "hint"),
+    [
+        ("agreement", "'agreement' is called 'similarity' now"),
+        ("categories.foreign_slots", "'categories.foreign_slots' is called 'categories.negative_slots' now"),
+    ],
+)
+def test_an_old_key_of_a_checkpoint_is_refused_with_its_new_name(tmp_path: Path, key: str, hint: str) -> None:
+    save_checkpoint(tmp_path / "old", make_description())
+    path = tmp_path / "old" / "config.json"
+    values = json.loads(path.read_text())
+    section, _, last = key.rpartition(".")
+    (values["model"][section] if section else values["model"])[last] = {}
+    path.write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=rf"config.json \(model\): unknown key '{key}'\n  try: {hint}"):
+        load_checkpoint(tmp_path / "old")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        RunConfig, TrainConfig, OptimizerConfig, ScheduleConfig, EmaConfig, PseudoLabelConfig, LoopConfig,
+        LoaderConfig, AugmentationConfig, ResizeConfig, SubsetConfig, FinetuneOptions,
+    ],
+)  # fmt: skip
+def test_every_field_is_documented(config: type[Any]) -> None:
+    assert [name for name, field in config.model_fields.items() if not field.description] == []
+
+
+def test_a_whole_configuration_takes_the_place_of_the_sizes(tmp_path: Path) -> None:
+    small = load_recipe("small")
+    assert load_recipe("nano", small) == small
+    assert load_recipe("nano", small, ["model.width=64"]).model.width == 64
+
+
+def test_what_differs_from_a_recipe_is_a_line_each() -> None:
+    nano = load_recipe("nano")
+    assert changed_lines(nano, nano) == []
+    changed = load_recipe("nano", overrides=["train.loop.steps=7", "loader.mixture={a: 1}", "loader.workers=0"])
+    assert changed_lines(nano, changed) == [
+        "loader.workers: null -> 0",
+        "loader.mixture: sqrt -> {a: 1.0}",
+        "train.loop.steps: 10000 -> 7",
+    ]

@@ -16,15 +16,15 @@ from safetensors.torch import load_file
 from torch import nn
 
 from metr.errors import CheckpointError
-from metr.training.metrics import read_metrics
+from metr.training.logger import read_metrics
 from metr.training.trainer import Trainer
 from small_runs import make_config, make_parts
 
-TIMES = {"seconds", "images_per_second", "waiting_share", "memory_gib", "evaluation_seconds"}
+TIMES = {"seconds", "images_per_second", "waiting_fraction", "memory_gib", "evaluation_seconds"}
 SCHEDULE = {"evaluate_every": 3, "checkpoint_every": 0, "log_every": 2, "accumulation": 2}
 
 
-def judge(network: nn.Module) -> dict[str, float]:
+def evaluate(network: nn.Module) -> dict[str, float]:
     """A metric of the weights, so that equal weights have equal metrics."""
     torch.rand(3)
     return {"AP": float(sum(parameter.abs().sum().item() for parameter in network.parameters()))}
@@ -45,7 +45,7 @@ class StopsAt:
 def run(
     folder: Path, name: str, *, steps: int = 5, resume: bool = False, stop: int | None = None, **loop: Any
 ) -> Trainer:
-    trainer = Trainer(make_parts(folder), make_config(steps, loop=SCHEDULE | loop), folder / name, evaluate=judge)
+    trainer = Trainer(make_parts(folder), make_config(steps, loop=SCHEDULE | loop), folder / name, evaluate=evaluate)
     if stop is not None:
         StopsAt(trainer, stop)
     trainer.fit(resume=resume)
@@ -98,7 +98,7 @@ def test_resumed_equals_uninterrupted_bit_by_bit(tmp_path: Path, whole: Path, st
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path, whole: Path) -> None:
     """What was logged after that checkpoint is forgotten and made again."""
-    trainer = Trainer(make_parts(tmp_path), make_config(5, loop=SCHEDULE), tmp_path / "parts", evaluate=judge)
+    trainer = Trainer(make_parts(tmp_path), make_config(5, loop=SCHEDULE), tmp_path / "parts", evaluate=evaluate)
 
     def die(module: nn.Module, inputs: object) -> None:
         if trainer.counters.step == 4:
@@ -117,7 +117,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path, whole: Pa
 def test_workers_change_nothing(tmp_path: Path, whole: Path) -> None:
     for resume, stop in ((False, 2), (True, None)):
         config = make_config(5, loop=SCHEDULE)
-        trainer = Trainer(make_parts(tmp_path, workers=1), config, tmp_path / "parts", evaluate=judge)
+        trainer = Trainer(make_parts(tmp_path, workers=1), config, tmp_path / "parts", evaluate=evaluate)
         if stop:
             StopsAt(trainer, stop)
         trainer.fit(resume=resume)
@@ -214,8 +214,8 @@ def test_logging_goes_on_after_resuming(tmp_path: Path, caplog: pytest.LogCaptur
     assert "going on after step 2" in caplog.text
 
 
-def test_names_are_drawn_as_if_nothing_had_happened(tmp_path: Path) -> None:
-    few = {"steps": 4, "names": 2, "evaluate_every": 0}
+def test_names_are_sampled_as_if_nothing_had_happened(tmp_path: Path) -> None:
+    few = {"steps": 4, "vocabulary_sample": 2, "evaluate_every": 0}
     run(tmp_path, "whole", **few)
     run(tmp_path, "parts", **few, stop=2)
     run(tmp_path, "parts", **few, resume=True)

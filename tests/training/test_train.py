@@ -3,19 +3,21 @@
 import os
 import shutil
 import signal
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console, RenderableType
 
 from metr.checkpoint import load_checkpoint
 from metr.config import merge, read_yaml
 from metr.errors import CheckpointError, ConfigError, DataError, MetrError
 from metr.evaluation.runner import EvaluationRunner
 from metr.model import METR
-from metr.training.metrics import read_metrics
+from metr.training.logger import read_metrics
 from metr.training.recipe import RunConfig, load_recipe
-from metr.training.train import train
+from metr.training.train import plan, train
 
 from tiny import NAMES, TinyRun, write_text_model
 
@@ -139,3 +141,49 @@ def test_a_mapping_of_changes_is_laid_over_a_recipe(tiny_run: TinyRun) -> None:
     changes = {"model": {"width": 64}}
     assert load_recipe("nano", tiny_run.recipe, changes=changes).model.width == 64
     assert merge(tree, changes)["model"]["decoder"] == tree["model"]["decoder"]
+
+
+def page(renderable: RenderableType) -> str:
+    """What a terminal shows, in one line of single spaces."""
+    console = Console(width=120, file=StringIO(), record=True)
+    console.print(renderable)
+    return " ".join(console.export_text().split())
+
+
+def test_a_plan_shows_what_training_would_do(tiny_run: TinyRun) -> None:
+    shown = page(plan(tiny_run.data, tiny_run.recipe, overrides=["train.loop.steps=30", "loader.mixture=equal"]))
+    for part in (
+        "pond", "desk", "meadow", "4 4 val 3 33% 5.0", "3 4 val 3 33% 5.0", "names: 10, 1 of them in several datasets",
+        "unannotated: negative", "steps: 30 of 2 images, 60 images in all; evaluated every 1,000 steps",
+        "device: cpu, fp32, processes: 1",
+        "64 x 64 pixels (stretch)", "hybrid encoder, 1 decoder layers, width 32, 24 queries",
+        "It differs from the recipe nano in:", "train.loop.steps: 10000 -> 30", "loader.mixture: sqrt -> equal",
+    ):  # fmt: skip
+        assert part in shown, part
+    assert "It is the recipe small, unchanged." in page(plan(tiny_run.datasets[0], size="small"))
+
+
+def test_a_plan_finds_the_mistakes_of_a_run(tiny_run: TinyRun) -> None:
+    with pytest.raises(DataError, match="nowhere"):
+        plan("nowhere")
+    with pytest.raises(ConfigError, match="unknown tracker 'paper'"):
+        plan(tiny_run.data, overrides=["train.loop.trackers=[paper]"])
+    with pytest.raises(ConfigError, match="the average of the weights, which is off"):
+        plan(tiny_run.data, overrides=["unannotated=pseudo_label", "train.ema.enabled=false"])
+
+
+def test_from_python_it_reads_as_the_verb_does(tiny_run: TinyRun, tmp_path: Path) -> None:
+    console = Console(width=100, file=StringIO(), record=True)
+    outcome = train(
+        tiny_run.datasets[0],
+        str(tmp_path / "run"),
+        str(tiny_run.recipe),
+        overrides=["train.loop.steps=1"],
+        console=console,
+    )
+    assert outcome.step == 1
+    shown = console.export_text()
+    assert "configuration: the recipe nano, but for\n" in shown
+    assert "  model.width: 128 -> 32\n" in shown
+    assert f"configuration: {tmp_path / 'run' / 'config.yaml'}" in shown
+    assert "learning_rate" not in shown, "it is the recipe's"

@@ -21,7 +21,8 @@ from metr.losses.config import CriterionConfig
 from metr.losses.criterion import SetCriterion
 from metr.structures import DetectorOutput, Losses, Targets
 from metr.training.config import TrainConfig
-from metr.training.metrics import read_metrics
+from metr.training.logger import read_metrics
+from metr.training.recipe import RunConfig
 from metr.training.trainer import Trainer
 from small_runs import make_config, make_parts
 
@@ -136,7 +137,7 @@ def test_what_a_run_leaves_behind(tmp_path: Path) -> None:
     assert last["epochs"].keys() == {"cells", "fish"}
     assert sum(last["epochs"].values()) * 5 == pytest.approx(12)
     assert all(last[key] > 0 for key in ("seconds", "images_per_second", "memory_gib", "gradient_norm"))
-    assert 0 <= last["waiting_share"] <= 1
+    assert 0 <= last["waiting_fraction"] <= 1
 
     best = load_checkpoint(run)
     assert states_equal(best.weights, evaluate.networks[1]), "the average is evaluated, and saved"
@@ -154,7 +155,7 @@ def test_the_best_stays_the_best(tmp_path: Path) -> None:
     assert states_equal(load_checkpoint(tmp_path / "run" / "last").weights, evaluate.networks[4])
 
 
-def test_without_an_average_the_network_itself_is_judged(tmp_path: Path) -> None:
+def test_without_an_average_the_network_itself_is_evaluated(tmp_path: Path) -> None:
     evaluate, config = Rising(), make_config(2, ema={"enabled": False})
     trainer = Trainer(make_parts(tmp_path), config, tmp_path / "run", evaluate=evaluate)
     trainer.fit()
@@ -277,17 +278,19 @@ def test_a_used_folder_is_refused(tmp_path: Path) -> None:
         Trainer(make_parts(tmp_path), make_config(1), tmp_path / "run").fit()
 
 
-def test_progress_and_configuration_are_shown(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_progress_is_shown_and_the_configuration_saved(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     screen = Console(file=io.StringIO(), force_terminal=True, width=100, color_system=None)
-    config = make_config(2)
-    Trainer(make_parts(tmp_path), config, tmp_path / "run", resolved="seed: 17\n", console=screen).fit()
+    config, whole = make_config(2), RunConfig(train=make_config(17))
+    Trainer(make_parts(tmp_path), config, tmp_path / "run", resolved=whole, console=screen).fit()
     shown = screen.file.getvalue()  # type: ignore[attr-defined]
-    assert shown.count("seed: 17") == 1
+    saved = tmp_path / "run" / "config.yaml"
+    assert f"configuration: {saved}" in shown.replace("\n", "")
     assert "step 2 of 2" in shown
-    assert (tmp_path / "run" / "config.yaml").read_text() == "seed: 17\n"
+    assert "learning_rate" not in shown, "the file has it"
+    assert RunConfig.checked(read_yaml(saved)) == whole
     with caplog.at_level(logging.INFO):
         Trainer(make_parts(tmp_path), config, tmp_path / "quiet").fit()
-    assert "learning_rate: 0.001" in caplog.text
+    assert f"configuration: {tmp_path / 'quiet' / 'config.yaml'}" in caplog.text
 
 
 def test_checkpoints_hold_the_description(tmp_path: Path) -> None:

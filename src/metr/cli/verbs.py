@@ -41,13 +41,19 @@ def train(
     set_: _Overrides = None,
     steps: _Steps = None,
     resume: _Resume = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show datasets, steps and sizes; train nothing and write nothing.")
+    ] = False,
 ) -> None:
     """Train one detector on many datasets. Their labels are never merged by hand."""
-    from metr.training.recipe import load_recipe
+    from metr.training.train import plan
     from metr.training.train import train as run
 
-    recipe = load_recipe(size, config, _overrides(set_, **{"train.loop.steps": steps}))
-    _say_done(run(data, out, recipe, resume=resume, console=Console()), out)
+    overrides = _overrides(set_, **{"train.loop.steps": steps})
+    if dry_run:
+        Console(soft_wrap=True).print(plan(data, config, size=size, overrides=overrides))
+        return
+    _say_done(run(data, out, config, size=size, overrides=overrides, resume=resume, console=Console()), out)
 
 
 def finetune(
@@ -82,20 +88,25 @@ def finetune(
     resume: _Resume = False,
 ) -> None:
     """Train a detector further on new data. Its names are new strings: nothing is begun anew."""
-    from metr.data.few_shot import SubsetConfig
-    from metr.training.finetune import FinetuneOptions
     from metr.training.finetune import finetune as run
-    from metr.training.finetune_data import Rehearsal
 
-    old = {"data": rehearse or (), "share": rehearse_fraction, "evaluate": rehearse_evaluate or ()}
-    options = FinetuneOptions(
-        file=config,
-        overrides=tuple(_overrides(set_, **{"train.loop.steps": steps, "train.freeze": freeze})),
-        subset=SubsetConfig.checked({"shots": shots, "share": fraction, "seed": seed}, where="--shots, --fraction"),
-        rehearse=Rehearsal.checked(old, where="--rehearse"),
+    outcome = run(
+        data,
+        source,
+        out,
+        resume=resume,
+        console=Console(),
+        config=config,
+        overrides=_overrides(set_, **{"train.loop.steps": steps, "train.freeze": freeze}),
+        shots=shots,
+        fraction=fraction,
+        seed=seed,
+        rehearse=rehearse or (),
+        rehearse_fraction=rehearse_fraction,
+        rehearse_evaluate=rehearse_evaluate or (),
         decorrelate_names=decorrelate_names,
     )
-    _say_done(run(data, source, out, options, resume=resume, console=Console()).training, out)
+    _say_done(outcome.training, out)
 
 
 def evaluate(

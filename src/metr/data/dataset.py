@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from metr.boxes import xyxy_to_cxcywh
 from metr.data.images import read_annotated
 from metr.data.records import Annotations, DataIssue, ImageRecord
-from metr.data.sample_keys import Draw
+from metr.data.sampling import SampleKey
 from metr.data.transforms.pipeline import Transforms
 from metr.data.transforms.sample import Sample
 from metr.errors import ConfigError, DataError
@@ -56,7 +56,7 @@ class DetectionDataset(Dataset[Example | Missing]):
     """One split of one dataset, with its labels as rows of the vocabulary.
 
     `dataset[i]` is image i, or a `Missing` where it cannot be read: evaluation counts those, and never evaluates
-    another image in their stead. `dataset.draw(draw)` is for training: an unreadable image is replaced.
+    another image in their stead. `dataset.sample(key)` is for training: an unreadable image is replaced.
 
     Args:
         annotations: Where records come from; the worker processes share it.
@@ -99,17 +99,17 @@ class DetectionDataset(Dataset[Example | Missing]):
         except DataError as error:
             return Missing(dataset=self.name, position=index, issues=(self._issue(index, error),))
 
-    def draw(self, draw: Draw) -> Example | Missing:
-        """The image that is drawn, or another of this dataset where it cannot be read; the draw decides which."""
-        rng, index = draw.generator(), draw.index
+    def sample(self, key: SampleKey) -> Example | Missing:
+        """The image of that key, or another of this dataset where it cannot be read; the key decides which."""
+        rng, index = key.generator(), key.index
         issues: list[DataIssue] = []
         for _ in range(ATTEMPTS):
             try:
-                return replace(self._load(index, rng, draw.size), issues=tuple(issues))
+                return replace(self._load(index, rng, key.size), issues=tuple(issues))
             except DataError as error:
                 issues.append(self._issue(index, error))
                 index = int(rng.integers(len(self)))
-        return Missing(dataset=self.name, position=draw.index, issues=tuple(issues))
+        return Missing(dataset=self.name, position=key.index, issues=tuple(issues))
 
     def _load(self, index: int, rng: np.random.Generator | None = None, size: int | None = None) -> Example:
         stored = self.annotations[index]
@@ -155,7 +155,7 @@ class DetectionDataset(Dataset[Example | Missing]):
 
 
 class MixedDataset(Dataset[Example | Missing]):
-    """Several datasets as one, whose items are draws.
+    """Several datasets as one, whose items are found by sample keys.
 
     Raises:
         ConfigError: two datasets have the same name.
@@ -169,6 +169,6 @@ class MixedDataset(Dataset[Example | Missing]):
             twice = next(name for name in names if names.count(name) > 1)
             raise ConfigError(f"two datasets are called {twice!r}", hint="name them apart: first=PATH second=PATH")
 
-    def __getitem__(self, draw: Draw) -> Example | Missing:
-        """The image that is drawn."""
-        return self.datasets[draw.dataset].draw(draw)
+    def __getitem__(self, key: SampleKey) -> Example | Missing:
+        """The image of that key."""
+        return self.datasets[key.dataset].sample(key)

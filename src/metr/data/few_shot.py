@@ -1,7 +1,7 @@
-"""Small parts of a training split, chosen by a seed: a share of its images, or k objects of each category.
+"""Small parts of a training split, chosen by a seed: a fraction of its images, or k objects of each category.
 
 All choices go by one order of the images, which depends on the seed and the images' names alone. So they nest (a
-larger share or k holds all that a smaller one does), and adding images to a dataset hardly changes them.
+larger fraction or k holds all that a smaller one does), and adding images to a dataset hardly changes them.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from metr.config import Config
 from metr.data.index.annotation_index import AnnotationIndex
 from metr.data.records import Annotations, DataIssue, ImageRecord
-from metr.data.repeat import objects_of
+from metr.data.sampling import objects_of
 from metr.data.splits import seeded_order
 from metr.errors import DataError
 
@@ -25,22 +25,22 @@ class SubsetConfig(Config):
     """Which part of the training images is used; of every dataset the same."""
 
     shots: Annotated[int, Field(ge=1)] | None = None
-    """Objects of each category, at least, as far as there are any."""
-    share: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Share of the images."""
+    """Train on so few images that each category has this many objects, or all that it has. None: on all images."""
+    fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Train on this fraction of the images. None: on all images."""
     seed: Annotated[int, Field(ge=0)] = 0
-    """Which ones."""
+    """Decides which images are chosen."""
 
     @model_validator(mode="after")
     def _one_of_them(self) -> "SubsetConfig":
-        if self.shots is not None and self.share is not None:
-            raise ValueError("shots and share exclude each other: give one of them")
+        if self.shots is not None and self.fraction is not None:
+            raise ValueError("shots and fraction exclude each other: give one of them")
         return self
 
     @property
     def whole(self) -> bool:
         """Whether nothing is left out."""
-        return self.shots is None and self.share in {None, 1.0}
+        return self.shots is None and self.fraction in {None, 1.0}
 
 
 class Subset:
@@ -97,7 +97,7 @@ def subset_of(annotations: Annotations, config: SubsetConfig) -> Annotations:
         return annotations
     order = seeded_order(_keys(annotations), seed=config.seed)
     if config.shots is None:
-        chosen = order[: max(1, round((config.share or 1.0) * len(order)))]
+        chosen = order[: max(1, round((config.fraction or 1.0) * len(order)))]
     else:
         chosen = _with_shots(annotations, order, config.shots)
     return Subset(annotations, np.sort(chosen))

@@ -1,4 +1,4 @@
-"""From the arguments of a command to datasets with one vocabulary."""
+"""Several datasets with one vocabulary, from the arguments of a command."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -7,21 +7,21 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
-from metr.data.config import AugmentationConfig, BaseMixture
+from metr.data.config import AugmentationConfig, Mixture
 from metr.data.dataset import DetectionDataset, Unannotated
 from metr.data.datasets_file import DatasetSource, open_dataset, parse_data_arguments
-from metr.data.mixture import mixture_weights
 from metr.data.records import Annotations
+from metr.data.sampling import mixture_weights
 from metr.data.transforms.pipeline import build_transforms
 from metr.text.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True, kw_only=True)
 class JointData:
-    """Several datasets, and a vocabulary that holds every name of each.
+    """Several datasets, and a vocabulary that holds all their names.
 
-    The vocabulary may hold more: names that none of these datasets annotates. `chosen` are parts of training splits, by
-    dataset, that take the place of the whole.
+    The vocabulary may hold more names, which none of these datasets annotates. `chosen` holds parts of training splits,
+    by dataset, that are used in place of the whole split.
     """
 
     sources: tuple[DatasetSource, ...]
@@ -29,7 +29,7 @@ class JointData:
     chosen: Mapping[str, Annotations] = field(default_factory=dict)
 
     def train_split(self, source: DatasetSource) -> Annotations:
-        """What of a dataset is trained on.
+        """The part of a dataset that is trained on.
 
         Raises:
             DataError: it has no such split.
@@ -43,10 +43,9 @@ class JointData:
 
     def training(self, augmentation: AugmentationConfig, unannotated: Unannotated) -> list[DetectionDataset]:
         """The training splits, augmented."""
-        transforms, words = build_transforms(augmentation, training=True), self.vocabulary
-        covered_names = self.covered_names
+        transforms, covered_names = build_transforms(augmentation, training=True), self.covered_names
         return [
-            DetectionDataset(self.train_split(source), words, transforms, unannotated, covered_names)
+            DetectionDataset(self.train_split(source), self.vocabulary, transforms, unannotated, covered_names)
             for source in self.sources
         ]
 
@@ -54,21 +53,21 @@ class JointData:
     def covered_names(self) -> Bool[Tensor, "v"]:
         """The names that some dataset here annotates.
 
-        Another would only ever be absent, and what was known of it be lost.
+        A name that none annotates would only ever be a negative: the network would forget what it knows of it.
         """
         return torch.stack([self.vocabulary.annotated(source.name) for source in self.sources]).any(0)
 
     def unannotated(self) -> dict[str, Bool[Tensor, "v"]]:
-        """By dataset, the names that another one here annotates and it does not."""
+        """By dataset, the names that it does not annotate and another one does."""
         return {source.name: self.covered_names & ~self.vocabulary.annotated(source.name) for source in self.sources}
 
-    def mixture(self, base: BaseMixture) -> BaseMixture:
-        """The mixture with the weights that the datasets were given; as it is where none was."""
+    def mixture(self, base: Mixture) -> Mixture:
+        """The mixture, multiplied by the weights that the datasets file gives; unchanged where it gives none."""
         weights = {source.name: source.config.weight for source in self.sources}
         if all(weight == 1 for weight in weights.values()):
             return base
-        shares = mixture_weights(self.lengths, base)
-        return {name: shares[name] * weight for name, weight in weights.items()}
+        fractions = mixture_weights(self.lengths, base)
+        return {name: fractions[name] * weight for name, weight in weights.items()}
 
     def evaluation(self, split: str | None = None) -> dict[str, Annotations]:
         """One split of each dataset, by name: the one named, else val, else test."""

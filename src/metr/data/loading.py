@@ -1,4 +1,4 @@
-"""Loaders: batches for training without end, batches for evaluation once through."""
+"""Loaders: endless batches for training; each image once for evaluation."""
 
 import logging
 import os
@@ -14,13 +14,11 @@ from jaxtyping import Float
 from torch.utils.data import DataLoader, Dataset
 
 from metr.data.collate import Collated, collate, padded_shape
-from metr.data.config import HardnessConfig, LoaderConfig
+from metr.data.config import LoaderConfig
 from metr.data.dataset import DetectionDataset, MixedDataset
-from metr.data.mixture import mixture_weights
 from metr.data.records import DataIssue
-from metr.data.repeat import repeat_factors
-from metr.data.samplers import MixedSampler
-from metr.errors import ConfigError, DataError
+from metr.data.sampling import MixedSampler, mixture_weights, repeat_factors
+from metr.errors import DataError
 from metr.structures import Batch
 
 log = logging.getLogger(__name__)
@@ -55,19 +53,13 @@ class IssueList:
 class TrainLoader:
     """Endless batches of mixed datasets, from where `sampler` starts.
 
-    Batch s of a run is a function of the seed and s, so a run that resumes at `sampler.draws_after(s)` goes on with
-    exactly the batches that it would have had. Processes are told apart by the sampler: do not shard the loader again.
-    `hardness` says how the datasets' shares are to follow their losses, which whoever trains must see to.
+    Batch s of a run is a function of the seed and s, so a run that resumes at `sampler.samples_after(s)` goes on with
+    exactly the batches that it would have had. The sampler divides samples among processes: do not shard the loader
+    again.
     """
 
-    def __init__(
-        self,
-        loader: DataLoader[Any],
-        sampler: MixedSampler,
-        device: torch.device,
-        hardness: HardnessConfig | None = None,
-    ) -> None:
-        self.sampler, self.device, self.hardness = sampler, device, hardness
+    def __init__(self, loader: DataLoader[Any], sampler: MixedSampler, device: torch.device) -> None:
+        self.sampler, self.device = sampler, device
         self._loader, self._issues = loader, IssueList()
 
     def __iter__(self) -> Iterator[Batch]:
@@ -93,8 +85,8 @@ class TrainLoader:
 class EvaluationLoader:
     """Every readable image of a dataset once, in batches whose images have the same padded shape.
 
-    Images come in the dataset's order where all have one shape. Else they are grouped, and `in_order` puts what was
-    made of them back into the dataset's order.
+    Images come in the dataset's order where all have one shape. Else they are grouped by shape, and `in_order` sorts
+    results back into the dataset's order.
     """
 
     def __init__(self, loader: DataLoader[Any], batches: Sequence[Sequence[int]], device: torch.device) -> None:
@@ -146,28 +138,23 @@ def build_train_loader(
         datasets: What to mix.
         config: Batch size, workers, mixture.
         seed: Decides order and augmentation.
-        start: Draws already made by all processes (`sampler.draws_after`), to resume a run.
+        start: Samples already taken by all processes (`sampler.samples_after`), to resume a run.
         rank: This process's number.
         world: The number of processes.
         device: Where batches go.
 
     Raises:
         DataError: a dataset has no image.
-        ConfigError: the mixture does not fit the datasets or the number of workers, or two datasets have one name.
+        ConfigError: the mixture does not fit the datasets, or two datasets have one name.
     """
     mixed = MixedDataset(datasets)
-    weights = mixture_weights(mixed.lengths, config.base_mixture)
+    weights = mixture_weights(mixed.lengths, config.mixture)
     sizes = datasets[0].transforms.config.sizes
     images = {one.name: _images(one, config.repeat_threshold) for one in datasets}
     sampler = MixedSampler(images, weights, config.batch_size, seed, rank, world, sizes, start)
     workers = spare_cores() if config.workers is None else config.workers
-    hardness = config.hardness if config.mixture == "hardness" else None
-    if hardness is not None and hardness.every < workers * config.prefetch:
-        what = f"workers read {workers * config.prefetch} batches ahead, more than {hardness.every} steps"
-        hint = f"set it to {workers * config.prefetch} or more, or lower loader.workers"
-        raise ConfigError(what, where="loader.hardness.every", hint=hint)
     loader = _loader(mixed, sampler, config.multiple, workers, config.prefetch, device)
-    return TrainLoader(loader, sampler, device, hardness)
+    return TrainLoader(loader, sampler, device)
 
 
 def build_evaluation_loader(
@@ -212,17 +199,17 @@ def shape_groups(dataset: DetectionDataset, indices: Iterable[int], batch_size: 
 
 
 def _images(dataset: DetectionDataset, threshold: float) -> int | Float[np.ndarray, "n"]:
-    """How many images a dataset has, or how often a pass shows each of them."""
+    """How many images a dataset has, or how often an epoch shows each of them."""
     if not threshold:
         return len(dataset)
     factors = repeat_factors(dataset.annotations, threshold)
-    told = "%s: a pass shows images of rare categories up to %.1f times: about %.0f draws for %d images"
-    log.info(told, dataset.name, factors.max(initial=1.0), factors.sum(), len(factors))
+    message = "%s: an epoch shows images of rare categories up to %.1f times: about %.0f samples of %d images"
+    log.info(message, dataset.name, factors.max(initial=1.0), factors.sum(), len(factors))
     return factors
 
 
 def spare_cores() -> int:
-    """How many worker processes this machine has room for beside the main one, at most 8."""
+    """The number of cores besides the one of the main process, at most 8."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(0, min(8, cores - 1))
 
@@ -243,14 +230,14 @@ def _loader(
         prefetch_factor=prefetch if workers else None,
         worker_init_fn=_start_worker,
         pin_memory=device.type in ("cuda", "xpu"),
-        # Random numbers come with each draw. A generator of its own keeps the loader's hands off the global one, whose
-        # state would otherwise depend on how often loaders were started.
+        # Random numbers come with each sample key. With a generator of its own the loader leaves the global one alone,
+        # whose state would otherwise depend on how often loaders were started.
         generator=torch.Generator(),
     )
 
 
 def _start_worker(_worker: int) -> None:
-    """Many processes with one thread each beat one another's threads. Ctrl-C is the main process's to handle."""
+    """Gives OpenCV one thread a process, so that processes do not compete, and leaves Ctrl-C to the main process."""
     cv2.setNumThreads(0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 

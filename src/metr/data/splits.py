@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 TRAIN, VAL, TEST = "train", "val", "test"
 
-# The share of images that a seeded split holds out for evaluation.
+# The fraction of images that a seeded split holds out for evaluation.
 HELD_OUT = 0.2
 
 _WORDS = {
@@ -72,14 +72,14 @@ def plan_splits(own: Sequence[str], wanted: Mapping[str, Sequence[str]] | None, 
     return SplitPlan(parts=_in_order(parts), seeded=TRAIN in parts and not parts.keys() & {VAL, TEST})
 
 
-def hold_out(keys: Sequence[str], *, seed: int = 0, share: float = HELD_OUT) -> Bool[np.ndarray, "n"]:
+def hold_out(keys: Sequence[str], *, seed: int = 0, fraction: float = HELD_OUT) -> Bool[np.ndarray, "n"]:
     """True for the images of a seeded split that are held out.
 
     An image's place in the order depends on its key and the seed alone, so adding images hardly changes the others.
     What has one key, such as the captions of an image, stays together. At least one of two or more keys is held out.
     """
     different = sorted(set(keys))
-    order = seeded_order(different, seed=seed)[: max(1, round(share * len(different)))]
+    order = seeded_order(different, seed=seed)[: max(1, round(fraction * len(different)))]
     held = {different[place] for place in order.tolist()} if len(different) > 1 else set()
     return np.fromiter((key in held for key in keys), dtype=bool, count=len(keys))
 

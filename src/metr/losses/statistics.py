@@ -7,8 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from metr.boxes import cxcywh_to_xyxy, paired_giou, paired_iou
-from metr.losses.config import LossWeights
+from metr.boxes import cxcywh_to_xyxy, paired_iou
 from metr.losses.padded_targets import NO_OBJECT, PaddedTargets
 from metr.structures import DetectorOutput, Matches, Targets
 
@@ -43,17 +42,3 @@ def match_statistics(output: DetectorOutput, targets: Sequence[Targets], matches
         without_slot=without_slot,
         crowded_out=truth.objects - without_slot - len(iou),
     )
-
-
-@torch.no_grad()
-def box_losses_of_images(
-    output: DetectorOutput, targets: Sequence[Targets], matches: Matches, weights: LossWeights
-) -> tuple[Float[Tensor, "b"], Int[Tensor, "b"]]:
-    """The last layer's box loss (L1 and GIoU, weighted) of each image, summed over its matches, and their number."""
-    last = matches.layer == len(output.logits)
-    image, query, target = matches.image[last], matches.query[last], matches.target[last]
-    boxes, wanted = output.boxes[-1, image, query].float(), PaddedTargets.of(targets).boxes[image, target]
-    giou = 1 - paired_giou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(wanted))
-    loss = weights.l1 * (boxes - wanted).abs().sum(-1) + weights.giou * giou
-    mine = image.unsqueeze(1) == torch.arange(len(targets), device=image.device)
-    return loss.unsqueeze(1).where(mine, 0).sum(0), mine.sum(0)

@@ -16,7 +16,7 @@ from metr.training.finetune_data import Role
 
 BEFORE, COMPARISON = "before.json", "comparison.json"
 _MODES: tuple[Mode, ...] = ("own", "joint")
-_ASKED = {"own": "own names", "joint": "all names"}
+_VOCABULARY = {"own": "own names", "joint": "all names"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,13 +40,13 @@ class Comparison:
     @staticmethod
     def of(before: EvaluationReport, after: EvaluationReport, roles: Mapping[str, Role]) -> "Comparison":
         """The two reports side by side; both are on the same datasets."""
-        judged = {one.name: one for one in after.datasets}
+        by_name = {one.name: one for one in after.datasets}
         changes = tuple(
             Change(
                 dataset=one.name,
                 role=roles[one.name],
                 before={mode: one.ap(mode) for mode in _MODES},
-                after={mode: judged[one.name].ap(mode) for mode in _MODES},
+                after={mode: by_name[one.name].ap(mode) for mode in _MODES},
             )
             for one in before.datasets
         )
@@ -79,30 +79,30 @@ class Comparison:
 
 
 def keep_before(folder: Path, report: EvaluationReport) -> None:
-    """Leaves the report of the checkpoint in a run folder, for a run that is resumed."""
+    """Writes the report of the checkpoint into a run folder, for a run that is resumed."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / BEFORE, as_dict(report))
 
 
 def kept_before(folder: Path) -> EvaluationReport | None:
-    """The report that `keep_before` left; None where there is none.
+    """The report that `keep_before` wrote; None where there is none.
 
     Raises:
-        CheckpointError: it is no JSON.
-        DataError: it is no report.
+        CheckpointError: the file is not JSON.
+        DataError: the file is not a report.
     """
     path = folder / BEFORE
     return from_dict(read_json(path), where=path) if path.is_file() else None
 
 
 def show_comparison(comparison: Comparison, console: Console) -> None:
-    """A row a dataset: AP before and after, asked for its own names and for all."""
+    """Prints a row for each dataset: AP before and after, with its own names and with all names."""
     table = Table(title="AP before and after, 0 to 100", box=SIMPLE_HEAD, padding=0, pad_edge=False)
     table.add_column("dataset", overflow="fold")
     table.add_column("is")
     for mode in _MODES:
         for when in ("before", "after"):
-            table.add_column(f"{_ASKED[mode]} {when}", justify="right")
+            table.add_column(f"{_VOCABULARY[mode]} {when}", justify="right")
     for change in comparison.changes:
         table.add_row(escape(change.dataset), change.role, *_cells(change))
     table.add_section()
@@ -111,8 +111,8 @@ def show_comparison(comparison: Comparison, console: Console) -> None:
             table.add_row(mean.dataset, "", *_cells(mean))
     console.print(table)
     # whoever quotes these numbers should know
-    told = "After: the best checkpoint of the run, chosen by the new datasets' own numbers."
-    console.print(told, highlight=False, soft_wrap=True)
+    note = "After: the best checkpoint of the run, chosen by the new datasets' own numbers."
+    console.print(note, highlight=False, soft_wrap=True)
 
 
 def _cells(change: Change) -> list[str]:

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from metr.config import Config
 
-Share = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
 PositiveCount = Annotated[int, Field(ge=1)]
 Freeze = Literal["none", "half", "backbone", "encoder"]
@@ -16,7 +16,7 @@ class OptimizerConfig(Config):
     """AdamW, its parameter groups and gradient clipping."""
 
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
-    """Step size of everything but the backbone, at the schedule's height."""
+    """Step size of everything but the backbone, at the peak of the schedule."""
     backbone_multiplier: Annotated[float, Field(ge=0)] = 0.1
     """The backbone's step size as a multiple of `learning_rate`; 0 freezes it."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -33,16 +33,16 @@ class OptimizerConfig(Config):
 
 
 class ScheduleConfig(Config):
-    """The learning rate over the steps, as a share of its height."""
+    """The learning rate over the steps, as a fraction of its peak."""
 
     kind: Literal["cosine", "flat_cosine", "constant"] = "cosine"
     """What follows the warm-up: a half cosine at once, a flat stretch before it, or no fall at all."""
     warmup_steps: Count = 500
     """Steps of linear warm-up, at most all of them."""
-    flat_fraction: Share = 0.5
-    """Share of all steps that the warm-up and the flat stretch take together (`flat_cosine`)."""
-    floor: Share = 0.01
-    """Share of the height where the cosine ends."""
+    flat_fraction: Fraction = 0.5
+    """Fraction of all steps that the warm-up and the flat stretch take together (`flat_cosine`)."""
+    floor: Fraction = 0.01
+    """Fraction of the peak at which the cosine ends."""
 
 
 class EmaConfig(Config):
@@ -51,23 +51,23 @@ class EmaConfig(Config):
     enabled: bool = True
     """Whether the average is kept, evaluated and saved as the model's weights."""
     decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
-    """Share of the old average that a step keeps, once warm."""
+    """Fraction of the old average that a step keeps, once warm."""
     tau: Annotated[float, Field(gt=0)] = 2000.0
     """Steps by which the decay warms up: after n steps it is decay * (1 - exp(-n / tau))."""
 
 
 class PseudoLabelConfig(Config):
-    """When the average of the weights is believed about categories that an image's dataset does not annotate."""
+    """When the average of the weights gives pseudo-labels for categories that an image's dataset does not annotate."""
 
-    absent_below: Share = 0.5
-    """Presence probability under which a category counts as absent."""
-    present_above: Share = 0.9
-    """Presence probability over which its detections may count as objects."""
-    object_above: Share = 0.6
-    """Score over which such a detection counts as an object."""
+    absent_below: Fraction = 0.5
+    """Presence probability under which a category is a negative."""
+    present_above: Fraction = 0.9
+    """Presence probability over which detections of the category may become pseudo-labels."""
+    object_above: Fraction = 0.6
+    """Score over which such a detection becomes a pseudo-label."""
     objects: PositiveCount = 20
-    """Most detections an image that are looked at."""
-    same_object: Share = 0.5
+    """Most pseudo-labels an image."""
+    same_object: Fraction = 0.5
     """IoU over which two boxes of one category are one object."""
 
 
@@ -79,20 +79,20 @@ class LoopConfig(Config):
     accumulation: PositiveCount = 1
     """Batches whose gradients are averaged for one step."""
     vocabulary_sample: Count = 0
-    """Most names that a batch is asked for: those that it shows, however many, then sampled ones that it lacks; 0 asks
-    for all."""
+    """Most names of the vocabulary that a step uses: all that the batch shows, however many, then sampled negatives.
+    0 uses the whole vocabulary."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the network (autocast); `auto` is bf16 on GPUs that have it, otherwise fp32. Losses are fp32."""
     device: Literal["auto", "cpu"] = "auto"
     """`auto` takes an accelerator where there is one."""
     seed: Count = 0
-    """Of every random number in training."""
+    """Decides every random number in training."""
     log_every: PositiveCount = 20
     """Steps between lines of metrics.jsonl."""
     evaluate_every: Count = 1000
     """Steps between evaluations; 0 evaluates at the end only."""
     checkpoint_every: Count = 500
-    """Steps between savings of the last checkpoint, besides those at evaluations and at the end; 0 for none besides."""
+    """Steps between savings of the last checkpoint. It is also saved at evaluations and at the end; 0: only then."""
     best_metric: str = "AP"
     """The metric of the evaluation whose highest value marks the best checkpoint."""
     patience: Count = 0
@@ -101,20 +101,26 @@ class LoopConfig(Config):
     """Steps in a row that may be skipped for numbers that are not finite, before training gives up."""
     curves: bool = True
     """Whether to draw curves.png whenever training ends."""
-    tensorboard: bool = False
-    """Whether to write TensorBoard's event files besides metrics.jsonl."""
+    trackers: tuple[str, ...] = ()
+    """Trackers of accelerate that get every number of metrics.jsonl too: tensorboard, wandb, mlflow, comet_ml, ..."""
     progress_seconds: Annotated[float, Field(gt=0)] = 30.0
     """Seconds between lines of progress where there is no terminal."""
 
 
 class TrainConfig(Config):
-    """Everything that the trainer itself can be told."""
+    """Everything that configures the trainer itself."""
 
     optimizer: OptimizerConfig = OptimizerConfig()
+    """AdamW, its parameter groups and gradient clipping."""
     schedule: ScheduleConfig = ScheduleConfig()
+    """The learning rate over the steps."""
     ema: EmaConfig = EmaConfig()
+    """The exponential moving average of the weights."""
     freeze: Freeze = "none"
-    """What keeps its weights besides what the network's own configuration freezes: the first `half` of the backbone's
-    stages with the stem, the whole `backbone`, backbone and `encoder`, or nothing. It stays in evaluation mode."""
+    """Which parts keep their weights, besides what the network's own configuration freezes: the stem and the first
+    `half` of the backbone's stages, the whole `backbone`, backbone and `encoder`, or `none`. They stay in evaluation
+    mode."""
     pseudo_labels: PseudoLabelConfig = PseudoLabelConfig()
+    """Thresholds of `unannotated: pseudo_label`."""
     loop: LoopConfig = LoopConfig()
+    """How long, on what, and how often something is written."""

@@ -9,14 +9,15 @@ from matplotlib.figure import Figure
 
 from metr.errors import MetrError
 from metr.run_directory import RunDirectory
-from metr.training.metrics import Record, grouped_terms, read_metrics
+from metr.training.logger import Record, read_metrics
+from metr.training.progress import grouped_terms
 
-_SMOOTHING = 0.7  # share of the old average that a point keeps
+_SMOOTHING = 0.7  # fraction of the old average that a point keeps
 _MOST_METRICS = 12  # lines that a legend can still be read with
 
 
 def plot_curves(run: Path) -> Path:
-    """Draws `curves.png` from the metrics.jsonl of a run folder, and gives its path.
+    """Draws `curves.png` from the metrics.jsonl of a run folder, and returns its path.
 
     Raises:
         MetrError: nothing is logged there yet.
@@ -96,7 +97,7 @@ def _numbers(values: Record) -> dict[str, float]:
 
 
 def _smoothed(values: Sequence[float]) -> list[float]:
-    """An exponential moving average without the pull of its start."""
+    """An exponential moving average, corrected for its start at zero."""
     smooth, result = 0.0, []
     for count, value in enumerate(values, 1):
         smooth = _SMOOTHING * smooth + (1 - _SMOOTHING) * value

@@ -1,54 +1,63 @@
-"""The datasets of a fine-tuning run: new ones, old ones mixed in, old ones that are only judged."""
+"""The datasets of a fine-tuning run: new ones, rehearsed old ones, old ones that are only evaluated."""
 
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from metr.config import Config
-from metr.data.config import BaseMixture
+from metr.data.config import Mixture
 from metr.data.datasets_file import DatasetSource, open_dataset, parse_data_arguments
 from metr.data.few_shot import SubsetConfig, shortage, subset_of
 from metr.data.joint import JointData, vocabulary_of
-from metr.data.mixture import mixture_weights
 from metr.data.records import Annotations
+from metr.data.sampling import mixture_weights
 from metr.text.vocabulary import Vocabulary
 
-Role = Literal["new", "rehearsed", "only judged"]
+Role = Literal["new", "rehearsed", "only evaluated"]
 _logger = logging.getLogger(__name__)
 
 
-class Rehearsal(Config):
-    """Old datasets in fine-tuning, as arguments of a command."""
+class FinetuneOptions(SubsetConfig):
+    """How to fine-tune, besides the defaults for this much data. `seed` is that of training, too."""
 
-    data: tuple[str, ...] = ()
-    """Mixed into training, and judged before and after."""
-    share: Annotated[float, Field(gt=0, lt=1)] = 0.3
-    """Share of the draws that goes to them, all together."""
-    evaluate: tuple[str, ...] = ()
-    """Judged before and after, and not trained on."""
+    config: Path | None = None
+    """A YAML file laid over the defaults."""
+    overrides: tuple[str, ...] = ()
+    """Laid over that: `section.key=value`."""
+    rehearse: tuple[str, ...] = ()
+    """Old datasets, as arguments of a command: mixed into training, and evaluated before and after."""
+    rehearse_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    """Fraction of the samples that goes to rehearsed datasets, all together."""
+    rehearse_evaluate: tuple[str, ...] = ()
+    """Old datasets that are evaluated before and after, and not trained on."""
+    compare: bool = True
+    """Whether new and old datasets are evaluated before and after, and compared."""
+    decorrelate_names: bool = False
+    """Whether the projections of new names that mean nearly the same are first moved away from each other. Those of
+    old names stay as they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneData:
-    """What is trained on and judged.
+    """What is trained on and evaluated.
 
     Attributes:
         joint: What is trained on: the new datasets, then the rehearsed ones. Its vocabulary is the checkpoint's, then
             their new names.
-        judged: Datasets that are only judged.
-        splits: What each of all these is judged on, by name.
+        evaluated: Datasets that are only evaluated.
+        splits: What each of all these is evaluated on, by name.
         new: How many of `joint.sources` are new.
-        share: Share of the draws that goes to rehearsed datasets.
+        rehearse_fraction: Fraction of the samples that goes to rehearsed datasets.
     """
 
     joint: JointData
-    judged: tuple[DatasetSource, ...]
+    evaluated: tuple[DatasetSource, ...]
     splits: Mapping[str, Annotations]
     new: int
-    share: float
+    rehearse_fraction: float
 
     @property
     def images(self) -> int:
@@ -60,7 +69,7 @@ class FinetuneData:
         """What each dataset is there for, by name."""
         names = [source.name for source in self.joint.sources]
         roles: dict[str, Role] = {name: "new" if row < self.new else "rehearsed" for row, name in enumerate(names)}
-        return roles | {source.name: "only judged" for source in self.judged}
+        return roles | {source.name: "only evaluated" for source in self.evaluated}
 
     def lengths(self, role: Role) -> dict[str, int]:
         """Training images of the datasets that are trained on in a role, by name."""
@@ -68,74 +77,76 @@ class FinetuneData:
 
     @property
     def new_splits(self) -> dict[str, Annotations]:
-        """What the new datasets are judged on, by name."""
+        """What the new datasets are evaluated on, by name."""
         return {name: split for name, split in self.splits.items() if self.roles[name] == "new"}
 
-    def judged_vocabulary(self) -> Vocabulary:
-        """The vocabulary of training, then names that only judged datasets have."""
-        return self.joint.vocabulary.extended(vocabulary_of(self.judged)) if self.judged else self.joint.vocabulary
+    def evaluated_vocabulary(self) -> Vocabulary:
+        """The vocabulary of training, then names that only evaluated datasets have."""
+        return (
+            self.joint.vocabulary.extended(vocabulary_of(self.evaluated)) if self.evaluated else self.joint.vocabulary
+        )
 
-    def mixture(self, base: BaseMixture) -> BaseMixture:
-        """The shares of the datasets: `share` for the rehearsed ones, the rest for the new; inside as `base` says.
+    def mixture(self, base: Mixture) -> Mixture:
+        """The weights of the datasets: `rehearse_fraction` for rehearsed ones, the rest for new ones.
 
-        Shares that `base` gives by name stay as they are.
+        Inside these two groups they are as `base` says. Without rehearsed datasets, or where `base` gives weights by
+        name, they are those of `base`.
         """
         rehearsed = self.lengths("rehearsed")
         if isinstance(base, dict) or not rehearsed:
             return self.joint.mixture(base)
-        shares = mixture_weights(self.joint.lengths, self.joint.mixture(base))
-        old = sum(shares[name] for name in rehearsed)
+        weights = mixture_weights(self.joint.lengths, self.joint.mixture(base))
+        old = sum(weights[name] for name in rehearsed)
+        rehearsed_scale, new_scale = self.rehearse_fraction / old, (1 - self.rehearse_fraction) / (1 - old)
         return {
-            name: share * (self.share / old if name in rehearsed else (1 - self.share) / (1 - old))
-            for name, share in shares.items()
+            name: weight * (rehearsed_scale if name in rehearsed else new_scale) for name, weight in weights.items()
         }
 
 
 def open_finetune_data(
-    data: Sequence[str], trained: Vocabulary, subset: SubsetConfig | None = None, rehearse: Rehearsal | None = None
+    data: Sequence[str], trained: Vocabulary, options: FinetuneOptions | None = None
 ) -> FinetuneData:
     """Opens new and old datasets, chooses the part of the new ones that is trained on, and joins all names.
 
-    The names of the checkpoint come first and stay; a dataset that is given takes the place of one of the same name
-    that the checkpoint was trained on.
+    The names of the checkpoint come first and stay. A dataset that is given here takes the place of one of the same
+    name that the checkpoint was trained on.
 
     Args:
-        data: New datasets as arguments of a command.
+        data: New datasets, as arguments of a command.
         trained: The checkpoint's vocabulary.
-        subset: The part of the new datasets' training images.
-        rehearse: Old datasets.
+        options: The part of the new datasets' training images, and old datasets.
 
     Raises:
-        DataError: a dataset is missing, two have one name, or there is nothing to train on or to judge on.
+        DataError: a dataset is missing, two have one name, or there is nothing to train on or to evaluate on.
         ConfigError: a list of datasets has an unknown key.
     """
-    subset, rehearse = subset or SubsetConfig(), rehearse or Rehearsal()
-    specs = parse_data_arguments([*data, *rehearse.data, *rehearse.evaluate])
-    new, old = (len(parse_data_arguments(each)) if each else 0 for each in (data, rehearse.data))
+    options = options or FinetuneOptions()
+    specs = parse_data_arguments([*data, *options.rehearse, *options.rehearse_evaluate])
+    new, old = (len(parse_data_arguments(each)) if each else 0 for each in (data, options.rehearse))
     sources = tuple(open_dataset(spec) for spec in specs)
     learnt = sources[: new + old]
-    chosen = {source.name: subset_of(source.split("train"), subset) for source in learnt[:new]}
+    chosen = {source.name: subset_of(source.split("train"), options) for source in learnt[:new]}
     for name, part in chosen.items():
-        _tell(name, part, subset)
+        _log_chosen(name, part, options)
     vocabulary = trained.extended(vocabulary_of(learnt))
     for name in trained.datasets.keys() & {source.name for source in learnt}:
         if set(trained.names_of(name)) != set(vocabulary.names_of(name)):
-            told = "%s: the checkpoint knows a dataset of this name with other categories; from now on it is this one"
-            _logger.warning(told, name)
+            message = "%s: the checkpoint knows a dataset of this name with other categories; this one replaces it"
+            _logger.warning(message, name)
     return FinetuneData(
         joint=JointData(sources=learnt, vocabulary=vocabulary, chosen=chosen),
-        judged=sources[new + old :],
+        evaluated=sources[new + old :],
         splits={source.name: source.evaluation_split()[1] for source in sources},
         new=new,
-        share=rehearse.share,
+        rehearse_fraction=options.rehearse_fraction,
     )
 
 
-def _tell(name: str, part: Annotations, subset: SubsetConfig) -> None:
-    """Says what was chosen."""
+def _log_chosen(name: str, part: Annotations, subset: SubsetConfig) -> None:
+    """Logs which part of a dataset was chosen, and which categories have too few objects for it."""
     if subset.whole:
         return
-    wanted = f"{subset.shots} shots" if subset.shots is not None else f"a share of {subset.share:g}"
+    wanted = f"{subset.shots} shots" if subset.shots is not None else f"a fraction of {subset.fraction:g}"
     _logger.info("%s: %s, seed %d: %d training images", name, wanted, subset.seed, len(part))
     if subset.shots is not None and (few := shortage(part, subset.shots)):
         _logger.warning("%s: categories with fewer than %d objects: %s", name, subset.shots, few)

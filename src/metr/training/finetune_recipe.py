@@ -1,18 +1,23 @@
-"""The configuration of a fine-tuning run: the checkpoint's, the defaults for this much data, and what the user says."""
+"""The configuration of a fine-tuning run: the checkpoint's, the defaults for this much data, and what the user says.
+
+The defaults are a table by the number of training images. Between two rows values are interpolated over the logarithm
+of the number; those that count steps or are rates, over their own logarithm too. Below the first row and above the last
+one, that row holds. By default nothing is frozen and no depth has a lower rate than another: with few images too, both
+cost more than they saved (docs/decisions.md).
+"""
 
 import logging
+import math
 from collections.abc import Sequence
-from importlib import resources
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-
-import yaml
 
 from metr.checkpoint import Checkpoint
 from metr.config import Tree, merge, parse_overrides, read_yaml
 from metr.errors import ConfigError
 from metr.training.config import Freeze
-from metr.training.finetune_defaults import defaults_for
-from metr.training.recipe import RunConfig
+from metr.training.recipe import RunConfig, packaged
 
 RECIPE = "recipe"
 """The key of a checkpoint's `training` under which pretraining leaves what fine-tuning begins with."""
@@ -22,15 +27,17 @@ _FROZEN: dict[Freeze, str] = {
     "backbone": "backbone frozen",
     "encoder": "backbone and encoder frozen",
 }
+# Steps over which the average of the weights warms up, as a fraction of those that it reaches back.
+_WARMING = 0.4
 _logger = logging.getLogger(__name__)
 
 
 def left_to_finetuning(recipe: RunConfig) -> Tree:
-    """Of the configuration of a run what its checkpoints tell: losses, augmentation, batch, optimizer."""
-    told = recipe.model_dump(mode="json", include={"criterion", "augmentation"})
-    told["augmentation"].pop("resize")  # the checkpoint tells that anyway
+    """What a run's checkpoints keep of its configuration for fine-tuning: losses, augmentation, batch, optimizer."""
+    kept = recipe.model_dump(mode="json", include={"criterion", "augmentation"})
+    kept["augmentation"].pop("resize")  # the checkpoint has that anyway
     optimizer = recipe.train.optimizer.model_dump(mode="json")
-    return told | {"loader": {"batch_size": recipe.loader.batch_size}, "train": {"optimizer": optimizer}}
+    return kept | {"loader": {"batch_size": recipe.loader.batch_size}, "train": {"optimizer": optimizer}}
 
 
 def finetune_recipe(
@@ -44,8 +51,7 @@ def finetune_recipe(
     Raises:
         ConfigError: a key is unknown, or a value is of the wrong kind.
     """
-    text = (resources.files("metr") / "recipes" / "finetune.yaml").read_text(encoding="utf-8")
-    tree = merge(yaml.safe_load(text), _told_by(checkpoint))
+    tree = merge(packaged("finetune"), _from_checkpoint(checkpoint))
     defaults = defaults_for(images).tree(tree["train"]["optimizer"]["learning_rate"])
     layers = [read_yaml(file)] if file is not None else []
     where = "fine-tuning" + (f" with {file}" if file is not None else "") + (" and --set" if overrides else "")
@@ -53,7 +59,7 @@ def finetune_recipe(
 
 
 def described(recipe: RunConfig, images: int) -> str:
-    """How fine-tuning will go, in a few words."""
+    """A summary of a fine-tuning run's configuration, in one sentence."""
     train, loop = recipe.train, recipe.train.loop
     parts = [
         f"{loop.steps:,} steps of {recipe.loader.batch_size * loop.accumulation} at "
@@ -63,8 +69,8 @@ def described(recipe: RunConfig, images: int) -> str:
     if train.optimizer.layer_decay < 1:
         parts.append(f"each depth below at {train.optimizer.layer_decay:g} of the rate above it")
     parts.append(f"weights averaged over about {1 / (1 - train.ema.decay):,.0f} steps" if train.ema.enabled else "")
-    shares = recipe.augmentation
-    parts.append(f"{shares.crop:.0%} cropped, {shares.zoom_out:.0%} zoomed out, {shares.colour:.0%} recoloured")
+    changed = recipe.augmentation
+    parts.append(f"{changed.crop:.0%} cropped, {changed.zoom_out:.0%} zoomed out, {changed.colour:.0%} recoloured")
     if loop.evaluate_every:
         parts.append(f"evaluated every {loop.evaluate_every:,} steps")
     if loop.evaluate_every and loop.patience:
@@ -72,8 +78,8 @@ def described(recipe: RunConfig, images: int) -> str:
     return f"{images:,} image{'' if images == 1 else 's'}: {', '.join(part for part in parts if part)}."
 
 
-def _told_by(checkpoint: Checkpoint) -> Tree:
-    """The checkpoint's share of the configuration."""
+def _from_checkpoint(checkpoint: Checkpoint) -> Tree:
+    """The part of the configuration that the checkpoint decides."""
     text = {key: value for key, value in checkpoint.text_encoder.items() if key != "identity"}
     own: Tree = {
         "model": checkpoint.model.model_dump(mode="json"),
@@ -82,16 +88,98 @@ def _told_by(checkpoint: Checkpoint) -> Tree:
     }
     if "unannotated" in checkpoint.training:
         own["unannotated"] = checkpoint.training["unannotated"]
-    told = checkpoint.training.get(RECIPE) or {}
+    kept = checkpoint.training.get(RECIPE) or {}
     try:
-        RunConfig.checked(told)
+        RunConfig.checked(kept)
     except ConfigError as error:
-        _logger.warning("what the checkpoint tells of its training is not understood and left out: %s", error.what)
-        told = {}
-    return merge(told, own)
+        _logger.warning("the checkpoint's recipe of its training is not understood and left out: %s", error.what)
+        kept = {}
+    return merge(kept, own)
 
 
 def _plainly(rate: float) -> str:
-    """2e-4 and not 2.0e-04."""
+    """A rate as people write it: 2e-4, not 2.0e-04."""
     figures, _, power = f"{rate:.1e}".partition("e")
     return f"{figures.removesuffix('.0')}e{int(power)}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Defaults:
+    """One row of the table of defaults.
+
+    `rate` is the peak learning rate as a multiple of pretraining's; `average` are the steps that the average of the
+    weights reaches back; `crop`, `zoom_out` and `colour` are the fractions of images that are augmented so.
+    """
+
+    images: int
+    steps: int
+    rate: float
+    warmup: int
+    average: int
+    evaluate_every: int
+    crop: float
+    zoom_out: float
+    colour: float
+
+    def tree(self, pretraining_rate: float) -> Tree:
+        """The row as a part of a run's configuration."""
+        return {
+            "augmentation": {"crop": self.crop, "zoom_out": self.zoom_out, "colour": self.colour},
+            "train": {
+                "optimizer": {"learning_rate": _rounded(self.rate * pretraining_rate)},
+                "schedule": {"warmup_steps": self.warmup},
+                "ema": {"decay": round(1 - 1 / self.average, 6), "tau": _WARMING * self.average},
+                "loop": {
+                    "steps": self.steps,
+                    "evaluate_every": self.evaluate_every,
+                    "checkpoint_every": self.evaluate_every,
+                },
+            },
+        }
+
+
+# fmt: off
+TABLE = (
+    Defaults(images=20,     steps=300,    rate=1.0,  warmup=30,  average=60,   evaluate_every=30,   crop=0.50, zoom_out=0.30, colour=0.8),  # noqa: E501
+    Defaults(images=200,    steps=1_000,  rate=1.0,  warmup=50,  average=200,  evaluate_every=100,  crop=0.50, zoom_out=0.20, colour=0.7),  # noqa: E501
+    Defaults(images=2_000,  steps=5_000,  rate=0.5,  warmup=200, average=1000, evaluate_every=500,  crop=0.35, zoom_out=0.10, colour=0.5),  # noqa: E501
+    Defaults(images=20_000, steps=20_000, rate=0.5,  warmup=500, average=4000, evaluate_every=2000, crop=0.35, zoom_out=0.10, colour=0.5),  # noqa: E501
+)
+# fmt: on
+
+
+def defaults_for(images: int) -> Defaults:
+    """The row for a number of training images, at least 1."""
+    images = max(1, images)
+    if images <= TABLE[0].images:
+        return TABLE[0]
+    for lower, upper in pairwise(TABLE):
+        if images <= upper.images:
+            fraction = math.log(images / lower.images) / math.log(upper.images / lower.images)
+            return _between(lower, upper, fraction, images)
+    return TABLE[-1]
+
+
+def _between(lower: Defaults, upper: Defaults, fraction: float, images: int) -> Defaults:
+    def counted(first: int, second: int) -> int:
+        return int(_rounded(first ** (1 - fraction) * second**fraction))
+
+    def mixed(first: float, second: float) -> float:
+        return round((1 - fraction) * first + fraction * second, 3)
+
+    return Defaults(
+        images=images,
+        steps=counted(lower.steps, upper.steps),
+        rate=_rounded(lower.rate ** (1 - fraction) * upper.rate**fraction),
+        warmup=counted(lower.warmup, upper.warmup),
+        average=counted(lower.average, upper.average),
+        evaluate_every=counted(lower.evaluate_every, upper.evaluate_every),
+        crop=mixed(lower.crop, upper.crop),
+        zoom_out=mixed(lower.zoom_out, upper.zoom_out),
+        colour=mixed(lower.colour, upper.colour),
+    )
+
+
+def _rounded(value: float) -> float:
+    """A number of two figures."""
+    return float(f"{value:.1e}")

@@ -1,137 +1,150 @@
-"""What training tells the world: metrics.jsonl, the screen of progress, the log."""
+"""Where training reports: metrics.jsonl, the trackers of accelerate, progress in the terminal, the log."""
 
+import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from types import TracebackType
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
 
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+from accelerate.utils import ProjectConfiguration
 from rich.console import Console
-from rich.syntax import Syntax
 
-from metr.config import Config, as_yaml
+from metr.config import Config, as_yaml, leaves
+from metr.errors import ConfigError, MetrError, did_you_mean
 from metr.run_directory import RunDirectory, explained_disk_errors
 from metr.structures import Batch
 from metr.training.config import LoopConfig
-from metr.training.loss_weighted_sampling import HARDNESS, by_dataset, mean_losses
-from metr.training.metrics import MetricsWriter, Record
 from metr.training.progress import Progress, Snapshot
 from metr.training.state import Counters, StepReport, Window
 
 MATCHING = "matching/"
 """Figures of this prefix are no loss terms: they say how matching went."""
+PROJECT = "metr"
+"""The project, or experiment, under which trackers keep runs."""
+Record = dict[str, Any]
+Kind = Literal["train", "evaluation"]
+_TRACKERS = "train.loop.trackers"
 _logger = logging.getLogger(__name__)
 _MOST_NAMED = 6  # terms or images in a message
 _MOST_TOLD = 8  # metrics in a line of the log
-_KEPT = 0.95  # share of the old average that the time of a step keeps
+_KEPT = 0.95  # fraction of the old average that the time of a step keeps
 
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeStats:
-    """Peak memory in GiB, how many times over each dataset has been seen, and how many images cannot be read.
-
-    `shares` are those of the datasets in the next draw, where they follow the losses.
-    """
+    """Peak memory in GiB, epochs seen of each dataset, and how many images cannot be read."""
 
     memory: float
     epochs: Mapping[str, float]
     unreadable: int
-    shares: Mapping[str, float] = field(default_factory=dict)
 
 
 class RunLogger:
-    """Writes and shows what happens, in the main process; elsewhere it is silent.
+    """Writes and shows what happens, in the main process; in the others it is silent.
 
     Args:
         folder: The run folder.
-        loop: How often, and where to.
+        loop: How often, and to which trackers.
         console: Where progress is shown; None shows none.
-        silent: In all processes but the main one.
+        accelerator: Owns the trackers, and knows which process is the main one.
     """
 
-    def __init__(self, folder: RunDirectory, loop: LoopConfig, console: Console | None, silent: bool) -> None:
-        self.folder, self.loop, self.silent = folder, loop, silent
-        self._console = None if silent else console
+    def __init__(
+        self, folder: RunDirectory, loop: LoopConfig, console: Console | None, accelerator: Accelerator
+    ) -> None:
+        self.folder, self.loop, self.accelerator = folder, loop, accelerator
+        self.silent = not accelerator.is_main_process
+        self._console = None if self.silent else console
         self._progress = Progress(self._console, loop.progress_seconds)
-        self._metrics: MetricsWriter | None = None
+        self._file: MetricsFile | None = None
         self._step_seconds = self._evaluation_seconds = 0.0
-        self._around: RuntimeStats | None = None
+        self._stats: RuntimeStats | None = None
 
     def __enter__(self) -> "RunLogger":
         if not self.silent:
-            self._metrics = MetricsWriter(
-                self.folder.metrics, self.folder.tensorboard if self.loop.tensorboard else None
-            )
+            self._file = MetricsFile(self.folder.metrics)
         self._progress.__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._progress.__exit__(kind, error, traceback)
-        if self._metrics is not None:
-            self._metrics.close()
+    def __exit__(self, *_: object) -> None:
+        self._progress.__exit__()
+        # not end_training, which would end the processes' group as well
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        self.accelerator.trackers = []
 
-    def begin(self, resolved: Config | str, counters: Counters) -> None:
-        """Shows and saves the configuration; forgets what was written later than `counters` know."""
-        if self._metrics is None:
+    def begin(self, resolved: Config, counters: Counters) -> None:
+        """Saves the configuration, says where, starts the trackers, and drops records newer than `counters`."""
+        if self.loop.trackers:
+            # trackers take flat values only
+            settings = leaves(resolved.model_dump(mode="json"))
+            flat = {
+                key: value if isinstance(value, int | float | str) else str(value) for key, value in settings.items()
+            }
+            name = self.folder.path.name
+            self.accelerator.init_trackers(PROJECT, flat, {"wandb": {"name": name}, "mlflow": {"run_name": name}})
+        if self._file is None:
             return
-        text = resolved if isinstance(resolved, str) else as_yaml(resolved)
         with explained_disk_errors(self.folder.config):
-            self.folder.config.write_text(text, encoding="utf-8")
+            self.folder.config.write_text(as_yaml(resolved), encoding="utf-8")
         if self._console is None:
-            _logger.info("configuration:\n%s", text)
+            _logger.info("configuration: %s", self.folder.config)
         else:
-            self._console.print(Syntax(text, "yaml", background_color="default"))
-        self._metrics.rewind(counters.step, counters.evaluated_step)
+            self._console.print(f"configuration: {self.folder.config}", highlight=False, markup=False, soft_wrap=True)
+        self._file.rewind(counters.step, counters.evaluated_step)
 
     def step(self, report: StepReport, counters: Counters, look: Callable[[], RuntimeStats]) -> None:
-        """Shows a step; writes a line where one is due, and empties the window of sums; only then calls `look`."""
+        """Shows a step; writes a record where one is due, and empties the window of sums; only then calls `look`."""
         logged = counters.step % self.loop.log_every == 0
-        if logged or self._around is None:
-            self._around = look()
-        if logged and self._metrics is not None:
-            self._metrics.write("train", counters.step, _line(report, counters, self._around))
+        if logged or self._stats is None:
+            self._stats = look()
+        if logged:
+            self._write("train", counters.step, _train_record(report, counters, self._stats))
         if report.seconds:
             kept = _KEPT if self._step_seconds else 0.0
             self._step_seconds = kept * self._step_seconds + (1 - kept) * report.seconds
-        self._progress.update(self._snapshot(report, counters, self._around))
+        self._progress.update(self._snapshot(report, counters, self._stats))
         if logged:
             counters.window = Window()
 
     def skipped(self, report: StepReport, counters: Counters, batches: Sequence[Batch]) -> str:
-        """Says which step changed nothing, why, and on which images; gives the names of what was not finite."""
+        """Warns that a step changed nothing, why, and on which images; returns the names of what was not finite."""
         names = ", ".join(report.faulty[:_MOST_NAMED]) + (", ..." if len(report.faulty) > _MOST_NAMED else "")
         images = [
             f"{name} {image}" for batch in batches for name, image in zip(batch.datasets, batch.image_ids, strict=True)
         ]
-        told = "step %d is skipped: %s not finite; images: %s"
         if not self.silent:
-            _logger.warning(told, counters.step, names, ", ".join(images[:_MOST_NAMED]))
+            message = "step %d is skipped: %s not finite; images: %s"
+            _logger.warning(message, counters.step, names, ", ".join(images[:_MOST_NAMED]))
         return names
 
     @contextmanager
     def evaluation(self, step: int) -> Iterator[None]:
-        """Says that an evaluation goes on, and remembers how long it took."""
+        """Says that an evaluation is running, and measures how long it takes."""
         started = time.perf_counter()
         with self._progress.activity(f"evaluating at step {step}"):
             yield
         self._evaluation_seconds = time.perf_counter() - started
 
     def evaluated(self, counters: Counters, epochs: Mapping[str, float]) -> None:
-        """Writes the newest evaluation, and how many times over each dataset had been seen."""
-        if self._metrics is not None:
-            epochs = dict(epochs)
-            values = {"metrics": counters.metrics, "epochs": epochs, "evaluation_seconds": self._evaluation_seconds}
-            self._metrics.write("evaluation", counters.evaluated_step, values)
-            told = ", ".join(f"{name} {value:.2f}" for name, value in list(counters.metrics.items())[:_MOST_TOLD])
-            _logger.info("evaluation at step %d: %s", counters.evaluated_step, told)
-            self.seen(epochs)
+        """Writes the newest evaluation, with the epochs seen of each dataset."""
+        if self.silent:
+            return
+        values = {"metrics": counters.metrics, "epochs": dict(epochs), "evaluation_seconds": self._evaluation_seconds}
+        self._write("evaluation", counters.evaluated_step, values)
+        metrics = ", ".join(f"{name} {value:.2f}" for name, value in list(counters.metrics.items())[:_MOST_TOLD])
+        _logger.info("evaluation at step %d: %s", counters.evaluated_step, metrics)
+        self.seen(epochs)
 
     def seen(self, epochs: Mapping[str, float]) -> None:
-        """Says how many times over each dataset has been seen."""
+        """Says how many times each dataset has been seen."""
         if epochs and not self.silent:
             _logger.info("seen: %s", ", ".join(f"{name} {times:.1f} times" for name, times in epochs.items()))
 
@@ -140,37 +153,43 @@ class RunLogger:
         if self.silent:
             return
         if stalled:
-            told = "stopped early after step %d of %d: no better evaluation since step %d"
-            _logger.info(told, counters.step, self.loop.steps, counters.best_step)
+            message = "stopped early after step %d of %d: no better evaluation since step %d"
+            _logger.info(message, counters.step, self.loop.steps, counters.best_step)
             return
-        told = "stopped after step %d of %d; everything is saved in %s: resume this run to go on"
-        _logger.warning(told, counters.step, self.loop.steps, self.folder.path)
+        message = "stopped after step %d of %d; everything is saved in %s: resume this run to go on"
+        _logger.warning(message, counters.step, self.loop.steps, self.folder.path)
 
-    def _snapshot(self, report: StepReport, counters: Counters, around: RuntimeStats) -> Snapshot:
+    def _write(self, kind: Kind, step: int, values: Record) -> None:
+        """Appends a record to metrics.jsonl, and gives its numbers to the trackers."""
+        if self._file is not None:
+            self._file.write(kind, step, values)
+        if self.loop.trackers:
+            self.accelerator.log(dict(_numbers(values, kind)), step=step)
+
+    def _snapshot(self, report: StepReport, counters: Counters, stats: RuntimeStats) -> Snapshot:
         steps, every = self.loop.steps, self.loop.evaluate_every
         evaluations = 1 if not every else math.ceil(steps / every) - counters.step // every
         left = (steps - counters.step) * self._step_seconds + evaluations * self._evaluation_seconds
         return Snapshot(
             step=counters.step,
             steps=steps,
-            terms={name: value for name, value in report.figures.items() if _is_term(name)},
+            terms={name: value for name, value in report.figures.items() if not name.startswith(MATCHING)},
             images_per_second=report.images / self._step_seconds if self._step_seconds else 0.0,
             seconds_left=left,
-            memory=around.memory,
+            memory=stats.memory,
             learning_rate=report.learning_rate,
-            epochs=around.epochs,
+            epochs=stats.epochs,
             metrics=counters.metrics,
             evaluated_step=counters.evaluated_step,
             skipped=counters.skipped,
         )
 
 
-def _line(report: StepReport, counters: Counters, around: RuntimeStats) -> Record:
-    """A line of metrics.jsonl: averages since the last one."""
+def _train_record(report: StepReport, counters: Counters, stats: RuntimeStats) -> Record:
+    """A record of metrics.jsonl: averages since the last one."""
     window = counters.window
     means = {name: value / max(window.steps, 1) for name, value in window.sums.items()}
-    losses = {name: value for name, value in means.items() if _is_term(name)}
-    hardness = {"box_loss": mean_losses(by_dataset(means)), "shares": dict(around.shares)} if around.shares else {}
+    losses = {name: value for name, value in means.items() if not name.startswith(MATCHING)}
     return {
         "images": counters.images,
         "seconds": counters.seconds,
@@ -180,15 +199,118 @@ def _line(report: StepReport, counters: Counters, around: RuntimeStats) -> Recor
         "gradient_norm": window.gradient_norm / max(window.steps, 1),
         "learning_rate": dict(report.learning_rate),
         "images_per_second": window.images / window.seconds if window.seconds else None,
-        "waiting_share": window.waiting / window.seconds if window.seconds else None,
-        "memory_gib": around.memory,
+        "waiting_fraction": window.waiting / window.seconds if window.seconds else None,
+        "memory_gib": stats.memory,
         "skipped": counters.skipped,
-        "unreadable": around.unreadable,
-        "epochs": dict(around.epochs),
-        **hardness,
+        "unreadable": stats.unreadable,
+        "epochs": dict(stats.epochs),
     }
 
 
-def _is_term(name: str) -> bool:
-    """Whether a figure is a loss term."""
-    return not name.startswith((MATCHING, HARDNESS))
+class MetricsFile:
+    """metrics.jsonl: one JSON a logged step or evaluation.
+
+    Args:
+        path: The file; its folder is made.
+
+    Raises:
+        CheckpointError: the folder cannot be made.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with explained_disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+
+    def rewind(self, step: int, evaluated_step: int) -> None:
+        """Drops steps after `step`, evaluations after `evaluated_step`, and a line that a crash cut short."""
+        newest = {"train": step, "evaluation": evaluated_step}
+        kept = [record for record in read_metrics(self.path) if record["step"] <= newest.get(record["kind"], step)]
+        fresh = self.path.with_name(f".{self.path.name}.new")
+        with explained_disk_errors(self.path):
+            fresh.write_text("".join(map(_line, kept)), encoding="utf-8")
+            fresh.replace(self.path)
+
+    def write(self, kind: Kind, step: int, values: Mapping[str, Any]) -> None:
+        """Appends one record; numbers that are not finite become null."""
+        with explained_disk_errors(self.path), self.path.open("a", encoding="utf-8") as file:
+            file.write(_line({"kind": kind, "step": step, **values}))
+
+
+def read_metrics(path: Path) -> list[Record]:
+    """The records of a metrics.jsonl, or of the run folder that holds one, in the order of their writing.
+
+    A last line that was cut short is left out. A missing file has no records.
+
+    Raises:
+        MetrError: another line is no record.
+    """
+    path = path / "metrics.jsonl" if path.is_dir() else path
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            records.append({**record, "kind": str(record["kind"]), "step": int(record["step"])})
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines):
+                _logger.warning("%s: the last line was cut short and is left out", path)
+                break
+            hint = "remove the line"
+            raise MetrError(f"line {number} is no record: {error}", where=path, hint=hint) from None
+    return records
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Checks that accelerate knows these trackers, and that their packages are installed.
+
+    Raises:
+        ConfigError: a tracker is unknown, or its package is not installed.
+    """
+    for name in names:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            hint = did_you_mean(name, LOGGER_TYPE_TO_CLASS)
+            raise ConfigError(f"unknown tracker {name!r}", where=_TRACKERS, hint=hint)
+        if name not in map(str, get_available_trackers()):
+            what = f"the tracker {name!r} is not installed"
+            raise ConfigError(what, where=_TRACKERS, hint=f"pip install {name}, or leave it out of {_TRACKERS}")
+
+
+def build_accelerator(loop: LoopConfig, folder: RunDirectory) -> Accelerator:
+    """The accelerator of a run, with its trackers. Autocast is the trainer's: losses stay in float32.
+
+    Raises:
+        ConfigError: a tracker is unknown, or its package is not installed.
+    """
+    check_trackers(loop.trackers)
+    # Evaluation in the main process may keep the others waiting for long.
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))
+    return Accelerator(
+        cpu=loop.device == "cpu",
+        mixed_precision="no",
+        log_with=list(loop.trackers) or None,
+        project_config=ProjectConfiguration(project_dir=str(folder.path), logging_dir=str(folder.trackers)),
+        kwargs_handlers=[patience],
+    )
+
+
+def _line(record: Record) -> str:
+    return json.dumps(_finite(record), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _numbers(values: Mapping[str, Any], prefix: str) -> Iterable[tuple[str, float]]:
+    """Every number of a nested mapping, with its path."""
+    for name, value in values.items():
+        path = f"{prefix}/{name}"
+        if isinstance(value, Mapping):
+            yield from _numbers(value, path)
+        elif isinstance(value, int | float):
+            yield path, float(value)

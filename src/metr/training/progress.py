@@ -1,12 +1,12 @@
 """One screen of progress in a terminal; a line every so often elsewhere."""
 
 import logging
+import re
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from types import TracebackType
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -14,10 +14,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from metr.training.metrics import grouped_terms
-
 _logger = logging.getLogger(__name__)
-_KEPT = 0.9  # share of the old average that a displayed loss keeps at each step
+_KEPT = 0.9  # fraction of the old average that a displayed loss keeps at each step
 _MOST_METRICS = 8
 
 
@@ -25,9 +23,9 @@ _MOST_METRICS = 8
 class Snapshot:
     """Where training stands after a step.
 
-    `terms` are the loss terms of the step, `epochs` how many times over each dataset has been seen, `memory` is the
-    peak in GiB, `seconds_left` an estimate that counts evaluations in. `metrics` are those of the evaluation at step
-    `evaluated_step`, `skipped` counts steps left out for numbers that were not finite.
+    `terms` are the loss terms of the step, `epochs` how many times each dataset has been seen, `memory` is the peak
+    in GiB, `seconds_left` an estimate that includes evaluations. `metrics` are those of the evaluation at step
+    `evaluated_step`, `skipped` counts steps that were skipped for numbers that are not finite.
     """
 
     step: int
@@ -66,9 +64,7 @@ class Progress:
             self._live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._live is not None:
             self._live.stop()
 
@@ -83,7 +79,7 @@ class Progress:
 
     @contextmanager
     def activity(self, name: str) -> Iterator[None]:
-        """Says what goes on while no step is made, such as an evaluation."""
+        """Shows what is running while no step is made, such as an evaluation."""
         self._activity = name
         if self._live is None and self.console is not None:
             _logger.info("%s", name)
@@ -96,6 +92,15 @@ class Progress:
         if self._snapshot is None:
             return Text(self._activity or "loading the first images", style="dim")
         return screen(self._snapshot, self._losses, self._activity)
+
+
+def grouped_terms(terms: Mapping[str, float]) -> dict[str, float]:
+    """Loss terms summed over layers and blocks: `decoder.0/l1` and `decoder.1/l1` are `decoder/l1`."""
+    groups: dict[str, float] = {}
+    for name, value in terms.items():
+        group = re.sub(r"/\d+$", "", re.sub(r"\.\d+(?=/|$)", "", name))
+        groups[group] = groups.get(group, 0.0) + value
+    return groups
 
 
 def one_line(snapshot: Snapshot, loss: float) -> str:

@@ -1,7 +1,6 @@
-"""Where weights come from: what a checkpoint tells of the data, the machine and the settings of its training."""
+"""Where weights come from: the data, the machine and the settings of a checkpoint's training."""
 
 import logging
-import os
 import platform
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +13,7 @@ from metr.config import Tree
 from metr.data.datasets_file import DatasetSource
 from metr.data.joint import JointData
 from metr.data.licences import Licence, licences_of, origin_of
-from metr.devices import resolved_device
+from metr.devices import process_count, resolved_device
 from metr.training.recipe import RunConfig
 
 _logger = logging.getLogger(__name__)
@@ -32,10 +31,10 @@ class DataFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class TrainingFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What a checkpoint's `training` tells people; older checkpoints tell less.
+    """The facts in a checkpoint's `training`.
 
-    `images` were seen in `step` steps, `epochs` times over each dataset; `metrics` are those of the evaluation at that
-    step. `finetuned_from` is the same of the checkpoint that fine-tuning began with.
+    `images` were seen in `step` steps, which is `epochs` times each dataset; `metrics` are those of the evaluation at
+    that step. `finetuned_from` holds the facts of the checkpoint that fine-tuning began with.
     """
 
     data: dict[str, DataFacts] = {}
@@ -54,11 +53,11 @@ class TrainingFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
 
     @staticmethod
     def of(training: Mapping[str, Any]) -> "TrainingFacts":
-        """What `training` of a checkpoint tells; nothing where it is not understood."""
+        """The facts in a checkpoint's `training`; no fact where it is not understood."""
         try:
             return msgspec.convert(training, TrainingFacts)
         except msgspec.ValidationError as error:
-            _logger.warning("what the checkpoint tells of its training is not understood and left out: %s", error)
+            _logger.warning("what the checkpoint says of its training is not understood and left out: %s", error)
             return TrainingFacts()
 
     def stages(self) -> tuple["TrainingFacts", ...]:
@@ -68,15 +67,15 @@ class TrainingFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
 
 
 def provenance(joint: JointData, recipe: RunConfig) -> Tree:
-    """What is known of a training run when it begins, as plain values for `Checkpoint.training`.
+    """The facts about a training run that are known when it begins, as plain values for `Checkpoint.training`.
 
-    It names no path of this machine: checkpoints are shared.
+    They hold no path of this machine, because checkpoints are shared.
     """
     loop = recipe.train.loop
     facts = TrainingFacts(
         data={source.name: _data(source, joint) for source in joint.sources},
         seed=loop.seed,
-        batch=recipe.loader.batch_size * loop.accumulation * _processes(),
+        batch=recipe.loader.batch_size * loop.accumulation * process_count(),
         learning_rate=recipe.train.optimizer.learning_rate,
         software={"metr": metr.__version__, "torch": str(torch.__version__), "python": platform.python_version()},
         hardware=_hardware(loop.device),
@@ -97,13 +96,9 @@ def _data(source: DatasetSource, joint: JointData) -> DataFacts:
     )
 
 
-def _processes() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def _hardware(wanted: str) -> str:
     """The kind of device, and how many."""
-    device, number = resolved_device(wanted), _processes()
+    device, number = resolved_device(wanted), process_count()
     name = getattr(torch.get_device_module(device), "get_device_name", None)
     if device.type == "cpu" or name is None:
         threads = f"{torch.get_num_threads()} thread{'' if torch.get_num_threads() == 1 else 's'}"

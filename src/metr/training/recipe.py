@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import yaml
 
-from metr.config import Config, merge, parse_overrides, read_yaml
+from metr.config import Config, Tree, differences, merge, parse_overrides, read_yaml
 from metr.data.config import AugmentationConfig, LoaderConfig
 from metr.data.dataset import Unannotated
 from metr.errors import ConfigError, did_you_mean
@@ -25,17 +25,23 @@ class RunConfig(Config):
     """Everything that decides a training run, but for its data."""
 
     text: TextEncoderConfig = TextEncoderConfig()
+    """The language model that embeds names."""
     model: DetectorConfig = DetectorConfig()
+    """The network."""
     criterion: CriterionConfig = CriterionConfig()
+    """The losses and the matching."""
     augmentation: AugmentationConfig = AugmentationConfig()
+    """Random changes of training images."""
     loader: LoaderConfig = LoaderConfig()
+    """How training images are mixed and loaded."""
     unannotated: Unannotated = "negative"
-    """What is made of a category that an image's dataset does not annotate. `ignore`: nothing. `negative`:
-    category extraction learns that it is not there; boxes of it are still no mistakes. `teacher`: as the average of the
-    weights clearly says (`train.pseudo_labels`), otherwise nothing."""
+    """What is learnt of a category that an image's dataset does not annotate. `ignore`: nothing. `negative`: category
+    extraction learns that it is not there; a box of it is still no mistake. `pseudo_label`: what the average of the
+    weights clearly answers (`train.pseudo_labels`), otherwise nothing."""
     train: TrainConfig = TrainConfig()
+    """How the network is trained."""
     inference: InferenceConfig = InferenceConfig()
-    """Of evaluations in this run; those after it, and detection, are told theirs anew."""
+    """How evaluations during training detect. Later evaluations, and detection, have their own settings."""
 
     @property
     def evaluation_loader(self) -> LoaderConfig:
@@ -45,19 +51,45 @@ class RunConfig(Config):
 
 def load_recipe(
     size: str = "nano",
-    file: Path | None = None,
+    config: str | Path | RunConfig | None = None,
     overrides: Sequence[str] = (),
     changes: Mapping[str, Any] | None = None,
 ) -> RunConfig:
-    """The configuration of a size, with a YAML file, `section.key=value` overrides and a mapping laid over it.
+    """The configuration of a run.
+
+    Args:
+        size: Whose recipe is the beginning: "nano", "small" or "base".
+        config: Laid over it: a YAML file, or a whole configuration, which leaves nothing of the size's recipe.
+        overrides: Laid over that: `["section.key=value", ...]`.
+        changes: Laid over that: a nested mapping.
 
     Raises:
         ConfigError: the size or a key is unknown, or a value is of the wrong kind.
     """
     if size not in SIZES:
         raise ConfigError(f"unknown size {size!r}", where="--size", hint=did_you_mean(size, SIZES))
-    recipe = resources.files("metr") / "recipes" / f"{size}.yaml"
-    tree = yaml.safe_load(recipe.read_text(encoding="utf-8"))
-    layers = [read_yaml(file)] if file is not None else []
-    where = f"recipe {size}" + (f" with {file}" if file is not None else "") + (" and --set" if overrides else "")
-    return RunConfig.checked(merge(tree, *layers, parse_overrides(overrides), changes or {}), where=where)
+    if isinstance(config, RunConfig):
+        layer, origin = config.model_dump(mode="json"), f"recipe {size} with a RunConfig"
+    elif config is not None:
+        layer, origin = read_yaml(Path(config)), f"recipe {size} with {config}"
+    else:
+        layer, origin = {}, f"recipe {size}"
+    tree = merge(packaged(size), layer, parse_overrides(overrides), changes or {})
+    return RunConfig.checked(tree, where=origin + (" and --set" if overrides else ""))
+
+
+def packaged(name: str) -> Tree:
+    """A recipe that comes with METR, as plain values."""
+    text = (resources.files("metr") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+    tree: Tree = yaml.safe_load(text)
+    return tree
+
+
+def changed_lines(recipe: RunConfig, config: RunConfig) -> list[str]:
+    """`key: recipe's value -> value` of every setting that differs from the recipe."""
+    return [f"{key}: {_short(old)} -> {_short(new)}" for key, old, new in differences(recipe, config)]
+
+
+def _short(value: object) -> str:
+    """A value as YAML has it, on one line."""
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n").removesuffix("\n...")

@@ -1,11 +1,11 @@
-"""Ctrl-C with manners: the first ends training after the step at hand, the second at once."""
+"""Ctrl-C during training: the first ends it after the current step, the second at once."""
 
 import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -16,9 +16,9 @@ class Abandoned(KeyboardInterrupt):
 
 
 class StopSignals:
-    """While entered, SIGINT and SIGTERM ask for an end instead of causing one; the second of them is obeyed at once.
+    """While entered, the first SIGINT or SIGTERM only sets `requested`; the second interrupts the program at once.
 
-    Only the main thread can catch signals: elsewhere this does nothing.
+    Python delivers signals to the main thread alone: in another thread this does nothing.
     """
 
     def __init__(self) -> None:
@@ -32,14 +32,12 @@ class StopSignals:
             self._before = {number: signal.signal(number, self._receive) for number in _SIGNALS}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._restore()
 
     @contextmanager
     def leaving_at_once(self) -> Iterator[None]:
-        """A block that the first signal leaves with `Abandoned`: long, and without anything to be saved."""
+        """In this block the first signal raises `Abandoned`: the block is long, and loses nothing that is not saved."""
         self._at_once = True
         try:
             yield
@@ -58,7 +56,7 @@ class StopSignals:
             raise Abandoned
 
     def _receive_in_child(self, number: int) -> None:
-        """Workers that load data inherit the handler: they leave Ctrl-C to their parent, but can be terminated."""
+        """Workers that load data inherit the handler: they leave Ctrl-C to their parent, and obey SIGTERM."""
         if number == signal.SIGTERM:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

@@ -1,22 +1,32 @@
-"""What training needs to go on exactly where it stopped, on disk as safetensors and JSON."""
+"""What training needs to go on exactly where it stopped, on disk as safetensors and JSON; and its random numbers."""
 
+import logging
 import math
+import random
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from accelerate import Accelerator
 from torch import Tensor, nn, optim
 
-from metr.errors import CheckpointError, MetrError
+from metr.errors import CheckpointError, MetrError, did_you_mean
 from metr.run_directory import RunDirectory, existing_folder, replaced_folder
 from metr.serialization import read_json, read_tensors, write_json, write_tensors
+from metr.training.config import LoopConfig
 from metr.weights import load_weights
 
 COUNTERS = "state.json"
 _NETWORK, _AVERAGE, _OPTIMIZER, _RANDOM = (
     f"{name}.safetensors" for name in ("network", "average", "optimizer", "random")
 )
+_PYTHON_VERSION = 3  # of the tuple that random.getstate gives
+_NUMPY_KIND = "MT19937"
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,32 +63,10 @@ class Window:
 
 
 @dataclass(kw_only=True)
-class HardnessState:
-    """What the shares of the datasets rest on; a restart must find it, or it would draw other images.
-
-    `sums` are box loss and matched objects of each dataset since the last decision, `losses` the mean box loss of each
-    when it was last known, `changes` the draws from which on other shares hold, with these.
-    """
-
-    sums: dict[str, tuple[float, float]] = field(default_factory=dict)
-    losses: dict[str, float] = field(default_factory=dict)
-    changes: list[tuple[int, dict[str, float]]] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, values: Mapping[str, Any]) -> "HardnessState":
-        """The state from plain values."""
-        return cls(
-            sums={name: (loss, objects) for name, (loss, objects) in values["sums"].items()},
-            losses=dict(values["losses"]),
-            changes=[(draw, dict(shares)) for draw, shares in values["changes"]],
-        )
-
-
-@dataclass(kw_only=True)
 class Counters:
     """How far training is.
 
-    `images` counts those that all processes drew together, which is the position of the sampler; `seconds` are those
+    `images` counts those that all processes took together, which is the position of the sampler; `seconds` are those
     spent in steps. `evaluated_step` is the step of the newest evaluation, whose result is `metrics`; `best` is the
     highest value so far of the metric that chooses the best checkpoint.
     """
@@ -93,7 +81,6 @@ class Counters:
     best: float | None = None
     best_step: int = 0
     window: Window = field(default_factory=Window)
-    hardness: HardnessState = field(default_factory=HardnessState)
 
     def add(self, report: StepReport) -> None:
         """Counts one step."""
@@ -113,6 +100,24 @@ class Counters:
         for name, value in report.figures.items():
             window.sums[name] = window.sums.get(name, 0.0) + value
 
+    def is_best(self, name: str) -> bool:
+        """Whether the newest evaluation has the highest value so far of a metric; warns if there is no such metric."""
+        if name not in self.metrics:
+            message = "the evaluation gives no %r, by which loop.best_metric chooses the best checkpoint; %s"
+            _logger.warning(message, name, did_you_mean(name, self.metrics))
+            return False
+        return math.isfinite(self.metrics[name]) and (self.best is None or self.metrics[name] > self.best)
+
+    def has_stalled(self, loop: LoopConfig) -> bool:
+        """Whether the last `loop.patience` evaluations brought no new best.
+
+        It follows from the counters alone, so a resumed run decides as an uninterrupted one. While the best value is
+        0, as in the first evaluations of a run, training goes on.
+        """
+        if not loop.patience or not loop.evaluate_every or self.best is None or self.best <= 0:
+            return False
+        return self.evaluated_step - self.best_step >= loop.patience * loop.evaluate_every
+
     @classmethod
     def of(cls, values: Mapping[str, Any], where: Path) -> "Counters":
         """Counters from plain values.
@@ -121,13 +126,10 @@ class Counters:
             CheckpointError: a value is missing.
         """
         names = {item.name for item in fields(cls)}
-        older = {"hardness": asdict(HardnessState())}  # what states of older versions lack
-        if {*older, *values} != names or set(values["window"]) != {item.name for item in fields(Window)}:
+        if set(values) != names or set(values["window"]) != {item.name for item in fields(Window)}:
             what = f"expected the keys {sorted(names)}, found {sorted(values)}"
-            raise CheckpointError(what, where=where, hint="start training afresh: this state is of another version")
-        values = {**older, **values}
-        nested = {"window": Window(**values["window"]), "hardness": HardnessState.of(values["hardness"])}
-        return cls(**{**values, **nested})
+            raise CheckpointError(what, where=where, hint="start a new run: this state is of another version")
+        return cls(**{**values, "window": Window(**values["window"])})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,14 +141,14 @@ class Trained:
     optimizer: optim.Optimizer
 
 
-def save_state(folder: Path, trained: Trained, counters: Counters, random: Mapping[str, Tensor]) -> None:
+def save_state(folder: Path, trained: Trained, counters: Counters, random_states: Mapping[str, Tensor]) -> None:
     """Writes the state: whole, or not at all.
 
     Args:
         folder: Replaced.
         trained: Networks and optimizer.
         counters: How far training is.
-        random: States of the random number generators, a row a process.
+        random_states: Of the random number generators, a row a process.
 
     Raises:
         CheckpointError: the disk refuses.
@@ -156,7 +158,7 @@ def save_state(folder: Path, trained: Trained, counters: Counters, random: Mappi
         if trained.average is not None:
             write_tensors(fresh / _AVERAGE, trained.average.state_dict())
         write_tensors(fresh / _OPTIMIZER, optimizer_tensors(trained.network, trained.optimizer))
-        write_tensors(fresh / _RANDOM, random)
+        write_tensors(fresh / _RANDOM, random_states)
         write_json(fresh / COUNTERS, asdict(counters))
 
 
@@ -171,14 +173,14 @@ def load_state(folder: Path, trained: Trained) -> tuple[Counters, dict[str, Tens
     """
     folder = existing_folder(folder)
     counters = Counters.of(read_json(folder / COUNTERS), folder / COUNTERS)
-    random = read_tensors(folder / _RANDOM)
+    random_states = read_tensors(folder / _RANDOM)
     hint = "resume with the model's configuration that training began with (config.yaml of the run), or start a new run"
     load_weights(trained.network, read_tensors(folder / _NETWORK), where=folder / _NETWORK, hint=hint)
     if trained.average is not None:
         load_weights(trained.average, read_tensors(folder / _AVERAGE), where=folder / _AVERAGE, hint=hint)
     tensors = read_tensors(folder / _OPTIMIZER)
     restore_optimizer(trained.network, trained.optimizer, tensors, where=folder / _OPTIMIZER)
-    return counters, random
+    return counters, random_states
 
 
 def has_state(folder: Path) -> bool:
@@ -187,10 +189,10 @@ def has_state(folder: Path) -> bool:
 
 
 def check_place(run: RunDirectory, resume: bool) -> None:
-    """Whether a run may be written here.
+    """Checks that a run may be written here.
 
     Raises:
-        MetrError: a run is there already, and is not to be resumed, or something is there that is no folder.
+        MetrError: the folder holds a run that is not to be resumed, or it is a file.
     """
     if run.path.exists() and not run.path.is_dir():
         raise MetrError("expected a folder for the run, found a file", where=run.path, hint="name another folder")
@@ -234,3 +236,58 @@ def restore_optimizer(
 def _optimized(network: nn.Module, optimizer: optim.Optimizer) -> Iterator[tuple[str, nn.Parameter]]:
     members = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     yield from ((name, parameter) for name, parameter in network.named_parameters() if id(parameter) in members)
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds Python's, NumPy's and torch's generators, those of all devices included."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries underneath may draw from the global generator
+    torch.manual_seed(seed)
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """The state of all generators as tensors on the CPU; their shapes never change."""
+    _, words, gauss = random.getstate()
+    numpy: dict[str, Any] = dict(np.random.get_state(legacy=False))  # noqa: NPY002
+    words_of = numpy["state"]
+    state = {
+        "python.words": torch.tensor(words, dtype=torch.int64),
+        "python.gauss": torch.tensor([gauss is not None, gauss or 0.0], dtype=torch.float64),
+        "numpy.words": torch.tensor([*words_of["key"].tolist(), words_of["pos"], numpy["has_gauss"]]),
+        "numpy.gauss": torch.tensor(numpy["gauss"], dtype=torch.float64),
+        "torch.cpu": torch.get_rng_state(),
+    }
+    if device.type != "cpu":
+        state["torch.device"] = torch.get_device_module(device).get_rng_state(device).cpu()
+    return state
+
+
+def restore_random_state(state: Mapping[str, Tensor], device: torch.device) -> None:
+    """Puts back what `random_state` gave; a state from the CPU leaves the device's generator alone."""
+    has_gauss, gauss = state["python.gauss"].tolist()
+    random.setstate((_PYTHON_VERSION, tuple(state["python.words"].tolist()), gauss if has_gauss else None))
+    *keys, position, has_gauss = state["numpy.words"].tolist()
+    words = np.array(keys, dtype=np.uint32)
+    np.random.set_state((_NUMPY_KIND, words, position, has_gauss, state["numpy.gauss"].item()))  # noqa: NPY002
+    torch.set_rng_state(state["torch.cpu"].clone())
+    if device.type != "cpu" and "torch.device" in state:
+        torch.get_device_module(device).set_rng_state(state["torch.device"].clone(), device)
+
+
+@contextmanager
+def undisturbed_random_state(device: torch.device) -> Iterator[None]:
+    """Restores the random state after the block, so that the block uses up no random numbers of training."""
+    state = random_state(device)
+    try:
+        yield
+    finally:
+        restore_random_state(state, device)
+
+
+def gathered_random_state(accelerator: Accelerator) -> dict[str, Tensor]:
+    """The states of all processes' generators, a row each; every process asks for them at once."""
+    device = accelerator.device
+    rows = {name: value.unsqueeze(0) for name, value in random_state(device).items()}
+    if accelerator.num_processes == 1:
+        return rows
+    return {name: accelerator.gather(row.to(device)).cpu() for name, row in rows.items()}

@@ -1,10 +1,15 @@
-"""The verb train: many datasets, one detector."""
+"""The verb train: many datasets, one detector; and what it would do, without doing it."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from rich.console import Console
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
 from torch import nn
 
 from metr.checkpoint import CONFIG, Checkpoint, load_checkpoint
@@ -12,6 +17,8 @@ from metr.config import Config
 from metr.data.joint import JointData, open_joint
 from metr.data.loading import build_train_loader
 from metr.data.records import Annotations
+from metr.data.sampling import mixture_weights
+from metr.devices import in_main_process, process_count, resolved_device, resolved_precision
 from metr.errors import ConfigError
 from metr.evaluation.report import show
 from metr.evaluation.results import EvaluationConfig
@@ -23,41 +30,71 @@ from metr.models.detector import Detector
 from metr.run_directory import RunDirectory, existing_folder
 from metr.text.encoder import TextEncoder
 from metr.training.finetune_recipe import RECIPE, left_to_finetuning
+from metr.training.logger import check_trackers
 from metr.training.provenance import provenance
 from metr.training.pseudo_labels import PseudoLabeler
-from metr.training.random_state import seed_everything
-from metr.training.recipe import RunConfig
-from metr.training.state import check_place
+from metr.training.recipe import RunConfig, changed_lines, load_recipe
+from metr.training.state import check_place, seed_everything
 from metr.training.trainer import Outcome, Trainer, TrainingParts
+
+Data = str | Path | Sequence[str | Path]
+"""One dataset or several, as arguments of a command: a folder, name=folder, or a YAML file that lists some."""
 
 
 def train(
-    data: Sequence[str],
-    out: Path,
-    recipe: RunConfig,
+    data: Data,
+    out: str | Path,
+    config: str | Path | RunConfig | None = None,
     *,
+    size: str = "nano",
+    overrides: Sequence[str] = (),
     resume: bool = False,
+    evaluation: EvaluationConfig | None = None,
     console: Console | None = None,
-    judged: EvaluationConfig | None = None,
 ) -> Outcome:
     """Trains one detector on all datasets together and keeps everything in the run folder `out`.
 
+        train(["photos/", "cells=old/voc"], "runs/joint", size="small", overrides=["train.loop.steps=20000"])
+
     Args:
-        data: Datasets: folders, name=folder, or YAML files that list some.
+        data: One dataset or several: folders, name=folder, or YAML files that list some.
         out: The run folder: configuration, metrics, curves, best and last checkpoint, the state to resume from.
-        recipe: Everything else.
+        config: Laid over the size's recipe: a YAML file, or a whole configuration.
+        size: Whose recipe is the beginning: "nano", "small" or "base".
+        overrides: Laid over both: `["section.key=value", ...]`.
         resume: Go on where the run in `out` stopped.
-        console: Where progress is shown.
-        judged: How evaluations during training are made; own names by default, which is the quickest.
+        evaluation: How evaluations during training are made. By default each dataset is evaluated with its own names
+            alone, which is quickest.
+        console: Where progress is shown; None shows none.
 
     Raises:
         MetrError: data, configuration or the run folder do not fit; the message says what and where.
     """
-    console = console or Console(quiet=True)
-    check_place(RunDirectory(out), resume)
-    joint = open_joint(data)
+    console, run = main_console(console), RunDirectory(Path(out))
+    recipe = load_recipe(size, config, overrides)
+    check_recipe(recipe)
+    check_place(run, resume)
+    joint = open_joint(arguments(data))
+    show_changes(load_recipe(size), recipe, f"the recipe {size}", console)
     parts = training_parts(joint, recipe, console)
-    return fit(parts, joint.evaluation(), recipe, out, resume=resume, console=console, judged=judged)
+    return fit(parts, joint.evaluation(), recipe, run.path, resume=resume, console=console, evaluation=evaluation)
+
+
+def plan(
+    data: Data, config: str | Path | RunConfig | None = None, *, size: str = "nano", overrides: Sequence[str] = ()
+) -> RenderableType:
+    """What `train` would do with these arguments, as a page for `rich.print`. It writes indices of datasets alone.
+
+    Raises:
+        MetrError: data or configuration do not fit; the message says what and where.
+    """
+    recipe = load_recipe(size, config, overrides)
+    check_recipe(recipe)
+    joint = open_joint(arguments(data))
+    changes = changed_lines(load_recipe(size), recipe)
+    title = f"It differs from the recipe {size} in:" if changes else f"It is the recipe {size}, unchanged."
+    lines = [*_plan_lines(joint, recipe), "", title, *(f"  {change}" for change in changes)]
+    return Group(_plan_table(joint, recipe), *map(Text, lines))
 
 
 def fit(
@@ -68,35 +105,35 @@ def fit(
     *,
     resume: bool,
     console: Console,
-    judged: EvaluationConfig | None = None,
+    evaluation: EvaluationConfig | None = None,
 ) -> Outcome:
     """Trains what is put together already.
 
     Args:
         parts: Network, criterion, loader and the rest of the checkpoint.
         sets: What is evaluated on during training, by dataset.
-        recipe: The whole configuration, shown and saved.
+        recipe: The whole configuration, saved in the run folder.
         out: The run folder.
         resume: Go on where the run in `out` stopped.
         console: Where progress is shown.
-        judged: How evaluations during training are made; own names by default.
+        evaluation: How evaluations during training are made; own names by default.
 
     Raises:
         MetrError: the run folder does not fit; the message says what and where.
     """
     if resume:
         _check_same(RunDirectory(out), parts.checkpoint)
-    judge = EvaluationRunner(
+    runner = EvaluationRunner(
         parts.checkpoint.vocabulary,
         parts.checkpoint.text_embeddings,
         sets,
         recipe.augmentation.resize,
         recipe.evaluation_loader,
-        judged or _quick_evaluation(recipe.inference),
+        evaluation or _quick_evaluation(recipe.inference),
     )
 
     def evaluate(network: nn.Module) -> dict[str, float]:
-        report = judge.report(network, unannotated=recipe.unannotated)
+        report = runner.report(network, unannotated=recipe.unannotated)
         show(report, console)
         return report.metrics()
 
@@ -106,7 +143,7 @@ def fit(
 
 def training_parts(joint: JointData, recipe: RunConfig, console: Console) -> TrainingParts:
     """Network, criterion, loader and the rest of the checkpoint, made from data and recipe."""
-    check_teacher(recipe)
+    check_recipe(recipe)
     encoder = TextEncoder(recipe.text)
     with console.status("embedding the names"):
         embeddings = encoder.embed(joint.vocabulary)
@@ -116,7 +153,7 @@ def training_parts(joint: JointData, recipe: RunConfig, console: Console) -> Tra
     if recipe.model.categories.whitening and len(embeddings) > 1:
         network.category_extraction.whiten(embeddings, recipe.model.categories.whitening)
     datasets = joint.training(recipe.augmentation, recipe.unannotated)
-    mixed = recipe.loader.with_base_mixture(joint.mixture(recipe.loader.base_mixture))
+    loader = recipe.loader.model_copy(update={"mixture": joint.mixture(recipe.loader.mixture)})
     checkpoint = Checkpoint(
         model=rebuildable(recipe.model, network),
         vocabulary=joint.vocabulary,
@@ -128,40 +165,58 @@ def training_parts(joint: JointData, recipe: RunConfig, console: Console) -> Tra
     return TrainingParts(
         network=network,
         criterion=SetCriterion(recipe.criterion),
-        loader=partial(build_train_loader, datasets, mixed),
+        loader=partial(build_train_loader, datasets, loader),
         checkpoint=checkpoint,
         teacher=teacher_of(joint, recipe),
     )
 
 
-def check_teacher(recipe: RunConfig) -> None:
-    """Whether there is a teacher where one is asked for.
+def check_recipe(recipe: RunConfig) -> None:
+    """Checks what a configuration needs besides values of the right kind: a teacher, and trackers.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: pseudo-labels are asked for without an average of the weights, or a tracker is not installed.
     """
+    check_trackers(recipe.train.loop.trackers)
     if recipe.unannotated == "pseudo_label" and not recipe.train.ema.enabled:
-        what = "the teacher is the average of the weights, which is off"
+        what = "pseudo-labels come from the average of the weights, which is off"
         raise ConfigError(what, where="unannotated", hint="set train.ema.enabled=true, or unannotated=ignore")
 
 
 def teacher_of(joint: JointData, recipe: RunConfig) -> PseudoLabeler | None:
-    """The average's say in the categories that each dataset does not annotate, where it has one."""
-    return (
-        PseudoLabeler(recipe.train.pseudo_labels, joint.unannotated()) if recipe.unannotated == "pseudo_label" else None
-    )
+    """What gives pseudo-labels for categories that a dataset does not annotate; None where they are not wanted."""
+    if recipe.unannotated != "pseudo_label":
+        return None
+    return PseudoLabeler(recipe.train.pseudo_labels, joint.unannotated())
+
+
+def arguments(data: Data) -> list[str]:
+    """Datasets as arguments of a command."""
+    return [str(data)] if isinstance(data, str | Path) else [str(one) for one in data]
+
+
+def main_console(console: Console | None) -> Console:
+    """The console in the main process; a silent one in the other processes, or where none is given."""
+    return console if console is not None and in_main_process() else Console(quiet=True)
+
+
+def show_changes(recipe: RunConfig, config: RunConfig, name: str, console: Console) -> None:
+    """Prints what in a configuration differs from a recipe."""
+    if changes := changed_lines(recipe, config):
+        lines = "\n".join([f"configuration: {name}, but for", *(f"  {change}" for change in changes)])
+        console.print(lines, highlight=False, markup=False, soft_wrap=True)
 
 
 def _quick_evaluation(config: InferenceConfig) -> EvaluationConfig:
-    """Own names alone, answered and finished as the recipe says."""
+    """Own names alone, with the precision and the postprocessing of the recipe."""
     return EvaluationConfig(modes=("own",), precision=config.precision, postprocess=config.postprocess)
 
 
 def _check_same(run: RunDirectory, checkpoint: Checkpoint) -> None:
-    """A run goes on with the names and the text encoder that it began with.
+    """Checks that a run goes on with the names and the text encoder that it began with.
 
     Raises:
-        ConfigError: they are others.
+        ConfigError: it has others.
     """
     if not (existing_folder(run.last) / CONFIG).is_file():
         return
@@ -185,3 +240,44 @@ def rebuildable(config: DetectorConfig, network: Detector) -> DetectorConfig:
 def plain(config: Config) -> dict[str, object]:
     """A configuration as the plain values of a checkpoint."""
     return config.model_dump(mode="json")
+
+
+def _plan_table(joint: JointData, recipe: RunConfig) -> Table:
+    """A row for each dataset: images, categories, and how often training sees it."""
+    lengths, evaluated = joint.lengths, joint.evaluation()
+    fractions = mixture_weights(lengths, joint.mixture(recipe.loader.mixture))
+    total = _images_a_step(recipe) * recipe.train.loop.steps
+    table = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False)
+    table.add_column("dataset", overflow="fold")
+    table.add_column("format")
+    for head in ("categories", "train images", "evaluated on", "of samples", "epochs"):
+        table.add_column(head, justify="right")
+    for source in joint.sources:
+        name, split = source.name, evaluated[source.name]
+        numbers = [f"{len(source.categories):,}", f"{lengths[name]:,}", f"{split.split} {len(split):,}"]
+        numbers += [f"{fractions[name]:.0%}", f"{total * fractions[name] / lengths[name]:,.1f}"]
+        table.add_row(escape(name), source.format, *numbers)
+    return table
+
+
+def _plan_lines(joint: JointData, recipe: RunConfig) -> list[str]:
+    """Names, steps, device and sizes, a line each."""
+    loop, model, resize = recipe.train.loop, recipe.model, recipe.augmentation.resize
+    owners = Counter(name for source in joint.sources for name in set(source.categories))
+    shared = sum(count > 1 for count in owners.values())
+    device, images = resolved_device(loop.device), _images_a_step(recipe)
+    shape = f"{resize.size} x {resize.size}" if resize.mode == "stretch" else f"{resize.size} to {resize.longest}"
+    sizes = f", in training {', '.join(map(str, recipe.augmentation.sizes))}" if recipe.augmentation.sizes else ""
+    every = f"every {loop.evaluate_every:,} steps and at the end" if loop.evaluate_every else "at the end"
+    return [
+        f"names: {len(joint.vocabulary):,}, {shared:,} of them in several datasets; unannotated: {recipe.unannotated}",
+        f"steps: {loop.steps:,} of {images:,} images, {loop.steps * images:,} images in all; evaluated {every}",
+        f"device: {device}, {resolved_precision(loop.precision, device)}, processes: {process_count()}",
+        f"images: {shape} pixels ({resize.mode}){sizes}",
+        f"network: {model.backbone.name}, {model.encoder.kind} encoder, {model.decoder.layers} decoder layers, "
+        f"width {model.width}, {model.queries.number} queries; text: {recipe.text.source}",
+    ]
+
+
+def _images_a_step(recipe: RunConfig) -> int:
+    return recipe.loader.batch_size * recipe.train.loop.accumulation * process_count()

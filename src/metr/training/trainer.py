@@ -3,52 +3,49 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
 from rich.console import Console
 from torch import Tensor, nn
 
 from metr.checkpoint import Checkpoint, save_checkpoint
 from metr.config import Config
 from metr.data.loading import TrainLoader
-from metr.devices import autocast, resolved_precision
+from metr.devices import autocast, peak_memory, resolved_precision
 from metr.errors import MetrError
 from metr.losses.criterion import SetCriterion
 from metr.losses.statistics import match_statistics
 from metr.run_directory import RunDirectory
 from metr.structures import Batch, Losses, Targets
-from metr.training.batch_iterator import Stream
 from metr.training.config import TrainConfig
 from metr.training.curves import plot_curves
-from metr.training.early_stop import has_stalled, is_best
-from metr.training.ema import Ema, KeptBuffers
-from metr.training.freezing import freeze
-from metr.training.logger import MATCHING, RunLogger
-from metr.training.metrics import read_metrics
-from metr.training.optimizer import build_optimizer, set_learning_rates
-from metr.training.pseudo_labels import PseudoLabeler
-from metr.training.random_state import (
-    gathered_random_state,
-    restore_random_state,
-    seed_everything,
-    undisturbed_random_state,
+from metr.training.logger import MATCHING, RunLogger, RuntimeStats, build_accelerator, read_metrics
+from metr.training.optimization import (
+    Ema,
+    KeptBuffers,
+    build_optimizer,
+    freeze,
+    learning_rate_factor,
+    set_learning_rates,
 )
-from metr.training.schedule import learning_rate_factor
+from metr.training.pseudo_labels import PseudoLabeler
 from metr.training.signals import Abandoned, StopSignals
 from metr.training.state import (
     Counters,
     StepReport,
     Trained,
     check_place,
+    gathered_random_state,
     has_state,
     load_state,
+    restore_random_state,
     save_state,
+    seed_everything,
+    undisturbed_random_state,
 )
 from metr.training.vocabulary_sampling import narrowed, sample_vocabulary
 
@@ -60,9 +57,9 @@ _logger = logging.getLogger(__name__)
 class TrainingParts:
     """What is trained, on what, and all that goes into its checkpoints besides the weights.
 
-    `loader` is called once with the keywords `seed`, `start` (draws already made by all processes), `rank`, `world` and
-    `device`: `partial(build_train_loader, datasets, config)`. `checkpoint` lacks its weights; its text embeddings are
-    those that the network is trained with. `teacher` adds to the targets what the average of the weights says.
+    `loader` is called once with the keywords `seed`, `start` (samples already taken by all processes), `rank`, `world`
+    and `device`: `partial(build_train_loader, datasets, config)`. `checkpoint` lacks its weights; its text embeddings
+    are those that the network is trained with. `teacher` adds pseudo-labels to the targets.
     """
 
     network: nn.Module
@@ -74,9 +71,9 @@ class TrainingParts:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How training ended: after which step, whether something is left to be done, and what the evaluations said.
+    """How training ended: after which step, whether it was interrupted, and what the evaluations gave.
 
-    `stalled` says that it ended before the last step, because the best checkpoint grew old (`loop.patience`).
+    `stalled` says that it ended before the last step because evaluations had stopped improving (`loop.patience`).
     """
 
     step: int
@@ -94,8 +91,8 @@ class Trainer:
         parts: Network, criterion, data, and the rest of the checkpoint.
         config: Optimizer, schedule, average and loop.
         folder: The run folder; made if it is missing.
-        evaluate: Called in the main process with the network to judge, in evaluation mode; gives metrics by name.
-        resolved: The whole configuration, shown once and saved as config.yaml; `config` by default.
+        evaluate: Called in the main process with the network in evaluation mode; returns metrics by name.
+        resolved: The whole configuration, saved as config.yaml; `config` by default.
         console: Where progress is shown; None leaves it to the log.
     """
 
@@ -106,15 +103,11 @@ class Trainer:
         folder: Path,
         *,
         evaluate: Evaluate | None = None,
-        resolved: Config | str | None = None,
+        resolved: Config | None = None,
         console: Console | None = None,
     ) -> None:
         self.parts, self.config, self.folder, self.evaluate = parts, config, RunDirectory(folder), evaluate
-        # Evaluation in the main process may keep the others waiting for long.
-        patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))
-        self.accelerator = Accelerator(
-            cpu=config.loop.device == "cpu", mixed_precision="no", kwargs_handlers=[patience]
-        )
+        self.accelerator = build_accelerator(config.loop, self.folder)
         self.device = self.accelerator.device
         self.precision = resolved_precision(config.loop.precision, self.device)
         self.plain_network = parts.network.to(self.device)
@@ -126,27 +119,28 @@ class Trainer:
         self.criterion = parts.criterion.to(self.device)
         self.text = parts.checkpoint.text_embeddings.to(self.device)
         self.counters = Counters()
-        self._stream: Stream | None = None
+        self._loader: TrainLoader | None = None
         self._resolved = config if resolved is None else resolved
         self._saved_step = -1
         self._stop_signals = StopSignals()
-        self._run_logger = RunLogger(self.folder, config.loop, console, silent=not self.accelerator.is_main_process)
+        self._run_logger = RunLogger(self.folder, config.loop, console, self.accelerator)
 
     def train_step(self, batches: Sequence[Batch]) -> StepReport:
         """One update of the weights, by the gradients of all `batches`, averaged."""
-        rates = set_learning_rates(self.optimizer, self._learning_rate_factor())
+        factor = learning_rate_factor(self.counters.step, self.config.loop.steps, self.config.schedule)
+        rates = set_learning_rates(self.optimizer, factor)
         figures: dict[str, float] = {}
         for number, batch in enumerate(batches, 1):
             with self._exchanging_gradients(number == len(batches)):
                 losses, values = self._losses(batch.to(self.device, non_blocking=True))
                 if faulty := tuple(name for name, value in values.items() if not math.isfinite(value)):
-                    return self._without_effect(StepReport(learning_rate=rates, faulty=faulty))
+                    return self._skip(StepReport(learning_rate=rates, faulty=faulty))
                 self.accelerator.backward(losses.total / len(batches))
             figures = {name: figures.get(name, 0.0) + value / len(batches) for name, value in values.items()}
 
         norm = self._clip_gradient()
         if not math.isfinite(norm):
-            return self._without_effect(StepReport(learning_rate=rates, faulty=("the gradient",)))
+            return self._skip(StepReport(learning_rate=rates, faulty=("the gradient",)))
         self.optimizer.step()
         self.optimizer.zero_grad()
         self._buffers.keep()
@@ -158,18 +152,18 @@ class Trainer:
         """Trains to the last step, or until Ctrl-C.
 
         Args:
-            resume: Go on from the state that the folder holds, if it holds one; otherwise such a folder is refused.
+            resume: Go on from the state that the folder holds, if it holds one.
 
         Raises:
-            MetrError: the folder holds a run and `resume` is off, or losses stay not finite.
+            MetrError: the folder holds a run and `resume` is off, or step after step has numbers that are not finite.
             CheckpointError: the saved state is damaged or of another network.
         """
         self._stop_signals = StopSignals()
         with self._stop_signals, self._run_logger:
-            stream = self._begin(resume)
+            batches = self._begin(resume)
             self._evaluate_if_due()  # a run may have been stopped before an evaluation
             while self.counters.step < self.config.loop.steps and not (self._asked_to_stop() or self._has_stalled()):
-                self._advance(stream)
+                self._advance(batches)
                 self._evaluate_if_due()
                 self._save_if_due()
             return self._end()
@@ -185,8 +179,6 @@ class Trainer:
         losses: Losses = self.criterion(output, targets, matches)
         statistics = match_statistics(output, targets, matches)
         matching = {MATCHING + name: value for name, value in vars(statistics).items()}
-        if self._stream is not None:
-            matching |= self._stream.figures(output, targets, matches, self.criterion.config.weights, batch)
         return losses, self._averaged({**losses.terms, **matching})
 
     def _targets(self, batch: Batch) -> tuple[Targets, ...]:
@@ -213,24 +205,21 @@ class Trainer:
         return nullcontext() if wanted else self.accelerator.no_sync(self.network)
 
     def _clip_gradient(self) -> float:
-        """Clips the gradient in place, and gives its norm before that."""
+        """Clips the gradient in place, and returns its norm before that."""
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         limit = self.config.optimizer.clip_norm or math.inf
         return float(nn.utils.clip_grad_norm_(parameters, limit))
 
-    def _without_effect(self, report: StepReport) -> StepReport:
-        """Forgets the gradients, and what the forward epochs did to running statistics."""
+    def _skip(self, report: StepReport) -> StepReport:
+        """Drops the gradients, and undoes what the forward passes did to running statistics."""
         self.optimizer.zero_grad()
         self._buffers.restore()
         return report
 
-    def _learning_rate_factor(self) -> float:
-        return learning_rate_factor(self.counters.step, self.config.loop.steps, self.config.schedule)
-
     # the parts of a run
 
-    def _begin(self, resume: bool) -> Stream:
-        """Takes up the saved state, or starts afresh."""
+    def _begin(self, resume: bool) -> Iterator[Batch]:
+        """Loads the saved state, or starts anew; returns the batches from there on."""
         accelerator, loop = self.accelerator, self.config.loop
         rank, world = accelerator.process_index, accelerator.num_processes
         seed_everything(loop.seed + rank)
@@ -240,11 +229,10 @@ class Trainer:
         elif resume and accelerator.is_main_process:
             _logger.info("nothing to resume in %s: training starts afresh", self.folder.path)
         start = self.counters.images
-        loader = self.parts.loader(seed=loop.seed, start=start, rank=rank, world=world, device=self.device)
-        self._stream = Stream(loader, self.counters)
+        self._loader = self.parts.loader(seed=loop.seed, start=start, rank=rank, world=world, device=self.device)
         self._run_logger.begin(self._resolved, self.counters)
         self._to_training_mode()
-        return self._stream
+        return iter(self._loader)
 
     def _to_training_mode(self) -> None:
         """Frozen parts stay in evaluation mode."""
@@ -252,22 +240,21 @@ class Trainer:
         for module in self._frozen:
             module.eval()
 
-    def _advance(self, stream: Stream) -> None:
-        """Draws batches, makes a step, and counts it."""
+    def _advance(self, batch_iterator: Iterator[Batch]) -> None:
+        """Takes batches, makes a step, and counts it."""
         started = time.perf_counter()
-        batches = stream.take(self.config.loop.accumulation)
+        batches = [next(batch_iterator) for _ in range(self.config.loop.accumulation)]
         waiting = time.perf_counter() - started
         report = self.train_step(batches)
         images = sum(len(batch.images) for batch in batches) * self.accelerator.num_processes
         report = replace(report, images=images, seconds=time.perf_counter() - started, waiting=waiting)
         self.counters.add(report)
-        stream.after(report)
         if report.faulty:
-            self._complain(report, batches)
-        self._run_logger.step(report, self.counters, lambda: stream.runtime_stats(self.device))
+            self._check_skipped(report, batches)
+        self._run_logger.step(report, self.counters, self._runtime_stats)
 
-    def _complain(self, report: StepReport, batches: Sequence[Batch]) -> None:
-        """Says why a step was skipped; gives up when that does not end."""
+    def _check_skipped(self, report: StepReport, batches: Sequence[Batch]) -> None:
+        """Logs why a step was skipped; gives up when too many are skipped in a row."""
         counters, most = self.counters, self.config.loop.max_skipped
         names = self._run_logger.skipped(report, counters, batches)
         if counters.skipped_in_a_row >= most:
@@ -277,16 +264,20 @@ class Trainer:
 
     @property
     def _epochs(self) -> dict[str, float]:
-        """How many times over each dataset has been seen."""
-        return {} if self._stream is None else self._stream.epochs
+        """How many times each dataset has been seen."""
+        return {} if self._loader is None else self._loader.sampler.epochs(self.counters.images)
+
+    def _runtime_stats(self) -> RuntimeStats:
+        unreadable = 0 if self._loader is None else len(self._loader.issues)
+        return RuntimeStats(memory=peak_memory(self.device), epochs=self._epochs, unreadable=unreadable)
 
     def _asked_to_stop(self) -> bool:
         """Whether any process was: all of them stop after the same step."""
         return self._in_any_process(self._stop_signals.requested)
 
     def _has_stalled(self) -> bool:
-        """Whether the main process, which alone knows the evaluations, says so."""
-        return self._in_any_process(has_stalled(self.counters, self.config.loop))
+        """Whether evaluations have stopped improving, which the main process alone knows."""
+        return self._in_any_process(self.counters.has_stalled(self.config.loop))
 
     def _in_any_process(self, flag: bool) -> bool:
         return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.device), "sum") > 0)
@@ -308,27 +299,27 @@ class Trainer:
 
     @torch.no_grad()
     def _evaluate(self, evaluate: Evaluate) -> None:
-        """Judges the average, or the network if there is none, and keeps it if it is the best so far."""
-        counters, network, journal, interrupts = self.counters, self._judged, self._run_logger, self._stop_signals
+        """Evaluates the average, or the network if there is none, and saves it if it is the best so far."""
+        counters, logger, signals = self.counters, self._run_logger, self._stop_signals
         try:
-            with undisturbed_random_state(self.device), interrupts.leaving_at_once(), journal.evaluation(counters.step):
-                metrics = evaluate(network.eval())
+            with undisturbed_random_state(self.device), signals.leaving_at_once(), logger.evaluation(counters.step):
+                metrics = evaluate(self._inference_network.eval())
         except Abandoned:
-            _logger.warning("the evaluation is broken off; resuming makes up for it")
+            _logger.warning("the evaluation is broken off; a resumed run makes it again")
             return
         finally:
             self._to_training_mode()
         counters.evaluated_step = counters.step
         counters.metrics = {name: float(value) for name, value in metrics.items() if value is not None}
-        journal.evaluated(counters, self._epochs)
-        if is_best(counters, best_metric := self.config.loop.best_metric):
+        logger.evaluated(counters, self._epochs)
+        if counters.is_best(best_metric := self.config.loop.best_metric):
             counters.best, counters.best_step = counters.metrics[best_metric], counters.step
             save_checkpoint(self.folder.best, self._checkpoint())
 
     # checkpoints
 
     @property
-    def _judged(self) -> nn.Module:
+    def _inference_network(self) -> nn.Module:
         """The network that is evaluated and saved."""
         return self.plain_network if self.ema is None else self.ema.network
 
@@ -337,7 +328,7 @@ class Trainer:
         epochs = {name: round(times, 3) for name, times in self._epochs.items()}
         counted = {"step": counters.step, "images": counters.images, "epochs": epochs, "metrics": counters.metrics}
         training = {**self.parts.checkpoint.training, **counted}
-        return replace(self.parts.checkpoint, weights=self._judged.state_dict(), training=training)
+        return replace(self.parts.checkpoint, weights=self._inference_network.state_dict(), training=training)
 
     def _trained(self) -> Trained:
         average = None if self.ema is None else self.ema.network
@@ -349,40 +340,40 @@ class Trainer:
             self._save()
 
     def _save(self, again: bool = False) -> None:
-        """Writes the last checkpoint and the state, unless this step's are there already and suffice."""
+        """Writes the last checkpoint and the state, unless those of this step are written already; or `again`."""
         if self._saved_step == self.counters.step and not again:
             return
-        random = gathered_random_state(self.accelerator)
+        random_states = gathered_random_state(self.accelerator)
         if self.accelerator.is_main_process:
             save_checkpoint(self.folder.last, self._checkpoint())
-            save_state(self.folder.state, self._trained(), self.counters, random)
+            save_state(self.folder.state, self._trained(), self.counters, random_states)
         self.accelerator.wait_for_everyone()
         self._saved_step = self.counters.step
 
     def _load(self, rank: int) -> None:
-        self.counters, random = load_state(self.folder.state, self._trained())
+        self.counters, random_states = load_state(self.folder.state, self._trained())
         self._buffers.keep()
         self._saved_step = self.counters.step
-        if all(rank < len(rows) for rows in random.values()):
-            restore_random_state({name: rows[rank] for name, rows in random.items()}, self.device)
+        if all(rank < len(rows) for rows in random_states.values()):
+            restore_random_state({name: rows[rank] for name, rows in random_states.items()}, self.device)
         else:
-            _logger.warning("the run had fewer processes: this one begins with random numbers of its own")
+            _logger.warning("the run had fewer processes: the random numbers of this one begin anew")
             seed_everything(self.config.loop.seed + rank + self.counters.images)
         _logger.info("going on after step %d", self.counters.step)
 
     def _end(self) -> Outcome:
-        """Saves, draws the curves, and says how to go on if this is not the last step."""
+        """Saves, draws the curves, and logs how to go on if this is not the last step."""
         self._save()
         counters, steps = self.counters, self.config.loop.steps
         is_main = self.accelerator.is_main_process
         stalled = counters.step < steps and self._has_stalled()
-        # a stop before or in the last evaluation leaves that to be made up for
+        # a run that was stopped before or in its last evaluation still has to make it
         unfinished = (counters.step < steps and not stalled) or (
             self.evaluate is not None and counters.evaluated_step < counters.step
         )
         if is_main and self.config.loop.curves and read_metrics(self.folder.metrics):
             plot_curves(self.folder.path)
-        if counters.evaluated_step < counters.step:  # else it is said already
+        if counters.evaluated_step < counters.step:  # else the evaluation has logged it
             self._run_logger.seen(self._epochs)
         if unfinished or stalled:
             self._run_logger.stopped(counters, stalled)

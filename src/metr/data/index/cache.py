@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+from filelock import FileLock, Timeout
 
 from metr.data.formats.base import Reader
 from metr.data.formats.files import signature
@@ -25,7 +26,6 @@ from metr.data.index.annotation_index import VERSION as INDEX_VERSION
 from metr.data.index.annotation_index import AnnotationIndex, LabelMap
 from metr.data.index.build import MANIFEST, build_index
 from metr.data.index.manifest import Manifest, encodable, shown_name, unpacked_name
-from metr.data.locks import alone
 from metr.data.records import DataIssue
 from metr.data.splits import SplitPlan
 from metr.errors import DataError
@@ -80,7 +80,7 @@ def stored(reader: Reader, plan: SplitPlan, cache: Path) -> StoredDataset:
         return found
     try:
         place.mkdir(parents=True, exist_ok=True)
-        with alone(place / _LOCK):
+        with _locked(place):
             return _found(reader, place) or _build(reader, plan, place)
     except OSError as error:
         temporary = Path(tempfile.mkdtemp(prefix="metr-index-"))
@@ -91,6 +91,16 @@ def stored(reader: Reader, plan: SplitPlan, cache: Path) -> StoredDataset:
     except OSError as error:
         hint = "free some disk space, or name another folder in METR_CACHE"
         raise DataError(f"the index of {reader.root} cannot be written: {error}", where=temporary, hint=hint) from None
+
+
+def _locked(place: Path) -> contextlib.AbstractContextManager[object]:
+    """Waits until no other process builds in a folder; the lock ends with the block, or with its process."""
+    lock = FileLock(place / _LOCK)
+    try:
+        return lock.acquire(blocking=False)
+    except Timeout:
+        logger.info("another process builds the index in %s; waiting for it", place)
+        return lock.acquire()
 
 
 def _found(reader: Reader, place: Path) -> StoredDataset | None:
