@@ -37,6 +37,4 @@ class EfficientNetLiteConfig(BackboneConfigMixin, PreTrainedConfig):  # type: ig
         self.set_output_features_output_indices(out_features=out_features, out_indices=out_indices)
 
 
-def register() -> None:
-    """Makes it known to `AutoConfig`; more than once does nothing."""
-    AutoConfig.register(EfficientNetLiteConfig.model_type, EfficientNetLiteConfig, exist_ok=True)
+AutoConfig.register(EfficientNetLiteConfig.model_type, EfficientNetLiteConfig, exist_ok=True)

@@ -10,10 +10,11 @@ from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
-# once the one is imported, the other registers; nothing may be imported sooner, as transformers imports in circles
+# As soon as the one is imported, the other is imported and registers itself; no sooner, for transformers imports in
+# circles.
 _REGISTRARS = {
     "transformers.models.auto.configuration_auto": "metr.registered_config",
-    "transformers.models.auto.modeling_auto": "metr.models.backbones.registered",
+    "transformers.models.auto.modeling_auto": "metr.models.backbones.efficientnet_lite",
 }
 
 
@@ -33,7 +34,7 @@ class _Follower(MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
-            import_module(_REGISTRARS[fullname]).register()
+            import_module(_REGISTRARS[fullname])
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
@@ -43,6 +44,6 @@ def register_backbone() -> None:
     """Registers now what can be, and the rest when transformers is imported; more than once does nothing."""
     for name, registrar in _REGISTRARS.items():
         if name in sys.modules:
-            import_module(registrar).register()
+            import_module(registrar)
     if not any(isinstance(finder, _Follower) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Follower())

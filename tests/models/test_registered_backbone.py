@@ -11,8 +11,7 @@ from transformers import AutoBackbone, AutoConfig, AutoModelForObjectDetection, 
 
 import metr  # noqa: F401  (which registers it)
 from metr.models.backbones import build_backbone
-from metr.models.backbones.batch_norm import FrozenBatchNorm
-from metr.models.backbones.config import BackboneConfig
+from metr.models.backbones.base import BackboneConfig, FrozenBatchNorm
 from metr.registered_config import EfficientNetLiteConfig
 
 OPTIONS = {"width": 0.25, "depth": 0.5}

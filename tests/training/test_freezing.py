@@ -9,7 +9,7 @@ from torch import nn
 
 from metr.errors import ModelError
 from metr.models.backbones import build_backbone
-from metr.models.backbones.config import BackboneConfig
+from metr.models.backbones.base import BackboneConfig
 from metr.training.freezing import backbone_stages, depths_below_top, freeze
 from metr.training.trainer import Trainer
 

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from metr.models.encoders import Encoder
-from metr.models.encoders.fusion import AggregatingFusion, ConvNorm, Fusion, RepVggBlock
-from metr.models.encoders.hybrid import HybridEncoder
+from metr.models.encoders.hybrid import AggregatingFusion, ConvNorm, Fusion, HybridEncoder, RepVggBlock
 
 # nodes of the Gauss-Hermite quadrature: means of smooth functions to five digits
 _NODES = 33

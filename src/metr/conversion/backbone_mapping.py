@@ -6,11 +6,9 @@ from typing import Any
 
 from metr.conversion.table import Row
 from metr.errors import ModelError
-from metr.models.backbones.base import Backbone
-from metr.models.backbones.config import BackboneConfig
-from metr.models.backbones.efficientnet_lite import EfficientNetLiteBackbone
+from metr.models.backbones.base import Backbone, BackboneConfig
+from metr.models.backbones.efficientnet_lite import STAGE_OF_STRIDE, EfficientNetLiteBackbone
 from metr.models.backbones.hugging_face import HuggingFaceBackbone
-from metr.models.backbones.registered import STAGE_OF_STRIDE
 from metr.registered_config import EfficientNetLiteConfig
 
 _NOT_OPTIONS = frozenset({"out_features", "out_indices", "stage_names", "architectures", "dtype", "model_type"})

@@ -1,14 +1,12 @@
 """The images of a run: a loader, how far it is, and what it tells of its datasets."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from metr.data.loading import TrainLoader
 from metr.devices import peak_memory
 from metr.losses.config import LossWeights
-from metr.losses.statistics import box_losses_of_images
+from metr.losses.matcher import box_losses_of_images
 from metr.structures import Batch, DetectorOutput, Matches, Targets
 from metr.training.logger import RuntimeStats
 from metr.training.loss_weighted_sampling import HardnessFollower
@@ -35,7 +33,7 @@ class Stream:
         return [next(self._batches) for _ in range(number)]
 
     def figures(
-        self, output: DetectorOutput, targets: Sequence[Targets], matches: Matches, weights: LossWeights, batch: Batch
+        self, output: DetectorOutput, targets: Targets, matches: Matches, weights: LossWeights, batch: Batch
     ) -> dict[str, Tensor]:
         """Scalars that `after` wants to find among the figures of a step; none where shares stay as they are."""
         if self._hardness is None:

@@ -13,7 +13,7 @@ from metr.conversion.published.restricted_unpickling import PickledCheckpoint
 from metr.conversion.table import Row
 from metr.conversion.targets.base import Derived
 from metr.errors import ModelError
-from metr.models.backbones.config import BackboneConfig
+from metr.models.backbones.base import BackboneConfig
 from metr.models.config import (
     CategoryConfig,
     DecoderConfig,

@@ -13,7 +13,7 @@ from metr.conversion.published.sources import of_layer_head
 from metr.conversion.table import Row, State
 from metr.data.config import ResizeConfig
 from metr.errors import ModelError
-from metr.models.backbones.config import BackboneConfig
+from metr.models.backbones.base import BackboneConfig
 from metr.models.config import DecoderConfig, DetectorConfig, EncoderConfig
 from metr.models.detector import Detector
 

@@ -3,18 +3,21 @@
 import re
 from collections.abc import Mapping
 from math import ceil
+from typing import Any
 
 import torch
 from einops import reduce
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, pad
+from transformers import AutoBackbone, PreTrainedModel, initialization
+from transformers.backbone_utils import BackboneMixin
+from transformers.modeling_outputs import BackboneOutput
 
 from metr.bundled import efficientnet_lite0_weights
 from metr.errors import ConfigError, DependencyError
-from metr.models.backbones.base import Backbone
-from metr.models.backbones.batch_norm import FrozenBatchNorm, freeze_batch_norms
-from metr.models.backbones.config import BackboneConfig
+from metr.models.backbones.base import Backbone, BackboneConfig, FrozenBatchNorm, freeze_batch_norms
+from metr.registered_config import EfficientNetLiteConfig
 
 # Of each stage: blocks, kernel, stride of the first block, expansion, channels.
 _STAGES = (
@@ -254,3 +257,50 @@ def _rounded(channels: float) -> int:
     """The nearest multiple of 8, at least 8 and not under nine tenths."""
     nearest = max(8, int(channels + 4) // 8 * 8)
     return nearest + 8 if nearest < 0.9 * channels else nearest
+
+
+STAGE_OF_STRIDE = {4: "stage2", 8: "stage3", 16: "stage5", 32: "stage7"}
+"""The stage that ends each resolution."""
+
+
+class EfficientNetLiteModel(BackboneMixin, PreTrainedModel):  # type: ignore[no-untyped-call]
+    """EfficientNet-Lite for `AutoBackbone`; images are normalised as (x - 127) / 128, of 0 to 255."""
+
+    config_class = EfficientNetLiteConfig
+    base_model_prefix = "efficientnet_lite"
+    main_input_name = "pixel_values"
+    has_attentions = False
+
+    def __init__(self, config: EfficientNetLiteConfig) -> None:
+        super().__init__(config)
+        self._wanted = [config.stage_names.index(name) for name in config.out_features]
+        self.trunk = EfficientNetLite(config.width, config.depth, stages=max(self._wanted))
+        missing = len(config.stage_names) - 1 - len(self.trunk.channels)
+        self.num_features = [0, *self.trunk.channels, *[0] * missing]
+        if config.freeze_batch_norm:
+            freeze_batch_norms(self.trunk)
+        self.post_init()  # type: ignore[no-untyped-call]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Layers initialise themselves where they are made; what a file left out is drawn as there."""
+        if isinstance(module, nn.Conv2d):
+            initialization.kaiming_normal_(module.weight, mode="fan_out")
+
+    @torch.no_grad()
+    def load_imagenet(self) -> None:
+        """Takes the packaged weights of ImageNet, as a METR starts from.
+
+        Raises:
+            DependencyError: the package of the weights is missing or altered.
+        """
+        weights = packaged_weights()
+        self.trunk.load_state_dict({key: weights[key] for key in self.trunk.state_dict()})
+
+    def forward(self, pixel_values: Tensor, **_: Any) -> BackboneOutput:  # type: ignore[override]
+        """The maps [b c h w] of the wanted stages, finest first."""
+        maps = self.trunk(pixel_values)
+        return BackboneOutput(feature_maps=tuple(maps[stage - 1] for stage in self._wanted))
+
+
+AutoBackbone.register(EfficientNetLiteConfig, EfficientNetLiteModel, exist_ok=True)
