@@ -13,6 +13,7 @@ from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection
 from metr.devices import autocast
 from metr.errors import ConfigError
 from metr.losses.criterion import SetCriterion
+from metr.losses.predictions import query_predictions
 from metr.models.detector import Detector
 from metr.structures import Targets
 from metr.training.recipe import RunConfig, load_recipe
@@ -69,7 +70,7 @@ class Scene:
     images: Tensor
     padding_mask: Tensor
     text: Tensor
-    targets: tuple[Targets, ...]
+    targets: Targets
 
     @staticmethod
     def of(settings: Settings) -> "Scene":
@@ -77,10 +78,10 @@ class Scene:
         random = torch.Generator().manual_seed(0)
         images = torch.rand(settings.batch, 3, settings.size, settings.size, generator=random)
         text = nn.functional.normalize(torch.randn(settings.names, TEXT_WIDTH, generator=random), dim=-1)
-        targets = tuple(_objects(settings, random).to(settings.torch_device) for _ in range(settings.batch))
+        targets = Targets.stack([_objects(settings, random) for _ in range(settings.batch)])
         device = settings.torch_device
         mask = torch.zeros(len(images), *images.shape[2:], dtype=torch.bool, device=device)
-        return Scene(images=images.to(device), padding_mask=mask, text=text.to(device), targets=targets)
+        return Scene(images=images.to(device), padding_mask=mask, text=text.to(device), targets=targets.to(device))
 
 
 def _objects(settings: Settings, random: torch.Generator) -> Targets:
@@ -91,11 +92,12 @@ def _objects(settings: Settings, random: torch.Generator) -> Targets:
     sides = (1 / 30) ** torch.rand(number, 2, generator=random) / 2
     centres = sides / 2 + torch.rand(number, 2, generator=random) * (1 - sides)
     return Targets(
-        boxes=torch.cat([centres, sides], dim=1),
-        labels=shown[torch.randint(len(shown), (number,), generator=random)],
-        annotated=torch.ones(settings.names, dtype=torch.bool),
-        ignore_boxes=torch.zeros(0, 4),
-        ignore_labels=torch.zeros(0, dtype=torch.int64),
+        boxes=torch.cat([centres, sides], dim=1).unsqueeze(0),
+        labels=shown[torch.randint(len(shown), (1, number), generator=random)],
+        ignore_boxes=torch.zeros(1, 0, 4),
+        ignore_labels=torch.zeros(1, 0, dtype=torch.int64),
+        annotated=torch.ones(1, settings.names, dtype=torch.bool),
+        assumed_negative=torch.zeros(1, settings.names, dtype=torch.bool),
     )
 
 
@@ -139,9 +141,10 @@ class Metr:
         with autocast(self.settings.precision, self.device):
             output = self.network(scene.images, scene.padding_mask, scene.text, scene.targets)
         reached("forward")
-        matches = self.criterion.match(output, scene.targets)
+        predictions = query_predictions(output)
+        matches = self.criterion.match(predictions, scene.targets)
         reached("matching")
-        loss = self.criterion(output, scene.targets, matches).total
+        loss = self.criterion.losses(output, predictions.matched(matches), scene.targets).total
         reached("losses")
         loss.backward()
         reached("backward")
@@ -157,7 +160,11 @@ class Reference:
         config = model.config
         self.settings, self.device, self.images = settings, settings.torch_device, scene.images
         self.pixel_mask = (~scene.padding_mask).long()
-        self.labels = [{"class_labels": target.labels, "boxes": target.boxes} for target in scene.targets]
+        targets = scene.targets
+        self.labels = [
+            {"class_labels": labels[here], "boxes": boxes[here]}
+            for labels, boxes, here in zip(targets.labels, targets.boxes, targets.is_object, strict=True)
+        ]
         build: Any = DeformableDetrConfig
         backbone: Any = model.backbone
         same = build(

@@ -108,7 +108,7 @@ class Collator:
         return {
             "pixel_values": (pixels - mean) / deviation,
             "labels": [
-                {"class_labels": example.targets.labels, "boxes": example.targets.boxes} for example in examples
+                {"class_labels": example.targets.labels[0], "boxes": example.targets.boxes[0]} for example in examples
             ],
         }
 

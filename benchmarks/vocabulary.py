@@ -95,10 +95,9 @@ class Sight:
 
     def present(self, words: int) -> Bool[Tensor, "1 v"]:
         """Where a name among the first `words` is annotated and has an object; the rest is distractors."""
-        target = self.example.targets
-        shown = torch.zeros(max(words, len(target.annotated)), dtype=torch.bool)
-        shown[target.labels] = target.annotated[target.labels]
-        return shown[:words].unsqueeze(0)
+        targets = self.example.targets
+        shown = targets.present & targets.annotated
+        return torch.nn.functional.pad(shown, (0, max(0, words - shown.shape[1])))[:, :words]
 
 
 def measure(settings: Settings, console: Console) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from metr.models.backbones.config import BackboneConfig
+from metr.models.backbones.base import BackboneConfig
 from metr.models.config import (
     CategoryConfig,
     DecoderConfig,
@@ -54,12 +54,13 @@ def targets_of(
     boxes: Sequence[Sequence[float]], labels: Sequence[int], *, words: int, annotated: Sequence[int] | None = None
 ) -> Targets:
     """Targets of one image; every category is annotated unless some are named."""
-    known = torch.zeros(words, dtype=torch.bool)
-    known[list(range(words)) if annotated is None else list(annotated)] = True
+    known = torch.zeros(1, words, dtype=torch.bool)
+    known[0, list(range(words)) if annotated is None else list(annotated)] = True
     return Targets(
-        boxes=torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
-        labels=torch.tensor(labels, dtype=torch.int64),
+        boxes=torch.tensor(boxes, dtype=torch.float32).reshape(1, -1, 4),
+        labels=torch.tensor(labels, dtype=torch.int64).unsqueeze(0),
+        ignore_boxes=torch.zeros(1, 0, 4),
+        ignore_labels=torch.zeros(1, 0, dtype=torch.int64),
         annotated=known,
-        ignore_boxes=torch.zeros(0, 4),
-        ignore_labels=torch.zeros(0, dtype=torch.int64),
+        assumed_negative=torch.zeros_like(known),
     )

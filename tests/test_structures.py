@@ -11,6 +11,7 @@ from torch import Tensor
 
 from metr import structures
 from metr.structures import (
+    NO_OBJECT,
     Batch,
     Categories,
     DenoisingOutput,
@@ -25,11 +26,12 @@ from metr.structures import (
 
 def targets() -> Targets:
     return Targets(
-        boxes=torch.rand(3, 4),
-        labels=torch.tensor([0, 2, 2]),
-        annotated=torch.tensor([True, False, True]),
-        ignore_boxes=torch.rand(1, 4),
-        ignore_labels=torch.tensor([0]),
+        boxes=torch.rand(1, 3, 4),
+        labels=torch.tensor([[0, 2, 2]]),
+        ignore_boxes=torch.rand(1, 1, 4),
+        ignore_labels=torch.tensor([[1]]),
+        annotated=torch.tensor([[True, False, True, False]]),
+        assumed_negative=torch.tensor([[False, True, False, False]]),
     )
 
 
@@ -37,7 +39,7 @@ def batch() -> Batch:
     return Batch(
         images=torch.rand(2, 3, 8, 12),
         padding_mask=torch.zeros(2, 8, 12, dtype=torch.bool),
-        targets=(targets(), targets()),
+        targets=Targets.stack([targets(), targets()]),
         image_ids=(7, "b.jpg"),
         original_sizes=((80, 120), (90, 60)),
         sizes=((8, 12), (8, 5)),
@@ -114,17 +116,68 @@ def test_structures_are_frozen_and_take_keywords_only() -> None:
         assert structure.__dataclass_params__.frozen, structure
         assert all(f.kw_only for f in fields(structure)), structure
     with pytest.raises(FrozenInstanceError):
-        targets().boxes = torch.rand(1, 4)  # type: ignore[misc]
+        targets().boxes = torch.rand(1, 1, 4)  # type: ignore[misc]
 
 
 def test_shapes_are_executed() -> None:
     """The annotations of the structures are checked while the tests run."""
     with pytest.raises(TypeCheckError):
-        replace(targets(), labels=torch.tensor([0, 1]))
+        replace(targets(), labels=torch.tensor([[0, 1]]))
     with pytest.raises(TypeCheckError):
-        replace(targets(), boxes=torch.rand(3, 5))
+        replace(targets(), boxes=torch.rand(1, 3, 5))
     with pytest.raises(TypeCheckError):
         replace(batch(), padding_mask=torch.zeros(2, 8, 11, dtype=torch.bool))
+
+
+def image(labels: list[int], ignored: list[int], annotated: list[int], assumed: list[int]) -> Targets:
+    """One image of a vocabulary of five names."""
+    known, taken = ((torch.arange(5).unsqueeze(1) == torch.tensor(rows)).any(1) for rows in (annotated, assumed))
+    return Targets(
+        boxes=torch.rand(1, len(labels), 4),
+        labels=torch.tensor([labels], dtype=torch.int64),
+        ignore_boxes=torch.rand(1, len(ignored), 4),
+        ignore_labels=torch.tensor([ignored], dtype=torch.int64),
+        annotated=known.unsqueeze(0),
+        assumed_negative=taken.unsqueeze(0),
+    )
+
+
+def test_stacking_keeps_every_object_in_its_place() -> None:
+    parts = [image([2, 0, 2], [], [0], []), image([], [3], [0, 1, 2, 3], []), image([4], [1, 1], [4], [1, 2, 3])]
+    stacked = Targets.stack(parts)
+    assert stacked.labels.tolist() == [[2, 0, 2], [NO_OBJECT] * 3, [4, NO_OBJECT, NO_OBJECT]]
+    assert stacked.ignore_labels.tolist() == [[NO_OBJECT] * 2, [3, NO_OBJECT], [1, 1]]
+    assert stacked.is_object.sum(1).tolist() == [3, 0, 1]
+    for row, part in enumerate(parts):
+        assert torch.equal(stacked.boxes[row, : part.boxes.shape[1]], part.boxes[0])
+        assert torch.equal(stacked.ignore_boxes[row, : part.ignore_boxes.shape[1]], part.ignore_boxes[0])
+        for name in ("annotated", "assumed_negative", "present", "ignored", "absent"):
+            assert torch.equal(getattr(stacked, name)[row], getattr(part, name)[0]), name
+    # batches are stacked like single images
+    again = Targets.stack([Targets.stack(parts[:2]), parts[2]])
+    assert all(torch.equal(getattr(again, f.name), getattr(stacked, f.name)) for f in fields(stacked))
+
+
+def test_present_and_absent() -> None:
+    first, second = image([2, 0, 2], [], [0], []), image([], [3], [0, 1, 2, 3], [])
+    assert first.present.tolist() == [[True, False, True, False, False]]
+    assert first.absent.tolist() == [[False] * 5]
+    assert second.present.tolist() == [[False] * 5]
+    assert second.absent.tolist() == [[True, True, True, False, False]]
+
+
+def test_what_is_assumed_negative_is_absent_unless_something_of_it_is_there() -> None:
+    one = image([2], [3], [0], [1, 2, 3])
+    assert one.absent.tolist() == [[True, True, False, False, False]]
+    assert one.annotated.tolist() == [[True, False, False, False, False]]
+
+
+def test_boxes_of_objects_by_their_index() -> None:
+    stacked = Targets.stack([image([2, 0], [], [], []), image([1], [], [], [])])
+    found = stacked.boxes_of(torch.tensor([[[1, 0, NO_OBJECT], [0, NO_OBJECT, 0]]]))
+    assert torch.equal(found[0, 0, :2], stacked.boxes[0].flip(0))
+    assert torch.equal(found[0, 1, [0, 2]], stacked.boxes[1, [0, 0]])
+    assert image([], [], [], []).boxes_of(torch.tensor([[[NO_OBJECT]]])).isfinite().all()
 
 
 def test_kept_tokens_are_those_of_the_ids() -> None:

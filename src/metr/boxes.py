@@ -64,12 +64,12 @@ def paired_giou(a: Float[Tensor, "*#n 4"], b: Float[Tensor, "*#n 4"]) -> Float[T
 
 
 def pairwise_iou(a: Float[Tensor, "*n 4"], b: Float[Tensor, "*m 4"]) -> Float[Tensor, "..."]:
-    """IoU of every box of `a` with every box of `b`: [n m]."""
+    """IoU of every box of `a` with every box of `b`: [... n m]."""
     return paired_iou(a.unsqueeze(-2), b.unsqueeze(-3))
 
 
-def pairwise_coverage(a: Float[Tensor, "n 4"], b: Float[Tensor, "m 4"]) -> Float[Tensor, "n m"]:
-    """The share of each box of `a` that lies inside each box of `b` (COCO's overlap with a crowd)."""
+def pairwise_coverage(a: Float[Tensor, "*n 4"], b: Float[Tensor, "*m 4"]) -> Float[Tensor, "..."]:
+    """The fraction of each box of `a` that is inside each box of `b` (COCO's overlap with a crowd): [... n m]."""
     overlap = _overlap(a.unsqueeze(-2), b.unsqueeze(-3))
     return overlap / area(a).unsqueeze(-1).clamp(min=torch.finfo(a.dtype).tiny)
 

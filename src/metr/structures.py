@@ -1,15 +1,15 @@
-"""The structures that cross module borders. All are frozen; their shapes are executed by the tests.
+"""The structures that cross module borders. All are frozen, and the tests check their shapes.
 
 Axes, the same everywhere: `b` images, `h w` pixels, `s` memory tokens, `l` levels, `d` width, `t` text width,
-`v` vocabulary, `c` names an image that category extraction looks at, `k` category slots an image, `q` queries an
-image, `n` denoising queries an image, `r` decoder layers, `e` extraction blocks, `m` boxes of one image, `i` ignored
-boxes of one image, `p` pairs.
+`v` vocabulary, `c` names of the vocabulary that category extraction looks at, `k` category slots an image, `q` queries
+an image, `n` denoising queries an image, `r` decoder layers, `e` extraction blocks, `m` objects of one image, `i`
+ignored boxes of one image, `p` pairs.
 
-Boxes are `cxcywh`, normalised to 0..1 of the image without its padding, everywhere but in `Detections`, which is
-final: `xyxy` in pixels of the image as it was given.
+Boxes are `cxcywh` in 0..1 of the image without its padding. Only `Detections` differ: `xyxy` in pixels of the image as
+it was given.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, TypeVar
@@ -18,6 +18,9 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+NO_OBJECT = -1
+"""A label or an object's index that stands for none: a row of padding, or a query without an object."""
 
 _MadeT = TypeVar("_MadeT")
 _MovableT = TypeVar("_MovableT", bound="_Movable")
@@ -42,25 +45,76 @@ def _moved(value: object, device: torch.device | str, non_blocking: bool) -> obj
 
 @dataclass(frozen=True, kw_only=True)
 class Targets(_Movable):
-    """What is known of one image.
+    """What is known of the images of a batch. `stack` pads the targets of single images to one shape.
 
-    `labels` and `ignore_labels` are rows of the text embeddings that the network is given. `annotated[v]` is True where
-    "no box" means "none there"; elsewhere it is unknown and gives no loss, unless `assumed_negative[v]` says that none
-    is taken to be there. Nobody looked, then: it teaches what images may contain, not what boxes hold. Crowds and
-    group-of boxes are `ignore_boxes`: neither objects to find nor mistakes to find.
+    `labels` and `ignore_labels` are rows of the text embeddings that the network is given; rows of padding have the
+    label `NO_OBJECT` and may stand anywhere among the objects. Crowds and group-of boxes are `ignore_boxes`: detecting
+    them is neither right nor wrong.
+
+    `annotated[b, v]` says that the image's dataset annotates category v exhaustively: where no box of it is, none is
+    there. Of the other categories the annotations say nothing, and they give no loss. `assumed_negative[b, v]` marks
+    those of them that are assumed to be absent: this trains category extraction, but no box counts as wrong for it.
     """
 
-    boxes: Float[Tensor, "m 4"]
-    labels: Int[Tensor, "m"]
-    annotated: Bool[Tensor, "v"]
-    ignore_boxes: Float[Tensor, "i 4"]
-    ignore_labels: Int[Tensor, "i"]
-    assumed_negative: Bool[Tensor, "v"] | None = None
+    boxes: Float[Tensor, "b m 4"]
+    labels: Int[Tensor, "b m"]
+    ignore_boxes: Float[Tensor, "b i 4"]
+    ignore_labels: Int[Tensor, "b i"]
+    annotated: Bool[Tensor, "b v"]
+    assumed_negative: Bool[Tensor, "b v"]
+
+    @staticmethod
+    def stack(parts: Sequence["Targets"]) -> "Targets":
+        """The targets of several images (or batches) as those of one batch, padded to the most objects of an image."""
+        return Targets(
+            boxes=_padded([part.boxes for part in parts], 0.5),
+            labels=_padded([part.labels for part in parts], NO_OBJECT),
+            ignore_boxes=_padded([part.ignore_boxes for part in parts], 0.5),
+            ignore_labels=_padded([part.ignore_labels for part in parts], NO_OBJECT),
+            annotated=torch.cat([part.annotated for part in parts]),
+            assumed_negative=torch.cat([part.assumed_negative for part in parts]),
+        )
 
     @property
-    def assumed_negatives(self) -> Bool[Tensor, "v"]:
-        """`assumed_negative`; of nothing, where it is not given."""
-        return torch.zeros_like(self.annotated) if self.assumed_negative is None else self.assumed_negative
+    def is_object(self) -> Bool[Tensor, "b m"]:
+        """True at objects, False at padding."""
+        return self.labels != NO_OBJECT
+
+    @cached_property
+    def present(self) -> Bool[Tensor, "b v"]:
+        """The categories that have an object in the image."""
+        return self._categories_of(self.labels)
+
+    @cached_property
+    def ignored(self) -> Bool[Tensor, "b v"]:
+        """The categories that have an ignored box in the image."""
+        return self._categories_of(self.ignore_labels)
+
+    @cached_property
+    def absent(self) -> Bool[Tensor, "b v"]:
+        """The categories that are known or assumed to be absent: neither an object nor an ignored box is there."""
+        return (self.annotated | self.assumed_negative) & ~self.present & ~self.ignored
+
+    def boxes_of(self, target: Int[Tensor, "r b q"]) -> Float[Tensor, "r b q 4"]:
+        """The boxes of objects by their index in the image; arbitrary ones for `NO_OBJECT`."""
+        boxes = self.boxes if self.boxes.shape[1] else self.boxes.new_full((len(self.boxes), 1, 4), 0.5)
+        image = torch.arange(len(boxes), device=boxes.device).unsqueeze(-1)
+        return boxes[image, target.clamp(min=0)]
+
+    def _categories_of(self, labels: Int[Tensor, "b n"]) -> Bool[Tensor, "b v"]:
+        images, vocabulary_size = self.annotated.shape
+        # padding is counted in one more column, which is cut off
+        mask = self.annotated.new_zeros(images, vocabulary_size + 1)
+        return mask.scatter(1, labels.where(labels != NO_OBJECT, vocabulary_size), True)[:, :vocabulary_size]
+
+
+def _padded(parts: Sequence[Tensor], value: int | float) -> Tensor:
+    """Tensors [b n ...] as one [sum of b, longest n, ...], filled up with `value`."""
+    longest = max(part.shape[1] for part in parts)
+    rows = parts[0].new_full((sum(map(len, parts)), longest, *parts[0].shape[2:]), value)
+    for row, image in zip(rows, (image for part in parts for image in part), strict=True):
+        row[: len(image)] = image
+    return rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +128,7 @@ class Batch(_Movable):
 
     images: Float[Tensor, "b 3 h w"]
     padding_mask: Bool[Tensor, "b h w"]
-    targets: tuple[Targets, ...]
+    targets: Targets
     image_ids: tuple[int | str, ...]
     original_sizes: tuple[tuple[int, int], ...]
     sizes: tuple[tuple[int, int], ...]
@@ -83,9 +137,9 @@ class Batch(_Movable):
 
 @dataclass(frozen=True, kw_only=True)
 class Memory(_Movable):
-    """Image tokens of all levels, finest first, each level row by row.
+    """Image tokens of all levels, finest level first, each level row by row.
 
-    `valid_ratios[b l 2]` is the (x, y) share of each level that is image rather than padding.
+    `valid_ratios[b l 2]` is the fraction of each level, in x and in y, that is image and not padding.
     """
 
     tokens: Float[Tensor, "b s d"]
@@ -107,12 +161,15 @@ class Memory(_Movable):
 
 @dataclass(frozen=True, kw_only=True)
 class Categories(_Movable):
-    """What the category extraction module says of each image, and which categories it keeps.
+    """What category extraction says of each image, and which categories get a slot.
 
-    `text` is the projected vocabulary, `tokens` the same refined by the image: all of it, or of each image the rows
-    `shortlist` (ascending). What is not shortlisted was not looked at: its presence logits are -inf, and it is never
-    kept; where a shortlist was asked, `shortlist_logits` are what it says of every name. `ids[b k]` are rows of the
-    vocabulary in ascending order; slots with `valid` False are empty (their id is 0 and means nothing).
+    `text` is the projected vocabulary. `tokens` are the same, refined by the image: for the whole vocabulary (c = v),
+    or only for the rows that `shortlist` lists for each image in ascending order. Names that are not on the shortlist
+    were not looked at: their presence logits are -inf, and they never get a slot. `shortlist_logits` are the
+    shortlist's own logits, given where the network has a shortlist and it was used or trained.
+
+    `ids` are the rows of the vocabulary that have a slot, ascending. Slots that are not `valid` are empty; their id
+    is 0 and means nothing.
     """
 
     presence_logits: Float[Tensor, "e b v"]
@@ -125,16 +182,23 @@ class Categories(_Movable):
 
     @property
     def kept_tokens(self) -> Float[Tensor, "b k d"]:
-        """The refined tokens of the kept categories."""
-        # an empty slot's id is 0, and finds some token as well
+        """The refined tokens of the categories in the slots; arbitrary ones for empty slots."""
         places = self.ids if self.shortlist is None else torch.searchsorted(self.shortlist, self.ids)
-        index = places.unsqueeze(-1).expand(-1, -1, self.tokens.shape[-1])
-        return self.tokens.gather(1, index)
+        return gather_rows(self.tokens, places)
+
+
+def gather_rows(table: Float[Tensor, "b n d"], index: Int[Tensor, "b k"]) -> Float[Tensor, "b k d"]:
+    """The rows of each image's table that `index` names."""
+    return table.gather(1, index.unsqueeze(-1).expand(-1, -1, table.shape[-1]))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Proposals(_Movable):
-    """The chosen (category, place) pairs, one for each query; `place` is an index of memory tokens."""
+    """The chosen (category, place) pairs, one for each query.
+
+    `place` is the index of a memory token, `slot` the category's slot, and `rank` the position of the place among the
+    best places of its category.
+    """
 
     logits: Float[Tensor, "b q"]
     boxes: Float[Tensor, "b q 4"]
@@ -146,7 +210,7 @@ class Proposals(_Movable):
 
 @dataclass(frozen=True, kw_only=True)
 class Queries(_Movable):
-    """What the decoder refines. Queries attend to each other only inside one `group`; each looks for one `slot`."""
+    """What the decoder refines. A query detects the category in its `slot`; it attends to queries of its `group`."""
 
     content: Float[Tensor, "b q d"]
     reference_boxes: Float[Tensor, "b q 4"]
@@ -157,7 +221,7 @@ class Queries(_Movable):
 
 @dataclass(frozen=True, kw_only=True)
 class DenoisingPlan(_Movable):
-    """What each denoising query must answer: object `target` of its image if `positive`, else "no"."""
+    """What each denoising query should predict: object `target` of its image if `positive`, otherwise "no object"."""
 
     slot: Int[Tensor, "b n"]
     target: Int[Tensor, "b n"]
@@ -167,7 +231,7 @@ class DenoisingPlan(_Movable):
 
 @dataclass(frozen=True, kw_only=True)
 class DenoisingOutput(_Movable):
-    """The decoder's answers to the denoising queries, one for each layer, with the plan they are judged by."""
+    """The decoder's predictions for the denoising queries after each layer, and what they should have been."""
 
     logits: Float[Tensor, "r b n"]
     boxes: Float[Tensor, "r b n 4"]
@@ -176,7 +240,7 @@ class DenoisingOutput(_Movable):
 
 @dataclass(frozen=True, kw_only=True)
 class DetectorOutput(_Movable):
-    """The network's answer: one logit and one box (cxcywh, 0..1) a query and decoder layer, last layer last."""
+    """The network's predictions: one logit and one box for each query after each decoder layer, last layer last."""
 
     logits: Float[Tensor, "r b q"]
     boxes: Float[Tensor, "r b q 4"]
@@ -189,7 +253,10 @@ class DetectorOutput(_Movable):
 
 @dataclass(frozen=True, kw_only=True)
 class Matches(_Movable):
-    """Which query answers for which object: `target` counts within its image. Layer 0 is the proposals."""
+    """Which query is matched to which object, one row a pair.
+
+    `target` is the object's index in its image. Layer 0 is the proposals, layer j + 1 is decoder layer j.
+    """
 
     layer: Int[Tensor, "p"]
     image: Int[Tensor, "p"]
@@ -199,7 +266,7 @@ class Matches(_Movable):
 
 @dataclass(frozen=True, kw_only=True)
 class Losses:
-    """Named loss terms, already weighted; the total is their sum, so a misspelt name can drop nothing."""
+    """Named loss terms, already weighted. The total is their sum, so no misspelt name can drop a term."""
 
     terms: Mapping[str, Float[Tensor, ""]] = field(default_factory=dict)
 

@@ -33,11 +33,9 @@ from metr.conversion.targets import find_target
 from metr.errors import ConfigError, ModelError
 from metr.layers.mlp import MLP
 from metr.layers.position_encoding import box_encoding
-from metr.models.backbones.batch_norm import FrozenBatchNorm
-from metr.models.backbones.config import BackboneConfig
+from metr.models.backbones.base import BackboneConfig, FrozenBatchNorm
 from metr.models.config import DetectorConfig
-from metr.models.encoders.fusion import ConvNorm, RepVggBlock
-from metr.models.encoders.hybrid import HybridEncoder
+from metr.models.encoders.hybrid import ConvNorm, HybridEncoder, RepVggBlock
 from metr.models.heads import SimilarityHead
 
 

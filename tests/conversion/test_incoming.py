@@ -26,7 +26,7 @@ from metr.conversion.transfer import REPORT, from_detector, import_detector, to_
 from metr.data.config import ResizeConfig
 from metr.errors import CheckpointError, ConfigError, ModelError
 from metr.model import METR
-from metr.models.backbones.config import BackboneConfig
+from metr.models.backbones.base import BackboneConfig
 from metr.models.config import DecoderConfig, DetectorConfig, EncoderConfig
 from metr.models.detector import Detector
 from metr.text.encoder import TextEncoderConfig

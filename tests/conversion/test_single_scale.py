@@ -13,7 +13,7 @@ from metr.conversion.export import build, transfer
 from metr.conversion.targets import find_target
 from metr.conversion.targets.base import KeyTable, Target
 from metr.conversion.targets.single_scale import spread_boxes
-from metr.models.backbones.config import BackboneConfig
+from metr.models.backbones.base import BackboneConfig
 from metr.models.detector import Detector
 from metr.models.encoders.plain import token_places
 from metr.structures import Categories, Memory, Queries

@@ -16,7 +16,7 @@ from metr.conversion.export import build
 from metr.conversion.import_ import adopt, read_published
 from metr.conversion.targets import find_target
 from metr.errors import CheckpointError, ModelError
-from metr.models.backbones.config import BackboneConfig
+from metr.models.backbones.base import BackboneConfig
 from metr.models.config import DetectorConfig
 from metr.models.detector import Detector
 

@@ -85,7 +85,7 @@ def dataset(annotations: Annotations, *, training: bool = False) -> DetectionDat
 
 def on_marker(pixels: np.ndarray, targets: Targets) -> bool:
     """Whether the one box is on the marker of this very image."""
-    (box,) = cxcywh_to_xyxy(targets.boxes) * torch.tensor([WIDTH, HEIGHT, WIDTH, HEIGHT])
+    (box,) = cxcywh_to_xyxy(targets.boxes[0]) * torch.tensor([WIDTH, HEIGHT, WIDTH, HEIGHT])
     return shows_marker(pixels, box.tolist())
 
 
@@ -156,9 +156,10 @@ def test_training_goes_past_what_it_cannot_read(tmp_path: Path) -> None:
 
 def checked(batch: Batch, names: dict[int | str, str]) -> list[str]:
     """The names of a batch's images, each with its box on its marker."""
-    for image, targets, image_id in zip(batch.images, batch.targets, batch.image_ids, strict=True):
+    assert batch.targets.is_object.sum(1).tolist() == [1] * len(batch.images)
+    for image, boxes, image_id in zip(batch.images, batch.targets.boxes, batch.image_ids, strict=True):
         pixels = (image[:, :HEIGHT, :WIDTH] * 255).round().permute(1, 2, 0).numpy()
-        assert on_marker(pixels, targets), names[image_id]
+        assert on_marker(pixels, replace(batch.targets, boxes=boxes.unsqueeze(0))), names[image_id]
     return [names[image_id] for image_id in batch.image_ids]
 
 
@@ -182,7 +183,7 @@ def test_boxes_drawn_by_a_tool_that_ignores_exif(tmp_path: Path, orientation: in
     if sideways:
         left, top, right, bottom = box_of(name)
         stored = stored_pixels(tmp_path / "data" / "images" / name)[top:bottom, left:right]
-        box = cxcywh_to_xyxy(item.targets.boxes)[0].numpy() * ([HEIGHT, WIDTH] * 2)
+        box = cxcywh_to_xyxy(item.targets.boxes[0])[0].numpy() * ([HEIGHT, WIDTH] * 2)
         left, top, right, bottom = box.round().astype(int).tolist()
         inside = pixels[top:bottom, left:right]
         assert inside.shape == (stored.shape[1], stored.shape[0], 3)
@@ -210,7 +211,7 @@ def test_detections_are_compared_upright(tmp_path: Path) -> None:
         item, record = dataset(upright)[index], upright[index]
         assert not isinstance(item, Missing)
         assert item.original_size == (record.height, record.width) == ((WIDTH, HEIGHT), (HEIGHT, WIDTH))[index]
-        found = cxcywh_to_xyxy(item.targets.boxes).numpy() * ([record.width, record.height] * 2)
+        found = cxcywh_to_xyxy(item.targets.boxes[0]).numpy() * ([record.width, record.height] * 2)
         np.testing.assert_allclose(found[0], record.boxes[0], atol=1e-3)
     assert upright[2].boxes.tolist() == split[2].boxes.tolist()
 

@@ -10,7 +10,7 @@ from metr.data.collate import collate, padded_shape, padding_mask, stack_images
 from metr.data.config import MEAN_COLOUR
 from metr.data.dataset import Example, Missing
 from metr.data.records import DataIssue
-from metr.structures import Targets
+from metr.structures import NO_OBJECT, Targets
 
 CPU = torch.device("cpu")
 GENERATOR = torch.Generator().manual_seed(0)
@@ -24,11 +24,12 @@ def example(height: int, width: int, objects: int, ignored: int, number: int) ->
     return Example(
         image=image(height, width),
         targets=Targets(
-            boxes=torch.rand(objects, 4),
-            labels=torch.randint(0, 9, (objects,)),
-            annotated=torch.rand(9) < 0.5,
-            ignore_boxes=torch.rand(ignored, 4),
-            ignore_labels=torch.randint(0, 9, (ignored,)),
+            boxes=torch.rand(1, objects, 4),
+            labels=torch.randint(0, 9, (1, objects)),
+            ignore_boxes=torch.rand(1, ignored, 4),
+            ignore_labels=torch.randint(0, 9, (1, ignored)),
+            annotated=torch.rand(1, 9) < 0.5,
+            assumed_negative=torch.rand(1, 9) < 0.5,
         ),
         image_id=number if number % 2 else f"image {number}",
         original_size=(100 + number, 200),
@@ -55,8 +56,12 @@ def test_a_batch_holds_its_examples() -> None:
         colour = torch.tensor(MEAN_COLOUR) / 255
         outside = batch.images[row].permute(1, 2, 0)[batch.padding_mask[row]]
         torch.testing.assert_close(outside, colour.expand_as(outside))
-        for name in ("boxes", "labels", "annotated", "ignore_boxes", "ignore_labels"):
-            assert torch.equal(getattr(batch.targets[row], name), getattr(one.targets, name)), name
+        for name, value in vars(one.targets).items():
+            found = getattr(batch.targets, name)[row]
+            assert torch.equal(found[: len(value[0])], value[0]), name
+            assert name not in ("labels", "ignore_labels") or (found[len(value[0]) :] == NO_OBJECT).all()
+    assert batch.targets.labels.shape == (4, 5)
+    assert batch.targets.ignore_boxes.shape == (4, 2, 4)
     assert batch.image_ids == ("image 0", 1, "image 2", 3)
     assert batch.sizes == ((40, 64), (64, 33), (64, 64), (1, 1))
     assert batch.original_sizes == ((100, 200), (101, 200), (102, 200), (103, 200))
@@ -67,8 +72,9 @@ def test_a_batch_without_any_box_works() -> None:
     collated = collate([example(32, 32, 0, 0, 1), example(32, 32, 0, 0, 3)])
     assert collated.batch is not None
     batch = collated.batch.unpack(CPU)
-    assert [target.boxes.shape for target in batch.targets] == [(0, 4), (0, 4)]
-    assert [target.labels.dtype for target in batch.targets] == [torch.int64, torch.int64]
+    assert batch.targets.boxes.shape == (2, 0, 4)
+    assert batch.targets.labels.dtype == torch.int64
+    assert not batch.targets.present.any()
     assert not batch.padding_mask.any()
 
 

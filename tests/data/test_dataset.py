@@ -37,13 +37,13 @@ def test_an_item_is_its_record(tmp_path: Path) -> None:
         example = item(dataset, index)
         # The size that is asked for is the image's own: pixels are untouched.
         np.testing.assert_array_equal(example.image.permute(1, 2, 0).numpy(), read_image(record.path))
-        boxes = torch.cat([example.targets.boxes, example.targets.ignore_boxes])
-        labels = torch.cat([example.targets.labels, example.targets.ignore_labels])
+        boxes = torch.cat([example.targets.boxes[0], example.targets.ignore_boxes[0]])
+        labels = torch.cat([example.targets.labels[0], example.targets.ignore_labels[0]])
         order = np.argsort(record.ignore, kind="stable")
         scale = torch.tensor([64.0, 48.0, 64.0, 48.0])
         torch.testing.assert_close(cxcywh_to_xyxy(boxes) * scale, torch.from_numpy(record.boxes[order]))
         assert [VOCABULARY.names[row] for row in labels] == [NAMES["fish"][i] for i in record.labels[order]]
-        assert len(example.targets.ignore_boxes) == record.ignore.sum()
+        assert example.targets.ignore_boxes.shape[1] == record.ignore.sum()
         assert (example.image_id, example.original_size, example.dataset) == (f"fish-{index}", (48, 64), "fish")
         assert example.position == index
         assert example.issues == ()
@@ -57,14 +57,14 @@ def test_annotated_says_what_is_known(tmp_path: Path) -> None:
         make_dataset(partly, training=False),
         make_dataset(partly, training=False, unannotated="negative"),
     )
-    known = [[VOCABULARY.names[row] for row in item(ignoring, i).targets.annotated.nonzero()] for i in range(2)]
+    known = [[VOCABULARY.names[row] for row in item(ignoring, i).targets.annotated[0].nonzero()] for i in range(2)]
     assert known == [["shark", "puffin", "penguin"], ["penguin"]]
-    known = [[VOCABULARY.names[row] for row in item(assuming, i).targets.annotated.nonzero()] for i in range(2)]
+    known = [[VOCABULARY.names[row] for row in item(assuming, i).targets.annotated[0].nonzero()] for i in range(2)]
     assert known == [["shark", "puffin", "penguin"], ["penguin"]]
     unannotated = ~VOCABULARY.annotated("fish")
     assert unannotated.any()
     for i in range(2):
-        assert torch.equal(item(assuming, i).targets.assumed_negative, unannotated)
+        assert torch.equal(item(assuming, i).targets.assumed_negative[0], unannotated)
         assert not item(ignoring, i).targets.assumed_negative.any()
     none = replace(partly, records=(replace(annotations.records[1], annotated=()),))
     assert not item(make_dataset(none, training=False), 0).targets.annotated.any()

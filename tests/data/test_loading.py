@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import fields
 from itertools import islice
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -42,9 +43,8 @@ def assert_same(left: Batch, right: Batch) -> None:
     assert left.sizes == right.sizes
     assert torch.equal(left.images, right.images)
     assert torch.equal(left.padding_mask, right.padding_mask)
-    for one, other in zip(left.targets, right.targets, strict=True):
-        for name in ("boxes", "labels", "annotated", "ignore_boxes", "ignore_labels"):
-            assert torch.equal(getattr(one, name), getattr(other, name)), name
+    for f in fields(left.targets):
+        assert torch.equal(getattr(left.targets, f.name), getattr(right.targets, f.name)), f.name
 
 
 def broken(annotations: InMemoryAnnotations, *indices: int) -> InMemoryAnnotations:

@@ -8,8 +8,8 @@ import pytest
 from pydantic import ValidationError
 
 from metr.data.config import MEAN_COLOUR, AugmentationConfig, ResizeConfig
-from metr.data.transforms.colour import Jitter, colour_matrix, draw_jitter, recolour
 from metr.data.transforms.geometry import (
+    Sample,
     Window,
     draw_crop,
     draw_zoom_out,
@@ -18,8 +18,7 @@ from metr.data.transforms.geometry import (
     resize_image,
     view,
 )
-from metr.data.transforms.pipeline import build_transforms
-from metr.data.transforms.sample import Sample
+from metr.data.transforms.pipeline import Jitter, build_transforms, colour_matrix, draw_jitter, recolour
 
 PLAIN = AugmentationConfig(colour=0.0)
 COLOURS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0], [255, 0, 255], [0, 255, 255]], np.uint8)

@@ -126,7 +126,7 @@ class Images:
             yield Batch(
                 images=images,
                 padding_mask=torch.zeros(len(indices), HEIGHT // 2, WIDTH // 2, dtype=torch.bool),
-                targets=tuple(_nothing_known() for _ in indices),
+                targets=_nothing_known(len(indices)),
                 image_ids=tuple(self.held[index].image_id for index in indices),
                 original_sizes=((HEIGHT, WIDTH),) * len(indices),
                 sizes=((HEIGHT // 2, WIDTH // 2),) * len(indices),
@@ -134,11 +134,14 @@ class Images:
             )
 
 
-def _nothing_known() -> Targets:
+def _nothing_known(images: int) -> Targets:
+    boxes, labels = torch.zeros(images, 0, 4), torch.zeros(images, 0, dtype=torch.int64)
+    unknown = torch.zeros(images, 1, dtype=torch.bool)
     return Targets(
-        boxes=torch.zeros(0, 4),
-        labels=torch.zeros(0, dtype=torch.int64),
-        annotated=torch.zeros(1, dtype=torch.bool),
-        ignore_boxes=torch.zeros(0, 4),
-        ignore_labels=torch.zeros(0, dtype=torch.int64),
+        boxes=boxes,
+        labels=labels,
+        ignore_boxes=boxes,
+        ignore_labels=labels,
+        annotated=unknown,
+        assumed_negative=unknown,
     )

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from metr.layers.conditional_attention import ConditionalAttention, PlacedSelfAttention
+from metr.layers.attention import ConditionalAttention, PlacedSelfAttention
 
 WIDTH, HEADS = 16, 4
 

@@ -12,8 +12,7 @@ from transformers.models.deformable_detr.modeling_deformable_detr import (
     DeformableDetrMultiscaleDeformableAttention,
 )
 
-from metr.layers.deformable_attention import DeformableAttention
-from metr.layers.sampling import sample_grids, sample_levels, sample_rows
+from metr.layers.deformable_attention import DeformableAttention, sample_grids, sample_levels, sample_rows
 
 WIDTH, HEADS, POINTS = 16, 4, 3
 SHAPES = ((5, 7), (3, 4), (2, 2))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from metr.layers.sampling import corner_cells, sample_grids, sample_levels, sample_rows
+from metr.layers.deformable_attention import corner_cells, sample_grids, sample_levels, sample_rows
 
 SHAPES = ((5, 7), (3, 4), (2, 2), (1, 1))
 HEADS, WIDTH, POINTS = 2, 6, 3

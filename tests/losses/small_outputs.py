@@ -23,14 +23,15 @@ def image_targets(
     ignore: Sequence[tuple[int, tuple[float, float, float, float]]] = (),
 ) -> Targets:
     """Objects of the given labels at random places; every category annotated unless said otherwise."""
-    known = torch.zeros(vocabulary, dtype=torch.bool)
-    known[list(range(vocabulary)) if annotated is None else list(annotated)] = True
+    known = torch.zeros(1, vocabulary, dtype=torch.bool)
+    known[0, list(range(vocabulary)) if annotated is None else list(annotated)] = True
     return Targets(
-        boxes=random_boxes(len(labels)),
-        labels=torch.tensor(labels, dtype=torch.long),
+        boxes=random_boxes(1, len(labels)),
+        labels=torch.tensor([labels], dtype=torch.long),
+        ignore_boxes=torch.tensor([box for _, box in ignore]).reshape(1, -1, 4),
+        ignore_labels=torch.tensor([[label for label, _ in ignore]], dtype=torch.long),
         annotated=known,
-        ignore_boxes=torch.tensor([box for _, box in ignore]).reshape(-1, 4),
-        ignore_labels=torch.tensor([label for label, _ in ignore], dtype=torch.long),
+        assumed_negative=torch.zeros_like(known),
     )
 
 
@@ -79,7 +80,7 @@ def random_output(
 
 
 def random_denoising(plan: DenoisingPlan, layers: int) -> DenoisingOutput:
-    """Random answers to a plan."""
+    """Random predictions for a plan."""
     return DenoisingOutput(
         logits=torch.randn(layers, *plan.slot.shape).requires_grad_(),
         boxes=random_boxes(layers, *plan.slot.shape).requires_grad_(),

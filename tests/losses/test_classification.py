@@ -9,14 +9,15 @@ from metr.losses.classification import (
     asymmetric_loss,
     focal_cost,
     focal_loss,
-    known,
     matchability_loss,
     presence_losses,
     query_losses,
+    supervised,
     varifocal_loss,
 )
 from metr.losses.config import CriterionConfig
-from metr.losses.padded_targets import PaddedTargets, QueryPredictions
+from metr.losses.predictions import QueryPredictions
+from metr.structures import Targets
 
 LOGITS = torch.tensor([-30.0, -2.0, 0.0, 1.5, 30.0])
 QUALITY = torch.tensor([0.0, 0.3, 0.5, 0.8, 1.0])
@@ -81,8 +82,8 @@ def test_weights_carry_no_gradient(kind: str) -> None:
 
 def test_golden_asymmetric_loss(shared: Path) -> None:
     golden = load_file(shared / "golden" / "official_forward.safetensors")
-    truth = PaddedTargets.of([image_targets(golden["input/present_categories"].nonzero().flatten().tolist(), 12)])
-    loss = presence_losses(golden["output/cem_logits"][None], truth, CriterionConfig())
+    targets = image_targets(golden["input/present_categories"].nonzero().flatten().tolist(), 12)
+    loss = presence_losses(golden["output/cem_logits"][None], targets, CriterionConfig())
     torch.testing.assert_close(loss, golden["output/loss_asl"].reshape(1), atol=1e-5, rtol=1e-6)
 
 
@@ -98,7 +99,7 @@ def test_asymmetric_loss_is_cut_and_its_focus_carries_no_gradient() -> None:
 
 def test_presence_is_asked_of_annotated_categories_and_of_those_in_the_image() -> None:
     crowd = (0.5, 0.5, 1.0, 1.0)
-    truth = PaddedTargets.of(
+    targets = Targets.stack(
         [
             image_targets([0], 5, annotated=[0, 1]),
             image_targets([3], 5, annotated=[1, 2], ignore=[(1, crowd)]),
@@ -107,7 +108,7 @@ def test_presence_is_asked_of_annotated_categories_and_of_those_in_the_image() -
     logits = torch.randn(3, 2, 5)
     logits[:, 0, 2:] = torch.tensor([float("inf"), float("-inf"), float("nan")])
     logits.requires_grad_()
-    losses = presence_losses(logits, truth, CriterionConfig())
+    losses = presence_losses(logits, targets, CriterionConfig())
     expected = torch.zeros(3)
     for image, category, present in [(0, 0, True), (0, 1, False), (1, 2, False), (1, 3, True)]:
         p = logits[:, image, category].detach().sigmoid()
@@ -118,7 +119,7 @@ def test_presence_is_asked_of_annotated_categories_and_of_those_in_the_image() -
     assert torch.equal(gradient != 0, asked.expand(3, 2, 5))
 
 
-def answers_for(boxes: torch.Tensor, category: list[int], target: list[int]) -> QueryPredictions:
+def predictions_for(boxes: torch.Tensor, category: list[int], target: list[int]) -> QueryPredictions:
     """One layer, one image."""
     logits = torch.randn(1, 1, len(category))
     return QueryPredictions(
@@ -127,17 +128,17 @@ def answers_for(boxes: torch.Tensor, category: list[int], target: list[int]) -> 
 
 
 def test_no_is_known_only_of_annotated_categories() -> None:
-    truth = PaddedTargets.of([image_targets([2], 4, annotated=[0, 1])])
-    answers = answers_for(random_boxes(5), [0, 1, 2, 2, -1], [-1, -1, -1, 0, -1])
+    targets = image_targets([2], 4, annotated=[0, 1])
+    predictions = predictions_for(random_boxes(5), [0, 1, 2, 2, -1], [-1, -1, -1, 0, -1])
     # Annotated, annotated, unannotated, an object of a category that is not annotated exhaustively, asked for nothing.
-    assert known(answers, truth, 0.5).flatten().tolist() == [True, True, False, True, False]
+    assert supervised(predictions, targets, 0.5).flatten().tolist() == [True, True, False, True, False]
 
 
 def test_boxes_inside_ignored_ones_of_their_category_are_not_mistakes() -> None:
-    truth = PaddedTargets.of([image_targets([0], 2, ignore=[(0, (0.5, 0.5, 0.4, 0.4))]), image_targets([], 2)])
+    targets = Targets.stack([image_targets([0], 2, ignore=[(0, (0.5, 0.5, 0.4, 0.4))]), image_targets([], 2)])
     half_inside, less = [0.3, 0.5, 0.2, 0.2], [0.29, 0.5, 0.2, 0.2]
     boxes = torch.tensor([[0.5, 0.5, 0.2, 0.2], [0.5, 0.5, 0.2, 0.2], [0.5, 0.5, 0.2, 0.2], half_inside, less])
-    answers = QueryPredictions(
+    predictions = QueryPredictions(
         logits=torch.zeros(3, 2, 5),
         boxes=boxes.expand(3, 2, 5, 4),
         category=torch.tensor([[0, 0, 1, 0, 0]]).expand(2, 5),
@@ -145,17 +146,19 @@ def test_boxes_inside_ignored_ones_of_their_category_are_not_mistakes() -> None:
     )
     # Inside; inside but matched; inside, of another category; just half; less.
     expected = torch.tensor([[False, True, True, False, True], [True] * 5])
-    assert torch.equal(known(answers, truth, 0.5 - 1e-6), expected.expand(3, 2, 5))
+    assert torch.equal(supervised(predictions, targets, 0.5 - 1e-6), expected.expand(3, 2, 5))
 
 
 @pytest.mark.parametrize("kind", ["focal", "quality", "matchability"])
 def test_what_is_not_asked_may_be_infinite_and_has_no_gradient(kind: str) -> None:
-    truth = PaddedTargets.of([image_targets([0], 2, annotated=[0])])
+    targets = image_targets([0], 2, annotated=[0])
     boxes = random_boxes(4)
-    answers = answers_for(boxes, [0, 0, 1, -1], [0, -1, -1, -1])
+    predictions = predictions_for(boxes, [0, 0, 1, -1], [0, -1, -1, -1])
     logits = torch.tensor([[[0.1, 0.2, float("inf"), float("nan")]]], requires_grad=True)
-    answers = QueryPredictions(logits=logits, boxes=answers.boxes, category=answers.category, target=answers.target)
-    loss = query_losses(answers, torch.full((1, 1, 4), 0.6), truth, CriterionConfig(classification=kind))
+    predictions = QueryPredictions(
+        logits=logits, boxes=predictions.boxes, category=predictions.category, target=predictions.target
+    )
+    loss = query_losses(predictions, torch.full((1, 1, 4), 0.6), targets, CriterionConfig(classification=kind))
     (gradient,) = torch.autograd.grad(loss.sum(), logits)
     assert loss.isfinite().all()
     assert (gradient[..., :2] != 0).all()

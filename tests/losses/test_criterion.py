@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_outputs import denoising_plan, image_targets, random_output
+from small_outputs import denoising_plan, image_targets, random_boxes, random_output
 from torch import Tensor, distributed
 from torch.nn.functional import binary_cross_entropy
 
@@ -13,8 +13,9 @@ from metr.boxes import cxcywh_to_xyxy, paired_giou, paired_iou
 from metr.config import as_yaml
 from metr.errors import ConfigError
 from metr.losses.config import CriterionConfig, LossWeights
-from metr.losses.criterion import SetCriterion, average_over_ranks
-from metr.structures import DetectorOutput, Losses, Matches, Targets
+from metr.losses.criterion import SetCriterion, average_over_ranks, box_losses
+from metr.losses.predictions import QueryPredictions
+from metr.structures import DetectorOutput, Losses, Targets
 
 UNWEIGHTED = LossWeights(classification=1, l1=1, giou=1, presence=1, proposals=1, denoising=1)
 KEPT = [[0, 2, 5], [1, 2]]
@@ -25,9 +26,9 @@ def criterion(classification: str = "focal", weights: LossWeights = UNWEIGHTED) 
     return SetCriterion(CriterionConfig.checked({"classification": classification, "weights": weights}))
 
 
-def small_targets() -> list[Targets]:
+def small_targets() -> Targets:
     """Category 5's second object finds no free query where there is one; category 3 is kept nowhere."""
-    return [image_targets([0, 5, 5, 3], 6, annotated=[0, 3, 5]), image_targets([2], 6)]
+    return Targets.stack([image_targets([0, 5, 5, 3], 6, annotated=[0, 3, 5]), image_targets([2], 6)])
 
 
 def small_output(denoising: bool = True) -> DetectorOutput:
@@ -75,8 +76,7 @@ def plain_term(kind: str, logit: Tensor, box: Tensor, wanted: Tensor | None, cla
 def test_every_term_equals_loops_over_queries(classification: str) -> None:
     output, targets = small_output(), small_targets()
     judge = criterion(classification)
-    matches = judge.match(output, targets)
-    losses = judge(output, targets)
+    losses, matches = judge(output, targets)
     answer = {
         (int(r), int(b), int(q)): int(m)
         for r, b, q, m in zip(matches.layer, matches.image, matches.query, matches.target, strict=True)
@@ -95,13 +95,13 @@ def test_every_term_equals_loops_over_queries(classification: str) -> None:
             denoises = layer in copies
             slot, valid = (plan.slot, plan.valid) if denoises else (output.slot, output.valid)
             for b, q in valid.nonzero().tolist():
-                if not targets[b].annotated[output.categories.ids[b, slot[b, q]]]:
+                if not targets.annotated[b, output.categories.ids[b, slot[b, q]]]:
                     continue
                 if denoises:
                     target = int(plan.target[b, q]) if plan.positive[b, q] else None
                 else:
                     target = answer.get((index, b, q))
-                wanted = None if target is None else targets[b].boxes[target]
+                wanted = None if target is None else targets.boxes[b, target]
                 total += plain_term(kind, logits[b, q], boxes[b, q].detach(), wanted, classification)
             count = 3 if denoises else 5
             torch.testing.assert_close(losses.terms[f"{layer}/{kind}"].detach(), total / count, msg=f"{layer}/{kind}")
@@ -114,24 +114,61 @@ def test_golden_losses(shared: Path, as_images: bool) -> None:
     objects = golden["input/target_boxes_cxcywh"].split(counts)
     if as_images:
         kept, slots, shape = [[0]] * 9, [[0] * 6] * 9, (9, 6)
-        targets = [replace(image_targets([0] * len(boxes), 9), boxes=boxes) for boxes in objects]
+        images = [replace(image_targets([0] * len(boxes), 9), boxes=boxes.unsqueeze(0)) for boxes in objects]
     else:
         kept, slots, shape = [list(range(9))], [[name for name in range(9) for _ in range(6)]], (1, 54)
         labels = [name for name, count in enumerate(counts) for _ in range(count)]
-        targets = [replace(image_targets(labels, 9), boxes=torch.cat(objects))]
+        images = [replace(image_targets(labels, 9), boxes=torch.cat(objects).unsqueeze(0))]
     output = random_output(kept, slots, vocabulary=9, layers=1)
     logits, boxes = golden["input/logits"].reshape(1, *shape), golden["input/boxes_cxcywh"].reshape(1, *shape, 4)
-    losses = criterion()(replace(output, logits=logits, boxes=boxes), targets)
+    losses, _ = criterion()(replace(output, logits=logits, boxes=boxes), Targets.stack(images))
     found = torch.stack([losses.terms[f"decoder.0/{kind}"] for kind in ("classification", "l1", "giou")])
     expected = torch.stack([golden[f"output/loss_{kind}"] for kind in ("focal", "l1", "giou")])
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
+def test_compares_each_positive_with_its_object() -> None:
+    targets = Targets.stack([image_targets([0, 0, 1], 2), image_targets([1], 2)])
+    target = torch.tensor([[[2, -1, 0], [-1, -1, 0]], [[-1, 1, -1], [0, -1, -1]]])
+    boxes = random_boxes(2, 2, 3)
+    predictions = QueryPredictions(
+        logits=torch.zeros(2, 2, 3), boxes=boxes, category=torch.zeros(2, 3).long(), target=target
+    )
+    losses = box_losses(predictions, targets)
+    l1, giou = torch.zeros(2), torch.zeros(2)
+    for r, b, q in (target >= 0).nonzero().tolist():
+        wanted = targets.boxes[b, target[r, b, q]]
+        l1[r] += (boxes[r, b, q] - wanted).abs().sum()
+        giou[r] += 1 - paired_giou(cxcywh_to_xyxy(boxes[r, b, q]), cxcywh_to_xyxy(wanted))
+        torch.testing.assert_close(
+            losses.iou[r, b, q], paired_iou(cxcywh_to_xyxy(boxes[r, b, q]), cxcywh_to_xyxy(wanted))
+        )
+    torch.testing.assert_close(losses.l1, l1)
+    torch.testing.assert_close(losses.giou, giou)
+
+
+@pytest.mark.parametrize("anything", [float("nan"), float("inf"), 0.0, -1e30])
+def test_boxes_without_an_object_may_be_anything_and_have_no_gradient(anything: float) -> None:
+    boxes = random_boxes(1, 1, 3)
+    boxes[0, 0, 1] = anything
+    boxes.requires_grad_()
+    target = torch.tensor([[[0, -1, -1]]])
+    predictions = QueryPredictions(
+        logits=torch.zeros(1, 1, 3), boxes=boxes, category=torch.zeros(1, 3).long(), target=target
+    )
+    losses = box_losses(predictions, image_targets([0], 1))
+    (gradient,) = torch.autograd.grad((losses.l1 + losses.giou).sum(), boxes)
+    assert gradient[0, 0, 1:].tolist() == [[0.0] * 4] * 2
+    assert gradient[0, 0, 0].abs().sum() > 0
+    assert losses.iou.isfinite().all()
+    assert not losses.iou.requires_grad
+
+
 def test_weights_multiply_the_terms() -> None:
     output, targets = small_output(), small_targets()
-    plain = criterion()(output, targets).terms
+    plain = criterion()(output, targets)[0].terms
     weights = LossWeights(classification=2, l1=3, giou=5, presence=7, proposals=11, denoising=13)
-    weighted = criterion(weights=weights)(output, targets).terms
+    weighted = criterion(weights=weights)(output, targets)[0].terms
     of = {"classification": 2, "l1": 3, "giou": 5, "proposals": 11, "denoising": 13, "decoder": 1, "presence": 7}
     for name, value in plain.items():
         layer, kind = name.split("/")
@@ -152,7 +189,7 @@ def test_order_of_queries_does_not_matter() -> None:
             p, logits=p.logits[:, order], boxes=p.boxes[:, order], slot=p.slot[:, order], valid=p.valid[:, order]
         ),
     )
-    first, second = (criterion("quality")(out, targets).terms for out in (output, shuffled))
+    first, second = (criterion("quality")(out, targets)[0].terms for out in (output, shuffled))
     for name, value in first.items():
         torch.testing.assert_close(second[name], value, msg=name)
 
@@ -164,9 +201,9 @@ def test_a_batch_without_objects_gives_finite_losses_that_reach_everything(
 ) -> None:
     plan = denoising_plan([[], []])
     output = random_output(KEPT, SLOTS, vocabulary=6, denoising=plan)
-    targets = [image_targets([], 6, annotated=annotated) for _ in range(2)]
-    losses = criterion(classification)(output, targets)
-    assert set(losses.terms) == set(criterion(classification)(small_output(), small_targets()).terms)
+    targets = Targets.stack([image_targets([], 6, annotated=annotated) for _ in range(2)])
+    losses, _ = criterion(classification)(output, targets)
+    assert set(losses.terms) == set(criterion(classification)(small_output(), small_targets())[0].terms)
     assert losses.total.isfinite()
     found = gradients(losses, output)  # raises where a tensor is not reached
     assert all(gradient.isfinite().all() for gradient in found.values())
@@ -176,15 +213,16 @@ def test_a_batch_without_objects_gives_finite_losses_that_reach_everything(
 
 def test_one_empty_image_beside_a_full_one() -> None:
     output = small_output(denoising=False)
-    losses = criterion()(output, [small_targets()[0], image_targets([], 6)])
+    targets = Targets.stack([image_targets([0, 5, 5, 3], 6, annotated=[0, 3, 5]), image_targets([], 6)])
+    losses, _ = criterion()(output, targets)
     assert losses.total.isfinite()
     assert gradients(losses, output)["boxes"][:, 1].abs().sum() == 0
 
 
 @pytest.mark.parametrize("classification", ["focal", "quality", "matchability"])
-def test_foreign_and_invalid_queries_have_no_gradient(classification: str) -> None:
+def test_unannotated_and_invalid_queries_have_no_gradient(classification: str) -> None:
     output, targets = small_output(denoising=False), small_targets()
-    found = gradients(criterion(classification)(output, targets), output)
+    found = gradients(criterion(classification)(output, targets)[0], output)
     unannotated = torch.tensor([[False, True, False, False, True, False, False], [False] * 7])
     silent = unannotated | ~output.valid
     assert (found["logits"][:, silent] == 0).all()
@@ -198,36 +236,38 @@ def test_foreign_and_invalid_queries_have_no_gradient(classification: str) -> No
 
 def test_what_invalid_queries_say_does_not_matter() -> None:
     output, targets = small_output(denoising=False), small_targets()
-    expected = criterion()(output, targets).total
+    expected = criterion()(output, targets)[0].total
     spoilt = output.logits.detach().masked_fill(~output.valid, float("inf"))
     boxes = output.boxes.detach().masked_fill(~output.valid[..., None], float("nan"))
-    torch.testing.assert_close(criterion()(replace(output, logits=spoilt, boxes=boxes), targets).total, expected)
+    losses, _ = criterion()(replace(output, logits=spoilt, boxes=boxes), targets)
+    torch.testing.assert_close(losses.total, expected)
 
 
 def test_a_crowd_silences_only_queries_of_its_category_inside_it() -> None:
     output = random_output([[0, 1]], [[0, 0, 1]], vocabulary=2, layers=1)
     boxes = torch.tensor([[0.3, 0.3, 0.1, 0.1], [0.9, 0.9, 0.1, 0.1], [0.3, 0.3, 0.1, 0.1]]).expand(1, 1, 3, 4)
     output = replace(output, boxes=boxes.clone().requires_grad_())
-    targets = [image_targets([], 2, ignore=[(0, (0.3, 0.3, 0.4, 0.4))])]
-    found = gradients(criterion()(output, targets), output)
+    targets = image_targets([], 2, ignore=[(0, (0.3, 0.3, 0.4, 0.4))])
+    found = gradients(criterion()(output, targets)[0], output)
     assert (found["logits"] != 0).flatten().tolist() == [False, True, True]
     # Whether the category is there is doubtful: nothing is asked of its presence logit.
     assert (found["presence"][:, 0, 0] == 0).all()
     assert (found["presence"][:, 0, 1] > 0).all()
 
 
-def test_given_matches_are_used() -> None:
-    output, targets = random_output([[0]], [[0, 0]], vocabulary=1, layers=1), [image_targets([0], 1)]
+def test_losses_are_those_of_the_matches(monkeypatch: pytest.MonkeyPatch) -> None:
+    output, targets = random_output([[0]], [[0, 0]], vocabulary=1, layers=1), image_targets([0], 1)
     judge = criterion()
-    made = judge.match(output, targets)
-    torch.testing.assert_close(judge(output, targets, made).total, judge(output, targets).total)
+    losses, made = judge(output, targets)
+    monkeypatch.setattr(judge, "match", lambda predictions, targets: made)
+    torch.testing.assert_close(judge(output, targets)[0].total, losses.total)
     last = made.layer == 1
-    other = Matches(
-        layer=made.layer, image=made.image, query=torch.where(last, 1 - made.query, made.query), target=made.target
-    )
-    wanted = targets[0].boxes[0]
-    expected = (output.boxes[0, 0, int(other.query[last])] - wanted).abs().sum()
-    torch.testing.assert_close(judge(output, targets, other).terms["decoder.0/l1"], expected)
+    other = replace(made, query=torch.where(last, 1 - made.query, made.query))
+    monkeypatch.setattr(judge, "match", lambda predictions, targets: other)
+    expected = (output.boxes[0, 0, int(other.query[last])] - targets.boxes[0, 0]).abs().sum()
+    again, returned = judge(output, targets)
+    torch.testing.assert_close(again.terms["decoder.0/l1"], expected)
+    assert returned is other
 
 
 def test_float32_under_autocast() -> None:
@@ -247,15 +287,15 @@ def test_float32_under_autocast() -> None:
         categories=replace(halved.categories, presence_logits=halved.categories.presence_logits.float()),
     )
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = criterion("quality")(halved, targets).terms
+        found = criterion("quality")(halved, targets)[0].terms
     assert {value.dtype for value in found.values()} == {torch.float32}
-    for name, value in criterion("quality")(again, targets).terms.items():
+    for name, value in criterion("quality")(again, targets)[0].terms.items():
         torch.testing.assert_close(found[name], value, rtol=0, atol=0, msg=name)
 
 
 def test_counts_are_averaged_over_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     output, targets = small_output(), small_targets()
-    alone = criterion()(output, targets).terms
+    alone = criterion()(output, targets)[0].terms
 
     def other_rank_has(total: Tensor) -> None:
         total += torch.tensor([11.0, 1.0])  # here: 5 objects, 3 denoising copies of objects
@@ -263,7 +303,7 @@ def test_counts_are_averaged_over_ranks(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(distributed, "all_reduce", other_rank_has)
-    shared = criterion()(output, targets).terms
+    shared = criterion()(output, targets)[0].terms
     factor = {"proposals": 5 / 8, "decoder": 5 / 8, "denoising": 3 / 2, "presence": 1.0}
     for name, value in alone.items():
         torch.testing.assert_close(shared[name], value * factor[name.split("/")[0].split(".")[0]], msg=name)
@@ -283,19 +323,19 @@ def test_a_real_process_group_of_one_changes_nothing(tmp_path: Path) -> None:
 
 def test_fitting_the_loss_fits_the_objects() -> None:
     torch.manual_seed(3)
-    targets = [image_targets([0, 0, 1], 3)]
+    targets = image_targets([0, 0, 1], 3)
     output = random_output([[0, 1, 2]], [[0] * 4 + [1] * 3 + [2] * 3], vocabulary=3, layers=1)
     raw = output.boxes.detach().logit().requires_grad_()
     optimizer = torch.optim.Adam([raw, output.logits], lr=0.1)
     judge = SetCriterion(CriterionConfig())
     for _ in range(150):
         optimizer.zero_grad()
-        judge(replace(output, boxes=raw.sigmoid()), targets).total.backward()
+        judge(replace(output, boxes=raw.sigmoid()), targets)[0].total.backward()
         optimizer.step()
     scores, boxes = output.logits.detach().sigmoid()[0, 0], raw.detach().sigmoid()[0, 0]
     assert (scores > 0.5).sum() == 3
     best = cxcywh_to_xyxy(boxes[scores > 0.5])
-    for box, label in zip(targets[0].boxes, targets[0].labels, strict=True):
+    for box, label in zip(targets.boxes[0], targets.labels[0], strict=True):
         iou = paired_iou(best, cxcywh_to_xyxy(box).expand_as(best))
         assert iou.max() > 0.9
         assert output.slot[0][scores > 0.5][iou.argmax()] == label

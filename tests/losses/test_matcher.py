@@ -1,4 +1,5 @@
 import logging
+from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
 
@@ -9,12 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from scipy.optimize import linear_sum_assignment
-from small_outputs import random_boxes
+from small_outputs import image_targets, random_boxes, random_output
 from torch import Tensor
 
+from metr.boxes import cxcywh_to_xyxy, paired_iou
 from metr.losses.config import CriterionConfig, MatchingCosts
-from metr.losses.matcher import match_groups
-from metr.structures import Matches
+from metr.losses.criterion import SetCriterion
+from metr.losses.matcher import match_groups, match_statistics
+from metr.structures import Matches, Targets
 
 CONFIG = CriterionConfig()
 
@@ -158,3 +161,36 @@ def test_half_precision_is_matched_in_full_precision() -> None:
     category, target_boxes, labels = torch.zeros(2, 20).long(), random_boxes(2, 9), torch.zeros(2, 9).long()
     half = match_groups(logits, boxes, category, target_boxes, labels, CONFIG)
     assert rows(half) == rows(match_groups(logits.float(), boxes.float(), category, target_boxes, labels, CONFIG))
+
+
+def test_counts_what_was_left_over_and_how_well_the_rest_fits() -> None:
+    output = random_output([[0, 1], [1, 2]], [[0, 0, 1], [1]], vocabulary=4, layers=3)
+    # First image: category 1 has one query for two objects, 3 is not kept. Second: 0 is not kept; one row of padding.
+    targets = Targets.stack([image_targets([0, 1, 1, 3], 4), image_targets([2, 0, 0], 4)])
+    _, matches = SetCriterion(CONFIG)(output, targets)
+    found = match_statistics(output, targets, matches)
+    assert (int(found.objects), int(found.without_slot), int(found.crowded_out)) == (7, 3, 1)
+    last = matches.layer == 3
+    ious = [
+        paired_iou(cxcywh_to_xyxy(output.boxes[-1, b, q].detach()), cxcywh_to_xyxy(targets.boxes[b, m]))
+        for b, q, m in zip(matches.image[last], matches.query[last], matches.target[last], strict=True)
+    ]
+    assert len(ious) == 3
+    torch.testing.assert_close(found.iou, torch.stack(ious).mean())
+    assert not found.iou.requires_grad
+
+
+def test_the_fit_is_that_of_the_last_layer() -> None:
+    output, targets = random_output([[0]], [[0, 0]], vocabulary=1), image_targets([0], 1)
+    exact, far = targets.boxes[0, 0], torch.tensor([0.95, 0.95, 0.01, 0.01])
+    boxes = torch.stack([torch.stack([exact, far]), torch.stack([far, exact])]).unsqueeze(1)
+    output = replace(output, logits=torch.zeros(2, 1, 2), boxes=boxes)
+    found = match_statistics(output, targets, SetCriterion(CONFIG)(output, targets)[1])
+    torch.testing.assert_close(found.iou, torch.tensor(1.0))
+
+
+def test_an_empty_batch_has_figures_too() -> None:
+    output, targets = random_output([[0]], [[0]], vocabulary=1), image_targets([], 1)
+    found = match_statistics(output, targets, SetCriterion(CONFIG)(output, targets)[1])
+    assert [int(figure) for figure in (found.objects, found.without_slot, found.crowded_out)] == [0, 0, 0]
+    assert float(found.iou) == 0

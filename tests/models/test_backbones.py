@@ -14,7 +14,7 @@ from torch.nn.functional import conv2d, pad
 
 from metr.errors import ConfigError, ModelError
 from metr.models.backbones import Backbone, BackboneConfig, build_backbone
-from metr.models.backbones.batch_norm import FrozenBatchNorm, freeze_batch_norms
+from metr.models.backbones.base import FrozenBatchNorm, SimplePyramid, freeze_batch_norms
 from metr.models.backbones.efficientnet_lite import (
     ConvNorm,
     EfficientNetLite,
@@ -22,7 +22,6 @@ from metr.models.backbones.efficientnet_lite import (
     packaged_weights,
     same_convolution,
 )
-from metr.models.backbones.pyramid import SimplePyramid
 
 TINY = {
     "resnet": {"embedding_size": 8, "hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "layer_type": "basic"},

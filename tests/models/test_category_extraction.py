@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from metr.models.category_extraction import CategoryExtraction
-from metr.models.class_queries import ClassQueries
 from metr.models.config import CategoryConfig, QueryConfig
 from metr.models.encoders.pyramid import flatten
+from metr.models.proposals import ClassQueries
 from metr.structures import Categories, Memory, Proposals
 
 WIDTH, TEXT, WORDS = 16, 10, 5

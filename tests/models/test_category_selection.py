@@ -33,7 +33,8 @@ def target(labels: Sequence[int], words: int, annotated: Sequence[int] | None = 
 def selected(
     categories: Categories, kept: int, images: Sequence[Targets] | None = None, **changes: float
 ) -> Categories:
-    return select_categories(categories, CategoryConfig(kept=kept, **changes), images)
+    targets = None if images is None else Targets.stack(images)
+    return select_categories(categories, CategoryConfig(kept=kept, **changes), targets)
 
 
 def kept_ids(categories: Categories) -> list[list[int]]:
@@ -50,8 +51,8 @@ def kept_ids(categories: Categories) -> list[list[int]]:
 def brute_force(logits: Tensor, kept: int, image: Targets | None) -> list[int]:
     """Sorted by "is present", then by logit, only what is annotated or present; then in ascending order."""
     words = range(len(logits))
-    present = set() if image is None else set(image.labels.tolist())
-    allowed = [v for v in words if image is None or image.annotated[v] or v in present]
+    present = set() if image is None else set(image.labels[0].tolist())
+    allowed = [v for v in words if image is None or image.annotated[0, v] or v in present]
     return sorted(sorted(allowed, key=lambda v: (v not in present, -logits[v].item()))[:kept])
 
 
@@ -82,7 +83,7 @@ def test_more_present_than_slots_keeps_the_likeliest_of_them() -> None:
     assert kept_ids(selected(categories_of(logits), 2, [target([1, 2, 3], 5)])) == [[2, 3]]
 
 
-def test_foreign_categories_never_take_a_slot_in_training() -> None:
+def test_unannotated_categories_never_take_a_slot_in_training() -> None:
     logits = torch.tensor([[9.0, 8.0, 7.0, 6.0]])
     assert kept_ids(selected(categories_of(logits), 3, [target([], 4, annotated=[3])])) == [[3]]
     assert kept_ids(selected(categories_of(logits), 3, [target([], 4, annotated=[])])) == [[]]
@@ -90,12 +91,14 @@ def test_foreign_categories_never_take_a_slot_in_training() -> None:
     assert kept_ids(selected(categories_of(logits), 3, [target([2], 4, annotated=[3])])) == [[2, 3]]
 
 
-def test_at_most_so_many_of_those_presumed_absent_take_a_slot() -> None:
+def test_at_most_so_many_assumed_negatives_take_a_slot() -> None:
     logits = torch.tensor([[9.0, 8.0, 7.0, 6.0, 5.0]])
-    image = replace(target([2], 5, annotated=[2, 4]), assumed_negative=torch.tensor([True, True, False, False, False]))
+    image = replace(
+        target([2], 5, annotated=[2, 4]), assumed_negative=torch.tensor([[True, True, False, False, False]])
+    )
     for slots, expected in ((0, [2, 4]), (1, [0, 2, 4]), (2, [0, 1, 2, 4]), (9, [0, 1, 2, 4])):
         assert kept_ids(selected(categories_of(logits), 5, [image], negative_slots=slots)) == [expected]
-    # what nothing is presumed of stays out
+    # what nothing is assumed of stays out
     assert kept_ids(selected(categories_of(logits), 5, [target([2], 5, annotated=[4])], negative_slots=5)) == [[2, 4]]
 
 

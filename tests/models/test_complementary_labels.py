@@ -28,7 +28,7 @@ def random_image(generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return image.clamp(0, 1), boxes
 
 
-def batch_of(generator: torch.Generator) -> tuple[Tensor, list[Targets]]:
+def batch_of(generator: torch.Generator) -> tuple[Tensor, Targets]:
     """Images of two datasets in turn: the first has labels for red alone, the second for blue."""
     images, targets = [], []
     for number in range(BATCH):
@@ -36,7 +36,7 @@ def batch_of(generator: torch.Generator) -> tuple[Tensor, list[Targets]]:
         kind = number % 2
         images.append(image)
         targets.append(targets_of([boxes[kind].tolist()], [kind], words=2, annotated=[kind]))
-    return torch.stack(images), targets
+    return torch.stack(images), Targets.stack(targets)
 
 
 @pytest.mark.slow
@@ -52,7 +52,7 @@ def test_both_kinds_are_found_in_the_images_of_both_datasets() -> None:
     for _ in range(STEPS):
         images, targets = batch_of(generator)
         optimizer.zero_grad()
-        criterion(detector(images, mask, text, targets), targets).total.backward()
+        criterion(detector(images, mask, text, targets), targets)[0].total.backward()
         torch.nn.utils.clip_grad_norm_(detector.parameters(), 1.0)
         optimizer.step()
         schedule.step()

@@ -9,8 +9,8 @@ from transformers import DabDetrConfig
 from transformers.models.dab_detr.modeling_dab_detr import DabDetrDecoder, DabDetrMLP
 
 from metr.layers.mlp import MLP
-from metr.models.conditional_decoder import ConditionalDecoder, ConditionalDecoderLayer
 from metr.models.config import DecoderConfig
+from metr.models.decoder import ConditionalDecoder, ConditionalDecoderLayer
 from metr.models.encoders.plain import token_places
 from metr.models.encoders.pyramid import flatten
 from metr.structures import Categories, Memory, Queries

@@ -111,22 +111,22 @@ def test_every_parameter_gets_a_gradient_without_any_box(layout: str, encoder: s
     from metr.losses.criterion import SetCriterion
 
     detector = small_detector(small_config(layout=layout, encoder=encoder)).train()
-    targets = [targets_of([], [], words=9), targets_of([], [], words=9)]
+    targets = Targets.stack([targets_of([], [], words=9), targets_of([], [], words=9)])
     output = detector(random_images(2), mask_of(2), TEXT, targets)
-    SetCriterion(CriterionConfig())(output, targets).total.backward()
+    SetCriterion(CriterionConfig())(output, targets)[0].total.backward()
     silent = [name for name, p in detector.named_parameters() if p.requires_grad and p.grad is None]
     assert not silent
     assert all(p.grad.isfinite().all() for p in detector.parameters() if p.grad is not None)
 
 
-def test_present_categories_always_get_slots_and_foreign_ones_never() -> None:
+def test_present_categories_always_get_slots_and_unannotated_ones_never() -> None:
     config = small_config(kept=3)
     detector = small_detector(config).train()
     target = targets_of([[0.5, 0.5, 0.2, 0.2]] * 2, [7, 2], words=9, annotated=[1, 2, 7])
-    categories = detector(random_images(1), mask_of(1), TEXT, [target]).categories
+    categories = detector(random_images(1), mask_of(1), TEXT, target).categories
     assert categories.ids[0].tolist() == [1, 2, 7]
     narrow = replace(target, annotated=targets_of([], [], words=9, annotated=[2, 7]).annotated)
-    categories = detector(random_images(1), mask_of(1), TEXT, [narrow]).categories
+    categories = detector(random_images(1), mask_of(1), TEXT, narrow).categories
     assert categories.ids[0][categories.valid[0]].tolist() == [2, 7]
 
 
@@ -173,10 +173,10 @@ def test_denoising_plan_keeps_its_promises() -> None:
     detector = small_detector(small_config(denoising=30)).train()
     boxes = [[0.3, 0.3, 0.2, 0.2], [0.7, 0.6, 0.3, 0.2], [0.31, 0.3, 0.2, 0.2]]
     target = targets_of(boxes, [1, 4, 5], words=9, annotated=[1, 4, 5, 6])
-    categories = detector(random_images(1), mask_of(1), TEXT, [target]).categories
-    queries, plan = detector.denoising([target], categories)
+    categories = detector(random_images(1), mask_of(1), TEXT, target).categories
+    queries, plan = detector.denoising(target, categories)
     label = categories.ids[0][plan.slot[0]]
-    own = label == target.labels[plan.target[0]]
+    own = label == target.labels[0, plan.target[0]]
     positive, valid = plan.positive[0], plan.valid[0]
     assert positive.any()
     assert own[positive].all()
@@ -185,7 +185,7 @@ def test_denoising_plan_keeps_its_promises() -> None:
     # boxes 0 and 2 lie on each other: neither may be shown under the other's category
     assert not ((plan.target[0] == 0) & flipped & (label == 5)).any()
     assert not ((plan.target[0] == 2) & flipped & (label == 1)).any()
-    assert target.annotated[label[flipped]].all()
+    assert target.annotated[0, label[flipped]].all()
     # groups never mix categories, nor denoising with matching
     for group in queries.group[0][valid].unique():
         assert len(plan.slot[0][valid & (queries.group[0] == group)].unique()) == 1
@@ -197,10 +197,10 @@ def test_denoising_plan_keeps_its_promises() -> None:
 def test_denoising_does_not_change_the_other_answers(encoder: str) -> None:
     detector = small_detector(small_config(denoising=30, encoder=encoder)).eval()
     target = targets_of([[0.3, 0.3, 0.2, 0.2]], [1], words=9)
-    with_it = detector(random_images(1), mask_of(1), TEXT, [target])
+    with_it = detector(random_images(1), mask_of(1), TEXT, target)
     bare = small_detector(small_config(denoising=0, encoder=encoder)).eval()
     bare.load_state_dict(detector.state_dict(), strict=False)
-    without = bare(random_images(1), mask_of(1), TEXT, [target])
+    without = bare(random_images(1), mask_of(1), TEXT, target)
     torch.testing.assert_close(with_it.logits, without.logits, atol=1e-5, rtol=0)
 
 

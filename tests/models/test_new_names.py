@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, normalize
 
-from metr.models.new_names import decorrelate_names
+from metr.models.category_extraction import decorrelate_names
 
 
 def alike(projection: nn.Linear, text: Tensor) -> float:

@@ -8,8 +8,7 @@ import torch
 from transformers import AutoBackbone, AutoConfig, AutoModelForObjectDetection, DeformableDetrConfig
 
 from metr.models.backbones import build_backbone
-from metr.models.backbones.batch_norm import FrozenBatchNorm
-from metr.models.backbones.config import BackboneConfig
+from metr.models.backbones.base import BackboneConfig, FrozenBatchNorm
 from metr.models.backbones.efficientnet_lite import EfficientNetLiteConfig, register
 
 OPTIONS = {"width": 0.25, "depth": 0.5}

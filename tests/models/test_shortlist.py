@@ -1,7 +1,6 @@
 """Shortlisting before category extraction: what it may change, and what not."""
 
 import copy
-from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -12,11 +11,10 @@ from metr.errors import ConfigError
 from metr.losses.classification import presence_losses
 from metr.losses.config import CriterionConfig
 from metr.losses.criterion import SetCriterion
-from metr.losses.padded_targets import PaddedTargets
+from metr.models.category_extraction import ProjectedText
+from metr.models.category_selection import Shortlist, Shortlisted
 from metr.models.config import DetectorConfig
 from metr.models.detector import Detector
-from metr.models.shortlist import Shortlist, Shortlisted
-from metr.models.text_projection import ProjectedText
 from metr.structures import DetectorOutput, Targets
 
 from small import small_config, small_detector, targets_of
@@ -46,7 +44,7 @@ def random_images(number: int = 1, seed: int = 2) -> Tensor:
 
 
 def ask(
-    detector: Detector, images: Tensor, text: Tensor | ProjectedText = TEXT, targets: Sequence[Targets] | None = None
+    detector: Detector, images: Tensor, text: Tensor | ProjectedText = TEXT, targets: Targets | None = None
 ) -> DetectorOutput:
     return detector(images, torch.zeros(len(images), 64, 96, dtype=torch.bool), text, targets)
 
@@ -175,13 +173,13 @@ def test_present_names_are_shortlisted_in_training_and_unknown_ones_last() -> No
     unlikely = likely[0].argsort()[:2].tolist()
     asked = [*unlikely, *likely[0].argsort()[10:13].tolist()]
     target = targets_of([[0.5, 0.5, 0.2, 0.2]] * 2, unlikely, words=WORDS, annotated=asked)
-    found = ask(detector.train(), random_images(), TEXT, [target]).categories
+    found = ask(detector.train(), random_images(), TEXT, target).categories
     assert found.shortlist is not None
     assert {*asked} <= {*found.shortlist[0].tolist()}
     assert {*unlikely} <= {*found.ids[0][found.valid[0]].tolist()} <= {*asked}
-    # more that are presumed absent than there is room for: present and then the likeliest of what is asked
-    presumed = ~target.annotated
-    found = ask(detector, random_images(), TEXT, [replace(target, assumed_negative=presumed)]).categories
+    # more that are assumed to be absent than there is room for: present and then the likeliest of what is asked
+    assumed = ~target.annotated
+    found = ask(detector, random_images(), TEXT, replace(target, assumed_negative=assumed)).categories
     assert found.shortlist is not None
     others = likely[0].clone()
     others[unlikely] = -torch.inf
@@ -192,9 +190,9 @@ def test_present_names_are_shortlisted_in_training_and_unknown_ones_last() -> No
 def test_every_parameter_gets_a_gradient_without_any_box(words: int) -> None:
     """With fewer names than the shortlist takes, and with more."""
     detector = detector_of().train()
-    targets = [targets_of([], [], words=words)] * 2
+    targets = Targets.stack([targets_of([], [], words=words)] * 2)
     output = ask(detector, random_images(2), TEXT[:words], targets)
-    losses = SetCriterion(CriterionConfig())(output, targets)
+    losses, _ = SetCriterion(CriterionConfig())(output, targets)
     assert losses.total.isfinite()
     losses.total.backward()
     silent = [name for name, p in detector.named_parameters() if p.requires_grad and p.grad is None]
@@ -208,11 +206,11 @@ def test_every_parameter_gets_a_gradient_without_any_box(words: int) -> None:
 def test_the_loss_is_that_of_presence_on_what_is_asked() -> None:
     detector = detector_of().train()
     target = targets_of([[0.5, 0.5, 0.2, 0.2]], [3], words=WORDS, annotated=[1, 3, 5, 7])
-    output = ask(detector, random_images(), TEXT, [target])
+    output = ask(detector, random_images(), TEXT, target)
     logits = output.categories.shortlist_logits
     assert logits is not None
     logits.retain_grad()
-    term = SetCriterion(CriterionConfig())(output, [target]).terms["presence/shortlist"]
+    term = SetCriterion(CriterionConfig())(output, target)[0].terms["presence/shortlist"]
     absent = logits[0, [1, 5, 7]].sigmoid()
     expected = -logits[0, 3].sigmoid().log() - (absent**2 * (1 - absent).log()).sum()
     torch.testing.assert_close(term, expected)
@@ -224,10 +222,10 @@ def test_the_loss_is_that_of_presence_on_what_is_asked() -> None:
 def test_names_that_were_not_looked_at_give_no_loss_to_category_extraction() -> None:
     detector = detector_of().train()
     target = targets_of([[0.5, 0.5, 0.2, 0.2]], [3], words=WORDS)
-    output = ask(detector, random_images(), TEXT, [target])
+    output = ask(detector, random_images(), TEXT, target)
     rows = output.categories.shortlist
     assert rows is not None
-    term = SetCriterion(CriterionConfig())(output, [target]).terms["presence/1"]
+    term = SetCriterion(CriterionConfig())(output, target)[0].terms["presence/1"]
     logits = output.categories.presence_logits[1, 0, rows[0]].detach()
     here = rows[0] == 3
     expected = -logits[here].sigmoid().log().sum() - (logits.sigmoid() ** 2 * (1 - logits.sigmoid()).log())[~here].sum()
@@ -260,14 +258,14 @@ def test_it_learns_which_names_are_shown() -> None:
     images, labels = 0.2 * random_images(4) + 0.8 * colours[:, :, None, None], [3, 11, 22, 33]
     with torch.no_grad():
         memory = detector.encoder(detector.backbone(images), torch.zeros(4, 64, 96, dtype=torch.bool))
-    truth = PaddedTargets.of([targets_of([[0.5, 0.5, 0.4, 0.4]], [label], words=WORDS) for label in labels])
+    targets = Targets.stack([targets_of([[0.5, 0.5, 0.4, 0.4]], [label], words=WORDS) for label in labels])
     extraction = detector.category_extraction
     assert isinstance(extraction.shortlist, Shortlist)
     optimizer = torch.optim.Adam(extraction.parameters(), lr=3e-3)
     for _ in range(100):
         logits, _ = extraction.shortlist(memory, extraction.norm(extraction.projection(TEXT)))
         optimizer.zero_grad()
-        presence_losses(logits.unsqueeze(0), truth, CriterionConfig()).sum().backward()
+        presence_losses(logits.unsqueeze(0), targets, CriterionConfig()).sum().backward()
         optimizer.step()
     with torch.no_grad():
         found = extraction(memory, TEXT)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from metr.models.text_projection import whitening_projection
+from metr.models.category_extraction import whitening_projection
 
 from small import TEXT_WIDTH, small_detector
 

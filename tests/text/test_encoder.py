@@ -25,9 +25,8 @@ from transformers import (
 from metr.bundled import minilm_folder
 from metr.errors import ConfigError, DependencyError, ModelError
 from metr.text import language_model
-from metr.text.encoder import TextEncoder, TextEncoderConfig
+from metr.text.encoder import TextEncoder, TextEncoderConfig, phrases
 from metr.text.language_model import LanguageModel, LanguageModelSource
-from metr.text.templates import phrases
 from metr.text.vocabulary import Vocabulary
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "an", "the", "photo", "of", "cat", "dog", "red", "blood"]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from metr.text.templates import TEMPLATES, phrase_of, phrases
+from metr.text.encoder import TEMPLATES, phrase_of, phrases
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from torch import nn
 
 from metr.errors import ModelError
 from metr.models.backbones import build_backbone
-from metr.models.backbones.config import BackboneConfig
+from metr.models.backbones.base import BackboneConfig
 from metr.training.config import EmaConfig, OptimizerConfig, ScheduleConfig
 from metr.training.optimization import (
     Ema,

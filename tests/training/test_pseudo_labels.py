@@ -1,4 +1,4 @@
-"""The teacher: what the average of the weights adds to what was annotated."""
+"""Pseudo-labels: what the average of the weights adds to the annotations."""
 
 from collections.abc import Sequence
 
@@ -45,7 +45,7 @@ def batch_of(target: Targets) -> Batch:
     return Batch(
         images=torch.zeros(1, 3, 32, 32),
         padding_mask=torch.zeros(1, 32, 32, dtype=torch.bool),
-        targets=(target,),
+        targets=target,
         image_ids=(1,),
         original_sizes=((300, 400),),
         sizes=((32, 32),),
@@ -55,12 +55,12 @@ def batch_of(target: Targets) -> Batch:
 
 def target_of(boxes: Sequence[Sequence[float]] = (), labels: Sequence[int] = ()) -> Targets:
     return Targets(
-        boxes=torch.tensor(boxes).reshape(-1, 4),
-        labels=torch.tensor(labels, dtype=torch.int64),
-        annotated=~UNANNOTATED["cells"],
-        ignore_boxes=torch.zeros(0, 4),
-        ignore_labels=torch.zeros(0, dtype=torch.int64),
-        assumed_negative=torch.zeros(WORDS, dtype=torch.bool),
+        boxes=torch.tensor(boxes).reshape(1, -1, 4),
+        labels=torch.tensor(labels, dtype=torch.int64).unsqueeze(0),
+        ignore_boxes=torch.zeros(1, 0, 4),
+        ignore_labels=torch.zeros(1, 0, dtype=torch.int64),
+        annotated=~UNANNOTATED["cells"].unsqueeze(0),
+        assumed_negative=torch.zeros(1, WORDS, dtype=torch.bool),
     )
 
 
@@ -68,46 +68,46 @@ def taught(target: Targets, presence: Sequence[float], answers: Sequence[Answer]
     teacher = PseudoLabeler(
         PseudoLabelConfig(**{"absent_below": 0.1, "present_above": 0.5, "object_above": 0.5} | config), UNANNOTATED
     )
-    (found,) = teacher(Average(presence, answers), batch_of(target), torch.eye(WORDS))
-    return found
+    return teacher(Average(presence, answers), batch_of(target), torch.eye(WORDS))
+
+
+def labels_of(targets: Targets) -> list[int]:
+    return targets.labels[targets.is_object].tolist()
 
 
 HERE, THERE = [0.3, 0.3, 0.2, 0.2], [0.7, 0.7, 0.2, 0.3]
 
 
-def test_only_foreign_and_clearly_absent_categories_are_presumed_absent() -> None:
+def test_only_unannotated_and_clearly_absent_categories_are_assumed_negative() -> None:
     found = taught(target_of(), [0.01, 0.9, 0.09, 0.11, 0.6], [(0, 0.9, HERE)])
-    assert found.assumed_negative is not None
-    assert found.assumed_negative.tolist() == [False, False, True, False, False]
-    assert torch.equal(found.annotated, ~UNANNOTATED["cells"])
-    assert not len(found.labels)
+    assert found.assumed_negative.tolist() == [[False, False, True, False, False]]
+    assert torch.equal(found.annotated[0], ~UNANNOTATED["cells"])
+    assert not found.is_object.any()
 
 
-def test_clear_detections_of_clearly_present_foreign_categories_become_objects() -> None:
+def test_clear_detections_of_clearly_present_unannotated_categories_become_objects() -> None:
     answers: list[Answer] = [(4, 0.8, HERE), (4, 0.4, THERE), (3, 0.9, THERE), (1, 0.9, THERE), (4, 0.7, HERE)]
     found = taught(target_of([THERE], [0]), [0.9, 0.9, 0.9, 0.4, 0.6], answers)
     # 4 here: yes, once. 4 there: its score is low. 3: its presence is low. 1: the dataset says that none is there.
-    assert found.labels.tolist() == [0, 4]
-    torch.testing.assert_close(found.boxes, torch.tensor([THERE, HERE]))
-    assert found.assumed_negative is not None
+    assert labels_of(found) == [0, 4]
+    torch.testing.assert_close(found.boxes[found.is_object], torch.tensor([THERE, HERE]))
     assert not found.assumed_negative.any()
 
 
 def test_thresholds_are_read() -> None:
     answers: list[Answer] = [(4, 0.8, HERE)]
     presence = [0.5, 0.5, 0.3, 0.3, 0.6]
-    assert taught(target_of(), presence, answers).labels.tolist() == [4]
-    assert taught(target_of(), presence, answers, present_above=0.7).labels.tolist() == []
-    assert taught(target_of(), presence, answers, object_above=0.9).labels.tolist() == []
+    assert labels_of(taught(target_of(), presence, answers)) == [4]
+    assert labels_of(taught(target_of(), presence, answers, present_above=0.7)) == []
+    assert labels_of(taught(target_of(), presence, answers, object_above=0.9)) == []
     absent = taught(target_of(), presence, answers, absent_below=0.4).assumed_negative
-    assert absent is not None
-    assert absent.tolist() == [False, False, True, True, False]
+    assert absent.tolist() == [[False, False, True, True, False]]
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.02])
 def test_objects_that_are_there_already_are_not_doubled(shift: float) -> None:
-    """A unannotated category may have objects: two datasets may be one image's."""
+    """An unannotated category may have objects: two datasets may be one image's."""
     moved = [HERE[0] + shift, *HERE[1:]]
     found = taught(target_of([moved], [4]), [0.5, 0.5, 0.5, 0.5, 0.9], [(4, 0.9, HERE), (4, 0.9, THERE)])
-    assert found.labels.tolist() == [4, 4]
-    torch.testing.assert_close(found.boxes, torch.tensor([moved, THERE]))
+    assert labels_of(found) == [4, 4]
+    torch.testing.assert_close(found.boxes[found.is_object], torch.tensor([moved, THERE]))

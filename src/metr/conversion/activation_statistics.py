@@ -17,8 +17,7 @@ from torch.nn.functional import silu
 from metr.layers.position_encoding import box_encoding
 from metr.models.detector import Detector
 from metr.models.encoders import Encoder
-from metr.models.encoders.fusion import AggregatingFusion, ConvNorm, Fusion, RepVggBlock
-from metr.models.encoders.hybrid import HybridEncoder
+from metr.models.encoders.hybrid import AggregatingFusion, ConvNorm, Fusion, HybridEncoder, RepVggBlock
 
 _TEXT = ("category_extraction.projection", "category_extraction.norm")
 # a memory of one token leaves queries and keys of the attention to it without a say

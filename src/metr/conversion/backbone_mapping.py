@@ -6,8 +6,7 @@ from typing import Any
 
 from metr.conversion.table import Row
 from metr.errors import ModelError
-from metr.models.backbones.base import Backbone
-from metr.models.backbones.config import BackboneConfig
+from metr.models.backbones.base import Backbone, BackboneConfig
 from metr.models.backbones.efficientnet_lite import STAGE_OF_STRIDE, EfficientNetLiteBackbone, EfficientNetLiteConfig
 from metr.models.backbones.hugging_face import HuggingFaceBackbone
 

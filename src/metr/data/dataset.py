@@ -1,4 +1,4 @@
-"""Images and targets, one at a time: annotations, a vocabulary and transforms put together."""
+"""One image at a time with its targets: reads it, transforms it, and puts its labels in terms of the vocabulary."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,24 +14,24 @@ from metr.boxes import xyxy_to_cxcywh
 from metr.data.images import read_annotated
 from metr.data.records import Annotations, DataIssue, ImageRecord
 from metr.data.sampling import SampleKey
+from metr.data.transforms.geometry import Sample
 from metr.data.transforms.pipeline import Transforms
-from metr.data.transforms.sample import Sample
 from metr.errors import ConfigError, DataError
 from metr.structures import Targets
 from metr.text.vocabulary import Vocabulary
 
 Unannotated = Literal["ignore", "negative", "pseudo_label"]
 
-# A dataset of which this many images, drawn at random, are unreadable in a row is not worth going on with.
+# After this many unreadable images in a row, drawn at random, a dataset is given up.
 ATTEMPTS = 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One image as the network is to see it, RGB of 0 to 255, and what is known of it.
+    """One image as the network sees it, RGB in 0..255, and its targets: a batch of one, without padding.
 
-    `original_size` is (height, width) in pixels as annotated, turned as the image is; `position` counts within the
-    dataset; `issues` are the images that could not be read in its place.
+    `original_size` is (height, width) in pixels as annotated, in the orientation of the image. `position` is the
+    image's index in the dataset. `issues` are the images that could not be read before this one took their place.
     """
 
     image: UInt8[Tensor, "3 h w"]
@@ -45,7 +45,7 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class Missing:
-    """An image that could not be read, and had no replacement."""
+    """An image that could not be read, and was not replaced."""
 
     dataset: str
     position: int
@@ -55,17 +55,17 @@ class Missing:
 class DetectionDataset(Dataset[Example | Missing]):
     """One split of one dataset, with its labels as rows of the vocabulary.
 
-    `dataset[i]` is image i, or a `Missing` where it cannot be read: evaluation counts those, and never evaluates
-    another image in their stead. `dataset.sample(key)` is for training: an unreadable image is replaced.
+    `dataset[i]` is image i, or a `Missing` if it cannot be read: evaluation counts those, and evaluates no other image
+    in their place. Training calls `dataset.sample(key)`, which replaces an unreadable image.
 
     Args:
         annotations: Where records come from; the worker processes share it.
-        vocabulary: Knows this dataset by `annotations.name`.
+        vocabulary: Lists this dataset under `annotations.name`.
         transforms: Resize and augment.
-        unannotated: What a category means that the dataset does not annotate: "negative" takes it that none is there;
+        unannotated: How a category counts that the dataset does not annotate: "negative" assumes that it is absent;
             otherwise nothing is known of it.
-        covered_names: The names that some dataset beside it annotates; nothing is known of all others.
-            By default every name.
+        covered_names: True at the names that at least one dataset of the run annotates; "negative" assumes only these
+            to be absent. By default all names.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class DetectionDataset(Dataset[Example | Missing]):
             return Missing(dataset=self.name, position=index, issues=(self._issue(index, error),))
 
     def sample(self, key: SampleKey) -> Example | Missing:
-        """The image of that key, or another of this dataset where it cannot be read; the key decides which."""
+        """The image of that key, or if it cannot be read another one of this dataset, chosen by the key's random numbers."""
         rng, index = key.generator(), key.index
         issues: list[DataIssue] = []
         for _ in range(ATTEMPTS):
@@ -113,12 +113,12 @@ class DetectionDataset(Dataset[Example | Missing]):
 
     def _load(self, index: int, rng: np.random.Generator | None = None, size: int | None = None) -> Example:
         stored = self.annotations[index]
-        # Where the image disagrees with its annotations, boxes fitted to the image; `metr inspect` tells.
+        # Where file and annotations disagree about the size, `record` has boxes that fit the file.
         image, record, issue = read_annotated(stored)
         declared = record if issue is not None and issue.kind == "orientation" else stored
         sample = Sample(image=image, boxes=record.boxes, labels=record.labels, ignore=record.ignore)
         sample = self.transforms(sample, rng, size)
-        # Channels stay last in memory: no work here, and the faster order for convolutions.
+        # Channels stay last in memory: nothing is copied, and convolutions are faster so.
         pixels = torch.from_numpy(np.ascontiguousarray(sample.image)).permute(2, 0, 1)
         return Example(
             image=pixels,
@@ -135,12 +135,12 @@ class DetectionDataset(Dataset[Example | Missing]):
         labels = self.rows[torch.from_numpy(sample.labels.astype(np.int64))]
         ignore = torch.from_numpy(sample.ignore)
         return Targets(
-            boxes=boxes[~ignore],
-            labels=labels[~ignore],
-            annotated=self._annotated(record),
-            ignore_boxes=boxes[ignore],
-            ignore_labels=labels[ignore],
-            assumed_negative=self.assumed_negative,
+            boxes=boxes[~ignore].unsqueeze(0),
+            labels=labels[~ignore].unsqueeze(0),
+            ignore_boxes=boxes[ignore].unsqueeze(0),
+            ignore_labels=labels[ignore].unsqueeze(0),
+            annotated=self._annotated(record).unsqueeze(0),
+            assumed_negative=self.assumed_negative.unsqueeze(0),
         )
 
     def _annotated(self, record: ImageRecord) -> Bool[Tensor, "v"]:
@@ -155,7 +155,7 @@ class DetectionDataset(Dataset[Example | Missing]):
 
 
 class MixedDataset(Dataset[Example | Missing]):
-    """Several datasets as one, whose items are found by sample keys.
+    """Several datasets as one; a `SampleKey` says which image of which dataset is wanted.
 
     Raises:
         ConfigError: two datasets have the same name.
@@ -170,5 +170,5 @@ class MixedDataset(Dataset[Example | Missing]):
             raise ConfigError(f"two datasets are called {twice!r}", hint="name them apart: first=PATH second=PATH")
 
     def __getitem__(self, key: SampleKey) -> Example | Missing:
-        """The image of that key."""
+        """The image of that key, or a replacement from the same dataset."""
         return self.datasets[key.dataset].sample(key)

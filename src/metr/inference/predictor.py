@@ -18,8 +18,8 @@ from metr.data.transforms.geometry import output_shape, resize_image
 from metr.errors import DataError, ModelError
 from metr.inference.config import InferenceConfig, Precision
 from metr.inference.postprocess import postprocess
+from metr.models.category_extraction import ProjectedText
 from metr.models.detector import Detector
-from metr.models.text_projection import ProjectedText
 from metr.structures import Detections, DetectorOutput
 
 # How many batches are read ahead, so that images of one shape find each other.

@@ -1,4 +1,4 @@
-"""Multi-head attention with separate projections, on PyTorch's fused kernel."""
+"""Multi-head attention with separate projections, plain and conditional, on PyTorch's fused kernel."""
 
 import torch
 from einops import rearrange
@@ -64,3 +64,104 @@ def attend(
         with torch.autocast("cpu", enabled=False):
             return scaled_dot_product_attention(queries.float(), keys.float(), values.float(), attn_mask=mask)
     return scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
+
+
+class PlacedSelfAttention(nn.Module):
+    """Self-attention whose queries and keys are the sum of a projected content and a projected position.
+
+    Args:
+        width: Numbers a token, divisible by `heads`.
+        heads: Attention heads.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query_content, self.query_position = nn.Linear(width, width), nn.Linear(width, width)
+        self.key_content, self.key_position = nn.Linear(width, width), nn.Linear(width, width)
+        self.value, self.out = nn.Linear(width, width), nn.Linear(width, width)
+        _start_projections(self)
+
+    def forward(
+        self,
+        content: Float[Tensor, "b q d"],
+        position: Float[Tensor, "b q d"],
+        allowed: Bool[Tensor, "b #q q"] | None = None,
+    ) -> Float[Tensor, "b q d"]:
+        """What each token gathers from those that it may look at (`allowed`; None means all)."""
+        queries = self.query_content(content) + self.query_position(position)
+        keys = self.key_content(content) + self.key_position(position)
+        queries, keys, values = (_heads(part, self.heads) for part in (queries, keys, self.value(content)))
+        gathered = attend(queries, keys, values, None if allowed is None else allowed.unsqueeze(1))
+        out: Tensor = self.out(rearrange(gathered, "b heads q c -> b q (heads c)"))
+        return out
+
+
+class ConditionalAttention(nn.Module):
+    """Cross-attention in which every head agrees on content and, beside it, on place (Meng et al., 2021).
+
+    A head's query is its share of the content and, after it, its share of the encoded place; so is its key. Their
+    product is the sum of what both pairs say.
+
+    Args:
+        width: Numbers a token, divisible by `heads`.
+        heads: Attention heads.
+        joins_position: Add the position to the content as well: for a first layer, whose content knows no place yet.
+    """
+
+    def __init__(self, width: int, heads: int, joins_position: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query_content, self.query_place = nn.Linear(width, width), nn.Linear(width, width)
+        self.key_content, self.key_place = nn.Linear(width, width), nn.Linear(width, width)
+        self.query_position = nn.Linear(width, width) if joins_position else None
+        self.value, self.out = nn.Linear(width, width), nn.Linear(width, width)
+        _start_projections(self)
+        # from the first step on, encoded places are compared as they are: a query looks where it is
+        for projection in (self.query_place, self.key_place):
+            nn.init.eye_(projection.weight)
+
+    def forward(
+        self,
+        content: Float[Tensor, "b q d"],
+        position: Float[Tensor, "b q d"],
+        place: Float[Tensor, "b q d"],
+        tokens: Float[Tensor, "b s d"],
+        token_places: Float[Tensor, "b s d"],
+        allowed: Bool[Tensor, "b #q s"],
+    ) -> Float[Tensor, "b q d"]:
+        """What each query gathers from the tokens that it may look at.
+
+        Args:
+            content: What the queries hold.
+            position: Their learnt position embedding, which joins the content where the layer says so.
+            place: Their encoded places, in the encoding of `token_places`.
+            tokens: The memory.
+            token_places: Where its tokens lie.
+            allowed: Which tokens each query may look at.
+        """
+        queries, keys, where = self.query_content(content), self.key_content(tokens), self.key_place(token_places)
+        if self.query_position is not None:
+            queries, keys = queries + self.query_position(position), keys + where
+        queries = self._beside(queries, self.query_place(place))
+        keys = self._beside(keys, where)
+        gathered = attend(queries, keys, _heads(self.value(tokens), self.heads), allowed.unsqueeze(1))
+        out: Tensor = self.out(rearrange(gathered, "b heads q c -> b q (heads c)"))
+        return out
+
+    def _beside(self, content: Tensor, place: Tensor) -> Tensor:
+        """Each head's share of the content and of the place, side by side."""
+        return torch.cat([_heads(content, self.heads), _heads(place, self.heads)], dim=-1)
+
+
+def _start_projections(module: nn.Module) -> None:
+    """As in `Attention`: Glorot's weights except for the answer's, and no bias."""
+    for name, linear in module.named_children():
+        if isinstance(linear, nn.Linear):
+            nn.init.zeros_(linear.bias)
+            if name != "out":
+                nn.init.xavier_uniform_(linear.weight)
+
+
+def _heads(tokens: Float[Tensor, "b n d"], heads: int) -> Float[Tensor, "b heads n c"]:
+    return rearrange(tokens, "b n (heads c) -> b heads n c", heads=heads)

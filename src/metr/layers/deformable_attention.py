@@ -1,13 +1,18 @@
 """Multi-scale deformable attention (Zhu et al., 2021) in plain PyTorch: nothing to compile, any device."""
 
 import math
+import warnings
+from itertools import accumulate
+from typing import Any
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int32
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import embedding_bag, grid_sample
 
-from metr.layers.sampling import LevelShapes, sample_levels
+LevelShapes = tuple[tuple[int, int], ...]
 
 
 class DeformableAttention(nn.Module):
@@ -91,3 +96,160 @@ class DeformableAttention(nn.Module):
             return reference[..., :2] + offsets * (reference[..., 2:] * (0.5 / self.points))
         sizes = reference.new_tensor([(w, h) for h, w in level_shapes])
         return reference + offsets / sizes[:, None]
+
+
+def sample_levels(
+    value: Float[Tensor, "b s d"],
+    places: Float[Tensor, "b q m l p 2"],
+    weights: Float[Tensor, "b q m l p"],
+    level_shapes: LevelShapes,
+) -> Float[Tensor, "b q d"]:
+    """Bilinear samples of each head's share of the values at `places`, summed by `weights`; zero outside.
+
+    Args:
+        value: Tokens of all levels, finest first, row by row; heads divide the width.
+        places: (x, y) in 0..1 of each level, for every query, head, level and point.
+        weights: Of each place.
+        level_shapes: (height, width) of each level.
+    """
+    by_rows = value.device.type == "cpu" and not torch.compiler.is_compiling()
+    sample = sample_rows if by_rows else sample_grids
+    exact = places.dtype
+    return sample(value.to(exact), places, weights.to(exact), level_shapes).to(value.dtype)
+
+
+def sample_grids(
+    value: Float[Tensor, "b s d"],
+    places: Float[Tensor, "b q m l p 2"],
+    weights: Float[Tensor, "b q m l p"],
+    level_shapes: LevelShapes,
+) -> Float[Tensor, "b q d"]:
+    """`sample_levels` level by level, from maps of pixels."""
+    batch, _, heads = weights.shape[:3]
+    grids = rearrange(2 * places - 1, "b q m l p x -> l (b m) q p x")
+    shares = rearrange(weights, "b q m l p -> l (b m) 1 q p")
+    maps = value.split_with_sizes([height * width for height, width in level_shapes], dim=1)
+    total = None
+    for tokens, grid, share, (height, width) in zip(maps, grids, shares, level_shapes, strict=True):
+        image = rearrange(tokens, "b (h w) (m c) -> (b m) c h w", h=height, w=width, m=heads)
+        sampled = grid_sample(image, grid, mode="bilinear", align_corners=False)
+        part = (sampled * share).sum(-1)
+        total = part if total is None else total + part
+    assert total is not None
+    out: Tensor = rearrange(total, "(b m) c q -> b q (m c)", b=batch)
+    return out
+
+
+def sample_rows(
+    value: Float[Tensor, "b s d"],
+    places: Float[Tensor, "b q m l p 2"],
+    weights: Float[Tensor, "b q m l p"],
+    level_shapes: LevelShapes,
+) -> Float[Tensor, "b q d"]:
+    """`sample_levels` as one weighted sum of rows for every query and head: four rows for each place."""
+    batch, queries, heads = weights.shape[:3]
+    cells, shares = corner_cells(places, weights, level_shapes)
+    image = torch.arange(batch, dtype=torch.int32, device=value.device) * value.shape[1]
+    head = torch.arange(heads, dtype=torch.int32, device=value.device)
+    rows = (cells + image[:, None, None, None]) * heads + head[:, None]
+    summed = _weighted_row_sums(
+        rearrange(value, "b s (m c) -> (b s m) c", m=heads),
+        rearrange(rows, "b q m n -> (b q m) n"),
+        rearrange(shares, "b q m n -> (b q m) n"),
+    )
+    return rearrange(summed, "(b q m) c -> b q (m c)", b=batch, q=queries)
+
+
+def corner_cells(
+    places: Float[Tensor, "b q m l p 2"], weights: Float[Tensor, "b q m l p"], level_shapes: LevelShapes
+) -> tuple[Int32[Tensor, "b q m n"], Float[Tensor, "b q m n"]]:
+    """The four cells around each place as indices of tokens, and the share of each: weight times bilinear weight.
+
+    Cells outside have a share of zero (and the index of a cell inside).
+    """
+    points = places.shape[4]
+
+    def of_points(numbers: list[int]) -> Int32[Tensor, "lp"]:
+        return torch.tensor(numbers, dtype=torch.int32, device=places.device).repeat_interleave(points)
+
+    sizes = [height * width for height, width in level_shapes]
+    start = of_points(list(accumulate(sizes[:-1], initial=0)))
+    height, width = (of_points(list(sides)) for sides in zip(*level_shapes, strict=True))
+    x, y = (rearrange(part, "b q m l p -> b q m (l p)") for part in places.unbind(-1))
+    columns = _neighbours(x * width - 0.5, width)
+    rows = _neighbours(y * height - 0.5, height)
+    weight = rearrange(weights, "b q m l p -> b q m (l p)")
+    rows = [(start + row * width, weight * near) for row, near in rows]
+    cells = torch.cat([first + column for first, _ in rows for column, _ in columns], dim=-1)
+    shares = torch.cat([high * wide for _, high in rows for _, wide in columns], dim=-1)
+    return cells, shares
+
+
+def _neighbours(
+    position: Float[Tensor, "*n"], size: Int32[Tensor, "_n"]
+) -> list[tuple[Int32[Tensor, "*n"], Float[Tensor, "*n"]]]:
+    """The cells before and after a position along one axis, and how near each is: 1 on the cell, 0 a cell away."""
+    before = position.detach().floor()
+    ahead = position - before
+    cells = before.int()
+    neighbours = []
+    for cell, near in ((cells, 1 - ahead), (cells + 1, ahead)):
+        kept = cell.clamp(min=0).minimum(size - 1)
+        neighbours.append((kept, near * (kept == cell)))
+    return neighbours
+
+
+def _weighted_row_sums(
+    table: Float[Tensor, "t c"], rows: Int32[Tensor, "g n"], shares: Float[Tensor, "g n"]
+) -> Float[Tensor, "g c"]:
+    """For each of g groups the sum of n rows of the table, each multiplied by its share."""
+    if not torch.is_grad_enabled():
+        return embedding_bag(rows, table, mode="sum", per_sample_weights=shares)
+    summed: Tensor = _WeightedRowSums.apply(table, rows, shares)  # type: ignore[no-untyped-call]
+    return summed
+
+
+class _WeightedRowSums(torch.autograd.Function):
+    """As PyTorch's own, with a faster gradient of the table: again sums of rows, those of the incoming gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, rows: Tensor, shares: Tensor) -> Tensor:
+        """See `_weighted_row_sums`."""
+        ctx.save_for_backward(table, rows, shares)
+        return embedding_bag(rows, table, mode="sum", per_sample_weights=shares)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, Tensor | None]:
+        """Gradients of table and shares."""
+        table, rows, shares = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        of_table = _table_gradient(grad, rows, shares, len(table)) if ctx.needs_input_grad[0] else None
+        of_shares = _share_gradient(grad, rows, shares, table) if ctx.needs_input_grad[2] else None
+        return of_table, None, of_shares
+
+
+def _table_gradient(
+    grad: Float[Tensor, "g c"], rows: Int32[Tensor, "g n"], shares: Float[Tensor, "g n"], number: int
+) -> Float[Tensor, "t c"]:
+    """Each row's gradient is the sum of those of the groups that it is in: their uses, sorted by row."""
+    uses = rows.flatten()
+    order = uses.argsort()
+    last = uses.bincount(minlength=number).cumsum(0)
+    groups = torch.div(order, rows.shape[1], rounding_mode="floor")
+    starts = torch.cat([last.new_zeros(1), last[:-1]])
+    sorted_shares = shares.flatten().index_select(0, order)
+    return embedding_bag(groups, grad, starts, mode="sum", per_sample_weights=sorted_shares)
+
+
+def _share_gradient(
+    grad: Float[Tensor, "g c"], rows: Int32[Tensor, "g n"], shares: Float[Tensor, "g n"], table: Float[Tensor, "t c"]
+) -> Float[Tensor, "g n"]:
+    """Each share's gradient is the product of its row and the group's gradient: few cells of a large matrix."""
+    ends = torch.arange(0, rows.numel() + 1, rows.shape[1], dtype=rows.dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # sparse matrices are "in beta"
+        size = (len(grad), len(table))
+        cells = torch.sparse_csr_tensor(ends, rows.flatten(), shares.flatten(), size, check_invariants=False)
+    products: Tensor = torch.sparse.sampled_addmm(cells, grad, table.T, beta=0.0).values()
+    return products.view_as(rows)

@@ -1,4 +1,7 @@
-"""Is this an object of my category? Is this category in the image? Losses of both answers, and who is asked."""
+"""Losses of the two classifications: is this an object of the query's category, and is a category in the image?
+
+Both are taken only where the targets say what is right.
+"""
 
 import torch
 from jaxtyping import Bool, Float
@@ -7,7 +10,8 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from metr.boxes import cxcywh_to_xyxy, pairwise_coverage
 from metr.losses.config import CriterionConfig
-from metr.losses.padded_targets import NO_OBJECT, PaddedTargets, QueryPredictions
+from metr.losses.predictions import QueryPredictions
+from metr.structures import NO_OBJECT, Targets
 
 
 def focal_loss(
@@ -24,7 +28,7 @@ def focal_loss(
 def varifocal_loss(
     logits: Float[Tensor, "*n"], quality: Float[Tensor, "*n"], positive: Bool[Tensor, "*n"], alpha: float, gamma: float
 ) -> Float[Tensor, "*n"]:
-    """Varifocal loss (Zhang et al., 2021): a positive's target and weight are its quality, negatives are focal."""
+    """Varifocal loss (Zhang et al., 2021): quality is target and weight of a positive; negatives have focal weights."""
     wanted = quality.where(positive, 0)
     weight = torch.where(positive, wanted, alpha * logits.detach().sigmoid() ** gamma)
     return weight * binary_cross_entropy_with_logits(logits, wanted, reduction="none")
@@ -33,14 +37,14 @@ def varifocal_loss(
 def matchability_loss(
     logits: Float[Tensor, "*n"], quality: Float[Tensor, "*n"], positive: Bool[Tensor, "*n"], gamma: float
 ) -> Float[Tensor, "*n"]:
-    """Matchability-aware loss (Huang et al., 2025): poor positives count fully, towards their quality to a power."""
+    """Matchability-aware loss (Huang et al., 2025): a positive has a power of its quality as target, and weight 1."""
     wanted = (quality**gamma).where(positive, 0)
     weight = torch.where(positive, 1, logits.detach().sigmoid() ** gamma)
     return weight * binary_cross_entropy_with_logits(logits, wanted, reduction="none")
 
 
 def focal_cost(logits: Float[Tensor, "*n"], alpha: float, gamma: float) -> Float[Tensor, "*n"]:
-    """What it would cost each query, in focal loss, to stand for an object instead of for none."""
+    """The focal loss of each query if it is matched to an object, less that if it is not."""
     probability = logits.sigmoid()
     as_object = alpha * (1 - probability) ** gamma * -(probability + 1e-8).log()
     as_none = (1 - alpha) * probability**gamma * -(1 - probability + 1e-8).log()
@@ -52,7 +56,7 @@ def asymmetric_loss(
 ) -> Float[Tensor, "*n"]:
     """Asymmetric loss of each presence logit (Ridnik et al., 2021), without shifted negatives.
 
-    Logarithms are cut at 1e-5; the focusing weights carry no gradient.
+    Probabilities are clamped at 1e-5 before the logarithm; the focusing weights carry no gradient.
     """
     probability = logits.sigmoid()
     right = torch.where(present, probability, 1 - probability)
@@ -61,47 +65,46 @@ def asymmetric_loss(
     return -focus * right.clamp(min=1e-5).log()
 
 
-def known(answers: QueryPredictions, truth: PaddedTargets, ignore_coverage: float) -> Bool[Tensor, "r b q"]:
+def supervised(predictions: QueryPredictions, targets: Targets, ignore_coverage: float) -> Bool[Tensor, "r b q"]:
     """Where it is known what a query should say.
 
-    A query that stands for an object should say "yes". "No" is known only of the categories that are annotated in the
-    image or presumed absent, and not of a box that lies inside an ignored box of the query's category.
+    A query with an object should say "yes". Another one should say "no" if its category is annotated in the image or
+    counts as absent there, unless its box lies inside an ignored box of that category.
     """
-    asked = answers.category != NO_OBJECT
-    complete = (truth.annotated | truth.absent).gather(1, answers.category.clamp(min=0))
-    absent = complete & ~_inside_ignored(answers, truth, ignore_coverage)
-    return asked & (answers.positive | absent)
+    complete = (targets.annotated | targets.absent).gather(1, predictions.category.clamp(min=0))
+    negative = complete & ~_inside_ignored(predictions, targets, ignore_coverage)
+    return (predictions.category != NO_OBJECT) & (predictions.positive | negative)
 
 
-def _inside_ignored(answers: QueryPredictions, truth: PaddedTargets, ignore_coverage: float) -> Bool[Tensor, "r b q"]:
-    inside = torch.zeros_like(answers.positive)
-    if truth.ignore_labels.shape[1] == 0:
+def _inside_ignored(predictions: QueryPredictions, targets: Targets, ignore_coverage: float) -> Bool[Tensor, "r b q"]:
+    inside = torch.zeros_like(predictions.positive)
+    if targets.ignore_labels.shape[1] == 0:
         return inside
-    predicted = cxcywh_to_xyxy(answers.boxes.detach())
-    ignored = cxcywh_to_xyxy(truth.ignore_boxes)
-    same = answers.category.unsqueeze(2) == truth.ignore_labels.unsqueeze(1)
+    predicted = cxcywh_to_xyxy(predictions.boxes.detach())
+    ignored = cxcywh_to_xyxy(targets.ignore_boxes)
+    same = predictions.category.unsqueeze(2) == targets.ignore_labels.unsqueeze(1)
+    # image by image, as all queries times all ignored boxes of a batch can be many
     for image in range(len(ignored)):
-        share = pairwise_coverage(predicted[:, image].flatten(0, 1), ignored[image])
-        covered = share.view(*inside[:, image].shape, -1) >= ignore_coverage
+        covered = pairwise_coverage(predicted[:, image], ignored[image]) >= ignore_coverage
         inside[:, image] = (covered & same[image]).any(-1)
     return inside
 
 
 def query_losses(
-    answers: QueryPredictions, quality: Float[Tensor, "r b q"], truth: PaddedTargets, config: CriterionConfig
+    predictions: QueryPredictions, quality: Float[Tensor, "r b q"], targets: Targets, config: CriterionConfig
 ) -> Float[Tensor, "r"]:
-    """The classification loss of every layer, summed over the queries whose answer is known, unweighted.
+    """The classification loss of every layer, an unweighted sum over the supervised queries.
 
     Args:
-        answers: What the queries said and were asked.
-        quality: IoU of every query's box with its object's; read where a query stands for an object.
-        truth: What is known of the images.
+        predictions: The queries' predictions and targets.
+        quality: IoU of every query's box with its object's; used only for queries with an object.
+        targets: What is known of the images.
         config: Which loss, and its parameters.
     """
-    asked = known(answers, truth, config.ignore_coverage)
-    # Masked before as well as after: what is not asked may be infinite, and has a gradient of exactly zero.
-    logits = answers.logits.where(asked, 0)
-    return _each_query(logits, quality, answers.positive, config).where(asked, 0).sum((1, 2))
+    used = supervised(predictions, targets, config.ignore_coverage)
+    # Masked before the loss as well: unsupervised logits may be infinite, and get a gradient of exactly zero.
+    logits = predictions.logits.where(used, 0)
+    return _each_query(logits, quality, predictions.positive, config).where(used, 0).sum((1, 2))
 
 
 def _each_query(
@@ -116,16 +119,14 @@ def _each_query(
             return matchability_loss(logits, quality, positive, config.matchability_gamma)
 
 
-def presence_losses(
-    logits: Float[Tensor, "e b v"], truth: PaddedTargets, config: CriterionConfig
-) -> Float[Tensor, "e"]:
-    """The presence loss of every extraction block, summed over categories and divided by the number of images.
+def presence_losses(logits: Float[Tensor, "e b v"], targets: Targets, config: CriterionConfig) -> Float[Tensor, "e"]:
+    """The presence loss of every extraction block: summed over categories, divided by the number of images.
 
-    Asked are the categories that an image is known to show, and those that are annotated or presumed absent there; not
-    those of which only ignored boxes are there.
+    It covers the categories that have an object in the image, and those that are absent from it; not those of which
+    only ignored boxes are there.
     """
-    asked = truth.present | truth.absent
-    present = truth.present.expand(logits.shape)
-    logits = logits.float().where(asked, 0)
+    used = targets.present | targets.absent
+    present = targets.present.expand(logits.shape)
+    logits = logits.float().where(used, 0)
     loss = asymmetric_loss(logits, present, config.presence_gamma_positive, config.presence_gamma_negative)
-    return loss.where(asked, 0).sum((1, 2)) / logits.shape[1]
+    return loss.where(used, 0).sum((1, 2)) / logits.shape[1]

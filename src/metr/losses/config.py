@@ -1,4 +1,4 @@
-"""What the criterion weighs, and how."""
+"""Configuration of matching and losses."""
 
 from typing import Annotated, Literal
 
@@ -7,7 +7,7 @@ from pydantic import Field
 from metr.config import Config
 
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class LossWeights(Config):
@@ -17,7 +17,7 @@ class LossWeights(Config):
     l1: Weight = 5.0
     giou: Weight = 2.0
     presence: Weight = 1.0
-    """Of the presence loss of every extraction block, and of the shortlist."""
+    """Of the presence loss of every extraction block and of the shortlist."""
     proposals: Weight = 1.0
     denoising: Weight = 1.0
 
@@ -31,13 +31,13 @@ class MatchingCosts(Config):
 
 
 class CriterionConfig(Config):
-    """Everything that the criterion can be told."""
+    """Which losses, with which parameters and weights."""
 
     classification: Literal["focal", "quality", "matchability"] = "quality"
-    """`focal`: 0/1 targets (Lin et al., 2017). `quality`: a matched query's target is the IoU of its box (varifocal
-    loss, Zhang et al., 2021). `matchability`: that IoU to a power (Huang et al., 2025)."""
-    focal_alpha: Share = 0.25
-    """Weight of positives against negatives, in the focal loss and in the matching cost."""
+    """`focal`: targets are 0 and 1 (Lin et al., 2017). `quality`: the target of a matched query is the IoU of its box
+    (varifocal loss, Zhang et al., 2021). `matchability`: that IoU to a power (Huang et al., 2025)."""
+    focal_alpha: Fraction = 0.25
+    """Weight of positives (that of negatives is one minus it), in the focal loss and in the matching cost."""
     focal_gamma: Weight = 2.0
     quality_alpha: Weight = 0.75
     """Weight of negatives in the varifocal loss."""
@@ -45,7 +45,7 @@ class CriterionConfig(Config):
     matchability_gamma: Weight = 1.5
     presence_gamma_positive: Weight = 0.0
     presence_gamma_negative: Weight = 2.0
-    ignore_coverage: Share = 0.5
-    """Share of a predicted box inside an ignored box of its category from which on "no" is not asked of it."""
+    ignore_coverage: Fraction = 0.5
+    """A predicted box is no negative if at least this fraction of it is inside an ignored box of its category."""
     weights: LossWeights = LossWeights()
     costs: MatchingCosts = MatchingCosts()

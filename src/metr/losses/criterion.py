@@ -1,23 +1,17 @@
-"""The loss of one step: what the detector answered against what is known of the images."""
+"""The loss of one step: the detector's predictions against the targets."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, distributed, nn
 
-from metr.losses.box import box_losses
+from metr.boxes import cxcywh_to_xyxy, paired_giou, paired_iou
 from metr.losses.classification import presence_losses, query_losses
 from metr.losses.config import CriterionConfig
 from metr.losses.matcher import match_groups
-from metr.losses.padded_targets import (
-    PaddedTargets,
-    QueryPredictions,
-    denoising_predictions,
-    matched_predictions,
-    query_categories,
-    supervised_layers,
-)
+from metr.losses.predictions import QueryPredictions, denoising_predictions, query_predictions
 from metr.structures import Categories, DetectorOutput, Losses, Matches, Targets
 
 Terms = dict[str, Tensor]
@@ -28,71 +22,66 @@ class SetCriterion(nn.Module):
 
     Terms are called `presence/E` for extraction block E, `presence/shortlist` if the detector has a shortlist, and
     `LAYER/classification`, `LAYER/l1`, `LAYER/giou` for the layers `proposals`, `decoder.R` and, if the detector
-    denoises, `denoising.R`; blocks and layers count from 0. All of them exist, and reach the network's outputs, in a
-    batch without any object too.
+    denoises, `denoising.R`; blocks and layers count from 0. A batch without objects has all of these terms too, and
+    all of them reach the network's outputs.
     """
 
     def __init__(self, config: CriterionConfig) -> None:
         super().__init__()
         self.config = config
 
-    def forward(self, output: DetectorOutput, targets: Sequence[Targets], matches: Matches | None = None) -> Losses:
-        """The loss terms, in float32 whatever the precision of the network.
+    def forward(self, output: DetectorOutput, targets: Targets) -> tuple[Losses, Matches]:
+        """The loss terms, in float32 whatever the precision of the network, and the matches they rest on."""
+        predictions = query_predictions(output)
+        matches = self.match(predictions, targets)
+        return self.losses(output, predictions.matched(matches), targets), matches
 
-        Args:
-            output: The detector's answer.
-            targets: What is known of each image.
-            matches: Those of `match`, if the caller needs them besides; made here otherwise.
-        """
-        truth = PaddedTargets.of(targets)
-        answers = matched_predictions(output, self._match(output, truth) if matches is None else matches)
-        copies = None if output.denoising is None else denoising_predictions(output.denoising, output.categories)
-        objects, copied = average_over_ranks(_counts(truth, copies)).unbind()
+    def match(self, predictions: QueryPredictions, targets: Targets) -> Matches:
+        """Which query is matched to which object, in every layer."""
+        logits, boxes, category = predictions.logits, predictions.boxes, predictions.category
+        return match_groups(logits, boxes, category, targets.boxes, targets.labels, self.config)
 
-        terms = self._presence(output.categories, truth)
-        terms |= self._proposals_and_decoder(answers, truth, objects)
-        if copies is not None:
-            terms |= self._denoising(copies, truth, copied)
+    def losses(self, output: DetectorOutput, predictions: QueryPredictions, targets: Targets) -> Losses:
+        """The loss terms, given the matched predictions of proposals and decoder."""
+        noised = None if output.denoising is None else denoising_predictions(output.denoising, output.categories)
+        objects, noised_objects = average_over_ranks(_counts(targets, noised)).unbind()
+
+        terms = self._presence(output.categories, targets)
+        terms |= self._proposals_and_decoder(predictions, targets, objects)
+        if noised is not None:
+            terms |= self._denoising(noised, targets, noised_objects)
         return Losses(terms=terms)
 
-    def match(self, output: DetectorOutput, targets: Sequence[Targets]) -> Matches:
-        """Which query stands for which object; layer 0 is the proposals, layer R + 1 the decoder's layer R."""
-        return self._match(output, PaddedTargets.of(targets))
-
-    def _match(self, output: DetectorOutput, truth: PaddedTargets) -> Matches:
-        category = query_categories(output.slot, output.valid, output.categories)
-        return match_groups(*supervised_layers(output), category, truth.boxes, truth.labels, self.config)
-
-    def _presence(self, categories: Categories, truth: PaddedTargets) -> Terms:
-        losses = self.config.weights.presence * presence_losses(categories.presence_logits, truth, self.config)
+    def _presence(self, categories: Categories, targets: Targets) -> Terms:
+        losses = self.config.weights.presence * presence_losses(categories.presence_logits, targets, self.config)
         terms = {f"presence/{block}": loss for block, loss in enumerate(losses.unbind())}
         if categories.shortlist_logits is not None:
-            asked = categories.shortlist_logits.unsqueeze(0)
-            terms["presence/shortlist"] = self.config.weights.presence * presence_losses(asked, truth, self.config)[0]
+            losses = presence_losses(categories.shortlist_logits.unsqueeze(0), targets, self.config)
+            terms["presence/shortlist"] = self.config.weights.presence * losses[0]
         return terms
 
     def _proposals_and_decoder(
-        self, answers: QueryPredictions, truth: PaddedTargets, objects: Float[Tensor, ""]
+        self, predictions: QueryPredictions, targets: Targets, objects: Float[Tensor, ""]
     ) -> Terms:
-        layers = ["proposals", *(f"decoder.{layer}" for layer in range(len(answers.logits) - 1))]
+        layers = ["proposals", *(f"decoder.{layer}" for layer in range(len(predictions.logits) - 1))]
         scale = (1 / objects).repeat(len(layers))
         scale[0] *= self.config.weights.proposals
-        return self._judged(layers, answers, truth, scale)
+        return self._layer_terms(layers, predictions, targets, scale)
 
-    def _denoising(self, answers: QueryPredictions, truth: PaddedTargets, copies: Float[Tensor, ""]) -> Terms:
-        layers = [f"denoising.{layer}" for layer in range(len(answers.logits))]
-        # Divided by the copies of objects, so that how many there are changes no balance.
-        scale = (self.config.weights.denoising / copies).repeat(len(layers))
-        return self._judged(layers, answers, truth, scale)
+    def _denoising(self, predictions: QueryPredictions, targets: Targets, objects: Float[Tensor, ""]) -> Terms:
+        layers = [f"denoising.{layer}" for layer in range(len(predictions.logits))]
+        # Divided by the number of noised objects: how many copies there are does not change the balance.
+        scale = (self.config.weights.denoising / objects).repeat(len(layers))
+        return self._layer_terms(layers, predictions, targets, scale)
 
-    def _judged(
-        self, layers: Sequence[str], answers: QueryPredictions, truth: PaddedTargets, scale: Float[Tensor, "r"]
+    def _layer_terms(
+        self, layers: Sequence[str], predictions: QueryPredictions, targets: Targets, scale: Float[Tensor, "r"]
     ) -> Terms:
-        """Classification and box terms of each layer, every layer's multiplied by its `scale`."""
+        """Classification and box terms of every layer, multiplied by the layer's `scale`."""
         weights = self.config.weights
-        boxes = box_losses(answers, truth)
+        boxes = box_losses(predictions, targets)
         losses = {
-            "classification": weights.classification * query_losses(answers, boxes.iou, truth, self.config),
+            "classification": weights.classification * query_losses(predictions, boxes.iou, targets, self.config),
             "l1": weights.l1 * boxes.l1,
             "giou": weights.giou * boxes.giou,
         }
@@ -103,14 +92,43 @@ class SetCriterion(nn.Module):
         }
 
 
-def _counts(truth: PaddedTargets, copies: QueryPredictions | None) -> Int[Tensor, "2"]:
+class BoxLosses(NamedTuple):
+    """Box losses of every layer, unweighted sums over the queries with an object.
+
+    `l1` compares cxcywh, `giou` is one minus the generalised IoU. `iou` is the detached IoU of every query's box with
+    that of its object; it means nothing for queries without an object.
+    """
+
+    l1: Float[Tensor, "r"]
+    giou: Float[Tensor, "r"]
+    iou: Float[Tensor, "r b q"]
+
+
+def box_losses(predictions: QueryPredictions, targets: Targets) -> BoxLosses:
+    """Compares the boxes of queries with those of their objects."""
+    positive = predictions.positive
+    wanted = targets.boxes_of(predictions.target)
+    # Where there is no object the prediction is replaced: it may be anything, and gets a gradient of exactly zero.
+    predicted = predictions.boxes.where(positive.unsqueeze(-1), wanted)
+    l1 = (predicted - wanted).abs().sum(-1)
+    corners, wanted_corners = cxcywh_to_xyxy(predicted), cxcywh_to_xyxy(wanted)
+    giou = 1 - paired_giou(corners, wanted_corners)
+    return BoxLosses(
+        l1=l1.where(positive, 0).sum((1, 2)),
+        giou=giou.where(positive, 0).sum((1, 2)),
+        iou=paired_iou(corners.detach(), wanted_corners),
+    )
+
+
+def _counts(targets: Targets, noised: QueryPredictions | None) -> Int[Tensor, "2"]:
     """How many objects the batch has, and how many positive denoising queries."""
-    copied = torch.zeros_like(truth.objects) if copies is None else copies.positive[0].sum()
-    return torch.stack([truth.objects, copied])
+    objects = targets.is_object.sum()
+    noised_objects = torch.zeros_like(objects) if noised is None else noised.positive[0].sum()
+    return torch.stack([objects, noised_objects])
 
 
 def average_over_ranks(counts: Int[Tensor, "n"]) -> Float[Tensor, "n"]:
-    """Counts averaged over all processes of a distributed run (the counts themselves elsewhere), at least one each."""
+    """Counts averaged over the processes of a distributed run, each at least one; a single process keeps its own."""
     average = counts.to(torch.float32, copy=True)
     if distributed.is_available() and distributed.is_initialized():
         distributed.all_reduce(average)

@@ -1,4 +1,4 @@
-"""Group bipartite matching: an object is matched only to queries of its own category, in every layer at once."""
+"""Group bipartite matching: objects are matched only to queries of their own category, in all layers at once."""
 
 import logging
 from dataclasses import dataclass
@@ -9,24 +9,23 @@ from jaxtyping import Bool, Float, Int
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from metr.boxes import cxcywh_to_xyxy, paired_giou
+from metr.boxes import cxcywh_to_xyxy, paired_giou, paired_iou
 from metr.losses.classification import focal_cost
 from metr.losses.config import CriterionConfig
-from metr.losses.padded_targets import NO_OBJECT
-from metr.structures import Matches
+from metr.structures import NO_OBJECT, DetectorOutput, Matches, Targets
 
 _logger = logging.getLogger(__name__)
 
 _WORST = 1e8
-"""Cost of a pair whose own is not a number: above any other, and small enough for exact sums in double precision."""
+"""The cost of a pair whose own cost is not finite: above all others, and small enough for exact sums in float64."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Pairs:
-    """The pairs that may match, group after group; in a group query after query, and the objects of each in order.
+    """All pairs of a query and an object that may match, ordered by image, category, query and object.
 
-    A group, one category of one image, is therefore one contiguous matrix [queries objects] of pairs. `starts_group`
-    and `starts_query` mark the first pair of each.
+    So the pairs of one group (a category of an image) are a contiguous matrix [queries objects]. `starts_group` and
+    `starts_query` are True at the first pair of each group and of each query.
     """
 
     image: Int[Tensor, "p"]
@@ -45,17 +44,17 @@ def match_groups(
     target_labels: Int[Tensor, "b m"],
     config: CriterionConfig,
 ) -> Matches:
-    """The assignment of least cost inside every group (layer, image, category).
+    """The matching of least total cost inside every group (layer, image, category).
 
-    As many pairs are matched as the smaller side of a group has members. Matches come ordered by layer, image,
-    category and query. Layers share their pairs, so that every layer has equally many matches.
+    A group with n queries and m objects has min(n, m) matches, so all layers have the same number of them. Matches are
+    ordered by layer, image, category and query.
 
     Args:
-        logits: One logit a query and judged layer.
-        boxes: cxcywh boxes of the same.
-        category: What each query looks for; negative: nothing.
+        logits: One logit for each query in each layer.
+        boxes: The queries' cxcywh boxes in each layer.
+        category: The category that each query looks for; negative for empty queries.
         target_boxes: cxcywh boxes of the objects.
-        target_labels: Their categories; negative: padding.
+        target_labels: Their categories; negative on padding.
         config: Factors of the costs, and the focal parameters.
     """
     pairs = _pairs(category, target_labels)
@@ -83,7 +82,7 @@ def _pairs(category: Int[Tensor, "b q"], labels: Int[Tensor, "b m"]) -> _Pairs:
 
 
 def _changes(values: Int[Tensor, "p"]) -> Bool[Tensor, "p"]:
-    """Where a value differs from the one before."""
+    """True where a value differs from the one before it, and at the first."""
     changes = torch.ones_like(values, dtype=torch.bool)
     changes[1:] = values[1:] != values[:-1]
     return changes
@@ -106,7 +105,7 @@ def _costs(
 
 
 def _assign(costs: Float[Tensor, "r p"], pairs: _Pairs) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"]]:
-    """Layers and pairs of the matches. What the host must know travels with the costs, in one transfer."""
+    """Layer and pair of each match. Costs and the bounds of the groups go to the CPU in one transfer."""
     packed = torch.cat([costs, torch.stack([pairs.starts_group, pairs.starts_query]).to(costs.dtype)])
     host = packed.cpu().numpy()
     matrix, starts_group, starts_query = _finite(host[:-2]), host[-2], host[-1]
@@ -125,9 +124,9 @@ def _assign(costs: Float[Tensor, "r p"], pairs: _Pairs) -> tuple[Int[np.ndarray,
 
 
 def _assign_group(costs: Float[np.ndarray, "r queries objects"]) -> Int[np.ndarray, "r n"]:
-    """The matched cells of one group's matrices, counted row by row, in ascending order."""
+    """The matched cells of one group's cost matrices, numbered row by row, in ascending order."""
     layers, queries, objects = costs.shape
-    if min(queries, objects) == 1:  # most groups: the best one takes it, the first of equals as in scipy
+    if min(queries, objects) == 1:  # most groups: the cheapest pair, and as in scipy the first of equals
         best: Int[np.ndarray, "r"] = costs.reshape(layers, -1).argmin(axis=1)
         return best[:, None]
     assigned = (linear_sum_assignment(layer) for layer in costs)
@@ -140,3 +139,36 @@ def _finite(costs: Float[np.ndarray, "r p"]) -> Float[np.ndarray, "r p"]:
         return costs
     _logger.warning("%d of %d matching costs are not finite: they are matched last", (~finite).sum(), finite.size)
     return np.where(finite, costs, _WORST)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatchStatistics:
+    """How well a batch was matched, for the training log. Detached, on the device of the output.
+
+    `iou` is the mean IoU of the last layer's matches (0 if there are none). Of all `objects`, `without_slot` counts
+    those whose category has no slot in their image, and `crowded_out` those for which no query of their category was
+    left.
+    """
+
+    iou: Float[Tensor, ""]
+    objects: Int[Tensor, ""]
+    without_slot: Int[Tensor, ""]
+    crowded_out: Int[Tensor, ""]
+
+
+@torch.no_grad()
+def match_statistics(output: DetectorOutput, targets: Targets, matches: Matches) -> MatchStatistics:
+    """Statistics of a batch's matches."""
+    last = matches.layer == len(output.logits)
+    image, query, target = matches.image[last], matches.query[last], matches.target[last]
+    boxes, wanted = output.boxes[-1, image, query].float(), targets.boxes[image, target]
+    iou = paired_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(wanted))
+    kept = output.categories.ids.where(output.categories.valid, NO_OBJECT)
+    has_slot = (targets.labels.unsqueeze(2) == kept.unsqueeze(1)).any(2)
+    objects, without_slot = targets.is_object.sum(), (targets.is_object & ~has_slot).sum()
+    return MatchStatistics(
+        iou=iou.sum() / max(len(iou), 1),
+        objects=objects,
+        without_slot=without_slot,
+        crowded_out=objects - without_slot - len(iou),
+    )

@@ -1,30 +1,96 @@
-"""Which categories get slots: the K most likely; in training the present ones always."""
+"""Which categories are worth a closer look, and which get a slot.
 
-from collections.abc import Sequence
+With thousands of names a shortlist chooses the ones that category extraction looks at; `select_categories` then gives
+slots to the most likely ones.
+"""
+
+import math
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
-from torch import Tensor
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
 
+from metr.layers.attention import Attention
+from metr.layers.mlp import MLP, FeedForward
 from metr.models.config import CategoryConfig
-from metr.structures import Categories, Targets
+from metr.structures import Categories, Memory, Targets
+
+# Vectors that sum an image up; each costs every name one dot product.
+_SUMMARIES = 16
 
 
-def select_categories(
-    categories: Categories, config: CategoryConfig, targets: Sequence[Targets] | None = None
-) -> Categories:
-    """The categories with at most `kept` slots an image, in ascending order of their ids, empty slots last.
+class Shortlisted(NamedTuple):
+    """The shortlist's logit of every name, and the rows that it takes for each image, in ascending order."""
 
-    Without targets, categories below the threshold take no slot. With targets, present categories come first, and of
-    the others those that are annotated, with at most `negative_slots` of those presumed absent: of the rest nothing can
-    be learnt in this image.
+    logits: Float[Tensor, "b v"]
+    rows: Int[Tensor, "b c"]
+
+
+class Shortlist(nn.Module):
+    """Scores every name with a few dot products and takes the best `config.shortlist` names of each image.
+
+    Learned queries attend to the memory once, and so sum the image up in a few vectors. A name's logit is the soft
+    maximum over these of vector . projected text / sqrt(d), plus a bias. The cost grows with the number of names and
+    with the number of places, but not with their product as in category extraction.
+    """
+
+    def __init__(self, width: int, config: CategoryConfig) -> None:
+        super().__init__()
+        self.number = config.shortlist
+        self.queries = nn.Embedding(_SUMMARIES, width)
+        self.attention = Attention(width, config.heads)
+        self.norm = nn.LayerNorm(width)
+        self.feed_forward = FeedForward(width, config.feed_forward)
+        self.summary = MLP((width, width, width))
+        self.bias = nn.Parameter(torch.tensor([math.log(config.prior / (1 - config.prior))]))
+        self.scale = 1 / math.sqrt(width)
+
+    def forward(self, memory: Memory, projected: Float[Tensor, "v d"], targets: Targets | None = None) -> Shortlisted:
+        """The logits, in float32 whatever the precision of the network, and the rows that are taken.
+
+        With targets, present names are taken first, then names that are annotated or assumed to be absent.
+        """
+        logits = self._logits(memory.once(self, lambda: self._summaries(memory)), projected)
+        scores = logits.detach()
+        if targets is not None:
+            supervised = targets.present | targets.annotated | targets.assumed_negative
+            scores = _present_first(scores, targets.present).masked_fill(~supervised, -torch.inf)
+        rows = scores.topk(min(self.number, scores.shape[1]), dim=1).indices
+        return Shortlisted(logits, rows.sort(dim=1).values)
+
+    def _summaries(self, memory: Memory) -> Float[Tensor, "b n d"]:
+        queries = self.queries.weight.expand(memory.tokens.shape[0], -1, -1)
+        allowed = ~memory.padding_mask.unsqueeze(1)
+        seen = self.attention(queries, memory.tokens, memory.tokens, allowed)
+        summaries: Tensor = self.summary(self.feed_forward(self.norm(seen)))
+        return summaries
+
+    def _logits(self, summaries: Float[Tensor, "b n d"], projected: Float[Tensor, "v d"]) -> Float[Tensor, "b v"]:
+        # In lower precision too many of thousands of logits would be equal.
+        with torch.autocast(summaries.device.type, enabled=False):
+            similarity = summaries.float() @ projected.float().T * self.scale
+            # The mean of the exponentials, not their sum: the number of vectors makes no name more likely.
+            return similarity.logsumexp(dim=1) - math.log(_SUMMARIES) + self.bias
+
+
+def select_categories(categories: Categories, config: CategoryConfig, targets: Targets | None = None) -> Categories:
+    """The categories with at most `config.kept` slots an image, in ascending order of their ids, empty slots last.
+
+    Without targets, a category takes no slot if its presence probability is below `config.threshold`. With targets,
+    present categories come first, then the most likely ones that are annotated; categories that are assumed to be
+    absent take at most `config.negative_slots` slots; of others the image teaches nothing, and they take none.
     """
     scores = categories.presence_logits[-1].detach().float()
     if targets is None:
         scores = scores.masked_fill(scores.sigmoid() < config.threshold, -torch.inf)
     else:
-        scores = _with_truth(scores, targets, config.negative_slots)
+        allowed = targets.annotated | targets.present
+        if config.negative_slots:
+            candidates = targets.assumed_negative & ~allowed
+            allowed = allowed | _best(scores.masked_fill(~candidates, -torch.inf), config.negative_slots)
+        scores = _present_first(scores, targets.present).masked_fill(~allowed, -torch.inf)
     best, ids = scores.topk(min(config.kept, scores.shape[1]), dim=1)
     valid = best > -torch.inf
     order = ids.masked_fill(~valid, scores.shape[1]).argsort(dim=1)
@@ -32,25 +98,14 @@ def select_categories(
     return replace(categories, ids=ids.gather(1, order).masked_fill(~valid, 0), valid=valid)
 
 
-def _with_truth(scores: Float[Tensor, "b v"], targets: Sequence[Targets], negative_slots: int) -> Float[Tensor, "b v"]:
-    present = torch.stack([_present(target, scores.shape[1]) for target in targets])
-    allowed = torch.stack([target.annotated for target in targets]) | present
-    if negative_slots:
-        unannotated = torch.stack([target.assumed_negatives for target in targets]) & ~allowed
-        allowed = allowed | _best(scores.masked_fill(~unannotated, -torch.inf), negative_slots)
-    # names that were not shortlisted are at -inf, and stay there
+def _present_first(scores: Float[Tensor, "b v"], present: Bool[Tensor, "b v"]) -> Float[Tensor, "b v"]:
+    """The scores with those of present categories raised above all others. Scores of -inf stay."""
     lowest = scores.masked_fill(scores.isneginf(), torch.inf).amin(dim=1, keepdim=True)
     ahead = scores.amax(dim=1, keepdim=True) - lowest + 1
-    return (scores + ahead * present).masked_fill(~allowed, -torch.inf)
+    return scores + ahead * present
 
 
 def _best(scores: Float[Tensor, "b v"], number: int) -> Bool[Tensor, "b v"]:
-    """Where each row's `number` highest finite scores are."""
+    """True at the `number` highest finite scores of each image."""
     best, index = scores.topk(min(number, scores.shape[1]), dim=1)
     return torch.zeros_like(scores, dtype=torch.bool).scatter(1, index, best > -torch.inf)
-
-
-def _present(target: Targets, words: int) -> Bool[Tensor, "v"]:
-    present = torch.zeros(words, dtype=torch.bool, device=target.labels.device)
-    present[target.labels] = True
-    return present

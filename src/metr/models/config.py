@@ -5,7 +5,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from metr.config import Config
-from metr.models.backbones.config import BackboneConfig
+from metr.models.backbones.base import BackboneConfig
 
 
 class EncoderConfig(Config):

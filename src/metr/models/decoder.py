@@ -1,4 +1,8 @@
-"""The decoder: queries attend to their own group and to a few places of the memory, and refine their boxes."""
+"""The decoders: queries attend to their group and to the image, and refine their boxes layer by layer.
+
+`Decoder` samples a few places of every level of the memory (Deformable DETR, DINO). `ConditionalDecoder` attends to the
+whole memory, near the box of the query (DAB-DETR).
+"""
 
 from typing import NamedTuple
 
@@ -6,18 +10,21 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from metr.layers.attention import Attention
+from metr.layers.attention import Attention, ConditionalAttention, PlacedSelfAttention
 from metr.layers.deformable_attention import DeformableAttention
 from metr.layers.mlp import MLP, FeedForward
 from metr.layers.position_encoding import box_encoding
-from metr.models.class_queries import rows
 from metr.models.config import DecoderConfig, SimilarityConfig
+from metr.models.encoders.plain import token_places
 from metr.models.heads import BoxHead, SimilarityHead, box_logits, similarity_tokens
-from metr.structures import Categories, Memory, Queries
+from metr.structures import Categories, Memory, Queries, gather_rows
+
+# The smallest box side, in 0..1 of the image, that conditional attention distinguishes.
+_SMALLEST_SIDE = 1e-3
 
 
-class DecoderAnswer(NamedTuple):
-    """One logit and one box for each query and layer."""
+class DecoderOutput(NamedTuple):
+    """One logit and one box for each query after each layer."""
 
     logits: Float[Tensor, "r b q"]
     boxes: Float[Tensor, "r b q 4"]
@@ -42,7 +49,7 @@ class DecoderLayer(nn.Module):
         allowed: Bool[Tensor, "b q q"],
         memory: Memory,
     ) -> Float[Tensor, "b q d"]:
-        """The queries' content, refined once."""
+        """The queries' content, refined once. `allowed` says which queries attend to which."""
         placed = content + position
         content = self.among_norm(content + self.among(placed, placed, content, allowed))
         values = memory.once(self, lambda: self.cross.values(memory.tokens, memory.padding_mask))
@@ -52,30 +59,30 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Layers with iterative box refinement; the heads are the same after every layer."""
+    """Deformable decoder layers with iterative box refinement; all layers share the heads."""
 
     def __init__(
         self, width: int, levels: int, config: DecoderConfig, prior: float, similarity: SimilarityConfig | None = None
     ) -> None:
         super().__init__()
-        self.compared = similarity or SimilarityConfig()
+        self.similarity_config = similarity or SimilarityConfig()
         self.width, self.padded_positions = width, config.padded_positions
         self.plain = config.positions == "plain"
         self.position = MLP((4, 2 * width, width) if self.plain else (2 * width, width, width))
         self.layers = nn.ModuleList(DecoderLayer(width, levels, config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(width)
-        self.similarity = SimilarityHead(width, prior, self.compared)
+        self.similarity = SimilarityHead(width, prior, self.similarity_config)
         self.box = BoxHead(width)
 
-    def forward(self, queries: Queries, memory: Memory, categories: Categories) -> DecoderAnswer:
-        """Answers after every layer.
+    def forward(self, queries: Queries, memory: Memory, categories: Categories) -> DecoderOutput:
+        """Logits and boxes after every layer.
 
         Each layer starts from the box that the layer before found, without gradient. That box comes from the layer's
         raw output, the reported one from the normalised output, as in DINO.
         """
         content, boxes = queries.content, queries.reference_boxes
-        tokens = rows(similarity_tokens(categories, self.compared), queries.slot)
-        allowed = queries.group.unsqueeze(2) == queries.group.unsqueeze(1)
+        tokens = gather_rows(similarity_tokens(categories, self.similarity_config), queries.slot)
+        allowed = _same_group(queries)
         scale = memory.valid_ratios.tile(1, 1, 2).unsqueeze(1)
         logits, found = [], []
         for layer in self.layers:
@@ -87,4 +94,100 @@ class Decoder(nn.Module):
             logits.append(self.similarity(normed, tokens))
             found.append(self.box(normed, start))
             boxes = self.box(content, start).detach()
-        return DecoderAnswer(torch.stack(logits), torch.stack(found))
+        return DecoderOutput(torch.stack(logits), torch.stack(found))
+
+
+class ConditionalDecoderLayer(nn.Module):
+    """Self-attention inside each group, conditional cross-attention to the whole memory, feed-forward."""
+
+    def __init__(self, width: int, config: DecoderConfig, first: bool) -> None:
+        super().__init__()
+        self.among = PlacedSelfAttention(width, config.heads)
+        self.among_norm = nn.LayerNorm(width)
+        self.cross = ConditionalAttention(width, config.heads, joins_position=first)
+        self.cross_norm = nn.LayerNorm(width)
+        self.feed_forward = FeedForward(width, config.feed_forward)
+
+    def forward(
+        self,
+        content: Float[Tensor, "b q d"],
+        position: Float[Tensor, "b q d"],
+        place: Float[Tensor, "b q d"],
+        allowed: Bool[Tensor, "b q q"],
+        memory: Memory,
+        places: Float[Tensor, "b s d"],
+    ) -> Float[Tensor, "b q d"]:
+        """The queries' content, refined once.
+
+        Args:
+            content: The queries' features.
+            position: The learnt embedding of their boxes.
+            place: The encoding of their boxes' centres, scaled.
+            allowed: Which queries attend to which.
+            memory: The images.
+            places: The encoding of the memory tokens' places.
+        """
+        content = self.among_norm(content + self.among(content, position, allowed))
+        seen = self.cross(content, position, place, memory.tokens, places, ~memory.padding_mask.unsqueeze(1))
+        refined: Tensor = self.feed_forward(self.cross_norm(content + seen))
+        return refined
+
+
+class ConditionalDecoder(nn.Module):
+    """Layers with iterative box refinement, whose queries attend near their boxes (DAB-DETR, Liu et al., 2022).
+
+    Attention compares the encoded centre of a query's box with the encoded place of every token. Along each axis, the
+    smaller the box is compared to a size that is predicted from the content, the more sharply attention falls off. All
+    layers share the heads.
+    """
+
+    def __init__(
+        self, width: int, config: DecoderConfig, prior: float, similarity: SimilarityConfig | None = None
+    ) -> None:
+        super().__init__()
+        self.similarity_config = similarity or SimilarityConfig()
+        self.width = width
+        self.position = MLP((2 * width, width, width))
+        self.scale = _scale(width) if config.layers > 1 else None
+        self.extent = MLP((width, width, 2))
+        self.layers = nn.ModuleList(ConditionalDecoderLayer(width, config, n == 0) for n in range(config.layers))
+        self.norm = nn.LayerNorm(width)
+        self.similarity = SimilarityHead(width, prior, self.similarity_config)
+        self.box = BoxHead(width)
+
+    def forward(self, queries: Queries, memory: Memory, categories: Categories) -> DecoderOutput:
+        """Logits and boxes after every layer; boxes are refined as in `Decoder`."""
+        content, boxes = queries.content, queries.reference_boxes
+        tokens = gather_rows(similarity_tokens(categories, self.similarity_config), queries.slot)
+        allowed = _same_group(queries)
+        places = token_places(memory, self.width)
+        logits, found = [], []
+        for index, layer in enumerate(self.layers):
+            encoded = box_encoding(boxes, self.width)
+            place = encoded[..., : self.width] * self._sharpness(content, boxes)
+            if index and self.scale is not None:
+                place = place * self.scale(content)
+            content = layer(content, self.position(encoded), place, allowed, memory, places)
+            normed, start = self.norm(content), box_logits(boxes)
+            logits.append(self.similarity(normed, tokens))
+            found.append(self.box(normed, start))
+            boxes = self.box(content, start).detach()
+        return DecoderOutput(torch.stack(logits), torch.stack(found))
+
+    def _sharpness(self, content: Float[Tensor, "b q d"], boxes: Float[Tensor, "b q 4"]) -> Float[Tensor, "b q d"]:
+        """Factors of the encoded centre: predicted size / box size, first for y and then for x."""
+        predicted = self.extent(content).sigmoid()
+        ratio: Tensor = predicted / boxes[..., 2:].clamp(min=_SMALLEST_SIDE)
+        return ratio.flip(-1).repeat_interleave(self.width // 2, dim=-1)
+
+
+def _same_group(queries: Queries) -> Bool[Tensor, "b q q"]:
+    return queries.group.unsqueeze(2) == queries.group.unsqueeze(1)
+
+
+def _scale(width: int) -> MLP:
+    """Predicts factors of the encoded centres from the content; all of them are 1 at the start."""
+    scale = MLP((width, width, width))
+    nn.init.zeros_(scale.last.weight)
+    nn.init.ones_(scale.last.bias)
+    return scale

@@ -1,25 +1,23 @@
-"""Contrastive denoising (DINO) inside category groups, with copies that carry the wrong category on purpose.
+"""Contrastive denoising (DINO) inside category groups, with copies that carry a wrong category on purpose.
 
-Each object is shown to the decoder as a slightly moved box (which must answer "yes" and find the object), as a box
-moved too far ("no"), and as the right box under another annotated category that has no object there ("no"): what
-binary classification must learn.
+The decoder is shown each object three times: as a slightly moved box, for which it should say "yes" and find the
+object; as a box moved too far, for which it should say "no"; and as the right box under another annotated category that
+has no object there, for which it should also say "no". Binary classification has to learn just that.
 """
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from einops import rearrange, repeat
+from einops import repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from metr.boxes import cxcywh_to_xyxy, pairwise_coverage, pairwise_iou, xyxy_to_cxcywh
-from metr.models.class_queries import token_of
 from metr.models.config import DenoisingConfig
-from metr.structures import Categories, DenoisingPlan, Queries, Targets
+from metr.structures import Categories, DenoisingPlan, Queries, Targets, gather_rows
 
-# a category counts as present in a box where one of its own objects overlaps it by more than this IoU
+# A category is present in a box if one of its objects overlaps the box by more than this IoU.
 _SAME_PLACE = 0.3
 
 
@@ -35,7 +33,7 @@ class _Copies(NamedTuple):
 
 
 class Denoising(nn.Module):
-    """Builds the denoising queries of a batch; only training calls it."""
+    """Makes the denoising queries of a batch, in training only."""
 
     def __init__(self, width: int, config: DenoisingConfig) -> None:
         super().__init__()
@@ -43,14 +41,16 @@ class Denoising(nn.Module):
         self.learned = nn.Parameter(torch.empty(width))
         nn.init.normal_(self.learned)
 
-    def forward(self, targets: Sequence[Targets], categories: Categories) -> tuple[Queries, DenoisingPlan]:
-        """Queries of [b n] and what each must answer; at least one (invalid) query, so that nothing is unused."""
-        copies = [self._copies(*image) for image in zip(targets, categories.ids, categories.valid, strict=True)]
+    def forward(self, targets: Targets, categories: Categories) -> tuple[Queries, DenoisingPlan]:
+        """The queries and what they should predict; at least one (invalid) query, so that all weights get gradients."""
+        own = (targets.labels.unsqueeze(2) == categories.ids.unsqueeze(1)) & categories.valid.unsqueeze(1)
+        free = _free_slots(targets, categories)
+        copies = [self._copies(*image) for image in zip(targets.boxes, own, free, strict=True)]
         boxes, slot, group, target, positive, valid = (
             pad_sequence(list(parts), batch_first=True) for parts in zip(*copies, strict=True)
         )
         queries = Queries(
-            content=self.learned + token_of(categories, slot),
+            content=self.learned + gather_rows(categories.kept_tokens, slot),
             reference_boxes=boxes,
             slot=slot,
             group=group.masked_fill(~valid, -1),
@@ -59,38 +59,43 @@ class Denoising(nn.Module):
         return queries, DenoisingPlan(slot=slot, target=target, positive=positive, valid=valid)
 
     @torch.no_grad()
-    def _copies(self, target: Targets, ids: Int[Tensor, "k"], valid: Bool[Tensor, "k"]) -> _Copies:
-        """The copies of one image: `versions` rounds of (moved, moved too far, wrong category)."""
+    def _copies(self, boxes: Float[Tensor, "m 4"], own: Bool[Tensor, "m k"], free: Bool[Tensor, "m k"]) -> _Copies:
+        """The copies of one image's objects: in every version each object is moved, moved too far, and flipped.
+
+        Args:
+            boxes: The objects.
+            own: The slot of each object's category, if it has one.
+            free: The slots of categories to which an object may be flipped.
+        """
         kinds = self.config.kinds
-        own = (target.labels.unsqueeze(1) == ids) & valid
         index = own.any(1).nonzero().squeeze(1)
         index = index[torch.randperm(len(index), device=index.device)][: self.config.number // kinds]
         if not len(index):
-            return _nothing(target)
+            return _no_copies(boxes)
         versions = max(1, min(self.config.number // (kinds * len(index)), self.config.groups))
-        boxes = target.boxes[index]
         slots = own[index].int().argmax(1)
-        unannotated, possible = self._flipped(index, target, ids, valid)
-        slot = [slots, slots] + ([unannotated] if self.config.flips else [])
+        lot = torch.rand(free[index].shape, device=free.device).masked_fill(~free[index], -1.0)
+        flipped, possible = lot.argmax(1), free[index].any(1)
+        slot = [slots, slots] + ([flipped] if self.config.flips else [])
         sure = torch.ones_like(possible)
         shown = [sure, sure] + ([possible] if self.config.flips else [])
         kind = repeat(torch.arange(kinds, device=index.device), "kind -> (g kind m)", g=versions, m=len(index))
         every_slot = repeat(torch.stack(slot), "kind m -> (g kind m)", g=versions)
-        round_ = repeat(torch.arange(versions, device=index.device), "g -> (g n)", n=kinds * len(index))
-        noised = self._noised(repeat(boxes, "m x -> (g kind m) x", g=versions, kind=kinds), kind)
+        version = repeat(torch.arange(versions, device=index.device), "g -> (g n)", n=kinds * len(index))
+        noised = self._noised(repeat(boxes[index], "m x -> (g kind m) x", g=versions, kind=kinds), kind)
         return _Copies(
             boxes=noised,
             slot=every_slot,
-            group=(1 + round_) * len(ids) + every_slot,
+            group=(1 + version) * own.shape[1] + every_slot,
             target=repeat(index, "m -> (g kind m)", g=versions, kind=kinds),
             positive=kind == 0,
             valid=repeat(torch.stack(shown), "kind m -> (g kind m)", g=versions),
         )
 
     def _noised(self, boxes: Float[Tensor, "n 4"], kind: Int[Tensor, "n"]) -> Float[Tensor, "n 4"]:
-        """Each corner moved, by up to `box_noise` half sizes; by one to two times that for what must answer "no".
+        """Boxes whose corners are moved at random, by up to `box_noise` half sides of the box.
 
-        Flipped copies (kind 2) keep nearly the right box: a fifth of the noise.
+        Boxes that are moved too far (kind 1) get one to two times that noise, flipped ones (kind 2) a fifth of it.
         """
         size = torch.rand_like(boxes) + (kind == 1).unsqueeze(1)
         size = size * torch.where(kind == 2, 0.2, 1.0).unsqueeze(1)
@@ -100,29 +105,26 @@ class Denoising(nn.Module):
         low, high = torch.minimum(corners[:, :2], corners[:, 2:]), torch.maximum(corners[:, :2], corners[:, 2:])
         return xyxy_to_cxcywh(torch.cat([low, high], dim=1).clamp(0, 1))
 
-    def _flipped(
-        self, index: Int[Tensor, "m"], target: Targets, ids: Int[Tensor, "k"], valid: Bool[Tensor, "k"]
-    ) -> tuple[Int[Tensor, "m"], Bool[Tensor, "m"]]:
-        """For each object the slot of a random category that has no object there, and whether there is one."""
-        corners = cxcywh_to_xyxy(target.boxes[index])
-        near = pairwise_iou(corners, cxcywh_to_xyxy(target.boxes)) > _SAME_PLACE
-        crowded = pairwise_coverage(corners, cxcywh_to_xyxy(target.ignore_boxes)) > _SAME_PLACE
-        occupied = _any_of(near, target.labels, ids) | _any_of(crowded, target.ignore_labels, ids)
-        # an object without area does not even overlap itself
-        occupied = occupied | (target.labels[index].unsqueeze(1) == ids)
-        free = valid & target.annotated[ids] & ~occupied
-        lot = torch.rand(free.shape, device=free.device).masked_fill(~free, -1.0)
-        return lot.argmax(1), free.any(1)
+
+@torch.no_grad()
+def _free_slots(targets: Targets, categories: Categories) -> Bool[Tensor, "b m k"]:
+    """True where a slot holds an annotated category that has no object where object m is."""
+    corners = cxcywh_to_xyxy(targets.boxes)
+    near = pairwise_iou(corners, corners) > _SAME_PLACE
+    crowded = pairwise_coverage(corners, cxcywh_to_xyxy(targets.ignore_boxes)) > _SAME_PLACE
+    ids = categories.ids.unsqueeze(1)
+    own = targets.labels.unsqueeze(2) == ids
+    # An object without area does not even overlap itself: its own category is excluded besides.
+    occupied = own | _any_of(near, own) | _any_of(crowded, targets.ignore_labels.unsqueeze(2) == ids)
+    return (categories.valid & targets.annotated.gather(1, categories.ids)).unsqueeze(1) & ~occupied
 
 
-def _any_of(there: Bool[Tensor, "m o"], labels: Int[Tensor, "o"], ids: Int[Tensor, "k"]) -> Bool[Tensor, "m k"]:
-    """Whether any of the objects that are there carries the category of a slot."""
-    carries = rearrange(labels, "o -> o 1") == ids
+def _any_of(there: Bool[Tensor, "b m o"], carries: Bool[Tensor, "b o k"]) -> Bool[Tensor, "b m k"]:
+    """Whether any of the objects o that are at the place of m carries the category of slot k."""
     return (there.float() @ carries.float()) > 0
 
 
-def _nothing(target: Targets) -> _Copies:
-    """One invalid query: an image without objects takes part without saying anything."""
-    zero = target.labels.new_zeros(1)
-    box = target.boxes.new_full((1, 4), 0.5)
-    return _Copies(box, zero, zero, zero, zero.bool(), zero.bool())
+def _no_copies(boxes: Float[Tensor, "_m 4"]) -> _Copies:
+    """One invalid query, for an image without objects to show."""
+    zero = torch.zeros(1, dtype=torch.int64, device=boxes.device)
+    return _Copies(boxes.new_full((1, 4), 0.5), zero, zero, zero, zero.bool(), zero.bool())

@@ -1,24 +1,19 @@
-"""The network: images and category texts in, one answer a query out."""
-
-from collections.abc import Sequence
+"""The network: images and text embeddings of categories in, one logit and one box a query out."""
 
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from metr.models.backbones import build_backbone
-from metr.models.category_extraction import CategoryExtraction
+from metr.models.category_extraction import CategoryExtraction, ProjectedText
 from metr.models.category_selection import select_categories
-from metr.models.class_queries import ClassQueries, side_by_side
-from metr.models.conditional_decoder import ConditionalDecoder
 from metr.models.config import DetectorConfig
-from metr.models.decoder import Decoder
+from metr.models.decoder import ConditionalDecoder, Decoder
 from metr.models.denoising import Denoising
 from metr.models.encoders import build_encoder
-from metr.models.proposals import ProposalHead
-from metr.models.text_projection import ProjectedText
+from metr.models.proposals import ClassQueries, ProposalHead, side_by_side
 from metr.structures import Categories, DenoisingOutput, DetectorOutput, Memory, Queries, Targets
 
-# the share of queries that hold an object, where training starts (focal loss's prior, Lin et al., 2017)
+# The fraction of queries that hold an object when training starts (the prior of the focal loss, Lin et al., 2017).
 _OBJECT_PRIOR = 0.01
 
 
@@ -47,7 +42,7 @@ class Detector(nn.Module):
         images: Float[Tensor, "b 3 h w"],
         padding_mask: Bool[Tensor, "b h w"],
         text: Float[Tensor, "v t"] | ProjectedText,
-        targets: Sequence[Targets] | None = None,
+        targets: Targets | None = None,
     ) -> DetectorOutput:
         """Detects the categories whose text embeddings are given.
 
@@ -55,7 +50,7 @@ class Detector(nn.Module):
             images: RGB in 0..1, padded at the right and bottom to one shape.
             padding_mask: True on padding.
             text: One L2-normalised embedding a category, or what `project` made of them; labels are its rows.
-            targets: In training only: present categories are sure of a slot, and objects are shown for denoising.
+            targets: In training only: they give every present category a slot, and denoising its objects.
         """
         return self.detect(self.encode(images, padding_mask), text, targets)
 
@@ -68,7 +63,7 @@ class Detector(nn.Module):
         self,
         memory: Memory,
         text: Float[Tensor, "v t"] | ProjectedText,
-        targets: Sequence[Targets] | None = None,
+        targets: Targets | None = None,
     ) -> DetectorOutput:
         """The network after its encoder: answers for one vocabulary; the arguments are those of `forward`."""
         categories = self.category_extraction(memory, text, targets)
@@ -87,18 +82,18 @@ class Detector(nn.Module):
         )
 
     def project(self, text: Float[Tensor, "v t"], earlier: ProjectedText | None = None) -> ProjectedText:
-        """The text's share of the work, done once for many images; outside of training, as it carries no gradient.
+        """Does the text's part of the work once for many images. The result carries no gradient.
 
         Args:
             text: The embeddings, not to be changed in place.
-            earlier: What a call before gave; it is given back if text, weights and precision are what they were.
+            earlier: The result of an earlier call; it is returned if text, weights and precision are still the same.
         """
         return self.category_extraction.project(text, earlier)
 
     def _decode(
-        self, queries: Queries, memory: Memory, categories: Categories, targets: Sequence[Targets] | None
+        self, queries: Queries, memory: Memory, categories: Categories, targets: Targets | None
     ) -> tuple[Tensor, Tensor, DenoisingOutput | None]:
-        """The decoder's answers; denoising queries ride along, in groups of their own."""
+        """The decoder's logits and boxes. Denoising queries go through it too, in groups of their own."""
         if targets is None or self.denoising is None:
             return *self.decoder(queries, memory, categories), None
         noised, plan = self.denoising(targets, categories)

@@ -1,52 +1,52 @@
-"""Proposals: which (category, place) pairs become queries, and from which boxes they start."""
+"""Proposals and class-specific queries: which (category, place) pairs become queries, and what these start with."""
 
 import math
+from dataclasses import replace
 
 import torch
 from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from metr.models.class_queries import rows
 from metr.models.config import QueryConfig, SimilarityConfig
 from metr.models.heads import BoxHead, similarity_tokens
-from metr.structures import Categories, Memory, Proposals
+from metr.structures import Categories, Memory, Proposals, Queries, gather_rows
 
 
 class ProposalHead(nn.Module):
-    """Scores every place of the memory for every kept category, and picks the queries' pairs.
+    """Scores every place of the memory for every category with a slot, and chooses the pairs that become queries.
 
-    A place's logit for a category is factor (linear of its feature) . (the category's token) / sqrt(d) + b, and with
-    `objectness` a linear layer's word on the feature alone; its box is an anchor, moved by what the feature says, the
-    same for every category.
+    The logit of a place for a category is factor * (linear layer of the place's feature) . (the category's token) /
+    sqrt(d) + b. With `objectness` a linear layer of the feature alone is added. The box of a place is an anchor,
+    refined from the feature; it is the same for every category.
     """
 
     def __init__(
         self, width: int, config: QueryConfig, prior: float, similarity: SimilarityConfig | None = None
     ) -> None:
         super().__init__()
-        self.config, self.compared = config, similarity or SimilarityConfig()
+        self.config, self.similarity_config = config, similarity or SimilarityConfig()
         self.feature = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width)
         self.category = nn.Linear(width, width)
         self.bias = nn.Parameter(torch.tensor([math.log(prior / (1 - prior))]))
-        self.objectness = nn.Linear(width, 1, bias=False) if self.compared.objectness else None
+        self.objectness = nn.Linear(width, 1, bias=False) if self.similarity_config.objectness else None
         self.box = BoxHead(width)
-        self.scale = self.compared.factor / math.sqrt(width)
-        with torch.no_grad():  # it starts as it would without the factor
+        self.scale = self.similarity_config.factor / math.sqrt(width)
+        with torch.no_grad():  # the logits start as without the factor
             for parameter in self.category.parameters():
-                parameter.div_(self.compared.factor)
+                parameter.div_(self.similarity_config.factor)
 
     def forward(self, memory: Memory, categories: Categories) -> tuple[Proposals, Float[Tensor, "b q d"]]:
         """The chosen pairs, and the features of their places."""
         anchors, usable, features = memory.once(self, lambda: self._places(memory))
         places, ranks, slots, valid = self._choose(features, usable, categories)
-        chosen = rows(features, places)
-        tokens = rows(similarity_tokens(categories, self.compared), slots)
+        chosen = gather_rows(features, places)
+        tokens = gather_rows(similarity_tokens(categories, self.similarity_config), slots)
         logits = self._similarity(chosen, tokens)
         proposals = Proposals(
             logits=logits,
-            boxes=self.box(chosen, rows(anchors, places)),
+            boxes=self.box(chosen, gather_rows(anchors, places)),
             place=places,
             slot=slots,
             rank=ranks,
@@ -60,14 +60,14 @@ class ProposalHead(nn.Module):
         return anchors, usable, self.features(memory, usable)
 
     def features(self, memory: Memory, usable: Bool[Tensor, "b s"]) -> Float[Tensor, "b s d"]:
-        """What is known of each place; places that cannot hold a box know nothing."""
+        """The feature of each place; places without a usable anchor have all the same."""
         known: Tensor = self.norm(self.feature(memory.tokens * usable.unsqueeze(-1)))
         return known
 
     def scores(self, features: Float[Tensor, "b s d"], tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b s n"]:
         """The logit of every place for every token.
 
-        The linear layer is moved to the tokens' side (f W . t = f . W^T t): they are few, the places many.
+        The linear layer is applied to the tokens instead of the features (f W . t = f . W^T t): tokens are far fewer.
         """
         turned = tokens @ self.category.weight
         shift = (tokens @ self.category.bias).unsqueeze(1)
@@ -91,7 +91,7 @@ class ProposalHead(nn.Module):
             every = categories.ids.shape[1]
             best, places = (repeat(x, "b c -> b k c", k=every) for x in (best, places))
         else:
-            tokens = similarity_tokens(categories, self.compared)
+            tokens = similarity_tokens(categories, self.similarity_config)
             scores = self.scores(features, tokens).masked_fill(~usable.unsqueeze(-1), -torch.inf)
             most = min(self.config.ceiling, self.config.number, scores.shape[1])
             best, places = rearrange(scores, "b s k -> b k s").topk(most, dim=-1)
@@ -101,18 +101,58 @@ class ProposalHead(nn.Module):
         return places, ranks, slots, valid
 
 
-def share_out(best: Float[Tensor, "b k c"], valid: Bool[Tensor, "b k"], config: QueryConfig) -> Float[Tensor, "b k c"]:
-    """How much each pair (slot, rank) deserves one of the Q queries; -inf means never.
+class ClassQueries(nn.Module):
+    """Queries of proposals. Content = learned query (by rank in its category's group) + the category's refined token.
 
-    `best` holds the proposal logits of each slot's best places in falling order. `uniform` and `shared` give each
-    kept category the same count: a rank below Q / (number of kept categories). `budget` gives each the first `floor`
-    ranks and orders the other pairs by their logits.
+    With `content: place` a linear layer of the feature of the query's place is added, without gradient to the feature
+    (as in DINO and RT-DETR).
+    """
+
+    def __init__(self, width: int, config: QueryConfig) -> None:
+        super().__init__()
+        self.learned = nn.Embedding(config.ceiling, width)
+        self.place = nn.Linear(width, width) if config.content == "place" else None
+        self.together = config.attention == "image"
+
+    def forward(self, proposals: Proposals, features: Float[Tensor, "b q d"], categories: Categories) -> Queries:
+        """One query for each proposal. It starts from the proposal's box, to which no gradient flows back."""
+        content = self.learned(proposals.rank) + gather_rows(categories.kept_tokens, proposals.slot)
+        if self.place is not None:
+            content = content + self.place(features.detach())
+        group = torch.zeros_like(proposals.slot) if self.together else proposals.slot
+        return Queries(
+            content=content,
+            reference_boxes=proposals.boxes.detach(),
+            slot=proposals.slot,
+            group=group.masked_fill(~proposals.valid, -1),
+            valid=proposals.valid,
+        )
+
+
+def side_by_side(first: Queries, second: Queries) -> Queries:
+    """Both sets of queries as one."""
+    return replace(
+        first,
+        content=torch.cat([first.content, second.content], dim=1),
+        reference_boxes=torch.cat([first.reference_boxes, second.reference_boxes], dim=1),
+        slot=torch.cat([first.slot, second.slot], dim=1),
+        group=torch.cat([first.group, second.group], dim=1),
+        valid=torch.cat([first.valid, second.valid], dim=1),
+    )
+
+
+def share_out(best: Float[Tensor, "b k c"], valid: Bool[Tensor, "b k"], config: QueryConfig) -> Float[Tensor, "b k c"]:
+    """The priority of each pair (slot, rank) for one of the Q queries; -inf excludes a pair.
+
+    `best` holds the proposal logits of each slot's best places, highest first. The layouts `uniform` and `shared` give
+    each category the same number of queries: the ranks below Q / (number of categories with a slot). `budget` gives
+    each category its first `floor` ranks, and orders the other pairs by their logits.
     """
     rank = torch.arange(best.shape[2], device=best.device).expand_as(best)
-    # where not every pair of one rank fits, the likelier ones come first: less than a rank apart
+    # Where not all pairs of a rank fit, the likelier ones come first. This adds less than the distance of two ranks.
     likely = best.sigmoid().nan_to_num() / 2
     if config.layout == "budget":
-        # floors come first, rank by rank, so that a budget too small for all floors is shared evenly
+        # Floors come first, rank by rank: a budget too small for all floors is shared evenly.
         top = best.nan_to_num(neginf=0.0, posinf=0.0).abs().amax((1, 2), keepdim=True) + 1
         priority = torch.where(rank < config.floor, top + (config.floor - rank) + likely, best)
     else:
@@ -126,9 +166,9 @@ def share_out(best: Float[Tensor, "b k c"], valid: Bool[Tensor, "b k"], config: 
 def take_pairs(
     priority: Float[Tensor, "b k c"], number: int
 ) -> tuple[Int[Tensor, "b q"], Int[Tensor, "b q"], Bool[Tensor, "b q"]]:
-    """The (slot, rank) pairs of highest priority, ordered by slot and rank, invalid ones last.
+    """Slot, rank and validity of the pairs of highest priority, ordered by slot and rank, invalid ones last.
 
-    A category's taken ranks need not be gapless; a rank is a pair's place in its category's order of places.
+    The ranks of a category may have gaps; a rank is the position of a place among the category's best places.
     """
     flat = rearrange(priority, "b k c -> b (k c)")
     best, index = flat.topk(min(number, flat.shape[1]), dim=1)
@@ -140,10 +180,10 @@ def take_pairs(
 
 
 def anchor_logits(memory: Memory) -> tuple[Float[Tensor, "b s 4"], Bool[Tensor, "b s"]]:
-    """An anchor at every place, in logit space, and where it can be used.
+    """The anchor of every place in logit space, and whether the place is usable.
 
-    Centre: the cell's centre; sides: 0.05 of the image on the finest level, twice as much on each coarser one.
-    A place cannot be used where it is padding or where a number of its anchor is outside (0.01, 0.99).
+    An anchor's centre is that of its cell; its sides are 0.05 of the image on the finest level, and twice as long on
+    each coarser level. A place is usable unless it is padding or a number of its anchor is outside (0.01, 0.99).
     """
     boxes = []
     for level, (height, width) in enumerate(memory.level_shapes):

@@ -18,9 +18,9 @@ from metr.evaluation.results import EvaluationConfig, EvaluationReport
 from metr.evaluation.runner import EvaluationRunner
 from metr.losses.criterion import SetCriterion
 from metr.model import METR
+from metr.models.category_extraction import decorrelate_names
 from metr.models.config import DetectorConfig
 from metr.models.detector import Detector
-from metr.models.new_names import decorrelate_names
 from metr.run_directory import RunDirectory
 from metr.serialization import read_json, write_json
 from metr.training.comparison import Comparison, keep_before, kept_before, show_comparison

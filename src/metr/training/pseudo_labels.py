@@ -1,7 +1,7 @@
-"""What the average of the weights says of categories that nobody annotated in an image.
+"""Pseudo-labels: predictions of the averaged network for categories that an image's dataset does not annotate.
 
-A self-training rule in the manner of mean teachers (Tarvainen and Valpola, 2017; Liu et al., 2021), asked only where
-the labels are silent: it never overrules an annotation.
+A self-training rule in the manner of mean teachers (Tarvainen and Valpola, 2017; Liu et al., 2021). It adds only where
+annotations say nothing, and never overrules one.
 """
 
 from collections.abc import Mapping
@@ -10,25 +10,26 @@ from dataclasses import replace
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from metr.boxes import cxcywh_to_xyxy, pairwise_iou, xyxy_to_cxcywh
 from metr.inference.config import PostprocessConfig
 from metr.inference.postprocess import postprocess
-from metr.structures import Batch, Detections, DetectorOutput, Targets
+from metr.structures import NO_OBJECT, Batch, DetectorOutput, Targets
 from metr.training.config import PseudoLabelConfig
 
 
 class PseudoLabeler:
-    """Sorts the categories unannotated to an image into absent, present and unknown.
+    """Decides which unannotated categories of an image are absent, which are present, and which remain unknown.
 
-    Clearly absent: the average's presence probability is below `absent_below`; then the category is presumed absent.
-    Clearly present: it is above `present_above`, and there are detections above `object_above` that no annotated object
-    of the category covers; these become objects. Of the rest nothing is known.
+    A category is assumed to be absent if its presence probability is below `absent_below`. If that probability is above
+    `present_above`, its detections with a score above `object_above` become objects, except those that cover an
+    annotated or ignored box of the category. Nothing is known of the others.
 
     Args:
         config: The thresholds.
-        unannotated: Where an image's dataset does not annotate a category, by the dataset's name. Categories that it
-            annotates, but not in this very image, are unannotated to none.
+        unannotated: For each dataset by name, the categories that it does not annotate. A category that a dataset
+            annotates in other images only is not among them.
     """
 
     def __init__(self, config: PseudoLabelConfig, unannotated: Mapping[str, Bool[Tensor, "v"]]) -> None:
@@ -38,36 +39,35 @@ class PseudoLabeler:
         )
 
     @torch.no_grad()
-    def __call__(self, average: nn.Module, batch: Batch, text: Float[Tensor, "v t"]) -> tuple[Targets, ...]:
-        """The batch's targets with what `average`, in evaluation mode, adds to them."""
+    def __call__(self, average: nn.Module, batch: Batch, text: Float[Tensor, "v t"]) -> Targets:
+        """The batch's targets with the pseudo-labels of `average`, which is in evaluation mode."""
         output: DetectorOutput = average(batch.images, batch.padding_mask, text)
-        names = tuple(map(str, range(len(text))))
-        # pixels of an image of 1 x 1: shares of the image
-        found = postprocess(output, [(1, 1)] * len(batch.targets), names, self._detections)
         presence = output.categories.presence_logits[-1].float().sigmoid()
-        return tuple(
-            self._taught(target, self.unannotated[dataset].to(text.device), probability, detections)
-            for target, dataset, probability, detections in zip(
-                batch.targets, batch.datasets, presence, found, strict=True
-            )
-        )
-
-    def _taught(
-        self, target: Targets, unannotated: Bool[Tensor, "v"], presence: Float[Tensor, "v"], found: Detections
-    ) -> Targets:
-        likely = unannotated & (presence > self.config.present_above)
-        new = likely[found.labels] & ~_covered(found, target, self.config.same_object)
+        unannotated = torch.stack([self.unannotated[dataset] for dataset in batch.datasets]).to(presence.device)
+        present = unannotated & (presence > self.config.present_above)
+        boxes, labels = self._found(output, vocabulary_size=len(text))
+        new = present.gather(1, labels.clamp(min=0)) & ~_known(boxes, labels, batch.targets, self.config.same_object)
         return replace(
-            target,
-            boxes=torch.cat([target.boxes, xyxy_to_cxcywh(found.boxes[new]).to(target.boxes)]),
-            labels=torch.cat([target.labels, found.labels[new].to(target.labels)]),
+            batch.targets,
+            boxes=torch.cat([batch.targets.boxes, xyxy_to_cxcywh(boxes).to(batch.targets.boxes)], dim=1),
+            labels=torch.cat([batch.targets.labels, labels.where(new, NO_OBJECT)], dim=1),
             assumed_negative=unannotated & (presence < self.config.absent_below),
         )
 
+    def _found(self, output: DetectorOutput, vocabulary_size: int) -> tuple[Float[Tensor, "b n 4"], Int[Tensor, "b n"]]:
+        """Boxes (xyxy in 0..1) and labels of the detections of each image, padded."""
+        names = tuple(map(str, range(vocabulary_size)))
+        # in pixels of an image of 1 x 1
+        found = postprocess(output, [(1, 1)] * output.logits.shape[1], names, self._detections)
+        boxes = pad_sequence([one.boxes for one in found], batch_first=True)
+        return boxes, pad_sequence([one.labels for one in found], batch_first=True, padding_value=NO_OBJECT)
 
-def _covered(found: Detections, target: Targets, iou: float) -> Bool[Tensor, "q"]:
-    """Whether a detection is an object that the image has already, annotated or ignored."""
-    boxes = torch.cat([target.boxes, target.ignore_boxes]).to(found.boxes)
-    labels: Int[Tensor, "n"] = torch.cat([target.labels, target.ignore_labels])
-    same = found.labels.unsqueeze(1) == labels
-    return ((pairwise_iou(found.boxes, cxcywh_to_xyxy(boxes)) > iou) & same).any(1)
+
+def _known(
+    boxes: Float[Tensor, "b n 4"], labels: Int[Tensor, "b n"], targets: Targets, iou: float
+) -> Bool[Tensor, "b n"]:
+    """Whether a detection is padding, or an object that the targets have already, as an object or as an ignored box."""
+    known_boxes = cxcywh_to_xyxy(torch.cat([targets.boxes, targets.ignore_boxes], dim=1).to(boxes))
+    known_labels = torch.cat([targets.labels, targets.ignore_labels], dim=1)
+    same = labels.unsqueeze(2) == known_labels.unsqueeze(1)
+    return (labels == NO_OBJECT) | ((pairwise_iou(boxes, known_boxes) > iou) & same).any(2)

@@ -18,7 +18,7 @@ from metr.data.loading import TrainLoader
 from metr.devices import autocast, peak_memory, resolved_precision
 from metr.errors import MetrError
 from metr.losses.criterion import SetCriterion
-from metr.losses.statistics import match_statistics
+from metr.losses.matcher import match_statistics
 from metr.run_directory import RunDirectory
 from metr.structures import Batch, Losses, Targets
 from metr.training.config import TrainConfig
@@ -171,31 +171,30 @@ class Trainer:
     # the parts of a step
 
     def _losses(self, batch: Batch) -> tuple[Losses, dict[str, float]]:
-        """The losses of a batch, and its loss terms and matching statistics as numbers, averaged over processes."""
+        """The losses of a batch; and its loss terms and matching statistics as numbers, averaged over processes."""
         with autocast(self.precision, self.device):
             text, targets = self._asked(self._targets(batch))
             output = self.network(batch.images, batch.padding_mask, text, targets)
-        matches = self.criterion.match(output, targets)
-        losses: Losses = self.criterion(output, targets, matches)
+        losses, matches = self.criterion(output, targets)
         statistics = match_statistics(output, targets, matches)
         matching = {MATCHING + name: value for name, value in vars(statistics).items()}
         return losses, self._averaged({**losses.terms, **matching})
 
-    def _targets(self, batch: Batch) -> tuple[Targets, ...]:
-        """What is known of the images, with what the average of the weights adds where it may."""
+    def _targets(self, batch: Batch) -> Targets:
+        """The batch's targets, with pseudo-labels where they are wanted."""
         if self.parts.teacher is None or self.ema is None:
             return batch.targets
         return self.parts.teacher(self.ema.network, batch, self.text)
 
-    def _asked(self, targets: tuple[Targets, ...]) -> tuple[Tensor, tuple[Targets, ...]]:
-        """The text of the names that the batch is asked for, and the targets in its terms."""
+    def _asked(self, targets: Targets) -> tuple[Tensor, Targets]:
+        """The text embeddings of the names that are sampled for this batch, and the targets in terms of them."""
         rows = sample_vocabulary(targets, self.config.loop.vocabulary_sample)
         if len(rows) == len(self.text):
             return self.text, targets
         return self.text[rows], narrowed(targets, rows)
 
     def _averaged(self, values: Mapping[str, Tensor]) -> dict[str, float]:
-        """Scalars averaged over processes, which all have the same names: one exchange, one transfer."""
+        """Scalars averaged over processes in one exchange; all processes have the same names."""
         flat = torch.stack([value.detach().float() for value in values.values()])
         averages: list[float] = self.accelerator.reduce(flat, "mean").tolist()
         return dict(zip(values, averages, strict=True))

@@ -13,7 +13,7 @@ from metr.conversion.classifier import Linear, layer_classifier
 from metr.conversion.table import Row, State
 from metr.data.config import ResizeConfig
 from metr.errors import ModelError
-from metr.models.backbones.config import BackboneConfig
+from metr.models.backbones.base import BackboneConfig
 from metr.models.config import DecoderConfig, DetectorConfig, EncoderConfig
 from metr.models.detector import Detector
 

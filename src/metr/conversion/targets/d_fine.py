@@ -21,7 +21,7 @@ from metr.conversion.targets.base import (
 from metr.conversion.targets.rt_detr import convolution, two_branches
 from metr.conversion.targets.sampling import even_sampling
 from metr.errors import ModelError
-from metr.models.backbones.config import BackboneConfig
+from metr.models.backbones.base import BackboneConfig
 from metr.models.config import DetectorConfig
 
 # transformers ties its heads from the second layer on

@@ -42,11 +42,10 @@ from metr.conversion.targets.base import (
 )
 from metr.conversion.targets.sampling import even_sampling
 from metr.errors import ModelError
-from metr.models.backbones.config import BackboneConfig
+from metr.models.backbones.base import BackboneConfig
 from metr.models.config import DetectorConfig, EncoderConfig
 from metr.models.detector import Detector
-from metr.models.encoders.fusion import ConvNorm, Fusion
-from metr.models.encoders.hybrid import HybridEncoder
+from metr.models.encoders.hybrid import ConvNorm, Fusion, HybridEncoder
 
 # convolution blocks of each fusion, which RT-DETR's configuration cannot change
 BLOCKS = 3

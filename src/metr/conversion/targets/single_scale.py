@@ -25,8 +25,8 @@ from metr.conversion.targets.base import (
 )
 from metr.layers.position_encoding import box_encoding
 from metr.models.backbones.efficientnet_lite import EfficientNetLiteConfig
-from metr.models.conditional_decoder import ConditionalDecoder
 from metr.models.config import EncoderConfig
+from metr.models.decoder import ConditionalDecoder
 
 DECODER = ("model.decoder.layers.{i}", "decoder.layers.{i}")
 

@@ -1,18 +1,34 @@
-"""Where the network looks: crop, zoom-out, resize and flip.
-
-Crop, zoom-out and resize are one step: a `Window` on the image, which may reach beyond it, is drawn at the wanted
-size. So the image is resampled once, from its own pixels, and no large canvas is ever made.
-"""
+"""Where the network looks: crop, zoom-out, resize and flip."""
 
 import math
 from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 
 from metr.data.config import Colour, ResizeConfig
-from metr.data.transforms.sample import Sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One RGB image and its boxes: xyxy in pixels of `image`. Rows of `boxes`, `labels`, `ignore` belong together."""
+
+    image: UInt8[np.ndarray, "h w 3"]
+    boxes: Float[np.ndarray, "m 4"]
+    labels: Int[np.ndarray, "m"]
+    ignore: Bool[np.ndarray, "m"]
+
+    @property
+    def height(self) -> int:
+        """Rows of the image."""
+        return int(self.image.shape[0])
+
+    @property
+    def width(self) -> int:
+        """Columns of the image."""
+        return int(self.image.shape[1])
+
 
 Image = UInt8[np.ndarray, "_ _ 3"]
 

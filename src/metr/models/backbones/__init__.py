@@ -1,7 +1,6 @@
 """Backbones: images to feature maps."""
 
-from metr.models.backbones.base import Backbone
-from metr.models.backbones.config import BackboneConfig
+from metr.models.backbones.base import Backbone, BackboneConfig
 from metr.models.backbones.efficientnet_lite import EfficientNetLiteBackbone
 from metr.models.backbones.hugging_face import HuggingFaceBackbone
 

@@ -1,15 +1,54 @@
-"""What every backbone has in common."""
+"""What backbones share: configuration, normalised input, frozen stages and batch norms, the simple pyramid."""
 
 from collections.abc import Iterable, Sequence
-from math import ceil
-from typing import TypeVar
+from math import ceil, log2
+from typing import Annotated, Any, TypeVar
 
 import torch
 from jaxtyping import Float
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from metr.models.backbones.config import BackboneConfig, Colour
+from metr.config import Config
+
+_STRIDES = (4, 8, 16, 32)
+
+Colour = tuple[float, float, float]
+
+
+class BackboneConfig(Config):
+    """Which backbone, and what of it learns."""
+
+    name: str = "efficientnet_lite0"
+    """`efficientnet_lite0`; `resnet18`, `resnet34`, `resnet50`, `resnet101` (microsoft/resnet-18, ...); the hub name or
+    folder of any model that transformers' AutoBackbone knows; with `pretrained` off, a model type such as `swin`."""
+    pretrained: bool = True
+    """Start from ImageNet's (or the folder's) weights; otherwise from random ones, made from `options`."""
+    revision: str | None = None
+    """The hub's branch, tag or commit."""
+    strides: tuple[int, ...] = (8, 16, 32)
+    """Pixels a cell of each feature map, finest first; of 4, 8, 16 and 32."""
+    freeze_stages: Annotated[int, Field(ge=0, le=4)] = 1
+    """The stem and this many stages keep their weights (0: all learn, stem included). Stage 1 ends at stride 4, stage 2
+    at stride 8, ...; of a plain vision transformer a stage is a quarter of the layers. 0 suits random weights."""
+    freeze_batch_norm: bool = True
+    """Batch norms keep their statistics and their scale and shift: right for small batches and pretrained weights."""
+    pixel_mean: Colour | None = None
+    """Mean colour in 0..1 that is subtracted; None: what the backbone was made for."""
+    pixel_std: Colour | None = None
+    """What colours are then divided by; None: what the backbone was made for."""
+    options: dict[str, Any] = {}  # noqa: RUF012  (pydantic copies it)
+    """Values of the transformers configuration (`drop_path_rate`, ...), or `width` and `depth` multipliers of
+    `efficientnet_lite0`; without pretrained weights they make the network."""
+
+    @field_validator("strides")
+    @classmethod
+    def _known_and_ascending(cls, strides: tuple[int, ...]) -> tuple[int, ...]:
+        if not strides or list(strides) != sorted(set(strides) & set(_STRIDES)):
+            raise ValueError("expected some of 4, 8, 16 and 32 in this order")
+        return strides
+
 
 _BackboneT = TypeVar("_BackboneT", bound="Backbone")
 
@@ -77,3 +116,126 @@ class Backbone(nn.Module):
         for module in self._frozen:
             module.requires_grad_(False)
             module.eval()
+
+
+class SimplePyramid(nn.Module):
+    """The simple feature pyramid of ViTDet (Li et al., 2022): every level is made from the last map alone.
+
+    Finer levels by transposed convolutions, which halve the channels at each doubling; coarser ones by max pooling.
+
+    Args:
+        channels: Channels of the map.
+        stride: Pixels a cell of the map.
+        wanted: Strides to come close to; each is reached within a factor of the square root of 2.
+    """
+
+    def __init__(self, channels: int, stride: int, wanted: Sequence[int]) -> None:
+        super().__init__()
+        doublings = [round(log2(stride / level)) for level in wanted]
+        self.strides = tuple(int(stride / 2**times) for times in doublings)
+        self.channels = tuple(max(channels >> max(times, 0), 1) for times in doublings)
+        self.levels = nn.ModuleList(_level(channels, times) for times in doublings)
+
+    def forward(self, features: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b _c _h _w"], ...]:
+        """One map a level, finest first."""
+        return tuple(level(features) for level in self.levels)
+
+
+def _level(channels: int, doublings: int) -> nn.Module:
+    if doublings < 0:
+        size = 2**-doublings
+        return nn.MaxPool2d(size, size, ceil_mode=True)
+    steps: list[nn.Module] = []
+    for _ in range(doublings):
+        halved = max(channels // 2, 1)
+        steps += [nn.GELU()] if steps else []
+        steps += [nn.ConvTranspose2d(channels, halved, 2, stride=2)]
+        channels = halved
+    return nn.Sequential(*steps)
+
+
+# The layers of transformers that compute normalization(convolution(x)).
+_FOLDABLE = frozenset(
+    {"ResNetConvLayer", "ResNetShortCut", "RTDetrResNetConvLayer", "RTDetrResNetShortCut", "HGNetV2ConvLayer"}
+)
+_CONVOLUTION = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+
+
+class FrozenBatchNorm(nn.Module):
+    """A batch norm whose statistics, scale and shift are constants. Its state has the keys of `nn.BatchNorm2d`."""
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, source: nn.BatchNorm2d) -> None:
+        super().__init__()
+        self.eps = source.eps
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, getattr(source, name).detach().clone())
+
+    def scale_and_shift(self) -> tuple[Float[Tensor, "c"], Float[Tensor, "c"]]:
+        """The two numbers a channel that are left of a frozen norm, in single precision."""
+        scale = self.weight.float() * torch.rsqrt(self.running_var.float() + self.eps)
+        return scale, self.bias - self.running_mean * scale
+
+    def fold(self, kernel: Float[Tensor, "c _i _kh _kw"]) -> tuple[Float[Tensor, "c _i _kh _kw"], Float[Tensor, "c"]]:
+        """Kernel and bias of the convolution that does the work of a convolution without bias and this norm."""
+        scale, shift = self.scale_and_shift()
+        return (kernel * scale[:, None, None, None]).to(kernel.dtype), shift.to(kernel.dtype)
+
+    def forward(self, features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Scales and shifts each channel."""
+        scale, shift = (value.to(features.dtype)[:, None, None] for value in self.scale_and_shift())
+        return features * scale + shift
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: object) -> None:
+        """Also takes the state of a norm that was trained, whose step count means nothing here."""
+        state_dict.pop(f"{prefix}num_batches_tracked", None)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+class FoldedBatchNorm(FrozenBatchNorm):
+    """A frozen norm that the convolution before it applies; it only keeps the numbers, under their usual names."""
+
+    def forward(self, features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+        """Does nothing: see `FoldedConvolution`."""
+        return features
+
+
+class FoldedConvolution(nn.Conv2d):
+    """A convolution that applies the frozen norm after it, by scaling its kernel: one pass over the features less.
+
+    The kernel learns as before. The norm stays a part of the layer around both, so that the names in its state stay.
+    """
+
+    norm: FoldedBatchNorm
+
+    def __init__(self, source: nn.Conv2d, norm: FoldedBatchNorm) -> None:
+        how: dict[str, Any] = {name: getattr(source, name) for name in _CONVOLUTION}
+        super().__init__(**how, bias=False, device="meta")
+        self.weight = source.weight
+        self.__dict__["norm"] = norm
+
+    def forward(self, features: Float[Tensor, "b _i h w"]) -> Float[Tensor, "b c _h _w"]:
+        """Convolution and norm in one."""
+        convolved: Tensor = self._conv_forward(features, *self.norm.fold(self.weight))
+        return convolved
+
+
+def freeze_batch_norms(module: nn.Module) -> None:
+    """Replaces every `nn.BatchNorm2d` inside a module by a frozen one; exact, up to rounding."""
+    for layer in module.modules():
+        if type(layer).__name__ in _FOLDABLE:
+            _fold(layer)
+        for name, child in layer.named_children():
+            if isinstance(child, nn.BatchNorm2d):
+                setattr(layer, name, FrozenBatchNorm(child))
+
+
+def _fold(layer: nn.Module) -> None:
+    convolution, norm = layer.convolution, layer.normalization
+    if type(convolution) is nn.Conv2d and convolution.bias is None and isinstance(norm, nn.BatchNorm2d):
+        folded = FoldedBatchNorm(norm)
+        layer.convolution, layer.normalization = FoldedConvolution(convolution, folded), folded

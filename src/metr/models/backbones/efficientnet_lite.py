@@ -16,9 +16,7 @@ from transformers.modeling_outputs import BackboneOutput
 
 from metr.bundled import efficientnet_lite0_weights
 from metr.errors import ConfigError, DependencyError
-from metr.models.backbones.base import Backbone
-from metr.models.backbones.batch_norm import FrozenBatchNorm, freeze_batch_norms
-from metr.models.backbones.config import BackboneConfig
+from metr.models.backbones.base import Backbone, BackboneConfig, FrozenBatchNorm, freeze_batch_norms
 
 # Of each stage: blocks, kernel, stride of the first block, expansion, channels.
 _STAGES = (
