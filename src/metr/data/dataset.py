@@ -100,7 +100,7 @@ class DetectionDataset(Dataset[Example | Missing]):
             return Missing(dataset=self.name, position=index, issues=(self._issue(index, error),))
 
     def sample(self, key: SampleKey) -> Example | Missing:
-        """The image of that key, or if it cannot be read another one of this dataset, chosen by the key's random numbers."""
+        """The image of that key, or another of this dataset, chosen by the key, if it cannot be read."""
         rng, index = key.generator(), key.index
         issues: list[DataIssue] = []
         for _ in range(ATTEMPTS):

@@ -1,6 +1,6 @@
 """Records: what every annotation format is read into, one for each image."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -80,6 +80,15 @@ class Annotations(Protocol):
 
     def __getitem__(self, index: int) -> ImageRecord:
         """The annotations of image `index`."""
+        ...
+
+
+@runtime_checkable
+class ColumnarAnnotations(Annotations, Protocol):
+    """Annotations whose columns can be read without making a record of each image."""
+
+    def objects(self) -> Iterator[tuple[Int[np.ndarray, "p"], Int[np.ndarray, "p"]]]:
+        """Image and category of every object, in pieces, in the order of the images; without ignored boxes."""
         ...
 
 

@@ -15,8 +15,7 @@ from jaxtyping import Float, Int
 from torch.utils.data import Sampler
 
 from metr.data.config import Mixture
-from metr.data.index.annotation_index import AnnotationIndex
-from metr.data.records import Annotations
+from metr.data.records import Annotations, ColumnarAnnotations
 from metr.errors import ConfigError, DataError, did_you_mean
 
 # Datasets are chosen for this many samples at a time.
@@ -262,7 +261,7 @@ def repeat_factors(annotations: Annotations, threshold: float) -> Float[np.ndarr
 
 def objects_of(annotations: Annotations) -> Iterator[tuple[Int[np.ndarray, "p"], Int[np.ndarray, "p"]]]:
     """Image and category of every object, in pieces, in the order of the images; ignored boxes are no objects."""
-    if isinstance(annotations, AnnotationIndex):
+    if isinstance(annotations, ColumnarAnnotations):
         yield from annotations.objects()
         return
     for index in range(len(annotations)):
