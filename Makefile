@@ -4,13 +4,17 @@ BIN := .venv/bin
 # one thread a process and a process a core: the tests' networks are too small to be shared out
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
-.PHONY: help demo test quick check format clean
+# how many seeds `make processors` tries under each instruction set
+SEEDS ?= 5
+
+.PHONY: help demo test quick check processors format clean
 
 help:
 	@echo "make demo    build the environment, train on three made datasets, show the result (five minutes, and a few for the environment)"
 	@echo "make test    build the environment, run every test"
 	@echo "make quick   the tests that take seconds"
 	@echo "make check   formatting, lints, types, layers of imports, every test"
+	@echo "make processors  the tests that train, as other processors would run them (SEEDS=5 of each)"
 	@echo "make format  let ruff rewrite what it can"
 
 .venv/.ready: pyproject.toml constraints.txt
@@ -37,6 +41,9 @@ check: .venv/.ready
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(MAKE) --no-print-directory test
+
+processors: .venv/.ready
+	$(BIN)/python tests/processors.py --seeds $(SEEDS)
 
 format: .venv/.ready
 	$(BIN)/ruff format .

@@ -78,6 +78,7 @@ def test_depths_count_from_the_top() -> None:
     assert {of[name] for name in of if not name.startswith(("encoder.", "backbone."))} == {None}
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize(
     ("what", "kept"), [("half", ("backbone.",)), ("backbone", ("backbone.",)), ("encoder", ("backbone.", "encoder."))]
 )

@@ -161,6 +161,7 @@ def assert_same(first: Path, second: Path) -> None:
     assert all(torch.equal(weights[name], others[name]) for name in weights)
 
 
+@pytest.mark.trains
 def test_a_run_follows_its_losses_and_tells(whole: Path, caplog: pytest.LogCaptureFixture) -> None:
     _, records, state = everything(whole)
     assert [draw for draw, _ in state["changes"]] == [8, 12, 16, 20]
@@ -177,6 +178,7 @@ def test_a_run_follows_its_losses_and_tells(whole: Path, caplog: pytest.LogCaptu
     assert state["changes"][0][1] != state["changes"][1][1]
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("stops", [[3], [2, 7]], ids=["inside a period", "at borders"])
 def test_resumed_equals_uninterrupted(tmp_path: Path, whole: Path, stops: list[int]) -> None:
     for stop in stops:
