@@ -4,7 +4,10 @@ BIN := .venv/bin
 # one thread a process and a process a core: the tests' networks are too small to be shared out
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
-.PHONY: help demo test quick check docs format clean
+# how many seeds `make processors` tries under each instruction set
+SEEDS ?= 5
+
+.PHONY: help demo test quick check processors docs format clean
 
 help:
 	@echo "make demo    build the environment, train on three made datasets, show the result (five minutes, and a few for the environment)"
@@ -12,6 +15,7 @@ help:
 	@echo "make quick   the tests that take seconds"
 	@echo "make check   formatting, lints, types, layers of imports, every test"
 	@echo "make docs    build the documentation into site/; a broken link fails"
+	@echo "make processors  the tests that train, as other processors would run them (SEEDS=5 of each)"
 	@echo "make format  let ruff rewrite what it can"
 
 .venv/.ready: pyproject.toml constraints.txt
@@ -41,6 +45,9 @@ check: .venv/.ready
 
 docs: .venv/.ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+processors: .venv/.ready
+	$(BIN)/python tests/processors.py --seeds $(SEEDS)
 
 format: .venv/.ready
 	$(BIN)/ruff format .

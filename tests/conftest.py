@@ -11,9 +11,14 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
+from small import SEED, THREADS  # noqa: E402
+
 # the same examples every time, however slow the machine is
 settings.register_profile("same", deadline=None, derandomize=True, database=None)
 settings.load_profile("same")
+
+# also for fixtures of wider scope, which are made before a test's own
+torch.set_num_threads(THREADS)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -35,11 +40,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> Iterator[None]:
-    """Every test starts from the same random state and leaves the thread count as it found it."""
-    torch.manual_seed(0)
-    # the networks of the tests are too small to share out, and other processes keep the cores busy
-    torch.set_num_threads(1)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
+def _seeded() -> None:
+    """Every test starts from the same random state and thread count."""
+    torch.manual_seed(SEED)
+    torch.set_num_threads(THREADS)

@@ -1,5 +1,6 @@
 """Small networks and targets that several tests share."""
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,11 +14,16 @@ from metr.models.config import (
     DetectorConfig,
     EncoderConfig,
     QueryConfig,
+    SimilarityConfig,
 )
 from metr.models.detector import Detector
 from metr.structures import Targets
 
 TEXT_WIDTH = 24
+
+# `make processors` repeats tests with other seeds and with more than one thread
+SEED = int(os.environ.get("METR_TEST_SEED", "0"))
+THREADS = int(os.environ.get("METR_TEST_THREADS", "1"))
 
 
 def small_backbone(channels: Sequence[int] = (8, 16, 24)) -> BackboneConfig:
@@ -40,9 +46,17 @@ def small_config(*, encoder: str = "deformable", kept: int = 4, denoising: int =
     )
 
 
+def shipped_config(**options: Any) -> DetectorConfig:
+    """The small network with what every recipe sets so that categories are told apart from the first step."""
+    config = small_config(content="place", **options)
+    categories = config.categories.model_copy(update={"whitening": 0.1})
+    similarity = SimilarityConfig(token="text", factor=4, objectness=True)
+    return config.model_copy(update={"categories": categories, "similarity": similarity})
+
+
 def small_detector(config: DetectorConfig | None = None) -> Detector:
-    """The small network with random weights from a fixed seed, its heads moved off their quiet start."""
-    torch.manual_seed(0)
+    """The small network with random weights from the seed, its heads moved off their quiet start."""
+    torch.manual_seed(SEED)
     detector = Detector(config or small_config(), TEXT_WIDTH)
     with torch.no_grad():
         for head in (detector.proposals.box, detector.decoder.box):

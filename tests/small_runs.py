@@ -89,7 +89,6 @@ def make_parts(
     folder: Path, *, criterion: SetCriterion | None = None, batch_size: int = 2, workers: int = 0, **model: Any
 ) -> TrainingParts:
     """Everything the trainer wants; the network's weights are the same every time, `model` goes to `small_config`."""
-    torch.set_num_threads(1)  # many small operations, and neighbours on the other cores
     loader = LoaderConfig(batch_size=batch_size, workers=workers)
     checkpoint = make_description(**model)
     return TrainingParts(

@@ -47,6 +47,7 @@ def test_its_card_tells_data_licences_and_results() -> None:
     assert f"| **mean of 5** |  |  |  | {report['mean']['own']['ap']:.1f} |" in card
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("dataset", UNSEEN)
 def test_it_finds_its_things_in_images_it_has_never_seen(model: METR, shared: Path, dataset: str) -> None:
     pattern, names = UNSEEN[dataset]

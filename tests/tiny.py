@@ -75,7 +75,6 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
 
 @cache  # each folder of tests that imports the fixture has one of its own
 def _trained(home: Path) -> TinyRun:
-    torch.set_num_threads(1)
     datasets = tuple(one.folder for one in write_demo_datasets(home / "data", 0, 4, 3))
     unseen = tuple(one.path for one in write_unseen(home / "unseen", 0, 4))
     write_text_model(home / "text")

@@ -66,12 +66,6 @@ def lamp_image(height: int, width: int, box: tuple[int, int, int, int]) -> np.nd
     return image
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    """Small networks are fastest with one thread; the count is put back after each test."""
-    torch.set_num_threads(1)
-
-
 def noise_image(height: int, width: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 

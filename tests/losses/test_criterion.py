@@ -219,6 +219,17 @@ def test_one_empty_image_beside_a_full_one() -> None:
     assert gradients(losses, output)["boxes"][:, 1].abs().sum() == 0
 
 
+def misses(output: DetectorOutput, targets: Targets) -> Tensor:
+    """The matched queries whose boxes do not touch their objects, [r b q]."""
+    found = torch.zeros_like(output.logits, dtype=torch.bool)
+    _, matches = criterion("quality")(output, targets)
+    for layer, image, query, target in zip(matches.layer, matches.image, matches.query, matches.target, strict=True):
+        if layer > 0:  # 0 is the proposals
+            box, wanted = output.boxes[layer - 1, image, query].detach(), targets.boxes[image, target]
+            found[layer - 1, image, query] = paired_iou(cxcywh_to_xyxy(box), cxcywh_to_xyxy(wanted)) == 0
+    return found
+
+
 @pytest.mark.parametrize("classification", ["focal", "quality", "matchability"])
 def test_unannotated_and_invalid_queries_have_no_gradient(classification: str) -> None:
     output, targets = small_output(denoising=False), small_targets()
@@ -227,8 +238,9 @@ def test_unannotated_and_invalid_queries_have_no_gradient(classification: str) -
     silent = unannotated | ~output.valid
     assert (found["logits"][:, silent] == 0).all()
     heard = found["logits"][:, ~silent] != 0
-    # The varifocal loss asks nothing of a matched query whose box does not touch its object.
-    assert heard.float().mean() > 0.8 if classification == "quality" else heard.all()
+    if classification == "quality":  # the varifocal loss asks nothing of a matched query that misses its object
+        heard |= misses(output, targets)[:, ~silent]
+    assert heard.all()
     assert (found["proposal logits"][silent] == 0).all()
     assert (found["boxes"][:, silent] == 0).all()
     assert (found["presence"][:, 0, [1, 2, 4]] == 0).all()
@@ -321,8 +333,8 @@ def test_a_real_process_group_of_one_changes_nothing(tmp_path: Path) -> None:
         distributed.destroy_process_group()
 
 
+@pytest.mark.trains
 def test_fitting_the_loss_fits_the_objects() -> None:
-    torch.manual_seed(3)
     targets = image_targets([0, 0, 1], 3)
     output = random_output([[0, 1, 2]], [[0] * 4 + [1] * 3 + [2] * 3], vocabulary=3, layers=1)
     raw = output.boxes.detach().logit().requires_grad_()

@@ -9,9 +9,9 @@ from metr.losses.config import CriterionConfig
 from metr.losses.criterion import SetCriterion
 from metr.structures import Targets
 
-from small import TEXT_WIDTH, small_config, small_detector, targets_of
+from small import SEED, TEXT_WIDTH, shipped_config, small_detector, targets_of
 
-SIZE, STEPS, RATE, BATCH = 96, 260, 3e-3, 8
+SIZE, STEPS, RATE, BATCH = 64, 180, 3e-3, 8
 COLOURS = torch.tensor([[1.0, 0.1, 0.1], [0.2, 0.2, 1.0]])
 CORNERS = torch.tensor([[0.27, 0.27], [0.73, 0.27], [0.27, 0.73], [0.73, 0.73]])
 
@@ -40,11 +40,14 @@ def batch_of(generator: torch.Generator) -> tuple[Tensor, Targets]:
 
 
 @pytest.mark.slow
+@pytest.mark.trains
 def test_both_kinds_are_found_in_the_images_of_both_datasets() -> None:
-    torch.set_num_threads(1)  # so small a network is slower on several
-    generator = torch.Generator().manual_seed(0)
+    """With the recipes' settings: from a projection of the text that starts at random, the tokens of both kinds nearly
+    coincide after twenty steps, and most seeds then find rectangles whose colour they cannot tell."""
+    generator = torch.Generator().manual_seed(SEED)
     text = torch.nn.functional.normalize(torch.randn(2, TEXT_WIDTH), dim=-1)
-    detector = small_detector(small_config(encoder="hybrid", kept=2)).train()
+    detector = small_detector(shipped_config(encoder="hybrid", kept=2)).train()
+    detector.category_extraction.whiten(text, detector.config.categories.whitening)
     criterion = SetCriterion(CriterionConfig())
     optimizer = torch.optim.AdamW(detector.parameters(), lr=RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=STEPS, pct_start=0.1)

@@ -21,6 +21,7 @@ def names(count: int, spread: float, seed: int) -> Tensor:
     return normalize(base + spread * own, dim=-1)
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("count", [2, 9, 40])
 def test_new_tokens_part_and_known_ones_stay(count: int) -> None:
     projection, known, new = nn.Linear(48, 24), names(12, 1.0, 0), names(count, 0.2, 1)

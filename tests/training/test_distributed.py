@@ -49,6 +49,7 @@ def launch(folder: Path) -> None:
     assert [worker.wait(timeout=240) for worker in workers] == [0, 0]
 
 
+@pytest.mark.trains
 @pytest.mark.slow
 def test_two_processes_make_the_steps_of_one(tmp_path: Path) -> None:
     make_parts(tmp_path)  # writes the images before two processes do

@@ -197,6 +197,7 @@ def interrupt_at(step: int, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Trainer, "train_step", interrupted)
 
 
+@pytest.mark.trains
 def test_resumed_equals_uninterrupted(tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     how: dict[str, Any] = {
         "overrides": ["train.loop.steps=4", "train.optimizer.layer_decay=0.7", "train.freeze=half"],

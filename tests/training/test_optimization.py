@@ -81,8 +81,8 @@ def test_each_parameter_is_in_the_right_group_once() -> None:
     assert total == 15, "tied parameters count once"
 
 
+@pytest.mark.trains
 def test_steps_equal_torchs_plain_implementation() -> None:
-    torch.set_num_threads(1)
     network = Parts()
     other = copy.deepcopy(network)
     config = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1, betas=(0.8, 0.9))
@@ -316,6 +316,7 @@ def test_depths_count_from_the_top() -> None:
     assert {of[name] for name in of if not name.startswith(("encoder.", "backbone."))} == {None}
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize(
     ("what", "kept"), [("half", ("backbone.",)), ("backbone", ("backbone.",)), ("encoder", ("backbone.", "encoder."))]
 )

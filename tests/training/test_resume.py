@@ -81,12 +81,11 @@ def assert_same(first: Path, second: Path) -> None:
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of five steps that nothing interrupts."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    threads = torch.get_num_threads()
     run(folder, "whole")
-    torch.set_num_threads(threads)
     return folder / "whole"
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("stops", [[3], [1, 4]], ids=["before an evaluation", "between, twice"])
 def test_resumed_equals_uninterrupted_bit_by_bit(tmp_path: Path, whole: Path, stops: list[int]) -> None:
     for stop in stops:
@@ -214,6 +213,7 @@ def test_logging_goes_on_after_resuming(tmp_path: Path, caplog: pytest.LogCaptur
     assert "going on after step 2" in caplog.text
 
 
+@pytest.mark.trains
 def test_names_are_sampled_as_if_nothing_had_happened(tmp_path: Path) -> None:
     few = {"steps": 4, "vocabulary_sample": 2, "evaluate_every": 0}
     run(tmp_path, "whole", **few)

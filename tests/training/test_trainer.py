@@ -25,6 +25,8 @@ from metr.training.recipe import RunConfig
 from metr.training.trainer import Trainer
 from small_runs import make_config, make_parts
 
+from small import SEED
+
 
 class Rising:
     """An evaluation whose AP is its own count, and which remembers the weights it was shown."""
@@ -59,14 +61,17 @@ def states_equal(first: Mapping[str, torch.Tensor], second: Mapping[str, torch.T
     return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
+@pytest.mark.trains
 def test_it_learns(tmp_path: Path) -> None:
-    config = make_config(24, ema={"enabled": False}, loop={"log_every": 6}, optimizer={"learning_rate": 3e-3})
+    loop = {"log_every": 12, "seed": SEED}
+    config = make_config(48, ema={"enabled": False}, loop=loop, optimizer={"learning_rate": 3e-3})
     Trainer(make_parts(tmp_path), config, tmp_path / "run").fit()
     totals = [record["total"] for record in read_metrics(tmp_path / "run")]
     assert len(totals) == 4
     assert totals[-1] < 0.9 * totals[0]
 
 
+@pytest.mark.trains
 def test_a_step_is_what_it_says(tmp_path: Path) -> None:
     """Against the same step by hand: mean gradient of two batches, clipped, AdamW at the scheduled rate."""
     changes = {"optimizer": {"clip_norm": 0.5, "weight_decay": 0.1}, "loop": {"accumulation": 2}}
@@ -163,6 +168,7 @@ def test_without_an_average_the_network_itself_is_evaluated(tmp_path: Path) -> N
     assert trainer.plain_network.training
 
 
+@pytest.mark.trains
 def test_evaluations_do_not_disturb_training(tmp_path: Path) -> None:
     results = []
     for name, every in (("seldom", 0), ("often", 1)):
@@ -250,6 +256,7 @@ def test_it_gives_up_when_nothing_is_finite_any_more(tmp_path: Path) -> None:
     assert load_checkpoint(tmp_path / "run").training["step"] == 6, "the checkpoints before stay"
 
 
+@pytest.mark.trains
 def test_bf16_trains_and_keeps_losses_in_float32(tmp_path: Path) -> None:
     config = make_config(2, loop={"precision": "bf16", "log_every": 1})
     trainer = Trainer(make_parts(tmp_path), config, tmp_path / "run")

@@ -124,6 +124,7 @@ def test_narrowed_targets_mean_the_same() -> None:
     assert last.labels[last.is_object].tolist() == [0]
 
 
+@pytest.mark.trains
 def test_losses_are_those_of_all_names_where_the_others_are_unknown() -> None:
     """Asking for some names is the same as not knowing anything of the others."""
     detector = small_detector(small_config(denoising=0)).train()
@@ -160,6 +161,7 @@ def test_names_that_were_left_out_get_no_gradient(tmp_path: Path) -> None:
     assert gradient.abs().sum(1).nonzero().flatten().tolist() == rows.tolist()
 
 
+@pytest.mark.trains
 def test_a_limit_that_leaves_nothing_out_trains_as_without_one(tmp_path: Path) -> None:
     states = []
     for names in (0, 4, 100):
