@@ -99,11 +99,7 @@ class ClosedSetDetector(nn.Module):
         self.register_buffer("name_of_label", torch.tensor([list(names).index(name) for name in labels]))
 
     def forward(
-        self,
-        images: Tensor,
-        padding_mask: Tensor,
-        text: Float[Tensor, "v t"],
-        targets: Sequence[Targets] | None = None,
+        self, images: Tensor, padding_mask: Tensor, text: Float[Tensor, "v t"], targets: Sequence[Targets] | None = None
     ) -> ClosedSetOutput | DetectorOutput:
         """QueryPredictions for the criterion in training, and as METR gives them in evaluation."""
         memory = self.encoder(self.backbone(images), padding_mask)

@@ -1,8 +1,8 @@
 """The closed-set baseline is a fair one: it matches exactly, is asked every label, and answers by names."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import permutations
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -15,7 +15,6 @@ from metr.text.vocabulary import Vocabulary
 
 from small import small_config, targets_of
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 LABELS, NAMES = ("bear", "king", "bear"), ("king", "bear")
 BOXES = [[0.3, 0.3, 0.2, 0.2], [0.7, 0.6, 0.3, 0.4]]
 IMAGES, MASK = torch.rand(2, 3, 64, 64), torch.zeros(2, 64, 64, dtype=torch.bool)
@@ -23,12 +22,9 @@ TARGETS = [targets_of(BOXES, [0, 1], words=3), targets_of(BOXES[:1], [2], words=
 
 
 @pytest.fixture
-def closed_set(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import closed_set
-
+def closed_set(study_of: Callable[[str], ModuleType]) -> ModuleType:
     torch.manual_seed(0)
-    return closed_set
+    return study_of("closed_set")
 
 
 def test_labels_are_concatenated_and_none_is_shared(closed_set: ModuleType) -> None:
