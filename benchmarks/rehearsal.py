@@ -1,116 +1,250 @@
-"""Remembering: does a detector that is fine-tuned on a new dataset still find the categories of the old ones?
+"""Does a detector that is fine-tuned on a new dataset still find the old ones' categories, with rehearsal or without?
 
-    python benchmarks/rehearsal.py --profile trial --data ../shared/data
+    python benchmarks/rehearsal.py --profile trial --data FOLDER
 
-Takes a detector of the old datasets (`--from RUN`; by default it trains one itself), fine-tunes it on the new dataset
-twice, without rehearsal and with a share of the images from the old datasets, for the same steps with the same
-seed, and judges all datasets before and after: AP with each dataset's own names, and with all names of all of them. It
-can be stopped and run again: it goes on where it was, and finished runs are not run again. `--minutes 9` stops it by
-itself. When both arms are finished, the result is written to `results/rehearsal-PROFILE.json` and `.md` beside this
-file; the runs go to `--out`.
+Takes a METR of the old datasets (`--from RUN`; by default it trains one itself) and fine-tunes it on a new dataset
+twice, without rehearsal and with a fraction of the images from the old datasets, for the same steps with the same seed.
+All datasets are evaluated before and after: AP with each dataset's own names, and with all names of all of them.
+
+Profile `trial`, one thread of an AMD EPYC, begun with the METR of `multifield.py --profile comparison --arms
+negative`: 13 minutes of training steps (results/rehearsal-trial.json). Mean AP of the four old datasets, own
+names: 54.1 before, 22.1 without rehearsal, 48.5 with it; the new one (aquarium) comes to 10.2 and 10.0. Two old
+datasets (endangered_animals, playing_cards) keep less than nine tenths of their AP even so. Profile `gpu` has not been
+run.
+
+Results, once both arms are finished: `results/rehearsal-PROFILE.json` and `.md`. Runs: `--out`, resumable.
 """
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-import torch
-from rich.console import Console
+from pydantic import Field
 
-import resumable
-from kept_runs import commits_of, runs_by_commit
-from machine import commit, hardware
-from metr.config import read_yaml
-from metr.devices import resolved_device
-from rehearsal_comparison import Comparison, as_dict, as_markdown
-from rehearsal_runs import Profile, finished, pretraining, run_all
-from resumable import check_data, command_line, done_within, exit_status, parsed, write_result
-from transfer_runs import Workplace
+import report
+import runner
+from metr.config import Config, Tree
+from metr.data.few_shot import SubsetConfig
+from metr.errors import ConfigError
+from metr.model import METR
+from metr.training.finetune import FinetuneOptions, finetune
+from metr.training.finetune_data import Rehearsal
+from runner import Run, Study
 
-HERE = Path(__file__).resolve().parent
-PROFILES = ("trial", "gpu")
+ARMS = ("without", "with")
+MODES = {"own": "own names", "joint": "all names"}
+KEPT = 0.9  # the fraction of its AP that a dataset is to keep, whatever names it is asked for; else it is lost
+FOUND = 1.0  # the AP before under which there is nothing to lose
+ALIKE = 0.1  # the most, in AP, that two evaluations of the same weights may differ by
 
 
-@dataclass(frozen=True, kw_only=True)
-class Settings(resumable.Settings):
-    """What the command line says; `source` is the checkpoint to begin with, where it is not to be trained here."""
+class Profile(Config):
+    """What is run; training configurations are laid over the defaults of `metr train` and `metr finetune`."""
 
-    source: str | None
-    minutes: float | None
+    old: tuple[str, ...]  # the datasets that pretraining sees
+    new: str  # the dataset that both arms are fine-tuned on
+    share: Annotated[float, Field(gt=0, lt=1)]  # fraction of the samples that are of the old datasets with rehearsal
+    seed: int  # of both arms
+    pretrain: dict[str, Any]
+    tuning: dict[str, Any]  # both arms: everything but the samples
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the protocol; the exit status is 0, 1 with one message where something is missing, 130 where it stopped."""
-    return exit_status(partial(_protocol, _settings(arguments)))
+    """Runs the study; see `runner.exit_status`."""
+    parser = runner.option_parser(__doc__, ("trial", "gpu"))
+    parser.add_argument("--from", dest="source", metavar="RUN", help="a run or checkpoint of the old datasets")
+    study, given = runner.parse_study(parser, "rehearsal", arguments)
+    return runner.exit_status(lambda: conduct(study, given["source"]))
 
 
-def load_profile(name: str) -> Profile:
-    """A profile by name.
-
-    Raises:
-        ConfigError: a key is unknown, or a value of the wrong kind.
-    """
-    return Profile.checked(read_yaml(HERE / "profiles" / f"rehearsal-{name}.yaml"))
-
-
-def _protocol(settings: Settings, console: Console) -> bool:
-    """Runs what is not finished yet, and writes the result when all is; False where it was stopped."""
-    profile = load_profile(settings.profile)
-    names = (*profile.old, profile.new)
-    check_data(settings.data, names)
-    place = Workplace(
-        data=settings.data, out=settings.out, datasets=names, overrides=settings.overrides, console=console
-    )
-    done = done_within(settings.minutes, partial(run_all, place, profile, settings.source))
+def conduct(study: Study, source: str | None) -> bool:
+    """Does the runs that are not finished, and writes the result when all are; False where it was stopped."""
+    profile = Profile.checked(study.read_profile(), where=study.profile)
+    study.datasets([*profile.old, profile.new])  # whether all are there
+    folder, title = study.out / "pretrained", f"pretraining on {', '.join(profile.old)}"
+    own = runner.training_run(study, folder, study.recipe(profile.pretrain), study.datasets(profile.old), title)
+    before = [own] if source is None else []
+    begun = {"pretraining": own.settings} if source is None else {"from": source}
+    start = source or str(folder / "last")
+    arms = [arm_run(study, profile, arm, start, begun) for arm in ARMS]
+    if source is not None and not all(run.finished for run in arms):
+        check_source(source, profile)
+    done = runner.run_all(study, [*before, *arms])
     if done:
-        _write(settings, profile, place)
+        result = summary(study, profile, source, runner.reports(before), runner.reports(arms))
+        report.write_result(study.stem, result, page(result))
     return done
 
 
-def _settings(arguments: Sequence[str] | None) -> Settings:
-    parser = command_line(__doc__, "rehearsal", PROFILES, overridden="every run")
-    parser.add_argument("--from", dest="source", metavar="RUN", help="a run or checkpoint of the old datasets")
-    parser.add_argument("--minutes", type=float, help="stop by itself after so long, to be run again")
-    return Settings(**parsed(parser, arguments))
+def check_source(source: str, profile: Profile) -> None:
+    """Refuses a checkpoint that has not seen the old datasets, or has seen the new one.
+
+    Raises:
+        ConfigError: it does not fit.
+        MetrError: there is no checkpoint.
+    """
+    seen = METR.from_pretrained(source, device="cpu").vocabulary.datasets
+    hint = "begin with a checkpoint that was trained on the profile's old datasets alone, or leave out --from"
+    if missing := [name for name in profile.old if name not in seen]:
+        raise ConfigError(
+            f"has not seen {', '.join(missing)}, so there is nothing to rehearse", where=source, hint=hint
+        )
+    if profile.new in seen:
+        raise ConfigError(f"has seen {profile.new} already, which is to be new", where=source, hint=hint)
 
 
-def _write(settings: Settings, profile: Profile, place: Workplace) -> None:
-    results = finished(place, profile, settings.source)
-    before = pretraining(place, profile) if settings.source is None else None
-    comparison = Comparison.of(results, profile)
-    made = [("pretraining", before.commit)] if before is not None else []
-    made += [(one.title, one.commit) for one in results]
-    seconds = sum(one.training_seconds for one in results) + (before.training_seconds if before is not None else 0.0)
-    # the path to a checkpoint is of this machine alone
-    began = "its own pretraining" if settings.source is None else Path(settings.source).name
-    written: dict[str, Any] = {
-        "benchmark": "rehearsal",
-        "profile": settings.profile,
-        "hardware": hardware(resolved_device("auto")),
-        "torch": torch.__version__,
-        "commit": commits_of(made),
-        "written_by": commit(),
-        "settings": profile.model_dump(mode="json") | {"set": list(settings.overrides), "from": began},
-        "training_seconds": round(seconds),
-        "pretraining_seconds": before.training_seconds if before is not None else None,
-        "arms": {
-            one.arm: {"steps": one.steps, "training_seconds": one.training_seconds, "commit": one.commit}
-            for one in results
-        },
-        **as_dict(comparison),
+def arm_run(study: Study, profile: Profile, arm: str, source: str, begun: Mapping[str, Any]) -> Run:
+    """The fine-tuning of one arm, and the evaluation of all datasets before and after it."""
+    folder, old = study.out / arm, tuple(study.datasets(profile.old))
+
+    def work() -> Tree | None:
+        # one evaluation, so the last weights are evaluated: nothing is chosen by the images of any val split
+        overrides = (*runner.as_overrides(profile.tuning), *study.overrides, "train.loop.evaluate_every=0")
+        options = FinetuneOptions(
+            overrides=overrides,
+            subset=SubsetConfig(seed=profile.seed),
+            rehearse=Rehearsal(data=old, share=profile.share) if arm == "with" else Rehearsal(evaluate=old),
+        )
+        data = study.datasets([profile.new])
+        outcome = finetune(data, source, folder, options, resume=True, console=study.console)
+        if outcome.comparison is None:
+            return None
+        took = {"steps": outcome.training.step, "training_seconds": runner.training_seconds(folder)}
+        return {"arm": arm, **took, "datasets": [asdict(change) for change in outcome.comparison.changes]}
+
+    settings = {
+        "arm": arm,
+        "old": profile.old,
+        "new": profile.new,
+        "share": profile.share if arm == "with" else None,
+        "seed": profile.seed,
+        "configuration": study.configuration(profile.tuning),
+        **begun,
     }
-    facts = (
-        f"Profile `{settings.profile}`, from {began}: {seconds / 60:.0f} minutes of training steps on "
-        f"{written['hardware']}, torch {written['torch']}, commit {written['commit']}."
+    return Run(folder=folder, title=f"{arm} rehearsal", settings=settings, work=work)
+
+
+def summary(study: Study, profile: Profile, source: str | None, before: Sequence[Tree], arms: Sequence[Tree]) -> Tree:
+    """The result as the JSON file has it."""
+    # the path to a checkpoint is of this machine alone
+    begun = "its own pretraining" if source is None else Path(source).name
+    datasets, alike = compare(arms, profile)
+    return {
+        **runner.circumstances("rehearsal", report.all_commits([*before, *arms])),
+        "profile": study.profile,
+        "written_by": runner.commit(),
+        "settings": profile.model_dump(mode="json") | {"set": list(study.overrides), "from": begun},
+        "training_seconds": round(sum(one["training_seconds"] for one in (*before, *arms))),
+        "pretraining_seconds": before[0]["training_seconds"] if before else None,
+        "arms": {one["arm"]: {key: one[key] for key in ("steps", "training_seconds", "commit")} for one in arms},
+        "datasets": datasets,
+        "lost": {arm: lost_datasets(datasets, arm) for arm in ARMS},
+        "alike": alike,
+        "verdict": verdict(datasets),
+    }
+
+
+def compare(arms: Sequence[Tree], profile: Profile) -> tuple[dict[str, Tree], bool]:
+    """AP of every dataset before and after each arm, and whether both arms began with the same detector, by its AP."""
+    changes = {one["arm"]: {change["dataset"]: change for change in one["datasets"]} for one in arms}
+    first, second = (changes[arm] for arm in ARMS)
+    datasets = {
+        name: row(name != profile.new, first[name]["before"], {arm: changes[arm][name]["after"] for arm in ARMS})
+        for name in (*profile.old, profile.new)
+    }
+    old = [datasets[name] for name in profile.old]
+    before = {mode: report.mean(one["before"][mode] for one in old) for mode in MODES}
+    after = {arm: {mode: report.mean(one["after"][arm][mode] for one in old) for mode in MODES} for arm in ARMS}
+    datasets[f"mean of {len(old)} old"] = row(True, before, after)
+    apart = [difference(second[name]["before"][mode], first[name]["before"][mode]) for name in first for mode in MODES]
+    return datasets, all(abs(value or 0.0) <= ALIKE for value in apart)
+
+
+def row(old: bool, before: Mapping[str, float | None], after: Mapping[str, Mapping[str, float | None]]) -> Tree:
+    """One dataset, or the mean of several: AP (0 to 100) by arm and by the names asked for; None: nothing to find."""
+    change = {arm: {mode: difference(after[arm][mode], before[mode]) for mode in MODES} for arm in ARMS}
+    gain = {mode: difference(after["with"][mode], after["without"][mode]) for mode in MODES}
+    return {"old": old, "before": dict(before), "after": after, "change": change, "gain": gain}
+
+
+def difference(later: float | None, earlier: float | None) -> float | None:
+    """What was gained; None where either is unknown."""
+    return None if later is None or earlier is None else later - earlier
+
+
+def old_datasets(datasets: Mapping[str, Tree]) -> dict[str, dict[str, float]]:
+    """The old datasets without their mean, each with its AP before in those ways to ask in which it can be lost."""
+    return {
+        name: {mode: ap for mode, ap in one["before"].items() if (ap or 0.0) >= FOUND}
+        for name, one in datasets.items()
+        if one["old"] and not name.startswith("mean of ")
+    }
+
+
+def lost_datasets(datasets: Mapping[str, Tree], arm: str) -> dict[str, list[str]]:
+    """The old datasets that an arm lost, and the ways to ask in which it did."""
+    lost = {
+        name: [mode for mode, ap in before.items() if (datasets[name]["after"][arm][mode] or 0.0) < KEPT * ap]
+        for name, before in old_datasets(datasets).items()
+    }
+    return {name: modes for name, modes in lost.items() if modes}
+
+
+def verdict(datasets: Mapping[str, Tree]) -> str:
+    """Whether the old names are kept, in one sentence."""
+    found, told = sum(bool(before) for before in old_datasets(datasets).values()), {}
+    if not found:
+        return "Nothing can be said of the old names: the detector found nothing of them before."
+    for arm in ARMS:
+        falls = []
+        for name, modes in lost_datasets(datasets, arm).items():
+            before, after = datasets[name]["before"], datasets[name]["after"][arm]
+            ways = (f"{MODES[mode]} {before[mode]:.1f} to {after[mode] or 0.0:.1f}" for mode in modes)
+            falls.append(f"{name} ({', '.join(ways)})")
+        told[arm] = f"lost are: {'; '.join(falls)}" if falls else ""
+    if told["with"]:
+        beside = told["without"] or "none is lost"
+        return f"The old names are not all kept: with rehearsal, {told['with']}; without it, {beside}."
+    beside = f"without it, {told['without']}" if told["without"] else "they are without it, too"
+    return f"The old names are kept with rehearsal, in all {found} old datasets that were found before; {beside}."
+
+
+def page(result: Mapping[str, Any]) -> str:
+    """The page of a result: the verdict, a table for each way to ask, and how it was measured."""
+    settings, datasets, arms = result["settings"], result["datasets"], result["arms"]
+    steps = report.same_steps({"the arms": {"steps": {arm: [one["steps"]] for arm, one in arms.items()}}})
+    nothing = [name for name, before in old_datasets(datasets).items() if not before]
+    return report.joined(
+        f"# Rehearsal: {result['profile']}",
+        f"**{result['verdict']}**",
+        f"AP (0 to 100) on the val splits, last weights. A detector of {', '.join(settings['old'])} learns "
+        f"{settings['new']} in {report.number_range(one['steps'] for one in arms.values())} steps with the same seed, "
+        f"{steps}; with rehearsal, {settings['share']:.0%} of the images are of the old datasets instead. Lost is a "
+        f"dataset that has less than {KEPT:.0%} of its AP before, asked for its own names or for all names of all "
+        "datasets.",
+        f"Not found before, so nothing to lose: {', '.join(nothing)}." if nothing else "",
+        "" if result["alike"] else "**The arms did not begin with one detector: AP before is that of the first.**",
+        *(f"## {title.capitalize()}\n\n{ap_table(result, mode)}" for mode, title in MODES.items()),
+        f"{report.profile_of(result)}, from {settings['from']}: {result['training_seconds'] / 60:.0f} minutes of "
+        f"training steps on {report.facts(result)}.",
+        report.runs_by_commit((f"{arm} rehearsal", one["commit"]) for arm, one in arms.items()),
     )
-    page = as_markdown(comparison, profile)
-    whole = [f"# Remembering: {settings.profile}", page.rstrip(), facts, runs_by_commit(made)]
-    write_result(settings.stem, written, "\n\n".join(part for part in whole if part) + "\n")
-    place.console.print(page, markup=False, soft_wrap=True)
-    place.console.print(f"written: {settings.stem}.json and .md", markup=False, soft_wrap=True)
+
+
+def ap_table(result: Mapping[str, Any], mode: str) -> str:
+    """AP before and after, asked for one kind of names: old datasets, their mean, the new one."""
+    lines = []
+    for name, one in sorted(result["datasets"].items(), key=lambda item: not item[1]["old"]):
+        line = [name, "old" if one["old"] else "new", report.number(one["before"][mode])]
+        for arm in ARMS:
+            lost = mode in result["lost"][arm].get(name, ())
+            line.append(f"{report.number(one['after'][arm][mode])}{' **lost**' if lost else ''}")
+        differences = (*(one["change"][arm][mode] for arm in ARMS), one["gain"][mode])
+        lines.append([*line, *(report.number(value, "+.1f") for value in differences)])
+    head = ["dataset", "is", "before", "after, without", "after, with", "change, without", "change, with", "gain"]
+    return report.table(head, lines, left=2)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Fixtures of the outer layers, and a benchmark's command in miniature."""
+"""Fixtures of the outer layers, and a study's command in miniature."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -15,10 +15,16 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 DATASETS = ("aquarium", "bccd", "chess_pieces", "coco_mini", "doc_tables", "endangered_animals", "playing_cards")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _path_of_benchmarks() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
+        yield
+
+
 @pytest.fixture
-def benchmark_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
-    """A benchmark by its name; what it imports lies beside it."""
-    monkeypatch.syspath_prepend(BENCHMARKS)
+def study_of() -> Callable[[str], ModuleType]:
+    """A study, or what it imports, by its name."""
     return import_module
 
 
@@ -33,8 +39,8 @@ def seven(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def command_of(seven: Path, tiny_run: TinyRun, tmp_path: Path) -> Callable[[ModuleType], Callable[..., int]]:
-    """A benchmark's command on the seven datasets and the tiny recipe, with `runs` and `results` in `tmp_path`."""
+    """A study's command on the seven datasets and the tiny recipe, with `runs` and `results` in `tmp_path`."""
     places = {"data": seven, "out": tmp_path / "runs", "results": tmp_path / "results"}
     arguments = [part for name, path in places.items() for part in (f"--{name}", str(path))]
     arguments += [part for override in as_overrides(tiny_run) for part in ("--set", override)]
-    return lambda benchmark: lambda *more: benchmark.main([*arguments, *more])
+    return lambda study: lambda *more: study.main([*arguments, *more])

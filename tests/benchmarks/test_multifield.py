@@ -1,4 +1,4 @@
-"""The MultiField benchmark runs from end to end in miniature, can be stopped, and says what it measured."""
+"""The MultiField study runs from end to end in miniature, can be stopped, and says what it measured."""
 
 import json
 import math
@@ -14,8 +14,8 @@ SETTINGS = {"hardware", "torch", "commit", "seed", "steps", "images_seen", "trai
 
 
 @pytest.fixture
-def multifield(benchmark_of: Callable[[str], ModuleType]) -> ModuleType:
-    return benchmark_of("multifield")
+def multifield(study_of: Callable[[str], ModuleType]) -> ModuleType:
+    return study_of("multifield")
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_it_writes_settings_numbers_and_images(
     assert {one["name"]: one["in_mean"] for one in report["datasets"]} == {
         name: name != "coco_mini" for name in multifield.FIELDS
     }
-    assert set(report["confusion"]["domains"]) == set(multifield.FIELDS.values())
+    assert set(report["confusion"]["fields"]) == set(multifield.FIELDS.values())
     assert report["unannotated"] == "negative"
     assert all(math.isfinite(mean["ap"]) for mean in report["mean"].values())
     page = (results / "multifield-trial.md").read_text()
@@ -46,14 +46,17 @@ def test_it_writes_settings_numbers_and_images(
     assert "coco_mini (not in the mean)" in page
     for image in ("detections.jpg", "curves.png"):
         assert min(read_image(results / f"multifield-trial-{image}").shape[:2]) > 100
-    # run again it goes on: to a later step, or where nothing is left to the evaluation
-    assert run("--set", "train.loop.steps=3") == 0
-    assert json.loads((results / "multifield-trial.json").read_text())["images_seen"] == 6
+    # run again nothing is trained, and a run of other settings is not taken for it
+    capsys.readouterr()
+    assert run("--set", "train.loop.steps=2", "--set", "train.loop.curves=true") == 0
+    assert json.loads((results / "multifield-trial.json").read_text()) == result
+    assert run("--set", "train.loop.steps=3") == 1
+    assert "the run was made with train.loop.steps 2, now 3" in " ".join(capsys.readouterr().out.split())
 
 
 def test_stopped_it_writes_no_result(
     run: Callable[..., int],
-    multifield: ModuleType,
+    study_of: Callable[[str], ModuleType],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -61,15 +64,10 @@ def test_stopped_it_writes_no_result(
     class Stopped:
         interrupted = True
 
-    monkeypatch.setattr(multifield, "train", lambda *_, **__: Stopped)
+    monkeypatch.setattr(study_of("runner"), "train", lambda *_, **__: Stopped)
     assert run() == 130
     assert "give the same command again" in capsys.readouterr().out
     assert not (tmp_path / "results").exists()
-
-
-def test_images_of_the_page_are_spread_over_the_split(multifield: ModuleType) -> None:
-    assert multifield._spread(range(100)) == [25, 75]
-    assert multifield._spread(range(2)) == [0, 1]
 
 
 @pytest.mark.slow

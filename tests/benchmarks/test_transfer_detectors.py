@@ -1,9 +1,8 @@
-"""The benchmark of detectors: arms begin with what they say, see the same, go on where they stopped, are judged."""
+"""The study of detectors: arms begin with what they say, see the same, go on where they stopped, are judged."""
 
 import json
 import runpy
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from rich.console import Console
 
 from metr.conversion.targets.single_scale import spread_logits
+from metr.data.images import read_image
 from metr.model import METR
 
 from tiny import TinyRun, as_overrides
@@ -30,8 +30,8 @@ TINY = (
 
 
 @pytest.fixture
-def bench(benchmark_of: Callable[[str], ModuleType]) -> ModuleType:
-    return benchmark_of("transfer_detectors")
+def bench(study_of: Callable[[str], ModuleType]) -> ModuleType:
+    return study_of("transfer_detectors")
 
 
 @pytest.fixture(scope="session")
@@ -42,25 +42,33 @@ def home(seven: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def profile_of(bench: ModuleType, **changes: Any) -> Any:
-    whole = bench.load_profile("trial")
-    short = {name: one.model_copy(update={"steps": None}) for name, one in whole.detectors.items()}
-    return whole.model_copy(update={"steps": 2, "detectors": short, **changes})
+def profile_of(bench: ModuleType, name: str = "trial", **changes: Any) -> Any:
+    study = bench.Study(name="transfer-detectors", profile=name, data=Path(), out=Path())
+    return bench.Profile.checked(study.read_profile()).model_copy(update=changes)
 
 
-def place_of(bench: ModuleType, tiny_run: TinyRun, home: Path) -> Any:
-    overrides = (*as_overrides(tiny_run), *TINY)
-    return bench.Workplace(
-        data=home / "data", out=home / "runs", datasets=bench.DATASETS, overrides=overrides, console=Console(quiet=True)
+def short(bench: ModuleType) -> Any:
+    """The trial profile with two steps for every detector."""
+    detectors = profile_of(bench).detectors
+    alike = {name: one.model_copy(update={"steps": None}) for name, one in detectors.items()}
+    return profile_of(bench, steps=2, detectors=alike)
+
+
+def study_in(bench: ModuleType, tiny_run: TinyRun, home: Path) -> Any:
+    return bench.Study(
+        name="transfer-detectors",
+        profile="trial",
+        data=home / "data",
+        out=home / "runs",
+        overrides=(*as_overrides(tiny_run), *TINY),
+        console=Console(quiet=True),
     )
 
 
 @pytest.fixture
 def bench_of(bench: ModuleType, tiny_run: TinyRun, home: Path) -> Callable[[str], Any]:
     """The tiny bench of a detector, its pretrainings shared by the tests."""
-    from transfer_detectors_runs import Bench
-
-    return lambda detector: Bench(detector, place_of(bench, tiny_run, home), profile_of(bench))
+    return lambda detector: bench.Bench(detector, study_in(bench, tiny_run, home), short(bench))
 
 
 def same(first: Any, second: Any, prefix: str = "") -> bool:
@@ -74,8 +82,8 @@ def test_backbone_alone_is_the_backbone_and_nothing_else(bench_of: Callable[[str
     from metr.conversion.export import build
 
     dab = bench_of("dab_detr")
-    names, network, target = dab.left_out.vocabulary.names, dab.family.untrained.network, dab.family.target
-    own, untrained = dab.beginning("own", 1), dab.beginning("untrained", 1)
+    names, network, target = dab.left_out.vocabulary.names, dab.untrained.network, dab.target
+    own, untrained = dab.start("own", 1), dab.start("untrained", 1)
     raw = build(target, network, names, 1)  # another seed than that of METR
     changed = {key for key, value in raw.state_dict().items() if not torch.equal(value, own.state_dict()[key])}
     assert changed
@@ -97,8 +105,9 @@ def test_backbone_alone_is_the_backbone_and_nothing_else(bench_of: Callable[[str
 @pytest.mark.parametrize("detector", ["dab_detr", "deformable_detr", "rt_detr"])
 def test_pretrained_arms_begin_with_what_was_pretrained(bench_of: Callable[[str], Any], detector: str) -> None:
     one = bench_of(detector)
-    prefix = one.family.target.backbone
-    untrained, joint, metr = (one.beginning(arm, 0) for arm in ("untrained", "joint", "metr"))
+    assert all(run.execute(one.study.console) for run in one.pretrained.values())
+    prefix = one.target.backbone
+    untrained, joint, metr = (one.start(arm, 0) for arm in ("untrained", "joint", "metr"))
     checkpoint = METR.from_pretrained(one.home / "pretrained-metr/last", device="cpu")
     assert not one.home.joinpath("pretrained-joint/checkpoint-1").exists()
     data = json.loads((one.home / "pretrained-metr/report.json").read_text())["data"]
@@ -132,30 +141,27 @@ def test_pretrained_arms_begin_with_what_was_pretrained(bench_of: Callable[[str]
 
 
 def test_images_are_those_of_metr(bench_of: Callable[[str], Any]) -> None:
+    from detector_training import SampledImages
     from metr.data.loading import build_train_loader
-    from transfer_detectors_starts import chosen
-    from transfer_detectors_training import DrawnImages
 
     one = bench_of("dab_detr")
-    loader, images = one.recipe.loader, chosen(one.left_out, one.recipe, training=True)
-    drawn = DrawnImages([images], loader, 2, 0)
+    loader, images = one.recipe.loader, one.split(training=True)
+    drawn = SampledImages([images], loader, 2, 0)
     assert len(drawn) == 2 * loader.batch_size
     batch = one.collate([drawn[number] for number in range(loader.batch_size)])
     first = next(iter(build_train_loader([images], loader.model_copy(update={"workers": 0}), seed=0)))
-    backbone = one.family.untrained.network.backbone
+    backbone = one.untrained.network.backbone
     torch.testing.assert_close(batch["pixel_values"], (first.images - backbone.mean) / backbone.std)
-    for row, label in enumerate(batch["labels"]):
-        here = first.targets.is_object[row]
-        assert torch.equal(label["boxes"], first.targets.boxes[row, here])
-        assert torch.equal(label["class_labels"], first.targets.labels[row, here])
+    for label, target in zip(batch["labels"], first.targets, strict=True):
+        assert torch.equal(label["boxes"], target.boxes)
+        assert torch.equal(label["class_labels"], target.labels)
 
 
-def test_answers_are_judged_by_metr(bench_of: Callable[[str], Any]) -> None:
-    from transfer_detectors_starts import chosen
-    from transfer_detectors_training import judged
+def test_answers_are_evaluated_by_metr(bench_of: Callable[[str], Any]) -> None:
+    from detector_training import evaluate_detector
 
     one = bench_of("dab_detr")
-    val, names = chosen(one.left_out, one.recipe, training=False), one.left_out.vocabulary.names
+    val, names = one.split(training=False), one.left_out.vocabulary.names
 
     class Oracle(torch.nn.Linear):
         """Knows the image that is shown, and finds everything."""
@@ -168,11 +174,11 @@ def test_answers_are_judged_by_metr(bench_of: Callable[[str], Any]) -> None:
             logits, boxes = torch.full((len(shown), 30, len(names)), -9.0), torch.rand(len(shown), 30, 4)
             for row, example in enumerate(shown):
                 found = example.targets
-                boxes[row, : found.boxes.shape[1]] = found.boxes[0]
-                logits[row, range(found.labels.shape[1]), found.labels[0]] = 3.0
+                boxes[row, : len(found.boxes)] = found.boxes
+                logits[row, range(len(found.labels)), found.labels] = 3.0
             return type("Output", (), {"logits": logits, "pred_boxes": boxes})
 
-    result = judged(Oracle(1, 1), val, names, one.collate)
+    result = evaluate_detector(Oracle(1, 1), val, names, one.collate)
     assert result.ap == pytest.approx(100)
     assert result.images == len(val)
 
@@ -180,41 +186,30 @@ def test_answers_are_judged_by_metr(bench_of: Callable[[str], Any]) -> None:
 def test_a_run_that_stopped_goes_on_and_ends_alike(bench_of: Callable[[str], Any], tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    from transfer_detectors_starts import chosen
-    from transfer_detectors_training import TRAINED, DrawnImages, Work, last_checkpoint, train_detector
+    from detector_training import TRAINED, SampledImages, last_checkpoint
 
     one = bench_of("dab_detr")
-    kept_images = chosen(one.left_out, one.recipe, training=True)
-    settings = one.config.trainer.model_copy(update={"checkpoint_every": 2})
+    trainer = one.config.trainer.model_copy(update={"checkpoint_every": 2})
+    one.config = one.config.model_copy(update={"trainer": trainer})
+    images = one.split(training=True)
 
-    class Stopping(DrawnImages):
+    class Stopping(SampledImages):
         def __getitem__(self, number: int) -> Any:
             if number == 6:
                 raise KeyboardInterrupt
             return super().__getitem__(number)
 
-    def go(images: type[DrawnImages], name: str) -> Path:
-        work = Work(
-            folder=tmp_path / name,
-            steps=4,
-            seed=0,
-            settings=settings,
-            batch_size=2,
-            workers=0,
-            device=torch.device("cpu"),
-            backbone=one.family.target.backbone,
-        )
-        drawn = images([kept_images], one.recipe.loader, 4, 0)
-        seconds = train_detector(one.beginning("own", 0), drawn, one.collate, work, Console(quiet=True))
+    def go(kind: type[SampledImages], name: str) -> Path:
+        seconds = one._train(one.start("own", 0), kind([images], one.recipe.loader, 4, 0), tmp_path / name, 0)
         assert seconds > 0
-        return work.folder / TRAINED
+        return tmp_path / name / TRAINED
 
     with pytest.raises(KeyboardInterrupt):
         go(Stopping, "stopped")
     assert (last_checkpoint(tmp_path / "stopped") or "").endswith("checkpoint-2")
-    resumed, whole = (load_file(go(DrawnImages, name) / "model.safetensors") for name in ("stopped", "whole"))
+    resumed, whole = (load_file(go(SampledImages, name) / "model.safetensors") for name in ("stopped", "whole"))
     assert all(torch.equal(resumed[key], whole[key]) for key in whole)
-    # what ended, but was not judged, is not trained again
+    # what ended, but was not evaluated, is not trained again
     again = load_file(go(Stopping, "whole") / "model.safetensors")
     assert all(torch.equal(again[key], whole[key]) for key in whole)
 
@@ -227,9 +222,9 @@ def test_finished_arms_are_not_run_again(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    profile = profile_of(bench)
-    detectors = {"dab_detr": profile.detectors["dab_detr"]}
-    monkeypatch.setattr(bench, "load_profile", lambda _: profile.model_copy(update={"detectors": detectors}))
+    profile = short(bench)
+    only = profile.model_copy(update={"detectors": {"dab_detr": profile.detectors["dab_detr"]}})
+    monkeypatch.setattr(bench.Study, "read_profile", lambda _: only.model_dump(mode="json"))
     arguments = ["--data", str(home / "data"), "--out", str(home / "runs"), "--results", str(home / "results")]
     arguments += ["--detectors", "dab_detr"]
     arguments += [part for override in (*as_overrides(tiny_run), *TINY) for part in ("--set", override)]
@@ -250,7 +245,7 @@ def test_finished_arms_are_not_run_again(
     assert all(path.stat().st_mtime_ns == when for path, when in weights.items())
     assert bench.main([*arguments, "--set", "augmentation.flip=0.1"]) == 1, "finished runs are not taken for others"
     said = " ".join(capsys.readouterr().out.split())
-    assert "the run was made with augmentation.flip None, now 0.1" in said
+    assert "the run was made with augmentation.flip 0.5, now 0.1" in said
     # one arm that is lost is run again, and its pretraining is not
     (home / "runs/dab_detr/0-metr/report.json").unlink()
     assert bench.main(arguments) == 0
@@ -261,11 +256,8 @@ def test_finished_arms_are_not_run_again(
 def test_stopped_it_says_how_to_go_on(
     bench: ModuleType, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def stopped(*_: object) -> bool:
-        raise KeyboardInterrupt
-
     arguments = ["--data", str(home / "data"), "--out", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
-    monkeypatch.setattr(bench, "run_all", stopped)
+    monkeypatch.setattr(bench.runner, "run_all", lambda *_: False)
     assert bench.main(arguments) == 130
     assert "not done yet; to go on, give the same command again" in capsys.readouterr().out
     assert not (tmp_path / "results").exists(), "nothing can be compared yet"
@@ -274,11 +266,11 @@ def test_stopped_it_says_how_to_go_on(
 @pytest.mark.slow
 @pytest.mark.parametrize("detector", ["deformable_detr", "rt_detr"])
 def test_every_detector_runs(bench: ModuleType, tiny_run: TinyRun, home: Path, detector: str) -> None:
-    place, profile = place_of(bench, tiny_run, home), profile_of(bench)
-    assert bench.run_all(place, profile, (detector,))
-    found = [one for one in bench.finished(place, profile) if one.detector == detector]
-    assert [one.arm for one in found] == ["own", "untrained", "joint", "metr"]
-    assert all(asdict(one)["training_seconds"] > 0 for one in found)
+    one = bench.Bench(detector, study_in(bench, tiny_run, home), short(bench))
+    assert bench.runner.run_all(one.study, one.runs)
+    found = bench.runner.reports(list(one.arms.values()))
+    assert [run["arm"] for run in found] == ["own", "untrained", "joint", "metr"]
+    assert all(run["training_seconds"] > 0 for run in found)
 
 
 @pytest.mark.parametrize("name", ["trial", "gpu"])
@@ -287,7 +279,7 @@ def test_profiles_are_whole(bench: ModuleType, name: str) -> None:
     from metr.conversion.targets import find_target
     from metr.training.recipe import RunConfig, load_recipe
 
-    profile = bench.load_profile(name)
+    profile = profile_of(bench, name)
     assert profile.left_out in bench.DATASETS
     assert tuple(profile.detectors) == bench.DETECTORS
     for detector, config in profile.detectors.items():
@@ -317,3 +309,81 @@ def test_the_example_transfers_trains_and_saves(
     started = AutoModelForObjectDetection.from_pretrained(out / "training/checkpoint-1")
     assert same(model, started)
     assert set(model.config.id2label.values()) == {"fish", "frog", "leaf", "turtle"}
+
+
+def results(gains: dict[str, dict[str, float]], seeds: tuple[int, ...] = (0,)) -> Iterator[Any]:
+    for detector, aps in gains.items():
+        for arm, ap in aps.items():
+            for seed in seeds:
+                before = 4.0 if arm == "metr" else None
+                facts = {"images": 200, "steps": 5, "ap50": 50.0, "ap_before": before, "training_seconds": 1.0}
+                yield {"detector": detector, "arm": arm, "seed": seed, "ap": ap + 10 * seed, "commit": "abc", **facts}
+
+
+def result_of(bench: ModuleType, found: Iterator[Any], detectors: Sequence[str], before: Sequence[Any]) -> Any:
+    """A result as the study writes it."""
+    runs = list(found)
+    rows = bench.table_rows(runs)
+    facts = {"profile": "trial", "complete": True, "hardware": "a machine", "torch": "2", "transformers": "5"}
+    shown = {"commit": "abc", "training_seconds": 60.0, "settings": {"left_out": "bccd"}, "pretraining": before}
+    goals = bench.goals(rows) if len(rows) == len(detectors) else []
+    return {**facts, **shown, "runs": runs, "rows": rows, "bars": goals}
+
+
+def pretrained(images: int = 3600, **seconds: tuple[float, ...]) -> list[Any]:
+    return [
+        {"detector": name, "kind": kind, "images": images, "training_seconds": one, "commit": "abc"}
+        for name, several in seconds.items()
+        for kind, one in zip(("metr", "joint"), several, strict=False)
+    ]
+
+
+def test_aims_are_against_the_better_backbone(bench: ModuleType, tmp_path: Path) -> None:
+    found = {
+        "rt_detr": {"own": 10.0, "untrained": 8.0, "joint": 20.0, "metr": 18.0},
+        "deformable_detr": {"own": 2.0, "untrained": 5.0, "joint": 4.0, "metr": 4.5},
+        "dab_detr": {"own": 1.0, "untrained": 4.0, "joint": 2.0, "metr": 6.5},
+    }
+    before = pretrained(rt_detr=(120.0, 60.0), dab_detr=(7.0,))
+    result = result_of(bench, results(found, (0, 1)), bench.DETECTORS, before)
+    assert [(bar["found"], bar["reached"]) for bar in result["bars"]] == [
+        (pytest.approx(8.0), True),
+        (pytest.approx(-0.5), False),
+        (pytest.approx(2.5), True),
+        (pytest.approx(10 / 3), True),
+    ]
+    page = bench.page(result)
+    assert "| DAB-DETR | 6.0 (1.0 to 11.0) | 9.0 (4.0 to 14.0) |" in page
+    assert "- gain of Deformable DETR: -0.5 (aim: above 0), **not reached**" in page
+    assert "- mean gain: +3.3 (aim +3.0), reached" in page
+    assert "RT-DETR behind own pretraining, concatenated labels (-2.0)" in page
+    assert "RT-DETR 2.0 and 1.0." in page
+    assert "after 5 steps of transformers' Trainer on its 200 training images" in page, "not the profile's"
+    assert "in the same order, for the same steps. METR" in page
+    assert "pretrained on 3,600 images sampled from the other datasets, the same ones." in page
+    bench.report.draw_bars(tmp_path / "bars.png", bench.bars(result["rows"]), bench.TITLES)
+    assert min(read_image(tmp_path / "bars.png").shape[:2]) > 100
+    # a seed of which an arm is missing is left out, and no goal is judged before all detectors are there
+    partial = bench.table_rows([*results(found, (0, 1))][:-1])
+    assert [row["seeds"] for row in partial] == [[0, 1], [0, 1], [0]]
+    assert len(bench.table_rows([*results(found)][:-1])) == 2
+
+
+BOTH = {name: {"own": 1.0, "untrained": 4.0, "joint": 2.0, "metr": 6.5} for name in ("rt_detr", "dab_detr")}
+
+
+def test_steps_and_images_that_differ_are_said(bench: ModuleType) -> None:
+    uneven = [one | {"steps": 9} if one["arm"] == "metr" else one for one in results({"dab_detr": BOTH["dab_detr"]})]
+    several = pretrained(3600, dab_detr=(1.0,)) + pretrained(80, rt_detr=(1.0,))
+    page = bench.page(result_of(bench, uneven, ("dab_detr",), several))
+    assert "after 5 to 9 steps" in page
+    assert "**not for the same steps: DAB-DETR (own 5, untrained 5, joint 5, metr 9)**" in page
+    assert (
+        "pretrained on 3,600 (DAB-DETR) or 80 (RT-DETR) images sampled from the other datasets, the same ones." in page
+    )
+    longer = [one | {"steps": 9} if one["detector"] == "rt_detr" else one for one in results(BOTH)]
+    assert "after 9 (RT-DETR) or 5 (DAB-DETR) steps of" in bench.page(result_of(bench, longer, tuple(BOTH), several))
+    several += pretrained(90, dab_detr=(1.0,))
+    page = bench.page(result_of(bench, uneven, ("dab_detr",), several))
+    assert "on 90 to 3,600 (DAB-DETR) or 80 (RT-DETR) images" in page
+    assert "**not the same number for METR and the detector**" in page

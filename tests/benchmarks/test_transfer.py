@@ -1,8 +1,7 @@
-"""The transfer benchmark runs from end to end in miniature, goes on where it stopped, and shows what got worse."""
+"""The transfer study runs from end to end in miniature, goes on where it stopped, and shows what got worse."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from rich.console import Console
 from safetensors.torch import load_file
 
 from metr.checkpoint import Checkpoint
@@ -21,7 +19,6 @@ from metr.text.vocabulary import Vocabulary
 from metr.training.finetune_recipe import RECIPE, finetune_recipe, left_to_finetuning
 from metr.training.recipe import RunConfig, load_recipe
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 # in what the arms may differ: what is frozen, the rates, and where the backbone's first weights came from
 MAY_DIFFER = {
     "train.optimizer.learning_rate",
@@ -31,8 +28,8 @@ MAY_DIFFER = {
 
 
 @pytest.fixture
-def transfer(benchmark_of: Callable[[str], ModuleType]) -> ModuleType:
-    return benchmark_of("transfer")
+def transfer(study_of: Callable[[str], ModuleType]) -> ModuleType:
+    return study_of("transfer")
 
 
 @pytest.fixture
@@ -45,14 +42,12 @@ def profile(transfer: ModuleType) -> Any:
     return profile_of(transfer, "trial")
 
 
+def study(transfer: ModuleType, name: str, out: Path) -> Any:
+    return transfer.Study(name="transfer", profile=name, data=out, out=out)
+
+
 def profile_of(transfer: ModuleType, name: str) -> Any:
-    return transfer.Profile.checked(transfer.read_yaml(BENCHMARKS / f"profiles/transfer-{name}.yaml"))
-
-
-def place_of(transfer: ModuleType, out: Path, *overrides: str) -> Any:
-    return transfer.Workplace(
-        data=out, out=out, datasets=transfer.DATASETS, overrides=overrides, console=Console(quiet=True)
-    )
+    return transfer.Profile.checked(study(transfer, name, Path()).read_profile())
 
 
 def leaves(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
@@ -68,26 +63,30 @@ def differences(first: Tree, second: Tree) -> set[str]:
     return {key for key in ours.keys() | theirs.keys() if ours.get(key, "none") != theirs.get(key, "none")}
 
 
-def results(transfer: ModuleType, gains: dict[tuple[str, float], float], seeds: tuple[int, ...] = (0,)) -> list:
+def results(gains: dict[tuple[str, float], float], seeds: tuple[int, ...] = (0,)) -> list[Tree]:
     """Runs of both arms: 10 AP more a seed from the backbone alone, and so much more when pretrained."""
-    from transfer_runs import RunResult
-
     return [
-        RunResult(
-            left_out=name,
-            share=share,
-            seed=seed,
-            arm=arm,
-            images=round(200 * share),
-            steps=5,
-            ap=10.0 + 10 * seed + (gain if arm == "pretrained" else 0.0),
-            ap50=50.0,
-            training_seconds=1.0,
-        )
+        {
+            "left_out": name,
+            "share": share,
+            "seed": seed,
+            "arm": arm,
+            "images": round(200 * share),
+            "steps": 5,
+            "ap": 10.0 + 10 * seed + (gain if arm == "pretrained" else 0.0),
+            "ap50": 50.0,
+            "training_seconds": 1.0,
+            "commit": "abc",
+        }
         for (name, share), gain in gains.items()
         for seed in seeds
         for arm in ("imagenet", "pretrained")
     ]
+
+
+def summary(transfer: ModuleType, profile: Any, runs: list[Tree], *left_out: str) -> Tree:
+    named = profile.model_copy(update={"left_out": left_out})
+    return transfer.summary(study(transfer, "trial", Path()), named, [], runs, True)
 
 
 @pytest.mark.slow
@@ -110,6 +109,7 @@ def test_every_run_once_and_both_arms_alike(
     assert min(read_image(stem.with_suffix(".png")).shape[:2]) > 100
     runs = tmp_path / "runs"
     assert {path.name for path in runs.iterdir()} == {"without-chess_pieces-playing_cards", *transfer_names()}
+    assert told["pretraining"][0]["without"] == ["chess_pieces", "playing_cards"]
     report = json.loads((runs / "without-chess_pieces-playing_cards/report.json").read_text())
     assert not any("chess" in one or "cards" in one for one in report["data"])
     # what both arms ran with, defaults of their verbs included
@@ -151,110 +151,61 @@ def test_stopped_it_says_how_to_go_on(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def stopped(*_: object) -> bool:
-        raise KeyboardInterrupt
-
-    for run_all in (lambda *_: False, stopped):
-        monkeypatch.setattr(transfer, "run_all", run_all)
-        assert run() == 130
-        assert "not done yet; to go on, give the same command again" in capsys.readouterr().out
+    monkeypatch.setattr(transfer.runner, "run_all", lambda *_: False)
+    assert run() == 130
+    assert "not done yet; to go on, give the same command again" in capsys.readouterr().out
     assert not (tmp_path / "results").exists(), "nothing can be compared yet"
     # what is finished is written, and said to be a part
-    part = results(transfer, {("chess_pieces", 0.1): 7.0})
-    monkeypatch.setattr(transfer, "finished", lambda *_: part)
+    part = results({("chess_pieces", 0.1): 7.0})
+    part[1]["commit"] = "def"
+    monkeypatch.setattr(transfer.runner, "reports", lambda runs: part if len(runs) > 1 else [])
     assert run() == 130
     told = json.loads((tmp_path / "results/transfer-trial.json").read_text())
     assert not told["complete"]
     assert told["bars"] == [], "one of two datasets is missing"
-    assert "(not complete)" in (tmp_path / "results/transfer-trial.md").read_text()
+    page = (tmp_path / "results/transfer-trial.md").read_text()
+    assert "(not complete)" in page
+    # runs of several commits are told apart
+    assert "commit abc and def." in page
+    assert "- abc: chess_pieces, 10%, seed 0, imagenet\n- def: chess_pieces, 10%, seed 0, pretrained\n" in page
+    assert [one["commit"] for one in told["runs"]] == ["abc", "def"]
 
 
 def test_aims_and_regressions(transfer: ModuleType, profile: Any, tmp_path: Path) -> None:
-    gains = {("a", 0.1): 8.0, ("b", 0.1): 3.0, ("a", 1.0): 4.5, ("b", 1.0): -1.5}
-    comparison = transfer.Comparison.of(results(transfer, gains, seeds=(0, 1, 2)), ("a", "b"))
-    assert [(bar.found, bar.reached) for bar in comparison.bars] == [
+    gains = {("a", 0.1): 8.0, ("a", 1.0): 4.5, ("b", 0.1): 3.0, ("b", 1.0): -1.5}
+    result = summary(transfer, profile, results(gains, seeds=(0, 1, 2)), "a", "b")
+    assert [(bar["found"], bar["reached"]) for bar in result["bars"]] == [
         (pytest.approx(5.5), True),
         (pytest.approx(1.5), True),
         (pytest.approx(-1.5), False),
     ]
-    page = transfer.as_markdown(comparison, profile)
+    page = transfer.page(result)
     assert "| a | 10% | 20 | 5 | 3 | 20.0 (10.0 to 30.0) | 28.0 (18.0 to 38.0) | +8.0 |" in page
     assert "in the same order, for the same steps." in page
     assert "Worse with pretraining: b at 100% (-1.5)." in page
     assert "- least gain of a dataset at 100%: -1.5 (aim -1.0), **not reached**" in page
-    transfer.draw_curves(comparison, tmp_path / "curves.png")
+    transfer.report.draw_curves(tmp_path / "curves.png", transfer.curves(result), transfer.TITLES)
     assert min(read_image(tmp_path / "curves.png").shape[:2]) > 100
     # a seed of which one arm is missing is left out
-    partial = transfer.Comparison.of(results(transfer, gains, seeds=(0, 1))[:-1], ("a", "b"))
-    assert [point.seeds for point in partial.points] == [(0, 1), (0, 1), (0, 1), (0,)]
+    partial = summary(transfer, profile, results(gains, seeds=(0, 1))[:-1], "a", "b")
+    assert [point["seeds"] for point in partial["points"]] == [[0, 1], [0, 1], [0, 1], [0]]
 
 
 def test_steps_that_differ_are_said(transfer: ModuleType, profile: Any) -> None:
-    gains = {("a", 0.1): 8.0, ("b", 0.1): 3.0}
-    uneven = [
-        replace(one, steps=1200) if (one.left_out, one.seed, one.arm) == ("a", 1, "pretrained") else one
-        for one in results(transfer, gains, seeds=(0, 1))
-    ]
-    page = transfer.as_markdown(transfer.Comparison.of(uneven, ("a", "b")), profile)
+    uneven = results({("a", 0.1): 8.0, ("b", 0.1): 3.0}, seeds=(0, 1))
+    uneven[3]["steps"] = 1200
+    page = transfer.page(summary(transfer, profile, uneven, "a", "b"))
     assert "| a | 10% | 20 | 5 to 1,200 | 2 |" in page
     assert "| b | 10% | 20 | 5 | 2 |" in page
-    differing = "a at 10% (ImageNet backbone alone 5, pretrained on the other datasets 5 to 1,200)"
-    assert f"**not for the same steps: {differing}**" in page
+    assert "**not for the same steps: a at 10% (imagenet 5, pretrained 5 to 1,200)**" in page
     assert "for the same steps." not in page
-
-
-def test_runs_of_several_commits_are_told_apart(
-    run: Callable[..., int], transfer: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    part = results(transfer, {("chess_pieces", 0.1): 7.0})
-    made = [replace(part[0], commit="abc"), replace(part[1], commit="def")]
-    monkeypatch.setattr(transfer, "run_all", lambda *_: False)
-    monkeypatch.setattr(transfer, "finished", lambda *_: made)
-    assert run() == 130
-    page = (tmp_path / "results/transfer-trial.md").read_text()
-    assert "commit abc and def." in page
-    assert "- abc: chess_pieces, 10%, seed 0, imagenet\n- def: chess_pieces, 10%, seed 0, pretrained\n" in page
-    told = json.loads((tmp_path / "results/transfer-trial.json").read_text())
-    assert [one["commit"] for one in told["runs"]] == ["abc", "def"]
-
-
-def test_runs_that_kept_no_settings_are_read(transfer: ModuleType, profile: Any, tmp_path: Path) -> None:
-    """Folders as commit 93f6dad left them."""
-    from transfer_runs import Cell, _tree
-
-    place, profile = place_of(transfer, tmp_path), profile.model_copy(update={"seeds": {0.1: (0,)}})
-    facts = {"images": 19, "steps": 200, "ap": 50.9, "ap50": 73.9, "training_seconds": 275.6}
-    for left_out in profile.left_out:
-        for arm in ("imagenet", "pretrained"):
-            own = {"left_out": left_out, "share": 0.1, "seed": 0, "arm": arm}
-            cell = Cell(**own)
-            write_old(cell.folder(place), {**own, **facts}, _tree(cell, profile))
-    before = tmp_path / "without-chess_pieces-playing_cards"
-    write_old(before, {"data": [], "metrics": {}, "training_seconds": 2000.0}, profile.pretrain)
-    found = transfer.finished(place, profile)
-    assert {(one.steps, one.ap, one.commit) for one in found} == {(200, 50.9, "unknown")}
-    assert [one.arm for one in found] == ["imagenet", "pretrained"] * 2
-    (told,) = transfer.pretrainings(place, profile)
-    assert (told.training_seconds, told.commit) == (2000.0, "unknown")
-    for fitting in (place, place_of(transfer, tmp_path, "loader.workers=0")):
-        assert transfer.run_all(fitting, profile), "nothing is left to be run"
-    with pytest.raises(ConfigError, match=r"learning_rate 0\.0006, now 0\.1"):
-        transfer.run_all(place_of(transfer, tmp_path, "train.optimizer.learning_rate=0.1"), profile)
-
-
-def write_old(folder: Path, report: Mapping[str, Any], recipe: Tree) -> None:
-    folder.mkdir(parents=True)
-    (folder / "report.json").write_text(json.dumps(report))
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
 
 
 @pytest.mark.parametrize("name", ["trial", "gpu"])
 def test_both_arms_of_a_profile_are_alike(transfer: ModuleType, tmp_path: Path, name: str) -> None:
     """Whatever the verbs' defaults are: nothing of them comes through but the rates."""
-    from transfer_runs import Cell, _tree, written
-
     profile = profile_of(transfer, name)
-    pretraining = load_recipe("nano", written(tmp_path, profile.pretrain))
+    pretraining = load_recipe("nano", changes=profile.pretrain)
     checkpoint = Checkpoint(
         model=pretraining.model,
         vocabulary=Vocabulary(names=("fish",)),
@@ -263,31 +214,33 @@ def test_both_arms_of_a_profile_are_alike(transfer: ModuleType, tmp_path: Path, 
         preprocessing=pretraining.augmentation.resize.model_dump(mode="json"),
         training={"unannotated": pretraining.unannotated, RECIPE: left_to_finetuning(pretraining)},
     )
+    found: set[str] = set()
     for share in profile.seeds:
-        trees = {
-            arm: _tree(Cell(left_out="a", share=share, seed=1, arm=arm), profile) for arm in ("imagenet", "pretrained")
-        }
-        seed = ["train.loop.seed=1"]
-        alone = load_recipe("nano", written(tmp_path, trees["imagenet"]), seed)
+        seed = ("train.loop.seed=1",)
+        alone = study(transfer, name, tmp_path).recipe(profile.tree("imagenet", share), *seed)
+        overrides = (*seed, *transfer.runner.as_overrides(profile.tree("pretrained", share)))
         for images in (round(190 * share), 2_000):
-            tuned = finetune_recipe(checkpoint, images, written(tmp_path, trees["pretrained"]), seed)
+            tuned = finetune_recipe(checkpoint, images, None, overrides)
             found = differences(alone.model_dump(mode="json"), tuned.model_dump(mode="json"))
             assert found <= MAY_DIFFER
         assert "train.optimizer.learning_rate" in found, "of 2,000 images, not of so few"
 
 
 @pytest.mark.parametrize("name", ["trial", "gpu"])
-def test_profiles_are_whole(transfer: ModuleType, name: str) -> None:
-    from transfer_runs import Cell, _cells, _tree
-
+def test_profiles_are_whole(transfer: ModuleType, name: str, seven: Path) -> None:
     profile = profile_of(transfer, name)
     assert set(profile.left_out) < set(transfer.DATASETS)
     assert profile.seeds.keys() == profile.steps.keys()
     assert "coco_mini" not in profile.left_out
-    RunConfig.checked(profile.pretrain)
-    for cell in _cells(profile):
-        assert isinstance(cell, Cell)
-        recipe = RunConfig.checked(_tree(cell, profile))
-        assert recipe.train.loop.steps == profile.steps[cell.share]
-        assert (recipe.train.loop.evaluate_every, recipe.train.loop.patience) == (0, 0)
-        assert recipe.augmentation.resize == RunConfig.checked(profile.pretrain).augmentation.resize
+    resize = RunConfig.checked(profile.pretrain).augmentation.resize
+    for share in profile.seeds:
+        for arm in transfer.ARMS:
+            recipe = RunConfig.checked(profile.tree(arm, share))
+            assert recipe.train.loop.steps == profile.steps[share]
+            assert (recipe.train.loop.evaluate_every, recipe.train.loop.patience) == (0, 0)
+            assert recipe.augmentation.resize == resize
+    before, arms = transfer.plan(study(transfer, name, seven), profile)
+    assert len(before) == (1 if profile.shared else len(profile.left_out))
+    assert len(arms) == 2 * len(profile.left_out) * sum(map(len, profile.seeds.values()))
+    with pytest.raises(ConfigError, match="no steps for the fraction 1"):
+        transfer.plan(study(transfer, name, seven), profile.model_copy(update={"steps": {}, "seeds": {1.0: (0,)}}))

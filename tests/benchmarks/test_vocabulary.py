@@ -1,19 +1,21 @@
-"""The benchmark of vocabularies runs, and its numbers belong together."""
+"""The studies of vocabularies and of added names run, and their numbers belong together."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from metr.errors import DataError
 from metr.model import METR
 from metr.models.detector import Detector
+from metr.structures import Detections
 
 from tiny import TinyRun
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 NOUNS = """  1 This software and database is being provided to you, the LICENSEE
   2 ...
 11_november n 1 2 @ #p 1 0 15185837
@@ -25,11 +27,13 @@ x-ray n 2 5 @ ~ %p ; + 2 1 11428023 03999280
 
 
 @pytest.fixture
-def vocabulary(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    import vocabulary
+def vocabulary(study_of: Callable[[str], ModuleType]) -> ModuleType:
+    return study_of("vocabulary")
 
-    return vocabulary
+
+@pytest.fixture
+def added_names(study_of: Callable[[str], ModuleType]) -> ModuleType:
+    return study_of("added_names")
 
 
 @pytest.fixture
@@ -52,17 +56,17 @@ def run_with_shortlist(number: int, tiny_run: TinyRun, folder: Path) -> Path:
 
 
 def test_distractors_are_nouns_that_no_dataset_names(vocabulary: ModuleType, nouns: Path) -> None:
-    names = vocabulary.vocabulary(("Frog", "apple-tree"), nouns, 60, seed=0)
+    names = vocabulary.with_nouns(("Frog", "apple-tree"), nouns, 60, seed=0)
     assert names[:2] == ("Frog", "apple-tree")
     assert len({*names}) == 60
     assert not {"frog", "apple tree", "11 november"} & {*names}
-    every = vocabulary.vocabulary(("Frog",), nouns, 68, seed=0)
+    every = vocabulary.with_nouns(("Frog",), nouns, 68, seed=0)
     assert {"x-ray", "abacus", "apple tree"} <= {*every}
     # a larger vocabulary begins as a smaller one, and the seed decides
-    assert vocabulary.vocabulary(("Frog", "apple-tree"), nouns, 20, seed=0) == names[:20]
-    assert vocabulary.vocabulary(("Frog", "apple-tree"), nouns, 60, seed=1) != names
+    assert vocabulary.with_nouns(("Frog", "apple-tree"), nouns, 20, seed=0) == names[:20]
+    assert vocabulary.with_nouns(("Frog", "apple-tree"), nouns, 60, seed=1) != names
     with pytest.raises(DataError, match="expected 999 nouns, found 67"):
-        vocabulary.vocabulary(("Frog",), nouns, 1000, seed=0)
+        vocabulary.with_nouns(("Frog",), nouns, 1000, seed=0)
 
 
 def arguments(run: Path, tiny_run: TinyRun, nouns: Path, results: Path) -> list[str]:
@@ -117,3 +121,62 @@ def test_what_is_missing_is_one_message(
     given[3] = str(tmp_path / "empty")
     assert vocabulary.main(given) == 1
     assert "--data" in capsys.readouterr().out
+
+
+def found(*rows: tuple[str, float, float]) -> Detections:
+    """Detections of a name with a score, 10 pixels wide, that begin at some pixel."""
+    names = ("fish", "frog", "heron")
+    return Detections(
+        boxes=torch.tensor([[x, 0.0, x + 10, 10.0] for _, _, x in rows]).view(-1, 4),
+        scores=torch.tensor([score for _, score, _ in rows]),
+        labels=torch.tensor([names.index(name) for name, _, _ in rows], dtype=torch.long),
+        names=names,
+    )
+
+
+def test_a_detection_persists_under_its_own_name_and_in_its_place(added_names: ModuleType) -> None:
+    before = found(("fish", 0.9, 0), ("frog", 0.5, 50), ("fish", 0.4, 90), ("fish", 0.1, 20))
+    after = found(("heron", 0.8, 0), ("fish", 0.7, 0.1), ("fish", 0.6, 50), ("fish", 0.4, 95))
+    kept, moved = added_names.persistence(before, after)
+    assert kept == [100.0, 0.0, 0.0]  # the last was never sure
+    assert moved == pytest.approx([20.0], abs=1e-4)
+    assert added_names.persistence(before, found()) == ([0.0, 0.0, 0.0], [])
+    assert added_names.persistence(found(), after) == ([], [])
+
+
+def test_figures_of_a_run_with_and_without_threshold(
+    added_names: ModuleType, tiny_run: TinyRun, nouns: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tiny_run.datasets[0].parent
+    arguments = ["--run", f"tiny={tiny_run.best}", "--data", str(data), "--nouns", str(nouns)]
+    arguments += ["--sizes", "3", "20", "--out", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
+    assert added_names.main(arguments) == 0
+    result = json.loads((tmp_path / "results" / "added-names.json").read_text())
+    run = result["runs"]["tiny"]
+    assert not run["self_attention"]
+    assert set(run["thresholds"]) == {"0.0", "0.1"}
+    for sizes in run["thresholds"].values():
+        assert set(sizes) == {"0", "3", "20"}
+        assert sizes["0"]["kept"] in (0.0, 100.0)
+        assert sizes["0"]["moved"] == sizes["0"]["slots"] == 0
+        # without attention among categories other names have no say in a name's presence
+        assert all(figures["presence"] == pytest.approx(0, abs=1e-3) for figures in sizes.values())
+    assert "| tiny | 0.1 | 20 |" in (tmp_path / "results" / "added-names.md").read_text()
+    # what was measured is not measured again, nor taken for another measurement
+    written = (tmp_path / "runs/tiny/report.json").stat().st_mtime_ns
+    assert added_names.main(arguments) == 0
+    assert (tmp_path / "runs/tiny/report.json").stat().st_mtime_ns == written
+    capsys.readouterr()
+    assert added_names.main([*arguments, "--seed", "1"]) == 1
+    assert "seed 0, now 1" in " ".join(capsys.readouterr().out.split())
+
+
+def test_what_is_wrong_of_added_names_is_one_message(
+    added_names: ModuleType, tiny_run: TinyRun, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tiny_run.datasets[0].parent
+    rest = ["--data", str(data), "--nouns", str(tmp_path / "none"), "--out", str(tmp_path / "runs")]
+    assert added_names.main(["--run", str(tiny_run.best), *rest]) == 1
+    assert "NAME=FOLDER" in capsys.readouterr().out
+    assert added_names.main(["--run", f"a={tiny_run.best}", *rest]) == 1
+    assert "no such file" in capsys.readouterr().out

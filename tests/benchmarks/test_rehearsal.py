@@ -1,10 +1,9 @@
-"""The benchmark of rehearsal: both arms from one detector, stopped and gone on with, and what is lost is named."""
+"""The study of rehearsal: both arms from one detector, stopped and gone on with, and what is lost is named."""
 
 import json
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,8 +21,8 @@ OLD, NEW = ("bccd", "chess_pieces", "playing_cards"), "aquarium"
 
 
 @pytest.fixture
-def rehearsal(benchmark_of: Callable[[str], ModuleType]) -> ModuleType:
-    return benchmark_of("rehearsal")
+def rehearsal(study_of: Callable[[str], ModuleType]) -> ModuleType:
+    return study_of("rehearsal")
 
 
 @pytest.fixture
@@ -33,7 +32,15 @@ def run(rehearsal: ModuleType, command_of: Callable[[ModuleType], Callable[..., 
 
 @pytest.fixture
 def profile(rehearsal: ModuleType) -> Any:
-    return rehearsal.load_profile("trial").model_copy(update={"old": OLD})
+    return profile_of(rehearsal, "trial").model_copy(update={"old": OLD})
+
+
+def profile_of(rehearsal: ModuleType, name: str) -> Any:
+    return rehearsal.Profile.checked(study(rehearsal, name).read_profile())
+
+
+def study(rehearsal: ModuleType, name: str = "trial") -> Any:
+    return rehearsal.Study(name="rehearsal", profile=name, data=Path(), out=Path())
 
 
 Aps = tuple[float | None, float | None]
@@ -41,25 +48,23 @@ Aps = tuple[float | None, float | None]
 
 def results(**found: tuple[Aps, Aps, Aps]) -> list[Any]:
     """Both arms, by AP of own and of all names: before, after without rehearsal, after with it."""
-    from metr.training.comparison import Change
-    from rehearsal_runs import ArmResult
 
     def by_mode(aps: Aps) -> dict[Any, float | None]:
         return {"own": aps[0], "joint": aps[1]}
 
-    made = []
-    for number, arm in enumerate(("without", "with"), 1):
-        changes = tuple(
-            Change(
-                dataset=name,
-                role="new" if name == NEW else "rehearsed" if arm == "with" else "only evaluated",
-                before=by_mode(aps[0]),
-                after=by_mode(aps[number]),
-            )
-            for name, aps in found.items()
-        )
-        made.append(ArmResult(arm=arm, changes=changes, steps=300, training_seconds=60.0, commit="abc"))
-    return made
+    return [
+        {
+            "arm": arm,
+            "datasets": [
+                {"dataset": name, "before": by_mode(aps[0]), "after": by_mode(aps[number])}
+                for name, aps in found.items()
+            ],
+            "steps": 300,
+            "training_seconds": 60.0,
+            "commit": "abc",
+        }
+        for number, arm in enumerate(("without", "with"), 1)
+    ]
 
 
 FOUND: dict[str, tuple[Aps, Aps, Aps]] = {
@@ -71,12 +76,12 @@ FOUND: dict[str, tuple[Aps, Aps, Aps]] = {
 
 
 def compared(rehearsal: ModuleType, profile: Any, **changed: tuple[Aps, Aps, Aps]) -> Any:
-    return rehearsal.Comparison.of(results(**FOUND | changed), profile)
+    return rehearsal.summary(study(rehearsal), profile, "runs/joint", [], results(**FOUND | changed))
 
 
 def test_what_is_lost_is_named(rehearsal: ModuleType, profile: Any) -> None:
-    comparison = compared(rehearsal, profile)
-    page = rehearsal.as_markdown(comparison, profile)
+    result = compared(rehearsal, profile)
+    page = rehearsal.page(result)
     assert "**The old names are kept with rehearsal, in all 3 old datasets that were found before; " in page
     lost = "bccd (own names 40.0 to 12.0, all names 38.0 to 9.0); chess_pieces (all names 60.0 to 31.0)"
     assert f"without it, lost are: {lost}.**" in page
@@ -86,42 +91,44 @@ def test_what_is_lost_is_named(rehearsal: ModuleType, profile: Any) -> None:
     assert "| chess_pieces | old | 60.0 | 31.0 **lost** | 60.5 | -29.0 | +0.5 | +29.5 |" in unified
     assert "| mean of 3 old | old | 40.0 | 29.7 | 39.4 | -10.3 | -0.6 | +9.7 |" in own
     assert "| aquarium | new | 0.0 | 25.0 | 23.0 | +25.0 | +23.0 | -2.0 |" in own
-    told = rehearsal.as_dict(comparison)
-    assert told["lost"] == {"without": {"bccd": ["own", "joint"], "chess_pieces": ["joint"]}, "with": {}}
-    assert told["datasets"]["bccd"]["change"]["without"]["own"] == pytest.approx(-28.0)
-    json.dumps(told, allow_nan=False)
+    assert result["lost"] == {"without": {"bccd": ["own", "joint"], "chess_pieces": ["joint"]}, "with": {}}
+    assert result["datasets"]["bccd"]["change"]["without"]["own"] == pytest.approx(-28.0)
+    json.dumps(result, allow_nan=False)
 
 
 def test_a_dataset_that_rehearsal_loses_is_named_too(rehearsal: ModuleType, profile: Any) -> None:
-    comparison = compared(rehearsal, profile, bccd=((40.0, 38.0), (38.0, 37.0), (20.0, None)))
-    assert comparison.verdict == (
-        "**The old names are not all kept: with rehearsal, lost are: bccd (own names 40.0 to 20.0, all names 38.0 to "
-        "0.0); without it, lost are: chess_pieces (all names 60.0 to 31.0).**"
+    result = compared(rehearsal, profile, bccd=((40.0, 38.0), (38.0, 37.0), (20.0, None)))
+    assert result["verdict"] == (
+        "The old names are not all kept: with rehearsal, lost are: bccd (own names 40.0 to 20.0, all names 38.0 to "
+        "0.0); without it, lost are: chess_pieces (all names 60.0 to 31.0)."
     )
-    assert "| 20.0 **lost** | -2.0 | -20.0 | -18.0 |" in rehearsal.as_markdown(comparison, profile)
+    assert "| 20.0 **lost** | -2.0 | -20.0 | -18.0 |" in rehearsal.page(result)
 
 
 def test_nothing_is_claimed_of_what_was_not_found_before(rehearsal: ModuleType, profile: Any) -> None:
     kept = ((50.0, 50.0), (50.0, 50.0), (50.0, 50.0))
     some = compared(rehearsal, profile, bccd=((0.3, None), (0.0, None), (0.0, None)), chess_pieces=kept)
-    assert "in all 2 old datasets that were found before; they are without it, too." in some.verdict
-    assert "Not found before, so nothing to lose: bccd." in rehearsal.as_markdown(some, profile)
+    assert "in all 2 old datasets that were found before; they are without it, too." in some["verdict"]
+    assert "Not found before, so nothing to lose: bccd." in rehearsal.page(some)
     nothing = ((0.0, None), (0.0, 0.0), (0.0, 0.0))
     none = compared(rehearsal, profile, **dict.fromkeys(OLD, nothing))
-    assert none.verdict.startswith("**Nothing can be said of the old names")
-    assert "| bccd | old | - | 0.0 | 0.0 | - | - | +0.0 |" in rehearsal.as_markdown(none, profile)
+    assert none["verdict"].startswith("Nothing can be said of the old names")
+    assert "| bccd | old | - | 0.0 | 0.0 | - | - | +0.0 |" in rehearsal.page(none)
 
 
 def test_arms_that_are_not_alike_are_told(rehearsal: ModuleType, profile: Any) -> None:
+    def page_of(*arms: Any) -> str:
+        return rehearsal.page(rehearsal.summary(study(rehearsal), profile, "runs/joint", [], arms))
+
     without, rehearsed = results(**FOUND)
-    uneven = rehearsal.Comparison.of([without, replace(rehearsed, steps=1200)], profile)
-    assert "in 300 to 1,200 steps, **not for the same number of them**;" in rehearsal.as_markdown(uneven, profile)
+    uneven = page_of(without, rehearsed | {"steps": 1200})
+    assert "in 300 to 1,200 steps" in uneven
+    assert "**not for the same steps: the arms (without 300, with 1,200)**" in uneven
     other = results(**FOUND | {"bccd": ((43.0, 38.0), (0.0, 0.0), (0.0, 0.0))})[1]
-    apart = rehearsal.Comparison.of([without, other], profile)
-    assert "**The arms did not begin with one detector" in rehearsal.as_markdown(apart, profile)
-    alike = rehearsal.as_markdown(rehearsal.Comparison.of([without, rehearsed], profile), profile)
+    assert "**The arms did not begin with one detector" in page_of(without, other)
+    alike = page_of(without, rehearsed)
     assert "did not begin" not in alike
-    assert "in 300 steps, with the same seed;" in alike
+    assert "in 300 steps with the same seed, for the same steps;" in alike
 
 
 @pytest.mark.slow
@@ -129,7 +136,7 @@ def test_stopped_in_every_run_it_goes_on(
     run: Callable[..., int], rehearsal: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    old = rehearsal.load_profile("trial").old
+    old = profile_of(rehearsal, "trial").old
     made = Trainer.train_step
 
     def interrupted(self: Trainer, *arguments: Any) -> Any:
@@ -175,7 +182,7 @@ def test_stopped_in_every_run_it_goes_on(
 def test_it_begins_with_a_checkpoint_that_is_given(
     run: Callable[..., int], rehearsal: ModuleType, tiny_run: TinyRun, seven: Path, tmp_path: Path
 ) -> None:
-    old = rehearsal.load_profile("trial").old
+    old = profile_of(rehearsal, "trial").old
     joint = tmp_path / "joint"
     overrides = (*as_overrides(tiny_run), "train.loop.steps=1")
     train([f"{name}={seven / name}" for name in old], joint, load_recipe("nano", None, overrides))
@@ -192,14 +199,11 @@ def test_a_checkpoint_that_does_not_fit_is_refused(
 ) -> None:  # fmt: skip
     assert run("--from", str(tiny_run.folder)) == 1
     said = " ".join(capsys.readouterr().out.split())
-    assert (
-        "has not seen bccd, chess_pieces, endangered_animals, playing_cards, so there is nothing to be rehearsed"
-        in said
-    )
+    assert "has not seen bccd, chess_pieces, endangered_animals, playing_cards, so there is nothing to rehearse" in said
     known = profile.model_copy(update={"old": ("desk", "meadow"), "new": "pond"})
     for name in ("desk", "meadow", "pond"):
         (tmp_path / name).mkdir()
-    monkeypatch.setattr(rehearsal, "load_profile", lambda _: known)
+    monkeypatch.setattr(rehearsal.Study, "read_profile", lambda _: known.model_dump(mode="json"))
     assert run("--from", str(tiny_run.folder), "--data", str(tmp_path)) == 1
     assert "has seen pond already, which is to be new" in " ".join(capsys.readouterr().out.split())
     assert not (tmp_path / "runs").exists()
@@ -207,16 +211,14 @@ def test_a_checkpoint_that_does_not_fit_is_refused(
 
 @pytest.mark.parametrize("name", ["trial", "gpu"])
 def test_profiles_are_whole(rehearsal: ModuleType, name: str) -> None:
-    from transfer_runs import DATASETS
-
-    profile = rehearsal.load_profile(name)
-    assert {*profile.old, profile.new} <= set(DATASETS)
+    profile = profile_of(rehearsal, name)
+    assert {*profile.old, profile.new} <= set(rehearsal.runner.DATASETS)
     assert profile.new not in profile.old
     pretraining, tuning = RunConfig.checked(profile.pretrain), RunConfig.checked(profile.tuning)
     assert pretraining.augmentation == tuning.augmentation
     assert pretraining.loader.batch_size == tuning.loader.batch_size
     assert (tuning.train.loop.evaluate_every, tuning.train.loop.patience) == (0, 0)
-    like = yaml.safe_load((Path(rehearsal.HERE) / f"profiles/transfer-{name}.yaml").read_text())["pretrain"]
+    like = yaml.safe_load((rehearsal.runner.HERE / f"profiles/transfer-{name}.yaml").read_text())["pretrain"]
     assert profile.pretrain["train"]["optimizer"] == like["train"]["optimizer"]
     assert profile.pretrain["train"]["schedule"] == like["train"]["schedule"]
     assert profile.pretrain["train"]["ema"] == like["train"]["ema"]

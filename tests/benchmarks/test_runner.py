@@ -1,0 +1,141 @@
+"""What all studies run on: runs are resumable, say what made them, and runs of different settings are never mixed."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from metr.errors import CheckpointError, ConfigError
+
+CONFIGURATION = {"train": {"optimizer": {"learning_rate": 6e-4}, "loop": {"steps": 200, "log_every": 20}}}
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture
+def runner(study_of: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    module = study_of("runner")
+    monkeypatch.setattr(module, "commit", lambda: "abc1234")
+    return module
+
+
+def run_of(
+    runner: ModuleType, folder: Path, configuration: Any = None, found: Mapping[str, Any] | None = None, **more: Any
+) -> Any:
+    settings = {"arm": "with", "configuration": CONFIGURATION if configuration is None else configuration, **more}
+    return runner.Run(folder=folder, title="a run", settings=settings, work=lambda: found)
+
+
+def changed(steps: int = 200, log_every: int = 20) -> dict[str, Any]:
+    train = CONFIGURATION["train"]
+    return {"train": {**train, "loop": {"steps": steps, "log_every": log_every}}}
+
+
+def test_a_run_says_what_made_it(runner: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = run_of(runner, tmp_path / "run", where=tmp_path, sizes=(1, 2))
+    run.check()
+    assert not run.finished
+    assert not run.folder.exists(), "asking leaves no trace"
+    assert not run.execute(QUIET)
+    # stopped and gone on with, back and forth
+    for commit in ("def5678", "abc1234"):
+        monkeypatch.setattr(runner, "commit", lambda commit=commit: commit)
+        assert not run.execute(QUIET)
+    assert not run.finished
+    found = {"ap": 12.5, "training_seconds": 3.0}
+    done = run_of(runner, run.folder, found=found, where=tmp_path, sizes=(1, 2))
+    assert done.execute(QUIET)
+    assert done.finished
+    report = json.loads((run.folder / "report.json").read_text())
+    assert (report["ap"], report["training_seconds"], report["commit"]) == (12.5, 3.0, "abc1234, def5678")
+    assert report["settings"]["configuration"] == CONFIGURATION
+    assert run.report() == report
+    assert runner.reports([run, run_of(runner, tmp_path / "other")]) == [{**found, "commit": "abc1234, def5678"}]
+    run.check()
+    # finished it is not run again
+    assert run.execute(QUIET)
+    assert run.report() == report
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_runs_of_other_settings_are_refused(runner: ModuleType, tmp_path: Path, finished: bool) -> None:
+    run = run_of(runner, tmp_path / "run", found={"steps": 200} if finished else None)
+    assert run.execute(QUIET) is finished
+    run_of(runner, run.folder, changed(log_every=1)).check()  # decides nothing
+    study = runner.Study(name="any", profile="trial", data=tmp_path, out=tmp_path, console=QUIET)
+    for other, named in (
+        (run_of(runner, run.folder, changed(steps=7)), "train.loop.steps 200, now 7"),
+        (run_of(runner, run.folder, share=0.5), "share None, now 0.5"),
+        (run_of(runner, run.folder, {"train": {}}), "train.optimizer.learning_rate 0.0006, now None"),
+    ):
+        for refusing in (other.check, lambda other=other: runner.run_all(study, [other], [])):
+            with pytest.raises(ConfigError, match=named) as error:
+                refusing()
+            assert "another --out, or remove this folder" in (error.value.hint or "")
+    assert json.loads((run.folder / "run.json").read_text())["settings"]["configuration"] == CONFIGURATION
+    many = run_of(runner, run.folder, **{f"more{number}": number for number in range(9)})
+    with pytest.raises(ConfigError, match=r"more4 None, now 4 and 4 more"):
+        many.check()
+
+
+def test_a_file_that_was_cut_short_is_named(runner: ModuleType, tmp_path: Path) -> None:
+    run = run_of(runner, tmp_path / "run", found={"ap": 9})
+    run.execute(QUIET)
+    (run.folder / "report.json").write_text('{"ap": 9')
+    with pytest.raises(CheckpointError, match=r"report\.json"):
+        run.report()
+    (run.folder / "run.json").write_text('{"settings"')
+    with pytest.raises(CheckpointError, match=r"run\.json"):
+        run.check()
+
+
+def test_a_study_ends_where_a_run_was_stopped(runner: ModuleType, tmp_path: Path) -> None:
+    study = runner.Study(name="any", profile="trial", data=tmp_path, out=tmp_path, console=QUIET)
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    first, last = (run_of(runner, tmp_path / name, found={}) for name in ("first", "last"))
+    settings = {"arm": "between"}
+    for work in (lambda: None, interrupted):
+        between = runner.Run(folder=tmp_path / "between", title="between", settings=settings, work=work)
+        assert not runner.run_all(study, [first, between, last])
+        assert [run.finished for run in (first, between, last)] == [True, False, False]
+    assert runner.run_all(study, [first, between, last], [last])
+
+
+def test_the_exit_status_says_how_it_ended(runner: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted() -> bool:
+        raise KeyboardInterrupt
+
+    assert runner.exit_status(lambda: True) == 0
+    assert capsys.readouterr().out == ""
+    for work in (lambda: False, interrupted):
+        assert runner.exit_status(work) == 130
+        assert "not done yet; to go on, give the same command again" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["multifield", "rehearsal", "transfer", "transfer_detectors", "checkpoint"])
+def test_data_is_asked_for_and_missing_datasets_are_named(
+    study_of: Callable[[str], ModuleType], name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        study_of(name).main([])
+    said = " ".join(capsys.readouterr().err.split())
+    assert "expected --data FOLDER, a folder with one folder for each dataset: aquarium, bccd" in said
+    present = {"aquarium", "chess_pieces", "coco_mini", "doc_tables", "endangered_animals", "playing_cards"}
+    for dataset in present:
+        (tmp_path / dataset).mkdir()
+    assert study_of(name).main(["--data", str(tmp_path), "--out", str(tmp_path / "runs")]) == 1
+    assert "expected the datasets bccd\n" in capsys.readouterr().out
+
+
+def test_seconds_are_those_of_the_last_step(runner: ModuleType, tmp_path: Path) -> None:
+    assert runner.training_seconds(tmp_path) == 0
+    records = [{"kind": "train", "step": step, "seconds": 1.5 * step} for step in (1, 2)]
+    records.append({"kind": "evaluation", "step": 2, "evaluation_seconds": 9.0})
+    (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in records))
+    assert runner.training_seconds(tmp_path) == 3
