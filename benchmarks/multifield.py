@@ -5,8 +5,8 @@
 
 MultiField: seven real datasets of five fields. METR trains on the train splits; for each val split the result says
 COCO AP with the dataset's own names and with all names of all datasets, the recall of category extraction at K, and
-cross-dataset confusion. `--arms` runs other arms for the same number of images seen: `separate` trains one METR for each
-dataset, `closed_set` is one closed head over the concatenated labels (closed_set.py), and every other arm is joint
+cross-dataset confusion. `--arms` runs other arms for the same number of images seen: `separate` trains one METR for
+each dataset, `closed_set` is one closed head over the concatenated labels (closed_set.py), and every other arm is joint
 METR, by how it treats the categories that an image's dataset does not annotate.
 
 Profile `trial`, one thread of an AMD EPYC, 16,000 images seen in 47 minutes of training steps
