@@ -75,7 +75,7 @@ def test_recall_of_presence_counts_present_categories() -> None:
     assert cards.own.recall == pytest.approx({1: 100 * 1 / 2, 2: 100})
 
 
-def test_field_confusion_counts_the_best_detections() -> None:
+def test_cross_dataset_confusion_counts_the_best_detections() -> None:
     report = run()
     # a: cat, dog; b: king; c: dog; the first card: king; the second, whose ace is a crowd: ace
     assert report.confusion.counts == ((3.0, 1.0), (0.0, 2.0))
@@ -89,7 +89,7 @@ def test_field_confusion_counts_the_best_detections() -> None:
 def test_foreign_names_count_among_the_detections_of_a_image() -> None:
     narrow = EvaluationConfig.checked({"postprocess": {"max_detections": 1}})
     pets = run(narrow).datasets[0]
-    # Own: image b's one detection is a wrong dog, ahead of the right one in c. Unified: it is the king.
+    # Own: image b's one detection is a wrong dog, ahead of the right one in c. Joint vocabulary: it is the king.
     half_found = 100 * 51 / 101
     assert pets.own.coco.categories[1].ap == pytest.approx(half_found / 2)
     assert pets.joint.coco.categories[1].ap == pytest.approx(half_found)
