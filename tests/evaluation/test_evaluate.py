@@ -1,4 +1,4 @@
-"""The verb evaluate: own names and all names, on datasets that training saw and on others."""
+"""The verb evaluate: own names and the joint vocabulary, on datasets that training saw and on others."""
 
 import json
 import math
@@ -84,7 +84,7 @@ def test_it_agrees_with_detection_image_by_image(report: EvaluationReport, tiny_
 def test_the_table_fits_80_columns(report: EvaluationReport, out: Path) -> None:
     lines = (out / "said").read_text().splitlines()
     assert max(map(len, lines)) <= 80 or all(str(out) in line for line in lines if len(line) > 80)
-    assert any(line.endswith("images own AP own AP50 all AP all AP50 confused ") for line in lines)
+    assert any(line.endswith("images own AP own AP50 joint AP joint AP50 confused ") for line in lines)
     (pond,) = (line for line in lines if "pond" in line)
     assert pond.split()[:3] == ["pond", "val", "3"]
     assert len(pond.split()) == 8
@@ -98,7 +98,7 @@ def test_names_that_the_model_never_saw(tiny_run: TinyRun, tmp_path: Path) -> No
     assert one.own is not None
     assert [category.name for category in one.own.coco.categories] == ["leaf", "zebra"]
     assert (one.split, one.own.coco.objects) == ("train", 2)
-    # all names: those of training are asked for as well, and their fields take part
+    # the joint vocabulary: names of training are asked for as well, and their domains take part
     assert report.names == 11
     assert report.confusion is not None
     assert set(report.confusion.domains) == {"strange", *NAMES}
@@ -137,7 +137,7 @@ def test_a_dataset_outside_the_mean_is_told_beside_it(tiny_run: TinyRun, tmp_pat
     text = (tmp_path / "said").read_text()
     assert "(pond)" in text
     assert "mean of 2" in text
-    assert "all AP" not in text
+    assert "joint AP" not in text
 
 
 def test_a_broken_image_is_in_no_number(tiny_run: TinyRun, tmp_path: Path) -> None:

@@ -141,9 +141,9 @@ def show(report: EvaluationReport, console: Console) -> None:
 
 def _legend(report: EvaluationReport, modes: Sequence[Mode]) -> Iterator[str]:
     if "joint" in modes:
-        yield f"own: asked for the dataset's own names; joint: for the joint vocabulary of {report.names} names"
+        yield f"own: the dataset's own names; joint: the joint vocabulary of {report.names} names"
     if report.confusion is not None:
-        yield "confused: % of the best detections that name another domain, with the joint vocabulary"
+        yield "confused: % of the best detections that name another domain, joint vocabulary"
     if outside := [one.name for one in report.datasets if not one.in_mean]:
         yield f"not in the mean: {', '.join(outside)}"
 

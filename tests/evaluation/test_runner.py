@@ -8,9 +8,11 @@ from played import Answer, Images, ScriptedNetwork, annotations, detections, rec
 from metr.errors import ConfigError, DataError, ModelError
 from metr.evaluation.coco import evaluate_detections
 from metr.evaluation.report import as_markdown, category_table, dataset_table, write_report
-from metr.evaluation.results import from_dict
-from metr.evaluation.runner import EvaluationConfig, EvaluationReport, EvaluationSet, Evaluator
+from metr.evaluation.results import EvaluationConfig, EvaluationReport, Mode, from_dict
+from metr.evaluation.runner import EvaluationSet, Evaluator
 from metr.text.vocabulary import Vocabulary
+
+from small import TEXT_WIDTH, small_detector
 
 CAT, DOG = (10.0, 10.0, 40.0, 40.0), (50.0, 20.0, 90.0, 70.0)
 CARD, FAR = (0.0, 0.0, 30.0, 60.0), (60.0, 60.0, 99.0, 79.0)
@@ -75,7 +77,7 @@ def test_recall_of_presence_counts_present_categories() -> None:
     assert cards.own.recall == pytest.approx({1: 100 * 1 / 2, 2: 100})
 
 
-def test_field_confusion_counts_the_best_detections() -> None:
+def test_cross_dataset_confusion_counts_the_best_detections() -> None:
     report = run()
     # a: cat, dog; b: king; c: dog; the first card: king; the second, whose ace is a crowd: ace
     assert report.confusion.counts == ((3.0, 1.0), (0.0, 2.0))
@@ -89,7 +91,7 @@ def test_field_confusion_counts_the_best_detections() -> None:
 def test_foreign_names_count_among_the_detections_of_a_image() -> None:
     narrow = EvaluationConfig.checked({"postprocess": {"max_detections": 1}})
     pets = run(narrow).datasets[0]
-    # Own: image b's one detection is a wrong dog, ahead of the right one in c. Unified: it is the king.
+    # Own: image b's one detection is a wrong dog, ahead of the right one in c. Joint vocabulary: it is the king.
     half_found = 100 * 51 / 101
     assert pets.own.coco.categories[1].ap == pytest.approx(half_found / 2)
     assert pets.joint.coco.categories[1].ap == pytest.approx(half_found)
@@ -107,6 +109,20 @@ def test_each_mode_asks_for_its_names_and_only_once() -> None:
         assert network.asked == expected
         assert [one.own is not None for one in report.datasets] == ["own" in modes] * 2
         assert (report.confusion is not None) == ("joint" in modes)
+
+
+def test_a_detector_encodes_each_image_once_for_all_vocabularies() -> None:
+    network, text = small_detector(), torch.nn.functional.normalize(torch.randn(4, TEXT_WIDTH), dim=-1)
+    encoded: list[int] = []
+    network.encoder.register_forward_hook(lambda *_: encoded.append(1))
+
+    def report(*modes: Mode) -> EvaluationReport:
+        return Evaluator(text, VOCABULARY, EvaluationConfig(modes=modes)).evaluate(network, make_sets())
+
+    both = report("own", "joint")
+    assert len(encoded) == 3, "one for each batch"
+    assert [one.own for one in both.datasets] == [one.own for one in report("own").datasets]
+    assert [one.joint for one in both.datasets] == [one.joint for one in report("joint").datasets]
 
 
 def test_one_dataset_is_not_run_twice() -> None:
