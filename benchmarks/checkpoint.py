@@ -27,9 +27,9 @@ from machine import commit, hardware
 from metr.checkpoint import load_checkpoint
 from metr.devices import resolved_device
 from metr.errors import DataError
-from metr.evaluation.evaluate import evaluate_run
-from metr.evaluation.evaluator import EvaluationConfig, EvaluationReport
-from metr.evaluation.report import as_dict, as_markdown
+from metr.evaluation.evaluate import evaluate
+from metr.evaluation.report import as_markdown
+from metr.evaluation.results import EvaluationConfig, EvaluationReport, as_dict
 from metr.model import METR
 from metr.sharing.model_card import EVALUATION
 from metr.training.recipe import RunConfig, load_recipe
@@ -69,9 +69,9 @@ def run(settings: Settings, console: Console) -> bool:
     if train(data, settings.out, recipe, resume=True, console=console).interrupted:
         return False
     # the last weights, not the best: choosing by the very images that are reported would flatter
-    trained, judged = settings.out / "last", EvaluationConfig(fields=FIELDS, outside_mean=OUTSIDE_MEAN)
+    trained, judged = settings.out / "last", EvaluationConfig(domains=FIELDS, outside_mean=OUTSIDE_MEAN)
     _save(trained, settings.target)  # what is measured is what is shipped: float16
-    report = evaluate_run(settings.target, data, settings.out / "evaluation", config=judged, console=console)
+    report = evaluate(settings.target, data, settings.out / "evaluation", config=judged, console=console)
     _write(settings, recipe, report, began_with)
     draw_page(data, settings.target, settings.stem.with_name(f"{settings.stem.name}-detections.jpg"))
     shutil.copyfile(settings.out / "evaluation" / EVALUATION, settings.target / EVALUATION)

@@ -28,9 +28,9 @@ from metr.data.images import read_image
 from metr.data.joint import open_joint
 from metr.data.records import Annotations, ImageRecord
 from metr.devices import resolved_device
-from metr.evaluation.evaluate import evaluate_run
-from metr.evaluation.evaluator import EvaluationConfig, EvaluationReport
-from metr.evaluation.report import as_dict, as_markdown
+from metr.evaluation.evaluate import evaluate
+from metr.evaluation.report import as_markdown
+from metr.evaluation.results import EvaluationConfig, EvaluationReport, as_dict
 from metr.inference.draw import contact_sheet, draw_detections, save_image
 from metr.model import METR
 from metr.training.curves import plot_curves
@@ -61,7 +61,7 @@ PROFILES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 # 195 images for 80 names are too few to learn from: told beside the mean
 OUTSIDE_MEAN = ("coco_mini",)
-JUDGED = EvaluationConfig(fields=FIELDS, outside_mean=OUTSIDE_MEAN)
+JUDGED = EvaluationConfig(domains=FIELDS, outside_mean=OUTSIDE_MEAN)
 SHOWN = 2  # images of each dataset on the page of detections
 THRESHOLD = 0.35
 
@@ -87,7 +87,7 @@ def run(settings: Settings, console: Console) -> bool:
     if train(data, settings.out, recipe, resume=True, console=console, judged=judged).interrupted:
         return False
     # the last weights, not the best: choosing by the very images that are reported would flatter
-    report = evaluate_run(settings.out / "last", data, settings.out / "evaluation", config=config, console=console)
+    report = evaluate(settings.out / "last", data, settings.out / "evaluation", config=config, console=console)
     _write(settings, _result(settings, recipe, report, began_with), report)
     draw_page(data, settings.out / "last", _beside(settings, "detections.jpg"))
     save_image(read_image(plot_curves(settings.out)), _beside(settings, "curves.png"))

@@ -24,9 +24,10 @@ from metr.data.joint import JointData, open_joint
 from metr.data.loading import build_train_loader
 from metr.data.mixture import mixture_weights
 from metr.data.transforms.pipeline import build_transforms
-from metr.evaluation.evaluate import EvaluationRunner, evaluate_run, show
-from metr.evaluation.evaluator import EvaluationConfig, EvaluationReport
-from metr.evaluation.report import as_dict, from_dict
+from metr.evaluation.evaluate import evaluate
+from metr.evaluation.report import show
+from metr.evaluation.results import EvaluationConfig, EvaluationReport, as_dict, from_dict
+from metr.evaluation.runner import EvaluationRunner
 from metr.training.random_state import seed_everything
 from metr.training.recipe import RunConfig
 from metr.training.train import train
@@ -87,7 +88,7 @@ def _joint(unannotated: str, task: Task) -> EvaluationReport | None:
     quick = task.judged.model_copy(update={"modes": ("own",)})
     if train(task.data, task.out, recipe, resume=True, console=task.console, judged=quick).interrupted:
         return None
-    return evaluate_run(task.out / "last", task.data, task.out / "evaluation", config=task.judged, console=task.console)
+    return evaluate(task.out / "last", task.data, task.out / "evaluation", config=task.judged, console=task.console)
 
 
 def _separate(task: Task) -> EvaluationReport | None:
@@ -104,7 +105,7 @@ def _separate(task: Task) -> EvaluationReport | None:
         )
         if train([argument], out, recipe, resume=True, console=task.console, judged=own).interrupted:
             return None
-        reports.append(evaluate_run(out / "last", [argument], out / "evaluation", config=own, console=task.console))
+        reports.append(evaluate(out / "last", [argument], out / "evaluation", config=own, console=task.console))
     return EvaluationReport(
         datasets=tuple(one for report in reports for one in report.datasets),
         names=sum(report.names for report in reports),

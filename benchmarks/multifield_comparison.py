@@ -6,7 +6,7 @@ from pathlib import Path
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from metr.evaluation.evaluator import EvaluationReport, Mode
+from metr.evaluation.results import EvaluationReport, Mode
 from multifield_arms import UNANNOTATED, ArmResult
 
 TITLES = {

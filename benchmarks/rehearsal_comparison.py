@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from kept_runs import told_range
-from metr.evaluation.evaluator import Mode
+from metr.evaluation.results import Mode
 from rehearsal_runs import ARMS, Arm, ArmResult, Profile
 
 MODES: dict[Mode, str] = {"own": "own names", "joint": "all names"}

@@ -46,7 +46,7 @@ from metr.data.joint import JointData, open_joint
 from metr.data.transforms.pipeline import build_transforms
 from metr.devices import resolved_device
 from metr.errors import DataError, MetrError
-from metr.evaluation.presence import PresenceRecall, presence_recall
+from metr.evaluation.metrics import PresenceRecall, presence_recall
 from metr.inference.predictor import Predictor, inference
 from metr.model import METR
 from metr.models.detector import Detector

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 WIDTH, HEIGHT = 60, 40
 GROUND, MARKER = (230, 220, 200), (20, 60, 30)
@@ -54,6 +54,14 @@ def shows_marker(pixels: np.ndarray, box: Sequence[float]) -> bool:
     around = grey.copy()
     around[max(0, top - 2) : bottom + 2, max(0, left - 2) : right + 2] = 255
     return inside.size > 0 and inside.max() < 100 and around.min() > 150
+
+
+def stored_pixels(path: Path) -> np.ndarray:
+    """RGB as the file has it, before a viewer turns it."""
+    with Image.open(path) as image:
+        orientation = image.getexif().get(0x0112, 1)
+        upright = ImageOps.exif_transpose(image)
+    return np.asarray(upright.transpose(_STORED[orientation]) if orientation in _STORED else upright)
 
 
 def _turned(orientation: int, suffix: str) -> Callable[[Path], None]:
@@ -177,8 +185,9 @@ def _jpeg_bomb(path: Path) -> None:
 
 
 def _tiff_bomb(path: Path) -> None:
-    tags = [(256, 4, 30_000), (257, 4, 30_000)]
-    entries = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
+    # width, height, bits, compression, photometric interpretation, offset, samples, rows in a strip, bytes of a strip
+    tags = {256: 30_000, 257: 30_000, 258: 8, 259: 1, 262: 1, 273: 8, 277: 1, 278: 30_000, 279: 900_000_000}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
     path.write_bytes(b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4))
 
 
@@ -198,8 +207,10 @@ UNREADABLE: dict[str, Callable[[Path], None]] = {
     "bomb.png": _holding(_png(30_000, 30_000, data=zlib.compress(bytes(90_001)))),
     "bomb.jpg": _jpeg_bomb,
     "bomb.tif": _tiff_bomb,
-    "bomb.bmp": _holding(b"BM" + struct.pack("<IIIIii", 0, 0, 54, 40, 30_000, -30_000)),
-    "bomb.gif": _holding(b"GIF89a" + struct.pack("<HH", 30_000, 30_000) + bytes(20)),
+    "bomb.bmp": _holding(b"BM" + struct.pack("<IIIIiiHH", 0, 0, 54, 40, 30_000, -30_000, 1, 24) + bytes(24)),
+    "bomb.gif": _holding(
+        b"GIF89a" + struct.pack("<HHHBBHHHHB", 30_000, 30_000, 0, 0, 0x2C, 0, 0, 30_000, 30_000, 0) + bytes(20)
+    ),
     "link to nothing.png": lambda path: path.symlink_to("nowhere.png"),
     "link to itself.png": lambda path: path.symlink_to(path.name),
 }

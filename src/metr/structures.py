@@ -9,8 +9,9 @@ Boxes are `cxcywh`, normalised to 0..1 of the image without its padding, everywh
 final: `xyxy` in pixels of the image as it was given.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+_MadeT = TypeVar("_MadeT")
 _MovableT = TypeVar("_MovableT", bound="_Movable")
 
 
@@ -90,6 +92,17 @@ class Memory(_Movable):
     padding_mask: Bool[Tensor, "b s"]
     level_shapes: tuple[tuple[int, int], ...]
     valid_ratios: Float[Tensor, "b l 2"]
+
+    @cached_property
+    def _made(self) -> dict[object, Any]:
+        return {}
+
+    def once(self, module: object, make: Callable[[], _MadeT]) -> _MadeT:
+        """What a module makes of the memory alone: made once, however many vocabularies the memory is asked about."""
+        if module not in self._made:
+            self._made[module] = make()
+        made: _MadeT = self._made[module]
+        return made
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -38,7 +38,7 @@ def test_it_writes_settings_numbers_and_images(
     assert {one["name"]: one["in_mean"] for one in report["datasets"]} == {
         name: name != "coco_mini" for name in multifield.FIELDS
     }
-    assert set(report["confusion"]["fields"]) == set(multifield.FIELDS.values())
+    assert set(report["confusion"]["domains"]) == set(multifield.FIELDS.values())
     assert report["unannotated"] == "negative"
     assert all(math.isfinite(mean["ap"]) for mean in report["mean"].values())
     page = (results / "multifield-trial.md").read_text()

@@ -11,24 +11,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from made_images import make_annotations
 from PIL import Image, ImageOps
 from reader_trees import write_json, write_text
+from synthetic_images import make_annotations
 
 from metr.boxes import cxcywh_to_xyxy
 from metr.data.config import AugmentationConfig, LoaderConfig, ResizeConfig
 from metr.data.dataset import DetectionDataset, Missing
 from metr.data.datasets_file import DatasetConfig, DatasetSource, open_dataset, parse_data_arguments
-from metr.data.exif_oriented import ExifOriented
 from metr.data.formats.files import folders_within, glance
-from metr.data.images import check_image, read_image
+from metr.data.images import check_image, exif_oriented, read_image
 from metr.data.loading import build_evaluation_loader, build_train_loader
 from metr.data.records import Annotations, InMemoryAnnotations
 from metr.data.transforms.pipeline import build_transforms
 from metr.errors import DataError
 from metr.structures import Batch, Targets
 from metr.text.vocabulary import Vocabulary
-from odd_images import HEIGHT, READABLE, UNREADABLE, WIDTH, box_of, shown, shows_marker, write_all
+from odd_images import HEIGHT, READABLE, UNREADABLE, WIDTH, box_of, shown, shows_marker, stored_pixels, write_all
 
 # Images keep their size, and nothing is drawn by chance.
 AS_THEY_ARE = AugmentationConfig(resize=ResizeConfig(mode="fit", size=HEIGHT), flip=0, crop=0, zoom_out=0, colour=0)
@@ -182,7 +181,7 @@ def test_boxes_drawn_by_a_tool_that_ignores_exif(tmp_path: Path, orientation: in
     pixels = item.image.permute(1, 2, 0).numpy()
     if sideways:
         left, top, right, bottom = box_of(name)
-        stored = read_image(tmp_path / "data" / "images" / name, orient=False)[top:bottom, left:right]
+        stored = stored_pixels(tmp_path / "data" / "images" / name)[top:bottom, left:right]
         box = cxcywh_to_xyxy(item.targets.boxes)[0].numpy() * ([HEIGHT, WIDTH] * 2)
         left, top, right, bottom = box.round().astype(int).tolist()
         inside = pixels[top:bottom, left:right]
@@ -204,9 +203,9 @@ def test_detections_are_compared_upright(tmp_path: Path) -> None:
     shown("a.png").save(tmp_path / "data" / "images" / "missing.png")
     (split,) = opened(tmp_path / "data").splits.values()
     (tmp_path / "data" / "images" / "missing.png").unlink()
-    upright = ExifOriented(split)
+    upright = exif_oriented(split)
     assert (upright.name, upright.split, upright.format) == (split.name, split.split, split.format)
-    assert (upright.categories, upright.issues, len(upright)) == (split.categories, split.issues, 3)
+    assert (upright.categories, upright.issues, len(upright)) == (split.categories, tuple(split.issues), 3)
     for index in range(2):
         item, record = dataset(upright)[index], upright[index]
         assert not isinstance(item, Missing)
@@ -344,13 +343,13 @@ def test_a_bomb_is_found_without_decoding(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["RGBA", "CMYK", "LA"])
 def test_transparent_tiff(tmp_path: Path, mode: str) -> None:
-    """Half transparent colours lie on white as Pillow lays them; ink and grey are not taken for opacity."""
+    """What is half transparent lies on white as Pillow lays it; ink is not taken for opacity."""
     rng = np.random.default_rng(0)
     image = Image.fromarray(rng.integers(0, 256, (9, 7, 4), dtype=np.uint8), "RGBA" if mode != "CMYK" else "CMYK")
     image = image.convert("LA") if mode == "LA" else image
     image.save(tmp_path / "a.tif")
-    if mode == "RGBA":
-        expected = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    if mode != "CMYK":
+        expected = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA")).convert("RGB")
     else:
         expected = image.convert("RGB")
     assert np.abs(read_image(tmp_path / "a.tif").astype(int) - np.asarray(expected).astype(int)).max() <= 2

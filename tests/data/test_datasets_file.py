@@ -278,7 +278,7 @@ def test_options_go_by_the_new_names(root: Path) -> None:
     with pytest.raises(DataError, match="no category"):
         opened(root, renames={"red cell": "cell"}, prompts={"red cell": "a red blood cell"})
     source = opened(root, renames={"red cell": "cell"}, prompts={"cell": "a red blood cell"})
-    assert source.spec.prompts == {"cell": "a red blood cell"}
+    assert source.config.prompts == {"cell": "a red blood cell"}
 
 
 def test_issues_are_counted_and_the_first_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -16,7 +16,9 @@ from metr.data import locks
 from metr.data.datasets_file import DatasetConfig, DatasetSource, open_dataset
 from metr.data.formats import base
 from metr.data.index import cache as index_cache
-from metr.data.index import fingerprints as fingerprints_module
+from metr.data.index import manifest as manifest_module
+from metr.data.index.annotation_index import LabelMap
+from metr.data.splits import SplitPlan
 
 
 def opened(root: Path, **options: object) -> DatasetSource:
@@ -27,14 +29,14 @@ def opened(root: Path, **options: object) -> DatasetSource:
 def builds(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The folders that indices were written to, each slowly."""
     found: list[Path] = []
-    write = index_cache._write
+    write = index_cache.build_index
 
     def counted(reader: object, plan: object, folder: Path) -> object:
         found.append(folder)
         time.sleep(0.2)
         return write(reader, plan, folder)
 
-    monkeypatch.setattr(index_cache, "_write", counted)
+    monkeypatch.setattr(index_cache, "build_index", counted)
     return found
 
 
@@ -159,8 +161,8 @@ def test_built_again_when_a_broken_image_is_mended_in_place(tmp_path: Path) -> N
 
 def test_of_many_measured_images_some_are_watched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Evenly spaced ones, so a change of all is noticed; and the manifest stays small."""
-    monkeypatch.setattr(fingerprints_module, "FINGERPRINTS", 8)
-    fingerprints = fingerprints_module.Fingerprints()
+    monkeypatch.setattr(manifest_module, "FINGERPRINTS", 8)
+    fingerprints = manifest_module.Fingerprints()
     paths = [save_image(tmp_path / f"{number:02}.jpg") for number in range(33)]
     for path in paths:
         fingerprints.add(path.name, tmp_path)
@@ -239,8 +241,8 @@ def test_ids_are_unique_within_a_part(tmp_path: Path) -> None:
             reading.names.number("cat")
             yield from raws
 
-    plan = index_cache.SplitPlan(parts={"train": ("own",)})
+    plan = SplitPlan(parts={"train": ("own",)})
     stored = index_cache.stored(Made(root, {"own": ()}), plan, tmp_path / "cache")
-    labels = index_cache.LabelMap.identity(("cat",))
+    labels = LabelMap.identity(("cat",))
     ids = [record.image_id for record in stored.open("train", name="m", format_name="made", labels=labels)]
     assert ids == [7, "own/7", "own/7-2"]

@@ -11,7 +11,8 @@ from played import HEIGHT, WIDTH, annotations, detections, record
 
 from metr.data.records import ImageRecord, InMemoryAnnotations
 from metr.errors import DataError
-from metr.evaluation.coco import coco_results, evaluate_detections, write_coco_results
+from metr.evaluation.coco import evaluate_detections
+from metr.inference.coco_results import coco_results, write_coco_results
 from metr.structures import Detections
 
 NAMES = ("cat", "dog", "eel", "fox")

@@ -1,7 +1,7 @@
 import pytest
 from played import annotations, detections, record
 
-from metr.evaluation.cross_dataset import NO_FIELD, count_best_names, cross_dataset_confusion
+from metr.evaluation.metrics import NO_DOMAIN, count_best_names, cross_dataset_confusion
 
 NAMES = ("RBC", "king", "bear", "eel", "cup")
 BOX = (0.0, 0.0, 9.0, 9.0)
@@ -35,7 +35,7 @@ def test_names_of_another_field_are_confused_and_shared_ones_are_not() -> None:
         "cards": {"king": 4},
     }
     result = cross_dataset_confusion(named, CATEGORIES, FIELDS)
-    assert result.fields == ("bccd", "photographs", "cards")
+    assert result.domains == ("bccd", "photographs", "cards")
     # "king" names cards and photographs: half a count each in a blood smear, a whole one among the cards
     assert result.counts == ((6.0, 1.0, 1.0), (5.0, 5.0, 0.0), (0.0, 0.0, 4.0))
     assert result.shares == pytest.approx({"bccd": 25.0, "wild": 50.0, "cards": 0.0})
@@ -45,12 +45,12 @@ def test_names_of_another_field_are_confused_and_shared_ones_are_not() -> None:
 def test_without_groups_each_dataset_is_a_field() -> None:
     result = cross_dataset_confusion({"wild": {"bear": 3, "eel": 1}}, CATEGORIES)
     assert result.shares == {"wild": 25.0}
-    assert set(result.fields) == set(CATEGORIES)
+    assert set(result.domains) == set(CATEGORIES)
 
 
 def test_names_of_no_dataset_are_foreign_everywhere() -> None:
     result = cross_dataset_confusion({"bccd": {"RBC": 1, "unicorn": 1}}, CATEGORIES, FIELDS)
-    assert result.fields[-1] == NO_FIELD
+    assert result.domains[-1] == NO_DOMAIN
     assert result.counts[0][-1] == 1
     assert result.pooled == 50
 

@@ -15,8 +15,7 @@ from metr.data.joint import open_joint
 from metr.errors import DataError
 from metr.evaluation.coco import evaluate_detections
 from metr.evaluation.evaluate import evaluate
-from metr.evaluation.evaluator import EvaluationConfig, EvaluationReport
-from metr.evaluation.report import from_dict
+from metr.evaluation.results import EvaluationConfig, EvaluationReport, from_dict
 from metr.inference.config import InferenceConfig
 from metr.model import METR
 
@@ -102,7 +101,7 @@ def test_names_that_the_model_never_saw(tiny_run: TinyRun, tmp_path: Path) -> No
     # all names: those of training are asked for as well, and their fields take part
     assert report.names == 11
     assert report.confusion is not None
-    assert set(report.confusion.fields) == {"strange", *NAMES}
+    assert set(report.confusion.domains) == {"strange", *NAMES}
 
 
 def test_a_dataset_of_the_same_name_does_not_hide_names_of_training(tiny_run: TinyRun, tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ from played import Answer, Images, ScriptedNetwork, annotations, detections, rec
 
 from metr.errors import ConfigError, DataError, ModelError
 from metr.evaluation.coco import evaluate_detections
-from metr.evaluation.evaluator import EvaluationConfig, EvaluationReport, EvaluationSet, Evaluator
-from metr.evaluation.report import as_markdown, category_table, dataset_table, from_dict, write_report
+from metr.evaluation.report import as_markdown, category_table, dataset_table, write_report
+from metr.evaluation.results import from_dict
+from metr.evaluation.runner import EvaluationConfig, EvaluationReport, EvaluationSet, Evaluator
 from metr.text.vocabulary import Vocabulary
 
 CAT, DOG = (10.0, 10.0, 40.0, 40.0), (50.0, 20.0, 90.0, 70.0)
@@ -80,9 +81,9 @@ def test_field_confusion_counts_the_best_detections() -> None:
     assert report.confusion.counts == ((3.0, 1.0), (0.0, 2.0))
     assert report.confusion.shares == pytest.approx({"pets": 25.0, "cards": 0.0})
     assert report.confusion.pooled == pytest.approx(100 / 6)
-    together = run(EvaluationConfig(fields={"pets": "photographs", "cards": "photographs"}))
+    together = run(EvaluationConfig(domains={"pets": "photographs", "cards": "photographs"}))
     assert together.confusion is None
-    assert [one.field for one in together.datasets] == ["photographs", "photographs"]
+    assert [one.domain for one in together.datasets] == ["photographs", "photographs"]
 
 
 def test_foreign_names_count_among_the_detections_of_a_image() -> None:
@@ -182,7 +183,7 @@ def test_markdown_has_every_number_in_its_column() -> None:
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     pets = dict(zip(cells[0], cells[2], strict=True))
     assert pets["AP (own names)"] == f"{report.datasets[0].own.coco.ap:.1f}"
-    assert pets["AP50 (all names)"] == f"{report.datasets[0].joint.coco.ap50:.1f}"
+    assert pets["AP50 (joint vocabulary)"] == f"{report.datasets[0].joint.coco.ap50:.1f}"
     assert pets["cross-dataset confusion"] == "25.0"
     assert pets["recall at 1"] == "50.0"
     assert cells[3][0] == "cards (not in the mean)"

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from metr.evaluation.presence import PresenceRecall, presence_recall
+from metr.evaluation.metrics import PresenceRecall, presence_recall
 
 
 def test_equals_counting_by_hand() -> None:

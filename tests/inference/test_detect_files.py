@@ -13,14 +13,21 @@ from rich.console import Console
 from metr.boxes import xywh_to_xyxy
 from metr.data.images import read_image
 from metr.errors import DataError
+from metr.inference.config import InferenceConfig, PostprocessConfig
 from metr.inference.detect_files import detect_files
+from metr.inference.predictor import Predictor
 from metr.model import METR
 
 from tiny import TinyRun
 
 
+def predictor(run: TinyRun, threshold: float = 0.3, names: list[str] | None = None) -> Predictor:
+    config = InferenceConfig(postprocess=PostprocessConfig.to_show(threshold))
+    return METR.from_pretrained(run.folder, device="cpu").predictor(names, config)
+
+
 @pytest.fixture
-def random_images(tiny_run: TinyRun, tmp_path: Path) -> Path:
+def images(tiny_run: TinyRun, tmp_path: Path) -> Path:
     """A folder of two images, one in a subfolder, and a text."""
     (tmp_path / "images/more").mkdir(parents=True)
     shutil.copy(tiny_run.unseen[0], tmp_path / "images/a.jpg")
@@ -31,7 +38,7 @@ def random_images(tiny_run: TinyRun, tmp_path: Path) -> Path:
 
 def test_results_are_coco_results_and_their_key(tiny_run: TinyRun, images: Path, tmp_path: Path) -> None:
     out, names = tmp_path / "made/out", ["penguin", "leaf"]
-    detect_files(tiny_run.folder, [images], out, names=names, threshold=0.0, device="cpu")
+    detect_files(predictor(tiny_run, 0.0, names), [images], out)
     truth = COCO(str(out / "images.json"))
     loaded = truth.loadRes(str(out / "detections.json"))
     assert [category["name"] for category in truth.loadCats(truth.getCatIds())] == names
@@ -51,7 +58,7 @@ def test_results_are_coco_results_and_their_key(tiny_run: TinyRun, images: Path,
 
 
 def test_every_image_is_drawn_under_a_name_of_its_own(tiny_run: TinyRun, images: Path, tmp_path: Path) -> None:
-    done = detect_files(tiny_run.folder, [images], tmp_path / "out", threshold=0.0)
+    done = detect_files(predictor(tiny_run, 0.0), [images], tmp_path / "out")
     assert [Path(one.source).name for one in done] == ["a.jpg", "a.JPG"]
     for name, original in (("a.jpg", "a.jpg"), ("a-2.jpg", "more/a.JPG")):
         drawn, plain = read_image(tmp_path / "out" / name), read_image(images / original)
@@ -60,7 +67,7 @@ def test_every_image_is_drawn_under_a_name_of_its_own(tiny_run: TinyRun, images:
 
 
 def test_nothing_found_is_no_issue(tiny_run: TinyRun, images: Path, tmp_path: Path) -> None:
-    (one,) = detect_files(tiny_run.folder, [images / "a.jpg"], tmp_path / "out", threshold=1.0)
+    (one,) = detect_files(predictor(tiny_run, 1.0), [images / "a.jpg"], tmp_path / "out")
     assert one.detections is not None
     assert len(one.detections) == 0
     assert json.loads((tmp_path / "out/detections.json").read_text()) == []
@@ -70,23 +77,23 @@ def test_nothing_found_is_no_issue(tiny_run: TinyRun, images: Path, tmp_path: Pa
 
 def test_what_was_drawn_before_is_not_looked_at(tiny_run: TinyRun, images: Path) -> None:
     for _ in range(2):
-        done = detect_files(tiny_run.folder, [images], images / "out")
+        done = detect_files(predictor(tiny_run), [images], images / "out")
     assert len(done) == 2
 
 
 def test_a_image_is_never_drawn_over(tiny_run: TinyRun, images: Path) -> None:
     before = (images / "a.jpg").read_bytes()
     with pytest.raises(DataError, match=r"a\.jpg: a drawing would take the place of this image"):
-        detect_files(tiny_run.folder, [images], images)
+        detect_files(predictor(tiny_run), [images], images)
     with pytest.raises(DataError, match="take the place"):
-        detect_files(tiny_run.folder, [images / "a.jpg"], images / "more/..")
+        detect_files(predictor(tiny_run), [images / "a.jpg"], images / "more/..")
     assert (images / "a.jpg").read_bytes() == before
 
 
 def test_a_broken_image_is_skipped_and_listed(tiny_run: TinyRun, images: Path, tmp_path: Path) -> None:
     (images / "b.png").touch()
     console = Console(record=True, width=80, quiet=False, file=(tmp_path / "said").open("w", encoding="utf-8"))
-    done = detect_files(tiny_run.folder, [images], tmp_path / "out", console=console)
+    done = detect_files(predictor(tiny_run), [images], tmp_path / "out", console=console)
     console.file.close()
     assert [one.issue is None for one in done] == [True, False, True]
     said = (tmp_path / "said").read_text()
@@ -105,7 +112,7 @@ def test_many_images_are_summed_up(tiny_run: TinyRun, tmp_path: Path) -> None:
     for number in range(22):
         shutil.copy(tiny_run.unseen[0], tmp_path / f"{number:02}.jpg")
     with (tmp_path / "said").open("w", encoding="utf-8") as said:
-        detect_files(tiny_run.folder, [tmp_path], tmp_path / "out", console=Console(file=said, width=80))
+        detect_files(predictor(tiny_run), [tmp_path], tmp_path / "out", console=Console(file=said, width=80))
     text = (tmp_path / "said").read_text()
     assert "19.jpg: " in text
     assert "20.jpg: " not in text
@@ -124,5 +131,5 @@ def test_without_a_image_there_is_an_error(tiny_run: TinyRun, tmp_path: Path, gi
     (tmp_path / "texts").mkdir()
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff\xe0 no image")
     with pytest.raises(DataError, match=told) as caught:
-        detect_files(tiny_run.folder, [tmp_path / given], tmp_path / "out")
+        detect_files(predictor(tiny_run), [tmp_path / given], tmp_path / "out")
     assert str(tmp_path / given) in str(caught.value)

@@ -7,9 +7,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from metr.data.config import ResizeConfig
+from metr.data.images import load_image
 from metr.errors import DataError, ModelError
 from metr.inference.config import InferenceConfig
-from metr.inference.predictor import Predictor, _as_array
+from metr.inference.predictor import Predictor
 from metr.structures import Categories, Detections, DetectorOutput, Proposals
 
 from small import TEXT_WIDTH, small_config, small_detector
@@ -156,7 +157,7 @@ def test_a_broken_image_is_an_error_alone_and_a_listed_skip_among_others(tmp_pat
 )
 def test_what_is_no_image_is_named(image: object) -> None:
     with pytest.raises(DataError, match="image 3: expected"):
-        _as_array(image, "image 3")
+        load_image(image, "image 3")
 
 
 def test_modes_are_given_back_and_nothing_needs_a_gradient() -> None:

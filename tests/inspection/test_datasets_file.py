@@ -48,8 +48,8 @@ def test_the_listing_gives_the_same_datasets(tmp_path: Path, options: dict[str, 
     source = opened(tmp_path, **options)
     path = written(tmp_path, source)
     (spec,) = parse_data_arguments([str(path)])
-    assert spec.path.resolve() == source.spec.path.resolve()
-    assert spec.model_copy(update={"path": source.spec.path}) == source.spec.model_copy(update={"format": "csv"})
+    assert spec.path.resolve() == source.config.path.resolve()
+    assert spec.model_copy(update={"path": source.config.path}) == source.config.model_copy(update={"format": "csv"})
     again = open_dataset(spec, tmp_path / "cache")
     assert again.categories == source.categories
     assert [len(split) for split in again.splits.values()] == [len(split) for split in source.splits.values()]

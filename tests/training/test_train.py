@@ -11,7 +11,7 @@ import torch
 from metr.checkpoint import load_checkpoint
 from metr.config import merge, read_yaml
 from metr.errors import CheckpointError, ConfigError, DataError, MetrError
-from metr.evaluation.evaluate import EvaluationRunner
+from metr.evaluation.runner import EvaluationRunner
 from metr.model import METR
 from metr.training.metrics import read_metrics
 from metr.training.recipe import RunConfig, load_recipe

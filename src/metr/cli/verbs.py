@@ -109,7 +109,7 @@ def evaluate(
     batch_size: _BatchSize = 8,
     device: _Device = "auto",
 ) -> None:
-    """Measure average precision on datasets. Own names, all names together, confusion between fields."""
+    """Measure average precision on datasets. Own names, the joint vocabulary, confusion between datasets."""
     from metr.evaluation.evaluate import evaluate as evaluate_run
 
     # a name on the hub is no folder to write into
@@ -129,18 +129,14 @@ def detect(
     device: _Device = "auto",
 ) -> None:
     """Find objects in images. Any names can be asked for, trained or not."""
+    from metr.inference.config import InferenceConfig, PostprocessConfig
     from metr.inference.detect_files import detect_files
+    from metr.model import METR
 
-    detect_files(
-        run,
-        images,
-        out,
-        names=None if categories is None else [name.strip() for name in categories.split(",")],
-        threshold=threshold,
-        batch_size=batch_size,
-        device=device,
-        console=Console(),
-    )
+    names = None if categories is None else [name.strip() for name in categories.split(",")]
+    config = InferenceConfig(batch_size=batch_size, postprocess=PostprocessConfig.to_show(threshold))
+    predictor = METR.from_pretrained(run, device=device).predictor(names, config)
+    detect_files(predictor, images, out, console=Console())
 
 
 def transfer(

@@ -1,4 +1,4 @@
-"""Datasets as users name them: a path, `name=path`, or a YAML file that lists several with their options."""
+"""Datasets as users name them: a path, `name=path`, or a datasets file, which is YAML that lists several."""
 
 import logging
 import os
@@ -17,7 +17,8 @@ from metr.data.formats.base import plain_name
 from metr.data.formats.files import expanded, there
 from metr.data.formats.registry import log_other_formats, recognise
 from metr.data.index.annotation_index import AnnotationIndex, LabelMap
-from metr.data.index.cache import Manifest, default_cache, stored
+from metr.data.index.cache import default_cache, stored
+from metr.data.index.manifest import Manifest
 from metr.data.records import Annotations, DataIssue
 from metr.data.splits import TEST, VAL, plan_splits
 from metr.errors import ConfigError, DataError, did_you_mean
@@ -29,28 +30,28 @@ FormatName = Literal[
 ]
 SplitName = Literal["train", "val", "test"]
 
-_LISTING_SUFFIXES = frozenset({".yaml", ".yml"})
+_SUFFIXES = frozenset({".yaml", ".yml"})
 
 
 class DatasetConfig(Config):
-    """One dataset of a run: where it is and how it is meant. Category names are meant after `renames`."""
+    """One dataset of a run: where it is and how it is read. Category names are meant after `renames`."""
 
-    # How messages, results and vocabularies call the dataset.
     name: Annotated[str, Field(min_length=1)]
-    # Its folder, or its one annotation file.
+    """How messages, results and vocabularies call the dataset."""
     path: Path
-    # None: recognised.
+    """Its folder, or its one annotation file."""
     format: FormatName | None = None
-    # Which of the dataset's own splits are train, val and test. None: by the convention of the format.
+    """None: recognised."""
     splits: dict[SplitName, tuple[str, ...] | str] | None = None
-    # How much of a batch the dataset gets, relative to the others.
+    """Which of the dataset's own splits are train, val and test. None: by the convention of the format."""
     weight: Annotated[float, Field(gt=0)] = 1.0
-    # Category name -> the phrase that the text encoder reads instead of it.
+    """How much of a batch the dataset gets, relative to the others."""
     prompts: dict[str, str] = Field(default_factory=dict)
-    # Category name in the files -> category name here. Several may become one.
+    """Category name -> the phrase that the text encoder reads instead of it."""
     renames: dict[str, str] = Field(default_factory=dict)
-    # The categories that are annotated wherever they are to be seen. None: what the format says, mostly all.
+    """Category name in the files -> category name here. Several may become one."""
     exhaustive: tuple[str, ...] | None = None
+    """The categories that are annotated wherever they can be seen. None: what the format says, mostly all."""
 
 
 class DatasetsFile(Config):
@@ -63,14 +64,21 @@ class DatasetsFile(Config):
 class DatasetSource:
     """An opened dataset.
 
-    `categories` are its names in the order of the labels. `splits` are its annotations by split. `issues` are the first
-    of each kind that reading went past, `issue_counts` how many there were.
+    Attributes:
+        name: How messages, results and vocabularies call it.
+        format: The format that its files are written in.
+        root: Its folder.
+        config: How the user named it, with all options.
+        categories: Its names in the order of the labels.
+        splits: Its annotations by split.
+        issues: The first issues of each kind that were found while it was read.
+        issue_counts: How many there were of each kind.
     """
 
     name: str
     format: str
     root: Path
-    spec: DatasetConfig
+    config: DatasetConfig
     categories: tuple[str, ...]
     splits: Mapping[str, AnnotationIndex]
     issues: tuple[DataIssue, ...] = ()
@@ -83,7 +91,7 @@ class DatasetSource:
             DataError: the dataset has no such split.
         """
         if name not in self.splits:
-            hint = f"it has {', '.join(self.splits)}; `splits` in a YAML listing can say which is which"
+            hint = f"it has {', '.join(self.splits)}; `splits` in a datasets file can say which is which"
             raise DataError(f"no {name!r} split", where=self.root, hint=hint)
         return self.splits[name]
 
@@ -102,60 +110,60 @@ class DatasetSource:
 
 
 def parse_data_arguments(arguments: Sequence[str]) -> tuple[DatasetConfig, ...]:
-    """The datasets that a command line names: paths, `name=path`, or YAML files that list datasets.
+    """The datasets that a command line names: paths, `name=path`, or datasets files.
 
     Raises:
-        ConfigError: a listing has an unknown key or a wrong value.
+        ConfigError: a datasets file has an unknown key or a wrong value.
         DataError: two datasets have the same name, or none is named.
     """
-    specs = [spec for argument in arguments for spec in _parse_argument(argument)]
-    if not specs:
+    configs = [config for argument in arguments for config in _parse_argument(argument)]
+    if not configs:
         raise DataError("no dataset is named", hint="name a folder: metr inspect path/to/dataset")
-    counts = Counter(spec.name for spec in specs)
-    for spec in specs:
-        if counts[spec.name] > 1:
-            paths = " and ".join(str(other.path) for other in specs if other.name == spec.name)
-            hint = f"give each a name of its own: other_name={spec.path}"
-            raise DataError(f"{counts[spec.name]} datasets are called {spec.name!r}: {paths}", hint=hint)
-    return tuple(specs)
+    counts = Counter(config.name for config in configs)
+    for config in configs:
+        if counts[config.name] > 1:
+            paths = " and ".join(str(other.path) for other in configs if other.name == config.name)
+            hint = f"give each a name of its own: other_name={config.path}"
+            raise DataError(f"{counts[config.name]} datasets are called {config.name!r}: {paths}", hint=hint)
+    return tuple(configs)
 
 
-def open_dataset(spec: DatasetConfig, cache_dir: Path | None = None) -> DatasetSource:
+def open_dataset(config: DatasetConfig, cache_dir: Path | None = None) -> DatasetSource:
     """Recognises and reads a dataset, or opens its index where it has been read before and is unchanged.
 
     Args:
-        spec: The dataset.
+        config: The dataset.
         cache_dir: The folder of indices; None means `index` in METR_CACHE or in `~/.cache/metr`.
 
     Raises:
-        DataError: the folder is missing, fits no known format, holds no image, or lacks what the spec names.
+        DataError: the folder is missing, fits no known format, holds no image, or lacks what `config` names.
     """
-    reader = recognise(spec.path, spec.format, tell_others=False)
-    wanted = None if spec.splits is None else {str(key): _as_tuple(value) for key, value in spec.splits.items()}
-    plan = plan_splits(list(reader.splits), wanted, spec.path)
+    reader = recognise(config.path, config.format, tell_others=False)
+    wanted = None if config.splits is None else {str(key): _as_tuple(value) for key, value in config.splits.items()}
+    plan = plan_splits(list(reader.splits), wanted, config.path)
     if plan.seeded:
-        logger.warning("%s: no split to evaluate on; a seeded fifth of its images is held out as val", spec.name)
+        logger.warning("%s: no split to evaluate on; a seeded fifth of its images is held out as val", config.name)
     dataset = stored(reader, plan, cache_dir or default_cache())
-    if dataset.fresh and spec.format is None:
-        log_other_formats(reader, spec.path)
+    if dataset.fresh and config.format is None:
+        log_other_formats(reader, config.path)
     notes: list[DataIssue] = []
     kept = _kept_names(dataset.manifest, notes)
-    labels = _label_map(dataset.manifest, kept, spec, sort=not reader.declares_categories)
+    labels = _label_map(dataset.manifest, kept, config, sort=not reader.declares_categories)
     counts: Counter[str] = Counter(issue.kind for issue in notes)
     for summary in dataset.manifest.issues.values():
         counts.update(summary.counts)
     found = [issue for split in dataset.manifest.issues for issue in dataset.issues(split)]
     if counts:
         listed = ", ".join(f"{count} x {kind}" for kind, count in counts.items())
-        logger.info("%s: went past %s; `metr inspect` shows where", spec.name, listed)
+        logger.info("%s: went past %s; `metr inspect` shows where", config.name, listed)
     return DatasetSource(
-        name=spec.name,
+        name=config.name,
         format=reader.format,
         root=reader.root,
-        spec=spec,
+        config=config,
         categories=labels.categories,
         splits={
-            split: dataset.open(split, name=spec.name, format_name=reader.format, labels=labels)
+            split: dataset.open(split, name=config.name, format_name=reader.format, labels=labels)
             for split in dataset.manifest.splits
         },
         issues=(*notes, *found),
@@ -167,24 +175,24 @@ def _parse_argument(argument: str) -> list[DatasetConfig]:
     name, equals, rest = argument.partition("=")
     path = expanded(argument)
     if equals and name and not re.search(r"[\\/]", name) and not there(path):
-        return [_spec({"name": name, "path": rest}, Path(), argument)]
-    if path.suffix.lower() in _LISTING_SUFFIXES:
+        return [_dataset_config({"name": name, "path": rest}, Path(), argument)]
+    if path.suffix.lower() in _SUFFIXES:
         values = read_yaml(path)
         if "datasets" in values or "names" not in values:  # with names it is the description of a YOLO dataset
-            listing = DatasetsFile.checked(values, where=path)
-            return [_listed_spec(item, path) for item in listing.datasets]
-    return [_spec({"path": argument}, Path(), argument)]
+            datasets = DatasetsFile.checked(values, where=path).datasets
+            return [_listed_dataset(item, path) for item in datasets]
+    return [_dataset_config({"path": argument}, Path(), argument)]
 
 
-def _listed_spec(item: Mapping[str, Any] | str, listing: Path) -> DatasetConfig:
-    """A dataset of a listing; its path is relative to the listing."""
+def _listed_dataset(item: Mapping[str, Any] | str, file: Path) -> DatasetConfig:
+    """A dataset of a datasets file; its path is relative to the file."""
     if isinstance(item, str):
         name, equals, path = item.rpartition("=")
         item = {"name": name, "path": path} if equals else {"path": path}
-    return _spec(item, listing.parent, listing)
+    return _dataset_config(item, file.parent, file)
 
 
-def _spec(values: Mapping[str, Any], base: Path, where: object) -> DatasetConfig:
+def _dataset_config(values: Mapping[str, Any], base: Path, where: object) -> DatasetConfig:
     path = values.get("path")
     if not isinstance(path, str) or not path.strip():
         raise ConfigError("a dataset without a path", where=where, hint="write path: and the dataset's folder")
@@ -201,7 +209,7 @@ def _as_tuple(value: tuple[str, ...] | str) -> tuple[str, ...]:
 
 
 def _kept_names(manifest: Manifest, notes: list[DataIssue]) -> list[str]:
-    """The names without those that only head the others and have no box (category 0 of Roboflow's COCO files)."""
+    """The names but for supercategories of others without a box of their own (category 0 of Roboflow's COCO files)."""
     heads = {parent for name, parent in manifest.parents.items() if parent != name}
     kept = []
     for name, count in zip(manifest.names, manifest.counts, strict=True):
@@ -213,27 +221,29 @@ def _kept_names(manifest: Manifest, notes: list[DataIssue]) -> list[str]:
     return kept
 
 
-def _label_map(manifest: Manifest, kept: Sequence[str], spec: DatasetConfig, *, sort: bool) -> LabelMap:
-    """The dataset's categories: the kept names, renamed, equal ones joined.
+def _label_map(manifest: Manifest, kept: Sequence[str], config: DatasetConfig, *, sort: bool) -> LabelMap:
+    """The dataset's categories: the kept names after `renames`, equal ones joined.
 
     Raises:
-        DataError: there is no category, or the spec names one that is not there.
+        DataError: there is no category, or `config` names one that is not there.
     """
     if not kept:
-        raise DataError("no category: nothing is declared and no box has a name", where=spec.path)
-    _check_known(spec.renames, kept, "renames", spec)
-    renamed = {name: plain_name(spec.renames.get(name, name)) for name in kept}
+        raise DataError("no category: nothing is declared and no box has a name", where=config.path)
+    _check_known(config.renames, kept, "renames", config)
+    renamed = {name: plain_name(config.renames.get(name, name)) for name in kept}
     categories = tuple(dict.fromkeys(renamed[name] for name in (sorted(kept) if sort else kept)))
     places = {name: place for place, name in enumerate(categories)}
     rows = np.array([places[renamed[name]] if name in renamed else -1 for name in manifest.names], dtype=np.int64)
-    _check_known(spec.prompts, categories, "prompts", spec)
-    _check_known(spec.exhaustive or (), categories, "exhaustive", spec)
-    annotated = None if spec.exhaustive is None else tuple(sorted(places[name] for name in set(spec.exhaustive)))
+    _check_known(config.prompts, categories, "prompts", config)
+    _check_known(config.exhaustive or (), categories, "exhaustive", config)
+    annotated = None if config.exhaustive is None else tuple(sorted(places[name] for name in set(config.exhaustive)))
     return LabelMap(categories=categories, rows=rows, annotated=annotated)
 
 
-def _check_known(names: Sequence[str] | Mapping[str, str], known: Sequence[str], key: str, spec: DatasetConfig) -> None:
+def _check_known(
+    names: Sequence[str] | Mapping[str, str], known: Sequence[str], key: str, config: DatasetConfig
+) -> None:
     for name in names:
         if name not in known:
             what = f"`{key}` names {name!r}, which is no category of this dataset"
-            raise DataError(what, where=spec.path, hint=did_you_mean(name, known))
+            raise DataError(what, where=config.path, hint=did_you_mean(name, known))

@@ -100,7 +100,7 @@ class ImageFolder:
 
 def unsaid_options(source: DatasetSource) -> Counter[str]:
     """What a dataset was opened with that no format has a place for; categories are written under their new names."""
-    spec = source.spec
+    spec = source.config
     return Counter({"prompt": len(spec.prompts), "weight": int(spec.weight != 1), "old name": len(spec.renames)})
 
 

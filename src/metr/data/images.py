@@ -1,32 +1,68 @@
-"""Images: their size without decoding, and reading them as 8-bit RGB whatever the file holds."""
+"""Images: one decoder for files, PIL images and arrays; sizes without decoding; records fitted to their images."""
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
-import cv2
 import numpy as np
 from jaxtyping import UInt8
+from PIL import Image
+from PIL.BmpImagePlugin import BmpImageFile
+from PIL.GifImagePlugin import GifImageFile
+from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+from PIL.WebPImagePlugin import WebPImageFile
 
-from metr.data.image_headers import Header, parse_header, without_orientation
-from metr.data.records import DataIssue, ImageRecord
+from metr.data.records import Annotations, DataIssue, ImageRecord, InMemoryAnnotations
 from metr.errors import DataError
+
+ImageSource = str | Path | np.ndarray | Image.Image
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".webp", ".gif", ".tif", ".tiff"})
 
 # A file of a few kilobytes may unfold to gigabytes: 2^27 pixels take 400 MB as RGB.
 MAX_PIXELS = 1 << 27
 
-# The EXIF orientations, after rows and columns have changed places where they must.
+# Pillow's readers by how a file starts. `Image.open` would refuse large images before it tells their size.
+_READERS: tuple[tuple[bytes, type[ImageFile]], ...] = (
+    (b"\xff\xd8", JpegImageFile),
+    (b"\x89PNG\r\n\x1a\n", PngImageFile),
+    (b"BM", BmpImageFile),
+    (b"GIF8", GifImageFile),
+    (b"RIFF", WebPImageFile),
+    (b"II*\0", TiffImageFile),
+    (b"MM\0*", TiffImageFile),
+)
+# What Pillow raises about a damaged file, beside OSError.
+_DAMAGED = (SyntaxError, ValueError, TypeError, LookupError, EOFError, OverflowError, struct.error, zlib.error)
+
+_WIDTH, _HEIGHT, _ORIENTATION = 256, 257, 274  # tags of TIFF, the last one of EXIF too
+_SIDEWAYS = frozenset({5, 6, 7, 8})  # orientations that swap width and height
+# The EXIF orientations that flip rows or columns, after a sideways image has been transposed.
 _FLIP_ROWS, _FLIP_COLUMNS = frozenset({3, 4, 7, 8}), frozenset({2, 3, 6, 7})
 
-# OpenCV writes to the standard error what it finds wrong in an image; the errors raised here say it, naming the file.
-cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_FATAL)
+_TRANSPARENT = frozenset({"LA", "PA", "RGBA", "RGBa"})
 
-# Headers nearly always end within this many bytes; the rest of the file is read only where they do not.
-_HEAD_BYTES = 1 << 15
+
+@dataclass(frozen=True, kw_only=True)
+class Header:
+    """What a file says about its image: (height, width) in pixels as stored, and the EXIF orientation (1 to 8)."""
+
+    stored_size: tuple[int, int]
+    orientation: int = 1
+
+    @property
+    def shown_size(self) -> tuple[int, int]:
+        """(height, width) as viewers show the image: they obey the EXIF orientation."""
+        height, width = self.stored_size
+        return (width, height) if self.orientation in _SIDEWAYS else (height, width)
 
 
 def probe_size(path: Path) -> tuple[int, int]:
@@ -44,40 +80,69 @@ def read_header(path: Path) -> Header:
     Raises:
         DataError: the file is missing, empty, cut off or not an image of a known format.
     """
-    with _file_errors(path), path.open("rb") as file:
-        head = file.read(_HEAD_BYTES)
-        return _header_of(path, head, lambda: head + file.read())
+    with _opened(path) as (_, header):
+        return header
 
 
-def read_image(path: Path, *, max_pixels: int = MAX_PIXELS, orient: bool = True) -> UInt8[np.ndarray, "h w 3"]:
-    """An image as 8-bit RGB.
+def read_image(path: Path) -> UInt8[np.ndarray, "h w 3"]:
+    """An image file as 8-bit RGB, as viewers show it; `rgb_pixels` says how other kinds of pixels are converted.
 
-    Grey, palette, CMYK and 16-bit images are converted; transparency is laid on white (that of grey TIFF files is
-    forgotten). Of an animation, the first frame is read.
+    Of an animation, the first frame is read.
 
     Args:
-        path: A JPEG, PNG, BMP, GIF, WebP or TIFF file.
-        max_pixels: An image with more pixels is refused before it is decoded.
-        orient: Turn the image as its EXIF orientation says, as viewers do; else leave the pixels as stored.
+        path: A JPEG, PNG, BMP, GIF, WebP or TIFF file of at most `MAX_PIXELS` pixels.
 
     Raises:
         DataError: the file is missing, empty, cut off, not an image, or has too many pixels.
     """
-    with _file_errors(path):
-        data = path.read_bytes()  # cv2.imread fails on non-Latin paths on some systems
-    header = _header_of(path, data[:_HEAD_BYTES], lambda: data)
-    _refuse_too_large(path, header, max_pixels)
-    image = _decoded(data, header)
-    if image is None or image.shape[:2] != header.stored_size:
-        what = f"a {header.kind.upper()} image that cannot be decoded: cut off, damaged or of an unusual pixel type"
-        raise DataError(what, where=path, hint="open it in a viewer and save it again, or remove it")
-    image = _as_rgb(image, header)
-    return np.ascontiguousarray(_turned(image, header.orientation) if orient else image)
+    return _read(path)[0]
 
 
-def read_annotated(
-    record: ImageRecord, *, max_pixels: int = MAX_PIXELS
-) -> tuple[UInt8[np.ndarray, "h w 3"], ImageRecord, DataIssue | None]:
+def load_image(image: ImageSource, where: object) -> UInt8[np.ndarray, "h w 3"]:
+    """An image as 8-bit RGB, whether it comes as a path, a PIL image or an RGB array [h w 3] of bytes.
+
+    Args:
+        image: The image.
+        where: What error messages call it, if it is no path.
+
+    Raises:
+        DataError: it cannot be read or decoded, or is nothing of the three.
+    """
+    if isinstance(image, str | Path):
+        return read_image(Path(image))
+    if isinstance(image, Image.Image):
+        return rgb_pixels(image, where)
+    if not isinstance(image, np.ndarray):
+        raise DataError(f"expected a path, an RGB array or a PIL image, found a {type(image).__name__}", where=where)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
+        what = f"expected RGB bytes [height, width, 3], found {image.dtype} {list(image.shape)}"
+        raise DataError(what, where=where, hint="make a PIL image of it, or convert it to 8-bit RGB first")
+    return np.ascontiguousarray(image)
+
+
+def rgb_pixels(image: Image.Image, where: object) -> UInt8[np.ndarray, "h w 3"]:
+    """A PIL image as 8-bit RGB, turned as its EXIF orientation says.
+
+    Grey, palette and CMYK images are converted; of 16 bits the high 8 are kept; floating-point numbers are clipped to
+    0..255; transparent images are laid on white.
+
+    Raises:
+        DataError: the image comes from a file that turns out to be damaged, or its pixels are of an unusual type.
+    """
+    orientation = _orientation(image)
+    try:
+        image.load()
+        pixels = _as_rgb(image)
+    except (OSError, *_DAMAGED) as error:
+        kind = f"a {image.format} image" if image.format else "an image"
+        what = f"{kind} that cannot be decoded: cut off, damaged or of an unusual pixel type ({error})"
+        raise DataError(what, where=where, hint="open it in a viewer and save it again, or remove it") from None
+    # Pillow has turned a TIFF image while it loaded it, and taken the orientation away.
+    turned = _orientation(image) != orientation
+    return pixels if turned else np.ascontiguousarray(_turned(pixels, orientation))
+
+
+def read_annotated(record: ImageRecord) -> tuple[UInt8[np.ndarray, "h w 3"], ImageRecord, DataIssue | None]:
     """The image of a record, the record fitted to it, and what did not agree, if anything.
 
     Boxes are meant in an image of the size that the annotations declare. Where that is the size of the stored pixels
@@ -87,9 +152,8 @@ def read_annotated(
     Raises:
         DataError: as `read_image`.
     """
-    header = read_header(record.path)
+    image, header = _read(record.path)
     issue = _disagreement(record, header)
-    image = read_image(record.path, max_pixels=max_pixels)
     record = _turned_record(record, header)
     height, width = int(image.shape[0]), int(image.shape[1])
     if (height, width) == (record.height, record.width):
@@ -111,16 +175,29 @@ def exif_oriented_record(record: ImageRecord) -> ImageRecord:
         return record
 
 
+def exif_oriented(annotations: Annotations) -> InMemoryAnnotations:
+    """A split whose boxes are turned with their images, which is what detections are compared with.
+
+    The header of each image is read once, now.
+    """
+    return InMemoryAnnotations(
+        name=annotations.name,
+        split=annotations.split,
+        format=annotations.format,
+        categories=annotations.categories,
+        issues=tuple(annotations.issues),
+        records=tuple(exif_oriented_record(annotations[index]) for index in range(len(annotations))),
+    )
+
+
 def check_image(record: ImageRecord, *, decode: bool = False) -> DataIssue | None:
     """What is wrong with a record's image as far as its header tells; None where nothing is.
 
     With `decode` the whole image is read, which alone finds one that is cut off or damaged further on.
     """
     try:
-        header = read_header(record.path)
-        _refuse_too_large(record.path, header, MAX_PIXELS)
-        if decode:
-            read_image(record.path)
+        header = _read(record.path)[1] if decode else read_header(record.path)
+        _refuse_too_large(record.path, header)
         return _disagreement(record, header)
     except DataError as error:
         return DataIssue(kind="unreadable image", where=str(record.path), detail=error.what)
@@ -138,69 +215,80 @@ def _disagreement(record: ImageRecord, header: Header) -> DataIssue | None:
     return DataIssue(kind="size differs", where=str(record.path), detail=detail)
 
 
+def _read(path: Path) -> tuple[UInt8[np.ndarray, "h w 3"], Header]:
+    """An image with its header; the file is opened once."""
+    with _opened(path) as (image, header):
+        _refuse_too_large(path, header)
+        return rgb_pixels(image, path), header
+
+
 @contextlib.contextmanager
-def _file_errors(path: Path) -> Iterator[None]:
-    """Turns what the operating system says of a file into a DataError."""
+def _opened(path: Path) -> Iterator[tuple[ImageFile, Header]]:
+    """An image file that is open, not decoded yet."""
     try:
-        yield
+        with path.open("rb") as file:
+            image = _recognised(file, path)
+            tags = getattr(image, "tag_v2", {})  # of TIFF, where versions of Pillow differ in which size they tell
+            stored = (tags.get(_HEIGHT, image.height), tags.get(_WIDTH, image.width))
+            yield image, Header(stored_size=stored, orientation=_orientation(image))
     except FileNotFoundError:
         raise DataError("no such image", where=path, hint="check the path") from None
     except OSError as error:
         raise DataError(f"an image that cannot be read: {os.strerror(error.errno or 0)}", where=path) from None
 
 
-def _header_of(path: Path, head: bytes, whole: Callable[[], bytes]) -> Header:
-    """The header in the first bytes of a file, or in the whole file where it does not end within them."""
-    try:
+def _recognised(file: BinaryIO, path: Path) -> ImageFile:
+    """The image of an open file, its header read."""
+    start = file.read(8)
+    file.seek(0)
+    reader = next((reader for magic, reader in _READERS if start.startswith(magic)), None)
+    if reader is not None:
         try:
-            header = parse_header(head)
-        except EOFError:
-            header = parse_header(whole())
-    except EOFError:
-        raise DataError("an image that ends within its header", where=path, hint="copy it again") from None
-    except ValueError as error:
-        raise DataError(f"a broken image: {error}", where=path) from None
-    if header is not None:
-        return header
-    if not head:
+            return reader(file)
+        except Image.DecompressionBombError:
+            raise _too_large("more pixels", path) from None
+        except (OSError, *_DAMAGED):
+            what = f"a {reader.format} image whose header is cut off or broken"
+            raise DataError(what, where=path, hint="copy it again or remove it") from None
+    if not start:
         raise DataError("an empty file (0 bytes), not an image", where=path, hint="copy it again or remove it")
     kinds = "JPEG, PNG, BMP, GIF, WebP or TIFF"
     raise DataError(f"not an image in a known format ({kinds})", where=path, hint="convert it, for example to PNG")
 
 
-def _refuse_too_large(path: Path, header: Header, max_pixels: int) -> None:
-    if header.height * header.width > max_pixels:
-        what = f"{header.width} x {header.height} pixels, more than the limit of {max_pixels:,}"
-        raise DataError(what, where=path, hint="scale the image down or cut it into tiles, its boxes alike")
+def _refuse_too_large(path: Path, header: Header) -> None:
+    height, width = header.stored_size
+    if height * width > MAX_PIXELS:
+        raise _too_large(f"{width} x {height} pixels, more", path)
 
 
-def _decoded(data: bytes, header: Header) -> np.ndarray | None:
-    """The pixels as stored: [h w], [h w 3] BGR or [h w 4] BGRA; None where they cannot be decoded."""
-    if header.kind == "jpeg" and data.rfind(b"\xff\xd9", header.offset) < 0:
-        return None  # some decoders fill what is cut off with grey
-    if header.kind == "tiff" and header.orientation != 1:
-        data = without_orientation(data)
-    flags = cv2.IMREAD_UNCHANGED if header.transparent else cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+def _too_large(what: str, path: Path) -> DataError:
+    hint = "scale the image down or cut it into tiles, its boxes alike"
+    return DataError(f"{what} than the limit of {MAX_PIXELS:,}", where=path, hint=hint)
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation; 1 (upright) where the block is broken, as viewers take it."""
+    exif = Image.Exif()
     try:
-        image: np.ndarray | None = cv2.imdecode(np.frombuffer(data, dtype=np.uint8), flags)
-    except cv2.error:
-        return None
-    return image
+        exif.load(image.info.get("exif", b""))
+        orientation = getattr(image, "tag_v2", exif).get(_ORIENTATION, 1)
+    except (OSError, Warning, *_DAMAGED):
+        return 1
+    return orientation if orientation in range(1, 9) else 1
 
 
-def _as_rgb(image: np.ndarray, header: Header) -> UInt8[np.ndarray, "h w 3"]:
-    # libtiff, under OpenCV, multiplies 8-bit colours by their opacity whatever the file says
-    premultiplied = header.premultiplied or (header.kind == "tiff" and image.dtype == np.uint8)
-    if image.dtype == np.uint16:
-        image = (image >> 8).astype(np.uint8)
-    if image.ndim == 2:
-        return np.asarray(cv2.cvtColor(image, cv2.COLOR_GRAY2RGB))
-    if image.shape[2] == 3:
-        return np.asarray(cv2.cvtColor(image, cv2.COLOR_BGR2RGB))
-    colour, opacity = image[..., 2::-1].astype(np.uint16), image[..., 3:].astype(np.uint16)
-    if not premultiplied:
-        colour = (colour * opacity + 127) // 255
-    return np.asarray(np.minimum(colour + 255 - opacity, 255).astype(np.uint8))
+def _as_rgb(image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
+    """Pixels that are loaded, converted."""
+    if image.mode[0] in "IF":  # 16 or 32 bits a pixel, all grey
+        grey = np.asarray(image)
+        grey = np.nan_to_num(grey) if image.mode == "F" else grey >> 8
+        return np.repeat(grey.clip(0, 255).astype(np.uint8)[..., None], 3, axis=-1)
+    if image.mode in _TRANSPARENT or "transparency" in image.info:
+        rgba = np.asarray(image.convert("RGBA")).astype(np.uint16)
+        colour, opacity = rgba[..., :3], rgba[..., 3:]
+        return np.asarray(((colour * opacity + 127) // 255 + 255 - opacity).astype(np.uint8))
+    return np.array(image.convert("RGB"))
 
 
 def _turned_record(record: ImageRecord, header: Header) -> ImageRecord:
@@ -220,7 +308,7 @@ def _turned_record(record: ImageRecord, header: Header) -> ImageRecord:
 
 def _turned(image: UInt8[np.ndarray, "h w 3"], orientation: int) -> UInt8[np.ndarray, "a b 3"]:
     """The image as its EXIF orientation wants it shown."""
-    if orientation in {5, 6, 7, 8}:
+    if orientation in _SIDEWAYS:
         image = image.transpose(1, 0, 2)
     flip_rows, flip_columns = orientation in _FLIP_ROWS, orientation in _FLIP_COLUMNS
     return image[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1]

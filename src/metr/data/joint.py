@@ -64,7 +64,7 @@ class JointData:
 
     def mixture(self, base: BaseMixture) -> BaseMixture:
         """The mixture with the weights that the datasets were given; as it is where none was."""
-        weights = {source.name: source.spec.weight for source in self.sources}
+        weights = {source.name: source.config.weight for source in self.sources}
         if all(weight == 1 for weight in weights.values()):
             return base
         shares = mixture_weights(self.lengths, base)
@@ -96,6 +96,6 @@ def vocabulary_of(sources: Sequence[DatasetSource]) -> Vocabulary:
         DataError: two of them give one name different prompts.
     """
     prompts: Mapping[str, Mapping[str, str]] = {
-        source.name: source.spec.prompts for source in sources if source.spec.prompts
+        source.name: source.config.prompts for source in sources if source.config.prompts
     }
     return Vocabulary.union({source.name: source.categories for source in sources}, prompts)

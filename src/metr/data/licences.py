@@ -163,7 +163,7 @@ def _in_coco(source: DatasetSource, images: Annotations) -> Iterator[Licence]:
 def _coco_files(source: DatasetSource) -> Iterator[Path]:
     if source.format in _COCO:
         try:
-            reader = recognise(source.spec.path, source.spec.format, tell_others=False)
+            reader = recognise(source.config.path, source.config.format, tell_others=False)
         except DataError:  # opened from an index whose files are gone
             return
         for files in reader.splits.values():

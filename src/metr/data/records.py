@@ -1,4 +1,4 @@
-"""What every annotation format is read into: one record an image, one description a dataset."""
+"""Records: what every annotation format is read into, one for each image."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ class ImageRecord:
     `labels` are indices of the dataset's categories. `areas` are in square pixels (COCO's own where the file gives
     them: that of the polygon). `ignore` marks crowds and group-of boxes. `annotated` lists the categories that are
     annotated exhaustively in this image; None means all of the dataset's. `unknown` are those of boxes that were
-    dropped, as reading leaves them: the index takes them from `annotated`, and has none.
+    dropped while the dataset was read; the index removes them from `annotated` and leaves this empty.
     """
 
     image_id: int | str
@@ -34,7 +34,7 @@ class ImageRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class DataIssue:
-    """Something wrong in a dataset that reading went past.
+    """Something wrong in a dataset that did not stop the reader.
 
     `kind` is one of a few words that can be counted ("degenerate box", "missing image", ...); `where` names file and
     line, image or key; `detail` says what was found.
@@ -71,7 +71,7 @@ class Annotations(Protocol):
 
     @property
     def issues(self) -> Sequence[DataIssue]:
-        """What reading went past."""
+        """What was found wrong while the dataset was read."""
         ...
 
     def __len__(self) -> int:
@@ -85,7 +85,7 @@ class Annotations(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class InMemoryAnnotations:
-    """Annotations that are simply held: small sets, tests, and the result of a reader before it is indexed."""
+    """Annotations that are in memory: of small datasets, of tests, and of evaluation."""
 
     name: str
     split: str

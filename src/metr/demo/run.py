@@ -13,9 +13,11 @@ from metr.data.images import read_image
 from metr.demo.datasets import FORMATS, write_demo_datasets, write_unseen
 from metr.errors import DataError
 from metr.evaluation.evaluate import evaluate
-from metr.evaluation.evaluator import EvaluationReport
+from metr.evaluation.results import EvaluationReport
+from metr.inference.config import InferenceConfig, PostprocessConfig
 from metr.inference.detect_files import detect_files
 from metr.inference.draw import contact_sheet, draw_annotations, save_image
+from metr.model import METR
 from metr.run_directory import RunDirectory
 from metr.training.recipe import RunConfig, load_recipe
 from metr.training.train import train
@@ -62,10 +64,12 @@ def run_demo(
         console.print("The demo is not done; it begins anew when it is run again.")
         return None
     console.rule("3. how good is it?")
-    report = evaluate(run, data, folder / "evaluation", console=console)
+    model = METR.from_pretrained(run)
+    report = evaluate(model, data, folder / "evaluation", console=console)
     console.rule("4. images that it has never seen")
     write_unseen(folder / "unseen", SEED, UNSEEN)
-    detect_files(run, [folder / "unseen"], folder / "detections", threshold=0.35, console=console)
+    predictor = model.predictor(config=InferenceConfig(postprocess=PostprocessConfig.to_show(0.35)))
+    detect_files(predictor, [folder / "unseen"], folder / "detections", console=console)
     _sheet(sorted((folder / "detections").glob("*.jpg")), folder / "detections.png")
     _tell(folder, run, console)
     return DemoResult(folder=folder, report=report)

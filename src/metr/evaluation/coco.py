@@ -1,35 +1,29 @@
 """The COCO protocol for boxes: average precision over IoU 0.50:0.95, at most 100 detections an image.
 
-All scores are on the scale 0 to 100; None stands where there is nothing to score.
+All scores are on the scale 0 to 100, or None where there is nothing to score.
 """
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from faster_coco_eval.core.coco import COCO
 from faster_coco_eval.core.faster_eval_api import COCOeval_faster
 
-from metr.boxes import xyxy_to_xywh
 from metr.data.records import Annotations, ImageRecord
 from metr.errors import DataError
+from metr.inference.coco_results import ImageId, Row, best_rows
 from metr.structures import Detections
 
 logger = logging.getLogger(__name__)
-
-ImageId = int | str
-Row = dict[str, Any]
 
 MAX_DETECTIONS = 100
 
 
 @dataclass(frozen=True, kw_only=True)
 class CategoryResult:
-    """One category of one dataset: `objects` is how many there are to find, crowds apart."""
+    """One category of one dataset: `objects` is the number of objects to find, without crowds."""
 
     name: str
     objects: int
@@ -39,9 +33,9 @@ class CategoryResult:
 
 @dataclass(frozen=True, kw_only=True)
 class CocoResult:
-    """The COCO numbers of one dataset. Categories without objects do not enter the means.
+    """The COCO numbers of one dataset. Categories without objects are not in the means.
 
-    Small, medium and large are split at 32 x 32 and 96 x 96 square pixels of the object's area as annotated.
+    Small, medium and large objects are told apart at annotated areas of 32 x 32 and 96 x 96 square pixels.
     """
 
     ap: float | None
@@ -61,103 +55,92 @@ def evaluate_detections(
     detections: Mapping[ImageId, Detections],
     names: Sequence[str] | None = None,
 ) -> CocoResult:
-    """Scores detections against the annotations of one dataset.
+    """Scores detections against the annotations of one dataset; `CocoScorer` says how and takes the same arguments."""
+    return CocoScorer(annotations, names).score(detections)
 
-    Of each image the 100 best count, whatever they name; then those go that name what the dataset does not know.
-    Categories that are not annotated in an image are not judged there, but for the objects that it shows of them: to
-    find those is right, and nothing else of that category is wrong (LVIS's rule; Gupta et al., 2019). Images without
-    an entry count as ones where nothing was found.
+
+class CocoScorer:
+    """Scores detections against the annotations of one dataset; one scorer serves several detectors or vocabularies.
+
+    Only the 100 best detections of each image count. Of these, detections are then left out whose name the dataset does
+    not have. In an image where a category is not annotated exhaustively, its annotated objects count as found or
+    missed, and its other detections count neither as right nor as wrong (LVIS's rule; Gupta et al., 2019). An image
+    without an entry counts as one without detections.
 
     Args:
-        annotations: What there is to find; ignored boxes are crowds, areas are the records'.
-        detections: The detections of each image, by image id.
-        names: How the detections spell the dataset's categories; by default as the dataset does. Two categories with
-            one name are one.
+        annotations: The objects to find; ignored boxes are crowds, areas are those of the records.
+        names: The detections' names for the dataset's categories; by default the dataset's own. Two categories with
+            the same name are one.
 
     Raises:
-        DataError: detections of an unknown image, image ids that are not unique, or too few names.
+        DataError: image ids are not unique, or there are too few names.
     """
-    spelling = tuple(annotations.categories if names is None else names)
-    if len(spelling) != len(annotations.categories):
-        what = f"expected a name for each of {len(annotations.categories)} categories, found {len(spelling)}"
-        raise DataError(what, where=annotations.name)
-    categories = tuple(dict.fromkeys(spelling))
-    numbers = {name: number for number, name in enumerate(categories, start=1)}
-    labels = [numbers[name] for name in spelling]
-    truth, results = _truth(annotations, categories, labels), []
-    known: set[ImageId] = set()
-    # Inside, images are counted: ids may be file names, and the evaluator wants integers.
-    for index in range(len(annotations)):
-        record = annotations[index]
-        known.add(record.image_id)
-        if record.image_id in detections:
-            best = _rows(detections[record.image_id], index + 1, numbers, MAX_DETECTIONS)
-            judged = _judged(record, labels)
-            results += [row for row in best if row["category_id"] in judged]
-    _check_ids(annotations, known, detections)
-    return _summary(truth, results, categories)
 
+    def __init__(self, annotations: Annotations, names: Sequence[str] | None = None) -> None:
+        self.where = f"{annotations.name} ({annotations.split})"
+        spelling = tuple(annotations.categories if names is None else names)
+        if len(spelling) != len(annotations.categories):
+            what = f"expected a name for each of {len(annotations.categories)} categories, found {len(spelling)}"
+            raise DataError(what, where=annotations.name)
+        self.categories = tuple(dict.fromkeys(spelling))
+        self.numbers = {name: number for number, name in enumerate(self.categories, start=1)}
+        labels = [self.numbers[name] for name in spelling]
+        records = [annotations[index] for index in range(len(annotations))]
+        # COCO's code wants integers; image ids may be file names.
+        self.image_numbers = {record.image_id: number for number, record in enumerate(records, start=1)}
+        if len(self.image_numbers) < len(records):
+            raise DataError(f"{len(records)} images share {len(self.image_numbers)} image ids", where=self.where)
+        self.scored = {record.image_id: _scored_there(record, labels) for record in records}
+        self.truth = _truth(records, self.categories, labels)
+        self.reference = COCO(self.truth, print_function=logger.debug)
 
-def coco_results(
-    detections: Mapping[ImageId, Detections], category_ids: Mapping[str, int], max_detections: int | None = None
-) -> list[Row]:
-    """Detections in the form of COCO results: a list of image_id, category_id, bbox (x, y, width, height), score.
+    def score(self, detections: Mapping[ImageId, Detections]) -> CocoResult:
+        """The COCO numbers of the detections of each image, given by image id.
 
-    Args:
-        detections: The detections of each image, by image id.
-        category_ids: The number of each name; other names are left out.
-        max_detections: Most detections an image; all of them by default.
-    """
-    return [
-        {**row, "bbox": [round(side, 2) for side in row["bbox"]], "score": round(row["score"], 5)}
-        for image_id, found in detections.items()
-        for row in _rows(found, image_id, category_ids, len(found) if max_detections is None else max_detections)
-    ]
-
-
-def write_coco_results(path: Path, detections: Mapping[ImageId, Detections], category_ids: Mapping[str, int]) -> None:
-    """Writes detections as a COCO results file (JSON); see `coco_results`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(coco_results(detections, category_ids)), encoding="utf-8")
-
-
-def _rows(found: Detections, image_id: ImageId, category_ids: Mapping[str, int], limit: int) -> list[Row]:
-    """The `limit` best detections of an image, less those whose name has no number."""
-    order = found.scores.argsort(descending=True, stable=True)[:limit]
-    boxes = xyxy_to_xywh(found.boxes[order].double()).tolist()
-    return [
-        {"image_id": image_id, "category_id": category_ids[name], "bbox": box, "score": score}
-        for box, score, name in zip(
-            boxes, found.scores[order].tolist(), (found.names[n] for n in found.labels[order].tolist()), strict=True
+        Raises:
+            DataError: there are detections of an unknown image.
+        """
+        strange = [image_id for image_id in detections if image_id not in self.image_numbers]
+        if strange:
+            what = f"{len(strange)} images with detections are not in this split, the first is {strange[0]!r}"
+            raise DataError(what, where=self.where, hint="evaluate with the annotations that belong to the images")
+        results = [
+            row
+            for image_id, number in self.image_numbers.items()
+            if image_id in detections
+            for row in best_rows(detections[image_id], number, self.numbers, MAX_DETECTIONS)
+            if row["category_id"] in self.scored[image_id]
+        ]
+        evaluation = COCOeval_faster(
+            self.reference, self.reference.loadRes(results), "bbox", print_function=logger.debug
         )
-        if name in category_ids
-    ]
+        evaluation.evaluate()
+        evaluation.accumulate()
+        return _summary(evaluation, self.truth, self.categories)
 
 
-def _truth(annotations: Annotations, categories: Sequence[str], labels: Sequence[int]) -> Row:
+def _truth(records: Sequence[ImageRecord], categories: Sequence[str], labels: Sequence[int]) -> Row:
     """The annotations as a COCO dataset whose image ids count from 1."""
     images, objects = [], []
-    scored = _scored(annotations, labels)
-    for index in range(len(annotations)):
-        record = annotations[index]
-        images.append({"id": index + 1, "width": record.width, "height": record.height})
-        rows = _objects(record, index + 1, labels) + _unfinished(record, index + 1, labels)
-        objects += [row for row in rows if row["category_id"] in scored]
-    # Number 0 would mean "unmatched" to the evaluator.
+    exhaustive = _annotated_somewhere(records, labels)
+    for number, record in enumerate(records, start=1):
+        images.append({"id": number, "width": record.width, "height": record.height})
+        rows = _objects(record, number, labels) + _unfinished(record, number, labels)
+        objects += [row for row in rows if row["category_id"] in exhaustive]
+    # Number 0 would mean "unmatched" to COCO's code.
     for number, row in enumerate(objects, start=1):
         row["id"] = number
     named = [{"id": number, "name": name} for number, name in enumerate(categories, start=1)]
     return {"images": images, "annotations": objects, "categories": named}
 
 
-def _scored(annotations: Annotations, labels: Sequence[int]) -> set[int]:
-    """The categories that are annotated exhaustively in some image: of others, nothing could be wrong."""
+def _annotated_somewhere(records: Sequence[ImageRecord], labels: Sequence[int]) -> set[int]:
+    """The categories that are annotated exhaustively in some image; of others no detection could be wrong."""
     scored: set[int] = set()
-    for index in range(len(annotations)):
-        annotated = annotations[index].annotated
-        if annotated is None:
+    for record in records:
+        if record.annotated is None:
             return set(labels)
-        scored.update(labels[label] for label in annotated)
+        scored.update(labels[label] for label in record.annotated)
     return scored
 
 
@@ -171,17 +154,17 @@ def _objects(record: ImageRecord, image_id: int, labels: Sequence[int]) -> list[
     ]
 
 
-def _judged(record: ImageRecord, labels: Sequence[int]) -> set[int]:
-    """The categories of which detections in an image are judged."""
+def _scored_there(record: ImageRecord, labels: Sequence[int]) -> set[int]:
+    """The categories of which detections in an image are scored."""
     if record.annotated is None:
         return set(labels)
     return {labels[label] for label in (*record.annotated, *record.labels.tolist())}
 
 
 def _unfinished(record: ImageRecord, image_id: int, labels: Sequence[int]) -> list[Row]:
-    """A crowd over the whole image for each category that it shows and does not annotate exhaustively.
+    """A crowd over the whole image for each category that has objects there but is not annotated exhaustively.
 
-    The protocol gives to a crowd what no object took, and that is neither right nor wrong.
+    The protocol matches to a crowd every detection that matches no object, and counts it neither as right nor as wrong.
     """
     annotated = range(len(labels)) if record.annotated is None else record.annotated
     partly = {labels[label] for label in {*record.labels.tolist()}.difference(annotated)}
@@ -189,21 +172,7 @@ def _unfinished(record: ImageRecord, image_id: int, labels: Sequence[int]) -> li
     return [{"image_id": image_id, "category_id": category, "iscrowd": 1, **whole} for category in sorted(partly)]
 
 
-def _check_ids(annotations: Annotations, known: set[ImageId], detections: Mapping[ImageId, Detections]) -> None:
-    where = f"{annotations.name} ({annotations.split})"
-    if len(known) != len(annotations):
-        raise DataError(f"{len(annotations)} images share {len(known)} image ids", where=where)
-    strange = [image_id for image_id in detections if image_id not in known]
-    if strange:
-        what = f"{len(strange)} images with detections are not in this split, the first is {strange[0]!r}"
-        raise DataError(what, where=where, hint="evaluate with the annotations that belong to the images")
-
-
-def _summary(truth: Row, results: list[Row], categories: Sequence[str]) -> CocoResult:
-    reference = COCO(truth, print_function=logger.debug)
-    evaluation = COCOeval_faster(reference, reference.loadRes(results), "bbox", print_function=logger.debug)
-    evaluation.evaluate()
-    evaluation.accumulate()
+def _summary(evaluation: COCOeval_faster, truth: Row, categories: Sequence[str]) -> CocoResult:
     # Axes: IoU thresholds, recall thresholds, categories, areas (all, small, medium, large), detections (1, 10, 100).
     precision, recall = evaluation.eval["precision"][..., -1], evaluation.eval["recall"][..., -1]
     whole = precision[..., 0]
@@ -228,6 +197,6 @@ def _summary(truth: Row, results: list[Row], categories: Sequence[str]) -> CocoR
 
 
 def _mean(values: np.ndarray) -> float | None:
-    """The mean on the scale 0 to 100 of what was scored: -1 marks what was not."""
+    """The mean of the scored values on the scale 0 to 100; -1 marks values that were not scored."""
     scored = values[values > -1]
     return float(scored.mean()) * 100 if scored.size else None

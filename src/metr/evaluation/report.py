@@ -1,51 +1,35 @@
-"""The evaluation report as JSON, as Markdown and as a bar chart."""
+"""The evaluation report as files (JSON, Markdown, a bar chart) and as a table on the console."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-import msgspec
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 
 from metr.errors import DataError
-from metr.evaluation.cross_dataset import CrossDatasetConfusion
-from metr.evaluation.evaluator import DatasetReport, EvaluationReport, Mode, ModeReport
+from metr.evaluation.metrics import CrossDatasetConfusion
+from metr.evaluation.results import MODES, DatasetReport, EvaluationReport, Mode, ModeReport, as_dict
 from metr.inference.draw import font_file, legible
 
-MODES: tuple[Mode, ...] = ("own", "joint")
-TITLES = {"own": "own names", "joint": "all names"}
+TITLES: dict[Mode, str] = {"own": "own names", "joint": "joint vocabulary"}
 UNANNOTATED = {
     "ignore": "Categories that an image's dataset does not annotate gave no loss in training (`unannotated = ignore`).",
     "negative": "Categories that an image's dataset does not annotate counted as absent in training "
     "(`unannotated = negative`).",
-    "teacher": "Of categories that an image's dataset does not annotate, training believed the clear answers of the "
-    "average of the weights (`unannotated = pseudo_label`).",
+    "pseudo_label": "Of categories that an image's dataset does not annotate, training believed the clear answers "
+    "of the average of the weights (`unannotated = pseudo_label`).",
 }
 
 # Two colours that readers with any colour vision tell apart.
 _COLOURS = {"own": "#3b6fb6", "joint": "#e08a2e"}
-
-
-def as_dict(report: EvaluationReport) -> dict[str, Any]:
-    """The report as plain values, the means over datasets included; the inverse is `from_dict`."""
-    values: dict[str, Any] = msgspec.to_builtins(report, str_keys=True)
-    means = {mode: {metric: report.mean(mode, metric) for metric in ("ap", "ap50", "ap75", "ar100")} for mode in MODES}
-    return {"mean": {mode: mean for mode, mean in means.items() if mean["ap"] is not None}, **values}
-
-
-def from_dict(values: dict[str, Any], *, where: object = None) -> EvaluationReport:
-    """The report that `as_dict` wrote.
-
-    Raises:
-        DataError: something is missing or of the wrong kind.
-    """
-    try:
-        return msgspec.convert(values, EvaluationReport, str_keys=True)
-    except msgspec.ValidationError as error:
-        raise DataError(f"not an evaluation report: {error}", where=where) from None
+_METRICS: tuple[Literal["ap"], Literal["ap50"]] = ("ap", "ap50")
 
 
 def write_report(report: EvaluationReport, folder: Path) -> tuple[Path, Path, Path]:
@@ -69,8 +53,8 @@ def as_markdown(report: EvaluationReport) -> str:
 
 
 def dataset_table(report: EvaluationReport) -> str:
-    """One row a dataset and one for the mean, in Markdown: AP with own and with all names, recall, confusion."""
-    modes = _modes(report)
+    """One row a dataset and one for the mean, in Markdown: AP with each vocabulary, recall, confusion."""
+    modes = report.modes
     kept = sorted({k for one in report.datasets for mode in modes for k in _part(one, mode).recall})
     # Of two vocabularies, the large one is where keeping the right categories is hard.
     hardest = modes[-1]
@@ -86,7 +70,7 @@ def dataset_table(report: EvaluationReport) -> str:
         row += [_part(one, hardest).recall.get(k) for k in kept]
         row += [report.confusion.shares.get(one.name)] if report.confusion else []
         rows.append(row)
-    means = [report.mean(mode, metric) for mode in modes for metric in ("ap", "ap50")]
+    means = [report.mean(mode, metric) for mode in modes for metric in _METRICS]
     blank = [""] * (len(head) - 4 - len(means))
     rows.append([f"**mean of {sum(one.in_mean for one in report.datasets)}**", "", "", "", *means, *blank])
     return _table(head, rows)
@@ -94,7 +78,7 @@ def dataset_table(report: EvaluationReport) -> str:
 
 def category_table(dataset: DatasetReport) -> str:
     """One row a category of a dataset, in Markdown."""
-    parts = [(mode, part) for mode, part in zip(MODES, (dataset.own, dataset.joint), strict=True) if part is not None]
+    parts = [(mode, part) for mode in MODES if (part := dataset.part(mode)) is not None]
     head = ["category", "objects", *(f"{metric} ({TITLES[mode]})" for mode, _ in parts for metric in ("AP", "AP50"))]
     rows = []
     for same in zip(*(part.coco.categories for _, part in parts), strict=True):
@@ -104,8 +88,8 @@ def category_table(dataset: DatasetReport) -> str:
 
 
 def draw_chart(report: EvaluationReport, path: Path) -> None:
-    """Writes an image (PNG, SVG, PDF) of each dataset's AP with own and with all names."""
-    modes = _modes(report)
+    """Writes an image (PNG, SVG, PDF) of each dataset's AP with own names and with the joint vocabulary."""
+    modes = report.modes
     names = [legible(one.name) for one in report.datasets]
     figure = Figure(figsize=(max(5.0, 1.6 + 1.1 * len(names)), 3.6), layout="constrained")
     FigureCanvasAgg(figure)
@@ -130,16 +114,53 @@ def draw_chart(report: EvaluationReport, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def show(report: EvaluationReport, console: Console) -> None:
+    """The report as a table on the console, 80 columns wide unless names of datasets are long."""
+    modes, confusion = [mode for mode in MODES if any(one.part(mode) for one in report.datasets)], report.confusion
+    table = Table(title="average precision, COCO protocol, 0 to 100", box=SIMPLE_HEAD, padding=0, pad_edge=False)
+    table.add_column("dataset", overflow="fold")
+    table.add_column("split")
+    numbers = [f"{mode} {metric}" for mode in modes for metric in ("AP", "AP50")]
+    for title in ("images", *numbers, *(["confused"] if confusion else [])):
+        table.add_column(title, justify="right", no_wrap=True)
+    for one in report.datasets:
+        values = [
+            part and getattr(part.coco, metric) for mode in modes for part in [one.part(mode)] for metric in _METRICS
+        ]
+        values += [confusion.shares.get(one.name)] if confusion else []
+        name = one.name if one.in_mean else f"({one.name})"
+        table.add_row(escape(name), one.split, str(one.images), *map(_number, values))
+    means = [report.mean(mode, metric) for mode in modes for metric in _METRICS]
+    means += [confusion.pooled] if confusion else []
+    table.add_section()
+    table.add_row(f"mean of {sum(one.in_mean for one in report.datasets)}", "", "", *map(_number, means))
+    console.print(table)
+    for line in _legend(report, modes):
+        console.print(line, highlight=False, markup=False)
+
+
+def _legend(report: EvaluationReport, modes: Sequence[Mode]) -> Iterator[str]:
+    if "joint" in modes:
+        yield f"own: asked for the dataset's own names; joint: for the joint vocabulary of {report.names} names"
+    if report.confusion is not None:
+        yield "confused: % of the best detections that name another domain, with the joint vocabulary"
+    if outside := [one.name for one in report.datasets if not one.in_mean]:
+        yield f"not in the mean: {', '.join(outside)}"
+
+
 def _preface(report: EvaluationReport) -> str:
     lines = [
         "COCO average precision over IoU 0.50:0.95 on the scale 0 to 100, at most 100 detections an image. "
-        "*Own names*: the detector is asked for the dataset's names alone; *all names*: for all "
+        "*Own names*: the detector is asked for the dataset's names alone; *joint vocabulary*: for all "
         f"{report.names} names at once, and scored on the dataset's own. *Recall at K*: the share of the categories "
         "present that are among the K most likely of the image, with the larger vocabulary."
     ]
     if report.unannotated is not None:
         lines.append(
-            UNANNOTATED.get(report.unannotated, f"Categories unannotated to an image's dataset: {report.unannotated}.")
+            UNANNOTATED.get(
+                report.unannotated,
+                f"Categories that an image's dataset does not annotate: {report.unannotated}.",
+            )
         )
     missing = [f"{one.missing} of {_cell(one.name)}" for one in report.datasets if one.missing]
     if missing:
@@ -149,29 +170,23 @@ def _preface(report: EvaluationReport) -> str:
 
 def _confusion_note(confusion: CrossDatasetConfusion) -> str:
     return (
-        "Of the best detections with all names, as many an image as it has objects, "
-        f"{_number(confusion.pooled)} % name a category of another field. Rows: the field of the image; columns: "
-        "the field named, in per cent of the row."
+        "Of the best detections with the joint vocabulary, as many an image as it has objects, "
+        f"{_number(confusion.pooled)} % name a category of another domain. Rows: the domain of the image; columns: "
+        "the domain named, in per cent of the row."
     )
 
 
 def _confusion_table(confusion: CrossDatasetConfusion) -> str:
     rows = []
-    for name, counts in zip(confusion.fields, confusion.counts, strict=True):
+    for name, counts in zip(confusion.domains, confusion.counts, strict=True):
         total = sum(counts)
         if total:
             rows.append([_cell(name), round(total), *(100 * count / total for count in counts)])
-    return _table(["", "detections", *map(_cell, confusion.fields)], rows)
-
-
-def _modes(report: EvaluationReport) -> list[Mode]:
-    """The modes in which every dataset was evaluated."""
-    asked = {"own": [one.own for one in report.datasets], "joint": [one.joint for one in report.datasets]}
-    return [mode for mode in MODES if all(part is not None for part in asked[mode])]
+    return _table(["", "detections", *map(_cell, confusion.domains)], rows)
 
 
 def _part(dataset: DatasetReport, mode: Mode) -> ModeReport:
-    part = dataset.own if mode == "own" else dataset.joint
+    part = dataset.part(mode)
     if part is None:
         raise DataError(f"{dataset.name} was not evaluated with {TITLES[mode]}", where="evaluation report")
     return part

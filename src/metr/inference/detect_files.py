@@ -1,4 +1,4 @@
-"""The verb detect: images and folders in, drawn images and COCO results out."""
+"""The verb detect: images and folders go in, drawn images and COCO results come out."""
 
 import os
 from collections import Counter
@@ -10,11 +10,9 @@ from rich.progress import track
 
 from metr.data.images import SUFFIXES, read_image
 from metr.errors import DataError
-from metr.evaluation.coco import write_coco_results
-from metr.inference.config import InferenceConfig, PostprocessConfig
+from metr.inference.coco_results import write_coco_results
 from metr.inference.draw import draw_detections, save_image
-from metr.inference.predictor import Prediction
-from metr.model import METR
+from metr.inference.predictor import Prediction, Predictor
 from metr.serialization import write_json
 from metr.structures import Detections
 
@@ -24,42 +22,27 @@ _LISTED = 20
 
 
 def detect_files(
-    source: str | Path,
-    images: Sequence[Path],
-    out: Path,
-    *,
-    names: Sequence[str] | None = None,
-    threshold: float = 0.3,
-    batch_size: int = 8,
-    device: str = "auto",
-    console: Console | None = None,
+    predictor: Predictor, images: Sequence[Path], out: Path, *, console: Console | None = None
 ) -> list[Prediction]:
-    """Detects in every image, draws what was found into `out`, and writes what was found as COCO has it.
+    """Detects objects in every image, draws them into `out`, and writes them there as COCO results.
 
     `out/detections.json` is in COCO's results form: a list of image_id, category_id, bbox (x, y, width, height in
     pixels) and score. `out/images.json` says what the ids mean: `images` (id, file_name, height, width) and
     `categories` (id, name), so that `COCO("images.json").loadRes("detections.json")` works.
 
     Args:
-        source: A checkpoint folder, a run folder, or a name on the hub.
+        predictor: Knows the names and the least score; `METR.predictor` makes one.
         images: Files, and folders whose images are taken, those of their subfolders too.
         out: The folder to write; made if missing.
-        names: What to look for; by default everything that was trained.
-        threshold: The least score, 0..1.
-        batch_size: Most images a step.
-        device: Where the network runs.
         console: Where progress and a summary are shown.
 
     Raises:
         DataError: a path does not exist, none of them holds a readable image, or one would be drawn over.
-        CheckpointError: there is no such checkpoint.
     """
     console = console or Console(quiet=True)
     paths = _expanded(images, out)
     drawn = _drawn(paths, out)
-    model = METR.from_pretrained(source, device=device)
-    config = InferenceConfig(batch_size=batch_size, postprocess=PostprocessConfig.to_show(threshold))
-    predictor = model.predictor(names, config)
+    threshold = predictor.config.postprocess.score_threshold
     out.mkdir(parents=True, exist_ok=True)
     done = []
     for path, target, prediction in zip(paths, drawn, predictor.detect_many(_shown(paths, console)), strict=True):
@@ -72,7 +55,7 @@ def detect_files(
 
 
 def _expanded(images: Sequence[Path], out: Path) -> list[Path]:
-    """Every image that is named, or lies in a folder that is named; what was drawn into `out` before is none."""
+    """Every image that is named or lies in a named folder, without those in `out`, which earlier calls drew."""
     found: list[Path] = []
     for path in images:
         if path.is_dir():
@@ -91,9 +74,9 @@ def _expanded(images: Sequence[Path], out: Path) -> list[Path]:
 
 
 def _images_within(folder: Path) -> list[Path]:
-    """The images in a folder and in those below it, sorted. Links are followed; no folder is looked into twice.
+    """The images in a folder and its subfolders, sorted. Links are followed; no folder is visited twice.
 
-    Links to nothing are among them, to be told of.
+    Links to nothing are included, so that they are reported.
     """
     found, known = [], {_real(folder)}
     for place, folders, names in os.walk(folder, followlinks=True):
@@ -118,7 +101,7 @@ def _drawn(paths: Sequence[Path], out: Path) -> list[Path]:
     """A file for each drawn image; where several images share a name, they are numbered.
 
     Raises:
-        DataError: an image would be drawn over one that is looked at.
+        DataError: an image would be drawn over one of the given images.
     """
     names: dict[str, None] = {}
     for path in paths:
@@ -139,7 +122,7 @@ def _shown(paths: Sequence[Path], console: Console) -> Iterator[Path]:
 
 
 def _write_results(predictions: Sequence[Prediction], names: Sequence[str], out: Path) -> None:
-    """Detections as COCO has them; ids count from 1 in the order of images and names."""
+    """Writes the detections as COCO results; ids count from 1 in the order of images and names."""
     numbered = list(enumerate(predictions, 1))
     found: dict[int | str, Detections] = {n: one.detections for n, one in numbered if one.detections is not None}
     images = [
@@ -154,7 +137,7 @@ def _write_results(predictions: Sequence[Prediction], names: Sequence[str], out:
 
 
 def _report(predictions: Sequence[Prediction], out: Path, console: Console) -> None:
-    """One line an image for the first few, the issues, and where everything is.
+    """Prints a line for each of the first images, the issues, and where the files are.
 
     Raises:
         DataError: no image could be read.

@@ -1,4 +1,4 @@
-"""From the network's answers to detections in pixels of the original images."""
+"""Turns the network's answers into detections in pixels of the original images."""
 
 from collections.abc import Sequence
 
@@ -20,7 +20,7 @@ def postprocess(
 ) -> tuple[Detections, ...]:
     """The detections of each image of a batch, best first; equal scores keep the order of the queries.
 
-    Invalid queries, empty slots, boxes without area inside the image and answers that are not finite never appear.
+    Invalid queries, empty slots, boxes without area inside the image and answers that are not finite are left out.
 
     Args:
         output: The network's answer; its last decoder layer counts.
@@ -73,7 +73,7 @@ def _scores(output: DetectorOutput, labels: Int[Tensor, "b q"], presence_power: 
 
 
 def _pixels(boxes: Float[Tensor, "b q 4"], sizes: Sequence[tuple[int, int]]) -> Float[Tensor, "b 1 4"]:
-    """What corners in 0..1 are multiplied with."""
+    """The factors that take corners from 0..1 to pixels."""
     scale = torch.tensor([(width, height, width, height) for height, width in sizes], dtype=boxes.dtype)
     return scale.to(boxes.device).reshape(-1, 1, 4)
 
@@ -81,7 +81,10 @@ def _pixels(boxes: Float[Tensor, "b q 4"], sizes: Sequence[tuple[int, int]]) -> 
 def _survivors(
     boxes: Float[Tensor, "b q 4"], rivals: Int[Tensor, "b q"], candidates: Bool[Tensor, "b q"], iou: float
 ) -> Bool[Tensor, "b q"]:
-    """Greedy suppression among equal `rivals`, candidates first and best first: whom no better survivor overlaps."""
+    """Greedy suppression among boxes with equal `rivals`; boxes are ordered with candidates first, best first.
+
+    A candidate survives if no better survivor overlaps it by more than `iou`.
+    """
     alive = candidates.clone()
     queries = int(candidates.sum(1).max()) if candidates.numel() else 0
     # One row of overlaps at a time, so that memory does not grow with the square of the queries.

@@ -6,15 +6,13 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
-from jaxtyping import Float, UInt8
-from PIL import Image, ImageOps
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
 from metr.data.collate import padded_shape, padding_mask, stack_images
 from metr.data.config import ResizeConfig
-from metr.data.images import read_image
+from metr.data.images import ImageSource, load_image
 from metr.data.records import DataIssue
 from metr.data.transforms.geometry import output_shape, resize_image
 from metr.errors import DataError, ModelError
@@ -22,9 +20,7 @@ from metr.inference.config import InferenceConfig, Precision
 from metr.inference.postprocess import postprocess
 from metr.models.detector import Detector
 from metr.models.text_projection import ProjectedText
-from metr.structures import Detections
-
-ImageSource = str | Path | np.ndarray | Image.Image
+from metr.structures import Detections, DetectorOutput
 
 # How many batches are read ahead, so that images of one shape find each other.
 _BATCHES_AHEAD = 4
@@ -32,7 +28,7 @@ _BATCHES_AHEAD = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """What became of one of many images: its detections, or the issue that kept it from being looked at.
+    """The result for one of many images: its detections, or the issue that made it unreadable.
 
     `source` is the image's path, or its position (`image 3`) where it came as an array; `size` is (height, width)
     in pixels of the image as it was given.
@@ -58,9 +54,9 @@ class Predictor:
     """A network with the names that it is to find.
 
     Args:
-        network: Called as `network(images, padding_mask, text)`; gives a `DetectorOutput`. Its mode is left as it was.
+        network: Called as `network(images, padding_mask, text)`; gives a `DetectorOutput`. Its mode is kept.
         text: The text embedding of each name.
-        names: What detections are called, row by row of `text`.
+        names: The name of each row of `text`.
         resize: The shape in which images enter the network: that of its training.
         config: Batch size, precision, post-processing.
         device: Where the network is; by default where its first parameter is.
@@ -97,10 +93,10 @@ class Predictor:
         return self._infer([self._load(0, image)])[0]
 
     def detect_many(self, images: Iterable[ImageSource]) -> Iterator[Prediction]:
-        """The detections of each image, in the order of the images, while they are being read.
+        """The detections of each image, in the order of the images, which are read as they are needed.
 
-        Images share a step where their padded shapes agree, so each gets the answer that it gets alone. One that
-        cannot be read gives a `Prediction` with its issue, and the others go on.
+        Images share a step only if their padded shapes agree, so each gets the answer that it gets alone. An image
+        that cannot be read gives a `Prediction` with its issue; the others are not affected.
         """
         numbered = enumerate(images)
         while chunk := list(islice(numbered, _BATCHES_AHEAD * self.config.batch_size)):
@@ -122,7 +118,7 @@ class Predictor:
 
     def _load(self, index: int, image: ImageSource) -> _Loaded:
         source = _source(index, image)
-        array = _as_array(image, source)
+        array = load_image(image, source)
         size = (int(array.shape[0]), int(array.shape[1]))
         pixels = torch.from_numpy(resize_image(array, *output_shape(*size, self.resize))).permute(2, 0, 1)
         return _Loaded(index=index, source=source, size=size, pixels=pixels)
@@ -147,11 +143,10 @@ class Predictor:
         return [one.to("cpu") for one in found]
 
     def _text_to_ask(self) -> Tensor | ProjectedText:
-        """What the network is asked for; projected once for all images, until the network's weights change."""
-        if not isinstance(self.network, Detector):
-            return self.text
-        self._projected = self.network.project(self.text, self._projected)
-        return self._projected
+        """The text as the network takes it: projected once, and again whenever the network's weights have changed."""
+        text = project(self.network, self.text, self._projected)
+        self._projected = text if isinstance(text, ProjectedText) else None
+        return text
 
 
 @contextmanager
@@ -168,6 +163,24 @@ def inference(network: nn.Module, device: torch.device, precision: Precision = "
             module.training = training
 
 
+def project(network: nn.Module, text: Tensor, earlier: ProjectedText | None = None) -> Tensor | ProjectedText:
+    """Text as the network takes it for many images: projected once if it is a `Detector`; see `Detector.project`."""
+    return network.project(text, earlier) if isinstance(network, Detector) else text
+
+
+def answers(
+    network: nn.Module,
+    images: Float[Tensor, "b 3 h w"],
+    padding_mask: Bool[Tensor, "b h w"],
+    texts: Sequence[Tensor | ProjectedText],
+) -> list[DetectorOutput]:
+    """The network's answers with each of several vocabularies; a `Detector` encodes the images once for all."""
+    if not isinstance(network, Detector):
+        return [network(images, padding_mask, text) for text in texts]
+    memory = network.encode(images, padding_mask)
+    return [network.detect(memory, text) for text in texts]
+
+
 def device_of(network: nn.Module) -> torch.device:
     """Where a network's first parameter is; the CPU for one without parameters."""
     first = next(network.parameters(), None)
@@ -176,20 +189,3 @@ def device_of(network: nn.Module) -> torch.device:
 
 def _source(index: int, image: ImageSource) -> str:
     return str(image) if isinstance(image, str | Path) else f"image {index}"
-
-
-def _as_array(image: object, source: str) -> UInt8[np.ndarray, "h w 3"]:
-    if isinstance(image, str | Path):
-        return read_image(Path(image))
-    if isinstance(image, Image.Image):
-        try:
-            # A file is decoded only now, so that is when it may turn out broken.
-            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
-        except (OSError, SyntaxError, ValueError) as error:
-            raise DataError(f"an image that cannot be decoded: {error}", where=source) from None
-    if not isinstance(image, np.ndarray):
-        raise DataError(f"expected a path, an RGB array or a PIL image, found a {type(image).__name__}", where=source)
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
-        what = f"expected RGB bytes [height, width, 3], found {image.dtype} {list(image.shape)}"
-        raise DataError(what, where=source, hint="convert it to 8-bit RGB first, for example with PIL's convert")
-    return np.ascontiguousarray(image)

@@ -87,7 +87,7 @@ def _told(source: DatasetSource, coverage: Coverage) -> list[str]:
     images = ", ".join(f"{len(annotations):,} {split}" for split, annotations in source.splits.items())
     number = len(source.categories)
     lines = [f"  # {images} images; {number:,} name{'s' if number > 1 else ''}"]
-    if source.spec.exhaustive is None and _told_by_image(source):
+    if source.config.exhaustive is None and _told_by_image(source):
         told = "its files say of each image what is annotated in it; `exhaustive` would hold for all images"
         lines.append(f"  # {told}")
     hinted = coverage.hinted(source.name)
@@ -99,7 +99,7 @@ def _told(source: DatasetSource, coverage: Coverage) -> list[str]:
 
 
 def _entry(source: DatasetSource, suggestions: Sequence[Suggestion], folder: Path) -> list[str]:
-    spec = source.spec
+    spec = source.config
     lines = [
         f"  - name: {_flow(spec.name)}",
         f"    path: {_flow(_relative(spec.path, folder))}",
@@ -123,10 +123,10 @@ def _told_by_image(source: DatasetSource) -> bool:
 
 def _splits(source: DatasetSource) -> list[str]:
     """The splits as the user chose them; else, as a comment, those that were taken."""
-    if source.spec.splits is not None:
-        chosen = {split: [own] if isinstance(own, str) else list(own) for split, own in source.spec.splits.items()}
+    if source.config.splits is not None:
+        chosen = {split: [own] if isinstance(own, str) else list(own) for split, own in source.config.splits.items()}
         return [f"    splits: {_flow(chosen)}"]
-    own = sorted(recognise(source.spec.path, source.format).splits)
+    own = sorted(recognise(source.config.path, source.format).splits)
     taken = {}
     for split in (TRAIN, VAL, TEST):
         meant = [name for name in own if canonical_split(name) == split]

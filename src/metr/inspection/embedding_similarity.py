@@ -54,7 +54,7 @@ def joint_vocabulary(sources: Sequence[DatasetSource]) -> Vocabulary:
     names = dict.fromkeys(name for source in sources for name in source.categories)
     prompts: dict[str, str] = {}
     for source in sources:
-        for name, prompt in source.spec.prompts.items():
+        for name, prompt in source.config.prompts.items():
             prompts.setdefault(name, prompt)
     return Vocabulary.of(tuple(names), prompts)
 

@@ -33,9 +33,19 @@ class Attention(nn.Module):
         allowed: Bool[Tensor, "b #q s"] | None = None,
     ) -> Float[Tensor, "b q d"]:
         """What each query gathers from the values whose keys it may look at (`allowed`; None means all)."""
+        return self.gather(query, self.key(key), self.value(value), allowed)
+
+    def gather(
+        self,
+        query: Float[Tensor, "b q d"],
+        keys: Float[Tensor, "b s d"],
+        values: Float[Tensor, "b s d"],
+        allowed: Bool[Tensor, "b #q s"] | None = None,
+    ) -> Float[Tensor, "b q d"]:
+        """`forward` with keys and values that are projected already."""
         queries, keys, values = (
             rearrange(projected, "b n (heads c) -> b heads n c", heads=self.heads)
-            for projected in (self.query(query), self.key(key), self.value(value))
+            for projected in (self.query(query), keys, values)
         )
         mask = None if allowed is None else allowed.unsqueeze(1)
         gathered = attend(queries, keys, values, mask)

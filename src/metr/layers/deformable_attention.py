@@ -63,7 +63,20 @@ class DeformableAttention(nn.Module):
             padding_mask: True where a token is padding; there the values are zero.
             level_shapes: (height, width) of each level.
         """
-        value = self.value(tokens).masked_fill(padding_mask.unsqueeze(-1), 0.0)
+        return self.gather(query, reference, self.values(tokens, padding_mask), level_shapes)
+
+    def values(self, tokens: Float[Tensor, "b s d"], padding_mask: Bool[Tensor, "b s"]) -> Float[Tensor, "b s d"]:
+        """The tokens' projected values, zero on padding."""
+        return self.value(tokens).masked_fill(padding_mask.unsqueeze(-1), 0.0)
+
+    def gather(
+        self,
+        query: Float[Tensor, "b q d"],
+        reference: Float[Tensor, "b q l xywh"],
+        value: Float[Tensor, "b s d"],
+        level_shapes: LevelShapes,
+    ) -> Float[Tensor, "b q d"]:
+        """`forward` with `values` that are there already."""
         offsets = rearrange(self.offsets(query), "b q (m l p x) -> b q m l p x", m=self.heads, l=self.levels, x=2)
         weights = rearrange(self.weights(query), "b q (m n) -> b q m n", m=self.heads).softmax(-1)
         weights = rearrange(weights, "b q m (l p) -> b q m l p", l=self.levels)

@@ -31,7 +31,10 @@ class ExtractionBlock(nn.Module):
         if self.among is not None and self.among_norm is not None:
             tokens = self.among_norm(tokens + self.among(tokens, tokens, tokens))
         allowed = ~memory.padding_mask.unsqueeze(1)
-        seen = self.attention(tokens, memory.tokens, memory.tokens, allowed)
+        keys, values = memory.once(
+            self, lambda: (self.attention.key(memory.tokens), self.attention.value(memory.tokens))
+        )
+        seen = self.attention.gather(tokens, keys, values, allowed)
         refined: Tensor = self.feed_forward(self.norm(tokens + seen))
         return refined
 

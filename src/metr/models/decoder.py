@@ -45,7 +45,8 @@ class DecoderLayer(nn.Module):
         """The queries' content, refined once."""
         placed = content + position
         content = self.among_norm(content + self.among(placed, placed, content, allowed))
-        seen = self.cross(content + position, reference, memory.tokens, memory.padding_mask, memory.level_shapes)
+        values = memory.once(self, lambda: self.cross.values(memory.tokens, memory.padding_mask))
+        seen = self.cross.gather(content + position, reference, values, memory.level_shapes)
         refined: Tensor = self.feed_forward(self.cross_norm(content + seen))
         return refined
 

@@ -57,17 +57,20 @@ class Detector(nn.Module):
             text: One L2-normalised embedding a category, or what `project` made of them; labels are its rows.
             targets: In training only: present categories are sure of a slot, and objects are shown for denoising.
         """
-        return self.detect(self.backbone(images), padding_mask, text, targets)
+        return self.detect(self.encode(images, padding_mask), text, targets)
+
+    def encode(self, images: Float[Tensor, "b 3 h w"], padding_mask: Bool[Tensor, "b h w"]) -> Memory:
+        """The images' part of the work, done once for several vocabularies: backbone and encoder."""
+        memory: Memory = self.encoder(self.backbone(images), padding_mask)
+        return memory
 
     def detect(
         self,
-        features: Sequence[Tensor],
-        padding_mask: Bool[Tensor, "b h w"],
+        memory: Memory,
         text: Float[Tensor, "v t"] | ProjectedText,
         targets: Sequence[Targets] | None = None,
     ) -> DetectorOutput:
-        """The network after its backbone: feature maps [b c h w], finest first, to answers."""
-        memory = self.encoder(features, padding_mask)
+        """The network after its encoder: answers for one vocabulary; the arguments are those of `forward`."""
         categories = self.category_extraction(memory, text, targets)
         categories = select_categories(categories, self.config.categories, targets)
         proposals, places = self.proposals(memory, categories)

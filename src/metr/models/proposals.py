@@ -39,8 +39,7 @@ class ProposalHead(nn.Module):
 
     def forward(self, memory: Memory, categories: Categories) -> tuple[Proposals, Float[Tensor, "b q d"]]:
         """The chosen pairs, and the features of their places."""
-        anchors, usable = anchor_logits(memory)
-        features = self.features(memory, usable)
+        anchors, usable, features = memory.once(self, lambda: self._places(memory))
         places, ranks, slots, valid = self._choose(features, usable, categories)
         chosen = rows(features, places)
         tokens = rows(similarity_tokens(categories, self.compared), slots)
@@ -54,6 +53,11 @@ class ProposalHead(nn.Module):
             valid=valid,
         )
         return proposals, chosen
+
+    def _places(self, memory: Memory) -> tuple[Tensor, Tensor, Tensor]:
+        """Anchor, usability and feature of each place."""
+        anchors, usable = anchor_logits(memory)
+        return anchors, usable, self.features(memory, usable)
 
     def features(self, memory: Memory, usable: Bool[Tensor, "b s"]) -> Float[Tensor, "b s d"]:
         """What is known of each place; places that cannot hold a box know nothing."""

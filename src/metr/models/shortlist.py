@@ -50,7 +50,7 @@ class Shortlist(nn.Module):
 
         With targets, present names are taken first, then those that something can be learnt of.
         """
-        logits = self._logits(self._summaries(memory), projected)
+        logits = self._logits(memory.once(self, lambda: self._summaries(memory)), projected)
         scores = logits.detach() if targets is None else _asked_first(logits.detach(), targets)
         rows = scores.topk(min(self.number, scores.shape[1]), dim=1).indices
         return Shortlisted(logits, rows.sort(dim=1).values)

@@ -15,8 +15,8 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from metr.checkpoint import CARD, EVALUATION, Checkpoint, signed_card
 from metr.errors import MetrError
-from metr.evaluation.evaluator import EvaluationReport, Mode
-from metr.evaluation.report import MODES, TITLES, UNANNOTATED, dataset_table, from_dict
+from metr.evaluation.report import TITLES, UNANNOTATED, dataset_table
+from metr.evaluation.results import MODES, EvaluationReport, Mode, from_dict
 from metr.model import METR
 from metr.run_directory import RunDirectory
 from metr.serialization import read_json

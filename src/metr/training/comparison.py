@@ -10,8 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from metr.evaluation.evaluator import EvaluationReport, Mode
-from metr.evaluation.report import as_dict, from_dict
+from metr.evaluation.results import EvaluationReport, Mode, as_dict, from_dict
 from metr.serialization import read_json, write_json
 from metr.training.finetune_data import Role
 

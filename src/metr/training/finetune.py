@@ -16,8 +16,8 @@ from metr.data.few_shot import SubsetConfig
 from metr.data.loading import build_train_loader
 from metr.devices import resolved_device
 from metr.errors import CheckpointError, ConfigError
-from metr.evaluation.evaluate import EvaluationRunner
-from metr.evaluation.evaluator import EvaluationConfig, EvaluationReport
+from metr.evaluation.results import EvaluationConfig, EvaluationReport
+from metr.evaluation.runner import EvaluationRunner
 from metr.losses.criterion import SetCriterion
 from metr.model import METR
 from metr.models.config import DetectorConfig

@@ -13,8 +13,9 @@ from metr.data.joint import JointData, open_joint
 from metr.data.loading import build_train_loader
 from metr.data.records import Annotations
 from metr.errors import ConfigError
-from metr.evaluation.evaluate import EvaluationRunner, show
-from metr.evaluation.evaluator import EvaluationConfig
+from metr.evaluation.report import show
+from metr.evaluation.results import EvaluationConfig
+from metr.evaluation.runner import EvaluationRunner
 from metr.inference.config import InferenceConfig
 from metr.losses.criterion import SetCriterion
 from metr.models.config import DetectorConfig

@@ -15,10 +15,9 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from metr.data.file_names import encodable, shown_name
 from metr.data.formats.files import Files, OutsideError
 from metr.data.images import probe_size
-from metr.data.index.fingerprints import Fingerprints
+from metr.data.index.manifest import Fingerprints, encodable, shown_name
 from metr.data.records import DataIssue, ImageRecord
 from metr.data.splits import canonical_split
 from metr.errors import DataError

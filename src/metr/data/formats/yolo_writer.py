@@ -12,9 +12,9 @@ import yaml
 
 from metr.boxes import xyxy_to_cxcywh
 from metr.data.datasets_file import DatasetSource
-from metr.data.exif_oriented import ExifOriented
 from metr.data.export import ExportReport, ImageFolder, Placement, in_order, new_folder, unsaid_options
 from metr.data.formats.base import corners
+from metr.data.images import exif_oriented_record
 from metr.data.records import ImageRecord
 from metr.data.splits import TEST, TRAIN, VAL
 
@@ -44,7 +44,7 @@ def write_yolo(source: DatasetSource, out: Path, placement: Placement = "link") 
             description[split] = f"images/{split}"
             place, labels = ImageFolder(folder / "images" / split, placement, stems=True), folder / "labels" / split
             labels.mkdir(parents=True)
-            for record in in_order(ExifOriented(annotations)):
+            for record in map(exif_oriented_record, in_order(annotations)):
                 name = place.put(record.path)
                 left_out["missing image"] += name is None
                 if name is not None:

@@ -1,7 +1,7 @@
-"""Annotations in a memory-mapped Arrow file: built once in pieces, opened at once, shared by all workers.
+"""Annotations in a memory-mapped Arrow file: written once, opened without reading, shared by all worker processes.
 
-A file holds one split: one row an image, its boxes as one list. Processes that open it map the same pages; a record
-is made of its slices when it is asked for.
+A file holds one split, one row for each image with a list of its boxes. Processes that open it map the same pages. A
+record is made from slices of the columns when it is asked for.
 """
 
 import os
@@ -18,11 +18,11 @@ from jaxtyping import Bool, Float, Int, UInt8
 from metr.data.records import DataIssue, ImageRecord
 from metr.errors import DataError
 
-# Changes whenever the columns do: indices of other versions are built again.
+# Raised whenever the columns change: indices of other versions are built again.
 VERSION = 3
 
-# Images that are held as objects while an index is built, and the rows of one piece of its file. Opening reads a
-# page of each piece from the disk, so millions of images should be a few hundred pieces.
+# Images that are in memory at once while an index is written, and the rows of one piece of its file. Opening a file
+# reads a page of each piece from the disk, so millions of images should be a few hundred pieces.
 _PIECE = 16_384
 
 _BOX = pa.struct(
@@ -49,10 +49,10 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True, kw_only=True)
 class LabelMap:
-    """How the labels of a file become those of the dataset's `categories`.
+    """Maps the labels in a file to the dataset's `categories`.
 
-    `rows[label]` is the place among the categories, -1 for a name that was dropped. `annotated` are the categories that
-    are annotated exhaustively in every image, whatever the file says; None leaves it to the file.
+    `rows[label]` is the category's index, -1 for a name that was dropped. `annotated` are the categories that are
+    annotated exhaustively in every image, whatever the file says; None leaves this to the file.
     """
 
     categories: tuple[str, ...]
@@ -61,36 +61,39 @@ class LabelMap:
 
     @classmethod
     def identity(cls, categories: Sequence[str]) -> "LabelMap":
-        """The labels are the places among the categories already."""
+        """The labels are the categories' indices already."""
         return cls(categories=tuple(categories), rows=np.arange(len(categories)))
 
     def annotated_by(self, labels: Sequence[int] | None, unknown: Sequence[int] = ()) -> tuple[int, ...] | None:
-        """The categories that are annotated exhaustively in an image of which the file says so of `labels`.
+        """The categories that are annotated exhaustively in one image.
 
-        A category that several labels were joined into is annotated where all of them are, and where none of them is
-        among the `unknown`, of which a box was dropped.
+        A category that several labels were merged into is annotated if all of them are and none is unknown.
+
+        Args:
+            labels: The labels that the file says are annotated exhaustively in the image; None means all.
+            unknown: The labels of boxes that were dropped from the image.
         """
-        annotated = self._declared_by(labels)
+        annotated = self._declared(labels)
         doubtful = {int(self.rows[label]) for label in unknown} - {-1}
         if not doubtful:
             return annotated
         every = range(len(self.categories)) if annotated is None else annotated
         return tuple(row for row in every if row not in doubtful)
 
-    def _declared_by(self, labels: Sequence[int] | None) -> tuple[int, ...] | None:
+    def _declared(self, labels: Sequence[int] | None) -> tuple[int, ...] | None:
         if self.annotated is not None or labels is None:
             return self.annotated
-        joined = np.bincount(self.rows[self.rows >= 0], minlength=len(self.categories))
+        merged = np.bincount(self.rows[self.rows >= 0], minlength=len(self.categories))
         rows = self.rows[list(labels)]
         found = np.bincount(rows[rows >= 0], minlength=len(self.categories))
-        return tuple(np.flatnonzero((found == joined) & (joined > 0)).tolist())
+        return tuple(np.flatnonzero((found == merged) & (merged > 0)).tolist())
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """Views of one record batch: `starts[row]` to `starts[row + 1]` are the boxes of a row.
+    """Views of one record batch: a row's boxes are `starts[row]` to `starts[row + 1]`.
 
-    `told` are the columns of annotated and of unknown labels, None where nothing is in them.
+    `annotated` and `unknown` are the columns of labels, None if they are empty.
     """
 
     batch: pa.RecordBatch
@@ -99,12 +102,13 @@ class _Piece:
     labels: Int[np.ndarray, "m"]
     areas: Float[np.ndarray, "m"]
     ignore: UInt8[np.ndarray, "m"]
-    told: tuple[pa.Array | None, pa.Array | None]
+    annotated: pa.Array | None
+    unknown: pa.Array | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class SplitCounts:
-    """What a split holds: images, those without any object, objects and ignored ones of each category."""
+    """Counts of a split: images, images without an object, and objects and ignored boxes of each category."""
 
     images: int
     empty: int
@@ -115,7 +119,7 @@ class SplitCounts:
 class AnnotationIndex:
     """One split of one dataset, read from an Arrow file (see `write_index`).
 
-    Pickling carries the path, not the annotations: another process maps the file again.
+    Only the path is pickled: another process maps the file again.
 
     Args:
         path: The Arrow file.
@@ -123,7 +127,7 @@ class AnnotationIndex:
         name: The dataset's name.
         split: "train", "val", "test", or another that the dataset has.
         format: The format that the annotations came from.
-        issues: The first issues of each kind that reading went past.
+        issues: The first issues of each kind that were found while the dataset was read.
 
     Raises:
         DataError: the file is missing or is no such index.
@@ -174,7 +178,7 @@ class AnnotationIndex:
         return self._record(index, mapped=True)
 
     def stored(self, index: int) -> ImageRecord:
-        """The same with the labels of the file, in `annotated` and `unknown` too.
+        """The same with the labels as the file has them, also in `annotated` and `unknown`.
 
         Raises:
             IndexError: there is no such image.
@@ -187,19 +191,21 @@ class AnnotationIndex:
         index = index % len(self)
         number = int(np.searchsorted(self._starts, index, side="right")) - 1
         piece, row = self._piece(number), index - int(self._starts[number])
-        mine = slice(int(piece.starts[row]), int(piece.starts[row + 1]))
+        its_boxes = slice(int(piece.starts[row]), int(piece.starts[row + 1]))
         text = piece.batch.column(0)[row].as_py()
-        labels = piece.labels[mine]
-        annotated, unknown = (None if column is None else column[row].as_py() for column in piece.told)
+        labels = piece.labels[its_boxes]
+        annotated, unknown = (
+            None if column is None else column[row].as_py() for column in (piece.annotated, piece.unknown)
+        )
         return ImageRecord(
             image_id=int(text) if piece.batch.column(1)[row].as_py() else text,
             path=self._root / piece.batch.column(2)[row].as_py(),
             height=piece.batch.column(3)[row].as_py(),
             width=piece.batch.column(4)[row].as_py(),
-            boxes=piece.boxes[mine].copy(),
+            boxes=piece.boxes[its_boxes].copy(),
             labels=self.labels.rows[labels] if mapped else labels.astype(np.int64),
-            areas=piece.areas[mine].copy(),
-            ignore=piece.ignore[mine].astype(bool),
+            areas=piece.areas[its_boxes].copy(),
+            ignore=piece.ignore[its_boxes].astype(bool),
             annotated=self.labels.annotated_by(annotated, unknown or ()) if mapped else _tuple(annotated),
             unknown=() if mapped else tuple(unknown or ()),
         )
@@ -328,7 +334,8 @@ def _view(batch: pa.RecordBatch) -> _Piece:
         labels=values.field("label").to_numpy(),
         areas=values.field("area").to_numpy(),
         ignore=values.field("ignore").to_numpy(),
-        told=(_filled(batch.column("annotated")), _filled(batch.column("unknown"))),
+        annotated=_filled(batch.column("annotated")),
+        unknown=_filled(batch.column("unknown")),
     )
 
 
