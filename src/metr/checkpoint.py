@@ -1,4 +1,4 @@
-"""Checkpoints: a folder with the network, its vocabulary and all else that detection needs; nothing is unpickled."""
+"""Checkpoints: a folder with the network, its vocabulary and all that detection needs. Nothing in it is a pickle."""
 
 import hashlib
 import re
@@ -55,7 +55,7 @@ class Checkpoint:
 
     `weights` are by the keys of the network's state; `text_embeddings` are the vocabulary's rows. `text_encoder` and
     `preprocessing` are plain values (JSON) that their owners understand: what made the embeddings, and how an image
-    becomes the network's input. `training` tells how the weights came about (step, metrics); detection does without it.
+    becomes the network's input. `training` holds facts about training (step, metrics); detection needs none of them.
     """
 
     model: DetectorConfig
@@ -84,8 +84,9 @@ def save_checkpoint(
     Args:
         folder: Replaced if it holds a checkpoint, made if it is missing.
         checkpoint: What to write.
-        dtype: Of the weights on disk, such as `torch.float16` to ship them; as they are by default.
-        beside: Texts for people that go with it, by file name. A README.md that a person wrote in `folder` stays.
+        dtype: Type of the weights on disk, such as `torch.float16`; unchanged by default.
+        beside: Texts to write into the folder, such as a model card, by file name. A README.md that a person wrote in
+            `folder` stays.
 
     Raises:
         CheckpointError: `folder` holds something else, or the disk refuses.
@@ -111,10 +112,10 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Reads a checkpoint, tensors on the CPU; of a run folder, its best one.
+    """Reads a checkpoint, or the best one of a run folder, with tensors on the CPU.
 
     Raises:
-        CheckpointError: something is missing, damaged, contradictory, or from a newer version; the message says what.
+        CheckpointError: a file is missing, damaged, contradicts another or is from a newer version.
     """
     folder = find_checkpoint(path)
     config = read_json(folder / CONFIG)
@@ -132,7 +133,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The checkpoint folder that `path` means: itself, or the best, else the last, of a run.
+    """The checkpoint folder that `path` means: the folder itself, or the best, else the last, of a run folder.
 
     Raises:
         CheckpointError: there is none.
