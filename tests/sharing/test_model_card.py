@@ -38,7 +38,7 @@ def text_of(facts: CardFacts) -> str:
 
 
 def report_of(tmp_path: Path, values: dict[str, tuple[float, float]]) -> Path:
-    """An evaluation.json with these AP of own and of all names, by dataset."""
+    """An evaluation.json with these AP of own names and of the joint vocabulary, by dataset."""
 
     def part(ap: float) -> dict[str, Any]:
         coco = {"ap": ap, "ap50": ap, "ap75": ap, "ap_small": None, "ap_medium": None, "ap_large": None, "ar100": ap}
@@ -68,9 +68,9 @@ def test_the_header_is_the_hubs(model: METR, tmp_path: Path) -> None:
     assert data.model_name == "tiny"
     told = {(one.dataset_name, one.dataset_split, one.metric_name): one.metric_value for one in data.eval_results}
     assert told == {
-        (name, "val", f"AP, {kind} names (COCO, 0 to 100)"): round(value, 2)
+        (name, "val", f"AP, {kind} (COCO, 0 to 100)"): round(value, 2)
         for name, both in values.items()
-        for kind, value in zip(("own", "all"), both, strict=True)
+        for kind, value in zip(("own names", "joint vocabulary"), both, strict=True)
     }
 
 
