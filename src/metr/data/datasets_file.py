@@ -35,28 +35,29 @@ _LISTING_SUFFIXES = frozenset({".yaml", ".yml"})
 class DatasetConfig(Config):
     """One dataset of a run: where it is and how it is meant. Category names are meant after `renames`."""
 
-    # How messages, results and vocabularies call the dataset.
     name: Annotated[str, Field(min_length=1)]
-    # Its folder, or its one annotation file.
+    """How messages, results and vocabularies call the dataset."""
     path: Path
-    # None: recognised.
+    """Its folder, or its one annotation file."""
     format: FormatName | None = None
-    # Which of the dataset's own splits are train, val and test. None: by the convention of the format.
+    """The format of its files. None: it is recognised."""
     splits: dict[SplitName, tuple[str, ...] | str] | None = None
-    # How much of a batch the dataset gets, relative to the others.
+    """Which of the dataset's own splits are train, val and test. None: by the convention of the format."""
     weight: Annotated[float, Field(gt=0)] = 1.0
-    # Category name -> the phrase that the text encoder reads instead of it.
+    """How much of a batch the dataset gets, relative to the others."""
     prompts: dict[str, str] = Field(default_factory=dict)
-    # Category name in the files -> category name here. Several may become one.
+    """Category name -> the phrase that the text encoder reads instead of it."""
     renames: dict[str, str] = Field(default_factory=dict)
-    # The categories that are annotated wherever they are to be seen. None: what the format says, mostly all.
+    """Category name in the files -> category name here. Several may become one."""
     exhaustive: tuple[str, ...] | None = None
+    """The categories that are annotated wherever they are to be seen. None: what the format says, mostly all."""
 
 
 class DatasetsFile(Config):
     """A YAML file that lists datasets: `datasets:` with a path, or a mapping of options, for each."""
 
     datasets: Annotated[list[dict[str, Any] | str], Field(min_length=1)]
+    """The datasets: paths, or the options of `DatasetConfig`."""
 
 
 @dataclass(frozen=True, kw_only=True)
