@@ -41,7 +41,7 @@ class DatasetConfig(Config):
     path: Path
     """Its folder, or its one annotation file."""
     format: FormatName | None = None
-    """None: recognised."""
+    """The format of its files. None: it is recognised."""
     splits: dict[SplitName, tuple[str, ...] | str] | None = None
     """Which of the dataset's own splits are train, val and test. None: by the convention of the format."""
     weight: Annotated[float, Field(gt=0)] = 1.0
@@ -58,6 +58,7 @@ class DatasetsFile(Config):
     """A YAML file that lists datasets: `datasets:` with a path, or a mapping of options, for each."""
 
     datasets: Annotated[list[dict[str, Any] | str], Field(min_length=1)]
+    """The datasets: paths, or the options of `DatasetConfig`."""
 
 
 @dataclass(frozen=True, kw_only=True)

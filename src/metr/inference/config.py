@@ -42,3 +42,4 @@ class InferenceConfig(Config):
     precision: Precision = "fp32"
     """Arithmetic of the network (autocast); scores and boxes are finished in fp32."""
     postprocess: PostprocessConfig = PostprocessConfig()
+    """Which of the answers become detections."""

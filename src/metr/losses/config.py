@@ -14,20 +14,28 @@ class LossWeights(Config):
     """Factors of the loss terms. `proposals` and `denoising` multiply those of their classification and boxes."""
 
     classification: Weight = 2.0
+    """Of whether a query is an object of its category."""
     l1: Weight = 5.0
+    """Of the L1 distance between boxes."""
     giou: Weight = 2.0
+    """Of 1 - GIoU between boxes."""
     presence: Weight = 1.0
     """Of the presence loss of every extraction block and of the shortlist."""
     proposals: Weight = 1.0
+    """Multiplies the terms of the proposals."""
     denoising: Weight = 1.0
+    """Multiplies the terms of the denoising queries."""
 
 
 class MatchingCosts(Config):
     """Factors of the costs by which queries and objects are matched."""
 
     classification: Weight = 2.0
+    """Of the classification cost."""
     l1: Weight = 5.0
+    """Of the L1 distance between boxes."""
     giou: Weight = 2.0
+    """Of 1 - GIoU between boxes."""
 
 
 class CriterionConfig(Config):
@@ -39,13 +47,20 @@ class CriterionConfig(Config):
     focal_alpha: Fraction = 0.25
     """Weight of positives (that of negatives is one minus it), in the focal loss and in the matching cost."""
     focal_gamma: Weight = 2.0
+    """Power by which the focal loss, and the matching cost, weigh easy examples less."""
     quality_alpha: Weight = 0.75
     """Weight of negatives in the varifocal loss."""
     quality_gamma: Weight = 2.0
+    """Power by which the varifocal loss weighs easy negatives less."""
     matchability_gamma: Weight = 1.5
+    """Power of the IoU, and of a negative's probability as its weight, in the matchability-aware loss."""
     presence_gamma_positive: Weight = 0.0
+    """Power by which the asymmetric presence loss weighs easy positives less."""
     presence_gamma_negative: Weight = 2.0
+    """Power by which the asymmetric presence loss weighs easy negatives less."""
     ignore_coverage: Fraction = 0.5
     """A predicted box is no negative if at least this fraction of it is inside an ignored box of its category."""
     weights: LossWeights = LossWeights()
+    """Factors of the loss terms."""
     costs: MatchingCosts = MatchingCosts()
+    """Factors of the matching costs."""
