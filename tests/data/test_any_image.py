@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from made_images import make_annotations
+from synthetic_images import make_annotations
 from PIL import Image, ImageOps
 from reader_trees import write_json, write_text
 

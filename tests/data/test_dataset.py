@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from made_images import NAMES, VOCABULARY, make_annotations, make_dataset
+from synthetic_images import NAMES, VOCABULARY, make_annotations, make_dataset
 
 from metr.boxes import cxcywh_to_xyxy
 from metr.data.config import ResizeConfig

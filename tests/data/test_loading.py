@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from made_images import make_annotations, make_dataset
+from synthetic_images import make_annotations, make_dataset
 
 from metr.data.config import LoaderConfig, ResizeConfig
 from metr.data.dataset import DetectionDataset

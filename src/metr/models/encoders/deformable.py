@@ -1,4 +1,4 @@
-"""The encoder of Deformable DETR and DINO: every token of every level attends to a few places on all levels."""
+"""The encoder of Deformable DETR and DINO: every token attends to a few places on all levels."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -60,7 +60,7 @@ class DeformableEncoder(nn.Module):
         return memory
 
     def _positions(self, memory: Memory, padding_mask: Tensor) -> Tensor:
-        """Where each token lies, and on which level: [b s d]."""
+        """The encoding of each token's place and level: [b s d]."""
         levels = []
         for shape, embedding in zip(memory.level_shapes, self.level_embedding, strict=True):
             grid = grid_encoding(level_mask(padding_mask, shape), self.width, **self._encoding)

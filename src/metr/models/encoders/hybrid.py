@@ -26,7 +26,7 @@ class CoarseLayer(nn.Module):
         self.feed_forward = FeedForward(width, config.feed_forward, nn.GELU)
 
     def forward(self, tokens: Tensor, positions: Tensor, allowed: Tensor) -> Tensor:
-        """[b s d] to the same shape; padded cells are not looked at."""
+        """[b s d] to the same shape. No cell attends to padding."""
         placed = tokens + positions
         refined: Tensor = self.feed_forward(self.norm(tokens + self.attention(placed, placed, tokens, allowed)))
         return refined
@@ -41,7 +41,7 @@ class HybridEncoder(nn.Module):
         self.counted = config.positions == "counted"
         channels = tuple(channels)[-self.levels :]
         steps = range(self.levels - 1)
-        # D-FINE leaves out the activations between its fusions
+        # D-FINE has no activations between its fusions.
         elan = config.fusion == "elan"
         fusion = AggregatingFusion if elan else Fusion
         self.projections = nn.ModuleList(ConvNorm(c, width, 1, activate=False) for c in channels)
@@ -77,7 +77,7 @@ class HybridEncoder(nn.Module):
         return rearrange(tokens, "b (h w) d -> b d h w", h=height)
 
     def _top_down(self, maps: list[Tensor]) -> list[Tensor]:
-        """Coarse levels inform finer ones; each level is then the lateral form of itself, the finest excepted."""
+        """Fuses coarse levels into finer ones. Every level but the finest also goes through its lateral convolution."""
         coarse = [maps[-1]]
         for fine, lateral, fuse in zip(maps[-2::-1], self.laterals, self.down_fusions, strict=True):
             coarse[-1] = lateral(coarse[-1])
@@ -86,7 +86,7 @@ class HybridEncoder(nn.Module):
         return coarse[::-1]
 
     def _bottom_up(self, maps: list[Tensor]) -> list[Tensor]:
-        """Fine levels inform coarser ones."""
+        """Fuses fine levels into coarser ones."""
         done = [maps[0]]
         for coarse, halve, fuse in zip(maps[1:], self.strides, self.up_fusions, strict=True):
             done.append(fuse(halve(done[-1]), coarse))
@@ -120,7 +120,7 @@ class RepVggBlock(nn.Module):
 
 
 class _Paths(nn.Module):
-    """A path of RepVGG blocks, and one past them."""
+    """A path through RepVGG blocks, added to a path around them."""
 
     def __init__(self, inner: int, outer: int, hidden: int, blocks: int) -> None:
         super().__init__()
@@ -155,7 +155,7 @@ class Fusion(_Paths):
 
 
 class AggregatingFusion(nn.Module):
-    """Two levels of one size to one, as in D-FINE (RepNCSPELAN4): every stage of a path is seen by the last layer."""
+    """Two levels of one size to one, as in D-FINE (RepNCSPELAN4): the last layer gets the output of every stage."""
 
     def __init__(self, width: int, config: EncoderConfig) -> None:
         super().__init__()
@@ -177,7 +177,7 @@ class AggregatingFusion(nn.Module):
 
 
 class SeparableStride(nn.Sequential):
-    """Half the resolution: channels are mixed, then each is convolved (SCDown of D-FINE)."""
+    """Halves the resolution: mixes the channels, then convolves each channel (SCDown of D-FINE)."""
 
     def __init__(self, width: int) -> None:
         mix = ConvNorm(width, width, 1, activate=False)

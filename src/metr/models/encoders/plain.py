@@ -31,7 +31,7 @@ class PlainEncoderLayer(nn.Module):
     def forward(
         self, tokens: Float[Tensor, "b s d"], places: Float[Tensor, "b s d"], allowed: Bool[Tensor, "b 1 s"]
     ) -> Float[Tensor, "b s d"]:
-        """The tokens, refined once; nobody looks at padding."""
+        """The tokens, refined once. No token attends to padding."""
         placed = tokens + places
         refined: Tensor = self.feed_forward(self.norm(tokens + self.attention(placed, placed, tokens, allowed)))
         return refined
@@ -40,8 +40,8 @@ class PlainEncoderLayer(nn.Module):
 class PlainEncoder(nn.Module):
     """Projection of the backbone's last map to one width, then layers of self-attention.
 
-    Its cost grows with the square of the cells: meant for maps of stride 32, or 16 for small images
-    (`backbone.strides=[16]`).
+    Its cost grows with the square of the number of cells, so it is meant for maps of stride 32, or of stride 16 for
+    small images (`backbone.strides=[16]`).
     """
 
     levels = 1
@@ -66,7 +66,7 @@ class PlainEncoder(nn.Module):
 
 
 def token_places(memory: Memory, width: int) -> Float[Tensor, "b s d"]:
-    """Where each token lies in its image, as `width` sines and cosines; padding changes nothing."""
+    """The encoded place of each token in its image, `width` numbers; padding changes nothing."""
     sizes = [height * width for height, width in memory.level_shapes]
     levels = []
     for (height, _), mask in zip(memory.level_shapes, torch.split(memory.padding_mask, sizes, dim=1), strict=True):

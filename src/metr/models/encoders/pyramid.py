@@ -1,4 +1,4 @@
-"""What both encoders share: masks of levels, levels made by strided convolution, flattening to memory."""
+"""What encoders share: masks of levels, further levels by strided convolution, flattening to memory."""
 
 from collections.abc import Sequence
 from math import gcd
@@ -20,7 +20,7 @@ def level_mask(padding_mask: Bool[Tensor, "b h w"], shape: tuple[int, int]) -> B
 
 
 def valid_ratio(mask: Bool[Tensor, "b h w"]) -> Float[Tensor, "b 2"]:
-    """The (x, y) share of a level that is image: padding lies at the right and the bottom."""
+    """The fraction of a level, in x and in y, that is image; padding is at the right and the bottom."""
     width = (~mask[:, 0, :]).float().mean(-1)
     height = (~mask[:, :, 0]).float().mean(-1)
     return torch.stack([width, height], dim=-1)
@@ -61,7 +61,7 @@ def _step(inner: int, width: int, kernel: int, stride: int = 1) -> nn.Sequential
 
 
 def flatten(maps: Sequence[Float[Tensor, "b d _h _w"]], padding_mask: Bool[Tensor, "b h w"]) -> Memory:
-    """All cells of all levels as one row of tokens, with what is needed to find them again."""
+    """All cells of all levels as one row of tokens, with the shapes and masks of the levels."""
     shapes = [(int(level.shape[2]), int(level.shape[3])) for level in maps]
     masks = [level_mask(padding_mask, shape) for shape in shapes]
     return Memory(
