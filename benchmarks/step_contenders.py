@@ -146,7 +146,7 @@ class Metr:
         reached("matching")
         loss = self.criterion.losses(output, predictions.matched(matches), scene.targets).total
         reached("losses")
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         reached("backward")
         self.optimizer.step()
         self.optimizer.zero_grad()

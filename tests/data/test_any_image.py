@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from synthetic_images import make_annotations
 from PIL import Image, ImageOps
 from reader_trees import write_json, write_text
+from synthetic_images import make_annotations
 
 from metr.boxes import cxcywh_to_xyxy
 from metr.data.config import AugmentationConfig, LoaderConfig, ResizeConfig

@@ -61,9 +61,7 @@ def test_overfits_four_images(layout: str, encoder: str, loss: str) -> None:
     """Each object is found once, by a query of its category, and nothing else is found; but for one."""
     torch.set_num_threads(1)  # so small a network is slower on several
     images = torch.stack([random_image(scene) for scene in SCENES])
-    parts = [
-        targets_of([box for _, box in scene], [label for label, _ in scene], words=WORDS) for scene in SCENES
-    ]
+    parts = [targets_of([box for _, box in scene], [label for label, _ in scene], words=WORDS) for scene in SCENES]
     targets = Targets.stack(parts)
     text = torch.nn.functional.normalize(torch.randn(WORDS, TEXT_WIDTH), dim=-1)
     detector = small_detector(small_config(encoder=encoder, kept=3, layout=layout)).train()

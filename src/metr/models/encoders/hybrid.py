@@ -8,28 +8,10 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from metr.layers.attention import Attention
-from metr.layers.mlp import FeedForward
 from metr.layers.position_encoding import counted_encoding, grid_encoding
 from metr.models.config import EncoderConfig
-from metr.models.encoders.pyramid import flatten, level_mask
+from metr.models.encoders.pyramid import SelfAttentionLayer, flatten, level_mask
 from metr.structures import Memory
-
-
-class CoarseLayer(nn.Module):
-    """Self-attention among the cells of the coarsest level (AIFI of RT-DETR)."""
-
-    def __init__(self, width: int, config: EncoderConfig) -> None:
-        super().__init__()
-        self.attention = Attention(width, config.heads)
-        self.norm = nn.LayerNorm(width)
-        self.feed_forward = FeedForward(width, config.feed_forward, nn.GELU)
-
-    def forward(self, tokens: Tensor, positions: Tensor, allowed: Tensor) -> Tensor:
-        """[b s d] to the same shape. No cell attends to padding."""
-        placed = tokens + positions
-        refined: Tensor = self.feed_forward(self.norm(tokens + self.attention(placed, placed, tokens, allowed)))
-        return refined
 
 
 class HybridEncoder(nn.Module):
@@ -45,7 +27,7 @@ class HybridEncoder(nn.Module):
         elan = config.fusion == "elan"
         fusion = AggregatingFusion if elan else Fusion
         self.projections = nn.ModuleList(ConvNorm(c, width, 1, activate=False) for c in channels)
-        self.layers = nn.ModuleList(CoarseLayer(width, config) for _ in range(config.layers))
+        self.layers = nn.ModuleList(SelfAttentionLayer(width, config, nn.GELU) for _ in range(config.layers))
         self.laterals = nn.ModuleList(ConvNorm(width, width, 1, activate=not elan) for _ in steps)
         self.down_fusions = nn.ModuleList(fusion(width, config) for _ in steps)
         self.strides = nn.ModuleList(

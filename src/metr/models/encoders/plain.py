@@ -8,33 +8,13 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from metr.layers.attention import Attention
-from metr.layers.mlp import FeedForward
 from metr.layers.position_encoding import grid_encoding
 from metr.models.config import EncoderConfig
-from metr.models.encoders.pyramid import flatten
+from metr.models.encoders.pyramid import SelfAttentionLayer, flatten
 from metr.structures import Memory
 
 # as in DETR and Conditional DETR; DAB-DETR's can be set to it
 TEMPERATURE = 10_000.0
-
-
-class PlainEncoderLayer(nn.Module):
-    """Self-attention, then a feed-forward part; both added and normalised."""
-
-    def __init__(self, width: int, config: EncoderConfig) -> None:
-        super().__init__()
-        self.attention = Attention(width, config.heads)
-        self.norm = nn.LayerNorm(width)
-        self.feed_forward = FeedForward(width, config.feed_forward)
-
-    def forward(
-        self, tokens: Float[Tensor, "b s d"], places: Float[Tensor, "b s d"], allowed: Bool[Tensor, "b 1 s"]
-    ) -> Float[Tensor, "b s d"]:
-        """The tokens, refined once. No token attends to padding."""
-        placed = tokens + places
-        refined: Tensor = self.feed_forward(self.norm(tokens + self.attention(placed, placed, tokens, allowed)))
-        return refined
 
 
 class PlainEncoder(nn.Module):
@@ -50,7 +30,7 @@ class PlainEncoder(nn.Module):
         super().__init__()
         self.width = width
         self.projection = nn.Conv2d(channels[-1], width, kernel_size=1)
-        self.layers = nn.ModuleList(PlainEncoderLayer(width, config) for _ in range(config.layers))
+        self.layers = nn.ModuleList(SelfAttentionLayer(width, config) for _ in range(config.layers))
 
     def forward(self, features: Sequence[Tensor], padding_mask: Bool[Tensor, "b h w"]) -> Memory:
         """Backbone maps (finest first) to a memory of one level."""
