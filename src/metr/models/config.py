@@ -44,7 +44,7 @@ class CategoryConfig(Config):
     heads: int = Field(8, ge=1)
     feed_forward: int = Field(1024, ge=1)
     self_attention: bool = False
-    """Among categories; without it an answer does not depend on the other names."""
+    """Among categories. Without it the prediction for a category does not depend on the other names."""
     kept: int = Field(20, ge=1)
     """K, category slots an image."""
     threshold: float = Field(0.0, ge=0, lt=1)
@@ -118,7 +118,7 @@ class DenoisingConfig(Config):
 
 
 class DecoderConfig(Config):
-    """From queries to answers."""
+    """From queries to predictions."""
 
     kind: Literal["deformable", "conditional"] = "deformable"
     """`deformable`: queries sample a few places of every level, as in DINO. `conditional`: they attend to the whole
