@@ -19,7 +19,6 @@ from metr.boxes import cxcywh_to_xyxy, paired_giou
 from metr.losses.classification import focal_cost
 from metr.losses.criterion import SetCriterion
 from metr.losses.predictions import QueryPredictions
-from metr.structures import NO_OBJECT
 from metr.models.backbones import build_backbone
 from metr.models.class_queries import side_by_side
 from metr.models.config import DetectorConfig
@@ -29,6 +28,7 @@ from metr.models.encoders import build_encoder
 from metr.models.heads import BoxHead
 from metr.models.proposals import anchor_logits
 from metr.structures import (
+    NO_OBJECT,
     Categories,
     DenoisingPlan,
     DetectorOutput,

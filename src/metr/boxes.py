@@ -1,4 +1,4 @@
-"""Boxes: the one module that converts between formats and compares them.
+"""Conversions of boxes between formats, and comparisons of boxes.
 
 Formats: `cxcywh` centre and size, `xyxy` corners, `xywh` top left corner and size (COCO's files).
 """
@@ -33,7 +33,7 @@ def xywh_to_xyxy(boxes: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n 4"]:
 
 
 def area(boxes: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n"]:
-    """Area of xyxy boxes; a box whose corners are swapped has none."""
+    """Area of xyxy boxes; 0 if the corners are swapped."""
     width, height = (boxes[..., 2:] - boxes[..., :2]).clamp(min=0).unbind(-1)
     return width * height
 
@@ -75,6 +75,6 @@ def pairwise_coverage(a: Float[Tensor, "*n 4"], b: Float[Tensor, "*m 4"]) -> Flo
 
 
 def clip(boxes: Float[Tensor, "*n 4"], height: float, width: float) -> Float[Tensor, "*n 4"]:
-    """xyxy boxes cut at the image's border."""
+    """xyxy boxes clipped to the image."""
     limit = boxes.new_tensor([width, height, width, height])
     return torch.minimum(boxes.clamp(min=0), limit)

@@ -51,9 +51,9 @@ class Targets(_Movable):
     label `NO_OBJECT` and may stand anywhere among the objects. Crowds and group-of boxes are `ignore_boxes`: detecting
     them is neither right nor wrong.
 
-    `annotated[b, v]` says that the image's dataset annotates category v exhaustively: where no box of it is, none is
-    there. Of the other categories the annotations say nothing, and they give no loss. `assumed_negative[b, v]` marks
-    those of them that are assumed to be absent: this trains category extraction, but no box counts as wrong for it.
+    `annotated[b, v]` says that category v is annotated exhaustively in image b: an object without a box does not exist.
+    About other categories the annotations say nothing, and they give no loss. `assumed_negative[b, v]` marks those of
+    them that are assumed to be absent. That trains category extraction; boxes too, if such a category gets a slot.
     """
 
     boxes: Float[Tensor, "b m 4"]

@@ -25,7 +25,7 @@ from transformers import (
 from metr.bundled import minilm_folder
 from metr.errors import ConfigError, DependencyError, ModelError
 from metr.text import language_model
-from metr.text.encoder import TextEncoder, TextEncoderConfig, phrases
+from metr.text.encoder import TEMPLATES, TextEncoder, TextEncoderConfig, phrase_of, phrases
 from metr.text.language_model import LanguageModel, LanguageModelSource
 from metr.text.vocabulary import Vocabulary
 
@@ -267,3 +267,54 @@ def test_the_bundled_package_is_needed_for_unknown_phrases_only(
     assert TextEncoder(cache_root=tmp_path).embed(["fish"]).shape == (1, 384)
     with pytest.raises(DependencyError, match="not installed"):
         TextEncoder(cache_root=tmp_path).embed(["fish", "frog"])
+
+
+@pytest.mark.parametrize(
+    ("name", "phrase"),
+    [
+        ("white-king", "white king"),
+        ("traffic_light", "traffic light"),
+        ("10-of_hearts", "10 of hearts"),
+        ("dining  table", "dining table"),
+        ("_private_", "private"),
+        ("RBC", "RBC"),
+        ("-", "-"),
+    ],
+)
+def test_identifiers_are_read_as_words(name: str, phrase: str) -> None:
+    assert phrase_of(name) == phrase
+
+
+def test_a_prompt_is_taken_as_written() -> None:
+    assert phrase_of("x", "T-shirt with a_b") == "T-shirt with a_b"
+    assert phrases("x", "red blood cell", ["{}", "a photo of a {}"]) == (
+        "red blood cell",
+        "a photo of a red blood cell",
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("cat", "a photo of a cat"),
+        ("apple", "a photo of an apple"),
+        ("hourglass", "a photo of an hourglass"),
+        ("unicorn", "a photo of a unicorn"),
+        ("umbrella", "a photo of an umbrella"),
+        ("RBC", "a photo of an RBC"),
+        ("WBC", "a photo of a WBC"),
+        ("x_ray", "a photo of a x ray"),
+        ("the moon", "a photo of the moon"),
+        ("{}", "a photo of a {}"),
+        (r"\1", r"a photo of a \1"),
+    ],
+)
+def test_articles_suit_the_phrase(name: str, sentence: str) -> None:
+    assert phrases(name, None, ["a photo of a {}"]) == (sentence,)
+    assert phrases(name, None, ["a photo of an {}"]) == (sentence,)
+    assert phrases(name, None, ["see: {}"]) == (f"see: {phrase_of(name)}",)
+
+
+def test_every_template_has_one_place() -> None:
+    assert all(template.count("{}") == 1 for template in TEMPLATES)
+    assert len(set(phrases("cat"))) == len(TEMPLATES)

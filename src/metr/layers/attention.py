@@ -32,7 +32,7 @@ class Attention(nn.Module):
         value: Float[Tensor, "b s d"],
         allowed: Bool[Tensor, "b #q s"] | None = None,
     ) -> Float[Tensor, "b q d"]:
-        """What each query gathers from the values whose keys it may look at (`allowed`; None means all)."""
+        """The attention output for each query. `allowed` says which keys it attends to; None means all."""
         return self.gather(query, self.key(key), self.value(value), allowed)
 
     def gather(
@@ -42,7 +42,7 @@ class Attention(nn.Module):
         values: Float[Tensor, "b s d"],
         allowed: Bool[Tensor, "b #q s"] | None = None,
     ) -> Float[Tensor, "b q d"]:
-        """`forward` with keys and values that are projected already."""
+        """`forward` with keys and values that are already projected."""
         queries, keys, values = (
             rearrange(projected, "b n (heads c) -> b heads n c", heads=self.heads)
             for projected in (self.query(query), keys, values)
@@ -59,7 +59,7 @@ def attend(
     values: Float[Tensor, "b heads s e"],
     mask: Bool[Tensor, "b 1 #q s"] | None,
 ) -> Float[Tensor, "b heads q e"]:
-    """The fused kernel. CPUs differentiate it faster in float32 than in bfloat16: autocast has no say there."""
+    """The fused kernel. On CPUs autocast is off: their backward pass is faster in float32 than in bfloat16."""
     if queries.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         with torch.autocast("cpu", enabled=False):
             return scaled_dot_product_attention(queries.float(), keys.float(), values.float(), attn_mask=mask)
@@ -88,7 +88,7 @@ class PlacedSelfAttention(nn.Module):
         position: Float[Tensor, "b q d"],
         allowed: Bool[Tensor, "b #q q"] | None = None,
     ) -> Float[Tensor, "b q d"]:
-        """What each token gathers from those that it may look at (`allowed`; None means all)."""
+        """The attention output for each token. `allowed` says to which tokens it attends; None means all."""
         queries = self.query_content(content) + self.query_position(position)
         keys = self.key_content(content) + self.key_position(position)
         queries, keys, values = (_heads(part, self.heads) for part in (queries, keys, self.value(content)))
@@ -98,15 +98,15 @@ class PlacedSelfAttention(nn.Module):
 
 
 class ConditionalAttention(nn.Module):
-    """Cross-attention in which every head agrees on content and, beside it, on place (Meng et al., 2021).
+    """Cross-attention that compares contents and places separately (Conditional DETR, Meng et al., 2021).
 
-    A head's query is its share of the content and, after it, its share of the encoded place; so is its key. Their
-    product is the sum of what both pairs say.
+    The query of a head is its part of the content followed by its part of the encoded place, and so is the key. Their
+    dot product is the sum of a similarity of contents and a similarity of places.
 
     Args:
         width: Numbers a token, divisible by `heads`.
         heads: Attention heads.
-        joins_position: Add the position to the content as well: for a first layer, whose content knows no place yet.
+        joins_position: Add the positions to the contents too, for a first layer whose content says nothing of places.
     """
 
     def __init__(self, width: int, heads: int, joins_position: bool) -> None:
@@ -117,7 +117,7 @@ class ConditionalAttention(nn.Module):
         self.query_position = nn.Linear(width, width) if joins_position else None
         self.value, self.out = nn.Linear(width, width), nn.Linear(width, width)
         _start_projections(self)
-        # from the first step on, encoded places are compared as they are: a query looks where it is
+        # Encoded places are compared unchanged at the start: a query attends to where it is.
         for projection in (self.query_place, self.key_place):
             nn.init.eye_(projection.weight)
 
@@ -130,15 +130,15 @@ class ConditionalAttention(nn.Module):
         token_places: Float[Tensor, "b s d"],
         allowed: Bool[Tensor, "b #q s"],
     ) -> Float[Tensor, "b q d"]:
-        """What each query gathers from the tokens that it may look at.
+        """The attention output for each query.
 
         Args:
-            content: What the queries hold.
-            position: Their learnt position embedding, which joins the content where the layer says so.
-            place: Their encoded places, in the encoding of `token_places`.
+            content: Contents of the queries.
+            position: Their learnt position embeddings, used only with `joins_position`.
+            place: Their encoded places, in the same encoding as `token_places`.
             tokens: The memory.
-            token_places: Where its tokens lie.
-            allowed: Which tokens each query may look at.
+            token_places: The encoded places of its tokens.
+            allowed: Which tokens each query attends to.
         """
         queries, keys, where = self.query_content(content), self.key_content(tokens), self.key_place(token_places)
         if self.query_position is not None:
@@ -150,12 +150,12 @@ class ConditionalAttention(nn.Module):
         return out
 
     def _beside(self, content: Tensor, place: Tensor) -> Tensor:
-        """Each head's share of the content and of the place, side by side."""
+        """Each head's parts of the content and of the place, concatenated."""
         return torch.cat([_heads(content, self.heads), _heads(place, self.heads)], dim=-1)
 
 
 def _start_projections(module: nn.Module) -> None:
-    """As in `Attention`: Glorot's weights except for the answer's, and no bias."""
+    """Initialises as `Attention` does: Glorot weights except for the output layer, and biases of zero."""
     for name, linear in module.named_children():
         if isinstance(linear, nn.Linear):
             nn.init.zeros_(linear.bias)

@@ -1,4 +1,10 @@
-"""Multi-scale deformable attention (Zhu et al., 2021) in plain PyTorch: nothing to compile, any device."""
+"""Multi-scale deformable attention (Zhu et al., 2021) in plain PyTorch: nothing to compile, any device.
+
+Its inner loop, weighted bilinear samples from a pyramid of maps, exists twice with the same results. Accelerators
+sample maps of pixels (`grid_sample`). CPUs sum rows of a table of tokens (`embedding_bag`): the numbers of a token are
+contiguous there, and neither samples nor their gradients are stored one by one. This is several times faster and takes
+a fraction of the memory.
+"""
 
 import math
 import warnings
@@ -16,7 +22,7 @@ LevelShapes = tuple[tuple[int, int], ...]
 
 
 class DeformableAttention(nn.Module):
-    """Each query looks at a few learnt points around its reference, on every level.
+    """Each query samples a few learnt points around its reference, on every level.
 
     Args:
         width: Numbers a token, divisible by `heads`.
@@ -35,7 +41,7 @@ class DeformableAttention(nn.Module):
         self._start_as_a_star()
 
     def _start_as_a_star(self) -> None:
-        """Each head starts by looking in a direction of its own, its points at growing distance."""
+        """Initialises the offsets: every head has its own direction, and its points lie at growing distances."""
         nn.init.zeros_(self.offsets.weight)
         angle = torch.arange(self.heads) * (2 * math.pi / self.heads)
         direction = torch.stack([angle.cos(), angle.sin()], dim=-1)
@@ -58,7 +64,7 @@ class DeformableAttention(nn.Module):
         padding_mask: Bool[Tensor, "b s"],
         level_shapes: LevelShapes,
     ) -> Float[Tensor, "b q d"]:
-        """What each query gathers from the tokens.
+        """The attention output for each query.
 
         Args:
             query: Content and position of the queries.
@@ -104,12 +110,12 @@ def sample_levels(
     weights: Float[Tensor, "b q m l p"],
     level_shapes: LevelShapes,
 ) -> Float[Tensor, "b q d"]:
-    """Bilinear samples of each head's share of the values at `places`, summed by `weights`; zero outside.
+    """Bilinear samples of each head's part of the values at `places`, summed with `weights`. Values outside are zero.
 
     Args:
-        value: Tokens of all levels, finest first, row by row; heads divide the width.
-        places: (x, y) in 0..1 of each level, for every query, head, level and point.
-        weights: Of each place.
+        value: Tokens of all levels, finest level first, row by row; every head has an equal part of the width.
+        places: (x, y) in 0..1 of the level, for every query, head, level and point.
+        weights: The weight of each place.
         level_shapes: (height, width) of each level.
     """
     by_rows = value.device.type == "cpu" and not torch.compiler.is_compiling()
@@ -124,7 +130,7 @@ def sample_grids(
     weights: Float[Tensor, "b q m l p"],
     level_shapes: LevelShapes,
 ) -> Float[Tensor, "b q d"]:
-    """`sample_levels` level by level, from maps of pixels."""
+    """`sample_levels` for accelerators: level by level, from maps of pixels."""
     batch, _, heads = weights.shape[:3]
     grids = rearrange(2 * places - 1, "b q m l p x -> l (b m) q p x")
     shares = rearrange(weights, "b q m l p -> l (b m) 1 q p")
@@ -146,7 +152,7 @@ def sample_rows(
     weights: Float[Tensor, "b q m l p"],
     level_shapes: LevelShapes,
 ) -> Float[Tensor, "b q d"]:
-    """`sample_levels` as one weighted sum of rows for every query and head: four rows for each place."""
+    """`sample_levels` for CPUs: one weighted sum of rows for every query and head, four rows for each place."""
     batch, queries, heads = weights.shape[:3]
     cells, shares = corner_cells(places, weights, level_shapes)
     image = torch.arange(batch, dtype=torch.int32, device=value.device) * value.shape[1]
@@ -163,9 +169,9 @@ def sample_rows(
 def corner_cells(
     places: Float[Tensor, "b q m l p 2"], weights: Float[Tensor, "b q m l p"], level_shapes: LevelShapes
 ) -> tuple[Int32[Tensor, "b q m n"], Float[Tensor, "b q m n"]]:
-    """The four cells around each place as indices of tokens, and the share of each: weight times bilinear weight.
+    """The four cells around each place as indices of tokens, and their factors: weight times bilinear weight.
 
-    Cells outside have a share of zero (and the index of a cell inside).
+    Cells outside the level have a factor of zero, and the index of a cell inside.
     """
     points = places.shape[4]
 
@@ -188,7 +194,7 @@ def corner_cells(
 def _neighbours(
     position: Float[Tensor, "*n"], size: Int32[Tensor, "_n"]
 ) -> list[tuple[Int32[Tensor, "*n"], Float[Tensor, "*n"]]]:
-    """The cells before and after a position along one axis, and how near each is: 1 on the cell, 0 a cell away."""
+    """The cells before and after a position along one axis, and their bilinear weights; zero for cells outside."""
     before = position.detach().floor()
     ahead = position - before
     cells = before.int()
@@ -202,7 +208,7 @@ def _neighbours(
 def _weighted_row_sums(
     table: Float[Tensor, "t c"], rows: Int32[Tensor, "g n"], shares: Float[Tensor, "g n"]
 ) -> Float[Tensor, "g c"]:
-    """For each of g groups the sum of n rows of the table, each multiplied by its share."""
+    """For each of g groups the sum of n rows of the table, each multiplied by its factor in `shares`."""
     if not torch.is_grad_enabled():
         return embedding_bag(rows, table, mode="sum", per_sample_weights=shares)
     summed: Tensor = _WeightedRowSums.apply(table, rows, shares)  # type: ignore[no-untyped-call]
@@ -210,7 +216,7 @@ def _weighted_row_sums(
 
 
 class _WeightedRowSums(torch.autograd.Function):
-    """As PyTorch's own, with a faster gradient of the table: again sums of rows, those of the incoming gradient."""
+    """PyTorch's weighted sum with a faster gradient of the table, which is again a sum of rows."""
 
     @staticmethod
     def forward(ctx: Any, table: Tensor, rows: Tensor, shares: Tensor) -> Tensor:
@@ -232,7 +238,7 @@ class _WeightedRowSums(torch.autograd.Function):
 def _table_gradient(
     grad: Float[Tensor, "g c"], rows: Int32[Tensor, "g n"], shares: Float[Tensor, "g n"], number: int
 ) -> Float[Tensor, "t c"]:
-    """Each row's gradient is the sum of those of the groups that it is in: their uses, sorted by row."""
+    """The gradient of a row is the weighted sum of the gradients of all groups that use it: uses are sorted by row."""
     uses = rows.flatten()
     order = uses.argsort()
     last = uses.bincount(minlength=number).cumsum(0)
@@ -245,7 +251,7 @@ def _table_gradient(
 def _share_gradient(
     grad: Float[Tensor, "g c"], rows: Int32[Tensor, "g n"], shares: Float[Tensor, "g n"], table: Float[Tensor, "t c"]
 ) -> Float[Tensor, "g n"]:
-    """Each share's gradient is the product of its row and the group's gradient: few cells of a large matrix."""
+    """The gradient of a factor is the dot product of its row and the group's gradient: few cells of a large matrix."""
     ends = torch.arange(0, rows.numel() + 1, rows.shape[1], dtype=rows.dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # sparse matrices are "in beta"

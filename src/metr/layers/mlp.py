@@ -17,7 +17,7 @@ class MLP(nn.Sequential):
 
     @property
     def last(self) -> nn.Linear:
-        """The layer that gives the answer."""
+        """The output layer."""
         layer = self[-1]
         assert isinstance(layer, nn.Linear)
         return layer
@@ -34,6 +34,6 @@ class FeedForward(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, tokens: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
-        """The tokens, each changed by itself."""
+        """The tokens, each changed independently of the others."""
         changed: Tensor = self.norm(tokens + self.narrow(self.activation(self.widen(tokens))))
         return changed

@@ -1,4 +1,4 @@
-"""Sine encodings of places and boxes. Sine and cosine interleave, frequency by frequency (DINO's layout)."""
+"""Sine encodings of places and boxes. Sines and cosines alternate, frequency by frequency (DINO's layout)."""
 
 import math
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def sine_encoding(values: Float[Tensor, "*n"], size: int, temperature: float) -> Float[Tensor, "*n c"]:
-    """`size` numbers for each value (in radians): sin and cos of it at size / 2 falling frequencies.
+    """`size` numbers for each value (in radians): its sine and cosine at size / 2 decreasing frequencies.
 
     Frequency i divides by temperature^(2 floor(i / 2) / size), as in Attention Is All You Need.
     """
@@ -22,10 +22,10 @@ def sine_encoding(values: Float[Tensor, "*n"], size: int, temperature: float) ->
 def grid_encoding(
     padding_mask: Bool[Tensor, "b h w"], width: int, temperature: float = 20.0, *, first: float = 1.0
 ) -> Float[Tensor, "b h w d"]:
-    """Where each cell lies in its image: y then x, counted over cells that are not padding.
+    """The encoded place of each cell in its image: y, then x.
 
-    The running count starts at `first` (1 in DINO, 0.5 in Deformable DETR: the cell's centre) and is divided by the
-    number of cells and multiplied by 2 pi: padding changes nothing.
+    Cells that are not padding are counted along each axis, from `first` on (1 in DINO; 0.5, the cell's centre, in
+    Deformable DETR). The count is divided by the number of cells and multiplied by 2 pi, so padding changes nothing.
     """
     inside = (~padding_mask).float()
     halves = []
@@ -38,7 +38,7 @@ def grid_encoding(
 
 
 def counted_encoding(padding_mask: Bool[Tensor, "b h w"], width: int) -> Float[Tensor, "b h w d"]:
-    """Rows and columns, counted from 0 and not scaled: sines of y, cosines of y, sines of x, cosines of x (RT-DETR)."""
+    """As RT-DETR: rows and columns counted from 0, not scaled; sines of y, cosines of y, sines of x, cosines of x."""
     _, height, columns = padding_mask.shape
     y, x = (torch.arange(n, device=padding_mask.device, dtype=torch.float32) for n in (height, columns))
     rows, places = (
@@ -49,6 +49,6 @@ def counted_encoding(padding_mask: Bool[Tensor, "b h w"], width: int) -> Float[T
 
 
 def box_encoding(boxes: Float[Tensor, "*n 4"], width: int) -> Float[Tensor, "*n c"]:
-    """Numbers for each cxcywh box in 0..1: y, x, w, h with width / 2 numbers each (DAB-DETR, DINO)."""
+    """The encoding of cxcywh boxes in 0..1: y, x, w, h with width / 2 numbers each (DAB-DETR, DINO)."""
     x, y, w, h = (boxes * (2 * math.pi)).unbind(-1)
     return torch.cat([sine_encoding(part, width // 2, 10_000.0) for part in (y, x, w, h)], dim=-1)

@@ -100,12 +100,12 @@ class CategoryExtraction(nn.Module):
         batch, vocabulary_size = memory.tokens.shape[0], len(projected)
         shortlisted = self._shortlisted(memory, projected, targets)
         rows = None if shortlisted is None or shortlisted.rows.shape[1] == vocabulary_size else shortlisted.rows
-        asked = projected if rows is None else projected[rows]
-        tokens = asked.expand(batch, -1, -1)
+        initial = projected if rows is None else projected[rows]
+        tokens = initial.expand(batch, -1, -1)
         logits = []
         for block in self.blocks:
             tokens = block(tokens, memory)
-            logits.append(self.presence(tokens, asked))
+            logits.append(self.presence(tokens, initial))
         presence = torch.stack(logits)
         ids = torch.arange(vocabulary_size, device=projected.device).expand(batch, -1) if rows is None else rows
         return Categories(

@@ -27,7 +27,7 @@ class EncoderConfig(Config):
     """How a cell's place is encoded: rows and columns counted from 1 and scaled so that the last is 2 pi (DINO), the
     centres of cells scaled alike (Deformable DETR; for `deformable`), or counts as they are (RT-DETR; for `hybrid`)."""
     fusion: Literal["csp", "elan"] = "csp"
-    """How two levels become one: as in RT-DETR, or as in D-FINE (`hybrid`)."""
+    """How two levels are fused: as in RT-DETR, or as in D-FINE (`hybrid`)."""
     fusion_blocks: int = Field(3, ge=1)
     """Convolution blocks of each fusion (`hybrid`)."""
     fusion_expansion: float = Field(1.0, gt=0)
@@ -37,77 +37,77 @@ class EncoderConfig(Config):
 
 
 class CategoryConfig(Config):
-    """Category extraction, and how many categories are kept."""
+    """Category extraction, and how many categories get a slot."""
 
     blocks: int = Field(2, ge=1)
     """Cross-attention blocks."""
     heads: int = Field(8, ge=1)
     feed_forward: int = Field(1024, ge=1)
     self_attention: bool = False
-    """Among categories; without it an answer does not depend on the other names."""
+    """Among categories. Without it the prediction for a category does not depend on the other names."""
     kept: int = Field(20, ge=1)
     """K, category slots an image."""
     threshold: float = Field(0.0, ge=0, lt=1)
-    """Least presence probability with which a category takes a slot outside of training. Categories below it change
-    nothing for the others, and leave them the queries."""
+    """Smallest presence probability with which a category gets a slot when detecting. Categories below it leave their
+    queries to the others and do not affect them otherwise."""
     negative_slots: int = Field(0, ge=0)
-    """Most slots an image that categories presumed absent may take in training."""
+    """Largest number of slots an image, in training, for categories that are assumed to be absent."""
     shortlist: int = Field(0, ge=0)
-    """Most names an image that category extraction looks at, where there are more: chosen by a few dot products a name.
-    0 builds no shortlist, and extraction looks at all names."""
+    """Largest number of names an image that category extraction looks at, chosen by a few dot products a name. 0 builds
+    no shortlist: category extraction looks at all names."""
     whitening: float = Field(0.0, ge=0)
-    """Ridge, in mean variances, of the whitening by which the text projection starts, so that names which the language
-    model takes for nearly the same are told apart from the first step. 0: it starts at random."""
+    """Ridge, in mean variances, of the whitening with which the text projection is initialised. It separates names that
+    the language model embeds almost alike, from the first step on. 0 initialises at random."""
     prior: float = Field(0.02, gt=0, lt=1)
-    """Share of categories that are present, where training starts."""
+    """The presence probability that the untrained network predicts."""
 
 
 class QueryConfig(Config):
-    """Class-specific queries: how many, and how they are shared out among the kept categories."""
+    """Class-specific queries: how many, and how they are divided among the categories that have a slot."""
 
     layout: Literal["budget", "uniform", "shared"] = "uniform"
-    """`uniform`: every kept category has the same count, and places of its own. `budget`: the likelier pairs of
-    category and place have more. `shared`: the same places for every category, as the authors."""
+    """`uniform`: every category has the same number of queries, at its own best places. `budget`: the number depends on
+    how likely the pairs of category and place are. `shared`: all categories have the same places, as the authors do."""
     number: int = Field(300, ge=1)
     """Q, queries an image, whatever the vocabulary."""
     floor: int = Field(5, ge=0)
-    """Least queries a kept category gets (`budget`)."""
+    """Smallest number of queries of a category (`budget`)."""
     ceiling: int = Field(100, ge=1)
-    """Most queries a category can get."""
+    """Largest number of queries of a category."""
     attention: Literal["group", "image"] = "group"
-    """Whom a query attends to: its category's queries, or all."""
+    """A query attends to the queries of its category, or to all of the image."""
     content: Literal["learned", "place"] = "learned"
-    """What joins the category's token: a learned query, or that and the features of the place where it starts."""
+    """Added to the category's token: a learned query, or that and the feature of the query's place."""
 
 
 class SimilarityConfig(Config):
-    """How places and queries are compared with their categories, to one logit each."""
+    """How places and queries are compared with their categories; the result is one logit each."""
 
     token: Literal["refined", "text"] = "refined"
-    """Compared with the category's token as the image refined it (the authors), or with its projected text: by that,
-    categories of one image remain further apart."""
+    """They are compared with the category's token as refined by the image (the authors), or with its projected text,
+    which keeps the categories of one image further apart."""
     factor: float = Field(1.0, gt=0)
-    """Of the dot product / sqrt(width): the larger, the sooner categories that look alike are told apart."""
+    """Factor of the dot product / sqrt(width). The larger it is, the sooner similar categories are separated."""
     objectness: bool = False
-    """Adds what a feature says of there being an object, whatever its category: dot products then have but to tell
-    categories apart."""
+    """Adds a logit for "is there an object of any category?", predicted from the feature alone. Dot products then only
+    have to separate categories."""
 
 
 class DenoisingConfig(Config):
     """Contrastive and category-flipped denoising, in training only."""
 
     number: int = Field(100, ge=0)
-    """Denoising queries an image, at most; 0 switches denoising off."""
+    """Largest number of denoising queries an image; 0 switches denoising off."""
     groups: int = Field(5, ge=1)
-    """Most noised versions of one object."""
+    """Largest number of noised versions of one object."""
     box_noise: float = Field(1.0, gt=0)
     """Largest shift of a corner of a positive, in half sizes of its box."""
     flips: bool = True
-    """Add the right box under another annotated category, which must answer "no"."""
+    """Adds copies with the right box and another annotated category, for which the query should say "no"."""
 
     @property
     def kinds(self) -> int:
-        """Copies of an object in one version: moved, moved too far, and perhaps under another category."""
+        """Copies of an object in one version: moved, moved too far and, with `flips`, under another category."""
         return 3 if self.flips else 2
 
     @model_validator(mode="after")
@@ -118,11 +118,11 @@ class DenoisingConfig(Config):
 
 
 class DecoderConfig(Config):
-    """From queries to answers."""
+    """From queries to predictions."""
 
     kind: Literal["deformable", "conditional"] = "deformable"
-    """Queries sample a few places of every level, as in DINO, or attend to the whole memory, as in DAB-DETR: meant for
-    the memory of a `plain` encoder."""
+    """`deformable`: queries sample a few places of every level, as in DINO. `conditional`: they attend to the whole
+    memory, as in DAB-DETR; this is meant for the memory of a `plain` encoder."""
     layers: int = Field(6, ge=1)
     heads: int = Field(8, ge=1)
     points: int = Field(4, ge=1)
@@ -131,7 +131,7 @@ class DecoderConfig(Config):
     padded_positions: bool = False
     """Encode a query's box in units of the padded image, as DINO and the authors (`deformable`)."""
     positions: Literal["sine", "plain"] = "sine"
-    """A query's box enters as sines and cosines (DINO), or as four numbers (RT-DETR; `deformable`)."""
+    """A query's box is encoded as sines and cosines (DINO), or used as four numbers (RT-DETR; `deformable`)."""
 
 
 class DetectorConfig(Config):

@@ -1,4 +1,4 @@
-"""The heads: a logit that asks "is this my category?", and a box that refines another."""
+"""The heads: a logit for "is this my category?", and a box that refines a reference box."""
 
 import math
 
@@ -12,13 +12,13 @@ from metr.structures import Categories
 
 
 class SimilarityHead(nn.Module):
-    """factor MLP(feature) . token / sqrt(d) + b: one logit for each pair of feature and token.
+    """One logit for each pair of feature and token: factor * MLP(feature) . token / sqrt(d) + b.
 
-    With `objectness` a linear layer's word on the feature alone is added.
+    With `objectness` a linear layer of the feature alone is added.
 
     Args:
         width: d.
-        prior: The probability that the head answers before it has learnt anything.
+        prior: The probability that the untrained head predicts.
         config: The factor, and whether there is objectness.
     """
 
@@ -29,25 +29,25 @@ class SimilarityHead(nn.Module):
         self.bias = nn.Parameter(torch.tensor([math.log(prior / (1 - prior))]))
         self.objectness = nn.Linear(width, 1, bias=False) if config.objectness else None
         self.scale = config.factor / math.sqrt(width)
-        with torch.no_grad():  # it starts as it would without the factor
+        with torch.no_grad():  # the logits start as without the factor
             for parameter in self.feature.last.parameters():
                 parameter.div_(config.factor)
 
     def forward(self, features: Float[Tensor, "*n d"], tokens: Float[Tensor, "*#n d"]) -> Float[Tensor, "*n"]:
-        """One logit for each feature and the token beside it."""
+        """One logit for each feature and its token."""
         similarity: Tensor = (self.feature(features) * tokens).sum(-1)
         logit = similarity * self.scale + self.bias
         return logit if self.objectness is None else logit + self.objectness(features).squeeze(-1)
 
 
 def similarity_tokens(categories: Categories, config: SimilarityConfig) -> Float[Tensor, "b k d"]:
-    """What the features of each slot's places and queries are compared with."""
-    # an empty slot's id is 0, and finds some text as well
+    """The token of each slot that features are compared with."""
+    # Empty slots have id 0 and get an arbitrary token.
     return categories.text[categories.ids] if config.token == "text" else categories.kept_tokens
 
 
 class BoxHead(nn.Module):
-    """Moves a reference box by what a feature says, in logit space. It starts by moving nothing."""
+    """Refines a reference box in logit space, by a change predicted from a feature. Untrained, it changes nothing."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -64,6 +64,6 @@ class BoxHead(nn.Module):
 
 
 def box_logits(boxes: Float[Tensor, "*n 4"], margin: float = 1e-3) -> Float[Tensor, "*n 4"]:
-    """The inverse of the sigmoid, with both a box number and its distance from 1 kept above `margin`."""
+    """The inverse of the sigmoid, with each box number and its distance from 1 kept above `margin`."""
     boxes = boxes.clamp(0, 1)
     return (boxes.clamp(min=margin) / (1 - boxes).clamp(min=margin)).log()

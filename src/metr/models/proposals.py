@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from metr.models.config import QueryConfig, SimilarityConfig
+from metr.models.encoders.pyramid import cell_centres
 from metr.models.heads import BoxHead, similarity_tokens
 from metr.structures import Categories, Memory, Proposals, Queries, gather_rows
 
@@ -185,16 +186,9 @@ def anchor_logits(memory: Memory) -> tuple[Float[Tensor, "b s 4"], Bool[Tensor, 
     An anchor's centre is that of its cell; its sides are 0.05 of the image on the finest level, and twice as long on
     each coarser level. A place is usable unless it is padding or a number of its anchor is outside (0.01, 0.99).
     """
-    boxes = []
-    for level, (height, width) in enumerate(memory.level_shapes):
-        ratios = memory.valid_ratios[:, level]
-        y = torch.arange(height, device=ratios.device) + 0.5
-        x = torch.arange(width, device=ratios.device) + 0.5
-        cells = torch.stack([x.expand(height, -1), y.unsqueeze(1).expand(-1, width)], dim=-1)
-        size = (ratios * ratios.new_tensor([width, height])).unsqueeze(1)
-        centre = rearrange(cells, "h w x -> 1 (h w) x") / size
-        boxes.append(torch.cat([centre, torch.full_like(centre, 0.05 * 2**level)], dim=-1))
-    anchors = torch.cat(boxes, dim=1)
+    centres = cell_centres(memory)
+    sides = [centres.new_full((h * w, 2), 0.05 * 2**level) for level, (h, w) in enumerate(memory.level_shapes)]
+    anchors = torch.cat([centres, torch.cat(sides).expand_as(centres)], dim=-1)
     usable = ((anchors > 0.01) & (anchors < 0.99)).all(-1) & ~memory.padding_mask
     logits = (anchors / (1 - anchors)).log()
     return logits.masked_fill(~usable.unsqueeze(-1), torch.inf), usable

@@ -1,1 +1,1 @@
-"""Category names to embeddings: vocabulary, prompt templates, frozen text encoders, cache."""
+"""Category names to embeddings: vocabulary, text encoder with its templates, language models, cache."""

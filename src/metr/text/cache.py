@@ -1,13 +1,11 @@
-"""Embeddings on disk, so that the language model need not be loaded for phrases it has seen.
+"""Text embeddings on disk, so that names which were embedded before need no language model.
 
-An entry is found by the SHA-256 of the encoder's identity and the phrase: nothing is ever out of date, and encoders
-share a folder's root without meeting. Entries are kept in segments, one file for all phrases that were embedded
-together: thousands of names are one file to write and one to read (384 numbers for 10,000 names are 15 MB), where
-a file a name would be thousands of each. A segment is never changed: it is written beside its place, then moved there
-under the SHA-256 of its bytes. So processes need no lock (those that embed the same names write the same file), and a
-damaged file gives itself away and is embedded again. Many small segments are joined into one.
+Every encoder has a folder, and every vocabulary that it embedded is one safetensors file there: the vectors, and in the
+metadata the phrases and a checksum of the vectors. A phrase is found in whichever file it is. Files are written beside
+their place and then moved there, so several processes need no lock; a damaged file is not used, and written anew.
 """
 
+import json
 import logging
 import os
 import tempfile
@@ -15,16 +13,12 @@ from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 
-import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
-_log = logging.getLogger(__name__)
-_SUFFIX = ".safetensors"
-# How many segments there may be before they are joined.
-_MOST_SEGMENTS = 32
+_logger = logging.getLogger(__name__)
 
 
 def cache_root() -> Path:
@@ -38,93 +32,67 @@ def cache_root() -> Path:
 class EmbeddingCache:
     """The embeddings of one encoder, in memory and on disk.
 
-    A folder that cannot be read or written costs time only: one warning is logged, and the cache works in memory.
+    If the folder cannot be read or written, one warning is logged and the cache works in memory.
 
     Args:
-        identity: Names the encoder with all that its embeddings depend on.
-        root: Where the encoders' folders lie; by default `cache_root() / "text"`.
+        identity: Names the encoder and everything else that its embeddings depend on.
+        root: The folder of all encoders; by default `cache_root() / "text"`.
     """
 
     def __init__(self, identity: str, root: Path | None = None) -> None:
-        self.identity = identity
         digest = sha256(identity.encode()).hexdigest()
         self.folder = (cache_root() / "text" if root is None else root) / digest[:24]
-        self._entries: dict[bytes, Tensor] = {}
-        self._seen: set[Path] = set()
+        self._known: dict[str, Tensor] = {}
+        self._read: set[Path] = set()
         self._warned = False
 
     def get(self, phrases: Sequence[str]) -> dict[str, Float[Tensor, "t"]]:
         """The embeddings of those phrases that are known."""
-        if any(self._key(phrase) not in self._entries for phrase in phrases):
-            self._read_segments()
-        found = {phrase: self._entries.get(self._key(phrase)) for phrase in phrases}
-        return {phrase: vector for phrase, vector in found.items() if vector is not None}
+        if any(phrase not in self._known for phrase in phrases):
+            self._read_files()
+        return {phrase: self._known[phrase] for phrase in phrases if phrase in self._known}
 
     def put(self, phrases: Sequence[str], vectors: Float[Tensor, "n t"]) -> None:
-        """Keeps the embedding of each phrase."""
-        fresh = {self._key(phrase): vector for phrase, vector in zip(phrases, vectors.cpu().float(), strict=True)}
-        self._entries.update(fresh)
+        """Keeps the embeddings of a vocabulary in one file."""
+        vectors = vectors.cpu().float().contiguous()
+        self._known.update(zip(phrases, vectors, strict=True))
+        listed = json.dumps(list(phrases))
+        path = self.folder / f"{sha256(listed.encode()).hexdigest()}.safetensors"
         try:
-            self._write_segment(fresh)
-            if len(self._seen) > _MOST_SEGMENTS:
-                self._join_segments()
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".part", delete=False) as file:
+                file.write(save({"vectors": vectors}, {"phrases": listed, "sha256": _checksum(vectors)}))
+            Path(file.name).replace(path)
         except OSError as error:
             self._warn(error)
 
-    def _key(self, phrase: str) -> bytes:
-        return sha256(f"{self.identity}\n{phrase}".encode()).digest()
-
-    def _read_segments(self) -> None:
-        """Reads the segments that are new since the last time."""
+    def _read_files(self) -> None:
+        """Reads the files that are new since the last time."""
         try:
-            paths = sorted(self.folder.glob(f"*{_SUFFIX}"))
+            new = {*self.folder.glob("*.safetensors")} - self._read
         except OSError as error:
             self._warn(error)
             return
-        for path in paths:
-            if path not in self._seen:
-                self._entries.update(_segment(path))
-                self._seen.add(path)
-
-    def _write_segment(self, entries: dict[bytes, Tensor]) -> Path:
-        keys = torch.tensor([list(key) for key in entries], dtype=torch.uint8)
-        data = save({"keys": keys, "vectors": torch.stack(list(entries.values()))})
-        path = self.folder / f"{sha256(data).hexdigest()}{_SUFFIX}"
-        self.folder.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=self.folder, suffix=".part")
-        part = Path(name)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-            part.replace(path)
-        except OSError:
-            part.unlink(missing_ok=True)
-            raise
-        self._seen.add(path)
-        return path
-
-    def _join_segments(self) -> None:
-        """Puts all that was read into one segment; whoever lists the folder meanwhile loses nothing but time."""
-        old = self._seen.copy()
-        joined = self._write_segment(self._entries)
-        for path in old - {joined}:
-            path.unlink(missing_ok=True)
-        self._seen = {joined}
+        for path in sorted(new):
+            self._known.update(_embeddings(path))
+        self._read |= new
 
     def _warn(self, error: OSError) -> None:
         if not self._warned:
-            _log.warning("text embeddings are not kept on disk: %s (set METR_CACHE to a writable folder)", error)
+            _logger.warning("text embeddings are not kept on disk: %s (set METR_CACHE to a writable folder)", error)
         self._warned = True
 
 
-def _segment(path: Path) -> dict[bytes, Tensor]:
-    """The entries of a segment; none if it is damaged or gone."""
+def _embeddings(path: Path) -> dict[str, Tensor]:
+    """The phrases and vectors of a file; none if it is damaged or gone."""
     try:
-        data = path.read_bytes()
-        if sha256(data).hexdigest() != path.stem:
-            return {}
-        tensors = load(data)
-        keys, vectors = tensors["keys"], tensors["vectors"]
-    except (OSError, SafetensorError, KeyError):
+        with safe_open(path, "pt") as file:
+            metadata, vectors = file.metadata(), file.get_tensor("vectors")
+        intact = metadata["sha256"] == _checksum(vectors)
+        return dict(zip(json.loads(metadata["phrases"]), vectors, strict=True)) if intact else {}
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError):
         return {}
-    return dict(zip((bytes(key) for key in keys.tolist()), vectors, strict=True))
+
+
+def _checksum(vectors: Float[Tensor, "n t"]) -> str:
+    return sha256(vectors.numpy().tobytes()).hexdigest()

@@ -18,7 +18,7 @@ from metr.text.cache import EmbeddingCache
 from metr.text.language_model import BUNDLED, LanguageModel, LanguageModelSource, Pooling
 from metr.text.vocabulary import Vocabulary
 
-# General on purpose: a name may come from photographs, microscopy, drawings or scanned pages.
+# General on purpose: names come from photographs, microscopy, drawings and scanned pages alike.
 TEMPLATES = (
     "{}",
     "a {}",
@@ -31,24 +31,24 @@ TEMPLATES = (
 _SEPARATORS = re.compile(r"(?<=\w)[_-]+(?=\w)|_")
 _SLOT = re.compile(r"(\ban? )?\{\}")
 _DETERMINERS = frozenset({"a", "an", "the", "some", "one", "my", "your", "his", "her", "its", "their", "our"})
-# The letters whose names begin with a vowel: an RBC, but a WBC.
+# Letters whose names begin with a vowel sound: an RBC, but a WBC.
 _SPOKEN_VOWELS = "AEFHILMNORSX"
 _SPELT_OUT = re.compile(r"[A-Z]([B-DF-HJ-NP-TV-Z]{1,3})?$")
 _SILENT_H = re.compile(r"hour|honest|honou?r|heir", re.IGNORECASE)
 _SPOKEN_CONSONANT = re.compile(r"uni([^mn]|$)|us[eu]|uk|ut[ei]|ur[aio]|eu|ewe|one|once", re.IGNORECASE)
-# Goes into the identity: to be raised when the same model and templates come to give other embeddings.
+# Part of the identity. Raise it when a change of code gives other embeddings for the same model and templates.
 _SCHEME = 1
 
 
 class TextEncoderConfig(Config):
-    """Which language model, and in which sentences it reads a name."""
+    """Which language model, and the sentences in which it reads a name."""
 
     source: str = BUNDLED
     """`bundled:minilm`, a folder as save_pretrained writes it, or a hub name such as openai/clip-vit-base-patch32."""
     revision: str | None = None
     """The hub's branch, tag or commit."""
     pooling: Pooling = "auto"
-    """From tokens to a sentence: "auto" takes what the model was made for."""
+    """How token vectors become the vector of a sentence: "auto" takes what the model was trained with."""
     templates: tuple[str, ...] = TEMPLATES
     """Sentences with `{}` for the name; an embedding is the mean over them."""
 
@@ -61,12 +61,12 @@ class TextEncoderConfig(Config):
 
 
 class TextEncoder:
-    """Embeds vocabularies. The language model stays unloaded while the cache knows every phrase.
+    """Embeds vocabularies. The language model is loaded only if the cache lacks a phrase.
 
     Args:
         config: Which language model and templates.
-        cache_root: Where embeddings are kept; by default `~/.cache/metr/text`, or `text` under `METR_CACHE`.
-        device: Where the language model runs; embeddings are always on the CPU.
+        cache_root: The folder of cached embeddings; by default `~/.cache/metr/text`, or `text` under `METR_CACHE`.
+        device: The language model's device; embeddings are always on the CPU.
 
     Raises:
         ModelError: there is no such model, or the hub is out of reach.
@@ -88,7 +88,7 @@ class TextEncoder:
 
     @cached_property
     def identity(self) -> str:
-        """All that the embeddings depend on but the names: weights, pooling and templates."""
+        """Names everything that the embeddings depend on except the names: weights, pooling and templates."""
         templates = sha256("\n".join(self.config.templates).encode()).hexdigest()[:16]
         found = self.source
         return f"{found.model_type} {found.fingerprint} {found.pooling} templates:{templates} scheme:{_SCHEME}"
@@ -100,15 +100,15 @@ class TextEncoder:
 
     @property
     def pinned_config(self) -> TextEncoderConfig:
-        """The configuration with the hub's commit in it, so that later the same weights are found."""
+        """The configuration with the hub's commit, so that the same weights are found later."""
         return self.config.model_copy(update={"revision": self.source.revision or self.config.revision})
 
     def embed(self, vocabulary: Vocabulary | Sequence[str]) -> Float[Tensor, "v t"]:
         """One L2-normalised row a name: the mean over the templates of the normalised sentences, on the CPU.
 
         Raises:
-            ModelError: the language model is needed and cannot be loaded.
-            DependencyError: the bundled one is needed, and its package is missing or altered.
+            ModelError: a name is new and the language model cannot be loaded.
+            DependencyError: a name is new and the bundled model's package is missing or altered.
             ConfigError: names were given instead of a vocabulary, and one is empty or given twice.
         """
         if not isinstance(vocabulary, Vocabulary):
@@ -117,13 +117,14 @@ class TextEncoder:
         known = self._cache.get(phrases)
         missing = list(dict.fromkeys(phrase for phrase in phrases if phrase not in known))
         if missing:
-            fresh = self._embed_phrases(missing)
-            self._cache.put(missing, fresh)
-            known |= dict(zip(missing, fresh, strict=True))
-        return torch.stack([known[phrase] for phrase in phrases])
+            known |= dict(zip(missing, self._embed_phrases(missing), strict=True))
+        vectors = torch.stack([known[phrase] for phrase in phrases])
+        if missing:
+            self._cache.put(phrases, vectors)
+        return vectors
 
     def release(self) -> None:
-        """Frees the language model's memory; it is loaded again when it is needed."""
+        """Frees the language model's memory. It is loaded again if needed."""
         self._model = None
 
     def _embed_phrases(self, phrases: Sequence[str]) -> Float[Tensor, "n t"]:
@@ -139,14 +140,14 @@ def phrases(name: str, prompt: str | None = None, templates: Sequence[str] = TEM
 
     Args:
         name: The category's name.
-        prompt: What to say instead of the name.
-        templates: Each holds `{}`; in `a {}` the article is the one that the phrase needs, or none.
+        prompt: The phrase to use instead of the name.
+        templates: Each contains `{}` once. In `a {}` the article is adapted to the phrase, or left out.
     """
     return filled(phrase_of(name, prompt), templates)
 
 
 def phrase_of(name: str, prompt: str | None = None) -> str:
-    """The words that stand for a category: its prompt as written, or its name with `_` and `-` read as spaces."""
+    """The phrase of a category: its prompt as written, or its name with `_` and `-` read as spaces."""
     if prompt is not None:
         return prompt
     return " ".join(_SEPARATORS.sub(" ", name).split()) or name

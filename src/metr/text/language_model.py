@@ -1,4 +1,4 @@
-"""Frozen language models through transformers: where they come from, and how they turn a sentence into a vector."""
+"""Frozen language models of transformers: how they are found and loaded, and how they embed sentences."""
 
 import os
 import re
@@ -26,7 +26,7 @@ from metr.hub import loading
 Pooling = Literal["auto", "projection", "mean", "cls"]
 
 BUNDLED = "bundled:minilm"
-# Halves of image-text models: their class, and where its output holds the vector that lives with the images'.
+# Text parts of image-text models: the class, and the output with the vector in the space shared with images.
 _PROJECTED = {
     "clip": ("CLIPTextModelWithProjection", "text_embeds"),
     "clip_text_model": ("CLIPTextModelWithProjection", "text_embeds"),
@@ -36,24 +36,24 @@ _PROJECTED = {
     "siglip2": ("Siglip2TextModel", "pooler_output"),
     "siglip2_text_model": ("Siglip2TextModel", "pooler_output"),
 }
-# Encoders that AutoModel would give a decoder, which sentences do not need.
+# Models that AutoModel would load with a decoder, which is not needed to embed sentences.
 _ENCODERS = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
 _MODEL_FILES = (".safetensors", ".bin", ".json", ".txt", ".model")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-# Sentences that run together; on a processor more would leave its caches.
+# Sentences a batch; larger batches would not fit the caches of a CPU.
 _BATCH = 64
-# Tokens of a sentence, where the model has no bound of its own.
+# Longest sentence in tokens, if the model has no limit of its own.
 _LONGEST = 512
 
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageModelSource:
-    """A language model that was found but not loaded.
+    """A language model that was found, but is not loaded.
 
     Attributes:
         location: A folder or a hub name.
         revision: The hub's commit; None for a folder.
-        fingerprint: Names the very weights: SHA-256 of the files, or the commit.
+        fingerprint: Identifies the weights: SHA-256 of the files, or the commit.
         pooling: How token vectors become the sentence's.
         width: Numbers of an embedding, t.
     """
@@ -67,12 +67,12 @@ class LanguageModelSource:
 
     @classmethod
     def find(cls, source: str, revision: str | None, pooling: Pooling) -> "LanguageModelSource":
-        """The source that a configuration means.
+        """The source that a configuration names.
 
         Args:
             source: `bundled:minilm`, a folder, or a hub name.
             revision: The hub's branch, tag or commit.
-            pooling: "auto" takes what the model was made for.
+            pooling: "auto" takes what the model was trained with.
 
         Raises:
             ModelError: there is no such model, or the hub is out of reach.
@@ -89,7 +89,7 @@ class LanguageModelSource:
 
     @classmethod
     def _bundled(cls, pooling: Pooling) -> "LanguageModelSource":
-        """MiniLM's facts, known beforehand: its package is needed only where a phrase is not in the cache."""
+        """The bundled MiniLM. Its facts are constants, so that its package is needed only to embed new phrases."""
         _check_pooling(pooling, "bert")
         return cls(
             location=BUNDLED,
@@ -131,12 +131,12 @@ class LanguageModel:
         device: Where it runs.
 
     Raises:
-        ModelError: its files cannot be had or do not fit together.
+        ModelError: its files cannot be loaded or do not fit together.
         DependencyError: the bundled model's package is missing or altered.
     """
 
     def __init__(self, source: LanguageModelSource, device: torch.device | str = "cpu") -> None:
-        # Tokenising a few thousand short phrases needs no threads, and tokenizers' do not survive a fork of workers.
+        # A few thousand short phrases need no threads, and the tokenizer's threads do not survive a fork of workers.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self.source, self.device = source, torch.device(device)
         origin: dict[str, Any] = {"revision": source.revision or "main"}
@@ -155,13 +155,13 @@ class LanguageModel:
 
     @cached_property
     def _inputs(self) -> set[str]:
-        """What of a tokenizer's output the model takes. SigLIP was trained to attend to padding, so gets no mask."""
+        """The tokenizer outputs that the model takes. SigLIP was trained to attend to padding, so it gets no mask."""
         taken = set(signature(self._model.forward).parameters) & {"input_ids", "attention_mask", "token_type_ids"}
         return taken - {"attention_mask"} if self._pads_fully else taken
 
     @cached_property
     def _longest(self) -> int:
-        """Tokens of the longest sentence that is not cut."""
+        """The largest number of tokens of a sentence; longer sentences are cut."""
         values = self._model.config.get_text_config().to_dict()
         return min(self._tokenizer.model_max_length, values.get("max_position_embeddings") or _LONGEST)
 
@@ -171,7 +171,7 @@ class LanguageModel:
 
     @torch.no_grad()
     def encode(self, sentences: Sequence[str]) -> Float[Tensor, "n t"]:
-        """One L2-normalised vector a sentence, on the CPU. Sentences of like length run together: little padding."""
+        """One L2-normalised vector a sentence, on the CPU. Sentences of similar length share a batch, to pad little."""
         order = sorted(range(len(sentences)), key=lambda i: len(sentences[i]))
         rows = torch.empty(len(sentences), self.source.width)
         for start in range(0, len(order), _BATCH):
@@ -194,7 +194,7 @@ class LanguageModel:
 
 
 def _pooling(asked: Pooling, location: str, commit: str | None, model_type: str) -> Pooling:
-    """The pooling to use; sentence-transformers' own files say what theirs were trained with."""
+    """The pooling to use; models of sentence-transformers say in a file what they were trained with."""
     fitting = _check_pooling(asked, model_type)
     if asked != "auto":
         return asked
@@ -213,7 +213,7 @@ def _pooling(asked: Pooling, location: str, commit: str | None, model_type: str)
 
 
 def _check_pooling(asked: Pooling, model_type: str) -> tuple[Pooling, ...]:
-    """The poolings that suit a kind of model; `asked` must be one of them, or "auto"."""
+    """The poolings that suit a type of model; `asked` must be one of them, or "auto"."""
     fitting: tuple[Pooling, ...] = ("projection",) if model_type in _PROJECTED else ("mean", "cls")
     if asked != "auto" and asked not in fitting:
         what = f"pooling {asked!r} does not suit a {model_type} model"
@@ -230,7 +230,7 @@ def _width(config: Any) -> int:
 
 
 def _fingerprint(folder: Path) -> str:
-    """SHA-256 of a model folder's files; of the same files it is computed once a process."""
+    """SHA-256 of the files of a model folder, computed once a process for the same files."""
     files = [*folder.iterdir(), *folder.glob("1_Pooling/config.json")]
     models = sorted(path for path in files if path.is_file() and path.suffix in _MODEL_FILES)
     return _digest(folder, tuple((path, path.stat().st_size, path.stat().st_mtime_ns) for path in models))

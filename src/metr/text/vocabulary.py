@@ -1,4 +1,4 @@
-"""The vocabulary: every category of every dataset by its name. Equal names are one entry; nobody merges labels."""
+"""The vocabulary: every category of every dataset by its name. Equal names are one entry, others stay apart."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -32,7 +32,7 @@ class Vocabulary:
 
     @staticmethod
     def of(names: Sequence[str], prompts: Prompts | None = None) -> "Vocabulary":
-        """A vocabulary of plain names, for detection.
+        """A vocabulary of names alone, for detection.
 
         Raises:
             ConfigError: there is no name, one is empty or given twice, or a prompt is for none of them.
@@ -68,9 +68,9 @@ class Vocabulary:
         return Vocabulary(names=tuple(merged), prompts=_merged_prompts(prompts or {}, stripped), datasets=stripped)
 
     def extended(self, more: "Vocabulary") -> "Vocabulary":
-        """These names, then those of another vocabulary that are new; the datasets of both.
+        """These names, then the new ones of another vocabulary; the datasets of both.
 
-        Where both know a dataset or have a prompt for a name, the other's holds.
+        If both have a dataset, or a prompt for a name, that of the other vocabulary is taken.
         """
         return Vocabulary(
             names=tuple(dict.fromkeys((*self.names, *more.names))),

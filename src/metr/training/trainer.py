@@ -173,7 +173,7 @@ class Trainer:
     def _losses(self, batch: Batch) -> tuple[Losses, dict[str, float]]:
         """The losses of a batch; and its loss terms and matching statistics as numbers, averaged over processes."""
         with autocast(self.precision, self.device):
-            text, targets = self._asked(self._targets(batch))
+            text, targets = self._sampled(self._targets(batch))
             output = self.network(batch.images, batch.padding_mask, text, targets)
         losses, matches = self.criterion(output, targets)
         statistics = match_statistics(output, targets, matches)
@@ -186,7 +186,7 @@ class Trainer:
             return batch.targets
         return self.parts.teacher(self.ema.network, batch, self.text)
 
-    def _asked(self, targets: Targets) -> tuple[Tensor, Targets]:
+    def _sampled(self, targets: Targets) -> tuple[Tensor, Targets]:
         """The text embeddings of the names that are sampled for this batch, and the targets in terms of them."""
         rows = sample_vocabulary(targets, self.config.loop.vocabulary_sample)
         if len(rows) == len(self.text):

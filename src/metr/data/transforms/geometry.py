@@ -1,4 +1,8 @@
-"""Where the network looks: crop, zoom-out, resize and flip."""
+"""Images with their boxes, and the geometric transforms: crop, zoom-out, resize and flip.
+
+Crop, zoom-out and resize are one step: a `Window` on the image, which may reach beyond it, is drawn at the wanted size.
+So an image is resampled once, from its original pixels, and no large canvas is ever made.
+"""
 
 import math
 from dataclasses import dataclass, replace
@@ -32,7 +36,7 @@ class Sample:
 
 Image = UInt8[np.ndarray, "_ _ 3"]
 
-# A share that equals a threshold epochs it, whatever the rounding of floats.
+# Added to fractions that are compared with a threshold, so that rounding does not decide if they are equal.
 TOLERANCE = 1e-6
 
 
@@ -52,18 +56,18 @@ class Window:
 
 
 def whole(sample: Sample) -> Window:
-    """The window that shows the image as it is."""
+    """The window that is the whole image."""
     return Window(left=0, top=0, width=sample.width, height=sample.height)
 
 
 def output_shape(height: int, width: int, config: ResizeConfig, size: int | None = None) -> tuple[int, int]:
-    """Height and width, in pixels, in which an image of `height` x `width` enters the network.
+    """Height and width, in pixels, to which an image or window of `height` x `width` is resized.
 
     Args:
         height: Rows of the image or window.
         width: Columns of the image or window.
         config: How images are resized.
-        size: Stands in for `config.size` when several sizes are trained.
+        size: Replaces `config.size` when several sizes are trained.
     """
     size = size or config.size
     if config.mode == "stretch":
@@ -73,10 +77,10 @@ def output_shape(height: int, width: int, config: ResizeConfig, size: int | None
 
 
 def resize_image(image: Image, height: int, width: int) -> Image:
-    """The image at another size: averaged over areas where it shrinks, interpolated where it grows."""
+    """The image at another size: averaged over areas if it shrinks, interpolated if it grows."""
     if image.shape[:2] == (height, width):
         return image
-    # OpenCV averages areas only where both sides shrink; else that method copies pixels in blocks.
+    # OpenCV averages areas only if both sides shrink; otherwise that method copies pixels in blocks.
     shrinks = height <= image.shape[0] and width <= image.shape[1]
     method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
     resized: Image = cv2.resize(image, (width, height), interpolation=method)
@@ -91,10 +95,10 @@ def flip(sample: Sample) -> Sample:
 
 
 def view(sample: Sample, window: Window, shape: tuple[int, int], *, fill: Colour, min_visible: float) -> Sample:
-    """What `window` shows, drawn at `shape` (height, width).
+    """The content of `window`, drawn at `shape` (height, width).
 
-    Boxes are cut at the window's border. One that keeps less than `min_visible` of its area becomes an ignored box; one
-    of which nothing is left goes.
+    Boxes are clipped to the window. A box that keeps less than `min_visible` of its area becomes an ignored box; a box
+    of which nothing is left is dropped.
     """
     image, scale, offset = _draw(sample.image, window, shape, fill)
     corners = window.corners
@@ -107,7 +111,7 @@ def view(sample: Sample, window: Window, shape: tuple[int, int], *, fill: Colour
 
 
 def draw_zoom_out(sample: Sample, largest: float, rng: np.random.Generator) -> Window:
-    """A window up to `largest` times the image's sides that has the whole image in it, anywhere."""
+    """A random window that contains the whole image; its sides are up to `largest` times those of the image."""
     ratio = rng.uniform(1.0, largest)
     width, height = round(sample.width * ratio), round(sample.height * ratio)
     left = -int(rng.integers(0, width - sample.width + 1))
@@ -118,14 +122,14 @@ def draw_zoom_out(sample: Sample, largest: float, rng: np.random.Generator) -> W
 def draw_crop(
     sample: Sample, area: tuple[float, float], aspect: float, min_visible: float, rng: np.random.Generator
 ) -> Window:
-    """A window inside the image that keeps one object, drawn at random: its centre and `min_visible` of its area.
+    """A random window inside the image that keeps the centre and `min_visible` of the area of one random object.
 
     Args:
-        sample: The image; ignored boxes are no objects.
-        area: Least and largest share of the image's area.
-        aspect: Width over height, in shares of the image's sides, is at most this and at least its inverse.
-        min_visible: The share of the object's area that is left at least; the window grows where it must.
-        rng: Where the random numbers come from.
+        sample: The image. Ignored boxes are not counted as objects.
+        area: Smallest and largest fraction of the image's area.
+        aspect: Largest ratio of width to height, both as fractions of the image's sides; its inverse is the smallest.
+        min_visible: Smallest fraction of the object's area that is kept; the window grows if necessary.
+        rng: Source of the random numbers.
     """
     share = rng.uniform(*area)
     ratio = math.exp(rng.uniform(-math.log(aspect), math.log(aspect)))
@@ -136,7 +140,7 @@ def draw_crop(
         left, top = (int(rng.integers(0, room + 1)) for room in (sample.width - width, sample.height - height))
         return Window(left=left, top=top, width=width, height=height)
     x0, y0, x1, y1 = objects[rng.integers(len(objects))].tolist()
-    # Half of each side or more holds the centre too.
+    # Half of each side or more contains the centre too.
     least = max(0.5, math.sqrt(min_visible))
     left, width = _cover((x0, x1), least, width, sample.width, rng)
     top, height = _cover((y0, y1), least, height, sample.height, rng)
@@ -146,9 +150,9 @@ def draw_crop(
 def _cover(
     kept: tuple[float, float], least: float, length: int, limit: int, rng: np.random.Generator
 ) -> tuple[int, int]:
-    """Start and length of a stretch within 0..limit that covers the share `least` of the stretch `kept`."""
+    """Start and length of a random interval in 0..limit that covers the fraction `least` of the interval `kept`."""
     needed = least * (kept[1] - kept[0])
-    # One pixel more than needed, so that a whole-numbered start always exists.
+    # One pixel more than needed: then there is always an integer start.
     length = min(limit, max(length, math.ceil(needed) + 1))
     low = max(0, math.ceil(kept[0] + needed - length))
     high = min(limit - length, math.floor(kept[1] - needed))
@@ -158,7 +162,7 @@ def _cover(
 def _draw(
     image: Image, window: Window, shape: tuple[int, int], fill: Colour
 ) -> tuple[Image, Float[np.ndarray, "2"], Float[np.ndarray, "2"]]:
-    """The window's content at `shape`, and the scale and offset (x, y) that carry image coordinates into it."""
+    """The window's content at `shape`, and the scale and offset (x, y) from image coordinates to it."""
     source = np.array([0, 0, image.shape[1], image.shape[0]], dtype=np.float64)
     inner = np.concatenate([np.maximum(source[:2], window.corners[:2]), np.minimum(source[2:], window.corners[2:])])
     to_output = np.array([shape[1] / window.width, shape[0] / window.height])
@@ -170,7 +174,7 @@ def _draw(
     x0, y0, x1, y1 = target.astype(int).tolist()
     left, top, right, bottom = inner.astype(int).tolist()
     content = resize_image(image[top:bottom, left:right], y1 - y0, x1 - x0)
-    # Boxes follow the whole-numbered rectangle that was really painted, not the window's exact one.
+    # Boxes follow the integer rectangle that was really painted, not the exact window.
     scale = (target[2:] - target[:2]) / (inner[2:] - inner[:2])
     offset = target[:2] - inner[:2] * scale
     if (y1 - y0, x1 - x0) == shape:

@@ -1,4 +1,7 @@
-"""Transforms."""
+"""The transforms of an image and its boxes, in their order: window and resize, flip, colour jitter.
+
+Colour jitter is one matrix: brightness, contrast, saturation and hue are all linear in RGB.
+"""
 
 from dataclasses import dataclass, replace
 
@@ -9,7 +12,7 @@ from jaxtyping import Float
 from metr.data.config import AugmentationConfig
 from metr.data.transforms.geometry import Sample, Window, draw_crop, draw_zoom_out, flip, output_shape, view, whole
 
-# Luma and the two axes of colour (YIQ, NTSC 1953): turning the latter two changes the hue and keeps the luma.
+# Luma and the two axes of colour (YIQ, NTSC 1953). Rotating the two axes changes the hue and keeps the luma.
 LUMA = np.array([0.299, 0.587, 0.114])
 RGB_TO_YIQ = np.array([LUMA, [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
 YIQ_TO_RGB = np.linalg.inv(RGB_TO_YIQ)
@@ -17,7 +20,7 @@ YIQ_TO_RGB = np.linalg.inv(RGB_TO_YIQ)
 
 @dataclass(frozen=True, kw_only=True)
 class Jitter:
-    """Factors of brightness, contrast and saturation (1 changes nothing), and a turn of the hue (1 is the circle)."""
+    """Factors of brightness, contrast and saturation (1 changes nothing), and a rotation of the hue in full turns."""
 
     brightness: float = 1.0
     contrast: float = 1.0
@@ -33,7 +36,7 @@ def draw_jitter(config: AugmentationConfig, rng: np.random.Generator) -> Jitter:
 
 
 def colour_matrix(jitter: Jitter, mean_luma: float) -> Float[np.ndarray, "3 4"]:
-    """The affine map of RGB that applies `jitter`; contrast turns about `mean_luma` (0 to 255)."""
+    """The affine map of RGB that applies `jitter`; contrast is changed around `mean_luma` (0..255)."""
     angle = 2 * np.pi * jitter.hue
     turn = np.array([[1, 0, 0], [0, np.cos(angle), -np.sin(angle)], [0, np.sin(angle), np.cos(angle)]])
     saturate = np.diag([1.0, jitter.saturation, jitter.saturation])
@@ -43,7 +46,7 @@ def colour_matrix(jitter: Jitter, mean_luma: float) -> Float[np.ndarray, "3 4"]:
 
 
 def recolour(sample: Sample, jitter: Jitter) -> Sample:
-    """The sample with other colours; values past 0 and 255 are cut."""
+    """The sample with other colours, clipped to 0..255."""
     mean_luma = float(np.dot(LUMA, cv2.mean(sample.image)[:3]))
     image = cv2.transform(sample.image, colour_matrix(jitter, mean_luma))
     return replace(sample, image=image)
@@ -57,12 +60,12 @@ class Transforms:
     training: bool
 
     def __call__(self, sample: Sample, rng: np.random.Generator | None = None, size: int | None = None) -> Sample:
-        """The sample as the network is to see it.
+        """The sample as the network sees it.
 
         Args:
             sample: The image as stored; boxes xyxy in its pixels.
-            rng: Where the random numbers of training come from; evaluation needs none.
-            size: Stands in for `config.resize.size` when several sizes are trained, in pixels.
+            rng: Source of the random numbers of training; evaluation needs none.
+            size: Replaces `config.resize.size`, in pixels, when several sizes are trained.
         """
         if not self.training:
             return self._look(sample, whole(sample), size)
@@ -71,13 +74,13 @@ class Transforms:
         sample = self._look(sample, self._draw_window(sample, rng), size)
         if rng.random() < self.config.flip:
             sample = flip(sample)
-        # On the resized image: fewer pixels.
+        # After resizing, as there are fewer pixels.
         if rng.random() < self.config.colour:
             sample = recolour(sample, draw_jitter(self.config, rng))
         return sample
 
     def shape(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width in pixels in which evaluation shows an image of `height` x `width`."""
+        """Height and width, in pixels, to which evaluation resizes an image of `height` x `width`."""
         return output_shape(height, width, self.config.resize)
 
     def _draw_window(self, sample: Sample, rng: np.random.Generator) -> Window:

@@ -18,7 +18,7 @@ Colour = tuple[float, float, float]
 
 
 class BackboneConfig(Config):
-    """Which backbone, and what of it learns."""
+    """Which backbone, and which of its parts are trained."""
 
     name: str = "efficientnet_lite0"
     """`efficientnet_lite0`; `resnet18`, `resnet34`, `resnet50`, `resnet101` (microsoft/resnet-18, ...); the hub name or
@@ -30,14 +30,14 @@ class BackboneConfig(Config):
     strides: tuple[int, ...] = (8, 16, 32)
     """Pixels a cell of each feature map, finest first; of 4, 8, 16 and 32."""
     freeze_stages: Annotated[int, Field(ge=0, le=4)] = 1
-    """The stem and this many stages keep their weights (0: all learn, stem included). Stage 1 ends at stride 4, stage 2
-    at stride 8, ...; of a plain vision transformer a stage is a quarter of the layers. 0 suits random weights."""
+    """The stem and this many stages are frozen; 0 trains all of it, as random weights need. Stage 1 ends at stride 4,
+    stage 2 at stride 8, ...; a stage of a plain vision transformer is a quarter of its layers."""
     freeze_batch_norm: bool = True
-    """Batch norms keep their statistics and their scale and shift: right for small batches and pretrained weights."""
+    """Batch norms are constant (statistics, scale and shift), as small batches and pretrained weights need."""
     pixel_mean: Colour | None = None
-    """Mean colour in 0..1 that is subtracted; None: what the backbone was made for."""
+    """Mean colour in 0..1 that is subtracted; None takes that of the backbone's pretraining."""
     pixel_std: Colour | None = None
-    """What colours are then divided by; None: what the backbone was made for."""
+    """Standard deviation by which colours are then divided; None takes that of the backbone's pretraining."""
     options: dict[str, Any] = {}  # noqa: RUF012  (pydantic copies it)
     """Values of the transformers configuration (`drop_path_rate`, ...), or `width` and `depth` multipliers of
     `efficientnet_lite0`; without pretrained weights they make the network."""
@@ -60,13 +60,13 @@ class Backbone(nn.Module):
     are multiples of the largest stride are covered exactly.
 
     Args:
-        config: Rebuilds this network, without pretrained weights and without the hub: what a checkpoint keeps.
+        config: What a checkpoint keeps: it rebuilds this network without pretrained weights and without the hub.
         channels: Channels of each map, finest first.
         strides: Pixels a cell of each map.
-        colours: Mean and standard deviation of the images that the network was made for.
+        colours: Mean and standard deviation of the images of its pretraining.
 
     Attributes:
-        pad_to: Images are padded with black, at the right and bottom, to multiples of this inside.
+        pad_to: `forward` pads images with black, at the right and bottom, to multiples of this.
         memory_format: How images lie in memory. Convolutions are faster channels last, on CPUs (a third off a training
             step of EfficientNet-Lite0) and GPUs alike.
     """
@@ -111,7 +111,7 @@ class Backbone(nn.Module):
         return self
 
     def freeze(self, modules: Iterable[nn.Module]) -> None:
-        """Takes modules out of training for good; autograd epochs them by where nothing before them learns."""
+        """Freezes modules for good. Autograd passes them by if nothing before them is trained."""
         self._frozen = list(modules)
         for module in self._frozen:
             module.requires_grad_(False)
@@ -121,12 +121,12 @@ class Backbone(nn.Module):
 class SimplePyramid(nn.Module):
     """The simple feature pyramid of ViTDet (Li et al., 2022): every level is made from the last map alone.
 
-    Finer levels by transposed convolutions, which halve the channels at each doubling; coarser ones by max pooling.
+    Transposed convolutions make finer levels and halve the channels at each doubling; max pooling makes coarser levels.
 
     Args:
         channels: Channels of the map.
         stride: Pixels a cell of the map.
-        wanted: Strides to come close to; each is reached within a factor of the square root of 2.
+        wanted: The wanted strides; each is met up to a factor of the square root of 2.
     """
 
     def __init__(self, channels: int, stride: int, wanted: Sequence[int]) -> None:
@@ -176,12 +176,12 @@ class FrozenBatchNorm(nn.Module):
             self.register_buffer(name, getattr(source, name).detach().clone())
 
     def scale_and_shift(self) -> tuple[Float[Tensor, "c"], Float[Tensor, "c"]]:
-        """The two numbers a channel that are left of a frozen norm, in single precision."""
+        """The factor and the summand of each channel, in float32."""
         scale = self.weight.float() * torch.rsqrt(self.running_var.float() + self.eps)
         return scale, self.bias - self.running_mean * scale
 
     def fold(self, kernel: Float[Tensor, "c _i _kh _kw"]) -> tuple[Float[Tensor, "c _i _kh _kw"], Float[Tensor, "c"]]:
-        """Kernel and bias of the convolution that does the work of a convolution without bias and this norm."""
+        """Kernel and bias of the one convolution that equals a convolution without bias followed by this norm."""
         scale, shift = self.scale_and_shift()
         return (kernel * scale[:, None, None, None]).to(kernel.dtype), shift.to(kernel.dtype)
 
@@ -191,13 +191,13 @@ class FrozenBatchNorm(nn.Module):
         return features * scale + shift
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: object) -> None:
-        """Also takes the state of a norm that was trained, whose step count means nothing here."""
+        """Also takes the state of an `nn.BatchNorm2d`, whose step count is dropped."""
         state_dict.pop(f"{prefix}num_batches_tracked", None)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 class FoldedBatchNorm(FrozenBatchNorm):
-    """A frozen norm that the convolution before it applies; it only keeps the numbers, under their usual names."""
+    """A frozen norm that the convolution before it applies. It only keeps the numbers, under their usual names."""
 
     def forward(self, features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Does nothing: see `FoldedConvolution`."""
@@ -205,9 +205,9 @@ class FoldedBatchNorm(FrozenBatchNorm):
 
 
 class FoldedConvolution(nn.Conv2d):
-    """A convolution that applies the frozen norm after it, by scaling its kernel: one pass over the features less.
+    """A convolution that applies the frozen norm after it too, by scaling its kernel: one pass over the features less.
 
-    The kernel learns as before. The norm stays a part of the layer around both, so that the names in its state stay.
+    The kernel is trained as before. The norm stays a child of the layer around both, so state keys do not change.
     """
 
     norm: FoldedBatchNorm
@@ -225,7 +225,7 @@ class FoldedConvolution(nn.Conv2d):
 
 
 def freeze_batch_norms(module: nn.Module) -> None:
-    """Replaces every `nn.BatchNorm2d` inside a module by a frozen one; exact, up to rounding."""
+    """Replaces every `nn.BatchNorm2d` inside a module by an equivalent frozen one."""
     for layer in module.modules():
         if type(layer).__name__ in _FOLDABLE:
             _fold(layer)

@@ -44,10 +44,10 @@ def same_convolution(
     stride: int,
     groups: int,
 ) -> Float[Tensor, "b d _h _w"]:
-    """A convolution with TensorFlow's "same" padding: ceil(h / stride) rows out, an odd zero row at the bottom.
+    """A convolution with TensorFlow's "same" padding: ceil(h / stride) output rows; an odd row of zeros at the bottom.
 
-    Where the padding is odd, the kernel gets a leading row of zeros and the image one more on both sides: the same
-    result without a padded copy of the image.
+    Where the padding is odd, the kernel gets a leading row of zeros and the image an equal padding on both sides. This
+    gives the same result without a padded copy of the image.
     """
     size = kernel.shape[-1]
     total = [max((ceil(side / stride) - 1) * stride + size - side, 0) for side in features.shape[-2:]]
@@ -129,7 +129,7 @@ class EfficientNetLite(nn.Module):
         self.channels = tuple(channels[1:])
 
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> tuple[Float[Tensor, "b _c _h _w"], ...]:
-        """What each stage makes of normalised images."""
+        """The output of each stage for normalised images."""
         features, maps = self.stem(images), []
         for stage in self.stages:
             features = stage(features)
@@ -171,7 +171,7 @@ class EfficientNetLiteBackbone(Backbone):
     """EfficientNet-Lite0 (or a multiple of it) for detection.
 
     Raises:
-        ConfigError: an option is unknown, or pretrained weights are asked for a multiple that has none.
+        ConfigError: an option is unknown, or the network of these options has no pretrained weights.
         DependencyError: the package of the pretrained weights is missing or altered.
     """
 
@@ -203,7 +203,7 @@ class EfficientNetLiteBackbone(Backbone):
 
 
 def packaged_weights() -> dict[str, Tensor]:
-    """The packaged ImageNet weights of EfficientNet-Lite0 under the names of `EfficientNetLite` and its classifier."""
+    """The packaged ImageNet weights of EfficientNet-Lite0, under the keys of `EfficientNetLiteClassifier`."""
     path = efficientnet_lite0_weights()
     weights: Mapping[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
     try:
@@ -213,7 +213,7 @@ def packaged_weights() -> dict[str, Tensor]:
 
 
 def _renamed(key: str) -> str:
-    """Our name of a packaged weight, such as `_blocks.4._bn1.bias`."""
+    """Our key of a packaged weight, such as `_blocks.4._bn1.bias`."""
     block = re.fullmatch(r"_blocks\.(\d+)\._(\w+?)\.(\w+)", key)
     if block:
         stage, place = _PLACES[int(block[1])]
@@ -310,13 +310,13 @@ class EfficientNetLiteModel(BackboneMixin, PreTrainedModel):  # type: ignore[no-
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Layers initialise themselves where they are made; what a file left out is drawn as there."""
+        """Initialises what a weight file lacks as the layers themselves do."""
         if isinstance(module, nn.Conv2d):
             initialization.kaiming_normal_(module.weight, mode="fan_out")
 
     @torch.no_grad()
     def load_imagenet(self) -> None:
-        """Takes the packaged weights of ImageNet, as a METR starts from.
+        """Loads the packaged ImageNet weights, from which a METR starts too.
 
         Raises:
             DependencyError: the package of the weights is missing or altered.

@@ -18,14 +18,14 @@ _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _BASIC = {"model_type": "resnet", "layer_type": "basic", "hidden_sizes": [64, 128, 256, 512]}
 _BOTTLENECK = {"model_type": "resnet", "layer_type": "bottleneck", "hidden_sizes": [256, 512, 1024, 2048]}
 _auto: Any = AutoBackbone  # its methods have no types
-# Their hub names, and what makes them without the hub.
+# The hub name of each, and the configuration that makes it without the hub.
 SHORTHANDS: dict[str, tuple[str, dict[str, Any]]] = {
     "resnet18": ("microsoft/resnet-18", _BASIC | {"depths": [2, 2, 2, 2]}),
     "resnet34": ("microsoft/resnet-34", _BASIC | {"depths": [3, 4, 6, 3]}),
     "resnet50": ("microsoft/resnet-50", _BOTTLENECK | {"depths": [3, 4, 6, 3]}),
     "resnet101": ("microsoft/resnet-101", _BOTTLENECK | {"depths": [3, 4, 23, 3]}),
 }
-# Of a model's configuration, what has no say in its maps, or is found again.
+# Keys of a model's configuration that do not affect its maps, or are determined again.
 _LABELS = {"id2label", "label2id", "num_labels", "problem_type"}
 _STAGE_NAMES = {"out_features", "out_indices", "stage_names"}
 _ORIGIN = {"architectures", "dtype", "transformers_version"}
@@ -36,9 +36,9 @@ _QUARTERS = 4
 
 
 class HuggingFaceBackbone(Backbone):
-    """A backbone of transformers, frozen as far as the configuration says; what no map depends on is frozen too.
+    """A backbone of transformers. Frozen are the stages that the configuration says, and parameters without any effect.
 
-    Strides and channels are measured on a copy without weights, so nothing is assumed of the architecture.
+    Strides and channels are measured on a copy without weights, so nothing is assumed about the architecture.
 
     Raises:
         ModelError: there is no such model, the hub is out of reach, or it has no map of a wanted stride.
@@ -74,10 +74,11 @@ class HuggingFaceBackbone(Backbone):
 
 @dataclass(frozen=True, kw_only=True)
 class _Survey:
-    """What was found out about an architecture.
+    """What was measured of an architecture.
 
-    `stages` are the names of the stages to take, finest first; `plain` says that all have one stride, as in a plain
-    vision transformer; `idle` are the parameters that no taken map depends on: final norms, mask tokens, later stages.
+    `stages` are the names of the stages whose maps are used, finest first. `plain` says that all stages have the same
+    stride, as in a plain vision transformer. `idle` are the parameters that no used map depends on: final norms, mask
+    tokens, later stages.
     """
 
     stages: tuple[str, ...]
@@ -159,7 +160,7 @@ def _check_options(options: dict[str, Any], architecture: Any) -> None:
 
 
 def _rebuilding(config: BackboneConfig, architecture: Any) -> BackboneConfig:
-    """The configuration that gives this network with random weights, wherever its own come from."""
+    """The configuration that gives this network with random weights, wherever its weights come from."""
     known = type(architecture)().to_dict().keys() - _NOT_ARCHITECTURE
     options = {key: value for key, value in architecture.to_diff_dict().items() if key in known}
     return config.model_copy(update={"pretrained": False, "options": options})

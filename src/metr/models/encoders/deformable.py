@@ -1,4 +1,4 @@
-"""The encoder of Deformable DETR and DINO: every token of every level attends to a few places on all levels."""
+"""The encoder of Deformable DETR and DINO: every token attends to a few places on all levels."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,7 +12,7 @@ from metr.layers.deformable_attention import DeformableAttention
 from metr.layers.mlp import FeedForward
 from metr.layers.position_encoding import grid_encoding
 from metr.models.config import EncoderConfig
-from metr.models.encoders.pyramid import Projection, flatten, level_mask
+from metr.models.encoders.pyramid import Projection, cell_centres, flatten, level_mask
 from metr.structures import Memory
 
 # as DINO, and as Deformable DETR in transformers
@@ -60,7 +60,7 @@ class DeformableEncoder(nn.Module):
         return memory
 
     def _positions(self, memory: Memory, padding_mask: Tensor) -> Tensor:
-        """Where each token lies, and on which level: [b s d]."""
+        """The encoding of each token's place and level: [b s d]."""
         levels = []
         for shape, embedding in zip(memory.level_shapes, self.level_embedding, strict=True):
             grid = grid_encoding(level_mask(padding_mask, shape), self.width, **self._encoding)
@@ -70,12 +70,4 @@ class DeformableEncoder(nn.Module):
 
 def reference_points(memory: Memory) -> Float[Tensor, "b s l 2"]:
     """The centre of each token as (x, y) in 0..1 of every padded level."""
-    ratios = memory.valid_ratios
-    points = []
-    for level, (height, width) in enumerate(memory.level_shapes):
-        y = torch.arange(height, device=ratios.device) + 0.5
-        x = torch.arange(width, device=ratios.device) + 0.5
-        cells = torch.stack([x.expand(height, -1), y.unsqueeze(1).expand(-1, width)], dim=-1)
-        size = ratios[:, level] * ratios.new_tensor([width, height])
-        points.append(rearrange(cells, "h w x -> 1 (h w) x") / size.unsqueeze(1))
-    return torch.cat(points, dim=1).unsqueeze(2) * ratios.unsqueeze(1)
+    return cell_centres(memory).unsqueeze(2) * memory.valid_ratios.unsqueeze(1)

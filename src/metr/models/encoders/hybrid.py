@@ -8,28 +8,10 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from metr.layers.attention import Attention
-from metr.layers.mlp import FeedForward
 from metr.layers.position_encoding import counted_encoding, grid_encoding
 from metr.models.config import EncoderConfig
-from metr.models.encoders.pyramid import flatten, level_mask
+from metr.models.encoders.pyramid import SelfAttentionLayer, flatten, level_mask
 from metr.structures import Memory
-
-
-class CoarseLayer(nn.Module):
-    """Self-attention among the cells of the coarsest level (AIFI of RT-DETR)."""
-
-    def __init__(self, width: int, config: EncoderConfig) -> None:
-        super().__init__()
-        self.attention = Attention(width, config.heads)
-        self.norm = nn.LayerNorm(width)
-        self.feed_forward = FeedForward(width, config.feed_forward, nn.GELU)
-
-    def forward(self, tokens: Tensor, positions: Tensor, allowed: Tensor) -> Tensor:
-        """[b s d] to the same shape; padded cells are not looked at."""
-        placed = tokens + positions
-        refined: Tensor = self.feed_forward(self.norm(tokens + self.attention(placed, placed, tokens, allowed)))
-        return refined
 
 
 class HybridEncoder(nn.Module):
@@ -41,11 +23,11 @@ class HybridEncoder(nn.Module):
         self.counted = config.positions == "counted"
         channels = tuple(channels)[-self.levels :]
         steps = range(self.levels - 1)
-        # D-FINE leaves out the activations between its fusions
+        # D-FINE has no activations between its fusions.
         elan = config.fusion == "elan"
         fusion = AggregatingFusion if elan else Fusion
         self.projections = nn.ModuleList(ConvNorm(c, width, 1, activate=False) for c in channels)
-        self.layers = nn.ModuleList(CoarseLayer(width, config) for _ in range(config.layers))
+        self.layers = nn.ModuleList(SelfAttentionLayer(width, config, nn.GELU) for _ in range(config.layers))
         self.laterals = nn.ModuleList(ConvNorm(width, width, 1, activate=not elan) for _ in steps)
         self.down_fusions = nn.ModuleList(fusion(width, config) for _ in steps)
         self.strides = nn.ModuleList(
@@ -77,7 +59,7 @@ class HybridEncoder(nn.Module):
         return rearrange(tokens, "b (h w) d -> b d h w", h=height)
 
     def _top_down(self, maps: list[Tensor]) -> list[Tensor]:
-        """Coarse levels inform finer ones; each level is then the lateral form of itself, the finest excepted."""
+        """Fuses coarse levels into finer ones. Every level but the finest also goes through its lateral convolution."""
         coarse = [maps[-1]]
         for fine, lateral, fuse in zip(maps[-2::-1], self.laterals, self.down_fusions, strict=True):
             coarse[-1] = lateral(coarse[-1])
@@ -86,7 +68,7 @@ class HybridEncoder(nn.Module):
         return coarse[::-1]
 
     def _bottom_up(self, maps: list[Tensor]) -> list[Tensor]:
-        """Fine levels inform coarser ones."""
+        """Fuses fine levels into coarser ones."""
         done = [maps[0]]
         for coarse, halve, fuse in zip(maps[1:], self.strides, self.up_fusions, strict=True):
             done.append(fuse(halve(done[-1]), coarse))
@@ -120,7 +102,7 @@ class RepVggBlock(nn.Module):
 
 
 class _Paths(nn.Module):
-    """A path of RepVGG blocks, and one past them."""
+    """A path through RepVGG blocks, added to a path around them."""
 
     def __init__(self, inner: int, outer: int, hidden: int, blocks: int) -> None:
         super().__init__()
@@ -155,7 +137,7 @@ class Fusion(_Paths):
 
 
 class AggregatingFusion(nn.Module):
-    """Two levels of one size to one, as in D-FINE (RepNCSPELAN4): every stage of a path is seen by the last layer."""
+    """Two levels of one size to one, as in D-FINE (RepNCSPELAN4): the last layer gets the output of every stage."""
 
     def __init__(self, width: int, config: EncoderConfig) -> None:
         super().__init__()
@@ -177,7 +159,7 @@ class AggregatingFusion(nn.Module):
 
 
 class SeparableStride(nn.Sequential):
-    """Half the resolution: channels are mixed, then each is convolved (SCDown of D-FINE)."""
+    """Halves the resolution: mixes the channels, then convolves each channel (SCDown of D-FINE)."""
 
     def __init__(self, width: int) -> None:
         mix = ConvNorm(width, width, 1, activate=False)

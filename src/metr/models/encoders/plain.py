@@ -8,40 +8,20 @@ from einops import rearrange
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from metr.layers.attention import Attention
-from metr.layers.mlp import FeedForward
 from metr.layers.position_encoding import grid_encoding
 from metr.models.config import EncoderConfig
-from metr.models.encoders.pyramid import flatten
+from metr.models.encoders.pyramid import SelfAttentionLayer, flatten
 from metr.structures import Memory
 
 # as in DETR and Conditional DETR; DAB-DETR's can be set to it
 TEMPERATURE = 10_000.0
 
 
-class PlainEncoderLayer(nn.Module):
-    """Self-attention, then a feed-forward part; both added and normalised."""
-
-    def __init__(self, width: int, config: EncoderConfig) -> None:
-        super().__init__()
-        self.attention = Attention(width, config.heads)
-        self.norm = nn.LayerNorm(width)
-        self.feed_forward = FeedForward(width, config.feed_forward)
-
-    def forward(
-        self, tokens: Float[Tensor, "b s d"], places: Float[Tensor, "b s d"], allowed: Bool[Tensor, "b 1 s"]
-    ) -> Float[Tensor, "b s d"]:
-        """The tokens, refined once; nobody looks at padding."""
-        placed = tokens + places
-        refined: Tensor = self.feed_forward(self.norm(tokens + self.attention(placed, placed, tokens, allowed)))
-        return refined
-
-
 class PlainEncoder(nn.Module):
     """Projection of the backbone's last map to one width, then layers of self-attention.
 
-    Its cost grows with the square of the cells: meant for maps of stride 32, or 16 for small images
-    (`backbone.strides=[16]`).
+    Its cost grows with the square of the number of cells, so it is meant for maps of stride 32, or of stride 16 for
+    small images (`backbone.strides=[16]`).
     """
 
     levels = 1
@@ -50,7 +30,7 @@ class PlainEncoder(nn.Module):
         super().__init__()
         self.width = width
         self.projection = nn.Conv2d(channels[-1], width, kernel_size=1)
-        self.layers = nn.ModuleList(PlainEncoderLayer(width, config) for _ in range(config.layers))
+        self.layers = nn.ModuleList(SelfAttentionLayer(width, config) for _ in range(config.layers))
 
     def forward(self, features: Sequence[Tensor], padding_mask: Bool[Tensor, "b h w"]) -> Memory:
         """Backbone maps (finest first) to a memory of one level."""
@@ -66,7 +46,7 @@ class PlainEncoder(nn.Module):
 
 
 def token_places(memory: Memory, width: int) -> Float[Tensor, "b s d"]:
-    """Where each token lies in its image, as `width` sines and cosines; padding changes nothing."""
+    """The encoded place of each token in its image, `width` numbers; padding changes nothing."""
     sizes = [height * width for height, width in memory.level_shapes]
     levels = []
     for (height, _), mask in zip(memory.level_shapes, torch.split(memory.padding_mask, sizes, dim=1), strict=True):

@@ -1,4 +1,4 @@
-"""What both encoders share: masks of levels, levels made by strided convolution, flattening to memory."""
+"""What encoders share: further levels by strided convolution, self-attention, flattening to memory, cells of levels."""
 
 from collections.abc import Sequence
 from math import gcd
@@ -9,9 +9,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from metr.layers.attention import Attention
+from metr.layers.mlp import FeedForward
+from metr.models.config import EncoderConfig
 from metr.structures import Memory
-
-LevelMask = Bool[Tensor, "b h w"]
 
 
 def level_mask(padding_mask: Bool[Tensor, "b h w"], shape: tuple[int, int]) -> Bool[Tensor, "b hl wl"]:
@@ -20,7 +21,7 @@ def level_mask(padding_mask: Bool[Tensor, "b h w"], shape: tuple[int, int]) -> B
 
 
 def valid_ratio(mask: Bool[Tensor, "b h w"]) -> Float[Tensor, "b 2"]:
-    """The (x, y) share of a level that is image: padding lies at the right and the bottom."""
+    """The fraction of a level, in x and in y, that is image; padding is at the right and the bottom."""
     width = (~mask[:, 0, :]).float().mean(-1)
     height = (~mask[:, :, 0]).float().mean(-1)
     return torch.stack([width, height], dim=-1)
@@ -61,7 +62,7 @@ def _step(inner: int, width: int, kernel: int, stride: int = 1) -> nn.Sequential
 
 
 def flatten(maps: Sequence[Float[Tensor, "b d _h _w"]], padding_mask: Bool[Tensor, "b h w"]) -> Memory:
-    """All cells of all levels as one row of tokens, with what is needed to find them again."""
+    """All cells of all levels as one row of tokens, with the shapes and masks of the levels."""
     shapes = [(int(level.shape[2]), int(level.shape[3])) for level in maps]
     masks = [level_mask(padding_mask, shape) for shape in shapes]
     return Memory(
@@ -70,3 +71,34 @@ def flatten(maps: Sequence[Float[Tensor, "b d _h _w"]], padding_mask: Bool[Tenso
         level_shapes=tuple(shapes),
         valid_ratios=torch.stack([valid_ratio(mask) for mask in masks], dim=1),
     )
+
+
+def cell_centres(memory: Memory) -> Float[Tensor, "b s 2"]:
+    """The centre of each token's cell as (x, y) in 0..1 of its image."""
+    ratios = memory.valid_ratios
+    centres = []
+    for level, (height, width) in enumerate(memory.level_shapes):
+        y = torch.arange(height, device=ratios.device) + 0.5
+        x = torch.arange(width, device=ratios.device) + 0.5
+        cells = torch.stack([x.expand(height, -1), y.unsqueeze(1).expand(-1, width)], dim=-1)
+        size = ratios[:, level] * ratios.new_tensor([width, height])
+        centres.append(rearrange(cells, "h w x -> 1 (h w) x") / size.unsqueeze(1))
+    return torch.cat(centres, dim=1)
+
+
+class SelfAttentionLayer(nn.Module):
+    """Self-attention among all tokens, then a feed-forward part; both added and normalised."""
+
+    def __init__(self, width: int, config: EncoderConfig, activation: type[nn.Module] = nn.ReLU) -> None:
+        super().__init__()
+        self.attention = Attention(width, config.heads)
+        self.norm = nn.LayerNorm(width)
+        self.feed_forward = FeedForward(width, config.feed_forward, activation)
+
+    def forward(
+        self, tokens: Float[Tensor, "b s d"], places: Float[Tensor, "b s d"], allowed: Bool[Tensor, "b 1 s"]
+    ) -> Float[Tensor, "b s d"]:
+        """The tokens, refined once; `allowed` excludes padding."""
+        placed = tokens + places
+        refined: Tensor = self.feed_forward(self.norm(tokens + self.attention(placed, placed, tokens, allowed)))
+        return refined
