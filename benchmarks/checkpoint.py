@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+import metr
 import report
 import runner
 from metr.checkpoint import EVALUATION as CARD_FILE
@@ -80,7 +81,7 @@ def conduct(study: Study, target: Path) -> bool:
 
 def save(source: Path, target: Path) -> None:
     """Writes a checkpoint in float16 with its model card."""
-    METR.from_pretrained(source).save_pretrained(target, dtype=torch.float16, licence=LICENCE)
+    metr.save(METR.from_pretrained(source), target, dtype=torch.float16, licence=LICENCE)
 
 
 def licensed_copy(source: Path, target: Path, left_out: Collection[int] = NON_COMMERCIAL) -> int:

@@ -100,9 +100,9 @@ class ClosedSetDetector(nn.Module):
         self.register_buffer("name_of_label", torch.tensor([list(names).index(name) for name in labels]))
 
     def forward(
-        self, images: Tensor, padding_mask: Tensor, text: Float[Tensor, "v t"], targets: Sequence[Targets] | None = None
+        self, images: Tensor, padding_mask: Tensor, text: Float[Tensor, "v t"], targets: Targets | None = None
     ) -> ClosedSetOutput | DetectorOutput:
-        """QueryPredictions for the criterion in training, and as METR gives them in evaluation."""
+        """Predictions for the criterion in training, and as METR gives them in evaluation."""
         memory = self.encoder(self.backbone(images), padding_mask)
         categories = self._categories(len(images))
         logits, boxes, queries = self._proposals(memory)
@@ -193,39 +193,41 @@ class ClosedSetCriterion(SetCriterion):
     """METR's losses, each pair of query and label being one binary question; matched over the whole image."""
 
     def forward(  # type: ignore[override]
-        self, output: ClosedSetOutput, targets: Sequence[Targets], matches: Matches | None = None
-    ) -> Losses:
-        """The loss terms of METR's criterion but for those of presence."""
-        truth = _closed(targets)
-        matches = matches or self.match(output, targets)
+        self, output: ClosedSetOutput, targets: Targets
+    ) -> tuple[Losses, Matches]:
+        """The loss terms of METR's criterion without those of presence, and the matches that they rest on."""
+        # every label is annotated everywhere
+        targets = replace(targets, annotated=torch.ones_like(targets.annotated))
+        matches = self.match(output, targets)
         target = torch.full(output.every_logits.shape[:3], NO_OBJECT, device=output.every_boxes.device)
         target[matches.layer, matches.image, matches.query] = matches.target
-        answers = _questions(output.every_logits, output.every_boxes, target, truth)
-        terms = self._proposals_and_decoder(answers, truth, truth.objects.clamp(min=1).float())
+        answers = _questions(output.every_logits, output.every_boxes, target, targets)
+        terms = self._proposals_and_decoder(answers, targets, targets.is_object.sum().clamp(min=1).float())
         if output.denoised is not None:
             logits, boxes, plan = output.denoised
             wanted = plan.target.where(plan.positive & plan.valid, NO_OBJECT).expand(logits.shape[:3])
-            copies = _questions(logits, boxes, wanted, truth, asked=plan.valid)
+            copies = _questions(logits, boxes, wanted, targets, asked=plan.valid)
             copied = (wanted[0] != NO_OBJECT).sum().clamp(min=1).float()
-            terms |= self._denoising(copies, truth, copied)
-        return Losses(terms=terms)
+            terms |= self._denoising(copies, targets, copied)
+        return Losses(terms=terms), matches
 
     @torch.no_grad()
-    def match(self, output: ClosedSetOutput, targets: Sequence[Targets]) -> Matches:  # type: ignore[override]
+    def match(self, output: ClosedSetOutput, targets: Targets) -> Matches:  # type: ignore[override]
         """The assignment of least cost in every layer and image."""
         found: list[tuple[int, int, Tensor, Tensor]] = []
         costs, config = self.config.costs, self.config
-        for image, target in enumerate(targets):
+        for image, here in enumerate(targets.is_object):
+            labels, objects = targets.labels[image, here], targets.boxes[image, here]
             logits, boxes = output.every_logits[:, image].float(), output.every_boxes[:, image].float()
             for layer in range(len(logits)):
                 cost = costs.classification * focal_cost(
-                    logits[layer][:, target.labels], config.focal_alpha, config.focal_gamma
+                    logits[layer][:, labels], config.focal_alpha, config.focal_gamma
                 )
-                cost += costs.l1 * torch.cdist(boxes[layer], target.boxes, p=1)
-                corners, wanted = cxcywh_to_xyxy(boxes[layer]), cxcywh_to_xyxy(target.boxes)
+                cost += costs.l1 * torch.cdist(boxes[layer], objects, p=1)
+                corners, wanted = cxcywh_to_xyxy(boxes[layer]), cxcywh_to_xyxy(objects)
                 cost -= costs.giou * paired_giou(corners.unsqueeze(1), wanted.unsqueeze(0))
                 query, index = linear_sum_assignment(cost.cpu().numpy())
-                found.append((layer, image, torch.from_numpy(query), torch.from_numpy(index)))
+                found.append((layer, image, torch.from_numpy(query), here.nonzero().squeeze(1).cpu()[index]))
         device = output.every_boxes.device
         return Matches(
             layer=torch.cat([torch.full_like(query, layer) for layer, _, query, _ in found]).to(device),
@@ -254,22 +256,17 @@ def concatenated(vocabulary: Vocabulary) -> tuple[Vocabulary, tuple[str, ...]]:
     return Vocabulary(names=flat, datasets=every), names
 
 
-def _closed(targets: Sequence[Targets]) -> PaddedTargets:
-    """Every label is annotated everywhere."""
-    return PaddedTargets.of([replace(target, annotated=torch.ones_like(target.annotated)) for target in targets])
-
-
 def _questions(
     logits: Float[Tensor, "r b q c"],
     boxes: Float[Tensor, "r b q 4"],
     target: Int[Tensor, "r b q"],
-    truth: PaddedTargets,
+    targets: Targets,
     asked: Tensor | None = None,
 ) -> QueryPredictions:
     """Each pair of query and label as one binary question; it stands for the query's object if that has its label."""
     labels = logits.shape[-1]
     image = torch.arange(logits.shape[1], device=logits.device).unsqueeze(-1)
-    wanted = truth.labels[image, target.clamp(min=0)].where(target != NO_OBJECT, NO_OBJECT).unsqueeze(-1)
+    wanted = targets.labels[image, target.clamp(min=0)].where(target != NO_OBJECT, NO_OBJECT).unsqueeze(-1)
     label = torch.arange(labels, device=logits.device)
     stands = torch.where(wanted == label, target.unsqueeze(-1), NO_OBJECT)
     category = label.expand(*logits.shape[1:3], -1)

@@ -31,8 +31,9 @@ from metr.data.loading import spare_cores
 from metr.data.sampling import MixedSampler, mixture_weights
 from metr.devices import resolved_device
 from metr.errors import DataError
-from metr.evaluation.coco import MAX_DETECTIONS, CocoResult, ImageId, evaluate_detections
+from metr.evaluation.coco import MAX_DETECTIONS, CocoResult, evaluate_detections
 from metr.hub import quiet
+from metr.inference.coco_results import ImageId
 from metr.models.detector import Detector
 from metr.structures import Detections
 from metr.training.recipe import RunConfig
@@ -66,7 +67,7 @@ class SampledImages(Dataset[Example]):
 
     def __init__(self, datasets: Sequence[DetectionDataset], loader: LoaderConfig, steps: int, seed: int) -> None:
         self.mixed = MixedDataset(datasets)
-        weights = mixture_weights(self.mixed.lengths, loader.base_mixture)
+        weights = mixture_weights(self.mixed.lengths, loader.mixture)
         sampler = MixedSampler(self.mixed.lengths, weights, loader.batch_size, seed)
         self.samples = [sample for batch in islice(sampler, steps) for sample in batch]
 
@@ -90,7 +91,7 @@ class Collator:
         mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in self.colours)
         pixels = torch.stack([example.image for example in examples]).float() / 255
         targets = [example.targets for example in examples]
-        labels = [{"class_labels": target.labels, "boxes": target.boxes} for target in targets]
+        labels = [{"class_labels": target.labels[0], "boxes": target.boxes[0]} for target in targets]
         return {"pixel_values": (pixels - mean) / deviation, "labels": labels}
 
 

@@ -62,7 +62,7 @@ FIELDS = {
     "coco_mini": "natural photographs",
 }
 # 195 images for 80 names are too few to learn from: coco_mini is reported beside the mean
-EVALUATION = EvaluationConfig(fields=FIELDS, outside_mean=("coco_mini",))
+EVALUATION = EvaluationConfig(domains=FIELDS, outside_mean=("coco_mini",))
 QUICK = EVALUATION.model_copy(update={"modes": ("own",)})
 TITLES = {
     "separate": "a METR for each",
@@ -165,7 +165,7 @@ def _joint(
 def _separate(study: Study, folder: Path, data: Sequence[str], recipe: RunConfig) -> Tree | None:
     """One METR for each dataset: a joint run's steps, divided as its samples are."""
     lengths = {one.name: len(one.split("train")) for one in open_joint(data).sources}
-    weights = mixture_weights(lengths, recipe.loader.base_mixture)
+    weights = mixture_weights(lengths, recipe.loader.mixture)
     each = []
     for argument, weight in zip(data, weights.values(), strict=True):
         steps = round(weight * recipe.train.loop.steps)

@@ -26,11 +26,10 @@ from pydantic import Field
 import report
 import runner
 from metr.config import Config, Tree
-from metr.data.few_shot import SubsetConfig
 from metr.errors import ConfigError
 from metr.model import METR
-from metr.training.finetune import FinetuneOptions, finetune
-from metr.training.finetune_data import Rehearsal
+from metr.training.finetune import finetune
+from metr.training.finetune_data import FinetuneOptions
 from runner import Run, Study
 
 ARMS = ("without", "with")
@@ -104,8 +103,10 @@ def arm_run(study: Study, profile: Profile, arm: str, source: str, begun: Mappin
         overrides = (*runner.as_overrides(profile.tuning), *study.overrides, "train.loop.evaluate_every=0")
         options = FinetuneOptions(
             overrides=overrides,
-            subset=SubsetConfig(seed=profile.seed),
-            rehearse=Rehearsal(data=old, share=profile.share) if arm == "with" else Rehearsal(evaluate=old),
+            seed=profile.seed,
+            rehearse=old if arm == "with" else (),
+            rehearse_fraction=profile.share,
+            rehearse_evaluate=() if arm == "with" else old,
         )
         data = study.datasets([profile.new])
         outcome = finetune(data, source, folder, options, resume=True, console=study.console)

@@ -40,6 +40,7 @@ from metr.config import Tree
 from metr.devices import autocast
 from metr.errors import ConfigError
 from metr.losses.criterion import SetCriterion
+from metr.losses.predictions import query_predictions
 from metr.models.detector import Detector
 from metr.structures import Targets
 from metr.training.recipe import load_recipe
@@ -89,7 +90,7 @@ class Contender:
         self.images = torch.rand(settings.batch, 3, settings.size, settings.size, generator=random).to(self.device)
         text = nn.functional.normalize(torch.randn(settings.names, TEXT_WIDTH, generator=random), dim=-1)
         self.text = text.to(self.device)
-        self.targets = [objects(settings, random).to(self.device) for _ in range(settings.batch)]
+        self.targets = Targets.stack([objects(settings, random) for _ in range(settings.batch)]).to(self.device)
         self.mask = torch.zeros(len(self.images), *self.images.shape[2:], dtype=torch.bool, device=self.device)
         self.network = network.to(self.device)
         self.optimizer = optim.AdamW(self.network.parameters(), lr=1e-6, fused=True)
@@ -103,11 +104,12 @@ def objects(settings: Settings, random: torch.Generator) -> Targets:
     sides = (1 / 30) ** torch.rand(number, 2, generator=random) / 2
     centres = sides / 2 + torch.rand(number, 2, generator=random) * (1 - sides)
     return Targets(
-        boxes=torch.cat([centres, sides], dim=1),
-        labels=shown[torch.randint(len(shown), (number,), generator=random)],
-        annotated=torch.ones(settings.names, dtype=torch.bool),
-        ignore_boxes=torch.zeros(0, 4),
-        ignore_labels=torch.zeros(0, dtype=torch.int64),
+        boxes=torch.cat([centres, sides], dim=1).unsqueeze(0),
+        labels=shown[torch.randint(len(shown), (1, number), generator=random)],
+        ignore_boxes=torch.zeros(1, 0, 4),
+        ignore_labels=torch.zeros(1, 0, dtype=torch.int64),
+        annotated=torch.ones(1, settings.names, dtype=torch.bool),
+        assumed_negative=torch.zeros(1, settings.names, dtype=torch.bool),
     )
 
 
@@ -138,9 +140,10 @@ class Metr(Contender):
         with autocast(self.settings.precision, self.device):
             output = self.network(self.images, self.mask, self.text, self.targets)
         reached("forward")
-        matches = self.criterion.match(output, self.targets)
+        predictions = query_predictions(output)
+        matches = self.criterion.match(predictions, self.targets)
         reached("matching")
-        loss = self.criterion(output, self.targets, matches).total
+        loss = self.criterion.losses(output, predictions.matched(matches), self.targets).total
         reached("losses")
         loss.backward()
         reached("backward")
@@ -180,7 +183,10 @@ class Reference(Contender):
         network: Any = DeformableDetrForObjectDetection(same)
         super().__init__(settings, network.requires_grad_(True))
         self.pixel_mask = (~self.mask).long()
-        self.labels = [{"class_labels": target.labels, "boxes": target.boxes} for target in self.targets]
+        self.labels = [
+            {"class_labels": labels[here], "boxes": boxes[here]}
+            for labels, boxes, here in zip(self.targets.labels, self.targets.boxes, self.targets.is_object, strict=True)
+        ]
 
     def infer(self) -> None:
         """Forward, without targets."""

@@ -28,7 +28,8 @@ from metr.config import Config, Tree, merge
 from metr.data.few_shot import SubsetConfig, subset_of
 from metr.data.joint import open_joint
 from metr.errors import ConfigError
-from metr.training.finetune import FinetuneOptions, finetune
+from metr.training.finetune import finetune
+from metr.training.finetune_data import FinetuneOptions
 from metr.training.train import fit, training_parts
 from runner import DATASETS, Run, Study
 
@@ -108,7 +109,7 @@ def arm_run(study: Study, profile: Profile, cell: Tree, before: Run) -> Run:
     """The run of one arm, on one fraction of a left-out dataset, with one seed."""
     left_out, share, seed, arm = cell.values()
     folder, tree = study.out / left_out / f"{share:g}-{seed}-{arm}", profile.tree(arm, share)
-    subset, data = SubsetConfig(share=share, seed=seed), study.datasets([left_out])
+    subset, data = SubsetConfig(fraction=share, seed=seed), study.datasets([left_out])
     settings = {**cell, "configuration": study.configuration(tree)}
     if arm == "pretrained":
         settings["pretraining"] = before.settings
@@ -118,7 +119,7 @@ def arm_run(study: Study, profile: Profile, cell: Tree, before: Run) -> Run:
         joint = replace(joint, chosen={one.name: subset_of(one.split("train"), subset) for one in joint.sources})
         if arm == "pretrained":
             overrides = (*runner.as_overrides(tree), *study.overrides)
-            options = FinetuneOptions(overrides=overrides, subset=subset, compare=False)
+            options = FinetuneOptions(overrides=overrides, fraction=share, seed=seed, compare=False)
             begun = before.folder / "last"
             outcome = finetune(data, begun, folder, options, resume=True, console=study.console).training
         else:

@@ -72,10 +72,9 @@ class Sample:
 
     def present(self, size: int) -> Bool[Tensor, "1 v"]:
         """Where a name among the first `size` is annotated and has an object; the rest is distractors."""
-        target = self.example.targets
-        shown = torch.zeros(max(size, len(target.annotated)), dtype=torch.bool)
-        shown[target.labels] = target.annotated[target.labels]
-        return shown[:size].unsqueeze(0)
+        targets = self.example.targets
+        shown = targets.present & targets.annotated
+        return torch.nn.functional.pad(shown, (0, max(0, size - shown.shape[1])))[:, :size]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -85,7 +85,7 @@ def inspect(
             model=detector,
             detector_name=model or "",
             every_image=check,
-            say=lambda words: status.update(escape(words)),
+            progress=lambda stage: status.update(escape(stage)),
         )
     print_inspection(console, inspection, config, verbose=verbose)
     if write is not None:

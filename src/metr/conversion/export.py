@@ -43,7 +43,7 @@ def build(target: Target, network: Detector, names: Sequence[str], seed: int = 0
         raise ConfigError("expected names, each once", where="names", hint='such as "penguin, shark"')
     auto: Any = AutoModelForObjectDetection  # its methods have no types
     register()  # the network may have METR's own backbone
-    config = target.configure(spec_for(target, network, names))
+    config = target.configure(build_spec_for(target, network, names))
     with loading(target.name), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return auto.from_config(config).eval()
