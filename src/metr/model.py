@@ -12,11 +12,12 @@ from torch import Tensor
 
 from metr.checkpoint import Checkpoint, fetch_checkpoint, find_checkpoint, load_checkpoint, save_checkpoint
 from metr.data.config import ResizeConfig
+from metr.data.images import ImageSource
 from metr.devices import resolved_device
 from metr.errors import CheckpointError, ConfigError, DataError
 from metr.hub import may_be_a_hub_name
 from metr.inference.config import InferenceConfig, PostprocessConfig
-from metr.inference.predictor import ImageSource, Prediction, Predictor
+from metr.inference.predictor import Prediction, Predictor
 from metr.models.backbones.efficientnet_lite import register
 from metr.models.detector import Detector
 from metr.serialization import type_of
