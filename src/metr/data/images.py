@@ -98,7 +98,7 @@ def read_image(path: Path) -> UInt8[np.ndarray, "h w 3"]:
     return _read(path)[0]
 
 
-def load_image(image: ImageSource, where: object) -> UInt8[np.ndarray, "h w 3"]:
+def load_image(image: object, where: object) -> UInt8[np.ndarray, "h w 3"]:
     """An image as 8-bit RGB, whether it comes as a path, a PIL image or an RGB array [h w 3] of bytes.
 
     Args:
