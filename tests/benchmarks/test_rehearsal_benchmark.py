@@ -52,7 +52,7 @@ def results(**found: tuple[Aps, Aps, Aps]) -> list[Any]:
         changes = tuple(
             Change(
                 dataset=name,
-                role="new" if name == NEW else "rehearsed" if arm == "with" else "only evaluated",
+                role="new" if name == NEW else "rehearsed" if arm == "with" else "evaluated",
                 before=by_mode(aps[0]),
                 after=by_mode(aps[number]),
             )

@@ -144,7 +144,7 @@ def test_losses_are_those_of_all_names_where_the_others_are_unknown() -> None:
 
 
 def test_names_that_were_left_out_get_no_gradient(tmp_path: Path) -> None:
-    trainer = Trainer(make_parts(tmp_path), make_config(loop={"names": 2}), tmp_path / "run")
+    trainer = Trainer(make_parts(tmp_path), make_config(loop={"vocabulary_sample": 2}), tmp_path / "run")
     trainer.text = trainer.text.clone().requires_grad_()
     batch = next(iter(trainer.parts.loader(seed=0, start=0, rank=0, world=1, device=trainer.device)))
     torch.manual_seed(5)
@@ -163,7 +163,7 @@ def test_a_limit_that_leaves_nothing_out_trains_as_without_one(tmp_path: Path) -
     for names in (0, 4, 100):
         torch.manual_seed(0)
         parts = make_parts(tmp_path)
-        trainer = Trainer(parts, make_config(2, loop={"names": names}), tmp_path / f"run{names}")
+        trainer = Trainer(parts, make_config(2, loop={"vocabulary_sample": names}), tmp_path / f"run{names}")
         trainer.fit()
         states.append(copy.deepcopy(parts.network.state_dict()))
     for state in states[1:]:
@@ -174,6 +174,6 @@ def test_training_with_few_names_is_the_same_again(tmp_path: Path) -> None:
     states = []
     for name in ("first", "second"):
         parts = make_parts(tmp_path)
-        Trainer(parts, make_config(3, loop={"names": 2}), tmp_path / name).fit()
+        Trainer(parts, make_config(3, loop={"vocabulary_sample": 2}), tmp_path / name).fit()
         states.append(parts.network.state_dict())
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
