@@ -97,7 +97,7 @@ def test_old_names_come_first_and_stay_as_they_were(mine: Path, tiny_run: TinyRu
 
 def test_before_and_after_are_told(mine: Path, tiny_run: TinyRun, tmp_path: Path) -> None:
     told = json.loads((mine / "comparison.json").read_text())
-    assert [(one["dataset"], one["role"]) for one in told["datasets"]] == [("lake", "new"), ("desk", "only evaluated")]
+    assert [(one["dataset"], one["role"]) for one in told["datasets"]] == [("lake", "new"), ("desk", "evaluated")]
     desk = told["datasets"][1]
     report = evaluate(tiny_run.folder, [tiny_run.data[1]], tmp_path / "judged")
     assert desk["before"]["own"] == pytest.approx(report.datasets[0].ap("own"))

@@ -16,7 +16,7 @@ from metr.data.records import Annotations
 from metr.data.sampling import mixture_weights
 from metr.text.vocabulary import Vocabulary
 
-Role = Literal["new", "rehearsed", "only evaluated"]
+Role = Literal["new", "rehearsed", "evaluated"]
 _logger = logging.getLogger(__name__)
 
 
@@ -69,7 +69,7 @@ class FinetuneData:
         """What each dataset is there for, by name."""
         names = [source.name for source in self.joint.sources]
         roles: dict[str, Role] = {name: "new" if row < self.new else "rehearsed" for row, name in enumerate(names)}
-        return roles | {source.name: "only evaluated" for source in self.evaluated}
+        return roles | {source.name: "evaluated" for source in self.evaluated}
 
     def lengths(self, role: Role) -> dict[str, int]:
         """Training images of the datasets that are trained on in a role, by name."""
