@@ -31,7 +31,7 @@ Check = Annotated[bool, typer.Option("--check", help="Open every image, not only
 Model = Annotated[
     str | None,
     typer.Option(
-        help="A run or checkpoint that collectors for unlabelled objects, in 30 images a dataset.", metavar="RUN"
+        help="A run or checkpoint that looks for unlabelled objects, in 30 images a dataset.", metavar="RUN"
     ),
 ]
 Write = Annotated[

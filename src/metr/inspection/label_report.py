@@ -108,7 +108,7 @@ def inspect_datasets(
     Args:
         sources: The opened datasets, each with a name of its own.
         config: Thresholds, the language model, and how many images are inspected.
-        model: A detector that collectors for the names of all datasets in some images of each.
+        model: A detector that looks for the names of all datasets in some images of each.
         detector_name: The name of the detector in messages.
         every_image: Decode every image, instead of reading the headers of some.
         progress: Called with a short description of each stage.
