@@ -36,10 +36,9 @@ from metr.config import Tree
 from metr.data.collate import padding_mask, stack_images
 from metr.data.config import AugmentationConfig
 from metr.data.dataset import DetectionDataset, Example
-from metr.data.few_shot import Subset
-from metr.data.joint import JointData, open_joint
+from metr.data.joint import JointData, Subset, open_joint
 from metr.data.records import Annotations
-from metr.data.transforms.pipeline import build_transforms
+from metr.data.transforms import build_transforms
 from metr.errors import ConfigError
 from metr.evaluation.coco import evaluate_detections
 from metr.inference.postprocess import postprocess

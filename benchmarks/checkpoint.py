@@ -27,9 +27,9 @@ import report
 import runner
 from metr.checkpoint import EVALUATION as CARD_FILE
 from metr.errors import DataError
-from metr.evaluation.evaluate import evaluate
 from metr.evaluation.report import as_markdown
 from metr.evaluation.results import as_dict
+from metr.evaluation.runner import evaluate
 from metr.model import METR
 from multifield import EVALUATION, training_facts
 from runner import Study

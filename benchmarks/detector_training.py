@@ -33,7 +33,7 @@ from metr.devices import resolved_device
 from metr.errors import DataError
 from metr.evaluation.coco import MAX_DETECTIONS, CocoResult, evaluate_detections
 from metr.hub import quiet
-from metr.inference.coco_results import ImageId
+from metr.inference.postprocess import ImageId
 from metr.models.detector import Detector
 from metr.structures import Detections
 from metr.training.recipe import RunConfig

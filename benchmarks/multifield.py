@@ -39,11 +39,10 @@ from metr.data.images import read_image
 from metr.data.joint import open_joint
 from metr.data.loading import build_train_loader
 from metr.data.sampling import mixture_weights
-from metr.data.transforms.pipeline import build_transforms
-from metr.evaluation.evaluate import evaluate
+from metr.data.transforms import build_transforms
 from metr.evaluation.report import as_markdown, show
 from metr.evaluation.results import EvaluationConfig, EvaluationReport, as_dict, from_dict
-from metr.evaluation.runner import EvaluationRunner
+from metr.evaluation.runner import EvaluationRunner, evaluate
 from metr.inference.draw import save_image
 from metr.training.curves import plot_curves
 from metr.training.metrics import read_metrics

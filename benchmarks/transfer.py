@@ -25,8 +25,7 @@ from pydantic import Field
 import report
 import runner
 from metr.config import Config, Tree, merge
-from metr.data.few_shot import SubsetConfig, subset_of
-from metr.data.joint import open_joint
+from metr.data.joint import SubsetConfig, open_joint, subset_of
 from metr.errors import ConfigError
 from metr.training.finetune import finetune
 from metr.training.finetune_data import FinetuneOptions

@@ -57,7 +57,7 @@ from metr.conversion.targets import find_target
 from metr.conversion.transfer import to_detector
 from metr.data.dataset import DetectionDataset
 from metr.data.joint import JointData, open_joint
-from metr.data.transforms.pipeline import build_transforms
+from metr.data.transforms import build_transforms
 from metr.devices import resolved_device
 from metr.errors import ConfigError
 from metr.evaluation.coco import CocoResult

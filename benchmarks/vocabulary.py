@@ -44,10 +44,10 @@ from metr.data.config import AugmentationConfig
 from metr.data.dataset import DetectionDataset, Example
 from metr.data.images import read_image
 from metr.data.joint import JointData, open_joint
-from metr.data.transforms.pipeline import build_transforms
+from metr.data.transforms import build_transforms
 from metr.devices import resolved_device
 from metr.errors import DataError
-from metr.evaluation.metrics import PresenceRecall, presence_recall
+from metr.evaluation.results import PresenceRecall, presence_recall
 from metr.inference.predictor import Predictor, inference
 from metr.model import METR
 from metr.models.detector import Detector

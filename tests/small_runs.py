@@ -15,7 +15,7 @@ from metr.data.config import AugmentationConfig, LoaderConfig, ResizeConfig
 from metr.data.dataset import DetectionDataset
 from metr.data.loading import build_train_loader
 from metr.data.records import ImageRecord, InMemoryAnnotations
-from metr.data.transforms.pipeline import build_transforms
+from metr.data.transforms import build_transforms
 from metr.losses.config import CriterionConfig
 from metr.losses.criterion import SetCriterion
 from metr.models.config import DetectorConfig

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from metr import bundled
-from metr.bundled import EFFICIENTNET_LITE0, MINILM, BundledFile
+from metr import hub as bundled
 from metr.errors import DependencyError
+from metr.hub import EFFICIENTNET_LITE0, MINILM, BundledFile
 
 
 @pytest.fixture(autouse=True)

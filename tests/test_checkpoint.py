@@ -14,7 +14,7 @@ import torch
 from metr.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, save_checkpoint
 from metr.errors import CheckpointError
 from metr.models.detector import Detector
-from metr.weights import load_weights
+from metr.serialization import load_weights
 from small_runs import make_description
 
 from small import TEXT_WIDTH, small_config, small_detector
@@ -73,7 +73,7 @@ import sys, torch
 from pathlib import Path
 from safetensors.torch import save_file
 from metr.checkpoint import load_checkpoint
-from metr.weights import load_weights
+from metr.serialization import load_weights
 from metr.models.detector import Detector
 checkpoint = load_checkpoint(Path(sys.argv[1]))
 network = Detector(checkpoint.model, checkpoint.text_width).eval()

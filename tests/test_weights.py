@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from metr.errors import CheckpointError
-from metr.weights import load_weights
+from metr.serialization import load_weights
 
 
 def network(width: int = 4) -> nn.Sequential:

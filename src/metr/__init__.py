@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from metr.conversion.transfer import from_detector, transfer
-    from metr.evaluation.evaluate import evaluate
+    from metr.evaluation.runner import evaluate
     from metr.inspection.label_report import inspect
     from metr.model import METR
     from metr.models.backbones.efficientnet_lite import register
@@ -42,7 +42,7 @@ __all__ = [
 
 _HOMES = {
     "METR": "metr.model",
-    "evaluate": "metr.evaluation.evaluate",
+    "evaluate": "metr.evaluation.runner",
     "finetune": "metr.training.finetune",
     "from_detector": "metr.conversion.transfer",
     "inspect": "metr.inspection.label_report",

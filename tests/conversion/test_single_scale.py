@@ -15,7 +15,7 @@ from metr.conversion.targets.base import KeyTable, Target
 from metr.conversion.targets.single_scale import spread_boxes
 from metr.models.backbones.base import BackboneConfig
 from metr.models.detector import Detector
-from metr.models.encoders.plain import token_places
+from metr.models.encoders.pyramid import token_places
 from metr.structures import Categories, Memory, Queries
 
 from small import TEXT_WIDTH, small_config

@@ -8,7 +8,7 @@ import numpy as np
 from metr.data.config import AugmentationConfig, ResizeConfig
 from metr.data.dataset import DetectionDataset, Unannotated
 from metr.data.records import Annotations, ImageRecord, InMemoryAnnotations
-from metr.data.transforms.pipeline import build_transforms
+from metr.data.transforms import build_transforms
 from metr.text.vocabulary import Vocabulary
 
 NAMES = {"cells": ("red cell", "platelet"), "fish": ("shark", "puffin", "penguin"), "birds": ("puffin",)}

@@ -23,7 +23,7 @@ from metr.data.formats.files import folders_within, glance
 from metr.data.images import check_image, exif_oriented, read_image
 from metr.data.loading import build_evaluation_loader, build_train_loader
 from metr.data.records import Annotations, InMemoryAnnotations
-from metr.data.transforms.pipeline import build_transforms
+from metr.data.transforms import build_transforms
 from metr.errors import DataError
 from metr.structures import Batch, Targets
 from metr.text.vocabulary import Vocabulary

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from metr.data.few_shot import Subset, SubsetConfig, shortage, subset_of
 from metr.data.index.annotation_index import AnnotationIndex, LabelMap, write_index
+from metr.data.joint import Subset, SubsetConfig, shortage, subset_of
 from metr.data.records import Annotations, ImageRecord, InMemoryAnnotations
 from metr.data.sampling import repeat_factors
 from metr.errors import ConfigError, DataError

@@ -8,17 +8,21 @@ import pytest
 from pydantic import ValidationError
 
 from metr.data.config import MEAN_COLOUR, AugmentationConfig, ResizeConfig
-from metr.data.transforms.geometry import (
+from metr.data.transforms import (
+    Jitter,
     Sample,
     Window,
+    build_transforms,
+    colour_matrix,
     draw_crop,
+    draw_jitter,
     draw_zoom_out,
     flip,
     output_shape,
+    recolour,
     resize_image,
     view,
 )
-from metr.data.transforms.pipeline import Jitter, build_transforms, colour_matrix, draw_jitter, recolour
 
 PLAIN = AugmentationConfig(colour=0.0)
 COLOURS = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 0], [255, 0, 255], [0, 255, 255]], np.uint8)

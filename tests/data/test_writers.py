@@ -16,9 +16,7 @@ from PIL import Image
 from reader_trees import LAYOUTS, NAMES, coco_content, made_up, save_image, write_json
 
 from metr.data.datasets_file import DatasetConfig, DatasetSource, open_dataset
-from metr.data.export import ExportReport, ImageFolder
-from metr.data.formats.coco_writer import write_coco
-from metr.data.formats.yolo_writer import write_yolo
+from metr.data.export import ExportReport, ImageFolder, write_coco, write_yolo
 from metr.data.images import exif_oriented_record
 from metr.data.records import ImageRecord
 from metr.errors import DataError

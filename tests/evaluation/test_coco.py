@@ -12,7 +12,7 @@ from played import HEIGHT, WIDTH, annotations, detections, record
 from metr.data.records import ImageRecord, InMemoryAnnotations
 from metr.errors import DataError
 from metr.evaluation.coco import evaluate_detections
-from metr.inference.coco_results import coco_results, write_coco_results
+from metr.inference.postprocess import coco_results, write_coco_results
 from metr.structures import Detections
 
 NAMES = ("cat", "dog", "eel", "fox")

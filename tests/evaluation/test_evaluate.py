@@ -14,9 +14,9 @@ from metr.data.images import read_image
 from metr.data.joint import open_joint
 from metr.errors import DataError
 from metr.evaluation.coco import evaluate_detections
-from metr.evaluation.evaluate import evaluate
 from metr.evaluation.results import EvaluationConfig, EvaluationReport, from_dict
-from metr.inference.config import InferenceConfig
+from metr.evaluation.runner import evaluate
+from metr.inference.postprocess import InferenceConfig
 from metr.model import METR
 
 from tiny import NAMES, TinyRun

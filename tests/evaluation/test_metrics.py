@@ -2,7 +2,7 @@ import pytest
 import torch
 from played import annotations, detections, record
 
-from metr.evaluation.metrics import (
+from metr.evaluation.results import (
     NO_DOMAIN,
     PresenceRecall,
     count_best_names,

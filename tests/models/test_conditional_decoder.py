@@ -11,8 +11,7 @@ from transformers.models.dab_detr.modeling_dab_detr import DabDetrDecoder, DabDe
 from metr.layers.mlp import MLP
 from metr.models.config import DecoderConfig
 from metr.models.decoder import ConditionalDecoder, ConditionalDecoderLayer
-from metr.models.encoders.plain import token_places
-from metr.models.encoders.pyramid import flatten
+from metr.models.encoders.pyramid import flatten, token_places
 from metr.structures import Categories, Memory, Queries
 
 WIDTH, HEADS, HIDDEN, LAYERS = 16, 4, 24, 3

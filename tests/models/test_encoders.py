@@ -18,8 +18,7 @@ from metr.models.config import EncoderConfig
 from metr.models.encoders import build_encoder
 from metr.models.encoders.deformable import DeformableEncoder, reference_points
 from metr.models.encoders.hybrid import ConvNorm, Fusion, HybridEncoder
-from metr.models.encoders.plain import PlainEncoder
-from metr.models.encoders.pyramid import Projection, flatten, level_mask, valid_ratio
+from metr.models.encoders.pyramid import PlainEncoder, Projection, flatten, level_mask, valid_ratio
 
 WIDTH, HEADS, HIDDEN = 16, 4, 24
 CHANNELS = (6, 8, 10)

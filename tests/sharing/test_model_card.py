@@ -11,8 +11,8 @@ from huggingface_hub import ModelCard
 
 from metr.checkpoint import Checkpoint, is_untouched
 from metr.errors import CheckpointError
-from metr.evaluation.evaluate import evaluate
 from metr.evaluation.results import EvaluationConfig, from_dict
+from metr.evaluation.runner import evaluate
 from metr.model import METR
 from metr.sharing.model_card import CardFacts, find_report, model_card, write_card
 from metr.sharing.push import save

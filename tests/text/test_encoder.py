@@ -22,8 +22,8 @@ from transformers import (
     SiglipModel,
 )
 
-from metr.bundled import minilm_folder
 from metr.errors import ConfigError, DependencyError, ModelError
+from metr.hub import minilm_folder
 from metr.text import language_model
 from metr.text.encoder import TEMPLATES, TextEncoder, TextEncoderConfig, phrase_of, phrases
 from metr.text.language_model import LanguageModel, LanguageModelSource

@@ -17,7 +17,7 @@ from metr.checkpoint import load_checkpoint
 from metr.config import read_yaml
 from metr.data.config import AugmentationConfig
 from metr.errors import CheckpointError, ConfigError, DataError, MetrError, ModelError
-from metr.evaluation.evaluate import evaluate
+from metr.evaluation.runner import evaluate
 from metr.model import METR
 from metr.text.encoder import TextEncoder
 from metr.training.finetune import FinetuneOutcome, finetune

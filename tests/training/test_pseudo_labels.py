@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from metr.structures import Batch, Categories, DetectorOutput, Proposals, Targets
 from metr.training.config import PseudoLabelConfig
-from metr.training.pseudo_labels import PseudoLabeler
+from metr.training.step_targets import PseudoLabeler
 
 WORDS = 5
 UNANNOTATED = {"cells": torch.tensor([False, False, True, True, True])}

@@ -11,7 +11,7 @@ import yaml
 
 from metr.checkpoint import load_checkpoint, save_checkpoint
 from metr.data.config import AugmentationConfig, LoaderConfig, ResizeConfig
-from metr.data.few_shot import SubsetConfig
+from metr.data.joint import SubsetConfig
 from metr.demo.run import demo_recipe
 from metr.errors import CheckpointError, ConfigError
 from metr.training.config import EmaConfig, LoopConfig, OptimizerConfig, PseudoLabelConfig, ScheduleConfig, TrainConfig
@@ -35,7 +35,7 @@ def assignment(key: str, value: object) -> str:
     return f"{key}={written}"
 
 
-DEISSUES = dict(leaves(RunConfig().model_dump(mode="json")))
+DEFAULTS = dict(leaves(RunConfig().model_dump(mode="json")))
 # numbers whose neighbours are not allowed
 NARROW = {
     "model.queries.floor": 7,
@@ -43,7 +43,7 @@ NARROW = {
     "model.categories.shortlist": 64,
     "augmentation.crop_aspect": 2.0,
 }
-NUMBERS = {key: value for key, value in DEISSUES.items() if type(value) in {int, float}}
+NUMBERS = {key: value for key, value in DEFAULTS.items() if type(value) in {int, float}}
 
 
 def at(config: RunConfig, key: str) -> object:
@@ -79,7 +79,7 @@ def test_nano_is_the_default_and_needs_no_network() -> None:
 
 
 def test_every_value_can_be_overridden_by_its_name() -> None:
-    everything = [assignment(key, value) for key, value in DEISSUES.items()]
+    everything = [assignment(key, value) for key, value in DEFAULTS.items()]
     assert load_recipe("base", overrides=everything) == RunConfig()
 
 

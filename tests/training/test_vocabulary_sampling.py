@@ -12,8 +12,8 @@ from torch import Tensor
 from metr.losses.config import CriterionConfig
 from metr.losses.criterion import SetCriterion
 from metr.structures import NO_OBJECT, Targets
+from metr.training.step_targets import narrowed, sample_vocabulary
 from metr.training.trainer import Trainer
-from metr.training.vocabulary_sampling import narrowed, sample_vocabulary
 from small_runs import make_config, make_parts
 
 from small import small_config, small_detector, targets_of

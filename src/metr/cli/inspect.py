@@ -30,9 +30,7 @@ Verbose = Annotated[
 Check = Annotated[bool, typer.Option("--check", help="Open every image, not only up to 5,000 of a dataset.")]
 Model = Annotated[
     str | None,
-    typer.Option(
-        help="A run or checkpoint that looks for unlabelled objects, in 30 images a dataset.", metavar="RUN"
-    ),
+    typer.Option(help="A run or checkpoint that looks for unlabelled objects, in 30 images a dataset.", metavar="RUN"),
 ]
 Write = Annotated[
     Path | None,
@@ -132,8 +130,7 @@ def _check_format(name: str) -> None:
 
 def _export(sources: "Sequence[DatasetSource]", name: str, out: Path, console: Console) -> None:
     """Writes each dataset into its own folder."""
-    from metr.data.formats.coco_writer import write_coco
-    from metr.data.formats.yolo_writer import write_yolo
+    from metr.data.export import write_coco, write_yolo
 
     write = {"coco": write_coco, "yolo": write_yolo}[name]
     for source in sources:

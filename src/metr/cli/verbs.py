@@ -121,7 +121,7 @@ def evaluate(
     device: _Device = "auto",
 ) -> None:
     """Measure average precision on datasets. Own names, the joint vocabulary, confusion between datasets."""
-    from metr.evaluation.evaluate import evaluate as run_evaluation
+    from metr.evaluation.runner import evaluate as run_evaluation
 
     # a name on the hub is no folder to write into
     out = out or (run / "evaluation" if run.is_dir() else Path("evaluation"))
@@ -140,8 +140,8 @@ def detect(
     device: _Device = "auto",
 ) -> None:
     """Find objects in images. Any names can be asked for, trained or not."""
-    from metr.inference.config import InferenceConfig, PostprocessConfig
     from metr.inference.detect_files import detect_files
+    from metr.inference.postprocess import InferenceConfig, PostprocessConfig
     from metr.model import METR
 
     names = None if categories is None else [name.strip() for name in categories.split(",")]

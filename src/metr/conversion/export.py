@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from metr.conversion.backbone_mapping import backbone_config
 from metr.conversion.classifier import name_tokens, refined_tokens
 from metr.conversion.convert import TransferReport, giving_to_theirs, receive
+from metr.conversion.table import backbone_config
 from metr.conversion.targets.base import BuildSpec, Colours, Context, Derived, Target
 from metr.errors import ConfigError
 from metr.hub import loading

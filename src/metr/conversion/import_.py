@@ -10,12 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from metr.conversion.backbone_mapping import adopted_backbone
 from metr.conversion.convert import StateTransfer, TransferReport, giving_to_ours, receive
 from metr.conversion.published.dino import read_dino
 from metr.conversion.published.restricted_unpickling import read_restricted
 from metr.conversion.published.timm import TimmNetwork, timm_network, without_timm
-from metr.conversion.table import State
+from metr.conversion.table import State, adopted_backbone
 from metr.conversion.targets import NAMES, find_target
 from metr.data.config import ResizeConfig
 from metr.errors import ModelError

@@ -14,8 +14,7 @@ from metr.boxes import xyxy_to_cxcywh
 from metr.data.images import read_annotated
 from metr.data.records import Annotations, DataIssue, ImageRecord
 from metr.data.sampling import SampleKey
-from metr.data.transforms.geometry import Sample
-from metr.data.transforms.pipeline import Transforms
+from metr.data.transforms import Sample, Transforms
 from metr.errors import ConfigError, DataError
 from metr.structures import Targets
 from metr.text.vocabulary import Vocabulary

@@ -13,7 +13,7 @@ from faster_coco_eval.core.faster_eval_api import COCOeval_faster
 
 from metr.data.records import Annotations, ImageRecord
 from metr.errors import DataError
-from metr.inference.coco_results import ImageId, Row, best_rows
+from metr.inference.postprocess import ImageId, Row, best_rows
 from metr.structures import Detections
 
 logger = logging.getLogger(__name__)

@@ -14,8 +14,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from metr.errors import DataError
-from metr.evaluation.metrics import CrossDatasetConfusion
-from metr.evaluation.results import MODES, DatasetReport, EvaluationReport, Mode, ModeReport, as_dict
+from metr.evaluation.results import (
+    MODES,
+    CrossDatasetConfusion,
+    DatasetReport,
+    EvaluationReport,
+    Mode,
+    ModeReport,
+    as_dict,
+)
 from metr.inference.draw import font_file, legible
 
 TITLES: dict[Mode, str] = {"own": "own names", "joint": "joint vocabulary"}

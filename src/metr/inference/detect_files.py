@@ -10,8 +10,8 @@ from rich.progress import track
 
 from metr.data.images import SUFFIXES, read_image
 from metr.errors import DataError
-from metr.inference.coco_results import write_coco_results
 from metr.inference.draw import draw_detections, save_image
+from metr.inference.postprocess import write_coco_results
 from metr.inference.predictor import Prediction, Predictor
 from metr.serialization import write_json
 from metr.structures import Detections

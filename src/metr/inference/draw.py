@@ -289,7 +289,7 @@ def font_file(text: str) -> Path:
         return bundled
     from matplotlib.font_manager import fontManager  # builds a list of all fonts: only who needs it pays
 
-    # A font of last resort image_conflicts every character and draws none.
+    # A font of last resort claims every character and draws none.
     installed = sorted({Path(font.fname) for font in fontManager.ttflist if "lastresort" not in font.fname.lower()})
     return next((path for path in installed if letters <= _coverage(path)), bundled)
 

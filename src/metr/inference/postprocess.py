@@ -1,15 +1,98 @@
 """Turns the network's answers into detections in pixels of the original images."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
+from pydantic import Field
 from torch import Tensor
 
 from metr import boxes as geometry
+from metr.boxes import xyxy_to_xywh
+from metr.config import Config
 from metr.errors import ModelError
-from metr.inference.config import PostprocessConfig
 from metr.structures import Detections, DetectorOutput
+
+ImageId = int | str
+Row = dict[str, Any]
+
+
+def best_rows(found: Detections, image_id: ImageId, category_ids: Mapping[str, int], limit: int) -> list[Row]:
+    """The `limit` best detections of an image as rows of COCO results, less those whose name has no number."""
+    order = found.scores.argsort(descending=True, stable=True)[:limit]
+    boxes = xyxy_to_xywh(found.boxes[order].double()).tolist()
+    return [
+        {"image_id": image_id, "category_id": category_ids[name], "bbox": box, "score": score}
+        for box, score, name in zip(
+            boxes, found.scores[order].tolist(), (found.names[n] for n in found.labels[order].tolist()), strict=True
+        )
+        if name in category_ids
+    ]
+
+
+def coco_results(
+    detections: Mapping[ImageId, Detections], category_ids: Mapping[str, int], max_detections: int | None = None
+) -> list[Row]:
+    """Detections in the form of COCO results: a list of image_id, category_id, bbox (x, y, width, height), score.
+
+    Args:
+        detections: The detections of each image, by image id.
+        category_ids: The number of each name; other names are left out.
+        max_detections: Most detections an image; all of them by default.
+    """
+    return [
+        {**row, "bbox": [round(side, 2) for side in row["bbox"]], "score": round(row["score"], 5)}
+        for image_id, found in detections.items()
+        for row in best_rows(found, image_id, category_ids, len(found) if max_detections is None else max_detections)
+    ]
+
+
+def write_coco_results(path: Path, detections: Mapping[ImageId, Detections], category_ids: Mapping[str, int]) -> None:
+    """Writes detections as a COCO results file (JSON); see `coco_results`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(coco_results(detections, category_ids)), encoding="utf-8")
+
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+class PostprocessConfig(Config):
+    """How the network's answers become detections."""
+
+    max_detections: Annotated[int, Field(gt=0)] = 100
+    """Most detections an image, over all categories together; the COCO protocol's number."""
+    score_threshold: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Least score of a detection. 0 keeps everything, as average precision wants it."""
+    presence_power: Annotated[float, Field(ge=0)] = 0.0
+    """Exponent of the category's presence probability as a factor of the score; 0 leaves presence out."""
+    nms_iou: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Intersection over union above which the weaker of two boxes of one category goes; None keeps both."""
+    nms_across_names: bool = False
+    """Whether `nms_iou` is for boxes of different categories too: then a place keeps its best name only."""
+
+    @staticmethod
+    def to_show(threshold: float) -> "PostprocessConfig":
+        """What people want to see, other than what a metric wants: sure detections, and one name a place.
+
+        Raises:
+            ConfigError: the threshold is not within 0..1.
+        """
+        values = {"score_threshold": threshold, "nms_iou": 0.7, "nms_across_names": True}
+        return PostprocessConfig.checked(values, where="threshold")
+
+
+class InferenceConfig(Config):
+    """How images go through the network."""
+
+    batch_size: Annotated[int, Field(gt=0)] = 8
+    """Most images of one step; only images of one shape share a step."""
+    precision: Precision = "fp32"
+    """Arithmetic of the network (autocast); scores and boxes are finished in fp32."""
+    postprocess: PostprocessConfig = PostprocessConfig()
+    """Which of the answers become detections."""
 
 
 def postprocess(

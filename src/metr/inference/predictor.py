@@ -14,10 +14,9 @@ from metr.data.collate import padded_shape, padding_mask, stack_images
 from metr.data.config import ResizeConfig
 from metr.data.images import ImageSource, load_image
 from metr.data.records import DataIssue
-from metr.data.transforms.geometry import output_shape, resize_image
+from metr.data.transforms import output_shape, resize_image
 from metr.errors import DataError, ModelError
-from metr.inference.config import InferenceConfig, Precision
-from metr.inference.postprocess import postprocess
+from metr.inference.postprocess import InferenceConfig, Precision, postprocess
 from metr.models.category_extraction import ProjectedText
 from metr.models.detector import Detector
 from metr.structures import Detections, DetectorOutput

@@ -15,7 +15,7 @@ from metr.layers.deformable_attention import DeformableAttention
 from metr.layers.mlp import MLP, FeedForward
 from metr.layers.position_encoding import box_encoding
 from metr.models.config import DecoderConfig, SimilarityConfig
-from metr.models.encoders.plain import token_places
+from metr.models.encoders.pyramid import token_places
 from metr.models.heads import BoxHead, SimilarityHead, box_logits, similarity_tokens
 from metr.structures import Categories, Memory, Queries, gather_rows
 

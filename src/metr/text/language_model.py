@@ -19,9 +19,8 @@ from torch.nn.functional import normalize
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils.hub import cached_file
 
-from metr.bundled import MINILM, minilm_folder
 from metr.errors import ConfigError, ModelError, did_you_mean
-from metr.hub import loading
+from metr.hub import MINILM, loading, minilm_folder
 
 Pooling = Literal["auto", "projection", "mean", "cls"]
 

@@ -22,7 +22,7 @@ from metr.models.category_extraction import decorrelate_names
 from metr.models.config import DetectorConfig
 from metr.models.detector import Detector
 from metr.run_directory import RunDirectory
-from metr.serialization import read_json, write_json
+from metr.serialization import load_weights, read_json, write_json
 from metr.training.comparison import Comparison, keep_before, kept_before, show_comparison
 from metr.training.finetune_data import FinetuneData, FinetuneOptions, open_finetune_data
 from metr.training.finetune_recipe import RECIPE, described, finetune_recipe
@@ -41,7 +41,6 @@ from metr.training.train import (
     teacher_of,
 )
 from metr.training.trainer import Outcome, TrainingParts
-from metr.weights import load_weights
 
 REQUEST = "finetuning.json"
 """The file of the run folder that says what was asked for, besides the configuration."""

@@ -10,8 +10,7 @@ from pydantic import Field
 
 from metr.data.config import Mixture
 from metr.data.datasets_file import DatasetSource, open_dataset, parse_data_arguments
-from metr.data.few_shot import SubsetConfig, shortage, subset_of
-from metr.data.joint import JointData, vocabulary_of
+from metr.data.joint import JointData, SubsetConfig, shortage, subset_of, vocabulary_of
 from metr.data.records import Annotations
 from metr.data.sampling import mixture_weights
 from metr.text.vocabulary import Vocabulary

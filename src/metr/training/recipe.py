@@ -11,7 +11,7 @@ from metr.config import Config, Tree, differences, merge, parse_overrides, read_
 from metr.data.config import AugmentationConfig, LoaderConfig
 from metr.data.dataset import Unannotated
 from metr.errors import ConfigError, did_you_mean
-from metr.inference.config import InferenceConfig
+from metr.inference.postprocess import InferenceConfig
 from metr.losses.config import CriterionConfig
 from metr.models.config import DetectorConfig
 from metr.text.encoder import TextEncoderConfig

@@ -16,9 +16,8 @@ from torch import Tensor, nn, optim
 
 from metr.errors import CheckpointError, MetrError, did_you_mean
 from metr.run_directory import RunDirectory, existing_folder, replaced_folder
-from metr.serialization import read_json, read_tensors, write_json, write_tensors
+from metr.serialization import load_weights, read_json, read_tensors, write_json, write_tensors
 from metr.training.config import LoopConfig
-from metr.weights import load_weights
 
 COUNTERS = "state.json"
 _NETWORK, _AVERAGE, _OPTIMIZER, _RANDOM = (

@@ -23,7 +23,7 @@ from metr.errors import ConfigError
 from metr.evaluation.report import show
 from metr.evaluation.results import EvaluationConfig
 from metr.evaluation.runner import EvaluationRunner
-from metr.inference.config import InferenceConfig
+from metr.inference.postprocess import InferenceConfig
 from metr.losses.criterion import SetCriterion
 from metr.models.config import DetectorConfig
 from metr.models.detector import Detector
@@ -32,9 +32,9 @@ from metr.text.encoder import TextEncoder
 from metr.training.finetune_recipe import RECIPE, left_to_finetuning
 from metr.training.logger import check_trackers
 from metr.training.provenance import provenance
-from metr.training.pseudo_labels import PseudoLabeler
 from metr.training.recipe import RunConfig, changed_lines, load_recipe
 from metr.training.state import check_place, seed_everything
+from metr.training.step_targets import PseudoLabeler
 from metr.training.trainer import Outcome, Trainer, TrainingParts
 
 Data = str | Path | Sequence[str | Path]

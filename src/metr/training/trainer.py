@@ -32,7 +32,6 @@ from metr.training.optimization import (
     learning_rate_factor,
     set_learning_rates,
 )
-from metr.training.pseudo_labels import PseudoLabeler
 from metr.training.signals import Abandoned, StopSignals
 from metr.training.state import (
     Counters,
@@ -47,7 +46,7 @@ from metr.training.state import (
     seed_everything,
     undisturbed_random_state,
 )
-from metr.training.vocabulary_sampling import narrowed, sample_vocabulary
+from metr.training.step_targets import PseudoLabeler, narrowed, sample_vocabulary
 
 Evaluate = Callable[[nn.Module], Mapping[str, float | None]]
 _logger = logging.getLogger(__name__)

@@ -5,21 +5,20 @@ from typing import Any
 
 import torch
 
-from metr.conversion.backbone_mapping import backbone_rows
-from metr.conversion.table import Row, State
+from metr.conversion.table import Row, State, backbone_rows
 from metr.conversion.targets import rt_detr
 from metr.conversion.targets.base import (
     Adopted,
     BuildSpec,
     Derived,
     KeyTable,
+    even_sampling,
     feed_forward,
     joined,
     linear,
     mlp,
 )
 from metr.conversion.targets.rt_detr import convolution, two_branches
-from metr.conversion.targets.sampling import even_sampling
 from metr.errors import ModelError
 from metr.models.backbones.base import BackboneConfig
 from metr.models.config import DetectorConfig

@@ -28,7 +28,7 @@ from metr.conversion.targets.single_scale import (
     spread_logits,
     with_backbone,
 )
-from metr.models.encoders.plain import TEMPERATURE
+from metr.models.encoders.pyramid import TEMPERATURE
 
 _DIFFERENCES = (
     "queries start from learnt boxes, the same for every image; METR's from places that it proposes for a category",

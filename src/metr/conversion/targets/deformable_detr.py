@@ -7,9 +7,8 @@ from typing import Any
 import torch
 
 from metr.conversion.activation_statistics import box_position, four_encodings, inside, of_contents, of_places
-from metr.conversion.backbone_mapping import backbone_rows
 from metr.conversion.classifier import fit_stacked_norm, place_classifier
-from metr.conversion.table import Row, State
+from metr.conversion.table import Row, State, backbone_rows
 from metr.conversion.targets.base import (
     FOLDED_PLACES,
     Adopted,

@@ -17,9 +17,8 @@ from metr.conversion.activation_statistics import (
     of_norms,
     of_places,
 )
-from metr.conversion.backbone_mapping import backbone_rows
 from metr.conversion.classifier import fit_box_mlp, place_classifier
-from metr.conversion.table import Row, State
+from metr.conversion.table import Row, State, backbone_rows
 from metr.conversion.targets.base import (
     FOLDED_PLACES,
     Adopted,
@@ -32,6 +31,7 @@ from metr.conversion.targets.base import (
     attention,
     deformable_attention,
     encoder_values,
+    even_sampling,
     feed_forward,
     given_layer,
     joined,
@@ -40,7 +40,6 @@ from metr.conversion.targets.base import (
     mlp,
     need_options,
 )
-from metr.conversion.targets.sampling import even_sampling
 from metr.errors import ModelError
 from metr.models.backbones.base import BackboneConfig
 from metr.models.config import DetectorConfig, EncoderConfig

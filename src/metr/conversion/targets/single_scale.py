@@ -10,9 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from metr.conversion.activation_statistics import after_norm, inside
-from metr.conversion.backbone_mapping import backbone_rows
 from metr.conversion.classifier import Linear, classifier
-from metr.conversion.table import Row
+from metr.conversion.table import Row, backbone_rows
 from metr.conversion.targets.base import (
     BuildSpec,
     Context,

@@ -14,8 +14,8 @@ from transformers import AutoBackbone, AutoConfig, PreTrainedConfig, PreTrainedM
 from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin
 from transformers.modeling_outputs import BackboneOutput
 
-from metr.bundled import efficientnet_lite0_weights
 from metr.errors import ConfigError, DependencyError
+from metr.hub import efficientnet_lite0_weights
 from metr.models.backbones.base import Backbone, BackboneConfig, FrozenBatchNorm, freeze_batch_norms
 
 # Of each stage: blocks, kernel, stride of the first block, expansion, channels.

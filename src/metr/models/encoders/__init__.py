@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from metr.models.config import EncoderConfig
 from metr.models.encoders.deformable import DeformableEncoder
 from metr.models.encoders.hybrid import HybridEncoder
-from metr.models.encoders.plain import PlainEncoder
+from metr.models.encoders.pyramid import PlainEncoder
 
 Encoder = DeformableEncoder | HybridEncoder | PlainEncoder
 _KINDS: dict[str, type[Encoder]] = {

@@ -1,1 +1,0 @@
-"""Images and their boxes, resized and augmented together."""
