@@ -260,7 +260,7 @@ def _unmoved(activation_statistics: ActivationStatistics, shift: float = 0.0, ep
 
 
 def _passing_blocks(network: Detector, encoder: HybridEncoder) -> dict[str, Derived]:
-    """Blocks that METR's fusions lack: all epochs through them, but for a shift that the convolution after them takes.
+    """Blocks that METR's fusions lack: all passes through them, but for a shift that the convolution after them takes.
 
     A fusion without that convolution keeps the blocks as they were initialised.
     """
