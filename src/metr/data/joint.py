@@ -1,4 +1,4 @@
-"""Several datasets with one vocabulary, from the arguments of a command."""
+"""The data of a run: several datasets with one vocabulary, and parts of training splits chosen by a seed."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""What is evaluated, and the report that comes of it, as plain values too."""
+"""What is evaluated and what comes of it: configuration, reports, recall of presence, cross-dataset confusion."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Turns the network's answers into detections in pixels of the original images."""
+"""From the output of the network to detections: configuration, suppression, and COCO's form of results."""
 
 import json
 from collections.abc import Mapping, Sequence
