@@ -145,7 +145,7 @@ class Metr(Contender):
         reached("matching")
         loss = self.criterion.losses(output, predictions.matched(matches), self.targets).total
         reached("losses")
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         reached("backward")
         self.optimizer.step()
         self.optimizer.zero_grad()
