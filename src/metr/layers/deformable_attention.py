@@ -67,7 +67,8 @@ class DeformableAttention(nn.Module):
 
     def values(self, tokens: Float[Tensor, "b s d"], padding_mask: Bool[Tensor, "b s"]) -> Float[Tensor, "b s d"]:
         """The tokens' projected values, zero on padding."""
-        return self.value(tokens).masked_fill(padding_mask.unsqueeze(-1), 0.0)
+        values: Tensor = self.value(tokens)
+        return values.masked_fill(padding_mask.unsqueeze(-1), 0.0)
 
     def gather(
         self,
