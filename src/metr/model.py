@@ -12,10 +12,11 @@ from torch import Tensor
 
 from metr.checkpoint import Checkpoint, find_checkpoint, load_checkpoint
 from metr.data.config import ResizeConfig
+from metr.data.images import ImageSource
 from metr.devices import resolved_device
 from metr.errors import CheckpointError, ConfigError, DataError
 from metr.inference.config import InferenceConfig, PostprocessConfig
-from metr.inference.predictor import ImageSource, Prediction, Predictor
+from metr.inference.predictor import Prediction, Predictor
 from metr.models.detector import Detector
 from metr.serialization import type_of
 from metr.sharing.push import Shared, fetched, may_be_a_hub_name

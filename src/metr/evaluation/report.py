@@ -124,8 +124,9 @@ def show(report: EvaluationReport, console: Console) -> None:
     for title in ("images", *numbers, *(["confused"] if confusion else [])):
         table.add_column(title, justify="right", no_wrap=True)
     for one in report.datasets:
-        values = [
-            part and getattr(part.coco, metric) for mode in modes for part in [one.part(mode)] for metric in _METRICS
+        parts = [one.part(mode) for mode in modes]
+        values: list[float | None] = [
+            None if part is None else getattr(part.coco, metric) for part in parts for metric in _METRICS
         ]
         values += [confusion.shares.get(one.name)] if confusion else []
         name = one.name if one.in_mean else f"({one.name})"
