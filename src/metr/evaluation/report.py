@@ -132,7 +132,9 @@ def show(report: EvaluationReport, console: Console) -> None:
         table.add_column(title, justify="right", no_wrap=True)
     for one in report.datasets:
         parts = [one.part(mode) for mode in modes]
-        values = [None if part is None else getattr(part.coco, metric) for part in parts for metric in _METRICS]
+        values: list[float | None] = [
+            None if part is None else getattr(part.coco, metric) for part in parts for metric in _METRICS
+        ]
         values += [confusion.shares.get(one.name)] if confusion else []
         name = one.name if one.in_mean else f"({one.name})"
         table.add_row(escape(name), one.split, str(one.images), *map(_number, values))
