@@ -20,13 +20,12 @@ from metr.losses.classification import focal_cost
 from metr.losses.criterion import SetCriterion
 from metr.losses.predictions import QueryPredictions
 from metr.models.backbones import build_backbone
-from metr.models.class_queries import side_by_side
 from metr.models.config import DetectorConfig
 from metr.models.decoder import Decoder
 from metr.models.denoising import Denoising
 from metr.models.encoders import build_encoder
 from metr.models.heads import BoxHead
-from metr.models.proposals import anchor_logits
+from metr.models.proposals import anchor_logits, side_by_side
 from metr.structures import (
     NO_OBJECT,
     Categories,

@@ -36,7 +36,7 @@ from metr.hub import quiet
 from metr.inference.postprocess import ImageId
 from metr.models.detector import Detector
 from metr.structures import Detections
-from metr.training.recipe import RunConfig
+from metr.training.config import RunConfig
 
 TRAINED = "model"
 """The folder inside a run folder that holds the trained detector."""

@@ -44,9 +44,9 @@ from metr.evaluation.report import as_markdown, show
 from metr.evaluation.results import EvaluationConfig, EvaluationReport, as_dict, from_dict
 from metr.evaluation.runner import EvaluationRunner, evaluate
 from metr.inference.draw import save_image
+from metr.training.config import RunConfig
 from metr.training.curves import plot_curves
-from metr.training.metrics import read_metrics
-from metr.training.recipe import RunConfig
+from metr.training.logger import read_metrics
 from metr.training.state import seed_everything
 from metr.training.trainer import Trainer, TrainingParts
 from runner import Run, Study

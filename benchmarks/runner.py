@@ -25,8 +25,8 @@ from metr.devices import resolved_device
 from metr.errors import ConfigError, DataError, MetrError
 from metr.evaluation.results import EvaluationConfig
 from metr.serialization import read_json
-from metr.training.metrics import read_metrics
-from metr.training.recipe import RunConfig, load_recipe
+from metr.training.config import RunConfig, load_recipe
+from metr.training.logger import read_metrics
 from metr.training.train import train
 
 HERE = Path(__file__).resolve().parent

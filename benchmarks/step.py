@@ -43,7 +43,7 @@ from metr.losses.criterion import SetCriterion
 from metr.losses.predictions import query_predictions
 from metr.models.detector import Detector
 from metr.structures import Targets
-from metr.training.recipe import load_recipe
+from metr.training.config import load_recipe
 
 RATIO_BAR, MATCHING_BAR = 1.25, 0.05
 METR, REFERENCE, DENOISING = "METR", "Deformable DETR", "METR with denoising"

@@ -8,7 +8,7 @@ from rich.console import Console
 
 import metr
 from metr.errors import MetrError
-from metr.training.recipe import load_recipe
+from metr.training.config import load_recipe
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("data", nargs="+", help="folders, name=folder, or YAML files that list some")

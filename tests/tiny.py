@@ -14,7 +14,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from metr.cli.main import run as run_command_line
 from metr.demo import write_demo_datasets, write_unseen
-from metr.training.recipe import load_recipe
+from metr.training.config import load_recipe
 from metr.training.train import train
 
 from small import small_backbone

@@ -18,7 +18,7 @@ PAGES = {
     "metr.losses": ("metr.losses",),
     "metr.data": ("metr.data", "metr.data.joint"),
     "metr.inference": ("metr.inference", "metr.inference.detect_files"),
-    "metr.evaluation": ("metr.evaluation", "metr.evaluation.evaluate"),
+    "metr.evaluation": ("metr.evaluation", "metr.evaluation.runner"),
     "metr.training": ("metr.training", "metr.training.train", "metr.training.finetune", "metr.training.finetune_data"),
     "metr.inspection": ("metr.inspection",),
     "metr.conversion": ("metr.conversion", "metr.conversion.transfer"),

@@ -152,7 +152,9 @@ class Memory(_Movable):
         return {}
 
     def once(self, module: object, make: Callable[[], _MadeT]) -> _MadeT:
-        """What a module makes of the memory alone: made once, however many vocabularies the memory is asked about."""
+        """What a module makes of the memory alone: made once for any number of vocabularies, anew with gradients."""
+        if torch.is_grad_enabled():
+            return make()
         if module not in self._made:
             self._made[module] = make()
         made: _MadeT = self._made[module]

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from metr.training.recipe import RunConfig, load_recipe
+from metr.training.config import RunConfig, load_recipe
 from metr.training.train import train
 from metr.training.trainer import Trainer
 

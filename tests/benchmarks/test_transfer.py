@@ -16,8 +16,8 @@ from metr.config import Tree
 from metr.data.images import read_image
 from metr.errors import ConfigError
 from metr.text.vocabulary import Vocabulary
+from metr.training.config import RunConfig, load_recipe
 from metr.training.finetune_recipe import RECIPE, finetune_recipe, left_to_finetuning
-from metr.training.recipe import RunConfig, load_recipe
 
 # in what the arms may differ: what is frozen, the rates, and where the backbone's first weights came from
 MAY_DIFFER = {

@@ -277,7 +277,7 @@ def test_every_detector_runs(bench: ModuleType, tiny_run: TinyRun, home: Path, d
 def test_profiles_are_whole(bench: ModuleType, name: str) -> None:
     from metr.config import merge
     from metr.conversion.targets import find_target
-    from metr.training.recipe import RunConfig, load_recipe
+    from metr.training.config import RunConfig, load_recipe
 
     profile = profile_of(bench, name)
     assert profile.left_out in bench.DATASETS

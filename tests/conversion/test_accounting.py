@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metr.conversion.classifier import name_tokens, refined_tokens
 from metr.conversion.convert import TransferReport, giving_to_ours
-from metr.conversion.export import build, transfer
+from metr.conversion.export import build, build_spec_for, transfer
 from metr.conversion.import_ import adopt, read_published
 from metr.conversion.table import Row
 from metr.conversion.targets import NAMES as TARGETS
@@ -94,7 +94,7 @@ class Derivation:
 
     def __init__(self, target: str, config: DetectorConfig) -> None:
         self.target, self.network = find_target(target), stirred(config)
-        self.config = self.target.configure(spec_for(self.target, self.network, NAMES))
+        self.config = self.target.configure(build_spec_for(self.target, self.network, NAMES))
 
     def __call__(self) -> Mapping[str, Derived]:
         own = self.network

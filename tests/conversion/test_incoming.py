@@ -17,8 +17,8 @@ from torch import Tensor
 
 from metr.checkpoint import load_checkpoint
 from metr.conversion.export import build, colours_of
+from metr.conversion.published import read_restricted
 from metr.conversion.published.dino import AUTHORS
-from metr.conversion.published.restricted_unpickling import read_restricted
 from metr.conversion.published.timm import resnet_rows
 from metr.conversion.table import to_theirs
 from metr.conversion.targets import find_target
@@ -30,8 +30,8 @@ from metr.models.backbones.base import BackboneConfig
 from metr.models.config import DecoderConfig, DetectorConfig, EncoderConfig
 from metr.models.detector import Detector
 from metr.text.encoder import TextEncoderConfig
+from metr.training.config import load_recipe
 from metr.training.finetune_recipe import defaults_for, finetune_recipe
-from metr.training.recipe import load_recipe
 
 from small import TEXT_WIDTH
 from tiny import write_text_model

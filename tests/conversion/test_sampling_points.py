@@ -9,7 +9,7 @@ from conversion_cases import NAMES, alike, save_folder, stir, stirred, texts
 from torch import Tensor
 
 from metr.conversion.convert import TransferReport
-from metr.conversion.export import transfer
+from metr.conversion.export import build_spec_for, transfer
 from metr.conversion.import_ import adopt, read_published
 from metr.conversion.targets import find_target
 from metr.errors import ModelError
@@ -26,7 +26,7 @@ def detector(name: str, **changes: object) -> Any:
     points = changes.get("decoder_n_points")
     if isinstance(points, list) and len(points) == 2:
         network = stirred(alike(name, levels=2))
-    config = target.configure(spec_for(target, network, NAMES))
+    config = target.configure(build_spec_for(target, network, NAMES))
     for option, value in changes.items():
         setattr(config, option, value)
     torch.manual_seed(4)

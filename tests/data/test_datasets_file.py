@@ -8,7 +8,7 @@ import pytest
 from reader_trees import NAMES, coco_plain, made_up, save_image, voc_listed, write_json, write_text, yolo_plain
 
 from metr.data.datasets_file import DatasetConfig, DatasetSource, open_dataset, parse_data_arguments
-from metr.data.splits import canonical_split, hold_out, plan_splits
+from metr.data.records import canonical_split, hold_out, plan_splits
 from metr.errors import ConfigError, DataError
 
 

@@ -18,7 +18,7 @@ from metr.data.formats import base
 from metr.data.index import cache as index_cache
 from metr.data.index import manifest as manifest_module
 from metr.data.index.annotation_index import LabelMap
-from metr.data.splits import SplitPlan
+from metr.data.records import SplitPlan
 
 
 def opened(root: Path, **options: object) -> DatasetSource:

@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 import yaml
 
-from metr.training.recipe import RunConfig
+from metr.training.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = 900

@@ -8,7 +8,7 @@ import torch
 from inspection_datasets import dataset_facts, embeddings, name_facts
 
 from metr.data.records import ImageRecord
-from metr.inspection.coverage import Coverage, coverage_of
+from metr.inspection.coverage import Coverage, Homonym, coverage_of
 from metr.inspection.detector_hints import (
     DetectorHints,
     HintCollector,
@@ -18,7 +18,6 @@ from metr.inspection.detector_hints import (
     similar_by_detector,
 )
 from metr.inspection.facts import DatasetFacts
-from metr.inspection.homonyms import Homonym
 from metr.structures import Detections
 
 
@@ -131,7 +130,7 @@ def test_boxes_called_by_a_foreign_name() -> None:
     ]
     assert collector.called({"person": 0.85}) == []
     assert dict(collector.found) == {"bear": [pytest.approx(0.8)], "deer": [pytest.approx(0.7)] * 6}
-    assert confidence_floors([look]) == {"deer": pytest.approx(0.7)}  # one bear is too few
+    assert confidence_floors([collector]) == {"deer": pytest.approx(0.7)}  # one bear is too few
 
 
 def test_sightings_are_the_evidence() -> None:

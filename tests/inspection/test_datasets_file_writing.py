@@ -9,6 +9,7 @@ from inspection_datasets import SPELLING, dataset_facts, name_facts, save_noise,
 
 from metr.data.datasets_file import DatasetConfig, DatasetSource, open_dataset, parse_data_arguments
 from metr.errors import ConfigError
+from metr.inspection.coverage import Homonym
 from metr.inspection.datasets_file import (
     Suggestion,
     check_target,
@@ -17,7 +18,6 @@ from metr.inspection.datasets_file import (
     suggestions_of,
     write_datasets_file,
 )
-from metr.inspection.homonyms import Homonym
 from metr.inspection.label_report import inspect_datasets
 from metr.inspection.similar_names import similar_names
 

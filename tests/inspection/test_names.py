@@ -5,7 +5,7 @@ from importlib.util import find_spec
 import pytest
 from inspection_datasets import dataset_facts, embeddings, name_facts
 
-from metr.inspection.homonyms import homonyms_of
+from metr.inspection.coverage import homonyms_of
 from metr.inspection.similar_names import (
     InspectionConfig,
     embed_names,

@@ -10,7 +10,7 @@ from metr.checkpoint import Checkpoint
 from metr.config import as_yaml, merge
 from metr.errors import ConfigError
 from metr.text.encoder import TextEncoderConfig
-from metr.training.config import TrainConfig
+from metr.training.config import RunConfig, TrainConfig, load_recipe
 from metr.training.finetune_recipe import (
     RECIPE,
     TABLE,
@@ -20,7 +20,6 @@ from metr.training.finetune_recipe import (
     finetune_recipe,
     left_to_finetuning,
 )
-from metr.training.recipe import RunConfig, load_recipe
 from small_runs import make_description
 
 

@@ -20,11 +20,11 @@ from metr.errors import CheckpointError, ConfigError, DataError, MetrError, Mode
 from metr.evaluation.runner import evaluate
 from metr.model import METR
 from metr.text.encoder import TextEncoder
+from metr.training.config import RunConfig, load_recipe
 from metr.training.finetune import FinetuneOutcome, finetune
 from metr.training.finetune_data import FinetuneData, FinetuneOptions, open_finetune_data
 from metr.training.finetune_recipe import RECIPE
 from metr.training.logger import read_metrics
-from metr.training.recipe import RunConfig, load_recipe
 from metr.training.trainer import Trainer
 
 from tiny import NAMES, TinyRun

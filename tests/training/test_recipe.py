@@ -14,9 +14,19 @@ from metr.data.config import AugmentationConfig, LoaderConfig, ResizeConfig
 from metr.data.joint import SubsetConfig
 from metr.demo.run import demo_recipe
 from metr.errors import CheckpointError, ConfigError
-from metr.training.config import EmaConfig, LoopConfig, OptimizerConfig, PseudoLabelConfig, ScheduleConfig, TrainConfig
+from metr.training.config import (
+    SIZES,
+    EmaConfig,
+    LoopConfig,
+    OptimizerConfig,
+    PseudoLabelConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrainConfig,
+    changed_lines,
+    load_recipe,
+)
 from metr.training.finetune_data import FinetuneOptions
-from metr.training.recipe import SIZES, RunConfig, changed_lines, load_recipe
 from small_runs import make_description
 
 RECIPES = resources.files("metr") / "recipes"

@@ -15,8 +15,8 @@ from metr.config import merge, read_yaml
 from metr.errors import CheckpointError, ConfigError, DataError, MetrError
 from metr.evaluation.runner import EvaluationRunner
 from metr.model import METR
+from metr.training.config import RunConfig, load_recipe
 from metr.training.logger import read_metrics
-from metr.training.recipe import RunConfig, load_recipe
 from metr.training.train import plan, train
 
 from tiny import NAMES, TinyRun, write_text_model

@@ -19,9 +19,8 @@ from metr.errors import CheckpointError, MetrError
 from metr.losses.config import CriterionConfig
 from metr.losses.criterion import SetCriterion
 from metr.structures import DetectorOutput, Losses, Matches, Targets
-from metr.training.config import TrainConfig
+from metr.training.config import RunConfig, TrainConfig
 from metr.training.logger import read_metrics
-from metr.training.recipe import RunConfig
 from metr.training.trainer import Trainer
 from small_runs import make_config, make_parts
 

@@ -11,8 +11,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from metr.conversion.convert import StateTransfer, TransferReport, giving_to_ours, receive
+from metr.conversion.published import read_restricted
 from metr.conversion.published.dino import read_dino
-from metr.conversion.published.restricted_unpickling import read_restricted
 from metr.conversion.published.timm import TimmNetwork, timm_network, without_timm
 from metr.conversion.table import State, adopted_backbone
 from metr.conversion.targets import NAMES, find_target

@@ -29,8 +29,8 @@ from metr.serialization import write_json
 from metr.sharing.push import save
 from metr.text.encoder import TextEncoder, TextEncoderConfig
 from metr.text.vocabulary import Vocabulary
+from metr.training.config import load_recipe
 from metr.training.finetune_recipe import RECIPE, left_to_finetuning
-from metr.training.recipe import load_recipe
 
 __all__ = ["REPORT", "adopt_file", "from_detector", "import_detector", "to_detector", "trainer_batch", "transfer"]
 

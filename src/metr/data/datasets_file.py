@@ -19,8 +19,7 @@ from metr.data.formats.registry import log_other_formats, recognise
 from metr.data.index.annotation_index import AnnotationIndex, LabelMap
 from metr.data.index.cache import default_cache, stored
 from metr.data.index.manifest import Manifest
-from metr.data.records import Annotations, DataIssue
-from metr.data.splits import TEST, VAL, plan_splits
+from metr.data.records import TEST, VAL, Annotations, DataIssue, plan_splits
 from metr.errors import ConfigError, DataError, did_you_mean
 
 logger = logging.getLogger(__name__)

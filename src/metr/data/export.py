@@ -20,8 +20,7 @@ from metr.data.datasets_file import DatasetSource
 from metr.data.formats.base import corners
 from metr.data.formats.files import fold, there
 from metr.data.images import exif_oriented_record
-from metr.data.records import Annotations, ImageRecord
-from metr.data.splits import TEST, TRAIN, VAL
+from metr.data.records import TEST, TRAIN, VAL, Annotations, ImageRecord
 from metr.errors import DataError
 
 logger = logging.getLogger(__name__)

@@ -15,9 +15,8 @@ from metr.data.config import AugmentationConfig, Mixture
 from metr.data.dataset import DetectionDataset, Unannotated
 from metr.data.datasets_file import DatasetSource, open_dataset, parse_data_arguments
 from metr.data.index.annotation_index import AnnotationIndex
-from metr.data.records import Annotations, DataIssue, ImageRecord
+from metr.data.records import Annotations, DataIssue, ImageRecord, seeded_order
 from metr.data.sampling import mixture_weights, objects_of
-from metr.data.splits import seeded_order
 from metr.data.transforms import build_transforms
 from metr.errors import DataError
 from metr.text.vocabulary import Vocabulary

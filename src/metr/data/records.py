@@ -1,12 +1,122 @@
-"""Records: what every annotation format is read into, one for each image."""
+"""Records, one for each image, which every annotation format is read into; and the names of splits."""
 
-from collections.abc import Iterator, Sequence
+import hashlib
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
+
+from metr.errors import DataError, did_you_mean
+
+logger = logging.getLogger(__name__)
+
+TRAIN, VAL, TEST = "train", "val", "test"
+
+# The fraction of images that a seeded split holds out for evaluation.
+HELD_OUT = 0.2
+
+_WORDS = {
+    "train": TRAIN,
+    "training": TRAIN,
+    "trainval": TRAIN,
+    "val": VAL,
+    "valid": VAL,
+    "validation": VAL,
+    "eval": VAL,
+    "dev": VAL,
+    "test": TEST,
+    "testing": TEST,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitPlan:
+    """Which of a dataset's own splits METR's splits are made of.
+
+    `seeded` says that a part of "train" has to be held out as "val": the dataset has nothing else to evaluate on.
+    """
+
+    parts: Mapping[str, tuple[str, ...]]
+    seeded: bool = False
+
+
+def canonical_split(name: str) -> str | None:
+    """The split that the name of a folder or annotation file means: "train", "val" or "test"; None where it means none.
+
+    The first word that names a split decides: `valid`, `val2017`, `instances_train2017`, `test_labels`, `Training`.
+    """
+    for word in re.split(r"[^a-z0-9]+", name.lower()):
+        found = _WORDS.get(word.rstrip("0123456789"))
+        if found is not None:
+            return found
+    return None
+
+
+def plan_splits(own: Sequence[str], wanted: Mapping[str, Sequence[str]] | None, where: object) -> SplitPlan:
+    """Orders a dataset's `own` splits into METR's, or takes them as the user `wanted` them.
+
+    Raises:
+        DataError: a wanted split is not there.
+    """
+    if wanted is not None:
+        return SplitPlan(parts={split: _chosen(names, own, where) for split, names in wanted.items()})
+    groups: dict[str, list[str]] = {}
+    for name in sorted(own):
+        groups.setdefault(canonical_split(name) or name, []).append(name)
+    parts = {split: (_preferred(split, names, where),) for split, names in groups.items()}
+    if not parts.keys() & {TRAIN, VAL, TEST}:
+        return SplitPlan(parts={TRAIN: tuple(sorted(own))}, seeded=True)
+    return SplitPlan(parts=_in_order(parts), seeded=TRAIN in parts and not parts.keys() & {VAL, TEST})
+
+
+def hold_out(keys: Sequence[str], *, seed: int = 0, fraction: float = HELD_OUT) -> Bool[np.ndarray, "n"]:
+    """True for the images of a seeded split that are held out.
+
+    An image's place in the order depends on its key and the seed alone, so adding images hardly changes the others.
+    What has one key, such as the captions of an image, stays together. At least one of two or more keys is held out.
+    """
+    different = sorted(set(keys))
+    order = seeded_order(different, seed=seed)[: max(1, round(fraction * len(different)))]
+    held = {different[place] for place in order.tolist()} if len(different) > 1 else set()
+    return np.fromiter((key in held for key in keys), dtype=bool, count=len(keys))
+
+
+def seeded_order(keys: Sequence[str], *, seed: int = 0) -> Int[np.ndarray, "n"]:
+    """The numbers of the images in an order that is decided by each one's key and the seed alone."""
+    digests = [hashlib.blake2b(f"{seed}:{key}".encode(), digest_size=8).digest() for key in keys]
+    return np.argsort(np.array([int.from_bytes(digest, "big") for digest in digests], dtype=np.uint64), kind="stable")
+
+
+def _chosen(names: Sequence[str], own: Sequence[str], where: object) -> tuple[str, ...]:
+    """The own splits that a user names, by their own name or by METR's."""
+    chosen = []
+    for name in names:
+        match = [split for split in own if split == name] or [split for split in own if canonical_split(split) == name]
+        if not match:
+            raise DataError(f"no split {name!r} in this dataset", where=where, hint=did_you_mean(name, own))
+        chosen.append(match[0])
+    return tuple(chosen)
+
+
+def _preferred(split: str, names: Sequence[str], where: object) -> str:
+    """The one of several own splits that is taken: the one of METR's name, else the last, which is the newest year."""
+    taken = max(names, key=lambda name: (name == split, name))
+    others = ", ".join(repr(name) for name in names if name != taken)
+    if others:
+        logger.warning(
+            "%s: %r is taken as the %s split, not %s; `splits` can say otherwise", where, taken, split, others
+        )
+    return taken
+
+
+def _in_order(parts: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+    first = [split for split in (TRAIN, VAL, TEST) if split in parts]
+    return {split: parts[split] for split in [*first, *sorted(parts.keys() - set(first))]}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ from metr.inference.draw import contact_sheet, draw_annotations, save_image
 from metr.inference.postprocess import InferenceConfig, PostprocessConfig
 from metr.model import METR
 from metr.run_directory import RunDirectory
-from metr.training.recipe import RunConfig, load_recipe
+from metr.training.config import RunConfig, load_recipe
 from metr.training.train import train
 
 

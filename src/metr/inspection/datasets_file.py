@@ -14,11 +14,10 @@ from metr.config import read_yaml
 from metr.data.datasets_file import DatasetSource
 from metr.data.formats.base import plain_name
 from metr.data.formats.registry import recognise
-from metr.data.splits import TEST, TRAIN, VAL, canonical_split
+from metr.data.records import TEST, TRAIN, VAL, canonical_split
 from metr.errors import ConfigError
-from metr.inspection.coverage import Coverage
+from metr.inspection.coverage import Coverage, Homonym
 from metr.inspection.facts import DatasetFacts
-from metr.inspection.homonyms import Homonym
 from metr.inspection.similar_names import SimilarNames, is_abbreviation, words
 
 # Contains a vowel, or has at most two letters (tv).

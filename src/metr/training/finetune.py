@@ -24,10 +24,10 @@ from metr.models.detector import Detector
 from metr.run_directory import RunDirectory
 from metr.serialization import load_weights, read_json, write_json
 from metr.training.comparison import Comparison, keep_before, kept_before, show_comparison
+from metr.training.config import RunConfig
 from metr.training.finetune_data import FinetuneData, FinetuneOptions, open_finetune_data
 from metr.training.finetune_recipe import RECIPE, described, finetune_recipe
 from metr.training.provenance import provenance
-from metr.training.recipe import RunConfig
 from metr.training.state import check_place, has_state
 from metr.training.train import (
     Data,

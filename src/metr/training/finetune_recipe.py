@@ -16,8 +16,7 @@ from pathlib import Path
 from metr.checkpoint import Checkpoint
 from metr.config import Tree, merge, parse_overrides, read_yaml
 from metr.errors import ConfigError
-from metr.training.config import Freeze
-from metr.training.recipe import RunConfig, packaged
+from metr.training.config import Freeze, RunConfig, packaged
 
 RECIPE = "recipe"
 """The key of a checkpoint's `training` under which pretraining leaves what fine-tuning begins with."""

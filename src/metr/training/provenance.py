@@ -14,7 +14,7 @@ from metr.data.datasets_file import DatasetSource
 from metr.data.joint import JointData
 from metr.data.licences import Licence, licences_of, origin_of
 from metr.devices import process_count, resolved_device
-from metr.training.recipe import RunConfig
+from metr.training.config import RunConfig
 
 _logger = logging.getLogger(__name__)
 

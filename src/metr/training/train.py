@@ -29,10 +29,10 @@ from metr.models.config import DetectorConfig
 from metr.models.detector import Detector
 from metr.run_directory import RunDirectory, existing_folder
 from metr.text.encoder import TextEncoder
+from metr.training.config import RunConfig, changed_lines, load_recipe
 from metr.training.finetune_recipe import RECIPE, left_to_finetuning
 from metr.training.logger import check_trackers
 from metr.training.provenance import provenance
-from metr.training.recipe import RunConfig, changed_lines, load_recipe
 from metr.training.state import check_place, seed_everything
 from metr.training.step_targets import PseudoLabeler
 from metr.training.trainer import Outcome, Trainer, TrainingParts

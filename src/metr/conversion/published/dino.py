@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from metr.conversion.published.restricted_unpickling import PickledCheckpoint
+from metr.conversion.published import PickledCheckpoint
 from metr.conversion.published.timm import numbered, resnet_options, resnet_rows
 from metr.conversion.table import Row
 from metr.conversion.targets.base import Derived

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from metr.conversion.published.restricted_unpickling import read_restricted
+from metr.conversion.published import read_restricted
 from metr.conversion.table import Row, State, to_ours
 from metr.errors import CheckpointError, ModelError
 from metr.serialization import read_json, read_tensors

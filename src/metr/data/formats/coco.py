@@ -37,7 +37,7 @@ from metr.data.formats.coco_json import (
 )
 from metr.data.formats.files import files_in, folders_in, signature, there
 from metr.data.formats.locating import ImageConflicts, dataset_root, image_folders, locate, resolve_conflicts
-from metr.data.splits import TEST, canonical_split
+from metr.data.records import TEST, canonical_split
 from metr.errors import DataError
 
 # What tools call the file that lies in the folder of a split (Roboflow, FiftyOne, Label Studio, ...).

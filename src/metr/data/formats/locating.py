@@ -7,7 +7,7 @@ from pathlib import Path
 
 from metr.data.formats.base import Reading
 from metr.data.formats.files import Files, OutsideError
-from metr.data.splits import canonical_split
+from metr.data.records import canonical_split
 
 # What folders with images are called.
 IMAGE_FOLDERS = ("images", "Images", "JPEGImages", "imgs", "img", "data")

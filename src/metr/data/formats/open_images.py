@@ -34,7 +34,7 @@ from metr.data.formats.open_images_tables import (
     read_boxes,
     read_labels,
 )
-from metr.data.splits import canonical_split
+from metr.data.records import canonical_split
 from metr.errors import DataError
 
 _DEPTH = 2

@@ -13,7 +13,7 @@ from metr.data.formats.base import BoxList, RawImage, Reader, Reading, whole_siz
 from metr.data.formats.file_per_image import AnnotationFolder, FilePerImageReader
 from metr.data.formats.files import folders_within, start_of, there
 from metr.data.formats.locating import grouped
-from metr.data.splits import canonical_split
+from metr.data.records import canonical_split
 from metr.errors import DataError
 
 # How deep below the dataset's folder the lists lie, in folders of the years.

@@ -18,7 +18,7 @@ import yaml
 from metr.data.formats.base import BoxList, RawImage, Reader, Reading, plain_name
 from metr.data.formats.files import decoded, files_in, folders_within, glance, is_image, there
 from metr.data.formats.locating import locate
-from metr.data.splits import canonical_split
+from metr.data.records import canonical_split
 from metr.errors import DataError
 
 logger = logging.getLogger(__name__)

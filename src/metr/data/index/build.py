@@ -13,8 +13,7 @@ from metr.data.formats.checks import records
 from metr.data.formats.files import Files
 from metr.data.index.annotation_index import AnnotationIndex, LabelMap, divide_index, write_index
 from metr.data.index.manifest import Fingerprints, IssueSummary, Manifest, packed_name, shown_name
-from metr.data.records import ImageRecord
-from metr.data.splits import TRAIN, VAL, SplitPlan, hold_out
+from metr.data.records import TRAIN, VAL, ImageRecord, SplitPlan, hold_out
 from metr.errors import DataError
 
 MANIFEST = "manifest.json"

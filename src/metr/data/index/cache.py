@@ -26,8 +26,7 @@ from metr.data.index.annotation_index import VERSION as INDEX_VERSION
 from metr.data.index.annotation_index import AnnotationIndex, LabelMap
 from metr.data.index.build import MANIFEST, build_index
 from metr.data.index.manifest import Manifest, encodable, shown_name, unpacked_name
-from metr.data.records import DataIssue
-from metr.data.splits import SplitPlan
+from metr.data.records import DataIssue, SplitPlan
 from metr.errors import DataError
 from metr.text.cache import cache_root
 
