@@ -11,6 +11,7 @@ import torch
 from metr.boxes import cxcywh_to_xyxy, paired_giou
 from metr.losses.classification import focal_cost
 from metr.losses.config import CriterionConfig
+from metr.structures import Targets
 from metr.text.vocabulary import Vocabulary
 
 from small import small_config, targets_of
@@ -18,7 +19,7 @@ from small import small_config, targets_of
 LABELS, NAMES = ("bear", "king", "bear"), ("king", "bear")
 BOXES = [[0.3, 0.3, 0.2, 0.2], [0.7, 0.6, 0.3, 0.4]]
 IMAGES, MASK = torch.rand(2, 3, 64, 64), torch.zeros(2, 64, 64, dtype=torch.bool)
-TARGETS = [targets_of(BOXES, [0, 1], words=3), targets_of(BOXES[:1], [2], words=3)]
+TARGETS = Targets.stack([targets_of(BOXES, [0, 1], words=3), targets_of(BOXES[:1], [2], words=3)])
 
 
 @pytest.fixture
@@ -40,12 +41,12 @@ def test_matching_is_the_cheapest_over_the_whole_image(closed_set: ModuleType) -
     network = closed_set.ClosedSetDetector(small_config(), LABELS, NAMES).train()
     output, config = network(IMAGES, MASK, torch.eye(2), TARGETS), CriterionConfig()
     matches = closed_set.ClosedSetCriterion(config).match(output, TARGETS)
-    layers, target = len(output.every_logits), TARGETS[0]
+    layers, labels, objects = len(output.every_logits), TARGETS.labels[0], TARGETS.boxes[0]
     for layer in range(layers):
         logits, boxes = output.every_logits[layer, 0].detach(), output.every_boxes[layer, 0].detach()
-        cost = 2 * focal_cost(logits[:, target.labels], config.focal_alpha, config.focal_gamma)
-        cost += 5 * (boxes.unsqueeze(1) - target.boxes).abs().sum(-1)
-        cost -= 2 * paired_giou(cxcywh_to_xyxy(boxes).unsqueeze(1), cxcywh_to_xyxy(target.boxes).unsqueeze(0))
+        cost = 2 * focal_cost(logits[:, labels], config.focal_alpha, config.focal_gamma)
+        cost += 5 * (boxes.unsqueeze(1) - objects).abs().sum(-1)
+        cost -= 2 * paired_giou(cxcywh_to_xyxy(boxes).unsqueeze(1), cxcywh_to_xyxy(objects).unsqueeze(0))
         best = min(permutations(range(len(cost)), 2), key=lambda pair, cost=cost: float(cost[pair, (0, 1)].sum()))
         here = (matches.layer == layer) & (matches.image == 0)
         found = dict(zip(matches.target[here].tolist(), matches.query[here].tolist(), strict=True))
@@ -58,12 +59,12 @@ def test_every_parameter_learns_and_no_label_is_left_unasked(closed_set: ModuleT
     output = network(IMAGES, MASK, torch.eye(2), TARGETS)
     output.every_logits.retain_grad()
     criterion = closed_set.ClosedSetCriterion(CriterionConfig(classification="focal"))
-    criterion(output, TARGETS).total.backward()
+    criterion(output, TARGETS)[0].total.backward()
     silent = [name for name, parameter in network.named_parameters() if parameter.grad is None]
     assert not [name for name in silent if not name.startswith("backbone")]
     assert (output.every_logits.grad != 0).all()
-    unannotated = [replace(target, annotated=torch.zeros(3, dtype=torch.bool)) for target in TARGETS]
-    totals = [criterion(output, targets).total for targets in (TARGETS, unannotated)]
+    unannotated = replace(TARGETS, annotated=torch.zeros(2, 3, dtype=torch.bool))
+    totals = [criterion(output, targets)[0].total for targets in (TARGETS, unannotated)]
     torch.testing.assert_close(totals[0], totals[1])  # what nobody annotated counts as absent
 
 
