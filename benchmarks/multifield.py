@@ -13,7 +13,7 @@ Profile `trial`, one thread of an AMD EPYC, 16,000 images seen in 47 minutes of 
 (results/multifield-trial.json): mean AP of six datasets 45.0 with own names, 45.6 with all 115 names.
 Profile `comparison` (four datasets, 10,000 images seen by every arm in about half an hour;
 results/multifield-comparison.json), mean AP with own / all names: separate 45.3, closed head 54.2 / 54.2, joint METR
-54.0 / 53.9 with unannotated categories presumed absent, 53.1 / 50.1 with them ignored, 53.5 / 53.7 with a teacher.
+54.0 / 53.9 with unannotated categories presumed absent, 53.1 / 50.1 with them ignored, 53.5 / 53.7 with pseudo-labels.
 So joint training is 8.8 ahead of separate detectors and better on every dataset; a closed head is level with it.
 Profile `gpu` has not been run.
 
@@ -68,7 +68,7 @@ TITLES = {
     "closed_set": "closed head, concatenated labels",
     "ignore": "joint METR, unannotated ignored",
     "negative": "joint METR, unannotated negative",
-    "teacher": "joint METR, unannotated pseudo-labelled",
+    "pseudo_label": "joint METR, unannotated pseudo-labelled",
 }
 ARMS = tuple(TITLES)
 JOINT = ARMS[2:]
@@ -76,7 +76,7 @@ RECALL_AT = 10
 PROFILES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "trial": (tuple(sorted(FIELDS)), ()),
     "comparison": (("bccd", "chess_pieces", "endangered_animals", "playing_cards"), ARMS),
-    "gpu": (tuple(sorted(FIELDS)), ("separate", "closed_set", "teacher")),
+    "gpu": (tuple(sorted(FIELDS)), ("separate", "closed_set", "pseudo_label")),
 }
 """Datasets and arms of each profile; without arms joint METR is trained as the recipe says."""
 

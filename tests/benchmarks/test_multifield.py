@@ -38,7 +38,7 @@ def test_it_writes_settings_numbers_and_images(
     assert {one["name"]: one["in_mean"] for one in report["datasets"]} == {
         name: name != "coco_mini" for name in multifield.FIELDS
     }
-    assert set(report["confusion"]["fields"]) == set(multifield.FIELDS.values())
+    assert set(report["confusion"]["domains"]) == set(multifield.FIELDS.values())
     assert report["unannotated"] == "negative"
     assert all(math.isfinite(mean["ap"]) for mean in report["mean"].values())
     page = (results / "multifield-trial.md").read_text()
@@ -77,11 +77,11 @@ def test_arms_are_compared_and_finished_ones_are_not_run_again(
     short = ("--profile", "comparison", "--set", "train.loop.steps=4")
     mixture = "{bccd: 0.25, chess_pieces: 0.25, endangered_animals: 0.25, playing_cards: 0.25}"
     assert run(*short, "--set", f"loader.mixture={mixture}", "--arms", "separate", "closed_set") == 0
-    assert run(*short, "--set", f"loader.mixture={mixture}", "--arms", "teacher", "closed_set") == 0
+    assert run(*short, "--set", f"loader.mixture={mixture}", "--arms", "pseudo_label", "closed_set") == 0
     result = json.loads((tmp_path / "results/multifield-comparison.json").read_text(), parse_constant=pytest.fail)
-    assert set(result["arms"]) == {"separate", "closed_set", "teacher"}
+    assert set(result["arms"]) == {"separate", "closed_set", "pseudo_label"}
     assert {arm["images_seen"] for arm in result["arms"].values()} == {8}
-    assert result["arms"]["teacher"]["report"]["unannotated"] == "teacher"
+    assert result["arms"]["pseudo_label"]["report"]["unannotated"] == "pseudo_label"
     assert set(result["arms"]["separate"]["report"]["mean"]) == {"own"}
     page = (tmp_path / "results/multifield-comparison.md").read_text()
     assert "a METR for each" in page
