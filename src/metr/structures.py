@@ -1,9 +1,9 @@
 """The structures that cross module borders. All are frozen, and the tests check their shapes.
 
-Axes, the same everywhere: `b` images, `h w` pixels, `s` memory tokens, `l` levels, `d` width, `t` text width,
+Axes: `b` images, `h w` pixels, `s` memory tokens, `l` levels, `d` width, `t` text width,
 `v` vocabulary, `c` names of the vocabulary that category extraction looks at, `k` category slots an image, `q` queries
 an image, `n` denoising queries an image, `r` decoder layers, `e` extraction blocks, `m` objects of one image, `i`
-ignored boxes of one image, `p` pairs.
+ignored boxes of one image, `p` (query, object) pairs.
 
 Boxes are `cxcywh` in 0..1 of the image without its padding. Only `Detections` differ: `xyxy` in pixels of the image as
 it was given.
@@ -51,9 +51,9 @@ class Targets(_Movable):
     label `NO_OBJECT` and may stand anywhere among the objects. Crowds and group-of boxes are `ignore_boxes`: detecting
     them is neither right nor wrong.
 
-    `annotated[b, v]` says that category v is annotated exhaustively in image b: an object without a box does not exist.
-    About other categories the annotations say nothing, and they give no loss. `assumed_negative[b, v]` marks those of
-    them that are assumed to be absent. That trains category extraction; boxes too, if such a category gets a slot.
+    `annotated[b, v]` says that category v is annotated exhaustively in image b: each of its objects has a box.
+    Other categories give no loss, unless `assumed_negative[b, v]` says that category v is assumed to be absent. Then
+    its presence logit is trained as a negative and, if it has a slot, the logits of its queries are too.
     """
 
     boxes: Float[Tensor, "b m 4"]
@@ -103,7 +103,7 @@ class Targets(_Movable):
 
     def _categories_of(self, labels: Int[Tensor, "b n"]) -> Bool[Tensor, "b v"]:
         images, vocabulary_size = self.annotated.shape
-        # padding is counted in one more column, which is cut off
+        # padding is marked in one more column, which is cut off
         mask = self.annotated.new_zeros(images, vocabulary_size + 1)
         return mask.scatter(1, labels.where(labels != NO_OBJECT, vocabulary_size), True)[:, :vocabulary_size]
 
@@ -152,7 +152,7 @@ class Memory(_Movable):
         return {}
 
     def once(self, module: object, make: Callable[[], _MadeT]) -> _MadeT:
-        """What a module makes of the memory alone: made once for any number of vocabularies, anew with gradients."""
+        """`make()`, computed from this memory alone. Cached for each module unless gradients are enabled."""
         if torch.is_grad_enabled():
             return make()
         if module not in self._made:
@@ -168,7 +168,7 @@ class Categories(_Movable):
     `text` is the projected vocabulary. `tokens` are the same, refined by the image: for the whole vocabulary (c = v),
     or only for the rows that `shortlist` lists for each image in ascending order. Names that are not on the shortlist
     were not looked at: their presence logits are -inf, and they never get a slot. `shortlist_logits` are the
-    shortlist's own logits, given where the network has a shortlist and it was used or trained.
+    logits by which the shortlist chose; None where no shortlist was made.
 
     `ids` are the rows of the vocabulary that have a slot, ascending. Slots that are not `valid` are empty; their id
     is 0 and means nothing.
@@ -268,7 +268,7 @@ class Matches(_Movable):
 
 @dataclass(frozen=True, kw_only=True)
 class Losses:
-    """Named loss terms, already weighted. The total is their sum, so no misspelt name can drop a term."""
+    """Named loss terms, already weighted. The total is the sum of all terms, whatever their names."""
 
     terms: Mapping[str, Float[Tensor, ""]] = field(default_factory=dict)
 

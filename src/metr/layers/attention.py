@@ -11,7 +11,7 @@ class Attention(nn.Module):
     """Multi-head attention (Vaswani et al., 2017).
 
     Args:
-        width: Numbers a token, divisible by `heads`.
+        width: Size of a token, divisible by `heads`.
         heads: Attention heads.
     """
 
@@ -59,7 +59,7 @@ def attend(
     values: Float[Tensor, "b heads s e"],
     mask: Bool[Tensor, "b 1 #q s"] | None,
 ) -> Float[Tensor, "b heads q e"]:
-    """The fused kernel. On CPUs autocast is off: their backward pass is faster in float32 than in bfloat16."""
+    """Fused attention. On CPUs autocast is off: their backward pass is faster in float32 than in bfloat16."""
     if queries.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         with torch.autocast("cpu", enabled=False):
             return scaled_dot_product_attention(queries.float(), keys.float(), values.float(), attn_mask=mask)
@@ -70,7 +70,7 @@ class PlacedSelfAttention(nn.Module):
     """Self-attention whose queries and keys are the sum of a projected content and a projected position.
 
     Args:
-        width: Numbers a token, divisible by `heads`.
+        width: Size of a token, divisible by `heads`.
         heads: Attention heads.
     """
 
@@ -104,7 +104,7 @@ class ConditionalAttention(nn.Module):
     dot product is the sum of a similarity of contents and a similarity of places.
 
     Args:
-        width: Numbers a token, divisible by `heads`.
+        width: Size of a token, divisible by `heads`.
         heads: Attention heads.
         joins_position: Add the positions to the contents too, for a first layer whose content says nothing of places.
     """

@@ -25,7 +25,7 @@ class DeformableAttention(nn.Module):
     """Each query samples a few learnt points around its reference, on every level.
 
     Args:
-        width: Numbers a token, divisible by `heads`.
+        width: Size of a token, divisible by `heads`.
         heads: Attention heads.
         levels: Levels of the memory.
         points: Points a head and level.
@@ -68,8 +68,8 @@ class DeformableAttention(nn.Module):
 
         Args:
             query: Content and position of the queries.
-            reference: Points (x, y) or boxes (cx, cy, w, h) for each level, in 0..1 of the padded level. Offsets are
-                in cells around a point, and in half sizes / `points` around a box.
+            reference: Points (x, y) or boxes (cx, cy, w, h) for each level, in 0..1 of the padded level. Offsets
+                count cells from a point, or half box sizes / `points` from a centre.
             tokens: The memory, finest level first, row by row.
             padding_mask: True where a token is padding; there the values are zero.
             level_shapes: (height, width) of each level.
@@ -88,7 +88,7 @@ class DeformableAttention(nn.Module):
         value: Float[Tensor, "b s d"],
         level_shapes: LevelShapes,
     ) -> Float[Tensor, "b q d"]:
-        """`forward` with `values` that are there already."""
+        """`forward` with precomputed `values`."""
         offsets = rearrange(self.offsets(query), "b q (m l p x) -> b q m l p x", m=self.heads, l=self.levels, x=2)
         weights = rearrange(self.weights(query), "b q (m n) -> b q m n", m=self.heads).softmax(-1)
         weights = rearrange(weights, "b q m (l p) -> b q m l p", l=self.levels)
@@ -97,7 +97,7 @@ class DeformableAttention(nn.Module):
         return gathered
 
     def _places(self, offsets: Tensor, reference: Tensor, level_shapes: LevelShapes) -> Tensor:
-        """Sampling places [b q m l p 2] in 0..1 of each padded level, in float32 whatever the precision around."""
+        """Sampling places [b q m l p 2] in 0..1 of each padded level, in float32 whatever the network's precision."""
         reference = rearrange(reference.float(), "b q l x -> b q 1 l 1 x")
         if reference.shape[-1] == 4:
             return reference[..., :2] + offsets * (reference[..., 2:] * (0.5 / self.points))
@@ -252,7 +252,7 @@ def _table_gradient(
 def _share_gradient(
     grad: Float[Tensor, "g c"], rows: Int32[Tensor, "g n"], shares: Float[Tensor, "g n"], table: Float[Tensor, "t c"]
 ) -> Float[Tensor, "g n"]:
-    """The gradient of a factor is the dot product of its row and the group's gradient: few cells of a large matrix."""
+    """The gradient of a factor is the dot product of its row and the group's gradient: a few cells of a product."""
     ends = torch.arange(0, rows.numel() + 1, rows.shape[1], dtype=rows.dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # sparse matrices are "in beta"

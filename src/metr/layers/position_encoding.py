@@ -11,7 +11,7 @@ from torch import Tensor
 def sine_encoding(values: Float[Tensor, "*n"], size: int, temperature: float) -> Float[Tensor, "*n c"]:
     """`size` numbers for each value (in radians): its sine and cosine at size / 2 decreasing frequencies.
 
-    Frequency i divides by temperature^(2 floor(i / 2) / size), as in Attention Is All You Need.
+    Number i encodes the value / temperature^(2 floor(i / 2) / size), as in Attention Is All You Need.
     """
     index = torch.arange(size, device=values.device, dtype=torch.float32)
     divisor = temperature ** (2 * (index // 2) / size)
@@ -38,7 +38,7 @@ def grid_encoding(
 
 
 def counted_encoding(padding_mask: Bool[Tensor, "b h w"], width: int) -> Float[Tensor, "b h w d"]:
-    """As RT-DETR: rows and columns counted from 0, not scaled; sines of y, cosines of y, sines of x, cosines of x."""
+    """Rows and columns counted from 0, not scaled (RT-DETR): sines of y, cosines of y, sines of x, cosines of x."""
     _, height, columns = padding_mask.shape
     y, x = (torch.arange(n, device=padding_mask.device, dtype=torch.float32) for n in (height, columns))
     rows, places = (

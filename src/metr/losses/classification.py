@@ -1,6 +1,6 @@
 """Losses of the two classifications: is this an object of the query's category, and is a category in the image?
 
-Both are taken only where the targets say what is right.
+Both are computed only where targets are known.
 """
 
 import torch
@@ -28,7 +28,7 @@ def focal_loss(
 def varifocal_loss(
     logits: Float[Tensor, "*n"], quality: Float[Tensor, "*n"], positive: Bool[Tensor, "*n"], alpha: float, gamma: float
 ) -> Float[Tensor, "*n"]:
-    """Varifocal loss (Zhang et al., 2021): quality is target and weight of a positive; negatives have focal weights."""
+    """Varifocal loss (Zhang et al., 2021): a positive's quality is target and weight; negatives get focal weights."""
     wanted = quality.where(positive, 0)
     weight = torch.where(positive, wanted, alpha * logits.detach().sigmoid() ** gamma)
     return weight * binary_cross_entropy_with_logits(logits, wanted, reduction="none")
@@ -44,7 +44,7 @@ def matchability_loss(
 
 
 def focal_cost(logits: Float[Tensor, "*n"], alpha: float, gamma: float) -> Float[Tensor, "*n"]:
-    """The focal loss of each query if it is matched to an object, less that if it is not."""
+    """The focal loss of each query if it is matched to an object, minus that if it is not."""
     probability = logits.sigmoid()
     as_object = alpha * (1 - probability) ** gamma * -(probability + 1e-8).log()
     as_none = (1 - alpha) * probability**gamma * -(1 - probability + 1e-8).log()
@@ -54,7 +54,7 @@ def focal_cost(logits: Float[Tensor, "*n"], alpha: float, gamma: float) -> Float
 def asymmetric_loss(
     logits: Float[Tensor, "*n"], present: Bool[Tensor, "*n"], gamma_positive: float, gamma_negative: float
 ) -> Float[Tensor, "*n"]:
-    """Asymmetric loss of each presence logit (Ridnik et al., 2021), without shifted negatives.
+    """Asymmetric loss of each presence logit (Ridnik et al., 2021), without its probability shift.
 
     Probabilities are clamped at 1e-5 before the logarithm; the focusing weights carry no gradient.
     """
@@ -66,7 +66,7 @@ def asymmetric_loss(
 
 
 def supervised(predictions: QueryPredictions, targets: Targets, ignore_coverage: float) -> Bool[Tensor, "r b q"]:
-    """Where it is known what a query should say.
+    """Where the targets say what a query should predict.
 
     A query with an object should say "yes". Another one should say "no" if its category is annotated in the image or
     counts as absent there, unless its box lies inside an ignored box of that category.
@@ -122,8 +122,8 @@ def _each_query(
 def presence_losses(logits: Float[Tensor, "e b v"], targets: Targets, config: CriterionConfig) -> Float[Tensor, "e"]:
     """The presence loss of every extraction block: summed over categories, divided by the number of images.
 
-    It covers the categories that have an object in the image, and those that are absent from it; not those of which
-    only ignored boxes are there.
+    It covers the categories that have an object in the image, and those that are absent from it; not those that
+    have only ignored boxes.
     """
     used = targets.present | targets.absent
     present = targets.present.expand(logits.shape)

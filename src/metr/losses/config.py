@@ -11,10 +11,10 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class LossWeights(Config):
-    """Factors of the loss terms. `proposals` and `denoising` multiply those of their classification and boxes."""
+    """Factors of the loss terms. `proposals` and `denoising` multiply the other factors of their queries."""
 
     classification: Weight = 2.0
-    """Of whether a query is an object of its category."""
+    """Of the classification of queries."""
     l1: Weight = 5.0
     """Of the L1 distance between boxes."""
     giou: Weight = 2.0
@@ -53,13 +53,13 @@ class CriterionConfig(Config):
     quality_gamma: Weight = 2.0
     """Power by which the varifocal loss weighs easy negatives less."""
     matchability_gamma: Weight = 1.5
-    """Power of the IoU, and of a negative's probability as its weight, in the matchability-aware loss."""
+    """Power of the IoU as target, and of a negative's probability as weight, in the matchability-aware loss."""
     presence_gamma_positive: Weight = 0.0
     """Power by which the asymmetric presence loss weighs easy positives less."""
     presence_gamma_negative: Weight = 2.0
     """Power by which the asymmetric presence loss weighs easy negatives less."""
     ignore_coverage: Fraction = 0.5
-    """A predicted box is no negative if at least this fraction of it is inside an ignored box of its category."""
+    """A query is no negative if at least this fraction of its box is inside an ignored box of its category."""
     weights: LossWeights = LossWeights()
     """Factors of the loss terms."""
     costs: MatchingCosts = MatchingCosts()

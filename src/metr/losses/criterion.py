@@ -22,8 +22,8 @@ class SetCriterion(nn.Module):
 
     Terms are called `presence/E` for extraction block E, `presence/shortlist` if the detector has a shortlist, and
     `LAYER/classification`, `LAYER/l1`, `LAYER/giou` for the layers `proposals`, `decoder.R` and, if the detector
-    denoises, `denoising.R`; blocks and layers count from 0. A batch without objects has all of these terms too, and
-    all of them reach the network's outputs.
+    denoises, `denoising.R`; blocks and layers count from 0. A batch without objects has all of these terms too,
+    each with gradients to the outputs.
     """
 
     def __init__(self, config: CriterionConfig) -> None:
@@ -70,7 +70,7 @@ class SetCriterion(nn.Module):
 
     def _denoising(self, predictions: QueryPredictions, targets: Targets, objects: Float[Tensor, ""]) -> Terms:
         layers = [f"denoising.{layer}" for layer in range(len(predictions.logits))]
-        # Divided by the number of noised objects: how many copies there are does not change the balance.
+        # Divided by the number of positives, so that the number of copies does not change the weight.
         scale = (self.config.weights.denoising / objects).repeat(len(layers))
         return self._layer_terms(layers, predictions, targets, scale)
 

@@ -17,7 +17,7 @@ from metr.structures import NO_OBJECT, DetectorOutput, Matches, Targets
 _logger = logging.getLogger(__name__)
 
 _WORST = 1e8
-"""The cost of a pair whose own cost is not finite: above all others, and small enough for exact sums in float64."""
+"""Replaces costs that are not finite: above all others, and small enough for exact sums in float64."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,9 +124,9 @@ def _assign(costs: Float[Tensor, "r p"], pairs: _Pairs) -> tuple[Int[np.ndarray,
 
 
 def _assign_group(costs: Float[np.ndarray, "r queries objects"]) -> Int[np.ndarray, "r n"]:
-    """The matched cells of one group's cost matrices, numbered row by row, in ascending order."""
+    """Indices of the matched cells in one group's flattened cost matrices, ascending."""
     layers, queries, objects = costs.shape
-    if min(queries, objects) == 1:  # most groups: the cheapest pair, and as in scipy the first of equals
+    if min(queries, objects) == 1:  # most groups: the cheapest pair, the first of equal ones as in scipy
         best: Int[np.ndarray, "r"] = costs.reshape(layers, -1).argmin(axis=1)
         return best[:, None]
     assigned = (linear_sum_assignment(layer) for layer in costs)
@@ -137,7 +137,7 @@ def _finite(costs: Float[np.ndarray, "r p"]) -> Float[np.ndarray, "r p"]:
     finite = np.isfinite(costs)
     if finite.all():
         return costs
-    _logger.warning("%d of %d matching costs are not finite: they are matched last", (~finite).sum(), finite.size)
+    _logger.warning("%d of %d matching costs are not finite: their pairs go last", (~finite).sum(), finite.size)
     return np.where(finite, costs, _WORST)
 
 

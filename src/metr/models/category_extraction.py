@@ -1,7 +1,7 @@
 """The category extraction module (CEM): which categories may this image contain?
 
-It begins with the projection of the text embeddings, which can be made once for many images (`ProjectedText`), started
-so that similar names lie apart (`whitening_projection`), and adapted to new names (`decorrelate_names`).
+It begins with the projection of the text embeddings, which can be made once for many images (`ProjectedText`),
+initialised so that similar names lie apart (`whitening_projection`), and adapted to new names (`decorrelate_names`).
 """
 
 from collections.abc import Sequence
@@ -20,8 +20,8 @@ from metr.structures import Categories, Memory, Targets
 
 # Singular values below this fraction of the largest count as zero.
 _NEGLIGIBLE = 1e-5
-# Ridges of `decorrelate_names`, as fractions of the mean squared size: how far small differences between new tokens are
-# enlarged, and how much the change relies on small free directions.
+# Ridges of `decorrelate_names`, as fractions of the mean square. A smaller first one enlarges small differences between
+# new tokens more; a smaller second one brings new tokens closer to their wanted places.
 _ENLARGE_RIDGE, _SOLVE_RIDGE = 0.01, 0.0003
 
 
@@ -142,7 +142,7 @@ class CategoryExtraction(nn.Module):
     def _shortlisted(
         self, memory: Memory, projected: Float[Tensor, "v d"], targets: Targets | None
     ) -> Shortlisted | None:
-        """The shortlist; None where there is none, or where it would neither leave out a name nor be trained."""
+        """The shortlist; None if the network has none, or if it takes all names and is not trained."""
         if self.shortlist is None or (targets is None and len(projected) <= self.shortlist.number):
             return None
         shortlisted: Shortlisted = self.shortlist(memory, projected, targets)
@@ -168,7 +168,7 @@ def _autocast_dtype(device: torch.device) -> torch.dtype | None:
 def whitening_projection(
     text: Float[Tensor, "v t"], width: int, ridge: float
 ) -> tuple[Float[Tensor, "d t"], Float[Tensor, " d"]]:
-    """Weight and bias of a linear layer that subtracts the mean of the embeddings and scales their directions alike.
+    """Weight and bias of a linear layer that subtracts the mean and about equalises variances in all directions.
 
     A language model embeds the names of one field almost alike: all pieces of a chess set point in one direction.
     After whitening they are nearly orthogonal. Directions in which the names do not differ get the smallest scale, so
@@ -176,7 +176,7 @@ def whitening_projection(
 
     Args:
         text: The embeddings.
-        width: d, to which a random rotation (or its first d rows) brings the whitened embeddings.
+        width: d. A random rotation (or its first d rows) maps whitened embeddings to tokens.
         ridge: Added to the variance of every direction, in units of the mean variance. The smaller it is, the more
             small differences are enlarged.
     """

@@ -68,10 +68,10 @@ class Shortlist(nn.Module):
         return summaries
 
     def _logits(self, summaries: Float[Tensor, "b n d"], projected: Float[Tensor, "v d"]) -> Float[Tensor, "b v"]:
-        # In lower precision too many of thousands of logits would be equal.
+        # In lower precision many of thousands of logits would be equal.
         with torch.autocast(summaries.device.type, enabled=False):
             similarity = summaries.float() @ projected.float().T * self.scale
-            # The mean of the exponentials, not their sum: the number of vectors makes no name more likely.
+            # The mean of the exponentials, not their sum: logits do not grow with the number of vectors.
             return similarity.logsumexp(dim=1) - math.log(_SUMMARIES) + self.bias
 
 
@@ -80,7 +80,7 @@ def select_categories(categories: Categories, config: CategoryConfig, targets: T
 
     Without targets, a category takes no slot if its presence probability is below `config.threshold`. With targets,
     present categories come first, then the most likely ones that are annotated; categories that are assumed to be
-    absent take at most `config.negative_slots` slots; of others the image teaches nothing, and they take none.
+    absent take at most `config.negative_slots` slots; other categories give no loss and take none.
     """
     scores = categories.presence_logits[-1].detach().float()
     if targets is None:

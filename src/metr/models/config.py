@@ -1,4 +1,4 @@
-"""The network's configuration: one class a part, a unit or meaning beside each field."""
+"""The network's configuration: one class for each part."""
 
 from typing import Literal
 
@@ -16,16 +16,16 @@ class EncoderConfig(Config):
     layers: int = Field(6, ge=0)
     """Attention layers; `hybrid` has them on the coarsest level only."""
     levels: int = Field(4, ge=1)
-    """Levels of the memory. `deformable` makes those past the backbone's by strided convolution; `hybrid` has at most
-    the backbone's; `plain` has one, whatever is set: the backbone's last."""
+    """Levels of the memory. `deformable` adds levels to the backbone's by strided convolution; `hybrid` has at most
+    as many as the backbone; `plain` has only the backbone's last, whatever is set."""
     heads: int = Field(8, ge=1)
     points: int = Field(4, ge=1)
     """Sampling points a head and level (`deformable`)."""
     feed_forward: int = Field(2048, ge=1)
-    """Hidden numbers of the feed-forward parts."""
+    """Hidden width of the feed-forward parts."""
     positions: Literal["scaled", "centred", "counted"] = "scaled"
-    """How a cell's place is encoded: rows and columns counted from 1 and scaled so that the last is 2 pi (DINO), the
-    centres of cells scaled alike (Deformable DETR; for `deformable`), or counts as they are (RT-DETR; for `hybrid`)."""
+    """What is encoded. `scaled`: rows and columns counted from 1, scaled so that the last is 2 pi (DINO). `centred`:
+    cell centres, scaled alike (Deformable DETR; for `deformable`). `counted`: unscaled (RT-DETR; for `hybrid`)."""
     fusion: Literal["csp", "elan"] = "csp"
     """How two levels are fused: as in RT-DETR, or as in D-FINE (`hybrid`)."""
     fusion_blocks: int = Field(3, ge=1)
@@ -44,7 +44,7 @@ class CategoryConfig(Config):
     heads: int = Field(8, ge=1)
     feed_forward: int = Field(1024, ge=1)
     self_attention: bool = False
-    """Among categories. Without it the prediction for a category does not depend on the other names."""
+    """Categories attend to each other. Without it the prediction for a category does not depend on the other names."""
     kept: int = Field(20, ge=1)
     """K, category slots an image."""
     threshold: float = Field(0.0, ge=0, lt=1)
@@ -56,8 +56,8 @@ class CategoryConfig(Config):
     """Largest number of names an image that category extraction looks at, chosen by a few dot products a name. 0 builds
     no shortlist: category extraction looks at all names."""
     whitening: float = Field(0.0, ge=0)
-    """Ridge, in mean variances, of the whitening with which the text projection is initialised. It separates names that
-    the language model embeds almost alike, from the first step on. 0 initialises at random."""
+    """Ridge, in units of the mean variance, of the whitening that initialises the text projection. Whitening separates
+    names that the language model embeds almost alike. 0 initialises at random."""
     prior: float = Field(0.02, gt=0, lt=1)
     """The presence probability that the untrained network predicts."""
 
@@ -67,7 +67,7 @@ class QueryConfig(Config):
 
     layout: Literal["budget", "uniform", "shared"] = "uniform"
     """`uniform`: every category has the same number of queries, at its own best places. `budget`: the number depends on
-    how likely the pairs of category and place are. `shared`: all categories have the same places, as the authors do."""
+    how likely the pairs of category and place are. `shared`: all categories have the same places (the authors' way)."""
     number: int = Field(300, ge=1)
     """Q, queries an image, whatever the vocabulary."""
     floor: int = Field(5, ge=0)
@@ -75,7 +75,7 @@ class QueryConfig(Config):
     ceiling: int = Field(100, ge=1)
     """Largest number of queries of a category."""
     attention: Literal["group", "image"] = "group"
-    """A query attends to the queries of its category, or to all of the image."""
+    """A query attends to the queries of its category, or to all queries of its image."""
     content: Literal["learned", "place"] = "learned"
     """Added to the category's token: a learned query, or that and the feature of the query's place."""
 
@@ -84,7 +84,7 @@ class SimilarityConfig(Config):
     """How places and queries are compared with their categories; the result is one logit each."""
 
     token: Literal["refined", "text"] = "refined"
-    """They are compared with the category's token as refined by the image (the authors), or with its projected text,
+    """Compare with the category's token as refined by the image (the authors' way), or with its projected text,
     which keeps the categories of one image further apart."""
     factor: float = Field(1.0, gt=0)
     """Factor of the dot product / sqrt(width). The larger it is, the sooner similar categories are separated."""
@@ -138,7 +138,7 @@ class DetectorConfig(Config):
     """The whole network."""
 
     width: int = Field(256, ge=8)
-    """Numbers a token, d."""
+    """Size of a token, d."""
     backbone: BackboneConfig = BackboneConfig()
     encoder: EncoderConfig = EncoderConfig()
     categories: CategoryConfig = CategoryConfig()

@@ -2,7 +2,7 @@
 
 The decoder is shown each object three times: as a slightly moved box, for which it should say "yes" and find the
 object; as a box moved too far, for which it should say "no"; and as the right box under another annotated category that
-has no object there, for which it should also say "no". Binary classification has to learn just that.
+has no object there, for which it should also say "no".
 """
 
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from metr.boxes import cxcywh_to_xyxy, pairwise_coverage, pairwise_iou, xyxy_to_
 from metr.models.config import DenoisingConfig
 from metr.structures import Categories, DenoisingPlan, Queries, Targets, gather_rows
 
-# A category is present in a box if one of its objects overlaps the box by more than this IoU.
+# A category is present in a box above this IoU with one of its objects, or this coverage by its ignored boxes.
 _SAME_PLACE = 0.3
 
 
@@ -64,8 +64,8 @@ class Denoising(nn.Module):
 
         Args:
             boxes: The objects.
-            own: The slot of each object's category, if it has one.
-            free: The slots of categories to which an object may be flipped.
+            own: True at the slot of each object's category.
+            free: True at slots whose category a flipped copy may get.
         """
         kinds = self.config.kinds
         index = own.any(1).nonzero().squeeze(1)
@@ -114,13 +114,13 @@ def _free_slots(targets: Targets, categories: Categories) -> Bool[Tensor, "b m k
     crowded = pairwise_coverage(corners, cxcywh_to_xyxy(targets.ignore_boxes)) > _SAME_PLACE
     ids = categories.ids.unsqueeze(1)
     own = targets.labels.unsqueeze(2) == ids
-    # An object without area does not even overlap itself: its own category is excluded besides.
+    # A box without area has IoU 0 with itself, so the object's own category is excluded too.
     occupied = own | _any_of(near, own) | _any_of(crowded, targets.ignore_labels.unsqueeze(2) == ids)
     return (categories.valid & targets.annotated.gather(1, categories.ids)).unsqueeze(1) & ~occupied
 
 
 def _any_of(there: Bool[Tensor, "b m o"], carries: Bool[Tensor, "b o k"]) -> Bool[Tensor, "b m k"]:
-    """Whether any of the objects o that are at the place of m carries the category of slot k."""
+    """True where any box o that overlaps object m has the category of slot k."""
     return (there.float() @ carries.float()) > 0
 
 

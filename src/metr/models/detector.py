@@ -13,7 +13,7 @@ from metr.models.encoders import build_encoder
 from metr.models.proposals import ClassQueries, ProposalHead, side_by_side
 from metr.structures import Categories, DenoisingOutput, DetectorOutput, Memory, Queries, Targets
 
-# The fraction of queries that hold an object when training starts (the prior of the focal loss, Lin et al., 2017).
+# The probability of an object that the untrained network predicts (the prior of the focal loss, Lin et al., 2017).
 _OBJECT_PRIOR = 0.01
 
 
@@ -22,7 +22,7 @@ class Detector(nn.Module):
 
     Args:
         config: Widths, layers and layouts of every part.
-        text_width: Numbers of a text embedding, t.
+        text_width: Size of a text embedding, t.
     """
 
     def __init__(self, config: DetectorConfig, text_width: int) -> None:
@@ -50,12 +50,12 @@ class Detector(nn.Module):
             images: RGB in 0..1, padded at the right and bottom to one shape.
             padding_mask: True on padding.
             text: One L2-normalised embedding a category, or what `project` made of them; labels are its rows.
-            targets: In training only: they give every present category a slot, and denoising its objects.
+            targets: In training only: present categories get slots first; denoising uses the objects.
         """
         return self.detect(self.encode(images, padding_mask), text, targets)
 
     def encode(self, images: Float[Tensor, "b 3 h w"], padding_mask: Bool[Tensor, "b h w"]) -> Memory:
-        """The images' part of the work, done once for several vocabularies: backbone and encoder."""
+        """Backbone and encoder: the part of the network that uses no vocabulary."""
         memory: Memory = self.encoder(self.backbone(images), padding_mask)
         return memory
 
@@ -65,7 +65,7 @@ class Detector(nn.Module):
         text: Float[Tensor, "v t"] | ProjectedText,
         targets: Targets | None = None,
     ) -> DetectorOutput:
-        """The network after its encoder: answers for one vocabulary; the arguments are those of `forward`."""
+        """Runs the network after its encoder for one vocabulary. Arguments are those of `forward`."""
         categories = self.category_extraction(memory, text, targets)
         categories = select_categories(categories, self.config.categories, targets)
         proposals, places = self.proposals(memory, categories)
@@ -82,7 +82,7 @@ class Detector(nn.Module):
         )
 
     def project(self, text: Float[Tensor, "v t"], earlier: ProjectedText | None = None) -> ProjectedText:
-        """Does the text's part of the work once for many images. The result carries no gradient.
+        """Projects the text once for many images. The result carries no gradient.
 
         Args:
             text: The embeddings, not to be changed in place.

@@ -29,7 +29,7 @@ class SimilarityHead(nn.Module):
         self.bias = nn.Parameter(torch.tensor([math.log(prior / (1 - prior))]))
         self.objectness = nn.Linear(width, 1, bias=False) if config.objectness else None
         self.scale = config.factor / math.sqrt(width)
-        with torch.no_grad():  # the logits start as without the factor
+        with torch.no_grad():  # the factor leaves initial logits alone
             for parameter in self.feature.last.parameters():
                 parameter.div_(config.factor)
 
@@ -64,6 +64,6 @@ class BoxHead(nn.Module):
 
 
 def box_logits(boxes: Float[Tensor, "*n 4"], margin: float = 1e-3) -> Float[Tensor, "*n 4"]:
-    """The inverse of the sigmoid, with each box number and its distance from 1 kept above `margin`."""
+    """The inverse sigmoid of boxes; coordinates and their distances from 1 are at least `margin`."""
     boxes = boxes.clamp(0, 1)
     return (boxes.clamp(min=margin) / (1 - boxes).clamp(min=margin)).log()

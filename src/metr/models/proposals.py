@@ -34,7 +34,7 @@ class ProposalHead(nn.Module):
         self.objectness = nn.Linear(width, 1, bias=False) if self.similarity_config.objectness else None
         self.box = BoxHead(width)
         self.scale = self.similarity_config.factor / math.sqrt(width)
-        with torch.no_grad():  # the logits start as without the factor
+        with torch.no_grad():  # the factor leaves initial logits alone
             for parameter in self.category.parameters():
                 parameter.div_(self.similarity_config.factor)
 
@@ -61,7 +61,7 @@ class ProposalHead(nn.Module):
         return anchors, usable, self.features(memory, usable)
 
     def features(self, memory: Memory, usable: Bool[Tensor, "b s"]) -> Float[Tensor, "b s d"]:
-        """The feature of each place; places without a usable anchor have all the same."""
+        """The feature of each place; all places without a usable anchor share one."""
         known: Tensor = self.norm(self.feature(memory.tokens * usable.unsqueeze(-1)))
         return known
 
@@ -131,7 +131,7 @@ class ClassQueries(nn.Module):
 
 
 def side_by_side(first: Queries, second: Queries) -> Queries:
-    """Both sets of queries as one."""
+    """The queries of both, `first` first."""
     return replace(
         first,
         content=torch.cat([first.content, second.content], dim=1),
@@ -143,14 +143,14 @@ def side_by_side(first: Queries, second: Queries) -> Queries:
 
 
 def share_out(best: Float[Tensor, "b k c"], valid: Bool[Tensor, "b k"], config: QueryConfig) -> Float[Tensor, "b k c"]:
-    """The priority of each pair (slot, rank) for one of the Q queries; -inf excludes a pair.
+    """The priority by which each pair (slot, rank) becomes a query; -inf excludes a pair.
 
     `best` holds the proposal logits of each slot's best places, highest first. The layouts `uniform` and `shared` give
     each category the same number of queries: the ranks below Q / (number of categories with a slot). `budget` gives
     each category its first `floor` ranks, and orders the other pairs by their logits.
     """
     rank = torch.arange(best.shape[2], device=best.device).expand_as(best)
-    # Where not all pairs of a rank fit, the likelier ones come first. This adds less than the distance of two ranks.
+    # Where not all pairs of a rank fit, the likelier ones come first. This adds at most half a rank.
     likely = best.sigmoid().nan_to_num() / 2
     if config.layout == "budget":
         # Floors come first, rank by rank: a budget too small for all floors is shared evenly.
@@ -184,7 +184,7 @@ def anchor_logits(memory: Memory) -> tuple[Float[Tensor, "b s 4"], Bool[Tensor, 
     """The anchor of every place in logit space, and whether the place is usable.
 
     An anchor's centre is that of its cell; its sides are 0.05 of the image on the finest level, and twice as long on
-    each coarser level. A place is usable unless it is padding or a number of its anchor is outside (0.01, 0.99).
+    each coarser level. A place is usable unless it is padding or a coordinate of its anchor is outside (0.01, 0.99).
     """
     centres = cell_centres(memory)
     sides = [centres.new_full((h * w, 2), 0.05 * 2**level) for level, (h, w) in enumerate(memory.level_shapes)]

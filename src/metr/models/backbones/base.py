@@ -24,11 +24,11 @@ class BackboneConfig(Config):
     """`efficientnet_lite0`; `resnet18`, `resnet34`, `resnet50`, `resnet101` (microsoft/resnet-18, ...); the hub name or
     folder of any model that transformers' AutoBackbone knows; with `pretrained` off, a model type such as `swin`."""
     pretrained: bool = True
-    """Start from ImageNet's (or the folder's) weights; otherwise from random ones, made from `options`."""
+    """Start from ImageNet's (or the folder's) weights; otherwise from random ones."""
     revision: str | None = None
     """The hub's branch, tag or commit."""
     strides: tuple[int, ...] = (8, 16, 32)
-    """Pixels a cell of each feature map, finest first; of 4, 8, 16 and 32."""
+    """Stride of each feature map in pixels, finest first; any of 4, 8, 16 and 32."""
     freeze_stages: Annotated[int, Field(ge=0, le=4)] = 1
     """The stem and this many stages are frozen; 0 trains all of it, as random weights need. Stage 1 ends at stride 4,
     stage 2 at stride 8, ...; a stage of a plain vision transformer is a quarter of its layers."""
@@ -40,7 +40,7 @@ class BackboneConfig(Config):
     """Standard deviation by which colours are then divided; None takes that of the backbone's pretraining."""
     options: dict[str, Any] = {}  # noqa: RUF012  (pydantic copies it)
     """Values of the transformers configuration (`drop_path_rate`, ...), or `width` and `depth` multipliers of
-    `efficientnet_lite0`; without pretrained weights they make the network."""
+    `efficientnet_lite0`; without pretrained weights they define it."""
 
     @field_validator("strides")
     @classmethod
@@ -60,14 +60,14 @@ class Backbone(nn.Module):
     are multiples of the largest stride are covered exactly.
 
     Args:
-        config: What a checkpoint keeps: it rebuilds this network without pretrained weights and without the hub.
+        config: Stored in checkpoints. It rebuilds this network without pretrained weights and without the hub.
         channels: Channels of each map, finest first.
-        strides: Pixels a cell of each map.
-        colours: Mean and standard deviation of the images of its pretraining.
+        strides: Stride of each map, in pixels.
+        colours: Mean and standard deviation of the pretraining images.
 
     Attributes:
         pad_to: `forward` pads images with black, at the right and bottom, to multiples of this.
-        memory_format: How images lie in memory. Convolutions are faster channels last, on CPUs (a third off a training
+        memory_format: Memory layout of images. Convolutions are faster channels last, on CPUs (a third off a training
             step of EfficientNet-Lite0) and GPUs alike.
     """
 
@@ -111,7 +111,7 @@ class Backbone(nn.Module):
         return self
 
     def freeze(self, modules: Iterable[nn.Module]) -> None:
-        """Freezes modules for good. Autograd passes them by if nothing before them is trained."""
+        """Freezes modules for good. Autograd skips them if nothing before them is trained."""
         self._frozen = list(modules)
         for module in self._frozen:
             module.requires_grad_(False)
@@ -125,7 +125,7 @@ class SimplePyramid(nn.Module):
 
     Args:
         channels: Channels of the map.
-        stride: Pixels a cell of the map.
+        stride: Stride of the map, in pixels.
         wanted: The wanted strides; each is met up to a factor of the square root of 2.
     """
 
@@ -191,13 +191,13 @@ class FrozenBatchNorm(nn.Module):
         return features * scale + shift
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *rest: object) -> None:
-        """Also takes the state of an `nn.BatchNorm2d`, whose step count is dropped."""
+        """Also loads the state of an `nn.BatchNorm2d`; its step count is dropped."""
         state_dict.pop(f"{prefix}num_batches_tracked", None)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 class FoldedBatchNorm(FrozenBatchNorm):
-    """A frozen norm that the convolution before it applies. It only keeps the numbers, under their usual names."""
+    """A frozen norm that the convolution before it applies. It only stores the values, under their usual keys."""
 
     def forward(self, features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         """Does nothing: see `FoldedConvolution`."""
@@ -205,7 +205,7 @@ class FoldedBatchNorm(FrozenBatchNorm):
 
 
 class FoldedConvolution(nn.Conv2d):
-    """A convolution that applies the frozen norm after it too, by scaling its kernel: one pass over the features less.
+    """A convolution whose kernel and bias include the frozen norm after it: one pass over the features less.
 
     The kernel is trained as before. The norm stays a child of the layer around both, so state keys do not change.
     """

@@ -30,7 +30,7 @@ _STAGES = (
 )
 _STEM, _HEAD, _CLASSES = 32, 1280, 1000
 _EPS = 1e-3
-# The stage that ends each resolution.
+# Index of the last stage of each stride.
 _LAST_STAGE = {4: 1, 8: 2, 16: 4, 32: 6}
 # Mean and deviation: Google's (x - 127) / 128, for 0..1 instead of 0..255.
 _COLOURS = ((127 / 255,) * 3, (128 / 255,) * 3)
@@ -44,7 +44,7 @@ def same_convolution(
     stride: int,
     groups: int,
 ) -> Float[Tensor, "b d _h _w"]:
-    """A convolution with TensorFlow's "same" padding: ceil(h / stride) output rows; an odd row of zeros at the bottom.
+    """A convolution with TensorFlow's "same" padding: ceil(h / stride) output rows; an odd zero row is at the bottom.
 
     Where the padding is odd, the kernel gets a leading row of zeros and the image an equal padding on both sides. This
     gives the same result without a padded copy of the image.
@@ -108,7 +108,7 @@ class EfficientNetLite(nn.Module):
 
     Args:
         width: Multiplies the channels of the stages.
-        depth: Multiplies the blocks of the stages but the first and the last. Lite0 is (1, 1), Lite1 (1, 1.1), Lite2
+        depth: Multiplies the blocks of all stages but the first and the last. Lite0 is (1, 1), Lite1 (1, 1.1), Lite2
             (1.1, 1.2), Lite3 (1.2, 1.4), Lite4 (1.4, 1.8).
         stages: How many stages to build.
     """
@@ -168,7 +168,7 @@ class EfficientNetLiteClassifier(nn.Module):
 
 
 class EfficientNetLiteBackbone(Backbone):
-    """EfficientNet-Lite0 (or a multiple of it) for detection.
+    """EfficientNet-Lite0 (or a scaled version) for detection.
 
     Raises:
         ConfigError: an option is unknown, or the network of these options has no pretrained weights.
@@ -191,7 +191,7 @@ class EfficientNetLiteBackbone(Backbone):
         self.freeze(frozen)
 
     def features(self, images: Tensor) -> tuple[Tensor, ...]:
-        """The maps at the ends of the wanted resolutions."""
+        """The last map of each wanted stride."""
         maps = self.trunk(images)
         return tuple(maps[stage] for stage in self._last)
 
@@ -253,24 +253,24 @@ def _multiples(config: BackboneConfig) -> dict[str, float]:
 
 
 def _rounded(channels: float) -> int:
-    """The nearest multiple of 8, at least 8 and not under nine tenths."""
+    """The nearest multiple of 8, at least 8 and at least 0.9 `channels`."""
     nearest = max(8, int(channels + 4) // 8 * 8)
     return nearest + 8 if nearest < 0.9 * channels else nearest
 
 
 STAGE_OF_STRIDE = {4: "stage2", 8: "stage3", 16: "stage5", 32: "stage7"}
-"""The stage that ends each resolution."""
+"""The last stage of each stride."""
 
 
 class EfficientNetLiteConfig(BackboneConfigMixin, PreTrainedConfig):  # type: ignore[no-untyped-call]
-    """Which EfficientNet-Lite: Lite0, or a multiple of it.
+    """Which EfficientNet-Lite: Lite0, or a scaled version.
 
     Args:
         width: Multiple of Lite0's channels.
         depth: Multiple of Lite0's blocks.
-        freeze_batch_norm: Its batch norms are constants. They are none of PyTorch's then, so that detectors which
-            replace those (and would forget EfficientNet's eps) leave them alone.
-        out_features: The stages whose maps are given, of "stage1" to "stage7"; or by number in `out_indices`.
+        freeze_batch_norm: Makes batch norms constant. They are then no `nn.BatchNorm2d`, so detectors that
+            replace these (and would lose EfficientNet's eps) leave them alone.
+        out_features: The stages whose maps are returned, of "stage1" to "stage7"; or by number in `out_indices`.
     """
 
     model_type = "efficientnet_lite"
@@ -310,7 +310,7 @@ class EfficientNetLiteModel(BackboneMixin, PreTrainedModel):  # type: ignore[no-
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialises what a weight file lacks as the layers themselves do."""
+        """Initialises weights that a file lacks, as the layers themselves do."""
         if isinstance(module, nn.Conv2d):
             initialization.kaiming_normal_(module.weight, mode="fan_out")
 

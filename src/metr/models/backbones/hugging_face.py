@@ -25,18 +25,18 @@ SHORTHANDS: dict[str, tuple[str, dict[str, Any]]] = {
     "resnet50": ("microsoft/resnet-50", _BOTTLENECK | {"depths": [3, 4, 6, 3]}),
     "resnet101": ("microsoft/resnet-101", _BOTTLENECK | {"depths": [3, 4, 23, 3]}),
 }
-# Keys of a model's configuration that do not affect its maps, or are determined again.
+# Keys of a model's configuration that do not affect its maps, or that are set anew.
 _LABELS = {"id2label", "label2id", "num_labels", "problem_type"}
 _STAGE_NAMES = {"out_features", "out_indices", "stage_names"}
 _ORIGIN = {"architectures", "dtype", "transformers_version"}
 _NOT_ARCHITECTURE = _LABELS | _STAGE_NAMES | _ORIGIN
-# The side of the image that strides are measured with: a multiple of every common patch and of 32.
+# Side, in pixels, of the image that strides are measured on: a multiple of 32 and of common patches.
 _PROBE = 224
 _QUARTERS = 4
 
 
 class HuggingFaceBackbone(Backbone):
-    """A backbone of transformers. Frozen are the stages that the configuration says, and parameters without any effect.
+    """A backbone of transformers. It freezes the configured stages, and parameters that affect no map.
 
     Strides and channels are measured on a copy without weights, so nothing is assumed about the architecture.
 
@@ -54,9 +54,9 @@ class HuggingFaceBackbone(Backbone):
         shape = pyramid or survey
         super().__init__(_rebuilding(config, architecture), shape.channels, shape.strides, _IMAGENET)
         self.network, self.pyramid = _built(config, source, architecture), pyramid
-        # Maps then cover the image as strides say, also where the network would cut it to whole patches.
+        # Without this padding some networks would cut the image to whole patches.
         self.pad_to = max(survey.strides)
-        # Channels last, torch 2.13 crashes in the backward pass of a group norm whose input needs no gradient.
+        # With channels last, torch 2.13 crashes in the backward pass of a group norm whose input needs no gradient.
         if any(isinstance(module, nn.GroupNorm) for module in self.network.modules()):
             self.memory_format = torch.contiguous_format
         for name, parameter in self.network.named_parameters():
@@ -74,7 +74,7 @@ class HuggingFaceBackbone(Backbone):
 
 @dataclass(frozen=True, kw_only=True)
 class _Survey:
-    """What was measured of an architecture.
+    """The measurements of an architecture.
 
     `stages` are the names of the stages whose maps are used, finest first. `plain` says that all stages have the same
     stride, as in a plain vision transformer. `idle` are the parameters that no used map depends on: final norms, mask
@@ -90,7 +90,7 @@ class _Survey:
     @staticmethod
     @torch.enable_grad()
     def of(architecture: Any, config: BackboneConfig) -> "_Survey":
-        """Measures a copy of the network that has shapes and gradients but no numbers."""
+        """Measures a copy of the network on the meta device: shapes and gradients, no values."""
         if not hasattr(architecture, "stage_names"):
             what = f"a {architecture.model_type} model is no backbone in transformers"
             raise ModelError(what, where=config.name, hint="name a ResNet, Swin, ConvNeXt, DINOv2 or the like")
@@ -99,7 +99,7 @@ class _Survey:
         with loading(config.name), torch.device("meta"):
             skeleton = _auto.from_config(architecture).eval()
             maps = skeleton(torch.empty(1, 3, _PROBE, _PROBE)).feature_maps
-        # Of stages with one stride the last is the deepest.
+        # Of stages with equal strides the last, deepest one is kept.
         found = {_PROBE // level.shape[-1]: (name, level) for name, level in zip(names, maps, strict=True)}
         plain = len(found) == 1
         wanted = tuple(found) if plain else config.strides
@@ -160,7 +160,7 @@ def _check_options(options: dict[str, Any], architecture: Any) -> None:
 
 
 def _rebuilding(config: BackboneConfig, architecture: Any) -> BackboneConfig:
-    """The configuration that gives this network with random weights, wherever its weights come from."""
+    """The configuration that rebuilds this network with random weights, without the hub."""
     known = type(architecture)().to_dict().keys() - _NOT_ARCHITECTURE
     options = {key: value for key, value in architecture.to_diff_dict().items() if key in known}
     return config.model_copy(update={"pretrained": False, "options": options})
@@ -170,17 +170,17 @@ def _built(config: BackboneConfig, source: str, architecture: Any) -> Any:
     with loading(source):
         if not config.pretrained:
             return _auto.from_config(architecture)
-        # AutoBackbone.from_pretrained would ask the hub whether it has a folder, or what is already downloaded.
+        # AutoBackbone.from_pretrained would contact the hub even for a folder or a downloaded model.
         network: Any = MODEL_FOR_BACKBONE_MAPPING[type(architecture)]
         revision = config.revision or "main"
         return network.from_pretrained(source, config=architecture, revision=revision, dtype=torch.float32)
 
 
 def _first_stages(network: nn.Module, names: int, config: BackboneConfig) -> list[nn.Module]:
-    """What is frozen: everything before the list of stages (or layers), and its first ones."""
+    """The modules to freeze: all before the list of stages (or layers), and the first of these."""
     if not config.freeze_stages:
         return []
-    # The stem has a name among the stages, but no place in the list; some networks have no stem.
+    # Stage names include the stem, if there is one; the list does not.
     path = next((path for path, part in network.named_modules() if _is_list(part, (names - 1, names))), None)
     if path is None:
         what = "cannot tell this network's stages apart"

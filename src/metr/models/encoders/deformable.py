@@ -20,7 +20,7 @@ _ENCODINGS = {"scaled": {"temperature": 20.0, "first": 1.0}, "centred": {"temper
 
 
 class DeformableEncoderLayer(nn.Module):
-    """Deformable self-attention, then a feed-forward part; both added and normalised."""
+    """Deformable self-attention, then a feed-forward part; both residual, post-norm."""
 
     def __init__(self, width: int, config: EncoderConfig) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class DeformableEncoder(nn.Module):
         return self.refine(flatten(self.projection(features), padding_mask), padding_mask)
 
     def refine(self, memory: Memory, padding_mask: Bool[Tensor, "b h w"]) -> Memory:
-        """The attention layers alone, from projected tokens on."""
+        """The attention layers alone, on projected tokens."""
         positions = self._positions(memory, padding_mask)
         reference = reference_points(memory)
         for layer in self.layers:

@@ -76,7 +76,7 @@ class HybridEncoder(nn.Module):
 
 
 class ConvNorm(nn.Sequential):
-    """Convolution, batch normalisation and, unless told otherwise, SiLU."""
+    """Convolution, batch normalisation and, if `activate`, SiLU."""
 
     def __init__(
         self, inner: int, outer: int, kernel: int, stride: int = 1, activate: bool = True, groups: int = 1
@@ -126,7 +126,7 @@ class CrossStage(_Paths):
 
 
 class Fusion(_Paths):
-    """Two levels of one size to one, as in RT-DETR."""
+    """Fuses two levels of equal size, as in RT-DETR."""
 
     def __init__(self, width: int, config: EncoderConfig) -> None:
         super().__init__(2 * width, width, int(width * config.fusion_expansion), config.fusion_blocks)
@@ -137,7 +137,7 @@ class Fusion(_Paths):
 
 
 class AggregatingFusion(nn.Module):
-    """Two levels of one size to one, as in D-FINE (RepNCSPELAN4): the last layer gets the output of every stage."""
+    """Fuses two levels of equal size, as in D-FINE (RepNCSPELAN4): the last layer gets the output of every stage."""
 
     def __init__(self, width: int, config: EncoderConfig) -> None:
         super().__init__()

@@ -16,7 +16,7 @@ from metr.layers.position_encoding import grid_encoding
 from metr.models.config import EncoderConfig
 from metr.structures import Memory
 
-# as in DETR and Conditional DETR; DAB-DETR's can be set to it
+# As in DETR and Conditional DETR. DAB-DETR's is configurable.
 TEMPERATURE = 10_000.0
 
 
@@ -40,7 +40,7 @@ class PlainEncoder(nn.Module):
         return self.refine(flatten([self.projection(features[-1])], padding_mask))
 
     def refine(self, memory: Memory) -> Memory:
-        """The attention layers alone, from projected tokens on."""
+        """The attention layers alone, on projected tokens."""
         tokens, places = memory.tokens, token_places(memory, self.width)
         allowed = ~memory.padding_mask.unsqueeze(1)
         for layer in self.layers:
@@ -49,7 +49,7 @@ class PlainEncoder(nn.Module):
 
 
 def token_places(memory: Memory, width: int) -> Float[Tensor, "b s d"]:
-    """The encoded place of each token in its image, `width` numbers; padding changes nothing."""
+    """The position encoding of each token in its image, of size `width`. Padding does not affect it."""
     sizes = [height * width for height, width in memory.level_shapes]
     levels = []
     for (height, _), mask in zip(memory.level_shapes, torch.split(memory.padding_mask, sizes, dim=1), strict=True):
@@ -130,7 +130,7 @@ def cell_centres(memory: Memory) -> Float[Tensor, "b s 2"]:
 
 
 class SelfAttentionLayer(nn.Module):
-    """Self-attention among all tokens, then a feed-forward part; both added and normalised."""
+    """Self-attention among all tokens, then a feed-forward part; both residual, post-norm."""
 
     def __init__(self, width: int, config: EncoderConfig, activation: type[nn.Module] = nn.ReLU) -> None:
         super().__init__()
