@@ -68,7 +68,7 @@ class Shortlist(nn.Module):
         return summaries
 
     def _logits(self, summaries: Float[Tensor, "b n d"], projected: Float[Tensor, "v d"]) -> Float[Tensor, "b v"]:
-        # In lower precision many of thousands of logits would be equal.
+        # In lower precision many of the thousands of logits would tie.
         with torch.autocast(summaries.device.type, enabled=False):
             similarity = summaries.float() @ projected.float().T * self.scale
             # The mean of the exponentials, not their sum: logits do not grow with the number of vectors.

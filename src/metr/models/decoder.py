@@ -137,7 +137,7 @@ class ConditionalDecoder(nn.Module):
     """Layers with iterative box refinement, whose queries attend near their boxes (DAB-DETR, Liu et al., 2022).
 
     Attention compares the encoded centre of a query's box with the encoded place of every token. Along each axis
-    attention falls off the more sharply, the smaller the box is relative to a size predicted from the content. All
+    attention falls off more sharply if the box is small relative to a size that is predicted from the content. All
     layers share the heads.
     """
 

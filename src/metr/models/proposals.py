@@ -131,7 +131,7 @@ class ClassQueries(nn.Module):
 
 
 def side_by_side(first: Queries, second: Queries) -> Queries:
-    """The queries of both, `first` first."""
+    """The queries of `first`, then those of `second`."""
     return replace(
         first,
         content=torch.cat([first.content, second.content], dim=1),

@@ -44,7 +44,7 @@ def same_convolution(
     stride: int,
     groups: int,
 ) -> Float[Tensor, "b d _h _w"]:
-    """A convolution with TensorFlow's "same" padding: ceil(h / stride) output rows; an odd zero row is at the bottom.
+    """A convolution with TensorFlow's "same" padding: ceil(h / stride) output rows; extra zeros go to the bottom.
 
     Where the padding is odd, the kernel gets a leading row of zeros and the image an equal padding on both sides. This
     gives the same result without a padded copy of the image.
