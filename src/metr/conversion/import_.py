@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 _STRIDES = (4, 8, 16, 32)
 # names that stand for no category in the labels of published detectors
 _NO_NAMES = ("LABEL_", "N/A")
-# fraction of the text embeddings' mean variance, as in the recipes' whitening of the text projection
+# ridge of the text projection's whitening, as a fraction of the embeddings' mean variance; as in the recipes
 _RIDGE = 0.1
 
 
