@@ -156,8 +156,8 @@ class RunConfig(Config):
     """How training images are mixed and loaded."""
     unannotated: Unannotated = "negative"
     """What is learnt of a category that an image's dataset does not annotate. `ignore`: nothing. `negative`: category
-    extraction learns that it is absent; a predicted box of it is not penalised. `pseudo_label`: what the average of
-    the weights is confident about (`train.pseudo_labels`), otherwise nothing."""
+    extraction learns that it is absent; predicted boxes of it are penalised only in `negative_slots`. `pseudo_label`:
+    what the average of the weights is confident about (`train.pseudo_labels`), otherwise nothing."""
     train: TrainConfig = TrainConfig()
     """How the network is trained."""
     inference: InferenceConfig = InferenceConfig()
