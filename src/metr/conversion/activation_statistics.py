@@ -1,4 +1,4 @@
-"""What is known of a network's features without an image: norms say how each channel is distributed behind them.
+"""The distribution of a network's features, estimated from its norms without any image.
 
 After a layer norm or batch norm a channel has the norm's bias for a mean and its weight for a deviation; a normal
 distribution with these is what the functions here go on with.
@@ -20,13 +20,13 @@ from metr.models.encoders import Encoder
 from metr.models.encoders.hybrid import AggregatingFusion, ConvNorm, Fusion, HybridEncoder, RepVggBlock
 
 _TEXT = ("category_extraction.projection", "category_extraction.norm")
-# a memory of one token leaves queries and keys of the attention to it without a say
+# with a memory of one token, queries and keys of cross-attention have no effect
 _REFINING = ("among", "among_norm", "attention.value", "attention.out", "norm", "feed_forward")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ActivationStatistics:
-    """Mean and deviation of each channel, and the norms that told them."""
+    """Mean and deviation of each channel, and the norms that they were read from."""
 
     mean: Float[Tensor, "c"]
     deviation: Float[Tensor, "c"]
@@ -34,13 +34,13 @@ class ActivationStatistics:
 
 
 def after_norm(norm: nn.Module) -> ActivationStatistics:
-    """Of what a layer norm or batch norm gives."""
+    """Statistics of the output of a layer norm or batch norm."""
     weight, bias = norm.get_parameter("weight"), norm.get_parameter("bias")
     return ActivationStatistics(mean=bias.detach().clone(), deviation=weight.detach().abs(), norms=(norm,))
 
 
 def after_silu(before: ActivationStatistics) -> ActivationStatistics:
-    """Of SiLU of normal numbers."""
+    """Statistics after SiLU, for normally distributed input."""
     nodes, weights = np.polynomial.hermite_e.hermegauss(_NODES)
     at = torch.as_tensor(nodes, dtype=before.mean.dtype).unsqueeze(1)
     share = torch.as_tensor(weights / weights.sum(), dtype=before.mean.dtype).unsqueeze(1)
@@ -50,31 +50,31 @@ def after_silu(before: ActivationStatistics) -> ActivationStatistics:
 
 
 def added(first: ActivationStatistics, second: ActivationStatistics) -> ActivationStatistics:
-    """Of a sum, as if the two had nothing to do with each other."""
+    """Statistics of a sum, as if the two were independent."""
     deviation = torch.hypot(first.deviation, second.deviation)
     return ActivationStatistics(mean=first.mean + second.mean, deviation=deviation, norms=first.norms + second.norms)
 
 
 def after_convolution(layer: ConvNorm) -> ActivationStatistics:
-    """Of what a convolution with its norm and activation gives."""
+    """Statistics of the output of a convolution with its norm and activation."""
     before = after_norm(layer[1])
     return after_silu(before) if isinstance(layer[2], nn.SiLU) else before
 
 
 def after_block(block: RepVggBlock) -> ActivationStatistics:
-    """Of what a RepVGG block gives."""
+    """Statistics of the output of a RepVGG block."""
     return after_silu(added(after_convolution(block.wide), after_convolution(block.narrow)))
 
 
 def inside_fusion(fusion: Fusion) -> ActivationStatistics:
-    """Of the path of blocks inside a fusion, at its end."""
+    """Statistics at the end of the path of blocks inside a fusion."""
     last = fusion.blocks[-1]
     assert isinstance(last, RepVggBlock)
     return after_block(last)
 
 
 def after_fusion(fusion: Fusion | AggregatingFusion) -> ActivationStatistics:
-    """Of what a fusion gives."""
+    """Statistics of the output of a fusion."""
     if isinstance(fusion, AggregatingFusion):
         return after_convolution(fusion.merge)
     if isinstance(fusion.out, ConvNorm):
@@ -83,7 +83,7 @@ def after_fusion(fusion: Fusion | AggregatingFusion) -> ActivationStatistics:
 
 
 def of_memory(encoder: Encoder) -> list[ActivationStatistics]:
-    """Of each level of the memory, finest first."""
+    """Statistics of each level of the memory, finest first."""
     if not isinstance(encoder, HybridEncoder):
         return [_after_layers(encoder)] * encoder.levels
     if encoder.outputs:
@@ -94,7 +94,7 @@ def of_memory(encoder: Encoder) -> list[ActivationStatistics]:
 
 
 def _after_layers(encoder: Encoder) -> ActivationStatistics:
-    """Of what attention layers give; of an encoder without any, nothing is known."""
+    """Statistics of the output of attention layers; unknown for an encoder without them."""
     if len(encoder.layers):
         return after_norm(encoder.layers[-1].feed_forward.norm)  # type: ignore[arg-type]
     width = torch.zeros(encoder.width)
@@ -108,7 +108,7 @@ def inside(network: nn.Module, *parts: str) -> tuple[str, ...]:
 
 
 def of_norms(network: nn.Module, *activation_statistics: ActivationStatistics) -> tuple[str, ...]:
-    """The scales and shifts that features' activation_statistics were read from."""
+    """The scales and shifts of norms that these statistics were read from."""
     names = {norm: name for name, norm in network.named_modules()}
     norms = dict.fromkeys(norm for known in activation_statistics for norm in known.norms)
     return tuple(f"{names[norm]}.{part}" for norm in norms for part in ("weight", "bias"))

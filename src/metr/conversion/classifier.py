@@ -1,4 +1,4 @@
-"""Parts of other detectors that METR has in another form, fitted to do what METR's do."""
+"""Fits parts of other detectors to METR's, where the two differ in form."""
 
 import math
 from collections.abc import Callable
@@ -27,7 +27,7 @@ class Linear:
         return x @ self.weight.T + self.bias
 
     def after(self, first: "Linear") -> "Linear":
-        """The layer that does the work of another and then of this one."""
+        """The layer that applies `first` and then this one."""
         return Linear(weight=self.weight @ first.weight, bias=self.weight @ first.bias + self.bias)
 
     @staticmethod
@@ -67,7 +67,7 @@ def refined_tokens(network: Detector, text: Float[Tensor, "v t"]) -> Float[Tenso
 
 @torch.no_grad()
 def classifier(head: SimilarityHead, tokens: Float[Tensor, "v d"], features: ActivationStatistics) -> Linear:
-    """One logit a name, nearest to METR's similarity head for features with these activation_statistics."""
+    """One logit per name: the best linear fit to METR's similarity head for features with these statistics."""
     first, last = Linear.of(head.feature[0]), Linear.of(head.feature[2])  # type: ignore[arg-type]
     centre = first.weight @ features.mean + first.bias
     spread = (first.weight**2 @ features.deviation**2).sqrt().clamp(min=1e-6)
@@ -81,7 +81,7 @@ def classifier(head: SimilarityHead, tokens: Float[Tensor, "v d"], features: Act
 
 
 def _with_objectness(ask: Linear, objectness: nn.Linear | None) -> Linear:
-    """What a feature says of there being an object is said of every name."""
+    """Adds the objectness logit of a feature to the logit of every name."""
     return ask if objectness is None else Linear(weight=ask.weight + objectness.weight.detach(), bias=ask.bias)
 
 
@@ -125,7 +125,7 @@ class Fit:
     explained: float
 
     def __str__(self) -> str:
-        """In a few words."""
+        """A short description."""
         return f"fitted: {self.explained:.1%} of the variance"
 
 
@@ -139,7 +139,7 @@ def sample_boxes(number: int = _SAMPLES, seed: int = 0) -> Float[Tensor, "n 4"]:
 
 @torch.no_grad()
 def least_squares(inputs: Float[Tensor, "n i"], wanted: Float[Tensor, "n o"]) -> Linear:
-    """The linear layer that comes nearest, with a little ridge."""
+    """The linear layer of least squared error, with a little ridge regularisation."""
     mean, goal = inputs.mean(0), wanted.mean(0)
     centred = (inputs - mean).double()
     gram = centred.T @ centred

@@ -34,15 +34,15 @@ class Moved:
 
 @dataclass(frozen=True, kw_only=True)
 class TransferReport:
-    """The way of every weight.
+    """What became of every weight.
 
     Attributes:
-        source: What gave.
-        receiver: What received.
-        copied: Bit by bit.
-        reshaped: Stacked, cut, fitted or computed from the giver's.
-        afresh: The receiver's, as its own initialisation left them.
-        left_over: The giver's, which nothing took.
+        source: The detector that gave weights.
+        receiver: The detector that received them.
+        copied: Tensors copied bit by bit.
+        reshaped: Tensors stacked, cut, fitted or computed from the giver's.
+        afresh: The receiver's tensors that keep their own initialisation.
+        left_over: The giver's tensors that were not used.
         notes: What a reader should know: what differs in spite of equal weights, what did not fit and why.
     """
 
@@ -110,7 +110,7 @@ def _part(key: str) -> str:
 class StateTransfer:
     """What one detector gives another: tensors under the receiver's names, with where they come from.
 
-    `left_over` are the giver's keys that went into nothing.
+    `left_over` are the giver's keys that were not used.
     """
 
     state: State
@@ -188,7 +188,7 @@ def receive(
 
 
 def _left_over(keys: Iterable[str], moved: Iterable[Moved]) -> tuple[str, ...]:
-    """Those that nothing was made of."""
+    """The keys that no moved tensor was made from."""
     used = {source for one in moved for source in one.source}
     return tuple(key for key in keys if key not in used)
 
@@ -200,7 +200,7 @@ def _misfit(key: str, tensor: Tensor, own: Mapping[str, Tensor]) -> str:
 
 
 def _place(tensor: Tensor) -> Any:
-    """What is equal for one tensor under several names. Empty tensors have no address."""
+    """A key that is equal for one tensor under several names. Empty tensors have no address."""
     return tensor.data_ptr() or id(tensor)
 
 

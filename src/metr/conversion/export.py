@@ -70,11 +70,11 @@ def transfer(
     """METR's weights in a detector of transformers.
 
     Args:
-        target: Which.
+        target: The detector to build.
         network: METR's; on any device, and it stays as it is. What it gives is on the CPU.
-        names: What the detector is to find, label by label.
+        names: The detector's categories, in the order of its labels.
         text: Their text embeddings.
-        seed: Of the weights that start afresh.
+        seed: Seed of the weights that start afresh.
 
     Raises:
         ConfigError: there is no name, or one is given twice.
@@ -102,7 +102,7 @@ def variances(backbone: Backbone, model: Any, prefix: str) -> dict[str, Derived]
     Args:
         backbone: METR's.
         model: The detector of transformers.
-        prefix: Of its backbone's keys.
+        prefix: The prefix of its backbone's keys.
     """
     own, moved = dict(backbone.named_modules()), dict[str, Derived]()
     for name, module in model.named_modules():
@@ -119,7 +119,7 @@ def variances(backbone: Backbone, model: Any, prefix: str) -> dict[str, Derived]
 
 
 def colours_of(network: Detector) -> Colours:
-    """Mean and deviation of the images that the backbone was made for, of 0..1."""
+    """Mean and deviation of the backbone's input normalisation, for images in 0..1."""
     backbone = network.backbone
     mean, std = ([float(value) for value in colour.flatten()] for colour in (backbone.mean, backbone.std))
     return tuple(mean), tuple(std)
@@ -135,7 +135,7 @@ def _on_cpu(network: Detector) -> Detector:
 
 
 def _bare(network: Detector) -> Any:
-    """Its configuration, with which nothing is fetched."""
+    """Its configuration, without downloading pretrained weights."""
     backbone = network.backbone.config.model_copy(update={"pretrained": False})
     return network.config.model_copy(update={"backbone": backbone})
 

@@ -1,4 +1,4 @@
-"""A detector of transformers, DINO or the METR of its authors becomes METR."""
+"""Imports a detector of transformers, DINO or the METR of its authors into METR."""
 
 import logging
 from collections.abc import Mapping
@@ -29,19 +29,19 @@ logger = logging.getLogger(__name__)
 _STRIDES = (4, 8, 16, 32)
 # names that stand for no category in the labels of published detectors
 _NO_NAMES = ("LABEL_", "N/A")
-# of the mean variance of the text embeddings: as the recipes start the text projection
+# ridge of the text projection's whitening, as a fraction of the embeddings' mean variance; as in the recipes
 _RIDGE = 0.1
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Unannotated:
-    """What another detector has for METR.
+    """What METR takes from another detector.
 
     Attributes:
-        title: Who it is.
-        config: The METR that its weights fit.
+        title: The detector's name.
+        config: The METR configuration that its weights fit.
         giving: Its weights under METR's names.
-        names: Of its categories, as far as it names them.
+        names: Its categories, as far as it names them.
         resize: How its images are resized, if that is known.
         prompts: Text embeddings that are kept with the weights, of unnamed categories.
     """
@@ -70,7 +70,7 @@ def adopt(published: Unannotated, text: Float[Tensor, "v t"], seed: int = 0) -> 
     Args:
         published: What the other detector has.
         text: Text embeddings of the names that METR is to know: the text projection starts where these are told apart.
-        seed: Of the weights that start afresh.
+        seed: Seed of the weights that start afresh.
 
     Raises:
         ModelError: nothing fits.
@@ -184,7 +184,7 @@ def _coloured(backbone: BackboneConfig, preprocessing: Mapping[str, Any]) -> Bac
 
 
 def _resize(preprocessing: Mapping[str, Any]) -> ResizeConfig | None:
-    """METR's way to resize an image that comes nearest."""
+    """METR's nearest equivalent of the detector's resizing."""
     size = preprocessing.get("size") or {}
     if size.get("shortest_edge"):
         longest = size.get("longest_edge") or ResizeConfig().longest
@@ -195,6 +195,6 @@ def _resize(preprocessing: Mapping[str, Any]) -> ResizeConfig | None:
 
 
 def _names(config: Any) -> tuple[str, ...]:
-    """The names of its labels that name something, each once."""
+    """The names of its labels without placeholders, each once."""
     labels = [str(name).strip() for _, name in sorted(config.id2label.items())]
     return tuple(dict.fromkeys(name for name in labels if name and not name.startswith(_NO_NAMES)))

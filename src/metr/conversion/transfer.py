@@ -102,7 +102,7 @@ def trainer_batch(processor: Any, records: Sequence[ImageRecord]) -> dict[str, A
 
     Args:
         processor: The detector's image processor.
-        records: Of a dataset's split, whose categories are the detector's labels.
+        records: Records of a split whose categories are the detector's labels.
 
     Raises:
         DataError: an image cannot be read.
@@ -128,8 +128,8 @@ def from_detector(
     Args:
         source: A folder of transformers (Deformable DETR, RT-DETR, D-FINE), or a `.pth` file of IDEA-Research's DINO or
             of METR's authors. Nothing in it is executed.
-        names: What it is to know; by default the detector's labels. Of METR's authors' names there are as many as
-            embeddings in the file, in that order, or they are others.
+        names: The vocabulary; by default the detector's labels. A file of METR's authors has no names: give as many
+            as it has embeddings, in their order, or others.
         text: The text encoder; by default the bundled one.
         device: Where the network goes.
 
@@ -173,9 +173,9 @@ def import_detector(
 
 
 def _rates() -> Tree:
-    """What fine-tuning begins with: batch and optimizer of detectors of this size, as METR base is trained.
+    """Settings that fine-tuning starts from: batch and optimizer of METR base.
 
-    Losses and augmentation are METR's own: how the detector was trained, its files do not say.
+    Losses and augmentation are METR's own, because the detector's files do not say how it was trained.
     """
     told = left_to_finetuning(load_recipe("base"))
     return {part: told[part] for part in ("loader", "train")}

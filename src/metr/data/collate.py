@@ -1,7 +1,7 @@
-"""Examples to batches.
+"""Collates examples into batches.
 
 A worker sends a batch as one block of bytes and six arrays of targets, however many images it holds: few shared memory
-files. The training process moves them to the device and makes floats of the bytes there.
+files. The training process moves them to the device and converts bytes to floats there.
 """
 
 from collections.abc import Sequence
@@ -52,7 +52,7 @@ class Collated:
     issues: tuple[DataIssue, ...]
 
     def pin_memory(self) -> "Collated":
-        """The same with its pixels in page-locked memory; the data loader calls this."""
+        """A copy with its pixels in page-locked memory; the data loader calls this."""
         if self.batch is None:
             return self
         return replace(self, batch=replace(self.batch, pixels=self.batch.pixels.pin_memory()))

@@ -24,7 +24,7 @@ class ResizeConfig(Config):
     size: PositiveInt = 320
     """Pixels: both sides with `stretch`, the shorter side with `fit`."""
     longest: PositiveInt = 1333
-    """Pixels: an upper limit of the longer side with `fit`."""
+    """Pixels: maximum of the longer side with `fit`."""
 
 
 class AugmentationConfig(Config):
@@ -33,13 +33,13 @@ class AugmentationConfig(Config):
     resize: ResizeConfig = ResizeConfig()
     """The shape in which images enter the network, in training and in evaluation."""
     sizes: tuple[PositiveInt, ...] = ()
-    """Pixels: sizes that training chooses from, one a batch, in place of `resize.size`. Empty: that size alone."""
+    """Pixels: sizes to choose from for each training batch, in place of `resize.size`. Empty: that size alone."""
     flip: Fraction = 0.5
     """Fraction of images that are mirrored."""
     crop: Fraction = 0.5
     """Fraction of images that are cropped (zoom-in). A crop keeps at least one object where there is one."""
     crop_area: tuple[Fraction, Fraction] = (0.3, 1.0)
-    """Fraction of the image's area that a crop has: least and most."""
+    """Area of a crop as a fraction of the image's: minimum and maximum."""
     crop_aspect: Annotated[float, Field(ge=1)] = 1.33
     """A crop's width over its height, both as fractions of the image's sides: at most this, at least its inverse."""
     min_visible: Fraction = 0.4
@@ -48,7 +48,7 @@ class AugmentationConfig(Config):
     zoom_out: Fraction = 0.3
     """Fraction of images that are placed, smaller, on a canvas (zoom-out). Never together with a crop."""
     zoom_out_ratio: Annotated[float, Field(ge=1)] = 2.0
-    """The canvas's sides over the image's, at most."""
+    """Maximum ratio of the canvas's sides to the image's."""
     fill: Colour = MEAN_COLOUR
     """The canvas's colour: RGB, 0 to 255."""
     colour: Fraction = 0.8
@@ -75,7 +75,7 @@ class LoaderConfig(Config):
     """How training images are mixed and loaded."""
 
     batch_size: PositiveInt = 8
-    """Images a step and process."""
+    """Images per step and process."""
     workers: Annotated[int, Field(ge=0)] | None = None
     """Processes that read images; 0 reads in the training process. None: the spare cores, at most 8."""
     prefetch: PositiveInt = 2
@@ -84,7 +84,7 @@ class LoaderConfig(Config):
     """How often each dataset is sampled: `proportional` to its images, to their square root (`sqrt`), all alike
     (`equal`), or a weight for each dataset by name."""
     repeat_threshold: Fraction = 0.0
-    """A category that fewer than this fraction of a dataset's images show is rare: its images come more often in an
-    epoch, by the root of how much rarer it is. 0: every image comes once."""
+    """A category in a fraction f of a dataset's images is rare if f is below this: an epoch then repeats its images
+    sqrt(this / f) times. 0: every image comes once."""
     multiple: PositiveInt = 32
     """Pixels: the sides of a batch are padded to multiples of this, the coarsest stride of the network."""

@@ -1,4 +1,4 @@
-"""One image at a time with its targets: reads it, transforms it, and puts its labels in terms of the vocabulary."""
+"""Reads one image at a time, transforms it, and maps its labels to rows of the vocabulary."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -61,7 +61,7 @@ class DetectionDataset(Dataset[Example | Missing]):
         annotations: Where records come from; the worker processes share it.
         vocabulary: Lists this dataset under `annotations.name`.
         transforms: Resize and augment.
-        unannotated: How a category counts that the dataset does not annotate: "negative" assumes that it is absent;
+        unannotated: How to treat a category that the dataset does not annotate: "negative" assumes that it is absent;
             otherwise nothing is known of it.
         covered_names: True at the names that at least one dataset of the run annotates; "negative" assumes only these
             to be absent. By default all names.
@@ -117,7 +117,7 @@ class DetectionDataset(Dataset[Example | Missing]):
         declared = record if issue is not None and issue.kind == "orientation" else stored
         sample = Sample(image=image, boxes=record.boxes, labels=record.labels, ignore=record.ignore)
         sample = self.transforms(sample, rng, size)
-        # Channels stay last in memory: nothing is copied, and convolutions are faster so.
+        # Channels stay last in memory: this avoids a copy and makes convolutions faster.
         pixels = torch.from_numpy(np.ascontiguousarray(sample.image)).permute(2, 0, 1)
         return Example(
             image=pixels,

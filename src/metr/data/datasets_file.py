@@ -36,7 +36,7 @@ class DatasetConfig(Config):
     """One dataset of a run: where it is and how it is read. Category names are meant after `renames`."""
 
     name: Annotated[str, Field(min_length=1)]
-    """How messages, results and vocabularies call the dataset."""
+    """The dataset's name in messages, results and vocabularies."""
     path: Path
     """Its folder, or its one annotation file."""
     format: FormatName | None = None
@@ -44,13 +44,13 @@ class DatasetConfig(Config):
     splits: dict[SplitName, tuple[str, ...] | str] | None = None
     """Which of the dataset's own splits are train, val and test. None: by the convention of the format."""
     weight: Annotated[float, Field(gt=0)] = 1.0
-    """How much of a batch the dataset gets, relative to the others."""
+    """Sampling weight of the dataset, relative to the others."""
     prompts: dict[str, str] = Field(default_factory=dict)
     """Category name -> the phrase that the text encoder reads instead of it."""
     renames: dict[str, str] = Field(default_factory=dict)
     """Category name in the files -> category name here. Several may become one."""
     exhaustive: tuple[str, ...] | None = None
-    """The categories that are annotated wherever they can be seen. None: what the format says, mostly all."""
+    """The categories annotated exhaustively, in every image. None: as the format says, mostly all."""
 
 
 class DatasetsFile(Config):
@@ -65,10 +65,10 @@ class DatasetSource:
     """An opened dataset.
 
     Attributes:
-        name: How messages, results and vocabularies call it.
+        name: Its name in messages, results and vocabularies.
         format: The format that its files are written in.
         root: Its folder.
-        config: How the user named it, with all options.
+        config: The user's description of it, with all options.
         categories: Its names in the order of the labels.
         splits: Its annotations by split.
         issues: The first issues of each kind that were found while it was read.
@@ -209,7 +209,7 @@ def _as_tuple(value: tuple[str, ...] | str) -> tuple[str, ...]:
 
 
 def _kept_names(manifest: Manifest, notes: list[DataIssue]) -> list[str]:
-    """The names but for supercategories of others without a box of their own (category 0 of Roboflow's COCO files)."""
+    """The names, without supercategories of others that have no box (category 0 of Roboflow's COCO files)."""
     heads = {parent for name, parent in manifest.parents.items() if parent != name}
     kept = []
     for name, count in zip(manifest.names, manifest.counts, strict=True):

@@ -106,7 +106,7 @@ def load_image(image: object, where: object) -> UInt8[np.ndarray, "h w 3"]:
         where: What error messages call it, if it is no path.
 
     Raises:
-        DataError: it cannot be read or decoded, or is nothing of the three.
+        DataError: it cannot be read or decoded, or is none of the three.
     """
     if isinstance(image, str | Path):
         return read_image(Path(image))

@@ -25,7 +25,7 @@ _TOLD = 6  # categories in a message
 
 
 class SubsetConfig(Config):
-    """Which part of the training images is used; of every dataset the same."""
+    """Which part of each dataset's training images is used."""
 
     shots: Annotated[int, Field(ge=1)] | None = None
     """Train on so few images that each category has this many objects, or all that it has. None: on all images."""
@@ -42,7 +42,7 @@ class SubsetConfig(Config):
 
     @property
     def whole(self) -> bool:
-        """Whether nothing is left out."""
+        """Whether all images are used."""
         return self.shots is None and self.fraction in {None, 1.0}
 
 
@@ -69,7 +69,7 @@ class Subset:
 
     @property
     def format(self) -> str:
-        """What the files are written in."""
+        """The format of the files."""
         return self.whole.format
 
     @property
@@ -79,7 +79,7 @@ class Subset:
 
     @property
     def issues(self) -> Sequence[DataIssue]:
-        """What reading the whole split went past."""
+        """The issues found while the whole split was read."""
         return self.whole.issues
 
     def __len__(self) -> int:
@@ -107,7 +107,7 @@ def subset_of(annotations: Annotations, config: SubsetConfig) -> Annotations:
 
 
 def _with_shots(annotations: Annotations, order: Int[np.ndarray, "n"], shots: int) -> Int[np.ndarray, "m"]:
-    """In the given order, every image that shows an object of a category of which fewer than `shots` came before.
+    """Takes images in the given order: each that has an object of a category with fewer than `shots` so far.
 
     So each category has `shots` objects, or all it has, as in the few-shot protocol of ODinW (Li et al., 2022).
     Images keep all their boxes, hence common categories may have more: to drop boxes, as in TFA (Wang et al., 2020),
@@ -136,7 +136,7 @@ def shortage(annotations: Annotations, shots: int) -> str:
 
 
 def _keys(annotations: Annotations) -> list[str]:
-    """What names each image wherever the dataset lies."""
+    """A key for each image that does not depend on where the dataset lies."""
     if isinstance(annotations, AnnotationIndex):
         return annotations.relative_paths()
     return [str(annotations[index].image_id) for index in range(len(annotations))]
@@ -164,7 +164,7 @@ class JointData:
 
     @property
     def lengths(self) -> dict[str, int]:
-        """Training images of each dataset, by name."""
+        """Number of training images of each dataset, by name."""
         return {source.name: len(self.train_split(source)) for source in self.sources}
 
     def training(self, augmentation: AugmentationConfig, unannotated: Unannotated) -> list[DetectionDataset]:

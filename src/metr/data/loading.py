@@ -66,7 +66,7 @@ class TrainLoader:
         """Batches on the device, without end.
 
         Raises:
-            DataError: a dataset has hardly a readable image, or a process that reads images died.
+            DataError: too many images in a row cannot be read, or a process that reads images died.
         """
         for collated in _collated(self._loader):
             self._issues.add(collated.issues)
@@ -167,10 +167,10 @@ def build_evaluation_loader(
     world: int = 1,
     device: torch.device = CPU,
 ) -> EvaluationLoader:
-    """A loader of all images of `dataset`; process `rank` of `world` gets every `world`-th.
+    """A loader of all images of `dataset`; of `world` processes each gets every `world`-th image.
 
     Args:
-        dataset: With transforms of evaluation.
+        dataset: A dataset with evaluation transforms.
         batch_size: Images a batch, at most.
         workers: Processes that read images; None for the spare cores.
         multiple: Pixels: sides are padded to multiples of this.

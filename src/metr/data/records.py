@@ -36,7 +36,7 @@ _WORDS = {
 
 @dataclass(frozen=True, kw_only=True)
 class SplitPlan:
-    """Which of a dataset's own splits METR's splits are made of.
+    """Which of a dataset's own splits make up each of METR's splits.
 
     `seeded` says that a part of "train" has to be held out as "val": the dataset has nothing else to evaluate on.
     """
@@ -78,7 +78,7 @@ def hold_out(keys: Sequence[str], *, seed: int = 0, fraction: float = HELD_OUT) 
     """True for the images of a seeded split that are held out.
 
     An image's place in the order depends on its key and the seed alone, so adding images hardly changes the others.
-    What has one key, such as the captions of an image, stays together. At least one of two or more keys is held out.
+    Entries with one key, such as the captions of an image, stay together. At least one of two or more keys is held out.
     """
     different = sorted(set(keys))
     order = seeded_order(different, seed=seed)[: max(1, round(fraction * len(different)))]
@@ -171,7 +171,7 @@ class Annotations(Protocol):
 
     @property
     def format(self) -> str:
-        """What the files are written in."""
+        """The format of the files."""
         ...
 
     @property

@@ -23,7 +23,7 @@ BLOCK = 4096
 
 
 class RandomStream(IntEnum):
-    """What random numbers are for; each purpose has a stream of its own."""
+    """The purposes of random numbers; each has a stream of its own."""
 
     EXAMPLE = 0
     DATASET = 1
@@ -59,7 +59,7 @@ class MixedSampler(Sampler[list[SampleKey]]):
         images: Images of each dataset, by name, in the order in which samples number the datasets: how many there
             are, or how often an epoch shows each of them (see `repeat_factors`).
         weights: The fraction of samples of each dataset, by name (see `mixture_weights`).
-        batch_size: Samples a batch and process.
+        batch_size: Samples per batch and process.
         seed: Decides the whole sequence.
         rank: This process's number; it takes the samples whose number is `rank` modulo `world`.
         world: The number of processes.
@@ -105,7 +105,7 @@ class MixedSampler(Sampler[list[SampleKey]]):
         return self.start + steps * self.batch_size * self.world
 
     def epochs(self, samples: int) -> dict[str, float]:
-        """How many epochs of each dataset the first `samples` samples of all processes are."""
+        """The number of epochs of each dataset in the first `samples` samples of all processes."""
         counts = self._counts(samples).tolist()
         return {name: epochs.seen(count) for (name, epochs), count in zip(self._epochs.items(), counts, strict=True)}
 
@@ -183,8 +183,8 @@ class Epochs:
     """An endless sequence of one dataset's images; every epoch is a new shuffle of all of them.
 
     Which image comes as number n is a function of seed, key and n alone. An epoch shows each image once. With repeats,
-    it shows an image as often as the whole part of its number says, and once more with the probability of the rest,
-    chosen anew for each epoch.
+    an image with repeat factor r comes floor(r) times, and once more with probability r - floor(r), drawn anew for
+    each epoch.
 
     Args:
         images: How many there are, or how often an epoch shows each on average (at least once).

@@ -1,4 +1,4 @@
-"""The transforms of an image and its boxes, in their order: window and resize, flip, colour jitter.
+"""Transforms of an image and its boxes, in this order: window and resize, flip, colour jitter.
 
 Colour jitter is one matrix: brightness, contrast, saturation and hue are all linear in RGB.
 """
@@ -167,7 +167,7 @@ def _draw(
     to_output = np.array([shape[1] / window.width, shape[0] / window.height])
     start = np.tile(window.corners[:2], 2)
     target = np.round((inner - start) * np.tile(to_output, 2))
-    # One pixel of the output at least, and inside it.
+    # At least one pixel of the output, and inside it.
     target[:2] = np.minimum(target[:2], np.array([shape[1], shape[0]]) - 1)
     target[2:] = np.maximum(target[2:], target[:2] + 1)
     x0, y0, x1, y1 = target.astype(int).tolist()

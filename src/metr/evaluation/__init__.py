@@ -1,1 +1,1 @@
-"""The COCO protocol, and what one joint detector does to each dataset."""
+"""Evaluates a joint detector on each dataset by the COCO protocol."""

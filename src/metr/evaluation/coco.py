@@ -1,4 +1,4 @@
-"""The COCO protocol for boxes: average precision over IoU 0.50:0.95, at most 100 detections an image.
+"""The COCO protocol for boxes: average precision over IoU 0.50:0.95, at most 100 detections per image.
 
 All scores are on the scale 0 to 100, or None where there is nothing to score.
 """
@@ -33,7 +33,7 @@ class CategoryResult:
 
 @dataclass(frozen=True, kw_only=True)
 class CocoResult:
-    """The COCO numbers of one dataset. Categories without objects are not in the means.
+    """The COCO numbers of one dataset. Means leave out categories without objects.
 
     Small, medium and large objects are told apart at annotated areas of 32 x 32 and 96 x 96 square pixels.
     """
@@ -55,17 +55,17 @@ def evaluate_detections(
     detections: Mapping[ImageId, Detections],
     names: Sequence[str] | None = None,
 ) -> CocoResult:
-    """Scores detections against the annotations of one dataset; `CocoScorer` says how and takes the same arguments."""
+    """Scores detections against the annotations of one dataset; `CocoScorer` describes the rules and the arguments."""
     return CocoScorer(annotations, names).score(detections)
 
 
 class CocoScorer:
     """Scores detections against the annotations of one dataset; one scorer serves several detectors or vocabularies.
 
-    Only the 100 best detections of each image count. Of these, detections are then left out whose name the dataset does
-    not have. In an image where a category is not annotated exhaustively, its annotated objects count as found or
-    missed, and its other detections count neither as right nor as wrong (LVIS's rule; Gupta et al., 2019). An image
-    without an entry counts as one without detections.
+    Only the 100 best detections of each image count. Those whose name is not in the dataset are then left out. In
+    an image where a category is not annotated exhaustively, its annotated objects count as found or missed, and its
+    other detections count neither as right nor as wrong (LVIS's rule; Gupta et al., 2019). An image without an entry
+    counts as one without detections.
 
     Args:
         annotations: The objects to find; ignored boxes are crowds, areas are those of the records.
@@ -135,7 +135,7 @@ def _truth(records: Sequence[ImageRecord], categories: Sequence[str], labels: Se
 
 
 def _annotated_somewhere(records: Sequence[ImageRecord], labels: Sequence[int]) -> set[int]:
-    """The categories that are annotated exhaustively in some image; of others no detection could be wrong."""
+    """The categories annotated exhaustively in some image; no detection of another category can count as wrong."""
     scored: set[int] = set()
     for record in records:
         if record.annotated is None:
@@ -155,7 +155,7 @@ def _objects(record: ImageRecord, image_id: int, labels: Sequence[int]) -> list[
 
 
 def _scored_there(record: ImageRecord, labels: Sequence[int]) -> set[int]:
-    """The categories of which detections in an image are scored."""
+    """The categories whose detections are scored in an image."""
     if record.annotated is None:
         return set(labels)
     return {labels[label] for label in (*record.annotated, *record.labels.tolist())}

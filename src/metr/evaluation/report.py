@@ -50,7 +50,7 @@ def write_report(report: EvaluationReport, folder: Path) -> tuple[Path, Path, Pa
 
 
 def as_markdown(report: EvaluationReport) -> str:
-    """The report as a page: one row a dataset, cross-dataset confusion, one table of categories a dataset."""
+    """The report in Markdown: a row per dataset, cross-dataset confusion, a table of categories per dataset."""
     parts = ["# Evaluation", _preface(report), dataset_table(report)]
     if report.confusion is not None:
         parts += ["## Cross-dataset confusion", _confusion_note(report.confusion), _confusion_table(report.confusion)]
@@ -60,10 +60,10 @@ def as_markdown(report: EvaluationReport) -> str:
 
 
 def dataset_table(report: EvaluationReport) -> str:
-    """One row a dataset and one for the mean, in Markdown: AP with each vocabulary, recall, confusion."""
+    """One row per dataset and one for the mean, in Markdown: AP with each vocabulary, recall, confusion."""
     modes = report.modes
     kept = sorted({k for one in report.datasets for mode in modes for k in _part(one, mode).recall})
-    # Of two vocabularies, the large one is where keeping the right categories is hard.
+    # With two vocabularies, presence recall is shown for the larger, where it is harder.
     hardest = modes[-1]
     head = ["dataset", "images", "objects", "names"]
     head += [f"{metric} ({TITLES[mode]})" for mode in modes for metric in ("AP", "AP50")]
@@ -84,7 +84,7 @@ def dataset_table(report: EvaluationReport) -> str:
 
 
 def category_table(dataset: DatasetReport) -> str:
-    """One row a category of a dataset, in Markdown."""
+    """One row per category of a dataset, in Markdown."""
     parts = [(mode, part) for mode in MODES if (part := dataset.part(mode)) is not None]
     head = ["category", "objects", *(f"{metric} ({TITLES[mode]})" for mode, _ in parts for metric in ("AP", "AP50"))]
     rows = []
@@ -211,5 +211,5 @@ def _number(value: float | None) -> str:
 
 
 def _cell(text: str) -> str:
-    """A name as it may stand in a Markdown table."""
+    """A name, escaped for a Markdown table."""
     return text.replace("|", "\\|").replace("\n", " ")

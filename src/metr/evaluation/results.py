@@ -1,4 +1,4 @@
-"""What is evaluated and what comes of it: configuration, reports, recall of presence, cross-dataset confusion."""
+"""Evaluation's configuration and results: reports, presence recall, cross-dataset confusion."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -24,9 +24,9 @@ NO_DOMAIN = "no domain"
 
 @dataclass(frozen=True, kw_only=True)
 class PresenceRecall:
-    """Counts that add up over batches: of `pairs` (image, category present in it), `hits[k]` were kept by `k`.
+    """Counts, summed over batches: of `pairs` (image, category present in it), `hits[k]` are kept at `k`.
 
-    Kept by `k` means: among the `k` most likely categories of the image.
+    A pair is kept at `k` if its category is among the image's `k` most likely ones.
     """
 
     pairs: int = 0
@@ -47,11 +47,11 @@ class PresenceRecall:
 def presence_recall(
     logits: Float[Tensor, "b v"], present: Bool[Tensor, "b v"], kept: Sequence[int] = DEFAULT_KEPT
 ) -> PresenceRecall:
-    """Counts which categories that are present stand among the most likely ones.
+    """Counts how many present categories are among the most likely ones.
 
     Args:
-        logits: Presence logits of the last extraction block; of equal ones the earlier row comes first. What is at -inf
-            was not shortlisted, and is kept by no number.
+        logits: Presence logits of the last extraction block; ties go to the earlier row. A category at -inf was not
+            shortlisted, and is kept at no `k`.
         present: Where a category is annotated and has an object.
         kept: The numbers of categories to keep.
     """
@@ -63,12 +63,11 @@ def presence_recall(
 
 @dataclass(frozen=True, kw_only=True)
 class CrossDatasetConfusion:
-    """What the best detections name, by domain.
+    """Which domains the best detections name.
 
     `counts[i][j]` is how many detections in images of `domains[i]` name `domains[j]`. A name of several domains counts
-    for the image's own where that is one of them, else for each in equal parts. `shares` is the share that names
-    another domain, on the scale 0 to 100, for each dataset; `pooled` that of all detections together; None where
-    nothing was detected.
+    for the image's own domain if that is one of them, else for each in equal parts. `shares` is the share that names
+    another domain, 0 to 100, for each dataset; `pooled` is that of all detections together. None: nothing detected.
     """
 
     domains: tuple[str, ...]
@@ -80,7 +79,7 @@ class CrossDatasetConfusion:
 def count_best_names(annotations: Annotations, detections: Mapping[ImageId, Detections]) -> Counter[str]:
     """How often each name occurs among the n best detections of each image, n being its number of objects.
 
-    So the long tail of weak detections does not count.
+    This leaves out the long tail of weak detections.
 
     Args:
         annotations: What the images show; crowds are no objects.
@@ -154,17 +153,17 @@ class EvaluationConfig(Config):
     """What is evaluated, and how."""
 
     modes: Annotated[tuple[Mode, ...], Field(min_length=1)] = MODES
-    """Vocabularies: `own` asks for a dataset's own names, `joint` for all names of all datasets at once."""
+    """Vocabularies to evaluate with: `own`, each dataset's own names; `joint`, all names of all datasets."""
     recall_at: tuple[PositiveInt, ...] = DEFAULT_KEPT
-    """Numbers of most likely categories for which the recall of present ones is told."""
+    """Values of K for presence recall: the recall of present categories among the K most likely ones."""
     domains: dict[str, str] = Field(default_factory=dict)
     """The domain of each dataset, for the cross-dataset confusion; one that is not named is a domain of its own."""
     outside_mean: tuple[str, ...] = ()
-    """Datasets that are told beside the mean over datasets, not in it."""
+    """Datasets that are reported, but left out of the mean over datasets."""
     precision: Precision = "fp32"
     """Arithmetic of the network (autocast)."""
     postprocess: PostprocessConfig = PostprocessConfig()
-    """How answers become detections; the protocol wants its defaults."""
+    """How the network's outputs become detections; the COCO protocol needs the defaults."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +177,7 @@ class ModeReport:
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetReport:
-    """What the detector did to one dataset. `missing` images could not be read, and are not in any number."""
+    """The results on one dataset. `missing` images could not be read, and are not in any number."""
 
     name: str
     split: str
@@ -194,16 +193,16 @@ class DatasetReport:
         return self.own if mode == "own" else self.joint
 
     def ap(self, mode: Mode) -> float | None:
-        """COCO AP with one vocabulary; None where that was not evaluated or nothing is to be found."""
+        """COCO AP with one vocabulary; None without such an evaluation or without objects."""
         part = self.part(mode)
         return None if part is None else part.coco.ap
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluationReport:
-    """What the detector did to each dataset.
+    """The results on each dataset.
 
-    `unannotated` says how training treated unannotated categories, `weights` is the type of those on disk ("float16").
+    `unannotated` says how training treated unannotated categories, `weights` is their type on disk ("float16").
     """
 
     datasets: tuple[DatasetReport, ...]

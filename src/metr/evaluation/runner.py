@@ -61,8 +61,8 @@ def evaluate(
         data: One dataset or several: folders, name=folder, or YAML files that list some; training need not have seen
             them.
         out: The folder where the report goes as JSON, Markdown and a chart, made if missing; None writes nothing.
-        split: Of each dataset; by default val, else test.
-        batch_size: Images a step.
+        split: The split of each dataset; by default val, else test.
+        batch_size: Images per step.
         device: Where the network runs, if it is loaded here.
         config: Modes, domains and post-processing.
         console: Where progress and the table are shown.
@@ -109,14 +109,14 @@ class EvaluationSet:
 
 
 class EvaluationRunner:
-    """Evaluates networks on the same datasets again and again.
+    """Evaluates networks repeatedly on the same datasets.
 
     Args:
         vocabulary: All names.
         text: Their embeddings [v t].
         sets: One split of each dataset, by name. The header of each of their images is read here.
         resize: The shape in which images enter the network.
-        loader: Images a step, who reads them, and to what they are padded; the rest is of training.
+        loader: Batch size, workers and padding; its other settings concern training only.
         config: Modes, domains and post-processing.
     """
 
@@ -157,7 +157,7 @@ class EvaluationRunner:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class _Question:
-    """A vocabulary to run the network with; `columns[c]` is where a dataset's category c stands in it."""
+    """A vocabulary to run the network with; `columns[c]` is the row of the dataset's category c in it."""
 
     names: tuple[str, ...]
     text: Float[Tensor, "v t"]
@@ -166,7 +166,7 @@ class _Question:
 
 @dataclass
 class _Answers:
-    """What the network has answered so far for the images of a dataset."""
+    """The network's outputs so far for the images of a dataset."""
 
     detections: dict[ImageId, Detections] = field(default_factory=dict)
     recall: PresenceRecall = field(default_factory=PresenceRecall)
@@ -179,7 +179,7 @@ class Evaluator:
         text: The embedding of each name of the vocabulary.
         vocabulary: All names; its datasets say which domains have which names.
         config: Modes, recall, domains, post-processing.
-        progress: Called after each batch with the dataset's name, its images done, its images in all.
+        progress: Called after each batch with the dataset's name, and its number of images done and in all.
 
     Raises:
         ModelError: `text` does not have a row for each name.
@@ -307,7 +307,7 @@ class Evaluator:
     def _confusion(
         self, named: Mapping[str, Counter[str]], sets: Sequence[EvaluationSet]
     ) -> CrossDatasetConfusion | None:
-        """None where there is but one domain, or where the joint vocabulary was not evaluated."""
+        """The confusion; None with a single domain, or without the joint vocabulary."""
         evaluated = {item.annotations.name: tuple(map(str.strip, item.annotations.categories)) for item in sets}
         categories = {**self.vocabulary.datasets, **evaluated}
         domains = {dataset: self.config.domains.get(dataset, dataset) for dataset in categories}
@@ -345,7 +345,7 @@ def _shown(batch: Batch, records: Mapping[ImageId, ImageRecord], dataset: str) -
 
 
 def _present(records: Sequence[ImageRecord], columns: Sequence[int], names: int) -> Bool[Tensor, "b v"]:
-    """Where a category is annotated in an image and has an object there."""
+    """True where a category is annotated in an image and has an object there."""
     present = torch.zeros(len(records), names, dtype=torch.bool)
     for row, record in zip(present, records, strict=True):
         labels = {*record.labels[~record.ignore].tolist()}

@@ -1,1 +1,1 @@
-"""From the network's answer to detections."""
+"""From the network's output to detections."""

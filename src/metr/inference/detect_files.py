@@ -1,4 +1,4 @@
-"""The verb detect: images and folders go in, drawn images and COCO results come out."""
+"""Detection in image files (`metr detect`): writes drawn images and COCO results."""
 
 import os
 from collections import Counter
@@ -31,13 +31,13 @@ def detect_files(
     `categories` (id, name), so that `COCO("images.json").loadRes("detections.json")` works.
 
     Args:
-        predictor: Knows the names and the least score; `METR.predictor` makes one.
+        predictor: Decides the names and the lowest score; `METR.predictor` makes one.
         images: Files, and folders whose images are taken, those of their subfolders too.
         out: The folder to write; made if missing.
         console: Where progress and a summary are shown.
 
     Raises:
-        DataError: a path does not exist, none of them holds a readable image, or one would be drawn over.
+        DataError: a path does not exist, none holds a readable image, or a drawing would overwrite a given image.
     """
     console = console or Console(quiet=True)
     paths = _expanded(images, out)
@@ -76,7 +76,7 @@ def _expanded(images: Sequence[Path], out: Path) -> list[Path]:
 def _images_within(folder: Path) -> list[Path]:
     """The images in a folder and its subfolders, sorted. Links are followed; no folder is visited twice.
 
-    Links to nothing are included, so that they are reported.
+    Broken links are included, so that they are reported.
     """
     found, known = [], {_real(folder)}
     for place, folders, names in os.walk(folder, followlinks=True):
@@ -98,7 +98,7 @@ def _real(path: Path) -> Path:
 
 
 def _drawn(paths: Sequence[Path], out: Path) -> list[Path]:
-    """A file for each drawn image; where several images share a name, they are numbered.
+    """The path of each drawn image; images that share a name are numbered.
 
     Raises:
         DataError: an image would be drawn over one of the given images.

@@ -29,7 +29,7 @@ INK: Colour = (30, 30, 30)
 
 @dataclass(frozen=True, kw_only=True)
 class Mark:
-    """One box to draw: where, of which category, how sure, and dashed where it is a crowd to ignore."""
+    """One box to draw: its place, category and score; dashed if it is an ignored crowd."""
 
     box: Rectangle
     name: str
@@ -43,7 +43,7 @@ class Mark:
 
     @property
     def texts(self) -> tuple[str, ...]:
-        """What may stand at the box, the most telling first."""
+        """The possible labels of the box, the most informative first."""
         if self.score is None:
             return (legible(self.name),)
         number = f"{self.score:.2f}"
@@ -66,8 +66,8 @@ def record_marks(record: ImageRecord, categories: Sequence[str]) -> list[Mark]:
 def draw(image: UInt8[np.ndarray, "h w 3"], marks: Sequence[Mark], longest: int | None = None) -> np.ndarray:
     """The image with its boxes: large ones below small ones, labels where they cover each other least.
 
-    Where boxes stand so close that a label would cover another label or object, it shrinks to the score, or goes: the
-    colour, the same for a category name everywhere, still tells. The best scores choose their places first.
+    A label that would cover another label or object shrinks to the score, or is left out: the colour still identifies
+    the category, as it is the same everywhere. The best scores choose their places first.
 
     Args:
         image: RGB.
@@ -287,7 +287,7 @@ def font_file(text: str) -> Path:
     letters = {ord(letter) for letter in text}
     if letters <= _coverage(bundled):
         return bundled
-    from matplotlib.font_manager import fontManager  # builds a list of all fonts: only who needs it pays
+    from matplotlib.font_manager import fontManager  # imported only if needed: it builds a list of all fonts
 
     # A font of last resort claims every character and draws none.
     installed = sorted({Path(font.fname) for font in fontManager.ttflist if "lastresort" not in font.fname.lower()})

@@ -21,7 +21,7 @@ Row = dict[str, Any]
 
 
 def best_rows(found: Detections, image_id: ImageId, category_ids: Mapping[str, int], limit: int) -> list[Row]:
-    """The `limit` best detections of an image as rows of COCO results, less those whose name has no number."""
+    """The `limit` best detections of an image as rows of COCO results, without names that have no id."""
     order = found.scores.argsort(descending=True, stable=True)[:limit]
     boxes = xyxy_to_xywh(found.boxes[order].double()).tolist()
     return [
@@ -41,7 +41,7 @@ def coco_results(
     Args:
         detections: The detections of each image, by image id.
         category_ids: The number of each name; other names are left out.
-        max_detections: Most detections an image; all of them by default.
+        max_detections: Maximum number of detections per image; by default all.
     """
     return [
         {**row, "bbox": [round(side, 2) for side in row["bbox"]], "score": round(row["score"], 5)}
@@ -60,22 +60,22 @@ Precision = Literal["fp32", "bf16", "fp16"]
 
 
 class PostprocessConfig(Config):
-    """How the network's answers become detections."""
+    """How the network's outputs become detections."""
 
     max_detections: Annotated[int, Field(gt=0)] = 100
-    """Most detections an image, over all categories together; the COCO protocol's number."""
+    """Maximum number of detections per image, over all categories; the default is the COCO protocol's."""
     score_threshold: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """Least score of a detection. 0 keeps everything, as average precision wants it."""
+    """Lowest score of a detection. 0 keeps everything, as average precision needs."""
     presence_power: Annotated[float, Field(ge=0)] = 0.0
     """Exponent of the category's presence probability as a factor of the score; 0 leaves presence out."""
     nms_iou: Annotated[float, Field(ge=0, le=1)] | None = None
-    """Intersection over union above which the weaker of two boxes of one category goes; None keeps both."""
+    """NMS: IoU above which the weaker of two boxes of one category is dropped; None keeps both."""
     nms_across_names: bool = False
-    """Whether `nms_iou` is for boxes of different categories too: then a place keeps its best name only."""
+    """Whether `nms_iou` also applies across categories: overlapping boxes then keep only the best name."""
 
     @staticmethod
     def to_show(threshold: float) -> "PostprocessConfig":
-        """What people want to see, other than what a metric wants: sure detections, and one name a place.
+        """For showing to people rather than for metrics: confident detections only, one name per place.
 
         Raises:
             ConfigError: the threshold is not within 0..1.
@@ -88,11 +88,11 @@ class InferenceConfig(Config):
     """How images go through the network."""
 
     batch_size: Annotated[int, Field(gt=0)] = 8
-    """Most images of one step; only images of one shape share a step."""
+    """Maximum number of images per step; only images of one padded shape share a step."""
     precision: Precision = "fp32"
     """Arithmetic of the network (autocast); scores and boxes are finished in fp32."""
     postprocess: PostprocessConfig = PostprocessConfig()
-    """Which of the answers become detections."""
+    """Which of the outputs become detections."""
 
 
 def postprocess(
@@ -131,7 +131,7 @@ def postprocess(
     if config.nms_iou is not None:
         rivals = torch.zeros_like(labels) if config.nms_across_names else labels
         keep = keep & _survivors(boxes, rivals, keep, config.nms_iou)
-    # Whatever suppression took, the best of the rest are the first True values of each row.
+    # Rows are sorted by score, so the best that suppression left are the first True values.
     keep = keep & (keep.cumsum(1) <= config.max_detections)
     return tuple(
         Detections(boxes=b[k], scores=s[k], labels=n[k], names=vocabulary)
@@ -156,7 +156,7 @@ def _scores(output: DetectorOutput, labels: Int[Tensor, "b q"], presence_power: 
 
 
 def _pixels(boxes: Float[Tensor, "b q 4"], sizes: Sequence[tuple[int, int]]) -> Float[Tensor, "b 1 4"]:
-    """The factors that take corners from 0..1 to pixels."""
+    """The factors that scale corners from 0..1 to pixels."""
     scale = torch.tensor([(width, height, width, height) for height, width in sizes], dtype=boxes.dtype)
     return scale.to(boxes.device).reshape(-1, 1, 4)
 

@@ -21,7 +21,7 @@ from metr.models.category_extraction import ProjectedText
 from metr.models.detector import Detector
 from metr.structures import Detections, DetectorOutput
 
-# How many batches are read ahead, so that images of one shape find each other.
+# How many batches are read ahead, so that images of one shape can be batched together.
 _BATCHES_AHEAD = 4
 
 
@@ -41,7 +41,7 @@ class Prediction:
 
 @dataclass(frozen=True, kw_only=True)
 class _Loaded:
-    """An image as the network is to see it."""
+    """An image prepared for the network."""
 
     index: int
     source: str
@@ -59,7 +59,7 @@ class Predictor:
         resize: The shape in which images enter the network: that of its training.
         config: Batch size, precision, post-processing.
         device: Where the network is; by default where its first parameter is.
-        multiple: Pixels: sides are padded to multiples of this.
+        multiple: Sides are padded to multiples of this many pixels.
 
     Raises:
         ModelError: there are no names, or not one for each row of `text`.
@@ -137,7 +137,7 @@ class Predictor:
         images = pixels.to(self.device).to(torch.float32).div_(255)
         with inference(self.network, self.device, self.config.precision):
             output = self.network(images, padding, self._text_to_ask())
-        # Outside, so that the detections are ordinary tensors, which their owner may change.
+        # Outside inference mode, so that the detections are ordinary tensors, which callers may change.
         found = postprocess(output, [one.size for one in loaded], self.names, self.config.postprocess)
         return [one.to("cpu") for one in found]
 

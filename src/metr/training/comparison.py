@@ -21,7 +21,7 @@ _VOCABULARY = {"own": "own names", "joint": "all names"}
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """AP (0 to 100) of one dataset before and after, by vocabulary; None where there is nothing to find."""
+    """AP (0 to 100) of one dataset before and after, by vocabulary; None where there are no objects to find."""
 
     dataset: str
     role: Role
@@ -79,7 +79,7 @@ class Comparison:
 
 
 def keep_before(folder: Path, report: EvaluationReport) -> None:
-    """Writes the report of the checkpoint into a run folder, for a run that is resumed."""
+    """Writes the checkpoint's report into a run folder, so that a resumed run need not evaluate again."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / BEFORE, as_dict(report))
 
@@ -110,7 +110,7 @@ def show_comparison(comparison: Comparison, console: Console) -> None:
         if mean is not None:
             table.add_row(mean.dataset, "", *_cells(mean))
     console.print(table)
-    # whoever quotes these numbers should know
+    # this choice favours the new datasets: readers of the numbers should know
     note = "After: the best checkpoint of the run, chosen by the new datasets' own numbers."
     console.print(note, highlight=False, soft_wrap=True)
 

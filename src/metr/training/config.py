@@ -1,4 +1,4 @@
-"""Configuration of training, one class a part, and recipes: the whole configuration of a run."""
+"""Configuration of training, one class for each part, and recipes: the whole configuration of a run."""
 
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -27,18 +27,18 @@ class OptimizerConfig(Config):
     """AdamW, its parameter groups and gradient clipping."""
 
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
-    """Step size of everything but the backbone, at the peak of the schedule."""
+    """Peak learning rate of everything but the backbone."""
     backbone_multiplier: Annotated[float, Field(ge=0)] = 0.1
-    """The backbone's step size as a multiple of `learning_rate`; 0 freezes it."""
+    """The backbone's learning rate as a multiple of `learning_rate`; 0 freezes it."""
     layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Step size of a depth as a multiple of that of the depth above it: from what follows the encoder down to the
-    encoder, the backbone's last stage, ..., its stem. 1: all alike; `backbone_multiplier` comes on top."""
+    """Learning rate of a depth as a multiple of the rate one depth above. From the top: all that follows the encoder,
+    the encoder, the backbone's last stage, ..., its stem. 1: all alike. `backbone_multiplier` multiplies it further."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    """Decoupled decay a step and unit of learning rate; norms, biases and embeddings have none."""
+    """AdamW's decoupled weight decay; norms, biases and embeddings have none."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    """Decay a step of the averages of the gradient and of its square."""
+    """Decay rates of the running averages of the gradient and of its square."""
     epsilon: Annotated[float, Field(gt=0)] = 1e-8
-    """Added to the root of the averaged square."""
+    """Added to the root of the averaged squared gradient, for numerical stability."""
     clip_norm: Annotated[float, Field(ge=0)] = 0.1
     """Largest Euclidean norm of the whole gradient; 0 clips nothing."""
 
@@ -47,7 +47,7 @@ class ScheduleConfig(Config):
     """The learning rate over the steps, as a fraction of its peak."""
 
     kind: Literal["cosine", "flat_cosine", "constant"] = "cosine"
-    """What follows the warm-up: a half cosine at once, a flat stretch before it, or no fall at all."""
+    """What follows the warm-up: cosine decay, a constant stretch and then cosine decay, or a constant rate."""
     warmup_steps: Count = 500
     """Steps of linear warm-up, at most all of them."""
     flat_fraction: Fraction = 0.5
@@ -62,9 +62,9 @@ class EmaConfig(Config):
     enabled: bool = True
     """Whether the average is kept, evaluated and saved as the model's weights."""
     decay: Annotated[float, Field(ge=0, lt=1)] = 0.9999
-    """Fraction of the old average that a step keeps, once warm."""
+    """Fraction of the old average that a step keeps, after the warm-up of the decay."""
     tau: Annotated[float, Field(gt=0)] = 2000.0
-    """Steps by which the decay warms up: after n steps it is decay * (1 - exp(-n / tau))."""
+    """Time constant of the decay's warm-up, in steps: after n steps it is decay * (1 - exp(-n / tau))."""
 
 
 class PseudoLabelConfig(Config):
@@ -77,7 +77,7 @@ class PseudoLabelConfig(Config):
     object_above: Fraction = 0.6
     """Score over which such a detection becomes a pseudo-label."""
     objects: PositiveCount = 20
-    """Most pseudo-labels an image."""
+    """Maximum number of pseudo-labels per image."""
     same_object: Fraction = 0.5
     """IoU over which two boxes of one category are one object."""
 
@@ -90,7 +90,7 @@ class LoopConfig(Config):
     accumulation: PositiveCount = 1
     """Batches whose gradients are averaged for one step."""
     vocabulary_sample: Count = 0
-    """Most names of the vocabulary that a step uses: all that the batch shows, however many, then sampled negatives.
+    """Maximum number of names that a step uses: all those present in the batch, even if more, then sampled negatives.
     0 uses the whole vocabulary."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the network (autocast); `auto` is bf16 on GPUs that have it, otherwise fp32. Losses are fp32."""
@@ -156,8 +156,8 @@ class RunConfig(Config):
     """How training images are mixed and loaded."""
     unannotated: Unannotated = "negative"
     """What is learnt of a category that an image's dataset does not annotate. `ignore`: nothing. `negative`: category
-    extraction learns that it is not there; a box of it is still no mistake. `pseudo_label`: what the average of the
-    weights clearly answers (`train.pseudo_labels`), otherwise nothing."""
+    extraction learns that it is absent; predicted boxes of it are penalised only in `negative_slots`. `pseudo_label`:
+    what the average of the weights is confident about (`train.pseudo_labels`), otherwise nothing."""
     train: TrainConfig = TrainConfig()
     """How the network is trained."""
     inference: InferenceConfig = InferenceConfig()
@@ -179,7 +179,7 @@ def load_recipe(
 
     Args:
         size: Whose recipe is the beginning: "nano", "small" or "base".
-        config: Laid over it: a YAML file, or a whole configuration, which leaves nothing of the size's recipe.
+        config: Laid over it: a YAML file, or a whole configuration, which replaces the recipe.
         overrides: Laid over that: `["section.key=value", ...]`.
         changes: Laid over that: a nested mapping.
 
@@ -211,5 +211,5 @@ def changed_lines(recipe: RunConfig, config: RunConfig) -> list[str]:
 
 
 def _short(value: object) -> str:
-    """A value as YAML has it, on one line."""
+    """A value in YAML, on one line."""
     return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n").removesuffix("\n...")

@@ -1,4 +1,4 @@
-"""The verb finetune: a trained detector, new data, and what becomes of the old categories."""
+"""Fine-tuning a trained detector on new data (`metr finetune`), and AP before and after."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -44,7 +44,7 @@ from metr.training.trainer import Outcome, TrainingParts
 
 REQUEST = "finetuning.json"
 """The file of the run folder that says what was asked for, besides the configuration."""
-# settings that say where the backbone's first weights came from: to change them changes no network
+# where the backbone's pretrained weights came from: changing these does not change the network
 _ORIGINS = {"backbone.pretrained", "backbone.revision"}
 
 
@@ -78,7 +78,7 @@ def finetune(
     Args:
         data: One new dataset or several: folders, name=folder, or YAML files that list some.
         source: A checkpoint folder, a run folder (its best checkpoint), or a name on the hub.
-        out: The run folder, as of `train`; besides, what was asked for, and AP before and after as comparison.json.
+        out: The run folder, as in `train`; also finetuning.json (the request), comparison.json (AP before and after).
         options: What differs from the defaults.
         resume: Go on where the run in `out` stopped.
         evaluation: How evaluations during training (of the new datasets alone) are made.
@@ -167,7 +167,7 @@ def _network(model: METR, config: DetectorConfig) -> Detector:
 
 
 def _history(own: Checkpoint, recipe: RunConfig) -> dict[str, Any]:
-    """The new checkpoint's facts about its training, with pretraining's recipe for a second fine-tuning."""
+    """The new checkpoint's training facts. They keep pretraining's recipe for a second fine-tuning."""
     began = {key: value for key, value in own.training.items() if key != RECIPE}
     kept = {RECIPE: own.training[RECIPE]} if RECIPE in own.training else {}
     return {"unannotated": recipe.unannotated, **kept, "finetuned_from": began}
@@ -215,7 +215,7 @@ def _device(recipe: RunConfig) -> str:
 
 
 def _warn_of_forgetting(model: METR, opened: FinetuneData, console: Console) -> None:
-    """Says how many old names are in no training data."""
+    """Warns how many old names are in no training data."""
     known = {name for source in opened.joint.sources for name in source.categories}
     forgotten = [name for name in model.names if name not in known]
     if not forgotten:
@@ -240,10 +240,10 @@ def _request(source: str | Path, opened: FinetuneData, options: FinetuneOptions)
 
 
 def _check_same_request(out: Path, request: Mapping[str, Any], resume: bool) -> None:
-    """Checks that a run goes on with what it was asked for; the checkpoint may lie elsewhere by now.
+    """Checks that a resumed run has the request that it began with; the checkpoint's path may differ.
 
     Raises:
-        ConfigError: something else is asked for now.
+        ConfigError: another part of the request differs.
     """
     if not resume or not (out / REQUEST).is_file():
         return

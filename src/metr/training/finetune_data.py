@@ -20,12 +20,12 @@ _logger = logging.getLogger(__name__)
 
 
 class FinetuneOptions(SubsetConfig):
-    """How to fine-tune, besides the defaults for this much data. `seed` is that of training, too."""
+    """What fine-tuning changes of its defaults. `seed` also seeds training."""
 
     config: Path | None = None
     """A YAML file laid over the defaults."""
     overrides: tuple[str, ...] = ()
-    """Laid over that: `section.key=value`."""
+    """Laid over `config`: `section.key=value`."""
     rehearse: tuple[str, ...] = ()
     """Old datasets, as arguments of a command: mixed into training, and evaluated before and after."""
     rehearse_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.3
@@ -47,7 +47,7 @@ class FinetuneData:
         joint: What is trained on: the new datasets, then the rehearsed ones. Its vocabulary is the checkpoint's, then
             their new names.
         evaluated: Datasets that are only evaluated.
-        splits: What each of all these is evaluated on, by name.
+        splits: The annotations that each dataset is evaluated on, by dataset name.
         new: How many of `joint.sources` are new.
         rehearse_fraction: Fraction of the samples that goes to rehearsed datasets.
     """
@@ -60,23 +60,23 @@ class FinetuneData:
 
     @property
     def images(self) -> int:
-        """Training images of the new datasets."""
+        """Number of training images of the new datasets."""
         return sum(self.lengths("new").values())
 
     @property
     def roles(self) -> dict[str, Role]:
-        """What each dataset is there for, by name."""
+        """The role of each dataset, by name."""
         names = [source.name for source in self.joint.sources]
         roles: dict[str, Role] = {name: "new" if row < self.new else "rehearsed" for row, name in enumerate(names)}
         return roles | {source.name: "evaluated" for source in self.evaluated}
 
     def lengths(self, role: Role) -> dict[str, int]:
-        """Training images of the datasets that are trained on in a role, by name."""
+        """Number of training images of each dataset with this role, by name."""
         return {name: length for name, length in self.joint.lengths.items() if self.roles[name] == role}
 
     @property
     def new_splits(self) -> dict[str, Annotations]:
-        """What the new datasets are evaluated on, by name."""
+        """The annotations that the new datasets are evaluated on, by dataset name."""
         return {name: split for name, split in self.splits.items() if self.roles[name] == "new"}
 
     def evaluated_vocabulary(self) -> Vocabulary:
@@ -88,8 +88,8 @@ class FinetuneData:
     def mixture(self, base: Mixture) -> Mixture:
         """The weights of the datasets: `rehearse_fraction` for rehearsed ones, the rest for new ones.
 
-        Inside these two groups they are as `base` says. Without rehearsed datasets, or where `base` gives weights by
-        name, they are those of `base`.
+        Within each group, weights keep the proportions of `base`. Without rehearsed datasets, or if `base` gives
+        weights by name, the weights are those of `base`.
         """
         rehearsed = self.lengths("rehearsed")
         if isinstance(base, dict) or not rehearsed:
@@ -113,7 +113,7 @@ def open_finetune_data(
     Args:
         data: New datasets, as arguments of a command.
         trained: The checkpoint's vocabulary.
-        options: The part of the new datasets' training images, and old datasets.
+        options: Which part of the new training images to use, and the old datasets.
 
     Raises:
         DataError: a dataset is missing, two have one name, or there is nothing to train on or to evaluate on.

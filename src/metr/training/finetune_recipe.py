@@ -1,9 +1,9 @@
 """The configuration of a fine-tuning run: the checkpoint's, the defaults for this much data, and what the user says.
 
 The defaults are a table by the number of training images. Between two rows values are interpolated over the logarithm
-of the number; those that count steps or are rates, over their own logarithm too. Below the first row and above the last
-one, that row holds. By default nothing is frozen and no depth has a lower rate than another: with few images too, both
-cost more than they saved (docs/decisions.md).
+of the number: fractions linearly, step counts and rates geometrically. Below the first row that row holds; above the
+last row, the last. By default nothing is frozen and all depths have the same rate: even with few images, freezing and
+layer decay cost more than they saved (docs/decisions.md).
 """
 
 import logging
@@ -19,14 +19,14 @@ from metr.errors import ConfigError
 from metr.training.config import Freeze, RunConfig, packaged
 
 RECIPE = "recipe"
-"""The key of a checkpoint's `training` under which pretraining leaves what fine-tuning begins with."""
+"""The key in a checkpoint's `training` of the settings that pretraining passes on to fine-tuning."""
 _FROZEN: dict[Freeze, str] = {
     "none": "nothing more frozen than in pretraining",
     "half": "first half of the backbone frozen",
     "backbone": "backbone frozen",
     "encoder": "backbone and encoder frozen",
 }
-# Steps over which the average of the weights warms up, as a fraction of those that it reaches back.
+# Time constant of the EMA's warm-up, as a fraction of the steps that the EMA covers.
 _WARMING = 0.4
 _logger = logging.getLogger(__name__)
 
@@ -42,9 +42,9 @@ def left_to_finetuning(recipe: RunConfig) -> Tree:
 def finetune_recipe(
     checkpoint: Checkpoint, images: int, file: Path | None = None, overrides: Sequence[str] = ()
 ) -> RunConfig:
-    """The configuration for fine-tuning a checkpoint on so many images.
+    """The configuration for fine-tuning a checkpoint on a number of images.
 
-    Later ones win: what all fine-tuning has in common, the checkpoint, the defaults for the number of images, a YAML
+    Later layers win: the packaged fine-tuning recipe, the checkpoint, the defaults for the number of images, a YAML
     file, `section.key=value` overrides.
 
     Raises:
@@ -106,8 +106,8 @@ def _plainly(rate: float) -> str:
 class Defaults:
     """One row of the table of defaults.
 
-    `rate` is the peak learning rate as a multiple of pretraining's; `average` are the steps that the average of the
-    weights reaches back; `crop`, `zoom_out` and `colour` are the fractions of images that are augmented so.
+    `rate` is the peak learning rate as a multiple of pretraining's; `average` is the number of steps that
+    the EMA covers; `crop`, `zoom_out` and `colour` are the fractions of images with that augmentation.
     """
 
     images: int
@@ -180,5 +180,5 @@ def _between(lower: Defaults, upper: Defaults, fraction: float, images: int) -> 
 
 
 def _rounded(value: float) -> float:
-    """A number of two figures."""
+    """The value rounded to two significant digits."""
     return float(f"{value:.1e}")

@@ -25,7 +25,7 @@ from metr.training.progress import Progress, Snapshot
 from metr.training.state import Counters, StepReport, Window
 
 MATCHING = "matching/"
-"""Figures of this prefix are no loss terms: they say how matching went."""
+"""Figures with this prefix are matching statistics, not loss terms."""
 PROJECT = "metr"
 """The project, or experiment, under which trackers keep runs."""
 Record = dict[str, Any]
@@ -51,7 +51,7 @@ class RunLogger:
 
     Args:
         folder: The run folder.
-        loop: How often, and to which trackers.
+        loop: How often to log, and to which trackers.
         console: Where progress is shown; None shows none.
         accelerator: Owns the trackers, and knows which process is the main one.
     """
@@ -81,7 +81,7 @@ class RunLogger:
         self.accelerator.trackers = []
 
     def begin(self, resolved: Config, counters: Counters) -> None:
-        """Saves the configuration, says where, starts the trackers, and drops records newer than `counters`."""
+        """Saves the configuration, logs its path, starts the trackers, and drops records newer than `counters`."""
         if self.loop.trackers:
             # trackers take flat values only
             settings = leaves(resolved.model_dump(mode="json"))
@@ -101,7 +101,7 @@ class RunLogger:
         self._file.rewind(counters.step, counters.evaluated_step)
 
     def step(self, report: StepReport, counters: Counters, look: Callable[[], RuntimeStats]) -> None:
-        """Shows a step; writes a record where one is due, and empties the window of sums; only then calls `look`."""
+        """Shows a step; if a record is due, writes it and empties the window. Calls `look` then, and at first."""
         logged = counters.step % self.loop.log_every == 0
         if logged or self._stats is None:
             self._stats = look()
@@ -208,7 +208,7 @@ def _train_record(report: StepReport, counters: Counters, stats: RuntimeStats) -
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON a logged step or evaluation.
+    """metrics.jsonl: one JSON object for each logged step or evaluation.
 
     Args:
         path: The file; its folder is made.
@@ -238,12 +238,12 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """The records of a metrics.jsonl, or of the run folder that holds one, in the order of their writing.
+    """The records of a metrics.jsonl, or of the run folder that holds one, in the order they were written.
 
     A last line that was cut short is left out. A missing file has no records.
 
     Raises:
-        MetrError: another line is no record.
+        MetrError: a line before the last is no record.
     """
     path = path / "metrics.jsonl" if path.is_dir() else path
     if not path.is_file():
@@ -279,7 +279,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def build_accelerator(loop: LoopConfig, folder: RunDirectory) -> Accelerator:
-    """The accelerator of a run, with its trackers. Autocast is the trainer's: losses stay in float32.
+    """The accelerator of a run, with its trackers. The trainer does autocast, so losses stay in float32.
 
     Raises:
         ConfigError: a tracker is unknown, or its package is not installed.

@@ -1,4 +1,4 @@
-"""How weights move: AdamW and its parameter groups, the learning rate's schedule, the average, frozen parts."""
+"""Optimization: AdamW and its parameter groups, the learning rate schedule, the EMA, frozen parts."""
 
 import copy
 import math
@@ -60,14 +60,14 @@ def parameter_groups(network: nn.Module, config: OptimizerConfig) -> list[dict[s
 
 
 def set_learning_rates(optimizer: optim.Optimizer, factor: float) -> dict[str, float]:
-    """Sets every group to `factor` of its peak rate. Returns the rates by part: of several depths the highest."""
+    """Sets every group to `factor` of its peak rate. Returns the rates by part; the highest if it has depths."""
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
     return {group["part"]: group["lr"] for group in optimizer.param_groups}
 
 
 def _trainable(network: nn.Module) -> Iterator[tuple[str, nn.Parameter, bool]]:
-    """Name, parameter, and whether it decays: matrices and kernels called `weight` do, bare tables do not."""
+    """Name, parameter, and whether it decays: only matrices and kernels called `weight` do, but no embeddings."""
     seen: set[int] = set()
     for module_name, module in network.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -153,7 +153,7 @@ class KeptBuffers:
 
 
 def freeze(network: nn.Module, what: Freeze) -> tuple[nn.Module, ...]:
-    """Takes parts of a detector out of training, and returns them.
+    """Freezes parts of a detector, and returns them.
 
     Their parameters need no gradient, and they are in evaluation mode, so that no batch statistic moves. After
     `network.train()` the caller has to put them into evaluation mode again.
@@ -176,7 +176,7 @@ def freeze(network: nn.Module, what: Freeze) -> tuple[nn.Module, ...]:
 def backbone_stages(backbone: nn.Module) -> tuple[tuple[nn.Module, ...], ...]:
     """The modules of a backbone by stage: the stem (all that comes before the stages), then each stage.
 
-    The stages are the outermost list of modules that holds most weights; what comes after it counts as the last stage.
+    The stages are the outermost list of modules that holds most weights; what comes after it joins the last stage.
     A backbone without such a list is one stage.
     """
     lists = {
@@ -211,7 +211,7 @@ def depths_below_top(network: nn.Module) -> dict[int, int]:
         depths |= {id(parameter): 1 for parameter in children[ENCODER].parameters()}
     if BACKBONE in children:
         stages = backbone_stages(children[BACKBONE])
-        # parameters that lie in no module of a stage are those of the backbone's outermost shell
+        # parameters outside every stage lie as deep as the stem
         depths |= {id(parameter): len(stages) + 1 for parameter in children[BACKBONE].parameters()}
         for depth, stage in enumerate(reversed(stages), 2):
             depths |= {id(parameter): depth for module in stage for parameter in module.parameters()}

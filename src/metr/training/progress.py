@@ -1,4 +1,4 @@
-"""One screen of progress in a terminal; a line every so often elsewhere."""
+"""Progress of training: a live screen in a terminal, otherwise log lines at intervals."""
 
 import logging
 import re
@@ -45,8 +45,8 @@ class Progress:
     """Shows snapshots: a live screen if the console is a terminal, otherwise log lines. Use it as a context manager.
 
     Args:
-        console: Where to; None shows nothing.
-        seconds: Between log lines.
+        console: Where progress is shown; None shows nothing.
+        seconds: Seconds between log lines.
     """
 
     def __init__(self, console: Console | None, seconds: float) -> None:

@@ -33,8 +33,8 @@ class DataFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 class TrainingFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """The facts in a checkpoint's `training`.
 
-    `images` were seen in `step` steps, which is `epochs` times each dataset; `metrics` are those of the evaluation at
-    that step. `finetuned_from` holds the facts of the checkpoint that fine-tuning began with.
+    Training saw `images` images in `step` steps, and each dataset `epochs` times; `metrics` are those of the evaluation
+    at that step. `finetuned_from` holds the facts of the checkpoint that fine-tuning began with.
     """
 
     data: dict[str, DataFacts] = {}
@@ -53,7 +53,7 @@ class TrainingFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
 
     @staticmethod
     def of(training: Mapping[str, Any]) -> "TrainingFacts":
-        """The facts in a checkpoint's `training`; no fact where it is not understood."""
+        """The facts in a checkpoint's `training`; none, with a warning, if it cannot be parsed."""
         try:
             return msgspec.convert(training, TrainingFacts)
         except msgspec.ValidationError as error:

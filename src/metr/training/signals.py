@@ -37,7 +37,7 @@ class StopSignals:
 
     @contextmanager
     def leaving_at_once(self) -> Iterator[None]:
-        """In this block the first signal raises `Abandoned`: the block is long, and loses nothing that is not saved."""
+        """In this block the first signal raises `Abandoned`. For long blocks that can be repeated after resuming."""
         self._at_once = True
         try:
             yield
@@ -56,7 +56,7 @@ class StopSignals:
             raise Abandoned
 
     def _receive_in_child(self, number: int) -> None:
-        """Workers that load data inherit the handler: they leave Ctrl-C to their parent, and obey SIGTERM."""
+        """Handles signals in data-loading workers, which inherit the handler: ignores SIGINT, obeys SIGTERM."""
         if number == signal.SIGTERM:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)

@@ -1,4 +1,4 @@
-"""What training needs to go on exactly where it stopped, on disk as safetensors and JSON; and its random numbers."""
+"""The state that resumes training exactly, on disk as safetensors and JSON; and random number generators."""
 
 import logging
 import math
@@ -32,8 +32,8 @@ _logger = logging.getLogger(__name__)
 class StepReport:
     """One step. `figures` are loss terms and matching statistics, averaged over its batches and over all processes.
 
-    If `faulty` names any (or the gradient), they were not finite, and the step changed nothing. `images` counts those
-    of all processes; of the `seconds`, `waiting` went by until the batches were there.
+    `faulty` names the figures (or the gradient) that were not finite; if there are any, the step changed nothing.
+    `images` counts those of all processes. `waiting` is the part of `seconds` spent waiting for the batches.
     """
 
     learning_rate: Mapping[str, float]
@@ -47,10 +47,10 @@ class StepReport:
 
 @dataclass(kw_only=True)
 class Window:
-    """Sums since the last logged step; a restart must find them, or its first log line would differ.
+    """Sums since the last logged step. They are saved, so that a resumed run logs the same numbers.
 
-    `sums` (figures by name) and `gradient_norm` are over the `steps` that changed something; `images`, `seconds` and
-    `waiting` (for images, in seconds) over all.
+    `sums` (figures by name), `gradient_norm` and `steps` leave skipped steps out; `images`, `seconds` and `waiting`
+    (seconds spent waiting for batches) include them.
     """
 
     sums: dict[str, float] = field(default_factory=dict)
@@ -65,7 +65,7 @@ class Window:
 class Counters:
     """How far training is.
 
-    `images` counts those that all processes took together, which is the position of the sampler; `seconds` are those
+    `images` counts those of all processes together, which is the position of the sampler; `seconds` is the time
     spent in steps. `evaluated_step` is the step of the newest evaluation, whose result is `metrics`; `best` is the
     highest value so far of the metric that chooses the best checkpoint.
     """
@@ -122,7 +122,7 @@ class Counters:
         """Counters from plain values.
 
         Raises:
-            CheckpointError: a value is missing.
+            CheckpointError: a key is missing or unknown.
         """
         names = {item.name for item in fields(cls)}
         if set(values) != names or set(values["window"]) != {item.name for item in fields(Window)}:
@@ -133,7 +133,7 @@ class Counters:
 
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """The live objects whose state is saved; `average` is the network that follows `network`, if one does."""
+    """The live objects whose state is saved; `average` is the EMA of `network`, or None."""
 
     network: nn.Module
     average: nn.Module | None
@@ -144,13 +144,13 @@ def save_state(folder: Path, trained: Trained, counters: Counters, random_states
     """Writes the state: whole, or not at all.
 
     Args:
-        folder: Replaced.
+        folder: Where to; what it held is replaced.
         trained: Networks and optimizer.
         counters: How far training is.
-        random_states: Of the random number generators, a row a process.
+        random_states: States of the random number generators, one row per process.
 
     Raises:
-        CheckpointError: the disk refuses.
+        CheckpointError: a file cannot be written.
     """
     with replaced_folder(folder, COUNTERS) as fresh:
         write_tensors(fresh / _NETWORK, trained.network.state_dict())
@@ -165,7 +165,7 @@ def load_state(folder: Path, trained: Trained) -> tuple[Counters, dict[str, Tens
     """Puts the saved state into networks and optimizer.
 
     Returns:
-        The counters, and the states of the random number generators, a row a process.
+        The counters, and the states of the random number generators, one row per process.
 
     Raises:
         CheckpointError: something is missing, damaged, or of another network.
@@ -201,7 +201,7 @@ def check_place(run: RunDirectory, resume: bool) -> None:
 
 
 def optimizer_tensors(network: nn.Module, optimizer: optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's averages, called `parameter/average`; rates and the like come from the configuration."""
+    """The optimizer's state tensors, named `parameter/key`; the configuration gives rates and the like."""
     return {
         f"{name}/{key}": value
         for name, parameter in _optimized(network, optimizer)
@@ -284,7 +284,7 @@ def undisturbed_random_state(device: torch.device) -> Iterator[None]:
 
 
 def gathered_random_state(accelerator: Accelerator) -> dict[str, Tensor]:
-    """The states of all processes' generators, a row each; every process asks for them at once."""
+    """The states of the generators, one row per process. All processes must call this together."""
     device = accelerator.device
     rows = {name: value.unsqueeze(0) for name, value in random_state(device).items()}
     if accelerator.num_processes == 1:

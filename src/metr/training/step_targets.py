@@ -1,4 +1,4 @@
-"""The targets of a training step: pseudo-labels, and the names that it uses of a large vocabulary."""
+"""The targets of a training step: pseudo-labels, and a sample of a large vocabulary."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -19,7 +19,7 @@ class PseudoLabeler:
 
     A category is assumed to be absent if its presence probability is below `absent_below`. If that probability is above
     `present_above`, its detections with a score above `object_above` become objects, except those that cover an
-    annotated or ignored box of the category. Nothing is known of the others.
+    annotated or ignored box of the category. All other categories remain unknown.
 
     Args:
         config: The thresholds.
@@ -52,7 +52,7 @@ class PseudoLabeler:
     def _found(self, output: DetectorOutput, vocabulary_size: int) -> tuple[Float[Tensor, "b n 4"], Int[Tensor, "b n"]]:
         """Boxes (xyxy in 0..1) and labels of the detections of each image, padded."""
         names = tuple(map(str, range(vocabulary_size)))
-        # in pixels of an image of 1 x 1
+        # an image size of 1 x 1 pixels gives boxes in 0..1
         found = postprocess(output, [(1, 1)] * output.logits.shape[1], names, self._detections)
         boxes = pad_sequence([one.boxes for one in found], batch_first=True)
         return boxes, pad_sequence([one.labels for one in found], batch_first=True, padding_value=NO_OBJECT)
@@ -61,14 +61,14 @@ class PseudoLabeler:
 def _known(
     boxes: Float[Tensor, "b n 4"], labels: Int[Tensor, "b n"], targets: Targets, iou: float
 ) -> Bool[Tensor, "b n"]:
-    """Whether a detection is padding, or an object that the targets have already, as an object or as an ignored box."""
+    """Whether a detection is padding, or covers an object or ignored box of its category in the targets."""
     known_boxes = cxcywh_to_xyxy(torch.cat([targets.boxes, targets.ignore_boxes], dim=1).to(boxes))
     known_labels = torch.cat([targets.labels, targets.ignore_labels], dim=1)
     same = labels.unsqueeze(2) == known_labels.unsqueeze(1)
     return (labels == NO_OBJECT) | ((pairwise_iou(boxes, known_boxes) > iou) & same).any(2)
 
 
-# Above any rank in a list of names.
+# Greater than any round: a name that is never sampled.
 _NEVER = torch.inf
 
 
@@ -94,10 +94,10 @@ def sample_vocabulary(targets: Targets, limit: int, generator: torch.Generator |
         return torch.arange(vocabulary_size, device=device)
     present = targets.present.any(0)
     lots = torch.rand(3, images, vocabulary_size, generator=generator).to(device)
-    # a name of which only ignored boxes are there is no negative
+    # a name that has only ignored boxes in an image is no negative there
     annotated = _rounds(targets.annotated & ~targets.ignored, lots[0])
     assumed = _rounds(targets.assumed_negative & ~targets.ignored, lots[1]) + vocabulary_size
-    # lots are below 1: they order the names of one round
+    # lots are random numbers below 1: they order the names of one round
     priority = torch.stack([annotated, assumed]).amin(dim=(0, 1)) + lots[2, 0]
     priority = priority.masked_fill(present, -1)
     number = max(limit, int(present.sum()))
@@ -107,14 +107,14 @@ def sample_vocabulary(targets: Targets, limit: int, generator: torch.Generator |
 
 
 def _rounds(members: Bool[Tensor, "b v"], lots: Float[Tensor, "b v"]) -> Float[Tensor, "b v"]:
-    """The round in which each image adds each of its members, if it adds them in the order of their lots."""
+    """The round, from 0, in which each image adds each member, by ascending `lots`; infinity for non-members."""
     order = lots.masked_fill(~members, 2).argsort(dim=1)
     return order.argsort(dim=1).float().masked_fill(~members, _NEVER)
 
 
 def narrowed(targets: Targets, rows: Int[Tensor, "n"]) -> Targets:
-    """The targets in terms of those rows of the vocabulary alone; objects of other rows become padding."""
-    # the last place is that of padding, which label -1 finds
+    """The targets for these rows of the vocabulary alone, renumbered; objects of other rows become padding."""
+    # label -1 (padding) indexes the extra last entry, which is -1
     place = torch.full((targets.annotated.shape[1] + 1,), NO_OBJECT, device=rows.device)
     place[rows] = torch.arange(len(rows), device=rows.device)
     return replace(

@@ -1,4 +1,4 @@
-"""The verb train: many datasets, one detector; and what it would do, without doing it."""
+"""Training one detector on many datasets (`metr train`), and the plan of such a run."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -83,7 +83,7 @@ def train(
 def plan(
     data: Data, config: str | Path | RunConfig | None = None, *, size: str = "nano", overrides: Sequence[str] = ()
 ) -> RenderableType:
-    """What `train` would do with these arguments, as a page for `rich.print`. It writes indices of datasets alone.
+    """What `train` would do with these arguments, as a page for `rich.print`. It writes only dataset indices.
 
     Raises:
         MetrError: data or configuration do not fit; the message says what and where.
@@ -107,16 +107,16 @@ def fit(
     console: Console,
     evaluation: EvaluationConfig | None = None,
 ) -> Outcome:
-    """Trains what is put together already.
+    """Trains from parts that are already built.
 
     Args:
         parts: Network, criterion, loader and the rest of the checkpoint.
-        sets: What is evaluated on during training, by dataset.
+        sets: The annotations to evaluate on during training, by dataset name.
         recipe: The whole configuration, saved in the run folder.
         out: The run folder.
         resume: Go on where the run in `out` stopped.
         console: Where progress is shown.
-        evaluation: How evaluations during training are made; own names by default.
+        evaluation: How evaluations during training are made; by default with each dataset's own names alone.
 
     Raises:
         MetrError: the run folder does not fit; the message says what and where.
@@ -142,7 +142,7 @@ def fit(
 
 
 def training_parts(joint: JointData, recipe: RunConfig, console: Console) -> TrainingParts:
-    """Network, criterion, loader and the rest of the checkpoint, made from data and recipe."""
+    """Builds network, criterion, loader and the rest of the checkpoint from data and recipe."""
     check_recipe(recipe)
     encoder = TextEncoder(recipe.text)
     with console.status("embedding the names"):
@@ -172,7 +172,7 @@ def training_parts(joint: JointData, recipe: RunConfig, console: Console) -> Tra
 
 
 def check_recipe(recipe: RunConfig) -> None:
-    """Checks what a configuration needs besides values of the right kind: a teacher, and trackers.
+    """Checks that pseudo-labels have an average of the weights, and that trackers are installed.
 
     Raises:
         ConfigError: pseudo-labels are asked for without an average of the weights, or a tracker is not installed.
@@ -184,14 +184,14 @@ def check_recipe(recipe: RunConfig) -> None:
 
 
 def teacher_of(joint: JointData, recipe: RunConfig) -> PseudoLabeler | None:
-    """What gives pseudo-labels for categories that a dataset does not annotate; None where they are not wanted."""
+    """The pseudo-labeler for categories that a dataset does not annotate; None unless the recipe asks for it."""
     if recipe.unannotated != "pseudo_label":
         return None
     return PseudoLabeler(recipe.train.pseudo_labels, joint.unannotated())
 
 
 def arguments(data: Data) -> list[str]:
-    """Datasets as arguments of a command."""
+    """The datasets as a list of command-line arguments."""
     return [str(data)] if isinstance(data, str | Path) else [str(one) for one in data]
 
 
@@ -208,15 +208,15 @@ def show_changes(recipe: RunConfig, config: RunConfig, name: str, console: Conso
 
 
 def _quick_evaluation(config: InferenceConfig) -> EvaluationConfig:
-    """Own names alone, with the precision and the postprocessing of the recipe."""
+    """Each dataset with its own names alone, at the recipe's precision and postprocessing."""
     return EvaluationConfig(modes=("own",), precision=config.precision, postprocess=config.postprocess)
 
 
 def _check_same(run: RunDirectory, checkpoint: Checkpoint) -> None:
-    """Checks that a run goes on with the names and the text encoder that it began with.
+    """Checks that a resumed run has the vocabulary and the text encoder that it began with.
 
     Raises:
-        ConfigError: it has others.
+        ConfigError: one of them differs.
     """
     if not (existing_folder(run.last) / CONFIG).is_file():
         return
@@ -233,17 +233,17 @@ def _check_same(run: RunDirectory, checkpoint: Checkpoint) -> None:
 
 
 def rebuildable(config: DetectorConfig, network: Detector) -> DetectorConfig:
-    """The configuration with which the network is built again without fetching its backbone's first weights."""
+    """The configuration that rebuilds the network without downloading pretrained backbone weights."""
     return config.model_copy(update={"backbone": network.backbone.config})
 
 
 def plain(config: Config) -> dict[str, object]:
-    """A configuration as the plain values of a checkpoint."""
+    """A configuration as JSON values, for a checkpoint."""
     return config.model_dump(mode="json")
 
 
 def _plan_table(joint: JointData, recipe: RunConfig) -> Table:
-    """A row for each dataset: images, categories, and how often training sees it."""
+    """A row for each dataset: images, categories, share of the samples, and epochs."""
     lengths, evaluated = joint.lengths, joint.evaluation()
     fractions = mixture_weights(lengths, joint.mixture(recipe.loader.mixture))
     total = _images_a_step(recipe) * recipe.train.loop.steps

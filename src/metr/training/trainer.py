@@ -1,4 +1,4 @@
-"""The training loop: steps, evaluations, checkpoints, and going on exactly where it stopped."""
+"""The training loop: steps, evaluations, checkpoints, and exact resumption."""
 
 import logging
 import math
@@ -57,8 +57,8 @@ class TrainingParts:
     """What is trained, on what, and all that goes into its checkpoints besides the weights.
 
     `loader` is called once with the keywords `seed`, `start` (samples already taken by all processes), `rank`, `world`
-    and `device`: `partial(build_train_loader, datasets, config)`. `checkpoint` lacks its weights; its text embeddings
-    are those that the network is trained with. `teacher` adds pseudo-labels to the targets.
+    and `device`; use `partial(build_train_loader, datasets, config)`. `checkpoint` lacks its weights; the network is
+    trained with its text embeddings. `teacher` adds pseudo-labels to the targets.
     """
 
     network: nn.Module
@@ -70,7 +70,7 @@ class TrainingParts:
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """How training ended: after which step, whether it was interrupted, and what the evaluations gave.
+    """How training ended: after which step, whether it was interrupted, and the metrics of the evaluations.
 
     `stalled` says that it ended before the last step because evaluations had stopped improving (`loop.patience`).
     """
@@ -125,7 +125,7 @@ class Trainer:
         self._run_logger = RunLogger(self.folder, config.loop, console, self.accelerator)
 
     def train_step(self, batches: Sequence[Batch]) -> StepReport:
-        """One update of the weights, by the gradients of all `batches`, averaged."""
+        """Updates the weights once, by the gradients averaged over all `batches`."""
         factor = learning_rate_factor(self.counters.step, self.config.loop.steps, self.config.schedule)
         rates = set_learning_rates(self.optimizer, factor)
         figures: dict[str, float] = {}
@@ -160,7 +160,7 @@ class Trainer:
         self._stop_signals = StopSignals()
         with self._stop_signals, self._run_logger:
             batches = self._begin(resume)
-            self._evaluate_if_due()  # a run may have been stopped before an evaluation
+            self._evaluate_if_due()  # the resumed run may have stopped just before an evaluation
             while self.counters.step < self.config.loop.steps and not (self._asked_to_stop() or self._has_stalled()):
                 self._advance(batches)
                 self._evaluate_if_due()
@@ -186,7 +186,7 @@ class Trainer:
         return self.parts.teacher(self.ema.network, batch, self.text)
 
     def _sampled(self, targets: Targets) -> tuple[Tensor, Targets]:
-        """The text embeddings of the names that are sampled for this batch, and the targets in terms of them."""
+        """The text embeddings of the names sampled for this batch, and the targets indexed by those names."""
         rows = sample_vocabulary(targets, self.config.loop.vocabulary_sample)
         if len(rows) == len(self.text):
             return self.text, targets
@@ -199,7 +199,7 @@ class Trainer:
         return dict(zip(values, averages, strict=True))
 
     def _exchanging_gradients(self, wanted: bool) -> AbstractContextManager[None]:
-        """Processes exchange gradients once a step, in the backward pass of its last batch."""
+        """Lets processes exchange gradients only if `wanted`: in the backward pass of a step's last batch."""
         return nullcontext() if wanted else self.accelerator.no_sync(self.network)
 
     def _clip_gradient(self) -> float:
@@ -233,7 +233,7 @@ class Trainer:
         return iter(self._loader)
 
     def _to_training_mode(self) -> None:
-        """Frozen parts stay in evaluation mode."""
+        """Puts the network into training mode, but for frozen parts: they stay in evaluation mode."""
         self.network.train()
         for module in self._frozen:
             module.eval()
@@ -270,11 +270,11 @@ class Trainer:
         return RuntimeStats(memory=peak_memory(self.device), epochs=self._epochs, unreadable=unreadable)
 
     def _asked_to_stop(self) -> bool:
-        """Whether any process was: all of them stop after the same step."""
+        """Whether any process was asked to stop; then all stop after the same step."""
         return self._in_any_process(self._stop_signals.requested)
 
     def _has_stalled(self) -> bool:
-        """Whether evaluations have stopped improving, which the main process alone knows."""
+        """Whether evaluations have stopped improving. Only the main process knows, and tells the others."""
         return self._in_any_process(self.counters.has_stalled(self.config.loop))
 
     def _in_any_process(self, flag: bool) -> bool:
@@ -338,7 +338,7 @@ class Trainer:
             self._save()
 
     def _save(self, again: bool = False) -> None:
-        """Writes the last checkpoint and the state, unless those of this step are written already; or `again`."""
+        """Writes the last checkpoint and the state. If this step's are written already, only `again` rewrites them."""
         if self._saved_step == self.counters.step and not again:
             return
         random_states = gathered_random_state(self.accelerator)
