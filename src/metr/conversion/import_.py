@@ -34,7 +34,7 @@ _RIDGE = 0.1
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Unannotated:
+class PublishedDetector:
     """What METR takes from another detector.
 
     Attributes:
@@ -54,7 +54,7 @@ class Unannotated:
     prompts: Float[Tensor, "v t"] | None = None
 
 
-def read_published(source: Path) -> Unannotated:
+def read_published(source: Path) -> PublishedDetector:
     """Reads a folder of transformers, or a `.pth` file of DINO or of METR's authors. Nothing in it is executed.
 
     Raises:
@@ -64,7 +64,7 @@ def read_published(source: Path) -> Unannotated:
     return _from_folder(source) if source.is_dir() else _from_file(source)
 
 
-def adopt(published: Unannotated, text: Float[Tensor, "v t"], seed: int = 0) -> tuple[Detector, TransferReport]:
+def adopt(published: PublishedDetector, text: Float[Tensor, "v t"], seed: int = 0) -> tuple[Detector, TransferReport]:
     """A METR with the weights of another detector; all that has to do with names starts afresh.
 
     Args:
@@ -84,13 +84,13 @@ def adopt(published: Unannotated, text: Float[Tensor, "v t"], seed: int = 0) -> 
     return network, report
 
 
-def _from_file(path: Path) -> Unannotated:
+def _from_file(path: Path) -> PublishedDetector:
     found = read_dino(read_restricted(path), path)
     giving = giving_to_ours(found.state, found.rows, found.derived)
-    return Unannotated(title=found.title, config=found.config, giving=giving, prompts=found.prompts)
+    return PublishedDetector(title=found.title, config=found.config, giving=giving, prompts=found.prompts)
 
 
-def _from_folder(folder: Path) -> Unannotated:
+def _from_folder(folder: Path) -> PublishedDetector:
     model = _loaded(folder)
     config = model.config
     target = find_target(config.model_type)
@@ -99,7 +99,7 @@ def _from_folder(folder: Path) -> Unannotated:
     preprocessing = _preprocessing(folder)
     backbone = _coloured(_backbone(config), preprocessing)
     adopted = target.adopt(config, backbone, state)
-    return Unannotated(
+    return PublishedDetector(
         title=target.title,
         config=adopted.config,
         giving=giving_to_ours(state, target.table(config).rows(), adopted.derived),
