@@ -70,7 +70,8 @@ def output(golden: dict[str, Tensor], weights: dict[str, Tensor], detector: Dete
     features = [golden[f"input/feature_{i}"] for i in range(3)]
     text = weights["transformer.prompt_indicator.class_prompts"]
     with torch.no_grad():
-        return detector.detect(features, golden["input/pixel_mask_is_padding"], text)
+        memory = detector.encoder(features, golden["input/pixel_mask_is_padding"])
+        return detector.detect(memory, text)
 
 
 def close(ours: Tensor, theirs: Tensor) -> None:
