@@ -107,10 +107,10 @@ def inside(network: nn.Module, *parts: str) -> tuple[str, ...]:
     return tuple(key for key in network.state_dict() if key in parts or key.startswith(modules))
 
 
-def of_norms(network: nn.Module, *activation_statistics: ActivationStatistics) -> tuple[str, ...]:
+def of_norms(network: nn.Module, *statistics: ActivationStatistics) -> tuple[str, ...]:
     """The scales and shifts of norms that these statistics were read from."""
     names = {norm: name for name, norm in network.named_modules()}
-    norms = dict.fromkeys(norm for known in activation_statistics for norm in known.norms)
+    norms = dict.fromkeys(norm for known in statistics for norm in known.norms)
     return tuple(f"{names[norm]}.{part}" for norm in norms for part in ("weight", "bias"))
 
 

@@ -54,7 +54,7 @@ def refined_tokens(network: Detector, text: Float[Tensor, "v t"]) -> Float[Tenso
     """
     extraction = network.category_extraction
     tokens = extraction.project(text.to(extraction.projection.weight)).tokens.unsqueeze(0)
-    mean = torch.stack([activation_statistics.mean for activation_statistics in of_memory(network.encoder)]).mean(0)
+    mean = torch.stack([statistics.mean for statistics in of_memory(network.encoder)]).mean(0)
     memory = mean.expand(1, 1, -1)
     for block in extraction.blocks:
         assert isinstance(block, ExtractionBlock)

@@ -238,23 +238,23 @@ def _memory_projection(network: Detector, encoder: HybridEncoder) -> dict[str, D
     """
     fresh: dict[str, Derived] = {}
     how = "identity"
-    for level, activation_statistics in enumerate(of_memory(encoder)):
+    for level, statistics in enumerate(of_memory(encoder)):
         key = f"model.decoder_input_proj.{level}"
         eye = torch.eye(encoder.width)[:, :, None, None]
         fresh[f"{key}.0.weight"] = Derived(tensor=eye, how=how)
-        source = of_norms(network, activation_statistics)
-        for name, value in _unmoved(activation_statistics).items():
+        source = of_norms(network, statistics)
+        for name, value in _unmoved(statistics).items():
             fresh[f"{key}.1.{name}"] = Derived(tensor=value, how=how, source=source)
     return fresh
 
 
-def _unmoved(activation_statistics: ActivationStatistics, shift: float = 0.0, eps: float = 1e-5) -> dict[str, Tensor]:
+def _unmoved(statistics: ActivationStatistics, shift: float = 0.0, eps: float = 1e-5) -> dict[str, Tensor]:
     """A batch norm that gives what it is given, or that and a shift."""
-    deviation = activation_statistics.deviation.clamp(min=1e-2)
+    deviation = statistics.deviation.clamp(min=1e-2)
     return {
         "weight": (deviation**2 + eps).sqrt(),
-        "bias": activation_statistics.mean + shift,
-        "running_mean": activation_statistics.mean,
+        "bias": statistics.mean + shift,
+        "running_mean": statistics.mean,
         "running_var": deviation**2,
     }
 
@@ -273,13 +273,11 @@ def _passing_blocks(network: Detector, encoder: HybridEncoder) -> dict[str, Deri
             if not lacking:
                 continue
             key, own = f"{_ENCODER}.{name}.{number}", f"encoder.{'down' if name == 'fpn_blocks' else 'up'}_fusions"
-            activation_statistics = inside_fusion(fusion)
-            source = of_norms(network, activation_statistics)
+            statistics = inside_fusion(fusion)
+            source = of_norms(network, statistics)
             for block in lacking:
-                fresh |= _passing(f"{key}.bottlenecks.{block}", activation_statistics, source)
-                activation_statistics = ActivationStatistics(
-                    mean=activation_statistics.mean + _SHIFT, deviation=activation_statistics.deviation
-                )
+                fresh |= _passing(f"{key}.bottlenecks.{block}", statistics, source)
+                statistics = ActivationStatistics(mean=statistics.mean + _SHIFT, deviation=statistics.deviation)
             norm = fusion.out[1]
             passed = fusion.out[0].get_parameter("weight").detach().sum((1, 2, 3))
             moved = norm.get_buffer("running_mean") + passed * _SHIFT * len(lacking)
@@ -288,10 +286,10 @@ def _passing_blocks(network: Detector, encoder: HybridEncoder) -> dict[str, Deri
     return fresh
 
 
-def _passing(key: str, activation_statistics: ActivationStatistics, source: tuple[str, ...]) -> dict[str, Derived]:
+def _passing(key: str, statistics: ActivationStatistics, source: tuple[str, ...]) -> dict[str, Derived]:
     """One block through which everything epochs, shifted."""
-    width, how = len(activation_statistics.mean), "passing block"
-    norm = _unmoved(activation_statistics, _SHIFT)
+    width, how = len(statistics.mean), "passing block"
+    norm = _unmoved(statistics, _SHIFT)
     fresh = {f"{key}.conv2.norm.{name}": Derived(tensor=value, how=how, source=source) for name, value in norm.items()}
     fresh[f"{key}.conv2.conv.weight"] = Derived(tensor=torch.eye(width)[:, :, None, None], how=how)
     silent = {"weight": torch.zeros(width), "bias": torch.zeros(width)}
