@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 from torch.nn.functional import normalize
 
+from metr.inspection import InspectionConfig
 from metr.inspection.facts import DatasetFacts, NameFacts
-from metr.inspection.similar_names import EmbeddingSimilarity, InspectionConfig
+from metr.inspection.similar_names import EmbeddingSimilarity
 from metr.text.encoder import TextEncoderConfig
 
 # A text encoder that there is not: names are compared by spelling, and no language model is loaded.

@@ -5,9 +5,9 @@ from importlib.util import find_spec
 import pytest
 from inspection_datasets import dataset_facts, embeddings, name_facts
 
+from metr.inspection import InspectionConfig
 from metr.inspection.coverage import homonyms_of
 from metr.inspection.similar_names import (
-    InspectionConfig,
     embed_names,
     has_head,
     similar_names,

@@ -62,9 +62,9 @@ def inspect(
     """Show what is in datasets: issues, labels that agree or clash, objects that perhaps stand unlabelled."""
     from metr.cli.inspect_tables import print_inspection
     from metr.config import parse_overrides
+    from metr.inspection import InspectionConfig
     from metr.inspection.datasets_file import check_target, write_datasets_file
     from metr.inspection.label_report import inspect_datasets
-    from metr.inspection.similar_names import InspectionConfig
 
     config = InspectionConfig.checked(parse_overrides(set_ or []), where="--set")
     if write is not None:

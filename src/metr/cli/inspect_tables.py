@@ -6,10 +6,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from metr.inspection import InspectionConfig
 from metr.inspection.coverage import Cell, Coverage
 from metr.inspection.facts import BoxSizes, DatasetFacts
 from metr.inspection.label_report import Inspection
-from metr.inspection.similar_names import InspectionConfig, SimilarNames
+from metr.inspection.similar_names import SimilarNames
 from metr.text.language_model import BUNDLED
 
 # How much of each list is shown without --verbose: issues of a kind, pairs of names, rows of the matrix, hints of a

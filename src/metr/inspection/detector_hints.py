@@ -18,9 +18,10 @@ from metr.data.records import ImageRecord
 from metr.errors import DataError
 from metr.inference.postprocess import InferenceConfig, PostprocessConfig
 from metr.inference.predictor import Predictor
+from metr.inspection import InspectionConfig
 from metr.inspection.duplicates import Progress
 from metr.inspection.facts import spread
-from metr.inspection.similar_names import InspectionConfig, SimilarNames, joint_vocabulary
+from metr.inspection.similar_names import SimilarNames, joint_vocabulary
 from metr.structures import Detections
 
 if TYPE_CHECKING:

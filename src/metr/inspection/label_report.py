@@ -8,6 +8,7 @@ from metr.data.datasets_file import DatasetSource, open_dataset, parse_data_argu
 from metr.data.formats.base import IssueLog
 from metr.data.records import DataIssue
 from metr.errors import DependencyError, ModelError
+from metr.inspection import InspectionConfig
 from metr.inspection.coverage import Coverage, Homonym, coverage_of, homonyms_of
 from metr.inspection.datasets_file import Suggestion, suggestions_of
 from metr.inspection.detector_hints import DetectorHints, detector_hints_of, similar_by_detector
@@ -23,7 +24,6 @@ from metr.inspection.duplicates import (
 from metr.inspection.facts import DatasetFacts, facts_of, strays_of
 from metr.inspection.similar_names import (
     EmbeddingSimilarity,
-    InspectionConfig,
     SimilarNames,
     embed_names,
     in_order,

@@ -7,49 +7,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import combinations
-from typing import Annotated, Literal
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
-from pydantic import Field
 from torch import Tensor
 
-from metr.config import Config
 from metr.data.datasets_file import DatasetSource
 from metr.text.encoder import TextEncoder, TextEncoderConfig
 from metr.text.vocabulary import Vocabulary
-
-Share = Annotated[float, Field(ge=0, le=1)]
-Count = Annotated[int, Field(gt=0)]
-
-
-class InspectionConfig(Config):
-    """Thresholds of the label report. Similarities are cosines of text embeddings.
-
-    The defaults were chosen with `bundled:minilm`; other text encoders need others.
-    """
-
-    text: TextEncoderConfig = TextEncoderConfig()
-    """The language model that compares names. The bundled one reads English only."""
-    similar: Share = 0.7
-    """Names of different datasets are reported as similar from this similarity on."""
-    related: Share = 0.59
-    """A name may be annotated in a dataset under another name from this similarity on."""
-    unrelated: Share = 0.38
-    """Two datasets belong to different domains if their other names are less similar than this."""
-    images: Count = 30
-    """Images of each dataset that a detector is run on."""
-    threshold: Share = 0.3
-    """Least score of a detection that counts."""
-    batch_size: Count = 8
-    """Images that the detector sees at once."""
-    device: str = "auto"
-    """Where the detector runs."""
-    annotations: Count = 20_000
-    """Most images of a dataset whose boxes are measured; of larger datasets, evenly spaced images."""
-    files: Count = 5_000
-    """Most images of a dataset that are opened, unless all are asked for."""
-
 
 # Where a new word begins without a space: redBlood, TVMonitor.
 _HUMP = re.compile(r"(?<=[a-z])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
