@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from metr.checkpoint import Checkpoint, find_checkpoint, load_checkpoint, save_checkpoint
+from metr.checkpoint import Checkpoint, DetectionDefaults, find_checkpoint, load_checkpoint, save_checkpoint
 from metr.errors import CheckpointError
 from metr.models.detector import Detector
 from metr.serialization import load_weights
@@ -41,6 +41,22 @@ def test_round_trip(tmp_path: Path) -> None:
     assert loaded.text_width == TEXT_WIDTH
     assert loaded.weights.keys() == saved.weights.keys()
     assert all(torch.equal(loaded.weights[key], saved.weights[key]) for key in saved.weights)
+
+
+def test_what_detection_does_by_default_is_kept(tmp_path: Path) -> None:
+    saved = make_checkpoint()
+    first, second = saved.vocabulary.names[:2]
+    defaults = DetectionDefaults(names=(first,), thresholds={second: 0.4})
+    save_checkpoint(tmp_path / "best", replace(saved, detection=defaults))
+    assert load_checkpoint(tmp_path / "best").detection == defaults
+
+
+def test_a_checkpoint_without_detection_defaults_is_read(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, make_checkpoint())
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["detection"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_checkpoint(tmp_path).detection == DetectionDefaults()
 
 
 def test_who_may_read_the_folder_may_read_its_tensors(tmp_path: Path) -> None:
@@ -143,6 +159,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no model": (lambda folder: edit_config(folder, model=None), "expected 'model' to be a dict, found None"),
     "unknown key": (lambda folder: edit_config(folder, model={"widht": 64}), "unknown key 'widht'\n.*'width'"),
     "text width": (lambda folder: edit_config(folder, text_width=99), r"expected 'embeddings' of shape \[4, 99\]"),
+    "unknown default": (lambda folder: edit_config(folder, detection={"nmas": []}), "unknown key 'nmas'"),
+    "no defaults": (lambda folder: edit_config(folder, detection=[1]), "expected keys and values, found "),
+    "strange names": (lambda folder: edit_config(folder, detection={"names": ["yeti"]}), r"lacks: \['yeti'\]"),
+    "threshold": (lambda folder: edit_config(folder, detection={"thresholds": {"yeti": 2}}), "less than or equal to 1"),
     "torn embeddings": (lambda folder: truncate(folder / "text_embeddings.safetensors"), "not readable as safetensors"),
 }
 

@@ -5,13 +5,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from huggingface_hub import snapshot_download
 from jaxtyping import Float
+from pydantic import Field
 from torch import Tensor
 
+from metr.config import Config
 from metr.errors import CheckpointError, ConfigError
 from metr.hub import asking
 from metr.models.config import DetectorConfig
@@ -29,6 +31,7 @@ __all__ = [
     "VOCABULARY",
     "WEIGHTS",
     "Checkpoint",
+    "DetectionDefaults",
     "fetch_checkpoint",
     "find_checkpoint",
     "is_untouched",
@@ -49,6 +52,15 @@ _EMBEDDINGS_KEY = "embeddings"
 _SIGNATURE = re.compile(r"\n*<!-- written by METR[^>]*sha256 ([0-9a-f]{64})[^>]*-->\s*\Z")
 
 
+class DetectionDefaults(Config):
+    """What detection does with a checkpoint unless it is asked otherwise."""
+
+    names: tuple[str, ...] = ()
+    """The names that it looks for; none: all of the vocabulary."""
+    thresholds: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(default_factory=dict)
+    """For some names, the score from which a detection is shown."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
     """A trained detector as data.
@@ -56,6 +68,7 @@ class Checkpoint:
     `weights` are by the keys of the network's state; `text_embeddings` are the vocabulary's rows. `text_encoder` and
     `preprocessing` are plain values (JSON) that their owners understand: what made the embeddings, and how an image
     becomes the network's input. `training` holds facts about training (step, metrics); detection needs none of them.
+    `detection` is what detection does by default.
     """
 
     model: DetectorConfig
@@ -65,6 +78,7 @@ class Checkpoint:
     text_encoder: Mapping[str, Any]
     preprocessing: Mapping[str, Any]
     training: Mapping[str, Any] = field(default_factory=dict)
+    detection: DetectionDefaults = field(default_factory=DetectionDefaults)
 
     @property
     def text_width(self) -> int:
@@ -101,6 +115,7 @@ def save_checkpoint(
         "text_encoder": dict(checkpoint.text_encoder),
         "preprocessing": dict(checkpoint.preprocessing),
         "training": dict(checkpoint.training),
+        "detection": checkpoint.detection.model_dump(mode="json"),
     }
     with replaced_folder(folder, CONFIG) as fresh:
         write_tensors(fresh / WEIGHTS, checkpoint.weights, dtype)
@@ -129,6 +144,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         text_encoder=config["text_encoder"],
         preprocessing=config["preprocessing"],
         training=config.get("training", {}),
+        detection=_detection(config.get("detection", {}), vocabulary, folder / CONFIG),
     )
 
 
@@ -224,6 +240,18 @@ def _model(values: Mapping[str, Any], where: Path) -> DetectorConfig:
         return DetectorConfig.checked(values, where=f"{where} (model)")
     except ConfigError as error:
         raise CheckpointError(error.what, where=error.where, hint=error.hint) from None
+
+
+def _detection(values: Any, vocabulary: Vocabulary, where: Path) -> DetectionDefaults:
+    try:
+        defaults = DetectionDefaults.checked(values, where=f"{where} (detection)")
+    except (ConfigError, TypeError, ValueError) as error:
+        what = error.what if isinstance(error, ConfigError) else f"expected keys and values, found {values!r}"
+        raise CheckpointError(what, where=f"{where} (detection)", hint="copy the checkpoint again") from None
+    if strangers := sorted({*defaults.names, *defaults.thresholds}.difference(vocabulary.names)):
+        what = f"detection has names that {VOCABULARY} lacks: {strangers}"
+        raise CheckpointError(what, where=where, hint="copy the checkpoint again, or take another one")
+    return defaults
 
 
 def _embeddings(path: Path, rows: int, width: int) -> Tensor:
