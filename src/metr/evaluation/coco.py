@@ -19,8 +19,8 @@ from metr.structures import Detections
 logger = logging.getLogger(__name__)
 
 MAX_DETECTIONS = 100
-# categories with fewer objects take the threshold of their dataset: their own would follow single images
-_ENOUGH_OBJECTS = 10
+# A threshold of few objects follows single images: that of the dataset counts as much as so many objects.
+_SHARED_OBJECTS = 10
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,8 +42,8 @@ class OperatingPoint:
 class CategoryResult:
     """One category of one dataset: `objects` is the number of objects to find, without crowds.
 
-    `best` is where F1 is highest: of the category itself, or of the whole dataset if the category has fewer than ten
-    objects. None where nothing is found, or without objects.
+    `best` is about where F1 is highest: between the best threshold of the category (the closer, the more objects it
+    has) and that of all categories. None where nothing is found, or without objects.
     """
 
     name: str
@@ -223,7 +223,7 @@ def _summary(evaluation: COCOeval_faster, truth: Row, categories: Sequence[str])
 
 
 def _best_points(evaluation: COCOeval_faster, objects: np.ndarray) -> list[OperatingPoint | None]:
-    """Where F1 at IoU 0.5 is highest for each category; for rare ones, where the mean F1 of all categories is."""
+    """About where F1 at IoU 0.5 is highest for each category; see `CategoryResult.best`."""
     # [category, recall threshold]; precision is the best at this recall or a higher one
     precision, scores = (np.asarray(evaluation.eval[key])[0, :, :, 0, -1].T for key in ("precision", "scores"))
     recall = np.asarray(evaluation.params.recThrs)
@@ -232,20 +232,15 @@ def _best_points(evaluation: COCOeval_faster, objects: np.ndarray) -> list[Opera
     f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-9)
     shared = _shared_threshold(f1, scores, reached)
     points: list[OperatingPoint | None] = []
-    for k, number in enumerate(objects):
+    for k, number in enumerate(objects.tolist()):
         if not reached[k].any():
             points.append(None)
             continue
-        enough = number >= _ENOUGH_OBJECTS
-        at = int(f1[k].argmax()) if enough else int((reached[k] & (scores[k] >= shared)).sum()) - 1
-        found = 100.0 if at >= 0 else 0.0
-        points.append(
-            OperatingPoint(
-                threshold=float(scores[k, at]) if enough else shared,
-                precision=found * float(precision[k, at]),
-                recall=found * float(recall[at]),
-            )
-        )
+        own = float(scores[k, f1[k].argmax()])
+        threshold = (number * own + _SHARED_OBJECTS * shared) / (number + _SHARED_OBJECTS)
+        at = int((reached[k] & (scores[k] >= threshold)).sum()) - 1
+        found = (100 * float(precision[k, at]), 100 * float(recall[at])) if at >= 0 else (0.0, 0.0)
+        points.append(OperatingPoint(threshold=threshold, precision=found[0], recall=found[1]))
     return points
 
 

@@ -20,6 +20,7 @@ from metr.structures import Detections
 
 DEFAULT_KEPT = (1, 5, 10, 20)
 NO_DOMAIN = "no domain"
+_LEAST_F1 = 20.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,13 +226,13 @@ class EvaluationReport:
         """The score from which detections of each name are shown: where F1 is highest, 0 to 1.
 
         Those of evaluations with own names, if there are any. A name of several datasets has their mean, weighted by
-        its objects.
+        its objects. Names that are hardly found (F1 under 20) have none: nearly all that is shown would be wrong.
         """
         sums: dict[str, tuple[float, int]] = {}
         for dataset in self.datasets:
             part = dataset.own or dataset.joint
             for category in () if part is None else part.coco.categories:
-                if category.best is not None:
+                if category.best is not None and category.best.f1 >= _LEAST_F1:
                     total, objects = sums.get(category.name, (0.0, 0))
                     total += category.objects * category.best.threshold
                     sums[category.name] = (total, objects + category.objects)
