@@ -116,7 +116,9 @@ def evaluate(
         Path | None,
         typer.Option("-o", "--out", help="Where JSON, Markdown and chart go; by default evaluation, in RUN if local."),
     ] = None,
-    split: Annotated[str | None, typer.Option(help="The split; by default val, else test.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="The split; by default val (test where there is nothing to train on).")
+    ] = None,
     batch_size: _BatchSize = 8,
     device: _Device = "auto",
 ) -> None:

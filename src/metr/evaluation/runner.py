@@ -61,7 +61,7 @@ def evaluate(
         data: One dataset or several: folders, name=folder, or YAML files that list some; training need not have seen
             them.
         out: The folder where the report goes as JSON, Markdown and a chart, made if missing; None writes nothing.
-        split: The split of each dataset; by default val, else test.
+        split: The split of each dataset; by default val, or test where a dataset has neither train nor val.
         batch_size: Images per step.
         device: Where the network runs, if it is loaded here.
         config: Modes, domains and post-processing.
