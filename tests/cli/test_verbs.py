@@ -68,7 +68,7 @@ def test_evaluate_writes_into_the_run(metr: CommandLine, tiny_run: TinyRun, tmp_
     }
     assert "evaluation.json, evaluation.md and evaluation.png are in" in ended.out
     for name in ("pond", "desk", "meadow"):
-        assert f" {name} " in ended.out
+        assert f"\n{name} " in ended.out
 
 
 def test_detect_asks_for_any_names(metr: CommandLine, tiny_run: TinyRun, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from metr.cli.output import output_console
 from metr.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -51,9 +52,9 @@ def train(
 
     overrides = _overrides(set_, **{"train.loop.steps": steps})
     if dry_run:
-        Console(soft_wrap=True).print(plan(data, config, size=size, overrides=overrides))
+        output_console().print(plan(data, config, size=size, overrides=overrides))
         return
-    _say_done(run(data, out, config, size=size, overrides=overrides, resume=resume, console=Console()), out)
+    _say_done(run(data, out, config, size=size, overrides=overrides, resume=resume, console=output_console()), out)
 
 
 def finetune(
@@ -95,7 +96,7 @@ def finetune(
         source,
         out,
         resume=resume,
-        console=Console(),
+        console=output_console(),
         config=config,
         overrides=_overrides(set_, **{"train.loop.steps": steps, "train.freeze": freeze}),
         shots=shots,
@@ -127,7 +128,7 @@ def evaluate(
 
     # a name on the hub is no folder to write into
     out = out or (run / "evaluation" if run.is_dir() else Path("evaluation"))
-    run_evaluation(run, data, out, split=split, batch_size=batch_size, device=device, console=Console())
+    run_evaluation(run, data, out, split=split, batch_size=batch_size, device=device, console=output_console())
 
 
 def detect(
@@ -149,7 +150,7 @@ def detect(
     names = None if categories is None else [name.strip() for name in categories.split(",")]
     config = InferenceConfig(batch_size=batch_size, postprocess=PostprocessConfig.to_show(threshold))
     predictor = METR.from_pretrained(run, device=device).predictor(names, config)
-    detect_files(predictor, images, out, console=Console())
+    detect_files(predictor, images, out, console=output_console())
 
 
 def transfer(
@@ -179,14 +180,14 @@ def transfer(
         if run is not None or to is not None:
             hint = "metr transfer --from FOLDER -o OUT"
             raise ConfigError("expected --from alone, without RUN and --to", where="--from", hint=hint)
-        adopt_file(source, out, names=names, text=text, console=Console())
+        adopt_file(source, out, names=names, text=text, console=output_console())
         return
     if run is None or to is None:
         hint = "metr transfer RUN --to rt_detr -o OUT, or metr transfer --from FOLDER -o OUT"
         raise ConfigError("expected RUN and --to", where="transfer", hint=hint)
     if text is not None:
         raise ConfigError("goes with --from only: a METR has its text encoder", where="--text", hint="leave it out")
-    transfer_run(run, to, out, names=names, console=Console())
+    transfer_run(run, to, out, names=names, console=output_console())
 
 
 def push(
@@ -208,7 +209,7 @@ def push(
 
     dtype = torch.float16 if half else None
     place = push_run(run, name, dtype=dtype, licence=licence, private=private or None, branch=branch)
-    Console().print(f"{name} is shared: {place}", markup=False, highlight=False, soft_wrap=True)
+    output_console().print(f"{name} is shared: {place}", markup=False, highlight=False, soft_wrap=True)
 
 
 def demo(
@@ -218,7 +219,7 @@ def demo(
     """Try it all on synthetic images. Draws three small datasets, trains on them jointly, evaluates, detects."""
     from metr.demo.run import run_demo
 
-    if run_demo(out, Console(), tuple(set_ or ())) is None:
+    if run_demo(out, output_console(), tuple(set_ or ())) is None:
         raise typer.Exit(_INTERRUPTED)
 
 

@@ -144,7 +144,9 @@ class EvaluationRunner:
             EvaluationSet(annotations=one.annotations, batches=load(one, loader.batch_size)) for one in self.datasets
         ]
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        with Progress(*columns, console=console or Console(quiet=True), transient=True) as progress:
+        console = console or Console(quiet=True)
+        # where the output is piped a bar would leave nothing but an empty line
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
             tasks = {one.name: progress.add_task(one.name, total=len(one)) for one in self.datasets}
             evaluator = Evaluator(
                 self.text,

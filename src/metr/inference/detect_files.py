@@ -117,8 +117,8 @@ def _drawn(paths: Sequence[Path], out: Path) -> list[Path]:
 
 
 def _shown(paths: Sequence[Path], console: Console) -> Iterator[Path]:
-    """The paths, under a progress bar."""
-    yield from track(paths, "detecting", console=console, transient=True)
+    """The paths, under a progress bar if there is a terminal."""
+    yield from track(paths, "detecting", console=console, transient=True, disable=not console.is_terminal)
 
 
 def _write_results(predictions: Sequence[Prediction], names: Sequence[str], out: Path) -> None:

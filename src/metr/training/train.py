@@ -247,7 +247,7 @@ def _plan_table(joint: JointData, recipe: RunConfig) -> Table:
     lengths, evaluated = joint.lengths, joint.evaluation()
     fractions = mixture_weights(lengths, joint.mixture(recipe.loader.mixture))
     total = _images_a_step(recipe) * recipe.train.loop.steps
-    table = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=0, pad_edge=False)
     table.add_column("dataset", overflow="fold")
     table.add_column("format")
     for head in ("categories", "train images", "evaluated on", "of samples", "epochs"):
