@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
 from metr.cli.output import output_console
 from metr.errors import ConfigError
@@ -54,7 +53,8 @@ def train(
     if dry_run:
         output_console().print(plan(data, config, size=size, overrides=overrides))
         return
-    _say_done(run(data, out, config, size=size, overrides=overrides, resume=resume, console=output_console()), out)
+    outcome = run(data, out, config, size=size, overrides=overrides, resume=resume, console=output_console())
+    _say_if_interrupted(outcome)
 
 
 def finetune(
@@ -107,7 +107,7 @@ def finetune(
         rehearse_evaluate=rehearse_evaluate or (),
         decorrelate_names=decorrelate_names,
     )
-    _say_done(outcome.training, out)
+    _say_if_interrupted(outcome.training)
 
 
 def evaluate(
@@ -228,17 +228,12 @@ def _overrides(given: list[str] | None, **options: object) -> list[str]:
     return [*(given or []), *(f"{key}={value}" for key, value in options.items() if value is not None)]
 
 
-def _say_done(outcome: "Outcome", out: Path) -> None:
-    """Where everything is and what to do next.
+def _say_if_interrupted(outcome: "Outcome") -> None:
+    """How to go on with a run that was interrupted.
 
     Raises:
         typer.Exit: the run was interrupted.
     """
-    console = Console(soft_wrap=True, highlight=False)
     if outcome.interrupted:
-        console.print("To go on, give the same command again with --resume.")
+        output_console().print("To go on, give the same command again with --resume.", highlight=False, soft_wrap=True)
         raise typer.Exit(_INTERRUPTED)
-    early = " (stopped early)" if outcome.stalled else ""
-    best = "" if outcome.best is None else f", the best of step {outcome.best_step}"
-    console.print(f"Done: {outcome.step} steps{early}{best}; everything is in {out}", markup=False)
-    console.print(f"What it finds:  metr detect {out} IMAGE", markup=False)

@@ -23,6 +23,7 @@ from metr.run_directory import RunDirectory
 from metr.structures import Batch, Losses, Targets
 from metr.training.config import TrainConfig
 from metr.training.curves import plot_curves
+from metr.training.images import draw_train_batch
 from metr.training.logger import MATCHING, RunLogger, RuntimeStats, build_accelerator, read_metrics
 from metr.training.optimization import (
     Ema,
@@ -243,6 +244,9 @@ class Trainer:
         started = time.perf_counter()
         batches = [next(batch_iterator) for _ in range(self.config.loop.accumulation)]
         waiting = time.perf_counter() - started
+        if self.counters.step == 0 and self.config.loop.images and self.accelerator.is_main_process:
+            draw_train_batch(batches[0], self.parts.checkpoint.vocabulary.names, self.folder.train_batch)
+            started = time.perf_counter() - waiting
         report = self.train_step(batches)
         images = sum(len(batch.images) for batch in batches) * self.accelerator.num_processes
         report = replace(report, images=images, seconds=time.perf_counter() - started, waiting=waiting)
