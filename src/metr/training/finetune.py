@@ -213,7 +213,7 @@ def _before(model: METR, opened: FinetuneData, recipe: RunConfig, out: Path, con
     # a report without a state belongs to a run that never began, perhaps from another checkpoint
     report = kept_before(out) if has_state(RunDirectory(out).state) else None
     if report is None:
-        tell(console, "before fine-tuning:")
+        tell(console, "evaluating the checkpoint before fine-tuning")
         model.network.to(_device(recipe))
         report = _evaluated(model, opened, model.resize, recipe, console)
         model.network.to("cpu")

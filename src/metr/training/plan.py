@@ -17,6 +17,7 @@ from metr.data.records import TEST, Annotations
 from metr.data.sampling import mixture_weights
 from metr.devices import process_count, resolved_device, resolved_precision
 from metr.run_directory import RunDirectory
+from metr.training.comparison import COMPARISON
 from metr.training.config import RunConfig, changed_lines
 from metr.training.run_log import tell
 from metr.training.trainer import Outcome
@@ -141,6 +142,7 @@ def tell_end(
     places = {
         run.best: "the best checkpoint" if outcome.best is not None else "",
         run.last: "the newest checkpoint",
+        run.path / COMPARISON: "AP before and after",
         run.metrics: "losses and AP by step",
         run.curves: "the same, drawn",
         run.val_images: "val images with what was found at the end",
