@@ -246,3 +246,78 @@ def test_results_files_are_in_coco_form(tmp_path: Path) -> None:
     rows = json.loads((tmp_path / "deep" / "results.json").read_text())
     assert rows == [{"image_id": 12, "category_id": 90, "bbox": [1.0, 2.0, 3.12, 5.0], "score": 0.12346}]
     assert len(coco_results(found, {"fox": 1, "eel": 2}, max_detections=1)) == 1
+
+
+def overlap(a: list[float], b: list[float]) -> float:
+    width = max(min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0]), 0.0)
+    height = max(min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1]), 0.0)
+    return width * height / (a[2] * a[3] + b[2] * b[3] - width * height)
+
+
+def counted(truth: dict, results: list[dict], category: int) -> list[tuple[float, float, float]]:
+    """Score, precision and recall after each detection of a category, best first, matched one after the other."""
+    free = {n: row for n, row in enumerate(truth["annotations"]) if row["category_id"] == category}
+    objects, points, hits = len(free), [], 0
+    for number, found in enumerate(
+        sorted((r for r in results if r["category_id"] == category), key=lambda r: -r["score"]), 1
+    ):
+        near = {
+            n: overlap(row["bbox"], found["bbox"]) for n, row in free.items() if row["image_id"] == found["image_id"]
+        }
+        best = max(near, key=lambda n: near[n], default=None)
+        if best is not None and near[best] >= 0.5:
+            del free[best]
+            hits += 1
+        points.append((found["score"], 100 * hits / number, 100 * hits / objects))
+    return points
+
+
+def harmonic(precision: float, recall: float) -> float:
+    return 2 * precision * recall / max(precision + recall, 1e-9)
+
+
+def test_the_best_threshold_is_the_one_that_counting_finds() -> None:
+    truth, results = random_dataset(5)
+    for row in truth["annotations"]:
+        row["iscrowd"] = 0
+    annotations, found = as_ours(truth, results)
+    for part in evaluate_detections(annotations, found).categories:
+        if part.name == "fox":  # it has no objects
+            assert part.best is None
+            continue
+        points = counted(truth, results, truth["categories"][NAMES.index(part.name)]["id"])
+        assert part.objects >= 10
+        assert part.best is not None
+        # the protocol samples recall in hundredths
+        assert part.best.f1 == pytest.approx(max(harmonic(p, r) for _, p, r in points), abs=1.0)
+        _, precision, recall = [point for point in points if point[0] >= part.best.threshold - 1e-6][-1]
+        assert (part.best.precision, part.best.recall) == pytest.approx((precision, recall), abs=1.0)
+
+
+def test_rare_categories_share_the_threshold_of_their_dataset() -> None:
+    truth, results = random_dataset(5)
+    counts = {row["category_id"]: 0 for row in truth["annotations"]}
+    kept = []
+    for row in truth["annotations"]:
+        counts[row["category_id"]] += 1
+        if counts[row["category_id"]] < 10:
+            kept.append(row | {"iscrowd": 0})
+    annotations, found = as_ours(truth | {"annotations": kept}, results)
+    points = [part.best for part in evaluate_detections(annotations, found).categories if part.best is not None]
+    assert len(points) == 3
+    (threshold,) = {point.threshold for point in points}
+    candidates = sorted({round(row["score"], 3) for row in results})
+
+    def mean_f1(score: float) -> float:
+        total = 0.0
+        for category in (1, 7, 8):
+            above = [p for p in counted(truth | {"annotations": kept}, results, category) if p[0] >= score]
+            total += harmonic(*above[-1][1:]) if above else 0.0
+        return total / 3
+
+    assert mean_f1(threshold) >= max(map(mean_f1, candidates)) - 3.0
+
+
+def test_nothing_found_has_no_threshold() -> None:
+    annotations, _ = as_ours(*random_dataset(5))
+    assert all(part.best is None for part in evaluate_detections(annotations, {}).categories)

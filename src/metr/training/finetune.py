@@ -226,9 +226,15 @@ def _evaluated(
 ) -> EvaluationReport:
     """Evaluates new and old datasets with their own names and with all names."""
     vocabulary = opened.evaluated_vocabulary()
-    config = EvaluationConfig(precision=recipe.inference.precision, postprocess=recipe.inference.postprocess)
+    config = EvaluationConfig(inference=recipe.inference)
     runner = EvaluationRunner(
-        vocabulary, model.embed(vocabulary), opened.splits, resize, recipe.evaluation_loader, config
+        vocabulary,
+        model.embed(vocabulary),
+        opened.splits,
+        resize,
+        recipe.evaluation_loader,
+        config,
+        trained=model.vocabulary,
     )
     return runner.report(model.network, console, recipe.unannotated)
 

@@ -131,8 +131,12 @@ class RunLogger:
         message = "about %s for the %s steps that are left, measured on %d; evaluations come on top"
         _logger.info(message, duration(seconds), f"{left:,}", len(measured))
 
-    def skipped(self, report: StepReport, counters: Counters, batches: Sequence[Batch]) -> str:
-        """Warns that a step changed nothing, why, and on which images; returns the names of what was not finite."""
+    def skipped(self, report: StepReport, counters: Counters, batches: Sequence[Batch]) -> None:
+        """Warns that a step changed nothing, why, and on which images.
+
+        Raises:
+            MetrError: too many steps in a row were skipped.
+        """
         names = ", ".join(report.faulty[:_MOST_NAMED]) + (", ..." if len(report.faulty) > _MOST_NAMED else "")
         images = [
             f"{name} {image}" for batch in batches for name, image in zip(batch.datasets, batch.image_ids, strict=True)
@@ -140,7 +144,10 @@ class RunLogger:
         if not self.silent:
             message = "step %d is skipped: %s not finite; images: %s"
             _logger.warning(message, counters.step, names, ", ".join(images[:_MOST_NAMED]))
-        return names
+        if counters.skipped_in_a_row >= self.loop.max_skipped:
+            what = f"{self.loop.max_skipped} steps in a row had numbers that are not finite, at last in: {names}"
+            hint = "lower optimizer.learning_rate, lengthen schedule.warmup_steps, or set loop.precision=fp32"
+            raise MetrError(what, where=f"step {counters.step}", hint=hint)
 
     @contextmanager
     def evaluation(self, step: int) -> Iterator[None]:

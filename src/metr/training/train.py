@@ -32,7 +32,7 @@ from metr.training.provenance import provenance
 from metr.training.run_log import RunLog, log_page, tell
 from metr.training.state import check_place, seed_everything
 from metr.training.step_targets import PseudoLabeler
-from metr.training.trainer import Outcome, Trainer, TrainingParts
+from metr.training.trainer import Evaluated, Outcome, Trainer, TrainingParts
 
 Data = str | Path | Sequence[str | Path]
 """One dataset or several, as arguments of a command: a folder, name=folder, or a YAML file that lists some."""
@@ -136,14 +136,14 @@ def fit(
 
     images = ValImages(runner, recipe.inference) if recipe.train.loop.images and in_main_process() else None
 
-    def evaluate(network: nn.Module) -> dict[str, float]:
+    def evaluate(network: nn.Module) -> Evaluated:
         report = runner.report(network, unannotated=recipe.unannotated)
         show(report, console)
         with log_page() as paper:
             show(report, paper)
         if images is not None:
             images.draw(network, trainer.counters.step, trainer.folder.val_images)
-        return report.metrics()
+        return Evaluated(metrics=report.metrics(), thresholds=report.thresholds())
 
     trainer = Trainer(parts, recipe.train, out, evaluate=evaluate, resolved=recipe, console=console)
     return trainer.fit(resume=resume)
@@ -210,7 +210,7 @@ def main_console(console: Console | None) -> Console:
 
 def _quick_evaluation(config: InferenceConfig) -> EvaluationConfig:
     """Each dataset with its own names alone, at the recipe's precision and postprocessing."""
-    return EvaluationConfig(modes=("own",), precision=config.precision, postprocess=config.postprocess)
+    return EvaluationConfig(modes=("own",), inference=config)
 
 
 def _check_same(run: RunDirectory, checkpoint: Checkpoint) -> None:
