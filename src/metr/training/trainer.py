@@ -16,7 +16,6 @@ from metr.checkpoint import Checkpoint, save_checkpoint
 from metr.config import Config
 from metr.data.loading import TrainLoader
 from metr.devices import autocast, peak_memory, resolved_precision
-from metr.errors import MetrError
 from metr.losses.criterion import SetCriterion
 from metr.losses.matcher import match_statistics
 from metr.run_directory import RunDirectory
