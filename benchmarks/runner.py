@@ -12,6 +12,7 @@ import platform
 import subprocess
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,15 @@ import torch
 from rich.console import Console
 
 from metr.checkpoint import load_checkpoint
-from metr.cli.main import show_log
+from metr.cli.output import show_log
 from metr.config import Config, Tree, merge, parse_overrides, read_yaml
+from metr.data.formats.registry import recognise
+from metr.data.records import TEST, TRAIN, VAL, plan_splits
 from metr.devices import resolved_device
 from metr.errors import ConfigError, DataError, MetrError
 from metr.evaluation.results import EvaluationConfig
 from metr.serialization import read_json
+from metr.text.cache import cache_root
 from metr.training.config import RunConfig, load_recipe
 from metr.training.logger import read_metrics
 from metr.training.train import train
@@ -68,7 +72,7 @@ class Study:
         return read_yaml(HERE / "profiles" / f"{self.name}-{self.profile}.yaml")
 
     def datasets(self, names: Sequence[str] = DATASETS) -> list[str]:
-        """Datasets as METR's verbs take them: name=folder.
+        """Datasets as METR's verbs take them; see `argument`.
 
         Raises:
             DataError: some of them are not in the folder.
@@ -76,7 +80,7 @@ class Study:
         if missing := [name for name in names if not (self.data / name).is_dir()]:
             hint = "name the folder that holds them, one folder each, with --data"
             raise DataError(f"expected the datasets {', '.join(missing)}", where=self.data, hint=hint)
-        return [f"{name}={self.data / name}" for name in names]
+        return [argument(name, self.data / name) for name in names]
 
     def configuration(self, tree: Mapping[str, Any]) -> Tree:
         """A run's part of the configuration with the overrides laid over it."""
@@ -85,6 +89,23 @@ class Study:
     def recipe(self, tree: Mapping[str, Any], *first: str) -> RunConfig:
         """The whole configuration of a training run of size `nano`; overrides `first` yield to those of the command."""
         return load_recipe("nano", changes=merge(tree, parse_overrides(first), parse_overrides(self.overrides)))
+
+
+def argument(name: str, folder: Path) -> str:
+    """A dataset as METR's verbs take it: name=folder.
+
+    The protocol trains on all of a train split. Where a dataset has train and test alone, METR would hold a part of
+    train out as val: then this is a datasets file, kept in METR's cache, that evaluates on test.
+    """
+    own = list(recognise(folder, tell_others=False).splits)
+    if plan_splits(own, None, folder).parts.keys() != {TRAIN, TEST}:
+        return f"{name}={folder}"
+    dataset = {"name": name, "path": str(folder.resolve()), "splits": {TRAIN: TRAIN, VAL: TEST}}
+    text = json.dumps({"datasets": [dataset]}, indent=1)
+    file = cache_root() / "benchmarks" / f"{name}-{sha256(text.encode()).hexdigest()[:8]}.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text, encoding="utf-8")
+    return str(file)
 
 
 @dataclass(frozen=True, kw_only=True)

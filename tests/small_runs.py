@@ -115,6 +115,7 @@ def make_config(steps: int = 6, **changes: Any) -> TrainConfig:
             "evaluate_every": 0,
             "checkpoint_every": 0,
             "curves": False,
+            "images": False,
         },
     }
     return TrainConfig.checked(merge(base, changes))

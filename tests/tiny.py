@@ -99,7 +99,7 @@ def write_recipe(path: Path, text: Path | str) -> Path:
         },
         "augmentation": {"resize": {"size": 64}},
         "loader": {"batch_size": 2, "workers": 0},
-        "train": {"loop": {"device": "cpu", "steps": 3, "log_every": 1, "curves": False}},
+        "train": {"loop": {"device": "cpu", "steps": 3, "log_every": 1, "curves": False, "images": False}},
     }
     path.write_text(yaml.safe_dump(tree), encoding="utf-8")
     return path

@@ -47,6 +47,21 @@ class RunDirectory:
         return self.path / "curves.png"
 
     @property
+    def log(self) -> Path:
+        """What was logged and shown."""
+        return self.path / "log.txt"
+
+    @property
+    def train_batch(self) -> Path:
+        """The image of the first training batch."""
+        return self.path / "train_batch.jpg"
+
+    @property
+    def val_images(self) -> Path:
+        """The image of some val images with what the newest evaluation found in them."""
+        return self.path / "val_images.jpg"
+
+    @property
     def trackers(self) -> Path:
         """What trackers write, such as TensorBoard's event files."""
         return self.path / "trackers"

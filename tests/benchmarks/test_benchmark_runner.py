@@ -6,9 +6,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import cv2
+import numpy as np
 import pytest
 from rich.console import Console
 
+from metr.data.joint import open_joint
 from metr.errors import CheckpointError, ConfigError
 
 CONFIGURATION = {"train": {"optimizer": {"learning_rate": 6e-4}, "loop": {"steps": 200, "log_every": 20}}}
@@ -139,3 +142,21 @@ def test_seconds_are_those_of_the_last_step(runner: ModuleType, tmp_path: Path) 
     records.append({"kind": "evaluation", "step": 2, "evaluation_seconds": 9.0})
     (tmp_path / "metrics.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in records))
     assert runner.training_seconds(tmp_path) == 3
+
+
+def test_the_protocol_trains_on_all_of_train_where_there_is_no_val(
+    study_of: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("METR_CACHE", str(tmp_path / "cache"))
+    for split in ("train", "test"):
+        (tmp_path / "cards" / split / "images").mkdir(parents=True)
+        (tmp_path / "cards" / split / "labels").mkdir()
+        for number in range(3):
+            cv2.imwrite(str(tmp_path / "cards" / split / "images" / f"{number}.png"), np.zeros((8, 8, 3), np.uint8))
+            (tmp_path / "cards" / split / "labels" / f"{number}.txt").write_text("0 0.5 0.5 0.5 0.5\n")
+    (tmp_path / "cards/data.yaml").write_text("names: [ace]\ntrain: train/images\ntest: test/images\n")
+    (source,) = open_joint([study_of("runner").argument("cards", tmp_path / "cards")]).sources
+    assert (source.name, {split: len(found) for split, found in source.splits.items()}) == (
+        "cards",
+        {"train": 3, "val": 3},
+    )

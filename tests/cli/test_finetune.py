@@ -26,7 +26,7 @@ def test_it_says_what_it_does_and_what_came_of_it(metr: CommandLine, tiny_run: T
     assert ended.code == 0, ended
     for part in ("2 steps of 2 at ", "backbone frozen", "--rehearse mixes old datasets in", "AP before and after"):
         assert part in ended.words
-    for part in ("lake", "new", "desk", "rehearsed", "meadow", "evaluated", "Done: 2 steps, the best of step 2"):
+    for part in ("lake", "new", "desk", "rehearsed", "meadow", "evaluated", "Done: 2 steps, best AP", "of step 2."):
         assert part in ended.words
     request = json.loads((out / "finetuning.json").read_text())
     assert (request["shots"], request["seed"], request["rehearse_fraction"]) == (1, 2, 0.5)

@@ -43,11 +43,15 @@ def test_training_goes_on_and_tells_where_everything_is(metr: CommandLine, tiny_
     run = Path(shutil.copytree(tiny_run.folder, tmp_path / "run"))
     ended = metr(*train_arguments(tiny_run, run, "--steps", 4, "--resume"))
     assert ended.code == 0, ended
-    assert "  model.width: 128 -> 32\n" in ended.out, "what differs from the recipe"
-    assert f"configuration: {run / 'config.yaml'}\n" in ended.out
-    assert len(ended.out.splitlines()) < 60, "the rest of the configuration is in the file"
-    assert f"Done: 4 steps, the best of step 3; everything is in {run}\n" in ended.out
-    assert f"metr detect {run} IMAGE" in ended.out
+    lines = ended.out.splitlines()
+    assert f"  text.source: bundled:minilm -> {tiny_run.text_model}" in lines, "what differs from the recipe"
+    places = f"configuration: {run / 'config.yaml'}; log: {run / 'log.txt'}"
+    assert lines.index(places) < 15, "the rest of the configuration is in the file"
+    assert " more in config.yaml" in ended.words
+    assert f"Done: 4 steps, best AP 0.0 on val, of step 3. Everything is in {run}:" in lines
+    for name in ("best", "last", "metrics.jsonl", "log.txt"):
+        assert any(line.startswith(f"  {name} ") for line in lines), name
+    assert lines[-2:] == [f"  metr evaluate {run} {' '.join(tiny_run.data)}", f"  metr detect {run} IMAGE"]
     assert [record["step"] for record in read_metrics(run) if record["kind"] == "train"] == [1, 2, 3, 4]
 
 
@@ -68,7 +72,7 @@ def test_evaluate_writes_into_the_run(metr: CommandLine, tiny_run: TinyRun, tmp_
     }
     assert "evaluation.json, evaluation.md and evaluation.png are in" in ended.out
     for name in ("pond", "desk", "meadow"):
-        assert f" {name} " in ended.out
+        assert f"\n{name} " in ended.out
 
 
 def test_detect_asks_for_any_names(metr: CommandLine, tiny_run: TinyRun, tmp_path: Path) -> None:

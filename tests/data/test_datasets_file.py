@@ -160,12 +160,17 @@ def test_the_newest_year_is_taken(caplog: pytest.LogCaptureFixture) -> None:
     assert plan_splits(["train", "train_old"], None, "").parts == {"train": ("train",)}
 
 
-@pytest.mark.parametrize("own", [["default"], ["train"], ["batch 1", "batch 2"], ["train", "extra"]])
-def test_seeded_where_there_is_nothing_to_evaluate_on(own: list[str]) -> None:
+@pytest.mark.parametrize(
+    "own",
+    [["default"], ["train"], ["batch 1", "batch 2"], ["train", "extra"], ["train", "test"], ["train", "test2017"]],
+)
+def test_seeded_where_there_is_nothing_to_choose_the_best_checkpoint_on(own: list[str]) -> None:
     assert plan_splits(own, None, "").seeded
 
 
-@pytest.mark.parametrize("own", [["train", "test"], ["val"], ["test"], ["train", "val", "extra"]])
+@pytest.mark.parametrize(
+    "own", [["val"], ["test"], ["val", "test"], ["train", "val", "extra"], ["train", "val", "test"]]
+)
 def test_not_seeded_where_there_is_a_convention(own: list[str]) -> None:
     assert not plan_splits(own, None, "").seeded
 
@@ -197,6 +202,41 @@ def test_a_seeded_split_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture
     assert [record.image_id for record in again.split("val")] == [record.image_id for record in source.split("val")]
 
 
+def test_a_val_split_comes_from_train_where_there_is_only_test(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    coco_plain(tmp_path / "cells", made_up(splits={"train": 8, "test": 5}))
+    with caplog.at_level(logging.WARNING):
+        source = opened(tmp_path / "cells")
+    assert {split: len(found) for split, found in source.splits.items()} == {"train": 6, "val": 2, "test": 5}
+    assert source.held_out
+    assert "(2 of 8) is held out as val; its test split chooses nothing" in caplog.text
+    name, val = source.evaluation_split()
+    ids = {split: {record.path for record in source.split(split)} for split in source.splits}
+    assert (name, {record.path for record in val}) == ("val", ids["val"])
+    assert not ids["val"] & (ids["train"] | ids["test"])
+    again = open_dataset(DatasetConfig(name="made", path=tmp_path / "cells"), tmp_path / "other cache")
+    assert {record.path for record in again.split("val")} == ids["val"], "the same images every time"
+
+
+def test_an_empty_val_split_is_as_good_as_none(tmp_path: Path) -> None:
+    coco_plain(tmp_path / "cells", made_up(splits={"train": 10, "valid": 1, "test": 2}))
+    for image in (tmp_path / "cells").rglob("*valid*/*"):
+        image.unlink()
+    source = opened(tmp_path / "cells")
+    assert {split: len(found) for split, found in source.splits.items()} == {"train": 8, "val": 2, "test": 2}
+    assert source.held_out
+    assert "empty split" in source.issue_counts
+
+
+def test_a_single_training_image_is_not_judged_on_test(tmp_path: Path) -> None:
+    coco_plain(tmp_path / "cells", made_up(splits={"train": 1, "test": 5}))
+    source = opened(tmp_path / "cells")
+    assert {split: len(found) for split, found in source.splits.items()} == {"train": 1, "test": 5}
+    with pytest.raises(DataError, match="no 'val' split"):
+        source.evaluation_split()
+
+
 def test_a_dataset_may_be_all_training(tmp_path: Path) -> None:
     coco_plain(tmp_path / "cells", made_up(splits={"train": 20}))
     source = opened(tmp_path / "cells", splits={"train": "train"})
@@ -209,7 +249,11 @@ def test_evaluation_split(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         name, annotations = opened(root).evaluation_split()
     assert (name, len(annotations), caplog.text) == ("val", 3, "")
-    source = opened(root, splits={"train": "train2017", "test": "test2017"})
+    assert not opened(root).held_out
+    chosen = opened(root, splits={"train": "train2017", "test": "test2017"})
+    assert chosen.evaluation_split()[0] == "val"
+    assert chosen.held_out
+    source = opened(root, splits={"test": "test2017"})
     with caplog.at_level(logging.WARNING):
         name, annotations = source.evaluation_split()
     assert (name, len(annotations), annotations.split) == ("test", 2, "test")

@@ -86,7 +86,7 @@ REAL = {
     "bccd": ("voc", {"train": 205, "val": 87, "test": 72}, 3, 4886, 0, 0, {"degenerate box": 2}),
     "aquarium": ("yolo", {"train": 135, "val": 41, "test": 23}, 7, 1441, 0, 1, {"degenerate box": 2}),
     "coco_mini": ("coco", {"train": 195, "val": 120}, 80, 2943, 35, 4, {}),
-    "playing_cards": ("voc", {"train": 212, "test": 47}, 6, 473, 0, 0, {}),
+    "playing_cards": ("voc", {"train": 170, "val": 42, "test": 47}, 6, 473, 0, 0, {}),
     "doc_tables": ("csv", {"train": 197, "val": 28}, 1, 277, 0, 0, {}),
     "endangered_animals": ("coco", {"train": 153, "val": 45, "test": 15}, 7, 327, 0, 0, {}),
     "chess_pieces": ("coco", {"train": 190, "val": 53, "test": 28}, 13, 2594, 0, 1, {"unused parent category": 1}),

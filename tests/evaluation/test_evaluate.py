@@ -84,7 +84,7 @@ def test_it_agrees_with_detection_image_by_image(report: EvaluationReport, tiny_
 def test_the_table_fits_80_columns(report: EvaluationReport, out: Path) -> None:
     lines = (out / "said").read_text().splitlines()
     assert max(map(len, lines)) <= 80 or all(str(out) in line for line in lines if len(line) > 80)
-    assert any(line.endswith("images own AP own AP50 joint AP joint AP50 confused ") for line in lines)
+    assert any(line.endswith("images own AP own AP50 joint AP joint AP50 confused") for line in lines)
     (pond,) = (line for line in lines if "pond" in line)
     assert pond.split()[:3] == ["pond", "val", "3"]
     assert len(pond.split()) == 8

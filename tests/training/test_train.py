@@ -184,6 +184,7 @@ def test_from_python_it_reads_as_the_verb_does(tiny_run: TinyRun, tmp_path: Path
     assert outcome.step == 1
     shown = console.export_text()
     assert "configuration: the recipe nano, but for\n" in shown
-    assert "  model.width: 128 -> 32\n" in shown
-    assert f"configuration: {tmp_path / 'run' / 'config.yaml'}" in shown
+    assert "  text.source: bundled:minilm -> " in shown
+    assert " more in config.yaml\n" in shown
+    assert f"configuration: {tmp_path / 'run' / 'config.yaml'}; log: {tmp_path / 'run' / 'log.txt'}\n" in shown
     assert "learning_rate" not in shown, "it is the recipe's"

@@ -118,11 +118,14 @@ def test_a_step_is_what_it_says(tmp_path: Path) -> None:
 
 
 def test_what_a_run_leaves_behind(tmp_path: Path) -> None:
-    evaluate, config = Rising(), make_config(6, loop={"log_every": 2, "evaluate_every": 3, "curves": True})
+    evaluate, config = (
+        Rising(),
+        make_config(6, loop={"log_every": 2, "evaluate_every": 3, "curves": True, "images": True}),
+    )
     outcome = Trainer(make_parts(tmp_path), config, tmp_path / "run", evaluate=evaluate).fit()
     run = tmp_path / "run"
     assert sorted(path.name for path in run.iterdir()) == [
-        "best", "config.yaml", "curves.png", "last", "metrics.jsonl", "state",
+        "best", "config.yaml", "curves.png", "last", "metrics.jsonl", "state", "train_batch.jpg",
     ]  # fmt: skip
     assert TrainConfig.checked(read_yaml(run / "config.yaml")) == config
     assert (outcome.step, outcome.interrupted, outcome.best, outcome.best_step) == (6, False, 2.0, 6)

@@ -1,6 +1,5 @@
 """The command `metr`: its verbs, and errors that end in one message instead of a traceback."""
 
-import logging
 import os
 import sys
 from typing import Any
@@ -11,10 +10,11 @@ from typer.core import TyperCommand, TyperGroup
 
 import metr
 from metr.cli.inspect import inspect
+from metr.cli.output import show_log
 from metr.cli.verbs import demo, detect, evaluate, finetune, push, train, transfer
 from metr.errors import MetrError
 
-__all__ = ["app", "run", "show_log"]
+__all__ = ["app", "run"]
 
 # the base of mistakes on a command line: click's, or that of typer's own copy of click
 _COMMAND_LINE_ERROR: Any = typer.BadParameter.__mro__[2]
@@ -79,16 +79,6 @@ def run() -> None:
             raise
         _tell(str(told))
         sys.exit(1)
-
-
-def show_log() -> None:
-    """Shows what METR logs on the standard error: progress where there is no terminal, what is skipped, warnings."""
-    from rich.logging import RichHandler
-
-    handler = RichHandler(console=Console(stderr=True), show_time=False, show_path=False, rich_tracebacks=False)
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
-    for noisy in ("httpx", "PIL", "matplotlib", "accelerate"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
 def _tell(message: str) -> None:

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 
+from metr.cli.output import output_console
 from metr.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -55,9 +55,10 @@ def train(
 
     overrides = _overrides(set_, **{"train.loop.steps": steps})
     if dry_run:
-        Console(soft_wrap=True).print(plan(data, config, size=size, overrides=overrides))
+        output_console().print(plan(data, config, size=size, overrides=overrides))
         return
-    _say_done(run(data, out, config, size=size, overrides=overrides, resume=resume, console=Console()), out)
+    outcome = run(data, out, config, size=size, overrides=overrides, resume=resume, console=output_console())
+    _say_if_interrupted(outcome)
 
 
 def finetune(
@@ -99,7 +100,7 @@ def finetune(
         source,
         out,
         resume=resume,
-        console=Console(),
+        console=output_console(),
         config=config,
         overrides=_overrides(set_, **{"train.loop.steps": steps, "train.freeze": freeze}),
         shots=shots,
@@ -110,7 +111,7 @@ def finetune(
         rehearse_evaluate=rehearse_evaluate or (),
         decorrelate_names=decorrelate_names,
     )
-    _say_done(outcome.training, out)
+    _say_if_interrupted(outcome.training)
 
 
 def evaluate(
@@ -120,7 +121,9 @@ def evaluate(
         Path | None,
         typer.Option("-o", "--out", help="Where JSON, Markdown and chart go; by default evaluation, in RUN if local."),
     ] = None,
-    split: Annotated[str | None, typer.Option(help="The split; by default val, else test.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="The split; by default val (test where there is nothing to train on).")
+    ] = None,
     batch_size: _BatchSize = 8,
     device: _Device = "auto",
     set_: _InferenceOverrides = None,
@@ -139,7 +142,7 @@ def evaluate(
     config = EvaluationConfig(inference=inference_config(set_ or (), batch_size=batch_size))
     # a name on the hub is no folder to write into
     out = out or (run / "evaluation" if run.is_dir() else Path("evaluation"))
-    console = Console()
+    console = output_console()
     report = run_evaluation(run, data, out, split=split, device=device, config=config, console=console)
     if store:
         store_thresholds(report, run, console)
@@ -184,7 +187,7 @@ def detect(
         out,
         thresholds=model.thresholds(threshold),
         labels=style,
-        console=Console(),
+        console=output_console(),
     )
 
 
@@ -215,14 +218,14 @@ def transfer(
         if run is not None or to is not None:
             hint = "metr transfer --from FOLDER -o OUT"
             raise ConfigError("expected --from alone, without RUN and --to", where="--from", hint=hint)
-        adopt_file(source, out, names=names, text=text, console=Console())
+        adopt_file(source, out, names=names, text=text, console=output_console())
         return
     if run is None or to is None:
         hint = "metr transfer RUN --to rt_detr -o OUT, or metr transfer --from FOLDER -o OUT"
         raise ConfigError("expected RUN and --to", where="transfer", hint=hint)
     if text is not None:
         raise ConfigError("goes with --from only: a METR has its text encoder", where="--text", hint="leave it out")
-    transfer_run(run, to, out, names=names, console=Console())
+    transfer_run(run, to, out, names=names, console=output_console())
 
 
 def push(
@@ -244,7 +247,7 @@ def push(
 
     dtype = torch.float16 if half else None
     place = push_run(run, name, dtype=dtype, licence=licence, private=private or None, branch=branch)
-    Console().print(f"{name} is shared: {place}", markup=False, highlight=False, soft_wrap=True)
+    output_console().print(f"{name} is shared: {place}", markup=False, highlight=False, soft_wrap=True)
 
 
 def demo(
@@ -254,7 +257,7 @@ def demo(
     """Try it all on synthetic images. Draws three small datasets, trains on them jointly, evaluates, detects."""
     from metr.demo.run import run_demo
 
-    if run_demo(out, Console(), tuple(set_ or ())) is None:
+    if run_demo(out, output_console(), tuple(set_ or ())) is None:
         raise typer.Exit(_INTERRUPTED)
 
 
@@ -263,17 +266,12 @@ def _overrides(given: list[str] | None, **options: object) -> list[str]:
     return [*(given or []), *(f"{key}={value}" for key, value in options.items() if value is not None)]
 
 
-def _say_done(outcome: "Outcome", out: Path) -> None:
-    """Where everything is and what to do next.
+def _say_if_interrupted(outcome: "Outcome") -> None:
+    """How to go on with a run that was interrupted.
 
     Raises:
         typer.Exit: the run was interrupted.
     """
-    console = Console(soft_wrap=True, highlight=False)
     if outcome.interrupted:
-        console.print("To go on, give the same command again with --resume.")
+        output_console().print("To go on, give the same command again with --resume.", highlight=False, soft_wrap=True)
         raise typer.Exit(_INTERRUPTED)
-    early = " (stopped early)" if outcome.stalled else ""
-    best = "" if outcome.best is None else f", the best of step {outcome.best_step}"
-    console.print(f"Done: {outcome.step} steps{early}{best}; everything is in {out}", markup=False)
-    console.print(f"What it finds:  metr detect {out} IMAGE", markup=False)

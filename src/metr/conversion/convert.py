@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -73,8 +74,8 @@ class TransferReport:
         }
 
     def table(self) -> Table:
-        """Tensors by part of the receiver (and of the giver, for what is left over), for a terminal."""
-        table = Table(title=f"{self.source} to {self.receiver}", title_justify="left")
+        """Tensors by part of the receiver (and of the giver, for what is left over), to be printed."""
+        table = Table(box=SIMPLE_HEAD, show_edge=False, padding=0, pad_edge=False)
         table.add_column("part")
         for kind in _KINDS:
             table.add_column(kind, justify="right")

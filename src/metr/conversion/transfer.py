@@ -225,6 +225,7 @@ def read_names(names: str) -> Vocabulary:
 
 def show(report: TransferReport, out: Path, console: Console) -> None:
     """The table of the report, what a reader should know, and where everything is."""
+    console.print(f"{report.source} to {report.receiver}: tensors", style="italic", markup=False, highlight=False)
     console.print(report.table())
     for note in report.notes:
         console.print(f"- {note}", highlight=False, markup=False)

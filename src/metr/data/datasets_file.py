@@ -19,7 +19,7 @@ from metr.data.formats.registry import log_other_formats, recognise
 from metr.data.index.annotation_index import AnnotationIndex, LabelMap
 from metr.data.index.cache import default_cache, stored
 from metr.data.index.manifest import Manifest
-from metr.data.records import TEST, VAL, Annotations, DataIssue, plan_splits
+from metr.data.records import TEST, TRAIN, VAL, Annotations, DataIssue, plan_splits
 from metr.errors import ConfigError, DataError, did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -73,6 +73,7 @@ class DatasetSource:
         splits: Its annotations by split.
         issues: The first issues of each kind that were found while it was read.
         issue_counts: How many there were of each kind.
+        held_out: Whether its val split is a seeded part of its own train split, because it has none.
     """
 
     name: str
@@ -83,6 +84,7 @@ class DatasetSource:
     splits: Mapping[str, AnnotationIndex]
     issues: tuple[DataIssue, ...] = ()
     issue_counts: Mapping[str, int] = field(default_factory=dict)
+    held_out: bool = False
 
     def split(self, name: str) -> AnnotationIndex:
         """The annotations of one split.
@@ -96,14 +98,14 @@ class DatasetSource:
         return self.splits[name]
 
     def evaluation_split(self) -> tuple[str, Annotations]:
-        """The split to evaluate on, and its name: "val", or "test" where there is no "val".
+        """The split to evaluate on, and its name: "val", or "test" where a dataset has nothing to train on either.
+
+        Where there is a train split, test is never taken: it would choose the best checkpoint that it then judges.
 
         Raises:
             DataError: the dataset has neither.
         """
-        if VAL in self.splits:
-            return VAL, self.splits[VAL]
-        if TEST in self.splits:
+        if VAL not in self.splits and TRAIN not in self.splits and TEST in self.splits:
             logger.warning("%s: no val split; evaluated on its test split", self.name)
             return TEST, self.splits[TEST]
         return VAL, self.split(VAL)
@@ -141,8 +143,6 @@ def open_dataset(config: DatasetConfig, cache_dir: Path | None = None) -> Datase
     reader = recognise(config.path, config.format, tell_others=False)
     wanted = None if config.splits is None else {str(key): _as_tuple(value) for key, value in config.splits.items()}
     plan = plan_splits(list(reader.splits), wanted, config.path)
-    if plan.seeded:
-        logger.warning("%s: no split to evaluate on; a seeded fifth of its images is held out as val", config.name)
     dataset = stored(reader, plan, cache_dir or default_cache())
     if dataset.fresh and config.format is None:
         log_other_formats(reader, config.path)
@@ -156,7 +156,7 @@ def open_dataset(config: DatasetConfig, cache_dir: Path | None = None) -> Datase
     if counts:
         listed = ", ".join(f"{count} x {kind}" for kind, count in counts.items())
         logger.info("%s: went past %s; `metr inspect` shows where", config.name, listed)
-    return DatasetSource(
+    source = DatasetSource(
         name=config.name,
         format=reader.format,
         root=reader.root,
@@ -168,7 +168,19 @@ def open_dataset(config: DatasetConfig, cache_dir: Path | None = None) -> Datase
         },
         issues=(*notes, *found),
         issue_counts=dict(counts),
+        held_out=dataset.manifest.held_out,
     )
+    if source.held_out:
+        _tell_held_out(source)
+    return source
+
+
+def _tell_held_out(source: DatasetSource) -> None:
+    """Logs that val is a part of train, and that test, where there is one, is left for the last word."""
+    val, train = len(source.splits[VAL]), len(source.splits[TRAIN])
+    spared = "; its test split chooses nothing" if TEST in source.splits else ""
+    message = "%s: no val split; a seeded fifth of its training images (%d of %d) is held out as val%s"
+    logger.warning(message, source.name, val, val + train, spared)
 
 
 def _parse_argument(argument: str) -> list[DatasetConfig]:

@@ -196,7 +196,7 @@ class JointData:
         return {name: fractions[name] * weight for name, weight in weights.items()}
 
     def evaluation(self, split: str | None = None) -> dict[str, Annotations]:
-        """One split of each dataset, by name: the one named, else val, else test."""
+        """One split of each dataset, by name: the one named, else val, or test where there is nothing to train on."""
         return {
             source.name: source.evaluation_split()[1] if split is None else source.split(split)
             for source in self.sources

@@ -38,7 +38,8 @@ _WORDS = {
 class SplitPlan:
     """Which of a dataset's own splits make up each of METR's splits.
 
-    `seeded` says that a part of "train" has to be held out as "val": the dataset has nothing else to evaluate on.
+    `seeded` says that a part of "train" has to be held out as "val": the dataset has none of its own. Its test split
+    does not take the place of one: the best checkpoint would be chosen on the images that are to judge it.
     """
 
     parts: Mapping[str, tuple[str, ...]]
@@ -60,18 +61,21 @@ def canonical_split(name: str) -> str | None:
 def plan_splits(own: Sequence[str], wanted: Mapping[str, Sequence[str]] | None, where: object) -> SplitPlan:
     """Orders a dataset's `own` splits into METR's, or takes them as the user `wanted` them.
 
+    A user who names a train split alone wants all of it for training: then nothing is held out.
+
     Raises:
         DataError: a wanted split is not there.
     """
     if wanted is not None:
-        return SplitPlan(parts={split: _chosen(names, own, where) for split, names in wanted.items()})
+        chosen = {split: _chosen(names, own, where) for split, names in wanted.items()}
+        return SplitPlan(parts=chosen, seeded={TRAIN, TEST} <= chosen.keys() and VAL not in chosen)
     groups: dict[str, list[str]] = {}
     for name in sorted(own):
         groups.setdefault(canonical_split(name) or name, []).append(name)
     parts = {split: (_preferred(split, names, where),) for split, names in groups.items()}
     if not parts.keys() & {TRAIN, VAL, TEST}:
         return SplitPlan(parts={TRAIN: tuple(sorted(own))}, seeded=True)
-    return SplitPlan(parts=_in_order(parts), seeded=TRAIN in parts and not parts.keys() & {VAL, TEST})
+    return SplitPlan(parts=_in_order(parts), seeded=TRAIN in parts and VAL not in parts)
 
 
 def hold_out(keys: Sequence[str], *, seed: int = 0, fraction: float = HELD_OUT) -> Bool[np.ndarray, "n"]:

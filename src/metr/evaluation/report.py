@@ -127,7 +127,8 @@ def draw_chart(report: EvaluationReport, path: Path) -> None:
 def show(report: EvaluationReport, console: Console) -> None:
     """The report as a table on the console, 80 columns wide unless names of datasets are long."""
     modes, confusion = [mode for mode in MODES if any(one.part(mode) for one in report.datasets)], report.confusion
-    table = Table(title="average precision, COCO protocol, 0 to 100", box=SIMPLE_HEAD, padding=0, pad_edge=False)
+    console.print("average precision, COCO protocol, 0 to 100", style="italic", highlight=False)
+    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=0, pad_edge=False)
     table.add_column("dataset", overflow="fold")
     table.add_column("split")
     numbers = [f"{mode} {metric}" for mode in modes for metric in ("AP", "AP50")]

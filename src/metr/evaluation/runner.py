@@ -63,7 +63,7 @@ def evaluate(
         data: One dataset or several: folders, name=folder, or YAML files that list some; training need not have seen
             them.
         out: The folder where the report goes as JSON, Markdown and a chart, made if missing; None writes nothing.
-        split: The split of each dataset; by default val, else test.
+        split: The split of each dataset; by default val, or test where a dataset has neither train nor val.
         device: Where the network runs, if it is loaded here.
         config: Modes, domains, batch size and post-processing.
         console: Where progress and the table are shown.
@@ -168,7 +168,9 @@ class EvaluationRunner:
             EvaluationSet(annotations=one.annotations, batches=load(one, loader.batch_size)) for one in self.datasets
         ]
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        with Progress(*columns, console=console or Console(quiet=True), transient=True) as progress:
+        console = console or Console(quiet=True)
+        # where the output is piped a bar would leave nothing but an empty line
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
             tasks = {one.name: progress.add_task(one.name, total=len(one)) for one in self.datasets}
             evaluator = Evaluator(
                 self.text,

@@ -193,8 +193,8 @@ def _draw(image: np.ndarray, detections: Detections, style: Style, target: Path)
 
 
 def _shown(paths: Sequence[Path], console: Console) -> Iterator[Path]:
-    """The paths, under a progress bar."""
-    yield from track(paths, "detecting", console=console, transient=True)
+    """The paths, under a progress bar if there is a terminal."""
+    yield from track(paths, "detecting", console=console, transient=True, disable=not console.is_terminal)
 
 
 def _write_results(predictions: Sequence[Prediction], names: Sequence[str], out: Path) -> None:

@@ -97,7 +97,8 @@ def kept_before(folder: Path) -> EvaluationReport | None:
 
 def show_comparison(comparison: Comparison, console: Console) -> None:
     """Prints a row for each dataset: AP before and after, with its own names and with all names."""
-    table = Table(title="AP before and after, 0 to 100", box=SIMPLE_HEAD, padding=0, pad_edge=False)
+    console.print("AP before and after, 0 to 100", style="italic", highlight=False)
+    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=0, pad_edge=False)
     table.add_column("dataset", overflow="fold")
     table.add_column("is")
     for mode in _MODES:

@@ -112,6 +112,9 @@ class LoopConfig(Config):
     """Steps in a row that may be skipped for numbers that are not finite, before training gives up."""
     curves: bool = True
     """Whether to draw curves.png whenever training ends."""
+    images: bool = True
+    """Whether to draw train_batch.jpg, the first batch as the network sees it, and at each evaluation val_images.jpg:
+    eight val images with their annotations and with what is detected."""
     trackers: tuple[str, ...] = ()
     """Trackers of accelerate that get every number of metrics.jsonl too: tensorboard, wandb, mlflow, comet_ml, ..."""
     progress_seconds: Annotated[float, Field(gt=0)] = 30.0

@@ -27,7 +27,9 @@ from metr.training.comparison import Comparison, keep_before, kept_before, show_
 from metr.training.config import RunConfig
 from metr.training.finetune_data import FinetuneData, FinetuneOptions, open_finetune_data
 from metr.training.finetune_recipe import RECIPE, described, finetune_recipe
+from metr.training.plan import header, tell_end
 from metr.training.provenance import provenance
+from metr.training.run_log import RunLog, log_page, tell
 from metr.training.state import check_place, has_state
 from metr.training.train import (
     Data,
@@ -37,7 +39,6 @@ from metr.training.train import (
     main_console,
     plain,
     rebuildable,
-    show_changes,
     teacher_of,
 )
 from metr.training.trainer import Outcome, TrainingParts
@@ -88,9 +89,23 @@ def finetune(
     Raises:
         MetrError: checkpoint, data, configuration or the run folder do not fit; the message says what and where.
     """
-    console, out = main_console(console), Path(out)
     asked = {} if options is None else options.model_dump(exclude_unset=True)
     options = FinetuneOptions.checked(asked | more, where="finetune")
+    with RunLog(Path(out)) as log:
+        return _finetuned(data, source, Path(out), options, resume, evaluation, main_console(console), log)
+
+
+def _finetuned(
+    data: Data,
+    source: str | Path,
+    out: Path,
+    options: FinetuneOptions,
+    resume: bool,
+    evaluation: EvaluationConfig | None,
+    console: Console,
+    log: RunLog,
+) -> FinetuneOutcome:
+    """Does what `finetune` says, and keeps the log from where nothing can be refused any more."""
     check_place(RunDirectory(out), resume)
     if Path(source).resolve() == out.resolve():
         what, hint = "a run cannot begin with itself", "--from the run that it began with, or another -o"
@@ -100,20 +115,26 @@ def finetune(
     seed = f"train.loop.seed={options.seed}"
     recipe = finetune_recipe(model.checkpoint, opened.images, options.config, [seed, *options.overrides])
     check_recipe(recipe)
-    console.print(described(recipe, opened.images), highlight=False, markup=False, soft_wrap=True)
-    show_changes(finetune_recipe(model.checkpoint, opened.images, overrides=[seed]), recipe, "the defaults", console)
-    _warn_of_forgetting(model, opened, console)
     _check_same_request(out, request := _request(source, opened, options), resume)
+    base = finetune_recipe(model.checkpoint, opened.images, overrides=[seed])
+    mixture = opened.mixture(recipe.loader.mixture)
+    tell(console, header(opened.joint, recipe, base, "the defaults", mixture=mixture, evaluated=opened.splits))
+    tell(console, described(recipe, opened.images))
+    _warn_of_forgetting(model, opened, console)
     parts, model = _parts(model, opened, recipe, options.decorrelate_names)
+    log.begin(recipe.train.loop.device)
     before = None
     if in_main_process():
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / REQUEST, request)
         before = _before(model, opened, recipe, out, console) if options.compare else None
     outcome = fit(parts, opened.new_splits, recipe, out, resume=resume, console=console, evaluation=evaluation)
-    if before is None or outcome.interrupted:
-        return FinetuneOutcome(training=outcome, comparison=None)
-    return FinetuneOutcome(training=outcome, comparison=_comparison(before, opened, recipe, out, console))
+    compared = None
+    if before is not None and not outcome.interrupted:
+        compared = _comparison(before, opened, recipe, out, console)
+    new = opened.joint.sources[: opened.new]
+    tell_end(outcome, RunDirectory(out), recipe, arguments(data), new, console)
+    return FinetuneOutcome(training=outcome, comparison=compared)
 
 
 def _parts(model: METR, opened: FinetuneData, recipe: RunConfig, decorrelate: bool) -> tuple[TrainingParts, METR]:
@@ -182,6 +203,8 @@ def _comparison(
     comparison = Comparison.of(before, after, opened.roles)
     comparison.write(out)
     show_comparison(comparison, console)
+    with log_page() as paper:
+        show_comparison(comparison, paper)
     return comparison
 
 
@@ -190,7 +213,7 @@ def _before(model: METR, opened: FinetuneData, recipe: RunConfig, out: Path, con
     # a report without a state belongs to a run that never began, perhaps from another checkpoint
     report = kept_before(out) if has_state(RunDirectory(out).state) else None
     if report is None:
-        console.print("before fine-tuning:", highlight=False)
+        tell(console, "evaluating the checkpoint before fine-tuning")
         model.network.to(_device(recipe))
         report = _evaluated(model, opened, model.resize, recipe, console)
         model.network.to("cpu")
@@ -228,7 +251,7 @@ def _warn_of_forgetting(model: METR, opened: FinetuneData, console: Console) -> 
         return
     note = f"{len(forgotten)} of the checkpoint's {len(model.names)} names are in none of this data: they can still be "
     note += "detected, but perhaps less well afterwards; --rehearse mixes old datasets in."
-    console.print(note, highlight=False, markup=False, soft_wrap=True)
+    tell(console, note)
 
 
 def _request(source: str | Path, opened: FinetuneData, options: FinetuneOptions) -> Tree:

@@ -21,7 +21,8 @@ from metr.errors import ConfigError, MetrError, did_you_mean
 from metr.run_directory import RunDirectory, explained_disk_errors
 from metr.structures import Batch
 from metr.training.config import LoopConfig
-from metr.training.progress import Progress, Snapshot
+from metr.training.progress import Progress, Snapshot, duration
+from metr.training.run_log import tell
 from metr.training.state import Counters, StepReport, Window
 
 MATCHING = "matching/"
@@ -34,6 +35,7 @@ _TRACKERS = "train.loop.trackers"
 _logger = logging.getLogger(__name__)
 _MOST_NAMED = 6  # terms or images in a message
 _MOST_TOLD = 8  # metrics in a line of the log
+_TIMED = 20  # steps after which the whole run's time is estimated
 _KEPT = 0.95  # fraction of the old average that the time of a step keeps
 
 
@@ -65,6 +67,7 @@ class RunLogger:
         self._progress = Progress(self._console, loop.progress_seconds)
         self._file: MetricsFile | None = None
         self._step_seconds = self._evaluation_seconds = 0.0
+        self._timed: list[float] = []
         self._stats: RuntimeStats | None = None
 
     def __enter__(self) -> "RunLogger":
@@ -94,10 +97,12 @@ class RunLogger:
             return
         with explained_disk_errors(self.folder.config):
             self.folder.config.write_text(as_yaml(resolved), encoding="utf-8")
+        places = f"configuration: {self.folder.config}"
+        places += f"; log: {self.folder.log}" if self.folder.log.is_file() else ""
         if self._console is None:
-            _logger.info("configuration: %s", self.folder.config)
+            _logger.info("%s", places)
         else:
-            self._console.print(f"configuration: {self.folder.config}", highlight=False, markup=False, soft_wrap=True)
+            tell(self._console, places)
         self._file.rewind(counters.step, counters.evaluated_step)
 
     def step(self, report: StepReport, counters: Counters, look: Callable[[], RuntimeStats]) -> None:
@@ -110,12 +115,28 @@ class RunLogger:
         if report.seconds:
             kept = _KEPT if self._step_seconds else 0.0
             self._step_seconds = kept * self._step_seconds + (1 - kept) * report.seconds
+        self._estimate(report, counters)
         self._progress.update(self._snapshot(report, counters, self._stats))
         if logged:
             counters.window = Window()
 
-    def skipped(self, report: StepReport, counters: Counters, batches: Sequence[Batch]) -> str:
-        """Warns that a step changed nothing, why, and on which images; returns the names of what was not finite."""
+    def _estimate(self, report: StepReport, counters: Counters) -> None:
+        """Says once how long the run will take: after some steps, of which the first ones are no measure."""
+        self._timed.append(report.seconds)
+        left = self.loop.steps - counters.step
+        if len(self._timed) != _TIMED or self.silent or left < _TIMED:
+            return
+        measured = self._timed[_TIMED // 4 :]
+        seconds = left * sum(measured) / len(measured)
+        message = "about %s for the %s steps that are left, measured on %d; evaluations come on top"
+        _logger.info(message, duration(seconds), f"{left:,}", len(measured))
+
+    def skipped(self, report: StepReport, counters: Counters, batches: Sequence[Batch]) -> None:
+        """Warns that a step changed nothing, why, and on which images.
+
+        Raises:
+            MetrError: too many steps in a row were skipped.
+        """
         names = ", ".join(report.faulty[:_MOST_NAMED]) + (", ..." if len(report.faulty) > _MOST_NAMED else "")
         images = [
             f"{name} {image}" for batch in batches for name, image in zip(batch.datasets, batch.image_ids, strict=True)
@@ -123,7 +144,10 @@ class RunLogger:
         if not self.silent:
             message = "step %d is skipped: %s not finite; images: %s"
             _logger.warning(message, counters.step, names, ", ".join(images[:_MOST_NAMED]))
-        return names
+        if counters.skipped_in_a_row >= self.loop.max_skipped:
+            what = f"{self.loop.max_skipped} steps in a row had numbers that are not finite, at last in: {names}"
+            hint = "lower optimizer.learning_rate, lengthen schedule.warmup_steps, or set loop.precision=fp32"
+            raise MetrError(what, where=f"step {counters.step}", hint=hint)
 
     @contextmanager
     def evaluation(self, step: int) -> Iterator[None]:

@@ -14,6 +14,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from metr.training.run_log import LOG_FILE
+
 _logger = logging.getLogger(__name__)
 _KEPT = 0.9  # fraction of the old average that a displayed loss keeps at each step
 _MOST_METRICS = 8
@@ -44,6 +46,8 @@ class Snapshot:
 class Progress:
     """Shows snapshots: a live screen if the console is a terminal, otherwise log lines. Use it as a context manager.
 
+    The log file of the run gets the lines in any case.
+
     Args:
         console: Where progress is shown; None shows nothing.
         seconds: Seconds between log lines.
@@ -73,20 +77,24 @@ class Progress:
         for name, value in grouped_terms(snapshot.terms).items():
             self._losses[name] = _KEPT * self._losses.get(name, value) + (1 - _KEPT) * value
         self._snapshot = snapshot
-        if self._live is None and self.console is not None and time.monotonic() - self._shown >= self.seconds:
+        if time.monotonic() - self._shown >= self.seconds:
             self._shown = time.monotonic()
-            _logger.info("%s", one_line(snapshot, sum(self._losses.values())))
+            self._log.info("%s", one_line(snapshot, sum(self._losses.values())))
 
     @contextmanager
     def activity(self, name: str) -> Iterator[None]:
         """Shows what is running while no step is made, such as an evaluation."""
         self._activity = name
-        if self._live is None and self.console is not None:
-            _logger.info("%s", name)
+        self._log.info("%s", name)
         try:
             yield
         finally:
             self._activity = ""
+
+    @property
+    def _log(self) -> logging.Logger:
+        """Where lines of progress go: nobody reads them under a live screen, or where nothing is to be shown."""
+        return _logger if self._live is None and self.console is not None else LOG_FILE
 
     def _screen(self) -> RenderableType:
         if self._snapshot is None:
@@ -108,7 +116,7 @@ def one_line(snapshot: Snapshot, loss: float) -> str:
     skipped = f", {snapshot.skipped} skipped" if snapshot.skipped else ""
     return (
         f"step {snapshot.step}/{snapshot.steps}, loss {loss:.3f}, {snapshot.images_per_second:.1f} images/s, "
-        f"{_duration(snapshot.seconds_left)} left, {snapshot.memory:.1f} GiB{skipped}"
+        f"{duration(snapshot.seconds_left)} left, {snapshot.memory:.1f} GiB{skipped}"
     )
 
 
@@ -132,7 +140,7 @@ def screen(snapshot: Snapshot, losses: Mapping[str, float], activity: str = "") 
 def _bar(snapshot: Snapshot) -> RenderableType:
     grid = Table.grid(padding=(0, 1))
     bar = ProgressBar(total=snapshot.steps, completed=snapshot.step, width=40)
-    left = Text(f"{_duration(snapshot.seconds_left)} left", style="cyan")
+    left = Text(f"{duration(snapshot.seconds_left)} left", style="cyan")
     grid.add_row(Text(f"step {snapshot.step:,} of {snapshot.steps:,}", style="bold"), bar, left)
     return grid
 
@@ -175,5 +183,6 @@ def _columns(title: str, values: Mapping[str, float], style: str) -> Table:
     return table
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds as hours:minutes:seconds."""
     return str(timedelta(seconds=round(seconds)))

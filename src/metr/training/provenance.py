@@ -78,7 +78,7 @@ def provenance(joint: JointData, recipe: RunConfig) -> Tree:
         batch=recipe.loader.batch_size * loop.accumulation * process_count(),
         learning_rate=recipe.train.optimizer.learning_rate,
         software={"metr": metr.__version__, "torch": str(torch.__version__), "python": platform.python_version()},
-        hardware=_hardware(loop.device),
+        hardware=hardware(loop.device),
     )
     values: Tree = msgspec.to_builtins(facts)
     return values
@@ -96,7 +96,7 @@ def _data(source: DatasetSource, joint: JointData) -> DataFacts:
     )
 
 
-def _hardware(wanted: str) -> str:
+def hardware(wanted: str) -> str:
     """The kind of device, and how many."""
     device, number = resolved_device(wanted), process_count()
     name = getattr(torch.get_device_module(device), "get_device_name", None)

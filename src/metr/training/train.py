@@ -1,15 +1,10 @@
 """Training one detector on many datasets (`metr train`), and the plan of such a run."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
-from rich.console import Console, Group, RenderableType
-from rich.markup import escape
-from rich.table import Table
-from rich.text import Text
+from rich.console import Console, RenderableType
 from torch import nn
 
 from metr.checkpoint import CONFIG, Checkpoint, load_checkpoint
@@ -17,8 +12,7 @@ from metr.config import Config
 from metr.data.joint import JointData, open_joint
 from metr.data.loading import build_train_loader
 from metr.data.records import Annotations
-from metr.data.sampling import mixture_weights
-from metr.devices import in_main_process, process_count, resolved_device, resolved_precision
+from metr.devices import in_main_process
 from metr.errors import ConfigError
 from metr.evaluation.report import show
 from metr.evaluation.results import EvaluationConfig
@@ -31,8 +25,11 @@ from metr.run_directory import RunDirectory, existing_folder
 from metr.text.encoder import TextEncoder
 from metr.training.config import RunConfig, changed_lines, load_recipe
 from metr.training.finetune_recipe import RECIPE, left_to_finetuning
+from metr.training.images import ValImages
 from metr.training.logger import check_trackers
+from metr.training.plan import header, page, tell_end
 from metr.training.provenance import provenance
+from metr.training.run_log import RunLog, log_page, tell
 from metr.training.state import check_place, seed_everything
 from metr.training.step_targets import PseudoLabeler
 from metr.training.trainer import Evaluated, Outcome, Trainer, TrainingParts
@@ -58,7 +55,8 @@ def train(
 
     Args:
         data: One dataset or several: folders, name=folder, or YAML files that list some.
-        out: The run folder: configuration, metrics, curves, best and last checkpoint, the state to resume from.
+        out: The run folder: configuration, metrics, curves, log, images, best and last checkpoint, the state to resume
+            from.
         config: Laid over the size's recipe: a YAML file, or a whole configuration.
         size: Whose recipe is the beginning: "nano", "small" or "base".
         overrides: Laid over both: `["section.key=value", ...]`.
@@ -71,13 +69,18 @@ def train(
         MetrError: data, configuration or the run folder do not fit; the message says what and where.
     """
     console, run = main_console(console), RunDirectory(Path(out))
-    recipe = load_recipe(size, config, overrides)
-    check_recipe(recipe)
-    check_place(run, resume)
-    joint = open_joint(arguments(data))
-    show_changes(load_recipe(size), recipe, f"the recipe {size}", console)
-    parts = training_parts(joint, recipe, console)
-    return fit(parts, joint.evaluation(), recipe, run.path, resume=resume, console=console, evaluation=evaluation)
+    with RunLog(run.path) as log:
+        recipe = load_recipe(size, config, overrides)
+        check_recipe(recipe)
+        check_place(run, resume)
+        joint = open_joint(arguments(data))
+        tell(console, header(joint, recipe, load_recipe(size), f"the recipe {size}"))
+        parts = training_parts(joint, recipe, console)
+        log.begin(recipe.train.loop.device)
+        sets = joint.evaluation()
+        outcome = fit(parts, sets, recipe, run.path, resume=resume, console=console, evaluation=evaluation)
+        tell_end(outcome, run, recipe, arguments(data), joint.sources, console)
+    return outcome
 
 
 def plan(
@@ -93,8 +96,7 @@ def plan(
     joint = open_joint(arguments(data))
     changes = changed_lines(load_recipe(size), recipe)
     title = f"It differs from the recipe {size} in:" if changes else f"It is the recipe {size}, unchanged."
-    lines = [*_plan_lines(joint, recipe), "", title, *(f"  {change}" for change in changes)]
-    return Group(_plan_table(joint, recipe), *map(Text, lines))
+    return page(joint, recipe, [title, *(f"  {change}" for change in changes)])
 
 
 def fit(
@@ -132,9 +134,15 @@ def fit(
         evaluation or _quick_evaluation(recipe.inference),
     )
 
+    images = ValImages(runner, recipe.inference) if recipe.train.loop.images and in_main_process() else None
+
     def evaluate(network: nn.Module) -> Evaluated:
         report = runner.report(network, unannotated=recipe.unannotated)
         show(report, console)
+        with log_page() as paper:
+            show(report, paper)
+        if images is not None:
+            images.draw(network, trainer.counters.step, trainer.folder.val_images)
         return Evaluated(metrics=report.metrics(), thresholds=report.thresholds())
 
     trainer = Trainer(parts, recipe.train, out, evaluate=evaluate, resolved=recipe, console=console)
@@ -200,13 +208,6 @@ def main_console(console: Console | None) -> Console:
     return console if console is not None and in_main_process() else Console(quiet=True)
 
 
-def show_changes(recipe: RunConfig, config: RunConfig, name: str, console: Console) -> None:
-    """Prints what in a configuration differs from a recipe."""
-    if changes := changed_lines(recipe, config):
-        lines = "\n".join([f"configuration: {name}, but for", *(f"  {change}" for change in changes)])
-        console.print(lines, highlight=False, markup=False, soft_wrap=True)
-
-
 def _quick_evaluation(config: InferenceConfig) -> EvaluationConfig:
     """Each dataset with its own names alone, at the recipe's precision and postprocessing."""
     return EvaluationConfig(modes=("own",), inference=config)
@@ -240,44 +241,3 @@ def rebuildable(config: DetectorConfig, network: Detector) -> DetectorConfig:
 def plain(config: Config) -> dict[str, object]:
     """A configuration as JSON values, for a checkpoint."""
     return config.model_dump(mode="json")
-
-
-def _plan_table(joint: JointData, recipe: RunConfig) -> Table:
-    """A row for each dataset: images, categories, share of the samples, and epochs."""
-    lengths, evaluated = joint.lengths, joint.evaluation()
-    fractions = mixture_weights(lengths, joint.mixture(recipe.loader.mixture))
-    total = _images_a_step(recipe) * recipe.train.loop.steps
-    table = Table(box=SIMPLE_HEAD, padding=0, pad_edge=False)
-    table.add_column("dataset", overflow="fold")
-    table.add_column("format")
-    for head in ("categories", "train images", "evaluated on", "of samples", "epochs"):
-        table.add_column(head, justify="right")
-    for source in joint.sources:
-        name, split = source.name, evaluated[source.name]
-        numbers = [f"{len(source.categories):,}", f"{lengths[name]:,}", f"{split.split} {len(split):,}"]
-        numbers += [f"{fractions[name]:.0%}", f"{total * fractions[name] / lengths[name]:,.1f}"]
-        table.add_row(escape(name), source.format, *numbers)
-    return table
-
-
-def _plan_lines(joint: JointData, recipe: RunConfig) -> list[str]:
-    """Names, steps, device and sizes, a line each."""
-    loop, model, resize = recipe.train.loop, recipe.model, recipe.augmentation.resize
-    owners = Counter(name for source in joint.sources for name in set(source.categories))
-    shared = sum(count > 1 for count in owners.values())
-    device, images = resolved_device(loop.device), _images_a_step(recipe)
-    shape = f"{resize.size} x {resize.size}" if resize.mode == "stretch" else f"{resize.size} to {resize.longest}"
-    sizes = f", in training {', '.join(map(str, recipe.augmentation.sizes))}" if recipe.augmentation.sizes else ""
-    every = f"every {loop.evaluate_every:,} steps and at the end" if loop.evaluate_every else "at the end"
-    return [
-        f"names: {len(joint.vocabulary):,}, {shared:,} of them in several datasets; unannotated: {recipe.unannotated}",
-        f"steps: {loop.steps:,} of {images:,} images, {loop.steps * images:,} images in all; evaluated {every}",
-        f"device: {device}, {resolved_precision(loop.precision, device)}, processes: {process_count()}",
-        f"images: {shape} pixels ({resize.mode}){sizes}",
-        f"network: {model.backbone.name}, {model.encoder.kind} encoder, {model.decoder.layers} decoder layers, "
-        f"width {model.width}, {model.queries.number} queries; text: {recipe.text.source}",
-    ]
-
-
-def _images_a_step(recipe: RunConfig) -> int:
-    return recipe.loader.batch_size * recipe.train.loop.accumulation * process_count()

@@ -16,13 +16,13 @@ from metr.checkpoint import Checkpoint, save_checkpoint
 from metr.config import Config
 from metr.data.loading import TrainLoader
 from metr.devices import autocast, peak_memory, resolved_precision
-from metr.errors import MetrError
 from metr.losses.criterion import SetCriterion
 from metr.losses.matcher import match_statistics
 from metr.run_directory import RunDirectory
 from metr.structures import Batch, Losses, Targets
 from metr.training.config import TrainConfig
 from metr.training.curves import plot_curves
+from metr.training.images import draw_train_batch
 from metr.training.logger import MATCHING, RunLogger, RuntimeStats, build_accelerator, read_metrics
 from metr.training.optimization import (
     Ema,
@@ -253,22 +253,16 @@ class Trainer:
         started = time.perf_counter()
         batches = [next(batch_iterator) for _ in range(self.config.loop.accumulation)]
         waiting = time.perf_counter() - started
+        if self.counters.step == 0 and self.config.loop.images and self.accelerator.is_main_process:
+            draw_train_batch(batches[0], self.parts.checkpoint.vocabulary.names, self.folder.train_batch)
+            started = time.perf_counter() - waiting
         report = self.train_step(batches)
         images = sum(len(batch.images) for batch in batches) * self.accelerator.num_processes
         report = replace(report, images=images, seconds=time.perf_counter() - started, waiting=waiting)
         self.counters.add(report)
         if report.faulty:
-            self._check_skipped(report, batches)
+            self._run_logger.skipped(report, self.counters, batches)
         self._run_logger.step(report, self.counters, self._runtime_stats)
-
-    def _check_skipped(self, report: StepReport, batches: Sequence[Batch]) -> None:
-        """Logs why a step was skipped; gives up when too many are skipped in a row."""
-        counters, most = self.counters, self.config.loop.max_skipped
-        names = self._run_logger.skipped(report, counters, batches)
-        if counters.skipped_in_a_row >= most:
-            what = f"{most} steps in a row had numbers that are not finite, at last in: {names}"
-            hint = "lower optimizer.learning_rate, lengthen schedule.warmup_steps, or set loop.precision=fp32"
-            raise MetrError(what, where=f"step {counters.step}", hint=hint)
 
     @property
     def _epochs(self) -> dict[str, float]:

@@ -26,16 +26,19 @@ def build_index(reader: Reader, plan: SplitPlan, folder: Path) -> Manifest:
         DataError: an annotation file cannot be read, or there is no image at all.
     """
     files, names, notes, fingerprints = Files(reader.root), Names(), IssueLog(), Fingerprints()
-    counts, issues, splits = np.zeros(0, dtype=np.int64), {}, []
+    counts, issues = np.zeros(0, dtype=np.int64), {}
     for split, parts in plan.parts.items():
         reading = Reading(files=files, names=names, notes=notes, issues=IssueLog(), fingerprints=fingerprints)
         found = _write_split(reader, parts, reading, folder / f"{split}.arrow")
         counts = np.pad(counts, (0, max(0, len(names) - len(counts))))
         counts[: len(found)] += found
         issues[split] = _summary(reading.issues)
-        splits.append(split)
-    splits = _hold_out(folder) if plan.seeded else splits
-    splits = _without_empty(folder, splits, issues, notes)
+    splits = _without_empty(folder, list(plan.parts), issues, notes)
+    # a val split without images is as good as none
+    wanted = (plan.seeded or VAL in plan.parts) and TRAIN in splits and VAL not in splits
+    held_out = wanted and _hold_out(folder)
+    if held_out:
+        splits.insert(splits.index(TRAIN) + 1, VAL)
     if not splits:
         raise _no_images(reader, issues)
     manifest = Manifest(
@@ -45,6 +48,7 @@ def build_index(reader: Reader, plan: SplitPlan, folder: Path) -> Manifest:
         splits=splits,
         issues={**issues, "": _summary(notes)},
         touched={packed_name(path): state for path, state in {**fingerprints.signatures, **files.touched}.items()},
+        held_out=held_out,
     )
     (folder / MANIFEST).write_bytes(msgspec.json.encode(manifest))
     return manifest
@@ -67,14 +71,16 @@ def _write_split(reader: Reader, parts: Sequence[str], reading: Reading, path: P
     return total
 
 
-def _hold_out(folder: Path) -> list[str]:
-    """Divides the index of a dataset that has no split to evaluate on."""
+def _hold_out(folder: Path) -> bool:
+    """Moves a seeded part of train into val; False, and nothing is changed, where train is a single image."""
     whole, train, val = folder / "whole.arrow", folder / f"{TRAIN}.arrow", folder / f"{VAL}.arrow"
+    held = hold_out(AnnotationIndex(train, LabelMap.identity(())).relative_paths())
+    if not held.any():
+        return False
     train.rename(whole)
-    keys = AnnotationIndex(whole, LabelMap.identity(())).relative_paths()
-    divide_index(whole, hold_out(keys), into=(train, val))
+    divide_index(whole, held, into=(train, val))
     whole.unlink()
-    return [TRAIN, VAL]
+    return True
 
 
 def _without_empty(folder: Path, splits: list[str], issues: Mapping[str, IssueSummary], notes: IssueLog) -> list[str]:

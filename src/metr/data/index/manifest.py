@@ -30,7 +30,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
 
     `names` are the labels of the Arrow files in their order, `counts` the numbers of their boxes in all splits.
     `touched` are the paths that the reader depended on, relative to the dataset's folder (see `packed_name`), with size
-    and time of change. The issues of "" concern the dataset as a whole.
+    and time of change. The issues of "" concern the dataset as a whole. `held_out` says that "val" is a seeded part of
+    the dataset's own train split.
     """
 
     names: list[str]
@@ -39,6 +40,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     splits: list[str]
     issues: dict[str, IssueSummary]
     touched: dict[str, tuple[int, int]]
+    held_out: bool = False
 
 
 class Fingerprints:

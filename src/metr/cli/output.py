@@ -1,0 +1,54 @@
+"""Where a verb writes: a console that wraps nothing unless a terminal does, and the log on the standard error."""
+
+import logging
+import os
+import sys
+
+from rich.console import Console
+
+__all__ = ["PIPED_WIDTH", "LogHandler", "output_console", "show_log"]
+
+PIPED_WIDTH = 10_000
+"""Columns where the output is piped: nobody's terminal is narrower than that, so no table and no line is wrapped."""
+
+
+def output_console() -> Console:
+    """The console on the standard output: as wide as the terminal, or without limit where there is none."""
+    console = Console()
+    if not console.is_terminal:
+        console.width = PIPED_WIDTH
+    return console
+
+
+class LogHandler(logging.Handler):
+    """Writes each message to the standard error as a line of its own; what is more than information says so first.
+
+    It looks `sys.stderr` up for every message: under a live screen that is a stand-in, which prints above the screen.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The message, after `warning:` or `error:` if it is one."""
+        message = super().format(record)
+        if record.levelno <= logging.INFO:
+            return message
+        return f"{record.levelname.lower()}: {message}"
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Writes a message, yellow on a terminal if it is a warning."""
+        stream = sys.stderr
+        try:
+            line = self.format(record)
+            if record.levelno > logging.INFO and stream.isatty() and not os.environ.get("NO_COLOR"):
+                line = f"\x1b[33m{line}\x1b[0m"
+            stream.write(line + "\n")
+            stream.flush()
+        except (OSError, ValueError):  # closed by whoever read it
+            self.handleError(record)
+
+
+def show_log() -> None:
+    """Shows what METR logs on the standard error: progress where there is no terminal, what is skipped, warnings."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[LogHandler()])
+    logging.captureWarnings(True)
+    for noisy in ("httpx", "PIL", "matplotlib", "accelerate"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
