@@ -140,8 +140,8 @@ def detect(
     device: _Device = "auto",
 ) -> None:
     """Find objects in images. Any names can be asked for, trained or not."""
+    from metr.inference.config import InferenceConfig, PostprocessConfig
     from metr.inference.detect_files import detect_files
-    from metr.inference.postprocess import InferenceConfig, PostprocessConfig
     from metr.model import METR
 
     names = None if categories is None else [name.strip() for name in categories.split(",")]

@@ -2,17 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Int
-from pydantic import Field, model_validator
 from torch import Tensor
 
-from metr.config import Config
-from metr.data.config import AugmentationConfig, Mixture
-from metr.data.dataset import DetectionDataset, Unannotated
+from metr.data.config import AugmentationConfig, Mixture, SubsetConfig, Unannotated
+from metr.data.dataset import DetectionDataset
 from metr.data.datasets_file import DatasetSource, open_dataset, parse_data_arguments
 from metr.data.index.annotation_index import AnnotationIndex
 from metr.data.records import Annotations, DataIssue, ImageRecord, seeded_order
@@ -22,28 +19,6 @@ from metr.errors import DataError
 from metr.text.vocabulary import Vocabulary
 
 _TOLD = 6  # categories in a message
-
-
-class SubsetConfig(Config):
-    """Which part of each dataset's training images is used."""
-
-    shots: Annotated[int, Field(ge=1)] | None = None
-    """Train on so few images that each category has this many objects, or all that it has. None: on all images."""
-    fraction: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Train on this fraction of the images. None: on all images."""
-    seed: Annotated[int, Field(ge=0)] = 0
-    """Decides which images are chosen."""
-
-    @model_validator(mode="after")
-    def _one_of_them(self) -> "SubsetConfig":
-        if self.shots is not None and self.fraction is not None:
-            raise ValueError("shots and fraction exclude each other: give one of them")
-        return self
-
-    @property
-    def whole(self) -> bool:
-        """Whether all images are used."""
-        return self.shots is None and self.fraction in {None, 1.0}
 
 
 class Subset:

@@ -19,9 +19,9 @@ from metr.demo.datasets import FORMATS, write_demo_datasets, write_unseen
 from metr.errors import DataError
 from metr.evaluation.results import EvaluationReport
 from metr.evaluation.runner import evaluate
+from metr.inference.config import InferenceConfig, PostprocessConfig
 from metr.inference.detect_files import detect_files
 from metr.inference.draw import contact_sheet, draw_annotations, save_image
-from metr.inference.postprocess import InferenceConfig, PostprocessConfig
 from metr.model import METR
 from metr.run_directory import RunDirectory
 from metr.training.config import RunConfig, load_recipe

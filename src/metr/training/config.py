@@ -9,13 +9,12 @@ import yaml
 from pydantic import Field
 
 from metr.config import Config, Tree, differences, merge, parse_overrides, read_yaml
-from metr.data.config import AugmentationConfig, LoaderConfig
-from metr.data.dataset import Unannotated
+from metr.data.config import AugmentationConfig, LoaderConfig, Unannotated
 from metr.errors import ConfigError, did_you_mean
-from metr.inference.postprocess import InferenceConfig
+from metr.inference.config import InferenceConfig
 from metr.losses.config import CriterionConfig
 from metr.models.config import DetectorConfig
-from metr.text.encoder import TextEncoderConfig
+from metr.text.config import TextEncoderConfig
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]

@@ -8,9 +8,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from metr.data.config import Mixture
+from metr.data.config import Mixture, SubsetConfig
 from metr.data.datasets_file import DatasetSource, open_dataset, parse_data_arguments
-from metr.data.joint import JointData, SubsetConfig, shortage, subset_of, vocabulary_of
+from metr.data.joint import JointData, shortage, subset_of, vocabulary_of
 from metr.data.records import Annotations
 from metr.data.sampling import mixture_weights
 from metr.text.vocabulary import Vocabulary

@@ -23,7 +23,7 @@ from metr.errors import ConfigError
 from metr.evaluation.report import show
 from metr.evaluation.results import EvaluationConfig
 from metr.evaluation.runner import EvaluationRunner
-from metr.inference.postprocess import InferenceConfig
+from metr.inference.config import InferenceConfig
 from metr.losses.criterion import SetCriterion
 from metr.models.config import DetectorConfig
 from metr.models.detector import Detector
