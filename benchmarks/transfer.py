@@ -25,7 +25,8 @@ from pydantic import Field
 import report
 import runner
 from metr.config import Config, Tree, merge
-from metr.data.joint import SubsetConfig, open_joint, subset_of
+from metr.data.config import SubsetConfig
+from metr.data.joint import open_joint, subset_of
 from metr.errors import ConfigError
 from metr.training.finetune import finetune
 from metr.training.finetune_data import FinetuneOptions

@@ -13,8 +13,8 @@ from rich.console import Console
 from metr.boxes import xywh_to_xyxy
 from metr.data.images import read_image
 from metr.errors import DataError
+from metr.inference.config import InferenceConfig, PostprocessConfig
 from metr.inference.detect_files import detect_files
-from metr.inference.postprocess import InferenceConfig, PostprocessConfig
 from metr.inference.predictor import Predictor
 from metr.model import METR
 

@@ -10,8 +10,7 @@ import pytest
 import yaml
 
 from metr.checkpoint import load_checkpoint, save_checkpoint
-from metr.data.config import AugmentationConfig, LoaderConfig, ResizeConfig
-from metr.data.joint import SubsetConfig
+from metr.data.config import AugmentationConfig, LoaderConfig, ResizeConfig, SubsetConfig
 from metr.demo.run import demo_recipe
 from metr.errors import CheckpointError, ConfigError
 from metr.training.config import (
