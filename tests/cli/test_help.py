@@ -47,9 +47,20 @@ def test_help_of_every_verb_imports_nothing_heavy_and_takes_little_time() -> Non
     ("arguments", "told"),
     [
         (["trian"], "No such command 'trian'. Did you mean 'train', 'transfer'? See metr --help"),
-        (["train", "data", "-o", "run", "--stpes", "3"], "--stpes (Possible options: --set, --size, --steps). See"),
+        (["train", "data", "-o", "run", "--stpes", "3"], "--stpes (Possible options: --set, --shots, --steps). See"),
         (["train", "data"], "Missing option '-o' / '--out'. See metr train --help"),
         (["push", "run"], "Missing argument 'NAME'. See metr push --help"),
+        (
+            ["finetune", "data", "--share", "0.1"],
+            "No such option: --share. It is called --fraction now. See metr finetune",
+        ),
+        (["detect", "run", "a.jpg", "--names", "cat"], "--names. It is called --categories now. See metr detect"),
+        (
+            ["train", "data", "--share", "1"],
+            "--share. It is called --fraction now. See metr train --help",
+        ),
+        (["train", "-o", "run"], "Invalid value for DATA: it is missing, and only --resume needs none; name a dataset"),
+        (["finetune", "data", "-o", "run"], "Invalid value for --from: it is missing, and only --resume needs none"),
         (["--verzion"], "No such option: --verzion (Possible options: --version). See metr --help"),
     ],
 )

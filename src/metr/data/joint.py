@@ -1,5 +1,6 @@
 """The data of a run: several datasets with one vocabulary, and parts of training splits chosen by a seed."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -19,6 +20,7 @@ from metr.errors import DataError
 from metr.text.vocabulary import Vocabulary
 
 _TOLD = 6  # categories in a message
+_logger = logging.getLogger(__name__)
 
 
 class Subset:
@@ -178,15 +180,42 @@ class JointData:
         }
 
 
-def open_joint(data: Sequence[str]) -> JointData:
+def open_joint(data: Sequence[str], subset: SubsetConfig | None = None) -> JointData:
     """Opens every dataset and joins their names.
+
+    Args:
+        data: Datasets, as arguments of a command.
+        subset: Which part of each dataset's training images is used; None uses all.
 
     Raises:
         DataError: a dataset is missing, of unknown format, or without images.
         ConfigError: a list of datasets has an unknown key, or names two datasets alike.
     """
     sources = tuple(open_dataset(spec) for spec in parse_data_arguments(data))
-    return JointData(sources=sources, vocabulary=vocabulary_of(sources))
+    chosen = {} if subset is None or subset.whole else chosen_parts(sources, subset)
+    return JointData(sources=sources, vocabulary=vocabulary_of(sources), chosen=chosen)
+
+
+def chosen_parts(sources: Sequence[DatasetSource], subset: SubsetConfig) -> dict[str, Annotations]:
+    """The part of each dataset's training split that is trained on, by name; logs what was chosen.
+
+    Raises:
+        DataError: a dataset has no training split, or no object to choose by.
+    """
+    parts = {source.name: subset_of(source.split("train"), subset) for source in sources}
+    for name, part in parts.items():
+        _log_chosen(name, part, subset)
+    return parts
+
+
+def _log_chosen(name: str, part: Annotations, subset: SubsetConfig) -> None:
+    """Logs which part of a dataset was chosen, and which categories have too few objects for it."""
+    if subset.whole:
+        return
+    wanted = f"{subset.shots} shots" if subset.shots is not None else f"a fraction of {subset.fraction:g}"
+    _logger.info("%s: %s, seed %d: %d training images", name, wanted, subset.seed, len(part))
+    if subset.shots is not None and (few := shortage(part, subset.shots)):
+        _logger.warning("%s: categories with fewer than %d objects: %s", name, subset.shots, few)
 
 
 def vocabulary_of(sources: Sequence[DatasetSource]) -> Vocabulary:

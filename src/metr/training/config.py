@@ -1,5 +1,6 @@
 """Configuration of training, one class for each part, and recipes: the whole configuration of a run."""
 
+import math
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -247,11 +248,15 @@ def _scaled(train: TrainConfig, steps: int) -> Tree:
     covered = max(1.0, factor / (1 - ema.decay)) if ema.decay else 1.0  # steps that the average covers
     return {
         "train.schedule.warmup_steps": share(schedule.warmup_steps),
-        "train.ema.decay": round(1 - 1 / covered, 6),
+        "train.ema.decay": round(1 - 1 / covered, max(6, math.ceil(math.log10(covered)) + 2)),
         "train.ema.tau": float(f"{ema.tau * factor:.3g}"),
         "train.loop.evaluate_every": share(loop.evaluate_every),
         "train.loop.checkpoint_every": min(max(share(loop.checkpoint_every), _APART), loop.checkpoint_every),
     }
+
+
+# where the text encoder lies may change: whether it is the same one is found when it is opened
+_MOVES = {"text.source", "text.revision"}
 
 
 def resumed_recipe(
@@ -267,9 +272,12 @@ def resumed_recipe(
         overrides: Laid over both: `["section.key=value", ...]`.
 
     Raises:
-        ConfigError: the run's config.yaml is missing or damaged, a key is unknown, a value is of the wrong kind, or
-            the network or the text encoder would be another one.
+        ConfigError: nothing is saved there, the run's config.yaml is missing or damaged, a key is unknown, a value is
+            of the wrong kind, or the network or the text encoder would be another one.
     """
+    if not run.resumable:
+        hint = "leave --resume out to begin a run here, or check the folder after -o"
+        raise ConfigError("there is nothing to resume: this folder holds no saved state", where=run.path, hint=hint)
     if not run.config.is_file():
         hint = "put the config.yaml of the run back, or start a new run in another folder"
         raise ConfigError("the run to resume has no configuration", where=run.config, hint=hint)
@@ -284,12 +292,23 @@ def resumed_recipe(
     structure = [
         f"{key} {_short(old)}, now {_short(new)}"
         for key, old, new in differences(began, recipe)
-        if key.startswith(("model.", "text."))
+        if key.startswith(("model.", "text.")) and key not in _MOVES
     ]
     if structure:
         what = f"a resumed run keeps its network and its text encoder, but it was begun with {'; '.join(structure)}"
         raise ConfigError(what, where=run.path, hint="leave these settings out, or start a new run in another folder")
     return began, recipe
+
+
+def check_epochs(epochs: float | None, overrides: Sequence[str]) -> None:
+    """Checks that not both epochs and steps are asked for.
+
+    Raises:
+        ConfigError: both are.
+    """
+    if epochs is not None and "train.loop.steps" in leaves(parse_overrides(overrides)):
+        what = "steps and epochs exclude each other"
+        raise ConfigError(what, where="--epochs", hint="give one of --epochs and --steps (train.loop.steps)")
 
 
 def finetune_layers(file: Path | None = None, overrides: Sequence[str] = ()) -> tuple[list[Tree], str]:
