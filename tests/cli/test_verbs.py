@@ -43,7 +43,7 @@ def test_training_goes_on_and_tells_where_everything_is(metr: CommandLine, tiny_
     run = Path(shutil.copytree(tiny_run.folder, tmp_path / "run"))
     ended = metr(*train_arguments(tiny_run, run, "--steps", 4, "--resume"))
     assert ended.code == 0, ended
-    assert "  model.width: 128 -> 32\n" in ended.out, "what differs from the recipe"
+    assert "configuration: the run's recipe, but for\n  train.loop.steps: 3 -> 4\n" in ended.out
     assert f"configuration: {run / 'config.yaml'}\n" in ended.out
     assert len(ended.out.splitlines()) < 60, "the rest of the configuration is in the file"
     assert f"Done: 4 steps, the best of step 3; everything is in {run}\n" in ended.out
@@ -99,7 +99,7 @@ def test_ctrl_c_tells_how_to_go_on(
     monkeypatch.setattr(Trainer, "train_step", interrupted)
     ended = metr(*train_arguments(tiny_run, tmp_path / "run"))
     assert ended.code == 130
-    assert "give the same command again with --resume" in ended.out
+    assert f"To go on:  metr train --resume -o {tmp_path / 'run'}\n" in ended.out
     monkeypatch.undo()
     assert (tmp_path / "run/state/state.json").is_file()
     assert json.loads((tmp_path / "run/last/config.json").read_text())["training"]["step"] == 1

@@ -116,8 +116,7 @@ def finetune(
     model, opened, recipe = prepared.model, prepared.opened, prepared.recipe
     check_recipe(recipe)
     console.print(described(recipe, opened.images), highlight=False, markup=False, soft_wrap=True)
-    if not resume:
-        show_changes(prepared.base, recipe, "the defaults", console)
+    show_changes(prepared.base, recipe, "the run's recipe" if resume else "the defaults", console)
     _warn_of_forgetting(model, opened, console)
     parts, model = _parts(model, opened, recipe, prepared.options.decorrelate_names)
     if resume:

@@ -98,9 +98,9 @@ def train(
     asked = _Asked(config=config, size=size, overrides=tuple(overrides), options=_options(more))
     prepared = _resumed(data, run, asked) if resume else _begun(data, asked)
     joint, recipe = prepared.joint, prepared.recipe
-    if not resume:
-        show_changes(prepared.base, recipe, prepared.name, console)
-    console.print("\n".join(length_lines(recipe, sum(joint.lengths.values()))), highlight=False, markup=False)
+    show_changes(prepared.base, recipe, prepared.name, console)
+    length = "\n".join(length_lines(recipe, sum(joint.lengths.values())))
+    console.print(length, highlight=False, markup=False, soft_wrap=True)
     parts = training_parts(joint, recipe, console)
     if resume:
         check_same(run, parts.checkpoint)
@@ -204,7 +204,9 @@ def _resumed(data: Data | None, run: RunDirectory, asked: _Asked) -> _Prepared:
     facts = dataset_facts(joint.sources)
     log_changed_datasets(request.get("datasets", {}), facts)
     log_changed_settings(began, recipe)
-    return _Prepared(joint=joint, recipe=recipe, base=began, name="the run", request={**request, "datasets": facts})
+    return _Prepared(
+        joint=joint, recipe=recipe, base=began, name="the run's recipe", request={**request, "datasets": facts}
+    )
 
 
 def fit(
