@@ -38,7 +38,8 @@ from metr.data.loading import build_evaluation_loader
 from metr.data.records import ImageRecord, InMemoryAnnotations
 from metr.data.transforms import build_transforms
 from metr.evaluation.coco import CocoScorer
-from metr.inference.postprocess import InferenceConfig, postprocess
+from metr.inference.config import InferenceConfig
+from metr.inference.postprocess import postprocess
 from metr.inference.selection import name_limits
 from metr.model import METR
 from metr.structures import Detections, Memory

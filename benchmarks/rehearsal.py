@@ -28,6 +28,7 @@ import runner
 from metr.config import Config, Tree
 from metr.errors import ConfigError
 from metr.model import METR
+from metr.run_directory import RunDirectory
 from metr.training.finetune import finetune
 from metr.training.finetune_data import FinetuneOptions
 from runner import Run, Study
@@ -109,7 +110,7 @@ def arm_run(study: Study, profile: Profile, arm: str, source: str, begun: Mappin
             rehearse_evaluate=() if arm == "with" else old,
         )
         data = study.datasets([profile.new])
-        outcome = finetune(data, source, folder, options, resume=True, console=study.console)
+        outcome = finetune(data, source, folder, options, resume=RunDirectory(folder).resumable, console=study.console)
         if outcome.comparison is None:
             return None
         took = {"steps": outcome.training.step, "training_seconds": runner.training_seconds(folder)}

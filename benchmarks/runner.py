@@ -27,6 +27,7 @@ from metr.data.records import TEST, TRAIN, VAL, plan_splits
 from metr.devices import resolved_device
 from metr.errors import ConfigError, DataError, MetrError
 from metr.evaluation.results import EvaluationConfig
+from metr.run_directory import RunDirectory
 from metr.serialization import read_json
 from metr.text.cache import cache_root
 from metr.training.config import RunConfig, load_recipe
@@ -222,7 +223,8 @@ def training_run(
     """
 
     def work() -> Tree | None:
-        stopped = train(data, folder, recipe, resume=True, console=study.console, evaluation=quick).interrupted
+        resume = RunDirectory(folder).resumable
+        stopped = train(data, folder, recipe, resume=resume, console=study.console, evaluation=quick).interrupted
         return None if stopped else {"data": list(data), **training_cost(folder)}
 
     names = [one.partition("=")[0] for one in data]

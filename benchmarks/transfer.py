@@ -25,8 +25,10 @@ from pydantic import Field
 import report
 import runner
 from metr.config import Config, Tree, merge
-from metr.data.joint import SubsetConfig, open_joint, subset_of
+from metr.data.config import SubsetConfig
+from metr.data.joint import open_joint, subset_of
 from metr.errors import ConfigError
+from metr.run_directory import RunDirectory
 from metr.training.finetune import finetune
 from metr.training.finetune_data import FinetuneOptions
 from metr.training.train import fit, training_parts
@@ -120,7 +122,9 @@ def arm_run(study: Study, profile: Profile, cell: Tree, before: Run) -> Run:
             overrides = (*runner.as_overrides(tree), *study.overrides)
             options = FinetuneOptions(overrides=overrides, fraction=share, seed=seed, compare=False)
             begun = before.folder / "last"
-            outcome = finetune(data, begun, folder, options, resume=True, console=study.console).training
+            outcome = finetune(
+                data, begun, folder, options, resume=RunDirectory(folder).resumable, console=study.console
+            ).training
         else:
             recipe = study.recipe(tree, f"train.loop.seed={seed}")
             parts = training_parts(joint, recipe, study.console)

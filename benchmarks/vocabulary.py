@@ -51,7 +51,8 @@ from metr.evaluation.results import PresenceRecall, presence_recall
 from metr.inference.predictor import Predictor, inference
 from metr.model import METR
 from metr.models.detector import Detector
-from metr.text.encoder import TextEncoder, TextEncoderConfig
+from metr.text.config import TextEncoderConfig
+from metr.text.encoder import TextEncoder
 
 TIME_BAR, RECALL_BAR = 1.3, 2.0  # times the smallest vocabulary's; points of 100
 KEPT = (1, 5, 10, 20)

@@ -1,5 +1,6 @@
 """Shared fixtures. Every jaxtyping annotation of the package is executed while the tests run."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +20,12 @@ settings.load_profile("same")
 
 # also for fixtures of wider scope, which are made before a test's own
 torch.set_num_threads(THREADS)
+
+# where tests run in the background, Ctrl-C is ignored, also by the processes that they start
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

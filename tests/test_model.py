@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from metr.data.images import read_image
 from metr.errors import CheckpointError, ConfigError, DataError
-from metr.inference.postprocess import InferenceConfig, PostprocessConfig
+from metr.inference.config import InferenceConfig, PostprocessConfig
 from metr.model import METR
 from metr.structures import Detections
 from metr.text.encoder import TextEncoder, TextEncoderConfig

@@ -99,7 +99,20 @@ def write_recipe(path: Path, text: Path | str) -> Path:
         },
         "augmentation": {"resize": {"size": 64}},
         "loader": {"batch_size": 2, "workers": 0},
-        "train": {"loop": {"device": "cpu", "steps": 3, "log_every": 1, "curves": False, "images": False}},
+        "train": {
+            # nano's own, whatever the number of steps is
+            "schedule": {"warmup_steps": 200},
+            "ema": {"decay": 0.9995, "tau": 300},
+            "loop": {
+                "device": "cpu",
+                "steps": 3,
+                "log_every": 1,
+                "evaluate_every": 1000,
+                "checkpoint_every": 500,
+                "curves": False,
+                "images": False,
+            },
+        },
     }
     path.write_text(yaml.safe_dump(tree), encoding="utf-8")
     return path

@@ -52,7 +52,20 @@ class Config(BaseModel):
         try:
             return cls.model_validate(dict(values))
         except ValidationError as error:
-            raise _explained(cls, error, where) from None
+            raise _explained(cls, error.errors(), where) from None
+
+    @classmethod
+    def check_keys(cls, values: Mapping[str, Any], *, where: object = None) -> None:
+        """Checks keys and kinds of values, but not what values mean together: a part may be missing here.
+
+        Raises:
+            ConfigError: a key is unknown or a value is of the wrong kind; the message names the key.
+        """
+        try:
+            cls.model_validate(dict(values))
+        except ValidationError as error:
+            if issues := [issue for issue in error.errors() if issue["type"] != "value_error"]:
+                raise _explained(cls, issues, where) from None
 
 
 def read_yaml(path: Path) -> Tree:
@@ -129,8 +142,16 @@ def parse_overrides(assignments: Sequence[str]) -> Tree:
         if not equals or not path.strip():
             hint = "write it as section.key=value, for example optimizer.learning_rate=1e-4"
             raise ConfigError(f"expected key=value, found {assignment!r}", where="--set", hint=hint)
-        value: Any = _scalar(text)
-        for key in reversed(path.strip().split(".")):
+        tree = merge(tree, unflattened({path.strip(): _scalar(text)}))
+    return tree
+
+
+def unflattened(flat: Mapping[str, Any]) -> Tree:
+    """The nested mapping whose `leaves` these are."""
+    tree: Tree = {}
+    for path, leaf in flat.items():
+        value: Any = leaf
+        for key in reversed(path.split(".")):
             value = {key: value}
         tree = merge(tree, value)
     return tree
@@ -145,9 +166,9 @@ def _scalar(text: str) -> Any:
     return float(text) if isinstance(value, str) and _POWER.fullmatch(text.strip()) else value
 
 
-def _explained(cls: type[BaseModel], error: ValidationError, where: object) -> ConfigError:
+def _explained(cls: type[BaseModel], issues: Sequence[ErrorDetails], where: object) -> ConfigError:
     lines, hint = [], None
-    for issue in error.errors():
+    for issue in issues:
         key = ".".join(str(part) for part in issue["loc"])
         if issue["type"] == "extra_forbidden":
             lines.append(f"unknown key {key!r}")

@@ -16,14 +16,16 @@ from metr.data.images import ImageSource
 from metr.devices import resolved_device
 from metr.errors import CheckpointError, ConfigError, DataError
 from metr.hub import may_be_a_hub_name
-from metr.inference.postprocess import InferenceConfig, ScoreThresholds
+from metr.inference.config import InferenceConfig
+from metr.inference.postprocess import ScoreThresholds
 from metr.inference.predictor import Prediction, Predictor
 from metr.inference.selection import name_limits
 from metr.models.backbones.efficientnet_lite import register
 from metr.models.detector import Detector
 from metr.serialization import load_weights, type_of
 from metr.structures import Detections
-from metr.text.encoder import TextEncoder, TextEncoderConfig
+from metr.text.config import TextEncoderConfig
+from metr.text.encoder import TextEncoder
 from metr.text.vocabulary import Vocabulary
 
 __all__ = ["METR", "Names"]

@@ -9,6 +9,9 @@ from pathlib import Path
 
 from metr.errors import CheckpointError
 
+COUNTERS = "state.json"
+"""The file that every saved state holds."""
+
 
 @dataclass(frozen=True)
 class RunDirectory:
@@ -40,6 +43,11 @@ class RunDirectory:
     def state(self) -> Path:
         """What a resumed run needs: weights, their average, optimizer, random numbers, counters."""
         return self.path / "state"
+
+    @property
+    def resumable(self) -> bool:
+        """Whether a saved state is there to go on from."""
+        return (existing_folder(self.state) / COUNTERS).is_file()
 
     @property
     def curves(self) -> Path:

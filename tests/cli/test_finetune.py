@@ -12,7 +12,7 @@ from metr.training.trainer import Trainer
 from tiny import CommandLine, TinyRun
 
 SHORT = ["--set", "train.loop.device=cpu", "--set", "train.loop.curves=false", "--set", "loader.workers=0"]
-SHORT += ["--set", "loader.batch_size=2", "--steps", 2]
+SHORT += ["--set", "loader.batch_size=2", "--set", "train.loop.evaluate_every=0", "--steps", 2]
 
 
 def arguments(run: TinyRun, out: Path, *more: object) -> list[object]:
@@ -49,9 +49,9 @@ def test_ctrl_c_and_resume(
         patch.setattr(Trainer, "train_step", interrupted)
         ended = metr(*arguments(tiny_run, tmp_path / "mine"))
     assert ended.code == 130
-    assert "give the same command again with --resume" in ended.out
+    assert f"To go on:  metr finetune --resume -o {tmp_path / 'mine'}\n" in ended.out
     assert not (tmp_path / "mine/comparison.json").exists()
-    ended = metr(*arguments(tiny_run, tmp_path / "mine", "--resume"))
+    ended = metr("finetune", "--resume", "-o", tmp_path / "mine")
     assert ended.code == 0, ended
     assert "Done: 2 steps" in ended.out
     assert (tmp_path / "mine/comparison.json").is_file()

@@ -4,6 +4,7 @@ import os
 import resource
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.main import get_command
@@ -47,9 +48,20 @@ def test_help_of_every_verb_imports_nothing_heavy_and_takes_little_time() -> Non
     ("arguments", "told"),
     [
         (["trian"], "No such command 'trian'. Did you mean 'train', 'transfer'? See metr --help"),
-        (["train", "data", "-o", "run", "--stpes", "3"], "--stpes (Possible options: --set, --size, --steps). See"),
+        (["train", "data", "-o", "run", "--stpes", "3"], "--stpes (Possible options: --set, --shots, --steps). See"),
         (["train", "data"], "Missing option '-o' / '--out'. See metr train --help"),
         (["push", "run"], "Missing argument 'NAME'. See metr push --help"),
+        (
+            ["finetune", "data", "--share", "0.1"],
+            "No such option: --share. It is called --fraction now. See metr finetune",
+        ),
+        (["detect", "run", "a.jpg", "--names", "cat"], "--names. It is called --categories now. See metr detect"),
+        (
+            ["train", "data", "--share", "1"],
+            "--share. It is called --fraction now. See metr train --help",
+        ),
+        (["train", "-o", "run"], "Invalid value for DATA: it is missing, and only --resume needs none; name a dataset"),
+        (["finetune", "data", "-o", "run"], "Invalid value for --from: it is missing, and only --resume needs none"),
         (["--verzion"], "No such option: --verzion (Possible options: --version). See metr --help"),
     ],
 )
@@ -59,6 +71,43 @@ def test_a_mistyped_word_ends_in_one_line(metr: CommandLine, arguments: list[str
     assert ended.err.startswith("error: ")
     assert ended.err.count("\n") == 1
     assert told in ended.err
+
+
+MISTAKES = {
+    "a key": (["train", "nowhere", "-o", "run", "--set", "model.widht=64"], "did you mean 'width'?"),
+    "a size": (["train", "nowhere", "-o", "run", "--size", "nanno"], "did you mean 'nano'?"),
+    "a file": (["train", "nowhere", "-o", "run", "--config", "no.yaml"], "no.yaml: no such configuration file"),
+    "two lengths": (["train", "nowhere", "-o", "run", "--steps", "5", "--epochs", "1"], "exclude each other"),
+    "nothing to resume": (["train", "-o", "nowhere", "--resume"], "nowhere: there is nothing to resume"),
+    "a key of fine-tuning": (
+        ["finetune", "no", "--from", "no", "-o", "run", "--set", "train.freze=none"],
+        "fine-tuning and --set: unknown key 'train.freze'",
+    ),
+    "a value of fine-tuning": (["finetune", "no", "--from", "no", "-o", "run", "--freeze", "all"], "'train.freeze'"),
+    "no run of fine-tuning": (["finetune", "-o", "nowhere", "--resume"], "nowhere: there is nothing to resume"),
+}
+MISTAKEN = """
+import atexit, sys, time
+from metr.cli.main import run
+atexit.register(lambda: print(time.process_time(), *{"torch", "transformers"} & set(sys.modules)))
+run()
+"""
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_the_configuration_is_told_at_once(mistake: str, tmp_path: Path) -> None:
+    """Before torch is imported, which takes seconds, and before data or a checkpoint are opened."""
+    arguments, told = MISTAKES[mistake]
+    command = [sys.executable, "-c", MISTAKEN, *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert told in done.stderr
+    seconds, *imported = done.stdout.split()
+    assert not imported
+    # half a second on an idle core
+    assert float(seconds) < 2
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_without_arguments_there_is_help(metr: CommandLine) -> None:

@@ -89,9 +89,39 @@ def test_a_run_is_there_already(metr: CommandLine, tiny_run: TinyRun) -> None:
 def test_resuming_with_another_configuration(metr: CommandLine, tiny_run: TinyRun, tmp_path: Path) -> None:
     run = copied_run(tiny_run, tmp_path)
     wider = train_arguments(tiny_run, run, "--resume", "--set", "model.width=64")
-    fails(metr(*wider), run / "state", "the weights do not fit", "try: resume with the model's configuration")
+    fails(metr(*wider), run, "keeps its network", "model.width 32, now 64", "try: leave these settings out")
     other = ["train", tiny_run.data[0], "-o", run, "--config", tiny_run.recipe, "--resume"]
-    fails(metr(*other), run, "the run has other datasets", "or start a new run")
+    fails(metr(*other), run, "begun with other datasets", "desk", "meadow", "try: give no datasets")
+
+
+def test_a_damaged_configuration_of_a_run(metr: CommandLine, tiny_run: TinyRun, tmp_path: Path) -> None:
+    run = copied_run(tiny_run, tmp_path)
+    for text, told in (
+        ("a: [", "not readable as YAML"),
+        ("trian: {}", "unknown key 'trian'"),
+        (None, "no configuration"),
+    ):
+        (run / "config.yaml").unlink(missing_ok=True)
+        if text is not None:
+            (run / "config.yaml").write_text(text)
+        fails(metr("train", "--resume", "-o", run), run / "config.yaml", told)
+    run = Path(shutil.copytree(tiny_run.folder, tmp_path / "other"))
+    (run / "datasets.yaml").write_text("datasets: 5")
+    fails(metr("train", "--resume", "-o", run), run / "datasets.yaml", "'datasets'")
+    (run / "training.json").write_text("{")
+    fails(metr("train", "--resume", "-o", run), run / "training.json", "not readable as JSON")
+
+
+def test_a_dataset_of_a_run_that_is_gone(metr: CommandLine, tiny_run: TinyRun, tmp_path: Path) -> None:
+    pond = copied_pond(tiny_run, tmp_path)
+    started = metr("train", pond, "-o", tmp_path / "run", "--config", tiny_run.recipe, "--steps", 1)
+    assert started.code == 0, started
+    pond.rename(tmp_path / "moved")
+    fails(metr("train", "--resume", "-o", tmp_path / "run"), pond)
+    listing = tmp_path / "run/datasets.yaml"
+    listing.write_text(listing.read_text().replace(str(pond), str(tmp_path / "moved")))
+    ended = metr("train", "--resume", "-o", tmp_path / "run", "--steps", 2)
+    assert ended.code == 0, ended
 
 
 def test_a_damaged_state(metr: CommandLine, tiny_run: TinyRun, tmp_path: Path) -> None:

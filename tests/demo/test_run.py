@@ -10,6 +10,7 @@ from metr.data.images import read_image
 from metr.demo import run as demo
 from metr.demo.run import run_demo
 from metr.errors import DataError
+from metr.training.signals import Stopped
 
 from tiny import NAMES, TinyRun, as_overrides
 
@@ -58,13 +59,14 @@ def test_the_demo_leaves_what_it_names_and_can_be_run_again(
 def test_an_interrupted_demo_judges_nothing(
     tiny_run: TinyRun, tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Stopped:
-        interrupted = True
+    class Outcome:
+        interrupted, signal = True, 15
 
     monkeypatch.setattr(demo, "VAL", 1)
-    monkeypatch.setattr(demo, "train", lambda *_, **__: Stopped)
+    monkeypatch.setattr(demo, "train", lambda *_, **__: Outcome)
     monkeypatch.setattr(demo, "evaluate", pytest.fail)
-    assert run_demo(tmp_path / "demo", console, as_overrides(tiny_run), train_images=2) is None
+    with pytest.raises(Stopped, match="stopped by SIGTERM"):
+        run_demo(tmp_path / "demo", console, as_overrides(tiny_run), train_images=2)
     assert "it begins anew" in said(console)
 
 

@@ -65,6 +65,7 @@ def run(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs a command in this process."""
     program, arguments = (words[0], words[1:]) if words[0] == "metr" else (Path(words[1]).name, words[2:])
     shorter = SHORTER.get(arguments[0] if program == "metr" else program, "")
+    shorter = "" if "--resume" in arguments else shorter  # it goes on as it was begun
     monkeypatch.setattr("sys.argv", [program, *arguments, *shlex.split(shorter)])
     try:
         run_command_line() if program == "metr" else runpy.run_path(words[1], run_name="__main__")

@@ -16,7 +16,7 @@ from metr.errors import DataError
 from metr.evaluation.coco import evaluate_detections
 from metr.evaluation.results import EvaluationConfig, EvaluationReport, from_dict
 from metr.evaluation.runner import evaluate
-from metr.inference.postprocess import InferenceConfig
+from metr.inference.config import InferenceConfig
 from metr.model import METR
 
 from tiny import NAMES, TinyRun

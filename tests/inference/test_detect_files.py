@@ -17,8 +17,9 @@ from metr.data.joint import open_joint
 from metr.errors import ConfigError, DataError
 from metr.evaluation.coco import evaluate_detections
 from metr.evaluation.runner import evaluate
+from metr.inference.config import InferenceConfig, PostprocessConfig
 from metr.inference.detect_files import check_labels, detect_files, names_to_find
-from metr.inference.postprocess import InferenceConfig, PostprocessConfig, ScoreThresholds
+from metr.inference.postprocess import ScoreThresholds
 from metr.inference.predictor import Predictor
 from metr.model import METR
 from metr.structures import Detections

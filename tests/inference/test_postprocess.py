@@ -6,7 +6,8 @@ from torch import Tensor
 
 from metr.boxes import area, clip, cxcywh_to_xyxy, pairwise_iou
 from metr.errors import ConfigError, ModelError
-from metr.inference.postprocess import InferenceConfig, PostprocessConfig, postprocess
+from metr.inference.config import InferenceConfig, PostprocessConfig
+from metr.inference.postprocess import postprocess
 from metr.structures import Categories, DetectorOutput, Proposals
 
 NAMES = ("cat", "dog", "eel", "fox", "gnu")

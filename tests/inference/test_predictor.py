@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from metr.data.config import ResizeConfig
 from metr.data.images import load_image
 from metr.errors import DataError, ModelError
-from metr.inference.postprocess import InferenceConfig
+from metr.inference.config import InferenceConfig
 from metr.inference.predictor import Predictor
 from metr.structures import Categories, Detections, DetectorOutput, Proposals
 

@@ -23,7 +23,7 @@ from metr.text.encoder import TextEncoder
 from metr.training.config import RunConfig, load_recipe
 from metr.training.finetune import FinetuneOutcome, finetune
 from metr.training.finetune_data import FinetuneData, FinetuneOptions, open_finetune_data
-from metr.training.finetune_recipe import RECIPE
+from metr.training.finetune_recipe import RECIPE, finetune_recipe
 from metr.training.logger import read_metrics
 from metr.training.trainer import Trainer
 
@@ -222,6 +222,74 @@ def test_resumed_equals_uninterrupted(tiny_run: TinyRun, tmp_path: Path, monkeyp
     assert read_yaml(tmp_path / "parts/config.yaml")["train"]["loop"]["seed"] == 3
     with pytest.raises(ConfigError, match=r"the run was begun with .*seed 3, now 0\n  try: give the same"):
         tuned(tiny_run, tmp_path, "parts", resume=True, **how | {"seed": 0})
+
+
+@pytest.mark.trains
+def test_resuming_needs_nothing_but_the_folder(
+    tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    how: dict[str, Any] = {
+        "overrides": ["train.loop.steps=4", "train.freeze=half"],
+        "rehearse": (tiny_run.data[1],),
+        "rehearse_evaluate": (tiny_run.data[2],),
+        "rehearse_fraction": 0.4,
+        "fraction": 0.5,
+        "seed": 3,
+        "compare": True,
+    }
+    whole = tuned(tiny_run, tmp_path, "whole", **how)
+    with monkeypatch.context() as patch:
+        interrupt_at(2, patch)
+        tuned(tiny_run, tmp_path, "parts", **how)
+    out = tmp_path / "parts"
+    config, request = ((out / name).read_bytes() for name in ("config.yaml", "finetuning.json"))
+    outcome = finetune(None, None, out, resume=True)
+    assert outcome.training.step == 4
+    assert outcome.comparison == whole.comparison
+    ours, theirs = (load_checkpoint(tmp_path / name / "last").weights for name in ("whole", "parts"))
+    assert all(torch.equal(value, theirs[key]) for key, value in ours.items())
+    assert ((out / "config.yaml").read_bytes(), (out / "finetuning.json").read_bytes()) == (config, request)
+    for given, told in (
+        ({"rehearse_fraction": 0.5}, "rehearse_fraction 0.4, now 0.5"),
+        ({"fraction": 0.25}, "fraction 0.5, now 0.25"),
+        ({"rehearse": (tiny_run.data[2],)}, r"other datasets: desk \(.*\) is not given; meadow \(.*\) is new"),
+        ({"overrides": ("model.queries.number=30",)}, r"model\.queries\.number 24, now 30"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            finetune(None, None, out, resume=True, **given)
+    with pytest.raises(ConfigError, match=r"the run was begun with other datasets: lake: renames"):
+        finetune(f"lake={tiny_run.data[0]}", None, out, resume=True)
+
+
+def test_what_follows_the_steps_of_fine_tuning(tiny_run: TinyRun, tmp_path: Path) -> None:
+    base = load_checkpoint(tiny_run.folder)
+    own = finetune_recipe(base, 20)
+    short = finetune_recipe(base, 20, None, ["train.loop.steps=60"])
+    assert (own.train.loop.steps, own.train.schedule.warmup_steps, own.train.loop.evaluate_every) == (300, 30, 30)
+    assert (short.train.schedule.warmup_steps, short.train.loop.evaluate_every) == (6, 6)
+    assert 1 / (1 - short.train.ema.decay) == pytest.approx(12, rel=1e-3)
+
+
+def test_epochs_of_the_new_images(tiny_run: TinyRun, tmp_path: Path) -> None:
+    settings = [each for each in SHORT if "steps" not in each]
+    data = new_data(tiny_run, tmp_path)
+    how: dict[str, Any] = {"overrides": settings, "compare": False, "epochs": 3}
+    assert finetune(data, tiny_run.folder, tmp_path / "alone", **how).training.step == 6, "4 images, 2 a step"
+    more = how | {"rehearse": (tiny_run.data[1],), "rehearse_fraction": 0.5}
+    outcome = finetune(data, tiny_run.folder, tmp_path / "both", **more)
+    assert outcome.training.step == 12, "half of the samples are rehearsed"
+    with pytest.raises(ConfigError, match="steps and epochs exclude each other"):
+        finetune(data, tiny_run.folder, tmp_path / "none", epochs=3, overrides=["train.loop.steps=2"])
+
+
+def test_the_seed_of_a_file_counts_unless_one_is_given(tiny_run: TinyRun, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("train: {loop: {seed: 7, steps: 1}}")
+    settings = [each for each in SHORT if "steps" not in each]
+    for given, seed in (({}, 7), ({"seed": 2}, 2)):
+        place = tmp_path / f"seed-{seed}"
+        options: dict[str, Any] = {"config": tmp_path / "mine.yaml", "overrides": settings, "compare": False} | given
+        finetune(new_data(tiny_run, tmp_path), tiny_run.folder, place, **options)
+        assert read_yaml(place / "config.yaml")["train"]["loop"]["seed"] == seed
 
 
 def test_new_names_can_be_told_apart_first(tiny_run: TinyRun, tmp_path: Path) -> None:

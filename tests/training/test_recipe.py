@@ -10,8 +10,7 @@ import pytest
 import yaml
 
 from metr.checkpoint import load_checkpoint, save_checkpoint
-from metr.data.config import AugmentationConfig, LoaderConfig, ResizeConfig
-from metr.data.joint import SubsetConfig
+from metr.data.config import AugmentationConfig, LoaderConfig, ResizeConfig, SubsetConfig
 from metr.demo.run import demo_recipe
 from metr.errors import CheckpointError, ConfigError
 from metr.training.config import (
@@ -53,6 +52,13 @@ NARROW = {
     "model.categories.shortlist": 64,
     "augmentation.crop_aspect": 2.0,
 }
+FOLLOWING = (
+    "train.schedule.warmup_steps",
+    "train.ema.decay",
+    "train.ema.tau",
+    "train.loop.evaluate_every",
+    "train.loop.checkpoint_every",
+)
 NUMBERS = {key: value for key, value in DEFAULTS.items() if type(value) in {int, float}}
 
 
@@ -99,7 +105,8 @@ def test_every_number_can_be_overridden_alone(key: str) -> None:
     changed = NARROW.get(key, value / 2 if isinstance(value, float) else value + 8)
     config = load_recipe("nano", overrides=[assignment(key, changed)])
     assert at(config, key) == changed
-    others = {name for name, _ in leaves(base.model_dump(mode="json"))} - {key}
+    follow = set(FOLLOWING) if key == "train.loop.steps" else set()
+    others = {name for name, _ in leaves(base.model_dump(mode="json"))} - {key} - follow
     assert all(at(config, name) == at(base, name) for name in others)
 
 
@@ -236,5 +243,74 @@ def test_what_differs_from_a_recipe_is_a_line_each() -> None:
     assert changed_lines(nano, changed) == [
         "loader.workers: null -> 0",
         "loader.mixture: sqrt -> {a: 1.0}",
+        "train.schedule.warmup_steps: 200 -> 1",
+        "train.ema.decay: 0.9995 -> 0.285714",
+        "train.ema.tau: 300.0 -> 0.21",
         "train.loop.steps: 10000 -> 7",
+        "train.loop.evaluate_every: 1000 -> 1",
+        "train.loop.checkpoint_every: 500 -> 20",
     ]
+
+
+def following(config: RunConfig) -> dict[str, object]:
+    return {key: at(config, key) for key in FOLLOWING}
+
+
+def test_warm_up_average_and_intervals_follow_the_number_of_steps() -> None:
+    short = load_recipe("nano", overrides=["train.loop.steps=600"])
+    assert following(short) == {
+        "train.schedule.warmup_steps": 12,
+        "train.ema.decay": pytest.approx(1 - 1 / 120, abs=1e-6),
+        "train.ema.tau": 18,
+        "train.loop.evaluate_every": 60,
+        "train.loop.checkpoint_every": 30,
+    }
+    long = load_recipe("nano", overrides=["train.loop.steps=40000"])
+    assert following(long) == {
+        "train.schedule.warmup_steps": 800,
+        "train.ema.decay": pytest.approx(1 - 1 / 8000, abs=1e-6),
+        "train.ema.tau": 1200,
+        "train.loop.evaluate_every": 4000,
+        "train.loop.checkpoint_every": 500,
+    }, "what a crash loses is not more than before"
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("steps", [1, 2, 7, 60, 1000, 10**7])
+def test_a_run_of_any_length_is_not_all_warm_up(size: str, steps: int) -> None:
+    config = load_recipe(size, overrides=[f"train.loop.steps={steps}"])
+    recipe, loop = load_recipe(size).train, config.train.loop
+    assert 1 <= config.train.schedule.warmup_steps <= 1 + 0.03 * steps
+    covered = 1 / (1 - config.train.ema.decay)
+    assert 1 <= covered <= 1 + 0.3 * steps
+    assert config.train.ema.tau <= covered
+    assert loop.evaluate_every >= 1
+    assert min(steps, 5) <= steps // loop.evaluate_every <= 25
+    assert 20 <= loop.checkpoint_every <= recipe.loop.checkpoint_every
+
+
+def test_what_is_given_does_not_follow(tmp_path: Path) -> None:
+    recipe = load_recipe("nano")
+    for key in FOLLOWING:
+        config = load_recipe("nano", overrides=["train.loop.steps=600", assignment(key, at(recipe, key))])
+        assert at(config, key) == at(recipe, key)
+        assert all(at(config, other) != at(recipe, other) for other in set(FOLLOWING) - {key})
+    (tmp_path / "mine.yaml").write_text("train: {loop: {steps: 600, evaluate_every: 0}, ema: {decay: 0.5}}")
+    config = load_recipe("nano", tmp_path / "mine.yaml")
+    assert (config.train.loop.evaluate_every, config.train.ema.decay, config.train.ema.tau) == (0, 0.5, 18)
+    # zero stays zero: no evaluation on the way, no warm-up, no average
+    none = load_recipe("nano", overrides=["train.loop.evaluate_every=0", "train.schedule.warmup_steps=0"])
+    short = load_recipe("nano", none, ["train.loop.steps=60", "train.ema.decay=0"])
+    assert (short.train.loop.evaluate_every, short.train.schedule.warmup_steps) == (0, 0)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_recipe_at_its_own_number_of_steps_is_as_it_is_written(size: str) -> None:
+    tree = yaml.safe_load((RECIPES / f"{size}.yaml").read_text(encoding="utf-8"))
+    steps = tree["train"]["loop"]["steps"]
+    assert load_recipe(size) == load_recipe(size, overrides=[f"train.loop.steps={steps}"]) == RunConfig.checked(tree)
+
+
+def test_the_demo_can_be_shortened_too() -> None:
+    demo = demo_recipe(("train.loop.steps=45",))
+    assert (demo.train.schedule.warmup_steps, demo.train.ema.decay, demo.train.ema.tau) == (3, 0.9, 3)

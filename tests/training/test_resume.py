@@ -136,7 +136,7 @@ def test_resuming_nothing_starts_afresh(tmp_path: Path) -> None:
     assert run(tmp_path, "run", steps=1, resume=True).counters.step == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(
     tmp_path: Path, number: signal.Signals, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -144,14 +144,15 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(
     trainer = Trainer(make_parts(tmp_path), make_config(50), tmp_path / "run")
     StopsAt(trainer, 2, number)
     outcome = trainer.fit()
-    assert (outcome.step, outcome.interrupted) == (2, True)
+    assert (outcome.step, outcome.interrupted, outcome.signal) == (2, True, number)
     assert json.loads((tmp_path / "run" / "last" / "config.json").read_text())["training"]["step"] == 2
     assert "stopped after step 2 of 50" in caplog.text
     assert "resume this run to go on" in caplog.text
     assert signal.getsignal(number) is before
 
 
-def test_a_second_ctrl_c_stops_at_once(tmp_path: Path) -> None:
+def test_a_second_ctrl_c_stops_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("metr.training.signals.REPEATED", 0.0)
     trainer, before = Trainer(make_parts(tmp_path), make_config(50), tmp_path / "run"), signal.getsignal(signal.SIGINT)
     StopsAt(trainer, 2)
     trainer.plain_network.register_forward_hook(

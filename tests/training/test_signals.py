@@ -8,19 +8,50 @@ import time
 
 import pytest
 
-from metr.training.signals import Abandoned, StopSignals
+from metr.training import signals
+from metr.training.signals import Abandoned, Stopped, StopSignals
 
-SIGNALS = [signal.SIGINT, signal.SIGTERM]
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+
+
+@pytest.fixture
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every signal is a request of its own."""
+    monkeypatch.setattr(signals, "REPEATED", 0.0)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.usefixtures("patient")
 def test_the_first_only_asks_and_the_second_ends(number: signal.Signals) -> None:
     with StopSignals() as interrupts:
         assert not interrupts.requested
         signal.raise_signal(number)
         assert interrupts.requested
-        with pytest.raises(KeyboardInterrupt):
+        assert interrupts.number == number
+        with pytest.raises(KeyboardInterrupt, match=f"stopped by {number.name}") as caught:
             signal.raise_signal(number)
+        assert caught.type is Stopped
+        assert caught.value.exit_code == 128 + number
+
+
+def test_the_same_request_comes_twice() -> None:
+    """`timeout` signals the process, then its group, which it is in."""
+    with StopSignals() as interrupts:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGHUP)
+        assert interrupts.number == signal.SIGTERM
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as interrupts:
+            signal.raise_signal(signal.SIGHUP)
+            assert not interrupts.requested
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_handlers_are_put_back() -> None:

@@ -11,7 +11,7 @@ from metr.inspection.coverage import Cell, Coverage
 from metr.inspection.facts import BoxSizes, DatasetFacts
 from metr.inspection.label_report import Inspection
 from metr.inspection.similar_names import SimilarNames
-from metr.text.language_model import BUNDLED
+from metr.text.config import BUNDLED
 
 # How much of each list is shown without --verbose: issues of a kind, pairs of names, rows of the matrix, hints of a
 # dataset, names in a line.

@@ -13,9 +13,19 @@ from metr.cli.inspect import inspect
 from metr.cli.output import show_log
 from metr.cli.verbs import demo, detect, evaluate, finetune, push, train, transfer
 from metr.errors import MetrError
+from metr.training.signals import Stopped, StopSignals
 
 __all__ = ["app", "run"]
 
+_RENAMED_OPTIONS = {
+    "--share": "--fraction",
+    "--remember": "--rehearse",
+    "--remember-share": "--rehearse-fraction",
+    "--remember-evaluate": "--rehearse-evaluate",
+    "--tell-apart": "--decorrelate-names",
+    "--names": "--categories",
+}
+"""Options that had another name once, and their names now."""
 # the base of mistakes on a command line: click's, or that of typer's own copy of click
 _COMMAND_LINE_ERROR: Any = typer.BadParameter.__mro__[2]
 
@@ -26,7 +36,11 @@ class _Verb(TyperCommand):
     def invoke(self, ctx: Any) -> Any:
         """Runs the verb."""
         show_log()
-        return super().invoke(ctx)
+        try:
+            return super().invoke(ctx)
+        except Stopped as stopped:
+            _tell(str(stopped))
+            raise typer.Exit(stopped.exit_code) from None
 
 
 class _Command(TyperGroup):
@@ -64,21 +78,24 @@ def _options(version: bool = typer.Option(False, "--version", help="Show the ver
 def run() -> None:
     """The console script: runs a verb and ends the process.
 
-    A mistake ends in one message: exit code 2 where the command line has it, 1 elsewhere. Ctrl-C ends in 130. With
-    METR_DEBUG=1 in the environment errors show their traceback.
+    A mistake ends in one message: exit code 2 where the command line has it, 1 elsewhere. Ctrl-C ends in 130, SIGTERM
+    in 143, SIGHUP in 129. With METR_DEBUG=1 in the environment errors show their traceback.
     """
-    try:
-        sys.exit(app(prog_name="metr", standalone_mode=False))
-    except _COMMAND_LINE_ERROR as error:
-        _tell_of_command_line(error)
-    except typer.Abort:
-        sys.exit(1)
-    except Exception as error:
-        told = _told(error)
-        if told is None or os.environ.get("METR_DEBUG"):
-            raise
-        _tell(str(told))
-        sys.exit(1)
+    with StopSignals() as signals:
+        try:
+            with signals.leaving_at_once():
+                code = app(prog_name="metr", standalone_mode=False)
+            sys.exit(code if signals.number is None else 128 + signals.number)
+        except _COMMAND_LINE_ERROR as error:
+            _tell_of_command_line(error)
+        except typer.Abort:
+            sys.exit(1 if signals.number is None else 128 + signals.number)
+        except Exception as error:
+            told = _told(error)
+            if told is None or os.environ.get("METR_DEBUG"):
+                raise
+            _tell(str(told))
+            sys.exit(1)
 
 
 def _tell(message: str) -> None:
@@ -88,6 +105,8 @@ def _tell(message: str) -> None:
 def _tell_of_command_line(error: Any) -> None:
     """One line for a mistyped verb or option, and where to read more; without any arguments, the help."""
     message, context = error.format_message(), getattr(error, "ctx", None)
+    if new := _renamed(getattr(error, "option_name", None), context):
+        message = f"No such option: {error.option_name}. It is called {new} now."
     if len(sys.argv) == 1:
         error.show()
     else:
@@ -95,6 +114,13 @@ def _tell_of_command_line(error: Any) -> None:
         end = "" if message.endswith(("?", ".")) else "."
         _tell(f"{message}{end} See {command} --help")
     sys.exit(error.exit_code)
+
+
+def _renamed(option: str | None, context: Any) -> str | None:
+    """What an unknown option of a verb is called today; None if it never was one of this verb."""
+    new = _RENAMED_OPTIONS.get(option or "")
+    known = [] if context is None else [name for param in context.command.params for name in param.opts]
+    return new if new in known else None
 
 
 def _told(error: Exception) -> MetrError | None:

@@ -12,9 +12,9 @@ PIPED_WIDTH = 10_000
 """Columns where the output is piped: nobody's terminal is narrower than that, so no table and no line is wrapped."""
 
 
-def output_console() -> Console:
-    """The console on the standard output: as wide as the terminal, or without limit where there is none."""
-    console = Console()
+def output_console(*, stderr: bool = False) -> Console:
+    """The console on the standard output (or error): as wide as the terminal, or without limit where there is none."""
+    console = Console(stderr=stderr)
     if not console.is_terminal:
         console.width = PIPED_WIDTH
     return console

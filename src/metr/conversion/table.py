@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from metr.errors import CheckpointError, ModelError
-from metr.models.backbones.base import Backbone, BackboneConfig
+from metr.models.backbones.base import Backbone
 from metr.models.backbones.efficientnet_lite import STAGE_OF_STRIDE, EfficientNetLiteBackbone, EfficientNetLiteConfig
 from metr.models.backbones.hugging_face import HuggingFaceBackbone
+from metr.models.config import BackboneConfig
 
 State = dict[str, Tensor]
 

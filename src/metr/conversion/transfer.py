@@ -27,7 +27,8 @@ from metr.model import METR
 from metr.run_directory import explained_disk_errors, replaced_folder
 from metr.serialization import write_json
 from metr.sharing.push import save
-from metr.text.encoder import TextEncoder, TextEncoderConfig
+from metr.text.config import TextEncoderConfig
+from metr.text.encoder import TextEncoder
 from metr.text.vocabulary import Vocabulary
 from metr.training.config import load_recipe
 from metr.training.finetune_recipe import RECIPE, left_to_finetuning

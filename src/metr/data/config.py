@@ -1,4 +1,4 @@
-"""Configuration of the data path: how images are resized, augmented, mixed and loaded."""
+"""Configuration of the data path: how images are chosen, resized, augmented, mixed and loaded."""
 
 from typing import Annotated, Literal
 
@@ -10,6 +10,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Strength = Annotated[float, Field(ge=0, lt=1)]
 Channel = Annotated[int, Field(ge=0, le=255)]
 Colour = tuple[Channel, Channel, Channel]
+Unannotated = Literal["ignore", "negative", "pseudo_label"]
 Mixture = Literal["proportional", "sqrt", "equal"] | dict[str, Annotated[float, Field(ge=0)]]
 
 # The mean of natural photographs: close to zero after the normalisation of any backbone.
@@ -88,3 +89,25 @@ class LoaderConfig(Config):
     sqrt(this / f) times. 0: every image comes once."""
     multiple: PositiveInt = 32
     """Pixels: the sides of a batch are padded to multiples of this, the coarsest stride of the network."""
+
+
+class SubsetConfig(Config):
+    """Which part of each dataset's training images is used."""
+
+    shots: Annotated[int, Field(ge=1)] | None = None
+    """Train on so few images that each category has this many objects, or all that it has. None: on all images."""
+    fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Train on this fraction of the images. None: on all images."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Decides which images are chosen."""
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> "SubsetConfig":
+        if self.shots is not None and self.fraction is not None:
+            raise ValueError("shots and fraction exclude each other: give one of them")
+        return self
+
+    @property
+    def whole(self) -> bool:
+        """Whether all images are used."""
+        return self.shots is None and self.fraction in {None, 1.0}

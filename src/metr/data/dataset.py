@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from metr.boxes import xyxy_to_cxcywh
+from metr.data.config import Unannotated
 from metr.data.images import read_annotated
 from metr.data.records import Annotations, DataIssue, ImageRecord
 from metr.data.sampling import SampleKey
@@ -18,8 +18,6 @@ from metr.data.transforms import Sample, Transforms
 from metr.errors import ConfigError, DataError
 from metr.structures import Targets
 from metr.text.vocabulary import Vocabulary
-
-Unannotated = Literal["ignore", "negative", "pseudo_label"]
 
 # After this many unreadable images in a row, drawn at random, a dataset is given up.
 ATTEMPTS = 20

@@ -1,18 +1,16 @@
 """The data of a run: several datasets with one vocabulary, and parts of training splits chosen by a seed."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Int
-from pydantic import Field, model_validator
 from torch import Tensor
 
-from metr.config import Config
-from metr.data.config import AugmentationConfig, Mixture
-from metr.data.dataset import DetectionDataset, Unannotated
+from metr.data.config import AugmentationConfig, Mixture, SubsetConfig, Unannotated
+from metr.data.dataset import DetectionDataset
 from metr.data.datasets_file import DatasetSource, open_dataset, parse_data_arguments
 from metr.data.index.annotation_index import AnnotationIndex
 from metr.data.records import Annotations, DataIssue, ImageRecord, seeded_order
@@ -22,28 +20,7 @@ from metr.errors import DataError
 from metr.text.vocabulary import Vocabulary
 
 _TOLD = 6  # categories in a message
-
-
-class SubsetConfig(Config):
-    """Which part of each dataset's training images is used."""
-
-    shots: Annotated[int, Field(ge=1)] | None = None
-    """Train on so few images that each category has this many objects, or all that it has. None: on all images."""
-    fraction: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Train on this fraction of the images. None: on all images."""
-    seed: Annotated[int, Field(ge=0)] = 0
-    """Decides which images are chosen."""
-
-    @model_validator(mode="after")
-    def _one_of_them(self) -> "SubsetConfig":
-        if self.shots is not None and self.fraction is not None:
-            raise ValueError("shots and fraction exclude each other: give one of them")
-        return self
-
-    @property
-    def whole(self) -> bool:
-        """Whether all images are used."""
-        return self.shots is None and self.fraction in {None, 1.0}
+_logger = logging.getLogger(__name__)
 
 
 class Subset:
@@ -203,15 +180,42 @@ class JointData:
         }
 
 
-def open_joint(data: Sequence[str]) -> JointData:
+def open_joint(data: Sequence[str], subset: SubsetConfig | None = None) -> JointData:
     """Opens every dataset and joins their names.
+
+    Args:
+        data: Datasets, as arguments of a command.
+        subset: Which part of each dataset's training images is used; None uses all.
 
     Raises:
         DataError: a dataset is missing, of unknown format, or without images.
         ConfigError: a list of datasets has an unknown key, or names two datasets alike.
     """
     sources = tuple(open_dataset(spec) for spec in parse_data_arguments(data))
-    return JointData(sources=sources, vocabulary=vocabulary_of(sources))
+    chosen = {} if subset is None or subset.whole else chosen_parts(sources, subset)
+    return JointData(sources=sources, vocabulary=vocabulary_of(sources), chosen=chosen)
+
+
+def chosen_parts(sources: Sequence[DatasetSource], subset: SubsetConfig) -> dict[str, Annotations]:
+    """The part of each dataset's training split that is trained on, by name; logs what was chosen.
+
+    Raises:
+        DataError: a dataset has no training split, or no object to choose by.
+    """
+    parts = {source.name: subset_of(source.split("train"), subset) for source in sources}
+    for name, part in parts.items():
+        _log_chosen(name, part, subset)
+    return parts
+
+
+def _log_chosen(name: str, part: Annotations, subset: SubsetConfig) -> None:
+    """Logs which part of a dataset was chosen, and which categories have too few objects for it."""
+    if subset.whole:
+        return
+    wanted = f"{subset.shots} shots" if subset.shots is not None else f"a fraction of {subset.fraction:g}"
+    _logger.info("%s: %s, seed %d: %d training images", name, wanted, subset.seed, len(part))
+    if subset.shots is not None and (few := shortage(part, subset.shots)):
+        _logger.warning("%s: categories with fewer than %d objects: %s", name, subset.shots, few)
 
 
 def vocabulary_of(sources: Sequence[DatasetSource]) -> Vocabulary:

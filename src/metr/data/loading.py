@@ -1,11 +1,15 @@
 """Loaders: endless batches for training; each image once for evaluation."""
 
+import atexit
 import logging
+import multiprocessing
 import os
 import signal
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
+from weakref import WeakSet
 
 import cv2
 import numpy as np
@@ -24,6 +28,9 @@ from metr.structures import Batch
 log = logging.getLogger(__name__)
 
 CPU = torch.device("cpu")
+# What the main process alone answers. Schedulers send these to all processes of a job.
+_SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
+_workers: WeakSet[Any] = WeakSet()
 Result = TypeVar("Result")
 
 
@@ -237,14 +244,49 @@ def _loader(
 
 
 def _start_worker(_worker: int) -> None:
-    """Gives OpenCV one thread a process, so that processes do not compete, and leaves Ctrl-C to the main process."""
+    """Gives OpenCV one thread a process, so that processes do not compete, and leaves signals to the main process.
+
+    A worker whose main process has died ends by itself: torch's loop looks for it every few seconds.
+    """
     cv2.setNumThreads(0)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+
+
+@contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """Blocks signals in processes that are started in this block, until `_start_worker` ignores them."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Kills the workers of a loader that an error has left open.
+
+    multiprocessing sends them SIGTERM, which they ignore, and would wait for them for ever.
+    """
+    left = [process for process in multiprocessing.active_children() if process in _workers]
+    if left and hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error for a killed worker
+    for process in left:
+        process.kill()
 
 
 def _collated(loader: DataLoader[Any]) -> Iterator[Collated]:
     try:
-        yield from loader
+        with _signals_held_back():
+            batches = iter(loader)
+        _workers.update(getattr(batches, "_workers", ()))
+        yield from batches
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise

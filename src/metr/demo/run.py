@@ -1,10 +1,10 @@
 """The demo's story: draw three datasets, train one detector on all of them, judge it, let it look at new images."""
 
 import shutil
+import signal
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from metr.config import merge, parse_overrides
 from metr.data.datasets_file import open_dataset, parse_data_arguments
 from metr.data.images import read_image
 from metr.data.records import ImageRecord
@@ -23,7 +24,8 @@ from metr.inference.detect_files import detect_files
 from metr.inference.draw import contact_sheet, draw_annotations, save_image
 from metr.model import METR
 from metr.run_directory import RunDirectory
-from metr.training.config import RunConfig, load_recipe
+from metr.training.config import RunConfig, laid_over, packaged
+from metr.training.signals import Stopped
 from metr.training.train import train
 
 
@@ -93,7 +95,7 @@ class DemoResult:
 
 def run_demo(
     folder: Path, console: Console, overrides: tuple[str, ...] = (), *, train_images: int = TRAIN
-) -> DemoResult | None:
+) -> DemoResult:
     """Runs the whole demo inside `folder` and ends by naming what is there.
 
     Args:
@@ -102,11 +104,9 @@ def run_demo(
         overrides: section.key=value, laid over the demo's recipe.
         train_images: Training images of each dataset.
 
-    Returns:
-        None where training was interrupted.
-
     Raises:
         MetrError: the folder holds something else, or a part is missing.
+        Stopped: a signal stopped training.
     """
     recipe = demo_recipe(overrides)
     _refuse_other_content(folder)
@@ -115,9 +115,10 @@ def run_demo(
     console.rule("2. one detector for all of them")
     run = folder / "run"
     _start_over(run)
-    if train(data, run, recipe, console=console).interrupted:
+    outcome = train(data, run, recipe, console=console)
+    if outcome.interrupted:
         console.print("The demo is not done; it begins anew when it is run again.")
-        return None
+        raise Stopped(outcome.signal or signal.SIGINT)
     console.rule("3. how good is it?")
     model = METR.from_pretrained(run)
     report = evaluate(model, data, folder / "evaluation", console=console)
@@ -132,8 +133,7 @@ def run_demo(
 
 def demo_recipe(overrides: tuple[str, ...] = ()) -> RunConfig:
     """Nano, made smaller and shorter."""
-    with resources.as_file(resources.files("metr") / "recipes" / "demo.yaml") as file:
-        return load_recipe("nano", file, overrides)
+    return laid_over(merge(packaged("nano"), packaged("demo")), [parse_overrides(overrides)], where="demo and --set")
 
 
 def _draw(folder: Path, train_images: int, console: Console) -> list[str]:

@@ -15,7 +15,8 @@ from metr.config import Config
 from metr.data.records import Annotations
 from metr.errors import DataError
 from metr.evaluation.coco import CocoResult
-from metr.inference.postprocess import ImageId, InferenceConfig
+from metr.inference.config import InferenceConfig
+from metr.inference.postprocess import ImageId
 from metr.structures import Detections
 
 DEFAULT_KEPT = (1, 5, 10, 20)

@@ -16,7 +16,8 @@ from metr.data.images import ImageSource, load_image
 from metr.data.records import DataIssue
 from metr.data.transforms import output_shape, resize_image
 from metr.errors import DataError, ModelError
-from metr.inference.postprocess import InferenceConfig, Precision, postprocess
+from metr.inference.config import InferenceConfig, Precision
+from metr.inference.postprocess import postprocess
 from metr.models.category_extraction import ProjectedText
 from metr.models.detector import Detector
 from metr.structures import Detections, DetectorOutput, NameLimits

@@ -1,30 +1,13 @@
 """Which names get a slot when detecting, and how many queries each of them gets."""
 
 from collections.abc import Sequence
-from typing import Annotated
 
 import torch
-from pydantic import Field
 
-from metr.config import Config
+from metr.inference.config import SelectionConfig
 from metr.models.config import DetectorConfig
 from metr.structures import NameLimits
 from metr.text.vocabulary import Vocabulary
-
-Probability = Annotated[float, Field(ge=0, le=1)]
-
-
-class SelectionConfig(Config):
-    """Which names get a slot when detecting, and how many queries."""
-
-    presence_threshold: Probability | None = None
-    """Smallest presence probability with which a name gets a slot. None: 0 if no more names are asked for than there
-    are slots; otherwise `model.categories.threshold` of training, and `untrained_threshold` for untrained names."""
-    untrained_threshold: Probability = 0.02
-    """`presence_threshold` of names that were not trained, where it is None and names are more than slots."""
-    trained_queries: bool = False
-    """Whether a trained name gets at most as many queries as its datasets gave it in training. Then images with more
-    objects than that lose some."""
 
 
 def name_limits(

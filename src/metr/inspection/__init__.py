@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import Field
 
 from metr.config import Config
-from metr.text.encoder import TextEncoderConfig
+from metr.text.config import TextEncoderConfig
 
 __all__ = ["InspectionConfig"]
 

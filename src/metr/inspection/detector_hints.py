@@ -16,7 +16,7 @@ from metr.data.datasets_file import DatasetSource
 from metr.data.images import read_annotated
 from metr.data.records import ImageRecord
 from metr.errors import DataError
-from metr.inference.postprocess import InferenceConfig, PostprocessConfig
+from metr.inference.config import InferenceConfig, PostprocessConfig
 from metr.inference.predictor import Predictor
 from metr.inspection import InspectionConfig
 from metr.inspection.duplicates import Progress

@@ -14,7 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from metr.data.datasets_file import DatasetSource
-from metr.text.encoder import TextEncoder, TextEncoderConfig
+from metr.text.config import TextEncoderConfig
+from metr.text.encoder import TextEncoder
 from metr.text.vocabulary import Vocabulary
 
 # Where a new word begins without a space: redBlood, TVMonitor.

@@ -1,11 +1,47 @@
 """The network's configuration: one class for each part."""
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from metr.config import Config
-from metr.models.backbones.base import BackboneConfig
+
+_STRIDES = (4, 8, 16, 32)
+
+Colour = tuple[float, float, float]
+
+
+class BackboneConfig(Config):
+    """Which backbone, and which of its parts are trained."""
+
+    name: str = "efficientnet_lite0"
+    """`efficientnet_lite0`; `resnet18`, `resnet34`, `resnet50`, `resnet101` (microsoft/resnet-18, ...); the hub name or
+    folder of any model that transformers' AutoBackbone knows; with `pretrained` off, a model type such as `swin`."""
+    pretrained: bool = True
+    """Start from ImageNet's (or the folder's) weights; otherwise from random ones."""
+    revision: str | None = None
+    """The hub's branch, tag or commit."""
+    strides: tuple[int, ...] = (8, 16, 32)
+    """Stride of each feature map in pixels, finest first; any of 4, 8, 16 and 32."""
+    freeze_stages: Annotated[int, Field(ge=0, le=4)] = 1
+    """The stem and this many stages are frozen; 0 trains all of it, as random weights need. Stage 1 ends at stride 4,
+    stage 2 at stride 8, ...; a stage of a plain vision transformer is a quarter of its layers."""
+    freeze_batch_norm: bool = True
+    """Batch norms are constant (statistics, scale and shift), as small batches and pretrained weights need."""
+    pixel_mean: Colour | None = None
+    """Mean colour in 0..1 that is subtracted; None takes that of the backbone's pretraining."""
+    pixel_std: Colour | None = None
+    """Standard deviation by which colours are then divided; None takes that of the backbone's pretraining."""
+    options: dict[str, Any] = {}  # noqa: RUF012  (pydantic copies it)
+    """Values of the transformers configuration (`drop_path_rate`, ...), or `width` and `depth` multipliers of
+    `efficientnet_lite0`; without pretrained weights they define it."""
+
+    @field_validator("strides")
+    @classmethod
+    def _known_and_ascending(cls, strides: tuple[int, ...]) -> tuple[int, ...]:
+        if not strides or list(strides) != sorted(set(strides) & set(_STRIDES)):
+            raise ValueError("expected some of 4, 8, 16 and 32 in this order")
+        return strides
 
 
 class EncoderConfig(Config):

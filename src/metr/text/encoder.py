@@ -9,24 +9,13 @@ from pathlib import Path
 import torch
 from einops import reduce
 from jaxtyping import Float
-from pydantic import field_validator
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from metr.config import Config
 from metr.text.cache import EmbeddingCache
-from metr.text.language_model import BUNDLED, LanguageModel, LanguageModelSource, Pooling
+from metr.text.config import TEMPLATES, TextEncoderConfig
+from metr.text.language_model import LanguageModel, LanguageModelSource
 from metr.text.vocabulary import Vocabulary
-
-# General on purpose: names come from photographs, microscopy, drawings and scanned pages alike.
-TEMPLATES = (
-    "{}",
-    "a {}",
-    "a photo of a {}",
-    "a close-up image of a {}",
-    "a {} among other things",
-    "a scan or drawing of a {}",
-)
 
 _SEPARATORS = re.compile(r"(?<=\w)[_-]+(?=\w)|_")
 _SLOT = re.compile(r"(\ban? )?\{\}")
@@ -38,26 +27,6 @@ _SILENT_H = re.compile(r"hour|honest|honou?r|heir", re.IGNORECASE)
 _SPOKEN_CONSONANT = re.compile(r"uni([^mn]|$)|us[eu]|uk|ut[ei]|ur[aio]|eu|ewe|one|once", re.IGNORECASE)
 # Part of the identity. Raise it when a change of code gives other embeddings for the same model and templates.
 _SCHEME = 1
-
-
-class TextEncoderConfig(Config):
-    """Which language model, and the sentences in which it reads a name."""
-
-    source: str = BUNDLED
-    """`bundled:minilm`, a folder as save_pretrained writes it, or a hub name such as openai/clip-vit-base-patch32."""
-    revision: str | None = None
-    """The hub's branch, tag or commit."""
-    pooling: Pooling = "auto"
-    """How token vectors become the vector of a sentence: "auto" takes what the model was trained with."""
-    templates: tuple[str, ...] = TEMPLATES
-    """Sentences with `{}` for the name; an embedding is the mean over them."""
-
-    @field_validator("templates")
-    @classmethod
-    def _one_place_each(cls, templates: tuple[str, ...]) -> tuple[str, ...]:
-        if not templates or any(template.count("{}") != 1 for template in templates):
-            raise ValueError("expected one or more sentences that hold {} once")
-        return templates
 
 
 class TextEncoder:

@@ -8,7 +8,7 @@ from functools import cached_property, lru_cache
 from hashlib import sha256
 from inspect import signature
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 import torch
@@ -21,10 +21,8 @@ from transformers.utils.hub import cached_file
 
 from metr.errors import ConfigError, ModelError, did_you_mean
 from metr.hub import MINILM, loading, minilm_folder
+from metr.text.config import BUNDLED, Pooling
 
-Pooling = Literal["auto", "projection", "mean", "cls"]
-
-BUNDLED = "bundled:minilm"
 # Text parts of image-text models: the class, and the output with the vector in the space shared with images.
 _PROJECTED = {
     "clip": ("CLIPTextModelWithProjection", "text_embeds"),

@@ -1,5 +1,6 @@
 """Configuration of training, one class for each part, and recipes: the whole configuration of a run."""
 
+import math
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -8,14 +9,23 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field
 
-from metr.config import Config, Tree, differences, merge, parse_overrides, read_yaml
-from metr.data.config import AugmentationConfig, LoaderConfig
-from metr.data.dataset import Unannotated
+from metr.config import (
+    Config,
+    Tree,
+    differences,
+    leaves,
+    merge,
+    parse_overrides,
+    read_yaml,
+    unflattened,
+)
+from metr.data.config import AugmentationConfig, LoaderConfig, SubsetConfig, Unannotated
 from metr.errors import ConfigError, did_you_mean
-from metr.inference.postprocess import InferenceConfig
+from metr.inference.config import InferenceConfig
 from metr.losses.config import CriterionConfig
 from metr.models.config import DetectorConfig
-from metr.text.encoder import TextEncoderConfig
+from metr.run_directory import RunDirectory
+from metr.text.config import TextEncoderConfig
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -172,13 +182,20 @@ class RunConfig(Config):
         return self.loader.model_copy(update={"batch_size": self.inference.batch_size})
 
 
+class TrainOptions(SubsetConfig):
+    """What a command asks of a run besides its configuration. `seed` also seeds training, if it is given."""
+
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """Passes over the training images of all datasets together, in place of a number of steps."""
+
+
 def load_recipe(
     size: str = "nano",
     config: str | Path | RunConfig | None = None,
     overrides: Sequence[str] = (),
     changes: Mapping[str, Any] | None = None,
 ) -> RunConfig:
-    """The configuration of a run.
+    """The configuration of a run. With another number of steps than the size's, see `laid_over`.
 
     Args:
         size: Whose recipe is the beginning: "nano", "small" or "base".
@@ -191,14 +208,124 @@ def load_recipe(
     """
     if size not in SIZES:
         raise ConfigError(f"unknown size {size!r}", where="--size", hint=did_you_mean(size, SIZES))
+    base, layers, origin = packaged(size), [parse_overrides(overrides), changes or {}], f"recipe {size}"
     if isinstance(config, RunConfig):
-        layer, origin = config.model_dump(mode="json"), f"recipe {size} with a RunConfig"
+        base, origin = config.model_dump(mode="json"), f"{origin} with a RunConfig"
     elif config is not None:
-        layer, origin = read_yaml(Path(config)), f"recipe {size} with {config}"
-    else:
-        layer, origin = {}, f"recipe {size}"
-    tree = merge(packaged(size), layer, parse_overrides(overrides), changes or {})
-    return RunConfig.checked(tree, where=origin + (" and --set" if overrides else ""))
+        layers, origin = [read_yaml(Path(config)), *layers], f"{origin} with {config}"
+    return laid_over(base, layers, where=origin + (" and --set" if overrides else ""))
+
+
+def laid_over(base: Mapping[str, Any], layers: Sequence[Mapping[str, Any]], *, where: object = None) -> RunConfig:
+    """A recipe with layers laid over it; warm-up, average and intervals follow the number of steps.
+
+    If the layers change the number of steps, each of `train.schedule.warmup_steps`, `train.ema.decay`,
+    `train.ema.tau`, `train.loop.evaluate_every` and `train.loop.checkpoint_every` that they do not set keeps the share
+    of the run that it has in the recipe. Checkpoints are never further apart than in the recipe, because a longer run
+    should not lose more to a crash, and at least 20 steps apart.
+
+    Raises:
+        ConfigError: a key is unknown, or a value is of the wrong kind.
+    """
+    given = merge({}, *layers)
+    config = RunConfig.checked(merge(base, given), where=where)
+    recipe = RunConfig.checked(base, where=where)
+    if config.train.loop.steps == recipe.train.loop.steps:
+        return config
+    own = leaves(given)
+    following = {key: value for key, value in _scaled(recipe.train, config.train.loop.steps).items() if key not in own}
+    return RunConfig.checked(merge(base, unflattened(following), given), where=where)
+
+
+_APART = 20  # steps between checkpoints, at least
+
+
+def _scaled(train: TrainConfig, steps: int) -> Tree:
+    """What follows the number of steps, by dotted key, for another number than that of `train`."""
+    schedule, ema, loop = train.schedule, train.ema, train.loop
+    factor = steps / loop.steps
+
+    def share(number: int) -> int:
+        return max(1, round(number * factor)) if number else 0
+
+    covered = max(1.0, factor / (1 - ema.decay)) if ema.decay else 1.0  # steps that the average covers
+    return {
+        "train.schedule.warmup_steps": share(schedule.warmup_steps),
+        "train.ema.decay": round(1 - 1 / covered, max(6, math.ceil(math.log10(covered)) + 2)),
+        "train.ema.tau": float(f"{ema.tau * factor:.3g}"),
+        "train.loop.evaluate_every": share(loop.evaluate_every),
+        "train.loop.checkpoint_every": min(max(share(loop.checkpoint_every), _APART), loop.checkpoint_every),
+    }
+
+
+# where the text encoder lies may change: whether it is the same one is found when it is opened
+_MOVES = {"text.source", "text.revision"}
+
+
+def resumed_recipe(
+    run: RunDirectory, config: str | Path | RunConfig | None = None, overrides: Sequence[str] = ()
+) -> tuple[RunConfig, RunConfig]:
+    """The configuration that a run was begun with, and the one that it goes on with.
+
+    Only what is given now changes. Nothing else follows a changed number of steps.
+
+    Args:
+        run: The run folder.
+        config: Laid over its config.yaml: a YAML file, or a whole configuration.
+        overrides: Laid over both: `["section.key=value", ...]`.
+
+    Raises:
+        ConfigError: nothing is saved there, the run's config.yaml is missing or damaged, a key is unknown, a value is
+            of the wrong kind, or the network or the text encoder would be another one.
+    """
+    if not run.resumable:
+        hint = "leave --resume out to begin a run here, or check the folder after -o"
+        raise ConfigError("there is nothing to resume: this folder holds no saved state", where=run.path, hint=hint)
+    if not run.config.is_file():
+        hint = "put the config.yaml of the run back, or start a new run in another folder"
+        raise ConfigError("the run to resume has no configuration", where=run.config, hint=hint)
+    began = RunConfig.checked(read_yaml(run.config), where=run.config)
+    layers = [parse_overrides(overrides)]
+    if config is not None:
+        own = config.model_dump(mode="json") if isinstance(config, RunConfig) else read_yaml(Path(config))
+        layers = [own, *layers]
+    where = f"{run.config}" + (f" with {config}" if isinstance(config, str | Path) else "")
+    where += " and --set" if overrides else ""
+    recipe = RunConfig.checked(merge(began.model_dump(mode="json"), *layers), where=where)
+    structure = [
+        f"{key} {_short(old)}, now {_short(new)}"
+        for key, old, new in differences(began, recipe)
+        if key.startswith(("model.", "text.")) and key not in _MOVES
+    ]
+    if structure:
+        what = f"a resumed run keeps its network and its text encoder, but it was begun with {'; '.join(structure)}"
+        raise ConfigError(what, where=run.path, hint="leave these settings out, or start a new run in another folder")
+    return began, recipe
+
+
+def check_epochs(epochs: float | None, overrides: Sequence[str]) -> None:
+    """Checks that not both epochs and steps are asked for.
+
+    Raises:
+        ConfigError: both are.
+    """
+    if epochs is not None and "train.loop.steps" in leaves(parse_overrides(overrides)):
+        what = "steps and epochs exclude each other"
+        raise ConfigError(what, where="--epochs", hint="give one of --epochs and --steps (train.loop.steps)")
+
+
+def finetune_layers(file: Path | None = None, overrides: Sequence[str] = ()) -> tuple[list[Tree], str]:
+    """What a user lays over the defaults of fine-tuning, and how messages call it.
+
+    Keys and kinds of values are checked, as far as that can be told without the checkpoint.
+
+    Raises:
+        ConfigError: a key is unknown, or a value is of the wrong kind.
+    """
+    layers = [*([] if file is None else [read_yaml(file)]), parse_overrides(overrides)]
+    where = "fine-tuning" + ("" if file is None else f" with {file}") + (" and --set" if overrides else "")
+    RunConfig.check_keys(merge({}, *layers), where=where)
+    return layers, where
 
 
 def packaged(name: str) -> Tree:

@@ -1,6 +1,7 @@
 """Fine-tuning a trained detector on new data (`metr finetune`), and AP before and after."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,19 +23,31 @@ from metr.models.category_extraction import decorrelate_names
 from metr.models.config import DetectorConfig
 from metr.models.detector import Detector
 from metr.run_directory import RunDirectory
-from metr.serialization import load_weights, read_json, write_json
+from metr.serialization import load_weights
 from metr.training.comparison import Comparison, keep_before, kept_before, show_comparison
-from metr.training.config import RunConfig
+from metr.training.config import RunConfig, check_epochs, resumed_recipe
 from metr.training.finetune_data import FinetuneData, FinetuneOptions, open_finetune_data
 from metr.training.finetune_recipe import RECIPE, described, finetune_recipe
-from metr.training.plan import header, tell_end
+from metr.training.plan import header, steps_of, tell_end
 from metr.training.provenance import provenance
+from metr.training.resumption import (
+    EVALUATED,
+    REHEARSED,
+    check_same_request,
+    dataset_facts,
+    kept_datasets,
+    kept_request,
+    log_changed_datasets,
+    log_changed_settings,
+    save_request,
+)
 from metr.training.run_log import RunLog, log_page, tell
 from metr.training.state import check_place, has_state
 from metr.training.train import (
     Data,
     arguments,
     check_recipe,
+    check_same,
     fit,
     main_console,
     plain,
@@ -45,6 +58,7 @@ from metr.training.trainer import Outcome, TrainingParts
 
 REQUEST = "finetuning.json"
 """The file of the run folder that says what was asked for, besides the configuration."""
+_KEPT = {"rehearse_fraction", "shots", "fraction", "seed", "decorrelate_names"}
 # where the backbone's pretrained weights came from: changing these does not change the network
 _ORIGINS = {"backbone.pretrained", "backbone.revision"}
 
@@ -58,8 +72,8 @@ class FinetuneOutcome:
 
 
 def finetune(
-    data: Data,
-    source: str | Path,
+    data: Data | None,
+    source: str | Path | None,
     out: str | Path,
     options: FinetuneOptions | None = None,
     *,
@@ -71,17 +85,21 @@ def finetune(
     """Trains a detector further on new data and keeps everything in the run folder `out`.
 
         finetune("cells/", "runs/joint", "runs/cells", shots=10, rehearse=["old/voc"], overrides=["loader.workers=2"])
+        finetune(None, None, "runs/cells", resume=True)
 
     The network is the checkpoint's, with all its weights; names are strings, so nothing is initialised anew. The
     checkpoint that is written knows the old names first, then the new ones. Without `rehearse` nothing is learnt about
     old names: they are not negatives in new images.
 
     Args:
-        data: One new dataset or several: folders, name=folder, or YAML files that list some.
-        source: A checkpoint folder, a run folder (its best checkpoint), or a name on the hub.
+        data: One new dataset or several: folders, name=folder, or YAML files that list some. None resumes with the
+            run's.
+        source: A checkpoint folder, a run folder (its best checkpoint), or a name on the hub. None resumes with the
+            run's.
         out: The run folder, as in `train`; also finetuning.json (the request), comparison.json (AP before and after).
         options: What differs from the defaults.
-        resume: Go on where the run in `out` stopped.
+        resume: Go on where the run in `out` stopped, with its datasets, its configuration and what else was asked for.
+            `config`, `overrides` and `epochs` change that configuration, but not the network.
         evaluation: How evaluations during training (of the new datasets alone) are made.
         console: Where the plan, progress and the comparison are shown; None shows none.
         **more: Fields of `FinetuneOptions` by name, laid over `options`.
@@ -91,50 +109,120 @@ def finetune(
     """
     asked = {} if options is None else options.model_dump(exclude_unset=True)
     options = FinetuneOptions.checked(asked | more, where="finetune")
-    with RunLog(Path(out)) as log:
-        return _finetuned(data, source, Path(out), options, resume, evaluation, main_console(console), log)
+    console, run = main_console(console), RunDirectory(Path(out))
+    with RunLog(run.path) as log:
+        check_place(run, resume)
+        check_epochs(options.epochs, options.overrides)
+        prepared = _resumed(data, source, run, options) if resume else _begun(data, source, run, options)
+        return _finetuned(prepared, run, resume, evaluation, console, log)
 
 
 def _finetuned(
-    data: Data,
-    source: str | Path,
-    out: Path,
-    options: FinetuneOptions,
+    prepared: "_Prepared",
+    run: RunDirectory,
     resume: bool,
     evaluation: EvaluationConfig | None,
     console: Console,
     log: RunLog,
 ) -> FinetuneOutcome:
-    """Does what `finetune` says, and keeps the log from where nothing can be refused any more."""
-    check_place(RunDirectory(out), resume)
-    if Path(source).resolve() == out.resolve():
-        what, hint = "a run cannot begin with itself", "--from the run that it began with, or another -o"
-        raise ConfigError(what, where=out, hint=hint)
-    model = METR.from_pretrained(source, device="cpu")
-    opened = open_finetune_data(arguments(data), model.vocabulary, options)
-    seed = f"train.loop.seed={options.seed}"
-    recipe = finetune_recipe(model.checkpoint, opened.images, options.config, [seed, *options.overrides])
+    """Does what was prepared, and keeps the log from where nothing can be refused any more."""
+    model, opened, recipe, options = prepared.model, prepared.opened, prepared.recipe, prepared.options
     check_recipe(recipe)
-    _check_same_request(out, request := _request(source, opened, options), resume)
-    base = finetune_recipe(model.checkpoint, opened.images, overrides=[seed])
-    mixture = opened.mixture(recipe.loader.mixture)
-    tell(console, header(opened.joint, recipe, base, "the defaults", mixture=mixture, evaluated=opened.splits))
+    mixture, name = opened.mixture(recipe.loader.mixture), "the run's recipe" if resume else "the defaults"
+    tell(console, header(opened.joint, recipe, prepared.base, name, mixture=mixture, evaluated=opened.splits))
     tell(console, described(recipe, opened.images))
     _warn_of_forgetting(model, opened, console)
     parts, model = _parts(model, opened, recipe, options.decorrelate_names)
+    if resume:
+        check_same(run, parts.checkpoint)
     log.begin(recipe.train.loop.device)
     before = None
     if in_main_process():
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / REQUEST, request)
-        before = _before(model, opened, recipe, out, console) if options.compare else None
-    outcome = fit(parts, opened.new_splits, recipe, out, resume=resume, console=console, evaluation=evaluation)
+        save_request(run, REQUEST, prepared.request, opened.listings())
+        before = _before(model, opened, recipe, run.path, console) if options.compare else None
+    outcome = fit(parts, opened.new_splits, recipe, run.path, resume=resume, console=console, evaluation=evaluation)
     compared = None
     if before is not None and not outcome.interrupted:
-        compared = _comparison(before, opened, recipe, out, console)
-    new = opened.joint.sources[: opened.new]
-    tell_end(outcome, RunDirectory(out), recipe, arguments(data), new, console)
+        compared = _comparison(before, opened, recipe, run.path, console)
+    tell_end(outcome, run, recipe, prepared.data, opened.joint.sources[: opened.new], console)
     return FinetuneOutcome(training=outcome, comparison=compared)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Prepared:
+    """Checkpoint, data (also as arguments of a command) and configuration of a run, and what is kept of the request."""
+
+    data: list[str]
+    model: METR
+    opened: FinetuneData
+    options: FinetuneOptions
+    recipe: RunConfig
+    base: RunConfig
+    request: Tree
+
+
+def _begun(data: Data | None, source: str | Path | None, run: RunDirectory, options: FinetuneOptions) -> _Prepared:
+    """Opens checkpoint and datasets of a new run and puts its configuration together."""
+    model = _model(source, run)
+    listed = arguments(data)
+    opened = open_finetune_data(listed, model.vocabulary, options)
+    seed = [f"train.loop.seed={options.seed}"] if "seed" in options.model_fields_set else []
+
+    def resolve(more: Sequence[str]) -> RunConfig:
+        return finetune_recipe(model.checkpoint, opened.images, options.config, [*seed, *options.overrides, *more])
+
+    recipe = resolve([])
+    recipe = resolve(_steps(options, opened, recipe))
+    base = finetune_recipe(model.checkpoint, opened.images, overrides=seed)
+    request = _request(source, opened, options)
+    return _Prepared(
+        data=listed, model=model, opened=opened, options=options, recipe=recipe, base=base, request=request
+    )
+
+
+def _resumed(data: Data | None, source: str | Path | None, run: RunDirectory, options: FinetuneOptions) -> _Prepared:
+    """Opens checkpoint and datasets of a run to resume; its configuration changes only where that is asked for."""
+
+    def resolve(more: Sequence[str]) -> tuple[RunConfig, RunConfig]:
+        return resumed_recipe(run, options.config, [*options.overrides, *more])
+
+    began, recipe = resolve([])
+    kept = kept_request(run, REQUEST)
+    check_same_request(run, kept, options.model_dump(include=options.model_fields_set & _KEPT))
+    listings = {
+        "rehearse": tuple(kept_datasets(run, options.rehearse, REHEARSED)),
+        "rehearse_evaluate": tuple(kept_datasets(run, options.rehearse_evaluate, EVALUATED)),
+    }
+    options = options.model_copy(update={key: kept[key] for key in _KEPT & kept.keys()} | listings)
+    model = _model(kept.get("from") if source is None else source, run)
+    listed = kept_datasets(run, arguments(data))
+    opened = open_finetune_data(listed, model.vocabulary, options)
+    _, recipe = resolve(_steps(options, opened, recipe))
+    request = _request(source or kept.get("from"), opened, options)
+    log_changed_datasets(kept.get("datasets", {}), request["datasets"])
+    log_changed_settings(began, recipe)
+    return _Prepared(
+        data=listed, model=model, opened=opened, options=options, recipe=recipe, base=began, request=request
+    )
+
+
+def _model(source: str | Path | None, run: RunDirectory) -> METR:
+    """The detector to begin with.
+
+    Raises:
+        MetrError: none is named, it is the run itself, or it cannot be loaded.
+    """
+    if source is None:
+        raise ConfigError("no detector to begin with is named", where="--from", hint="--from RUN")
+    if Path(source).resolve() == run.path.resolve():
+        what, hint = "a run cannot begin with itself", "--from the run that it began with, or another -o"
+        raise ConfigError(what, where=run.path, hint=hint)
+    return METR.from_pretrained(source, device="cpu")
+
+
+def _steps(options: FinetuneOptions, opened: FinetuneData, recipe: RunConfig) -> list[str]:
+    """The override that makes a run so many passes over the new images, whatever is rehearsed between them."""
+    return steps_of(options.epochs, math.ceil(opened.images / opened.new_fraction), recipe)
 
 
 def _parts(model: METR, opened: FinetuneData, recipe: RunConfig, decorrelate: bool) -> tuple[TrainingParts, METR]:
@@ -254,31 +342,14 @@ def _warn_of_forgetting(model: METR, opened: FinetuneData, console: Console) -> 
     tell(console, note)
 
 
-def _request(source: str | Path, opened: FinetuneData, options: FinetuneOptions) -> Tree:
+def _request(source: str | Path | None, opened: FinetuneData, options: FinetuneOptions) -> Tree:
     """What was asked for, with the number of training images of each dataset."""
+    here = source is not None and Path(source).exists()
+    asked = options.model_dump(mode="json", include=_KEPT)
     return {
-        "from": str(source),
+        "from": str(Path(str(source)).resolve() if here else source),
         "new": opened.lengths("new"),
         "rehearsed": opened.lengths("rehearsed"),
-        "rehearse_fraction": options.rehearse_fraction,
-        "shots": options.shots,
-        "fraction": options.fraction,
-        "seed": options.seed,
-        "decorrelate_names": options.decorrelate_names,
+        **asked,
+        "datasets": dataset_facts([*opened.joint.sources, *opened.evaluated]),
     }
-
-
-def _check_same_request(out: Path, request: Mapping[str, Any], resume: bool) -> None:
-    """Checks that a resumed run has the request that it began with; the checkpoint's path may differ.
-
-    Raises:
-        ConfigError: another part of the request differs.
-    """
-    if not resume or not (out / REQUEST).is_file():
-        return
-    began = read_json(out / REQUEST)
-    changed = [key for key in request if key != "from" and began.get(key) != request[key]]
-    if changed:
-        differing = ", ".join(f"{key} {began.get(key)!r}, now {request[key]!r}" for key in changed)
-        hint = "give the same command as at first, or start a new run"
-        raise ConfigError(f"the run was begun with {differing}", where=out, hint=hint)

@@ -10,17 +10,19 @@ from pydantic import Field
 
 from metr.data.config import Mixture
 from metr.data.datasets_file import DatasetSource, open_dataset, parse_data_arguments
-from metr.data.joint import JointData, SubsetConfig, shortage, subset_of, vocabulary_of
+from metr.data.joint import JointData, chosen_parts, vocabulary_of
 from metr.data.records import Annotations
 from metr.data.sampling import mixture_weights
 from metr.text.vocabulary import Vocabulary
+from metr.training.config import TrainOptions
+from metr.training.resumption import DATASETS, EVALUATED, REHEARSED
 
 Role = Literal["new", "rehearsed", "evaluated"]
 _logger = logging.getLogger(__name__)
 
 
-class FinetuneOptions(SubsetConfig):
-    """What fine-tuning changes of its defaults. `seed` also seeds training."""
+class FinetuneOptions(TrainOptions):
+    """What fine-tuning changes of its defaults. `epochs` counts passes over the new images."""
 
     config: Path | None = None
     """A YAML file laid over the defaults."""
@@ -64,11 +66,21 @@ class FinetuneData:
         return sum(self.lengths("new").values())
 
     @property
+    def new_fraction(self) -> float:
+        """Fraction of the samples that goes to new datasets, but for weights that a configuration gives."""
+        return 1 - self.rehearse_fraction if self.lengths("rehearsed") else 1.0
+
+    @property
     def roles(self) -> dict[str, Role]:
         """The role of each dataset, by name."""
         names = [source.name for source in self.joint.sources]
         roles: dict[str, Role] = {name: "new" if row < self.new else "rehearsed" for row, name in enumerate(names)}
         return roles | {source.name: "evaluated" for source in self.evaluated}
+
+    def listings(self) -> dict[str, tuple[DatasetSource, ...]]:
+        """The datasets by the file of the run folder that lists them."""
+        sources = self.joint.sources
+        return {DATASETS: sources[: self.new], REHEARSED: sources[self.new :], EVALUATED: self.evaluated}
 
     def lengths(self, role: Role) -> dict[str, int]:
         """Number of training images of each dataset with this role, by name."""
@@ -124,9 +136,7 @@ def open_finetune_data(
     new, old = (len(parse_data_arguments(each)) if each else 0 for each in (data, options.rehearse))
     sources = tuple(open_dataset(spec) for spec in specs)
     learnt = sources[: new + old]
-    chosen = {source.name: subset_of(source.split("train"), options) for source in learnt[:new]}
-    for name, part in chosen.items():
-        _log_chosen(name, part, options)
+    chosen = chosen_parts(learnt[:new], options)
     vocabulary = trained.extended(vocabulary_of(learnt))
     for name in trained.datasets.keys() & {source.name for source in learnt}:
         if set(trained.names_of(name)) != set(vocabulary.names_of(name)):
@@ -139,13 +149,3 @@ def open_finetune_data(
         new=new,
         rehearse_fraction=options.rehearse_fraction,
     )
-
-
-def _log_chosen(name: str, part: Annotations, subset: SubsetConfig) -> None:
-    """Logs which part of a dataset was chosen, and which categories have too few objects for it."""
-    if subset.whole:
-        return
-    wanted = f"{subset.shots} shots" if subset.shots is not None else f"a fraction of {subset.fraction:g}"
-    _logger.info("%s: %s, seed %d: %d training images", name, wanted, subset.seed, len(part))
-    if subset.shots is not None and (few := shortage(part, subset.shots)):
-        _logger.warning("%s: categories with fewer than %d objects: %s", name, subset.shots, few)

@@ -14,9 +14,9 @@ from itertools import pairwise
 from pathlib import Path
 
 from metr.checkpoint import Checkpoint
-from metr.config import Tree, merge, parse_overrides, read_yaml
+from metr.config import Tree, merge
 from metr.errors import ConfigError
-from metr.training.config import Freeze, RunConfig, packaged
+from metr.training.config import Freeze, RunConfig, finetune_layers, laid_over, packaged
 
 RECIPE = "recipe"
 """The key in a checkpoint's `training` of the settings that pretraining passes on to fine-tuning."""
@@ -45,16 +45,15 @@ def finetune_recipe(
     """The configuration for fine-tuning a checkpoint on a number of images.
 
     Later layers win: the packaged fine-tuning recipe, the checkpoint, the defaults for the number of images, a YAML
-    file, `section.key=value` overrides.
+    file, `section.key=value` overrides. Warm-up, average and intervals follow the number of steps (`laid_over`).
 
     Raises:
         ConfigError: a key is unknown, or a value is of the wrong kind.
     """
     tree = merge(packaged("finetune"), _from_checkpoint(checkpoint))
     defaults = defaults_for(images).tree(tree["train"]["optimizer"]["learning_rate"])
-    layers = [read_yaml(file)] if file is not None else []
-    where = "fine-tuning" + (f" with {file}" if file is not None else "") + (" and --set" if overrides else "")
-    return RunConfig.checked(merge(tree, defaults, *layers, parse_overrides(overrides)), where=where)
+    layers, where = finetune_layers(file, overrides)
+    return laid_over(merge(tree, defaults), layers, where=where)
 
 
 def described(recipe: RunConfig, images: int) -> str:

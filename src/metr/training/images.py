@@ -15,8 +15,8 @@ from metr.data.images import read_annotated
 from metr.data.records import ImageRecord, seeded_order
 from metr.errors import DataError, MetrError
 from metr.evaluation.runner import EvaluationRunner
+from metr.inference.config import InferenceConfig
 from metr.inference.draw import Mark, contact_sheet, detection_marks, draw, record_marks, save_image
-from metr.inference.postprocess import InferenceConfig
 from metr.inference.predictor import Predictor
 from metr.structures import NO_OBJECT, Batch
 

@@ -85,6 +85,7 @@ class RunLogger:
 
     def begin(self, resolved: Config, counters: Counters) -> None:
         """Saves the configuration, logs its path, starts the trackers, and drops records newer than `counters`."""
+        self._progress.go_on(counters.smoothed)
         if self.loop.trackers:
             # trackers take flat values only
             settings = leaves(resolved.model_dump(mode="json"))

@@ -1,5 +1,6 @@
 """The plan of a training run, shown before it or instead of it; and what is said at its end."""
 
+import math
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -96,18 +97,39 @@ def _lines(joint: JointData, recipe: RunConfig) -> list[str]:
     loop, model, resize = recipe.train.loop, recipe.model, recipe.augmentation.resize
     owners = Counter(name for source in joint.sources for name in set(source.categories))
     shared = sum(count > 1 for count in owners.values())
-    device, images = resolved_device(loop.device), images_a_step(recipe)
+    device = resolved_device(loop.device)
     shape = f"{resize.size} x {resize.size}" if resize.mode == "stretch" else f"{resize.size} to {resize.longest}"
     sizes = f", in training {', '.join(map(str, recipe.augmentation.sizes))}" if recipe.augmentation.sizes else ""
-    every = f"every {loop.evaluate_every:,} steps and at the end" if loop.evaluate_every else "at the end"
     return [
         f"names: {len(joint.vocabulary):,}, {shared:,} of them in several datasets; unannotated: {recipe.unannotated}",
-        f"steps: {loop.steps:,} of {images:,} images, {loop.steps * images:,} images in all; evaluated {every}",
+        *length_lines(recipe, sum(joint.lengths.values())),
         f"device: {device}, {resolved_precision(loop.precision, device)}, processes: {process_count()}; "
         f"images: {shape} pixels ({resize.mode}){sizes}",
         f"network: {model.backbone.name}, {model.encoder.kind} encoder, {model.decoder.layers} decoder layers, "
         f"width {model.width}, {model.queries.number} queries; text: {recipe.text.source}",
     ]
+
+
+def length_lines(recipe: RunConfig, images: int) -> list[str]:
+    """How long a run with so many training images is, and what follows from that, in two lines."""
+    train, a_step = recipe.train, images_a_step(recipe)
+    loop, total = train.loop, train.loop.steps * a_step
+    every = f"every {loop.evaluate_every:,} steps and at the end" if loop.evaluate_every else "at the end"
+    saved = f"every {loop.checkpoint_every:,} steps" if loop.checkpoint_every else "at evaluations and at the end"
+    average = f"over about {1 / (1 - train.ema.decay):,.0f} steps" if train.ema.enabled else "not"
+    return [
+        f"steps: {loop.steps:,} of {a_step:,} images, {total:,} images in all, {total / max(images, 1):,.1f} epochs; "
+        f"evaluated {every}",
+        f"warm-up: {train.schedule.warmup_steps:,} steps; weights averaged {average}; checkpoints {saved}",
+    ]
+
+
+def steps_of(epochs: float | None, images: int, recipe: RunConfig) -> list[str]:
+    """The override that makes a run so many passes over the training images; none without `epochs`."""
+    if epochs is None:
+        return []
+    # rounded, because 0.1 * 30 is a little more than 3
+    return [f"train.loop.steps={max(1, math.ceil(round(epochs * images / images_a_step(recipe), 6)))}"]
 
 
 def images_a_step(recipe: RunConfig) -> int:

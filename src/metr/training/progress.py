@@ -72,6 +72,10 @@ class Progress:
         if self._live is not None:
             self._live.stop()
 
+    def go_on(self, losses: dict[str, float]) -> None:
+        """Smooths the losses from these on, and keeps them up to date in the same mapping."""
+        self._losses = losses
+
     def update(self, snapshot: Snapshot) -> None:
         """Shows the newest state."""
         for name, value in grouped_terms(snapshot.terms).items():

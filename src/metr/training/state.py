@@ -15,11 +15,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn, optim
 
 from metr.errors import CheckpointError, MetrError, did_you_mean
-from metr.run_directory import RunDirectory, existing_folder, replaced_folder
+from metr.run_directory import COUNTERS, RunDirectory, existing_folder, replaced_folder
 from metr.serialization import load_weights, read_json, read_tensors, write_json, write_tensors
 from metr.training.config import LoopConfig
 
-COUNTERS = "state.json"
 _NETWORK, _AVERAGE, _OPTIMIZER, _RANDOM = (
     f"{name}.safetensors" for name in ("network", "average", "optimizer", "random")
 )
@@ -67,7 +66,8 @@ class Counters:
 
     `images` counts those of all processes together, which is the position of the sampler; `seconds` is the time
     spent in steps. `evaluated_step` is the step of the newest evaluation, whose result is `metrics` and
-    `thresholds`; `best` is the highest value so far of the metric that chooses the best checkpoint.
+    `thresholds`; `best` is the highest value so far of the metric that chooses the best checkpoint. `smoothed` are the
+    losses that progress shows.
     """
 
     step: int = 0
@@ -81,6 +81,7 @@ class Counters:
     best_step: int = 0
     thresholds: dict[str, float] = field(default_factory=dict)
     window: Window = field(default_factory=Window)
+    smoothed: dict[str, float] = field(default_factory=dict)
 
     def add(self, report: StepReport) -> None:
         """Counts one step."""
@@ -126,7 +127,7 @@ class Counters:
             CheckpointError: a key is missing or unknown.
         """
         names = {item.name for item in fields(cls)}
-        if set(values) != names or set(values["window"]) != {item.name for item in fields(Window)}:
+        if set(values) | {"smoothed"} != names or set(values["window"]) != {item.name for item in fields(Window)}:
             what = f"expected the keys {sorted(names)}, found {sorted(values)}"
             raise CheckpointError(what, where=where, hint="start a new run: this state is of another version")
         return cls(**{**values, "window": Window(**values["window"])})

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from metr.boxes import cxcywh_to_xyxy, pairwise_iou, xyxy_to_cxcywh
-from metr.inference.postprocess import PostprocessConfig, postprocess
+from metr.inference.config import PostprocessConfig
+from metr.inference.postprocess import postprocess
 from metr.structures import NO_OBJECT, Batch, DetectorOutput, Targets
 from metr.training.config import PseudoLabelConfig
 

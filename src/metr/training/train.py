@@ -1,14 +1,17 @@
 """Training one detector on many datasets (`metr train`), and the plan of such a run."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console, RenderableType
 from torch import nn
 
 from metr.checkpoint import CONFIG, Checkpoint, load_checkpoint
-from metr.config import Config
+from metr.config import Config, Tree
+from metr.data.config import SubsetConfig
 from metr.data.joint import JointData, open_joint
 from metr.data.loading import build_train_loader
 from metr.data.records import Annotations
@@ -17,18 +20,35 @@ from metr.errors import ConfigError
 from metr.evaluation.report import show
 from metr.evaluation.results import EvaluationConfig
 from metr.evaluation.runner import EvaluationRunner
-from metr.inference.postprocess import InferenceConfig
+from metr.inference.config import InferenceConfig
 from metr.losses.criterion import SetCriterion
 from metr.models.config import DetectorConfig
 from metr.models.detector import Detector
 from metr.run_directory import RunDirectory, existing_folder
 from metr.text.encoder import TextEncoder
-from metr.training.config import RunConfig, changed_lines, load_recipe
+from metr.training.config import (
+    RunConfig,
+    TrainOptions,
+    changed_lines,
+    check_epochs,
+    load_recipe,
+    resumed_recipe,
+)
 from metr.training.finetune_recipe import RECIPE, left_to_finetuning
 from metr.training.images import ValImages
 from metr.training.logger import check_trackers
-from metr.training.plan import header, page, tell_end
+from metr.training.plan import header, page, steps_of, tell_end
 from metr.training.provenance import provenance
+from metr.training.resumption import (
+    DATASETS,
+    check_same_request,
+    dataset_facts,
+    kept_datasets,
+    kept_request,
+    log_changed_datasets,
+    log_changed_settings,
+    save_request,
+)
 from metr.training.run_log import RunLog, log_page, tell
 from metr.training.state import check_place, seed_everything
 from metr.training.step_targets import PseudoLabeler
@@ -38,65 +58,167 @@ Data = str | Path | Sequence[str | Path]
 """One dataset or several, as arguments of a command: a folder, name=folder, or a YAML file that lists some."""
 
 
+REQUEST = "training.json"
+"""The file of the run folder that says what was asked for, besides the configuration and the datasets."""
+
+
 def train(
-    data: Data,
+    data: Data | None,
     out: str | Path,
     config: str | Path | RunConfig | None = None,
     *,
-    size: str = "nano",
+    size: str | None = None,
     overrides: Sequence[str] = (),
     resume: bool = False,
     evaluation: EvaluationConfig | None = None,
     console: Console | None = None,
+    **more: Any,
 ) -> Outcome:
     """Trains one detector on all datasets together and keeps everything in the run folder `out`.
 
         train(["photos/", "cells=old/voc"], "runs/joint", size="small", overrides=["train.loop.steps=20000"])
+        train(None, "runs/joint", resume=True)
 
     Args:
-        data: One dataset or several: folders, name=folder, or YAML files that list some.
+        data: One dataset or several: folders, name=folder, or YAML files that list some. None resumes with the run's.
         out: The run folder: configuration, metrics, curves, log, images, best and last checkpoint, the state to resume
             from.
         config: Laid over the size's recipe: a YAML file, or a whole configuration.
-        size: Whose recipe is the beginning: "nano", "small" or "base".
+        size: Whose recipe is the beginning: "nano" (by default), "small" or "base".
         overrides: Laid over both: `["section.key=value", ...]`.
-        resume: Go on where the run in `out` stopped.
+        resume: Go on where the run in `out` stopped, with its datasets and its configuration. `config`, `overrides`
+            and `epochs` change that configuration, but not the network.
         evaluation: How evaluations during training are made. By default each dataset is evaluated with its own names
             alone, which is quickest.
         console: Where progress is shown; None shows none.
+        **more: Fields of `TrainOptions` by name: shots, fraction, seed, epochs.
 
     Raises:
         MetrError: data, configuration or the run folder do not fit; the message says what and where.
     """
     console, run = main_console(console), RunDirectory(Path(out))
+    asked = _Asked(config=config, size=size, overrides=tuple(overrides), options=_options(more))
     with RunLog(run.path) as log:
-        recipe = load_recipe(size, config, overrides)
-        check_recipe(recipe)
         check_place(run, resume)
-        joint = open_joint(arguments(data))
-        tell(console, header(joint, recipe, load_recipe(size), f"the recipe {size}"))
+        prepared = _resumed(data, run, asked) if resume else _begun(data, asked)
+        joint, recipe = prepared.joint, prepared.recipe
+        tell(console, header(joint, recipe, prepared.base, prepared.name))
         parts = training_parts(joint, recipe, console)
+        if resume:
+            check_same(run, parts.checkpoint)
         log.begin(recipe.train.loop.device)
+        if in_main_process():
+            save_request(run, REQUEST, prepared.request, {DATASETS: joint.sources})
         sets = joint.evaluation()
         outcome = fit(parts, sets, recipe, run.path, resume=resume, console=console, evaluation=evaluation)
-        tell_end(outcome, run, recipe, arguments(data), joint.sources, console)
+        tell_end(outcome, run, recipe, prepared.data, joint.sources, console)
     return outcome
 
 
 def plan(
-    data: Data, config: str | Path | RunConfig | None = None, *, size: str = "nano", overrides: Sequence[str] = ()
+    data: Data | None,
+    config: str | Path | RunConfig | None = None,
+    *,
+    size: str | None = None,
+    overrides: Sequence[str] = (),
+    resumed: str | Path | None = None,
+    **more: Any,
 ) -> RenderableType:
     """What `train` would do with these arguments, as a page for `rich.print`. It writes only dataset indices.
+
+    Args:
+        data: As for `train`, as `config`, `size`, `overrides` and `more` are.
+        config: Laid over the size's recipe.
+        size: Whose recipe is the beginning.
+        overrides: Laid over both.
+        resumed: The folder of the run to resume, if one is.
+        **more: Fields of `TrainOptions` by name.
 
     Raises:
         MetrError: data or configuration do not fit; the message says what and where.
     """
-    recipe = load_recipe(size, config, overrides)
+    asked = _Asked(config=config, size=size, overrides=tuple(overrides), options=_options(more))
+    prepared = _begun(data, asked) if resumed is None else _resumed(data, RunDirectory(Path(resumed)), asked)
+    changes, name = changed_lines(prepared.base, prepared.recipe), prepared.name
+    title = f"It differs from {name} in:" if changes else f"It is {name}, unchanged."
+    return page(prepared.joint, prepared.recipe, [title, *(f"  {change}" for change in changes)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """What a command asks of the configuration; `size` is None where it names none."""
+
+    config: str | Path | RunConfig | None
+    size: str | None
+    overrides: tuple[str, ...]
+    options: TrainOptions
+
+    @property
+    def given(self) -> Tree:
+        """What of the request is given explicitly."""
+        size = {} if self.size is None else {"size": self.size}
+        return size | self.options.model_dump(include=self.options.model_fields_set - {"epochs"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Prepared:
+    """Data, also as arguments of a command, and configuration of a run.
+
+    `base` is what the configuration is compared with, `name` how messages call that, `request` what is kept of it all.
+    """
+
+    data: list[str]
+    joint: JointData
+    recipe: RunConfig
+    base: RunConfig
+    name: str
+    request: Tree
+
+
+def _options(values: Mapping[str, Any]) -> TrainOptions:
+    return TrainOptions.checked({key: value for key, value in values.items() if value is not None}, where="train")
+
+
+def _begun(data: Data | None, asked: _Asked) -> _Prepared:
+    """Opens the datasets of a new run and puts its configuration together."""
+    options, size = asked.options, asked.size or "nano"
+    seed = [f"train.loop.seed={options.seed}"] if "seed" in options.model_fields_set else []
+
+    def resolve(more: Sequence[str]) -> RunConfig:
+        return load_recipe(size, asked.config, [*seed, *asked.overrides, *more])
+
+    check_epochs(options.epochs, asked.overrides)
+    check_recipe(recipe := resolve([]))
+    listed = arguments(data)
+    joint = open_joint(listed, options)
+    recipe = resolve(steps_of(options.epochs, sum(joint.lengths.values()), recipe))
+    asked_for = options.model_dump(mode="json", include={"shots", "fraction", "seed"})
+    request = {"size": size, **asked_for, "datasets": dataset_facts(joint.sources)}
+    base, name = load_recipe(size), f"the recipe {size}"
+    return _Prepared(data=listed, joint=joint, recipe=recipe, base=base, name=name, request=request)
+
+
+def _resumed(data: Data | None, run: RunDirectory, asked: _Asked) -> _Prepared:
+    """Opens the datasets of a run to resume; its configuration changes only where that is asked for."""
+
+    def resolve(more: Sequence[str]) -> tuple[RunConfig, RunConfig]:
+        return resumed_recipe(run, asked.config, [*asked.overrides, *more])
+
+    check_epochs(asked.options.epochs, asked.overrides)
+    began, recipe = resolve([])
     check_recipe(recipe)
-    joint = open_joint(arguments(data))
-    changes = changed_lines(load_recipe(size), recipe)
-    title = f"It differs from the recipe {size} in:" if changes else f"It is the recipe {size}, unchanged."
-    return page(joint, recipe, [title, *(f"  {change}" for change in changes)])
+    request = kept_request(run, REQUEST)
+    check_same_request(run, request, asked.given)
+    chosen = {key: value for key, value in (request or asked.given).items() if key in SubsetConfig.model_fields}
+    subset = SubsetConfig.checked(chosen, where=run.path / REQUEST)
+    listed = kept_datasets(run, arguments(data))
+    joint = open_joint(listed, subset)
+    _, recipe = resolve(steps_of(asked.options.epochs, sum(joint.lengths.values()), recipe))
+    facts = dataset_facts(joint.sources)
+    log_changed_datasets(request.get("datasets", {}), facts)
+    log_changed_settings(began, recipe)
+    request, name = {**request, "datasets": facts}, "the run's recipe"
+    return _Prepared(data=listed, joint=joint, recipe=recipe, base=began, name=name, request=request)
 
 
 def fit(
@@ -123,8 +245,6 @@ def fit(
     Raises:
         MetrError: the run folder does not fit; the message says what and where.
     """
-    if resume:
-        _check_same(RunDirectory(out), parts.checkpoint)
     runner = EvaluationRunner(
         parts.checkpoint.vocabulary,
         parts.checkpoint.text_embeddings,
@@ -198,8 +318,10 @@ def teacher_of(joint: JointData, recipe: RunConfig) -> PseudoLabeler | None:
     return PseudoLabeler(recipe.train.pseudo_labels, joint.unannotated())
 
 
-def arguments(data: Data) -> list[str]:
+def arguments(data: Data | None) -> list[str]:
     """The datasets as a list of command-line arguments."""
+    if data is None:
+        return []
     return [str(data)] if isinstance(data, str | Path) else [str(one) for one in data]
 
 
@@ -213,7 +335,7 @@ def _quick_evaluation(config: InferenceConfig) -> EvaluationConfig:
     return EvaluationConfig(modes=("own",), inference=config)
 
 
-def _check_same(run: RunDirectory, checkpoint: Checkpoint) -> None:
+def check_same(run: RunDirectory, checkpoint: Checkpoint) -> None:
     """Checks that a resumed run has the vocabulary and the text encoder that it began with.
 
     Raises:

@@ -82,7 +82,8 @@ Evaluate = Callable[[nn.Module], Evaluated]
 class Outcome:
     """How training ended: after which step, whether it was interrupted, and the metrics of the evaluations.
 
-    `stalled` says that it ended before the last step because evaluations had stopped improving (`loop.patience`).
+    `stalled` says that it ended before the last step because evaluations had stopped improving (`loop.patience`);
+    `signal` is the number of the signal that this process was stopped by.
     """
 
     step: int
@@ -91,6 +92,7 @@ class Outcome:
     best: float | None
     best_step: int
     stalled: bool = False
+    signal: int | None = None
 
 
 class Trainer:
@@ -158,7 +160,7 @@ class Trainer:
         return StepReport(learning_rate=rates, figures=figures, gradient_norm=norm)
 
     def fit(self, *, resume: bool = False) -> Outcome:
-        """Trains to the last step, or until Ctrl-C.
+        """Trains to the last step, or until Ctrl-C, SIGTERM or SIGHUP.
 
         Args:
             resume: Go on from the state that the folder holds, if it holds one.
@@ -391,4 +393,5 @@ class Trainer:
             best=counters.best,
             best_step=counters.best_step,
             stalled=stalled,
+            signal=self._stop_signals.number,
         )

@@ -12,8 +12,8 @@ from metr.conversion.published.timm import numbered, resnet_options, resnet_rows
 from metr.conversion.table import Row
 from metr.conversion.targets.base import Derived
 from metr.errors import ModelError
-from metr.models.backbones.base import BackboneConfig
 from metr.models.config import (
+    BackboneConfig,
     CategoryConfig,
     DecoderConfig,
     DetectorConfig,

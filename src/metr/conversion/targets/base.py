@@ -14,8 +14,7 @@ from metr.conversion.classifier import Linear, layer_classifier
 from metr.conversion.table import Row, State
 from metr.data.config import ResizeConfig
 from metr.errors import ModelError
-from metr.models.backbones.base import BackboneConfig
-from metr.models.config import DecoderConfig, DetectorConfig, EncoderConfig
+from metr.models.config import BackboneConfig, DecoderConfig, DetectorConfig, EncoderConfig
 from metr.models.detector import Detector
 
 # of a box's sides, what an offset is measured in: METR's, and theirs where nothing else is set

@@ -20,8 +20,7 @@ from metr.conversion.targets.base import (
 )
 from metr.conversion.targets.rt_detr import convolution, two_branches
 from metr.errors import ModelError
-from metr.models.backbones.base import BackboneConfig
-from metr.models.config import DetectorConfig
+from metr.models.config import BackboneConfig, DetectorConfig
 
 # transformers ties its heads from the second layer on
 _LEAST_LAYERS = 2

@@ -30,8 +30,7 @@ from metr.conversion.targets.base import (
     need_options,
 )
 from metr.errors import ModelError
-from metr.models.backbones.base import BackboneConfig
-from metr.models.config import DetectorConfig, EncoderConfig
+from metr.models.config import BackboneConfig, DetectorConfig, EncoderConfig
 
 # the channels of each of its group norms must be a whole number
 _GROUPS = 32

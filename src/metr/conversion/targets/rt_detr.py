@@ -41,8 +41,7 @@ from metr.conversion.targets.base import (
     need_options,
 )
 from metr.errors import ModelError
-from metr.models.backbones.base import BackboneConfig
-from metr.models.config import DetectorConfig, EncoderConfig
+from metr.models.config import BackboneConfig, DetectorConfig, EncoderConfig
 from metr.models.detector import Detector
 from metr.models.encoders.hybrid import ConvNorm, Fusion, HybridEncoder
 

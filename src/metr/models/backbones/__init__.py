@@ -1,8 +1,9 @@
 """Backbones: images to feature maps."""
 
-from metr.models.backbones.base import Backbone, BackboneConfig
+from metr.models.backbones.base import Backbone
 from metr.models.backbones.efficientnet_lite import EfficientNetLiteBackbone
 from metr.models.backbones.hugging_face import HuggingFaceBackbone
+from metr.models.config import BackboneConfig
 
 __all__ = ["Backbone", "BackboneConfig", "build_backbone"]
 

@@ -16,7 +16,8 @@ from transformers.modeling_outputs import BackboneOutput
 
 from metr.errors import ConfigError, DependencyError
 from metr.hub import efficientnet_lite0_weights
-from metr.models.backbones.base import Backbone, BackboneConfig, FrozenBatchNorm, freeze_batch_norms
+from metr.models.backbones.base import Backbone, FrozenBatchNorm, freeze_batch_norms
+from metr.models.config import BackboneConfig
 
 # Of each stage: blocks, kernel, stride of the first block, expansion, channels.
 _STAGES = (

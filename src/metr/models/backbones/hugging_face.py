@@ -12,7 +12,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
 
 from metr.errors import ConfigError, ModelError, did_you_mean
 from metr.hub import loading
-from metr.models.backbones.base import Backbone, BackboneConfig, SimplePyramid, freeze_batch_norms
+from metr.models.backbones.base import Backbone, SimplePyramid, freeze_batch_norms
+from metr.models.config import BackboneConfig
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _BASIC = {"model_type": "resnet", "layer_type": "basic", "hidden_sizes": [64, 128, 256, 512]}

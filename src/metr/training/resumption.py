@@ -1,0 +1,146 @@
+"""What a run folder keeps of the command that began it, so that resuming needs no more than the folder."""
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from metr.config import Tree, differences
+from metr.data.datasets_file import DatasetConfig, DatasetSource, parse_data_arguments
+from metr.errors import ConfigError
+from metr.run_directory import RunDirectory, explained_disk_errors
+from metr.serialization import read_json, write_json
+from metr.training.config import RunConfig, changed_lines
+
+DATASETS, REHEARSED, EVALUATED = "datasets.yaml", "rehearsed.yaml", "evaluated.yaml"
+"""The files of the run folder that list its datasets, rehearsed ones and those that are only evaluated."""
+_HEAD = "# Datasets of this run. The file may itself be given as DATA. If a folder is moved, change its path here.\n"
+_logger = logging.getLogger(__name__)
+
+
+def save_request(run: RunDirectory, name: str, request: Tree, listings: Mapping[str, Sequence[DatasetSource]]) -> None:
+    """Writes what was asked for (JSON) and the datasets (YAML), each file whole or not at all.
+
+    Args:
+        run: The run folder; made if it is missing.
+        name: The file of the request.
+        request: What was asked for; plain values.
+        listings: The datasets of each listing, by file name; an empty listing has no file.
+
+    Raises:
+        CheckpointError: the disk refuses.
+    """
+    with explained_disk_errors(run.path):
+        run.path.mkdir(parents=True, exist_ok=True)
+        for file, sources in listings.items():
+            if not sources:
+                (run.path / file).unlink(missing_ok=True)  # of an earlier run that came to nothing
+                continue
+            entries = [_entry(source.config) for source in sources]
+            text = _HEAD + yaml.safe_dump({"datasets": entries}, sort_keys=False, allow_unicode=True)
+            fresh = run.path / f".{file}.new"
+            fresh.write_text(text, encoding="utf-8")
+            fresh.replace(run.path / file)
+        fresh = run.path / f".{name}.new"
+        write_json(fresh, request)
+        fresh.replace(run.path / name)
+
+
+def kept_request(run: RunDirectory, name: str) -> Tree:
+    """What was asked for when the run was begun; empty if it was not kept."""
+    path = run.path / name
+    return read_json(path) if path.is_file() else {}
+
+
+def kept_datasets(run: RunDirectory, given: Sequence[str], file: str = DATASETS) -> list[str]:
+    """The datasets of a run to resume, as arguments of a command: those that it was begun with.
+
+    Args:
+        run: The run folder.
+        given: Datasets that are given again, as arguments of a command; may be empty.
+        file: The listing in the run folder.
+
+    Raises:
+        ConfigError: other datasets are given than the run's, or none are given and the run keeps none.
+    """
+    listing = run.path / file
+    if not (run.path / DATASETS).is_file():  # lost, or never written: all has to be given again
+        if not given and file == DATASETS:
+            hint = "give the datasets that it was begun with"
+            raise ConfigError("the run does not say which datasets it was begun with", where=listing, hint=hint)
+        return list(given)
+    kept = [str(listing)] if listing.is_file() else []
+    before, now = (parse_data_arguments(each) if each else () for each in (kept, given))
+    if given and (other := _differing(before, now)):
+        hint = f"give no datasets to go on with the run's; if a folder was moved, change its path in {listing}"
+        raise ConfigError(f"the run was begun with other datasets: {'; '.join(other)}", where=run.path, hint=hint)
+    return kept
+
+
+def dataset_facts(sources: Sequence[DatasetSource]) -> Tree:
+    """What a resumed run compares of each dataset: the version of its index, and the images of each split."""
+    return {
+        source.name: {
+            "version": next((split.path.parent.name for split in source.splits.values()), ""),
+            "images": {name: len(split) for name, split in source.splits.items()},
+        }
+        for source in sources
+    }
+
+
+def log_changed_datasets(began: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Warns of each dataset whose files have changed since the run was begun, or resumed the last time."""
+    for name, facts in now.items():
+        before = began.get(name)
+        if before is None or before == facts:
+            continue
+        old, new = before.get("images"), facts["images"]
+        counts = "as many images as before"
+        if old != new:
+            counts = ", ".join(f"{split} {number} images" for split, number in (old or {}).items())
+            counts += ", now " + ", ".join(f"{split} {number}" for split, number in new.items())
+        _logger.warning("%s: its files have changed since the run was here last (%s)", name, counts)
+
+
+def log_changed_settings(began: RunConfig, now: RunConfig) -> None:
+    """Logs what in a resumed run's configuration is not as the run was begun."""
+    for line in changed_lines(began, now):
+        _logger.info("resumed with another configuration: %s", line)
+
+
+def check_same_request(run: RunDirectory, began: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Checks that what is asked for again is what the run was begun with.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    changed = [key for key in given if key in began and began[key] != given[key]]
+    if changed:
+        differing = ", ".join(f"{key} {began[key]!r}, now {given[key]!r}" for key in changed)
+        hint = "give the same as at first or leave it out, or start a new run"
+        raise ConfigError(f"the run was begun with {differing}", where=run.path, hint=hint)
+
+
+def _entry(config: DatasetConfig) -> Tree:
+    """A dataset as an entry of a datasets file."""
+    entry = _located(config).model_dump(mode="json", exclude_defaults=True)
+    return {"name": config.name, **entry}
+
+
+def _located(config: DatasetConfig) -> DatasetConfig:
+    """The same with an absolute path."""
+    return config.model_copy(update={"path": Path(os.path.abspath(config.path))})  # noqa: PTH100 (keeps links)
+
+
+def _differing(began: Sequence[DatasetConfig], given: Sequence[DatasetConfig]) -> list[str]:
+    """What differs between two lists of datasets, in words. Their order does not count."""
+    before, now = ({config.name: _located(config) for config in configs} for configs in (began, given))
+    found = [f"{name} ({before[name].path}) is not given" for name in before.keys() - now.keys()]
+    found += [f"{name} ({now[name].path}) is new" for name in now.keys() - before.keys()]
+    for name in before.keys() & now.keys():
+        changes = differences(before[name], now[name])
+        found += [f"{name}: {key} {old!r}, now {new!r}" for key, old, new in changes]
+    return sorted(found)
