@@ -41,7 +41,7 @@ REPORT, BEGUN = "report.json", "run.json"
 
 # last words of settings that decide how a run is logged, saved and fed, and nothing of its result
 _DECIDE_NOTHING = frozenset(
-    {"checkpoint_every", "curves", "log_every", "prefetch", "progress_seconds", "tensorboard", "workers"}
+    {"checkpoint_every", "curves", "images", "log_every", "prefetch", "progress_seconds", "tensorboard", "workers"}
 )
 # differing settings that a message lists
 _LISTED = 5
