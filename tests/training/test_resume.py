@@ -208,6 +208,14 @@ def test_the_state_of_another_version_or_configuration(tmp_path: Path) -> None:
         run(tmp_path, "run", steps=2, resume=True)
 
 
+def test_an_average_cannot_begin_in_the_middle(tmp_path: Path) -> None:
+    Trainer(make_parts(tmp_path), make_config(1, ema={"enabled": False}), tmp_path / "run").fit()
+    with pytest.raises(
+        CheckpointError, match=r"begun without an average of its weights.*\n  try: train\.ema\.enabled=f"
+    ):
+        Trainer(make_parts(tmp_path), make_config(2), tmp_path / "run").fit(resume=True)
+
+
 def test_logging_goes_on_after_resuming(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run(tmp_path, "run", steps=2)
     with caplog.at_level(logging.INFO):

@@ -178,6 +178,9 @@ def load_state(folder: Path, trained: Trained) -> tuple[Counters, dict[str, Tens
     hint = "resume with the model's configuration that training began with (config.yaml of the run), or start a new run"
     load_weights(trained.network, read_tensors(folder / _NETWORK), where=folder / _NETWORK, hint=hint)
     if trained.average is not None:
+        if not (folder / _AVERAGE).exists():
+            what = "the run was begun without an average of its weights, which a resumed run cannot begin to keep"
+            raise CheckpointError(what, where=folder, hint="train.ema.enabled=false, or start a new run")
         load_weights(trained.average, read_tensors(folder / _AVERAGE), where=folder / _AVERAGE, hint=hint)
     tensors = read_tensors(folder / _OPTIMIZER)
     restore_optimizer(trained.network, trained.optimizer, tensors, where=folder / _OPTIMIZER)
