@@ -1,5 +1,6 @@
 """METR: a network, its vocabulary and its text encoder, as one thing that detects."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,9 +24,12 @@ from metr.models.detector import Detector
 from metr.serialization import load_weights, type_of
 from metr.structures import Detections
 from metr.text.encoder import TextEncoder, TextEncoderConfig
+from metr.text.same_names import Untrained, told, untrained
 from metr.text.vocabulary import Vocabulary
 
 __all__ = ["METR"]
+
+_logger = logging.getLogger(__name__)
 
 
 class METR:
@@ -56,6 +60,7 @@ class METR:
             self._encoder_config = TextEncoderConfig.checked(described, where=f"{where} (text_encoder)")
         self.folder: Path | None = None
         self._encoder: TextEncoder | None = None
+        self._told: set[tuple[str, str | None]] = set()
 
     @classmethod
     def from_pretrained(
@@ -130,36 +135,74 @@ class METR:
         return self.vocabulary.names
 
     @property
+    def default_names(self) -> tuple[str, ...]:
+        """The names that it looks for unless others are given: those of its fine-tuning, else all of training."""
+        return self.checkpoint.detection.names or self.vocabulary.names
+
+    @property
     def device(self) -> torch.device:
         """Where the network is."""
         return next(self.network.parameters()).device
 
-    def embed(self, names: Sequence[str] | Vocabulary) -> Float[Tensor, "v t"]:
+    def embed(self, names: Sequence[str] | Vocabulary, *, tell: bool = True) -> Float[Tensor, "v t"]:
         """Text embeddings of any names: of training's names from the checkpoint, of others from the text encoder.
+
+        A name or a prompt that was not trained is logged as a warning, once, with the nearest trained names.
 
         Args:
             names: Plain names, or a vocabulary. Its prompts are embedded in place of the names that have one.
+            tell: Whether names that were not trained are logged.
 
         Raises:
             ConfigError: a name is empty or given twice.
             ModelError: a name is new and the text encoder cannot be loaded.
         """
         wanted = names if isinstance(names, Vocabulary) else Vocabulary.of(_listed(names))
-        trained = {name for name in wanted.names if self._was_embedded(name, wanted.prompts.get(name))}
-        fresh = [name for name in wanted.names if name not in trained]
-        rows = {name: self.checkpoint.text_embeddings[self.vocabulary.index_of(name)] for name in trained}
-        if fresh:
-            prompts = {name: wanted.prompts[name] for name in fresh if name in wanted.prompts}
-            rows |= dict(zip(fresh, self._text_encoder().embed(Vocabulary.of(fresh, prompts)), strict=True))
+        trained = {name: self._trained_name(name, wanted.prompts.get(name)) for name in wanted.names}
+        fresh = self._fresh(wanted)
+        rows = {
+            name: self.checkpoint.text_embeddings[self.vocabulary.index_of(own)]
+            for name, own in trained.items()
+            if own is not None
+        }
+        if fresh is not None:
+            text = self._text_encoder().embed(fresh)
+            rows |= dict(zip(fresh.names, text, strict=True))
+            if tell:
+                self._warn(untrained(fresh, text, self.names, self.checkpoint.text_embeddings))
         return torch.stack([rows[name] for name in wanted.names])
 
-    def _was_embedded(self, name: str, prompt: str | None) -> bool:
-        """Whether training embedded a name, and by the same prompt if one is given."""
-        return name in self.vocabulary.names and prompt in {None, self.vocabulary.prompts.get(name)}
+    def untrained(self, names: Vocabulary) -> tuple[Untrained, ...]:
+        """The names of a vocabulary that were not trained, or not by their prompt, with the nearest trained names.
+
+        Raises:
+            ModelError: there are such names and the text encoder cannot be loaded.
+        """
+        fresh = self._fresh(names)
+        if fresh is None:
+            return ()
+        return untrained(fresh, self._text_encoder().embed(fresh), self.names, self.checkpoint.text_embeddings)
+
+    def _fresh(self, wanted: Vocabulary) -> Vocabulary | None:
+        """Those of the names that training did not embed, with their prompts; None where there are none."""
+        fresh = [name for name in wanted.names if self._trained_name(name, wanted.prompts.get(name)) is None]
+        prompts = {name: wanted.prompts[name] for name in fresh if name in wanted.prompts}
+        return Vocabulary.of(fresh, prompts) if fresh else None
+
+    def _trained_name(self, name: str, prompt: str | None) -> str | None:
+        """The trained name that a name means, if training embedded it by the same prompt; else None."""
+        own = name if name in self.vocabulary else self.checkpoint.detection.aliases.get(name)
+        return own if own is not None and prompt in {None, self.vocabulary.prompts.get(own)} else None
+
+    def _warn(self, found: Sequence[Untrained]) -> None:
+        """Logs names that were not trained, each once."""
+        if fresh := [one for one in found if (one.name, one.prompt) not in self._told]:
+            self._told |= {(one.name, one.prompt) for one in fresh}
+            _logger.warning("%s", told(fresh))
 
     def predictor(self, names: Sequence[str] | None = None, config: InferenceConfig | None = None) -> Predictor:
-        """A predictor for these names (by default all of training), for many images or settings of one's own."""
-        wanted = self.vocabulary.names if names is None else Vocabulary.of(_listed(names)).names
+        """A predictor for these names (by default `default_names`), for many images or settings of one's own."""
+        wanted = self.default_names if names is None else Vocabulary.of(_listed(names)).names
         return Predictor(self.network, self.embed(wanted), wanted, self.resize, config)
 
     @overload
@@ -182,7 +225,7 @@ class METR:
 
         Args:
             images: A path, an RGB array [h w 3] of bytes or a PIL image; or a list of such.
-            names: What to look for; by default everything that it was trained on.
+            names: What to look for; by default `default_names`. `model.names` are all that it was trained on.
             threshold: The least score, 0..1.
 
         Returns:

@@ -1,5 +1,6 @@
 """Evaluates one detector on many datasets, with each dataset's own names and with the joint vocabulary."""
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -38,7 +39,10 @@ from metr.inference.postprocess import ImageId, postprocess
 from metr.inference.predictor import answers, device_of, inference, project
 from metr.model import METR
 from metr.structures import Batch, Detections
+from metr.text.same_names import PromptChoice, known_aliases, with_trained_prompts
 from metr.text.vocabulary import Vocabulary
+
+_logger = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -47,6 +51,7 @@ def evaluate(
     out: str | Path | None = None,
     *,
     split: str | None = None,
+    prompts: PromptChoice = "trained",
     batch_size: int = 8,
     device: str = "auto",
     config: EvaluationConfig | None = None,
@@ -62,6 +67,8 @@ def evaluate(
             them.
         out: The folder where the report goes as JSON, Markdown and a chart, made if missing; None writes nothing.
         split: The split of each dataset; by default val, else test.
+        prompts: What becomes of a dataset's prompt for a name that was trained without it: "trained" leaves it out, so
+            that the name keeps what was learnt of it; "given" uses it.
         batch_size: Images per step.
         device: Where the network runs, if it is loaded here.
         config: Modes, domains and post-processing.
@@ -73,7 +80,9 @@ def evaluate(
     console = console or Console(quiet=True)
     joint = open_joint([str(data)] if isinstance(data, str | Path) else [str(one) for one in data])
     model = source if isinstance(source, METR) else METR.from_pretrained(source, device=device)
-    vocabulary = _with_training(joint.vocabulary, model.vocabulary)
+    joint = joint.renamed({one.name: _aliases(model, one.name, one.categories) for one in joint.sources})
+    given = joint.vocabulary if prompts == "given" else with_trained_prompts(joint.vocabulary, model.vocabulary)
+    vocabulary = _with_training(given, model.vocabulary)
     loader = LoaderConfig(batch_size=batch_size)
     text, sets = model.embed(vocabulary), joint.evaluation(split)
     runner = EvaluationRunner(vocabulary, text, sets, model.resize, loader, config)
@@ -86,6 +95,14 @@ def evaluate(
         table, page, chart = (path.name for path in paths)
         console.print(f"{table}, {page} and {chart} are in {out}", markup=False, soft_wrap=True)
     return report
+
+
+def _aliases(model: METR, dataset: str, names: Sequence[str]) -> dict[str, str]:
+    """Which of a dataset's names the checkpoint takes as a trained one; logs them."""
+    aliases = known_aliases(names, model.checkpoint.detection.aliases)
+    for name, trained in aliases.items():
+        _logger.info('%s: "%s" is taken as "%s"', dataset, name, trained)
+    return aliases
 
 
 def _with_training(given: Vocabulary, trained: Vocabulary) -> Vocabulary:
@@ -255,12 +272,13 @@ class Evaluator:
             missing=len(annotations) - len(seen),
             own=parts[questions["own"]] if "own" in questions else None,
             joint=parts[questions["joint"]] if "joint" in questions else None,
+            default=parts[questions["default"]] if "default" in questions else None,
         )
         found = answered[questions["joint"]].detections if "joint" in questions else {}
         return report, count_best_names(seen, found)
 
     def _questions(self, names: Sequence[str], device: torch.device) -> dict[Mode, _Question]:
-        """The vocabulary of each mode; the same object where they have the same names."""
+        """The vocabulary of each mode that the dataset can be asked with; one object where they have the same names."""
         rows = [self.vocabulary.index_of(name) for name in names]
         own, text = list(dict.fromkeys(rows)), self.text.to(device)
         joint = _Question(names=self.vocabulary.names, text=text, columns=tuple(rows))
@@ -269,8 +287,14 @@ class Evaluator:
             text=text[own],
             columns=tuple(own.index(row) for row in rows),
         )
-        questions = {"own": joint if len(own) == len(text) else narrow, "joint": joint}
-        return {mode: questions[mode] for mode in self.config.modes}
+        questions: dict[Mode, _Question] = {"own": joint if len(own) == len(text) else narrow, "joint": joint}
+        asked = [self.vocabulary.index_of(name) for name in self.config.default_names]
+        if set(own) == set(asked):
+            questions["default"] = questions["own"]
+        elif set(own) < set(asked):
+            columns = tuple(asked.index(row) for row in rows)
+            questions["default"] = _Question(names=self.config.default_names, text=text[asked], columns=columns)
+        return {mode: questions[mode] for mode in self.config.modes if mode in questions}
 
     def _answers(
         self,
