@@ -17,6 +17,7 @@ from metr.errors import DataError
 from metr.evaluation.coco import CocoResult
 from metr.inference.postprocess import ImageId, PostprocessConfig, Precision
 from metr.structures import Detections
+from metr.text.same_names import PromptChoice
 
 DEFAULT_KEPT = (1, 5, 10, 20)
 NO_DOMAIN = "no domain"
@@ -157,6 +158,9 @@ class EvaluationConfig(Config):
     the names in `default_names`."""
     default_names: tuple[str, ...] = ()
     """What the detector looks for by default. A dataset that has other names is not evaluated with these."""
+    prompts: PromptChoice = "trained"
+    """What becomes of a dataset's prompt for a name that was trained without it: `trained` leaves it out, so that the
+    name keeps what was learnt of it; `given` uses it."""
     recall_at: tuple[PositiveInt, ...] = DEFAULT_KEPT
     """Values of K for presence recall: the recall of present categories among the K most likely ones."""
     domains: dict[str, str] = Field(default_factory=dict)

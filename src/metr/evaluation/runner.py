@@ -39,7 +39,7 @@ from metr.inference.postprocess import ImageId, postprocess
 from metr.inference.predictor import answers, device_of, inference, project
 from metr.model import METR
 from metr.structures import Batch, Detections
-from metr.text.same_names import PromptChoice, known_aliases, with_trained_prompts
+from metr.text.same_names import known_aliases, with_trained_prompts
 from metr.text.vocabulary import Vocabulary
 
 _logger = logging.getLogger(__name__)
@@ -51,7 +51,6 @@ def evaluate(
     out: str | Path | None = None,
     *,
     split: str | None = None,
-    prompts: PromptChoice = "trained",
     batch_size: int = 8,
     device: str = "auto",
     config: EvaluationConfig | None = None,
@@ -67,11 +66,9 @@ def evaluate(
             them.
         out: The folder where the report goes as JSON, Markdown and a chart, made if missing; None writes nothing.
         split: The split of each dataset; by default val, else test.
-        prompts: What becomes of a dataset's prompt for a name that was trained without it: "trained" leaves it out, so
-            that the name keeps what was learnt of it; "given" uses it.
         batch_size: Images per step.
         device: Where the network runs, if it is loaded here.
-        config: Modes, domains and post-processing.
+        config: Modes, prompts, domains and post-processing.
         console: Where progress and the table are shown.
 
     Raises:
@@ -81,7 +78,9 @@ def evaluate(
     joint = open_joint([str(data)] if isinstance(data, str | Path) else [str(one) for one in data])
     model = source if isinstance(source, METR) else METR.from_pretrained(source, device=device)
     joint = joint.renamed({one.name: _aliases(model, one.name, one.categories) for one in joint.sources})
-    given = joint.vocabulary if prompts == "given" else with_trained_prompts(joint.vocabulary, model.vocabulary)
+    given = joint.vocabulary
+    if config is None or config.prompts == "trained":
+        given = with_trained_prompts(given, model.vocabulary)
     vocabulary = _with_training(given, model.vocabulary)
     loader = LoaderConfig(batch_size=batch_size)
     text, sets = model.embed(vocabulary), joint.evaluation(split)

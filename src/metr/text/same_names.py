@@ -217,8 +217,6 @@ def with_trained_prompts(given: Vocabulary, trained: Vocabulary) -> Vocabulary:
     others = {name: phrase for name, phrase in prompts if name in trained and trained.prompts.get(name) != phrase}
     if others:
         named = listed([f'"{phrase}" for "{name}"' for name, phrase in others.items()])
-        message = (
-            "prompts that are not used, because the names were trained without them: %s; --prompts given uses them"
-        )
+        message = "prompts that are not used, as the names were trained without them: %s; --prompts given uses them"
         _logger.warning(message, named)
     return given.without_prompts(others)
