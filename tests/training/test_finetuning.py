@@ -91,8 +91,10 @@ def test_old_names_come_first_and_stay_as_they_were(mine: Path, tiny_run: TinyRu
     assert after.text_encoder == before.text_encoder
     assert after.training["finetuned_from"]["step"] == 3
     assert after.training[RECIPE] == before.training[RECIPE], "of pretraining, for a second fine-tuning"
-    found = METR.from_pretrained(mine).predictor().detect(tiny_run.unseen[0])
-    assert found.names == after.vocabulary.names, "all of them are asked for by default"
+    model = METR.from_pretrained(mine)
+    found = model.predictor().detect(tiny_run.unseen[0])
+    assert found.names == model.default_names == ("trout", "toad", "leaf", "turtle"), "those that it was trained on now"
+    assert model.detect(tiny_run.unseen[0], model.names).names == after.vocabulary.names
 
 
 def test_before_and_after_are_told(mine: Path, tiny_run: TinyRun, tmp_path: Path) -> None:
@@ -104,6 +106,7 @@ def test_before_and_after_are_told(mine: Path, tiny_run: TinyRun, tmp_path: Path
     after = evaluate(mine, [tiny_run.data[1]], tmp_path / "judged")
     assert desk["after"] == {
         "own": pytest.approx(after.datasets[0].ap("own")),
+        "default": None,  # it does not look for desk's names
         "joint": pytest.approx(after.datasets[0].ap("joint")),
     }
     assert told["mean"]["old"]["after"] == desk["after"]

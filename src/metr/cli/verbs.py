@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Data", "demo", "detect", "evaluate", "finetune", "push", "train", "transfer"]
 
+# names that a line tells
+_NAMES = 12
 # the exit code after Ctrl-C, by which scripts tell that training is not done
 _INTERRUPTED = 130
 _TARGETS = "deformable_detr, dab_detr, conditional_detr, detr, rt_detr, rt_detr_v2 or d_fine"
@@ -30,6 +32,10 @@ _Overrides = Annotated[
 _Steps = Annotated[int | None, typer.Option(help="Training steps, in place of the recipe's.", min=1)]
 _Resume = Annotated[bool, typer.Option("--resume", help="Go on where the run in OUT stopped.")]
 _BatchSize = Annotated[int, typer.Option(help="Images a step.", min=1)]
+_Prompts = Annotated[
+    str,
+    typer.Option(help="The prompt of a dataset for a name trained without it: trained (left out) or given (used)."),
+]
 _Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
 
 
@@ -81,6 +87,14 @@ def finetune(
     rehearse_evaluate: Annotated[
         list[str] | None, typer.Option(help="Old datasets, only evaluated before and after.", metavar="DATA")
     ] = None,
+    same_names: Annotated[
+        str,
+        typer.Option(
+            help="Take new names that seem to mean a trained one (RBC, rbc) as that one: yes, no, or ask. "
+            "ask is no where there is no terminal."
+        ),
+    ] = "ask",
+    prompts: _Prompts = "trained",
     decorrelate_names: Annotated[
         bool,
         typer.Option("--decorrelate-names", help="First move new names that mean nearly the same from each other."),
@@ -104,9 +118,12 @@ def finetune(
         rehearse=rehearse or (),
         rehearse_fraction=rehearse_fraction,
         rehearse_evaluate=rehearse_evaluate or (),
+        same_names=same_names,
+        prompts=prompts,
         decorrelate_names=decorrelate_names,
     )
     _say_done(outcome.training, out)
+    _say_names("it looks for", outcome.default_names, outcome.known)
 
 
 def evaluate(
@@ -117,22 +134,29 @@ def evaluate(
         typer.Option("-o", "--out", help="Where JSON, Markdown and chart go; by default evaluation, in RUN if local."),
     ] = None,
     split: Annotated[str | None, typer.Option(help="The split; by default val, else test.")] = None,
+    prompts: _Prompts = "trained",
     batch_size: _BatchSize = 8,
     device: _Device = "auto",
 ) -> None:
     """Measure average precision on datasets. Own names, the joint vocabulary, confusion between datasets."""
+    from metr.evaluation.results import EvaluationConfig
     from metr.evaluation.runner import evaluate as run_evaluation
 
     # a name on the hub is no folder to write into
     out = out or (run / "evaluation" if run.is_dir() else Path("evaluation"))
-    run_evaluation(run, data, out, split=split, batch_size=batch_size, device=device, console=Console())
+    config = EvaluationConfig.checked({"prompts": prompts}, where="evaluate")
+    run_evaluation(run, data, out, split=split, batch_size=batch_size, device=device, config=config, console=Console())
 
 
 def detect(
     run: _Run,
     images: Annotated[list[Path], typer.Argument(help="Images, or folders of images.", metavar="IMAGE")],
     categories: Annotated[
-        str | None, typer.Option(help='Names to look for, "penguin, shark"; by default all that were trained.')
+        str | None,
+        typer.Option(
+            help='Names to look for, "penguin, shark"; "all": every trained name. By default the names of the last '
+            "fine-tuning, or every one."
+        ),
     ] = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="Where drawn images and JSON go.")] = Path("detections"),
     threshold: Annotated[float, typer.Option(help="Least score that is shown.", min=0, max=1)] = 0.3,
@@ -144,10 +168,12 @@ def detect(
     from metr.inference.postprocess import InferenceConfig, PostprocessConfig
     from metr.model import METR
 
-    names = None if categories is None else [name.strip() for name in categories.split(",")]
+    model = METR.from_pretrained(run, device=device)
+    names = model.default_names if categories is None else tuple(name.strip() for name in categories.split(","))
+    names = model.names if names == ("all",) else names
     config = InferenceConfig(batch_size=batch_size, postprocess=PostprocessConfig.to_show(threshold))
-    predictor = METR.from_pretrained(run, device=device).predictor(names, config)
-    detect_files(predictor, images, out, console=Console())
+    detect_files(model.predictor(names, config), images, out, console=Console())
+    _say_names("looked for", names, len(model.names))
 
 
 def transfer(
@@ -239,3 +265,10 @@ def _say_done(outcome: "Outcome", out: Path) -> None:
     best = "" if outcome.best is None else f", the best of step {outcome.best_step}"
     console.print(f"Done: {outcome.step} steps{early}{best}; everything is in {out}", markup=False)
     console.print(f"What it finds:  metr detect {out} IMAGE", markup=False)
+
+
+def _say_names(what: str, names: tuple[str, ...], known: int) -> None:
+    """Which names a detector looks for, and how to ask it for the rest of the `known` ones."""
+    shown = ", ".join(names[:_NAMES]) + (f" and {len(names) - _NAMES} more" if len(names) > _NAMES else "")
+    rest = "" if len(names) == known else f"; --categories all: all {known} names that it knows"
+    Console(soft_wrap=True, highlight=False).print(f"{what}: {shown}{rest}", markup=False)

@@ -94,6 +94,21 @@ def _candidates(
                 yield (_MEANING, -strength), SameName(name=name, trained=other, why=why, by_spelling=False)
 
 
+def spelt_alike(datasets: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
+    """Names of different datasets that differ in case, spaces or the plural alone, and that no dataset tells apart."""
+    owners: dict[str, set[str]] = {}
+    for dataset, names in datasets.items():
+        for name in names:
+            owners.setdefault(name, set()).add(dataset)
+    return [
+        (pair.first, pair.second)
+        for pair in spelling_matches(tuple(owners))
+        if _rank(pair.why, pair.abbreviation) in {_SAME_LETTERS, _PLURAL}
+        and _tells_enough(pair.first, pair.second)
+        and owners[pair.first].isdisjoint(owners[pair.second])
+    ]
+
+
 def _rank(why: str, abbreviation: bool) -> int:
     if abbreviation:
         return _ABBREVIATION

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from metr.checkpoint import Checkpoint
+from metr.checkpoint import Checkpoint, DetectionDefaults
 from metr.config import Tree, differences
 from metr.data.config import ResizeConfig
 from metr.data.loading import build_train_loader
@@ -23,12 +23,14 @@ from metr.models.config import DetectorConfig
 from metr.models.detector import Detector
 from metr.run_directory import RunDirectory
 from metr.serialization import load_weights, read_json, write_json
-from metr.training.comparison import Comparison, keep_before, kept_before, show_comparison
+from metr.text.same_names import listed
+from metr.training.comparison import COMPARED, Comparison, keep_before, kept_before, show_comparison
 from metr.training.config import RunConfig
 from metr.training.finetune_data import FinetuneData, FinetuneOptions, open_finetune_data
 from metr.training.finetune_recipe import RECIPE, described, finetune_recipe
 from metr.training.provenance import provenance
 from metr.training.state import check_place, has_state
+from metr.training.taken_names import Renames, taken_names
 from metr.training.train import (
     Data,
     arguments,
@@ -50,10 +52,15 @@ _ORIGINS = {"backbone.pretrained", "backbone.revision"}
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneOutcome:
-    """How training ended, and AP before and after; no comparison if training was interrupted or `compare` is off."""
+    """How training ended, and AP before and after; no comparison if training was interrupted or `compare` is off.
+
+    The detector looks for `default_names` unless it is asked for others; it knows `known` names in all.
+    """
 
     training: Outcome
     comparison: Comparison | None
+    default_names: tuple[str, ...]
+    known: int
 
 
 def finetune(
@@ -96,7 +103,9 @@ def finetune(
         what, hint = "a run cannot begin with itself", "--from the run that it began with, or another -o"
         raise ConfigError(what, where=out, hint=hint)
     model = METR.from_pretrained(source, device="cpu")
-    opened = open_finetune_data(arguments(data), model.vocabulary, options)
+    kept = _kept_names(out) if resume else None
+    take = partial(taken_names, model=model, choice=options.same_names, console=console, kept=kept)
+    opened = open_finetune_data(arguments(data), model.vocabulary, options, take)
     seed = f"train.loop.seed={options.seed}"
     recipe = finetune_recipe(model.checkpoint, opened.images, options.config, [seed, *options.overrides])
     check_recipe(recipe)
@@ -105,15 +114,18 @@ def finetune(
     _warn_of_forgetting(model, opened, console)
     _check_same_request(out, request := _request(source, opened, options), resume)
     parts, model = _parts(model, opened, recipe, options.decorrelate_names)
+    _say_new_names(model, opened, console)
     before = None
     if in_main_process():
         out.mkdir(parents=True, exist_ok=True)
         write_json(out / REQUEST, request)
         before = _before(model, opened, recipe, out, console) if options.compare else None
     outcome = fit(parts, opened.new_splits, recipe, out, resume=resume, console=console, evaluation=evaluation)
-    if before is None or outcome.interrupted:
-        return FinetuneOutcome(training=outcome, comparison=None)
-    return FinetuneOutcome(training=outcome, comparison=_comparison(before, opened, recipe, out, console))
+    compared = None
+    if before is not None and not outcome.interrupted:
+        compared = _comparison(before, opened, recipe, out, console)
+    names, known = opened.default_names, len(opened.joint.vocabulary)
+    return FinetuneOutcome(training=outcome, comparison=compared, default_names=names, known=known)
 
 
 def _parts(model: METR, opened: FinetuneData, recipe: RunConfig, decorrelate: bool) -> tuple[TrainingParts, METR]:
@@ -121,7 +133,7 @@ def _parts(model: METR, opened: FinetuneData, recipe: RunConfig, decorrelate: bo
     own, joint = model.checkpoint, opened.joint
     encoder = plain(recipe.text) | {key: own.text_encoder[key] for key in ("identity",) if key in own.text_encoder}
     model = METR(model.network, replace(own, text_encoder=encoder))
-    network, embeddings = _network(model, recipe.model), model.embed(joint.vocabulary)
+    network, embeddings = _network(model, recipe.model), model.embed(joint.vocabulary, tell=False)
     if decorrelate:  # new names come after the old
         decorrelate_names(
             network.category_extraction.projection, embeddings[: len(model.names)], embeddings[len(model.names) :]
@@ -135,6 +147,7 @@ def _parts(model: METR, opened: FinetuneData, recipe: RunConfig, decorrelate: bo
         text_encoder=encoder,
         preprocessing=plain(recipe.augmentation.resize),
         training=_history(own, recipe) | provenance(joint, recipe),
+        detection=_detection(own, opened),
     )
     parts = TrainingParts(
         network=network,
@@ -144,6 +157,13 @@ def _parts(model: METR, opened: FinetuneData, recipe: RunConfig, decorrelate: bo
         teacher=teacher_of(joint, recipe),
     )
     return parts, model
+
+
+def _detection(own: Checkpoint, opened: FinetuneData) -> DetectionDefaults:
+    """What detection does by default: it looks for the names that are trained on now, unless these are all."""
+    names = opened.default_names
+    every = set(names) == set(opened.joint.vocabulary.names)
+    return DetectionDefaults(names=() if every else names, aliases=opened.aliases(own.detection.aliases))
 
 
 def _network(model: METR, config: DetectorConfig) -> Detector:
@@ -201,12 +221,16 @@ def _before(model: METR, opened: FinetuneData, recipe: RunConfig, out: Path, con
 def _evaluated(
     model: METR, opened: FinetuneData, resize: ResizeConfig, recipe: RunConfig, console: Console
 ) -> EvaluationReport:
-    """Evaluates new and old datasets with their own names and with all names."""
+    """Evaluates new and old datasets with their own names, with the default names and with all names."""
     vocabulary = opened.evaluated_vocabulary()
-    config = EvaluationConfig(precision=recipe.inference.precision, postprocess=recipe.inference.postprocess)
-    runner = EvaluationRunner(
-        vocabulary, model.embed(vocabulary), opened.splits, resize, recipe.evaluation_loader, config
+    config = EvaluationConfig(
+        modes=COMPARED,
+        default_names=opened.default_names,
+        precision=recipe.inference.precision,
+        postprocess=recipe.inference.postprocess,
     )
+    text = model.embed(vocabulary, tell=False)
+    runner = EvaluationRunner(vocabulary, text, opened.splits, resize, recipe.evaluation_loader, config)
     return runner.report(model.network, console, recipe.unannotated)
 
 
@@ -225,6 +249,17 @@ def _warn_of_forgetting(model: METR, opened: FinetuneData, console: Console) -> 
     console.print(note, highlight=False, markup=False, soft_wrap=True)
 
 
+def _say_new_names(model: METR, opened: FinetuneData, console: Console) -> None:
+    """Prints the names that the checkpoint does not know, each with the nearest ones that it knows."""
+    if new := model.untrained(opened.joint.vocabulary):
+        console.print(f"learnt as new names: {listed(new)}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _kept_names(out: Path) -> Renames | None:
+    """The names that a run in this folder took as trained ones when it began; None where it did not begin."""
+    return read_json(out / REQUEST).get("same_names", {}) if (out / REQUEST).is_file() else None
+
+
 def _request(source: str | Path, opened: FinetuneData, options: FinetuneOptions) -> Tree:
     """What was asked for, with the number of training images of each dataset."""
     return {
@@ -235,6 +270,8 @@ def _request(source: str | Path, opened: FinetuneData, options: FinetuneOptions)
         "shots": options.shots,
         "fraction": options.fraction,
         "seed": options.seed,
+        "same_names": opened.taken,
+        "prompts": options.prompts,
         "decorrelate_names": options.decorrelate_names,
     }
 

@@ -29,6 +29,7 @@ from metr.models.config import DetectorConfig
 from metr.models.detector import Detector
 from metr.run_directory import RunDirectory, existing_folder
 from metr.text.encoder import TextEncoder
+from metr.text.same_names import listed, spelt_alike
 from metr.training.config import RunConfig, changed_lines, load_recipe
 from metr.training.finetune_recipe import RECIPE, left_to_finetuning
 from metr.training.logger import check_trackers
@@ -75,6 +76,12 @@ def train(
     check_recipe(recipe)
     check_place(run, resume)
     joint = open_joint(arguments(data))
+    if alike := spelt_alike(joint.vocabulary.datasets):
+        pairs = listed([f'"{one}" and "{two}"' for one, two in alike])
+        hint = (
+            f"names that are learnt apart and spelt alike: {pairs}; metr inspect --write makes a file that joins them"
+        )
+        console.print(hint, highlight=False, markup=False, soft_wrap=True)
     show_changes(load_recipe(size), recipe, f"the recipe {size}", console)
     parts = training_parts(joint, recipe, console)
     return fit(parts, joint.evaluation(), recipe, run.path, resume=resume, console=console, evaluation=evaluation)
