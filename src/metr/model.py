@@ -200,8 +200,19 @@ class METR:
             self._told |= {(one.name, one.prompt) for one in fresh}
             _logger.warning("%s", told(fresh))
 
+    def _warn_of_a_start(self) -> None:
+        """Logs, once, that no image was seen with the names, where the weights came from another detector alone."""
+        training, key = self.checkpoint.training, ("", None)
+        if "started from" in training and "step" not in training and key not in self._told:
+            self._told.add(key)
+            what = (
+                "a start for training, no detector yet: it has weights of %s and saw no image; metr finetune trains it"
+            )
+            _logger.warning(what, training["started from"])
+
     def predictor(self, names: Sequence[str] | None = None, config: InferenceConfig | None = None) -> Predictor:
         """A predictor for these names (by default `default_names`), for many images or settings of one's own."""
+        self._warn_of_a_start()
         wanted = self.default_names if names is None else Vocabulary.of(_listed(names)).names
         return Predictor(self.network, self.embed(wanted), wanted, self.resize, config)
 

@@ -108,7 +108,7 @@ def _chosen(offers: Sequence[tuple[str, SameName]], choice: NameChoice, console:
     taken = []
     questions = {
         True: "The checkpoint knows names in another spelling",
-        False: "Perhaps these mean names that it knows",
+        False: "Perhaps it knows these by other names",
     }
     for by_spelling, what in questions.items():
         some = [(dataset, one) for dataset, one in offers if one.by_spelling == by_spelling]
