@@ -301,4 +301,4 @@ def test_a_start_says_that_it_was_not_trained(tiny_run: TinyRun, caplog: pytest.
     trained = METR.from_pretrained(tiny_run.folder, device="cpu")
     start = METR(trained.network, replace(trained.checkpoint, training={"started from": "RT-DETR, folder"}))
     start.detect(tiny_run.unseen[0])
-    assert "no detector yet: weights of RT-DETR, folder that saw no image; metr finetune trains it" in caplog.text
+    assert "no detector yet: it has weights of RT-DETR, folder and saw no image; metr finetune trains it" in caplog.text

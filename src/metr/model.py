@@ -60,7 +60,7 @@ class METR:
             self._encoder_config = TextEncoderConfig.checked(described, where=f"{where} (text_encoder)")
         self.folder: Path | None = None
         self._encoder: TextEncoder | None = None
-        self._told: set[tuple[str, str | None]] = set()
+        self._told: set[str] = set()
 
     @classmethod
     def from_pretrained(
@@ -159,6 +159,9 @@ class METR:
         """
         wanted = names if isinstance(names, Vocabulary) else Vocabulary.of(_listed(names))
         trained = {name: self._trained_name(name, wanted.prompts.get(name)) for name in wanted.names}
+        for name, own in trained.items() if tell else ():
+            if own not in {None, name}:
+                self._log_once(logging.INFO, f'"{name}" is taken as "{own}"')
         fresh = self._fresh(wanted)
         rows = {
             name: self.checkpoint.text_embeddings[self.vocabulary.index_of(own)]
@@ -196,19 +199,23 @@ class METR:
 
     def _warn(self, found: Sequence[Untrained]) -> None:
         """Logs names that were not trained, each once."""
-        if fresh := [one for one in found if (one.name, one.prompt) not in self._told]:
-            self._told |= {(one.name, one.prompt) for one in fresh}
+        if fresh := [one for one in found if one.called not in self._told]:
+            self._told |= {one.called for one in fresh}
             _logger.warning("%s", told(fresh))
 
     def _warn_of_a_start(self) -> None:
         """Logs, once, that no image was seen with the names, where the weights came from another detector alone."""
-        training, key = self.checkpoint.training, ("", None)
-        if "started from" in training and "step" not in training and key not in self._told:
-            self._told.add(key)
+        training = self.checkpoint.training
+        if "started from" in training and "step" not in training:
             what = (
-                "a start for training, no detector yet: it has weights of %s and saw no image; metr finetune trains it"
+                f"a start for training, no detector yet: it has weights of {training['started from']} and saw no image"
             )
-            _logger.warning(what, training["started from"])
+            self._log_once(logging.WARNING, f"{what}; metr finetune trains it")
+
+    def _log_once(self, level: int, message: str) -> None:
+        if message not in self._told:
+            self._told.add(message)
+            _logger.log(level, "%s", message)
 
     def predictor(self, names: Sequence[str] | None = None, config: InferenceConfig | None = None) -> Predictor:
         """A predictor for these names (by default `default_names`), for many images or settings of one's own."""

@@ -28,7 +28,7 @@ from metr.run_directory import explained_disk_errors, replaced_folder
 from metr.serialization import write_json
 from metr.sharing.push import save
 from metr.text.encoder import TextEncoder, TextEncoderConfig
-from metr.text.same_names import told, with_trained_prompts
+from metr.text.same_names import listed, told, with_trained_prompts
 from metr.text.vocabulary import Vocabulary
 from metr.training.config import load_recipe
 from metr.training.finetune_recipe import RECIPE, left_to_finetuning
@@ -71,7 +71,8 @@ def to_detector(model: METR, target: str, names: Sequence[str] | Vocabulary | No
     done = transfer_weights(found, model.network, wanted.names, model.embed(wanted, tell=False))
     notes = (*done.report.notes, *found.resizes_otherwise(model.resize), *filter(None, [told(new)]))
     head = "its classification head was computed from the names" if found.fits(model.network.config) else _BACKBONE
-    start = f"{head}: no image was seen with it" + (f", and {len(new)} names were never trained" if new else "")
+    never = f"; never trained: {listed([one.called for one in new])}" if new else ""
+    start = f"{head}: no image was seen with it{never}"
     return replace(done, report=replace(done.report, notes=notes, start=start))
 
 
