@@ -207,10 +207,8 @@ class METR:
         """Logs, once, that no image was seen with the names, where the weights came from another detector alone."""
         training = self.checkpoint.training
         if "started from" in training and "step" not in training:
-            what = (
-                f"a start for training, no detector yet: it has weights of {training['started from']} and saw no image"
-            )
-            self._log_once(logging.WARNING, f"{what}; metr finetune trains it")
+            what = f"no detector yet: it has weights of {training['started from']} and saw no image"
+            self._log_once(logging.WARNING, f"a start for training, {what}; metr finetune trains it")
 
     def _log_once(self, level: int, message: str) -> None:
         if message not in self._told:
