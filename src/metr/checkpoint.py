@@ -17,7 +17,7 @@ from metr.config import Config
 from metr.errors import CheckpointError, ConfigError
 from metr.hub import asking
 from metr.models.config import DetectorConfig
-from metr.run_directory import RunDirectory, existing_folder, replaced_folder
+from metr.run_directory import RunDirectory, existing_folder, explained_disk_errors, replaced_folder
 from metr.serialization import read_json, read_tensors, write_json, write_tensors
 from metr.text.vocabulary import Vocabulary
 
@@ -39,6 +39,7 @@ __all__ = [
     "persons_card",
     "save_checkpoint",
     "signed_card",
+    "update_detection",
 ]
 
 FORMAT_VERSION = 1
@@ -148,6 +149,19 @@ def load_checkpoint(path: Path) -> Checkpoint:
         training=config.get("training", {}),
         detection=_detection(config.get("detection", {}), vocabulary, folder / CONFIG),
     )
+
+
+def update_detection(folder: Path, detection: DetectionDefaults) -> None:
+    """Changes what detection does by default with a checkpoint on disk.
+
+    Raises:
+        CheckpointError: the folder holds no checkpoint, or it cannot be written.
+    """
+    config = read_json(folder / CONFIG)
+    fresh = folder / f".{CONFIG}.new"
+    with explained_disk_errors(folder / CONFIG):
+        write_json(fresh, {**config, "detection": detection.model_dump(mode="json")})
+        fresh.replace(folder / CONFIG)
 
 
 def find_checkpoint(path: Path) -> Path:

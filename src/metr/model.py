@@ -1,7 +1,7 @@
 """METR: a network, its vocabulary and its text encoder, as one thing that detects."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +17,9 @@ from metr.data.images import ImageSource
 from metr.devices import resolved_device
 from metr.errors import CheckpointError, ConfigError, DataError
 from metr.hub import may_be_a_hub_name
-from metr.inference.postprocess import InferenceConfig, PostprocessConfig
+from metr.inference.postprocess import InferenceConfig, ScoreThresholds
 from metr.inference.predictor import Prediction, Predictor
+from metr.inference.selection import name_limits
 from metr.models.backbones.efficientnet_lite import register
 from metr.models.detector import Detector
 from metr.serialization import load_weights, type_of
@@ -27,7 +28,10 @@ from metr.text.encoder import TextEncoder, TextEncoderConfig
 from metr.text.same_names import Untrained, told, untrained
 from metr.text.vocabulary import Vocabulary
 
-__all__ = ["METR"]
+__all__ = ["METR", "Names"]
+
+Names = Sequence[str] | Mapping[str, Sequence[str]]
+"""What to look for: names, or names with several phrases that describe each."""
 
 _logger = logging.getLogger(__name__)
 
@@ -144,19 +148,22 @@ class METR:
         """Where the network is."""
         return next(self.network.parameters()).device
 
-    def embed(self, names: Sequence[str] | Vocabulary, *, tell: bool = True) -> Float[Tensor, "v t"]:
+    def embed(self, names: Names | Vocabulary, *, tell: bool = True) -> Float[Tensor, "v t"]:
         """Text embeddings of any names: of training's names from the checkpoint, of others from the text encoder.
 
         A name or a prompt that was not trained is logged as a warning, once, with the nearest trained names.
 
         Args:
-            names: Plain names, or a vocabulary. Its prompts are embedded in place of the names that have one.
+            names: Plain names; or a mapping from names to the phrases that describe each, whose mean is taken; or a
+                vocabulary, whose prompts are embedded in place of the names that have one.
             tell: Whether names that were not trained are logged.
 
         Raises:
-            ConfigError: a name is empty or given twice.
+            ConfigError: a name is empty or given twice, or has no phrase.
             ModelError: a name is new and the text encoder cannot be loaded.
         """
+        if isinstance(names, Mapping):
+            return self._embed_phrases(names)
         wanted = names if isinstance(names, Vocabulary) else Vocabulary.of(_listed(names))
         trained = {name: self._trained_name(name, wanted.prompts.get(name)) for name in wanted.names}
         for name, own in trained.items() if tell else ():
@@ -215,34 +222,59 @@ class METR:
             self._told.add(message)
             _logger.log(level, "%s", message)
 
-    def predictor(self, names: Sequence[str] | None = None, config: InferenceConfig | None = None) -> Predictor:
-        """A predictor for these names (by default `default_names`), for many images or settings of one's own."""
+    def _embed_phrases(self, phrases: Mapping[str, Sequence[str]]) -> Float[Tensor, "v t"]:
+        """For each name the normalised mean of the embeddings of its phrases; trained names may be phrases."""
+        for name, some in phrases.items():
+            if isinstance(some, str) or not some:
+                what = f"expected a list of phrases for {name!r}, found {some!r}"
+                raise ConfigError(what, where="categories", hint=f"{name}: [{some or name}]")
+        flat = list(dict.fromkeys(phrase for some in phrases.values() for phrase in some))
+        rows = dict(zip(flat, self.embed(flat), strict=True))
+        means = [torch.stack([rows[phrase] for phrase in some]).mean(0) for some in phrases.values()]
+        return torch.nn.functional.normalize(torch.stack(means), dim=-1)
+
+    def predictor(self, names: Names | None = None, config: InferenceConfig | None = None) -> Predictor:
+        """A predictor for these names (by default `default_names`), for many images or settings of one's own.
+
+        It gives every detection, weak ones included: as evaluations do, unless `config` says otherwise.
+        """
         self._warn_of_a_start()
+        config = config or InferenceConfig()
         wanted = self.default_names if names is None else Vocabulary.of(_listed(names)).names
-        return Predictor(self.network, self.embed(wanted), wanted, self.resize, config)
+        text = self.embed(wanted if names is None else names)
+        limits = name_limits(wanted, self.vocabulary, self.checkpoint.model, config.selection)
+        return Predictor(self.network, text, wanted, self.resize, config, limits=limits)
+
+    def thresholds(self, threshold: float | None = None) -> ScoreThresholds:
+        """The score from which detections are shown: those stored with the names, or `threshold` for all names.
+
+        Raises:
+            ConfigError: the threshold is not in 0..1.
+        """
+        if threshold is None:
+            return ScoreThresholds(names=self.checkpoint.detection.thresholds)
+        return ScoreThresholds.checked({"default": threshold}, where="threshold")
 
     @overload
     def detect(
-        self, images: ImageSource, names: Sequence[str] | None = None, *, threshold: float = 0.3
+        self, images: ImageSource, names: Names | None = None, *, threshold: float | None = None
     ) -> Detections: ...
 
     @overload
     def detect(
-        self, images: list[ImageSource], names: Sequence[str] | None = None, *, threshold: float = 0.3
+        self, images: list[ImageSource], names: Names | None = None, *, threshold: float | None = None
     ) -> list[Detections]: ...
 
     def detect(
-        self, images: ImageSource | list[ImageSource], names: Sequence[str] | None = None, *, threshold: float = 0.3
+        self, images: ImageSource | list[ImageSource], names: Names | None = None, *, threshold: float | None = None
     ) -> Detections | list[Detections]:
-        """Finds objects: those above the threshold, and one name for each place.
-
-        Where boxes of several names overlap by more than 0.7 IoU, the best one stays. `predictor` gives everything,
-        overlapping names and low scores included.
+        """Finds objects: those whose score reaches the threshold. `predictor` gives all, whatever their score.
 
         Args:
             images: A path, an RGB array [h w 3] of bytes or a PIL image; or a list of such.
             names: What to look for; by default `default_names`. `model.names` are all that it was trained on.
-            threshold: The least score, 0..1.
+            threshold: The least score, 0..1; by default that of each name's best F1 in the newest evaluation with
+                training, and 0.3 for names that have none.
 
         Returns:
             The detections of the image, best first; a list of them for a list of images.
@@ -251,11 +283,11 @@ class METR:
             DataError: an image is missing or unreadable.
             ConfigError: a name is empty or given twice, or the threshold is not in 0..1.
         """
-        post = PostprocessConfig.to_show(threshold)
-        predictor = self.predictor(names, InferenceConfig(postprocess=post))
+        thresholds = self.thresholds(threshold)
+        predictor = self.predictor(names)
         if not isinstance(images, list):
-            return predictor.detect(images)
-        return [_found(prediction) for prediction in predictor.detect_many(images)]
+            return thresholds.shown(predictor.detect(images))
+        return [thresholds.shown(_found(prediction)) for prediction in predictor.detect_many(images)]
 
     def _text_encoder(self) -> TextEncoder:
         """The text encoder of training, loaded when a name first needs it.
@@ -284,7 +316,7 @@ def _checkpoint_errors() -> Iterator[None]:
         raise CheckpointError(error.what, where=error.where, hint=hint) from None
 
 
-def _listed(names: Sequence[str]) -> Sequence[str]:
+def _listed(names: Names) -> Sequence[str]:
     """The names.
 
     Raises:
@@ -292,7 +324,7 @@ def _listed(names: Sequence[str]) -> Sequence[str]:
     """
     if isinstance(names, str):
         raise ConfigError(f"expected a list of names, found the text {names!r}", where="names", hint=f"[{names!r}]")
-    return names
+    return list(names)
 
 
 def _found(prediction: Prediction) -> Detections:

@@ -189,6 +189,18 @@ class Categories(_Movable):
         return gather_rows(self.tokens, places)
 
 
+@dataclass(frozen=True, kw_only=True)
+class NameLimits(_Movable):
+    """Limits of each name when detecting.
+
+    `presence` is the smallest presence probability with which the name gets a slot, `queries` the largest number of
+    queries that it gets in an image.
+    """
+
+    presence: Float[Tensor, "v"]
+    queries: Int[Tensor, "v"]
+
+
 def gather_rows(table: Float[Tensor, "b n d"], index: Int[Tensor, "b k"]) -> Float[Tensor, "b k d"]:
     """The rows of each image's table that `index` names."""
     return table.gather(1, index.unsqueeze(-1).expand(-1, -1, table.shape[-1]))

@@ -246,3 +246,71 @@ def test_results_files_are_in_coco_form(tmp_path: Path) -> None:
     rows = json.loads((tmp_path / "deep" / "results.json").read_text())
     assert rows == [{"image_id": 12, "category_id": 90, "bbox": [1.0, 2.0, 3.12, 5.0], "score": 0.12346}]
     assert len(coco_results(found, {"fox": 1, "eel": 2}, max_detections=1)) == 1
+
+
+def overlap(a: list[float], b: list[float]) -> float:
+    width = max(min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0]), 0.0)
+    height = max(min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1]), 0.0)
+    return width * height / (a[2] * a[3] + b[2] * b[3] - width * height)
+
+
+def counted(truth: dict, results: list[dict], category: int) -> list[tuple[float, float, float]]:
+    """Score, precision and recall after each detection of a category, best first, matched one after the other."""
+    free = {n: row for n, row in enumerate(truth["annotations"]) if row["category_id"] == category}
+    objects, points, hits = len(free), [], 0
+    for number, found in enumerate(
+        sorted((r for r in results if r["category_id"] == category), key=lambda r: -r["score"]), 1
+    ):
+        near = {
+            n: overlap(row["bbox"], found["bbox"]) for n, row in free.items() if row["image_id"] == found["image_id"]
+        }
+        best = max(near, key=lambda n: near[n], default=None)
+        if best is not None and near[best] >= 0.5:
+            del free[best]
+            hits += 1
+        points.append((found["score"], 100 * hits / number, 100 * hits / objects))
+    return points
+
+
+def harmonic(precision: float, recall: float) -> float:
+    return 2 * precision * recall / max(precision + recall, 1e-9)
+
+
+@pytest.mark.parametrize("most", [100, 6])
+def test_the_threshold_lies_between_that_of_the_category_and_that_of_all(most: int) -> None:
+    """The more objects the category has, the nearer it is to its own, which counting finds."""
+    truth, results = random_dataset(5)
+    counts, kept = dict.fromkeys((1, 7, 8), 0), []
+    for row in truth["annotations"]:
+        counts[row["category_id"]] += 1
+        if counts[row["category_id"]] <= most:
+            kept.append(row | {"iscrowd": 0})
+    truth |= {"annotations": kept}
+    annotations, found = as_ours(truth, results)
+    parts = {part.name: part.best for part in evaluate_detections(annotations, found).categories}
+    assert parts.pop("fox") is None  # it has no objects
+    curves = {number: counted(truth, results, number) for number in (1, 7, 8)}
+
+    def f1_at(curve: list[tuple[float, float, float]], score: float) -> float:
+        above = [point for point in curve if point[0] >= score]
+        return harmonic(*above[-1][1:]) if above else 0.0
+
+    candidates = sorted({round(row["score"], 3) for row in results})
+    means = [np.mean([f1_at(curve, score) for curve in curves.values()]) for score in candidates]
+    shared = {score for score, mean in zip(candidates, means, strict=True) if mean >= max(means) - 3.0}
+    for curve, (name, point), number in zip(curves.values(), parts.items(), counts.values(), strict=True):
+        assert point is not None, name
+        objects = min(number, most)
+        best = max(harmonic(p, r) for _, p, r in curve)
+        own = {score for score, p, r in curve if harmonic(p, r) >= best - 3.0}  # recall is sampled in hundredths
+        possible = [(objects * one + 10 * all_) / (objects + 10) for one in own for all_ in shared]
+        assert min(abs(point.threshold - value) for value in possible) < 2e-3
+        above = [entry for entry in curve if entry[0] >= point.threshold]
+        # the protocol's precision is the best at this recall or a higher one
+        assert point.recall == pytest.approx(above[-1][2], abs=1.0)
+        assert point.precision >= above[-1][1] - 1.0
+
+
+def test_nothing_found_has_no_threshold() -> None:
+    annotations, _ = as_ours(*random_dataset(5))
+    assert all(part.best is None for part in evaluate_detections(annotations, {}).categories)

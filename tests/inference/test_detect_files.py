@@ -8,21 +8,26 @@ import numpy as np
 import pytest
 import torch
 from faster_coco_eval.core.coco import COCO
+from PIL import Image
 from rich.console import Console
 
 from metr.boxes import xywh_to_xyxy
 from metr.data.images import read_image
-from metr.errors import DataError
-from metr.inference.detect_files import detect_files
-from metr.inference.postprocess import InferenceConfig, PostprocessConfig
+from metr.data.joint import open_joint
+from metr.errors import ConfigError, DataError
+from metr.evaluation.coco import evaluate_detections
+from metr.evaluation.runner import evaluate
+from metr.inference.detect_files import check_labels, detect_files, names_to_find
+from metr.inference.postprocess import InferenceConfig, PostprocessConfig, ScoreThresholds
 from metr.inference.predictor import Predictor
 from metr.model import METR
+from metr.structures import Detections
 
 from tiny import TinyRun
 
 
 def predictor(run: TinyRun, threshold: float = 0.3, names: list[str] | None = None) -> Predictor:
-    config = InferenceConfig(postprocess=PostprocessConfig.to_show(threshold))
+    config = InferenceConfig(postprocess=PostprocessConfig(score_threshold=threshold))
     return METR.from_pretrained(run.folder, device="cpu").predictor(names, config)
 
 
@@ -58,12 +63,15 @@ def test_results_are_coco_results_and_their_key(tiny_run: TinyRun, images: Path,
 
 
 def test_every_image_is_drawn_under_a_name_of_its_own(tiny_run: TinyRun, images: Path, tmp_path: Path) -> None:
-    done = detect_files(predictor(tiny_run, 0.0), [images], tmp_path / "out")
+    done = detect_files(predictor(tiny_run, 0.0), [images], tmp_path / "out", thresholds=ScoreThresholds(default=0.0))
     assert [Path(one.source).name for one in done] == ["a.jpg", "a.JPG"]
     for name, original in (("a.jpg", "a.jpg"), ("a-2.jpg", "more/a.JPG")):
         drawn, plain = read_image(tmp_path / "out" / name), read_image(images / original)
-        assert drawn.shape == plain.shape
-        assert (np.abs(drawn.astype(int) - plain).max(axis=2) > 60).mean() > 0.01
+        # a small image is enlarged, so that labels can be read
+        height, width = plain.shape[:2]
+        assert drawn.shape == (round(height * 640 / max(height, width)), round(width * 640 / max(height, width)), 3)
+        smooth = np.asarray(Image.fromarray(plain).resize(drawn.shape[1::-1], Image.Resampling.LANCZOS))
+        assert (np.abs(drawn.astype(int) - smooth).max(axis=2) > 60).mean() > 0.01
 
 
 def test_nothing_found_is_no_issue(tiny_run: TinyRun, images: Path, tmp_path: Path) -> None:
@@ -133,3 +141,70 @@ def test_without_a_image_there_is_an_error(tiny_run: TinyRun, tmp_path: Path, gi
     with pytest.raises(DataError, match=told) as caught:
         detect_files(predictor(tiny_run), [tmp_path / given], tmp_path / "out")
     assert str(tmp_path / given) in str(caught.value)
+
+
+def test_the_json_has_the_average_precision_of_an_evaluation(tiny_run: TinyRun, tmp_path: Path) -> None:
+    """Whatever is drawn: the JSON holds all that the protocol counts."""
+    model, data = METR.from_pretrained(tiny_run.folder, device="cpu"), tiny_run.data[:1]
+    (annotations,) = open_joint(data).evaluation().values()
+    records = [annotations[index] for index in range(len(annotations))]
+    names = list(annotations.categories)
+    out = tmp_path / "out"
+    detect_files(model.predictor(names), [record.path for record in records], out, thresholds=model.thresholds())
+    truth = COCO(str(out / "images.json"))
+    loaded = truth.loadRes(str(out / "detections.json"))
+    found = {}
+    for number, record in enumerate(records, 1):
+        rows = loaded.loadAnns(loaded.getAnnIds(imgIds=[number]))
+        found[record.image_id] = Detections(
+            boxes=xywh_to_xyxy(torch.tensor([row["bbox"] for row in rows], dtype=torch.float32).reshape(-1, 4)),
+            scores=torch.tensor([row["score"] for row in rows]),
+            labels=torch.tensor([row["category_id"] - 1 for row in rows], dtype=torch.int64),
+            names=tuple(names),
+        )
+    (expected,) = evaluate(model, data, device="cpu").datasets
+    assert expected.own is not None
+    # the JSON rounds boxes to hundredths of a pixel
+    assert evaluate_detections(annotations, found).ap == pytest.approx(expected.own.coco.ap, abs=0.5)
+
+
+def test_drawings_and_summary_show_confident_detections_only(tiny_run: TinyRun, images: Path, tmp_path: Path) -> None:
+    said = Console(record=True, width=80, file=(tmp_path / "said").open("w", encoding="utf-8"))
+    chosen = ScoreThresholds(default=1.0, names={"leaf": 0.0})
+    detect_files(
+        predictor(tiny_run, 0.0, ["leaf", "fish"]), [images], tmp_path / "out", thresholds=chosen, console=said
+    )
+    text = said.export_text()
+    assert " leaf" in text
+    assert " fish" not in text
+    rows = json.loads((tmp_path / "out/detections.json").read_text())
+    assert {row["category_id"] for row in rows} == {1, 2}
+
+
+def test_names_come_from_a_file(tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("# of the sea\nshark\n\n starfish \n", encoding="utf-8")
+    assert names_to_find(None, tmp_path / "names.txt") == ["shark", "starfish"]
+    (tmp_path / "names.yaml").write_text("RBC: [red blood cell, erythrocyte]\nshark: big fish\n", encoding="utf-8")
+    expected = {"RBC": ["red blood cell", "erythrocyte"], "shark": ["big fish"]}
+    assert names_to_find(None, tmp_path / "names.yaml") == expected
+    (tmp_path / "list.yml").write_text("[shark, starfish]", encoding="utf-8")
+    assert names_to_find(None, tmp_path / "list.yml") == ["shark", "starfish"]
+    assert names_to_find("shark, star fish", None) == ["shark", "star fish"]
+    assert names_to_find(None, None) is None
+
+
+@pytest.mark.parametrize("text", ["", "a: {b: c}", "a: []", "[1, 2]", "3", "a: [b", "a: [1]", "? [a]\n: b", "no: x"])
+def test_files_that_name_nothing(tmp_path: Path, text: str) -> None:
+    (tmp_path / "names.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"(?s)names\.yaml: .*\n  try: write one name a line"):
+        names_to_find(None, tmp_path / "names.yaml")
+    with pytest.raises(ConfigError, match=r"no\.txt: the file of names cannot be read"):
+        names_to_find(None, tmp_path / "no.txt")
+    with pytest.raises(ConfigError, match="found both"):
+        names_to_find("shark", tmp_path / "names.yaml")
+
+
+def test_labels_are_one_of_three() -> None:
+    assert [check_labels(one) for one in ("names", "scores", "none")] == ["names", "scores", "none"]
+    with pytest.raises(ConfigError, match=r"expected names, scores, none, found 'name'\n  try: .*'names'"):
+        check_labels("name")

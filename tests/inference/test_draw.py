@@ -1,3 +1,4 @@
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from metr.errors import MetrError
 from metr.inference.draw import (
     PAPER,
     Mark,
+    Style,
     _free_place,
     _on,
     _shared,
@@ -21,6 +23,7 @@ from metr.inference.draw import (
     draw_detections,
     font_file,
     legible,
+    palette,
     save_image,
     side_by_side,
 )
@@ -102,7 +105,7 @@ def test_labels_keep_off_labels_and_other_objects() -> None:
     placed = []
     for mark in marks:
         others = [other.box for other in marks if other is not mark]
-        if found := _free_place(mark, 12, (540, 540), placed, others):
+        if found := _free_place(mark.box, mark.texts, 12, (540, 540), (placed, others)):
             text, area = found
             assert text in mark.texts
             assert all(_shared(area, box) <= 0.3 * 1600 for box in others)
@@ -175,3 +178,21 @@ def test_images_are_saved_or_the_reason_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(MetrError, match="cannot write"):
         save_image(GREY, tmp_path / "file" / "image.png")
+
+
+def test_colours_of_one_list_differ() -> None:
+    colours = palette([f"name {number}" for number in range(48)])
+    pairs = itertools.combinations(colours.values(), 2)
+    assert min(sum(abs(x - y) for x, y in zip(a, b, strict=True)) for a, b in pairs) > 30
+    few = list(palette(["RBC", "WBC", "Platelets"]).values())
+    assert min(sum(abs(x - y) for x, y in zip(a, b, strict=True)) for a, b in itertools.combinations(few, 2)) > 200
+
+
+def test_a_style_decides_labels_and_colours() -> None:
+    marks = [Mark(box=(20.0, 30.0, 90.0, 90.0), name="cat", score=0.8)]
+    bare = draw(GREY, marks, style=Style(labels="none", colours={"cat": (255, 0, 0)}))
+    assert share_of((255, 0, 0), bare[60:61, 20:21]) == 1
+    assert share_of((255, 0, 0), bare) < 0.02
+    numbers, names = (draw(GREY, marks, style=Style(labels=labels)) for labels in ("scores", "names"))
+    assert share_of(category_colour("cat"), bare) == 0
+    assert 0 < share_of(category_colour("cat"), numbers) < share_of(category_colour("cat"), names)

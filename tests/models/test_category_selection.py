@@ -9,7 +9,7 @@ from torch import Tensor
 
 from metr.models.category_selection import select_categories
 from metr.models.config import CategoryConfig
-from metr.structures import Categories, Targets
+from metr.structures import Categories, NameLimits, Targets
 
 from small import targets_of
 
@@ -131,3 +131,10 @@ def test_what_was_extracted_stays_as_it_is() -> None:
 def test_logits_that_are_not_numbers_keep_nothing_and_break_nothing() -> None:
     logits = torch.full((1, 5), torch.nan)
     assert kept_ids(selected(categories_of(logits), 3, [target([2], 5)])) == [[]]
+
+
+def test_each_name_has_a_least_presence_of_its_own() -> None:
+    logits = torch.tensor([[0.0, 2.0, -3.0, -3.0]])
+    limits = NameLimits(presence=torch.tensor([0.6, 0.6, 0.0, 0.1]), queries=torch.tensor([9, 9, 9, 9]))
+    chosen = select_categories(categories_of(logits), CategoryConfig(kept=4, threshold=0.9), None, limits)
+    assert kept_ids(chosen) == [[1, 2]]

@@ -19,13 +19,13 @@ SCRIPT = """
 import sys
 from pathlib import Path
 sys.path[:0] = sys.argv[2:]
-from metr.training.trainer import Trainer
+from metr.training.trainer import Evaluated, Trainer
 from small_runs import make_config, make_parts
 
 def run(stop):
     parts = make_parts(Path(sys.argv[1]), batch_size=2, denoising=0)
     config = make_config(4, loop={"log_every": 1, "evaluate_every": 2})
-    evaluate = lambda network: {"AP": float(next(network.parameters()).abs().sum())}
+    evaluate = lambda network: Evaluated(metrics={"AP": float(next(network.parameters()).abs().sum())})
     trainer = Trainer(parts, config, Path(sys.argv[1]) / "run", evaluate=evaluate)
     def ask(module, inputs):
         trainer._stop_signals.requested |= trainer.counters.step + 1 == stop

@@ -15,7 +15,7 @@ from metr.training import logger
 from metr.training.curves import plot_curves
 from metr.training.logger import MetricsFile, check_trackers, read_metrics
 from metr.training.progress import grouped_terms
-from metr.training.trainer import Trainer
+from metr.training.trainer import Evaluated, Trainer
 from small_runs import make_config, make_parts
 
 
@@ -111,7 +111,7 @@ def events(folder: Path) -> EventAccumulator:
 def test_tensorboard_gets_every_number(tmp_path: Path) -> None:
     config = make_config(4, loop={"trackers": ["tensorboard"], "log_every": 2, "evaluate_every": 4})
     run = tmp_path / "run"
-    Trainer(make_parts(tmp_path), config, run, evaluate=lambda network: {"AP": 12.5}).fit()
+    Trainer(make_parts(tmp_path), config, run, evaluate=lambda network: Evaluated(metrics={"AP": 12.5})).fit()
     first, second, evaluation = read_metrics(run)
     found = events(run)
     tags = set(found.Tags()["scalars"])
@@ -160,7 +160,10 @@ def test_a_disk_that_refuses_is_one_message(tmp_path: Path) -> None:
 def test_how_often_each_dataset_was_seen_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     schedule = {"log_every": 2, "evaluate_every": 4, "checkpoint_every": 0}
     trainer = Trainer(
-        make_parts(tmp_path), make_config(3, loop=schedule), tmp_path / "run", evaluate=lambda network: {"AP": 1.0}
+        make_parts(tmp_path),
+        make_config(3, loop=schedule),
+        tmp_path / "run",
+        evaluate=lambda network: Evaluated(metrics={"AP": 1.0}),
     )
     with caplog.at_level(logging.INFO):
         trainer.fit()

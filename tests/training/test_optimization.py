@@ -24,7 +24,7 @@ from metr.training.optimization import (
     parameter_groups,
     set_learning_rates,
 )
-from metr.training.trainer import Trainer
+from metr.training.trainer import Evaluated, Trainer
 from small_runs import make_config, make_parts
 
 from small import small_backbone, small_config, small_detector
@@ -324,7 +324,7 @@ def test_frozen_weights_and_statistics_stay_bit_by_bit(tmp_path: Path, what: str
     parts = make_parts(tmp_path, encoder="hybrid")
     before = {name: value.clone() for name, value in parts.network.state_dict().items()}
     config = make_config(4, freeze=what, loop={"evaluate_every": 2})
-    trainer = Trainer(parts, config, tmp_path / "run", evaluate=lambda _: {"AP": 1.0})
+    trainer = Trainer(parts, config, tmp_path / "run", evaluate=lambda _: Evaluated(metrics={"AP": 1.0}))
     assert trainer.fit().step == 4
     network = trainer.plain_network
     still = {id(module) for module in trainer._frozen for module in module.modules()}

@@ -17,17 +17,18 @@ from torch import nn
 
 from metr.errors import CheckpointError
 from metr.training.logger import read_metrics
-from metr.training.trainer import Trainer
+from metr.training.trainer import Evaluated, Trainer
 from small_runs import make_config, make_parts
 
 TIMES = {"seconds", "images_per_second", "waiting_fraction", "memory_gib", "evaluation_seconds"}
 SCHEDULE = {"evaluate_every": 3, "checkpoint_every": 0, "log_every": 2, "accumulation": 2}
 
 
-def evaluate(network: nn.Module) -> dict[str, float]:
+def evaluate(network: nn.Module) -> Evaluated:
     """A metric of the weights, so that equal weights have equal metrics."""
     torch.rand(3)
-    return {"AP": float(sum(parameter.abs().sum().item() for parameter in network.parameters()))}
+    metric = float(sum(parameter.abs().sum().item() for parameter in network.parameters()))
+    return Evaluated(metrics={"AP": metric}, thresholds={"shark": metric % 1})
 
 
 class StopsAt:
@@ -167,7 +168,7 @@ def test_ctrl_c_breaks_an_evaluation_off_and_resuming_makes_up_for_it(
     tmp_path: Path, whole: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
 
-    def long(network: nn.Module) -> dict[str, float]:
+    def long(network: nn.Module) -> Evaluated:
         threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
         time.sleep(20)
         pytest.fail("the evaluation went on")

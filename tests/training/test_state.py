@@ -12,7 +12,7 @@ from torch import nn
 
 from metr.training.config import LoopConfig
 from metr.training.state import Counters, random_state, restore_random_state, seed_everything, undisturbed_random_state
-from metr.training.trainer import Outcome, Trainer
+from metr.training.trainer import Evaluated, Outcome, Trainer
 from small_runs import make_config, make_parts
 
 CPU = torch.device("cpu")
@@ -86,9 +86,9 @@ class Falling:
     def __init__(self) -> None:
         self.trainer: Trainer | None = None
 
-    def __call__(self, network: nn.Module) -> dict[str, float]:
+    def __call__(self, network: nn.Module) -> Evaluated:
         step = self.trainer.counters.step if self.trainer else 0
-        return {"AP": 10.0 + min(step, 4) - step / 10}
+        return Evaluated(metrics={"AP": 10.0 + min(step, 4) - step / 10})
 
 
 def run_falling(folder: Path, *, steps: int = 20, resume: bool = False, patience: int = 2) -> Outcome:

@@ -21,7 +21,7 @@ from metr.losses.criterion import SetCriterion
 from metr.structures import DetectorOutput, Losses, Matches, Targets
 from metr.training.config import RunConfig, TrainConfig
 from metr.training.logger import read_metrics
-from metr.training.trainer import Trainer
+from metr.training.trainer import Evaluated, Trainer
 from small_runs import make_config, make_parts
 
 from small import SEED
@@ -33,12 +33,13 @@ class Rising:
     def __init__(self, values: Sequence[float | None] = ()) -> None:
         self.values, self.networks, self.training = list(values), [], []
 
-    def __call__(self, network: nn.Module) -> Mapping[str, float | None]:
+    def __call__(self, network: nn.Module) -> Evaluated:
         torch.rand(5)  # must not disturb training
         self.networks.append({key: value.clone() for key, value in network.state_dict().items()})
         self.training.append(network.training or torch.is_grad_enabled())
         count = len(self.networks)
-        return {"AP": self.values[count - 1] if self.values else float(count), "none": None}
+        metrics = {"AP": self.values[count - 1] if self.values else float(count), "none": None}
+        return Evaluated(metrics=metrics, thresholds={"shark": count / 10})
 
 
 class Sick(SetCriterion):
@@ -147,6 +148,7 @@ def test_what_a_run_leaves_behind(tmp_path: Path) -> None:
     # twelve draws of two datasets of five images
     epochs = {"cells": 1.0, "fish": 1.4}
     assert best.training == {"step": 6, "images": 12, "epochs": epochs, "metrics": {"AP": 2.0}}
+    assert best.detection.thresholds == {"shark": 0.2}
 
 
 def test_the_best_stays_the_best(tmp_path: Path) -> None:
@@ -179,7 +181,7 @@ def test_evaluations_do_not_disturb_training(tmp_path: Path) -> None:
 
 
 def test_an_evaluation_that_fails_costs_no_training(tmp_path: Path) -> None:
-    def fail(network: nn.Module) -> dict[str, float]:
+    def fail(network: nn.Module) -> Evaluated:
         raise MemoryError
 
     config = make_config(4, loop={"evaluate_every": 2})

@@ -29,6 +29,10 @@ _Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", help="One value of the recipe: section.key=value; may be repeated."),
 ]
+_InferenceOverrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="One value of how it detects: inference.section.key=value; may be repeated."),
+]
 _Steps = Annotated[int | None, typer.Option(help="Training steps, in place of the recipe's.", min=1)]
 _Resume = Annotated[bool, typer.Option("--resume", help="Go on where the run in OUT stopped.")]
 _BatchSize = Annotated[int, typer.Option(help="Images a step.", min=1)]
@@ -129,6 +133,7 @@ def finetune(
 def evaluate(
     run: _Run,
     data: Data,
+    *,
     out: Annotated[
         Path | None,
         typer.Option("-o", "--out", help="Where JSON, Markdown and chart go; by default evaluation, in RUN if local."),
@@ -137,20 +142,33 @@ def evaluate(
     prompts: _Prompts = "trained",
     batch_size: _BatchSize = 8,
     device: _Device = "auto",
+    set_: _InferenceOverrides = None,
+    store: Annotated[
+        bool, typer.Option("--store", help="Keep each name's best threshold in the checkpoint, for detect.")
+    ] = False,
 ) -> None:
     """Measure average precision on datasets. Own names, the joint vocabulary, confusion between datasets."""
     from metr.evaluation.results import EvaluationConfig
     from metr.evaluation.runner import evaluate as run_evaluation
+    from metr.evaluation.runner import store_thresholds
+    from metr.inference.postprocess import inference_config
 
+    if store and not run.is_dir():
+        raise ConfigError("a checkpoint on the hub cannot be changed", where="--store", hint="download it first")
+    values = {"prompts": prompts, "inference": inference_config(set_ or (), batch_size=batch_size)}
+    config = EvaluationConfig.checked(values, where="evaluate")
     # a name on the hub is no folder to write into
     out = out or (run / "evaluation" if run.is_dir() else Path("evaluation"))
-    config = EvaluationConfig.checked({"prompts": prompts}, where="evaluate")
-    run_evaluation(run, data, out, split=split, batch_size=batch_size, device=device, config=config, console=Console())
+    console = Console()
+    report = run_evaluation(run, data, out, split=split, device=device, config=config, console=console)
+    if store:
+        store_thresholds(report, run, console)
 
 
 def detect(
     run: _Run,
     images: Annotated[list[Path], typer.Argument(help="Images, or folders of images.", metavar="IMAGE")],
+    *,
     categories: Annotated[
         str | None,
         typer.Option(
@@ -158,22 +176,43 @@ def detect(
             "fine-tuning, or every one."
         ),
     ] = None,
+    categories_file: Annotated[
+        Path | None,
+        typer.Option(help="Names to look for: one a line, or YAML that gives each name its phrases.", metavar="FILE"),
+    ] = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="Where drawn images and JSON go.")] = Path("detections"),
-    threshold: Annotated[float, typer.Option(help="Least score that is shown.", min=0, max=1)] = 0.3,
+    threshold: Annotated[
+        float | None,
+        typer.Option(help="Least score; by default each name's own, to draw, and all for the JSON.", min=0, max=1),
+    ] = None,
+    nms: Annotated[
+        float | None, typer.Option(help="IoU over which the weaker of two boxes of one name goes; 1: none.")
+    ] = None,
+    labels: Annotated[str, typer.Option(help="At drawn boxes: names (and scores), scores or none.")] = "names",
     batch_size: _BatchSize = 8,
     device: _Device = "auto",
+    set_: _InferenceOverrides = None,
 ) -> None:
     """Find objects in images. Any names can be asked for, trained or not."""
-    from metr.inference.detect_files import detect_files
-    from metr.inference.postprocess import InferenceConfig, PostprocessConfig
+    from metr.inference.detect_files import check_labels, detect_files, names_to_find
+    from metr.inference.postprocess import inference_config
     from metr.model import METR
 
+    style, names = check_labels(labels), names_to_find(categories, categories_file)
+    changes = {"score_threshold": threshold, "nms_iou": nms}
+    config = inference_config(set_ or (), batch_size=batch_size, postprocess=changes)
     model = METR.from_pretrained(run, device=device)
-    names = model.default_names if categories is None else tuple(name.strip() for name in categories.split(","))
-    names = model.names if names == ("all",) else names
-    config = InferenceConfig(batch_size=batch_size, postprocess=PostprocessConfig.to_show(threshold))
-    detect_files(model.predictor(names, config), images, out, console=Console())
-    _say_names("looked for", names, len(model.names))
+    every = categories is not None and categories.strip() == "all"
+    asked = model.names if every else model.default_names if names is None else names
+    detect_files(
+        model.predictor(asked, config),
+        images,
+        out,
+        thresholds=model.thresholds(threshold),
+        labels=style,
+        console=Console(),
+    )
+    _say_names("looked for", tuple(asked), len(model.names))
 
 
 def transfer(

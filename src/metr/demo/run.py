@@ -21,7 +21,6 @@ from metr.evaluation.results import EvaluationReport
 from metr.evaluation.runner import evaluate
 from metr.inference.detect_files import detect_files
 from metr.inference.draw import contact_sheet, draw_annotations, save_image
-from metr.inference.postprocess import InferenceConfig, PostprocessConfig
 from metr.model import METR
 from metr.run_directory import RunDirectory
 from metr.training.config import RunConfig, load_recipe
@@ -124,8 +123,8 @@ def run_demo(
     report = evaluate(model, data, folder / "evaluation", console=console)
     console.rule("4. images that it has never seen")
     write_unseen(folder / "unseen", SEED, UNSEEN)
-    predictor = model.predictor(config=InferenceConfig(postprocess=PostprocessConfig.to_show(0.35)))
-    detect_files(predictor, [folder / "unseen"], folder / "detections", console=console)
+    unseen, detections = [folder / "unseen"], folder / "detections"
+    detect_files(model.predictor(), unseen, detections, thresholds=model.thresholds(), console=console)
     _sheet(sorted((folder / "detections").glob("*.jpg")), folder / "detections.png")
     _tell(folder, run, console)
     return DemoResult(folder=folder, report=report)

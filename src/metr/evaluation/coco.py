@@ -19,16 +19,38 @@ from metr.structures import Detections
 logger = logging.getLogger(__name__)
 
 MAX_DETECTIONS = 100
+# A threshold of few objects follows single images: that of the dataset counts as much as so many objects.
+_SHARED_OBJECTS = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class OperatingPoint:
+    """Precision and recall (0 to 100, at IoU 0.5) of the detections whose score is at least `threshold` (0 to 1)."""
+
+    threshold: float
+    precision: float
+    recall: float
+
+    @property
+    def f1(self) -> float:
+        """The harmonic mean of precision and recall."""
+        both = self.precision + self.recall
+        return 2 * self.precision * self.recall / both if both else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class CategoryResult:
-    """One category of one dataset: `objects` is the number of objects to find, without crowds."""
+    """One category of one dataset: `objects` is the number of objects to find, without crowds.
+
+    `best` is about where F1 is highest: between the best threshold of the category (the closer, the more objects it
+    has) and that of all categories. None where nothing is found, or without objects.
+    """
 
     name: str
     objects: int
     ap: float | None
     ap50: float | None
+    best: OperatingPoint | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,10 +212,48 @@ def _summary(evaluation: COCOeval_faster, truth: Row, categories: Sequence[str])
         images=len(truth["images"]),
         objects=int(objects.sum()),
         categories=tuple(
-            CategoryResult(name=name, objects=int(number), ap=_mean(whole[..., k]), ap50=_mean(whole[0, :, k]))
-            for k, (name, number) in enumerate(zip(categories, objects, strict=True))
+            CategoryResult(
+                name=name, objects=int(number), ap=_mean(whole[..., k]), ap50=_mean(whole[0, :, k]), best=point
+            )
+            for k, (name, number, point) in enumerate(
+                zip(categories, objects, _best_points(evaluation, objects), strict=True)
+            )
         ),
     )
+
+
+def _best_points(evaluation: COCOeval_faster, objects: np.ndarray) -> list[OperatingPoint | None]:
+    """About where F1 at IoU 0.5 is highest for each category; see `CategoryResult.best`."""
+    # [category, recall threshold]; precision is the best at this recall or a higher one
+    precision, scores = (np.asarray(evaluation.eval[key])[0, :, :, 0, -1].T for key in ("precision", "scores"))
+    recall = np.asarray(evaluation.params.recThrs)
+    reached = (precision > 0) & (objects[:, None] > 0)
+    precision = np.where(reached, precision, 0.0)
+    f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-9)
+    shared = _shared_threshold(f1, scores, reached)
+    points: list[OperatingPoint | None] = []
+    for k, number in enumerate(objects.tolist()):
+        if not reached[k].any():
+            points.append(None)
+            continue
+        own = float(scores[k, f1[k].argmax()])
+        threshold = (number * own + _SHARED_OBJECTS * shared) / (number + _SHARED_OBJECTS)
+        at = int((reached[k] & (scores[k] >= threshold)).sum()) - 1
+        found = (100 * float(precision[k, at]), 100 * float(recall[at])) if at >= 0 else (0.0, 0.0)
+        points.append(OperatingPoint(threshold=threshold, precision=found[0], recall=found[1]))
+    return points
+
+
+def _shared_threshold(f1: np.ndarray, scores: np.ndarray, reached: np.ndarray) -> float:
+    """The score at which the mean F1 of the categories with detections is highest; 0 without any detection."""
+    candidates = np.unique(scores[reached].round(3))
+    best, chosen = -1.0, 0.0
+    for threshold in candidates:
+        last = (reached & (scores >= threshold)).sum(axis=1) - 1
+        mean = float(np.where(last >= 0, f1[np.arange(len(f1)), last], 0.0).sum())
+        if mean > best:
+            best, chosen = mean, float(threshold)
+    return chosen
 
 
 def _mean(values: np.ndarray) -> float | None:

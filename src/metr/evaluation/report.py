@@ -87,10 +87,13 @@ def category_table(dataset: DatasetReport) -> str:
     """One row per category of a dataset, in Markdown."""
     parts = [(mode, part) for mode in MODES if (part := dataset.part(mode)) is not None]
     head = ["category", "objects", *(f"{metric} ({TITLES[mode]})" for mode, _ in parts for metric in ("AP", "AP50"))]
+    head += ["threshold", "precision there", "recall there"]
     rows = []
     for same in zip(*(part.coco.categories for _, part in parts), strict=True):
         scores = [score for category in same for score in (category.ap, category.ap50)]
-        rows.append([_cell(same[0].name), same[0].objects, *scores])
+        best = same[0].best
+        point = ["–"] * 3 if best is None else [f"{best.threshold:.2f}", best.precision, best.recall]
+        rows.append([_cell(same[0].name), same[0].objects, *scores, *point])
     return _table(head, rows)
 
 

@@ -15,12 +15,13 @@ from metr.config import Config
 from metr.data.records import Annotations
 from metr.errors import DataError
 from metr.evaluation.coco import CocoResult
-from metr.inference.postprocess import ImageId, PostprocessConfig, Precision
+from metr.inference.postprocess import ImageId, InferenceConfig
 from metr.structures import Detections
 from metr.text.same_names import PromptChoice
 
 DEFAULT_KEPT = (1, 5, 10, 20)
 NO_DOMAIN = "no domain"
+_LEAST_F1 = 20.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,10 +168,8 @@ class EvaluationConfig(Config):
     """The domain of each dataset, for the cross-dataset confusion; one that is not named is a domain of its own."""
     outside_mean: tuple[str, ...] = ()
     """Datasets that are reported, but left out of the mean over datasets."""
-    precision: Precision = "fp32"
-    """Arithmetic of the network (autocast)."""
-    postprocess: PostprocessConfig = PostprocessConfig()
-    """How the network's outputs become detections; the COCO protocol needs the defaults."""
+    inference: InferenceConfig = InferenceConfig()
+    """How images go through the network, and what becomes of its outputs. AP needs a score threshold of 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,6 +229,22 @@ class EvaluationReport:
         values: list[float | None] = [getattr(part.coco, metric) for part in parts if part is not None]
         scored = [value for value in values if value is not None]
         return sum(scored) / len(scored) if scored else None
+
+    def thresholds(self) -> dict[str, float]:
+        """The score from which detections of each name are shown: where F1 is highest, 0 to 1.
+
+        Those of evaluations with own names, if there are any. A name of several datasets has their mean, weighted by
+        its objects. Names that are hardly found (F1 under 20) have none: nearly all that is shown would be wrong.
+        """
+        sums: dict[str, tuple[float, int]] = {}
+        for dataset in self.datasets:
+            part = dataset.own or dataset.joint
+            for category in () if part is None else part.coco.categories:
+                if category.best is not None and category.best.f1 >= _LEAST_F1:
+                    total, objects = sums.get(category.name, (0.0, 0))
+                    total += category.objects * category.best.threshold
+                    sums[category.name] = (total, objects + category.objects)
+        return {name: round(total / objects, 4) for name, (total, objects) in sums.items()}
 
     def metrics(self) -> dict[str, float]:
         """The report as flat numbers for curves: "AP" is the mean with own names, or else with the joint vocabulary."""

@@ -1,6 +1,5 @@
 """Evaluates one detector on many datasets, with each dataset's own names and with the joint vocabulary."""
 
-import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from metr.checkpoint import find_checkpoint, load_checkpoint, update_detection
 from metr.data.config import AugmentationConfig, LoaderConfig, ResizeConfig
 from metr.data.dataset import DetectionDataset
 from metr.data.images import exif_oriented
@@ -37,12 +37,12 @@ from metr.evaluation.results import (
 )
 from metr.inference.postprocess import ImageId, postprocess
 from metr.inference.predictor import answers, device_of, inference, project
+from metr.inference.selection import name_limits
 from metr.model import METR
-from metr.structures import Batch, Detections
-from metr.text.same_names import known_aliases, with_trained_prompts
+from metr.models.detector import Detector
+from metr.structures import Batch, Detections, NameLimits
+from metr.text.same_names import told_aliases, with_training
 from metr.text.vocabulary import Vocabulary
-
-_logger = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -51,7 +51,6 @@ def evaluate(
     out: str | Path | None = None,
     *,
     split: str | None = None,
-    batch_size: int = 8,
     device: str = "auto",
     config: EvaluationConfig | None = None,
     console: Console | None = None,
@@ -66,25 +65,22 @@ def evaluate(
             them.
         out: The folder where the report goes as JSON, Markdown and a chart, made if missing; None writes nothing.
         split: The split of each dataset; by default val, else test.
-        batch_size: Images per step.
         device: Where the network runs, if it is loaded here.
-        config: Modes, prompts, domains and post-processing.
+        config: Modes, prompts, domains, batch size and post-processing.
         console: Where progress and the table are shown.
 
     Raises:
         DataError, CheckpointError: something is missing or does not fit.
     """
-    console = console or Console(quiet=True)
+    console, config = console or Console(quiet=True), config or EvaluationConfig()
     joint = open_joint([str(data)] if isinstance(data, str | Path) else [str(one) for one in data])
     model = source if isinstance(source, METR) else METR.from_pretrained(source, device=device)
-    joint = joint.renamed({one.name: _aliases(model, one.name, one.categories) for one in joint.sources})
-    given = joint.vocabulary
-    if config is None or config.prompts == "trained":
-        given = with_trained_prompts(given, model.vocabulary)
-    vocabulary = _with_training(given, model.vocabulary)
-    loader = LoaderConfig(batch_size=batch_size)
+    aliases = model.checkpoint.detection.aliases
+    joint = joint.renamed({one.name: told_aliases(one.name, one.categories, aliases) for one in joint.sources})
+    vocabulary = with_training(joint.vocabulary, model.vocabulary, config.prompts)
+    loader = LoaderConfig(batch_size=config.inference.batch_size)
     text, sets = model.embed(vocabulary), joint.evaluation(split)
-    runner = EvaluationRunner(vocabulary, text, sets, model.resize, loader, config)
+    runner = EvaluationRunner(vocabulary, text, sets, model.resize, loader, config, model.vocabulary)
     unannotated = model.checkpoint.training.get("unannotated")
     report = runner.report(model.network, console, None if unannotated is None else str(unannotated))
     report = replace(report, weights=model.stored_as)
@@ -96,24 +92,24 @@ def evaluate(
     return report
 
 
-def _aliases(model: METR, dataset: str, names: Sequence[str]) -> dict[str, str]:
-    """Which of a dataset's names the checkpoint takes as a trained one; logs them."""
-    aliases = known_aliases(names, model.checkpoint.detection.aliases)
-    for name, trained in aliases.items():
-        _logger.info('%s: "%s" is taken as "%s"', dataset, name, trained)
-    return aliases
+def store_thresholds(report: EvaluationReport, run: Path, console: Console | None = None) -> None:
+    """Keeps each name's threshold in a checkpoint, or in the best one of a run: detection shows scores from there on.
 
-
-def _with_training(given: Vocabulary, trained: Vocabulary) -> Vocabulary:
-    """The names of the given datasets, then those of training that are not among them.
-
-    A name keeps the prompt of training unless the given datasets have another for it.
+    Raises:
+        CheckpointError: there is no checkpoint, or it cannot be written.
+        DataError: no object of a trained name was found in the evaluation.
     """
-    return Vocabulary(
-        names=tuple(dict.fromkeys((*given.names, *trained.names))),
-        prompts={**trained.prompts, **given.prompts},
-        datasets={**trained.datasets, **given.datasets},
-    )
+    folder = find_checkpoint(run)
+    checkpoint = load_checkpoint(folder)
+    found = {name: score for name, score in report.thresholds().items() if name in checkpoint.vocabulary.names}
+    if not found:
+        raise DataError("no object of a trained name was found, so there is no threshold to keep", where=run)
+    kept = {**checkpoint.detection.thresholds, **found}
+    update_detection(folder, checkpoint.detection.model_copy(update={"thresholds": kept}))
+    if console is not None:
+        span = f"{min(found.values()):.2f} to {max(found.values()):.2f}"
+        line = f"thresholds of {len(found)} names, {span}, are kept in {folder}: metr detect shows scores from there on"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +130,7 @@ class EvaluationRunner:
         resize: The shape in which images enter the network.
         loader: Batch size, workers and padding; its other settings concern training only.
         config: Modes, domains and post-processing.
+        trained: The names of training, and which dataset has which; by default all of `vocabulary`.
     """
 
     def __init__(
@@ -144,8 +141,10 @@ class EvaluationRunner:
         resize: ResizeConfig,
         loader: LoaderConfig | None = None,
         config: EvaluationConfig | None = None,
+        trained: Vocabulary | None = None,
     ) -> None:
         self.vocabulary, self.text, self.config = vocabulary, text, config or EvaluationConfig()
+        self.trained = trained or vocabulary
         transforms = build_transforms(AugmentationConfig(resize=resize), training=False)
         self.loader = loader or LoaderConfig()
         self.datasets = [DetectionDataset(exif_oriented(one), vocabulary, transforms) for one in sets.values()]
@@ -167,6 +166,7 @@ class EvaluationRunner:
                 self.vocabulary,
                 self.config,
                 lambda name, done, _: progress.update(tasks[name], completed=done),
+                self.trained,
             )
             return evaluator.evaluate(network, sets, unannotated)
 
@@ -196,6 +196,7 @@ class Evaluator:
         vocabulary: All names; its datasets say which domains have which names.
         config: Modes, recall, domains, post-processing.
         progress: Called after each batch with the dataset's name, and its number of images done and in all.
+        trained: The names of training, and which dataset has which; by default all of `vocabulary`.
 
     Raises:
         ModelError: `text` does not have a row for each name.
@@ -207,11 +208,13 @@ class Evaluator:
         vocabulary: Vocabulary,
         config: EvaluationConfig | None = None,
         progress: Callable[[str, int, int], None] | None = None,
+        trained: Vocabulary | None = None,
     ) -> None:
         if len(text) != len(vocabulary):
             raise ModelError(f"expected a text embedding for each of {len(vocabulary)} names, found {len(text)}")
         self.text, self.vocabulary = text, vocabulary
         self.config, self.progress = config or EvaluationConfig(), progress
+        self.trained = trained or vocabulary
 
     def evaluate(
         self, network: nn.Module, sets: Sequence[EvaluationSet], unannotated: str | None = None
@@ -306,16 +309,20 @@ class Evaluator:
         dataset, device = item.annotations.name, device_of(network)
         by_id = {record.image_id: record for record in records}
         answered = [_Answers() for _ in questions]
-        with inference(network, device, self.config.precision):
-            texts = [project(network, question.text) for question in questions]
+        precision, post = self.config.inference.precision, self.config.inference.postprocess
+        with inference(network, device, precision):
+            asked = [
+                (project(network, question.text), self._limits(network, question.names, device))
+                for question in questions
+            ]
         done = 0
         for arrived in item.batches:
             batch = arrived.to(device)
             shown = _shown(batch, by_id, dataset)
-            with inference(network, device, self.config.precision):
-                outputs = answers(network, batch.images, batch.padding_mask, texts)
+            with inference(network, device, precision):
+                outputs = answers(network, batch.images, batch.padding_mask, asked)
             for question, output, answer in zip(questions, outputs, answered, strict=True):
-                found = postprocess(output, batch.original_sizes, question.names, self.config.postprocess)
+                found = postprocess(output, batch.original_sizes, question.names, post)
                 answer.detections.update(zip(batch.image_ids, (one.to("cpu") for one in found), strict=True))
                 present = _present(shown, question.columns, len(question.names)).to(device)
                 logits = output.categories.presence_logits[-1]
@@ -326,6 +333,12 @@ class Evaluator:
         if not done:
             raise DataError("no image could be read", where=dataset, hint="metr inspect lists the issues")
         return answered
+
+    def _limits(self, network: nn.Module, names: Sequence[str], device: torch.device) -> NameLimits | None:
+        """The limits of each name; None for a network that knows none."""
+        if not isinstance(network, Detector):
+            return None
+        return name_limits(names, self.trained, network.config, self.config.inference.selection).to(device)
 
     def _confusion(
         self, named: Mapping[str, Counter[str]], sets: Sequence[EvaluationSet]

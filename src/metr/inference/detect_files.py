@@ -3,15 +3,19 @@
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import cast, get_args
 
+import numpy as np
+import yaml
 from rich.console import Console
 from rich.progress import track
 
 from metr.data.images import SUFFIXES, read_image
-from metr.errors import DataError
-from metr.inference.draw import draw_detections, save_image
-from metr.inference.postprocess import write_coco_results
+from metr.errors import ConfigError, DataError, did_you_mean
+from metr.inference.draw import Labels, Style, draw_detections, palette, save_image
+from metr.inference.postprocess import ScoreThresholds, write_coco_results
 from metr.inference.predictor import Prediction, Predictor
 from metr.serialization import write_json
 from metr.structures import Detections
@@ -19,21 +23,34 @@ from metr.structures import Detections
 RESULTS, IMAGES = "detections.json", "images.json"
 # images that are summed up in a line of their own
 _LISTED = 20
+# the longer side, in pixels, below which an image is enlarged before it is drawn on
+_LEAST_SIDE = 640
+_YAML = {".yaml", ".yml"}
 
 
 def detect_files(
-    predictor: Predictor, images: Sequence[Path], out: Path, *, console: Console | None = None
+    predictor: Predictor,
+    images: Sequence[Path],
+    out: Path,
+    *,
+    thresholds: ScoreThresholds | None = None,
+    labels: Labels = "names",
+    console: Console | None = None,
 ) -> list[Prediction]:
     """Detects objects in every image, draws them into `out`, and writes them there as COCO results.
 
     `out/detections.json` is in COCO's results form: a list of image_id, category_id, bbox (x, y, width, height in
-    pixels) and score. `out/images.json` says what the ids mean: `images` (id, file_name, height, width) and
-    `categories` (id, name), so that `COCO("images.json").loadRes("detections.json")` works.
+    pixels) and score. It holds all that the predictor gives, weak detections included, so that its average precision
+    is that of an evaluation; drawings and the summary are limited by `thresholds`. `out/images.json` says what the ids
+    mean: `images` (id, file_name, height, width) and `categories` (id, name), so that
+    `COCO("images.json").loadRes("detections.json")` works.
 
     Args:
-        predictor: Decides the names and the lowest score; `METR.predictor` makes one.
+        predictor: Decides the names; `METR.predictor` makes one.
         images: Files, and folders whose images are taken, those of their subfolders too.
         out: The folder to write; made if missing.
+        thresholds: The score from which detections are drawn and counted; `METR.thresholds` gives those of a model.
+        labels: What is written at each drawn box. Images with sides under 640 pixels are enlarged for that.
         console: Where progress and a summary are shown.
 
     Raises:
@@ -42,16 +59,69 @@ def detect_files(
     console = console or Console(quiet=True)
     paths = _expanded(images, out)
     drawn = _drawn(paths, out)
-    threshold = predictor.config.postprocess.score_threshold
+    thresholds, style = thresholds or ScoreThresholds(), Style(labels=labels, colours=palette(predictor.names))
     out.mkdir(parents=True, exist_ok=True)
-    done = []
+    done, confident = [], []
     for path, target, prediction in zip(paths, drawn, predictor.detect_many(_shown(paths, console)), strict=True):
         done.append(prediction)
         if prediction.detections is not None:
-            save_image(draw_detections(read_image(path), prediction.detections, threshold), target)
+            shown = thresholds.shown(prediction.detections)
+            confident.append(replace(prediction, detections=shown))
+            _draw(read_image(path), shown, style, target)
     _write_results(done, predictor.names, out)
-    _report(done, out, console)
+    _report(done, confident, out, console)
     return done
+
+
+def names_to_find(categories: str | None, file: Path | None) -> list[str] | dict[str, list[str]] | None:
+    """The names that a command asks for; None if it names none.
+
+    Args:
+        categories: Names between commas.
+        file: Names, one a line, lines that begin with `#` left out; or YAML: a list of names, or a mapping from each
+            name to the phrase or phrases that describe it.
+
+    Raises:
+        ConfigError: both are given, or the file cannot be read or names nothing.
+    """
+    if file is None:
+        return None if categories is None else [name.strip() for name in categories.split(",")]
+    if categories is not None:
+        raise ConfigError("expected --categories or --categories-file, found both", where="--categories-file")
+    hint = "write one name a line; or YAML: name: [phrase, another phrase]"
+    try:
+        text = file.read_text(encoding="utf-8")
+        values = yaml.safe_load(text) if file.suffix in _YAML else [line.strip() for line in text.splitlines()]
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"the file of names cannot be read: {error}", where=file, hint=hint) from None
+    if isinstance(values, dict) and values:
+        phrases = {name: [some] if isinstance(some, str) else some for name, some in values.items()}
+        if all(isinstance(name, str) and _are_texts(some) for name, some in phrases.items()):
+            return phrases
+    elif isinstance(values, list):
+        names = [name for name in values if name and not str(name).startswith("#")]
+        if _are_texts(names):
+            return names
+    raise ConfigError("expected names", where=file, hint=hint)
+
+
+def _are_texts(values: object) -> bool:
+    return isinstance(values, list) and bool(values) and all(isinstance(one, str) for one in values)
+
+
+def check_labels(labels: str) -> Labels:
+    """What is written at drawn boxes.
+
+    Raises:
+        ConfigError: it is not one of names, scores and none.
+    """
+    for known in get_args(Labels):
+        if labels == known:
+            return cast("Labels", known)
+    known = get_args(Labels)
+    raise ConfigError(
+        f"expected {', '.join(known)}, found {labels!r}", where="--labels", hint=did_you_mean(labels, known)
+    )
 
 
 def _expanded(images: Sequence[Path], out: Path) -> list[Path]:
@@ -116,6 +186,12 @@ def _drawn(paths: Sequence[Path], out: Path) -> list[Path]:
     return [out / name for name in names]
 
 
+def _draw(image: np.ndarray, detections: Detections, style: Style, target: Path) -> None:
+    """Draws detections, on an enlarged image if it is small."""
+    longest = max(*image.shape[:2], _LEAST_SIDE)
+    save_image(draw_detections(image, detections, 0.0, longest, style), target)
+
+
 def _shown(paths: Sequence[Path], console: Console) -> Iterator[Path]:
     """The paths, under a progress bar."""
     yield from track(paths, "detecting", console=console, transient=True)
@@ -136,13 +212,14 @@ def _write_results(predictions: Sequence[Prediction], names: Sequence[str], out:
     write_json(out / IMAGES, {"images": images, "categories": categories, "annotations": []})
 
 
-def _report(predictions: Sequence[Prediction], out: Path, console: Console) -> None:
+def _report(predictions: Sequence[Prediction], read: Sequence[Prediction], out: Path, console: Console) -> None:
     """Prints a line for each of the first images, the issues, and where the files are.
+
+    `read` are the predictions of readable images, with the detections that are shown.
 
     Raises:
         DataError: no image could be read.
     """
-    read = [one for one in predictions if one.detections is not None]
     for one in read[:_LISTED]:
         console.print(f"{one.source}: {_summary(one)}", highlight=False, markup=False, soft_wrap=True)
     if len(read) > _LISTED:

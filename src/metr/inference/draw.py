@@ -5,10 +5,11 @@ Images are RGB arrays [h w 3] of bytes; boxes are xyxy in their pixels. Nothing 
 
 import colorsys
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 import matplotlib as mpl
 import numpy as np
@@ -21,10 +22,13 @@ from metr.errors import MetrError
 from metr.structures import Detections
 
 Colour = tuple[int, int, int]
+Labels = Literal["names", "scores", "none"]
 Rectangle = tuple[float, float, float, float]
 
 PAPER: Colour = (250, 250, 248)
 INK: Colour = (30, 30, 30)
+_HUES = 12
+_TIERS = ((1.0, 0.9), (0.65, 1.0), (1.0, 0.45), (0.8, 0.7))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +67,33 @@ def record_marks(record: ImageRecord, categories: Sequence[str]) -> list[Mark]:
     return [Mark(box=tuple(box), name=categories[label], dashed=ignore) for box, label, ignore in rows]
 
 
-def draw(image: UInt8[np.ndarray, "h w 3"], marks: Sequence[Mark], longest: int | None = None) -> np.ndarray:
+@dataclass(frozen=True, kw_only=True)
+class Style:
+    """How boxes are drawn: what their labels say, and the colours of names, by default those of `category_colour`.
+
+    `names`: name and score; `scores`: the score alone; `none`: boxes without labels.
+    """
+
+    labels: Labels = "names"
+    colours: Mapping[str, Colour] = field(default_factory=dict)
+
+    def colour(self, mark: Mark) -> Colour:
+        """The colour of a box and its label."""
+        return self.colours.get(mark.name) or category_colour(mark.name)
+
+    def texts(self, mark: Mark) -> tuple[str, ...]:
+        """The possible labels of a box, the most informative first."""
+        if self.labels == "names":
+            return mark.texts
+        return mark.texts[1:] if self.labels == "scores" else ()
+
+
+def draw(
+    image: UInt8[np.ndarray, "h w 3"],
+    marks: Sequence[Mark],
+    longest: int | None = None,
+    style: Style | None = None,
+) -> np.ndarray:
     """The image with its boxes: large ones below small ones, labels where they cover each other least.
 
     A label that would cover another label or object shrinks to the score, or is left out: the colour still identifies
@@ -73,23 +103,29 @@ def draw(image: UInt8[np.ndarray, "h w 3"], marks: Sequence[Mark], longest: int 
         image: RGB.
         marks: The boxes.
         longest: Length in pixels to which the longer side is brought before drawing, so that text stays readable.
+        style: Labels and colours.
     """
+    style = style or Style()
     scale = 1.0 if longest is None else longest / max(image.shape[:2])
     resized = _resized(image, scale)
     marks = [_scaled(mark, scale) for mark in marks]
     pen = max(1, round(max(resized.size) / 300))
     canvas = ImageDraw.Draw(resized)
     for mark in sorted(marks, key=lambda mark: -mark.area):
-        _frame(canvas, mark, pen)
-    _write_labels(canvas, marks, resized.size)
+        _frame(canvas, mark, pen, style.colour(mark))
+    _write_labels(canvas, marks, resized.size, style)
     return np.asarray(resized)
 
 
 def draw_detections(
-    image: UInt8[np.ndarray, "h w 3"], detections: Detections, min_score: float = 0.3, longest: int | None = None
+    image: UInt8[np.ndarray, "h w 3"],
+    detections: Detections,
+    min_score: float = 0.3,
+    longest: int | None = None,
+    style: Style | None = None,
 ) -> np.ndarray:
     """The image with the detections that have at least `min_score`."""
-    return draw(image, detection_marks(detections, min_score), longest)
+    return draw(image, detection_marks(detections, min_score), longest, style)
 
 
 def draw_annotations(
@@ -169,6 +205,19 @@ def category_colour(name: str) -> Colour:
     return round(red * 255), round(green * 255), round(blue * 255)
 
 
+def palette(names: Sequence[str]) -> dict[str, Colour]:
+    """Colours for names of one list that differ as far as possible: hues far apart first, then other brightness."""
+    colours = {}
+    for row, name in enumerate(dict.fromkeys(names)):
+        tier, place = divmod(row, _HUES)
+        # strides of five twelfths of the circle put successive names far apart
+        hue = (place * 5 % _HUES + 0.5 * (tier % 2)) / _HUES
+        value, saturation = _TIERS[tier % len(_TIERS)]
+        red, green, blue = colorsys.hsv_to_rgb(hue, saturation, value)
+        colours[name] = round(red * 255), round(green * 255), round(blue * 255)
+    return colours
+
+
 @lru_cache(maxsize=4096)
 def legible(text: str) -> str:
     """The text with every character that no font at hand can draw spelt as its code point, such as `U+732B`."""
@@ -187,9 +236,8 @@ def _scaled(mark: Mark, scale: float) -> Mark:
     return Mark(box=(x0, y0, x1, y1), name=mark.name, score=mark.score, dashed=mark.dashed)
 
 
-def _frame(canvas: ImageDraw.ImageDraw, mark: Mark, pen: int) -> None:
+def _frame(canvas: ImageDraw.ImageDraw, mark: Mark, pen: int, colour: Colour) -> None:
     x0, y0, x1, y1 = mark.box
-    colour = category_colour(mark.name)
     if not mark.dashed:
         canvas.rectangle((x0, y0, max(x1, x0), max(y1, y0)), outline=colour, width=pen)
         return
@@ -202,20 +250,21 @@ def _frame(canvas: ImageDraw.ImageDraw, mark: Mark, pen: int) -> None:
             canvas.line((*a, *b), fill=colour, width=pen)
 
 
-def _write_labels(canvas: ImageDraw.ImageDraw, marks: Sequence[Mark], limits: tuple[int, int]) -> None:
+def _write_labels(canvas: ImageDraw.ImageDraw, marks: Sequence[Mark], limits: tuple[int, int], style: Style) -> None:
     """A label for every mark that has room for one, and for the best of each category in any case."""
     size = max(11, round(max(limits) / 50))
     placed: list[Rectangle] = []
     named: set[str] = set()
     for mark in sorted(marks, key=lambda mark: (-(mark.score or 0.0), mark.area)):
         others = [other.box for other in marks if other is not mark]
-        found = _free_place(mark, size, limits, placed, others)
+        texts = style.texts(mark)
+        found = _free_place(mark.box, texts, size, limits, (placed, others))
         if found is None and mark.name not in named:
-            found = _free_place(mark, size, limits, placed, [])
+            found = _free_place(mark.box, texts, size, limits, (placed, []))
         if found is None:
             continue
         text, area = found
-        colour, font = category_colour(mark.name), _font(text, size)
+        colour, font = style.colour(mark), _font(text, size)
         left, top, _, bottom = font.getbbox(text)
         canvas.rectangle(area, fill=colour)
         middle = (area[1] + area[3] - top - bottom) / 2
@@ -225,16 +274,21 @@ def _write_labels(canvas: ImageDraw.ImageDraw, marks: Sequence[Mark], limits: tu
 
 
 def _free_place(
-    mark: Mark, size: int, limits: tuple[int, int], placed: Sequence[Rectangle], others: Sequence[Rectangle]
+    box: Rectangle,
+    texts: Sequence[str],
+    size: int,
+    limits: tuple[int, int],
+    taken: tuple[Sequence[Rectangle], Sequence[Rectangle]],
 ) -> tuple[str, Rectangle] | None:
-    """The fullest text that has room at the mark: clear of other labels, and of most of every other box."""
-    for text in mark.texts:
+    """The fullest text that has room at a box: clear of other labels, and of most of every other box (`taken`)."""
+    placed, others = taken
+    for text in texts:
         left, _, right, _ = _font(text, size).getbbox(text)
         width, height = float(right - left + 4), size * 1.25
-        for x, y in _places(mark.box, width, height, limits):
+        for x, y in _places(box, width, height, limits):
             area = (x, y, x + width, y + height)
             clear = all(_shared(area, label) <= 0.1 * width * height for label in placed)
-            if clear and all(_shared(area, box) <= 0.3 * _size(box) for box in others):
+            if clear and all(_shared(area, other) <= 0.3 * _size(other) for other in others):
                 return text, area
     return None
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from metr import boxes as geometry
 from metr.boxes import xyxy_to_xywh
-from metr.config import Config
-from metr.errors import ModelError
+from metr.config import Config, merge, parse_overrides
+from metr.errors import ConfigError, ModelError
+from metr.inference.selection import SelectionConfig
 from metr.structures import Detections, DetectorOutput
 
 ImageId = int | str
@@ -66,33 +68,62 @@ class PostprocessConfig(Config):
     """Maximum number of detections per image, over all categories; the default is the COCO protocol's."""
     score_threshold: Annotated[float, Field(ge=0, le=1)] = 0.0
     """Lowest score of a detection. 0 keeps everything, as average precision needs."""
-    presence_power: Annotated[float, Field(ge=0)] = 0.0
+    presence_power: Annotated[float, Field(ge=0)] = 0.25
     """Exponent of the category's presence probability as a factor of the score; 0 leaves presence out."""
-    nms_iou: Annotated[float, Field(ge=0, le=1)] | None = None
+    nms_iou: Annotated[float, Field(ge=0, le=1)] | None = 0.7
     """NMS: IoU above which the weaker of two boxes of one category is dropped; None keeps both."""
     nms_across_names: bool = False
     """Whether `nms_iou` also applies across categories: overlapping boxes then keep only the best name."""
 
-    @staticmethod
-    def to_show(threshold: float) -> "PostprocessConfig":
-        """For showing to people rather than for metrics: confident detections only, one name per place.
 
-        Raises:
-            ConfigError: the threshold is not within 0..1.
-        """
-        values = {"score_threshold": threshold, "nms_iou": 0.7, "nms_across_names": True}
-        return PostprocessConfig.checked(values, where="threshold")
+class ScoreThresholds(Config):
+    """The score from which a detection is shown to people. Metrics need all detections."""
+
+    default: Annotated[float, Field(ge=0, le=1)] = 0.3
+    """For names that have none of their own."""
+    names: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(default_factory=dict)
+    """For some names, their own."""
+
+    def shown(self, found: Detections) -> Detections:
+        """The detections that are shown."""
+        least = torch.tensor([self.names.get(name, self.default) for name in found.names], dtype=found.scores.dtype)
+        keep = found.scores >= least.to(found.labels.device)[found.labels]
+        return replace(found, boxes=found.boxes[keep], scores=found.scores[keep], labels=found.labels[keep])
 
 
 class InferenceConfig(Config):
-    """How images go through the network."""
+    """How images go through the network, and what becomes of its outputs: the same in evaluation and detection."""
 
     batch_size: Annotated[int, Field(gt=0)] = 8
     """Maximum number of images per step; only images of one padded shape share a step."""
     precision: Precision = "fp32"
     """Arithmetic of the network (autocast); scores and boxes are finished in fp32."""
+    selection: SelectionConfig = SelectionConfig()
+    """Which names get a slot, and how many queries."""
     postprocess: PostprocessConfig = PostprocessConfig()
     """Which of the outputs become detections."""
+
+
+def inference_config(
+    overrides: Sequence[str] = (), *, batch_size: int | None = None, postprocess: Mapping[str, Any] | None = None
+) -> InferenceConfig:
+    """The configuration of an evaluation or a detection.
+
+    Args:
+        overrides: `["inference.section.key=value", ...]`; options laid over them win.
+        batch_size: Images per step; None leaves it.
+        postprocess: Settings of `PostprocessConfig`; those that are None are left.
+
+    Raises:
+        ConfigError: a key is unknown, a value is of the wrong kind, or an override is not of inference.
+    """
+    tree = parse_overrides(overrides)
+    if others := sorted(tree.keys() - {"inference"}):
+        hint = f"inference.{others[0]}=..., or leave it to training"
+        raise ConfigError(f"expected keys that begin with inference., found {others}", where="--set", hint=hint)
+    given = {key: value for key, value in (postprocess or {}).items() if value is not None}
+    options = {"postprocess": given} | ({} if batch_size is None else {"batch_size": batch_size})
+    return InferenceConfig.checked(merge(tree.get("inference") or {}, options), where="--set")
 
 
 def postprocess(

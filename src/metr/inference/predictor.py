@@ -19,7 +19,7 @@ from metr.errors import DataError, ModelError
 from metr.inference.postprocess import InferenceConfig, Precision, postprocess
 from metr.models.category_extraction import ProjectedText
 from metr.models.detector import Detector
-from metr.structures import Detections, DetectorOutput
+from metr.structures import Detections, DetectorOutput, NameLimits
 
 # How many batches are read ahead, so that images of one shape can be batched together.
 _BATCHES_AHEAD = 4
@@ -60,6 +60,7 @@ class Predictor:
         config: Batch size, precision, post-processing.
         device: Where the network is; by default where its first parameter is.
         multiple: Sides are padded to multiples of this many pixels.
+        limits: Of each name; see `name_limits`. By default the network's own.
 
     Raises:
         ModelError: there are no names, or not one for each row of `text`.
@@ -74,6 +75,7 @@ class Predictor:
         config: InferenceConfig | None = None,
         device: torch.device | None = None,
         multiple: int = 32,
+        limits: NameLimits | None = None,
     ) -> None:
         if len(names) == 0 or len(names) != len(text):
             raise ModelError(f"expected one name for each of {len(text)} text embeddings, found {len(names)}")
@@ -81,6 +83,7 @@ class Predictor:
         self.config, self.multiple = config or InferenceConfig(), multiple
         self.device = device or device_of(network)
         self.text = text.to(self.device)
+        self.limits = None if limits is None else limits.to(self.device)
         self._projected: ProjectedText | None = None
 
     def detect(self, image: ImageSource) -> Detections:
@@ -136,7 +139,7 @@ class Predictor:
         padding = padding_mask(shapes, pixels.shape[-2], pixels.shape[-1]).to(self.device)
         images = pixels.to(self.device).to(torch.float32).div_(255)
         with inference(self.network, self.device, self.config.precision):
-            output = self.network(images, padding, self._text_to_ask())
+            (output,) = answers(self.network, images, padding, [(self._text_to_ask(), self.limits)])
         # Outside inference mode, so that the detections are ordinary tensors, which callers may change.
         found = postprocess(output, [one.size for one in loaded], self.names, self.config.postprocess)
         return [one.to("cpu") for one in found]
@@ -171,13 +174,16 @@ def answers(
     network: nn.Module,
     images: Float[Tensor, "b 3 h w"],
     padding_mask: Bool[Tensor, "b h w"],
-    texts: Sequence[Tensor | ProjectedText],
+    asked: Sequence[tuple[Tensor | ProjectedText, NameLimits | None]],
 ) -> list[DetectorOutput]:
-    """The network's answers with each of several vocabularies; a `Detector` encodes the images once for all."""
+    """The network's answers to several vocabularies with their limits; a `Detector` encodes the images once for all.
+
+    Any other network is called as `network(images, padding_mask, text)`: it knows no limits.
+    """
     if not isinstance(network, Detector):
-        return [network(images, padding_mask, text) for text in texts]
+        return [network(images, padding_mask, text) for text, _ in asked]
     memory = network.encode(images, padding_mask)
-    return [network.detect(memory, text) for text in texts]
+    return [network.detect(memory, text, limits=limits) for text, limits in asked]
 
 
 def device_of(network: nn.Module) -> torch.device:

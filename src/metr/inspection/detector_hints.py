@@ -88,7 +88,8 @@ def detector_hints_of(
         progress: Called with a line about the progress.
     """
     vocabulary = joint_vocabulary(sources)
-    inference = InferenceConfig(batch_size=config.batch_size, postprocess=PostprocessConfig.to_show(config.threshold))
+    post = PostprocessConfig(score_threshold=config.threshold, nms_across_names=True)
+    inference = InferenceConfig(batch_size=config.batch_size, postprocess=post)
     predictor = Predictor(model.network, model.embed(vocabulary), vocabulary.names, model.resize, inference)
     collectors = []
     for source in sources:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from metr.layers.attention import Attention
 from metr.layers.mlp import MLP, FeedForward
 from metr.models.config import CategoryConfig
-from metr.structures import Categories, Memory, Targets
+from metr.structures import Categories, Memory, NameLimits, Targets
 
 # Vectors that sum an image up; each costs every name one dot product.
 _SUMMARIES = 16
@@ -75,16 +75,23 @@ class Shortlist(nn.Module):
             return similarity.logsumexp(dim=1) - math.log(_SUMMARIES) + self.bias
 
 
-def select_categories(categories: Categories, config: CategoryConfig, targets: Targets | None = None) -> Categories:
+def select_categories(
+    categories: Categories,
+    config: CategoryConfig,
+    targets: Targets | None = None,
+    limits: NameLimits | None = None,
+) -> Categories:
     """The categories with at most `config.kept` slots an image, in ascending order of their ids, empty slots last.
 
-    Without targets, a category takes no slot if its presence probability is below `config.threshold`. With targets,
+    Without targets, a category takes no slot if its presence probability is below that of its `limits`, or below
+    `config.threshold` if there are none. With targets,
     present categories come first, then the most likely ones that are annotated; categories that are assumed to be
     absent take at most `config.negative_slots` slots; other categories give no loss and take none.
     """
     scores = categories.presence_logits[-1].detach().float()
     if targets is None:
-        scores = scores.masked_fill(scores.sigmoid() < config.threshold, -torch.inf)
+        least = config.threshold if limits is None else limits.presence
+        scores = scores.masked_fill(scores.sigmoid() < least, -torch.inf)
     else:
         allowed = targets.annotated | targets.present
         if config.negative_slots:

@@ -11,7 +11,7 @@ from metr.models.decoder import ConditionalDecoder, Decoder
 from metr.models.denoising import Denoising
 from metr.models.encoders import build_encoder
 from metr.models.proposals import ClassQueries, ProposalHead, side_by_side
-from metr.structures import Categories, DenoisingOutput, DetectorOutput, Memory, Queries, Targets
+from metr.structures import Categories, DenoisingOutput, DetectorOutput, Memory, NameLimits, Queries, Targets
 
 # The probability of an object that the untrained network predicts (the prior of the focal loss, Lin et al., 2017).
 _OBJECT_PRIOR = 0.01
@@ -43,6 +43,7 @@ class Detector(nn.Module):
         padding_mask: Bool[Tensor, "b h w"],
         text: Float[Tensor, "v t"] | ProjectedText,
         targets: Targets | None = None,
+        limits: NameLimits | None = None,
     ) -> DetectorOutput:
         """Detects the categories whose text embeddings are given.
 
@@ -51,8 +52,10 @@ class Detector(nn.Module):
             padding_mask: True on padding.
             text: One L2-normalised embedding a category, or what `project` made of them; labels are its rows.
             targets: In training only: present categories get slots first; denoising uses the objects.
+            limits: In detection only: which presence gives each name a slot, and how many queries it gets at most.
+                By default `categories.threshold`, and as many as the layout gives.
         """
-        return self.detect(self.encode(images, padding_mask), text, targets)
+        return self.detect(self.encode(images, padding_mask), text, targets, limits)
 
     def encode(self, images: Float[Tensor, "b 3 h w"], padding_mask: Bool[Tensor, "b h w"]) -> Memory:
         """Backbone and encoder: the part of the network that uses no vocabulary."""
@@ -64,11 +67,12 @@ class Detector(nn.Module):
         memory: Memory,
         text: Float[Tensor, "v t"] | ProjectedText,
         targets: Targets | None = None,
+        limits: NameLimits | None = None,
     ) -> DetectorOutput:
         """Runs the network after its encoder for one vocabulary. Arguments are those of `forward`."""
         categories = self.category_extraction(memory, text, targets)
-        categories = select_categories(categories, self.config.categories, targets)
-        proposals, places = self.proposals(memory, categories)
+        categories = select_categories(categories, self.config.categories, targets, limits)
+        proposals, places = self.proposals(memory, categories, limits)
         queries = self.class_queries(proposals, places, categories)
         logits, boxes, denoising = self._decode(queries, memory, categories, targets)
         return DetectorOutput(

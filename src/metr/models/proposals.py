@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from metr.models.config import QueryConfig, SimilarityConfig
 from metr.models.encoders.pyramid import cell_centres
 from metr.models.heads import BoxHead, similarity_tokens
-from metr.structures import Categories, Memory, Proposals, Queries, gather_rows
+from metr.structures import Categories, Memory, NameLimits, Proposals, Queries, gather_rows
 
 
 class ProposalHead(nn.Module):
@@ -38,10 +38,13 @@ class ProposalHead(nn.Module):
             for parameter in self.category.parameters():
                 parameter.div_(self.similarity_config.factor)
 
-    def forward(self, memory: Memory, categories: Categories) -> tuple[Proposals, Float[Tensor, "b q d"]]:
-        """The chosen pairs, and the features of their places."""
+    def forward(
+        self, memory: Memory, categories: Categories, limits: NameLimits | None = None
+    ) -> tuple[Proposals, Float[Tensor, "b q d"]]:
+        """The chosen pairs, at most `limits.queries` for each name, and the features of their places."""
         anchors, usable, features = memory.once(self, lambda: self._places(memory))
-        places, ranks, slots, valid = self._choose(features, usable, categories)
+        limit = None if limits is None else limits.queries[categories.ids]
+        places, ranks, slots, valid = self._choose(features, usable, categories, limit)
         chosen = gather_rows(features, places)
         tokens = gather_rows(similarity_tokens(categories, self.similarity_config), slots)
         logits = self._similarity(chosen, tokens)
@@ -82,7 +85,7 @@ class ProposalHead(nn.Module):
 
     @torch.no_grad()
     def _choose(
-        self, features: Tensor, usable: Tensor, categories: Categories
+        self, features: Tensor, usable: Tensor, categories: Categories, limit: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Place, rank, slot and validity of each query."""
         if self.config.layout == "shared":
@@ -96,7 +99,7 @@ class ProposalHead(nn.Module):
             scores = self.scores(features, tokens).masked_fill(~usable.unsqueeze(-1), -torch.inf)
             most = min(self.config.ceiling, self.config.number, scores.shape[1])
             best, places = rearrange(scores, "b s k -> b k s").topk(most, dim=-1)
-        priority = share_out(best.float(), categories.valid, self.config)
+        priority = share_out(best.float(), categories.valid, self.config, limit)
         slots, ranks, valid = take_pairs(priority, self.config.number)
         places = rearrange(places, "b k c -> b (k c)").gather(1, slots * priority.shape[2] + ranks)
         return places, ranks, slots, valid
@@ -142,12 +145,18 @@ def side_by_side(first: Queries, second: Queries) -> Queries:
     )
 
 
-def share_out(best: Float[Tensor, "b k c"], valid: Bool[Tensor, "b k"], config: QueryConfig) -> Float[Tensor, "b k c"]:
+def share_out(
+    best: Float[Tensor, "b k c"],
+    valid: Bool[Tensor, "b k"],
+    config: QueryConfig,
+    limit: Int[Tensor, "b k"] | None = None,
+) -> Float[Tensor, "b k c"]:
     """The priority by which each pair (slot, rank) becomes a query; -inf excludes a pair.
 
     `best` holds the proposal logits of each slot's best places, highest first. The layouts `uniform` and `shared` give
     each category the same number of queries: the ranks below Q / (number of categories with a slot). `budget` gives
-    each category its first `floor` ranks, and orders the other pairs by their logits.
+    each category its first `floor` ranks, and orders the other pairs by their logits. No category gets more than its
+    `limit`.
     """
     rank = torch.arange(best.shape[2], device=best.device).expand_as(best)
     # Where not all pairs of a rank fit, the likelier ones come first. This adds at most half a rank.
@@ -161,6 +170,8 @@ def share_out(best: Float[Tensor, "b k c"], valid: Bool[Tensor, "b k"], config: 
         share = (config.number // count).clamp(min=1)[:, None, None]
         priority = (likely - rank).masked_fill(rank >= share, -torch.inf)
     never = ~valid.unsqueeze(-1) | best.isneginf()
+    if limit is not None:
+        never = never | (rank >= limit.unsqueeze(-1))
     return priority.masked_fill(never, -torch.inf)
 
 

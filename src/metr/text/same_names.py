@@ -235,3 +235,24 @@ def with_trained_prompts(given: Vocabulary, trained: Vocabulary) -> Vocabulary:
         message = "prompts that are not used, as the names were trained without them: %s; --prompts given uses them"
         _logger.warning(message, named)
     return given.without_prompts(others)
+
+
+def told_aliases(dataset: str, names: Sequence[str], aliases: Mapping[str, str]) -> dict[str, str]:
+    """As `known_aliases`; logs them."""
+    found = known_aliases(names, aliases)
+    for name, trained in found.items():
+        _logger.info('%s: "%s" is taken as "%s"', dataset, name, trained)
+    return found
+
+
+def with_training(given: Vocabulary, trained: Vocabulary, prompts: PromptChoice) -> Vocabulary:
+    """The names of the given datasets, then those of training that are not among them.
+
+    A name keeps the prompt of training unless it is new, or the given prompts are chosen.
+    """
+    given = given if prompts == "given" else with_trained_prompts(given, trained)
+    return Vocabulary(
+        names=tuple(dict.fromkeys((*given.names, *trained.names))),
+        prompts={**trained.prompts, **given.prompts},
+        datasets={**trained.datasets, **given.datasets},
+    )

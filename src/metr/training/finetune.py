@@ -223,14 +223,11 @@ def _evaluated(
 ) -> EvaluationReport:
     """Evaluates new and old datasets with their own names, with the default names and with all names."""
     vocabulary = opened.evaluated_vocabulary()
-    config = EvaluationConfig(
-        modes=COMPARED,
-        default_names=opened.default_names,
-        precision=recipe.inference.precision,
-        postprocess=recipe.inference.postprocess,
-    )
+    config = EvaluationConfig(modes=COMPARED, default_names=opened.default_names, inference=recipe.inference)
     text = model.embed(vocabulary, tell=False)
-    runner = EvaluationRunner(vocabulary, text, opened.splits, resize, recipe.evaluation_loader, config)
+    runner = EvaluationRunner(
+        vocabulary, text, opened.splits, resize, recipe.evaluation_loader, config, trained=model.vocabulary
+    )
     return runner.report(model.network, console, recipe.unannotated)
 
 

@@ -66,8 +66,8 @@ class Counters:
     """How far training is.
 
     `images` counts those of all processes together, which is the position of the sampler; `seconds` is the time
-    spent in steps. `evaluated_step` is the step of the newest evaluation, whose result is `metrics`; `best` is the
-    highest value so far of the metric that chooses the best checkpoint.
+    spent in steps. `evaluated_step` is the step of the newest evaluation, whose result is `metrics` and
+    `thresholds`; `best` is the highest value so far of the metric that chooses the best checkpoint.
     """
 
     step: int = 0
@@ -79,6 +79,7 @@ class Counters:
     metrics: dict[str, float] = field(default_factory=dict)
     best: float | None = None
     best_step: int = 0
+    thresholds: dict[str, float] = field(default_factory=dict)
     window: Window = field(default_factory=Window)
 
     def add(self, report: StepReport) -> None:

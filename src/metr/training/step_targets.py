@@ -30,7 +30,10 @@ class PseudoLabeler:
     def __init__(self, config: PseudoLabelConfig, unannotated: Mapping[str, Bool[Tensor, "v"]]) -> None:
         self.config, self.unannotated = config, unannotated
         self._detections = PostprocessConfig(
-            score_threshold=config.object_above, max_detections=config.objects, nms_iou=config.same_object
+            score_threshold=config.object_above,
+            max_detections=config.objects,
+            nms_iou=config.same_object,
+            presence_power=0.0,
         )
 
     @torch.no_grad()

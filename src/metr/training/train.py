@@ -36,7 +36,7 @@ from metr.training.logger import check_trackers
 from metr.training.provenance import provenance
 from metr.training.state import check_place, seed_everything
 from metr.training.step_targets import PseudoLabeler
-from metr.training.trainer import Outcome, Trainer, TrainingParts
+from metr.training.trainer import Evaluated, Outcome, Trainer, TrainingParts
 
 Data = str | Path | Sequence[str | Path]
 """One dataset or several, as arguments of a command: a folder, name=folder, or a YAML file that lists some."""
@@ -139,10 +139,10 @@ def fit(
         evaluation or _quick_evaluation(recipe.inference),
     )
 
-    def evaluate(network: nn.Module) -> dict[str, float]:
+    def evaluate(network: nn.Module) -> Evaluated:
         report = runner.report(network, unannotated=recipe.unannotated)
         show(report, console)
-        return report.metrics()
+        return Evaluated(metrics=report.metrics(), thresholds=report.thresholds())
 
     trainer = Trainer(parts, recipe.train, out, evaluate=evaluate, resolved=recipe, console=console)
     return trainer.fit(resume=resume)
@@ -216,7 +216,7 @@ def show_changes(recipe: RunConfig, config: RunConfig, name: str, console: Conso
 
 def _quick_evaluation(config: InferenceConfig) -> EvaluationConfig:
     """Each dataset with its own names alone, at the recipe's precision and postprocessing."""
-    return EvaluationConfig(modes=("own",), precision=config.precision, postprocess=config.postprocess)
+    return EvaluationConfig(modes=("own",), inference=config)
 
 
 def _check_same(run: RunDirectory, checkpoint: Checkpoint) -> None:

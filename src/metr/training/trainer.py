@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -48,7 +48,6 @@ from metr.training.state import (
 )
 from metr.training.step_targets import PseudoLabeler, narrowed, sample_vocabulary
 
-Evaluate = Callable[[nn.Module], Mapping[str, float | None]]
 _logger = logging.getLogger(__name__)
 
 
@@ -66,6 +65,17 @@ class TrainingParts:
     loader: Callable[..., TrainLoader]
     checkpoint: Checkpoint
     teacher: PseudoLabeler | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """What an evaluation gives: metrics by name, and for some names the score from which detections are shown."""
+
+    metrics: Mapping[str, float | None]
+    thresholds: Mapping[str, float] = field(default_factory=dict)
+
+
+Evaluate = Callable[[nn.Module], Evaluated]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +100,7 @@ class Trainer:
         parts: Network, criterion, data, and the rest of the checkpoint.
         config: Optimizer, schedule, average and loop.
         folder: The run folder; made if it is missing.
-        evaluate: Called in the main process with the network in evaluation mode; returns metrics by name.
+        evaluate: Called in the main process with the network in evaluation mode.
         resolved: The whole configuration, saved as config.yaml; `config` by default.
         console: Where progress is shown; None leaves it to the log.
     """
@@ -301,14 +311,15 @@ class Trainer:
         counters, logger, signals = self.counters, self._run_logger, self._stop_signals
         try:
             with undisturbed_random_state(self.device), signals.leaving_at_once(), logger.evaluation(counters.step):
-                metrics = evaluate(self._inference_network.eval())
+                found = evaluate(self._inference_network.eval())
         except Abandoned:
             _logger.warning("the evaluation is broken off; a resumed run makes it again")
             return
         finally:
             self._to_training_mode()
         counters.evaluated_step = counters.step
-        counters.metrics = {name: float(value) for name, value in metrics.items() if value is not None}
+        counters.metrics = {name: float(value) for name, value in found.metrics.items() if value is not None}
+        counters.thresholds = dict(found.thresholds)
         logger.evaluated(counters, self._epochs)
         if counters.is_best(best_metric := self.config.loop.best_metric):
             counters.best, counters.best_step = counters.metrics[best_metric], counters.step
@@ -326,7 +337,11 @@ class Trainer:
         epochs = {name: round(times, 3) for name, times in self._epochs.items()}
         counted = {"step": counters.step, "images": counters.images, "epochs": epochs, "metrics": counters.metrics}
         training = {**self.parts.checkpoint.training, **counted}
-        return replace(self.parts.checkpoint, weights=self._inference_network.state_dict(), training=training)
+        own = self.parts.checkpoint
+        thresholds = {**own.detection.thresholds, **counters.thresholds}
+        detection = own.detection.model_copy(update={"thresholds": thresholds})
+        weights = self._inference_network.state_dict()
+        return replace(own, weights=weights, training=training, detection=detection)
 
     def _trained(self) -> Trained:
         average = None if self.ema is None else self.ema.network
