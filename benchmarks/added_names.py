@@ -132,7 +132,7 @@ def of_dataset(
     numbers = (0, *options["sizes"])
     sizes = [len(own) + number for number in numbers]
     names = with_nouns((*own, *others), options["nouns"], max(sizes), options["seed"])
-    text = model.embed(names)
+    text = model.embed(names, tell=False)
     total = len(annotations)
     seen = Subset(annotations, np.array(report.evenly_spread(total, options["images"] or total)))
     dataset = DetectionDataset(

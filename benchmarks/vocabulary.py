@@ -165,7 +165,7 @@ def with_nouns(known: Sequence[str], nouns: Path, number: int, seed: int) -> tup
 def embedded(model: METR, names: Sequence[str]) -> tuple[Float[Tensor, "v t"], dict[str, float]]:
     """The text embeddings, and what the encoder takes for a new name; what it has embedded before, it keeps on disk."""
     chunks = [names[start : start + CHUNK] for start in range(0, len(names), CHUNK)]
-    text = torch.cat([model.embed(chunk) for chunk in track(chunks, "embedding the names")])
+    text = torch.cat([model.embed(chunk, tell=False) for chunk in track(chunks, "embedding the names")])
     described = {key: value for key, value in model.checkpoint.text_encoder.items() if key != "identity"}
     with tempfile.TemporaryDirectory() as fresh:
         encoder = TextEncoder(TextEncoderConfig.checked(described, where="text_encoder"), cache_root=Path(fresh))

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from metr.checkpoint import DetectionDefaults
 from metr.data.images import read_image
 from metr.errors import CheckpointError, ConfigError, DataError
 from metr.inference.config import InferenceConfig, PostprocessConfig
@@ -261,3 +263,42 @@ def test_the_folder_alone_works_in_another_process_offline(model: METR, tiny_run
         torch.testing.assert_close(torch.tensor(told[key]["scores"]), found.scores)
         torch.testing.assert_close(torch.tensor(told[key]["boxes"]), found.boxes)
         assert told[key]["labels"] == found.labels.tolist()
+
+
+def test_names_that_were_not_trained_are_told_once(tiny_run: TinyRun, caplog: pytest.LogCaptureFixture) -> None:
+    model = METR.from_pretrained(tiny_run.folder, device="cpu")
+    model.detect(tiny_run.unseen[0], ["leaf", "book"])
+    assert caplog.text == ""
+    model.detect(tiny_run.unseen[0], ["leaf", "Books"])
+    assert '"Books" was not trained; nearest: "book" ' in caplog.text
+    assert "for better results" in caplog.text
+    caplog.clear()
+    model.detect(tiny_run.unseen[1], ["leaf", "Books"])
+    model.embed(["zebra"], tell=False)
+    assert caplog.text == ""
+    model.embed(Vocabulary.of(["leaf"], {"leaf": "autumn leaf"}))
+    assert '"leaf" as "autumn leaf" was not trained; nearest: "leaf" ' in caplog.text
+
+
+def test_default_names_and_aliases(tiny_run: TinyRun, tmp_path: Path) -> None:
+    trained = METR.from_pretrained(tiny_run.folder, device="cpu")
+    assert trained.default_names == trained.names
+    detection = DetectionDefaults(names=("cup", "leaf"), aliases={"mug": "cup"})
+    METR(trained.network, replace(trained.checkpoint, detection=detection)).save_pretrained(tmp_path / "own")
+    model = METR.from_pretrained(tmp_path / "own", device="cpu")
+    assert model.checkpoint.detection == detection
+    assert model.default_names == model.detect(tiny_run.unseen[0]).names == model.predictor().names == ("cup", "leaf")
+    assert model.names == ALL_NAMES
+    assert torch.equal(model.embed(["mug"]), model.embed(["cup"])), "another name for the same"
+    values = json.loads((tmp_path / "own/config.json").read_text())
+    values["detection"]["aliases"] = {"mug": "goblet"}
+    (tmp_path / "own/config.json").write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match="goblet"):
+        METR.from_pretrained(tmp_path / "own")
+
+
+def test_a_start_says_that_it_was_not_trained(tiny_run: TinyRun, caplog: pytest.LogCaptureFixture) -> None:
+    trained = METR.from_pretrained(tiny_run.folder, device="cpu")
+    start = METR(trained.network, replace(trained.checkpoint, training={"started from": "RT-DETR, folder"}))
+    start.detect(tiny_run.unseen[0])
+    assert "no detector yet: it has weights of RT-DETR, folder and saw no image; metr finetune trains it" in caplog.text

@@ -1,5 +1,6 @@
 """Folders that are replaced whole or not at all."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -82,3 +83,20 @@ def test_other_peoples_files_are_not_replaced(tmp_path: Path) -> None:
     empty.mkdir()
     fill(empty, "x")
     assert names(empty) == ["data", MARKER]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other permissions")
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_files_have_ordinary_permissions(tmp_path: Path, umask: int, mode: int) -> None:
+    """Whatever a library gave them: safetensors' own writer lets the owner alone read a file."""
+    before = os.umask(umask)
+    try:
+        with replaced_folder(tmp_path / "state", MARKER) as fresh:
+            (fresh / MARKER).touch(mode=0o600)
+            (fresh / "inner").mkdir()
+            (fresh / "inner/data").touch(mode=0o600)
+    finally:
+        os.umask(before)
+    assert names(tmp_path / "state") == ["inner", MARKER]
+    for path in (tmp_path / "state" / MARKER, tmp_path / "state/inner/data"):
+        assert path.stat().st_mode & 0o777 == mode

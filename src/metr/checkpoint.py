@@ -60,6 +60,8 @@ class DetectionDefaults(Config):
     """The names that it looks for; none: all of the vocabulary."""
     thresholds: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(default_factory=dict)
     """For some names, the score from which a detection is shown."""
+    aliases: dict[str, str] = Field(default_factory=dict)
+    """Other names for names of the vocabulary: who asks for `RBC` means `rbc`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,7 +264,8 @@ def _detection(values: Any, vocabulary: Vocabulary, where: Path) -> DetectionDef
     except (ConfigError, TypeError, ValueError) as error:
         what = error.what if isinstance(error, ConfigError) else f"expected keys and values, found {values!r}"
         raise CheckpointError(what, where=f"{where} (detection)", hint="copy the checkpoint again") from None
-    if strangers := sorted({*defaults.names, *defaults.thresholds}.difference(vocabulary.names)):
+    named = {*defaults.names, *defaults.thresholds, *defaults.aliases.values()}
+    if strangers := sorted(named.difference(vocabulary.names)):
         what = f"detection has names that {VOCABULARY} lacks: {strangers}"
         raise CheckpointError(what, where=where, hint="copy the checkpoint again, or take another one")
     return defaults

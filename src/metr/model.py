@@ -1,5 +1,6 @@
 """METR: a network, its vocabulary and its text encoder, as one thing that detects."""
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -26,12 +27,15 @@ from metr.serialization import load_weights, type_of
 from metr.structures import Detections
 from metr.text.config import TextEncoderConfig
 from metr.text.encoder import TextEncoder
+from metr.text.same_names import Untrained, told, untrained
 from metr.text.vocabulary import Vocabulary
 
 __all__ = ["METR", "Names"]
 
 Names = Sequence[str] | Mapping[str, Sequence[str]]
 """What to look for: names, or names with several phrases that describe each."""
+
+_logger = logging.getLogger(__name__)
 
 
 class METR:
@@ -62,6 +66,7 @@ class METR:
             self._encoder_config = TextEncoderConfig.checked(described, where=f"{where} (text_encoder)")
         self.folder: Path | None = None
         self._encoder: TextEncoder | None = None
+        self._told: set[str] = set()
 
     @classmethod
     def from_pretrained(
@@ -136,16 +141,24 @@ class METR:
         return self.vocabulary.names
 
     @property
+    def default_names(self) -> tuple[str, ...]:
+        """The names that it looks for unless others are given: those of its fine-tuning, else all of training."""
+        return self.checkpoint.detection.names or self.vocabulary.names
+
+    @property
     def device(self) -> torch.device:
         """Where the network is."""
         return next(self.network.parameters()).device
 
-    def embed(self, names: Names | Vocabulary) -> Float[Tensor, "v t"]:
+    def embed(self, names: Names | Vocabulary, *, tell: bool = True) -> Float[Tensor, "v t"]:
         """Text embeddings of any names: of training's names from the checkpoint, of others from the text encoder.
+
+        A name or a prompt that was not trained is logged as a warning, once, with the nearest trained names.
 
         Args:
             names: Plain names; or a mapping from names to the phrases that describe each, whose mean is taken; or a
                 vocabulary, whose prompts are embedded in place of the names that have one.
+            tell: Whether names that were not trained are logged.
 
         Raises:
             ConfigError: a name is empty or given twice, or has no phrase.
@@ -154,13 +167,62 @@ class METR:
         if isinstance(names, Mapping):
             return self._embed_phrases(names)
         wanted = names if isinstance(names, Vocabulary) else Vocabulary.of(_listed(names))
-        trained = {name for name in wanted.names if self._was_embedded(name, wanted.prompts.get(name))}
-        fresh = [name for name in wanted.names if name not in trained]
-        rows = {name: self.checkpoint.text_embeddings[self.vocabulary.index_of(name)] for name in trained}
-        if fresh:
-            prompts = {name: wanted.prompts[name] for name in fresh if name in wanted.prompts}
-            rows |= dict(zip(fresh, self._text_encoder().embed(Vocabulary.of(fresh, prompts)), strict=True))
+        trained = {name: self._trained_name(name, wanted.prompts.get(name)) for name in wanted.names}
+        for name, own in trained.items() if tell else ():
+            if own not in {None, name}:
+                self._log_once(logging.INFO, f'"{name}" is taken as "{own}"')
+        fresh = self._fresh(wanted)
+        rows = {
+            name: self.checkpoint.text_embeddings[self.vocabulary.index_of(own)]
+            for name, own in trained.items()
+            if own is not None
+        }
+        if fresh is not None:
+            text = self._text_encoder().embed(fresh)
+            rows |= dict(zip(fresh.names, text, strict=True))
+            if tell:
+                self._warn(untrained(fresh, text, self.names, self.checkpoint.text_embeddings))
         return torch.stack([rows[name] for name in wanted.names])
+
+    def untrained(self, names: Vocabulary) -> tuple[Untrained, ...]:
+        """The names of a vocabulary that were not trained, or not by their prompt, with the nearest trained names.
+
+        Raises:
+            ModelError: there are such names and the text encoder cannot be loaded.
+        """
+        fresh = self._fresh(names)
+        if fresh is None:
+            return ()
+        return untrained(fresh, self._text_encoder().embed(fresh), self.names, self.checkpoint.text_embeddings)
+
+    def _fresh(self, wanted: Vocabulary) -> Vocabulary | None:
+        """Those of the names that training did not embed, with their prompts; None where there are none."""
+        fresh = [name for name in wanted.names if self._trained_name(name, wanted.prompts.get(name)) is None]
+        prompts = {name: wanted.prompts[name] for name in fresh if name in wanted.prompts}
+        return Vocabulary.of(fresh, prompts) if fresh else None
+
+    def _trained_name(self, name: str, prompt: str | None) -> str | None:
+        """The trained name that a name means, if training embedded it by the same prompt; else None."""
+        own = name if name in self.vocabulary else self.checkpoint.detection.aliases.get(name)
+        return own if own is not None and prompt in {None, self.vocabulary.prompts.get(own)} else None
+
+    def _warn(self, found: Sequence[Untrained]) -> None:
+        """Logs names that were not trained, each once."""
+        if fresh := [one for one in found if one.called not in self._told]:
+            self._told |= {one.called for one in fresh}
+            _logger.warning("%s", told(fresh))
+
+    def _warn_of_a_start(self) -> None:
+        """Logs, once, that no image was seen with the names, where the weights came from another detector alone."""
+        training = self.checkpoint.training
+        if "started from" in training and "step" not in training:
+            what = f"no detector yet: it has weights of {training['started from']} and saw no image"
+            self._log_once(logging.WARNING, f"a start for training, {what}; metr finetune trains it")
+
+    def _log_once(self, level: int, message: str) -> None:
+        if message not in self._told:
+            self._told.add(message)
+            _logger.log(level, "%s", message)
 
     def _embed_phrases(self, phrases: Mapping[str, Sequence[str]]) -> Float[Tensor, "v t"]:
         """For each name the normalised mean of the embeddings of its phrases; trained names may be phrases."""
@@ -173,17 +235,14 @@ class METR:
         means = [torch.stack([rows[phrase] for phrase in some]).mean(0) for some in phrases.values()]
         return torch.nn.functional.normalize(torch.stack(means), dim=-1)
 
-    def _was_embedded(self, name: str, prompt: str | None) -> bool:
-        """Whether training embedded a name, and by the same prompt if one is given."""
-        return name in self.vocabulary.names and prompt in {None, self.vocabulary.prompts.get(name)}
-
     def predictor(self, names: Names | None = None, config: InferenceConfig | None = None) -> Predictor:
-        """A predictor for these names (by default all of training), for many images or settings of one's own.
+        """A predictor for these names (by default `default_names`), for many images or settings of one's own.
 
         It gives every detection, weak ones included: as evaluations do, unless `config` says otherwise.
         """
+        self._warn_of_a_start()
         config = config or InferenceConfig()
-        wanted = self.vocabulary.names if names is None else Vocabulary.of(_listed(names)).names
+        wanted = self.default_names if names is None else Vocabulary.of(_listed(names)).names
         text = self.embed(wanted if names is None else names)
         limits = name_limits(wanted, self.vocabulary, self.checkpoint.model, config.selection)
         return Predictor(self.network, text, wanted, self.resize, config, limits=limits)
@@ -215,7 +274,7 @@ class METR:
 
         Args:
             images: A path, an RGB array [h w 3] of bytes or a PIL image; or a list of such.
-            names: What to look for; by default everything that it was trained on.
+            names: What to look for; by default `default_names`. `model.names` are all that it was trained on.
             threshold: The least score, 0..1; by default that of each name's best F1 in the newest evaluation with
                 training, and 0.3 for names that have none.
 

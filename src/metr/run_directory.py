@@ -110,6 +110,7 @@ def replaced_folder(folder: Path, marker: str) -> Iterator[Path]:
         fresh.mkdir(parents=True)
         try:
             yield fresh
+            _permit(fresh)
             _flush(fresh)
             if folder.exists():
                 folder.replace(previous)
@@ -141,6 +142,17 @@ def _refuse_other_content(folder: Path, marker: str) -> None:
     if folder.exists():
         what = f"exists and is not a folder with {marker}, so it is not overwritten"
         raise CheckpointError(what, where=folder, hint="name another folder, or move this one away")
+
+
+def _permit(folder: Path) -> None:
+    """Gives files the permissions that new ones have here (umask): some libraries let their owner alone read theirs."""
+    sample = folder / ".sample"
+    sample.touch()
+    mode = sample.stat().st_mode & 0o777
+    sample.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)
 
 
 def _flush(folder: Path) -> None:

@@ -28,6 +28,10 @@ def test_it_says_what_it_does_and_what_came_of_it(metr: CommandLine, tiny_run: T
         assert part in ended.words
     for part in ("lake", "new", "desk", "rehearsed", "meadow", "evaluated", "Done: 2 steps, best AP", "of step 2."):
         assert part in ended.words
+    assert ended.out.rstrip().endswith("--categories all: all 10 names that it knows"), (
+        "what it looks for, and the rest"
+    )
+    assert "it looks for: " in ended.words
     request = json.loads((out / "finetuning.json").read_text())
     assert (request["shots"], request["seed"], request["rehearse_fraction"]) == (1, 2, 0.5)
     again = metr(*arguments(tiny_run, out))
@@ -67,6 +71,8 @@ def test_ctrl_c_and_resume(
         (["--set", "model.decoder.layers=2"], ["model: fine-tuning keeps", "model.decoder.layers=2", "metr train"]),
         (["--rehearse", "nowhere"], ["nowhere", "no such"]),
         (["--config", "no.yaml"], ["no.yaml: no such configuration file"]),
+        (["--same-names", "perhaps"], ["'same_names'", "found 'perhaps'"]),
+        (["--prompts", "mine"], ["'prompts'", "found 'mine'"]),
     ],
 )
 def test_mistakes(metr: CommandLine, tiny_run: TinyRun, tmp_path: Path, more: list[object], told: list[str]) -> None:

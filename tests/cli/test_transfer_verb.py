@@ -1,6 +1,7 @@
 """`metr transfer`: a folder that transformers loads as it is, a checkpoint of another's folder, and mistakes."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,16 @@ import torch
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
+from metr.checkpoint import DetectionDefaults
 from metr.model import METR
 
 from tiny import CommandLine, TinyRun
+
+
+def ordinary(folder: Path) -> int:
+    """The permissions that a new file has here."""
+    (folder / "sample").touch()
+    return (folder / "sample").stat().st_mode & 0o777
 
 
 def test_to_rt_detr_and_back(metr: CommandLine, tiny_run: TinyRun, tmp_path: Path) -> None:
@@ -20,6 +28,15 @@ def test_to_rt_detr_and_back(metr: CommandLine, tiny_run: TinyRun, tmp_path: Pat
     assert ended.code == 0, ended.words
     assert "copied" in ended.words
     assert "counted in cells" in ended.words
+    assert (
+        "It is a start for training, no detector yet: its classification head was computed from the names"
+        in ended.words
+    )
+    assert '"newt" was not trained; nearest: ' in ended.words
+    assert 'never trained: "newt"' in ended.words
+    assert "Trainer(model, TrainingArguments(" in ended.words
+    for path in out.iterdir():
+        assert path.stat().st_mode & 0o777 == ordinary(tmp_path), path
     model = AutoModelForObjectDetection.from_pretrained(out)
     assert model.config.id2label == {0: "fish", 1: "newt"}
     processor = AutoImageProcessor.from_pretrained(out)
@@ -30,6 +47,7 @@ def test_to_rt_detr_and_back(metr: CommandLine, tiny_run: TinyRun, tmp_path: Pat
     (found,) = processor.post_process_object_detection(answer, threshold=0.0, target_sizes=[(50, 80)])
     assert len(found["scores"]) == 24
     report = json.loads((out / "transfer.json").read_text())
+    assert "no image was seen" in report["start"]
     assert report["counts"]["copied"] == len(report["copied"]) > 100
     # written again over itself, and taken back
     assert metr("transfer", tiny_run.folder, "--to", "rt_detr", "-o", out).code == 0
@@ -37,13 +55,26 @@ def test_to_rt_detr_and_back(metr: CommandLine, tiny_run: TinyRun, tmp_path: Pat
     text = ["--text", tiny_run.text_model]
     back = metr("transfer", "--from", out, "-o", tmp_path / "back", "--names", tiny_run.datasets[0], *text)
     assert back.code == 0, back.words
+    assert f"go on with: metr finetune DATA --from {tmp_path / 'back'} -o RUN" in back.out
     assert set(METR.from_pretrained(tmp_path / "back", device="cpu").names) == {"fish", "frog", "leaf", "turtle"}
+
+
+def test_a_fine_tuned_checkpoint_gives_its_default_names(metr: CommandLine, tiny_run: TinyRun, tmp_path: Path) -> None:
+    trained = METR.from_pretrained(tiny_run.folder, device="cpu")
+    tuned = replace(trained.checkpoint, detection=DetectionDefaults(names=("cup", "leaf")))
+    METR(trained.network, tuned).save_pretrained(tmp_path / "tuned")
+    for more, number in (([], 2), (["--names", "all"], 10)):
+        ended = metr("transfer", tmp_path / "tuned", "--to", "rt_detr", "-o", tmp_path / "out", *more)
+        assert ended.code == 0, ended.words
+        labels = json.loads((tmp_path / "out/config.json").read_text())["id2label"]
+        assert len(labels) == number
 
 
 def test_another_family_is_told_of(metr: CommandLine, tiny_run: TinyRun, tmp_path: Path) -> None:
     ended = metr("transfer", tiny_run.folder, "--to", "deformable_detr", "-o", tmp_path / "out")
     assert ended.code == 0, ended.words
     assert "only the backbone moves" in ended.words
+    assert "all but its backbone starts afresh" in ended.words
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from metr.checkpoint import DetectionDefaults
+from metr.model import METR
 from metr.training.logger import read_metrics
 
 from tiny import CommandLine, TinyRun, read_coco, train_arguments, write_recipe
@@ -87,6 +90,42 @@ def test_detect_asks_for_any_names(metr: CommandLine, tiny_run: TinyRun, tmp_pat
         (line,) = (line for line in ended.out.splitlines() if line.startswith(f"{image}: "))
         assert "zebra" in line
     assert f"images, detections.json and images.json are in {out}\n" in ended.out
+
+
+def test_detect_says_which_names_it_looked_for(metr: CommandLine, tiny_run: TinyRun, tmp_path: Path) -> None:
+    trained = METR.from_pretrained(tiny_run.folder, device="cpu")
+    tuned = replace(trained.checkpoint, detection=DetectionDefaults(names=("cup", "leaf")))
+    METR(trained.network, tuned).save_pretrained(tmp_path / "tuned")
+    image, out = tiny_run.unseen[0], tmp_path / "out"
+
+    def looked_for(*more: object) -> tuple[str, list[str]]:
+        ended = metr("detect", tmp_path / "tuned", image, "-o", out, *more)
+        assert ended.code == 0, ended
+        return ended.out.splitlines()[-1], [one["name"] for one in read_coco(out)[0]["categories"]]
+
+    assert looked_for() == ("looked for: cup, leaf; --categories all: all 10 names that it knows", ["cup", "leaf"])
+    last, names = looked_for("--categories", "all")
+    assert last.startswith("looked for: fish, frog, ")
+    assert "--categories" not in last
+    assert names == list(trained.names)
+    assert looked_for("--categories", "book")[1] == ["book"]
+
+
+def test_names_that_were_not_trained_are_told(metr: CommandLine, tiny_run: TinyRun, tmp_path: Path) -> None:
+    process = metr_process(
+        tmp_path, "detect", tiny_run.folder, tiny_run.unseen[0], "--categories", "Books, leaf", "-o", tmp_path / "out"
+    )
+    assert process.returncode == 0, process.stderr
+    assert '"Books" was not trained; nearest: "book"' in " ".join(process.stderr.split())
+    listing = tmp_path / "desk.yaml"
+    listing.write_text(f"datasets: [{{name: desk, path: {tiny_run.datasets[1]}, prompts: {{cup: a tea cup}}}}]")
+    for more, told in (
+        ([], '"a tea cup" for "cup"; --prompts given'),
+        (["--prompts", "given"], '"cup" as "a tea cup"'),
+    ):
+        process = metr_process(tmp_path, "evaluate", tiny_run.folder, listing, "-o", tmp_path / "judged", *more)
+        assert process.returncode == 0, process.stderr
+        assert told in " ".join(process.stderr.split())
 
 
 def test_ctrl_c_tells_how_to_go_on(

@@ -296,6 +296,24 @@ def test_renames_join(root: Path) -> None:
         assert [joined.categories[label] for label in after.labels] == expected
 
 
+def test_an_opened_dataset_is_renamed(root: Path) -> None:
+    options = {"renames": {"red cell": "RBC"}, "prompts": {"RBC": "a red cell"}, "exhaustive": ["RBC"]}
+    before = opened(root, **options)
+    after = before.renamed({"RBC": "rbc", "white-cell": "wbc"})
+    again = opened(
+        root,
+        renames={"red cell": "rbc", "white-cell": "wbc"},
+        prompts={"rbc": "a red cell"},
+        exhaustive=["rbc"],
+    )
+    assert (after.categories, after.config) == (again.categories, again.config)
+    assert after.split("train").categories == after.categories
+    for one, two in zip(after.split("train"), again.split("train"), strict=True):
+        assert (one.labels.tolist(), one.annotated) == (two.labels.tolist(), two.annotated)
+    assert before.categories[:1] == ("RBC",), "the one before stays as it was"
+    assert before.renamed({}) is before
+
+
 def test_names_may_be_swapped(root: Path) -> None:
     source = opened(root, renames={"red cell": "white-cell", "white-cell": "red cell"})
     assert source.categories == ("white-cell", "red cell", "пятно")

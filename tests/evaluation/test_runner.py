@@ -8,7 +8,7 @@ from played import Answer, Images, ScriptedNetwork, annotations, detections, rec
 from metr.errors import ConfigError, DataError, ModelError
 from metr.evaluation.coco import evaluate_detections
 from metr.evaluation.report import as_markdown, category_table, dataset_table, write_report
-from metr.evaluation.results import EvaluationConfig, EvaluationReport, Mode, from_dict
+from metr.evaluation.results import EvaluationConfig, EvaluationReport, Mode, as_dict, from_dict
 from metr.evaluation.runner import EvaluationSet, Evaluator
 from metr.text.vocabulary import Vocabulary
 
@@ -109,6 +109,23 @@ def test_each_mode_asks_for_its_names_and_only_once() -> None:
         assert network.asked == expected
         assert [one.own is not None for one in report.datasets] == ["own" in modes] * 2
         assert (report.confusion is not None) == ("joint" in modes)
+
+
+def test_the_default_names_are_asked_where_a_dataset_has_no_others() -> None:
+    modes: tuple[Mode, ...] = ("own", "default", "joint")
+
+    def asked(*names: str) -> tuple[list[tuple[str, ...]], list[int | None]]:
+        network = make_network()
+        config = EvaluationConfig(modes=modes, default_names=names)
+        report = Evaluator(torch.eye(4), VOCABULARY, config).evaluate(network, make_sets())
+        assert from_dict(as_dict(report)) == report
+        return network.asked, [one.default and one.default.names for one in report.datasets]
+
+    pets, cards, every = ("cat", "dog"), ("king", "ace"), VOCABULARY.names
+    assert asked("dog", "cat") == ([pets, every] * 2 + [cards, every], [2, None]), "pets is not run twice"
+    three = ("ace", "dog", "cat")
+    assert asked(*three) == ([pets, three, every] * 2 + [cards, every], [3, None])
+    assert asked() == ([pets, every] * 2 + [cards, every], [None, None])
 
 
 def test_a_detector_encodes_each_image_once_for_all_vocabularies() -> None:

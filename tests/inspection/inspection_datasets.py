@@ -10,8 +10,8 @@ from torch.nn.functional import normalize
 
 from metr.inspection import InspectionConfig
 from metr.inspection.facts import DatasetFacts, NameFacts
-from metr.inspection.similar_names import EmbeddingSimilarity
 from metr.text.encoder import TextEncoderConfig
+from metr.text.similar_names import EmbeddingSimilarity
 
 # A text encoder that there is not: names are compared by spelling, and no language model is loaded.
 SPELLING = InspectionConfig(text=TextEncoderConfig(source="bundled:none"))

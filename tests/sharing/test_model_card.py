@@ -9,7 +9,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from metr.checkpoint import Checkpoint, is_untouched
+from metr.checkpoint import Checkpoint, DetectionDefaults, is_untouched
 from metr.errors import CheckpointError
 from metr.evaluation.results import EvaluationConfig, from_dict
 from metr.evaluation.runner import evaluate
@@ -111,6 +111,19 @@ def test_the_card_tells_what_is_known(model: METR) -> None:
     # the text encoder of the tiny run is a folder, whose path is nobody's business
     assert "unless the text encoder of training, a folder, is there too" in limits
     assert str(model.checkpoint.text_encoder["source"]) not in card
+
+
+def test_the_default_names_are_told(model: METR) -> None:
+    facts = facts_of(model)
+    plain, card = (
+        text_of(replace(facts, checkpoint=replace(facts.checkpoint, detection=DetectionDefaults(names=names))))
+        for names in ((), ("cup", "leaf"))
+    )
+    assert "By default" not in plain
+    assert 'model.detect("photo.jpg")  # every name below\n' in plain
+    assert "By default: cup, leaf. All that it was trained on:" in section(card, "What it finds")
+    assert 'model.detect("photo.jpg", model.names)  # every name below\n' in section(card, "Use")
+    assert "fish, frog" in section(card, "What it finds")
 
 
 def test_licences_are_repeated_and_restrictions_said(model: METR) -> None:

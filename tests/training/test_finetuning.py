@@ -16,6 +16,7 @@ from rich.console import Console
 from metr.checkpoint import load_checkpoint
 from metr.config import read_yaml
 from metr.data.config import AugmentationConfig
+from metr.data.datasets_file import open_dataset, parse_data_arguments
 from metr.errors import CheckpointError, ConfigError, DataError, MetrError, ModelError
 from metr.evaluation.runner import evaluate
 from metr.model import METR
@@ -25,6 +26,7 @@ from metr.training.finetune import FinetuneOutcome, finetune
 from metr.training.finetune_data import FinetuneData, FinetuneOptions, open_finetune_data
 from metr.training.finetune_recipe import RECIPE, finetune_recipe
 from metr.training.logger import read_metrics
+from metr.training.taken_names import taken_names
 from metr.training.trainer import Trainer
 
 from tiny import NAMES, TinyRun
@@ -91,8 +93,10 @@ def test_old_names_come_first_and_stay_as_they_were(mine: Path, tiny_run: TinyRu
     assert after.text_encoder == before.text_encoder
     assert after.training["finetuned_from"]["step"] == 3
     assert after.training[RECIPE] == before.training[RECIPE], "of pretraining, for a second fine-tuning"
-    found = METR.from_pretrained(mine).predictor().detect(tiny_run.unseen[0])
-    assert found.names == after.vocabulary.names, "all of them are asked for by default"
+    model = METR.from_pretrained(mine)
+    found = model.predictor().detect(tiny_run.unseen[0])
+    assert found.names == model.default_names == ("trout", "toad", "leaf", "turtle"), "those that it was trained on now"
+    assert model.detect(tiny_run.unseen[0], model.names).names == after.vocabulary.names
 
 
 def test_before_and_after_are_told(mine: Path, tiny_run: TinyRun, tmp_path: Path) -> None:
@@ -104,6 +108,7 @@ def test_before_and_after_are_told(mine: Path, tiny_run: TinyRun, tmp_path: Path
     after = evaluate(mine, [tiny_run.data[1]], tmp_path / "judged")
     assert desk["after"] == {
         "own": pytest.approx(after.datasets[0].ap("own")),
+        "default": None,  # it does not look for desk's names
         "joint": pytest.approx(after.datasets[0].ap("joint")),
     }
     assert told["mean"]["old"]["after"] == desk["after"]
@@ -362,3 +367,104 @@ def test_data_that_does_not_fit(tiny_run: TinyRun, tmp_path: Path, caplog: pytes
     assert "pond: the checkpoint knows a dataset of this name with other categories" in caplog.text
     open_finetune_data([desk], trained, FinetuneOptions(shots=50))
     assert "desk: categories with fewer than 50 objects: " in caplog.text
+
+
+def respelt(run: TinyRun, place: Path) -> list[str]:
+    """The pond with two trained names in another spelling and one that nobody knows."""
+    listing = place / "respelt.yaml"
+    names = "{fish: Fishes, frog: FROG, turtle: toad}"
+    prompts = "{FROG: a green frog, toad: a brown toad}"
+    listing.write_text(f"datasets: [{{name: lake, path: {run.datasets[0]}, renames: {names}, prompts: {prompts}}}]")
+    return [str(listing)]
+
+
+def take(run: TinyRun, place: Path, name: str = "run", **more: Any) -> FinetuneOutcome:
+    options: dict[str, Any] = {"overrides": SHORT, "compare": False} | more
+    return finetune(respelt(run, place), run.folder, place / name, **options)
+
+
+def test_names_that_mean_a_trained_one_are_taken_as_it(
+    tiny_run: TinyRun, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console = Console(width=200, record=True, file=StringIO())
+    with monkeypatch.context() as patch:
+        interrupt_at(1, patch)
+        first = take(tiny_run, tmp_path, same_names="yes", console=console)
+    assert first.training.interrupted
+    outcome = take(tiny_run, tmp_path, resume=True, console=console)  # the choice need not be given again
+    said = console.export_text()
+    assert 'lake: "FROG" is taken as "frog", which the checkpoint knows' in said
+    assert 'learnt as new names: "toad" as "a brown toad" (nearest: ' in said
+    assert '"a green frog" for "frog"' in caplog.text, "it was trained without the prompt"
+    names = ("frog", "fish", "leaf", "toad")
+    assert sorted(outcome.default_names) == sorted(names)
+    assert outcome.known == len(OLD) + 1
+    tuned = load_checkpoint(tmp_path / "run")
+    assert tuned.vocabulary.names == (*OLD, "toad")
+    assert sorted(tuned.vocabulary.names_of("lake")) == sorted(names)
+    assert tuned.vocabulary.prompts == {"toad": "a brown toad"}
+    assert tuned.detection.names == outcome.default_names
+    assert tuned.detection.aliases == {"FROG": "frog", "Fishes": "fish"}
+    assert torch.equal(tuned.text_embeddings[: len(OLD)], load_checkpoint(tiny_run.best).text_embeddings)
+    assert json.loads((tmp_path / "run/finetuning.json").read_text())["same_names"] == {
+        "lake": {"FROG": "frog", "Fishes": "fish"}
+    }
+    # the same dataset, evaluated and tuned to again, needs no renames
+    report = evaluate(tmp_path / "run", respelt(tiny_run, tmp_path))
+    assert report.names == len(OLD) + 1
+    finetune(respelt(tiny_run, tmp_path), tmp_path / "run", tmp_path / "again", overrides=SHORT, compare=False)
+    assert load_checkpoint(tmp_path / "again").vocabulary == tuned.vocabulary
+    with pytest.raises(ConfigError, match=r"the run was begun with same_names"):
+        take(tiny_run, tmp_path, resume=True, same_names="no")
+
+
+def test_where_nobody_can_be_asked_names_stay_apart_and_it_is_said(
+    tiny_run: TinyRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    take(tiny_run, tmp_path)
+    assert "'FROG' as 'frog' (the same but for case, hyphens or spaces)" in caplog.text
+    assert "--same-names yes takes them as one" in caplog.text
+    tuned = load_checkpoint(tmp_path / "run")
+    assert set(tuned.vocabulary.names) == {*OLD, "FROG", "Fishes", "toad"}
+    assert tuned.detection.aliases == {}
+    caplog.clear()
+    take(tiny_run, tmp_path, "no", same_names="no")
+    assert "--same-names" not in caplog.text
+
+
+class Terminal(StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("typed", "taken"), [("\n", True), ("y\n", True), ("n\n", False), ("", True)])
+def test_on_a_terminal_it_asks(
+    tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: str, taken: bool
+) -> None:
+    monkeypatch.setattr("sys.stdin", Terminal(typed))
+    console = Console(width=200, record=True, file=StringIO())
+    model = METR.from_pretrained(tiny_run.folder, device="cpu")
+    sources = [open_dataset(one) for one in parse_data_arguments(respelt(tiny_run, tmp_path))]
+    found = taken_names(sources, model, "ask", console)
+    assert found == ({"lake": {"FROG": "frog", "Fishes": "fish"}} if taken else {})
+    assert "The checkpoint knows names in another spelling: 'FROG' as 'frog'" in console.export_text()
+
+
+def test_the_default_names_are_those_of_the_last_fine_tuning(mine: Path, tiny_run: TinyRun, tmp_path: Path) -> None:
+    rehearsed = FinetuneOptions(overrides=SHORT, compare=False, rehearse=(tiny_run.data[2],))
+    finetune([tiny_run.data[1]], mine, tmp_path / "again", rehearsed)
+    desk, meadow = NAMES["desk"], NAMES["meadow"]
+    assert load_checkpoint(tmp_path / "again").detection.names == (*desk, *meadow), "new names, then rehearsed ones"
+    every = FinetuneOptions(overrides=SHORT, compare=False, rehearse=tuple(tiny_run.data[1:]))
+    finetune([tiny_run.data[0]], tiny_run.folder, tmp_path / "every", every)
+    assert load_checkpoint(tmp_path / "every").detection.names == (), "all of them"
+    assert METR.from_pretrained(tmp_path / "every").default_names == OLD
+
+
+def test_a_prompt_for_a_trained_name_is_used_if_asked(tiny_run: TinyRun, tmp_path: Path) -> None:
+    trained = load_checkpoint(tiny_run.folder).vocabulary
+    listing = tmp_path / "desk.yaml"
+    listing.write_text(f"datasets: [{{name: desk, path: {tiny_run.datasets[1]}, prompts: {{cup: a tea cup}}}}]")
+    for choice, prompts in (("trained", {}), ("given", {"cup": "a tea cup"})):
+        data = open_finetune_data([str(listing)], trained, FinetuneOptions(prompts=choice))
+        assert data.joint.vocabulary.prompts == prompts

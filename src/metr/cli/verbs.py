@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Data", "demo", "detect", "evaluate", "finetune", "push", "train", "transfer"]
 
+# names that a line tells
+_NAMES = 12
 # the exit code of an interrupted run, unless a signal gives another one; by it scripts tell that training is not done
 _INTERRUPTED = 130
 _TARGETS = "deformable_detr, dab_detr, conditional_detr, detr, rt_detr, rt_detr_v2 or d_fine"
@@ -56,6 +58,10 @@ _Resume = Annotated[
     bool, typer.Option("--resume", help="Go on where the run in OUT stopped, with its data and configuration.")
 ]
 _BatchSize = Annotated[int, typer.Option(help="Images a step.", min=1)]
+_Prompts = Annotated[
+    str,
+    typer.Option(help="The prompt of a dataset for a name trained without it: trained (left out) or given (used)."),
+]
 _Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
 
 
@@ -138,6 +144,14 @@ def finetune(
     rehearse_evaluate: Annotated[
         list[str] | None, typer.Option(help="Old datasets, only evaluated before and after.", metavar="DATA")
     ] = None,
+    same_names: Annotated[
+        str,
+        typer.Option(
+            help="Take new names that seem to mean a trained one (RBC, rbc) as that one: yes, no, or ask. "
+            "ask is no where there is no terminal."
+        ),
+    ] = "ask",
+    prompts: _Prompts = "trained",
     decorrelate_names: Annotated[
         bool,
         typer.Option("--decorrelate-names", help="First move new names that mean nearly the same from each other."),
@@ -159,6 +173,8 @@ def finetune(
         "rehearse_fraction": rehearse_fraction,
         "rehearse_evaluate": rehearse_evaluate or None,
         "decorrelate_names": decorrelate_names or None,
+        "same_names": same_names,
+        "prompts": prompts,
     }
     given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
     with _resumable("finetune", out):
@@ -174,11 +190,13 @@ def finetune(
 
         outcome = run(data or None, source, out, resume=resume, console=output_console(), overrides=overrides, **given)
     _say_if_interrupted(outcome.training, out, "finetune")
+    _say_names("it looks for", outcome.default_names, outcome.known)
 
 
 def evaluate(
     run: _Run,
     data: Data,
+    *,
     out: Annotated[
         Path | None,
         typer.Option("-o", "--out", help="Where JSON, Markdown and chart go; by default evaluation, in RUN if local."),
@@ -186,6 +204,7 @@ def evaluate(
     split: Annotated[
         str | None, typer.Option(help="The split; by default val (test where there is nothing to train on).")
     ] = None,
+    prompts: _Prompts = "trained",
     batch_size: _BatchSize = 8,
     device: _Device = "auto",
     set_: _InferenceOverrides = None,
@@ -201,7 +220,8 @@ def evaluate(
 
     if store and not run.is_dir():
         raise ConfigError("a checkpoint on the hub cannot be changed", where="--store", hint="download it first")
-    config = EvaluationConfig(inference=inference_config(set_ or (), batch_size=batch_size))
+    values = {"prompts": prompts, "inference": inference_config(set_ or (), batch_size=batch_size)}
+    config = EvaluationConfig.checked(values, where="evaluate")
     # a name on the hub is no folder to write into
     out = out or (run / "evaluation" if run.is_dir() else Path("evaluation"))
     console = output_console()
@@ -215,7 +235,11 @@ def detect(
     images: Annotated[list[Path], typer.Argument(help="Images, or folders of images.", metavar="IMAGE")],
     *,
     categories: Annotated[
-        str | None, typer.Option(help='Names to look for, "penguin, shark"; by default all that were trained.')
+        str | None,
+        typer.Option(
+            help='Names to look for, "penguin, shark"; "all": every trained name. By default the names of the last '
+            "fine-tuning, or every one."
+        ),
     ] = None,
     categories_file: Annotated[
         Path | None,
@@ -243,14 +267,17 @@ def detect(
     changes = {"score_threshold": threshold, "nms_iou": nms}
     config = inference_config(set_ or (), batch_size=batch_size, postprocess=changes)
     model = METR.from_pretrained(run, device=device)
+    every = categories is not None and categories.strip() == "all"
+    asked = model.names if every else model.default_names if names is None else names
     detect_files(
-        model.predictor(names, config),
+        model.predictor(asked, config),
         images,
         out,
         thresholds=model.thresholds(threshold),
         labels=style,
         console=output_console(),
     )
+    _say_names("looked for", tuple(asked), len(model.names))
 
 
 def transfer(
@@ -368,3 +395,10 @@ def _say_if_interrupted(outcome: "Outcome", out: Path, verb: Literal["train", "f
     if outcome.interrupted:
         output_console().print(_how_to_go_on(verb, out), markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(_INTERRUPTED if outcome.signal is None else 128 + outcome.signal)
+
+
+def _say_names(what: str, names: tuple[str, ...], known: int) -> None:
+    """Which names a detector looks for, and how to ask it for the rest of the `known` ones."""
+    shown = ", ".join(names[:_NAMES]) + (f" and {len(names) - _NAMES} more" if len(names) > _NAMES else "")
+    rest = "" if len(names) == known else f"; --categories all: all {known} names that it knows"
+    output_console().print(f"{what}: {shown}{rest}", markup=False, highlight=False, soft_wrap=True)

@@ -45,6 +45,7 @@ class TransferReport:
         afresh: The receiver's tensors that keep their own initialisation.
         left_over: The giver's tensors that were not used.
         notes: What a reader should know: what differs in spite of equal weights, what did not fit and why.
+        start: Why the result is a start for training and no detector yet; empty where it is one.
     """
 
     source: str
@@ -54,6 +55,7 @@ class TransferReport:
     afresh: tuple[str, ...]
     left_over: tuple[str, ...]
     notes: tuple[str, ...] = field(default=())
+    start: str = ""
 
     @property
     def counts(self) -> dict[str, int]:
@@ -67,6 +69,7 @@ class TransferReport:
             "to": self.receiver,
             "counts": self.counts,
             "notes": list(self.notes),
+            "start": self.start,
             "copied": {moved.key: list(moved.source) for moved in self.copied},
             "reshaped": {moved.key: {"from": list(moved.source), "how": moved.how} for moved in self.reshaped},
             "afresh": list(self.afresh),

@@ -29,6 +29,7 @@ from metr.serialization import write_json
 from metr.sharing.push import save
 from metr.text.config import TextEncoderConfig
 from metr.text.encoder import TextEncoder
+from metr.text.same_names import listed, told, with_trained_prompts
 from metr.text.vocabulary import Vocabulary
 from metr.training.config import load_recipe
 from metr.training.finetune_recipe import RECIPE, left_to_finetuning
@@ -37,6 +38,18 @@ __all__ = ["REPORT", "adopt_file", "from_detector", "import_detector", "to_detec
 
 REPORT = "transfer.json"
 """What became of every weight, in the folder of the detector."""
+_BACKBONE = "all but its backbone starts afresh"
+_TRAINER = """go on with transformers' Trainer; DATA is a dataset whose names are the detector's labels (--names DATA):
+  from functools import partial
+  import metr
+  from metr.conversion.transfer import trainer_batch
+  from metr.data.joint import open_joint
+  from transformers import AutoImageProcessor, AutoModelForObjectDetection, Trainer, TrainingArguments
+  metr.register()
+  model = AutoModelForObjectDetection.from_pretrained("{out}")
+  batch = partial(trainer_batch, AutoImageProcessor.from_pretrained("{out}"))
+  images = open_joint(["DATA"]).sources[0].split("train")
+  Trainer(model, TrainingArguments("training", max_steps=500, learning_rate=2e-4), batch, images).train()"""
 # of an object, as transformers' image processors read it
 _COCO = ("category_id", "bbox", "area", "iscrowd")
 
@@ -47,17 +60,30 @@ def to_detector(model: METR, target: str, names: Sequence[str] | Vocabulary | No
     Args:
         model: The METR.
         target: The detector: deformable_detr, rt_detr, ...
-        names: What it is to find, label by label; by default all names of training.
+        names: What it is to find, label by label; by default what the METR looks for by default.
 
     Raises:
         ConfigError: there is no such detector, or a name is empty or given twice.
         ModelError: the detector cannot be built for this METR, or a name is new and there is no text encoder.
     """
     found = find_target(target)
-    wanted = model.vocabulary if names is None else names if isinstance(names, Vocabulary) else Vocabulary.of(names)
-    done = transfer_weights(found, model.network, wanted.names, model.embed(wanted))
-    notes = (*done.report.notes, *found.resizes_otherwise(model.resize))
-    return replace(done, report=replace(done.report, notes=notes))
+    wanted = _wanted(model, names)
+    new = model.untrained(wanted)
+    done = transfer_weights(found, model.network, wanted.names, model.embed(wanted, tell=False))
+    notes = (*done.report.notes, *found.resizes_otherwise(model.resize), *filter(None, [told(new)]))
+    head = "its classification head was computed from the names" if found.fits(model.network.config) else _BACKBONE
+    never = f"; never trained: {listed([one.called for one in new])}" if new else ""
+    start = f"{head}: no image was seen with it{never}"
+    return replace(done, report=replace(done.report, notes=notes, start=start))
+
+
+def _wanted(model: METR, names: Sequence[str] | Vocabulary | None) -> Vocabulary:
+    """What a transferred detector is to find; trained names with the prompts of training."""
+    if isinstance(names, Vocabulary):
+        return names
+    own = model.vocabulary.prompts
+    plain = Vocabulary.of(model.default_names if names is None else names)
+    return Vocabulary.of(plain.names, {name: own[name] for name in plain.names if name in own})
 
 
 def transfer(
@@ -77,7 +103,7 @@ def transfer(
         target: The detector: deformable_detr, rt_detr, ...
         out: Where to; it may hold what an earlier transfer wrote.
         names: What the detector is to find, label by label. As one text: names between commas, or a dataset, whose
-            names they are. By default all names of training.
+            names they are, or "all" for every name of training. By default what the METR looks for by default.
         console: Where the report is shown.
 
     Raises:
@@ -88,14 +114,21 @@ def transfer(
     """
     found, out = find_target(target), Path(out)
     model = source if isinstance(source, METR) else METR.from_pretrained(source, device="cpu")
-    done = to_detector(model, target, read_names(names) if isinstance(names, str) else names)
+    done = to_detector(model, target, _read_for(model, names) if isinstance(names, str) else names)
     processor = found.image_processor(model.resize, colours_of(model.network))
     with explained_disk_errors(out), replaced_folder(out, REPORT) as fresh, quiet():
         done.model.save_pretrained(fresh)
         processor.save_pretrained(fresh)
         write_json(fresh / REPORT, done.report.to_dict())
-    show(done.report, out, console or Console(quiet=True))
+    show(done.report, out, console or Console(quiet=True), _TRAINER.format(out=out))
     return done.report
+
+
+def _read_for(model: METR, names: str) -> Vocabulary:
+    """The names that a text means for this METR, trained ones with the prompts of training."""
+    if names.strip() == "all":
+        return model.vocabulary
+    return with_trained_prompts(read_names(names), model.vocabulary)
 
 
 def trainer_batch(processor: Any, records: Sequence[ImageRecord]) -> dict[str, Any]:
@@ -170,6 +203,7 @@ def import_detector(
         training={"started from": f"{published.title}, {Path(source).name}", RECIPE: _rates()},
     )
     rebuilt = replace(checkpoint, model=published.config.model_copy(update={"backbone": network.backbone.config}))
+    report = replace(report, start="all that has to do with names starts afresh: no image was seen with it")
     return METR(network.to(place), rebuilt, source), report
 
 
@@ -202,7 +236,7 @@ def adopt_file(source: Path, out: Path, *, names: str | None, text: str | None, 
     encoder = None if text is None else TextEncoderConfig(source=text)
     model, report = import_detector(source, wanted, text=encoder, device="cpu")
     save(model, out)
-    show(report, out, console)
+    show(report, out, console, f"go on with: metr finetune DATA --from {out} -o RUN")
     return report
 
 
@@ -224,8 +258,8 @@ def read_names(names: str) -> Vocabulary:
     return Vocabulary.of(names.split(","))
 
 
-def show(report: TransferReport, out: Path, console: Console) -> None:
-    """The table of the report, what a reader should know, and where everything is."""
+def show(report: TransferReport, out: Path, console: Console, go_on: str) -> None:
+    """The table of the report, what a reader should know, where everything is, and how to go on from a start."""
     console.print(f"{report.source} to {report.receiver}: tensors", style="italic", markup=False, highlight=False)
     console.print(report.table())
     for note in report.notes:
@@ -234,3 +268,6 @@ def show(report: TransferReport, out: Path, console: Console) -> None:
     if ways:
         console.print(f"- reshaped: {ways}", highlight=False, markup=False)
     console.print(f"the detector is in {out}", highlight=False, markup=False, soft_wrap=True)
+    if report.start:
+        start = f"It is a start for training, no detector yet: {report.start}.\n{go_on}"
+        console.print(start, highlight=False, markup=False, soft_wrap=True)

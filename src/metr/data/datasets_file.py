@@ -5,7 +5,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -96,6 +96,22 @@ class DatasetSource:
             hint = f"it has {', '.join(self.splits)}; `splits` in a datasets file can say which is which"
             raise DataError(f"no {name!r} split", where=self.root, hint=hint)
         return self.splits[name]
+
+    def renamed(self, names: Mapping[str, str]) -> "DatasetSource":
+        """The dataset with other names for some of its categories: each a name that the dataset does not have yet."""
+        if not names:
+            return self
+        config = self.config
+        renames = {old: names.get(new, new) for old, new in config.renames.items()}
+        renames |= {old: new for old, new in names.items() if old not in config.renames.values()}
+        exhaustive = config.exhaustive and tuple(names.get(name, name) for name in config.exhaustive)
+        prompts = {names.get(name, name): phrase for name, phrase in config.prompts.items()}
+        return replace(
+            self,
+            config=config.model_copy(update={"renames": renames, "exhaustive": exhaustive, "prompts": prompts}),
+            categories=tuple(names.get(name, name) for name in self.categories),
+            splits={split: index.renamed(names) for split, index in self.splits.items()},
+        )
 
     def evaluation_split(self) -> tuple[str, Annotations]:
         """The split to evaluate on, and its name: "val", or "test" where a dataset has nothing to train on either.

@@ -25,7 +25,7 @@ from metr.evaluation.results import (
 )
 from metr.inference.draw import font_file, legible
 
-TITLES: dict[Mode, str] = {"own": "own names", "joint": "joint vocabulary"}
+TITLES: dict[Mode, str] = {"own": "own names", "joint": "joint vocabulary", "default": "default names"}
 UNANNOTATED = {
     "ignore": "Categories that an image's dataset does not annotate gave no loss in training (`unannotated = ignore`).",
     "negative": "Categories that an image's dataset does not annotate counted as absent in training "

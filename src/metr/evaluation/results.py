@@ -18,6 +18,7 @@ from metr.evaluation.coco import CocoResult
 from metr.inference.config import InferenceConfig
 from metr.inference.postprocess import ImageId
 from metr.structures import Detections
+from metr.text.same_names import PromptChoice
 
 DEFAULT_KEPT = (1, 5, 10, 20)
 NO_DOMAIN = "no domain"
@@ -147,7 +148,7 @@ def _share(part: float, whole: float) -> float | None:
     return float(100 * part / whole) if whole else None
 
 
-Mode = Literal["own", "joint"]
+Mode = Literal["own", "joint", "default"]
 MODES: tuple[Mode, ...] = ("own", "joint")
 
 
@@ -155,7 +156,13 @@ class EvaluationConfig(Config):
     """What is evaluated, and how."""
 
     modes: Annotated[tuple[Mode, ...], Field(min_length=1)] = MODES
-    """Vocabularies to evaluate with: `own`, each dataset's own names; `joint`, all names of all datasets."""
+    """Vocabularies to evaluate with: `own`, each dataset's own names; `joint`, all names of all datasets; `default`,
+    the names in `default_names`."""
+    default_names: tuple[str, ...] = ()
+    """What the detector looks for by default. A dataset that has other names is not evaluated with these."""
+    prompts: PromptChoice = "trained"
+    """What becomes of a dataset's prompt for a name that was trained without it: `trained` leaves it out, so that the
+    name keeps what was learnt of it; `given` uses it."""
     recall_at: tuple[PositiveInt, ...] = DEFAULT_KEPT
     """Values of K for presence recall: the recall of present categories among the K most likely ones."""
     domains: dict[str, str] = Field(default_factory=dict)
@@ -187,10 +194,11 @@ class DatasetReport:
     missing: int
     own: ModeReport | None = None
     joint: ModeReport | None = None
+    default: ModeReport | None = None
 
     def part(self, mode: Mode) -> ModeReport | None:
         """The report with one vocabulary; None where that was not evaluated."""
-        return self.own if mode == "own" else self.joint
+        return {"own": self.own, "joint": self.joint, "default": self.default}[mode]
 
     def ap(self, mode: Mode) -> float | None:
         """COCO AP with one vocabulary; None without such an evaluation or without objects."""

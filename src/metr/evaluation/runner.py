@@ -41,6 +41,7 @@ from metr.inference.selection import name_limits
 from metr.model import METR
 from metr.models.detector import Detector
 from metr.structures import Batch, Detections, NameLimits
+from metr.text.same_names import told_aliases, with_training
 from metr.text.vocabulary import Vocabulary
 
 
@@ -65,7 +66,7 @@ def evaluate(
         out: The folder where the report goes as JSON, Markdown and a chart, made if missing; None writes nothing.
         split: The split of each dataset; by default val, or test where a dataset has neither train nor val.
         device: Where the network runs, if it is loaded here.
-        config: Modes, domains, batch size and post-processing.
+        config: Modes, prompts, domains, batch size and post-processing.
         console: Where progress and the table are shown.
 
     Raises:
@@ -74,7 +75,9 @@ def evaluate(
     console, config = console or Console(quiet=True), config or EvaluationConfig()
     joint = open_joint([str(data)] if isinstance(data, str | Path) else [str(one) for one in data])
     model = source if isinstance(source, METR) else METR.from_pretrained(source, device=device)
-    vocabulary = _with_training(joint.vocabulary, model.vocabulary)
+    aliases = model.checkpoint.detection.aliases
+    joint = joint.renamed({one.name: told_aliases(one.name, one.categories, aliases) for one in joint.sources})
+    vocabulary = with_training(joint.vocabulary, model.vocabulary, config.prompts)
     loader = LoaderConfig(batch_size=config.inference.batch_size)
     text, sets = model.embed(vocabulary), joint.evaluation(split)
     runner = EvaluationRunner(vocabulary, text, sets, model.resize, loader, config, model.vocabulary)
@@ -107,18 +110,6 @@ def store_thresholds(report: EvaluationReport, run: Path, console: Console | Non
         span = f"{min(found.values()):.2f} to {max(found.values()):.2f}"
         line = f"thresholds of {len(found)} names, {span}, are kept in {folder}: metr detect shows scores from there on"
         console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-def _with_training(given: Vocabulary, trained: Vocabulary) -> Vocabulary:
-    """The names of the given datasets, then those of training that are not among them.
-
-    A name keeps the prompt of training unless the given datasets have another for it.
-    """
-    return Vocabulary(
-        names=tuple(dict.fromkeys((*given.names, *trained.names))),
-        prompts={**trained.prompts, **given.prompts},
-        datasets={**trained.datasets, **given.datasets},
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,12 +276,13 @@ class Evaluator:
             missing=len(annotations) - len(seen),
             own=parts[questions["own"]] if "own" in questions else None,
             joint=parts[questions["joint"]] if "joint" in questions else None,
+            default=parts[questions["default"]] if "default" in questions else None,
         )
         found = answered[questions["joint"]].detections if "joint" in questions else {}
         return report, count_best_names(seen, found)
 
     def _questions(self, names: Sequence[str], device: torch.device) -> dict[Mode, _Question]:
-        """The vocabulary of each mode; the same object where they have the same names."""
+        """The vocabulary of each mode that the dataset can be asked with; one object where they have the same names."""
         rows = [self.vocabulary.index_of(name) for name in names]
         own, text = list(dict.fromkeys(rows)), self.text.to(device)
         joint = _Question(names=self.vocabulary.names, text=text, columns=tuple(rows))
@@ -299,8 +291,14 @@ class Evaluator:
             text=text[own],
             columns=tuple(own.index(row) for row in rows),
         )
-        questions = {"own": joint if len(own) == len(text) else narrow, "joint": joint}
-        return {mode: questions[mode] for mode in self.config.modes}
+        questions: dict[Mode, _Question] = {"own": joint if len(own) == len(text) else narrow, "joint": joint}
+        asked = [self.vocabulary.index_of(name) for name in self.config.default_names]
+        if set(own) == set(asked):
+            questions["default"] = questions["own"]
+        elif set(own) < set(asked):
+            columns = tuple(asked.index(row) for row in rows)
+            questions["default"] = _Question(names=self.config.default_names, text=text[asked], columns=columns)
+        return {mode: questions[mode] for mode in self.config.modes if mode in questions}
 
     def _answers(
         self,

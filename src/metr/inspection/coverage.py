@@ -9,7 +9,7 @@ import numpy as np
 
 from metr.inspection.detector_hints import DetectorHints
 from metr.inspection.facts import DatasetFacts
-from metr.inspection.similar_names import EmbeddingSimilarity, by_head, ending_in, squeezed
+from metr.text.similar_names import EmbeddingSimilarity, by_head, ending_in, squeezed
 
 # Differences of box area, and of width / height, that are reported.
 _LARGER, _WIDER = 5.0, 1.75

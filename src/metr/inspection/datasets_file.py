@@ -18,7 +18,8 @@ from metr.data.records import TEST, TRAIN, VAL, canonical_split
 from metr.errors import ConfigError
 from metr.inspection.coverage import Coverage, Homonym
 from metr.inspection.facts import DatasetFacts
-from metr.inspection.similar_names import SimilarNames, is_abbreviation, words
+from metr.inspection.similar_names import SimilarNames
+from metr.text.similar_names import is_abbreviation, words
 
 # Contains a vowel, or has at most two letters (tv).
 _SPEAKABLE = re.compile(r"[aeiouy]|^[a-z]{1,2}$")

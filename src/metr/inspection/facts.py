@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from metr.data.datasets_file import DatasetSource
 from metr.data.index.annotation_index import AnnotationIndex
 from metr.data.records import DataIssue, ImageRecord
-from metr.inspection.similar_names import by_head, ending_in
+from metr.text.similar_names import by_head, ending_in
 
 # Where COCO's small objects end, and its medium ones, in square pixels.
 _SMALL, _MEDIUM = 32**2, 96**2

@@ -22,15 +22,8 @@ from metr.inspection.duplicates import (
     places_of,
 )
 from metr.inspection.facts import DatasetFacts, facts_of, strays_of
-from metr.inspection.similar_names import (
-    EmbeddingSimilarity,
-    SimilarNames,
-    embed_names,
-    in_order,
-    joint_vocabulary,
-    owners_of,
-    similar_names,
-)
+from metr.inspection.similar_names import SimilarNames, in_order, joint_vocabulary, owners_of, similar_names
+from metr.text.similar_names import EmbeddingSimilarity, embed_names
 
 if TYPE_CHECKING:
     from metr.model import METR

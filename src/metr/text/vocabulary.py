@@ -1,8 +1,8 @@
 """The vocabulary: every category of every dataset by its name. Equal names are one entry, others stay apart."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -80,6 +80,14 @@ class Vocabulary:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._rows
+
+    def without_prompts(self, names: Iterable[str]) -> "Vocabulary":
+        """The same without the prompts of some names."""
+        left_out = set(names)
+        return replace(self, prompts={name: said for name, said in self.prompts.items() if name not in left_out})
 
     @cached_property
     def _rows(self) -> dict[str, int]:

@@ -15,13 +15,18 @@ from metr.serialization import read_json, write_json
 from metr.training.finetune_data import Role
 
 BEFORE, COMPARISON = "before.json", "comparison.json"
-_MODES: tuple[Mode, ...] = ("own", "joint")
-_VOCABULARY = {"own": "own names", "joint": "all names"}
+COMPARED: tuple[Mode, ...] = ("own", "default", "joint")
+"""The vocabularies that datasets are evaluated with: their own names, those that the new checkpoint looks for by
+default, and all."""
+_VOCABULARY = {"own": "own names", "default": "default names", "joint": "all names"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """AP (0 to 100) of one dataset before and after, by vocabulary; None where there are no objects to find."""
+    """AP (0 to 100) of one dataset before and after, by vocabulary.
+
+    None where there are no objects to find, and for the default names where these lack some of the dataset's.
+    """
 
     dataset: str
     role: Role
@@ -45,8 +50,8 @@ class Comparison:
             Change(
                 dataset=one.name,
                 role=roles[one.name],
-                before={mode: one.ap(mode) for mode in _MODES},
-                after={mode: by_name[one.name].ap(mode) for mode in _MODES},
+                before={mode: one.ap(mode) for mode in COMPARED},
+                after={mode: by_name[one.name].ap(mode) for mode in COMPARED},
             )
             for one in before.datasets
         )
@@ -60,8 +65,8 @@ class Comparison:
         return Change(
             dataset=f"mean of {len(some)} {'old' if old else 'new'}",
             role=some[0].role,
-            before={mode: _mean([one.before[mode] for one in some]) for mode in _MODES},
-            after={mode: _mean([one.after[mode] for one in some]) for mode in _MODES},
+            before={mode: _mean([one.before[mode] for one in some]) for mode in COMPARED},
+            after={mode: _mean([one.after[mode] for one in some]) for mode in COMPARED},
         )
 
     def write(self, folder: Path) -> Path:
@@ -96,14 +101,13 @@ def kept_before(folder: Path) -> EvaluationReport | None:
 
 
 def show_comparison(comparison: Comparison, console: Console) -> None:
-    """Prints a row for each dataset: AP before and after, with its own names and with all names."""
+    """Prints a row for each dataset: AP before and after, with its own names, the default ones and all."""
     console.print("AP before and after, 0 to 100", style="italic", highlight=False)
     table = Table(box=SIMPLE_HEAD, show_edge=False, padding=0, pad_edge=False)
     table.add_column("dataset", overflow="fold")
     table.add_column("is")
-    for mode in _MODES:
-        for when in ("before", "after"):
-            table.add_column(f"{_VOCABULARY[mode]} {when}", justify="right")
+    for mode in COMPARED:
+        table.add_column(_VOCABULARY[mode], justify="right", no_wrap=True)
     for change in comparison.changes:
         table.add_row(escape(change.dataset), change.role, *_cells(change))
     table.add_section()
@@ -112,12 +116,13 @@ def show_comparison(comparison: Comparison, console: Console) -> None:
             table.add_row(mean.dataset, "", *_cells(mean))
     console.print(table)
     # this choice favours the new datasets: readers of the numbers should know
-    note = "After: the best checkpoint of the run, chosen by the new datasets' own numbers."
+    note = "After: the best checkpoint of the run, chosen by the new datasets' own numbers. Default names: those that\n"
+    note += "metr detect looks for with it."
     console.print(note, highlight=False, soft_wrap=True)
 
 
 def _cells(change: Change) -> list[str]:
-    return [_number(values[mode]) for mode in _MODES for values in (change.before, change.after)]
+    return [f"{_number(change.before[mode])} → {_number(change.after[mode])}" for mode in COMPARED]
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

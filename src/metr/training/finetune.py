@@ -1,7 +1,5 @@
 """Fine-tuning a trained detector on new data (`metr finetune`), and AP before and after."""
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -9,8 +7,8 @@ from typing import Any
 
 from rich.console import Console
 
-from metr.checkpoint import Checkpoint
-from metr.config import Tree, differences
+from metr.checkpoint import Checkpoint, DetectionDefaults
+from metr.config import differences
 from metr.data.config import ResizeConfig
 from metr.data.loading import build_train_loader
 from metr.devices import in_main_process, resolved_device
@@ -24,28 +22,19 @@ from metr.models.config import DetectorConfig
 from metr.models.detector import Detector
 from metr.run_directory import RunDirectory
 from metr.serialization import load_weights
-from metr.training.comparison import Comparison, keep_before, kept_before, show_comparison
-from metr.training.config import RunConfig, check_epochs, resumed_recipe
-from metr.training.finetune_data import FinetuneData, FinetuneOptions, open_finetune_data
-from metr.training.finetune_recipe import RECIPE, described, finetune_recipe
-from metr.training.plan import header, steps_of, tell_end
+from metr.text.same_names import listed
+from metr.training.comparison import COMPARED, Comparison, keep_before, kept_before, show_comparison
+from metr.training.config import RunConfig, check_epochs
+from metr.training.finetune_data import FinetuneData, FinetuneOptions
+from metr.training.finetune_recipe import RECIPE, described
+from metr.training.finetune_request import REQUEST, Prepared, begun, resumed
+from metr.training.plan import header, tell_end
 from metr.training.provenance import provenance
-from metr.training.resumption import (
-    EVALUATED,
-    REHEARSED,
-    check_same_request,
-    dataset_facts,
-    kept_datasets,
-    kept_request,
-    log_changed_datasets,
-    log_changed_settings,
-    save_request,
-)
+from metr.training.resumption import save_request
 from metr.training.run_log import RunLog, log_page, tell
 from metr.training.state import check_place, has_state
 from metr.training.train import (
     Data,
-    arguments,
     check_recipe,
     check_same,
     fit,
@@ -56,19 +45,21 @@ from metr.training.train import (
 )
 from metr.training.trainer import Outcome, TrainingParts
 
-REQUEST = "finetuning.json"
-"""The file of the run folder that says what was asked for, besides the configuration."""
-_KEPT = {"rehearse_fraction", "shots", "fraction", "seed", "decorrelate_names"}
 # where the backbone's pretrained weights came from: changing these does not change the network
 _ORIGINS = {"backbone.pretrained", "backbone.revision"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneOutcome:
-    """How training ended, and AP before and after; no comparison if training was interrupted or `compare` is off."""
+    """How training ended, and AP before and after; no comparison if training was interrupted or `compare` is off.
+
+    The detector looks for `default_names` unless it is asked for others; it knows `known` names in all.
+    """
 
     training: Outcome
     comparison: Comparison | None
+    default_names: tuple[str, ...]
+    known: int
 
 
 def finetune(
@@ -113,12 +104,12 @@ def finetune(
     with RunLog(run.path) as log:
         check_place(run, resume)
         check_epochs(options.epochs, options.overrides)
-        prepared = _resumed(data, source, run, options) if resume else _begun(data, source, run, options)
+        prepared = (resumed if resume else begun)(data, source, run, options, console)
         return _finetuned(prepared, run, resume, evaluation, console, log)
 
 
 def _finetuned(
-    prepared: "_Prepared",
+    prepared: Prepared,
     run: RunDirectory,
     resume: bool,
     evaluation: EvaluationConfig | None,
@@ -135,6 +126,7 @@ def _finetuned(
     parts, model = _parts(model, opened, recipe, options.decorrelate_names)
     if resume:
         check_same(run, parts.checkpoint)
+    _say_new_names(model, opened, console)
     log.begin(recipe.train.loop.device)
     before = None
     if in_main_process():
@@ -145,84 +137,8 @@ def _finetuned(
     if before is not None and not outcome.interrupted:
         compared = _comparison(before, opened, recipe, run.path, console)
     tell_end(outcome, run, recipe, prepared.data, opened.joint.sources[: opened.new], console)
-    return FinetuneOutcome(training=outcome, comparison=compared)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Prepared:
-    """Checkpoint, data (also as arguments of a command) and configuration of a run, and what is kept of the request."""
-
-    data: list[str]
-    model: METR
-    opened: FinetuneData
-    options: FinetuneOptions
-    recipe: RunConfig
-    base: RunConfig
-    request: Tree
-
-
-def _begun(data: Data | None, source: str | Path | None, run: RunDirectory, options: FinetuneOptions) -> _Prepared:
-    """Opens checkpoint and datasets of a new run and puts its configuration together."""
-    model = _model(source, run)
-    listed = arguments(data)
-    opened = open_finetune_data(listed, model.vocabulary, options)
-    seed = [f"train.loop.seed={options.seed}"] if "seed" in options.model_fields_set else []
-
-    def resolve(more: Sequence[str]) -> RunConfig:
-        return finetune_recipe(model.checkpoint, opened.images, options.config, [*seed, *options.overrides, *more])
-
-    recipe = resolve([])
-    recipe = resolve(_steps(options, opened, recipe))
-    base = finetune_recipe(model.checkpoint, opened.images, overrides=seed)
-    request = _request(source, opened, options)
-    return _Prepared(
-        data=listed, model=model, opened=opened, options=options, recipe=recipe, base=base, request=request
-    )
-
-
-def _resumed(data: Data | None, source: str | Path | None, run: RunDirectory, options: FinetuneOptions) -> _Prepared:
-    """Opens checkpoint and datasets of a run to resume; its configuration changes only where that is asked for."""
-
-    def resolve(more: Sequence[str]) -> tuple[RunConfig, RunConfig]:
-        return resumed_recipe(run, options.config, [*options.overrides, *more])
-
-    began, recipe = resolve([])
-    kept = kept_request(run, REQUEST)
-    check_same_request(run, kept, options.model_dump(include=options.model_fields_set & _KEPT))
-    listings = {
-        "rehearse": tuple(kept_datasets(run, options.rehearse, REHEARSED)),
-        "rehearse_evaluate": tuple(kept_datasets(run, options.rehearse_evaluate, EVALUATED)),
-    }
-    options = options.model_copy(update={key: kept[key] for key in _KEPT & kept.keys()} | listings)
-    model = _model(kept.get("from") if source is None else source, run)
-    listed = kept_datasets(run, arguments(data))
-    opened = open_finetune_data(listed, model.vocabulary, options)
-    _, recipe = resolve(_steps(options, opened, recipe))
-    request = _request(source or kept.get("from"), opened, options)
-    log_changed_datasets(kept.get("datasets", {}), request["datasets"])
-    log_changed_settings(began, recipe)
-    return _Prepared(
-        data=listed, model=model, opened=opened, options=options, recipe=recipe, base=began, request=request
-    )
-
-
-def _model(source: str | Path | None, run: RunDirectory) -> METR:
-    """The detector to begin with.
-
-    Raises:
-        MetrError: none is named, it is the run itself, or it cannot be loaded.
-    """
-    if source is None:
-        raise ConfigError("no detector to begin with is named", where="--from", hint="--from RUN")
-    if Path(source).resolve() == run.path.resolve():
-        what, hint = "a run cannot begin with itself", "--from the run that it began with, or another -o"
-        raise ConfigError(what, where=run.path, hint=hint)
-    return METR.from_pretrained(source, device="cpu")
-
-
-def _steps(options: FinetuneOptions, opened: FinetuneData, recipe: RunConfig) -> list[str]:
-    """The override that makes a run so many passes over the new images, whatever is rehearsed between them."""
-    return steps_of(options.epochs, math.ceil(opened.images / opened.new_fraction), recipe)
+    names, known = opened.default_names, len(opened.joint.vocabulary)
+    return FinetuneOutcome(training=outcome, comparison=compared, default_names=names, known=known)
 
 
 def _parts(model: METR, opened: FinetuneData, recipe: RunConfig, decorrelate: bool) -> tuple[TrainingParts, METR]:
@@ -230,7 +146,7 @@ def _parts(model: METR, opened: FinetuneData, recipe: RunConfig, decorrelate: bo
     own, joint = model.checkpoint, opened.joint
     encoder = plain(recipe.text) | {key: own.text_encoder[key] for key in ("identity",) if key in own.text_encoder}
     model = METR(model.network, replace(own, text_encoder=encoder))
-    network, embeddings = _network(model, recipe.model), model.embed(joint.vocabulary)
+    network, embeddings = _network(model, recipe.model), model.embed(joint.vocabulary, tell=False)
     if decorrelate:  # new names come after the old
         decorrelate_names(
             network.category_extraction.projection, embeddings[: len(model.names)], embeddings[len(model.names) :]
@@ -244,6 +160,7 @@ def _parts(model: METR, opened: FinetuneData, recipe: RunConfig, decorrelate: bo
         text_encoder=encoder,
         preprocessing=plain(recipe.augmentation.resize),
         training=_history(own, recipe) | provenance(joint, recipe),
+        detection=_detection(own, opened),
     )
     parts = TrainingParts(
         network=network,
@@ -253,6 +170,13 @@ def _parts(model: METR, opened: FinetuneData, recipe: RunConfig, decorrelate: bo
         teacher=teacher_of(joint, recipe),
     )
     return parts, model
+
+
+def _detection(own: Checkpoint, opened: FinetuneData) -> DetectionDefaults:
+    """What detection does by default: it looks for the names that are trained on now, unless these are all."""
+    names = opened.default_names
+    every = set(names) == set(opened.joint.vocabulary.names)
+    return DetectionDefaults(names=() if every else names, aliases=opened.aliases(own.detection.aliases))
 
 
 def _network(model: METR, config: DetectorConfig) -> Detector:
@@ -312,17 +236,12 @@ def _before(model: METR, opened: FinetuneData, recipe: RunConfig, out: Path, con
 def _evaluated(
     model: METR, opened: FinetuneData, resize: ResizeConfig, recipe: RunConfig, console: Console
 ) -> EvaluationReport:
-    """Evaluates new and old datasets with their own names and with all names."""
+    """Evaluates new and old datasets with their own names, with the default names and with all names."""
     vocabulary = opened.evaluated_vocabulary()
-    config = EvaluationConfig(inference=recipe.inference)
+    config = EvaluationConfig(modes=COMPARED, default_names=opened.default_names, inference=recipe.inference)
+    text = model.embed(vocabulary, tell=False)
     runner = EvaluationRunner(
-        vocabulary,
-        model.embed(vocabulary),
-        opened.splits,
-        resize,
-        recipe.evaluation_loader,
-        config,
-        trained=model.vocabulary,
+        vocabulary, text, opened.splits, resize, recipe.evaluation_loader, config, trained=model.vocabulary
     )
     return runner.report(model.network, console, recipe.unannotated)
 
@@ -342,14 +261,7 @@ def _warn_of_forgetting(model: METR, opened: FinetuneData, console: Console) -> 
     tell(console, note)
 
 
-def _request(source: str | Path | None, opened: FinetuneData, options: FinetuneOptions) -> Tree:
-    """What was asked for, with the number of training images of each dataset."""
-    here = source is not None and Path(source).exists()
-    asked = options.model_dump(mode="json", include=_KEPT)
-    return {
-        "from": str(Path(str(source)).resolve() if here else source),
-        "new": opened.lengths("new"),
-        "rehearsed": opened.lengths("rehearsed"),
-        **asked,
-        "datasets": dataset_facts([*opened.joint.sources, *opened.evaluated]),
-    }
+def _say_new_names(model: METR, opened: FinetuneData, console: Console) -> None:
+    """Prints the names that the checkpoint does not know, each with the nearest ones that it knows."""
+    if new := model.untrained(opened.joint.vocabulary):
+        tell(console, f"learnt as new names: {listed(new)}")

@@ -1,8 +1,8 @@
 """The datasets of a fine-tuning run: new ones, rehearsed old ones, old ones that are only evaluated."""
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,9 +13,11 @@ from metr.data.datasets_file import DatasetSource, open_dataset, parse_data_argu
 from metr.data.joint import JointData, chosen_parts, vocabulary_of
 from metr.data.records import Annotations
 from metr.data.sampling import mixture_weights
+from metr.text.same_names import PromptChoice, with_trained_prompts
 from metr.text.vocabulary import Vocabulary
 from metr.training.config import TrainOptions
 from metr.training.resumption import DATASETS, EVALUATED, REHEARSED
+from metr.training.taken_names import NameChoice, Renames
 
 Role = Literal["new", "rehearsed", "evaluated"]
 _logger = logging.getLogger(__name__)
@@ -36,6 +38,10 @@ class FinetuneOptions(TrainOptions):
     """Old datasets that are evaluated before and after, and not trained on."""
     compare: bool = True
     """Whether new and old datasets are evaluated before and after, and compared."""
+    same_names: NameChoice = "ask"
+    """Whether new names that seem to mean a trained one, as `RBC` and `rbc`, are taken as that name."""
+    prompts: PromptChoice = "trained"
+    """What becomes of a prompt for a name that was trained without it: `trained` leaves it out; `given` uses it."""
     decorrelate_names: bool = False
     """Whether the projections of new names that mean nearly the same are first moved away from each other. Those of
     old names stay as they are."""
@@ -52,6 +58,7 @@ class FinetuneData:
         splits: The annotations that each dataset is evaluated on, by dataset name.
         new: How many of `joint.sources` are new.
         rehearse_fraction: Fraction of the samples that goes to rehearsed datasets.
+        taken: By dataset, names that were taken as a trained one.
     """
 
     joint: JointData
@@ -59,6 +66,19 @@ class FinetuneData:
     splits: Mapping[str, Annotations]
     new: int
     rehearse_fraction: float
+    taken: Renames = field(default_factory=dict)
+
+    @property
+    def default_names(self) -> tuple[str, ...]:
+        """What the fine-tuned detector looks for by default: the names that it is trained on, those of new datasets
+        first.
+        """
+        return tuple(dict.fromkeys(name for source in self.joint.sources for name in source.categories))
+
+    def aliases(self, earlier: Mapping[str, str]) -> dict[str, str]:
+        """The names that were taken as a trained one, now and earlier, but for those that are names of their own."""
+        now = {name: trained for names in self.taken.values() for name, trained in names.items()}
+        return {name: trained for name, trained in (dict(earlier) | now).items() if name not in self.joint.vocabulary}
 
     @property
     def images(self) -> int:
@@ -93,9 +113,9 @@ class FinetuneData:
 
     def evaluated_vocabulary(self) -> Vocabulary:
         """The vocabulary of training, then names that only evaluated datasets have."""
-        return (
-            self.joint.vocabulary.extended(vocabulary_of(self.evaluated)) if self.evaluated else self.joint.vocabulary
-        )
+        known = self.joint.vocabulary
+        # a known name keeps its prompt, or has none
+        return known.extended(vocabulary_of(self.evaluated).without_prompts(known.names)) if self.evaluated else known
 
     def mixture(self, base: Mixture) -> Mixture:
         """The weights of the datasets: `rehearse_fraction` for rehearsed ones, the rest for new ones.
@@ -115,7 +135,10 @@ class FinetuneData:
 
 
 def open_finetune_data(
-    data: Sequence[str], trained: Vocabulary, options: FinetuneOptions | None = None
+    data: Sequence[str],
+    trained: Vocabulary,
+    options: FinetuneOptions | None = None,
+    take: Callable[[Sequence[DatasetSource]], Renames] | None = None,
 ) -> FinetuneData:
     """Opens new and old datasets, chooses the part of the new ones that is trained on, and joins all names.
 
@@ -126,6 +149,7 @@ def open_finetune_data(
         data: New datasets, as arguments of a command.
         trained: The checkpoint's vocabulary.
         options: Which part of the new training images to use, and the old datasets.
+        take: Says which names of the opened datasets are taken as a trained one.
 
     Raises:
         DataError: a dataset is missing, two have one name, or there is nothing to train on or to evaluate on.
@@ -135,9 +159,12 @@ def open_finetune_data(
     specs = parse_data_arguments([*data, *options.rehearse, *options.rehearse_evaluate])
     new, old = (len(parse_data_arguments(each)) if each else 0 for each in (data, options.rehearse))
     sources = tuple(open_dataset(spec) for spec in specs)
+    taken = {} if take is None else take(sources)
+    sources = tuple(source.renamed(taken.get(source.name, {})) for source in sources)
     learnt = sources[: new + old]
     chosen = chosen_parts(learnt[:new], options)
-    vocabulary = trained.extended(vocabulary_of(learnt))
+    given = vocabulary_of(learnt)
+    vocabulary = trained.extended(given if options.prompts == "given" else with_trained_prompts(given, trained))
     for name in trained.datasets.keys() & {source.name for source in learnt}:
         if set(trained.names_of(name)) != set(vocabulary.names_of(name)):
             message = "%s: the checkpoint knows a dataset of this name with other categories; this one replaces it"
@@ -148,4 +175,5 @@ def open_finetune_data(
         splits={source.name: source.evaluation_split()[1] for source in sources},
         new=new,
         rehearse_fraction=options.rehearse_fraction,
+        taken=taken,
     )

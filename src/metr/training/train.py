@@ -26,6 +26,7 @@ from metr.models.config import DetectorConfig
 from metr.models.detector import Detector
 from metr.run_directory import RunDirectory, existing_folder
 from metr.text.encoder import TextEncoder
+from metr.text.same_names import listed, spelt_alike
 from metr.training.config import (
     RunConfig,
     TrainOptions,
@@ -103,6 +104,7 @@ def train(
         prepared = _resumed(data, run, asked) if resume else _begun(data, asked)
         joint, recipe = prepared.joint, prepared.recipe
         tell(console, header(joint, recipe, prepared.base, prepared.name))
+        _hint_at_names_spelt_alike(joint, console)
         parts = training_parts(joint, recipe, console)
         if resume:
             check_same(run, parts.checkpoint)
@@ -189,13 +191,13 @@ def _begun(data: Data | None, asked: _Asked) -> _Prepared:
 
     check_epochs(options.epochs, asked.overrides)
     check_recipe(recipe := resolve([]))
-    listed = arguments(data)
-    joint = open_joint(listed, options)
+    given = arguments(data)
+    joint = open_joint(given, options)
     recipe = resolve(steps_of(options.epochs, sum(joint.lengths.values()), recipe))
     asked_for = options.model_dump(mode="json", include={"shots", "fraction", "seed"})
     request = {"size": size, **asked_for, "datasets": dataset_facts(joint.sources)}
     base, name = load_recipe(size), f"the recipe {size}"
-    return _Prepared(data=listed, joint=joint, recipe=recipe, base=base, name=name, request=request)
+    return _Prepared(data=given, joint=joint, recipe=recipe, base=base, name=name, request=request)
 
 
 def _resumed(data: Data | None, run: RunDirectory, asked: _Asked) -> _Prepared:
@@ -211,14 +213,24 @@ def _resumed(data: Data | None, run: RunDirectory, asked: _Asked) -> _Prepared:
     check_same_request(run, request, asked.given)
     chosen = {key: value for key, value in (request or asked.given).items() if key in SubsetConfig.model_fields}
     subset = SubsetConfig.checked(chosen, where=run.path / REQUEST)
-    listed = kept_datasets(run, arguments(data))
-    joint = open_joint(listed, subset)
+    given = kept_datasets(run, arguments(data))
+    joint = open_joint(given, subset)
     _, recipe = resolve(steps_of(asked.options.epochs, sum(joint.lengths.values()), recipe))
     facts = dataset_facts(joint.sources)
     log_changed_datasets(request.get("datasets", {}), facts)
     log_changed_settings(began, recipe)
     request, name = {**request, "datasets": facts}, "the run's recipe"
-    return _Prepared(data=listed, joint=joint, recipe=recipe, base=began, name=name, request=request)
+    return _Prepared(data=given, joint=joint, recipe=recipe, base=began, name=name, request=request)
+
+
+def _hint_at_names_spelt_alike(joint: JointData, console: Console) -> None:
+    """Names the pairs that are learnt apart though they differ in case or separators alone."""
+    if alike := spelt_alike(joint.vocabulary.datasets):
+        pairs = listed([f'"{one}" and "{two}"' for one, two in alike])
+        hint = (
+            f"names that are learnt apart and spelt alike: {pairs}; metr inspect --write makes a file that joins them"
+        )
+        tell(console, hint)
 
 
 def fit(

@@ -5,8 +5,8 @@ record is made from slices of the columns when it is asked for.
 """
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -147,6 +147,13 @@ class AnnotationIndex:
         self.name, self.split, self.format, self.issues = name, split, format, issues
         self.categories = labels.categories
         self._map()
+
+    def renamed(self, names: Mapping[str, str]) -> "AnnotationIndex":
+        """The same split with other names for some categories."""
+        labels = replace(self.labels, categories=tuple(names.get(name, name) for name in self.categories))
+        return AnnotationIndex(
+            self.path, labels, name=self.name, split=self.split, format=self.format, issues=self.issues
+        )
 
     def _map(self) -> None:
         try:

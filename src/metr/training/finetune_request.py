@@ -1,0 +1,134 @@
+"""What a fine-tuning run is made of: checkpoint, data and configuration, for a new run or one to resume."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+
+from metr.config import Tree
+from metr.errors import ConfigError
+from metr.model import METR
+from metr.run_directory import RunDirectory
+from metr.training.config import RunConfig, resumed_recipe
+from metr.training.finetune_data import FinetuneData, FinetuneOptions, open_finetune_data
+from metr.training.finetune_recipe import finetune_recipe
+from metr.training.plan import steps_of
+from metr.training.resumption import (
+    EVALUATED,
+    REHEARSED,
+    check_same_request,
+    dataset_facts,
+    kept_datasets,
+    kept_request,
+    log_changed_datasets,
+    log_changed_settings,
+)
+from metr.training.taken_names import taken_names
+from metr.training.train import Data, arguments
+
+REQUEST = "finetuning.json"
+"""The file of the run folder that says what was asked for, besides the configuration."""
+_KEPT = {"rehearse_fraction", "shots", "fraction", "seed", "decorrelate_names", "prompts"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """Checkpoint, data (also as arguments of a command) and configuration of a run, and what is kept of the request."""
+
+    data: list[str]
+    model: METR
+    opened: FinetuneData
+    options: FinetuneOptions
+    recipe: RunConfig
+    base: RunConfig
+    request: Tree
+
+
+def begun(
+    data: Data | None, source: str | Path | None, run: RunDirectory, options: FinetuneOptions, console: Console
+) -> Prepared:
+    """Opens checkpoint and datasets of a new run and puts its configuration together.
+
+    Raises:
+        MetrError: checkpoint, data or configuration do not fit.
+    """
+    model = _model(source, run)
+    given, take = arguments(data), partial(taken_names, model=model, choice=options.same_names, console=console)
+    opened = open_finetune_data(given, model.vocabulary, options, take)
+    seed = [f"train.loop.seed={options.seed}"] if "seed" in options.model_fields_set else []
+
+    def resolve(more: Sequence[str]) -> RunConfig:
+        return finetune_recipe(model.checkpoint, opened.images, options.config, [*seed, *options.overrides, *more])
+
+    recipe = resolve([])
+    recipe = resolve(_steps(options, opened, recipe))
+    base = finetune_recipe(model.checkpoint, opened.images, overrides=seed)
+    request = _request(source, opened, options)
+    return Prepared(data=given, model=model, opened=opened, options=options, recipe=recipe, base=base, request=request)
+
+
+def resumed(
+    data: Data | None, source: str | Path | None, run: RunDirectory, options: FinetuneOptions, console: Console
+) -> Prepared:
+    """Opens checkpoint and datasets of a run to resume; its configuration changes only where that is asked for.
+
+    Raises:
+        MetrError: checkpoint, data or configuration do not fit, or are not those of the run.
+    """
+
+    def resolve(more: Sequence[str]) -> tuple[RunConfig, RunConfig]:
+        return resumed_recipe(run, options.config, [*options.overrides, *more])
+
+    began, recipe = resolve([])
+    kept = kept_request(run, REQUEST)
+    check_same_request(run, kept, options.model_dump(include=options.model_fields_set & _KEPT))
+    listings = {
+        "rehearse": tuple(kept_datasets(run, options.rehearse, REHEARSED)),
+        "rehearse_evaluate": tuple(kept_datasets(run, options.rehearse_evaluate, EVALUATED)),
+    }
+    options = options.model_copy(update={key: kept[key] for key in _KEPT & kept.keys()} | listings)
+    model = _model(kept.get("from") if source is None else source, run)
+    given, names = kept_datasets(run, arguments(data)), kept.get("same_names", {})
+    take = partial(taken_names, model=model, choice=options.same_names, console=console, kept=names)
+    opened = open_finetune_data(given, model.vocabulary, options, take)
+    _, recipe = resolve(_steps(options, opened, recipe))
+    request = _request(source or kept.get("from"), opened, options)
+    log_changed_datasets(kept.get("datasets", {}), request["datasets"])
+    log_changed_settings(began, recipe)
+    return Prepared(data=given, model=model, opened=opened, options=options, recipe=recipe, base=began, request=request)
+
+
+def _model(source: str | Path | None, run: RunDirectory) -> METR:
+    """The detector to begin with.
+
+    Raises:
+        MetrError: none is named, it is the run itself, or it cannot be loaded.
+    """
+    if source is None:
+        raise ConfigError("no detector to begin with is named", where="--from", hint="--from RUN")
+    if Path(source).resolve() == run.path.resolve():
+        what, hint = "a run cannot begin with itself", "--from the run that it began with, or another -o"
+        raise ConfigError(what, where=run.path, hint=hint)
+    return METR.from_pretrained(source, device="cpu")
+
+
+def _steps(options: FinetuneOptions, opened: FinetuneData, recipe: RunConfig) -> list[str]:
+    """The override that makes a run so many passes over the new images, whatever is rehearsed between them."""
+    return steps_of(options.epochs, math.ceil(opened.images / opened.new_fraction), recipe)
+
+
+def _request(source: str | Path | None, opened: FinetuneData, options: FinetuneOptions) -> Tree:
+    """What was asked for, with the number of training images of each dataset."""
+    here = source is not None and Path(source).exists()
+    asked = options.model_dump(mode="json", include=_KEPT)
+    return {
+        "from": str(Path(str(source)).resolve() if here else source),
+        "new": opened.lengths("new"),
+        "rehearsed": opened.lengths("rehearsed"),
+        **asked,
+        "same_names": opened.taken,
+        "datasets": dataset_facts([*opened.joint.sources, *opened.evaluated]),
+    }
