@@ -132,15 +132,24 @@ def strays_of(facts: DatasetFacts) -> list[DataIssue]:
 
 def spread(source: DatasetSource, most: int) -> Iterator[tuple[str, ImageRecord]]:
     """Split and record of images of all splits: every one, or `most` evenly spaced ones where there are more."""
-    starts = np.cumsum([0, *(len(annotations) for annotations in source.splits.values())])
-    chosen = np.arange(starts[-1])
-    if len(chosen) > most:
-        chosen = np.unique(np.linspace(0, len(chosen) - 1, most).round().astype(np.int64))
+    return (record_at(source, int(place)) for place in spread_places(source, most))
+
+
+def spread_places(source: DatasetSource, most: int) -> Int[np.ndarray, "n"]:
+    """The places (see `record_at`) of all images of a dataset, or of `most` evenly spaced ones."""
+    images = sum(len(annotations) for annotations in source.splits.values())
+    if images <= most:
+        return np.arange(images)
+    return np.unique(np.linspace(0, images - 1, most).round().astype(np.int64))
+
+
+def record_at(source: DatasetSource, place: int) -> tuple[str, ImageRecord]:
+    """Split and record of the image at a place, counted from 0 through all splits in their order."""
     splits: list[tuple[str, AnnotationIndex]] = list(source.splits.items())
-    for place in chosen:
-        number = int(np.searchsorted(starts, place, side="right")) - 1
-        split, annotations = splits[number]
-        yield split, annotations[int(place - starts[number])]
+    starts = np.cumsum([0, *(len(annotations) for _, annotations in splits)])
+    number = int(np.searchsorted(starts, place, side="right")) - 1
+    split, annotations = splits[number]
+    return split, annotations[place - int(starts[number])]
 
 
 def _measured(source: DatasetSource, most: int) -> _Measured:
