@@ -8,7 +8,7 @@ from inspection_datasets import SPELLING, dataset_facts, name_facts, save_noise,
 
 from metr.data.datasets_file import DatasetConfig, DatasetSource, open_dataset
 from metr.inspection.duplicates import equal_images, equal_names, overlaps, places_of
-from metr.inspection.facts import facts_of, spread, strays_of
+from metr.inspection.facts import facts_of, spread, strays_of, without_boxes
 from metr.inspection.label_report import inspect_datasets
 
 
@@ -26,8 +26,7 @@ def test_counts_and_sizes(tmp_path: Path) -> None:
     cat, dog = facts.names["cat"], facts.names["dog"]
     assert cat.boxes == {"train": 3, "val": 0}
     assert cat.side == pytest.approx(0.25)  # 0.1, 0.25 and 0.5
-    assert cat.aspect == pytest.approx(1)  # 1, 1 and 1/3
-    assert dog.aspect == pytest.approx(1.5)
+    assert dog.side == pytest.approx((0.5 + 5000**0.5 / 200) / 2)
     assert facts.sizes is not None
     assert facts.sizes.side == pytest.approx(5000**0.5 / 200)
     # 400 and 300 | 2,500 and 5,000 | 10,000 square pixels
@@ -55,6 +54,12 @@ def test_few_images_are_spread_evenly(tmp_path: Path) -> None:
     picked = [(split, record.path.stem) for split, record in spread(source, 4)]
     assert picked == [("train", "00"), ("train", "03"), ("train", "06"), ("val", "91")]
     assert len(list(spread(source, 10))) == 10
+
+
+def test_categories_without_a_box() -> None:
+    (issue,) = without_boxes(dataset_facts("pets", ["cat", name_facts("unicorn", 0), name_facts("dog", 1)]))
+    assert (issue.kind, issue.where) == ("category without a box", "categories")
+    assert issue.detail.startswith("'unicorn': label it, take it out of the annotation files, or use `renames`")
 
 
 def test_strays() -> None:

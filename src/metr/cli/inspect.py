@@ -55,6 +55,7 @@ Settings = Annotated[
 
 def inspect(
     data: Data,
+    *,
     verbose: Verbose = False,
     check: Check = False,
     model: Model = None,

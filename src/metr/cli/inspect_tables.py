@@ -8,8 +8,10 @@ from rich.table import Table
 
 from metr.inspection import InspectionConfig
 from metr.inspection.coverage import Cell, Coverage
+from metr.inspection.datasets_file import prompts_line
 from metr.inspection.facts import BoxSizes, DatasetFacts
 from metr.inspection.label_report import Inspection
+from metr.inspection.languages import MULTILINGUAL
 from metr.inspection.similar_names import SimilarNames
 from metr.text.language_model import BUNDLED
 
@@ -31,6 +33,7 @@ def print_inspection(
     if verbose:
         for facts in inspection.facts:
             console.print(_categories(facts))
+    _print_foreign(console, inspection, verbose)
     if len(inspection.facts) > 1:
         _print_near(console, inspection, config, verbose)
         _print_homonyms(console, inspection, verbose)
@@ -98,6 +101,21 @@ def _categories(facts: DatasetFacts) -> Table:
         side = "-" if name.side is None else f"{name.side:.0%}"
         table.add_row(escape(name.name), f"{name.count:,}", *(f"{name.boxes[split]:,}" for split in facts.images), side)
     return table
+
+
+def _print_foreign(console: Console, inspection: Inspection, verbose: bool) -> None:
+    """The names that the bundled language model does not read, and what can be done about them."""
+    if not inspection.foreign:
+        return
+    _heading(console, f"Names that seem not to be English, which {BUNDLED} does not read:")
+    for one in inspection.foreign:
+        _line(console, f"    {one.dataset}: {_some(one.names, verbose)}")
+    first = inspection.foreign[0]
+    _line(console, "Names that are not understood are not found near others, and help a detector less. Either say what")
+    _line(console, f"they mean in a datasets file (--write makes one), such as, below {first.dataset}:")
+    _line(console, f"    {prompts_line(first.names[:2])}")
+    _line(console, "or take a language model that reads them, from the hub, here and in metr train:")
+    _line(console, f"    --set text.source={MULTILINGUAL}")
 
 
 def _print_near(console: Console, inspection: Inspection, config: InspectionConfig, verbose: bool) -> None:

@@ -35,14 +35,13 @@ class NameFacts:
     """One category of a dataset.
 
     `boxes` counts each split, without ignored boxes. The rest is measured in the inspected images: `side` as in
-    `BoxSizes`, `aspect` the median of width / height (both None without boxes), and `annotated`, the fraction of the
-    images in which the category is annotated exhaustively.
+    `BoxSizes` (None without boxes), and `annotated`, the fraction of the images in which the category is annotated
+    exhaustively.
     """
 
     name: str
     boxes: Mapping[str, int]
     side: float | None
-    aspect: float | None
     annotated: float
 
     @property
@@ -82,7 +81,6 @@ class _Measured:
     images: Int[np.ndarray, "m"]
     labels: Int[np.ndarray, "m"]
     sides: Float[np.ndarray, "m"]
-    aspects: Float[np.ndarray, "m"]
     areas: Float[np.ndarray, "m"]
     annotated: Float[np.ndarray, "c"]
     looked_at: int
@@ -92,15 +90,12 @@ def facts_of(source: DatasetSource, most: int) -> DatasetFacts:
     """Counts a dataset, and measures the boxes of at most so many of its images."""
     counts = {split: annotations.counts() for split, annotations in source.splits.items()}
     measured = _measured(source, most)
-    sides, aspects = (
-        _medians(values, measured, len(source.categories)) for values in (measured.sides, measured.aspects)
-    )
+    sides = _medians(measured.sides, measured, len(source.categories))
     names = {
         name: NameFacts(
             name=name,
             boxes={split: int(count.boxes[label]) for split, count in counts.items()},
             side=sides[label],
-            aspect=aspects[label],
             annotated=float(measured.annotated[label]),
         )
         for label, name in enumerate(source.categories)
@@ -128,6 +123,16 @@ def strays_of(facts: DatasetFacts) -> list[DataIssue]:
             detail = f"{name.count} x {name.name!r}, but {count:,} x {', '.join(others)}: labelled by mistake?"
             found.append(DataIssue(kind="stray name", where="categories", detail=detail))
     return found
+
+
+def without_boxes(facts: DatasetFacts) -> list[DataIssue]:
+    """Categories of which no split has a box, so that they can be neither learned nor measured."""
+    todo = "label it, take it out of the annotation files, or use `renames` in a datasets file if it is another name"
+    return [
+        DataIssue(kind="category without a box", where="categories", detail=f"{name.name!r}: {todo}")
+        for name in facts.names.values()
+        if not name.count
+    ]
 
 
 def spread(source: DatasetSource, most: int) -> Iterator[tuple[str, ImageRecord]]:
@@ -163,13 +168,12 @@ def _measured(source: DatasetSource, most: int) -> _Measured:
         width, height = (record.boxes[keep, 2:] - record.boxes[keep, :2]).astype(np.float64).T
         side = np.sqrt(width * height / (record.width * record.height))
         images = np.full(len(side), number)
-        columns.append((images, record.labels[keep], side, width / height, record.areas[keep].astype(np.float64)))
-    images, labels, sides, aspects, areas = (np.concatenate(column) for column in zip(*columns, strict=True))
+        columns.append((images, record.labels[keep], side, record.areas[keep].astype(np.float64)))
+    images, labels, sides, areas = (np.concatenate(column) for column in zip(*columns, strict=True))
     return _Measured(
         images=images,
         labels=labels,
         sides=sides,
-        aspects=aspects,
         areas=areas,
         annotated=annotated / looked_at,
         looked_at=looked_at,

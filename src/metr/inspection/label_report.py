@@ -21,7 +21,8 @@ from metr.inspection.duplicates import (
     overlaps,
     places_of,
 )
-from metr.inspection.facts import DatasetFacts, facts_of, strays_of
+from metr.inspection.facts import DatasetFacts, facts_of, strays_of, without_boxes
+from metr.inspection.languages import ForeignNames, foreign_names
 from metr.inspection.similar_names import (
     EmbeddingSimilarity,
     SimilarNames,
@@ -31,6 +32,7 @@ from metr.inspection.similar_names import (
     owners_of,
     similar_names,
 )
+from metr.text.language_model import BUNDLED
 
 if TYPE_CHECKING:
     from metr.model import METR
@@ -53,7 +55,8 @@ class Issues:
 class Inspection:
     """The result of an inspection: `facts` and `issues` for each dataset, the rest across datasets.
 
-    `owners` are the datasets that annotate each name. `text` is the language model that compared names; `text_issue`
+    `owners` are the datasets that annotate each name. `foreign` are names without a prompt that the bundled language
+    model does not read; there are none with another model. `text` is the language model that compared names; `text_issue`
     says why names could not be compared by meaning.
     """
 
@@ -63,6 +66,7 @@ class Inspection:
     owners: Mapping[str, tuple[str, ...]]
     similar: tuple[SimilarNames, ...]
     homonyms: tuple[Homonym, ...]
+    foreign: tuple[ForeignNames, ...]
     coverage: Coverage
     suggestions: tuple[Suggestion, ...]
     text: str
@@ -119,7 +123,7 @@ def inspect_datasets(
         facts.append(facts_of(source, config.annotations))
     logs = [IssueLog() for _ in sources]
     for log, one in zip(logs, facts, strict=True):
-        for issue in strays_of(one):
+        for issue in (*without_boxes(one), *strays_of(one)):
             log.add(issue.kind, issue.where, issue.detail)
     issues, common = _files(sources, logs, config, every_image, progress)
     owners = owners_of(sources)
@@ -131,6 +135,7 @@ def inspect_datasets(
         *similar_names(owners, embeddings, config.similar),
         *(similar_by_detector(detector_hints, owners) if detector_hints else ()),
     ]
+    foreign = _foreign(sources, config)
     unambiguous = in_order([pair for pair in near if not any(homonym.between(*pair.names) for homonym in homonyms)])
     return Inspection(
         facts=tuple(facts),
@@ -139,8 +144,9 @@ def inspect_datasets(
         owners=owners,
         similar=unambiguous,
         homonyms=homonyms,
-        coverage=coverage_of(facts, homonyms, embeddings, detector_hints, config.related),
-        suggestions=suggestions_of(facts, unambiguous, homonyms),
+        foreign=foreign,
+        coverage=coverage_of(facts, unambiguous, homonyms, detector_hints),
+        suggestions=suggestions_of(facts, unambiguous, homonyms, foreign),
         text=config.text.source,
         text_issue=text_issue,
         detector_hints=detector_hints,
@@ -149,6 +155,14 @@ def inspect_datasets(
 
 def _silent(_: str) -> None:
     """Ignores reports of progress."""
+
+
+def _foreign(sources: Sequence[DatasetSource], config: InspectionConfig) -> tuple[ForeignNames, ...]:
+    """The names without a prompt that the bundled language model does not read."""
+    if config.text.source != BUNDLED:
+        return ()
+    named = ((one.name, [name for name in one.categories if name not in one.config.prompts]) for one in sources)
+    return tuple(found for name, names in named if (found := foreign_names(name, names)))
 
 
 def _embeddings(

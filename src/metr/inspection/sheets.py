@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int
 
 from metr.data.datasets_file import DatasetSource
 from metr.data.images import read_annotated
