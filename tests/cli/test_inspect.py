@@ -280,4 +280,13 @@ def test_the_real_datasets(shared: Path, meant: bool) -> None:
     assert (
         "table (doc_tables) / dining table (coco_mini): no other name to judge by in doc_tables" in result.output
     ) == meant
-    assert "No other names are near in spelling" in result.output
+    assert re.search(r"No (other )?names are near in spelling", result.output)
+
+
+def test_names_that_are_doubted_for_one_reason_share_a_line(tmp_path: Path) -> None:
+    one = write_csv(
+        tmp_path / "one", *[f"a.jpg,1,2,10,20,{name}" for name in ("a", "b", "7", "x axis", "y axis", "dot")]
+    )
+    two = write_csv(tmp_path / "two", *[f"a.jpg,1,2,10,20,{name}" for name in ("A", "B", "7", "hand", "arm", "sleeve")])
+    output = run(one, two).output
+    assert "    3 names of one / two (7, a / A, b / B): a letter or number alone does not say what it is\n" in output

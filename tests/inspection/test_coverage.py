@@ -65,6 +65,11 @@ def test_what_is_annotated_under_another_name_is_not_missing() -> None:
     owners = (("photos",), ("animals",))
     near = SimilarNames(names=("person", "pedestrian"), owners=owners, kind="embedding", why="near in meaning")
     assert hints(coverage_of([photos, animals], [near], (), None)) == {}
+    # other signs than stop signs may well stand unlabelled
+    road = dataset_facts("road", ["car", "stop sign"], [["car"]])
+    hall = dataset_facts("hall", ["car", "sign"], [["car", "sign"]] * 6)
+    kind = SimilarNames(names=("stop sign", "sign"), owners=(("road",), ("hall",)), kind="embedding", why="near")
+    assert hints(coverage_of([road, hall], [kind], (), None)) == {("road", "sign"): ["beside"]}
 
 
 # A detector -----------------------------------------------------------------------------------------------------------

@@ -213,7 +213,7 @@ def _listed_dataset(item: Mapping[str, Any] | str, file: Path, number: int) -> D
 
 def _lines_of(file: Path, number: int) -> dict[str, tuple[int, bool]]:
     """The line of each key of a listed dataset, from 1, and whether nothing is written behind the key."""
-    root = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    root: Any = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
     listed = next(value for key, value in reversed(root.value) if key.value == "datasets")
     return {
         key.value: (key.start_mark.line + 1, isinstance(value, yaml.ScalarNode) and not value.value and not value.style)

@@ -14,6 +14,7 @@ from metr.inspection.similar_names import (
     SimilarNames,
     by_head,
     ending_in,
+    has_head,
     squeezed,
     symbol_of,
 )
@@ -219,7 +220,9 @@ def coverage_of(
         for one in facts
         for name, category in one.names.items()
     }
-    same = {pair.names for pair in near} | {pair.names[::-1] for pair in near}
+    # who annotates stop signs may well leave out other signs
+    equal = [pair.names for pair in near if not (has_head(*pair.names) or has_head(*pair.names[::-1]))]
+    same = {*equal, *(names[::-1] for names in equal)}
     known = {(one.name, other) for one in facts for name, other in same if name in one.names}
     hints: dict[tuple[str, str], dict[str, Hint]] = {}
     found = _seen(detector_hints) if detector_hints is not None else _from_names(facts, homonyms)

@@ -37,6 +37,9 @@ from metr.text.language_model import BUNDLED
 if TYPE_CHECKING:
     from metr.model import METR
 
+# Pairs of images with equal file names that are looked at in each dataset, unless all are asked for.
+_NAMED_ALIKE = 500
+
 
 @dataclass(frozen=True, kw_only=True)
 class Issues:
@@ -56,8 +59,8 @@ class Inspection:
     """The result of an inspection: `facts` and `issues` for each dataset, the rest across datasets.
 
     `owners` are the datasets that annotate each name. `foreign` are names without a prompt that the bundled language
-    model does not read; there are none with another model. `text` is the language model that compared names; `text_issue`
-    says why names could not be compared by meaning.
+    model does not read; there are none with another model. `text` is the language model that compared names, and
+    `text_issue` says why names could not be compared by meaning.
     """
 
     facts: tuple[DatasetFacts, ...]
@@ -186,7 +189,7 @@ def _files(
 ) -> tuple[dict[str, Issues], tuple[Overlap, ...]]:
     """The issues of each dataset, image files included, and the images that datasets have in common.
 
-    Image contents are compared only for datasets whose images were all opened; file names always.
+    Bytes are compared only for datasets whose images were all opened; images with equal file names always.
     """
     places = [places_of(source) for source in sources]
     opened = []
@@ -198,7 +201,7 @@ def _files(
     equal = equal_images(place for mine in compared for place in mine)
     issues = {}
     for source, mine, log, count in zip(sources, places, logs, opened, strict=True):
-        note_duplicates(mine, equal, log)
+        note_duplicates(mine, equal, log, None if every_image else _NAMED_ALIKE)
         counts = dict(source.issue_counts)
         for kind, number in log.counts.items():
             counts[kind] = counts.get(kind, 0) + number
