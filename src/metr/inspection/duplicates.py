@@ -174,10 +174,10 @@ def _thumbnail(path: Path) -> Float[np.ndarray, "s s"]:
         DataError: the image cannot be read.
     """
     grey = Image.fromarray(read_image(path)).convert("L").resize((_THUMBNAIL, _THUMBNAIL), Image.Resampling.BOX)
-    pixels = np.asarray(grey, dtype=np.float64)
-    pixels = pixels - pixels.mean()
-    norm = float(np.linalg.norm(pixels))
-    return pixels / norm if norm else pixels
+    pixels = np.array(grey, dtype=np.float64)
+    pixels -= pixels.mean()
+    pixels /= max(float(np.linalg.norm(pixels)), 1e-6)
+    return pixels
 
 
 def _size(path: Path) -> int:
