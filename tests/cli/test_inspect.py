@@ -228,6 +228,7 @@ def test_exports_can_be_read(tmp_path: Path, name: str) -> None:
         (["--model", "no-run"], "no-run"),
         (["--set", "image=3"], "did you mean 'images'"),
         (["--set", "similar=3"], "similar"),
+        (["--set", "related=0.6"], "'related' was removed; 'similar' is"),
     ],
 )
 def test_mistakes_end_in_one_message(
