@@ -7,13 +7,14 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 # how many seeds `make processors` tries under each instruction set
 SEEDS ?= 5
 
-.PHONY: help demo test quick check processors docs format clean
+.PHONY: help demo test quick check wheel processors docs format clean
 
 help:
 	@echo "make demo    build the environment, train on three made datasets, show the result (five minutes, and a few for the environment)"
 	@echo "make test    build the environment, run every test"
 	@echo "make quick   the tests that take seconds"
 	@echo "make check   formatting, lints, types, layers of imports, every test"
+	@echo "make wheel   build the wheel into dist/"
 	@echo "make docs    build the documentation into site/; a broken link fails"
 	@echo "make processors  the tests that train, as other processors would run them (SEEDS=5 of each)"
 	@echo "make format  let ruff rewrite what it can"
@@ -42,6 +43,10 @@ check: .venv/.ready
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(MAKE) --no-print-directory test
+
+# without isolation: the build backend is the pinned one, and nothing is fetched
+wheel: .venv/.ready
+	$(BIN)/python -m build --wheel --no-isolation --outdir dist
 
 docs: .venv/.ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

@@ -27,7 +27,10 @@ _RENAMED = {
 """Keys that had another name once, and their names now."""
 _RENAMED_VALUES = {"assume_absent": "negative", "teacher": "pseudo_label"}
 """Values of `unannotated` that had another name once, and their names now."""
-_REMOVED = {"hardness": ("mixture", "proportional, sqrt, equal, or a weight for each dataset")}
+_REMOVED = {
+    "hardness": ("mixture", "proportional, sqrt, equal, or a weight for each dataset"),
+    "related": ("similar", "the similarity from which names are reported"),
+}
 """What there once was, as a key or as the value of a key: the key that is left, and what it may be."""
 # what YAML 1.1 takes for a word for want of a dot or a sign: 1e-4, 2E5
 _POWER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")

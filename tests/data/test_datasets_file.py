@@ -97,7 +97,33 @@ def test_faulty_listings(tmp_path: Path, text: str, message: str) -> None:
     listing = write_text(tmp_path / "all.yaml", text)
     with pytest.raises(ConfigError, match=message) as caught:
         parse_data_arguments([str(listing)])
-    assert caught.value.where == listing
+    assert str(caught.value.where).removesuffix(", line 1") == str(listing)
+
+
+@pytest.mark.parametrize(
+    ("entry", "line", "told"),
+    [
+        ("    renames:", 6, "dataset 'cells': 'renames' has no value"),
+        ("    weight: 2\n    prompts:\n    splits: {}", 7, "dataset 'cells': 'prompts' has no value"),
+        ("    weight: 2\n    rename: {a: b}", 7, "dataset 'cells': unknown key 'rename'"),
+        ("    weight: -2", 6, "dataset 'cells': 'weight'"),
+        ("    renames: [a, b]", 6, "dataset 'cells': 'renames'"),
+        ("    splits:\n      {holdout: a}", 6, "dataset 'cells': 'splits.holdout"),
+    ],
+)
+def test_faults_name_dataset_and_line(tmp_path: Path, entry: str, line: int, told: str) -> None:
+    text = f"# mine\ndatasets:\n  - ../fish\n  - name: cells\n    path: ../cells\n{entry}\n  - ../cards\n"
+    listing = tmp_path / "all.yaml"
+    listing.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        parse_data_arguments([str(listing)])
+    assert f"{listing}, line {line}: {told}" in str(caught.value)
+
+
+def test_null_is_a_value(tmp_path: Path) -> None:
+    listing = write_text(tmp_path / "all.yaml", "datasets: [{path: a, exhaustive: null, format: null}]")
+    (spec,) = parse_data_arguments([str(listing)])
+    assert (spec.exhaustive, spec.format) == (None, None)
 
 
 def test_a_missing_listing(tmp_path: Path) -> None:

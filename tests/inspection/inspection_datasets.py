@@ -17,14 +17,11 @@ from metr.text.similar_names import EmbeddingSimilarity
 SPELLING = InspectionConfig(text=TextEncoderConfig(source="bundled:none"))
 
 
-def name_facts(
-    name: str, boxes: int = 10, *, side: float = 0.2, aspect: float = 1.0, annotated: float = 1
-) -> NameFacts:
+def name_facts(name: str, boxes: int = 10, *, side: float = 0.2, annotated: float = 1) -> NameFacts:
     return NameFacts(
         name=name,
         boxes={"train": boxes},
         side=float(side) if boxes else None,
-        aspect=float(aspect) if boxes else None,
         annotated=float(annotated),
     )
 

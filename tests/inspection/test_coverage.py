@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from inspection_datasets import dataset_facts, embeddings, name_facts
+from inspection_datasets import dataset_facts, name_facts
 
 from metr.data.records import ImageRecord
 from metr.inspection.coverage import Coverage, Homonym, coverage_of
@@ -18,6 +18,7 @@ from metr.inspection.detector_hints import (
     similar_by_detector,
 )
 from metr.inspection.facts import DatasetFacts
+from metr.inspection.similar_names import SimilarNames
 from metr.structures import Detections
 
 
@@ -36,7 +37,7 @@ def hints(coverage: Coverage) -> dict[tuple[str, str], list[str]]:
 
 
 def test_annotated_and_absent() -> None:
-    coverage = coverage_of(photos_and_animals(), (), None, None, 0.59)
+    coverage = coverage_of(photos_and_animals(), (), (), None)
     assert (coverage.cell("photos", "bear").boxes, coverage.cell("photos", "bear").partly) == (10, False)
     assert (coverage.cell("animals", "bear").boxes, coverage.cell("animals", "bear").partly) == (7, True)
     assert coverage.cell("photos", "deer") == coverage.cell("nowhere", "nothing")
@@ -45,7 +46,7 @@ def test_annotated_and_absent() -> None:
 
 def test_what_stands_beside_common_names() -> None:
     """A person is in 3 of 6 images with bears, a cup in one only: no hint."""
-    coverage = coverage_of(photos_and_animals(), (), None, None, 0.59)
+    coverage = coverage_of(photos_and_animals(), (), (), None)
     assert hints(coverage) == {("animals", "person"): ["beside"]}
     (hint,) = coverage.cell("animals", "person").hints
     assert hint.strength == pytest.approx(0.5)
@@ -54,23 +55,21 @@ def test_what_stands_beside_common_names() -> None:
 
 def test_a_doubted_name_is_no_bridge() -> None:
     homonym = Homonym(name="bear", dataset="animals", others=("bear",), other="photos", reasons=("so",))
-    assert hints(coverage_of(photos_and_animals(), [homonym], None, None, 0.59)) == {}
+    assert hints(coverage_of(photos_and_animals(), (), [homonym], None)) == {}
 
 
-def test_names_that_are_akin() -> None:
-    sea = dataset_facts("sea", ["penguin", "fish"])
-    photos = dataset_facts("photos", ["bird", "boat"])
-    made = embeddings({"penguin": (1, 0), "bird": (0.8, 0.6), "fish": (-1, 0.2), "boat": (-0.1, -1)})
-    assert hints(coverage_of([sea, photos], (), made, None, 0.7)) == {
-        ("sea", "bird"): ["related"],
-        ("photos", "penguin"): ["related"],
-    }
-    assert hints(coverage_of([sea, photos], (), made, None, 0.9)) == {}
-    # photos that tell birds and penguins apart would have called a penguin so
-    both = dataset_facts("photos", ["bird", "boat", "penguin"])
-    assert hints(coverage_of([sea, both], (), made, None, 0.7)) == {}
-    homonym = Homonym(name="bird", dataset="photos", others=("penguin",), other="sea", reasons=("so",))
-    assert hints(coverage_of([sea, photos], [homonym], made, None, 0.7)) == {}
+def test_what_is_annotated_under_another_name_is_not_missing() -> None:
+    photos, animals = photos_and_animals()
+    animals = dataset_facts("animals", [*animals.names.values(), "pedestrian"], [["bear"]])
+    assert hints(coverage_of([photos, animals], (), (), None)) == {("animals", "person"): ["beside"]}
+    owners = (("photos",), ("animals",))
+    near = SimilarNames(names=("person", "pedestrian"), owners=owners, kind="embedding", why="near in meaning")
+    assert hints(coverage_of([photos, animals], [near], (), None)) == {}
+    # other signs than stop signs may well stand unlabelled
+    road = dataset_facts("road", ["car", "stop sign"], [["car"]])
+    hall = dataset_facts("hall", ["car", "sign"], [["car", "sign"]] * 6)
+    kind = SimilarNames(names=("stop sign", "sign"), owners=(("road",), ("hall",)), kind="embedding", why="near")
+    assert hints(coverage_of([road, hall], [kind], (), None)) == {("road", "sign"): ["beside"]}
 
 
 # A detector -----------------------------------------------------------------------------------------------------------
@@ -133,6 +132,20 @@ def test_boxes_called_by_a_foreign_name() -> None:
     assert confidence_floors([collector]) == {"deer": pytest.approx(0.7)}  # one bear is too few
 
 
+def test_images_that_are_strange_to_the_detector() -> None:
+    """Whoever does not find a dataset's own objects says nothing about others in its images."""
+    collector = HintCollector("animals", ("bear", "deer"))
+    for number in range(40):
+        collector.add(record(f"{number}.png", [LEFT], [0]), detections(("person", 0.9, RIGHT)))
+    assert not collector.knows_dataset
+    for number in range(3):
+        collector.add(record(f"more {number}.png", [LEFT], [0]), detections(("bear", 0.9, LEFT)))
+    assert not collector.knows_dataset  # 3 of 43
+    for number in range(3):
+        collector.add(record(f"most {number}.png", [LEFT], [0]), detections(("bear", 0.9, LEFT)))
+    assert collector.knows_dataset  # 6 of 46
+
+
 def test_sightings_are_the_evidence() -> None:
     detector_hints = DetectorHints(
         model="runs/joint",
@@ -144,12 +157,14 @@ def test_sightings_are_the_evidence() -> None:
         called=(RenamedHint(dataset="animals", name="deer", called="person", boxes=5, of=8),),
         images={"animals": 30, "photos": 30},
         unreliable=("cup",),
+        unknown=("cells", "pages"),
     )
-    coverage = coverage_of(photos_and_animals(), (), None, detector_hints, 0.59)
+    coverage = coverage_of(photos_and_animals(), (), (), detector_hints)
     assert hints(coverage) == {("animals", "person"): ["seen"]}  # once may be an error, and so may 4 %
     assert coverage.cell("animals", "person").hints[0].why == "seen in 3 of 30 images, such as train/1.png"
     assert "seen by runs/joint" in coverage.evidence
     assert "1 name" in coverage.evidence
+    assert "no hints about cells, pages, whose own boxes it hardly finds" in coverage.evidence
     (near,) = similar_by_detector(detector_hints, {"person": ("photos",), "deer": ("animals",)})
     assert (near.names, near.kind) == (("deer", "person"), "detector")
     assert near.why == "5 of 8 boxes are seen as person"

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 from inspection_datasets import SPELLING, dataset_facts, name_facts, save_noise, write_csv
+from PIL import Image
 
 from metr.data.datasets_file import DatasetConfig, DatasetSource, open_dataset
 from metr.inspection.duplicates import equal_images, equal_names, overlaps, places_of
-from metr.inspection.facts import facts_of, spread, strays_of
+from metr.inspection.facts import facts_of, spread, strays_of, without_boxes
 from metr.inspection.label_report import inspect_datasets
 
 
@@ -26,8 +27,7 @@ def test_counts_and_sizes(tmp_path: Path) -> None:
     cat, dog = facts.names["cat"], facts.names["dog"]
     assert cat.boxes == {"train": 3, "val": 0}
     assert cat.side == pytest.approx(0.25)  # 0.1, 0.25 and 0.5
-    assert cat.aspect == pytest.approx(1)  # 1, 1 and 1/3
-    assert dog.aspect == pytest.approx(1.5)
+    assert dog.side == pytest.approx((0.5 + 5000**0.5 / 200) / 2)
     assert facts.sizes is not None
     assert facts.sizes.side == pytest.approx(5000**0.5 / 200)
     # 400 and 300 | 2,500 and 5,000 | 10,000 square pixels
@@ -55,6 +55,12 @@ def test_few_images_are_spread_evenly(tmp_path: Path) -> None:
     picked = [(split, record.path.stem) for split, record in spread(source, 4)]
     assert picked == [("train", "00"), ("train", "03"), ("train", "06"), ("val", "91")]
     assert len(list(spread(source, 10))) == 10
+
+
+def test_categories_without_a_box() -> None:
+    (issue,) = without_boxes(dataset_facts("pets", ["cat", name_facts("unicorn", 0), name_facts("dog", 1)]))
+    assert (issue.kind, issue.where) == ("category without a box", "categories")
+    assert issue.detail.startswith("'unicorn': label it, take it out of the annotation files, or use `renames`")
 
 
 def test_strays() -> None:
@@ -99,8 +105,13 @@ def test_names_that_repeat(tmp_path: Path) -> None:
 
 
 def test_duplicates_and_broken_images_are_issues(tmp_path: Path) -> None:
-    train = [f"{name}.png,0,0,5,5,cat" for name in ("a", "b", "c")]
-    root = write_csv(tmp_path / "pets", {"train": train, "val": ["d.png,0,0,5,5,cat", "deep/b.png,0,0,5,5,cat"]})
+    train = [f"{name}.png,0,0,5,5,cat" for name in ("a", "b", "c", "other")]
+    val = [f"{name}.png,0,0,5,5,cat" for name in ("d", "deep/b", "deep/other")]
+    root = write_csv(tmp_path / "pets", {"train": train, "val": val})
+    with Image.open(root / "images/b.png") as noise:
+        image = noise.resize((8, 6)).resize((160, 120), Image.Resampling.BICUBIC)
+    image.save(root / "images/b.png")  # turned and saved anew; two images called `other` differ
+    image.transpose(Image.Transpose.ROTATE_90).save(root / "images/deep/b.png")
     shutil.copy(root / "images/a.png", root / "images/d.png")
     source = opened(root)
     (root / "images/c.png").write_bytes(b"")
@@ -108,13 +119,13 @@ def test_duplicates_and_broken_images_are_issues(tmp_path: Path) -> None:
     assert found.counts == {
         "unreadable image": 1,
         "same image in two splits": 1,
-        "same file name in two splits": 1,
+        "same image in two splits, saved anew": 1,
     }
     detail = {issue.kind: (issue.where, issue.detail) for issue in found.first}
     assert detail["same image in two splits"] == ("images/a.png", "is in train; val has it as images/d.png")
-    assert detail["same file name in two splits"][0] == "images/b.png"
-    assert "images/deep/b.png" in detail["same file name in two splits"][1]
-    assert (found.opened, found.images) == (5, 5)
+    where, why = detail["same image in two splits, saved anew"]
+    assert (where, why) == ("images/b.png", "is in train; val has it as images/deep/b.png, saved anew")
+    assert (found.opened, found.images) == (7, 7)
 
 
 def test_large_datasets_are_opened_in_part_unless_all_is_wanted(tmp_path: Path) -> None:

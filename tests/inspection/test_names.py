@@ -8,7 +8,7 @@ from inspection_datasets import dataset_facts, embeddings, name_facts
 from metr.inspection import InspectionConfig
 from metr.inspection.coverage import homonyms_of
 from metr.inspection.similar_names import similar_names
-from metr.text.similar_names import embed_names
+from metr.text.similar_names import embed_names, symbol_of
 from metr.text.vocabulary import Vocabulary
 
 FAR = InspectionConfig().unrelated
@@ -107,16 +107,35 @@ def test_a_dataset_of_one_name_cannot_be_judged() -> None:
     assert homonym.reasons == ("no other name to judge by in pages",)
 
 
-def test_boxes_that_look_different() -> None:
-    def told(**other: float) -> tuple[str, ...]:
-        one = dataset_facts("a", [name_facts("mouse", side=0.4, aspect=1), "x", "y"])
-        two = dataset_facts("b", [name_facts("mouse", **other), "x", "z"])
-        return tuple(reason for homonym in homonyms_of([one, two], None, 0.38) for reason in homonym.reasons)
+def test_sizes_are_no_reason_since_things_may_be_near_or_far() -> None:
+    one = dataset_facts("a", [name_facts("mouse", side=0.9), "x ray", "y axis"])
+    two = dataset_facts("b", [name_facts("mouse", side=0.1), "x ray", "z axis"])
+    assert homonyms_of([one, two], None, 0.38) == ()
 
-    assert told(side=0.3, aspect=1.2) == ()
-    assert told(side=0.1, aspect=1) == ("boxes 16 times larger in a",)
-    assert told(side=0.4, aspect=3) == ("boxes 3.0 times wider for their height in b",)
-    assert told(side=0.1, aspect=1, boxes=4) == ()  # too few to tell
+
+def test_a_letter_or_number_does_not_say_what_it_is() -> None:
+    """Handwritten letters and hand signs; but datasets with the same digits are of one field."""
+    written = dataset_facts("written", ["a", "b", "nine", "plus", "minus"])
+    signs, cards = dataset_facts("signs", ["A", "B", "C"]), dataset_facts("cards", ["nine", "jack", "ace"])
+    found = {(one.name, one.others, one.other): one.reasons for one in homonyms_of([written, signs, cards], None, 0.38)}
+    assert found == dict.fromkeys(
+        [("a", ("A",), "signs"), ("b", ("B",), "signs"), ("nine", ("nine",), "cards")],
+        ("a letter or number alone does not say what it is",),
+    )
+    digits = [dataset_facts(name, [str(digit) for digit in range(10)]) for name in "ab"]
+    assert homonyms_of(digits, None, 0.38) == ()
+
+
+def test_symbols() -> None:
+    names = ["a", "X", "7", "12", "seven", "+", "x-", "猫", "ten pin", "tv", "none"]
+    assert [symbol_of(name) for name in names] == ["a", "x", "7", "12", "7", "+", "x", None, None, None, None]
+
+
+def test_numbers_are_not_near_other_numbers() -> None:
+    owners = {"9": ["a"], "ten": ["b"], "jack": ["b"], "nine": ["c"], "c": ["a"], "C": ["b"]}
+    made = embeddings({"9": (1, 0), "ten": (1, 0.1), "jack": (0.9, 0.4), "nine": (1, 0.1), "c": (0, 1), "C": (0, 1)})
+    near = similar_names(owners, made, 0.7)
+    assert {pair.names for pair in near} == {("9", "nine"), ("c", "C")}
 
 
 def test_what_the_bundled_model_finds() -> None:

@@ -29,6 +29,9 @@ def test_words_of_a_name() -> None:
         ("person", "persson", "one letter"),
         ("licence plate", "license plate", "one letter"),
         ("cat", "car", None),
+        ("c", "C", None),  # perhaps two signs
+        ("x", "x-", None),
+        ("tv", "TV", "the same but"),
         ("horse", "house", None),
         ("weight", "height", None),  # slips rarely hit the first letter
         ("class 1", "class 2", None),

@@ -1,7 +1,6 @@
 """`metr inspect`: what is in these datasets, and the label assistant."""
 
 import logging
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,10 +11,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from metr.cli.verbs import Data
-from metr.errors import ConfigError, did_you_mean
+from metr.errors import ConfigError, DataError, MetrError, did_you_mean
 
 if TYPE_CHECKING:  # what the verb needs is imported when it runs, so that help comes at once
     from metr.data.datasets_file import DatasetSource
+    from metr.inspection.facts import DatasetFacts
     from metr.model import METR
 
 __all__ = ["inspect"]
@@ -41,6 +41,10 @@ Export = Annotated[
     tuple[str, Path] | None,
     typer.Option(help="Write each dataset as coco or yolo, into a folder of its own in OUT.", metavar="FORMAT OUT"),
 ]
+Draw = Annotated[
+    Path | None,
+    typer.Option(help="Draw some images of each dataset with their labels, as NAME.jpg in OUT.", metavar="OUT"),
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option(
@@ -51,20 +55,26 @@ Settings = Annotated[
 
 def inspect(
     data: Data,
+    *,
     verbose: Verbose = False,
     check: Check = False,
     model: Model = None,
     write: Write = None,
     force: Force = False,
     export: Export = None,
+    draw: Draw = None,
     set_: Settings = None,
 ) -> None:
-    """Show what is in datasets: issues, labels that agree or clash, objects that perhaps stand unlabelled."""
+    """Show what is in datasets: issues, labels that agree or clash, objects that perhaps stand unlabelled.
+
+    A dataset that cannot be read is reported below the others; the exit code is then 1.
+    """
     from metr.cli.inspect_tables import print_inspection
     from metr.config import parse_overrides
     from metr.inspection import InspectionConfig
     from metr.inspection.datasets_file import check_target, write_datasets_file
     from metr.inspection.label_report import inspect_datasets
+    from metr.inspection.sheets import check_folder
 
     config = InspectionConfig.checked(parse_overrides(set_ or []), where="--set")
     if write is not None:
@@ -75,7 +85,9 @@ def inspect(
     if not console.is_terminal:
         console.width = max(console.width, _PIPED_WIDTH)
     detector = None if model is None else _loaded(model, config.device)
-    sources = _opened(data, console)
+    sources, failures = _opened(data, console)
+    if draw is not None:
+        check_folder(draw, sources)
     with console.status("looking") as status:
         inspection = inspect_datasets(
             sources,
@@ -92,17 +104,44 @@ def inspect(
         console.print(told, markup=False, highlight=False, soft_wrap=True)
     if export is not None:
         _export(sources, *export, console)
+    if draw is not None:
+        _draw(sources, inspection.facts, draw, console)
+    if failures:
+        raise _unread(failures, sources)
 
 
-def _opened(data: Sequence[str], console: Console) -> "list[DatasetSource]":
+def _opened(data: Sequence[str], console: Console) -> "tuple[list[DatasetSource], list[MetrError]]":
+    """The datasets that can be read, and why the others cannot.
+
+    Raises:
+        MetrError: none can be read.
+    """
     from metr.data.datasets_file import open_dataset, parse_data_arguments
 
-    sources = []
+    sources: list[DatasetSource] = []
+    failures: list[MetrError] = []
     with _without_hints_to_this_verb():
         for spec in parse_data_arguments(data):
             with console.status(f"reading {escape(spec.name)}"):
-                sources.append(open_dataset(spec))
-    return sources
+                try:
+                    sources.append(open_dataset(spec))
+                except MetrError as error:
+                    failures.append(error)
+    if not sources:
+        raise _unread(failures, sources)
+    return sources, failures
+
+
+def _unread(failures: Sequence[MetrError], sources: "Sequence[DatasetSource]") -> MetrError:
+    """One error for all datasets that cannot be read; that of the only one as it is."""
+    if not sources and len(failures) == 1:
+        return failures[0]
+    told = f"{len(failures)} of {len(failures) + len(sources)} datasets cannot be read"
+    told += " and are left out above" if sources else ""
+    if len(failures) == 1:
+        return DataError(f"{told}: {failures[0].where}: {failures[0].what}", hint=failures[0].hint)
+    lines = "".join(f"\n  {error.where}: {' '.join(error.what.split())}" for error in failures)
+    return DataError(f"{told}:{lines}", hint="inspect one of them alone, to read what may help")
 
 
 @contextmanager
@@ -131,11 +170,24 @@ def _check_format(name: str) -> None:
 def _export(sources: "Sequence[DatasetSource]", name: str, out: Path, console: Console) -> None:
     """Writes each dataset into its own folder."""
     from metr.data.export import write_coco, write_yolo
+    from metr.inspection.sheets import file_stem
 
     write = {"coco": write_coco, "yolo": write_yolo}[name]
     for source in sources:
-        folder = out / (re.sub(r"[\\/:]+", "_", source.name).lstrip(".") or "dataset")
+        folder = out / file_stem(source.name)
         with console.status(f"writing {escape(source.name)}"):
             report = write(source, folder)
         told = f"{source.name}: {report.images:,} images, {report.boxes:,} boxes as {name} in {folder}"
+        console.print(told, markup=False, highlight=False, soft_wrap=True)
+
+
+def _draw(sources: "Sequence[DatasetSource]", facts: "Sequence[DatasetFacts]", out: Path, console: Console) -> None:
+    """Writes a contact sheet of each dataset."""
+    from metr.inspection.sheets import draw_sheet
+
+    for source, one in zip(sources, facts, strict=True):
+        with console.status(f"drawing {escape(source.name)}"):
+            sheet = draw_sheet(source, one, out)
+        told = f"{source.name}: {sheet.images:,} of {sum(one.images.values()):,} images drawn in {sheet.path}"
+        told += f"; not shown: {', '.join(sheet.missing)}" if sheet.missing else ""
         console.print(told, markup=False, highlight=False, soft_wrap=True)

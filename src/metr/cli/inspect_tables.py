@@ -7,15 +7,19 @@ from rich.markup import escape
 from rich.table import Table
 
 from metr.inspection import InspectionConfig
-from metr.inspection.coverage import Cell, Coverage
+from metr.inspection.coverage import Cell, Coverage, Homonym
+from metr.inspection.datasets_file import prompts_line
 from metr.inspection.facts import BoxSizes, DatasetFacts
 from metr.inspection.label_report import Inspection
+from metr.inspection.languages import MULTILINGUAL
 from metr.inspection.similar_names import SimilarNames
 from metr.text.config import BUNDLED
 
 # How much of each list is shown without --verbose: issues of a kind, pairs of names, rows of the matrix, hints of a
 # dataset, names in a line.
 _ISSUES, _PAIRS, _ROWS, _HINTS, _NAMES = 3, 15, 20, 5, 12
+# So many names that are doubted for the same reasons share a line.
+_ALIKE = 3
 # Columns of a console in which there is room for sums.
 _WIDE = 100
 # The narrowest column of the matrix; where columns would be narrower, it is written as lines.
@@ -31,6 +35,7 @@ def print_inspection(
     if verbose:
         for facts in inspection.facts:
             console.print(_categories(facts))
+    _print_foreign(console, inspection, verbose)
     if len(inspection.facts) > 1:
         _print_near(console, inspection, config, verbose)
         _print_homonyms(console, inspection, verbose)
@@ -100,6 +105,21 @@ def _categories(facts: DatasetFacts) -> Table:
     return table
 
 
+def _print_foreign(console: Console, inspection: Inspection, verbose: bool) -> None:
+    """The names that the bundled language model does not read, and what can be done about them."""
+    if not inspection.foreign:
+        return
+    _heading(console, f"Names that seem not to be English, which {BUNDLED} does not read:")
+    for one in inspection.foreign:
+        _line(console, f"    {one.dataset}: {_some(one.names, verbose)}")
+    first = inspection.foreign[0]
+    _line(console, "Other names of these datasets may be foreign as well. A detector learns less from a name that the")
+    _line(console, "language model does not read. Either say in a datasets file what each means (--write makes one):")
+    _line(console, f"    {prompts_line(first.names[:2])}   # below {first.dataset}")
+    _line(console, "or take a language model of the hub that reads them, here and in metr train:")
+    _line(console, f"    --set text.source={MULTILINGUAL}")
+
+
 def _print_near(console: Console, inspection: Inspection, config: InspectionConfig, verbose: bool) -> None:
     """How many names there are, and which may mean the same."""
     shared = sum(len(datasets) > 1 for datasets in inspection.owners.values())
@@ -138,11 +158,21 @@ def _print_homonyms(console: Console, inspection: Inspection, verbose: bool) -> 
     if not inspection.homonyms:
         return
     _heading(console, "Equal names, or nearly so, that perhaps do not mean the same:")
-    lines = (
-        f"{one.name} ({one.dataset}) / {_some(one.others, verbose)} ({one.other}): {'; '.join(one.reasons)}"
-        for one in inspection.homonyms[: None if verbose else _PAIRS]
-    )
-    _listed(console, lines, len(inspection.homonyms))
+    alike: dict[tuple[str, str, tuple[str, ...]], list[Homonym]] = {}
+    for one in inspection.homonyms:
+        alike.setdefault((one.dataset, one.other, one.reasons), []).append(one)
+    lines = [line for group in alike.values() for line in _homonym_lines(group, verbose)]
+    _listed(console, lines if verbose else lines[:_PAIRS], len(lines))
+
+
+def _homonym_lines(group: Sequence[Homonym], verbose: bool) -> list[str]:
+    """Names of two datasets that are doubted for the same reasons: a line each, or one for many."""
+    first, reasons = group[0], "; ".join(group[0].reasons)
+    if len(group) < _ALIKE:
+        pairs = ((one, _some(one.others, verbose)) for one in group)
+        return [f"{one.name} ({one.dataset}) / {others} ({one.other}): {reasons}" for one, others in pairs]
+    names = [one.name if one.equal else f"{one.name} / {_some(one.others, verbose)}" for one in group]
+    return [f"{len(group)} names of {first.dataset} / {first.other} ({_some(names, verbose)}): {reasons}"]
 
 
 def _print_coverage(console: Console, coverage: Coverage, verbose: bool) -> None:

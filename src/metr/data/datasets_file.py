@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import yaml
 from pydantic import Field
 
 from metr.config import Config, read_yaml
@@ -30,6 +31,8 @@ FormatName = Literal[
 SplitName = Literal["train", "val", "test"]
 
 _SUFFIXES = frozenset({".yaml", ".yml"})
+# How the message of a configuration error begins that is about one key.
+_FAULTY_KEY = re.compile(r"(?:unknown key )?'([^'.]+)")
 
 
 class DatasetConfig(Config):
@@ -208,16 +211,42 @@ def _parse_argument(argument: str) -> list[DatasetConfig]:
         values = read_yaml(path)
         if "datasets" in values or "names" not in values:  # with names it is the description of a YOLO dataset
             datasets = DatasetsFile.checked(values, where=path).datasets
-            return [_listed_dataset(item, path) for item in datasets]
+            return [_listed_dataset(item, path, number) for number, item in enumerate(datasets)]
     return [_dataset_config({"path": argument}, Path(), argument)]
 
 
-def _listed_dataset(item: Mapping[str, Any] | str, file: Path) -> DatasetConfig:
-    """A dataset of a datasets file; its path is relative to the file."""
+def _listed_dataset(item: Mapping[str, Any] | str, file: Path, number: int) -> DatasetConfig:
+    """A dataset of a datasets file, the `number`-th from 0; its path is relative to the file.
+
+    Raises:
+        ConfigError: a key is unknown, has a wrong value or none; the message names the dataset and the line.
+    """
     if isinstance(item, str):
         name, equals, path = item.rpartition("=")
         item = {"name": name, "path": path} if equals else {"path": path}
-    return _dataset_config(item, file.parent, file)
+        return _dataset_config(item, file.parent, file)
+    lines = _lines_of(file, number)
+    called = f"dataset {item.get('name', item.get('path'))!r}: " if "path" in item or "name" in item else ""
+    for key, (line, empty) in lines.items():
+        if empty:
+            hint = "write its value behind it or below it, indented, or take the line out"
+            raise ConfigError(f"{called}{key!r} has no value", where=f"{file}, line {line}", hint=hint)
+    try:
+        return _dataset_config(item, file.parent, file)
+    except ConfigError as error:
+        faulty = _FAULTY_KEY.match(error.what)
+        line, _ = lines.get(faulty[1] if faulty else "", next(iter(lines.values()), (1, False)))
+        raise ConfigError(f"{called}{error.what}", where=f"{file}, line {line}", hint=error.hint) from None
+
+
+def _lines_of(file: Path, number: int) -> dict[str, tuple[int, bool]]:
+    """The line of each key of a listed dataset, from 1, and whether nothing is written behind the key."""
+    root: Any = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    listed = next(value for key, value in reversed(root.value) if key.value == "datasets")
+    return {
+        key.value: (key.start_mark.line + 1, isinstance(value, yaml.ScalarNode) and not value.value and not value.style)
+        for key, value in listed.value[number].value
+    }
 
 
 def _dataset_config(values: Mapping[str, Any], base: Path, where: object) -> DatasetConfig:

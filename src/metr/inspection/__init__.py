@@ -26,8 +26,6 @@ class InspectionConfig(Config):
     """The language model that compares names. The bundled one reads English only."""
     similar: Fraction = 0.7
     """Names of different datasets are reported as similar from this similarity on."""
-    related: Fraction = 0.59
-    """A name may be annotated in a dataset under another name from this similarity on."""
     unrelated: Fraction = 0.38
     """Two datasets belong to different domains if their other names are less similar than this."""
     images: Count = 30

@@ -9,12 +9,9 @@ import numpy as np
 
 from metr.inspection.detector_hints import DetectorHints
 from metr.inspection.facts import DatasetFacts
-from metr.text.similar_names import EmbeddingSimilarity, by_head, ending_in, squeezed
+from metr.inspection.similar_names import SimilarNames
+from metr.text.similar_names import EmbeddingSimilarity, by_head, ending_in, has_head, squeezed, symbol_of
 
-# Differences of box area, and of width / height, that are reported.
-_LARGER, _WIDER = 5.0, 1.75
-# Fewer boxes than these say nothing about a category.
-_FEWEST = 5
 # Fewer other names than these say nothing about what a dataset shows.
 _CONTEXT = 2
 # Datasets with this fraction of their other names in common belong to one domain.
@@ -47,11 +44,12 @@ def homonyms_of(
     """Finds equal names, and names that end in another (`king`, `white-king`), that perhaps mean different things.
 
     A pair is reported if the other names of the two datasets differ in meaning, if a dataset has no other names to
-    compare, or if the boxes differ much in size or shape.
+    compare, or if the name is a letter or a number, which says nothing by itself. The sizes of the boxes are no
+    reason: they tell how near the camera was.
 
     Args:
         facts: The datasets.
-        embeddings: Of all names; with None only sizes and shapes are compared.
+        embeddings: Of all names; None: names are not compared in meaning.
         far: The other names differ in meaning below this similarity.
     """
     homonyms: list[Homonym] = []
@@ -60,11 +58,11 @@ def homonyms_of(
         if not partners:
             continue
         field = None if embeddings is None else _Domains.of(one, two, embeddings)
+        by_context = _by_context(one, two, field, far)
         for name, others in partners.items():
-            reasons = [*_by_context(one, two, field, far), *_by_looks(name, one, others, two)]
+            reasons = (*by_context, *_by_symbol(name, one, two))
             if reasons and not _is_reported(homonyms, name, one.name, others, two.name):
-                homonym = Homonym(name=name, dataset=one.name, others=others, other=two.name, reasons=tuple(reasons))
-                homonyms.append(homonym)
+                homonyms.append(Homonym(name=name, dataset=one.name, others=others, other=two.name, reasons=reasons))
     return tuple(homonyms)
 
 
@@ -118,22 +116,13 @@ def _by_context(one: DatasetFacts, two: DatasetFacts, field: _Domains | None, fa
     return []
 
 
-def _by_looks(name: str, one: DatasetFacts, others: Sequence[str], two: DatasetFacts) -> list[str]:
-    mine, theirs = one.names[name], [two.names[other] for other in others]
-    theirs = [facts for facts in theirs if facts.count >= _FEWEST and facts.side and facts.aspect]
-    if mine.count < _FEWEST or not mine.side or not mine.aspect or not theirs:
+def _by_symbol(name: str, one: DatasetFacts, two: DatasetFacts) -> list[str]:
+    """A letter or number, unless the datasets have the same ones, as two datasets of handwritten digits do."""
+    if symbol_of(name) is None:
         return []
-    side, aspect = (float(np.median([getattr(facts, key) for facts in theirs])) for key in ("side", "aspect"))
-    reasons = []
-    area = (mine.side / side) ** 2
-    if max(area, 1 / area) >= _LARGER:
-        where = one.name if area > 1 else two.name
-        reasons.append(f"boxes {max(area, 1 / area):.0f} times larger in {where}")
-    shape = mine.aspect / aspect
-    if max(shape, 1 / shape) >= _WIDER:
-        where = one.name if shape > 1 else two.name
-        reasons.append(f"boxes {max(shape, 1 / shape):.1f} times wider for their height in {where}")
-    return reasons
+    others = min(len(one.names), len(two.names)) - 1
+    common = len(one.names.keys() & two.names.keys() - {name})
+    return [] if others and common / others >= _ONE_DOMAIN else ["a letter or number alone does not say what it is"]
 
 
 def _is_reported(homonyms: Iterable[Homonym], name: str, dataset: str, others: Sequence[str], other: str) -> bool:
@@ -152,13 +141,12 @@ _SEEN, _FEWEST_SEEN = 0.05, 2
 
 @dataclass(frozen=True, kw_only=True)
 class Hint:
-    """Why objects of a name may be unlabelled in a dataset; `strength` is a fraction of images or a similarity.
+    """Why objects of a name may be unlabelled in a dataset; `strength` is a fraction of images.
 
     "seen": a detector finds it there. "beside": in another dataset it occurs in images with names of this one.
-    "related": the dataset has a name of similar meaning.
     """
 
-    kind: Literal["seen", "beside", "related"]
+    kind: Literal["seen", "beside"]
     strength: float
     why: str
 
@@ -208,28 +196,30 @@ class Coverage:
 
 def coverage_of(
     facts: Sequence[DatasetFacts],
+    near: Sequence[SimilarNames],
     homonyms: Sequence[Homonym],
-    embeddings: EmbeddingSimilarity | None,
     detector_hints: DetectorHints | None,
-    related: float,
 ) -> Coverage:
-    """Fills the matrix. Hints come from a detector if one was run, else from co-occurrence and similar names.
+    """Fills the matrix. Hints come from a detector if one was run, else from names that occur together.
 
     Args:
         facts: The datasets.
+        near: Names that may mean the same. A name is not missing where the dataset annotates another that may mean it.
         homonyms: Pairs of names that give no hints about each other.
-        embeddings: Embeddings of all names, or None.
         detector_hints: What a detector found, or None.
-        related: A name may be annotated under another name from this similarity on.
     """
     cells = {
         (one.name, name): Cell(boxes=category.count, partly=category.annotated < 1)
         for one in facts
         for name, category in one.names.items()
     }
+    # who annotates stop signs may well leave out other signs
+    equal = [pair.names for pair in near if not (has_head(*pair.names) or has_head(*pair.names[::-1]))]
+    same = {*equal, *(names[::-1] for names in equal)}
+    known = {(one.name, other) for one in facts for name, other in same if name in one.names}
     hints: dict[tuple[str, str], dict[str, Hint]] = {}
-    found = _seen(detector_hints) if detector_hints is not None else _from_names(facts, homonyms, embeddings, related)
-    for dataset, name, hint in found:
+    found = _seen(detector_hints) if detector_hints is not None else _from_names(facts, homonyms)
+    for dataset, name, hint in (one for one in found if one[:2] not in known):
         mine = hints.setdefault((dataset, name), {})
         mine[hint.kind] = max(hint, mine.get(hint.kind, hint), key=lambda one: one.strength)
     cells |= {key: Cell(hints=tuple(told.values())) for key, told in hints.items() if key not in cells}
@@ -238,7 +228,7 @@ def coverage_of(
         datasets=tuple(one.name for one in facts),
         names=tuple(names),
         cells=cells,
-        evidence=_evidence(embeddings, detector_hints),
+        evidence=_evidence(detector_hints),
     )
 
 
@@ -253,16 +243,9 @@ def _seen(detector_hints: DetectorHints) -> _Hints:
             yield one.dataset, one.name, Hint(kind="seen", strength=share, why=why)
 
 
-def _from_names(
-    facts: Sequence[DatasetFacts], homonyms: Sequence[Homonym], embeddings: EmbeddingSimilarity | None, related: float
-) -> _Hints:
-    for here in facts:
-        for there in facts:
-            if here is there:
-                continue
-            yield from _beside(here, there, homonyms)
-            if embeddings is not None:
-                yield from _related(here, there, homonyms, embeddings, related)
+def _from_names(facts: Sequence[DatasetFacts], homonyms: Sequence[Homonym]) -> _Hints:
+    for here, there in permutations(facts, 2):
+        yield from _beside(here, there, homonyms)
 
 
 def _beside(here: DatasetFacts, there: DatasetFacts, homonyms: Sequence[Homonym]) -> _Hints:
@@ -285,40 +268,19 @@ def _beside(here: DatasetFacts, there: DatasetFacts, homonyms: Sequence[Homonym]
             yield here.name, name, Hint(kind="beside", strength=count / len(images), why=why)
 
 
-def _related(
-    here: DatasetFacts,
-    there: DatasetFacts,
-    homonyms: Sequence[Homonym],
-    embeddings: EmbeddingSimilarity,
-    related: float,
-) -> _Hints:
-    """Names of `there` similar in meaning to a name of `here` that `there` does not have."""
-    own = [name for name in here.names if name not in there.names]
-    unannotated = [name for name in there.names if name not in here.names]
-    if not own or not unannotated:
-        return
-    table = embeddings.between(unannotated, own)
-    for row, name in enumerate(unannotated):
-        place = int(table[row].argmax())
-        strength = float(table[row, place])
-        if strength >= related and not _doubted(homonyms, own[place], name, here, there):
-            why = f"perhaps there as {own[place]} (near in meaning, {strength:.2f})"
-            yield here.name, name, Hint(kind="related", strength=strength, why=why)
-
-
 def _doubted(homonyms: Sequence[Homonym], one: str, two: str, here: DatasetFacts, there: DatasetFacts) -> bool:
     datasets = {here.name, there.name}
     return any({homonym.dataset, homonym.other} == datasets and homonym.between(one, two) for homonym in homonyms)
 
 
-def _evidence(embeddings: EmbeddingSimilarity | None, detector_hints: DetectorHints | None) -> str:
-    if detector_hints is not None:
-        looked = sorted(set(detector_hints.images.values()))
-        number = f"{looked[0]}" if len(looked) == 1 else f"{looked[0]} to {looked[-1]}"
-        told = f"seen by {detector_hints.model} where no box is, in {number} images of each dataset"
-        unreliable = len(detector_hints.unreliable)
-        return told + (
-            f"; {unreliable:,} names that it hardly finds even where annotated are left out" if unreliable else ""
-        )
-    told = ", or whose words are near" if embeddings is not None else ""
-    return f"weak hints: names that elsewhere stand beside common ones{told}; --model RUN looks at images"
+def _evidence(detector_hints: DetectorHints | None) -> str:
+    if detector_hints is None:
+        return "weak hints: names that elsewhere stand beside common ones; --model RUN looks at images"
+    looked = sorted(set(detector_hints.images.values()))
+    number = f"{looked[0]}" if len(looked) == 1 else f"{looked[0]} to {looked[-1]}"
+    told = f"seen by {detector_hints.model} where no box is, in {number} images of each dataset"
+    if detector_hints.unreliable:
+        told += f"; {len(detector_hints.unreliable):,} names that it hardly finds even where annotated are left out"
+    if detector_hints.unknown:
+        told += f"; no hints about {', '.join(detector_hints.unknown)}, whose own boxes it hardly finds"
+    return told

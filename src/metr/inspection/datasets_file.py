@@ -18,6 +18,7 @@ from metr.data.records import TEST, TRAIN, VAL, canonical_split
 from metr.errors import ConfigError
 from metr.inspection.coverage import Coverage, Homonym
 from metr.inspection.facts import DatasetFacts
+from metr.inspection.languages import ForeignNames
 from metr.inspection.similar_names import SimilarNames
 from metr.text.similar_names import is_abbreviation, words
 
@@ -37,7 +38,10 @@ class Suggestion:
 
 
 def suggestions_of(
-    facts: Sequence[DatasetFacts], near: Sequence[SimilarNames], homonyms: Sequence[Homonym]
+    facts: Sequence[DatasetFacts],
+    near: Sequence[SimilarNames],
+    homonyms: Sequence[Homonym],
+    foreign: Sequence[ForeignNames] = (),
 ) -> tuple[Suggestion, ...]:
     """At most one suggestion a name: merge it with a similar name, keep it apart, or give it a prompt.
 
@@ -48,15 +52,29 @@ def suggestions_of(
     for one in facts:
         for name, category in one.names.items():
             boxes[name] = boxes.get(name, 0) + category.count
-    for suggestion in (*_kept_apart(homonyms), *_joined(near, boxes), *_written_out(facts)):
+    for suggestion in (*_translated(foreign), *_kept_apart(homonyms), *_joined(near, boxes), *_written_out(facts)):
         found.setdefault((suggestion.dataset, suggestion.name), suggestion)
     return tuple(found.values())
+
+
+def prompts_line(names: Sequence[str]) -> str:
+    """The line of a datasets file that says in English what some names mean, for a person to fill in."""
+    return f"prompts: {_flow(dict.fromkeys(names, 'in English'))}"
 
 
 def is_cryptic(name: str) -> bool:
     """Whether a language model can hardly know what a name means: capitals, numbers or consonants only."""
     letters = "".join(words(name))
     return is_abbreviation(name) or letters.isdigit() or (letters.isascii() and not _SPEAKABLE.search(letters))
+
+
+def _translated(foreign: Sequence[ForeignNames]) -> list[Suggestion]:
+    why = "say it in English, for the bundled language model"
+    return [
+        Suggestion(kind="prompt", dataset=one.dataset, name=name, value=name, why=why)
+        for one in foreign
+        for name in one.names
+    ]
 
 
 def _kept_apart(homonyms: Sequence[Homonym]) -> list[Suggestion]:

@@ -33,6 +33,8 @@ _APART, _SAME = 0.3, 0.5
 _CALLED, _FEWEST_CALLED = 0.3, 5
 # Annotated objects of a name that the detector must find before its detections of it count elsewhere.
 _FEWEST_FOUND = 3
+# Least fraction of a dataset's boxes that the detector must find before it says what is unlabelled there.
+_KNOWN = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +67,8 @@ class DetectorHints:
     """All hints of the detector `model`.
 
     `images` is the number of images of each dataset that it ran on. It hardly finds the `unreliable` names where they
-    are annotated, so they give no hints elsewhere.
+    are annotated, so they give no hints elsewhere. It hardly finds what the `unknown` datasets annotate: such images
+    are strange to it, so that what else it sees in them says nothing.
     """
 
     model: str
@@ -73,6 +76,7 @@ class DetectorHints:
     called: tuple[RenamedHint, ...]
     images: Mapping[str, int]
     unreliable: tuple[str, ...] = ()
+    unknown: tuple[str, ...] = ()
 
 
 def detector_hints_of(
@@ -101,10 +105,13 @@ def detector_hints_of(
     least = confidence_floors(collectors)
     return DetectorHints(
         model=detector_name,
-        unlabelled=tuple(one for collector in collectors for one in collector.unlabelled(least)),
+        unlabelled=tuple(
+            one for collector in collectors if collector.knows_dataset for one in collector.unlabelled(least)
+        ),
         called=tuple(one for collector in collectors for one in collector.called(least)),
         images={collector.dataset: collector.images for collector in collectors},
         unreliable=tuple(name for name in vocabulary.names if name not in least),
+        unknown=tuple(collector.dataset for collector in collectors if not collector.knows_dataset),
     )
 
 
@@ -161,6 +168,12 @@ class HintCollector:
                     self.found[name].append(score)
                 elif name not in self.categories:
                     self._upon.append((name, score, own[box]))
+
+    @property
+    def knows_dataset(self) -> bool:
+        """Whether the detector finds some of the dataset's own boxes, so that its images are not strange to it."""
+        found = sum(map(len, self.found.values()))
+        return found >= max(_FEWEST_FOUND, _KNOWN * self._boxes.total())
 
     def unlabelled(self, least: Mapping[str, float]) -> list[UnlabelledHint]:
         """Unannotated names detected apart from the boxes with a score of at least `least[name]`."""

@@ -4,13 +4,19 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import blake2b
-from itertools import combinations
+from itertools import combinations, islice
 from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+from PIL import Image
 
 from metr.data.datasets_file import DatasetSource
 from metr.data.formats.base import IssueLog
-from metr.data.images import check_image
+from metr.data.images import check_image, read_image
+from metr.errors import DataError
 from metr.inspection.facts import spread
 
 Progress = Callable[[str], None]
@@ -19,6 +25,8 @@ Progress = Callable[[str], None]
 _EXPORTED = re.compile(r"[_.](jpe?g|png|bmp|webp)\.rf\.[0-9a-f]{16,}$|\.rf\.[0-9a-f]{16,}$", re.IGNORECASE)
 # Bytes from the middle of a file, where images of one camera have nothing in common any more.
 _PROBE = 4096
+# Side of the thumbnails of images with equal file names, and their least correlation if they show the same.
+_THUMBNAIL, _ALIKE = 16, 0.9
 # Images between two reports of progress.
 _REPORTED = 500
 
@@ -101,8 +109,24 @@ def equal_names(places: Sequence[Place]) -> list[tuple[Place, Place]]:
     return pairs
 
 
-def note_duplicates(places: Sequence[Place], equal: Sequence[tuple[Place, ...]], log: IssueLog) -> None:
-    """Adds an issue for each image of a dataset that occurs in several of its splits, by its bytes or file name."""
+def look_alike(first: Path, second: Path) -> bool:
+    """Whether two files show the same image, perhaps saved anew, scaled, turned or mirrored; False if one is broken."""
+    try:
+        one, two = _thumbnail(first), _thumbnail(second)
+    except DataError:
+        return False
+    turned = (np.rot90(side, turns) for side in (two, two[:, ::-1]) for turns in range(4))
+    return max(float((one * other).sum()) for other in turned) >= _ALIKE
+
+
+def note_duplicates(
+    places: Sequence[Place], equal: Sequence[tuple[Place, ...]], log: IssueLog, most: int | None
+) -> None:
+    """Adds an issue for each image of a dataset that occurs in several of its splits, by its bytes or file name.
+
+    Equal file names alone mean nothing: cameras and exports number anew. At most `most` pairs with equal names are
+    looked at (None: all), and those that show the same are issues.
+    """
     known = set()
     for group in equal:
         mine: dict[str, Place] = {}
@@ -111,12 +135,11 @@ def note_duplicates(places: Sequence[Place], equal: Sequence[tuple[Place, ...]],
         for one, two in combinations(mine.values(), 2):
             log.add("same image in two splits", one.shown, f"is in {one.split}; {two.split} has it as {two.shown}")
             known |= {one.path, two.path}
-    for one, two in equal_names(places):
-        if one.path not in known or two.path not in known:
-            detail = (
-                f"is in {one.split}; {two.split} has {two.shown}, with other bytes (saved again, or another image?)"
-            )
-            log.add("same file name in two splits", one.shown, detail)
+    named = ((one, two) for one, two in equal_names(places) if one.path not in known or two.path not in known)
+    for one, two in islice(named, most):
+        if look_alike(one.path, two.path):
+            detail = f"is in {one.split}; {two.split} has it as {two.shown}, saved anew"
+            log.add("same image in two splits, saved anew", one.shown, detail)
 
 
 def overlaps(equal: Sequence[tuple[Place, ...]]) -> tuple[Overlap, ...]:
@@ -141,6 +164,20 @@ def _divided(group: Iterable[Place], sign: Callable[[Path], object]) -> list[lis
         except OSError:  # missing images are noted where they are opened
             continue
     return [part for part in parts.values() if len({place.group for place in part}) > 1]
+
+
+@lru_cache(maxsize=1024)
+def _thumbnail(path: Path) -> Float[np.ndarray, "s s"]:
+    """A small grey image of mean 0 and norm 1, so that products are correlations; zeros for an image of one shade.
+
+    Raises:
+        DataError: the image cannot be read.
+    """
+    grey = Image.fromarray(read_image(path)).convert("L").resize((_THUMBNAIL, _THUMBNAIL), Image.Resampling.BOX)
+    pixels = np.array(grey, dtype=np.float64)
+    pixels -= pixels.mean()
+    pixels /= max(float(np.linalg.norm(pixels)), 1e-6)
+    return pixels
 
 
 def _size(path: Path) -> int:

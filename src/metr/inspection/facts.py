@@ -35,14 +35,13 @@ class NameFacts:
     """One category of a dataset.
 
     `boxes` counts each split, without ignored boxes. The rest is measured in the inspected images: `side` as in
-    `BoxSizes`, `aspect` the median of width / height (both None without boxes), and `annotated`, the fraction of the
-    images in which the category is annotated exhaustively.
+    `BoxSizes` (None without boxes), and `annotated`, the fraction of the images in which the category is annotated
+    exhaustively.
     """
 
     name: str
     boxes: Mapping[str, int]
     side: float | None
-    aspect: float | None
     annotated: float
 
     @property
@@ -82,7 +81,6 @@ class _Measured:
     images: Int[np.ndarray, "m"]
     labels: Int[np.ndarray, "m"]
     sides: Float[np.ndarray, "m"]
-    aspects: Float[np.ndarray, "m"]
     areas: Float[np.ndarray, "m"]
     annotated: Float[np.ndarray, "c"]
     looked_at: int
@@ -92,15 +90,12 @@ def facts_of(source: DatasetSource, most: int) -> DatasetFacts:
     """Counts a dataset, and measures the boxes of at most so many of its images."""
     counts = {split: annotations.counts() for split, annotations in source.splits.items()}
     measured = _measured(source, most)
-    sides, aspects = (
-        _medians(values, measured, len(source.categories)) for values in (measured.sides, measured.aspects)
-    )
+    sides = _medians(measured.sides, measured, len(source.categories))
     names = {
         name: NameFacts(
             name=name,
             boxes={split: int(count.boxes[label]) for split, count in counts.items()},
             side=sides[label],
-            aspect=aspects[label],
             annotated=float(measured.annotated[label]),
         )
         for label, name in enumerate(source.categories)
@@ -130,17 +125,36 @@ def strays_of(facts: DatasetFacts) -> list[DataIssue]:
     return found
 
 
+def without_boxes(facts: DatasetFacts) -> list[DataIssue]:
+    """Categories of which no split has a box, so that they can be neither learned nor measured."""
+    todo = "label it, take it out of the annotation files, or use `renames` in a datasets file if it is another name"
+    return [
+        DataIssue(kind="category without a box", where="categories", detail=f"{name.name!r}: {todo}")
+        for name in facts.names.values()
+        if not name.count
+    ]
+
+
 def spread(source: DatasetSource, most: int) -> Iterator[tuple[str, ImageRecord]]:
     """Split and record of images of all splits: every one, or `most` evenly spaced ones where there are more."""
-    starts = np.cumsum([0, *(len(annotations) for annotations in source.splits.values())])
-    chosen = np.arange(starts[-1])
-    if len(chosen) > most:
-        chosen = np.unique(np.linspace(0, len(chosen) - 1, most).round().astype(np.int64))
+    return (record_at(source, int(place)) for place in spread_places(source, most))
+
+
+def spread_places(source: DatasetSource, most: int) -> Int[np.ndarray, "n"]:
+    """The places (see `record_at`) of all images of a dataset, or of `most` evenly spaced ones."""
+    images = sum(len(annotations) for annotations in source.splits.values())
+    if images <= most:
+        return np.arange(images)
+    return np.unique(np.linspace(0, images - 1, most).round().astype(np.int64))
+
+
+def record_at(source: DatasetSource, place: int) -> tuple[str, ImageRecord]:
+    """Split and record of the image at a place, counted from 0 through all splits in their order."""
     splits: list[tuple[str, AnnotationIndex]] = list(source.splits.items())
-    for place in chosen:
-        number = int(np.searchsorted(starts, place, side="right")) - 1
-        split, annotations = splits[number]
-        yield split, annotations[int(place - starts[number])]
+    starts = np.cumsum([0, *(len(annotations) for _, annotations in splits)])
+    number = int(np.searchsorted(starts, place, side="right")) - 1
+    split, annotations = splits[number]
+    return split, annotations[place - int(starts[number])]
 
 
 def _measured(source: DatasetSource, most: int) -> _Measured:
@@ -154,13 +168,12 @@ def _measured(source: DatasetSource, most: int) -> _Measured:
         width, height = (record.boxes[keep, 2:] - record.boxes[keep, :2]).astype(np.float64).T
         side = np.sqrt(width * height / (record.width * record.height))
         images = np.full(len(side), number)
-        columns.append((images, record.labels[keep], side, width / height, record.areas[keep].astype(np.float64)))
-    images, labels, sides, aspects, areas = (np.concatenate(column) for column in zip(*columns, strict=True))
+        columns.append((images, record.labels[keep], side, record.areas[keep].astype(np.float64)))
+    images, labels, sides, areas = (np.concatenate(column) for column in zip(*columns, strict=True))
     return _Measured(
         images=images,
         labels=labels,
         sides=sides,
-        aspects=aspects,
         areas=areas,
         annotated=annotated / looked_at,
         looked_at=looked_at,

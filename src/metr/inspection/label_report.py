@@ -21,12 +21,17 @@ from metr.inspection.duplicates import (
     overlaps,
     places_of,
 )
-from metr.inspection.facts import DatasetFacts, facts_of, strays_of
+from metr.inspection.facts import DatasetFacts, facts_of, strays_of, without_boxes
+from metr.inspection.languages import ForeignNames, foreign_names
 from metr.inspection.similar_names import SimilarNames, in_order, joint_vocabulary, owners_of, similar_names
+from metr.text.config import BUNDLED
 from metr.text.similar_names import EmbeddingSimilarity, embed_names
 
 if TYPE_CHECKING:
     from metr.model import METR
+
+# Pairs of images with equal file names that are looked at in each dataset, unless all are asked for.
+_NAMED_ALIKE = 500
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +51,9 @@ class Issues:
 class Inspection:
     """The result of an inspection: `facts` and `issues` for each dataset, the rest across datasets.
 
-    `owners` are the datasets that annotate each name. `text` is the language model that compared names; `text_issue`
-    says why names could not be compared by meaning.
+    `owners` are the datasets that annotate each name. `foreign` are names without a prompt that the bundled language
+    model does not read; there are none with another model. `text` is the language model that compared names, and
+    `text_issue` says why names could not be compared by meaning.
     """
 
     facts: tuple[DatasetFacts, ...]
@@ -56,6 +62,7 @@ class Inspection:
     owners: Mapping[str, tuple[str, ...]]
     similar: tuple[SimilarNames, ...]
     homonyms: tuple[Homonym, ...]
+    foreign: tuple[ForeignNames, ...]
     coverage: Coverage
     suggestions: tuple[Suggestion, ...]
     text: str
@@ -112,7 +119,7 @@ def inspect_datasets(
         facts.append(facts_of(source, config.annotations))
     logs = [IssueLog() for _ in sources]
     for log, one in zip(logs, facts, strict=True):
-        for issue in strays_of(one):
+        for issue in (*without_boxes(one), *strays_of(one)):
             log.add(issue.kind, issue.where, issue.detail)
     issues, common = _files(sources, logs, config, every_image, progress)
     owners = owners_of(sources)
@@ -124,6 +131,7 @@ def inspect_datasets(
         *similar_names(owners, embeddings, config.similar),
         *(similar_by_detector(detector_hints, owners) if detector_hints else ()),
     ]
+    foreign = _foreign(sources, config)
     unambiguous = in_order([pair for pair in near if not any(homonym.between(*pair.names) for homonym in homonyms)])
     return Inspection(
         facts=tuple(facts),
@@ -132,8 +140,9 @@ def inspect_datasets(
         owners=owners,
         similar=unambiguous,
         homonyms=homonyms,
-        coverage=coverage_of(facts, homonyms, embeddings, detector_hints, config.related),
-        suggestions=suggestions_of(facts, unambiguous, homonyms),
+        foreign=foreign,
+        coverage=coverage_of(facts, unambiguous, homonyms, detector_hints),
+        suggestions=suggestions_of(facts, unambiguous, homonyms, foreign),
         text=config.text.source,
         text_issue=text_issue,
         detector_hints=detector_hints,
@@ -142,6 +151,14 @@ def inspect_datasets(
 
 def _silent(_: str) -> None:
     """Ignores reports of progress."""
+
+
+def _foreign(sources: Sequence[DatasetSource], config: InspectionConfig) -> tuple[ForeignNames, ...]:
+    """The names without a prompt that the bundled language model does not read."""
+    if config.text.source != BUNDLED:
+        return ()
+    named = ((one.name, [name for name in one.categories if name not in one.config.prompts]) for one in sources)
+    return tuple(found for name, names in named if (found := foreign_names(name, names)))
 
 
 def _embeddings(
@@ -165,7 +182,7 @@ def _files(
 ) -> tuple[dict[str, Issues], tuple[Overlap, ...]]:
     """The issues of each dataset, image files included, and the images that datasets have in common.
 
-    Image contents are compared only for datasets whose images were all opened; file names always.
+    Bytes are compared only for datasets whose images were all opened; images with equal file names always.
     """
     places = [places_of(source) for source in sources]
     opened = []
@@ -177,7 +194,7 @@ def _files(
     equal = equal_images(place for mine in compared for place in mine)
     issues = {}
     for source, mine, log, count in zip(sources, places, logs, opened, strict=True):
-        note_duplicates(mine, equal, log)
+        note_duplicates(mine, equal, log, None if every_image else _NAMED_ALIKE)
         counts = dict(source.issue_counts)
         for kind, number in log.counts.items():
             counts[kind] = counts.get(kind, 0) + number

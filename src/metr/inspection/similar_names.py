@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from metr.data.datasets_file import DatasetSource
-from metr.text.similar_names import EmbeddingSimilarity, has_head, spelling_matches
+from metr.text.similar_names import EmbeddingSimilarity, has_head, spelling_matches, symbol_of
 from metr.text.vocabulary import Vocabulary
 
 
@@ -69,7 +69,8 @@ def similar_names(
     meant = [
         _pair(one, two, owners, "embedding", _meant(one, two, strength), strength)
         for one, two, strength in embeddings.pairs(least)
-        if (one, two) not in known and not _together(one, two, owners)
+        # a language model puts 9 and ten close together
+        if (one, two) not in known and not _together(one, two, owners) and symbol_of(one) == symbol_of(two)
     ]
     return in_order([*by_spelling, *_best(by_spelling, meant)])
 

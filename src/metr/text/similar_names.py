@@ -22,6 +22,11 @@ _GAP = re.compile(r"[\W_]+")
 _DIGITS = re.compile(r"\d+")
 # An abbreviation: a few capitals, perhaps with the s of a plural.
 _CAPITALS = re.compile(r"([A-Z]{2,6})s?")
+_NUMBERS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
+    "eighteen nineteen twenty"
+)
+_VALUES = {word: str(value) for value, word in enumerate(_NUMBERS.split())}
 # Shorter names become other words by one letter too easily (car, cat; horse, house).
 _LEAST_FOR_SLIPS = 6
 
@@ -73,6 +78,17 @@ def ending_in(bare: str, heads: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for key in sorted(_numbers(alone[0])) for name in heads.get(key, ())))
 
 
+def symbol_of(name: str) -> str | None:
+    """The letter, sign or number that a name is, in digits where it is a number; None for any other name."""
+    inner = words(name)
+    if len(inner) != 1:
+        return None if inner else name
+    (word,) = inner
+    # of a script without letters, such as the Chinese, one character is a word
+    letter = len(word) == 1 and unicodedata.category(word) != "Lo"
+    return word if letter or word.isdigit() else _VALUES.get(word)
+
+
 def is_abbreviation(name: str) -> bool:
     """Whether a name is a few capitals."""
     return _CAPITALS.fullmatch(name) is not None
@@ -94,8 +110,9 @@ _Pair = tuple[str, str, str]
 
 
 def _same_letters(names: Sequence[str]) -> Iterator[_Pair]:
-    for group in _grouped(names).values():
-        for one, two in combinations(group, 2):
+    for key, group in _grouped(names).items():
+        # c and C, x and x- may be different signs
+        for one, two in combinations(group, 2) if len(key) > 1 else ():
             yield one, two, "the same but for case, hyphens or spaces"
 
 

@@ -171,7 +171,8 @@ class YoloReader(Reader):
             row = _numbers(line, self.keypoints)
             if row is not None:
                 name = names.get(int(row[0])) if row[0].is_integer() else None
-                boxes.add(name, _corners(row[1:]), number, found=f"class {row[0]:g} of {len(names)} names")
+                found = f"class {row[0]:g} has no name (`names` has {len(names)}, counted from 0)"
+                boxes.add(name, _corners(row[1:]), number, found=found)
             elif line.strip():
                 reading.issues.add("unreadable label", f"{where}:{number}", line.strip()[:80])
         return boxes.image(image, relative=True)
