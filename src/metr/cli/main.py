@@ -11,7 +11,8 @@ from typer.core import TyperCommand, TyperGroup
 import metr
 from metr.cli.inspect import inspect
 from metr.cli.output import show_log
-from metr.cli.verbs import demo, detect, evaluate, finetune, push, train, transfer
+from metr.cli.training import finetune, train
+from metr.cli.verbs import demo, detect, evaluate, push, transfer
 from metr.errors import MetrError
 from metr.training.signals import Stopped, StopSignals
 

@@ -6,10 +6,13 @@ import sys
 
 from rich.console import Console
 
-__all__ = ["PIPED_WIDTH", "LogHandler", "output_console", "show_log"]
+__all__ = ["PIPED_WIDTH", "LogHandler", "output_console", "say_names", "show_log"]
 
 PIPED_WIDTH = 10_000
 """Columns where the output is piped: nobody's terminal is narrower than that, so no table and no line is wrapped."""
+
+# names that a line tells
+_NAMES = 12
 
 
 def output_console(*, stderr: bool = False) -> Console:
@@ -18,6 +21,13 @@ def output_console(*, stderr: bool = False) -> Console:
     if not console.is_terminal:
         console.width = PIPED_WIDTH
     return console
+
+
+def say_names(what: str, names: tuple[str, ...], known: int) -> None:
+    """Which names a detector looks for, and how to ask it for the rest of the `known` ones."""
+    shown = ", ".join(names[:_NAMES]) + (f" and {len(names) - _NAMES} more" if len(names) > _NAMES else "")
+    rest = "" if len(names) == known else f"; --categories all: all {known} names that it knows"
+    output_console().print(f"{what}: {shown}{rest}", markup=False, highlight=False, soft_wrap=True)
 
 
 class LogHandler(logging.Handler):

@@ -1,41 +1,23 @@
-"""The verbs of `metr`, all but `inspect`. What a verb needs is imported when it runs, so that help comes at once."""
+"""The verbs of `metr` that use a detector, and the demo. What a verb needs is imported when it runs: help comes at once."""
 
-import shlex
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated
 
 import typer
 
-from metr.cli.output import output_console
+from metr.cli.output import output_console, say_names
 from metr.errors import ConfigError
-from metr.training.signals import Stopped
 
-if TYPE_CHECKING:
-    from metr.training.trainer import Outcome
+__all__ = ["Data", "Overrides", "Prompts", "demo", "detect", "evaluate", "push", "transfer"]
 
-__all__ = ["Data", "demo", "detect", "evaluate", "finetune", "push", "train", "transfer"]
-
-# names that a line tells
-_NAMES = 12
-# the exit code of an interrupted run, unless a signal gives another one; by it scripts tell that training is not done
-_INTERRUPTED = 130
 _TARGETS = "deformable_detr, dab_detr, conditional_detr, detr, rt_detr, rt_detr_v2 or d_fine"
 
 Data = Annotated[
     list[str],
     typer.Argument(help="Datasets: a folder, name=folder, or a YAML file that lists some.", metavar="DATA"),
 ]
-_RunsData = Annotated[
-    list[str] | None,
-    typer.Argument(
-        help="Datasets: a folder, name=folder, or a YAML file that lists some. --resume needs none.", metavar="DATA"
-    ),
-]
 _Run = Annotated[Path, typer.Argument(help="A run folder, a checkpoint folder, or a name on the hub.", metavar="RUN")]
-_RunToWrite = Annotated[Path, typer.Option("-o", "--out", help="The run folder to write.")]
-_Overrides = Annotated[
+Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", help="One value of the recipe: section.key=value; may be repeated."),
 ]
@@ -43,154 +25,12 @@ _InferenceOverrides = Annotated[
     list[str] | None,
     typer.Option("--set", help="One value of how it detects: inference.section.key=value; may be repeated."),
 ]
-_Steps = Annotated[int | None, typer.Option(help="Training steps, in place of the recipe's.", min=1)]
-_Epochs = Annotated[
-    float | None, typer.Option(help="Passes over the training images, in place of --steps.", metavar="N")
-]
-_Shots = Annotated[
-    int | None, typer.Option(help="Train on so few images that each category has K objects.", min=1, metavar="K")
-]
-_Fraction = Annotated[float | None, typer.Option(help="Train on this fraction of the images, 0 to 1.")]
-_Seed = Annotated[
-    int | None, typer.Option(help="Decides which images, and training's random numbers; by default 0.", min=0)
-]
-_Resume = Annotated[
-    bool, typer.Option("--resume", help="Go on where the run in OUT stopped, with its data and configuration.")
-]
 _BatchSize = Annotated[int, typer.Option(help="Images a step.", min=1)]
-_Prompts = Annotated[
+Prompts = Annotated[
     str,
     typer.Option(help="The prompt of a dataset for a name trained without it: trained (left out) or given (used)."),
 ]
 _Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
-
-
-def train(
-    data: _RunsData = None,
-    *,
-    out: _RunToWrite,
-    size: Annotated[str | None, typer.Option(help="nano (by default), small or base.")] = None,
-    config: Annotated[Path | None, typer.Option(help="A YAML file laid over the size's recipe.")] = None,
-    set_: _Overrides = None,
-    steps: _Steps = None,
-    epochs: _Epochs = None,
-    shots: _Shots = None,
-    fraction: _Fraction = None,
-    seed: _Seed = None,
-    resume: _Resume = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show datasets, steps and sizes; train nothing and write nothing.")
-    ] = False,
-) -> None:
-    """Train one detector on many datasets. Their labels are never merged by hand."""
-    from metr.run_directory import RunDirectory
-    from metr.training.config import check_epochs, load_recipe, resumed_recipe
-
-    overrides = _overrides(set_, **{"train.loop.steps": steps})
-    with _resumable("train", out):
-        # mistakes are found before torch is imported and data are opened
-        check_epochs(epochs, overrides)
-        if resume:
-            resumed_recipe(RunDirectory(out), config, overrides)
-        else:
-            load_recipe(size or "nano", config, overrides)
-            _check_named(data, "DATA", "name a dataset: metr train DATA -o RUN")
-        from metr.training.train import plan
-        from metr.training.train import train as run
-
-        options: dict[str, Any] = {"epochs": epochs, "shots": shots, "fraction": fraction, "seed": seed}
-        if dry_run:
-            resumed = out if resume else None
-            page = plan(data or None, config, size=size, overrides=overrides, resumed=resumed, **options)
-            output_console().print(page)
-            return
-        outcome = run(
-            data or None,
-            out,
-            config,
-            size=size,
-            overrides=overrides,
-            resume=resume,
-            console=output_console(),
-            **options,
-        )
-    _say_if_interrupted(outcome, out, "train")
-
-
-def finetune(
-    data: _RunsData = None,
-    *,
-    source: Annotated[
-        str | None,
-        typer.Option("--from", help="A run folder, a checkpoint folder, or a name on the hub. --resume needs none."),
-    ] = None,
-    out: _RunToWrite,
-    config: Annotated[Path | None, typer.Option(help="A YAML file laid over the defaults.")] = None,
-    set_: _Overrides = None,
-    steps: _Steps = None,
-    epochs: _Epochs = None,
-    freeze: Annotated[
-        str | None, typer.Option(help="none, half (of the backbone), backbone, or encoder (and backbone).")
-    ] = None,
-    shots: _Shots = None,
-    fraction: _Fraction = None,
-    seed: _Seed = None,
-    rehearse: Annotated[
-        list[str] | None, typer.Option(help="Old datasets, mixed in; may be repeated.", metavar="DATA")
-    ] = None,
-    rehearse_fraction: Annotated[
-        float | None, typer.Option(help="Fraction of the training images that comes from them; by default 0.3.")
-    ] = None,
-    rehearse_evaluate: Annotated[
-        list[str] | None, typer.Option(help="Old datasets, only evaluated before and after.", metavar="DATA")
-    ] = None,
-    same_names: Annotated[
-        str,
-        typer.Option(
-            help="Take new names that seem to mean a trained one (RBC, rbc) as that one: yes, no, or ask. "
-            "ask is no where there is no terminal."
-        ),
-    ] = "ask",
-    prompts: _Prompts = "trained",
-    decorrelate_names: Annotated[
-        bool,
-        typer.Option("--decorrelate-names", help="First move new names that mean nearly the same from each other."),
-    ] = False,
-    resume: _Resume = False,
-) -> None:
-    """Train a detector further on new data. Its names are new strings: nothing is begun anew."""
-    from metr.run_directory import RunDirectory
-    from metr.training.config import check_epochs, finetune_layers, resumed_recipe
-
-    overrides = _overrides(set_, **{"train.loop.steps": steps, "train.freeze": freeze})
-    options = {
-        "config": config,
-        "epochs": epochs,
-        "shots": shots,
-        "fraction": fraction,
-        "seed": seed,
-        "rehearse": rehearse or None,
-        "rehearse_fraction": rehearse_fraction,
-        "rehearse_evaluate": rehearse_evaluate or None,
-        "decorrelate_names": decorrelate_names or None,
-        "same_names": same_names,
-        "prompts": prompts,
-    }
-    given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
-    with _resumable("finetune", out):
-        # mistakes are found before torch is imported and data are opened
-        check_epochs(epochs, overrides)
-        finetune_layers(config, overrides)
-        if resume:
-            resumed_recipe(RunDirectory(out), config, overrides)
-        else:
-            _check_named(data, "DATA", "name a dataset: metr finetune DATA --from RUN -o OUT")
-            _check_named(source, "--from", "name a detector to begin with: metr finetune DATA --from RUN -o OUT")
-        from metr.training.finetune import finetune as run
-
-        outcome = run(data or None, source, out, resume=resume, console=output_console(), overrides=overrides, **given)
-    _say_if_interrupted(outcome.training, out, "finetune")
-    _say_names("it looks for", outcome.default_names, outcome.known)
 
 
 def evaluate(
@@ -204,7 +44,7 @@ def evaluate(
     split: Annotated[
         str | None, typer.Option(help="The split; by default val (test where there is nothing to train on).")
     ] = None,
-    prompts: _Prompts = "trained",
+    prompts: Prompts = "trained",
     batch_size: _BatchSize = 8,
     device: _Device = "auto",
     set_: _InferenceOverrides = None,
@@ -277,7 +117,7 @@ def detect(
         labels=style,
         console=output_console(),
     )
-    _say_names("looked for", tuple(asked), len(model.names))
+    say_names("looked for", tuple(asked), len(model.names))
 
 
 def transfer(
@@ -341,64 +181,9 @@ def push(
 
 def demo(
     out: Annotated[Path, typer.Option("-o", "--out", help="Where everything goes.")] = Path("demo"),
-    set_: _Overrides = None,
+    set_: Overrides = None,
 ) -> None:
     """Try it all on synthetic images. Draws three small datasets, trains on them jointly, evaluates, detects."""
     from metr.demo.run import run_demo
 
     run_demo(out, output_console(), tuple(set_ or ()))
-
-
-def _overrides(given: list[str] | None, **options: object) -> list[str]:
-    """What `--set` says, then what options of their own say of the same configuration."""
-    return [*(given or []), *(f"{key}={value}" for key, value in options.items() if value is not None)]
-
-
-def _check_named(value: object, what: str, hint: str) -> None:
-    """Checks that an argument is given which only --resume does without.
-
-    Raises:
-        typer.BadParameter: it is missing.
-    """
-    if not value:
-        raise typer.BadParameter(f"it is missing, and only --resume needs none; {hint}", param_hint=what)
-
-
-@contextmanager
-def _resumable(verb: Literal["train", "finetune"], out: Path) -> Iterator[None]:
-    """Ends a run that a signal stops between its steps in one line that says how to go on.
-
-    Raises:
-        typer.Exit: a signal came; with its exit code.
-    """
-    from metr.run_directory import RunDirectory
-
-    try:
-        yield
-    except Stopped as stopped:
-        console, left = output_console(stderr=True), "Nothing is saved yet: give the same command again."
-        how = _how_to_go_on(verb, out) if RunDirectory(out).resumable else left
-        console.print(f"{stopped}. {how}", markup=False, highlight=False)
-        raise typer.Exit(stopped.exit_code) from None
-
-
-def _how_to_go_on(verb: str, out: Path) -> str:
-    return f"To go on:  metr {verb} --resume -o {shlex.quote(str(out))}"
-
-
-def _say_if_interrupted(outcome: "Outcome", out: Path, verb: Literal["train", "finetune"]) -> None:
-    """How to go on with a run that was interrupted.
-
-    Raises:
-        typer.Exit: the run was interrupted.
-    """
-    if outcome.interrupted:
-        output_console().print(_how_to_go_on(verb, out), markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(_INTERRUPTED if outcome.signal is None else 128 + outcome.signal)
-
-
-def _say_names(what: str, names: tuple[str, ...], known: int) -> None:
-    """Which names a detector looks for, and how to ask it for the rest of the `known` ones."""
-    shown = ", ".join(names[:_NAMES]) + (f" and {len(names) - _NAMES} more" if len(names) > _NAMES else "")
-    rest = "" if len(names) == known else f"; --categories all: all {known} names that it knows"
-    output_console().print(f"{what}: {shown}{rest}", markup=False, highlight=False, soft_wrap=True)
