@@ -1,4 +1,4 @@
-"""The verbs of `metr` that use a detector, and the demo. What a verb needs is imported when it runs: help comes at once."""
+"""The verbs of `metr` that use a detector, and the demo. What a verb needs is imported when it runs."""
 
 from pathlib import Path
 from typing import Annotated
