@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -201,8 +202,8 @@ def test_a_checkpoint_that_does_not_fit_is_refused(
     said = " ".join(capsys.readouterr().out.split())
     assert "has not seen bccd, chess_pieces, endangered_animals, playing_cards, so there is nothing to rehearse" in said
     known = profile.model_copy(update={"old": ("desk", "meadow"), "new": "pond"})
-    for name in ("desk", "meadow", "pond"):
-        (tmp_path / name).mkdir()
+    for name, folder in zip(("pond", "desk", "meadow"), tiny_run.data, strict=True):
+        shutil.copytree(folder, tmp_path / name)
     monkeypatch.setattr(rehearsal.Study, "read_profile", lambda _: known.model_dump(mode="json"))
     assert run("--from", str(tiny_run.folder), "--data", str(tmp_path)) == 1
     assert "has seen pond already, which is to be new" in " ".join(capsys.readouterr().out.split())

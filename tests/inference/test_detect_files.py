@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
@@ -170,7 +171,7 @@ def test_the_json_has_the_average_precision_of_an_evaluation(tiny_run: TinyRun, 
 
 
 def test_drawings_and_summary_show_confident_detections_only(tiny_run: TinyRun, images: Path, tmp_path: Path) -> None:
-    said = Console(record=True, width=80, file=(tmp_path / "said").open("w", encoding="utf-8"))
+    said = Console(record=True, width=80, file=StringIO())
     chosen = ScoreThresholds(default=1.0, names={"leaf": 0.0})
     detect_files(
         predictor(tiny_run, 0.0, ["leaf", "fish"]), [images], tmp_path / "out", thresholds=chosen, console=said

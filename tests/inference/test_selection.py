@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from metr.errors import ConfigError
-from metr.inference.postprocess import ScoreThresholds, inference_config
-from metr.inference.selection import SelectionConfig, name_limits
+from metr.inference.config import SelectionConfig, inference_config
+from metr.inference.postprocess import ScoreThresholds
+from metr.inference.selection import name_limits
 from metr.models.config import CategoryConfig, DetectorConfig, QueryConfig
 from metr.structures import Detections, NameLimits
 from metr.text.vocabulary import Vocabulary

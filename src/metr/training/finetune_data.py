@@ -59,6 +59,7 @@ class FinetuneData:
         new: How many of `joint.sources` are new.
         rehearse_fraction: Fraction of the samples that goes to rehearsed datasets.
         taken: By dataset, names that were taken as a trained one.
+        given: All datasets in this order as they were given, before names were taken as others.
     """
 
     joint: JointData
@@ -67,6 +68,7 @@ class FinetuneData:
     new: int
     rehearse_fraction: float
     taken: Renames = field(default_factory=dict)
+    given: tuple[DatasetSource, ...] = ()
 
     @property
     def default_names(self) -> tuple[str, ...]:
@@ -98,9 +100,9 @@ class FinetuneData:
         return roles | {source.name: "evaluated" for source in self.evaluated}
 
     def listings(self) -> dict[str, tuple[DatasetSource, ...]]:
-        """The datasets by the file of the run folder that lists them."""
-        sources = self.joint.sources
-        return {DATASETS: sources[: self.new], REHEARSED: sources[self.new :], EVALUATED: self.evaluated}
+        """The datasets as they were given, by the file of the run folder that lists them."""
+        learnt, given = len(self.joint.sources), self.given
+        return {DATASETS: given[: self.new], REHEARSED: given[self.new : learnt], EVALUATED: given[learnt:]}
 
     def lengths(self, role: Role) -> dict[str, int]:
         """Number of training images of each dataset with this role, by name."""
@@ -158,9 +160,9 @@ def open_finetune_data(
     options = options or FinetuneOptions()
     specs = parse_data_arguments([*data, *options.rehearse, *options.rehearse_evaluate])
     new, old = (len(parse_data_arguments(each)) if each else 0 for each in (data, options.rehearse))
-    sources = tuple(open_dataset(spec) for spec in specs)
-    taken = {} if take is None else take(sources)
-    sources = tuple(source.renamed(taken.get(source.name, {})) for source in sources)
+    opened = tuple(open_dataset(spec) for spec in specs)
+    taken = {} if take is None else take(opened)
+    sources = tuple(source.renamed(taken.get(source.name, {})) for source in opened)
     learnt = sources[: new + old]
     chosen = chosen_parts(learnt[:new], options)
     given = vocabulary_of(learnt)
@@ -176,4 +178,5 @@ def open_finetune_data(
         new=new,
         rehearse_fraction=options.rehearse_fraction,
         taken=taken,
+        given=opened,
     )
