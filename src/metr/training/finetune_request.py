@@ -94,6 +94,7 @@ def resumed(
     given, names = kept_datasets(run, arguments(data)), kept.get("same_names", {})
     take = partial(taken_names, model=model, choice=options.same_names, console=console, kept=names)
     opened = open_finetune_data(given, model.vocabulary, options, take)
+    check_same_request(run, kept, {"same_names": opened.taken})
     _, recipe = resolve(_steps(options, opened, recipe))
     request = _request(source or kept.get("from"), opened, options)
     log_changed_datasets(kept.get("datasets", {}), request["datasets"])
