@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from metr.evaluation.runner import evaluate
     from metr.inspection.label_report import inspect
     from metr.model import METR
-    from metr.models.backbones.efficientnet_lite import register
+    from metr.models.backbones.registered import register
     from metr.sharing.model_card import model_card
     from metr.sharing.push import push, save
     from metr.training.finetune import finetune
@@ -48,7 +48,7 @@ _HOMES = {
     "inspect": "metr.inspection.label_report",
     "model_card": "metr.sharing.model_card",
     "push": "metr.sharing.push",
-    "register": "metr.models.backbones.efficientnet_lite",
+    "register": "metr.models.backbones.registered",
     "save": "metr.sharing.push",
     "train": "metr.training.train",
     "transfer": "metr.conversion.transfer",

@@ -21,7 +21,6 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from safetensors import SafetensorError
-from transformers.utils import logging as transformers_logging
 
 from metr.errors import CheckpointError, DependencyError, ModelError
 
@@ -155,6 +154,8 @@ def asking(repository: str, revision: str | None = None) -> Iterator[None]:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Hides the progress bars and warnings of transformers."""
+    from transformers.utils import logging as transformers_logging  # transformers takes seconds to import
+
     log: Any = transformers_logging  # partly without types
     verbosity, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()

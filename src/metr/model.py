@@ -21,7 +21,6 @@ from metr.inference.config import InferenceConfig
 from metr.inference.postprocess import ScoreThresholds
 from metr.inference.predictor import Prediction, Predictor
 from metr.inference.selection import name_limits
-from metr.models.backbones.efficientnet_lite import register
 from metr.models.detector import Detector
 from metr.serialization import load_weights, type_of
 from metr.structures import Detections
@@ -54,7 +53,6 @@ class METR:
     """
 
     def __init__(self, network: Detector, checkpoint: Checkpoint, where: object = None) -> None:
-        register()
         self.network, self.checkpoint = network.eval(), replace(checkpoint, weights={})
         self.stored_as = type_of(checkpoint.weights)
         self.vocabulary = checkpoint.vocabulary

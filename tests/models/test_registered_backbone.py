@@ -9,7 +9,7 @@ from transformers import AutoBackbone, AutoConfig, AutoModelForObjectDetection, 
 
 from metr.models.backbones import build_backbone
 from metr.models.backbones.base import BackboneConfig, FrozenBatchNorm
-from metr.models.backbones.efficientnet_lite import EfficientNetLiteConfig, register
+from metr.models.backbones.registered import EfficientNetLiteConfig, register
 
 OPTIONS = {"width": 0.25, "depth": 0.5}
 STAGES = ["stage3", "stage5", "stage7"]

@@ -15,7 +15,7 @@ from metr.conversion.targets.base import BuildSpec, Colours, Context, Derived, T
 from metr.errors import ConfigError
 from metr.hub import loading
 from metr.models.backbones.base import Backbone
-from metr.models.backbones.efficientnet_lite import register
+from metr.models.backbones.registered import register
 from metr.models.detector import Detector
 
 # of the frozen batch norms in transformers' detectors

@@ -19,7 +19,7 @@ from metr.conversion.targets import NAMES, find_target
 from metr.data.config import ResizeConfig
 from metr.errors import ModelError
 from metr.hub import loading
-from metr.models.backbones.efficientnet_lite import register
+from metr.models.backbones.registered import register
 from metr.models.config import BackboneConfig, DetectorConfig
 from metr.models.detector import Detector
 

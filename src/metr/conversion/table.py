@@ -18,8 +18,9 @@ from torch import Tensor
 
 from metr.errors import CheckpointError, ModelError
 from metr.models.backbones.base import Backbone
-from metr.models.backbones.efficientnet_lite import STAGE_OF_STRIDE, EfficientNetLiteBackbone, EfficientNetLiteConfig
+from metr.models.backbones.efficientnet_lite import STAGE_OF_STRIDE, EfficientNetLiteBackbone
 from metr.models.backbones.hugging_face import HuggingFaceBackbone
+from metr.models.backbones.registered import EfficientNetLiteConfig
 from metr.models.config import BackboneConfig
 
 State = dict[str, Tensor]

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from einops import reduce
@@ -14,8 +15,10 @@ from torch.nn.functional import normalize
 
 from metr.text.cache import EmbeddingCache
 from metr.text.config import TEMPLATES, TextEncoderConfig
-from metr.text.language_model import LanguageModel, LanguageModelSource
 from metr.text.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from metr.text.language_model import LanguageModel
 
 _SEPARATORS = re.compile(r"(?<=\w)[_-]+(?=\w)|_")
 _SLOT = re.compile(r"(\ban? )?\{\}")
@@ -49,11 +52,13 @@ class TextEncoder:
         cache_root: Path | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
+        from metr.text.language_model import LanguageModelSource  # transformers takes seconds to import
+
         self.config = config or TextEncoderConfig()
         self.source = LanguageModelSource.find(self.config.source, self.config.revision, self.config.pooling)
         self.device = device
         self._cache = EmbeddingCache(self.identity, cache_root)
-        self._model: LanguageModel | None = None
+        self._model: "LanguageModel | None" = None
 
     @cached_property
     def identity(self) -> str:
@@ -98,6 +103,8 @@ class TextEncoder:
 
     def _embed_phrases(self, phrases: Sequence[str]) -> Float[Tensor, "n t"]:
         if self._model is None:
+            from metr.text.language_model import LanguageModel
+
             self._model = LanguageModel(self.source, self.device)
         sentences = [sentence for phrase in phrases for sentence in filled(phrase, self.config.templates)]
         vectors = self._model.encode(sentences)

@@ -23,7 +23,7 @@ from metr.conversion.targets.base import (
     linear,
 )
 from metr.layers.position_encoding import box_encoding
-from metr.models.backbones.efficientnet_lite import EfficientNetLiteConfig
+from metr.models.backbones.registered import EfficientNetLiteConfig
 from metr.models.config import EncoderConfig
 from metr.models.decoder import ConditionalDecoder
 

@@ -2,7 +2,6 @@
 
 from metr.models.backbones.base import Backbone
 from metr.models.backbones.efficientnet_lite import EfficientNetLiteBackbone
-from metr.models.backbones.hugging_face import HuggingFaceBackbone
 from metr.models.config import BackboneConfig
 
 __all__ = ["Backbone", "BackboneConfig", "build_backbone"]
@@ -18,4 +17,7 @@ def build_backbone(config: BackboneConfig) -> Backbone:
     """
     if config.name == "efficientnet_lite0":
         return EfficientNetLiteBackbone(config)
+    # transformers takes seconds to import, and the backbone above does not need it
+    from metr.models.backbones.hugging_face import HuggingFaceBackbone
+
     return HuggingFaceBackbone(config)

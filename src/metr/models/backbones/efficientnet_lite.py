@@ -3,24 +3,19 @@
 import re
 from collections.abc import Mapping
 from math import ceil
-from typing import Any
 
 import torch
 from einops import reduce
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, pad
-from transformers import AutoBackbone, AutoConfig, PreTrainedConfig, PreTrainedModel, initialization
-from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin
-from transformers.modeling_outputs import BackboneOutput
 
 from metr.errors import ConfigError, DependencyError
 from metr.hub import efficientnet_lite0_weights
 from metr.models.backbones.base import Backbone, FrozenBatchNorm, freeze_batch_norms
 from metr.models.config import BackboneConfig
 
-# Of each stage: blocks, kernel, stride of the first block, expansion, channels.
-_STAGES = (
+STAGES = (
     (1, 3, 1, 1, 16),
     (2, 3, 2, 6, 24),
     (2, 5, 2, 6, 40),
@@ -29,6 +24,7 @@ _STAGES = (
     (4, 5, 2, 6, 192),
     (1, 3, 1, 6, 320),
 )
+"""Of each stage: blocks, kernel, stride of the first block, expansion, channels."""
 _STEM, _HEAD, _CLASSES = 32, 1280, 1000
 _EPS = 1e-3
 # Index of the last stage of each stride.
@@ -114,13 +110,13 @@ class EfficientNetLite(nn.Module):
         stages: How many stages to build.
     """
 
-    def __init__(self, width: float = 1.0, depth: float = 1.0, stages: int = len(_STAGES)) -> None:
+    def __init__(self, width: float = 1.0, depth: float = 1.0, stages: int = len(STAGES)) -> None:
         super().__init__()
         self.stem = ConvNorm(3, _STEM, 3, stride=2)
         self.stages = nn.ModuleList()
         channels = [_STEM]
-        for index, (blocks, kernel, stride, expansion, outer) in enumerate(_STAGES[:stages]):
-            if 0 < index < len(_STAGES) - 1:
+        for index, (blocks, kernel, stride, expansion, outer) in enumerate(STAGES[:stages]):
+            if 0 < index < len(STAGES) - 1:
                 blocks = ceil(blocks * depth)  # noqa: PLW2901
             channels.append(_rounded(outer * width))
             steps = [(channels[-2], stride), *[(channels[-1], 1)] * (blocks - 1)]
@@ -223,7 +219,7 @@ def _renamed(key: str) -> str:
     return f"{_OUTER[part]}.{kind}"
 
 
-_PLACES = [(stage, place) for stage, (blocks, *_) in enumerate(_STAGES) for place in range(blocks)]
+_PLACES = [(stage, place) for stage, (blocks, *_) in enumerate(STAGES) for place in range(blocks)]
 _PARTS = {
     "expand_conv": "expand.convolution",
     "bn0": "expand.normalization",
@@ -261,81 +257,3 @@ def _rounded(channels: float) -> int:
 
 STAGE_OF_STRIDE = {4: "stage2", 8: "stage3", 16: "stage5", 32: "stage7"}
 """The last stage of each stride."""
-
-
-class EfficientNetLiteConfig(BackboneConfigMixin, PreTrainedConfig):  # type: ignore[no-untyped-call]
-    """Which EfficientNet-Lite: Lite0, or a scaled version.
-
-    Args:
-        width: Multiple of Lite0's channels.
-        depth: Multiple of Lite0's blocks.
-        freeze_batch_norm: Makes batch norms constant. They are then no `nn.BatchNorm2d`, so detectors that
-            replace these (and would lose EfficientNet's eps) leave them alone.
-        out_features: The stages whose maps are returned, of "stage1" to "stage7"; or by number in `out_indices`.
-    """
-
-    model_type = "efficientnet_lite"
-
-    def __init__(
-        self,
-        width: float = 1.0,
-        depth: float = 1.0,
-        freeze_batch_norm: bool = True,
-        out_features: list[str] | None = None,
-        out_indices: list[int] | None = None,
-        **rest: Any,
-    ) -> None:
-        super().__init__(**rest)
-        self.width, self.depth, self.freeze_batch_norm = width, depth, freeze_batch_norm
-        self.stage_names = ["stem", *(f"stage{number}" for number in range(1, len(_STAGES) + 1))]
-        self.set_output_features_output_indices(out_features=out_features, out_indices=out_indices)
-
-
-class EfficientNetLiteModel(BackboneMixin, PreTrainedModel):  # type: ignore[no-untyped-call]
-    """EfficientNet-Lite for `AutoBackbone`; images are normalised as (x - 127) / 128, of 0 to 255."""
-
-    config_class = EfficientNetLiteConfig
-    base_model_prefix = "efficientnet_lite"
-    main_input_name = "pixel_values"
-    has_attentions = False
-
-    def __init__(self, config: EfficientNetLiteConfig) -> None:
-        super().__init__(config)
-        self._wanted = [config.stage_names.index(name) for name in config.out_features]
-        self.trunk = EfficientNetLite(config.width, config.depth, stages=max(self._wanted))
-        missing = len(config.stage_names) - 1 - len(self.trunk.channels)
-        self.num_features = [0, *self.trunk.channels, *[0] * missing]
-        if config.freeze_batch_norm:
-            freeze_batch_norms(self.trunk)
-        self.post_init()  # type: ignore[no-untyped-call]
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        """Initialises weights that a file lacks, as the layers themselves do."""
-        if isinstance(module, nn.Conv2d):
-            initialization.kaiming_normal_(module.weight, mode="fan_out")
-
-    @torch.no_grad()
-    def load_imagenet(self) -> None:
-        """Loads the packaged ImageNet weights, from which a METR starts too.
-
-        Raises:
-            DependencyError: the package of the weights is missing or altered.
-        """
-        weights = packaged_weights()
-        self.trunk.load_state_dict({key: weights[key] for key in self.trunk.state_dict()})
-
-    def forward(self, pixel_values: Tensor, **_: Any) -> BackboneOutput:  # type: ignore[override]
-        """The maps [b c h w] of the wanted stages, finest first."""
-        maps = self.trunk(pixel_values)
-        return BackboneOutput(feature_maps=tuple(maps[stage - 1] for stage in self._wanted))
-
-
-def register() -> None:
-    """Makes EfficientNet-Lite known to transformers' `AutoConfig` and `AutoBackbone`.
-
-    Call it before transformers loads a detector that has this backbone, such as a folder that `metr transfer` wrote.
-    Calling it again does nothing.
-    """
-    AutoConfig.register(EfficientNetLiteConfig.model_type, EfficientNetLiteConfig, exist_ok=True)
-    AutoBackbone.register(EfficientNetLiteConfig, EfficientNetLiteModel, exist_ok=True)

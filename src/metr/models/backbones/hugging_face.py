@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
 from metr.errors import ConfigError, ModelError, did_you_mean
 from metr.hub import loading
 from metr.models.backbones.base import Backbone, SimplePyramid, freeze_batch_norms
+from metr.models.backbones.registered import register
 from metr.models.config import BackboneConfig
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -140,6 +141,7 @@ def _architecture(config: BackboneConfig, source: str) -> Any:
     if not made_here and "/" not in source and not Path(source).is_dir():
         hint = did_you_mean(config.name, ["efficientnet_lite0", *SHORTHANDS])
         raise ModelError(f"no backbone {config.name!r}", where="backbone.name", hint=f"{hint}, or a hub name or folder")
+    register()  # a folder may hold METR's own backbone
     with loading(source):
         if made_here:
             _check_options(options, CONFIG_MAPPING[model_type]())
