@@ -6,7 +6,7 @@ A `nano` METR of bccd, aquarium, playing_cards, chess_pieces, doc_tables, and th
 licences allow it. What is measured is what is shipped: the last weights, in float16.
 
 Profile `cpu`, one thread of an AMD EPYC: 40,000 images seen in 173 minutes of training steps
-(results/checkpoint-cpu.json). Mean AP of five datasets: 59.0 with own names, 58.8 with all 110 names. Profile `gpu` has
+(results/checkpoint-cpu.json). Mean AP of five datasets: 60.5 with own names, 60.3 with all 110 names. Profile `gpu` has
 not been run.
 
 Results: `results/checkpoint-PROFILE.json`, `.md` and a sheet of detections; the checkpoint with its model card goes to

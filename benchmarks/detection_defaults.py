@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, required=True, help="the folder of the datasets, one folder each")
     parser.add_argument("--untrained", nargs="*", default=[], help="datasets that training did not see")
     parser.add_argument("--leave-out", nargs="*", default=["coco_mini"], help="trained datasets that share fields")
-    parser.add_argument("--resamples", type=int, default=100)
+    parser.add_argument("--resamples", type=int, default=50)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/detection-defaults"))
     given = vars(parser.parse_args(arguments))
@@ -144,7 +144,7 @@ def measured(model: METR, study: Study, trained: Sequence[str], options: Mapping
         "trained": sum(len(one.annotations) for one in known),
         "untrained": sum(len(one.annotations) for one in strange),
     }
-    return {"images": images, "trained": list(trained), "settings": figures}
+    return {"images": images, "trained": list(trained), "ways": figures}
 
 
 def encoded(model: METR, path: str) -> Encoded:
@@ -251,7 +251,7 @@ def relabelled(
 def page(result: Mapping[str, Any]) -> str:
     """The page of a result: a row a setting."""
     rows = []
-    for title, figures in result["settings"].items():
+    for title, figures in result["ways"].items():
         cells = [report.number(figures[question]) for question in QUESTIONS[:-1]]
         gains = [figures["difference"][question] for question in ("own", "joint")]
         spans = [f"{gain['mean']:+.2f} ({gain['low']:+.2f} to {gain['high']:+.2f})" for gain in gains]
