@@ -227,7 +227,7 @@ def test_neither_a_folder_nor_a_name_on_the_hub(monkeypatch: pytest.MonkeyPatch,
         asked.append(name)
         raise OSError("no network")
 
-    monkeypatch.setattr("metr.checkpoint.snapshot_download", offline)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
     with pytest.raises(CheckpointError, match="user/nothing: no network"):
         METR.from_pretrained("user/nothing")
     with pytest.raises(CheckpointError, match="no such checkpoint"):
@@ -236,7 +236,7 @@ def test_neither_a_folder_nor_a_name_on_the_hub(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_a_name_on_the_hub(monkeypatch: pytest.MonkeyPatch, tiny_run: TinyRun) -> None:
-    monkeypatch.setattr("metr.checkpoint.snapshot_download", lambda name, **_: str(tiny_run.best))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: str(tiny_run.best))
     assert METR.from_pretrained("user/detector").names == ALL_NAMES
 
 

@@ -1,6 +1,8 @@
 """The checkpoint that comes with the project: small enough, honest in its card, and it finds what it says."""
 
 import json
+import subprocess
+import sys
 from itertools import islice
 from pathlib import Path
 
@@ -60,3 +62,15 @@ def test_it_finds_its_things_in_images_it_has_never_seen(model: METR, shared: Pa
     own = [sum(label.startswith(tuple(names)) for label in image) for image in labels]
     assert sum(map(bool, own)) >= 6, "there is something in every image"
     assert sum(own) >= 0.8 * sum(map(len, labels)), "hardly a thing is called by another dataset's name"
+
+
+def test_detecting_trained_names_imports_no_transformers() -> None:
+    """It takes seconds to import, and only other backbones and untrained names need it."""
+    code = (
+        "import sys, numpy, metr\n"
+        f"model = metr.METR.from_pretrained({str(FOLDER)!r}, device='cpu')\n"
+        "model.detect(numpy.zeros((64, 64, 3), dtype=numpy.uint8))\n"
+        "print(sorted({'transformers', 'accelerate', 'pyarrow'} & {*sys.modules}))"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert ended.stdout.strip() == "[]"

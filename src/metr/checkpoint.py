@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-from huggingface_hub import snapshot_download
 from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
@@ -193,6 +192,8 @@ def fetch_checkpoint(name: str, *, revision: str | None = None, **options: Any) 
     Raises:
         CheckpointError: the hub cannot be reached, or the repository holds no such checkpoint.
     """
+    from huggingface_hub import snapshot_download  # it takes a while to import, and only downloads need it
+
     with asking(name, revision):
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=[CONFIG], **options))
     config = folder / CONFIG
