@@ -9,8 +9,7 @@ from rich.console import Console
 from transformers import AutoImageProcessor, AutoModelForObjectDetection, Trainer, TrainingArguments
 
 import metr
-from metr.conversion.transfer import trainer_batch
-from metr.data.joint import open_joint
+from metr.conversion.transfer import trainer_batch, trainer_images
 from metr.errors import MetrError
 
 parser = argparse.ArgumentParser(description=__doc__)
@@ -19,10 +18,10 @@ for place in ("METR_RUN", "FOLDER", "OUT"):
 parser.add_argument("--steps", type=int, default=500)
 run, folder, out, steps = vars(parser.parse_args()).values()
 try:
-    images = open_joint([folder]).sources[0].split("train")
     metr.transfer(run, "deformable_detr", out, names=folder, console=Console())
     processor: Any = AutoImageProcessor.from_pretrained(out)  # type: ignore[no-untyped-call]
     model = AutoModelForObjectDetection.from_pretrained(out)
+    images: Any = trainer_images(folder, model)
     asked = TrainingArguments(f"{out}/training", max_steps=steps, learning_rate=2e-4)
     Trainer(model, asked, partial(trainer_batch, processor), images).train()
     model.save_pretrained(out)

@@ -2,6 +2,7 @@
 
 import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,9 +12,13 @@ from PIL import Image
 
 from metr.conversion.export import colours_of
 from metr.conversion.targets import find_target
-from metr.conversion.transfer import trainer_batch
+from metr.conversion.transfer import trainer_batch, trainer_images
 from metr.data.config import ResizeConfig
+from metr.data.joint import open_joint
 from metr.data.records import ImageRecord
+from metr.errors import DataError
+
+from tiny import TinyRun
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples/finetune_deformable_detr.py"
 
@@ -34,6 +39,20 @@ def test_a_mistake_ends_in_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(SystemExit, match=r"nowhere: .*no such"):
         run(monkeypatch, tmp_path / "run", tmp_path / "nowhere", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_labels_are_those_that_the_detector_has_by_name(tiny_run: TinyRun) -> None:
+    data, (source,) = tiny_run.data[0], open_joint(tiny_run.data[:1]).sources
+    names = list(reversed(source.categories))
+    model = SimpleNamespace(config=SimpleNamespace(label2id={name: row for row, name in enumerate(["zebra", *names])}))
+    before = source.split("train")
+    for row, record in enumerate(trainer_images(data, model)):
+        assert record.path == before[row].path
+        expected = [1 + names.index(source.categories[label]) for label in before[row].labels.tolist()]
+        assert record.labels.tolist() == expected
+    model.config.label2id.pop(names[0])
+    with pytest.raises(DataError, match=f"the detector has no label for {names[0]}; it has zebra"):
+        trainer_images(data, model)
 
 
 def test_a_batch_for_a_trainer(tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def test_what_is_said_of_untrained_names() -> None:
     lines = told(untrained(asked, text, trained, table)).splitlines()
     # an abbreviation is nearest, whatever the language model thinks
     assert lines[0] == (
-        '"white blood cell" was not trained; nearest: "WBC" 0.77, "RBC" 0.64: ask for those for better results'
+        '"white blood cell" was not trained; nearest: "WBC" 0.77, "RBC" 0.64: ask for "WBC" for better results'
     )
     assert lines[1].startswith('"zebra" was not trained, and no trained name is near it (nearest: ')
     assert lines[2] == '"trout" was not trained; nearest: "fish" 1.00: ask for that for better results'

@@ -39,7 +39,9 @@ def evaluate(
     *,
     out: Annotated[
         Path | None,
-        typer.Option("-o", "--out", help="Where JSON, Markdown and chart go; by default evaluation, in RUN if local."),
+        typer.Option(
+            "-o", "--out", help="Where results go; by default evaluation or evaluation-SPLIT, in RUN if local."
+        ),
     ] = None,
     split: Annotated[
         str | None, typer.Option(help="The split; by default val (test where there is nothing to train on).")
@@ -63,7 +65,8 @@ def evaluate(
     values = {"prompts": prompts, "inference": inference_config(set_ or (), batch_size=batch_size)}
     config = EvaluationConfig.checked(values, where="evaluate")
     # a name on the hub is no folder to write into
-    out = out or (run / "evaluation" if run.is_dir() else Path("evaluation"))
+    folder = "evaluation" if split is None else f"evaluation-{split}"
+    out = out or (run / folder if run.is_dir() else Path(folder))
     console = output_console()
     report = run_evaluation(run, data, out, split=split, device=device, config=config, console=console)
     if store:
@@ -91,7 +94,8 @@ def detect(
         typer.Option(help="Least score; by default each name's own, to draw, and all for the JSON.", min=0, max=1),
     ] = None,
     nms: Annotated[
-        float | None, typer.Option(help="IoU over which the weaker of two boxes of one name goes; 1: none.")
+        float | None,
+        typer.Option(help="IoU over which the weaker of two boxes of one name goes; 1: none.", min=0, max=1),
     ] = None,
     labels: Annotated[str, typer.Option(help="At drawn boxes: names (and scores), scores or none.")] = "names",
     batch_size: _BatchSize = 8,

@@ -21,7 +21,7 @@ from metr.data.images import read_image
 from metr.data.joint import open_joint
 from metr.data.records import ImageRecord
 from metr.devices import resolved_device
-from metr.errors import ConfigError, ModelError
+from metr.errors import ConfigError, DataError, ModelError
 from metr.hub import quiet
 from metr.model import METR
 from metr.run_directory import explained_disk_errors, replaced_folder
@@ -34,22 +34,31 @@ from metr.text.vocabulary import Vocabulary
 from metr.training.config import load_recipe
 from metr.training.finetune_recipe import RECIPE, left_to_finetuning
 
-__all__ = ["REPORT", "adopt_file", "from_detector", "import_detector", "to_detector", "trainer_batch", "transfer"]
+__all__ = [
+    "REPORT",
+    "adopt_file",
+    "from_detector",
+    "import_detector",
+    "to_detector",
+    "trainer_batch",
+    "trainer_images",
+    "transfer",
+]
 
 REPORT = "transfer.json"
 """What became of every weight, in the folder of the detector."""
 _BACKBONE = "all but its backbone starts afresh"
-_TRAINER = """go on with transformers' Trainer; DATA is a dataset whose names are the detector's labels (--names DATA):
+_TRAINER = """go on with transformers' Trainer; DATA is a dataset with names of the detector (--names DATA):
   from functools import partial
   import metr
-  from metr.conversion.transfer import trainer_batch
-  from metr.data.joint import open_joint
+  from metr.conversion.transfer import trainer_batch, trainer_images
   from transformers import AutoImageProcessor, AutoModelForObjectDetection, Trainer, TrainingArguments
   metr.register()
   model = AutoModelForObjectDetection.from_pretrained("{out}")
   batch = partial(trainer_batch, AutoImageProcessor.from_pretrained("{out}"))
-  images = open_joint(["DATA"]).sources[0].split("train")
-  Trainer(model, TrainingArguments("training", max_steps=500, learning_rate=2e-4), batch, images).train()"""
+  images = trainer_images("DATA", model)
+  Trainer(model, TrainingArguments("training", max_steps=500, learning_rate=2e-4), batch, images).train()
+  model.save_pretrained("{out}")"""
 # of an object, as transformers' image processors read it
 _COCO = ("category_id", "bbox", "area", "iscrowd")
 
@@ -129,6 +138,28 @@ def _read_for(model: METR, names: str) -> Vocabulary:
     if names.strip() == "all":
         return model.vocabulary
     return with_trained_prompts(read_names(names), model.vocabulary)
+
+
+def trainer_images(data: str | Path, model: Any, split: str = "train") -> list[ImageRecord]:
+    """The images of a dataset as transformers' Trainer may take them, with the labels that the detector has by name.
+
+    Args:
+        data: One dataset, as an argument of a command.
+        model: A detector of transformers; its configuration names its labels.
+        split: Which images.
+
+    Raises:
+        DataError: the dataset has a name that is no label of the detector, or lacks the split.
+    """
+    (source,) = open_joint([str(data)]).sources
+    labels = {name: int(label) for name, label in model.config.label2id.items()}
+    if missing := [name for name in source.categories if name not in labels]:
+        what = f"the detector has no label for {listed(missing)}; it has {listed(list(labels))}"
+        hint = "transfer with --names of this dataset, or rename its categories in a datasets file (renames)"
+        raise DataError(what, where=source.name, hint=hint)
+    numbers = np.array([labels[name] for name in source.categories], dtype=np.int64)
+    records = source.split(split)
+    return [replace(one, labels=numbers[one.labels]) for one in (records[row] for row in range(len(records)))]
 
 
 def trainer_batch(processor: Any, records: Sequence[ImageRecord]) -> dict[str, Any]:

@@ -174,6 +174,8 @@ def _preface(report: EvaluationReport) -> str:
                 f"Categories that an image's dataset does not annotate: {report.unannotated}.",
             )
         )
+    splits = [f"{one.split} of {_cell(one.name)}" for one in report.datasets]
+    lines.append(f"Splits: {', '.join(splits)}.")
     missing = [f"{one.missing} of {_cell(one.name)}" for one in report.datasets if one.missing]
     if missing:
         lines.append(f"Images that could not be read, and are in no number: {', '.join(missing)}.")

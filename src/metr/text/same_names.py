@@ -194,14 +194,12 @@ def untrained(
 
 def told(found: Sequence[Untrained]) -> str:
     """What a user should know who asks for names that were not trained: a line for each of the first few."""
-    lines = []
-    for one in found[:_TOLD]:
-        those = "that" if len(one.nearest) == 1 else "those"
-        lines.append(
-            f"{one.called} was not trained; nearest: {one.near}: ask for {those} for better results"
-            if one.alike
-            else f"{one.called} was not trained, and no trained name is near it (nearest: {one.near})"
-        )
+    lines = [
+        f'{one.called} was not trained; nearest: {one.near}: ask for "{one.nearest[0][0]}" for better results'
+        if one.alike
+        else f"{one.called} was not trained, and no trained name is near it (nearest: {one.near})"
+        for one in found[:_TOLD]
+    ]
     if len(found) > _TOLD:
         lines.append(f"and {len(found) - _TOLD} more names were not trained")
     return "\n".join(lines)

@@ -222,7 +222,8 @@ def laid_over(base: Mapping[str, Any], layers: Sequence[Mapping[str, Any]], *, w
     If the layers change the number of steps, each of `train.schedule.warmup_steps`, `train.ema.decay`,
     `train.ema.tau`, `train.loop.evaluate_every` and `train.loop.checkpoint_every` that they do not set keeps the share
     of the run that it has in the recipe. Checkpoints are never further apart than in the recipe, because a longer run
-    should not lose more to a crash, and at least 20 steps apart.
+    should not lose more to a crash, and at least 20 steps apart; evaluations at least 10. A length that is asked for
+    is trained to its end: `train.loop.patience` is then 0, unless the layers set it.
 
     Raises:
         ConfigError: a key is unknown, or a value is of the wrong kind.
@@ -237,7 +238,7 @@ def laid_over(base: Mapping[str, Any], layers: Sequence[Mapping[str, Any]], *, w
     return RunConfig.checked(merge(base, unflattened(following), given), where=where)
 
 
-_APART = 20  # steps between checkpoints, at least
+_APART, _EVALUATED_APART = 20, 10  # steps between checkpoints, and between evaluations, at least
 
 
 def _scaled(train: TrainConfig, steps: int) -> Tree:
@@ -253,7 +254,8 @@ def _scaled(train: TrainConfig, steps: int) -> Tree:
         "train.schedule.warmup_steps": share(schedule.warmup_steps),
         "train.ema.decay": round(1 - 1 / covered, max(6, math.ceil(math.log10(covered)) + 2)),
         "train.ema.tau": float(f"{ema.tau * factor:.3g}"),
-        "train.loop.evaluate_every": share(loop.evaluate_every),
+        "train.loop.evaluate_every": max(share(loop.evaluate_every), min(_EVALUATED_APART, loop.evaluate_every)),
+        "train.loop.patience": 0,
         "train.loop.checkpoint_every": min(max(share(loop.checkpoint_every), _APART), loop.checkpoint_every),
     }
 

@@ -14,6 +14,7 @@ from metr.training.progress import grouped_terms
 
 _SMOOTHING = 0.7  # fraction of the old average that a point keeps
 _MOST_METRICS = 12  # lines that a legend can still be read with
+_FEW = 10  # points of a line
 
 
 def plot_curves(run: Path) -> Path:
@@ -43,7 +44,7 @@ def plot_curves(run: Path) -> Path:
 def _plot_total(axes: Any, records: Sequence[Record]) -> None:
     steps, values = _series(records, "total")
     axes.plot(steps, values, color="tab:blue", alpha=0.35, linewidth=1)
-    axes.plot(steps, _smoothed(values), color="tab:blue", linewidth=2)
+    axes.plot(steps, _smoothed(values), color="tab:blue", linewidth=2, marker=_marker(steps))
     _finish(axes, "loss, total", bool(values))
 
 
@@ -53,7 +54,8 @@ def _plot_terms(axes: Any, records: Sequence[Record]) -> None:
     for index, name in enumerate(names):
         points = [(step, values[name]) for step, values in groups if name in values]
         style = ["-", "--", ":"][index // 10 % 3]
-        axes.plot([step for step, _ in points], _smoothed([value for _, value in points]), style, label=name)
+        steps, values = [step for step, _ in points], _smoothed([value for _, value in points])
+        axes.plot(steps, values, style, label=name, marker=_marker(steps), markersize=3)
     if any(value > 0 for _, values in groups for value in values.values()):
         axes.set_yscale("log")
     _finish(axes, "loss, by term (summed over layers, smoothed)", bool(names))
@@ -73,8 +75,14 @@ def _plot_rate(axes: Any, records: Sequence[Record]) -> None:
     parts = list(dict.fromkeys(part for record in records for part in record.get("learning_rate", {})))
     for part in parts:
         points = [(record["step"], record["learning_rate"][part]) for record in records if "learning_rate" in record]
-        axes.plot([step for step, _ in points], [rate for _, rate in points], label=part)
+        steps = [step for step, _ in points]
+        axes.plot(steps, [rate for _, rate in points], label=part, marker=_marker(steps), markersize=3)
     _finish(axes, "learning rate", bool(parts))
+
+
+def _marker(steps: Sequence[int]) -> str:
+    """A line of one point shows nothing, one of a few points little: they are marked."""
+    return "o" if len(steps) < _FEW else ""
 
 
 def _finish(axes: Any, title: str, filled: bool) -> None:

@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn, optim
 
-from metr.errors import CheckpointError, MetrError, did_you_mean
+from metr.errors import CheckpointError, ConfigError, MetrError, did_you_mean
 from metr.run_directory import COUNTERS, RunDirectory, existing_folder, replaced_folder
 from metr.serialization import load_weights, read_json, read_tensors, write_json, write_tensors
 from metr.training.config import LoopConfig
@@ -203,6 +203,17 @@ def check_place(run: RunDirectory, resume: bool) -> None:
     if has_state(run.state) and not resume:
         hint = "resume it with --resume, or name another folder"
         raise MetrError("a run is in this folder already", where=run.path, hint=hint)
+
+
+def check_steps(counters: Counters, steps: int) -> None:
+    """Checks that a resumed run has not made more steps already than are asked for.
+
+    Raises:
+        ConfigError: it has.
+    """
+    if counters.step > steps:
+        what = f"{counters.step:,} steps are done already, more than {steps:,}"
+        raise ConfigError(what, where="train.loop.steps", hint="--steps with a larger number, or start a new run")
 
 
 def optimizer_tensors(network: nn.Module, optimizer: optim.Optimizer) -> dict[str, Tensor]:

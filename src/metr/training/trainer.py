@@ -38,6 +38,7 @@ from metr.training.state import (
     StepReport,
     Trained,
     check_place,
+    check_steps,
     gathered_random_state,
     has_state,
     load_state,
@@ -361,6 +362,7 @@ class Trainer:
 
     def _load(self, rank: int) -> None:
         self.counters, random_states = load_state(self.folder.state, self._trained())
+        check_steps(self.counters, self.config.loop.steps)
         self._buffers.keep()
         self._saved_step = self.counters.step
         if all(rank < len(rows) for rows in random_states.values()):
