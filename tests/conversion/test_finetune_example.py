@@ -36,7 +36,7 @@ def test_a_missing_argument_is_named(monkeypatch: pytest.MonkeyPatch, capsys: py
 
 
 def test_a_mistake_ends_in_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(SystemExit, match=r"nowhere: .*no such"):
+    with pytest.raises(SystemExit, match=r"no such"):
         run(monkeypatch, tmp_path / "run", tmp_path / "nowhere", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -94,7 +94,7 @@ def test_what_is_said_of_untrained_names() -> None:
         '"white blood cell" was not trained; nearest: "WBC" 0.77, "RBC" 0.64: ask for "WBC" for better results'
     )
     assert lines[1].startswith('"zebra" was not trained, and no trained name is near it (nearest: ')
-    assert lines[2] == '"trout" was not trained; nearest: "fish" 1.00: ask for that for better results'
+    assert lines[2] == '"trout" was not trained; nearest: "fish" 1.00: ask for "fish" for better results'
     assert lines[3].startswith('"fish" as "a wet fish" was not trained; nearest: "fish" 0.16')
     assert untrained(asked, text, (), table[:0]) == ()
 

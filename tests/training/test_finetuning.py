@@ -271,7 +271,8 @@ def test_what_follows_the_steps_of_fine_tuning(tiny_run: TinyRun, tmp_path: Path
     own = finetune_recipe(base, 20)
     short = finetune_recipe(base, 20, None, ["train.loop.steps=60"])
     assert (own.train.loop.steps, own.train.schedule.warmup_steps, own.train.loop.evaluate_every) == (300, 30, 30)
-    assert (short.train.schedule.warmup_steps, short.train.loop.evaluate_every) == (6, 6)
+    assert (short.train.schedule.warmup_steps, short.train.loop.evaluate_every) == (6, 10)
+    assert (own.train.loop.patience, short.train.loop.patience) == (5, 0), "a length that is asked for is trained"
     assert 1 / (1 - short.train.ema.decay) == pytest.approx(12, rel=1e-3)
 
 
