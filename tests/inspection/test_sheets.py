@@ -9,7 +9,7 @@ from PIL import Image
 
 from metr.data.datasets_file import DatasetConfig, DatasetSource, open_dataset
 from metr.errors import ConfigError, DataError
-from metr.inference.draw import category_colour
+from metr.inference.draw import Colour, palette
 from metr.inspection.facts import facts_of
 from metr.inspection.sheets import check_folder, draw_sheet, file_stem
 
@@ -18,22 +18,30 @@ def opened(root: Path, **options: object) -> DatasetSource:
     return open_dataset(DatasetConfig(name=root.name, path=root, **options), root.parent / "cache")
 
 
-def pixels_of(path: Path, name: str) -> int:
-    """Pixels of a sheet that are nearly of the colour of a category (JPEG blurs)."""
+def pixels_of(path: Path, colour: Colour) -> int:
+    """Pixels of a sheet that are nearly of a colour (JPEG blurs)."""
     with Image.open(path) as image:
         pixels = np.asarray(image).astype(int)
-    distance = np.abs(pixels - np.array(category_colour(name))).sum(-1)
+    distance = np.abs(pixels - np.array(colour)).sum(-1)
     return int((distance < 60).sum())
 
 
 def test_every_category_is_shown_though_most_images_are_of_one(tmp_path: Path) -> None:
     train = [f"{number:03d}.png,5,5,30,25,cat" for number in range(60)]
     train += [f"{57 + number:03d}.png,5,5,30,25,{name}" for number, name in enumerate(["dog", "hen"])]
-    source = opened(write_csv(tmp_path / "pets", {"train": train, "val": ["900.png,2,2,20,20,cow"]}))
+    root = write_csv(tmp_path / "pets", {"train": train, "val": ["900.png,2,2,20,20,cow"]})
+    for path in root.rglob("*.png"):  # colours are drawn boxes alone
+        with Image.open(path) as image:
+            size = image.size
+        Image.new("RGB", size, (128, 128, 128)).save(path)
+    source = opened(root)
     sheet = draw_sheet(source, facts_of(source, most=1000), tmp_path / "sheets")
     assert sheet.path == tmp_path / "sheets" / "pets.jpg"
     assert (sheet.images, sheet.missing) == (12, ())
-    assert all(pixels_of(sheet.path, name) > 100 for name in ("cat", "dog", "hen", "cow"))
+    colours = palette([*source.categories, "none"])
+    by_chance = pixels_of(sheet.path, colours["none"])
+    found = {name: pixels_of(sheet.path, colours[name]) for name in ("cat", "dog", "hen", "cow")}
+    assert min(found.values()) > 200 + 2 * by_chance, (found, by_chance)
 
 
 def test_a_small_image_is_enlarged(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from metr.data.datasets_file import DatasetSource
 from metr.data.images import read_annotated
 from metr.data.records import ImageRecord
 from metr.errors import ConfigError, DataError
-from metr.inference.draw import contact_sheet, draw_annotations, save_image
+from metr.inference.draw import Style, contact_sheet, draw, palette, record_marks, save_image
 from metr.inspection.facts import DatasetFacts, record_at, spread_places
 
 # Images of a sheet: at least so many where there are as many, and more only to show further categories.
@@ -68,9 +68,10 @@ def draw_sheet(source: DatasetSource, facts: DatasetFacts, folder: Path) -> Shee
         MetrError: the sheet cannot be written.
     """
     drawn, captions = [], []
+    style = Style(colours=palette(source.categories))
     missing = {label for label, one in enumerate(facts.names.values()) if one.count}
     for split, image, record in _chosen(source, facts, missing):
-        drawn.append(draw_annotations(image, record, source.categories, _LONGEST))
+        drawn.append(draw(image, record_marks(record, source.categories), _LONGEST, style))
         captions.append(f"{split}: {record.path.relative_to(source.root).as_posix()}{_ignored(record)}")
     if not drawn:
         raise DataError("no image can be read, so no contact sheet is drawn", where=source.root)

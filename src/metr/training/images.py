@@ -16,8 +16,19 @@ from metr.data.records import ImageRecord, seeded_order
 from metr.errors import DataError, MetrError
 from metr.evaluation.runner import EvaluationRunner
 from metr.inference.config import InferenceConfig
-from metr.inference.draw import Mark, contact_sheet, detection_marks, draw, record_marks, save_image
+from metr.inference.draw import (
+    Mark,
+    Style,
+    contact_sheet,
+    detection_marks,
+    draw,
+    palette,
+    record_marks,
+    save_image,
+)
 from metr.inference.predictor import Predictor
+from metr.inference.selection import name_limits
+from metr.models.detector import Detector
 from metr.structures import NO_OBJECT, Batch
 
 VAL_IMAGES = 8
@@ -100,7 +111,8 @@ class ValImages:
                 continue
             found, caption = _found(predictors[sample.dataset], image)
             truth = record_marks(record, dataset.annotations.categories)
-            drawn += [draw(image, truth, _CELL), draw(image, found, _CELL)]
+            style = Style(colours=palette(dataset.annotations.categories))
+            drawn += [draw(image, truth, _CELL, style), draw(image, found, _CELL, style)]
             captions += [f"{dataset.name}, {_counted(len(truth), 'object')}: {record.path.name}"]
             captions += [f"step {step:,}: {caption}"]
         if drawn:
@@ -112,7 +124,10 @@ class ValImages:
         names = tuple(dict.fromkeys(name.strip() for name in runner.datasets[row].annotations.categories))
         text = runner.text[[runner.vocabulary.index_of(name) for name in names]]
         resize = runner.datasets[row].transforms.config.resize
-        return Predictor(network, text, names, resize, self.config, multiple=runner.loader.multiple)
+        limits = None
+        if isinstance(network, Detector):
+            limits = name_limits(names, runner.trained, network.config, self.config.selection)
+        return Predictor(network, text, names, resize, self.config, multiple=runner.loader.multiple, limits=limits)
 
 
 def _candidates(row: int, dataset: DetectionDataset) -> Iterator[_Sample]:
