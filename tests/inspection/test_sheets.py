@@ -41,7 +41,7 @@ def test_every_category_is_shown_though_most_images_are_of_one(tmp_path: Path) -
     colours = palette([*source.categories, "none"])
     by_chance = pixels_of(sheet.path, colours["none"])
     found = {name: pixels_of(sheet.path, colours[name]) for name in ("cat", "dog", "hen", "cow")}
-    assert min(found.values()) > 200 + 2 * by_chance, (found, by_chance)
+    assert min(found.values()) > 50 + by_chance, (found, by_chance)
 
 
 def test_a_small_image_is_enlarged(tmp_path: Path) -> None:
