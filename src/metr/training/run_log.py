@@ -1,4 +1,4 @@
-"""log.txt in the run folder: what METR logs and shows while it trains, one session after the other."""
+"""log.txt in the run folder: what METR logs and shows while it trains, one call after the other."""
 
 import logging
 import platform
@@ -69,7 +69,7 @@ class RunLog(logging.Handler):
         self.close()
 
     def begin(self, device: str) -> None:
-        """Opens the file and writes what was logged until now: first what this session runs on.
+        """Opens the file and writes what was logged until now: first what this call runs on.
 
         Args:
             device: What the run asks for (`train.loop.device`).
@@ -118,7 +118,7 @@ class RunLog(logging.Handler):
 
 
 def environment() -> tuple[str, ...]:
-    """What a session runs on, in lines: versions, machine, command."""
+    """What a call runs on, in lines: versions, machine, command."""
     command = shlex.join([Path(sys.argv[0]).name or "python", *sys.argv[1:]])
     versions = f"metr {metr.__version__}, torch {torch.__version__}, python {platform.python_version()}"
     return (
