@@ -172,7 +172,7 @@ def test_the_model_is_loaded_only_for_new_phrases(tmp_path: Path, monkeypatch: p
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("the language model was loaded")
 
-    monkeypatch.setattr("metr.text.encoder.LanguageModel", refuse)
+    monkeypatch.setattr("metr.text.language_model.LanguageModel", refuse)
     again = TextEncoder(config)
     assert torch.equal(again.embed(["dog", "white_king", "cat"]), first[[3, 1, 0]])
     with pytest.raises(AssertionError, match="was loaded"):
