@@ -1,12 +1,15 @@
 """A small real run: two datasets of rectangles, the small detector, a checkpoint's other half."""
 
 import copy
+import os
+import signal
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+import pytest
 import torch
 
 from metr.checkpoint import Checkpoint
@@ -22,7 +25,7 @@ from metr.models.config import DetectorConfig
 from metr.models.detector import Detector
 from metr.text.vocabulary import Vocabulary
 from metr.training.config import TrainConfig
-from metr.training.trainer import TrainingParts
+from metr.training.trainer import Trainer, TrainingParts
 
 from small import TEXT_WIDTH, small_config, small_detector
 
@@ -119,3 +122,15 @@ def make_config(steps: int = 6, **changes: Any) -> TrainConfig:
         },
     }
     return TrainConfig.checked(merge(base, changes))
+
+
+def interrupt_at(step: int, patch: pytest.MonkeyPatch) -> None:
+    """Sends Ctrl-C to this process while a trainer makes a step."""
+    made = Trainer.train_step
+
+    def interrupted(self: Trainer, *arguments: Any) -> Any:
+        if self.counters.step + 1 == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return made(self, *arguments)
+
+    patch.setattr(Trainer, "train_step", interrupted)

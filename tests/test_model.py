@@ -297,6 +297,22 @@ def test_default_names_and_aliases(tiny_run: TinyRun, tmp_path: Path) -> None:
         METR.from_pretrained(tmp_path / "own")
 
 
+def test_an_alias_has_the_threshold_and_the_limits_of_its_name(tiny_run: TinyRun) -> None:
+    loaded = METR.from_pretrained(tiny_run.best, device="cpu")
+    checkpoint = loaded.checkpoint
+    detection = DetectionDefaults(aliases={"mug": "cup"}, thresholds={"cup": 0.6})
+    model = METR(loaded.network, replace(checkpoint, detection=detection))
+    assert model.thresholds().names == {"cup": 0.6, "mug": 0.6}
+    assert model.thresholds(0.2).names == {}
+    slots = checkpoint.model.categories.kept
+    many = [f"untrained {number}" for number in range(slots)]
+    predictor = model.predictor(["mug", *many])
+    assert predictor.limits is not None
+    least = predictor.limits.presence.tolist()
+    assert least[0] == pytest.approx(checkpoint.model.categories.threshold)
+    assert least[1] == pytest.approx(0.02)
+
+
 def test_a_start_says_that_it_was_not_trained(tiny_run: TinyRun, caplog: pytest.LogCaptureFixture) -> None:
     trained = METR.from_pretrained(tiny_run.folder, device="cpu")
     start = METR(trained.network, replace(trained.checkpoint, training={"started from": "RT-DETR, folder"}))

@@ -242,7 +242,9 @@ class METR:
         config = config or InferenceConfig()
         wanted = self.default_names if names is None else Vocabulary.of(_listed(names)).names
         text = self.embed(wanted if names is None else names)
-        limits = name_limits(wanted, self.vocabulary, self.checkpoint.model, config.selection)
+        # an alias has the limits of the trained name that it stands for
+        meant = [self.checkpoint.detection.aliases.get(name, name) for name in wanted]
+        limits = name_limits(meant, self.vocabulary, self.checkpoint.model, config.selection)
         return Predictor(self.network, text, wanted, self.resize, config, limits=limits)
 
     def thresholds(self, threshold: float | None = None) -> ScoreThresholds:
@@ -252,7 +254,9 @@ class METR:
             ConfigError: the threshold is not in 0..1.
         """
         if threshold is None:
-            return ScoreThresholds(names=self.checkpoint.detection.thresholds)
+            kept, aliases = self.checkpoint.detection.thresholds, self.checkpoint.detection.aliases
+            same = {alias: kept[name] for alias, name in aliases.items() if name in kept}
+            return ScoreThresholds(names={**same, **kept})
         return ScoreThresholds.checked({"default": threshold}, where="threshold")
 
     @overload

@@ -200,7 +200,7 @@ def test_files_that_name_nothing(tmp_path: Path, text: str) -> None:
     (tmp_path / "names.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError, match=r"(?s)names\.yaml: .*\n  try: write one name a line"):
         names_to_find(None, tmp_path / "names.yaml")
-    with pytest.raises(ConfigError, match=r"no\.txt: the file of names cannot be read"):
+    with pytest.raises(ConfigError, match=r"no\.txt: no such file of names"):
         names_to_find(None, tmp_path / "no.txt")
     with pytest.raises(ConfigError, match="found both"):
         names_to_find("shark", tmp_path / "names.yaml")
@@ -208,5 +208,5 @@ def test_files_that_name_nothing(tmp_path: Path, text: str) -> None:
 
 def test_labels_are_one_of_three() -> None:
     assert [check_labels(one) for one in ("names", "scores", "none")] == ["names", "scores", "none"]
-    with pytest.raises(ConfigError, match=r"expected names, scores, none, found 'name'\n  try: .*'names'"):
+    with pytest.raises(ConfigError, match=r"no kind of labels 'name'\n  try: .*'names'"):
         check_labels("name")

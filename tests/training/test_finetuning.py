@@ -1,9 +1,7 @@
 """The verb finetune: all weights, new names beside the old, what is rehearsed, and what it refuses."""
 
 import json
-import os
 import shutil
-import signal
 from collections.abc import Sequence
 from io import StringIO
 from pathlib import Path
@@ -27,7 +25,7 @@ from metr.training.finetune_data import FinetuneData, FinetuneOptions, open_fine
 from metr.training.finetune_recipe import RECIPE, finetune_recipe
 from metr.training.logger import read_metrics
 from metr.training.taken_names import taken_names
-from metr.training.trainer import Trainer
+from small_runs import interrupt_at
 
 from tiny import NAMES, TinyRun
 
@@ -189,17 +187,6 @@ def test_rehearsal_is_trained_and_told(tiny_run: TinyRun, tmp_path: Path) -> Non
     told = ("before fine-tuning", "AP before and after", "rehearsed", "mean of 1 new", "mean of 1 old", "chosen by")
     for part in told:
         assert part in said
-
-
-def interrupt_at(step: int, patch: pytest.MonkeyPatch) -> None:
-    made = Trainer.train_step
-
-    def interrupted(self: Trainer, *arguments: Any) -> Any:
-        if self.counters.step + 1 == step:
-            os.kill(os.getpid(), signal.SIGINT)
-        return made(self, *arguments)
-
-    patch.setattr(Trainer, "train_step", interrupted)
 
 
 @pytest.mark.trains

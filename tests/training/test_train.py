@@ -23,24 +23,13 @@ from metr.serialization import read_json
 from metr.training.config import RunConfig, load_recipe
 from metr.training.logger import read_metrics
 from metr.training.train import plan, train
-from metr.training.trainer import Trainer
+from small_runs import interrupt_at
 
 from tiny import NAMES, TinyRun, write_text_model
 
 
 def copied(run: TinyRun, place: Path) -> Path:
     return Path(shutil.copytree(run.folder, place / "run"))
-
-
-def interrupt_at(step: int, patch: pytest.MonkeyPatch) -> None:
-    made = Trainer.train_step
-
-    def interrupted(self: Trainer, *arguments: Any) -> Any:
-        if self.counters.step + 1 == step:
-            os.kill(os.getpid(), signal.SIGINT)
-        return made(self, *arguments)
-
-    patch.setattr(Trainer, "train_step", interrupted)
 
 
 def test_the_run_folder_holds_everything(tiny_run: TinyRun) -> None:

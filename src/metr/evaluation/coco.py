@@ -25,7 +25,10 @@ _SHARED_OBJECTS = 10
 
 @dataclass(frozen=True, kw_only=True)
 class OperatingPoint:
-    """Precision and recall (0 to 100, at IoU 0.5) of the detections whose score is at least `threshold` (0 to 1)."""
+    """Precision and recall (0 to 100, at IoU 0.5) of the detections whose score is at least `threshold` (0 to 1).
+
+    Both are the protocol's: recall in hundredths, precision the best at this recall or a higher one.
+    """
 
     threshold: float
     precision: float

@@ -88,7 +88,9 @@ def names_to_find(categories: str | None, file: Path | None) -> list[str] | dict
         return None if categories is None else [name.strip() for name in categories.split(",")]
     if categories is not None:
         raise ConfigError("expected --categories or --categories-file, found both", where="--categories-file")
-    hint = "write one name a line; or YAML: name: [phrase, another phrase]"
+    hint = "write one name a line; or a .yaml file: name: [phrase, another phrase]"
+    if not file.is_file():
+        raise ConfigError("no such file of names", where=file, hint="check the path")
     try:
         text = file.read_text(encoding="utf-8")
         values = yaml.safe_load(text) if file.suffix in _YAML else [line.strip() for line in text.splitlines()]
@@ -115,13 +117,10 @@ def check_labels(labels: str) -> Labels:
     Raises:
         ConfigError: it is not one of names, scores and none.
     """
-    for known in get_args(Labels):
-        if labels == known:
-            return cast("Labels", known)
     known = get_args(Labels)
-    raise ConfigError(
-        f"expected {', '.join(known)}, found {labels!r}", where="--labels", hint=did_you_mean(labels, known)
-    )
+    if labels not in known:
+        raise ConfigError(f"no kind of labels {labels!r}", where="--labels", hint=did_you_mean(labels, known))
+    return cast("Labels", labels)
 
 
 def _expanded(images: Sequence[Path], out: Path) -> list[Path]:
