@@ -202,6 +202,11 @@ def test_files_that_name_nothing(tmp_path: Path, text: str) -> None:
         names_to_find(None, tmp_path / "names.yaml")
     with pytest.raises(ConfigError, match=r"no\.txt: no such file of names"):
         names_to_find(None, tmp_path / "no.txt")
+    (tmp_path / "names.txt").write_text("RBC: [red blood cell]", encoding="utf-8")
+    with pytest.raises(
+        ConfigError, match=r"looks like YAML: RBC: \[red blood cell\]\n  try: end the file's name in \.yaml"
+    ):
+        names_to_find(None, tmp_path / "names.txt")
     with pytest.raises(ConfigError, match="found both"):
         names_to_find("shark", tmp_path / "names.yaml")
 

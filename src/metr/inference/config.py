@@ -68,7 +68,7 @@ def inference_config(
     """
     tree = parse_overrides(overrides)
     if others := sorted(tree.keys() - {"inference"}):
-        hint = f"inference.{others[0]}=..., or leave it to training"
+        hint = "all other settings are those of metr train and metr finetune"
         raise ConfigError(f"expected keys that begin with inference., found {others}", where="--set", hint=hint)
     given = {key: value for key, value in (postprocess or {}).items() if value is not None}
     options = {"postprocess": given} | ({} if batch_size is None else {"batch_size": batch_size})

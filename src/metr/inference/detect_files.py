@@ -1,6 +1,7 @@
 """Detection in image files (`metr detect`): writes drawn images and COCO results."""
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -26,6 +27,7 @@ _LISTED = 20
 # the longer side, in pixels, below which an image is enlarged before it is drawn on
 _LEAST_SIDE = 640
 _YAML = {".yaml", ".yml"}
+_PHRASES = re.compile(r":\s*\[")
 
 
 def detect_files(
@@ -102,6 +104,10 @@ def names_to_find(categories: str | None, file: Path | None) -> list[str] | dict
             return phrases
     elif isinstance(values, list):
         names = [name for name in values if name and not str(name).startswith("#")]
+        if file.suffix not in _YAML and (yaml_line := next((name for name in names if _PHRASES.search(name)), None)):
+            raise ConfigError(
+                f"a line that looks like YAML: {yaml_line}", where=file, hint="end the file's name in .yaml"
+            )
         if _are_texts(names):
             return names
     raise ConfigError("expected names", where=file, hint=hint)
