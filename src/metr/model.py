@@ -272,7 +272,9 @@ class METR:
     def detect(
         self, images: ImageSource | list[ImageSource], names: Names | None = None, *, threshold: float | None = None
     ) -> Detections | list[Detections]:
-        """Finds objects: those whose score reaches the threshold. `predictor` gives all, whatever their score.
+        """Finds objects: those whose score reaches the threshold, one name for each place.
+
+        Of boxes that overlap by more than 0.7 IoU the best one stays. `predictor` gives all, whatever their score.
 
         Args:
             images: A path, an RGB array [h w 3] of bytes or a PIL image; or a list of such.

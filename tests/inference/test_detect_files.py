@@ -54,7 +54,7 @@ def test_results_are_coco_results_and_their_key(tiny_run: TinyRun, images: Path,
         path = Path(image["file_name"])
         assert read_image(path).shape[:2] == (image["height"], image["width"])
         rows = loaded.loadAnns(loaded.getAnnIds(imgIds=[image["id"]]))
-        expected = model.detect(path, names, threshold=0.0)
+        expected = model.predictor(names).detect(path)
         boxes = xywh_to_xyxy(torch.tensor([row["bbox"] for row in rows]))
         torch.testing.assert_close(boxes, expected.boxes, rtol=0, atol=0.02)
         assert [row["category_id"] - 1 for row in rows] == expected.labels.tolist()

@@ -65,10 +65,26 @@ def test_only_confident_detections_are_shown() -> None:
         labels=torch.tensor([0, 1, 0, 1]),
         names=("a", "b"),
     )
-    shown = ScoreThresholds(default=0.45, names={"b": 0.2}).shown(found)
+    shown = ScoreThresholds(default=0.45, names={"b": 0.2}, same_place=None).shown(found)
     assert shown.scores.tolist() == pytest.approx([0.9, 0.5, 0.2])
     assert shown.labels.tolist() == [0, 1, 1]
     assert torch.equal(shown.boxes, found.boxes[[0, 1, 3]])
+
+
+def test_one_name_is_shown_for_each_place() -> None:
+    """The same turtle under two names, a cup half beside it, and the best name too weak to be shown."""
+    turtle, beside, other = [10.0, 10, 50, 50], [30.0, 10, 70, 50], [100.0, 100, 140, 140]
+    found = Detections(
+        boxes=torch.tensor([turtle, other, turtle, beside, other]),
+        scores=torch.tensor([0.9, 0.8, 0.5, 0.45, 0.4]),
+        labels=torch.tensor([0, 2, 1, 1, 1]),
+        names=("turtle", "cup", "frog"),
+    )
+    shown = ScoreThresholds(default=0.3, names={"frog": 0.85}).shown(found)
+    assert shown.scores.tolist() == pytest.approx([0.9, 0.45, 0.4]), "what is not shown suppresses nothing"
+    assert [shown.names[label] for label in shown.labels.tolist()] == ["turtle", "cup", "cup"]
+    nothing = ScoreThresholds(default=1.0).shown(found)
+    assert (len(nothing), tuple(nothing.boxes.shape)) == (0, (0, 4))
 
 
 def test_a_command_changes_single_settings() -> None:

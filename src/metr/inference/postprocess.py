@@ -59,18 +59,25 @@ def write_coco_results(path: Path, detections: Mapping[ImageId, Detections], cat
 
 
 class ScoreThresholds(Config):
-    """The score from which a detection is shown to people. Metrics need all detections."""
+    """Which detections are shown to people: confident ones, with one name for each place. Metrics need all."""
 
     default: Annotated[float, Field(ge=0, le=1)] = 0.3
     """For names that have none of their own."""
     names: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(default_factory=dict)
     """For some names, their own."""
+    same_place: Annotated[float, Field(ge=0, le=1)] | None = 0.7
+    """IoU over which the weaker of two shown boxes goes, whatever their names are; None shows both."""
 
     def shown(self, found: Detections) -> Detections:
-        """The detections that are shown."""
+        """Those of the detections, best first, that are shown."""
         least = torch.tensor([self.names.get(name, self.default) for name in found.names], dtype=found.scores.dtype)
         keep = found.scores >= least.to(found.labels.device)[found.labels]
-        return replace(found, boxes=found.boxes[keep], scores=found.scores[keep], labels=found.labels[keep])
+        sure = replace(found, boxes=found.boxes[keep], scores=found.scores[keep], labels=found.labels[keep])
+        if self.same_place is None:
+            return sure
+        everyone = torch.ones_like(sure.labels, dtype=torch.bool)[None]
+        alone = _survivors(sure.boxes[None], torch.zeros_like(sure.labels)[None], everyone, self.same_place)[0]
+        return replace(sure, boxes=sure.boxes[alone], scores=sure.scores[alone], labels=sure.labels[alone])
 
 
 def postprocess(
