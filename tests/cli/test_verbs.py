@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from metr.checkpoint import DetectionDefaults
+from metr.data.joint import open_joint
 from metr.model import METR
 from metr.training.logger import read_metrics
 
@@ -75,6 +76,23 @@ def test_evaluate_writes_into_the_run(metr: CommandLine, tiny_run: TinyRun, tmp_
     assert "evaluation.json, evaluation.md and evaluation.png are in" in ended.out
     for name in ("pond", "desk", "meadow"):
         assert f"\n{name} " in ended.out
+
+
+def test_evaluate_asks_for_the_default_names_too_and_says_where_thresholds_were_chosen(
+    metr: CommandLine, tiny_run: TinyRun, tmp_path: Path
+) -> None:
+    trained = METR.from_pretrained(tiny_run.folder, device="cpu")
+    names = (*open_joint([tiny_run.data[0]]).vocabulary.names, "cup")
+    METR(trained.network, replace(trained.checkpoint, detection=DetectionDefaults(names=names))).save_pretrained(
+        tmp_path / "tuned"
+    )
+    ended = metr("evaluate", tmp_path / "tuned", tiny_run.data[0], "-o", tmp_path / "e")
+    assert ended.code == 0, ended
+    assert "own AP default AP joint AP" in ended.words
+    assert "default: the names that metr detect looks for with this checkpoint" in ended.words
+    written = json.loads((tmp_path / "e" / "evaluation.json").read_text())
+    assert written["datasets"][0]["default"]["names"] == len(names)
+    assert "AP (default names)" in (tmp_path / "e" / "evaluation.md").read_text()
 
 
 def test_detect_asks_for_any_names(metr: CommandLine, tiny_run: TinyRun, tmp_path: Path) -> None:

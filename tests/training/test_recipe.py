@@ -247,6 +247,7 @@ def test_what_differs_from_a_recipe_is_a_line_each() -> None:
         "train.ema.decay: 0.9995 -> 0.285714",
         "train.ema.tau: 300.0 -> 0.21",
         "train.loop.steps: 10000 -> 7",
+        "train.loop.log_every: 20 -> 1",
         "train.loop.evaluate_every: 1000 -> 10",
         "train.loop.checkpoint_every: 500 -> 20",
     ]

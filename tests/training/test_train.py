@@ -38,7 +38,9 @@ def test_the_run_folder_holds_everything(tiny_run: TinyRun) -> None:
     records = read_metrics(tiny_run.folder)
     assert [record["step"] for record in records if record["kind"] == "train"] == [1, 2, 3]
     (evaluation,) = (record for record in records if record["kind"] == "evaluation")
-    assert set(evaluation["metrics"]) == {"AP", "AP50", *(f"AP {name}" for name in NAMES)}
+    own = {"AP", "AP50", *(f"AP {name}" for name in NAMES)}
+    # what detection asks by default: all names of training
+    assert set(evaluation["metrics"]) == own | {"AP joint vocabulary", "cross-dataset confusion"}
 
 
 def test_the_saved_configuration_is_the_recipe(tiny_run: TinyRun) -> None:
@@ -92,6 +94,38 @@ def test_resuming_with_other_datasets_is_refused(tiny_run: TinyRun, tmp_path: Pa
     with pytest.raises(ConfigError, match=r"meadow: renames.snail None, now 'slug'; meadow: weight 1.0, now 2.0\n"):
         train(str(listing), run, recipe, resume=True)
     assert (run / "config.yaml").read_bytes() == before
+
+
+def test_a_dataset_that_is_gone_is_told_with_the_file_that_names_it(tiny_run: TinyRun, tmp_path: Path) -> None:
+    run = copied(tiny_run, tmp_path)
+    listing = run / "datasets.yaml"
+    listing.write_text(listing.read_text().replace(str(tiny_run.data[1]), str(tmp_path / "gone")))
+    with pytest.raises(
+        DataError, match=r"the dataset .* is no longer here\n  try: if it was moved, change its path in"
+    ):
+        train(None, run, resume=True)
+    listing.write_text(listing.read_text().replace(str(tmp_path / "gone"), str(tiny_run.data[1])))
+    assert train(None, run, resume=True).step == 3
+
+
+def test_the_plan_of_a_resumed_run_refuses_other_names(tiny_run: TinyRun, tmp_path: Path) -> None:
+    run = copied(tiny_run, tmp_path)
+    (run / "datasets.yaml").unlink()
+    with pytest.raises(ConfigError, match="names only there: book, cup, scissors; only here: none"):
+        plan([*tiny_run.data[:1], *tiny_run.data[2:]], resumed=run)
+
+
+def test_curves_are_drawn_while_it_trains(tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+    monkeypatch.setattr("metr.training.trainer.plot_curves", lambda run: drawn.append(len(read_metrics(run))))
+    overrides = [
+        "train.loop.steps=2",
+        "train.loop.evaluate_every=1",
+        "train.loop.log_every=1",
+        "train.loop.curves=true",
+    ]
+    train(tiny_run.data[0], tmp_path / "run", load_recipe("nano", tiny_run.recipe, overrides))
+    assert drawn == [2, 4, 4], "at each evaluation, with its own record, and at the end"
 
 
 def test_resuming_a_run_that_keeps_no_datasets(tiny_run: TinyRun, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from metr.errors import DataError
 from metr.evaluation.results import (
-    MODES,
+    EVERY_MODE,
     CrossDatasetConfusion,
     DatasetReport,
     EvaluationReport,
@@ -34,8 +34,8 @@ UNANNOTATED = {
     "of the average of the weights (`unannotated = pseudo_label`).",
 }
 
-# Two colours that readers with any colour vision tell apart.
-_COLOURS = {"own": "#3b6fb6", "joint": "#e08a2e"}
+# Colours that readers with any colour vision tell apart.
+_COLOURS = {"own": "#3b6fb6", "default": "#7a9a4d", "joint": "#e08a2e"}
 _METRICS: tuple[Literal["ap"], Literal["ap50"]] = ("ap", "ap50")
 
 
@@ -85,20 +85,21 @@ def dataset_table(report: EvaluationReport) -> str:
 
 def category_table(dataset: DatasetReport) -> str:
     """One row per category of a dataset, in Markdown."""
-    parts = [(mode, part) for mode in MODES if (part := dataset.part(mode)) is not None]
+    parts = [(mode, part) for mode in EVERY_MODE if (part := dataset.part(mode)) is not None]
+    asked = dataset.asked
     head = ["category", "objects", *(f"{metric} ({TITLES[mode]})" for mode, _ in parts for metric in ("AP", "AP50"))]
     head += ["threshold", "precision there", "recall there"]
     rows = []
-    for same in zip(*(part.coco.categories for _, part in parts), strict=True):
+    points = [category.best for category in asked.coco.categories] if asked is not None else []
+    for best, *same in zip(points, *(part.coco.categories for _, part in parts), strict=True):
         scores = [score for category in same for score in (category.ap, category.ap50)]
-        best = same[0].best
         point = ["–"] * 3 if best is None else [f"{best.threshold:.2f}", best.precision, best.recall]
         rows.append([_cell(same[0].name), same[0].objects, *scores, *point])
     return _table(head, rows)
 
 
 def draw_chart(report: EvaluationReport, path: Path) -> None:
-    """Writes an image (PNG, SVG, PDF) of each dataset's AP with own names and with the joint vocabulary."""
+    """Writes an image (PNG, SVG, PDF) of each dataset's AP with each vocabulary."""
     modes = report.modes
     names = [legible(one.name) for one in report.datasets]
     figure = Figure(figsize=(max(5.0, 1.6 + 1.1 * len(names)), 3.6), layout="constrained")
@@ -126,24 +127,25 @@ def draw_chart(report: EvaluationReport, path: Path) -> None:
 
 def show(report: EvaluationReport, console: Console) -> None:
     """The report as a table on the console, 80 columns wide unless names of datasets are long."""
-    modes, confusion = [mode for mode in MODES if any(one.part(mode) for one in report.datasets)], report.confusion
+    modes, confusion = [mode for mode in EVERY_MODE if any(one.part(mode) for one in report.datasets)], report.confusion
+    metrics = _METRICS if len(modes) < len(EVERY_MODE) else _METRICS[:1]  # so that it stays 80 columns wide
     console.print("average precision, COCO protocol, 0 to 100", style="italic", highlight=False)
     table = Table(box=SIMPLE_HEAD, show_edge=False, padding=0, pad_edge=False)
     table.add_column("dataset", overflow="fold")
     table.add_column("split")
-    numbers = [f"{mode} {metric}" for mode in modes for metric in ("AP", "AP50")]
+    numbers = [f"{mode} {metric.upper()}" for mode in modes for metric in metrics]
     for title in ("images", *numbers, *(["confused"] if confusion else [])):
         table.add_column(title, justify="right", no_wrap=True)
     for one in report.datasets:
         parts = [one.part(mode) for mode in modes]
         values: list[float | None] = [
-            None if part is None else getattr(part.coco, metric) for part in parts for metric in _METRICS
+            None if part is None else getattr(part.coco, metric) for part in parts for metric in metrics
         ]
         values += [confusion.shares.get(one.name)] if confusion else []
         name = one.name if one.in_mean else f"({one.name})"
         table.add_row(escape(name), one.split, str(one.images), *map(_number, values))
-    means = [report.mean(mode, metric) for mode in modes for metric in _METRICS]
-    means += [confusion.pooled] if confusion else []
+    means = [report.mean(mode, metric) for mode in modes for metric in metrics]
+    means += [_mean_share(report, confusion)] if confusion else []
     table.add_section()
     table.add_row(f"mean of {sum(one.in_mean for one in report.datasets)}", "", "", *map(_number, means))
     console.print(table)
@@ -151,7 +153,16 @@ def show(report: EvaluationReport, console: Console) -> None:
         console.print(line, highlight=False, markup=False)
 
 
+def _mean_share(report: EvaluationReport, confusion: CrossDatasetConfusion) -> float | None:
+    """The mean over datasets of the share of detections that name another domain."""
+    shares = [confusion.shares.get(one.name) for one in report.datasets if one.in_mean]
+    known = [share for share in shares if share is not None]
+    return sum(known) / len(known) if known else None
+
+
 def _legend(report: EvaluationReport, modes: Sequence[Mode]) -> Iterator[str]:
+    if "default" in modes:
+        yield "default: the names that metr detect looks for with this checkpoint"
     if "joint" in modes:
         yield f"own: the dataset's own names; joint: the joint vocabulary of {report.names} names"
     if report.confusion is not None:

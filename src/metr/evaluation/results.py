@@ -150,6 +150,8 @@ def _share(part: float, whole: float) -> float | None:
 
 Mode = Literal["own", "joint", "default"]
 MODES: tuple[Mode, ...] = ("own", "joint")
+EVERY_MODE: tuple[Mode, ...] = ("own", "default", "joint")
+"""All vocabularies, from the narrowest to the widest."""
 
 
 class EvaluationConfig(Config):
@@ -200,6 +202,11 @@ class DatasetReport:
         """The report with one vocabulary; None where that was not evaluated."""
         return {"own": self.own, "joint": self.joint, "default": self.default}[mode]
 
+    @property
+    def asked(self) -> ModeReport | None:
+        """The report with the vocabulary that detection is nearest to: the default names, all names, or its own."""
+        return self.default or self.joint or self.own
+
     def ap(self, mode: Mode) -> float | None:
         """COCO AP with one vocabulary; None without such an evaluation or without objects."""
         part = self.part(mode)
@@ -222,7 +229,7 @@ class EvaluationReport:
     @property
     def modes(self) -> list[Mode]:
         """The vocabularies with which every dataset was evaluated."""
-        return [mode for mode in MODES if all(one.part(mode) is not None for one in self.datasets)]
+        return [mode for mode in EVERY_MODE if all(one.part(mode) is not None for one in self.datasets)]
 
     def mean(self, mode: Mode, metric: Literal["ap", "ap50", "ap75", "ar100"] = "ap") -> float | None:
         """The mean over the datasets that belong to it; None where none has a number."""
@@ -234,12 +241,13 @@ class EvaluationReport:
     def thresholds(self) -> dict[str, float]:
         """The score from which detections of each name are shown: where F1 is highest, 0 to 1.
 
-        Those of evaluations with own names, if there are any. A name of several datasets has their mean, weighted by
-        its objects. Names that are hardly found (F1 under 20) have none: nearly all that is shown would be wrong.
+        They are those of the question that detection asks (`DatasetReport.asked`): the more names are asked for, the
+        fewer objects are found at the same score. A name of several datasets has their mean, weighted by its objects.
+        Names that are hardly found (F1 under 20) have none: nearly all that is shown would be wrong.
         """
         sums: dict[str, tuple[float, int]] = {}
         for dataset in self.datasets:
-            part = dataset.own or dataset.joint
+            part = dataset.asked
             for category in () if part is None else part.coco.categories:
                 if category.best is not None and category.best.f1 >= _LEAST_F1:
                     total, objects = sums.get(category.name, (0.0, 0))
@@ -253,6 +261,7 @@ class EvaluationReport:
         first: Mode = "own" if own_run else "joint"
         values = {"AP": self.mean(first), "AP50": self.mean(first, "ap50")}
         if own_run:
+            values["AP default names"] = self.mean("default")
             values["AP joint vocabulary"] = self.mean("joint")
         for dataset in self.datasets:
             values[f"AP {dataset.name}"] = dataset.ap(first)
@@ -264,7 +273,8 @@ class EvaluationReport:
 def as_dict(report: EvaluationReport) -> dict[str, Any]:
     """The report as plain values, the means over datasets included; the inverse is `from_dict`."""
     values: dict[str, Any] = msgspec.to_builtins(report, str_keys=True)
-    means = {mode: {metric: report.mean(mode, metric) for metric in ("ap", "ap50", "ap75", "ar100")} for mode in MODES}
+    metrics: tuple[Literal["ap", "ap50", "ap75", "ar100"], ...] = ("ap", "ap50", "ap75", "ar100")
+    means = {mode: {metric: report.mean(mode, metric) for metric in metrics} for mode in EVERY_MODE}
     return {"mean": {mode: mean for mode, mean in means.items() if mean["ap"] is not None}, **values}
 
 

@@ -24,6 +24,8 @@ from metr.errors import DataError, ModelError
 from metr.evaluation.coco import CocoScorer
 from metr.evaluation.report import show, write_report
 from metr.evaluation.results import (
+    EVERY_MODE,
+    MODES,
     CrossDatasetConfusion,
     DatasetReport,
     EvaluationConfig,
@@ -57,7 +59,8 @@ def evaluate(
 ) -> EvaluationReport:
     """Measures average precision on datasets, with each one's own names and with the joint vocabulary.
 
-    The joint vocabulary holds the names of the given datasets together with those of training.
+    The joint vocabulary holds the names of the given datasets together with those of training. Where the detector looks
+    for some names by default, those of its fine-tuning, it is asked for these as well.
 
     Args:
         source: A model, a checkpoint folder, a run folder, or a name on the hub.
@@ -78,6 +81,7 @@ def evaluate(
     aliases = model.checkpoint.detection.aliases
     joint = joint.renamed({one.name: told_aliases(one.name, one.categories, aliases) for one in joint.sources})
     vocabulary = with_training(joint.vocabulary, model.vocabulary, config.prompts)
+    config = _with_default_names(config, model.checkpoint.detection.names)
     loader = LoaderConfig(batch_size=config.inference.batch_size)
     text, sets = model.embed(vocabulary), joint.evaluation(split)
     runner = EvaluationRunner(vocabulary, text, sets, model.resize, loader, config, model.vocabulary)
@@ -90,6 +94,13 @@ def evaluate(
         table, page, chart = (path.name for path in paths)
         console.print(f"{table}, {page} and {chart} are in {out}", markup=False, soft_wrap=True)
     return report
+
+
+def _with_default_names(config: EvaluationConfig, names: tuple[str, ...]) -> EvaluationConfig:
+    """Adds the default names of a checkpoint, if it has some, to both other vocabularies."""
+    if not names or config.modes != MODES:
+        return config
+    return config.model_copy(update={"modes": EVERY_MODE, "default_names": names})
 
 
 def store_thresholds(report: EvaluationReport, run: Path, console: Console | None = None) -> None:
@@ -293,7 +304,7 @@ class Evaluator:
         )
         questions: dict[Mode, _Question] = {"own": joint if len(own) == len(text) else narrow, "joint": joint}
         asked = [self.vocabulary.index_of(name) for name in self.config.default_names]
-        if set(own) == set(asked):
+        if set(own) == set(asked) and asked:
             questions["default"] = questions["own"]
         elif set(own) < set(asked):
             columns = tuple(asked.index(row) for row in rows)

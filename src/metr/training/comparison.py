@@ -119,6 +119,12 @@ def show_comparison(comparison: Comparison, console: Console) -> None:
     note = "After: the best checkpoint of the run, chosen by the new datasets' own numbers. Default names: those that\n"
     note += "metr detect looks for with it."
     console.print(note, highlight=False, soft_wrap=True)
+    for change in comparison.changes:
+        before, after = (one["own"] for one in (change.before, change.after))
+        if change.role == "new" and before is not None and after is not None and after < before:
+            worse = f"{change.dataset} was found better before: AP {before:.1f}, now {after:.1f}. Train for longer, or "
+            worse += "with a lower learning rate (train.optimizer.learning_rate)."
+            console.print(worse, highlight=False, markup=False, soft_wrap=True)
 
 
 def _cells(change: Change) -> list[str]:

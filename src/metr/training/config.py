@@ -121,7 +121,7 @@ class LoopConfig(Config):
     max_skipped: PositiveCount = 20
     """Steps in a row that may be skipped for numbers that are not finite, before training gives up."""
     curves: bool = True
-    """Whether to draw curves.png whenever training ends."""
+    """Whether to draw curves.png at each evaluation and whenever training ends."""
     images: bool = True
     """Whether to draw train_batch.jpg, the first batch as the network sees it, and at each evaluation val_images.jpg:
     eight val images with their annotations and with what is detected."""
@@ -221,9 +221,10 @@ def laid_over(base: Mapping[str, Any], layers: Sequence[Mapping[str, Any]], *, w
 
     If the layers change the number of steps, each of `train.schedule.warmup_steps`, `train.ema.decay`,
     `train.ema.tau`, `train.loop.evaluate_every` and `train.loop.checkpoint_every` that they do not set keeps the share
-    of the run that it has in the recipe. Checkpoints are never further apart than in the recipe, because a longer run
-    should not lose more to a crash, and at least 20 steps apart; evaluations at least 10. A length that is asked for
-    is trained to its end: `train.loop.patience` is then 0, unless the layers set it.
+    of the run that it has in the recipe. A short run logs more often than the recipe, 50 times in all. Checkpoints are
+    never further apart than in the recipe, because a longer run should not lose more to a crash, and at least 20 steps
+    apart; evaluations at least 10. A length that is asked for is trained to its end: `train.loop.patience` is then 0,
+    unless the layers set it.
 
     Raises:
         ConfigError: a key is unknown, or a value is of the wrong kind.
@@ -239,6 +240,7 @@ def laid_over(base: Mapping[str, Any], layers: Sequence[Mapping[str, Any]], *, w
 
 
 _APART, _EVALUATED_APART = 20, 10  # steps between checkpoints, and between evaluations, at least
+_LOGGED = 50  # lines of metrics.jsonl that a short run has
 
 
 def _scaled(train: TrainConfig, steps: int) -> Tree:
@@ -256,6 +258,7 @@ def _scaled(train: TrainConfig, steps: int) -> Tree:
         "train.ema.tau": float(f"{ema.tau * factor:.3g}"),
         "train.loop.evaluate_every": max(share(loop.evaluate_every), min(_EVALUATED_APART, loop.evaluate_every)),
         "train.loop.patience": 0,
+        "train.loop.log_every": max(1, min(loop.log_every, steps // _LOGGED)),
         "train.loop.checkpoint_every": min(max(share(loop.checkpoint_every), _APART), loop.checkpoint_every),
     }
 

@@ -125,7 +125,7 @@ def _finetuned(
     _warn_of_forgetting(model, opened, console)
     parts, model = _parts(model, opened, recipe, options.decorrelate_names)
     if resume:
-        check_same(run, parts.checkpoint)
+        check_same(run, opened.joint.vocabulary, parts.checkpoint.text_encoder)
     _say_new_names(model, opened, console)
     log.begin(recipe.train.loop.device)
     before = None

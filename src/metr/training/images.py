@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import UInt8
 from torch import nn
 
 from metr.boxes import cxcywh_to_xyxy
@@ -26,20 +25,19 @@ from metr.inference.draw import (
     record_marks,
     save_image,
 )
+from metr.inference.postprocess import ScoreThresholds
 from metr.inference.predictor import Predictor
 from metr.inference.selection import name_limits
 from metr.models.detector import Detector
-from metr.structures import NO_OBJECT, Batch
+from metr.structures import NO_OBJECT, Batch, Detections
 
 VAL_IMAGES = 8
 """Val images on the sheet, spread over the datasets."""
-SHOWN_FROM = 0.3
-"""The least score of a detection on the sheet; where none reaches it, the best ones are shown."""
 _TRAIN_IMAGES = 16  # of a batch, at most
 _CELL = 420  # pixels of the longer side of an image on a sheet
 _COLUMNS = 4
 _LOOKED_AT = 50  # images of a dataset among which some with objects are sought
-_BELOW = 10  # detections that are shown where none reaches the score
+_BELOW = 10  # detections that are shown where none reaches its threshold
 _logger = logging.getLogger(__name__)
 
 
@@ -95,11 +93,18 @@ class ValImages:
         self.runner, self.config = runner, config
         self.samples = _spread([list(_candidates(row, one)) for row, one in enumerate(runner.datasets)])
 
-    def draw(self, network: nn.Module, step: int, path: Path) -> None:
+    def draw(self, network: nn.Module, step: int, path: Path, thresholds: ScoreThresholds | None = None) -> None:
         """Draws the sheet: annotations at the left, at the right what the network detects with a dataset's own names.
 
         What cannot be read is left out, and what cannot be written becomes a warning.
+
+        Args:
+            network: The network as it is evaluated.
+            step: The step that the captions name.
+            path: The image to write.
+            thresholds: Which detections are drawn; where there are none, the best ones are.
         """
+        thresholds = thresholds or ScoreThresholds()
         predictors = {row: self._predictor(network, row) for row in {one.dataset for one in self.samples}}
         drawn: list[np.ndarray] = []
         captions: list[str] = []
@@ -109,7 +114,7 @@ class ValImages:
                 image, record, _ = read_annotated(sample.record)
             except DataError:
                 continue
-            found, caption = _found(predictors[sample.dataset], image)
+            found, caption = _found(predictors[sample.dataset].detect(image), thresholds)
             truth = record_marks(record, dataset.annotations.categories)
             style = Style(colours=palette(dataset.annotations.categories))
             drawn += [draw(image, truth, _CELL, style), draw(image, found, _CELL, style)]
@@ -145,13 +150,12 @@ def _spread(candidates: Sequence[Sequence[_Sample]]) -> list[_Sample]:
     return sorted(turns[:VAL_IMAGES], key=lambda sample: sample.dataset)
 
 
-def _found(predictor: Predictor, image: UInt8[np.ndarray, "h w 3"]) -> tuple[list[Mark], str]:
+def _found(detections: Detections, thresholds: ScoreThresholds) -> tuple[list[Mark], str]:
     """The detections that are drawn, and how many they are in words."""
-    detections = predictor.detect(image)
-    if marks := detection_marks(detections, SHOWN_FROM):
-        return marks, _counted(len(marks), "detection") + f" of {SHOWN_FROM} or more"
+    if marks := detection_marks(thresholds.shown(detections)):
+        return marks, _counted(len(marks), "detection")
     best = detection_marks(detections, limit=_BELOW)
-    return best, f"none of {SHOWN_FROM} or more; the best {len(best)}"
+    return best, f"none over its threshold; the best {len(best)}"
 
 
 def _counted(number: int, one: str, many: str = "") -> str:

@@ -10,7 +10,7 @@ import yaml
 
 from metr.config import Tree, differences
 from metr.data.datasets_file import DatasetConfig, DatasetSource, parse_data_arguments
-from metr.errors import ConfigError
+from metr.errors import ConfigError, DataError
 from metr.run_directory import RunDirectory, explained_disk_errors
 from metr.serialization import read_json, write_json
 from metr.training.config import RunConfig, changed_lines
@@ -73,11 +73,25 @@ def kept_datasets(run: RunDirectory, given: Sequence[str], file: str = DATASETS)
             raise ConfigError("the run does not say which datasets it was begun with", where=listing, hint=hint)
         return list(given)
     kept = [str(listing)] if listing.is_file() else []
+    if kept and not given:
+        _check_there(listing)
     before, now = (parse_data_arguments(each) if each else () for each in (kept, given))
     if given and (other := _differing(before, now)):
         hint = f"give no datasets to go on with the run's; if a folder was moved, change its path in {listing}"
         raise ConfigError(f"the run was begun with other datasets: {'; '.join(other)}", where=run.path, hint=hint)
     return kept
+
+
+def _check_there(listing: Path) -> None:
+    """Checks that the datasets of a run to resume are where they were.
+
+    Raises:
+        DataError: one is not.
+    """
+    for config in parse_data_arguments([str(listing)]):
+        if not Path(config.path).exists():
+            hint = f"if it was moved, change its path in {listing}"
+            raise DataError(f"the dataset {config.name} of this run is no longer here", where=config.path, hint=hint)
 
 
 def dataset_facts(sources: Sequence[DatasetSource]) -> Tree:

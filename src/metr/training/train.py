@@ -21,12 +21,14 @@ from metr.evaluation.report import show
 from metr.evaluation.results import EvaluationConfig
 from metr.evaluation.runner import EvaluationRunner
 from metr.inference.config import InferenceConfig
+from metr.inference.postprocess import ScoreThresholds
 from metr.losses.criterion import SetCriterion
 from metr.models.config import DetectorConfig
 from metr.models.detector import Detector
 from metr.run_directory import RunDirectory, existing_folder
 from metr.text.encoder import TextEncoder
 from metr.text.same_names import listed, spelt_alike
+from metr.text.vocabulary import Vocabulary
 from metr.training.config import (
     RunConfig,
     TrainOptions,
@@ -89,8 +91,8 @@ def train(
         overrides: Laid over both: `["section.key=value", ...]`.
         resume: Go on where the run in `out` stopped, with its datasets and its configuration. `config`, `overrides`
             and `epochs` change that configuration, but not the network.
-        evaluation: How evaluations during training are made. By default each dataset is evaluated with its own names
-            alone, which is quickest.
+        evaluation: How evaluations during training are made. By default each dataset is evaluated with its own names,
+            and with all of them, which is what detection will look for.
         console: Where progress is shown; None shows none.
         **more: Fields of `TrainOptions` by name: shots, fraction, seed, epochs.
 
@@ -107,7 +109,7 @@ def train(
         _hint_at_names_spelt_alike(joint, console)
         parts = training_parts(joint, recipe, console)
         if resume:
-            check_same(run, parts.checkpoint)
+            check_same(run, joint.vocabulary, parts.checkpoint.text_encoder)
         log.begin(recipe.train.loop.device)
         if in_main_process():
             save_request(run, REQUEST, prepared.request, {DATASETS: joint.sources})
@@ -215,6 +217,7 @@ def _resumed(data: Data | None, run: RunDirectory, asked: _Asked) -> _Prepared:
     subset = SubsetConfig.checked(chosen, where=run.path / REQUEST)
     given = kept_datasets(run, arguments(data))
     joint = open_joint(given, subset)
+    check_same(run, joint.vocabulary)
     _, recipe = resolve(steps_of(asked.options.epochs, sum(joint.lengths.values()), recipe))
     facts = dataset_facts(joint.sources)
     log_changed_datasets(request.get("datasets", {}), facts)
@@ -252,7 +255,8 @@ def fit(
         out: The run folder.
         resume: Go on where the run in `out` stopped.
         console: Where progress is shown.
-        evaluation: How evaluations during training are made; by default with each dataset's own names alone.
+        evaluation: How evaluations during training are made; by default with each dataset's own names and with those
+            that detection will look for.
 
     Raises:
         MetrError: the run folder does not fit; the message says what and where.
@@ -263,19 +267,21 @@ def fit(
         sets,
         recipe.augmentation.resize,
         recipe.evaluation_loader,
-        evaluation or _quick_evaluation(recipe.inference),
+        evaluation or _quick_evaluation(recipe.inference, parts.checkpoint, sets),
     )
 
     images = ValImages(runner, recipe.inference) if recipe.train.loop.images and in_main_process() else None
 
     def evaluate(network: nn.Module) -> Evaluated:
         report = runner.report(network, unannotated=recipe.unannotated)
+        thresholds = report.thresholds()
         show(report, console)
         with log_page() as paper:
             show(report, paper)
         if images is not None:
-            images.draw(network, trainer.counters.step, trainer.folder.val_images)
-        return Evaluated(metrics=report.metrics(), thresholds=report.thresholds())
+            shown = ScoreThresholds(names=thresholds)
+            images.draw(network, trainer.counters.step, trainer.folder.val_images, shown)
+        return Evaluated(metrics=report.metrics(), thresholds=thresholds)
 
     trainer = Trainer(parts, recipe.train, out, evaluate=evaluate, resolved=recipe, console=console)
     return trainer.fit(resume=resume)
@@ -342,13 +348,19 @@ def main_console(console: Console | None) -> Console:
     return console if console is not None and in_main_process() else Console(quiet=True)
 
 
-def _quick_evaluation(config: InferenceConfig) -> EvaluationConfig:
-    """Each dataset with its own names alone, at the recipe's precision and postprocessing."""
-    return EvaluationConfig(modes=("own",), inference=config)
+def _quick_evaluation(
+    config: InferenceConfig, checkpoint: Checkpoint, sets: Mapping[str, Annotations]
+) -> EvaluationConfig:
+    """Each dataset with its own names, and with those that detection looks for unless that is the same everywhere."""
+    default = checkpoint.detection.names
+    names = set(default or checkpoint.vocabulary.names)
+    if all({*map(str.strip, one.categories)} == names for one in sets.values()):
+        return EvaluationConfig(modes=("own",), inference=config)
+    return EvaluationConfig(modes=("own", "default" if default else "joint"), default_names=default, inference=config)
 
 
-def check_same(run: RunDirectory, checkpoint: Checkpoint) -> None:
-    """Checks that a resumed run has the vocabulary and the text encoder that it began with.
+def check_same(run: RunDirectory, vocabulary: Vocabulary, text_encoder: Mapping[str, Any] | None = None) -> None:
+    """Checks that a resumed run has the vocabulary that it began with and, if given, the text encoder.
 
     Raises:
         ConfigError: one of them differs.
@@ -357,12 +369,14 @@ def check_same(run: RunDirectory, checkpoint: Checkpoint) -> None:
         return
     began = load_checkpoint(run.last)
     hint = "resume with the datasets and the text encoder that it began with, or start a new run"
-    if began.vocabulary != checkpoint.vocabulary:
-        before, now = set(began.vocabulary.names), set(checkpoint.vocabulary.names)
+    if began.vocabulary != vocabulary:
+        before, now = set(began.vocabulary.names), set(vocabulary.names)
         lost, new = ", ".join(sorted(before - now)) or "none", ", ".join(sorted(now - before)) or "none"
         what = f"the run has other datasets, names or prompts; names only there: {lost}; only here: {new}"
         raise ConfigError(what, where=run.path, hint=hint)
-    before_encoder, encoder = (one.text_encoder.get("identity") for one in (began, checkpoint))
+    if text_encoder is None:
+        return
+    before_encoder, encoder = (one.get("identity") for one in (began.text_encoder, text_encoder))
     if before_encoder != encoder:
         raise ConfigError(f"the run has the text encoder {before_encoder}, not {encoder}", where=run.path, hint=hint)
 

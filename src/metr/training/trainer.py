@@ -318,9 +318,14 @@ class Trainer:
         counters.metrics = {name: float(value) for name, value in found.metrics.items() if value is not None}
         counters.thresholds = dict(found.thresholds)
         logger.evaluated(counters, self._epochs)
+        self._draw_curves()
         if counters.is_best(best_metric := self.config.loop.best_metric):
             counters.best, counters.best_step = counters.metrics[best_metric], counters.step
             save_checkpoint(self.folder.best, self._checkpoint())
+
+    def _draw_curves(self) -> None:
+        if self.config.loop.curves and read_metrics(self.folder.metrics):
+            plot_curves(self.folder.path)
 
     # checkpoints
 
@@ -382,8 +387,8 @@ class Trainer:
         unfinished = (counters.step < steps and not stalled) or (
             self.evaluate is not None and counters.evaluated_step < counters.step
         )
-        if is_main and self.config.loop.curves and read_metrics(self.folder.metrics):
-            plot_curves(self.folder.path)
+        if is_main:
+            self._draw_curves()
         if counters.evaluated_step < counters.step:  # else the evaluation has logged it
             self._run_logger.seen(self._epochs)
         if unfinished or stalled:
