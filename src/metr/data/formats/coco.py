@@ -128,7 +128,7 @@ class CocoReader(Reader):
         images = self._images(content, where, reading)
         table = _table(content, self.annotation_type, images, numbers, where, reading)
         find, listed = self.image_finder(split, file, reading), list(images.values())
-        conflicts = resolve_conflicts((self.image_names(image), find(image)) for image in listed)
+        conflicts = resolve_conflicts(map(find, listed), lambda entry: self.image_names(listed[entry]))
         joined = self._join(conflicts, listed, table, where, reading)
         for path, position in conflicts.owners.items():
             image, rows = listed[position], table.by_image[position]

@@ -100,11 +100,11 @@ class CsvReader(Reader):
         for file in self.splits[split]:
             _read_file(file, self.within(file), rows, reading)
         folders = {where: image_folders(reading.files, split, posixpath.dirname(where)) for where in rows.relative}
-        found = [((name,), locate(name, folders[where], where, reading)) for where, name in rows.entries]
+        found = [locate(name, folders[where], where, reading) for where, name in rows.entries]
         table, lines, places = rows.table(), np.array(rows.line), list(rows.entries)
 
         def image(entry: int) -> RawImage:
-            mine, where, path = table.by_image[entry], places[entry][0], found[entry][1] or ""
+            mine, where, path = table.by_image[entry], places[entry][0], found[entry] or ""
             return RawImage(
                 where=where,
                 image_id=path,
@@ -117,7 +117,7 @@ class CsvReader(Reader):
                 marks=lines[mine].tolist(),
             )
 
-        conflicts = resolve_conflicts(found)
+        conflicts = resolve_conflicts(found, lambda entry: places[entry][1:])
         for entry, path in conflicts.misled:
             raw = image(entry)
             detail = f"{path} is called alike, but is that of other lines: {count_boxes(len(raw.boxes))} left out"
