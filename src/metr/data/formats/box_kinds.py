@@ -50,21 +50,20 @@ def judged(
         where: The file, for notes.
         reading: Takes the notes.
     """
-    if _are_fractions(boxes):
-        sizes = np.ones_like(sizes)
-        detail = "no number is above 1: read as fractions of the image"
-        reading.notes.once("boxes are fractions", where, detail)
-    elif written.endswith("n"):
-        return written
     suffix = "n" if _are_fractions(boxes) else ""
-    plain = written.removesuffix("n")
+    if suffix:
+        sizes = np.ones_like(sizes)
+        if written != "xyxy":
+            detail = "no number is above 1: read as fractions of the image"
+            reading.notes.once("boxes are fractions", where, detail)
+    plain: str = written
     total, odd = _misfits(boxes, image, sizes, plain)
-    if plain == "xyxy" or odd < _FEWEST or odd < _SHARE * total:
+    if odd < _FEWEST or odd < _SHARE * total:
         return BOX_KINDS[plain + suffix]
     others = {kind: _misfits(boxes, image, sizes, kind)[1] for kind in _WORDS if kind != plain}
     fitting = [kind for kind, count in others.items() if count == 0]
-    says = f"{odd} of {total} boxes cannot be {_WORDS[plain]}: they leave their images"
-    if len(fitting) == 1:
+    says = f"{odd} of {total} boxes cannot be {_WORDS[plain]}: they are empty or leave their images"
+    if len(fitting) == 1 and plain != "xyxy":
         way_back = f"`boxes: {plain}{suffix}` in a datasets file decides otherwise"
         detail = f"{says}; all can be {_WORDS[fitting[0]]} and are read so ({way_back})"
         reading.notes.once(f"boxes are not {plain}", where, detail)
