@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from metr.data.formats import coco_json as json_pieces
-from metr.data.formats.coco_json import values_of
+from metr.data.formats import json_pieces
+from metr.data.formats.json_pieces import values_of
 
 NASTY = ['"}, {"', "}],", '\\"', "\\", "ё€ \U0001f600", "[{", "", "a" * 70]
 

@@ -93,7 +93,7 @@ def test_equal_names_are_joined(tmp_path: Path) -> None:
     source = opened(tmp_path, with_boxes(box(), box(category_id=9), box(category_id=8), categories=categories))
     assert source.categories == ("cat", "dog", "category 10")
     assert source.split("val")[0].labels.tolist() == [0, 0, 1]
-    assert source.issue_counts == {"duplicate category": 1}
+    assert source.issue_counts == {"duplicate category": 1, "unnamed category": 1}
 
 
 def test_ids_may_differ_between_splits(tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_images(tmp_path: Path) -> None:
     images = [
         IMAGE,
         IMAGE | {"id": 2, "file_name": "missing.jpg"},
-        IMAGE | {"id": 1, "file_name": "b.jpg"},
+        IMAGE | {"id": 1},
         IMAGE | {"id": 3, "file_name": "../../secret.jpg"},
         IMAGE | {"id": 4, "file_name": "/etc/secret.jpg"},
         IMAGE | {"id": 5, "file_name": "C:\\secret.jpg"},

@@ -1,5 +1,6 @@
 """Hugging Face imagefolder: names of numbers, extra columns, and everything that may be wrong in a row."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -168,3 +169,48 @@ def test_a_new_list_of_names_is_read(tmp_path: Path) -> None:
     assert opened(tmp_path, row()).categories == ("category 0",)
     write_json(tmp_path / "data" / "id2label.json", {"0": "cat"})
     assert opened(tmp_path).categories == ("cat",)
+
+
+CORNERS = [[50, 40, 90, 70], [10, 5, 60, 50], [60, 10, 99, 20], [5, 50, 40, 79], [30, 30, 80, 60], [20, 2, 45, 75]]
+
+
+@pytest.mark.parametrize("sized", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "notes"),
+    [
+        ("xywh", set()),
+        ("xyxy", {"boxes are not xywh"}),
+        ("xywhn", {"boxes are fractions"}),
+        ("xyxyn", {"boxes are fractions", "boxes are not xywh"}),
+    ],
+)
+def test_boxes_of_another_kind(tmp_path: Path, kind: str, notes: set[str], sized: bool) -> None:
+    boxes = np.array(CORNERS, dtype=np.float64)
+    if kind.startswith("xywh"):
+        boxes[:, 2:] -= boxes[:, :2]
+    if kind.endswith("n"):
+        boxes /= [100, 80, 100, 80]
+    save_image(tmp_path / "data" / "train" / "a.jpg", 100, 80)
+    objects = {"bbox": boxes.tolist(), "categories": ["cat"] * 6, "area": [1e-9] * 6 if kind.endswith("n") else [5] * 6}
+    size = {"width": 100, "height": 80} if sized else {}
+    write_text(
+        tmp_path / "data" / "train" / "metadata.jsonl", json.dumps({"file_name": "a.jpg", "objects": objects} | size)
+    )
+    source = open_dataset(DatasetConfig(name="made", path=tmp_path / "data"), tmp_path / "cache")
+    np.testing.assert_allclose(source.split("train")[0].boxes, CORNERS, rtol=1e-5)
+    assert set(source.issue_counts) == notes
+    assert source.split("train")[0].areas.min() >= 5
+    said = open_dataset(DatasetConfig(name="made", path=tmp_path / "data", boxes=kind), tmp_path / "cache")
+    np.testing.assert_allclose(said.split("train")[0].boxes, CORNERS, rtol=1e-5)
+    assert said.issue_counts == {}
+
+
+@pytest.mark.parametrize(
+    "image", [{"image": "a.jpg"}, {"image": {"path": "a.jpg", "bytes": None}}, {"filename": "a.jpg"}]
+)
+def test_the_image_under_another_key(tmp_path: Path, image: dict[str, Any]) -> None:
+    save_image(tmp_path / "data" / "train" / "a.jpg")
+    row = image | {"objects": {"bbox": [[1, 2, 3, 4]], "categories": ["cat"]}}
+    write_text(tmp_path / "data" / "train" / "metadata.jsonl", json.dumps(row))
+    source = open_dataset(DatasetConfig(name="made", path=tmp_path / "data"), tmp_path / "cache")
+    assert source.split("train")[0].boxes.tolist() == [[1, 2, 4, 6]]

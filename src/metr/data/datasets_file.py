@@ -14,7 +14,8 @@ import yaml
 from pydantic import Field
 
 from metr.config import Config, read_yaml
-from metr.data.formats.base import plain_name
+from metr.data.formats.base import ReadOptions, plain_name
+from metr.data.formats.box_kinds import BoxKind
 from metr.data.formats.files import expanded, there
 from metr.data.formats.registry import log_other_formats, recognise
 from metr.data.index.annotation_index import AnnotationIndex, LabelMap
@@ -52,6 +53,8 @@ class DatasetConfig(Config):
     """Category name -> the phrase that the text encoder reads instead of it."""
     renames: dict[str, str] = Field(default_factory=dict)
     """Category name in the files -> category name here. Several may become one."""
+    boxes: BoxKind | None = None
+    """How the files of coco, csv and imagefolder write boxes; with n as fractions of the image. None: recognised."""
     exhaustive: tuple[str, ...] | None = None
     """The categories annotated exhaustively, in every image. None: as the format says, mostly all."""
 
@@ -160,6 +163,10 @@ def open_dataset(config: DatasetConfig, cache_dir: Path | None = None) -> Datase
         DataError: the folder is missing, fits no known format, holds no image, or lacks what `config` names.
     """
     reader = recognise(config.path, config.format, tell_others=False)
+    if config.boxes is not None and not reader.takes_boxes:
+        what = f"`boxes` says how boxes are written, which is settled in the format {reader.format}"
+        raise DataError(what, where=config.path, hint="take the key out, or name another `format`")
+    reader.options = ReadOptions(boxes=config.boxes, name=config.name)
     wanted = None if config.splits is None else {str(key): _as_tuple(value) for key, value in config.splits.items()}
     plan = plan_splits(list(reader.splits), wanted, config.path)
     dataset = stored(reader, plan, cache_dir or default_cache())

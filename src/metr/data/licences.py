@@ -12,9 +12,9 @@ import msgspec
 import yaml
 
 from metr.data.datasets_file import DatasetSource
-from metr.data.formats.coco_json import Value, values_of
 from metr.data.formats.files import start_of
 from metr.data.formats.imagefolder import card_header
+from metr.data.formats.json_pieces import Value, values_of
 from metr.data.formats.registry import recognise
 from metr.data.records import Annotations
 from metr.errors import DataError

@@ -54,7 +54,8 @@ class RawImage:
 class BoxTable:
     """The boxes of many images, column by column.
 
-    `image` is the number of each box's image; the boxes of one image need not stand together.
+    `image` is the number of each box's image; the boxes of one image need not stand together. `outlined` are those that
+    are not the file's own, but drawn around segmentations.
     """
 
     image: Int[np.ndarray, "n"]
@@ -62,6 +63,7 @@ class BoxTable:
     boxes: Float[np.ndarray, "n 4"]
     ignore: Bool[np.ndarray, "n"]
     areas: Float[np.ndarray, "n"] | None = None
+    outlined: Bool[np.ndarray, "n"] | None = None
 
     @cached_property
     def by_image(self) -> "RowsByImage":
@@ -247,10 +249,19 @@ class BoxList:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReadOptions:
+    """What a user says of a dataset: how its files write `boxes` (see `box_kinds`), and what it is called."""
+
+    boxes: str | None = None
+    name: str = ""
+
+
 class Reader(ABC):
     """Reads one annotation format. An instance is a folder recognised as that format.
 
-    `splits` maps the dataset's own split names to the files and folders that define them.
+    `splits` maps the dataset's own split names to the files and folders that define them. `options` may be set before
+    reading.
     """
 
     format: ClassVar[str]
@@ -258,9 +269,22 @@ class Reader(ABC):
     looks_like: ClassVar[str]
     # Whether the files declare the categories in an order that is kept; else they are sorted.
     declares_categories: ClassVar[bool] = False
+    # Whether `options.boxes` can say how boxes are written.
+    takes_boxes: ClassVar[bool] = False
 
     def __init__(self, root: Path, splits: Mapping[str, tuple[Path, ...]]) -> None:
         self.root, self.splits = root, splits
+        self.options = ReadOptions()
+
+    @property
+    def options_used(self) -> tuple[str | None, ...]:
+        """The options that the result depends on."""
+        return (self.options.boxes,)
+
+    @classmethod
+    def why_not(cls, path: Path) -> str | None:  # noqa: ARG003
+        """What a folder or file lacks that almost is of this format; None where it is nothing like it."""
+        return None
 
     @classmethod
     @abstractmethod

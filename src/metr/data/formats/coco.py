@@ -1,6 +1,7 @@
 """COCO JSON: `annotations/instances_*.json` with image folders, or one JSON beside the images of each split.
 
-Crowds are ignored objects. Polygons are skipped unread. Large files are decoded piece by piece.
+Crowds are ignored objects. Segmentations are skipped unread, unless an annotation has no box but that around its own.
+Large files are decoded piece by piece.
 """
 
 import contextlib
@@ -13,18 +14,17 @@ from typing import ClassVar
 import numpy as np
 from jaxtyping import Int
 
-from metr.boxes import xywh_to_xyxy
 from metr.data.formats.base import (
     UNREADABLE,
     BoxTable,
     RawImage,
     Reader,
     Reading,
-    corners,
     count_boxes,
     plain_name,
     whole_size,
 )
+from metr.data.formats.box_kinds import BOX_KINDS, BoxKind, judged, sizes_of, to_corners
 from metr.data.formats.coco_json import (
     CocoAnnotation,
     CocoCategory,
@@ -43,7 +43,10 @@ from metr.errors import DataError
 # What tools call the file that lies in the folder of a split (Roboflow, FiftyOne, Label Studio, ...).
 _IN_SPLIT_FOLDERS = ("_annotations.coco.json", "annotations.json", "labels.json", "coco.json", "result.json")
 # Files beside `instances_*.json` that describe the same images in other ways.
-_OTHER_TASKS = re.compile(r"^(captions|person_keypoints|panoptic|stuff|image_info)_")
+_OTHER_TASKS = re.compile(r"^(captions|panoptic|stuff|image_info)_")
+_KEYPOINTS = "person_keypoints_"
+# The number of an image whose id is that of another image, too.
+_SHARED = -2
 _PIECE_BYTES = 1 << 24
 
 
@@ -57,6 +60,7 @@ class CocoReader(Reader):
     format = "coco"
     looks_like = "COCO: annotations/*.json, or a JSON file with images, annotations and categories beside the images"
     declares_categories = True
+    takes_boxes = True
     image_type: ClassVar[type[CocoImage]] = CocoImage
     annotation_type: ClassVar[type[CocoAnnotation]] = CocoAnnotation
     # Whether the same name under two ids is one image, whose boxes belong together.
@@ -125,10 +129,12 @@ class CocoReader(Reader):
             return
         numbers = self._number_categories(content, where, reading)
         declared = None if self.federated else self._declared(content, numbers, reading)
-        images = self._images(content, where, reading)
-        table = _table(content, self.annotation_type, images, numbers, where, reading)
+        images, positions = self._images(content, where, reading)
+        table = _table(content, self.annotation_type, positions, numbers, where, reading)
         find, listed = self.image_finder(split, file, reading), list(images.values())
-        conflicts = resolve_conflicts((self.image_names(image), find(image)) for image in listed)
+        paths = list(map(find, listed))
+        kind = self._corners(table, listed, paths, where, reading)
+        conflicts = resolve_conflicts(paths, lambda entry: self.image_names(listed[entry]))
         joined = self._join(conflicts, listed, table, where, reading)
         for path, position in conflicts.owners.items():
             image, rows = listed[position], table.by_image[position]
@@ -142,10 +148,32 @@ class CocoReader(Reader):
                 size=whole_size(image.height, image.width),
                 boxes=table.boxes[rows],
                 labels=table.labels[rows],
-                areas=None if table.areas is None else table.areas[rows],
+                relative=kind.endswith("n"),
+                areas=None if table.areas is None or kind.endswith("n") else table.areas[rows],
                 ignore=table.ignore[rows],
                 annotated=declared if annotated is None else annotated,
             )
+
+    def _corners(
+        self,
+        table: BoxTable,
+        images: Sequence[CocoImage],
+        paths: Sequence[str | None],
+        where: str,
+        reading: Reading,
+    ) -> BoxKind:
+        """Makes the boxes xyxy, in place; returns what they were."""
+        own = ~table.outlined if table.outlined is not None and table.outlined.any() else slice(None)
+        sizes = sizes_of([whole_size(image.height, image.width) for image in images], paths, reading)
+        boxes = table.boxes[own]
+        kind = BOX_KINDS.get(self.options.boxes) or judged(boxes, table.image[own], sizes, "xywh", where, reading)
+        to_corners(boxes, kind)
+        if not isinstance(own, slice):
+            outlines = table.boxes[~own]
+            to_corners(outlines, "xywh")
+            table.boxes[own] = boxes
+            table.boxes[~own] = outlines / np.tile(sizes[table.image[~own]], 2) if kind.endswith("n") else outlines
+        return kind
 
     def _content(self, file: Path) -> CocoFile:
         """A file, looked through once while it stays the same."""
@@ -203,16 +231,19 @@ class CocoReader(Reader):
         table.image[:] = homes[table.image]
         return joined
 
-    def _number_categories(self, content: CocoFile, where: str, reading: Reading) -> dict[Id, int]:
+    def _number_categories(self, content: CocoFile, where: str, reading: Reading) -> "_ById":
         """The number of each declared category, by its id in the file.
 
         Raises:
             DataError: an id means two of them.
         """
-        numbers: dict[Id, int] = {}
+        numbers = _ById()
         names = list(map(self.category_name, content.categories))
         counted = reading.number_declared(names, where)
         for category, name, number in zip(content.categories, names, counted, strict=True):
+            if not plain_name(category.name):
+                detail = f"the category of id {category.id} has no name: called {name!r}"
+                reading.notes.once("unnamed category", where, detail)
             if numbers.setdefault(category.id, number) != number:
                 known = list(reading.names)[numbers[category.id]]
                 what, hint = f"category id {category.id} is {known!r} and {name!r}", "give each an id of its own"
@@ -221,14 +252,65 @@ class CocoReader(Reader):
                 reading.names.parents[name] = plain_name(category.supercategory)
         return numbers
 
-    def _images(self, content: CocoFile, where: str, reading: Reading) -> dict[Id, CocoImage]:
+    def _images(self, content: CocoFile, where: str, reading: Reading) -> tuple[dict[Id, CocoImage], "_ById"]:
+        """The images by their ids, and the number of each id in that order.
+
+        Ids that several images have are `_SHARED`; those images are left out.
+        """
         images: dict[Id, CocoImage] = {}
+        shared: dict[Id, list[str]] = {}
         for piece in pieces_of(content.images, self.image_type, where, reading):
             for image in piece:
-                if images.setdefault(image.id, image) is not image:
+                first = images.setdefault(image.id, image)
+                if first.file_name != image.file_name:
+                    shared.setdefault(image.id, [first.file_name]).append(image.file_name)
+                elif first is not image:
                     detail = f"id {image.id} again, for {image.file_name}: left out"
                     reading.issues.add("duplicate image", where, detail)
-        return images
+        for image_id, names in shared.items():
+            del images[image_id]
+            detail = f"id {image_id} is that of {' and '.join(dict.fromkeys(names))}: left out, with all boxes of it"
+            reading.issues.add("duplicate image id", where, f"{detail}; give each image an id of its own")
+        return images, _ById(
+            {image_id: number for number, image_id in enumerate(images)}, dict.fromkeys(shared, _SHARED)
+        )
+
+
+class _ById(dict[Id, int]):
+    """Numbers by ids. A number and a text that is that number are one id, where no two ids are meant; -1 for others.
+
+    `mixed` is an id that was found in that way.
+    """
+
+    def __init__(self, *numbers: Mapping[Id, int]) -> None:
+        super().__init__()
+        for more in numbers:
+            self.update(more)
+        self._texts: dict[int, list[Id]] | None = None
+        self.mixed: Id | None = None
+
+    def __missing__(self, key: Id) -> int:
+        """The number of the one id that is spelt as another type, else -1."""
+        value = _integer(key)
+        if value is None:
+            return -1
+        if self._texts is None:
+            self._texts = {}
+            for known in self:
+                if (number := _integer(known)) is not None:
+                    self._texts.setdefault(number, []).append(known)
+        options = self._texts.get(value, [])
+        if len(options) != 1:
+            return -1
+        self.mixed = key if self.mixed is None else self.mixed
+        return self[options[0]]
+
+
+def _integer(key: Id) -> int | None:
+    """An id as a number, also where it is written as a text."""
+    if isinstance(key, int):
+        return key
+    return int(key) if key.isascii() and key.isdigit() and len(key) < 20 else None
 
 
 def _different(table: BoxTable, rows: Int[np.ndarray, "m"]) -> Int[np.ndarray, "k"]:
@@ -238,33 +320,30 @@ def _different(table: BoxTable, rows: Int[np.ndarray, "m"]) -> Int[np.ndarray, "
 
 
 def _table(
-    content: CocoFile,
-    kind: type[CocoAnnotation],
-    images: Mapping[Id, CocoImage],
-    numbers: Mapping[Id, int],
-    where: str,
-    reading: Reading,
+    content: CocoFile, kind: type[CocoAnnotation], positions: _ById, numbers: _ById, where: str, reading: Reading
 ) -> BoxTable:
     """The annotations that belong to an image and a category; `image` is the position of theirs in the list.
 
-    The corners of boxes that cannot be read are NaN.
+    The boxes are as the file has them; those that cannot be read are NaN.
     """
-    positions = {image_id: position for position, image_id in enumerate(images)}
-    parts = {name: [column] for name, column in _columns([], {}, {}).items()}
+    parts = {name: [column] for name, column in _columns([], positions, numbers).items()}
     for annotations in pieces_of(content.annotations, kind, where, reading):
         columns = _columns(annotations, positions, numbers)
         bad = (columns["image"] < 0) | (columns["labels"] < 0)
-        for row in np.flatnonzero(bad):
+        for row in np.flatnonzero(bad & (columns["image"] != _SHARED)):
             _note_annotation(annotations[row], positions, where, reading)
         for name, column in columns.items():
             parts[name].append(column[~bad] if bad.any() else column)
+    for ids, what in ((positions, "image_id"), (numbers, "category_id")):
+        if ids.mixed is not None:
+            listed = "a number" if isinstance(ids.mixed, str) else "a text"
+            detail = f"{what} {ids.mixed!r} is declared as {listed}: taken for the same, and so are others"
+            reading.notes.once("ids of two types", where, detail)
     # One column after another, and its parts let go: all columns twice would need too much memory.
     return BoxTable(**{name: np.concatenate(parts.pop(name)) for name in list(parts)})
 
 
-def _columns(
-    annotations: Sequence[CocoAnnotation], positions: Mapping[Id, int], numbers: Mapping[Id, int]
-) -> dict[str, np.ndarray]:
+def _columns(annotations: Sequence[CocoAnnotation], positions: _ById, numbers: _ById) -> dict[str, np.ndarray]:
     """The columns of a table of boxes; -1 stands for an unknown image or category."""
     count = len(annotations)
     boxes = (item.bbox if item.bbox and len(item.bbox) == 4 else UNREADABLE for item in annotations)
@@ -272,16 +351,17 @@ def _columns(
     flat = np.fromiter(chain.from_iterable(boxes), np.float64, 4 * count)
     with np.errstate(over="ignore"):  # what is too large for the type becomes infinite, and so an unreadable box
         return {
-            "image": np.fromiter((positions.get(item.image_id, -1) for item in annotations), np.int32, count),
-            "labels": np.fromiter((numbers.get(item.category_id, -1) for item in annotations), np.int32, count),
-            "boxes": corners(flat.reshape(count, 4), xywh_to_xyxy).astype(np.float32),
+            "image": np.fromiter((positions[item.image_id] for item in annotations), np.int32, count),
+            "labels": np.fromiter((numbers[item.category_id] for item in annotations), np.int32, count),
+            "boxes": flat.reshape(count, 4).astype(np.float32),
             "areas": np.fromiter(areas, np.float32, count),
             "ignore": np.fromiter((item.ignored for item in annotations), np.bool_, count),
+            "outlined": np.fromiter((item.outlined for item in annotations), np.bool_, count),
         }
 
 
-def _note_annotation(item: CocoAnnotation, positions: Mapping[Id, int], where: str, reading: Reading) -> None:
-    if item.image_id not in positions:
+def _note_annotation(item: CocoAnnotation, positions: _ById, where: str, reading: Reading) -> None:
+    if positions[item.image_id] < 0:
         reading.issues.add("unknown image", where, f"an annotation of image {item.image_id}, which is not listed")
     else:
         detail = f"category_id {item.category_id} is not declared"
@@ -290,7 +370,7 @@ def _note_annotation(item: CocoAnnotation, positions: Mapping[Id, int], where: s
 
 def split_of(file: Path) -> str:
     """The dataset's own name of the split that a file describes."""
-    return file.stem.removeprefix("instances_")
+    return file.stem.removeprefix("instances_").removeprefix(_KEYPOINTS)
 
 
 def _file_in(folder: Path, fits: Callable[[Path], bool]) -> Path | None:
@@ -300,4 +380,5 @@ def _file_in(folder: Path, fits: Callable[[Path], bool]) -> Path | None:
 
 def _coco_files(folder: Path, fits: Callable[[Path], bool]) -> list[Path]:
     files = [file for file in files_in(folder, ".json") if not _OTHER_TASKS.match(file.name) and fits(file)]
-    return [file for file in files if file.name.startswith("instances_")] or files
+    others = [file for file in files if not file.name.startswith(_KEYPOINTS)]
+    return [file for file in others if file.name.startswith("instances_")] or others or files

@@ -26,7 +26,7 @@ from metr.data.formats.base import Reader, Reading, plain_name
 from metr.data.formats.coco import CocoReader, split_of
 from metr.data.formats.coco_json import CocoAnnotation, CocoCategory, CocoImage, Id, coco_ends
 from metr.data.formats.files import OutsideError, files_in, folders_in
-from metr.data.formats.locating import image_folders, note_missing, note_outside
+from metr.data.formats.locating import image_folders, locate_by_end
 
 
 class CocoVariant(CocoReader):
@@ -88,12 +88,9 @@ class _Tails:
         """The image of one of these names, relative to the dataset's folder; an issue if it is missing."""
         try:
             found = next(filter(None, map(self._find, names)), None)
-        except OutsideError as error:
-            note_outside(error, where, self.reading)
-            return None
-        if found is None:
-            note_missing(" or ".join(names), self.folders, where, self.reading)
-        return found
+        except OutsideError:
+            return locate_by_end(names, self.folders, where, self.reading, outside=True)
+        return locate_by_end(names, self.folders, where, self.reading) if found is None else found
 
     def _find(self, name: str) -> str | None:
         directory, base = posixpath.split(self.reading.files.resolve(name.replace("\\", "/")))

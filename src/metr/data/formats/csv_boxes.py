@@ -1,63 +1,41 @@
-"""Boxes as CSV, one a line: with a header (TensorFlow Object Detection) or without one (keras-retinanet).
+"""Boxes as CSV, one a line, with a header or without one (see `csv_columns`).
 
-A line without a box says that its image has no objects. Coordinates that are fractions of the image are recognised.
+A line without a box says that its image has no objects. A column `split` says which split a line belongs to.
+Coordinates that are fractions of the image are recognised.
 """
 
 import csv
-import io
-import math
 import posixpath
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
-from metr.data.formats.base import UNREADABLE, BoxTable, RawImage, Reader, Reading, count_boxes, whole_size
-from metr.data.formats.files import files_in, folders_within, is_image, start_of
-from metr.data.formats.locating import image_folders, locate, resolve_conflicts, split_of_file, splits_of_files
+from metr.data.formats.base import UNREADABLE, BoxTable, RawImage, Reader, Reading, count_boxes
+from metr.data.formats.box_kinds import BOX_KINDS, BoxKind, judged, sizes_of, to_corners
+from metr.data.formats.csv_columns import Dialect, dialect_of, finite, header_faults
+from metr.data.formats.files import decoded, files_in, folders_within
+from metr.data.formats.locating import dataset_root, grouped, image_folders, locate, resolve_conflicts, split_of_file
+from metr.data.records import canonical_split
 
 _DEPTH = 2
-_SNIFF_BYTES = 4096
-# What the columns are called, in lower case.
-_ALIASES = {
-    "path": ("filename", "file_name", "image_path", "imagepath", "path", "image", "file", "imageid", "image_id", "img"),
-    "name": ("class", "label", "class_name", "classname", "labelname", "category", "name", "label_name"),
-    "xmin": ("xmin", "x_min", "x1", "left", "bbox_xmin"),
-    "ymin": ("ymin", "y_min", "y1", "top", "bbox_ymin"),
-    "xmax": ("xmax", "x_max", "x2", "right", "bbox_xmax"),
-    "ymax": ("ymax", "y_max", "y2", "bottom", "bbox_ymax"),
-    "width": ("width", "image_width", "img_width"),
-    "height": ("height", "image_height", "img_height"),
-    "group": ("isgroupof", "is_group_of", "iscrowd"),
-}
-_CORNERS = ("xmin", "ymin", "xmax", "ymax")
-_NEEDED = ("path", "name", *_CORNERS)
-_WITHOUT_HEADER = {"path": 0, "xmin": 1, "ymin": 2, "xmax": 3, "ymax": 4, "name": 5}
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Dialect:
-    """How a file is written: its delimiter, where its columns stand, and whether the first line names them."""
-
-    delimiter: str
-    columns: Mapping[str, int]
-    header: bool
 
 
 class _Rows:
     """The boxes of the files of a split, column by column: 50 bytes a box, so that large files fit into memory.
 
     An entry is the part of a file about one image; `entries` numbers them by file and name, `sizes` are the sizes that
-    the files give. `relative` says which files give their boxes as fractions of the image.
+    the files give. `kinds` says how each file writes its boxes, and `rows` which they are.
     """
 
     def __init__(self) -> None:
         self.entries: dict[tuple[str, str], int] = {}
         self.sizes: list[tuple[int, int] | None] = []
-        self.relative: dict[str, bool] = {}
+        self.kinds: dict[str, BoxKind] = {}
+        self.rows: dict[str, slice] = {}
         self.entry, self.label, self.line, self.ignore = array("i"), array("i"), array("i"), array("b")
         self.corners = array("d")
 
@@ -69,7 +47,7 @@ class _Rows:
         return number
 
     def table(self) -> BoxTable:
-        """The boxes by their entries, xyxy as the files give them."""
+        """The boxes by their entries, as the files give them."""
         return BoxTable(
             image=np.array(self.entry),
             labels=np.array(self.label),
@@ -79,32 +57,54 @@ class _Rows:
 
 
 class CsvReader(Reader):
-    """CSV with a line a box. A split is made of files."""
+    """CSV with a line a box. A split is made of files, or of the lines whose column `split` says so."""
 
     format = "csv"
     looks_like = "CSV: filename,width,height,class,xmin,ymin,xmax,ymax with a header, or path,x1,y1,x2,y2,class without"
+    takes_boxes = True
+
+    def __init__(self, root: Path, files: Mapping[Path, Dialect]) -> None:
+        self.by_column = {file: found for file, dialect in files.items() if (found := _splits_in(file, dialect))}
+        splits = grouped((name, file) for file in files for name in self.by_column.get(file, [split_of_file(file)]))
+        # Where some name a split, the others are left out: they often repeat what is in those.
+        super().__init__(root, {name: paths for name, paths in splits.items() if canonical_split(name)} or splits)
+        self.unnamed = any("name" not in dialect.columns for dialect in files.values())
+
+    @property
+    def options_used(self) -> tuple[str | None, ...]:
+        """The options that the result depends on."""
+        return (self.options.boxes, self.options.name) if self.unnamed else (self.options.boxes,)
 
     @classmethod
     def recognise(cls, path: Path) -> Reader | None:
         """A reader of a folder with CSV files, at most two folders deep, or of one such file."""
-        if path.is_file():
-            fits = path.suffix.lower() == ".csv" and _dialect(path) is not None
-            return cls(path.parent, {split_of_file(path): (path,)}) if fits else None
-        files = (file for folder in folders_within(path, _DEPTH) for file in files_in(folder, ".csv"))
-        splits = splits_of_files(file for file in files if _dialect(file) is not None)
-        return cls(path, splits) if splits else None
+        files = {file: dialect for file in _tables(path) if (dialect := dialect_of(file)) is not None}
+        return cls(dataset_root(path) if path.is_file() else path, files) if files else None
+
+    @classmethod
+    def why_not(cls, path: Path) -> str | None:
+        """The columns of a CSV file that has some of those of boxes, and those that it lacks."""
+        said = ((file, header_faults(file)) for file in _tables(path))
+        return next((f"{file.name} {faults}" for file, faults in said if faults is not None), None)
 
     def read(self, split: str, reading: Reading) -> Iterator[RawImage]:
         """The images of a split in the order in which they first come up, with the boxes of all its files."""
         rows = _Rows()
         for file in self.splits[split]:
-            _read_file(file, self.within(file), rows, reading)
-        folders = {where: image_folders(reading.files, split, posixpath.dirname(where)) for where in rows.relative}
-        found = [((name,), locate(name, folders[where], where, reading)) for where, name in rows.entries]
+            self._read_file(file, split, rows, reading)
+        folders = {where: image_folders(reading.files, split, posixpath.dirname(where)) for where in rows.kinds}
+        found = [locate(name, folders[where], where, reading) for where, name in rows.entries]
         table, lines, places = rows.table(), np.array(rows.line), list(rows.entries)
+        sizes = sizes_of(rows.sizes, found, reading)
+        for where, mine in rows.rows.items():
+            kind = BOX_KINDS.get(self.options.boxes) or judged(
+                table.boxes[mine], table.image[mine], sizes, rows.kinds[where], where, reading
+            )
+            to_corners(table.boxes[mine], kind)
+            rows.kinds[where] = kind
 
         def image(entry: int) -> RawImage:
-            mine, where, path = table.by_image[entry], places[entry][0], found[entry][1] or ""
+            mine, where, path = table.by_image[entry], places[entry][0], found[entry] or ""
             return RawImage(
                 where=where,
                 image_id=path,
@@ -112,12 +112,12 @@ class CsvReader(Reader):
                 size=rows.sizes[entry],
                 boxes=table.boxes[mine],
                 labels=table.labels[mine],
-                relative=rows.relative[where],
+                relative=rows.kinds[where].endswith("n"),
                 ignore=table.ignore[mine],
                 marks=lines[mine].tolist(),
             )
 
-        conflicts = resolve_conflicts(found)
+        conflicts = resolve_conflicts(found, lambda entry: places[entry][1:])
         for entry, path in conflicts.misled:
             raw = image(entry)
             detail = f"{path} is called alike, but is that of other lines: {count_boxes(len(raw.boxes))} left out"
@@ -133,6 +133,33 @@ class CsvReader(Reader):
                 reading.issues.add("duplicate image", new.where, detail)
         for owner in conflicts.owners.values():
             yield _joined(more[owner]) if owner in more else image(owner)
+
+    def _read_file(self, file: Path, split: str, rows: _Rows, reading: Reading) -> None:
+        """Adds the lines of a file that belong to a split to `rows`; those that cannot be read are noted."""
+        dialect, where = dialect_of(file), self.within(file)
+        if dialect is None:
+            reading.issues.add("unreadable annotation", where, "changed while it was read")
+            return
+        own = self._own_name(dialect, where, reading)
+        start = len(rows.line)
+        for line, row in _lines(reading.text(where), dialect, where, reading):
+            if file in self.by_column and _split_of(row, dialect, file) != split:
+                continue
+            _add_line(row, line, own, dialect, where, rows, reading)
+        rows.kinds[where] = dialect.boxes
+        rows.rows[where] = slice(start, len(rows.line))
+
+    def _own_name(self, dialect: Dialect, where: str, reading: Reading) -> str:
+        """The category of all boxes of a file without a column of categories: the dataset's name; else ""."""
+        if "name" in dialect.columns:
+            return ""
+        name = self.options.name or self.root.name
+        unread = f" (not read: {', '.join(dialect.others)})" if dialect.others else ""
+        detail = (
+            f"no column of categories{unread}: all boxes are called {name!r}; `renames` in a datasets file changes it"
+        )
+        reading.notes.once("no categories", where, detail)
+        return name
 
 
 def _measured_alike(one: RawImage, other: RawImage) -> bool:
@@ -168,85 +195,62 @@ def _joined(parts: Sequence[RawImage]) -> RawImage:
     )
 
 
-def _read_file(file: Path, where: str, rows: _Rows, reading: Reading) -> None:
-    """Adds the lines of a file to `rows`; those that cannot be read are noted."""
-    dialect = _dialect(file)
-    if dialect is None:
-        reading.issues.add("unreadable annotation", where, "changed while it was read")
+def _tables(path: Path) -> Iterator[Path]:
+    """The CSV files of a folder, at most two folders deep, or the one that is named."""
+    if path.is_file():
+        yield from [path] if path.suffix.lower() == ".csv" else []
+    else:
+        yield from (file for folder in folders_within(path, _DEPTH) for file in files_in(folder, ".csv"))
+
+
+def _splits_in(file: Path, dialect: Dialect) -> list[str]:
+    """The splits that the column `split` of a file names; none where it has no such column, or that names no split."""
+    if "split" not in dialect.columns:
+        return []
+    try:
+        rows = [row for _, row in dialect.lines(decoded(file.read_bytes()))]
+    except (OSError, csv.Error):
+        return []
+    if not any(canonical_split(dialect.cell(row, "split")) for row in rows):
+        return []
+    return list(dict.fromkeys(_split_of(row, dialect, file) for row in rows))
+
+
+def _split_of(row: Sequence[str], dialect: Dialect, file: Path) -> str:
+    """The split of a line: what its column says, else that of the file."""
+    written = dialect.cell(row, "split")
+    if written.lower() in {"", "unassigned"}:
+        return split_of_file(file)
+    return canonical_split(written) or written
+
+
+def _add_line(
+    row: Sequence[str], line: int, own: str, dialect: Dialect, where: str, rows: _Rows, reading: Reading
+) -> None:
+    """Adds a line to `rows`; `own` is the category where the file has no column of them."""
+    place, path = f"{where}:{line}", dialect.cell(row, "path")
+    if len(row) < dialect.needed or not path:
+        reading.issues.add("unreadable annotation", place, f"expected {dialect.needed} columns: {','.join(row)[:80]}")
         return
-    columns, start = dialect.columns, len(rows.corners)
-    last = max(columns[name] for name in _NEEDED)
-    for line, row in _lines(reading.text(where), dialect, where, reading):
-        place = f"{where}:{line}"
-        if len(row) <= last or not row[columns["path"]].strip():
-            reading.issues.add("unreadable annotation", place, f"expected {last + 1} columns: {','.join(row)[:80]}")
-            continue
-        entry = rows.entry_number(where, row[columns["path"]].strip(), _size(row, columns))
-        corners = [row[columns[name]].strip() for name in _CORNERS]
-        if not any(corners):
-            continue  # an image without objects
-        name = row[columns["name"]].strip()
-        if not name or len(row) <= columns.get("group", 0):
-            kind = "unreadable annotation" if name else "unknown category"
-            reading.issues.add(kind, place, ",".join(row)[:80])
-            continue
-        rows.entry.append(entry)
-        rows.label.append(reading.names.number(name))
-        rows.line.append(line)
-        rows.ignore.append("group" in columns and row[columns["group"]].strip() == "1")
-        rows.corners.extend(_numbers(corners) or UNREADABLE)
-    boxes = np.array(rows.corners[start:]).reshape(-1, 4)
-    read = boxes[np.isfinite(boxes).all(axis=1)]
-    rows.relative[where] = bool(read.max(initial=-1) <= 1.001 and (read % 1 > 0).any())
+    entry = rows.entry_number(where, path, dialect.size(row))
+    box = dialect.box(row)
+    if not box:
+        return  # an image without objects
+    name = own or dialect.cell(row, "name")
+    if not name or len(row) <= dialect.columns.get("group", 0):
+        reading.issues.add("unreadable annotation" if name else "unknown category", place, ",".join(row)[:80])
+        return
+    rows.entry.append(entry)
+    rows.label.append(reading.names.number(name))
+    rows.line.append(line)
+    rows.ignore.append(dialect.cell(row, "group").lower() in {"1", "true"})
+    numbers = finite(box)
+    rows.corners.extend(numbers if numbers is not None and len(numbers) == len(UNREADABLE) else UNREADABLE)
 
 
-def _lines(text: str, dialect: _Dialect, where: str, reading: Reading) -> Iterator[tuple[int, list[str]]]:
-    """The lines that are not blank, without the header, with their numbers."""
-    lines = csv.reader(io.StringIO(text, newline=""), delimiter=dialect.delimiter)
+def _lines(text: str, dialect: Dialect, where: str, reading: Reading) -> Iterator[tuple[int, list[str]]]:
+    """The lines of a file with their numbers, as far as they can be told apart."""
     try:
-        if dialect.header:
-            next(row for row in lines if any(row))
-        yield from ((lines.line_num, row) for row in lines if any(row))
+        yield from dialect.lines(text)
     except csv.Error as error:
-        reading.issues.add("unreadable annotation", f"{where}:{lines.line_num}", f"{error}; the rest is left out")
-
-
-def _dialect(path: Path) -> _Dialect | None:
-    """How a CSV file is written, from its first lines; None if it holds no boxes."""
-    lines = start_of(path, _SNIFF_BYTES).decode("utf-8-sig", errors="replace").splitlines()
-    first = next((line for line in lines if line.strip()), "")
-    delimiter = max(",;\t", key=first.count)
-    row = next(csv.reader([first], delimiter=delimiter), [])
-    places = {cell.strip().lower(): index for index, cell in reversed(list(enumerate(row)))}
-    columns = {
-        name: next(places[alias] for alias in aliases if alias in places)
-        for name, aliases in _ALIASES.items()
-        if any(alias in places for alias in aliases)
-    }
-    if all(name in columns for name in _NEEDED):
-        return _Dialect(delimiter=delimiter, columns=columns, header=True)
-    corners = [cell.strip() for cell in row[1:5]]
-    if (
-        len(row) == 6
-        and is_image(row[0].strip())
-        and (_numbers(corners) is not None or not any(cell.strip() for cell in row[1:]))
-    ):
-        return _Dialect(delimiter=delimiter, columns=_WITHOUT_HEADER, header=False)
-    return None
-
-
-def _size(row: Sequence[str], columns: Mapping[str, int]) -> tuple[int, int] | None:
-    """(height, width) where a line gives them."""
-    if "height" not in columns or "width" not in columns:
-        return None
-    values = _numbers([row[columns[name]] if columns[name] < len(row) else "" for name in ("height", "width")])
-    return None if values is None else whole_size(values[0], values[1])
-
-
-def _numbers(cells: Sequence[str]) -> list[float] | None:
-    """The cells as finite numbers; None if any is not one."""
-    try:
-        values = [float(cell) for cell in cells]
-    except ValueError:
-        return None
-    return values if all(map(math.isfinite, values)) else None
+        reading.issues.add("unreadable annotation", where, f"{error}; the rest is left out")

@@ -18,8 +18,11 @@ from metr.errors import DataError
 
 # The mark that Windows writes before UTF-8.
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_MARKS_OF_UTF_16 = (b"\xff\xfe", b"\xfe\xff")
 # Recognising a format looks at this many entries of a folder at most: enough to find annotations among images.
 _GLANCE = 20_000
+# Images are looked for in this many folders of a dataset at most, and this deep.
+_FOLDERS, _DEPTH = 10_000, 8
 
 
 class OutsideError(ValueError):
@@ -40,6 +43,8 @@ class Files:
         self._listings: dict[str, frozenset[str]] = {}
         self._loose: dict[str, dict[str, str]] = {}
         self._stems: dict[str, dict[str, str]] = {}
+        self._everywhere: dict[str, list[str]] | None = None
+        self._claims: dict[str, tuple[str, str]] = {}
 
     def read(self, path: str) -> bytes:
         """The bytes of an annotation file.
@@ -94,6 +99,38 @@ class Files:
             if len(places) < len(folders):
                 raise OutsideError(name)
         return None
+
+    def called(self, base: str) -> list[str]:
+        """All images of the dataset with this name, in any case; with any suffix, where the name has no image's."""
+        if self._everywhere is None:
+            self._everywhere = {}
+            for path in self._all_images():
+                self._everywhere.setdefault(fold(_stem(path)), []).append(path)
+        if not is_image(base):
+            return self._everywhere.get(fold(base), [])
+        found = self._everywhere.get(fold(_stem(base)), [])
+        return [path for path in found if fold(posixpath.basename(path)) == fold(base)]
+
+    def claim(self, path: str, name: str, where: str) -> bool:
+        """Notes that a name in the file `where` was taken to mean an image; False if another name of another file was.
+
+        Names of one file are compared there, when all of them are known.
+        """
+        first, place = self._claims.setdefault(path, (name, where))
+        return first == name or place == where
+
+    def _all_images(self) -> list[str]:
+        """The images in all folders but hidden ones; none where there are too many folders to look into."""
+        images, folders = [], [("", 0)]
+        for number, (folder, depth) in enumerate(folders):  # grows on the way
+            if number == _FOLDERS:
+                return []
+            images += self.images(folder)
+            for entry in scan(self.root / folder) if depth < _DEPTH else ():
+                hidden = entry.name.startswith((".", "__")) or is_image(entry.name)
+                if not hidden and _can_be_asked(entry) and entry.is_dir() and not _leads_up(Path(entry.path)):
+                    folders.append((posixpath.join(folder, entry.name), depth + 1))
+        return sorted(path for path in images if not posixpath.basename(path).startswith("."))
 
     def find_stem(self, stem: str, folders: Sequence[str], named: str = "") -> str | None:
         """The image of this name and any suffix in the first of `folders` that has it; None where none has it.
@@ -179,6 +216,15 @@ def is_image(name: str) -> bool:
     return posixpath.splitext(name)[1].lower() in SUFFIXES
 
 
+def scan(folder: Path) -> list[os.DirEntry[str]]:
+    """All entries of a directory; none where it cannot be listed."""
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError:
+        return []
+
+
 def glance(folder: Path) -> list[os.DirEntry[str]]:
     """The first entries of a directory, sorted by name; none where it cannot be listed.
 
@@ -211,6 +257,10 @@ def folders_within(root: Path, depth: int) -> Iterator[Path]:
         for folder in folders_in(root):
             if not folder.name.startswith((".", "__")) and not _leads_up(folder):
                 yield from folders_within(folder, depth - 1)
+
+
+def _stem(path: str) -> str:
+    return posixpath.splitext(posixpath.basename(path))[0]
 
 
 def _can_be_asked(entry: os.DirEntry[str]) -> bool:
@@ -247,14 +297,26 @@ def ends_of(path: Path, count: int) -> bytes:
 
 
 def encoding_of(data: bytes) -> str:
-    """The encoding of text: UTF-8 where the bytes are that, else Windows-1252, else Latin-1, which all bytes are."""
-    for encoding in ("utf-8-sig", "cp1252"):
+    """The encoding of text: UTF-8 where the bytes are that, else Windows-1252, else Latin-1, which all bytes are.
+
+    UTF-16 is told by its mark, or by the zero bytes of its first letters.
+    """
+    for encoding in (*_utf_16(data[:64]), "utf-8-sig", "cp1252"):
         try:
             data.decode(encoding)
         except UnicodeDecodeError:
             continue
         return encoding
     return "latin-1"
+
+
+def _utf_16(start: bytes) -> tuple[str, ...]:
+    if start.startswith(_MARKS_OF_UTF_16):
+        return ("utf-16",)
+    even, odd = start[::2], start[1::2]
+    if len(odd) < 2 or (any(even) and any(odd)):
+        return ()
+    return ("utf-16-le",) if all(even) else ("utf-16-be",) if all(odd) else ()
 
 
 def decoded(data: bytes) -> str:

@@ -1,6 +1,7 @@
 """Hugging Face imagefolder: `metadata.jsonl` (or `.csv`, `.parquet`) with a row an image, beside the images.
 
-A row has `file_name` and `objects`, whose boxes are [x, y, width, height] in pixels. Categories are names or numbers;
+A row has `file_name` and `objects`, whose boxes are [x, y, width, height] in pixels, unless all boxes of the file show
+that they are something else (see `box_kinds`). Categories are names or numbers;
 numbers are named by a file of names, or by `class_label` in the dataset's card (README.md). Without either they are
 called "category 3". Objects with `iscrowd` or `ignore` are ignored ones.
 """
@@ -11,18 +12,21 @@ import json
 import math
 import posixpath
 import re
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from metr.boxes import xywh_to_xyxy
 from metr.data.formats.base import BoxList, RawImage, Reader, Reading, plain_name, whole_size, without_repeats
+from metr.data.formats.box_kinds import BOX_KINDS, BoxKind, judged, sizes_of, to_corners
 from metr.data.formats.file_per_image import note_unannotated
 from metr.data.formats.files import Files, folders_in, folders_within, there
 from metr.data.formats.json_lines import json_lines, numbers, read_label_map
@@ -35,6 +39,7 @@ _FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 _NAME_LISTS = ("classes.txt", "labels.txt", "names.txt")
 _NAME_MAPS = ("id2label.json", "label_map.json", "classes.json")
 _CARD = "README.md"
+_IMAGES = ("file_name", "image", "filename", "image_path", "path", "image_file", "file")
 _BOXES = ("bbox", "bboxes", "boxes", "box")
 _CATEGORIES = (
     *("categories", "category", "category_id", "category_ids", "label", "labels", "class", "classes"),
@@ -58,6 +63,7 @@ class ImageFolderReader(Reader):
 
     format = "imagefolder"
     looks_like = "Hugging Face imagefolder: metadata.jsonl with file_name and objects (bbox, categories) by the images"
+    takes_boxes = True
 
     @classmethod
     def recognise(cls, path: Path) -> Reader | None:
@@ -96,6 +102,7 @@ class ImageFolderReader(Reader):
             reading.issues.add("unreadable annotation", self.within(folder), "changed while it was read")
             return
         names = self._names(home, reading)
+        kind = BOX_KINDS.get(self.options.boxes) or _kind_of_boxes(metadata, self.within(home), reading)
         prefix = "" if home == folder else f"{folder.name}/"
         for place, row in _rows(self.within(metadata), reading):
             name = _file_name(row)
@@ -105,7 +112,8 @@ class ImageFolderReader(Reader):
                 path = locate(name, [self.within(home)], place, reading)
                 raw = None if path is None else _raw_image(row, path, place, names, reading)
                 if raw is not None:
-                    yield raw
+                    to_corners(raw.boxes, kind)
+                    yield replace(raw, relative=True, areas=None) if kind.endswith("n") else raw
 
     def _names(self, folder: Path, reading: Reading) -> Mapping[str, str]:
         """The names of numbered categories: from the folder of the metadata, else from one above it in the dataset."""
@@ -117,7 +125,31 @@ class ImageFolderReader(Reader):
         return names
 
 
+def _kind_of_boxes(metadata: Path, home: str, reading: Reading) -> BoxKind:
+    """How the boxes of a file are written, as all of them together show."""
+    where = posixpath.join(home, metadata.name)
+    image, boxes = array("i"), array("d")
+    sizes: list[tuple[int, int] | None] = []
+    paths: list[str | None] = []
+    quiet = Reading(files=reading.files)  # what is wrong in the file is noted when it is read
+    for place, row in _rows(where, quiet):
+        found = [numbers(box, 4) for box, *_ in _objects(row.get("objects")) or ()]
+        known = [box for box in found if box is not None]
+        image.extend([len(sizes)] * len(known))
+        boxes.extend(value for box in known for value in box)
+        sizes.append(_size(row))
+        name = _file_name(row) if known and sizes[-1] is None else None
+        paths.append(None if name is None else locate(name, [home], place, quiet))
+    values = np.array(boxes, dtype=np.float64).reshape(-1, 4)
+    return judged(values, np.array(image, dtype=np.int64), sizes_of(sizes, paths, reading), "xywh", where, reading)
+
+
+def _size(row: Row) -> tuple[int, int] | None:
+    return whole_size(_number(row.get("height")), _number(row.get("width")))
+
+
 def _raw_image(row: Row, path: str, place: str, names: Mapping[str, str], reading: Reading) -> RawImage | None:
+    """The image of a row, with the boxes as they are written."""
     value = row.get("objects")
     if value in (None, ""):
         reading.issues.add("unannotated image", place, f"{path} has no objects, not even an empty list: left out")
@@ -137,8 +169,7 @@ def _raw_image(row: Row, path: str, place: str, names: Mapping[str, str], readin
             area=_number(area),
             found=f"category {category!r}, bbox {box!r}",
         )
-    size = whole_size(_number(row.get("height")), _number(row.get("width")))
-    return boxes.image(path, size=size, convert=xywh_to_xyxy)
+    return boxes.image(path, size=_size(row))
 
 
 def _objects(value: Any) -> list[tuple[Any, Any, Any, Any]] | None:
@@ -197,9 +228,10 @@ def _number(value: Any) -> float:
 
 
 def _file_name(row: Row) -> str | None:
-    """The image of a row: its `file_name`, or a column whose name ends with that."""
-    keys = ["file_name", *(key for key in row if key.endswith("_file_name"))]
-    return next((row[key] for key in keys if isinstance(row.get(key), str) and row[key]), None)
+    """The image of a row: its `file_name`, or a column that is called alike; it may hold `{"path": ...}`."""
+    keys = [*_IMAGES[:1], *(key for key in row if key.endswith("_file_name")), *_IMAGES[1:]]
+    values = (value.get("path") if isinstance(value := row.get(key), dict) else value for key in keys)
+    return next((value for value in values if isinstance(value, str) and value), None)
 
 
 def _metadata(folder: Path) -> Path | None:

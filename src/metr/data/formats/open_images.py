@@ -106,7 +106,7 @@ class OpenImagesReader(Reader):
             labels = read_labels(verified, _number_if_there(images, folders, reading), classes.numbers, reading)
         tables, where = _Tables(classes, boxes, labels), self.within(files[0])
         for image, number in images.items():
-            path = _beside(image, folders, reading) or locate(image, folders, where, reading)
+            path = _beside(image, folders, reading) or locate(image, folders, where, reading, by_end=False)
             if path is not None:
                 raw = tables.image(image, number, path, where)
                 if number < with_boxes or raw.annotated:

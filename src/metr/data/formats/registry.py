@@ -63,6 +63,9 @@ def recognise(path: Path, format_name: str | None = None, *, tell_others: bool =
                 log_other_formats(found, path)
             return found
     looked_for = "\n    ".join(reader.looks_like for reader in readers)
+    almost = next(filter(None, (reader.why_not(path) for reader in readers)), None)
+    if almost is not None:
+        raise DataError(almost, where=path, hint="rename its columns, or add those that are missing")
     what = f"no annotations of a known format ({_contents(path)})"
     raise DataError(what, where=path, hint=f"one of these layouts\n    {looked_for}")
 

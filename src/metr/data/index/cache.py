@@ -33,7 +33,7 @@ from metr.text.cache import cache_root
 logger = logging.getLogger(__name__)
 
 # Raised whenever a reader's result for the same files changes.
-READER_VERSION = 5
+READER_VERSION = 6
 
 # Outdated indices are removed after this time, in seconds: other processes may still use them.
 _KEPT = 7 * 24 * 3600
@@ -116,6 +116,7 @@ def _key(reader: Reader, plan: SplitPlan) -> str:
     sources = sorted((split, [str(path) for path in paths]) for split, paths in reader.splits.items())
     parts = sorted((split, list(own)) for split, own in plan.parts.items())
     origin = [INDEX_VERSION, READER_VERSION, reader.format, str(reader.root), sources, parts, plan.seeded]
+    origin += reader.options_used
     return hashlib.sha256(ascii(origin).encode()).hexdigest()[:24]
 
 

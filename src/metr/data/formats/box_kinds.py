@@ -1,0 +1,128 @@
+"""How a file writes its boxes: corners, a corner and a size, or a centre and a size, in pixels or as fractions.
+
+Files often write them in another way than their format says. All boxes of a file together show it: as what the format
+says many leave their images, and as something else none does.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Literal, get_args
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from metr.data.formats.base import Reading
+from metr.data.images import probe_size
+from metr.errors import DataError
+
+BoxKind = Literal["xywh", "xyxy", "cxcywh", "xywhn", "xyxyn", "cxcywhn"]
+BOX_KINDS: dict[str | None, BoxKind] = {kind: kind for kind in get_args(BoxKind)}
+
+# What the kinds are called in messages. Those with an n are fractions of the image.
+_WORDS = {"xywh": "x, y, width, height", "xyxy": "corners", "cxcywh": "centre, width, height"}
+# Boxes that are looked at together, for the sake of memory.
+_PIECE = 1 << 20
+# Images whose size is measured to judge the boxes of a file that gives none.
+_MEASURED = 200
+# A file's boxes are of another kind than it says if so many of them, and this share, cannot be what it says.
+_FEWEST, _SHARE = 3, 0.1
+# How far, in pixels and as a share of the side, boxes may leave the image by rounding.
+_SLACK, _SLACK_SHARE = 1.5, 0.01
+
+
+def judged(
+    boxes: Float[np.ndarray, "n 4"],
+    image: Int[np.ndarray, "n"],
+    sizes: Float[np.ndarray, "k 2"],
+    written: BoxKind,
+    where: str,
+    reading: Reading,
+) -> BoxKind:
+    """The kind of the boxes of a file: `written`, unless that cannot be and one other kind fits them all.
+
+    What is taken in place of `written` is noted, and so is a doubt that could not be settled. Corners are never taken
+    for anything else: those that do not fit may be swapped.
+
+    Args:
+        boxes: The numbers as the file has them; NaN where it has none.
+        image: The number of each box's image.
+        sizes: (width, height) of each image in pixels; NaN where it is unknown.
+        written: What the format, or the file's header, says.
+        where: The file, for notes.
+        reading: Takes the notes.
+    """
+    suffix = "n" if _are_fractions(boxes) else ""
+    if suffix:
+        sizes = np.ones_like(sizes)
+        if written != "xyxy":
+            detail = "no number is above 1: read as fractions of the image"
+            reading.notes.once("boxes are fractions", where, detail)
+    plain: str = written
+    total, odd = _misfits(boxes, image, sizes, plain)
+    if odd < _FEWEST or odd < _SHARE * total:
+        return BOX_KINDS[plain + suffix]
+    others = {kind: _misfits(boxes, image, sizes, kind)[1] for kind in _WORDS if kind != plain}
+    fitting = [kind for kind, count in others.items() if count == 0]
+    says = f"{odd} of {total} boxes cannot be {_WORDS[plain]}: they are empty or leave their images"
+    if len(fitting) == 1 and plain != "xyxy":
+        way_back = f"`boxes: {plain}{suffix}` in a datasets file decides otherwise"
+        detail = f"{says}; all can be {_WORDS[fitting[0]]} and are read so ({way_back})"
+        reading.notes.once(f"boxes are not {plain}", where, detail)
+        return BOX_KINDS[fitting[0] + suffix]
+    if min(others.values()) < odd / 2:
+        named = ", ".join(f"{count} cannot be {_WORDS[kind]}" for kind, count in others.items())
+        detail = f"{says}; {named}. `boxes` in a datasets file says what they are"
+        reading.notes.once("boxes are doubtful", where, detail)
+    return BOX_KINDS[plain + suffix]
+
+
+def to_corners(boxes: Float[np.ndarray, "n 4"], kind: BoxKind) -> None:
+    """Makes boxes of a kind xyxy, in place; fractions stay fractions."""
+    for piece in _pieces(len(boxes)):
+        part = boxes[piece]
+        if kind.startswith("cxcywh"):
+            part[:, :2] -= part[:, 2:] / 2
+        if not kind.startswith("xyxy"):
+            part[:, 2:] += part[:, :2]
+
+
+def sizes_of(
+    declared: Sequence[tuple[int, int] | None], paths: Sequence[str | None], reading: Reading
+) -> Float[np.ndarray, "k 2"]:
+    """(width, height) of images, as declared; a few are measured where none is declared, the others are NaN."""
+    sizes = np.array([(np.nan, np.nan) if size is None else size[::-1] for size in declared], dtype=np.float32)
+    sizes = sizes.reshape(-1, 2)
+    if np.isfinite(sizes).all(axis=1).sum() < min(_MEASURED, len(sizes)):
+        there = [number for number, path in enumerate(paths) if path and declared[number] is None]
+        for number in there[:: max(1, len(there) // _MEASURED)]:
+            try:
+                sizes[number] = probe_size(reading.files.root / str(paths[number]))[::-1]
+            except DataError:  # noted where its record is made
+                continue
+    return sizes
+
+
+def _are_fractions(boxes: Float[np.ndarray, "n 4"]) -> bool:
+    """Whether all numbers that can be read are at most 1, and some are not whole."""
+    with np.errstate(invalid="ignore"):
+        read = boxes[np.isfinite(boxes).all(axis=1)]
+    return bool(len(read) and read.max() <= 1.001 and (read % 1 > 0).any())
+
+
+def _misfits(
+    boxes: Float[np.ndarray, "n 4"], image: Int[np.ndarray, "n"], sizes: Float[np.ndarray, "k 2"], kind: str
+) -> tuple[int, int]:
+    """How many boxes can be judged, and how many of them are empty or leave their image if they are of a kind."""
+    total = odd = 0
+    for piece in _pieces(len(boxes)):
+        part, limit = boxes[piece].astype(np.float64), sizes[image[piece]].astype(np.float64)
+        known = np.isfinite(part).all(axis=1) & np.isfinite(limit).all(axis=1)
+        part, limit = part[known], limit[known]
+        to_corners(part, BOX_KINDS[kind])
+        slack = np.where(limit > 1, np.maximum(_SLACK, _SLACK_SHARE * limit), _SLACK_SHARE)
+        fits = (part[:, :2] >= -slack) & (part[:, 2:] <= limit + slack) & (part[:, 2:] > part[:, :2])
+        total, odd = total + len(part), odd + int((~fits.all(axis=1)).sum())
+    return total, odd
+
+
+def _pieces(count: int) -> Iterator[slice]:
+    return (slice(start, start + _PIECE) for start in range(0, count, _PIECE))
