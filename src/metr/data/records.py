@@ -17,6 +17,9 @@ logger = logging.getLogger(__name__)
 
 TRAIN, VAL, TEST = "train", "val", "test"
 
+# In `unknown`: the category of a dropped box has no name here. It may be any, so nothing is known to be absent.
+UNNAMED = -1
+
 # The fraction of images that a seeded split holds out for evaluation.
 HELD_OUT = 0.2
 
@@ -26,8 +29,10 @@ _WORDS = {
     "trainval": TRAIN,
     "val": VAL,
     "valid": VAL,
+    "validate": VAL,
     "validation": VAL,
     "eval": VAL,
+    "evaluation": VAL,
     "dev": VAL,
     "test": TEST,
     "testing": TEST,
@@ -131,7 +136,8 @@ class ImageRecord:
     `labels` are indices of the dataset's categories. `areas` are in square pixels (COCO's own where the file gives
     them: that of the polygon). `ignore` marks crowds and group-of boxes. `annotated` lists the categories that are
     annotated exhaustively in this image; None means all of the dataset's. `unknown` are those of boxes that were
-    dropped while the dataset was read; the index removes them from `annotated` and leaves this empty.
+    dropped while the dataset was read (`UNNAMED`: perhaps any); the index removes them from `annotated` and leaves this
+    empty.
     """
 
     image_id: int | str

@@ -174,7 +174,7 @@ class YoloReader(Reader):
                 found = f"class {row[0]:g} has no name (`names` has {len(names)}, counted from 0)"
                 boxes.add(name, _corners(row[1:]), number, found=found)
             elif line.strip():
-                reading.issues.add("unreadable label", f"{where}:{number}", line.strip()[:80])
+                boxes.drop("unreadable label", number, line.strip())
         return boxes.image(image, relative=True)
 
 
