@@ -20,7 +20,7 @@ from metr.data.formats.registry import log_other_formats, recognise
 from metr.data.index.annotation_index import AnnotationIndex, LabelMap
 from metr.data.index.cache import default_cache, stored
 from metr.data.index.manifest import Manifest
-from metr.data.records import TEST, TRAIN, VAL, Annotations, DataIssue, plan_splits
+from metr.data.records import TEST, TRAIN, VAL, Annotations, DataIssue, Dropped, plan_splits
 from metr.errors import ConfigError, DataError, did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -77,6 +77,7 @@ class DatasetSource:
         issues: The first issues of each kind that were found while it was read.
         issue_counts: How many there were of each kind.
         held_out: Whether its val split is a seeded part of its own train split, because it has none.
+        dropped: What was lost of each of its own splits while it was read, also of those that came to nothing.
     """
 
     name: str
@@ -88,6 +89,7 @@ class DatasetSource:
     issues: tuple[DataIssue, ...] = ()
     issue_counts: Mapping[str, int] = field(default_factory=dict)
     held_out: bool = False
+    dropped: Mapping[str, Dropped] = field(default_factory=dict)
 
     def split(self, name: str) -> AnnotationIndex:
         """The annotations of one split.
@@ -97,7 +99,9 @@ class DatasetSource:
         """
         if name not in self.splits:
             hint = f"it has {', '.join(self.splits)}; `splits` in a datasets file can say which is which"
-            raise DataError(f"no {name!r} split", where=self.root, hint=hint)
+            empty = (issue for issue in self.issues if issue.kind == "empty split" and issue.where == name)
+            why = "".join(f": {issue.detail}" for issue in empty)
+            raise DataError(f"no {name!r} split{why}", where=self.root, hint=hint)
         return self.splits[name]
 
     def renamed(self, names: Mapping[str, str]) -> "DatasetSource":
@@ -188,6 +192,11 @@ def open_dataset(config: DatasetConfig, cache_dir: Path | None = None) -> Datase
         issues=(*notes, *found),
         issue_counts=dict(counts),
         held_out=dataset.manifest.held_out,
+        dropped={
+            split: Dropped.of(summary.counts, of_images=reader.annotates_whole_images)
+            for split, summary in dataset.manifest.issues.items()
+            if split
+        },
     )
     if source.held_out:
         _tell_held_out(source)

@@ -165,6 +165,34 @@ class DataIssue:
     detail: str = ""
 
 
+# Kinds of issues by which a box, or a whole image, is lost.
+_LOST_BOXES = frozenset(
+    {"degenerate box", "box outside", "unreadable box", "unknown category", "unreadable label", "unknown image"}
+)
+_LOST_IMAGES = frozenset(
+    {"missing image", "ambiguous image", "unreadable image", "unreadable file name", "path outside"}
+    | {"missing annotation", "shared annotation"}
+)
+_LOST_EITHER = "unreadable annotation"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dropped:
+    """What of a split was lost while it was read: the numbers of images and of boxes by kind of issue."""
+
+    images: Mapping[str, int] = field(default_factory=dict)
+    boxes: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, counts: Mapping[str, int], *, of_images: bool) -> "Dropped":
+        """What was lost by issues of these numbers; `of_images`: unreadable annotations are those of whole images."""
+        images = {kind: count for kind, count in counts.items() if kind in _LOST_IMAGES}
+        boxes = {kind: count for kind, count in counts.items() if kind in _LOST_BOXES}
+        if count := counts.get(_LOST_EITHER):
+            (images if of_images else boxes)[_LOST_EITHER] = count
+        return cls(images=images, boxes=boxes)
+
+
 @runtime_checkable
 class Annotations(Protocol):
     """One split of one dataset, as training and evaluation see it: a sequence of records."""

@@ -187,6 +187,8 @@ class TrainOptions(SubsetConfig):
 
     epochs: Annotated[float, Field(gt=0)] | None = None
     """Passes over the training images of all datasets together, in place of a number of steps."""
+    allow_empty: bool = False
+    """Whether splits without a box are used, and splits of which most boxes or images were lost while reading."""
 
 
 def load_recipe(

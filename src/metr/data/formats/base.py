@@ -32,8 +32,8 @@ class RawImage:
     messages. `annotated` are the numbers of the categories that are annotated exhaustively, so that "no box" means
     "none there"; None: all of the dataset's. `amodal` boxes are of whole objects, also where those leave the image:
     they are cut at its border without an issue. `unknown` are categories that are not annotated exhaustively in this
-    image, because the file has objects of them that it describes in part; those of dropped boxes are added to them. `UNNAMED`
-    among them says that an object may be of any category.
+    image, because the file has objects of them that it describes in part; those of dropped boxes are added to them.
+    `UNNAMED` among them says that an object may be of any category.
     """
 
     where: str
@@ -266,6 +266,8 @@ class Reader(ABC):
     looks_like: ClassVar[str]
     # Whether the files declare the categories in an order that is kept; else they are sorted.
     declares_categories: ClassVar[bool] = False
+    # Whether an annotation that cannot be read, a file or a line, is that of a whole image; else that of one box.
+    annotates_whole_images: ClassVar[bool] = True
 
     def __init__(self, root: Path, splits: Mapping[str, tuple[Path, ...]]) -> None:
         self.root, self.splits = root, splits

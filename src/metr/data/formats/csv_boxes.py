@@ -83,6 +83,7 @@ class CsvReader(Reader):
 
     format = "csv"
     looks_like = "CSV: filename,width,height,class,xmin,ymin,xmax,ymax with a header, or path,x1,y1,x2,y2,class without"
+    annotates_whole_images = False
 
     @classmethod
     def recognise(cls, path: Path) -> Reader | None:
