@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-__all__ = ["load_yaml", "load_yaml_file", "parse_yaml"]
+__all__ = ["load_yaml", "load_yaml_file", "parse_yaml", "yaml_fault"]
 
 # The most characters of a text: some five seconds of parsing for each million.
 _LONGEST = 4_000_000
@@ -19,13 +19,17 @@ _ALIASED = 10_000
 _LONGEST_NUMBER = 128
 
 
-def load_yaml(text: str) -> Any:
+def load_yaml(text: str, *, as_written: bool = False) -> Any:
     """The plain values that a YAML text holds; None of an empty one.
+
+    Args:
+        text: The text.
+        as_written: Whether every scalar is the text that is written: else `no` is False, `007` is 7, `12:30` is 750.
 
     Raises:
         yaml.YAMLError: the text is no YAML, or is too long, too deeply nested or has too many aliases. No other error.
     """
-    loader = _loader(text)
+    loader = _loader(text, as_written=as_written)
     try:
         return loader.get_single_data()
     except (ValueError, RecursionError, OverflowError, TypeError, KeyError, AttributeError) as error:
@@ -35,8 +39,8 @@ def load_yaml(text: str) -> Any:
         loader.dispose()
 
 
-def load_yaml_file(path: Path) -> Any:
-    """The plain values that a YAML file in UTF-8 holds, with or without a byte order mark.
+def load_yaml_file(path: Path, *, as_written: bool = False) -> Any:
+    """The plain values that a YAML file in UTF-8 holds, with or without a byte order mark; see `load_yaml`.
 
     Raises:
         yaml.YAMLError: as `load_yaml`, or it is no regular file, or not UTF-8.
@@ -47,7 +51,7 @@ def load_yaml_file(path: Path) -> Any:
     if (size := path.stat().st_size) > 4 * _LONGEST:  # a character takes up to four bytes
         raise yaml.YAMLError(f"{size:,} bytes; METR reads at most {_LONGEST:,} characters")
     try:
-        return load_yaml(path.read_text(encoding="utf-8-sig"))
+        return load_yaml(path.read_text(encoding="utf-8-sig"), as_written=as_written)
     except UnicodeDecodeError as error:
         raise yaml.YAMLError(f"not UTF-8: {error}") from None
 
@@ -66,10 +70,21 @@ def parse_yaml(text: str) -> Node | None:
         loader.dispose()
 
 
-def _loader(text: str) -> "_BoundedLoader":
+def yaml_fault(error: Exception) -> str:
+    """What is wrong with a YAML text, with line and column, for a message that names the file."""
+    if isinstance(error, yaml.MarkedYAMLError):
+        mark = error.problem_mark or error.context_mark
+        told = ", ".join(part for part in (error.context, error.problem) if part)
+        return told if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: {told}"
+    return " ".join(str(error).replace('in "<unicode string>", ', "").split())
+
+
+def _loader(text: str, *, as_written: bool = False) -> "_BoundedLoader":
     if len(text) > _LONGEST:
         raise yaml.YAMLError(f"{len(text):,} characters; METR reads at most {_LONGEST:,}")
-    return _BoundedLoader(text)
+    loader = _BoundedLoader(text)
+    loader.as_written = as_written
+    return loader
 
 
 class _BoundedLoader(yaml.SafeLoader):
@@ -77,6 +92,7 @@ class _BoundedLoader(yaml.SafeLoader):
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
+        self.as_written = False
         self._depth = 0
         self._aliased = 0
         self._sizes: dict[int, int] = {}  # values below a node that is finished, by its id
@@ -107,8 +123,8 @@ class _BoundedLoader(yaml.SafeLoader):
             self._refuse(f"aliases (*{event.anchor}) stand for more than {_ALIASED:,} values; write them out", event)
 
     def resolve(self, kind: type[Node], value: Any, implicit: Any) -> Any:
-        """The tag of a value: a long unquoted scalar is text, whatever it looks like."""
-        if kind is ScalarNode and len(value) > _LONGEST_NUMBER:
+        """The tag of a value: a long unquoted scalar is text, whatever it looks like; so is any if it is as written."""
+        if kind is ScalarNode and (len(value) > _LONGEST_NUMBER or (self.as_written and value != "<<")):
             return self.DEFAULT_SCALAR_TAG
         return super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call]
 

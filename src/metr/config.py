@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
-from metr.bounded_yaml import load_yaml, load_yaml_file
+from metr.bounded_yaml import load_yaml, load_yaml_file, yaml_fault
 from metr.errors import ConfigError, did_you_mean
 
 Tree = dict[str, Any]
@@ -72,8 +72,8 @@ class Config(BaseModel):
                 raise _explained(cls, issues, where) from None
 
 
-def read_yaml(path: Path) -> Tree:
-    """The mapping that a YAML file holds.
+def read_yaml(path: Path, *, as_written: bool = False) -> Tree:
+    """The mapping that a YAML file holds; `as_written` leaves every scalar the text that is written there.
 
     Raises:
         ConfigError: the file is missing, is not YAML, or holds something else than a mapping.
@@ -81,9 +81,9 @@ def read_yaml(path: Path) -> Tree:
     if not path.is_file():
         raise ConfigError("no such configuration file", where=path, hint="check the path")
     try:
-        values = load_yaml_file(path)
+        values = load_yaml_file(path, as_written=as_written)
     except (yaml.YAMLError, OSError) as error:
-        raise ConfigError(f"not readable as YAML: {error}", where=path) from None
+        raise ConfigError(f"not readable as YAML: {yaml_fault(error)}", where=path) from None
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise ConfigError(f"expected keys and values, found a {type(values).__name__}", where=path)

@@ -33,7 +33,9 @@ SplitName = Literal["train", "val", "test"]
 
 _SUFFIXES = frozenset({".yaml", ".yml"})
 # How the message of a configuration error begins that is about one key.
-_FAULTY_KEY = re.compile(r"(?:unknown key )?'([^'.]+)")
+_FAULTY_KEY = re.compile(r"(?:unknown key )?'([^']+)'")
+# The keys of a dataset whose values are words, as they are written: a category may be called `no` or `007`.
+_WORDS = frozenset({"name", "path", "splits", "prompts", "renames", "exhaustive"})
 
 
 class DatasetConfig(Config):
@@ -49,9 +51,9 @@ class DatasetConfig(Config):
     """Which of the dataset's own splits are train, val and test. None: by the convention of the format."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Sampling weight of the dataset, relative to the others."""
-    prompts: dict[str, str] = Field(default_factory=dict)
+    prompts: dict[str, Annotated[str, Field(min_length=1)]] = Field(default_factory=dict)
     """Category name -> the phrase that the text encoder reads instead of it."""
-    renames: dict[str, str] = Field(default_factory=dict)
+    renames: dict[str, Annotated[str, Field(min_length=1)]] = Field(default_factory=dict)
     """Category name in the files -> category name here. Several may become one."""
     exhaustive: tuple[str, ...] | None = None
     """The categories annotated exhaustively, in every image. None: as the format says, mostly all."""
@@ -218,51 +220,76 @@ def _parse_argument(argument: str) -> list[DatasetConfig]:
     if equals and name and not re.search(r"[\\/]", name) and not there(path):
         return [_dataset_config({"name": name, "path": rest}, Path(), argument)]
     if path.suffix.lower() in _SUFFIXES:
-        values = read_yaml(path)
-        if "datasets" in values or "names" not in values:  # with names it is the description of a YOLO dataset
-            datasets = DatasetsFile.checked(values, where=path).datasets
-            lines = _lines_of(path)
-            return [_listed_dataset(item, path, own) for item, own in zip(datasets, lines, strict=True)]
+        written = read_yaml(path, as_written=True)
+        if "datasets" in written or "names" not in written:  # with names it is the description of a YOLO dataset
+            return _listed_datasets(path, written)
     return [_dataset_config({"path": argument}, Path(), argument)]
 
 
-def _listed_dataset(item: Mapping[str, Any] | str, file: Path, lines: Mapping[str, tuple[int, bool]]) -> DatasetConfig:
-    """A dataset of a datasets file; its path is relative to the file, and its keys are in these lines.
+def _listed_datasets(file: Path, written: Mapping[str, Any]) -> list[DatasetConfig]:
+    """The datasets of a datasets file, which is also given with its scalars as they are `written`.
 
     Raises:
         ConfigError: a key is unknown, has a wrong value or none; the message names the dataset and the line.
     """
+    root: Any = parse_yaml(file.read_text(encoding="utf-8-sig"))
+    values = read_yaml(file)
+    if isinstance(values.get("datasets"), list):
+        pairs = zip(values["datasets"], written["datasets"], strict=True)
+        values["datasets"] = [_with_words(item, words) for item, words in pairs]
+    try:
+        items = DatasetsFile.checked(values, where=file).datasets
+    except ConfigError as error:
+        raise _with_line(error, file, root) from None
+    listed = next(value for key, value in reversed(root.value) if key.value == "datasets")
+    return [_listed_dataset(item, file, node) for item, node in zip(items, listed.value, strict=True)]
+
+
+def _with_words(item: Any, words: Any) -> Any:
+    """A listed dataset, whose `words` are as they are written: in place of the values that are words."""
+    if isinstance(item, dict):
+        return {key: words[key] if key in _WORDS and value is not None else value for key, value in item.items()}
+    return item if item is None or isinstance(item, list) else words
+
+
+def _listed_dataset(item: Mapping[str, Any] | str, file: Path, node: yaml.Node) -> DatasetConfig:
+    """A dataset of a datasets file, and where it stands there; its path is relative to the file.
+
+    Raises:
+        ConfigError: a key is unknown, has a wrong value or none; the message names the dataset and the line.
+    """
+    called = ""
     if isinstance(item, str):
         name, equals, path = item.rpartition("=")
         item = {"name": name, "path": path} if equals else {"path": path}
-        return _dataset_config(item, file.parent, file)
-    called = f"dataset {item.get('name', item.get('path'))!r}: " if "path" in item or "name" in item else ""
-    for key, (line, empty) in lines.items():
-        if empty:
+    elif "path" in item or "name" in item:
+        called = f"dataset {item.get('name', item.get('path'))!r}: "
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        if isinstance(value, yaml.ScalarNode) and not value.value and not value.style:
             hint = "write its value behind it or below it, indented, or take the line out"
-            raise ConfigError(f"{called}{key!r} has no value", where=f"{file}, line {line}", hint=hint)
+            where = f"{file}, line {key.start_mark.line + 1}"
+            raise ConfigError(f"{called}{key.value!r} has no value", where=where, hint=hint)
     try:
         return _dataset_config(item, file.parent, file)
     except ConfigError as error:
-        faulty = _FAULTY_KEY.match(error.what)
-        line, _ = lines.get(faulty[1] if faulty else "", next(iter(lines.values()), (1, False)))
-        raise ConfigError(f"{called}{error.what}", where=f"{file}, line {line}", hint=error.hint) from None
+        raise _with_line(error, file, node, called) from None
 
 
-def _lines_of(file: Path) -> list[dict[str, tuple[int, bool]]]:
-    """For each listed dataset, the line of each of its keys, from 1, and whether nothing is written behind the key."""
-    root: Any = parse_yaml(file.read_text(encoding="utf-8-sig"))
-    listed = next(value for key, value in reversed(root.value) if key.value == "datasets")
-    return [
-        {key.value: (key.start_mark.line + 1, _is_empty(value)) for key, value in item.value}
-        if isinstance(item, yaml.MappingNode)
-        else {}
-        for item in listed.value
-    ]
-
-
-def _is_empty(value: yaml.Node) -> bool:
-    return isinstance(value, yaml.ScalarNode) and not value.value and not value.style
+def _with_line(error: ConfigError, file: Path, node: yaml.Node, called: str = "") -> ConfigError:
+    """An error about a key of a part of a file, with the line of that key, or of the part."""
+    faulty = _FAULTY_KEY.match(error.what)
+    line = node.start_mark.line
+    for part in faulty[1].split(".") if faulty else ():
+        pairs: list[tuple[yaml.Node, yaml.Node]] = []
+        if isinstance(node, yaml.MappingNode):
+            pairs = [pair for pair in node.value if pair[0].value == part]
+        elif isinstance(node, yaml.SequenceNode):
+            pairs = [(value, value) for place, value in enumerate(node.value) if str(place) == part]
+        if not pairs:
+            break
+        key, node = pairs[-1]
+        line = key.start_mark.line
+    return ConfigError(f"{called}{error.what}", where=f"{file}, line {line + 1}", hint=error.hint)
 
 
 def _dataset_config(values: Mapping[str, Any], base: Path, where: object) -> DatasetConfig:
