@@ -78,7 +78,7 @@ datasets:
         ("datasets:", "datasets"),
         ("sets: [a]", "unknown key 'sets'"),
         ("datasets: [{name: a}]", "without a path"),
-        ("datasets: [{path: 3}]", "without a path"),
+        ("datasets: [{path: [3]}]", "without a path"),
         ("datasets: [{path: a, wieght: 2}]", "did you mean 'weight'"),
         ("datasets: [{path: a, weight: 0}]", "weight"),
         ("datasets: [{path: a, format: coca}]", "format"),
@@ -108,7 +108,7 @@ def test_faulty_listings(tmp_path: Path, text: str, message: str) -> None:
         ("    weight: 2\n    rename: {a: b}", 7, "dataset 'cells': unknown key 'rename'"),
         ("    weight: -2", 6, "dataset 'cells': 'weight'"),
         ("    renames: [a, b]", 6, "dataset 'cells': 'renames'"),
-        ("    splits:\n      {holdout: a}", 6, "dataset 'cells': 'splits.holdout"),
+        ("    splits:\n      {holdout: a}", 7, "dataset 'cells': 'splits.holdout"),
     ],
 )
 def test_faults_name_dataset_and_line(tmp_path: Path, entry: str, line: int, told: str) -> None:
@@ -380,3 +380,41 @@ def test_issues_are_counted_and_the_first_kept(tmp_path: Path, caplog: pytest.Lo
     assert source.issue_counts == {"degenerate box": 250}
     assert len(source.issues) == 100
     assert "250 x degenerate box" in caplog.text
+
+
+def test_names_are_the_words_as_they_are_written(tmp_path: Path) -> None:
+    listing = tmp_path / "all.yaml"
+    text = (
+        "datasets:\n  - path: a\n    name: 007\n    weight: 2\n    renames: {no: yes, 12:30: off, 1: null}\n"
+        "    prompts: {yes: on}\n    exhaustive: [yes, 1e3]\n    splits: {train: [on, 2020]}\n  - 2024\n"
+    )
+    listing.write_text(text, encoding="utf-8")
+    first, second = parse_data_arguments([str(listing)])
+    assert (first.name, first.weight) == ("007", 2.0)
+    assert first.renames == {"no": "yes", "12:30": "off", "1": "null"}
+    assert first.prompts == {"yes": "on"}
+    assert first.exhaustive == ("yes", "1e3")
+    assert first.splits == {"train": ("on", "2020")}
+    assert second.path == tmp_path / "2024"
+    listing.write_text("datasets:\n  - {path: off, name: no}\n", encoding="utf-8")
+    assert [(one.name, one.path.name) for one in parse_data_arguments([str(listing)])] == [("no", "off")]
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "told"),
+    [
+        ("datasets:\n  - a\nweights: 3\n", 3, "unknown key 'weights'"),
+        ("# mine\n\ndatasets: 5\n", 3, "'datasets'"),
+        ("datasets:\n  - a\n  - [b]\n", 3, "'datasets.1"),
+        ("datasets:\n  - a\n  - weight: 2\n", 3, "a dataset without a path"),
+        ("datasets:\n  - a\n  - ' '\n", 3, "a dataset without a path"),
+        ("datasets:\n  - path: a\n    renames: {b: }\n", 3, "'renames.b'"),
+    ],
+)
+def test_every_fault_of_a_datasets_file_names_its_line(tmp_path: Path, text: str, line: int, told: str) -> None:
+    listing = tmp_path / "all.yaml"
+    listing.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError) as caught:
+        parse_data_arguments([str(listing)])
+    assert f"{listing}, line {line}: " in str(caught.value)
+    assert told in str(caught.value)

@@ -12,6 +12,7 @@ from metr.data.formats.base import RawImage, Reader, Reading
 from metr.data.formats.checks import records
 from metr.data.formats.files import Files
 from metr.data.index.annotation_index import AnnotationIndex, LabelMap, write_index
+from metr.data.records import UNNAMED, ImageRecord
 
 CATS = ["images/a.jpg,1,2,20,20,cat", "images/b.jpg,3,3,9,9,cat"]
 USELESS = {"degenerate box": "30,2,30,10", "box outside": "60,2,90,10"}
@@ -107,3 +108,28 @@ def test_a_list_in_the_files_is_shortened(tmp_path: Path) -> None:
         for record in split
     }
     assert found == {"a.jpg": {"cat", "cup"}, "b.jpg": {"cat", "dog", "cup"}}
+
+
+@pytest.mark.parametrize("line", ["3 0.5 0.5 0.2 0.2", "x 0.5 0.5 0.2 0.2", "0 0.5 0.5", "cat"])
+def test_after_an_object_of_an_unknown_category_nothing_is_absent(tmp_path: Path, line: str) -> None:
+    """Whether the image is empty but for it or not, and whatever a datasets file says."""
+    for name, text in {"a": line, "b": f"0 0.5 0.5 0.2 0.2\n{line}", "c": "0 0.5 0.5 0.2 0.2", "d": ""}.items():
+        save_image(tmp_path / "data" / "images" / "train" / f"{name}.jpg")
+        write_text(tmp_path / "data" / "labels" / "train" / f"{name}.txt", text)
+    write_text(tmp_path / "data" / "data.yaml", "names: [cat, dog]\ntrain: images/train\n")
+    source = opened(tmp_path / "data", splits={"train": "train"})
+    assert annotated(source) == {"a.jpg": set(), "b.jpg": set(), "c.jpg": None, "d.jpg": None}
+    assert source.split("train").counts().boxes.tolist() == [2, 0]
+    listed = opened(tmp_path / "data", splits={"train": "train"}, exhaustive=["cat"])
+    assert annotated(listed) == {"a.jpg": set(), "b.jpg": set(), "c.jpg": {"cat"}, "d.jpg": {"cat"}}
+
+
+def test_an_unnamed_object_of_one_of_several_files_leaves_nothing_absent(tmp_path: Path) -> None:
+    save_image(tmp_path / "data" / "a.jpg")
+    shared = {"image_id": 1, "path": tmp_path / "data" / "a.jpg", "width": 40, "height": 30}
+    columns = {"labels": np.zeros(1, dtype=np.int64), "areas": np.ones(1), "ignore": np.zeros(1, dtype=bool)}
+    record = ImageRecord(boxes=np.array([[1.0, 1, 9, 9]]), unknown=(UNNAMED, 0), **shared, **columns)
+    write_index(tmp_path / "a.arrow", [record], root=tmp_path / "data")
+    index = AnnotationIndex(tmp_path / "a.arrow", LabelMap.identity(("cat", "dog")))
+    assert index[0].annotated == ()
+    assert index.stored(0).unknown == (UNNAMED, 0)

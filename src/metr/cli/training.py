@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from metr.cli.output import output_console, say_names
-from metr.cli.verbs import Overrides, Prompts
+from metr.cli.verbs import AllowEmpty, Overrides, Prompts
 from metr.training.signals import Stopped
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ def train(
     shots: _Shots = None,
     fraction: _Fraction = None,
     seed: _Seed = None,
+    allow_empty: AllowEmpty = False,
     resume: _Resume = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show datasets, steps and sizes; train nothing and write nothing.")
@@ -76,6 +77,7 @@ def train(
         from metr.training.train import train as run
 
         options: dict[str, Any] = {"epochs": epochs, "shots": shots, "fraction": fraction, "seed": seed}
+        options["allow_empty"] = allow_empty or None
         if dry_run:
             resumed = out if resume else None
             page = plan(data or None, config, size=size, overrides=overrides, resumed=resumed, **options)
@@ -129,6 +131,7 @@ def finetune(
         ),
     ] = "ask",
     prompts: Prompts = "trained",
+    allow_empty: AllowEmpty = False,
     decorrelate_names: Annotated[
         bool,
         typer.Option("--decorrelate-names", help="First move new names that mean nearly the same from each other."),
@@ -150,6 +153,7 @@ def finetune(
         "rehearse_fraction": rehearse_fraction,
         "rehearse_evaluate": rehearse_evaluate or None,
         "decorrelate_names": decorrelate_names or None,
+        "allow_empty": allow_empty or None,
         "same_names": same_names,
         "prompts": prompts,
     }

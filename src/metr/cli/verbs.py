@@ -8,7 +8,7 @@ import typer
 from metr.cli.output import output_console, say_names
 from metr.errors import ConfigError
 
-__all__ = ["Data", "Overrides", "Prompts", "demo", "detect", "evaluate", "push", "transfer"]
+__all__ = ["AllowEmpty", "Data", "Overrides", "Prompts", "demo", "detect", "evaluate", "push", "transfer"]
 
 _TARGETS = "deformable_detr, dab_detr, conditional_detr, detr, rt_detr, rt_detr_v2 or d_fine"
 
@@ -29,6 +29,9 @@ _BatchSize = Annotated[int, typer.Option(help="Images a step.", min=1)]
 Prompts = Annotated[
     str,
     typer.Option(help="The prompt of a dataset for a name trained without it: trained (left out) or given (used)."),
+]
+AllowEmpty = Annotated[
+    bool, typer.Option("--allow-empty", help="Use splits without a box, or of which most was lost while reading.")
 ]
 _Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
 
@@ -53,6 +56,7 @@ def evaluate(
     store: Annotated[
         bool, typer.Option("--store", help="Keep each name's best threshold in the checkpoint, for detect.")
     ] = False,
+    allow_empty: AllowEmpty = False,
 ) -> None:
     """Measure average precision on datasets. Own names, the joint vocabulary, confusion between datasets."""
     from metr.evaluation.results import EvaluationConfig
@@ -68,7 +72,9 @@ def evaluate(
     folder = "evaluation" if split is None else f"evaluation-{split}"
     out = out or (run / folder if run.is_dir() else Path(folder))
     console = output_console()
-    report = run_evaluation(run, data, out, split=split, device=device, config=config, console=console)
+    report = run_evaluation(
+        run, data, out, split=split, device=device, config=config, allow_empty=allow_empty, console=console
+    )
     if store:
         store_thresholds(report, run, console)
         if split == "test":

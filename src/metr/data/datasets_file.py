@@ -13,6 +13,7 @@ import numpy as np
 import yaml
 from pydantic import Field
 
+from metr.bounded_yaml import parse_yaml
 from metr.config import Config, read_yaml
 from metr.data.formats.base import ReadOptions, plain_name
 from metr.data.formats.box_kinds import BoxKind
@@ -21,7 +22,7 @@ from metr.data.formats.registry import log_other_formats, recognise
 from metr.data.index.annotation_index import AnnotationIndex, LabelMap
 from metr.data.index.cache import default_cache, stored
 from metr.data.index.manifest import Manifest
-from metr.data.records import TEST, TRAIN, VAL, Annotations, DataIssue, plan_splits
+from metr.data.records import TEST, TRAIN, VAL, Annotations, DataIssue, Dropped, plan_splits
 from metr.errors import ConfigError, DataError, did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -33,7 +34,9 @@ SplitName = Literal["train", "val", "test"]
 
 _SUFFIXES = frozenset({".yaml", ".yml"})
 # How the message of a configuration error begins that is about one key.
-_FAULTY_KEY = re.compile(r"(?:unknown key )?'([^'.]+)")
+_FAULTY_KEY = re.compile(r"(?:unknown key )?'([^']+)'")
+# The keys of a dataset whose values are words, as they are written: a category may be called `no` or `007`.
+_WORDS = frozenset({"name", "path", "splits", "prompts", "renames", "exhaustive"})
 
 
 class DatasetConfig(Config):
@@ -49,9 +52,9 @@ class DatasetConfig(Config):
     """Which of the dataset's own splits are train, val and test. None: by the convention of the format."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Sampling weight of the dataset, relative to the others."""
-    prompts: dict[str, str] = Field(default_factory=dict)
+    prompts: dict[str, Annotated[str, Field(min_length=1)]] = Field(default_factory=dict)
     """Category name -> the phrase that the text encoder reads instead of it."""
-    renames: dict[str, str] = Field(default_factory=dict)
+    renames: dict[str, Annotated[str, Field(min_length=1)]] = Field(default_factory=dict)
     """Category name in the files -> category name here. Several may become one."""
     boxes: BoxKind | None = None
     """How the files of coco, csv and imagefolder write boxes; with n as fractions of the image. None: recognised."""
@@ -80,6 +83,7 @@ class DatasetSource:
         issues: The first issues of each kind that were found while it was read.
         issue_counts: How many there were of each kind.
         held_out: Whether its val split is a seeded part of its own train split, because it has none.
+        dropped: What was lost of each of its own splits while it was read, also of those that came to nothing.
     """
 
     name: str
@@ -91,6 +95,7 @@ class DatasetSource:
     issues: tuple[DataIssue, ...] = ()
     issue_counts: Mapping[str, int] = field(default_factory=dict)
     held_out: bool = False
+    dropped: Mapping[str, Dropped] = field(default_factory=dict)
 
     def split(self, name: str) -> AnnotationIndex:
         """The annotations of one split.
@@ -100,7 +105,9 @@ class DatasetSource:
         """
         if name not in self.splits:
             hint = f"it has {', '.join(self.splits)}; `splits` in a datasets file can say which is which"
-            raise DataError(f"no {name!r} split", where=self.root, hint=hint)
+            empty = (issue for issue in self.issues if issue.kind == "empty split" and issue.where == name)
+            why = "".join(f": {issue.detail}" for issue in empty)
+            raise DataError(f"no {name!r} split{why}", where=self.root, hint=hint)
         return self.splits[name]
 
     def renamed(self, names: Mapping[str, str]) -> "DatasetSource":
@@ -195,6 +202,11 @@ def open_dataset(config: DatasetConfig, cache_dir: Path | None = None) -> Datase
         issues=(*notes, *found),
         issue_counts=dict(counts),
         held_out=dataset.manifest.held_out,
+        dropped={
+            split: Dropped.of(summary.counts, of_images=reader.annotates_whole_images)
+            for split, summary in dataset.manifest.issues.items()
+            if split
+        },
     )
     if source.held_out:
         _tell_held_out(source)
@@ -215,45 +227,76 @@ def _parse_argument(argument: str) -> list[DatasetConfig]:
     if equals and name and not re.search(r"[\\/]", name) and not there(path):
         return [_dataset_config({"name": name, "path": rest}, Path(), argument)]
     if path.suffix.lower() in _SUFFIXES:
-        values = read_yaml(path)
-        if "datasets" in values or "names" not in values:  # with names it is the description of a YOLO dataset
-            datasets = DatasetsFile.checked(values, where=path).datasets
-            return [_listed_dataset(item, path, number) for number, item in enumerate(datasets)]
+        written = read_yaml(path, as_written=True)
+        if "datasets" in written or "names" not in written:  # with names it is the description of a YOLO dataset
+            return _listed_datasets(path, written)
     return [_dataset_config({"path": argument}, Path(), argument)]
 
 
-def _listed_dataset(item: Mapping[str, Any] | str, file: Path, number: int) -> DatasetConfig:
-    """A dataset of a datasets file, the `number`-th from 0; its path is relative to the file.
+def _listed_datasets(file: Path, written: Mapping[str, Any]) -> list[DatasetConfig]:
+    """The datasets of a datasets file, which is also given with its scalars as they are `written`.
 
     Raises:
         ConfigError: a key is unknown, has a wrong value or none; the message names the dataset and the line.
     """
+    root: Any = parse_yaml(file.read_text(encoding="utf-8-sig"))
+    values = read_yaml(file)
+    if isinstance(values.get("datasets"), list):
+        pairs = zip(values["datasets"], written["datasets"], strict=True)
+        values["datasets"] = [_with_words(item, words) for item, words in pairs]
+    try:
+        items = DatasetsFile.checked(values, where=file).datasets
+    except ConfigError as error:
+        raise _with_line(error, file, root) from None
+    listed = next(value for key, value in reversed(root.value) if key.value == "datasets")
+    return [_listed_dataset(item, file, node) for item, node in zip(items, listed.value, strict=True)]
+
+
+def _with_words(item: Any, words: Any) -> Any:
+    """A listed dataset, whose `words` are as they are written: in place of the values that are words."""
+    if isinstance(item, dict):
+        return {key: words[key] if key in _WORDS and value is not None else value for key, value in item.items()}
+    return item if item is None or isinstance(item, list) else words
+
+
+def _listed_dataset(item: Mapping[str, Any] | str, file: Path, node: yaml.Node) -> DatasetConfig:
+    """A dataset of a datasets file, and where it stands there; its path is relative to the file.
+
+    Raises:
+        ConfigError: a key is unknown, has a wrong value or none; the message names the dataset and the line.
+    """
+    called = ""
     if isinstance(item, str):
         name, equals, path = item.rpartition("=")
         item = {"name": name, "path": path} if equals else {"path": path}
-        return _dataset_config(item, file.parent, file)
-    lines = _lines_of(file, number)
-    called = f"dataset {item.get('name', item.get('path'))!r}: " if "path" in item or "name" in item else ""
-    for key, (line, empty) in lines.items():
-        if empty:
+    elif "path" in item or "name" in item:
+        called = f"dataset {item.get('name', item.get('path'))!r}: "
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        if isinstance(value, yaml.ScalarNode) and not value.value and not value.style:
             hint = "write its value behind it or below it, indented, or take the line out"
-            raise ConfigError(f"{called}{key!r} has no value", where=f"{file}, line {line}", hint=hint)
+            where = f"{file}, line {key.start_mark.line + 1}"
+            raise ConfigError(f"{called}{key.value!r} has no value", where=where, hint=hint)
     try:
         return _dataset_config(item, file.parent, file)
     except ConfigError as error:
-        faulty = _FAULTY_KEY.match(error.what)
-        line, _ = lines.get(faulty[1] if faulty else "", next(iter(lines.values()), (1, False)))
-        raise ConfigError(f"{called}{error.what}", where=f"{file}, line {line}", hint=error.hint) from None
+        raise _with_line(error, file, node, called) from None
 
 
-def _lines_of(file: Path, number: int) -> dict[str, tuple[int, bool]]:
-    """The line of each key of a listed dataset, from 1, and whether nothing is written behind the key."""
-    root: Any = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    listed = next(value for key, value in reversed(root.value) if key.value == "datasets")
-    return {
-        key.value: (key.start_mark.line + 1, isinstance(value, yaml.ScalarNode) and not value.value and not value.style)
-        for key, value in listed.value[number].value
-    }
+def _with_line(error: ConfigError, file: Path, node: yaml.Node, called: str = "") -> ConfigError:
+    """An error about a key of a part of a file, with the line of that key, or of the part."""
+    faulty = _FAULTY_KEY.match(error.what)
+    line = node.start_mark.line
+    for part in faulty[1].split(".") if faulty else ():
+        pairs: list[tuple[yaml.Node, yaml.Node]] = []
+        if isinstance(node, yaml.MappingNode):
+            pairs = [pair for pair in node.value if pair[0].value == part]
+        elif isinstance(node, yaml.SequenceNode):
+            pairs = [(value, value) for place, value in enumerate(node.value) if str(place) == part]
+        if not pairs:
+            break
+        key, node = pairs[-1]
+        line = key.start_mark.line
+    return ConfigError(f"{called}{error.what}", where=f"{file}, line {line + 1}", hint=error.hint)
 
 
 def _dataset_config(values: Mapping[str, Any], base: Path, where: object) -> DatasetConfig:

@@ -12,8 +12,9 @@ from torch import Tensor
 from metr.data.config import AugmentationConfig, Mixture, SubsetConfig, Unannotated
 from metr.data.dataset import DetectionDataset
 from metr.data.datasets_file import DatasetSource, open_dataset, parse_data_arguments
+from metr.data.guard import check_usable
 from metr.data.index.annotation_index import AnnotationIndex
-from metr.data.records import Annotations, DataIssue, ImageRecord, seeded_order
+from metr.data.records import TRAIN, Annotations, DataIssue, ImageRecord, seeded_order
 from metr.data.sampling import mixture_weights, objects_of
 from metr.data.transforms import build_transforms
 from metr.errors import DataError
@@ -183,6 +184,16 @@ class JointData:
             source.name: source.evaluation_split()[1] if split is None else source.split(split)
             for source in self.sources
         }
+
+    def check_usable(self) -> None:
+        """Checks that what is trained and evaluated on has boxes, and that not most of it was lost while reading.
+
+        Raises:
+            DataError: it is not so.
+        """
+        for source in self.sources:
+            check_usable(source, TRAIN, self.chosen.get(source.name))
+            check_usable(source, source.evaluation_split()[0])
 
 
 def open_joint(data: Sequence[str], subset: SubsetConfig | None = None) -> JointData:

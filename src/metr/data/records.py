@@ -17,6 +17,9 @@ logger = logging.getLogger(__name__)
 
 TRAIN, VAL, TEST = "train", "val", "test"
 
+# In `unknown`: the category of a dropped box has no name here. It may be any, so nothing is known to be absent.
+UNNAMED = -1
+
 # The fraction of images that a seeded split holds out for evaluation.
 HELD_OUT = 0.2
 
@@ -26,8 +29,10 @@ _WORDS = {
     "trainval": TRAIN,
     "val": VAL,
     "valid": VAL,
+    "validate": VAL,
     "validation": VAL,
     "eval": VAL,
+    "evaluation": VAL,
     "dev": VAL,
     "test": TEST,
     "testing": TEST,
@@ -131,7 +136,8 @@ class ImageRecord:
     `labels` are indices of the dataset's categories. `areas` are in square pixels (COCO's own where the file gives
     them: that of the polygon). `ignore` marks crowds and group-of boxes. `annotated` lists the categories that are
     annotated exhaustively in this image; None means all of the dataset's. `unknown` are those of boxes that were
-    dropped while the dataset was read; the index removes them from `annotated` and leaves this empty.
+    dropped while the dataset was read (`UNNAMED`: perhaps any); the index removes them from `annotated` and leaves this
+    empty.
     """
 
     image_id: int | str
@@ -157,6 +163,34 @@ class DataIssue:
     kind: str
     where: str
     detail: str = ""
+
+
+# Kinds of issues by which a box, or a whole image, is lost.
+_LOST_BOXES = frozenset(
+    {"degenerate box", "box outside", "unreadable box", "unknown category", "unreadable label", "unknown image"}
+)
+_LOST_IMAGES = frozenset(
+    {"missing image", "ambiguous image", "unreadable image", "unreadable file name", "path outside"}
+    | {"missing annotation", "shared annotation"}
+)
+_LOST_EITHER = "unreadable annotation"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dropped:
+    """What of a split was lost while it was read: the numbers of images and of boxes by kind of issue."""
+
+    images: Mapping[str, int] = field(default_factory=dict)
+    boxes: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, counts: Mapping[str, int], *, of_images: bool) -> "Dropped":
+        """What was lost by issues of these numbers; `of_images`: unreadable annotations are those of whole images."""
+        images = {kind: count for kind, count in counts.items() if kind in _LOST_IMAGES}
+        boxes = {kind: count for kind, count in counts.items() if kind in _LOST_BOXES}
+        if count := counts.get(_LOST_EITHER):
+            (images if of_images else boxes)[_LOST_EITHER] = count
+        return cls(images=images, boxes=boxes)
 
 
 @runtime_checkable

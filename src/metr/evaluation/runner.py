@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from metr.checkpoint import find_checkpoint, load_checkpoint, update_detection
 from metr.data.config import AugmentationConfig, LoaderConfig, ResizeConfig
 from metr.data.dataset import DetectionDataset
+from metr.data.guard import check_usable
 from metr.data.images import exif_oriented
 from metr.data.joint import open_joint
 from metr.data.loading import build_evaluation_loader
@@ -55,6 +56,7 @@ def evaluate(
     split: str | None = None,
     device: str = "auto",
     config: EvaluationConfig | None = None,
+    allow_empty: bool = False,
     console: Console | None = None,
 ) -> EvaluationReport:
     """Measures average precision on datasets, with each one's own names and with the joint vocabulary.
@@ -70,6 +72,7 @@ def evaluate(
         split: The split of each dataset; by default val, or test where a dataset has neither train nor val.
         device: Where the network runs, if it is loaded here.
         config: Modes, prompts, domains, batch size and post-processing.
+        allow_empty: Whether splits without a box are evaluated on, and splits of which most was lost while reading.
         console: Where progress and the table are shown.
 
     Raises:
@@ -77,6 +80,8 @@ def evaluate(
     """
     console, config = console or Console(quiet=True), config or EvaluationConfig()
     joint = open_joint([str(data)] if isinstance(data, str | Path) else [str(one) for one in data])
+    for one in () if allow_empty else joint.sources:
+        check_usable(one, split or one.evaluation_split()[0])
     model = source if isinstance(source, METR) else METR.from_pretrained(source, device=device)
     aliases = model.checkpoint.detection.aliases
     joint = joint.renamed({one.name: told_aliases(one.name, one.categories, aliases) for one in joint.sources})

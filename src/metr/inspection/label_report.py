@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from metr.data.datasets_file import DatasetSource, open_dataset, parse_data_arguments
 from metr.data.formats.base import IssueLog
+from metr.data.guard import faults_of
 from metr.data.records import DataIssue
 from metr.errors import DependencyError, ModelError
 from metr.inspection import InspectionConfig
@@ -118,8 +119,11 @@ def inspect_datasets(
         progress(f"{source.name}: measuring boxes")
         facts.append(facts_of(source, config.annotations))
     logs = [IssueLog() for _ in sources]
-    for log, one in zip(logs, facts, strict=True):
-        for issue in (*without_boxes(one), *strays_of(one)):
+    for log, one, source in zip(logs, facts, sources, strict=True):
+        faults = (
+            fault for split in dict.fromkeys([*source.splits, *source.dropped]) for fault in faults_of(source, split)
+        )
+        for issue in (*faults, *without_boxes(one), *strays_of(one)):
             log.add(issue.kind, issue.where, issue.detail)
     issues, common = _files(sources, logs, config, every_image, progress)
     owners = owners_of(sources)

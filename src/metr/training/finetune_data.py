@@ -10,8 +10,9 @@ from pydantic import Field
 
 from metr.data.config import Mixture
 from metr.data.datasets_file import DatasetSource, open_dataset, parse_data_arguments
+from metr.data.guard import check_usable
 from metr.data.joint import JointData, chosen_parts, vocabulary_of
-from metr.data.records import Annotations
+from metr.data.records import TRAIN, Annotations
 from metr.data.sampling import mixture_weights
 from metr.text.same_names import PromptChoice, with_trained_prompts
 from metr.text.vocabulary import Vocabulary
@@ -154,7 +155,8 @@ def open_finetune_data(
         take: Says which names of the opened datasets are taken as a trained one.
 
     Raises:
-        DataError: a dataset is missing, two have one name, or there is nothing to train on or to evaluate on.
+        DataError: a dataset is missing, two have one name, or there is nothing to train on or to evaluate on; also if
+            most of that was lost while reading, unless the options allow it.
         ConfigError: a list of datasets has an unknown key.
     """
     options = options or FinetuneOptions()
@@ -165,6 +167,11 @@ def open_finetune_data(
     sources = tuple(source.renamed(taken.get(source.name, {})) for source in opened)
     learnt = sources[: new + old]
     chosen = chosen_parts(learnt[:new], options)
+    if not options.allow_empty:
+        for source in learnt:
+            check_usable(source, TRAIN, chosen.get(source.name))
+        for source in sources:
+            check_usable(source, source.evaluation_split()[0])
     given = vocabulary_of(learnt)
     vocabulary = trained.extended(given if options.prompts == "given" else with_trained_prompts(given, trained))
     for name in trained.datasets.keys() & {source.name for source in learnt}:

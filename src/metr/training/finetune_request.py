@@ -32,6 +32,7 @@ from metr.training.train import Data, arguments
 REQUEST = "finetuning.json"
 """The file of the run folder that says what was asked for, besides the configuration."""
 _KEPT = {"rehearse_fraction", "shots", "fraction", "seed", "decorrelate_names", "prompts"}
+_ALLOWED = "allow_empty"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +90,8 @@ def resumed(
         "rehearse": tuple(kept_datasets(run, options.rehearse, REHEARSED)),
         "rehearse_evaluate": tuple(kept_datasets(run, options.rehearse_evaluate, EVALUATED)),
     }
-    options = options.model_copy(update={key: kept[key] for key in _KEPT & kept.keys()} | listings)
+    allowed = {_ALLOWED: options.allow_empty or kept.get(_ALLOWED, False)}
+    options = options.model_copy(update={key: kept[key] for key in _KEPT & kept.keys()} | listings | allowed)
     model = _model(kept.get("from") if source is None else source, run)
     given, names = kept_datasets(run, arguments(data)), kept.get("same_names", {})
     take = partial(taken_names, model=model, choice=options.same_names, console=console, kept=names)
@@ -124,7 +126,7 @@ def _steps(options: FinetuneOptions, opened: FinetuneData, recipe: RunConfig) ->
 def _request(source: str | Path | None, opened: FinetuneData, options: FinetuneOptions) -> Tree:
     """What was asked for, with the number of training images of each dataset."""
     here = source is not None and Path(source).exists()
-    asked = options.model_dump(mode="json", include=_KEPT)
+    asked = options.model_dump(mode="json", include=_KEPT | {_ALLOWED})
     return {
         "from": str(Path(str(source)).resolve() if here else source),
         "new": opened.lengths("new"),

@@ -94,7 +94,7 @@ def train(
         evaluation: How evaluations during training are made. By default each dataset is evaluated with its own names,
             and with all of them, which is what detection will look for.
         console: Where progress is shown; None shows none.
-        **more: Fields of `TrainOptions` by name: shots, fraction, seed, epochs.
+        **more: Fields of `TrainOptions` by name: shots, fraction, seed, epochs, allow_empty.
 
     Raises:
         MetrError: data, configuration or the run folder do not fit; the message says what and where.
@@ -161,7 +161,7 @@ class _Asked:
     def given(self) -> Tree:
         """What of the request is given explicitly."""
         size = {} if self.size is None else {"size": self.size}
-        return size | self.options.model_dump(include=self.options.model_fields_set - {"epochs"})
+        return size | self.options.model_dump(include=self.options.model_fields_set - {"epochs", "allow_empty"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,8 +195,10 @@ def _begun(data: Data | None, asked: _Asked) -> _Prepared:
     check_recipe(recipe := resolve([]))
     given = arguments(data)
     joint = open_joint(given, options)
+    if not options.allow_empty:
+        joint.check_usable()
     recipe = resolve(steps_of(options.epochs, sum(joint.lengths.values()), recipe))
-    asked_for = options.model_dump(mode="json", include={"shots", "fraction", "seed"})
+    asked_for = options.model_dump(mode="json", include={"shots", "fraction", "seed", "allow_empty"})
     request = {"size": size, **asked_for, "datasets": dataset_facts(joint.sources)}
     base, name = load_recipe(size), f"the recipe {size}"
     return _Prepared(data=given, joint=joint, recipe=recipe, base=base, name=name, request=request)
@@ -218,11 +220,14 @@ def _resumed(data: Data | None, run: RunDirectory, asked: _Asked) -> _Prepared:
     given = kept_datasets(run, arguments(data))
     joint = open_joint(given, subset)
     check_same(run, joint.vocabulary)
+    allow_empty = asked.options.allow_empty or request.get("allow_empty", False)
+    if not allow_empty:
+        joint.check_usable()
     _, recipe = resolve(steps_of(asked.options.epochs, sum(joint.lengths.values()), recipe))
     facts = dataset_facts(joint.sources)
     log_changed_datasets(request.get("datasets", {}), facts)
     log_changed_settings(began, recipe)
-    request, name = {**request, "datasets": facts}, "the run's recipe"
+    request, name = {**request, "datasets": facts, "allow_empty": allow_empty}, "the run's recipe"
     return _Prepared(data=given, joint=joint, recipe=recipe, base=began, name=name, request=request)
 
 

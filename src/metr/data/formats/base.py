@@ -16,7 +16,7 @@ from torch import Tensor
 
 from metr.data.formats.files import Files, encoding_of
 from metr.data.index.manifest import Fingerprints
-from metr.data.records import DataIssue
+from metr.data.records import UNNAMED, DataIssue
 
 # The corners of a box that cannot be read. Its category is in the image all the same, and checking makes use of that.
 UNREADABLE = (math.nan,) * 4
@@ -33,6 +33,7 @@ class RawImage:
     "none there"; None: all of the dataset's. `amodal` boxes are of whole objects, also where those leave the image:
     they are cut at its border without an issue. `unknown` are categories that are not annotated exhaustively in this
     image, because the file has objects of them that it describes in part; those of dropped boxes are added to them.
+    `UNNAMED` among them says that an object may be of any category.
     """
 
     where: str
@@ -185,6 +186,7 @@ class BoxList:
         self._labels: list[int] = []
         self._marks: list[int | str] = []
         self._flags: list[tuple[bool, float]] = []
+        self._unknown: set[int] = set()
 
     def add(
         self,
@@ -207,12 +209,17 @@ class BoxList:
             found: What the file says, for the message that the category is unknown.
         """
         if name is None or not plain_name(name):
-            self.reading.issues.add("unknown category", place(self.where, mark), str(found)[:80])
+            self.drop("unknown category", mark, str(found))
             return
         self._boxes.append(UNREADABLE if box is None else box)
         self._labels.append(self.reading.names.number(name))
         self._marks.append(mark)
         self._flags.append((ignore, area))
+
+    def drop(self, kind: str, mark: int | str, found: str) -> None:
+        """Notes an object that cannot be used and whose category cannot be told: none counts as absent here."""
+        self.reading.issues.add(kind, place(self.where, mark), found[:80])
+        self._unknown.add(UNNAMED)
 
     @property
     def labels(self) -> set[int]:
@@ -246,6 +253,7 @@ class BoxList:
             marks=self._marks,
             annotated=annotated,
             amodal=amodal,
+            unknown=sorted(self._unknown),
         )
 
 
@@ -271,6 +279,8 @@ class Reader(ABC):
     declares_categories: ClassVar[bool] = False
     # Whether `options.boxes` can say how boxes are written.
     takes_boxes: ClassVar[bool] = False
+    # Whether an annotation that cannot be read, a file or a line, is that of a whole image; else that of one box.
+    annotates_whole_images: ClassVar[bool] = True
 
     def __init__(self, root: Path, splits: Mapping[str, tuple[Path, ...]]) -> None:
         self.root, self.splits = root, splits

@@ -61,6 +61,7 @@ class CocoReader(Reader):
     looks_like = "COCO: annotations/*.json, or a JSON file with images, annotations and categories beside the images"
     declares_categories = True
     takes_boxes = True
+    annotates_whole_images = False
     image_type: ClassVar[type[CocoImage]] = CocoImage
     annotation_type: ClassVar[type[CocoAnnotation]] = CocoAnnotation
     # Whether the same name under two ids is one image, whose boxes belong together.

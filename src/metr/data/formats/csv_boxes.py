@@ -62,6 +62,7 @@ class CsvReader(Reader):
     format = "csv"
     looks_like = "CSV: filename,width,height,class,xmin,ymin,xmax,ymax with a header, or path,x1,y1,x2,y2,class without"
     takes_boxes = True
+    annotates_whole_images = False
 
     def __init__(self, root: Path, files: Mapping[Path, Dialect]) -> None:
         self.by_column = {file: found for file, dialect in files.items() if (found := _splits_in(file, dialect))}

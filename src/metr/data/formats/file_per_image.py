@@ -2,8 +2,9 @@
 
 import contextlib
 import posixpath
+import re
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import ClassVar
@@ -11,11 +12,14 @@ from typing import ClassVar
 from metr.data.formats.base import RawImage, Reader, Reading, without_repeats
 from metr.data.formats.files import Files, OutsideError, files_in, fold, folders_within
 from metr.data.formats.locating import IMAGE_FOLDERS, grouped, locate, split_of_folder
+from metr.data.records import canonical_split
 
-# What folders with one annotation file an image are called.
-_ANNOTATION_FOLDERS = frozenset(
-    {"annotations", "annotation", "annots", "annot", "ann", "labels", "label", "xml", "xmls", "json", "jsons"}
+# What folders with one annotation file an image are called, and those with the images; likeliest first.
+ANNOTATION_WORDS = (
+    *("labels", "label", "annotations", "annotation", "annots", "annot", "ann", "xml", "xmls", "json", "jsons"),
+    *("txt", "txts", "labeltxt", "yolo", "bboxes", "bbox"),
 )
+IMAGE_WORDS = ("images", "image", "jpegimages", "jpgimages", "imgs", "img", "pictures", "photos", "frames")
 _DEPTH = 3
 # A folder's first files may be broken or something else.
 _SNIFFED = 20
@@ -111,16 +115,58 @@ def twin_folders(files: Files, folder: str) -> tuple[str, ...]:
 
     They lie in a folder that is called like images where this one is called like annotations, or beside the files.
     """
-    parts, base = folder.split("/"), posixpath.dirname(folder)
+    base = posixpath.dirname(folder)
     twins = [
-        "/".join([*parts[:index], name, *parts[index + 1 :]])
-        for index, part in enumerate(parts)
-        if part.lower() in _ANNOTATION_FOLDERS
-        for name in IMAGE_FOLDERS
+        place
+        for sibling, rest in counterparts(files, folder, ANNOTATION_WORDS, IMAGE_WORDS)
+        for place in (posixpath.join(sibling, *rest), sibling)
     ]
     inner = [posixpath.join(place, name) for place in (folder, base) for name in IMAGE_FOLDERS]
     places = dict.fromkeys([*twins, folder, *inner, base])
     return tuple(place for place in places if files.listing(place))
+
+
+def counterparts(
+    files: Files, folder: str, own: Sequence[str], wanted: Sequence[str]
+) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Folders called like `wanted` beside a part of a path that is called like `own`, likeliest first.
+
+    `train_images`, `JPEGImages-test` and `Images` are called like images. Folders of other splits are left out.
+
+    Args:
+        files: The dataset's files.
+        folder: The path.
+        own: What one of its parts is called.
+        wanted: What the folders are called.
+
+    Yields:
+        Such a folder, and the parts of the path that follow.
+    """
+    parts = folder.split("/") if folder else []
+    for index in reversed(range(len(parts))):
+        if words_of(parts[index]).isdisjoint(own):
+            continue
+        above = "/".join(parts[:index])
+        for name in called_like(wanted, files.listing(above), beside=parts[index]):
+            yield posixpath.join(above, name), tuple(parts[index + 1 :])
+
+
+def called_like(wanted: Sequence[str], names: Iterable[str], *, beside: str = "") -> list[str]:
+    """The folders among `names` that are called like `wanted`, likeliest first: those that are most like `beside`."""
+    split, own = canonical_split(beside), words_of(beside)
+    found = []
+    for name in names:
+        words = words_of(name)
+        likeliest = next((place for place, word in enumerate(wanted) if word in words), None)
+        fits = split is None or canonical_split(name) in {None, split}
+        if likeliest is not None and fits and name != beside and not posixpath.splitext(name)[1][1:].isalpha():
+            found.append((-len(words & own), len(words), likeliest, name))
+    return [name for *_, name in sorted(found)]
+
+
+def words_of(name: str) -> set[str]:
+    """The words of the name of a folder, in lower case."""
+    return set(re.split(r"[^a-z]+", name.lower()))
 
 
 def note_unannotated(annotated: Iterable[str], detail: str, reading: Reading) -> None:

@@ -58,6 +58,13 @@ class Files:
         except OSError as error:
             raise DataError(f"cannot be read: {error.strerror}", where=self.root / path) from None
 
+    def peek(self, path: str) -> bytes:
+        """The bytes of a file that is read later on; none where it cannot be read."""
+        try:
+            return (self.root / path).read_bytes()
+        except OSError:
+            return b""
+
     def touch(self, path: str) -> None:
         """Records that the result depends on a file or directory."""
         self.touched[path] = signature(self.root / path)

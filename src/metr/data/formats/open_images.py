@@ -67,6 +67,7 @@ class OpenImagesReader(Reader):
     format = "open_images"
     looks_like = "Open Images: *-annotations-bbox.csv, class-descriptions-boxable.csv, and the folders of the images"
     declares_categories = True
+    annotates_whole_images = False
 
     def __init__(self, root: Path, splits: Mapping[str, tuple[Path, ...]], *, files: OpenImagesFiles) -> None:
         super().__init__(root, splits)

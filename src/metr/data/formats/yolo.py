@@ -1,24 +1,28 @@
 """YOLO: a text file an image, described by `data.yaml`, by a darknet `*.data` file, or by a file of names alone.
 
-A line is a class and a box, or a class and a polygon, which is read as the box around it. An image without a text file
-has no objects.
+A line is a class and a box, or a class and a polygon, which is read as the box around it (see `yolo_lines`). An image
+without a text file has no objects, unless no image of the split has one: then nothing is known of them.
 """
 
 import logging
+import os
 import posixpath
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import numpy as np
 import yaml
 
+from metr.bounded_yaml import load_yaml_file, yaml_fault
 from metr.data.formats.base import BoxList, RawImage, Reader, Reading, plain_name
-from metr.data.formats.files import decoded, files_in, folders_within, glance, is_image, there
-from metr.data.formats.locating import locate
-from metr.data.records import canonical_split
+from metr.data.formats.file_per_image import IMAGE_WORDS, called_like
+from metr.data.formats.files import Files, decoded, files_in, folders_in, folders_within, glance, is_image, there
+from metr.data.formats.locating import grouped, locate
+from metr.data.formats.yolo_files import LabelFiles, folders_with_texts
+from metr.data.formats.yolo_lines import LineKinds, is_class, numbers_of, told
+from metr.data.records import UNNAMED, canonical_split
 from metr.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -27,6 +31,10 @@ _SPLIT_KEYS = ("train", "val", "valid", "test")
 _NAME_FILES = ("classes.txt", "obj.names", "_darknet.labels", "classes.names")
 # How deep images may lie below the folder that a split names.
 _DEPTH = 3
+# About so many text files of a split tell what its lines are.
+_JUDGED = 1000
+# What stands for a split that a dataset does not have.
+_NOTHING = frozenset({"", "~", "null", "none"})
 
 
 class YoloReader(Reader):
@@ -60,41 +68,56 @@ class YoloReader(Reader):
     def recognise(cls, path: Path) -> Reader | None:
         """A reader of a folder with one of the descriptions, or of one such file.
 
+        The description may also lie in a folder of its own, such as `data`, if no other folder has one.
+
         Raises:
             DataError: a description is there but cannot be used.
         """
         if path.is_file():
             suffix = path.suffix.lower()
             return cls._from_yaml(path) if suffix in {".yaml", ".yml"} else cls._from_darknet(path)
-        descriptions = sorted(files_in(path, ".yaml", ".yml"), key=lambda file: (file.stem != "data", file.name))
-        darknet = (file for folder in (path, path / "data", path / "cfg") for file in files_in(folder, ".data"))
-        readers = chain(map(cls._from_yaml, descriptions), (cls._from_darknet(file, path) for file in darknet))
-        return next(filter(None, readers), None) or cls._from_names(path)
+        found = next(filter(None, map(cls._described, _descriptions(path))), None) or cls._from_names(path)
+        if found is not None:
+            return found
+        below = [reader for folder in folders_in(path) for reader in cls._described_below(folder, path)]
+        return below[0] if len(below) == 1 else None
 
     @classmethod
-    def _from_yaml(cls, description: Path) -> Reader | None:
-        root, values = description.parent, _yaml(description)
+    def _described(cls, description: Path, root: Path | None = None) -> Reader | None:
+        is_yaml = description.suffix.lower() in {".yaml", ".yml"}
+        return cls._from_yaml(description, root) if is_yaml else cls._from_darknet(description, root)
+
+    @classmethod
+    def _described_below(cls, folder: Path, root: Path) -> Iterator[Reader]:
+        """The reader of a description in a folder of the dataset `root`, if that has one which can be used."""
+        for description in _descriptions(folder):
+            try:
+                found = cls._described(description, root)
+            except DataError as error:
+                logger.debug("%s: %s", description, error)
+                continue
+            if found is not None:
+                yield found
+                return
+
+    @classmethod
+    def _from_yaml(cls, description: Path, root: Path | None = None) -> Reader | None:
+        values = _yaml(description)
         if not isinstance(values, dict) or "names" not in values:
             return None
-        base = _inside(str(values.get("path") or ""), [root]) or root
-        splits: dict[str, tuple[Path, ...]] = {}
-        for key in _SPLIT_KEYS:
-            entries = values.get(key) or []
-            for entry in map(str, entries if isinstance(entries, list) else [entries]):
-                place = _inside(entry, [base, root])
-                if place is None:
-                    logger.warning("%s: the %s split %r is not in this folder: left out", description, key, entry)
-                else:
-                    splits[key] = (*splits.get(key, ()), place)
-        named = {canonical_split(key) for key in splits}
-        for key, places in _conventional_splits(root).items():
-            if canonical_split(key) not in named and (canonical_split(key) or not splits):
-                splits[key] = places  # descriptions often leave out the test images
-        if not splits:
-            hint = "write `train:` and `val:` as folders below the file"
-            raise DataError("none of its splits is a folder or list here", where=description, hint=hint)
-        names = _declared_names(values["names"], description)
-        return cls(root, splits, description=description, names=names, keypoints="kpt_shape" in values)
+        entries = [(key, entry) for key in _SPLIT_KEYS for entry in _entries(values.get(key))]
+        for place, bases in _roots(description, root, str(values.get("path") or ""), entries):
+            splits = _declared_splits(place, bases, entries)
+            if not splits:
+                continue
+            if not description.is_relative_to(place):
+                logger.warning("%s: its images lie elsewhere, and are read in %s", description, place)
+            _tell_missing(description, entries, splits)
+            names = _declared_names(values["names"], description)
+            return cls(place, splits, description=description, names=names, keypoints="kpt_shape" in values)
+        found = ", ".join(f"{key}: {entry}" for key, entry in entries) or "there is none"
+        hint = "write `train:` and `val:` as folders below the file, or the dataset's folder as `path:`"
+        raise DataError(f"none of its splits is a folder or list here ({found})", where=description, hint=hint)
 
     @classmethod
     def _from_darknet(cls, description: Path, root: Path | None = None) -> Reader | None:
@@ -122,20 +145,60 @@ class YoloReader(Reader):
         places = [place for places in splits.values() for place in places]
         files = (folder / name for folder in [root, root / "labels", *places] for name in _NAME_FILES)
         names = next((file for file in files if there(file, Path.is_file)), None)
-        if names is None or not any(map(_has_labels, places)):
+        if names is None or not _have_labels(root, places):
             return None
         return cls(root, splits, description=names, names=dict(enumerate(filter(None, _lines(names)))))
 
     def read(self, split: str, reading: Reading) -> Iterator[RawImage]:
         """The images of a split: those of its folders sorted by name, those of its lists in their order."""
-        where = self.within(self.description)
+        where = self._described_in
         reading.text(where)  # notes an encoding that was guessed
         names = {index: plain_name(name) or f"category {index}" for index, name in self.names.items()}
         reading.number_declared(names.values(), where)
-        for image in self._different_images(split, reading):
-            yield self._read_labels(image, names, reading)
+        files = LabelFiles(reading.files)
+        images = list(self._different_images(split, files, reading))
+        texts = [files.of(image) for image in images]
+        self._note_missing(split, images, texts, files, reading)
+        nothing_known = not any(texts)
+        kinds = self._line_kinds(filter(None, texts), reading)
+        for image, text in zip(images, texts, strict=True):
+            raw = self._read_labels(image, text, names, kinds, reading)
+            if raw is not None:
+                yield replace(raw, unknown=(UNNAMED,)) if nothing_known else raw
 
-    def _different_images(self, split: str, reading: Reading) -> Iterator[str]:
+    @property
+    def _described_in(self) -> str:
+        """The description as a path below the dataset's folder; as it is where it lies elsewhere."""
+        inside = self.description.is_relative_to(self.root)
+        return self.within(self.description) if inside else str(self.description)
+
+    def _note_missing(
+        self, split: str, images: Sequence[str], texts: Sequence[str | None], files: LabelFiles, reading: Reading
+    ) -> None:
+        """Notes images without text files, where these are all or most of them, and text files without images."""
+        missing = texts.count(None)
+        if images and missing == len(images):
+            looked = ", ".join(files.places(posixpath.dirname(images[0]))[:4]) or "no folder with text files"
+            others = folders_with_texts(self.root)
+            lie = f"; text files lie in {', '.join(map(self.within, others[:4]))}" if others else ""
+            detail = f"none of {len(images)} images, such as {images[0]}, has a text file, looked for in {looked}{lie}"
+            reading.issues.add("no label files", split, detail)
+        elif 2 * missing > len(images):
+            detail = f"{missing} of {len(images)} images have no text file, such as {images[texts.index(None)]}"
+            reading.issues.add("few label files", split, f"{detail}: taken for images without objects")
+        if all(there(source, Path.is_dir) for source in self.splits[split]):
+            for text in files.without_image():
+                reading.issues.add("missing image", text, "a text file of labels, but no image is called like it")
+
+    def _line_kinds(self, texts: Iterable[str], reading: Reading) -> LineKinds:
+        """What the lines of a split are, judged by those of some of its files."""
+        files = list(texts)
+        step = max(1, len(files) // _JUDGED)
+        contents = (decoded(reading.files.peek(text)) for text in files[::step])
+        rows = (numbers_of(line) for content in contents for line in content.splitlines())
+        return LineKinds((row[1:] for row in rows if row is not None and len(row) > 1), key_points=self.keypoints)
+
+    def _different_images(self, split: str, files: LabelFiles, reading: Reading) -> Iterator[str]:
         """The images of a split, each once, without those that would share the text file of another."""
         owners: dict[str, str] = {}  # by their paths without suffixes, as text files are called
         known: set[str] = set()
@@ -144,7 +207,7 @@ class YoloReader(Reader):
                 continue
             known.add(image)
             owner = owners.setdefault(posixpath.splitext(image)[0], image)
-            where = None if owner == image else _label_file(image, reading)
+            where = None if owner == image else files.of(image)
             if where is None:
                 yield image
             else:
@@ -164,31 +227,95 @@ class YoloReader(Reader):
                 if path is not None:
                     yield path
 
-    def _read_labels(self, image: str, names: Mapping[int, str], reading: Reading) -> RawImage:
-        where = _label_file(image, reading)
+    def _read_labels(
+        self, image: str, where: str | None, names: Mapping[int, str], kinds: LineKinds, reading: Reading
+    ) -> RawImage | None:
+        """The image with the boxes of its text file; None, and an issue, where that cannot be read."""
         boxes = BoxList(where or image, reading)
-        for number, line in enumerate([] if where is None else _label_lines(where, reading), start=1):
-            row = _numbers(line, self.keypoints)
-            if row is not None:
-                name = names.get(int(row[0])) if row[0].is_integer() else None
+        try:
+            lines = [] if where is None else reading.text(where).splitlines()
+        except DataError as error:
+            reading.issues.add("unreadable annotation", where or image, error.what)
+            return None
+        for number, line in enumerate(lines, start=1):
+            row = numbers_of(line)
+            box = None if not row else kinds.corners(row[1:])
+            if row and box is not None:
+                if said := told(kinds.kind(row[1:])):
+                    reading.notes.once("numbers left out", "text files", said)
+                name = names.get(int(row[0])) if is_class(row[0]) else None
                 found = f"class {row[0]:g} has no name (`names` has {len(names)}, counted from 0)"
-                boxes.add(name, _corners(row[1:]), number, found=found)
+                boxes.add(name, box, number, found=found)
             elif line.strip():
-                reading.issues.add("unreadable label", f"{where}:{number}", line.strip()[:80])
+                boxes.drop("unreadable label", number, line.strip())
         return boxes.image(image, relative=True)
 
 
+def _descriptions(folder: Path) -> list[Path]:
+    """The files of a folder that may describe a dataset, likeliest first."""
+    found = sorted(files_in(folder, ".yaml", ".yml"), key=lambda file: (file.stem != "data", file.name))
+    return [*found, *files_in(folder, ".data")]
+
+
+def _entries(value: Any) -> list[str]:
+    """The folders and lists of a split in a description whose scalars are read as they are written."""
+    entries = value if isinstance(value, list) else [value]
+    return [str(entry) for entry in entries if entry is not None and str(entry).strip().lower() not in _NOTHING]
+
+
+def _roots(
+    description: Path, root: Path | None, path: str, entries: Sequence[tuple[str, str]]
+) -> Iterator[tuple[Path, list[Path]]]:
+    """Where the dataset of a description may lie: its folder, and the folders that entries are relative to.
+
+    It lies where the description does, else in the folder that its `path` names, else above if its entries lead up.
+    """
+    own = root or description.parent
+    yield own, [base for base in (_inside(path, [description.parent, own]), description.parent, own) if base]
+    elsewhere = Path(os.path.normpath(description.parent / path)) if path else None
+    if elsewhere is not None and there(elsewhere, Path.is_dir):
+        yield elsewhere, [elsewhere]
+    if root is None and any(entry.startswith(("../", "..\\")) for _, entry in entries):
+        yield own.parent, [own.parent]
+
+
+def _declared_splits(
+    root: Path, bases: Sequence[Path], entries: Sequence[tuple[str, str]]
+) -> dict[str, tuple[Path, ...]]:
+    """The splits of a description that are there, and those that it leaves out or whose folder is called otherwise."""
+    splits = grouped((key, place) for key, entry in entries if (place := _inside(entry, bases)) is not None)
+    named = {canonical_split(key) for key in splits}
+    for key, places in _conventional_splits(root).items():
+        if canonical_split(key) not in named and (canonical_split(key) or not splits):
+            splits[key] = places  # descriptions often leave out the test images
+    return splits
+
+
+def _tell_missing(
+    description: Path, entries: Sequence[tuple[str, str]], splits: Mapping[str, tuple[Path, ...]]
+) -> None:
+    """Logs the entries of a description that are not there, and what is read in their place."""
+    bases = [description.parent]
+    for key, entry in entries:
+        taken = next((other for other in splits if canonical_split(other) == canonical_split(key)), None)
+        if taken is None:
+            logger.warning("%s: the %s split %r is not in this folder: left out", description, key, entry)
+        elif taken != key and not _inside(entry, bases):
+            message = "%s: the %s split %r is not in this folder: %s is read in its place"
+            logger.warning(message, description, key, entry, splits[taken][0])
+
+
 def _yaml(path: Path) -> Any:
-    """What a YAML file holds; None where it is no YAML.
+    """What a YAML file holds, its scalars as they are written; None where it is no YAML.
 
     Raises:
         DataError: it is no YAML, but is called like the description of a dataset.
     """
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
+        return load_yaml_file(path, as_written=True)
+    except (yaml.YAMLError, OSError) as error:
         if path.stem in {"data", "dataset"}:
-            raise DataError(f"not readable as YAML: {error}", where=path) from None
+            raise DataError(f"not readable as YAML: {yaml_fault(error)}", where=path) from None
         return None
 
 
@@ -227,23 +354,23 @@ def _inside(entry: str, bases: Sequence[Path]) -> Path | None:
 def _conventional_splits(root: Path) -> dict[str, tuple[Path, ...]]:
     """Folders called like splits that hold images, or one folder with all of them."""
     splits: dict[str, tuple[Path, ...]] = {}
-    for base in (root / "images", root):
+    with_images = [root / name for name in called_like(IMAGE_WORDS, [folder.name for folder in folders_in(root)])]
+    for base in (*with_images, root):
         for entry in glance(base):
             if entry.is_dir() and canonical_split(entry.name):
-                inner = Path(entry.path) / "images"
-                splits.setdefault(entry.name, (inner if there(inner, Path.is_dir) else Path(entry.path),))
+                inner = called_like(IMAGE_WORDS, [folder.name for folder in folders_in(Path(entry.path))])
+                splits.setdefault(entry.name, (Path(entry.path, *inner[:1]),))
     if splits:
         return splits
-    places = [place for place in (root / "images", root) if any(is_image(entry.name) for entry in glance(place))]
+    places = [place for place in (*with_images, root) if any(is_image(entry.name) for entry in glance(place))]
     return {"all": (places[0],)} if places else {}
 
 
-def _has_labels(folder: Path) -> bool:
-    """Whether a folder's images have text files, beside them or in a folder `labels`."""
-    images = {Path(entry.name).stem for entry in glance(folder) if is_image(entry.name)}
-    twin = Path(*("labels" if part == "images" else part for part in folder.parts))
-    entries = [*glance(folder), *(glance(twin) if twin != folder else [])]
-    return any(entry.name.endswith(".txt") and Path(entry.name).stem in images for entry in entries)
+def _have_labels(root: Path, folders: Sequence[Path]) -> bool:
+    """Whether an image in one of the folders has a text file."""
+    files = LabelFiles(Files(root))
+    images = (folder.relative_to(root) / entry.name for folder in folders for entry in glance(folder))
+    return any(files.of(image.as_posix()) for image in images if is_image(image.name))
 
 
 def _listed(line: str, folder: str, reading: Reading) -> str | None:
@@ -256,42 +383,3 @@ def _listed(line: str, folder: str, reading: Reading) -> str | None:
         if found is not None:
             return found
     return None
-
-
-def _label_file(image: str, reading: Reading) -> str | None:
-    """The text file of an image: in `labels` instead of `images`, else beside it; None where it has none."""
-    folder, name = posixpath.split(posixpath.splitext(image)[0] + ".txt")
-    parts = folder.split("/")
-    places = [folder]
-    if "images" in parts:
-        last = len(parts) - 1 - parts[::-1].index("images")
-        places.insert(0, "/".join([*parts[:last], "labels", *parts[last + 1 :]]))
-    return next((posixpath.join(place, name) for place in places if name in reading.files.listing(place)), None)
-
-
-def _label_lines(where: str, reading: Reading) -> list[str]:
-    try:
-        return reading.text(where).splitlines()
-    except DataError as error:
-        reading.issues.add("unreadable annotation", where, error.what)
-        return []
-
-
-def _numbers(line: str, keypoints: bool) -> list[float] | None:
-    """The class and the box or polygon of a line; None if it is not a valid line."""
-    try:
-        row = [float(cell) for cell in line.split()]
-    except ValueError:
-        return None
-    if keypoints:
-        row = row[:5]
-    return row if len(row) == 5 or (len(row) >= 7 and len(row) % 2 == 1) else None
-
-
-def _corners(values: Sequence[float]) -> list[float]:
-    """The corners of a box given by centre and size, or of the box around a polygon x, y, x, y, ..."""
-    if len(values) == 4:
-        x, y, width, height = values
-        return [x - width / 2, y - height / 2, x + width / 2, y + height / 2]
-    points = np.array(values).reshape(-1, 2)
-    return [*points.min(axis=0).tolist(), *points.max(axis=0).tolist()]

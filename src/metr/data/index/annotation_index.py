@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Float, Int, UInt8
 
-from metr.data.records import DataIssue, ImageRecord
+from metr.data.records import UNNAMED, DataIssue, ImageRecord
 from metr.errors import DataError
 
 # Raised whenever the columns change: indices of other versions are built again.
@@ -67,12 +67,15 @@ class LabelMap:
     def annotated_by(self, labels: Sequence[int] | None, unknown: Sequence[int] = ()) -> tuple[int, ...] | None:
         """The categories that are annotated exhaustively in one image.
 
-        A category that several labels were merged into is annotated if all of them are and none is unknown.
+        A category that several labels were merged into is annotated if all of them are and none is unknown. None is
+        where an unknown label has no name.
 
         Args:
             labels: The labels that the file says are annotated exhaustively in the image; None means all.
             unknown: The labels of boxes that were dropped from the image.
         """
+        if UNNAMED in unknown:
+            return ()
         annotated = self._declared(labels)
         doubtful = {int(self.rows[label]) for label in unknown} - {-1}
         if not doubtful:

@@ -1,0 +1,101 @@
+"""The guard against training or measuring on nothing: splits without a box, or of which most was lost while reading."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from metr.data.datasets_file import DatasetSource
+from metr.data.records import TRAIN, VAL, Annotations, DataIssue, Dropped
+from metr.data.sampling import objects_of
+from metr.errors import DataError
+
+# A split of which more than this fraction was lost is not used, unless that is asked for.
+_MOST = 0.5
+# Kinds of issues that a message names.
+_KINDS = 3
+_LONGEST = 160
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Count:
+    """How many boxes or images of a split there are, and how many were lost, by the kind of issue."""
+
+    kept: int
+    lost: Mapping[str, int]
+
+    @property
+    def mostly_lost(self) -> bool:
+        """Whether more were lost than the limit allows."""
+        lost = sum(self.lost.values())
+        return lost > _MOST * (self.kept + lost)
+
+    def told(self, what: str) -> str:
+        """How many of how many were lost, and by which kinds of issues."""
+        lost = sum(self.lost.values())
+        kinds = sorted(self.lost.items(), key=lambda item: -item[1])[:_KINDS]
+        listed = ", ".join(f"{count:,} x {kind}" for kind, count in kinds)
+        return f"{lost:,} of {self.kept + lost:,} {what} were lost while reading ({listed})"
+
+
+def faults_of(source: DatasetSource, split: str) -> list[DataIssue]:
+    """Why a split of a dataset is not fit to be trained or evaluated on; nothing where it is.
+
+    A val split that was held out of train is judged with train. Then "val" is a split of its own that came to nothing.
+    """
+    parts: tuple[str, ...] = (split,)
+    if source.held_out and split in {TRAIN, VAL}:
+        parts = (TRAIN, VAL) if split == TRAIN else ()
+    found = _faults(source, parts, source.dropped.get(split))
+    return [DataIssue(kind=kind, where=split, detail=detail) for kind, detail in found]
+
+
+def _faults(source: DatasetSource, parts: Iterable[str], dropped: Dropped | None) -> list[tuple[str, str]]:
+    counts = [source.splits[part].counts() for part in parts if part in source.splits]
+    dropped = dropped or Dropped()
+    images = _Count(kept=sum(count.images for count in counts), lost=dropped.images)
+    boxes = _Count(kept=sum(int(count.boxes.sum()) for count in counts), lost=dropped.boxes)
+    found = []
+    if images.mostly_lost:
+        found.append(("most images lost", images.told("images")))
+    if boxes.mostly_lost:
+        found.append(("most boxes lost", boxes.told("boxes")))
+    elif counts and not boxes.kept:
+        ignored = sum(int(count.ignored.sum()) for count in counts)
+        besides = f" but {ignored:,} to be ignored" if ignored else ""
+        found.append(("split without a box", f"no box in {images.kept:,} images{besides}"))
+    return found
+
+
+def check_usable(source: DatasetSource, split: str, chosen: Annotations | None = None) -> None:
+    """Checks that a split has boxes, and that not most of its boxes or images were lost.
+
+    Args:
+        source: The dataset.
+        split: The split that is trained or evaluated on.
+        chosen: The part of it that is used, where it is not all.
+
+    Raises:
+        DataError: it is not fit to be used; the message says why, and what to do.
+    """
+    faults = [*faults_of(source, split)]
+    if source.held_out and split == VAL:
+        faults += faults_of(source, TRAIN)
+    told = [fault.detail for fault in faults]
+    if not told and chosen is not None and not any(len(images) for images, _ in objects_of(chosen)):
+        told = [f"no box in the {len(chosen):,} images that were chosen"]
+    if not told:
+        return
+    kinds = _main_kinds(source, faults[0].where if faults else split)
+    first = next((issue for kind in kinds for issue in source.issues if issue.kind == kind), None)
+    if first is not None:
+        example = " ".join(f"{first.where}: {first.detail}".split())
+        told.append(f"such as {example[:_LONGEST]}{'...' if len(example) > _LONGEST else ''}")
+    what = f"the {split} split of {source.name!r} is not used: {'; '.join(told)}"
+    hint = f"metr inspect {source.config.path} shows all; mend the files, or go on all the same with --allow-empty"
+    raise DataError(what, where=source.root, hint=hint)
+
+
+def _main_kinds(source: DatasetSource, split: str) -> list[str]:
+    """The kinds of issues by which a split lost most, most frequent first; else those that may say why it is empty."""
+    dropped = source.dropped.get(split) or Dropped()
+    counts = {**dropped.images, **dropped.boxes}
+    return sorted(counts, key=lambda kind: -counts[kind]) or ["no label files"]
