@@ -20,17 +20,19 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from safetensors import SafetensorError
 
-from metr.errors import CheckpointError, DependencyError, ModelError
+from metr.errors import CheckpointError, DependencyError, MetrError, ModelError
 
 __all__ = [
     "BundledFile",
     "asking",
+    "built",
+    "configuration",
     "efficientnet_lite0_weights",
     "loading",
     "may_be_a_hub_name",
     "minilm_folder",
+    "pretrained",
     "quiet",
     "verified",
 ]
@@ -106,7 +108,6 @@ def _folder(file: BundledFile) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-_FAILURES = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 # the root of what the HTTP library raises, whichever the hub's library uses
 _HTTP_ERROR = cast("type[Exception]", HfHubHTTPError.__bases__[0])
 _HUB_FAILURES = (_HTTP_ERROR, OSError, ValueError, RuntimeError)
@@ -131,10 +132,60 @@ def loading(source: str) -> Iterator[None]:
     try:
         with quiet():
             yield
-    except _FAILURES as error:
+    except MetrError:
+        raise
+    except Exception as error:  # a config.json may hold anything, and transformers fails in as many ways
+        if "trust_remote_code" in str(error):
+            what = "this model brings code of its own, which METR never runs; it was not loaded"
+            raise ModelError(what, where=source, hint="name a model of a type that transformers knows itself") from None
         lines = str(error).strip().splitlines() or [type(error).__name__]
         what = f"cannot load this model: {lines[0]}"
         raise ModelError(what, where=source, hint=_hint(source, error)) from error
+
+
+def configuration(source: str | Path, revision: str | None = None) -> Any:
+    """The configuration of transformers that a folder or a repository holds. Its code is never run.
+
+    Raises:
+        ModelError: it names an attention that transformers would download and run.
+    """
+    found: Any = pretrained("AutoConfig", source, revision=revision or "main")
+    for part in (found, *(getattr(found, name, None) for name in found.sub_configs)):
+        attention = getattr(part, "_attn_implementation", None)
+        if "/" in str(attention):
+            what = f"its config.json names the attention {attention}, which is code from elsewhere; it was not run"
+            raise ModelError(what, where=source, hint="remove attn_implementation from config.json")
+    return found
+
+
+def pretrained(kind: Any, source: str | Path | None, **options: Any) -> Any:
+    """`from_pretrained` of transformers. Code that a folder or a repository brings is never run, and nobody is asked.
+
+    Args:
+        kind: A class of transformers, or its name.
+        source: A folder or a hub name; None where the weights are among the options.
+        options: Passed on. Weights are read from safetensors only.
+    """
+    kind = _of_transformers(kind)
+    if hasattr(kind, "from_config") or hasattr(kind, "base_model_prefix"):  # a model, not a tokenizer or the like
+        options["use_safetensors"] = True
+    return kind.from_pretrained(source, trust_remote_code=False, **options)
+
+
+def built(kind: Any, config: Any) -> Any:
+    """`from_config` of transformers: a network of random weights. Code that the configuration names is never run.
+
+    Args:
+        kind: An auto class of transformers, or its name.
+        config: The configuration.
+    """
+    return _of_transformers(kind).from_config(config, trust_remote_code=False)
+
+
+def _of_transformers(kind: Any) -> Any:
+    import transformers  # it takes seconds to import
+
+    return getattr(transformers, kind) if isinstance(kind, str) else kind
 
 
 @contextmanager
