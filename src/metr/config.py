@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
 
+from metr.bounded_yaml import load_yaml, load_yaml_file
 from metr.errors import ConfigError, did_you_mean
 
 Tree = dict[str, Any]
@@ -80,17 +81,17 @@ def read_yaml(path: Path) -> Tree:
     if not path.is_file():
         raise ConfigError("no such configuration file", where=path, hint="check the path")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, OSError) as error:  # impossible dates and bytes are ValueErrors
+        values = load_yaml_file(path)
+    except (yaml.YAMLError, OSError) as error:
         raise ConfigError(f"not readable as YAML: {error}", where=path) from None
-    except RecursionError:
-        raise ConfigError("not readable as YAML: nested too deeply", where=path) from None
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise ConfigError(f"expected keys and values, found a {type(values).__name__}", where=path)
     for key in values:
         if not isinstance(key, str):
-            raise ConfigError(f"expected keys that are words, found {key!r}", where=path, hint="put it in quotes")
+            raise ConfigError(
+                f"expected keys that are words, found {repr(key)[:_LONGEST]}", where=path, hint="put it in quotes"
+            )
     return values
 
 
@@ -163,8 +164,8 @@ def unflattened(flat: Mapping[str, Any]) -> Tree:
 def _scalar(text: str) -> Any:
     """A YAML value; numbers such as 1e-4, which YAML 1.1 takes for words, are numbers, and quoted ones are words."""
     try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):
+        value = load_yaml(text)
+    except yaml.YAMLError:
         return text
     return float(text) if isinstance(value, str) and _POWER.fullmatch(text.strip()) else value
 

@@ -13,6 +13,7 @@ import numpy as np
 import yaml
 from pydantic import Field
 
+from metr.bounded_yaml import parse_yaml
 from metr.config import Config, read_yaml
 from metr.data.formats.base import plain_name
 from metr.data.formats.files import expanded, there
@@ -211,12 +212,13 @@ def _parse_argument(argument: str) -> list[DatasetConfig]:
         values = read_yaml(path)
         if "datasets" in values or "names" not in values:  # with names it is the description of a YOLO dataset
             datasets = DatasetsFile.checked(values, where=path).datasets
-            return [_listed_dataset(item, path, number) for number, item in enumerate(datasets)]
+            lines = _lines_of(path)
+            return [_listed_dataset(item, path, own) for item, own in zip(datasets, lines, strict=True)]
     return [_dataset_config({"path": argument}, Path(), argument)]
 
 
-def _listed_dataset(item: Mapping[str, Any] | str, file: Path, number: int) -> DatasetConfig:
-    """A dataset of a datasets file, the `number`-th from 0; its path is relative to the file.
+def _listed_dataset(item: Mapping[str, Any] | str, file: Path, lines: Mapping[str, tuple[int, bool]]) -> DatasetConfig:
+    """A dataset of a datasets file; its path is relative to the file, and its keys are in these lines.
 
     Raises:
         ConfigError: a key is unknown, has a wrong value or none; the message names the dataset and the line.
@@ -225,7 +227,6 @@ def _listed_dataset(item: Mapping[str, Any] | str, file: Path, number: int) -> D
         name, equals, path = item.rpartition("=")
         item = {"name": name, "path": path} if equals else {"path": path}
         return _dataset_config(item, file.parent, file)
-    lines = _lines_of(file, number)
     called = f"dataset {item.get('name', item.get('path'))!r}: " if "path" in item or "name" in item else ""
     for key, (line, empty) in lines.items():
         if empty:
@@ -239,14 +240,20 @@ def _listed_dataset(item: Mapping[str, Any] | str, file: Path, number: int) -> D
         raise ConfigError(f"{called}{error.what}", where=f"{file}, line {line}", hint=error.hint) from None
 
 
-def _lines_of(file: Path, number: int) -> dict[str, tuple[int, bool]]:
-    """The line of each key of a listed dataset, from 1, and whether nothing is written behind the key."""
-    root: Any = yaml.compose(file.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+def _lines_of(file: Path) -> list[dict[str, tuple[int, bool]]]:
+    """For each listed dataset, the line of each of its keys, from 1, and whether nothing is written behind the key."""
+    root: Any = parse_yaml(file.read_text(encoding="utf-8-sig"))
     listed = next(value for key, value in reversed(root.value) if key.value == "datasets")
-    return {
-        key.value: (key.start_mark.line + 1, isinstance(value, yaml.ScalarNode) and not value.value and not value.style)
-        for key, value in listed.value[number].value
-    }
+    return [
+        {key.value: (key.start_mark.line + 1, _is_empty(value)) for key, value in item.value}
+        if isinstance(item, yaml.MappingNode)
+        else {}
+        for item in listed.value
+    ]
+
+
+def _is_empty(value: yaml.Node) -> bool:
+    return isinstance(value, yaml.ScalarNode) and not value.value and not value.style
 
 
 def _dataset_config(values: Mapping[str, Any], base: Path, where: object) -> DatasetConfig:

@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 import yaml
 
+from metr.bounded_yaml import load_yaml
 from metr.data.datasets_file import DatasetSource
 from metr.data.formats.coco_json import Value, values_of
 from metr.data.formats.files import start_of
@@ -82,8 +83,8 @@ def _in_metadata(root: Path) -> Iterator[Licence]:
     for name in _METADATA:
         text = start_of(root / name, _LARGEST).decode("utf-8-sig", errors="replace")
         try:
-            values: Any = card_header(text) if name.endswith(".md") else yaml.safe_load(text)  # JSON is YAML
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            values: Any = card_header(text) if name.endswith(".md") else load_yaml(text)  # JSON is YAML
+        except yaml.YAMLError as error:
             _logger.debug("%s: no licence can be read: %s", root / name, error)
             continue
         exported = values.get("roboflow") if isinstance(values, dict) else None

@@ -13,6 +13,7 @@ import yaml
 from rich.console import Console
 from rich.progress import track
 
+from metr.bounded_yaml import load_yaml_file
 from metr.data.images import SUFFIXES, read_image
 from metr.errors import ConfigError, DataError, did_you_mean
 from metr.inference.draw import Labels, Style, draw_detections, palette, save_image
@@ -94,9 +95,11 @@ def names_to_find(categories: str | None, file: Path | None) -> list[str] | dict
     if not file.is_file():
         raise ConfigError("no such file of names", where=file, hint="check the path")
     try:
-        text = file.read_text(encoding="utf-8")
-        values = yaml.safe_load(text) if file.suffix in _YAML else [line.strip() for line in text.splitlines()]
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        if file.suffix in _YAML:
+            values = load_yaml_file(file)
+        else:
+            values = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"the file of names cannot be read: {error}", where=file, hint=hint) from None
     if isinstance(values, dict) and values:
         phrases = {name: [some] if isinstance(some, str) else some for name, some in values.items()}

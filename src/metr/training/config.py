@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import Field
 
+from metr.bounded_yaml import load_yaml
 from metr.config import (
     Config,
     Tree,
@@ -333,7 +334,7 @@ def finetune_layers(file: Path | None = None, overrides: Sequence[str] = ()) -> 
 def packaged(name: str) -> Tree:
     """A recipe that comes with METR, as plain values."""
     text = (resources.files("metr") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
-    tree: Tree = yaml.safe_load(text)
+    tree: Tree = load_yaml(text)
     return tree
 
 

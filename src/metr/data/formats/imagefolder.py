@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
+from metr.bounded_yaml import load_yaml
 from metr.boxes import xywh_to_xyxy
 from metr.data.formats.base import BoxList, RawImage, Reader, Reading, plain_name, whole_size, without_repeats
 from metr.data.formats.file_per_image import note_unannotated
@@ -262,7 +263,7 @@ def _declared_names(folder: str, reading: Reading) -> Mapping[str, str]:
         where = posixpath.join(folder, name)
         try:
             found = _read_names(where, reading)
-        except (DataError, yaml.YAMLError, ValueError, RecursionError) as error:
+        except (DataError, yaml.YAMLError) as error:
             reading.notes.once("unreadable annotation", where, f"names: {error}"[:200])
             continue
         if found:
@@ -287,7 +288,7 @@ def card_header(card: str) -> Any:
         YAMLError: the header is no YAML.
     """
     header = re.match(r"---\s*\n(.*?)\n---", card, re.DOTALL)
-    return None if header is None else yaml.safe_load(header[1])
+    return None if header is None else load_yaml(header[1])
 
 
 def _class_labels(card: Any) -> dict[str, str]:

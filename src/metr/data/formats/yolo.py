@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from metr.bounded_yaml import load_yaml_file
 from metr.data.formats.base import BoxList, RawImage, Reader, Reading, plain_name
 from metr.data.formats.files import decoded, files_in, folders_within, glance, is_image, there
 from metr.data.formats.locating import locate
@@ -185,8 +186,8 @@ def _yaml(path: Path) -> Any:
         DataError: it is no YAML, but is called like the description of a dataset.
     """
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
+        return load_yaml_file(path)
+    except (yaml.YAMLError, OSError) as error:
         if path.stem in {"data", "dataset"}:
             raise DataError(f"not readable as YAML: {error}", where=path) from None
         return None

@@ -1,0 +1,134 @@
+"""YAML from anywhere: the one place where the package reads it. A small file cannot become gigabytes or take hours."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+
+__all__ = ["load_yaml", "load_yaml_file", "parse_yaml"]
+
+# The most characters of a text: some five seconds of parsing for each million.
+_LONGEST = 4_000_000
+# The deepest nesting of lists and mappings.
+_DEEPEST = 64
+# The most values that aliases (`*name`) may stand for, all together. Ten aliases of ten aliases of ... would else
+# make billions of a few lines.
+_ALIASED = 10_000
+# The most characters of an unquoted scalar that may be a number, a date or a truth value; a longer one is text.
+_LONGEST_NUMBER = 128
+
+
+def load_yaml(text: str) -> Any:
+    """The plain values that a YAML text holds; None of an empty one.
+
+    Raises:
+        yaml.YAMLError: the text is no YAML, or is too long, too deeply nested or has too many aliases. No other error.
+    """
+    loader = _loader(text)
+    try:
+        return loader.get_single_data()
+    except (ValueError, RecursionError, OverflowError, TypeError, KeyError, AttributeError) as error:
+        # an impossible date, an odd key of a mapping or `!!` tag on something else
+        raise yaml.YAMLError(f"a value cannot be read: {error}") from None
+    finally:
+        loader.dispose()
+
+
+def load_yaml_file(path: Path) -> Any:
+    """The plain values that a YAML file in UTF-8 holds, with or without a byte order mark.
+
+    Raises:
+        yaml.YAMLError: as `load_yaml`, or it is no regular file, or not UTF-8.
+        OSError: it cannot be read.
+    """
+    if not path.is_file():  # reading a pipe or a device might never end
+        raise yaml.YAMLError("not a regular file")
+    if (size := path.stat().st_size) > 4 * _LONGEST:  # a character takes up to four bytes
+        raise yaml.YAMLError(f"{size:,} bytes; METR reads at most {_LONGEST:,} characters")
+    try:
+        return load_yaml(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise yaml.YAMLError(f"not UTF-8: {error}") from None
+
+
+def parse_yaml(text: str) -> Node | None:
+    """The nodes of a YAML text, with their lines; None of an empty one.
+
+    Raises:
+        yaml.YAMLError: as `load_yaml`.
+    """
+    loader = _loader(text)
+    try:
+        node: Node | None = loader.get_single_node()
+        return node
+    finally:
+        loader.dispose()
+
+
+def _loader(text: str) -> "_BoundedLoader":
+    if len(text) > _LONGEST:
+        raise yaml.YAMLError(f"{len(text):,} characters; METR reads at most {_LONGEST:,}")
+    return _BoundedLoader(text)
+
+
+class _BoundedLoader(yaml.SafeLoader):
+    """PyYAML's safe loader with bounds on nesting, on what aliases stand for, and on the length of numbers."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = 0
+        self._aliased = 0
+        self._sizes: dict[int, int] = {}  # values below a node that is finished, by its id
+
+    def compose_node(self, parent: Node | None, index: Any) -> Node | None:
+        """A node, with the values below it counted; an alias costs as many as its anchor holds."""
+        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        if self.check_event(yaml.AliasEvent):  # type: ignore[no-untyped-call]
+            anchored = self.anchors.get(event.anchor)
+            if anchored is not None:
+                self._count_alias(anchored, event)
+        self._depth += 1
+        if self._depth > _DEEPEST:
+            self._refuse(f"nested too deeply: more than {_DEEPEST} levels", event)
+        node: Node | None = super().compose_node(parent, index)  # type: ignore[no-untyped-call]
+        self._depth -= 1
+        if node is not None and id(node) not in self._sizes:
+            self._sizes[id(node)] = 1 + sum(self._sizes[id(child)] for child in _children(node))
+        return node
+
+    def _count_alias(self, anchored: Node, event: Any) -> None:
+        size = self._sizes.get(id(anchored))
+        if size is None:
+            self._refuse(f"*{event.anchor} stands within what it stands for", event)
+            return
+        self._aliased += size
+        if self._aliased > _ALIASED:
+            self._refuse(f"aliases (*{event.anchor}) stand for more than {_ALIASED:,} values; write them out", event)
+
+    def resolve(self, kind: type[Node], value: Any, implicit: Any) -> Any:
+        """The tag of a value: a long unquoted scalar is text, whatever it looks like."""
+        if kind is ScalarNode and len(value) > _LONGEST_NUMBER:
+            return self.DEFAULT_SCALAR_TAG
+        return super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call]
+
+    def construct_yaml_int(self, node: ScalarNode) -> int:
+        """An integer, unless `!!int` stands before something too long to be one."""
+        if len(node.value) > _LONGEST_NUMBER:
+            raise yaml.YAMLError(f"a number of {len(node.value):,} characters{node.start_mark}")
+        value: int = super().construct_yaml_int(node)
+        return value
+
+    @staticmethod
+    def _refuse(what: str, event: Any) -> None:
+        mark = event.start_mark
+        raise yaml.YAMLError(f"{what} (line {mark.line + 1}, column {mark.column + 1})")
+
+
+def _children(node: Node) -> list[Node]:
+    if isinstance(node, MappingNode):
+        return [part for pair in node.value for part in pair]
+    return list(node.value) if isinstance(node, SequenceNode) else []
+
+
+_BoundedLoader.add_constructor("tag:yaml.org,2002:int", _BoundedLoader.construct_yaml_int)
