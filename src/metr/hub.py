@@ -1,6 +1,7 @@
 """The Hugging Face hub and weights that ship in packages: found, verified, loaded quietly; errors explained."""
 
 import importlib.util
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -108,6 +109,10 @@ def _folder(file: BundledFile) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
+# of a configuration of transformers: how many layers, and every other number
+_MOST_LAYERS, _LARGEST_SIZE = 1_000, 10_000_000
+_REPEATED = re.compile(r"layers|depths|blocks|num_stages|repeats|_num_levels|num_feature_levels")
+_NO_SIZE = re.compile(r"rope|theta|token_id|seed|max_length")
 # the root of what the HTTP library raises, whichever the hub's library uses
 _HTTP_ERROR = cast("type[Exception]", HfHubHTTPError.__bases__[0])
 _HUB_FAILURES = (_HTTP_ERROR, OSError, ValueError, RuntimeError)
@@ -155,7 +160,25 @@ def configuration(source: str | Path, revision: str | None = None) -> Any:
         if "/" in str(attention):
             what = f"its config.json names the attention {attention}, which is code from elsewhere; it was not run"
             raise ModelError(what, where=source, hint="remove attn_implementation from config.json")
+    _check_sizes(found.to_dict(), source, "")
     return found
+
+
+def _check_sizes(values: Any, source: str | Path, section: str) -> None:
+    """Checks that no number of a configuration would take hours or all memory to build.
+
+    Raises:
+        ModelError: one would.
+    """
+    for key, value in values.items():
+        place = f"{section}{key}"
+        if isinstance(value, dict):
+            _check_sizes(value, source, f"{place}.")
+        for number in value if isinstance(value, list | tuple) else [value]:
+            most = _MOST_LAYERS if _REPEATED.search(str(key)) else _LARGEST_SIZE
+            if isinstance(number, int) and number > most and not _NO_SIZE.search(str(key)):
+                what = f"{place} is {str(number)[:20]}; METR builds no model with more than {most:,}"
+                raise ModelError(what, where=source, hint="check its config.json, or name another model")
 
 
 def pretrained(kind: Any, source: str | Path | None, **options: Any) -> Any:
