@@ -12,6 +12,7 @@ import msgspec
 
 from metr.data.formats.base import Reading
 from metr.data.formats.files import BYTE_ORDER_MARK, ends_of, start_of
+from metr.data.images import open_regular
 from metr.errors import DataError
 
 # A key with the space around it is shorter than this.
@@ -44,7 +45,7 @@ class Value:
         Raises:
             OSError: the file cannot be read.
         """
-        with self.path.open("rb") as file:
+        with open_regular(self.path) as file:
             for start, stop in self.spans if self.is_array else ():
                 yield b"[" + _read(file, start, stop - start) + b"]"
 
@@ -56,7 +57,7 @@ class Value:
         """
         if self.is_array:
             return b"[" + b",".join(piece[1:-1] for piece in self.pieces()) + b"]"
-        with self.path.open("rb") as file:
+        with open_regular(self.path) as file:
             return _read(file, self.spans[0][0], self.spans[0][1] - self.spans[0][0])
 
 
@@ -74,7 +75,7 @@ def values_of(path: Path, piece_bytes: int) -> dict[str, Value]:
         ValueError: it holds no object, or ends before the object does.
     """
     found: dict[str, Value] = {}
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         place = _expect(file, len(BYTE_ORDER_MARK) if file.read(len(BYTE_ORDER_MARK)) == BYTE_ORDER_MARK else 0, b"{")
         while True:
             window = _read(file, place, _KEY_BYTES)

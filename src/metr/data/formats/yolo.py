@@ -19,6 +19,7 @@ from metr.bounded_yaml import load_yaml_file
 from metr.data.formats.base import BoxList, RawImage, Reader, Reading, plain_name
 from metr.data.formats.files import decoded, files_in, folders_within, glance, is_image, there
 from metr.data.formats.locating import locate
+from metr.data.images import open_regular
 from metr.data.records import canonical_split
 from metr.errors import DataError
 
@@ -195,7 +196,8 @@ def _yaml(path: Path) -> Any:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return [line.strip() for line in decoded(path.read_bytes()).splitlines()]
+        with open_regular(path) as file:
+            return [line.strip() for line in decoded(file.read()).splitlines()]
     except OSError:
         return []
 
