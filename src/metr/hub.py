@@ -1,6 +1,7 @@
 """The Hugging Face hub and weights that ship in packages: found, verified, loaded quietly; errors explained."""
 
 import importlib.util
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,17 +21,19 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from safetensors import SafetensorError
 
-from metr.errors import CheckpointError, DependencyError, ModelError
+from metr.errors import CheckpointError, DependencyError, MetrError, ModelError
 
 __all__ = [
     "BundledFile",
     "asking",
+    "built",
+    "configuration",
     "efficientnet_lite0_weights",
     "loading",
     "may_be_a_hub_name",
     "minilm_folder",
+    "pretrained",
     "quiet",
     "verified",
 ]
@@ -106,7 +109,10 @@ def _folder(file: BundledFile) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-_FAILURES = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
+# of a configuration of transformers: how many layers, and every other number
+_MOST_LAYERS, _LARGEST_SIZE = 1_000, 10_000_000
+_REPEATED = re.compile(r"layers|depths|blocks|num_stages|repeats|_num_levels|num_feature_levels")
+_NO_SIZE = re.compile(r"rope|theta|token_id|seed|max_length")
 # the root of what the HTTP library raises, whichever the hub's library uses
 _HTTP_ERROR = cast("type[Exception]", HfHubHTTPError.__bases__[0])
 _HUB_FAILURES = (_HTTP_ERROR, OSError, ValueError, RuntimeError)
@@ -131,10 +137,78 @@ def loading(source: str) -> Iterator[None]:
     try:
         with quiet():
             yield
-    except _FAILURES as error:
+    except MetrError:
+        raise
+    except Exception as error:  # a config.json may hold anything, and transformers fails in as many ways
+        if "trust_remote_code" in str(error):
+            what = "this model brings code of its own, which METR never runs; it was not loaded"
+            raise ModelError(what, where=source, hint="name a model of a type that transformers knows itself") from None
         lines = str(error).strip().splitlines() or [type(error).__name__]
         what = f"cannot load this model: {lines[0]}"
         raise ModelError(what, where=source, hint=_hint(source, error)) from error
+
+
+def configuration(source: str | Path, revision: str | None = None) -> Any:
+    """The configuration of transformers that a folder or a repository holds. Its code is never run.
+
+    Raises:
+        ModelError: it names an attention that transformers would download and run.
+    """
+    found: Any = pretrained("AutoConfig", source, revision=revision or "main")
+    for part in (found, *(getattr(found, name, None) for name in found.sub_configs)):
+        attention = getattr(part, "_attn_implementation", None)
+        if "/" in str(attention):
+            what = f"its config.json names the attention {attention}, which is code from elsewhere; it was not run"
+            raise ModelError(what, where=source, hint="remove attn_implementation from config.json")
+    _check_sizes(found.to_dict(), source, "")
+    return found
+
+
+def _check_sizes(values: Any, source: str | Path, section: str) -> None:
+    """Checks that no number of a configuration would take hours or all memory to build.
+
+    Raises:
+        ModelError: one would.
+    """
+    for key, value in values.items():
+        place = f"{section}{key}"
+        if isinstance(value, dict):
+            _check_sizes(value, source, f"{place}.")
+        for number in value if isinstance(value, list | tuple) else [value]:
+            most = _MOST_LAYERS if _REPEATED.search(str(key)) else _LARGEST_SIZE
+            if isinstance(number, int) and number > most and not _NO_SIZE.search(str(key)):
+                what = f"{place} is {str(number)[:20]}; METR builds no model with more than {most:,}"
+                raise ModelError(what, where=source, hint="check its config.json, or name another model")
+
+
+def pretrained(kind: Any, source: str | Path | None, **options: Any) -> Any:
+    """`from_pretrained` of transformers. Code that a folder or a repository brings is never run, and nobody is asked.
+
+    Args:
+        kind: A class of transformers, or its name.
+        source: A folder or a hub name; None where the weights are among the options.
+        options: Passed on. Weights are read from safetensors only.
+    """
+    kind = _of_transformers(kind)
+    if hasattr(kind, "from_config") or hasattr(kind, "base_model_prefix"):  # a model, not a tokenizer or the like
+        options["use_safetensors"] = True
+    return kind.from_pretrained(source, trust_remote_code=False, **options)
+
+
+def built(kind: Any, config: Any) -> Any:
+    """`from_config` of transformers: a network of random weights. Code that the configuration names is never run.
+
+    Args:
+        kind: An auto class of transformers, or its name.
+        config: The configuration.
+    """
+    return _of_transformers(kind).from_config(config, trust_remote_code=False)
+
+
+def _of_transformers(kind: Any) -> Any:
+    import transformers  # it takes seconds to import
+
+    return getattr(transformers, kind) if isinstance(kind, str) else kind
 
 
 @contextmanager

@@ -41,6 +41,36 @@ class WeightReport:
         return "\n".join([f"{len(self.loaded)} weights fit", *filter(None, lines)])
 
 
+def check_weights(
+    network: nn.Module,
+    weights: Mapping[str, Tensor],
+    *,
+    strict: bool = True,
+    where: object = None,
+    hint: str | None = None,
+) -> WeightReport:
+    """Compares weights with a network, which may be on the meta device, by keys and shapes. See `load_weights`.
+
+    Raises:
+        CheckpointError: `strict` and some do not fit; the message lists them.
+    """
+    own = network.state_dict()
+    shared = [key for key in own if key in weights]
+    report = WeightReport(
+        loaded=tuple(key for key in shared if own[key].shape == weights[key].shape),
+        missing=tuple(key for key in own if key not in weights),
+        unexpected=tuple(key for key in weights if key not in own),
+        misshapen=tuple(
+            (key, tuple(own[key].shape), tuple(weights[key].shape))
+            for key in shared
+            if own[key].shape != weights[key].shape
+        ),
+    )
+    if strict and not report.complete:
+        raise CheckpointError(f"the weights do not fit the network: {report}", where=where, hint=hint or _hint(report))
+    return report
+
+
 def load_weights(
     network: nn.Module,
     weights: Mapping[str, Tensor],
@@ -61,20 +91,7 @@ def load_weights(
     Raises:
         CheckpointError: `strict` and some do not fit; the message lists them.
     """
-    own = network.state_dict()
-    shared = [key for key in own if key in weights]
-    report = WeightReport(
-        loaded=tuple(key for key in shared if own[key].shape == weights[key].shape),
-        missing=tuple(key for key in own if key not in weights),
-        unexpected=tuple(key for key in weights if key not in own),
-        misshapen=tuple(
-            (key, tuple(own[key].shape), tuple(weights[key].shape))
-            for key in shared
-            if own[key].shape != weights[key].shape
-        ),
-    )
-    if strict and not report.complete:
-        raise CheckpointError(f"the weights do not fit the network: {report}", where=where, hint=hint or _hint(report))
+    report = check_weights(network, weights, strict=strict, where=where, hint=hint)
     network.load_state_dict({key: weights[key] for key in report.loaded}, strict=False)
     return report
 

@@ -13,7 +13,7 @@ from metr.conversion.convert import TransferReport, giving_to_theirs, receive
 from metr.conversion.table import backbone_config
 from metr.conversion.targets.base import BuildSpec, Colours, Context, Derived, Target
 from metr.errors import ConfigError
-from metr.hub import loading
+from metr.hub import built, loading
 from metr.models.backbones.base import Backbone
 from metr.models.backbones.registered import register
 from metr.models.detector import Detector
@@ -37,16 +37,13 @@ def build(target: Target, network: Detector, names: Sequence[str], seed: int = 0
         ConfigError: there is no name, or one is given twice.
         ModelError: the target cannot be built for this METR.
     """
-    from transformers import AutoModelForObjectDetection
-
     if not names or len(set(names)) != len(names):
         raise ConfigError("expected names, each once", where="names", hint='such as "penguin, shark"')
-    auto: Any = AutoModelForObjectDetection  # its methods have no types
     register()  # the network may have METR's own backbone
     config = target.configure(build_spec_for(target, network, names))
     with loading(target.name), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return auto.from_config(config).eval()
+        return built("AutoModelForObjectDetection", config).eval()
 
 
 def build_spec_for(target: Target, network: Detector, names: Sequence[str]) -> BuildSpec:

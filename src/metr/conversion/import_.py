@@ -18,7 +18,7 @@ from metr.conversion.table import State, adopted_backbone
 from metr.conversion.targets import NAMES, find_target
 from metr.data.config import ResizeConfig
 from metr.errors import ModelError
-from metr.hub import loading
+from metr.hub import configuration, loading, pretrained
 from metr.models.backbones.registered import register
 from metr.models.config import BackboneConfig, DetectorConfig
 from metr.models.detector import Detector
@@ -114,20 +114,20 @@ def _loaded(folder: Path) -> Any:
         CheckpointError: the folder holds no weights, or they are damaged.
         ModelError: it cannot be loaded, or METR has no counterpart of it.
     """
-    from transformers import AutoConfig, AutoModelForObjectDetection, PreTrainedConfig
+    from transformers import PreTrainedConfig
 
     register()  # the folder may hold METR's own backbone
     with loading(str(folder)):
         values, _ = PreTrainedConfig.get_config_dict(folder)
-        kind = values.get("model_type") or AutoConfig.from_pretrained(folder).model_type
+        kind = values.get("model_type") or configuration(folder).model_type
         if kind not in _adoptable():
             what = f"METR takes no weights from a {kind} model"
             raise ModelError(what, where=folder, hint=f"one of {', '.join(_adoptable())}")
         network = timm_network(values)
         if network is not None:
             return _loaded_without_timm(values, network, folder)
-        config = AutoConfig.from_pretrained(folder)
-        return AutoModelForObjectDetection.from_pretrained(folder, config=config, dtype=torch.float32)
+        options = {"config": configuration(folder), "dtype": torch.float32}
+        return pretrained("AutoModelForObjectDetection", folder, **options)
 
 
 def _loaded_without_timm(values: Mapping[str, Any], network: TimmNetwork, folder: Path) -> Any:
@@ -137,9 +137,8 @@ def _loaded_without_timm(values: Mapping[str, Any], network: TimmNetwork, folder
     changed, state = without_timm(values, network, folder)
     config = CONFIG_MAPPING[values["model_type"]].from_dict(changed)
     kind: Any = MODEL_FOR_OBJECT_DETECTION_MAPPING[type(config)]
-    model, told = kind.from_pretrained(
-        None, config=config, state_dict=state, dtype=torch.float32, output_loading_info=True
-    )
+    options = {"config": config, "state_dict": state, "dtype": torch.float32}
+    model, told = pretrained(kind, None, **options, output_loading_info=True)
     prefix = find_target(config.model_type).backbone
     if missing := sorted(key for key in told["missing_keys"] if key.startswith(prefix)):
         what = f"the backbone is not whole: {missing[0]} is missing"
@@ -161,14 +160,11 @@ def _backbone(config: Any) -> BackboneConfig:
 
 def _preprocessing(folder: Path) -> Mapping[str, Any]:
     """What the image processor's file says; nothing where there is none."""
-    from transformers import AutoImageProcessor
-
     if not (folder / "preprocessor_config.json").is_file():
         logger.warning("%s has no preprocessor_config.json: METR's own size and colours are taken", folder)
         return {}
     with loading(str(folder)):
-        auto: Any = AutoImageProcessor  # its methods have no types
-        values: Mapping[str, Any] = auto.from_pretrained(folder).to_dict()
+        values: Mapping[str, Any] = pretrained("AutoImageProcessor", folder).to_dict()
         return values
 
 

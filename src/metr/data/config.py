@@ -2,13 +2,14 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
 from metr.config import Config
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Strength = Annotated[float, Field(ge=0, lt=1)]
 Channel = Annotated[int, Field(ge=0, le=255)]
+Side = Annotated[int, Field(ge=1, le=16_384)]
 Colour = tuple[Channel, Channel, Channel]
 Unannotated = Literal["ignore", "negative", "pseudo_label"]
 Mixture = Literal["proportional", "sqrt", "equal"] | dict[str, Annotated[float, Field(ge=0)]]
@@ -22,9 +23,9 @@ class ResizeConfig(Config):
 
     mode: Literal["stretch", "fit"] = "stretch"
     """`stretch`: a square, whatever the image's shape. `fit`: the aspect is kept."""
-    size: PositiveInt = 320
+    size: Side = 320
     """Pixels: both sides with `stretch`, the shorter side with `fit`."""
-    longest: PositiveInt = 1333
+    longest: Side = 1333
     """Pixels: maximum of the longer side with `fit`."""
 
 
@@ -33,7 +34,7 @@ class AugmentationConfig(Config):
 
     resize: ResizeConfig = ResizeConfig()
     """The shape in which images enter the network, in training and in evaluation."""
-    sizes: tuple[PositiveInt, ...] = ()
+    sizes: tuple[Side, ...] = ()
     """Pixels: sizes to choose from for each training batch, in place of `resize.size`. Empty: that size alone."""
     flip: Fraction = 0.5
     """Fraction of images that are mirrored."""
@@ -48,7 +49,7 @@ class AugmentationConfig(Config):
     detecting it is neither required nor a mistake."""
     zoom_out: Fraction = 0.3
     """Fraction of images that are placed, smaller, on a canvas (zoom-out). Never together with a crop."""
-    zoom_out_ratio: Annotated[float, Field(ge=1)] = 2.0
+    zoom_out_ratio: Annotated[float, Field(ge=1, le=100)] = 2.0
     """Maximum ratio of the canvas's sides to the image's."""
     fill: Colour = MEAN_COLOUR
     """The canvas's colour: RGB, 0 to 255."""
@@ -75,11 +76,11 @@ class AugmentationConfig(Config):
 class LoaderConfig(Config):
     """How training images are mixed and loaded."""
 
-    batch_size: PositiveInt = 8
+    batch_size: Annotated[int, Field(ge=1, le=65_536)] = 8
     """Images per step and process."""
-    workers: Annotated[int, Field(ge=0)] | None = None
+    workers: Annotated[int, Field(ge=0, le=1_024)] | None = None
     """Processes that read images; 0 reads in the training process. None: the spare cores, at most 8."""
-    prefetch: PositiveInt = 2
+    prefetch: Annotated[int, Field(ge=1, le=1_024)] = 2
     """Batches that each worker prepares in advance."""
     mixture: Mixture = "sqrt"
     """How often each dataset is sampled: `proportional` to its images, to their square root (`sqrt`), all alike
@@ -87,7 +88,7 @@ class LoaderConfig(Config):
     repeat_threshold: Fraction = 0.0
     """A category in a fraction f of a dataset's images is rare if f is below this: an epoch then repeats its images
     sqrt(this / f) times. 0: every image comes once."""
-    multiple: PositiveInt = 32
+    multiple: Annotated[int, Field(ge=1, le=4_096)] = 32
     """Pixels: the sides of a batch are padded to multiples of this, the coarsest stride of the network."""
 
 

@@ -1,10 +1,11 @@
 """Images: one decoder for files, PIL images and arrays; sizes without decoding; records fitted to their images."""
 
 import contextlib
-import os
+import errno
+import stat
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
@@ -29,6 +30,10 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", 
 
 # A file of a few kilobytes may unfold to gigabytes: 2^27 pixels take 400 MB as RGB.
 MAX_PIXELS = 1 << 27
+# Pixels that are converted at once.
+_STRIP = 1 << 22
+# The size in bytes from which it is looked whether a file is sparse.
+_SPARSE = 1 << 30
 
 # Pillow's readers by how a file starts. `Image.open` would refuse large images before it tells their size.
 _READERS: tuple[tuple[bytes, type[ImageFile]], ...] = (
@@ -63,6 +68,22 @@ class Header:
         """(height, width) as viewers show the image: they obey the EXIF orientation."""
         height, width = self.stored_size
         return (width, height) if self.orientation in _SIDEWAYS else (height, width)
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Opens a file of a dataset to read its bytes.
+
+    Raises:
+        OSError: it cannot be opened, or is a pipe, a socket or a device, whose reading might never end; or it is a
+            sparse file of gigabytes that holds next to nothing.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):  # opening a directory tells its own error
+        raise OSError(errno.EINVAL, "a pipe, a socket or a device, not a file", str(path))
+    stored = 512 * getattr(status, "st_blocks", status.st_size)
+    if status.st_size > _SPARSE and stored * 1000 < status.st_size:  # file systems that compress save less
+        raise OSError(errno.EINVAL, f"{status.st_size:,} bytes of which nearly none are on the disk", str(path))
+    return path.open("rb")
 
 
 def probe_size(path: Path) -> tuple[int, int]:
@@ -226,7 +247,7 @@ def _read(path: Path) -> tuple[UInt8[np.ndarray, "h w 3"], Header]:
 def _opened(path: Path) -> Iterator[tuple[ImageFile, Header]]:
     """An image file that is open, not decoded yet."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             image = _recognised(file, path)
             tags = getattr(image, "tag_v2", {})  # of TIFF, where versions of Pillow differ in which size they tell
             stored = (tags.get(_HEIGHT, image.height), tags.get(_WIDTH, image.width))
@@ -234,7 +255,7 @@ def _opened(path: Path) -> Iterator[tuple[ImageFile, Header]]:
     except FileNotFoundError:
         raise DataError("no such image", where=path, hint="check the path") from None
     except OSError as error:
-        raise DataError(f"an image that cannot be read: {os.strerror(error.errno or 0)}", where=path) from None
+        raise DataError(f"an image that cannot be read: {error.strerror}", where=path) from None
 
 
 def _recognised(file: BinaryIO, path: Path) -> ImageFile:
@@ -281,14 +302,34 @@ def _orientation(image: Image.Image) -> int:
 def _as_rgb(image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
     """Pixels that are loaded, converted."""
     if image.mode[0] in "IF":  # 16 or 32 bits a pixel, all grey
-        grey = np.asarray(image)
-        grey = np.nan_to_num(grey) if image.mode == "F" else grey >> 8
-        return np.repeat(grey.clip(0, 255).astype(np.uint8)[..., None], 3, axis=-1)
+        return _in_strips(image, _from_grey)
     if image.mode in _TRANSPARENT or "transparency" in image.info:
-        rgba = np.asarray(image.convert("RGBA")).astype(np.uint16)
-        colour, opacity = rgba[..., :3], rgba[..., 3:]
-        return np.asarray(((colour * opacity + 127) // 255 + 255 - opacity).astype(np.uint8))
+        return _in_strips(image, _on_white)
     return np.array(image.convert("RGB"))
+
+
+def _in_strips(image: Image.Image, convert: Callable[[Image.Image], np.ndarray]) -> UInt8[np.ndarray, "h w 3"]:
+    """Pixels converted a few rows at a time: the largest images would else take gigabytes in between."""
+    pixels = np.empty((image.height, image.width, 3), dtype=np.uint8)
+    rows = max(1, _STRIP // image.width)
+    for top in range(0, image.height, rows):
+        bottom = min(top + rows, image.height)
+        strip = image.crop((0, top, image.width, bottom))
+        strip.info = image.info  # of a palette, which colour is transparent
+        pixels[top:bottom] = convert(strip)
+    return pixels
+
+
+def _on_white(image: Image.Image) -> np.ndarray:
+    rgba = np.asarray(image.convert("RGBA")).astype(np.uint16)
+    colour, opacity = rgba[..., :3], rgba[..., 3:]
+    return np.asarray(((colour * opacity + 127) // 255 + 255 - opacity).astype(np.uint8))
+
+
+def _from_grey(image: Image.Image) -> np.ndarray:
+    grey = np.asarray(image)
+    grey = np.nan_to_num(grey) if image.mode == "F" else grey >> 8
+    return grey.clip(0, 255).astype(np.uint8)[..., None]
 
 
 def _turned_record(record: ImageRecord, header: Header) -> ImageRecord:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from metr.data.datasets_file import DatasetSource
 from metr.data.formats.base import IssueLog
-from metr.data.images import check_image, read_image
+from metr.data.images import check_image, open_regular, read_image
 from metr.errors import DataError
 from metr.inspection.facts import spread
 
@@ -185,14 +185,14 @@ def _size(path: Path) -> int:
 
 
 def _middle(path: Path) -> bytes:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         file.seek(max(0, path.stat().st_size // 2 - _PROBE // 2))
         return file.read(_PROBE)
 
 
 def _whole(path: Path) -> bytes:
     digest = blake2b(digest_size=16)
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while piece := file.read(1 << 20):
             digest.update(piece)
     return digest.digest()

@@ -49,24 +49,24 @@ class EncoderConfig(Config):
 
     kind: Literal["deformable", "hybrid", "plain"] = "deformable"
     """As in Deformable DETR and DINO, as in RT-DETR, or as in DETR."""
-    layers: int = Field(6, ge=0)
+    layers: int = Field(6, ge=0, le=100)
     """Attention layers; `hybrid` has them on the coarsest level only."""
-    levels: int = Field(4, ge=1)
+    levels: int = Field(4, ge=1, le=8)
     """Levels of the memory. `deformable` adds levels to the backbone's by strided convolution; `hybrid` has at most
     as many as the backbone; `plain` has only the backbone's last, whatever is set."""
-    heads: int = Field(8, ge=1)
-    points: int = Field(4, ge=1)
+    heads: int = Field(8, ge=1, le=256)
+    points: int = Field(4, ge=1, le=64)
     """Sampling points a head and level (`deformable`)."""
-    feed_forward: int = Field(2048, ge=1)
+    feed_forward: int = Field(2048, ge=1, le=65_536)
     """Hidden width of the feed-forward parts."""
     positions: Literal["scaled", "centred", "counted"] = "scaled"
     """What is encoded. `scaled`: rows and columns counted from 1, scaled so that the last is 2 pi (DINO). `centred`:
     cell centres, scaled alike (Deformable DETR; for `deformable`). `counted`: unscaled (RT-DETR; for `hybrid`)."""
     fusion: Literal["csp", "elan"] = "csp"
     """How two levels are fused: as in RT-DETR, or as in D-FINE (`hybrid`)."""
-    fusion_blocks: int = Field(3, ge=1)
+    fusion_blocks: int = Field(3, ge=1, le=100)
     """Convolution blocks of each fusion (`hybrid`)."""
-    fusion_expansion: float = Field(1.0, gt=0)
+    fusion_expansion: float = Field(1.0, gt=0, le=16)
     """Hidden channels of a fusion / width (`hybrid`)."""
     project_memory: bool = False
     """A 1x1 convolution after the fusion of each level, as between RT-DETR's encoder and decoder (`hybrid`)."""
@@ -75,18 +75,18 @@ class EncoderConfig(Config):
 class CategoryConfig(Config):
     """Category extraction, and how many categories get a slot."""
 
-    blocks: int = Field(2, ge=1)
+    blocks: int = Field(2, ge=1, le=100)
     """Cross-attention blocks."""
-    heads: int = Field(8, ge=1)
-    feed_forward: int = Field(1024, ge=1)
+    heads: int = Field(8, ge=1, le=256)
+    feed_forward: int = Field(1024, ge=1, le=65_536)
     self_attention: bool = False
     """Categories attend to each other. Without it the prediction for a category does not depend on the other names."""
-    kept: int = Field(20, ge=1)
+    kept: int = Field(20, ge=1, le=10_000)
     """K, category slots an image."""
     threshold: float = Field(0.0, ge=0, lt=1)
     """Smallest presence probability with which a category gets a slot when detecting. Categories below it leave their
     queries to the others and do not affect them otherwise."""
-    negative_slots: int = Field(0, ge=0)
+    negative_slots: int = Field(0, ge=0, le=10_000)
     """Largest number of slots an image, in training, for categories that are assumed to be absent."""
     shortlist: int = Field(0, ge=0)
     """Largest number of names an image that category extraction looks at, chosen by a few dot products a name. 0 builds
@@ -104,11 +104,11 @@ class QueryConfig(Config):
     layout: Literal["budget", "uniform", "shared"] = "uniform"
     """`uniform`: every category has the same number of queries, at its own best places. `budget`: the number depends on
     how likely the pairs of category and place are. `shared`: all categories have the same places (the authors' way)."""
-    number: int = Field(300, ge=1)
+    number: int = Field(300, ge=1, le=100_000)
     """Q, queries an image, whatever the vocabulary."""
     floor: int = Field(5, ge=0)
     """Smallest number of queries of a category (`budget`)."""
-    ceiling: int = Field(100, ge=1)
+    ceiling: int = Field(100, ge=1, le=100_000)
     """Largest number of queries of a category."""
     attention: Literal["group", "image"] = "group"
     """A query attends to the queries of its category, or to all queries of its image."""
@@ -132,9 +132,9 @@ class SimilarityConfig(Config):
 class DenoisingConfig(Config):
     """Contrastive and category-flipped denoising, in training only."""
 
-    number: int = Field(100, ge=0)
+    number: int = Field(100, ge=0, le=10_000)
     """Largest number of denoising queries an image; 0 switches denoising off."""
-    groups: int = Field(5, ge=1)
+    groups: int = Field(5, ge=1, le=1_000)
     """Largest number of noised versions of one object."""
     box_noise: float = Field(1.0, gt=0)
     """Largest shift of a corner of a positive, in half sizes of its box."""
@@ -159,11 +159,11 @@ class DecoderConfig(Config):
     kind: Literal["deformable", "conditional"] = "deformable"
     """`deformable`: queries sample a few places of every level, as in DINO. `conditional`: they attend to the whole
     memory, as in DAB-DETR; this is meant for the memory of a `plain` encoder."""
-    layers: int = Field(6, ge=1)
-    heads: int = Field(8, ge=1)
-    points: int = Field(4, ge=1)
+    layers: int = Field(6, ge=1, le=100)
+    heads: int = Field(8, ge=1, le=256)
+    points: int = Field(4, ge=1, le=64)
     """Sampling points a head and level (`deformable`)."""
-    feed_forward: int = Field(2048, ge=1)
+    feed_forward: int = Field(2048, ge=1, le=65_536)
     padded_positions: bool = False
     """Encode a query's box in units of the padded image, as DINO and the authors (`deformable`)."""
     positions: Literal["sine", "plain"] = "sine"
@@ -173,7 +173,7 @@ class DecoderConfig(Config):
 class DetectorConfig(Config):
     """The whole network."""
 
-    width: int = Field(256, ge=8)
+    width: int = Field(256, ge=8, le=16_384)
     """Size of a token, d."""
     backbone: BackboneConfig = BackboneConfig()
     encoder: EncoderConfig = EncoderConfig()

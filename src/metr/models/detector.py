@@ -1,8 +1,10 @@
 """The network: images and text embeddings of categories in, one logit and one box a query out."""
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from metr.errors import ModelError
 from metr.models.backbones import build_backbone
 from metr.models.category_extraction import CategoryExtraction, ProjectedText
 from metr.models.category_selection import select_categories
@@ -15,6 +17,8 @@ from metr.structures import Categories, DenoisingOutput, DetectorOutput, Memory,
 
 # The probability of an object that the untrained network predicts (the prior of the focal loss, Lin et al., 2017).
 _OBJECT_PRIOR = 0.01
+MOST_PARAMETERS = 2_000_000_000
+"""The largest network that is built: the largest detectors that are published have about half as many parameters."""
 
 
 class Detector(nn.Module):
@@ -105,6 +109,22 @@ class Detector(nn.Module):
         logits, boxes = self.decoder(side_by_side(queries, noised), memory, categories)
         denoised = DenoisingOutput(logits=logits[..., number:], boxes=boxes[:, :, number:], plan=plan)
         return logits[..., :number], boxes[:, :, :number], denoised
+
+
+def skeleton(config: DetectorConfig, text_width: int) -> Detector:
+    """The network without values, on the meta device: its shapes, at no cost of memory.
+
+    Raises:
+        ModelError: as `Detector`, or it has more than `MOST_PARAMETERS`.
+    """
+    bare = config.model_copy(update={"backbone": config.backbone.model_copy(update={"pretrained": False})})
+    with torch.device("meta"):
+        network = Detector(bare, text_width)
+    count = sum(parameter.numel() for parameter in network.parameters())
+    if count > MOST_PARAMETERS:
+        what = f"the configuration describes a network of {count:,} parameters; METR builds at most {MOST_PARAMETERS:,}"
+        raise ModelError(what, where="model", hint="smaller widths, or fewer layers")
+    return network
 
 
 def _build_decoder(config: DetectorConfig, levels: int) -> Decoder | ConditionalDecoder:

@@ -12,15 +12,13 @@ from typing import Any
 
 import msgspec
 import torch
-import transformers
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
-from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.utils.hub import cached_file
 
 from metr.errors import ConfigError, ModelError, did_you_mean
-from metr.hub import MINILM, loading, minilm_folder
+from metr.hub import MINILM, configuration, loading, minilm_folder, pretrained
 from metr.text.config import BUNDLED, Pooling
 
 # Text parts of image-text models: the class, and the output with the vector in the space shared with images.
@@ -81,6 +79,7 @@ class LanguageModelSource:
             raise ModelError("no such bundled model", where=source, hint=did_you_mean(source, [BUNDLED]))
         path = Path(source).expanduser()
         if path.is_dir():
+            _refuse_pickles(path)
             return cls._read(str(path), None, f"sha256:{_fingerprint(path)}", pooling)
         return cls._read(source, revision, None, pooling)
 
@@ -102,7 +101,7 @@ class LanguageModelSource:
         cls, location: str, revision: str | None, fingerprint: str | None, pooling: Pooling
     ) -> "LanguageModelSource":
         with loading(location):
-            config = AutoConfig.from_pretrained(location, revision=revision or "main")
+            config = configuration(location, revision)
         commit = None
         if fingerprint is None:
             commit = revision if revision and _COMMIT.fullmatch(revision) else (config._commit_hash or revision)
@@ -139,16 +138,15 @@ class LanguageModel:
         origin: dict[str, Any] = {"revision": source.revision or "main"}
         location = str(minilm_folder()) if source.location == BUNDLED else source.location
         with loading(location):
-            self._tokenizer = AutoTokenizer.from_pretrained(location, **origin)
-            self._model = self._class().from_pretrained(location, dtype=torch.float32, **origin)
+            self._tokenizer = pretrained("AutoTokenizer", location, **origin)
+            self._model = pretrained(self._class(), location, dtype=torch.float32, **origin)
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token
         self._model.eval().requires_grad_(False).to(self.device)
 
-    def _class(self) -> Any:
+    def _class(self) -> str:
         name = _PROJECTED[self.source.model_type][0] if self.source.pooling == "projection" else None
-        name = name or _ENCODERS.get(self.source.model_type)
-        return AutoModel if name is None else getattr(transformers, name)
+        return name or _ENCODERS.get(self.source.model_type, "AutoModel")
 
     @cached_property
     def _inputs(self) -> set[str]:
@@ -224,6 +222,19 @@ def _width(config: Any) -> int:
     if config.model_type.startswith("siglip"):
         return int(text.projection_size)
     return int(text.projection_dim if config.model_type in _PROJECTED else text.hidden_size)
+
+
+def _refuse_pickles(folder: Path) -> None:
+    """Checks that a folder's weights are safetensors, not pickles.
+
+    Raises:
+        ModelError: they are pickles.
+    """
+    pickles = sorted(path.name for path in folder.glob("pytorch_model*.bin*"))
+    if pickles and not any(folder.glob("*.safetensors")):
+        what = f"its weights are a pickle ({pickles[0]}), which METR does not open"
+        hint = "load it where you trust it and save it again with save_pretrained, which writes model.safetensors"
+        raise ModelError(what, where=folder, hint=hint)
 
 
 def _fingerprint(folder: Path) -> str:

@@ -24,7 +24,7 @@ from metr.inference.config import InferenceConfig
 from metr.inference.postprocess import ScoreThresholds
 from metr.losses.criterion import SetCriterion
 from metr.models.config import DetectorConfig
-from metr.models.detector import Detector
+from metr.models.detector import Detector, skeleton
 from metr.run_directory import RunDirectory, existing_folder
 from metr.text.encoder import TextEncoder
 from metr.text.same_names import listed, spelt_alike
@@ -300,6 +300,7 @@ def training_parts(joint: JointData, recipe: RunConfig, console: Console) -> Tra
         embeddings = encoder.embed(joint.vocabulary)
     encoder.release()
     seed_everything(recipe.train.loop.seed)
+    skeleton(recipe.model, encoder.width)  # refuses a network of an absurd size before memory is taken for it
     network = Detector(recipe.model, encoder.width)
     if recipe.model.categories.whitening and len(embeddings) > 1:
         network.category_extraction.whiten(embeddings, recipe.model.categories.whitening)

@@ -3,6 +3,7 @@
 import pickle
 import re
 import warnings
+import zipfile
 from argparse import Namespace
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ def read_restricted(path: Path) -> PickledCheckpoint:
     """
     if not path.is_file():
         raise CheckpointError("no such file", where=path, hint="check the path")
+    _check_unpacked(path)
     try:
         with torch.serialization.safe_globals([Namespace]), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of unusual protocols, which are read or refused all the same
@@ -53,6 +55,25 @@ def read_restricted(path: Path) -> PickledCheckpoint:
     if not tensors:
         raise CheckpointError("holds no state of a network", where=path, hint="name the file with the weights")
     return PickledCheckpoint(state=tensors, options=_options(found.get("args")))
+
+
+def _check_unpacked(path: Path) -> None:
+    """Checks that the file is about as large in memory as on disk. PyTorch never compresses; three megabytes of
+    compressed zeros could be three gigabytes.
+
+    Raises:
+        CheckpointError: its parts are compressed, or declare more bytes than the file has.
+    """
+    size = path.stat().st_size
+    try:
+        with zipfile.ZipFile(path) as archive:
+            parts = archive.infolist()
+    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):  # of PyTorch before 1.6, or no checkpoint
+        return
+    declared = sum(part.file_size for part in parts)
+    if declared > size or any(part.compress_type != zipfile.ZIP_STORED for part in parts):
+        what = f"{size:,} bytes that would unfold to {declared:,}: checkpoints of PyTorch are not compressed"
+        raise CheckpointError(what, where=path, hint=_HINT)
 
 
 def _options(args: object) -> dict[str, Any]:

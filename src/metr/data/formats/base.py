@@ -1,6 +1,8 @@
 """What the readers of all formats share: what they yield, the names they number and the issues they note."""
 
+import hashlib
 import math
+import re
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,6 +22,9 @@ from metr.data.records import UNNAMED, DataIssue
 
 # The corners of a box that cannot be read. Its category is in the image all the same, and checking makes use of that.
 UNREADABLE = (math.nan,) * 4
+# The most characters of a category's name: those of a long sentence.
+LONGEST_NAME = 256
+_CUT = re.compile(r"\.\.\. [0-9a-f]{12}$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,8 +316,20 @@ class Reader(ABC):
 
 
 def plain_name(name: str) -> str:
-    """A category's name with single spaces and none around it."""
-    return " ".join(name.split())
+    """A category's name with single spaces and none around it.
+
+    A name of more than `LONGEST_NAME` characters is cut, and ends in a digest that keeps it apart from others.
+    """
+    plain = " ".join(name.split())
+    if len(plain) <= LONGEST_NAME:
+        return plain
+    digest = hashlib.sha256(plain.encode(errors="surrogatepass")).hexdigest()[:12]
+    return f"{plain[: LONGEST_NAME - 16].ljust(LONGEST_NAME - 16, '.')}... {digest}"
+
+
+def was_cut(name: str) -> bool:
+    """Whether a name is one that `plain_name` has cut."""
+    return len(name) == LONGEST_NAME and _CUT.search(name) is not None
 
 
 def place(where: str, mark: int | str) -> str:

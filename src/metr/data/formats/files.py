@@ -5,16 +5,20 @@ wherever they lead: whoever put the dataset together made them.
 """
 
 import contextlib
+import logging
 import os
 import posixpath
 import stat
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
-from metr.data.images import SUFFIXES
+from metr.data.images import SUFFIXES, open_regular
 from metr.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 # The mark that Windows writes before UTF-8.
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -39,7 +43,7 @@ class Files:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._roots = (root, Path(os.path.realpath(root)))
-        self.touched: dict[str, tuple[int, int]] = {}
+        self.touched: dict[str, Signature] = {}
         self._listings: dict[str, frozenset[str]] = {}
         self._loose: dict[str, dict[str, str]] = {}
         self._stems: dict[str, dict[str, str]] = {}
@@ -54,7 +58,8 @@ class Files:
         """
         self.touch(path)
         try:
-            return (self.root / path).read_bytes()
+            with open_regular(self.root / path) as file:
+                return file.read()
         except OSError as error:
             raise DataError(f"cannot be read: {error.strerror}", where=self.root / path) from None
 
@@ -209,13 +214,18 @@ def expanded(path: str | Path) -> Path:
     return Path(os.path.expanduser(path))  # noqa: PTH111
 
 
-def signature(path: Path) -> tuple[int, int]:
-    """Size and time of change of a file, time of change of a directory; (-1, 0) where there is nothing."""
+Signature = tuple[int, int, int]
+"""Of a file: its size, and the times of its last change as its owner may set it (mtime) and may not (ctime)."""
+
+
+def signature(path: Path) -> Signature:
+    """What changes when a file or directory is changed; (-1, 0, 0) where there is nothing. A directory's size is 0."""
     try:
         status = path.stat()
     except (OSError, ValueError):
-        return -1, 0
-    return (0 if stat.S_ISDIR(status.st_mode) else status.st_size), status.st_mtime_ns
+        return -1, 0, 0
+    size = 0 if stat.S_ISDIR(status.st_mode) else status.st_size
+    return size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def is_image(name: str) -> bool:
@@ -286,21 +296,30 @@ def _leads_up(folder: Path) -> bool:
 def start_of(path: Path, count: int) -> bytes:
     """The first bytes of a file; none where it cannot be read."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return file.read(count)
-    except OSError:
+    except OSError as error:
+        _tell_unread(path, str(error.strerror))
         return b""
 
 
 def ends_of(path: Path, count: int) -> bytes:
     """The first and the last bytes of a file, so many of each at most; none where it cannot be read."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             start = file.read(count)
             file.seek(max(len(start), path.stat().st_size - count))
             return start + file.read()
-    except OSError:
+    except OSError as error:
+        _tell_unread(path, str(error.strerror))
         return b""
+
+
+@lru_cache(maxsize=1024)
+def _tell_unread(path: Path, why: str) -> None:
+    """Warns once of a file that is left out because it cannot be looked into; a missing one is none."""
+    if there(path):
+        logger.warning("%s is left out: %s", path, why)
 
 
 def encoding_of(data: bytes) -> str:

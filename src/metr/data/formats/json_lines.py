@@ -9,6 +9,7 @@ import msgspec
 
 from metr.data.formats.base import Reading
 from metr.data.formats.files import BYTE_ORDER_MARK, Files, start_of
+from metr.data.images import open_regular
 from metr.errors import DataError
 
 # Formats are told apart by a file's first lines, several because some may be broken.
@@ -33,7 +34,7 @@ def json_lines(where: str, decoder: msgspec.json.Decoder[Item], reading: Reading
     reading.files.touch(where)
     file = reading.files.root / where
     try:
-        with file.open("rb") as lines:
+        with open_regular(file) as lines:
             for number, line in enumerate(lines, start=1):
                 text = line.removeprefix(BYTE_ORDER_MARK).strip()
                 item = _decoded_line(text, decoder, f"{where}:{number}", reading) if text else None

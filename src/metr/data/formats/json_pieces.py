@@ -11,6 +11,7 @@ from typing import BinaryIO
 import msgspec
 
 from metr.data.formats.files import BYTE_ORDER_MARK
+from metr.data.images import open_regular
 
 # A key with the space around it is shorter than this.
 _KEY_BYTES = 1 << 16
@@ -42,7 +43,7 @@ class Value:
         Raises:
             OSError: the file cannot be read.
         """
-        with self.path.open("rb") as file:
+        with open_regular(self.path) as file:
             for start, stop in self.spans if self.is_array else ():
                 yield b"[" + _read(file, start, stop - start) + b"]"
 
@@ -54,7 +55,7 @@ class Value:
         """
         if self.is_array:
             return b"[" + b",".join(piece[1:-1] for piece in self.pieces()) + b"]"
-        with self.path.open("rb") as file:
+        with open_regular(self.path) as file:
             return _read(file, self.spans[0][0], self.spans[0][1] - self.spans[0][0])
 
 
@@ -72,7 +73,7 @@ def values_of(path: Path, piece_bytes: int) -> dict[str, Value]:
         ValueError: it holds no object, or ends before the object does.
     """
     found: dict[str, Value] = {}
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         place = _expect(file, len(BYTE_ORDER_MARK) if file.read(len(BYTE_ORDER_MARK)) == BYTE_ORDER_MARK else 0, b"{")
         while True:
             window = _read(file, place, _KEY_BYTES)

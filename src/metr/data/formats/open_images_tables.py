@@ -17,6 +17,7 @@ from pyarrow import csv as arrow_csv
 
 from metr.data.formats.base import BoxTable, Reading, RowsByImage
 from metr.data.formats.files import decoded, start_of
+from metr.data.images import open_regular
 from metr.errors import DataError
 
 BOX_COLUMNS = ("ImageID", "LabelName", "XMin", "YMin", "XMax", "YMax")
@@ -161,7 +162,7 @@ def _batches(path: Path, needed: Sequence[str], optional: str, reading: Reading)
     if not set(needed) <= places.keys():
         raise DataError(f"expected the columns {', '.join(needed)}", where=path)
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             if not (file.readline() and file.read(1)):
                 return  # a header alone
         with arrow_csv.open_csv(

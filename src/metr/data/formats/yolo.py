@@ -22,6 +22,7 @@ from metr.data.formats.files import Files, decoded, files_in, folders_in, folder
 from metr.data.formats.locating import grouped, locate
 from metr.data.formats.yolo_files import LabelFiles, folders_with_texts
 from metr.data.formats.yolo_lines import LineKinds, is_class, numbers_of, told
+from metr.data.images import open_regular
 from metr.data.records import UNNAMED, canonical_split
 from metr.errors import DataError
 
@@ -321,7 +322,8 @@ def _yaml(path: Path) -> Any:
 
 def _lines(path: Path) -> list[str]:
     try:
-        return [line.strip() for line in decoded(path.read_bytes()).splitlines()]
+        with open_regular(path) as file:
+            return [line.strip() for line in decoded(file.read()).splitlines()]
     except OSError:
         return []
 

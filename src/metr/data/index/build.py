@@ -8,11 +8,18 @@ import msgspec
 import numpy as np
 from jaxtyping import Int
 
-from metr.data.formats.base import IssueLog, Names, Reader, Reading
+from metr.data.formats.base import IssueLog, Names, Reader, Reading, was_cut
 from metr.data.formats.checks import records
 from metr.data.formats.files import Files
 from metr.data.index.annotation_index import AnnotationIndex, LabelMap, divide_index, write_index
-from metr.data.index.manifest import Fingerprints, IssueSummary, Manifest, packed_name, shown_name
+from metr.data.index.manifest import (
+    Fingerprints,
+    IssueSummary,
+    Manifest,
+    checksum_of,
+    packed_name,
+    shown_name,
+)
 from metr.data.records import TRAIN, VAL, ImageRecord, SplitPlan, hold_out
 from metr.errors import DataError
 
@@ -41,6 +48,8 @@ def build_index(reader: Reader, plan: SplitPlan, folder: Path) -> Manifest:
         splits.insert(splits.index(TRAIN) + 1, VAL)
     if not splits:
         raise _no_images(reader, issues)
+    for name in filter(was_cut, names):
+        notes.add("long name", name[:40], f"a category's name has more than {len(name)} characters: it is cut")
     manifest = Manifest(
         names=list(names),
         parents=names.parents,
@@ -48,8 +57,9 @@ def build_index(reader: Reader, plan: SplitPlan, folder: Path) -> Manifest:
         splits=splits,
         issues={**issues, "": _summary(notes)},
         touched={packed_name(path): state for path, state in {**fingerprints.signatures, **files.touched}.items()},
+        checksums={split: checksum_of(folder / f"{split}.arrow") for split in splits},
         held_out=held_out,
-    )
+    ).sealed()
     (folder / MANIFEST).write_bytes(msgspec.json.encode(manifest))
     return manifest
 

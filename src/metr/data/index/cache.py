@@ -25,7 +25,7 @@ from metr.data.formats.files import signature
 from metr.data.index.annotation_index import VERSION as INDEX_VERSION
 from metr.data.index.annotation_index import AnnotationIndex, LabelMap
 from metr.data.index.build import MANIFEST, build_index
-from metr.data.index.manifest import Manifest, encodable, shown_name, unpacked_name
+from metr.data.index.manifest import Manifest, checksum_of, encodable, shown_name, unpacked_name
 from metr.data.records import DataIssue, SplitPlan
 from metr.errors import DataError
 from metr.text.cache import cache_root
@@ -39,6 +39,7 @@ READER_VERSION = 6
 _KEPT = 7 * 24 * 3600
 
 _LOCK = ".lock"
+_BUILDING = ".building-"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,16 +125,30 @@ def _valid_manifest(folder: Path, root: Path) -> Manifest | None:
     """The manifest of a folder, if everything that it was built from is unchanged."""
     try:
         manifest = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=Manifest)
-    except (OSError, msgspec.MsgspecError):
-        return None
+        intact = manifest == manifest.sealed()
+    except (OSError, ValueError):  # msgspec's errors are ValueErrors
+        return _damaged(folder, MANIFEST)
+    if not intact:
+        return _damaged(folder, MANIFEST)
     if any(signature(root / unpacked_name(path)) != then for path, then in manifest.touched.items()):
         return None
-    return manifest if all((folder / f"{split}.arrow").is_file() for split in manifest.splits) else None
+    for split in manifest.splits:
+        file = folder / f"{split}.arrow"
+        if not file.is_file() or checksum_of(file) != manifest.checksums.get(split):
+            return _damaged(folder, file.name)
+    return manifest
+
+
+def _damaged(folder: Path, file: str) -> None:
+    """Says that an index is not as it was written; the caller builds it again."""
+    logger.warning("the index in %s is damaged (%s): it is built again", folder, file)
 
 
 def _build(reader: Reader, plan: SplitPlan, place: Path) -> StoredDataset:
     """Reads a dataset into a new folder in `place`, then moves it to its name."""
-    building = place / f".building-{secrets.token_hex(8)}"
+    for left in place.glob(f"{_BUILDING}*"):  # of a process that was killed: whoever builds holds the lock
+        shutil.rmtree(left, ignore_errors=True)
+    building = place / f"{_BUILDING}{secrets.token_hex(8)}"
     building.mkdir()
     try:
         manifest = build_index(reader, plan, building)

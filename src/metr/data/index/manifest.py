@@ -4,18 +4,22 @@ Names of files need not be UTF-8, so they are packed to be stored, and made legi
 """
 
 import os
+import zlib
 from itertools import islice
 from pathlib import Path
 
 import msgspec
 
-from metr.data.formats.files import signature
+from metr.data.formats.files import Signature, signature
 
-# A character that no file's name has: it marks packed names.
+# A character that no file's name has: it marks packed names. Annotation files may name files that have it.
 _MARK = "\0"
 
 # Most images whose size was measured that an index watches for changes. Opening it asks the disk for each of them.
 FINGERPRINTS = 20_000
+
+# Bytes of a file that are read at once.
+_BLOCK = 1 << 22
 
 
 class IssueSummary(msgspec.Struct, frozen=True):
@@ -29,9 +33,10 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """The content of an index folder, as `manifest.json` stores it.
 
     `names` are the labels of the Arrow files in their order, `counts` the numbers of their boxes in all splits.
-    `touched` are the paths that the reader depended on, relative to the dataset's folder (see `packed_name`), with size
-    and time of change. The issues of "" concern the dataset as a whole. `held_out` says that "val" is a seeded part of
-    the dataset's own train split.
+    `touched` are the paths that the reader depended on, relative to the dataset's folder (see `packed_name`), with
+    their signatures. `checksums` are those of the Arrow files, `checksum` is that of the manifest itself.
+    The issues of "" concern the dataset as a whole. `held_out` says that "val" is a seeded part of the dataset's own
+    train split.
     """
 
     names: list[str]
@@ -39,8 +44,15 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     counts: list[int]
     splits: list[str]
     issues: dict[str, IssueSummary]
-    touched: dict[str, tuple[int, int]]
+    touched: dict[str, Signature]
+    checksums: dict[str, int]
     held_out: bool = False
+    checksum: int = 0
+
+    def sealed(self) -> "Manifest":
+        """The same with its checksum."""
+        bare = msgspec.structs.replace(self, checksum=0)
+        return msgspec.structs.replace(bare, checksum=zlib.crc32(msgspec.json.encode(bare)))
 
 
 class Fingerprints:
@@ -53,7 +65,7 @@ class Fingerprints:
     """
 
     def __init__(self) -> None:
-        self.signatures: dict[str, tuple[int, int]] = {}
+        self.signatures: dict[str, Signature] = {}
         self._seen, self._step = 0, 1
 
     def add(self, path: str, root: Path) -> None:
@@ -85,9 +97,18 @@ def shown_name(text: str) -> str:
         return text.encode(errors="backslashreplace").decode()
 
 
+def checksum_of(path: Path) -> int:
+    """The CRC-32 of a file."""
+    found = 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            found = zlib.crc32(block, found)
+    return found
+
+
 def packed_name(text: str) -> str:
     """A path as it can be stored; `unpacked_name` gives it back."""
-    if text.isascii() or encodable(text):
+    if not text.startswith(_MARK) and (text.isascii() or encodable(text)):
         return text
     return _MARK + text.encode(errors="surrogatepass").hex()
 

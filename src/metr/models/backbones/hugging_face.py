@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoBackbone, AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
 
 from metr.errors import ConfigError, ModelError, did_you_mean
-from metr.hub import loading
+from metr.hub import built, configuration, loading, pretrained
 from metr.models.backbones.base import Backbone, SimplePyramid, freeze_batch_norms
 from metr.models.backbones.registered import register
 from metr.models.config import BackboneConfig
@@ -19,7 +19,6 @@ from metr.models.config import BackboneConfig
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _BASIC = {"model_type": "resnet", "layer_type": "basic", "hidden_sizes": [64, 128, 256, 512]}
 _BOTTLENECK = {"model_type": "resnet", "layer_type": "bottleneck", "hidden_sizes": [256, 512, 1024, 2048]}
-_auto: Any = AutoBackbone  # its methods have no types
 # The hub name of each, and the configuration that makes it without the hub.
 SHORTHANDS: dict[str, tuple[str, dict[str, Any]]] = {
     "resnet18": ("microsoft/resnet-18", _BASIC | {"depths": [2, 2, 2, 2]}),
@@ -99,7 +98,7 @@ class _Survey:
         names = list(architecture.stage_names)
         architecture.out_features = names
         with loading(config.name), torch.device("meta"):
-            skeleton = _auto.from_config(architecture).eval()
+            skeleton = built("AutoBackbone", architecture).eval()
             maps = skeleton(torch.empty(1, 3, _PROBE, _PROBE)).feature_maps
         # Of stages with equal strides the last, deepest one is kept.
         found = {_PROBE // level.shape[-1]: (name, level) for name, level in zip(names, maps, strict=True)}
@@ -147,7 +146,7 @@ def _architecture(config: BackboneConfig, source: str) -> Any:
             _check_options(options, CONFIG_MAPPING[model_type]())
             values = {key: value for key, value in known.items() if key != "model_type"} | options
             return AutoConfig.for_model(model_type, **values)
-        architecture = AutoConfig.from_pretrained(source, revision=config.revision or "main")
+        architecture = configuration(source, config.revision)
         _check_options(options, architecture)
         for key, value in options.items():
             setattr(architecture, key, value)
@@ -172,11 +171,11 @@ def _rebuilding(config: BackboneConfig, architecture: Any) -> BackboneConfig:
 def _built(config: BackboneConfig, source: str, architecture: Any) -> Any:
     with loading(source):
         if not config.pretrained:
-            return _auto.from_config(architecture)
+            return built("AutoBackbone", architecture)
         # AutoBackbone.from_pretrained would contact the hub even for a folder or a downloaded model.
         network: Any = MODEL_FOR_BACKBONE_MAPPING[type(architecture)]
         revision = config.revision or "main"
-        return network.from_pretrained(source, config=architecture, revision=revision, dtype=torch.float32)
+        return pretrained(network, source, config=architecture, revision=revision, dtype=torch.float32)
 
 
 def _first_stages(network: nn.Module, names: int, config: BackboneConfig) -> list[nn.Module]:
