@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
-from metr.data.images import SUFFIXES
+from metr.data.images import COMMON_SUFFIXES, SUFFIXES
 from metr.errors import DataError
 
 # The mark that Windows writes before UTF-8.
@@ -145,7 +145,9 @@ class Files:
     def _of_stem(self, stem: str, folder: str) -> str | None:
         """The first image in a folder with this name and any suffix, else one whose name differs in case."""
         if folder not in self._stems:
-            names = [name for name in sorted(self.listing(folder), reverse=True) if is_image(name)]
+            # The last of a stem counts: the common kind of a pair that a phone saved (.jpg, .heic), else the first.
+            names = sorted(filter(is_image, self.listing(folder)), reverse=True)
+            names.sort(key=lambda name: posixpath.splitext(name)[1].lower() in COMMON_SUFFIXES)
             stems = {fold(posixpath.splitext(name)[0]): name for name in names}
             self._stems[folder] = stems | {posixpath.splitext(name)[0]: name for name in names}
         found = self._stems[folder]
