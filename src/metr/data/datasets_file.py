@@ -14,6 +14,7 @@ import yaml
 from pydantic import Field
 
 from metr.config import Config, read_yaml
+from metr.data.containers.archives import archive_stem
 from metr.data.formats.base import plain_name
 from metr.data.formats.files import expanded, there
 from metr.data.formats.registry import log_other_formats, recognise
@@ -41,7 +42,7 @@ class DatasetConfig(Config):
     name: Annotated[str, Field(min_length=1)]
     """The dataset's name in messages, results and vocabularies."""
     path: Path
-    """Its folder, or its one annotation file."""
+    """Its folder, its one annotation file, or an archive of the folder (zip, tar, tar.gz, tar.bz2, tar.xz)."""
     format: FormatName | None = None
     """The format of its files. None: it is recognised."""
     splits: dict[SplitName, tuple[str, ...] | str] | None = None
@@ -257,7 +258,9 @@ def _dataset_config(values: Mapping[str, Any], base: Path, where: object) -> Dat
         raise ConfigError(f"a path with a zero byte: {path!r}", where=where, hint="take it out")
     full = base / expanded(path)
     resolved = Path(os.path.realpath(full))  # `resolve` raises an error for a link to itself
-    default_name = resolved.parent.name if there(resolved, Path.is_file) else resolved.name
+    default_name = resolved.name
+    if there(resolved, Path.is_file):
+        default_name = archive_stem(resolved) or resolved.parent.name
     return DatasetConfig.checked({"name": default_name, **values, "path": full}, where=where)
 
 
