@@ -240,8 +240,8 @@ def test_a_link_in_a_zip_file_stays_inside(tmp_path: Path) -> None:
 def test_an_archive_that_unfolds_to_too_much_is_refused(
     tmp_path: Path, cache: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(archives, "_ALWAYS_ALLOWED", 1 << 16)
-    monkeypatch.setattr(archives, "_RATIO", 3)
+    monkeypatch.setattr(store, "_ALWAYS_ALLOWED", 1 << 16)
+    monkeypatch.setattr(store, "_RATIO", 3)
     write_text(tmp_path / "plain" / "zeros.txt", "0" * (1 << 22))
     path = packed(tmp_path / "plain", tmp_path / f"bomb.{kind}")
     if kind == "tar":
@@ -262,9 +262,9 @@ def test_a_zip_file_that_lies_about_its_sizes_is_refused(tmp_path: Path) -> None
 
 
 def test_too_many_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(archives, "_FILES_ALWAYS_ALLOWED", 10)
+    monkeypatch.setattr(store, "_FILES_ALWAYS_ALLOWED", 10)
     path = tar_of(tmp_path / "many.tar", *((f"{number}.txt", tarfile.REGTYPE, "") for number in range(20)))
-    monkeypatch.setattr(archives, "_BYTES_A_FILE", 1 << 20)
+    monkeypatch.setattr(store, "_BYTES_A_FILE", 1 << 20)
     with pytest.raises(DataError, match="more than 10 files"):
         archives.archive_folders(path)
 

@@ -27,7 +27,18 @@ from metr.errors import ConfigError, DataError, did_you_mean
 logger = logging.getLogger(__name__)
 
 FormatName = Literal[
-    "coco", "lvis", "objects365", "yolo", "crowdhuman", "odvg", "open_images", "imagefolder", "labelme", "voc", "csv"
+    "coco",
+    "lvis",
+    "objects365",
+    "yolo",
+    "crowdhuman",
+    "odvg",
+    "open_images",
+    "imagefolder",
+    "labelme",
+    "voc",
+    "csv",
+    "huggingface",
 ]
 SplitName = Literal["train", "val", "test"]
 

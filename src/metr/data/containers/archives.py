@@ -31,10 +31,6 @@ logger = logging.getLogger(__name__)
 
 SUFFIXES = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 
-# An archive may unfold to this many times its size, and to this many bytes in any case. Images hardly shrink in one.
-_RATIO, _ALWAYS_ALLOWED = 100, 1 << 30
-# An archive may have a file for each so many of its bytes, and so many files in any case.
-_BYTES_A_FILE, _FILES_ALWAYS_ALLOWED = 16, 100_000
 # What a file takes at least, its name and its place on the disk.
 _BYTES_OF_AN_ENTRY = 512
 _PIECE = 1 << 20
@@ -123,8 +119,7 @@ def _opens_as_tar(path: Path) -> bool:
 
 def _extract(path: Path, folder: Path) -> None:
     size = path.stat().st_size
-    most = max(_ALWAYS_ALLOWED, _RATIO * size)
-    budget = Budget(path, folder, most, max(_FILES_ALWAYS_ALLOWED, size // _BYTES_A_FILE))
+    budget = Budget(path, size, folder)
     zipped = start_of(path, 4).startswith(_ZIP)
     budget.expect(_declared_size(path) if zipped else size)
     links: dict[str, _Entry] = {}

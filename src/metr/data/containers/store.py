@@ -35,6 +35,10 @@ VERSION = 1
 # Unpacking stops before the disk has less than this left, in bytes; it is asked whenever so many bytes are written.
 _RESERVE = 1 << 28
 _ASKED_EVERY = 1 << 26
+# A container may unfold to this many times its size, and to this many bytes in any case. Images hardly shrink in one.
+_RATIO, _ALWAYS_ALLOWED = 100, 1 << 30
+# It may have a file for each so many of its bytes, and so many files in any case.
+_BYTES_A_FILE, _FILES_ALWAYS_ALLOWED = 16, 100_000
 
 # Copies of this process that go when it ends, because the cache cannot be written.
 _temporary: dict[tuple[str, str], Path] = {}
@@ -52,18 +56,15 @@ class Budget:
 
     Args:
         source: The container, for messages.
-        folder: A folder on the disk that is written to.
-        bytes_limit: The most bytes that the container may unfold to; None where its kind has no such limit.
-        entries_limit: The most files and folders that it may have.
+        size: Its bytes.
+        folder: Where it is unpacked to.
     """
 
-    def __init__(
-        self, source: Path, folder: Path, bytes_limit: int | None = None, entries_limit: int | None = None
-    ) -> None:
-        self.source, self.folder = source, folder
-        self.bytes_limit, self.entries_limit = bytes_limit, entries_limit
-        self.bytes = self.entries = 0
-        self._asked_at = 0
+    def __init__(self, source: Path, size: int, folder: Path) -> None:
+        self.source, self.size, self.folder = source, size, folder
+        self._most_bytes = max(_ALWAYS_ALLOWED, _RATIO * size)
+        self._most_files = max(_FILES_ALWAYS_ALLOWED, size // _BYTES_A_FILE)
+        self._bytes = self._entries = self._asked_at = 0
 
     def expect(self, size: int) -> None:
         """Tells how many bytes will be written, as far as that is known before.
@@ -84,9 +85,9 @@ class Budget:
         Raises:
             DataError: there are too many.
         """
-        self.entries += 1
-        if self.entries_limit is not None and self.entries > self.entries_limit:
-            what = f"more than {self.entries_limit:,} files for an archive of this size: it may be made to fill a disk"
+        self._entries += 1
+        if self._entries > self._most_files:
+            what = f"more than {self._most_files:,} files for a container of this size: it may be made to fill a disk"
             raise DataError(what, where=self.source, hint=_BY_HAND)
 
     def add_bytes(self, count: int) -> None:
@@ -95,15 +96,15 @@ class Budget:
         Raises:
             DataError: they are too many, or the disk is nearly full.
         """
-        self.bytes += count
-        self._refuse_bomb(self.bytes)
-        if self.bytes - self._asked_at >= _ASKED_EVERY:
-            self._asked_at = self.bytes
+        self._bytes += count
+        self._refuse_bomb(self._bytes)
+        if self._bytes - self._asked_at >= _ASKED_EVERY:
+            self._asked_at = self._bytes
             self.expect(count)
 
     def _refuse_bomb(self, size: int) -> None:
-        if self.bytes_limit is not None and size > self.bytes_limit:
-            times = f"more than {shown_size(self.bytes_limit)}, from {shown_size(_size_of(self.source))}"
+        if size > self._most_bytes:
+            times = f"more than {shown_size(self._most_bytes)}, from {shown_size(self.size)}"
             raise DataError(f"unfolds to {times}: it may be made to fill a disk", where=self.source, hint=_BY_HAND)
 
 
@@ -223,10 +224,6 @@ def _folders(root: Path) -> dict[str, int]:
 
 def _files_below(root: Path) -> Iterator[Path]:
     return (Path(folder, name) for folder, _, names in os.walk(root) for name in names)
-
-
-def _size_of(path: Path) -> int:
-    return max(0, signature(path)[0])
 
 
 def _digest(values: object) -> str:

@@ -6,6 +6,7 @@ from itertools import product
 from pathlib import Path
 
 from metr.data.containers.archives import archive_folders, archive_stem, is_archive
+from metr.data.containers.huggingface import HuggingFaceReader
 from metr.data.formats.base import Reader
 from metr.data.formats.coco import CocoReader
 from metr.data.formats.coco_variants import LvisReader, Objects365Reader
@@ -36,6 +37,7 @@ READERS: tuple[type[Reader], ...] = (
     LabelmeReader,
     VocReader,
     CsvReader,
+    HuggingFaceReader,
 )
 
 
