@@ -4,6 +4,7 @@ Every image shows a dark marker on a bright ground, near its top left corner and
 lies tells which way up an image was read, and whether boxes are still with their own image.
 """
 
+import importlib.util
 import io
 import struct
 import unicodedata
@@ -11,6 +12,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import cv2
 import numpy as np
 from PIL import Image, ImageOps
 
@@ -76,7 +78,7 @@ def _turned(orientation: int, suffix: str) -> Callable[[Path], None]:
 
 
 def _options(suffix: str) -> dict[str, object]:
-    return {".jpg": {"quality": 95}, ".webp": {"lossless": True}}.get(suffix, {})
+    return {".jpg": {"quality": 95}, ".webp": {"lossless": True}, ".avif": {"quality": 95}}.get(suffix, {})
 
 
 def _as_mode(mode: str) -> Callable[[Path], None]:
@@ -114,6 +116,25 @@ def _cmyk(path: Path) -> None:
     shown(path.name).convert("CMYK").save(path, **_options(path.suffix))
 
 
+def _floats(scale: float) -> Callable[[Path], None]:
+    def save(path: Path) -> None:
+        grey = np.asarray(shown(path.name).convert("L")).astype(np.float32)
+        Image.fromarray(grey * np.float32(scale)).save(path)
+
+    return save
+
+
+def _heic(orientation: int) -> Callable[[Path], None]:
+    def save(path: Path) -> None:
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        image = shown(path.name)
+        image = image.transpose(_STORED[orientation]) if orientation in _STORED else image
+        pillow_heif.from_pillow(image).save(path, quality=95, exif=exif.tobytes())
+
+    return save
+
+
 def _plain(path: Path) -> None:
     shown(path.name).save(path, **_options(path.suffix))
 
@@ -124,6 +145,14 @@ def _linked_image(path: Path) -> None:
     shown(path.name).save(target)
     path.symlink_to(target)
 
+
+_HEIC: dict[str, Callable[[Path], None]] = {}
+if importlib.util.find_spec("pillow_heif"):
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()  # as someone does who gives METR such images as PIL opens them
+
+    _HEIC = {**{f"turned {n}.heic": _heic(n) for n in range(1, 9)}, "phone.HEIC": _heic(1), "phone.heif": _heic(6)}
 
 READABLE: dict[str, Callable[[Path], None]] = {
     **{f"turned {n}{suffix}": _turned(n, suffix) for n in range(1, 9) for suffix in (".jpg", ".png", ".webp", ".tif")},
@@ -136,6 +165,14 @@ READABLE: dict[str, Callable[[Path], None]] = {
     "palette.gif": _as_mode("P"),
     "palette.bmp": _as_mode("P"),
     "opaque.png": _as_mode("RGBA"),
+    **_HEIC,
+    **{f"turned {n}.avif": _turned(n, ".avif") for n in range(1, 9)},
+    **{f"plain{suffix}": _plain for suffix in (".avif", ".jp2", ".j2k", ".ppm")},
+    "grey.pgm": _as_mode("L"),
+    "one bit.pbm": _as_mode("1"),
+    "from 0 to 1.tif": _floats(1 / 255),
+    "from 0 to 255.tif": _floats(1),
+    "clear.avif": _clear,
     "clear.png": _clear,
     "clear.webp": _clear,
     "clear.tif": _clear,
@@ -160,7 +197,9 @@ def _cut(suffix: str, share: float = 0.6) -> Callable[[Path], None]:
     def save(path: Path) -> None:
         noise = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
         data = io.BytesIO()
-        Image.fromarray(noise).save(data, {".jpg": "JPEG", ".tif": "TIFF"}.get(suffix, suffix[1:].upper()))
+        Image.fromarray(noise).save(
+            data, {".jpg": "JPEG", ".tif": "TIFF", ".jp2": "JPEG2000", ".ppm": "PPM"}.get(suffix, suffix[1:].upper())
+        )
         path.write_bytes(data.getvalue()[: int(len(data.getvalue()) * share)])
 
     return save
@@ -191,6 +230,11 @@ def _tiff_bomb(path: Path) -> None:
     path.write_bytes(b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4))
 
 
+def _float_colours(path: Path) -> None:
+    pixels = np.ones((HEIGHT, WIDTH, 3), dtype=np.float32)
+    path.write_bytes(cv2.imencode(".tif", pixels)[1].tobytes())
+
+
 def _holding(data: bytes) -> Callable[[Path], None]:
     def save(path: Path) -> None:
         path.write_bytes(data)
@@ -200,6 +244,11 @@ def _holding(data: bytes) -> Callable[[Path], None]:
 
 UNREADABLE: dict[str, Callable[[Path], None]] = {
     **{f"cut off{suffix}": _cut(suffix) for suffix in (".jpg", ".png", ".webp", ".tif", ".bmp", ".gif")},
+    **{f"cut off{suffix}": _cut(suffix, 0.3) for suffix in (".jp2", ".ppm")},
+    "cut in its header.avif": _cut(".avif", 0.3),
+    "cut in its header.heic": _holding(b"\0\0\0\x24ftypheic\0\0\0\0mif1heicMiHBMiHE"),
+    "colours of 32 bits.tif": _float_colours,
+    "no library of ours.jxl": _holding(b"\xff\x0a" + bytes(40)),
     "cut in its header.jpg": _holding(b"\xff\xd8\xff\xe0\0\x10JF"),
     "empty.png": _holding(b""),
     "no image.jpg": _holding(b"not an image"),

@@ -2,6 +2,7 @@
 
 import io
 import struct
+import sys
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
+from metr.data.formats.files import Files
 from metr.data.images import (
     check_image,
     exif_oriented_record,
@@ -305,3 +307,25 @@ def test_check_image_reports_unreadable_files(tmp_path: Path) -> None:
     assert issue is not None
     assert issue.kind == "unreadable image"
     assert "0 bytes" in issue.detail
+
+
+def test_a_heic_image_without_its_library_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    path = tmp_path / "phone.heic"
+    path.write_bytes(b"\0\0\0\x24ftypheic\0\0\0\0mif1heicMiHBMiHE" + bytes(100))
+    with pytest.raises(DataError, match=r"metr\[heif\]"):
+        read_image(path)
+
+
+def test_an_avif_image_without_its_library_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    READABLE["plain.avif"](tmp_path / "plain.avif")
+    monkeypatch.setattr("metr.data.images.features.check", lambda name: False)
+    with pytest.raises(DataError, match=r"needs Pillow 11\.3 or newer"):
+        read_image(tmp_path / "plain.avif")
+
+
+def test_the_common_kind_of_a_pair_is_taken(tmp_path: Path) -> None:
+    for name in ("a.avif", "a.jpg", "b.HEIC", "b.JPG", "c.heic", "c.avif"):
+        (tmp_path / name).touch()
+    files = Files(tmp_path)
+    assert [files.find_stem(stem, [""]) for stem in "abc"] == ["a.jpg", "b.JPG", "c.avif"]

@@ -15,6 +15,7 @@ from pydantic import Field
 
 from metr.bounded_yaml import parse_yaml
 from metr.config import Config, read_yaml
+from metr.data.containers.archives import archive_stem
 from metr.data.formats.base import ReadOptions, plain_name
 from metr.data.formats.box_kinds import BoxKind
 from metr.data.formats.files import expanded, there
@@ -28,7 +29,18 @@ from metr.errors import ConfigError, DataError, did_you_mean
 logger = logging.getLogger(__name__)
 
 FormatName = Literal[
-    "coco", "lvis", "objects365", "yolo", "crowdhuman", "odvg", "open_images", "imagefolder", "labelme", "voc", "csv"
+    "coco",
+    "lvis",
+    "objects365",
+    "yolo",
+    "crowdhuman",
+    "odvg",
+    "open_images",
+    "imagefolder",
+    "labelme",
+    "voc",
+    "csv",
+    "huggingface",
 ]
 SplitName = Literal["train", "val", "test"]
 
@@ -45,7 +57,7 @@ class DatasetConfig(Config):
     name: Annotated[str, Field(min_length=1)]
     """The dataset's name in messages, results and vocabularies."""
     path: Path
-    """Its folder, or its one annotation file."""
+    """Its folder, its one annotation file, or an archive of the folder (zip, tar, tar.gz, tar.bz2, tar.xz)."""
     format: FormatName | None = None
     """The format of its files. None: it is recognised."""
     splits: dict[SplitName, tuple[str, ...] | str] | None = None
@@ -307,7 +319,9 @@ def _dataset_config(values: Mapping[str, Any], base: Path, where: object) -> Dat
         raise ConfigError(f"a path with a zero byte: {path!r}", where=where, hint="take it out")
     full = base / expanded(path)
     resolved = Path(os.path.realpath(full))  # `resolve` raises an error for a link to itself
-    default_name = resolved.parent.name if there(resolved, Path.is_file) else resolved.name
+    default_name = resolved.name
+    if there(resolved, Path.is_file):
+        default_name = archive_stem(resolved) or resolved.parent.name
     return DatasetConfig.checked({"name": default_name, **values, "path": full}, where=where)
 
 

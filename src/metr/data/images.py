@@ -7,17 +7,20 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import Image, features
 from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
 from PIL.ImageFile import ImageFile
+from PIL.Jpeg2KImagePlugin import Jpeg2KImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
+from PIL.PpmImagePlugin import PpmImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
@@ -26,7 +29,14 @@ from metr.errors import DataError
 
 ImageSource = str | Path | np.ndarray | Image.Image
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".webp", ".gif", ".tif", ".tiff"})
+COMMON_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".webp", ".gif", ".tif", ".tiff"}
+)
+# Every file beside annotations with one of these is taken for an image; one that cannot be read becomes an issue.
+SUFFIXES = COMMON_SUFFIXES | frozenset(
+    {".avif", ".heic", ".heif", ".hif", ".jp2", ".j2k", ".j2c", ".jpf", ".jpx"}
+    | {".ppm", ".pgm", ".pbm", ".pnm", ".jxl"}
+)
 
 # A file of a few kilobytes may unfold to gigabytes: 2^27 pixels take 400 MB as RGB.
 MAX_PIXELS = 1 << 27
@@ -44,9 +54,19 @@ _READERS: tuple[tuple[bytes, type[ImageFile]], ...] = (
     (b"RIFF", WebPImageFile),
     (b"II*\0", TiffImageFile),
     (b"MM\0*", TiffImageFile),
+    (b"\0\0\0\x0cjP  \r\n\x87\n", Jpeg2KImageFile),
+    (b"\xff\x4f\xff\x51", Jpeg2KImageFile),
+    *((b"P%d" % kind + blank, PpmImageFile) for kind in range(1, 7) for blank in (b"\n", b" ", b"\r", b"\t")),
 )
+# Kinds of the container that AVIF and HEIC share ("ftyp" at its start), by the brands that a file names.
+_AVIF = frozenset({b"avif", b"avis"})
+_HEIC = frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"})
+_START_BYTES = 32
 # What Pillow raises about a damaged file, beside OSError.
-_DAMAGED = (SyntaxError, ValueError, TypeError, LookupError, EOFError, OverflowError, struct.error, zlib.error)
+_DAMAGED = (
+    *(SyntaxError, ValueError, TypeError, LookupError, EOFError, OverflowError, RuntimeError),
+    *(struct.error, zlib.error),
+)
 
 _WIDTH, _HEIGHT, _ORIENTATION = 256, 257, 274  # tags of TIFF, the last one of EXIF too
 _SIDEWAYS = frozenset({5, 6, 7, 8})  # orientations that swap width and height
@@ -111,7 +131,8 @@ def read_image(path: Path) -> UInt8[np.ndarray, "h w 3"]:
     Of an animation, the first frame is read.
 
     Args:
-        path: A JPEG, PNG, BMP, GIF, WebP or TIFF file of at most `MAX_PIXELS` pixels.
+        path: A JPEG, PNG, BMP, GIF, WebP, TIFF, AVIF, HEIC (extra `heif`), JPEG 2000 or PPM file of at most
+            `MAX_PIXELS` pixels.
 
     Raises:
         DataError: the file is missing, empty, cut off, not an image, or has too many pixels.
@@ -144,8 +165,8 @@ def load_image(image: object, where: object) -> UInt8[np.ndarray, "h w 3"]:
 def rgb_pixels(image: Image.Image, where: object) -> UInt8[np.ndarray, "h w 3"]:
     """A PIL image as 8-bit RGB, turned as its EXIF orientation says.
 
-    Grey, palette and CMYK images are converted; of 16 bits the high 8 are kept; floating-point numbers are clipped to
-    0..255; transparent images are laid on white.
+    Grey, palette and CMYK images are converted; of 16 bits the high 8 are kept; floating-point numbers from 0 to 1
+    are multiplied by 255, others clipped to 0..255; transparent images are laid on white.
 
     Raises:
         DataError: the image comes from a file that turns out to be damaged, or its pixels are of an unusual type.
@@ -260,21 +281,49 @@ def _opened(path: Path) -> Iterator[tuple[ImageFile, Header]]:
 
 def _recognised(file: BinaryIO, path: Path) -> ImageFile:
     """The image of an open file, its header read."""
-    start = file.read(8)
+    start = file.read(_START_BYTES)
     file.seek(0)
-    reader = next((reader for magic, reader in _READERS if start.startswith(magic)), None)
+    reader = next((reader for magic, reader in _READERS if start.startswith(magic)), None) or _branded(start, path)
     if reader is not None:
         try:
             return reader(file)
         except Image.DecompressionBombError:
             raise _too_large("more pixels", path) from None
-        except (OSError, *_DAMAGED):
+        except (OSError, *_DAMAGED) as error:
+            if "unknown pixel mode" in str(error):  # Pillow's words
+                what = f"a {reader.format} image of a pixel type that cannot be read, such as colours of 32 bits"
+                raise DataError(what, where=path, hint="convert it to 8 bits, for example to PNG") from None
             what = f"a {reader.format} image whose header is cut off or broken"
             raise DataError(what, where=path, hint="copy it again or remove it") from None
     if not start:
         raise DataError("an empty file (0 bytes), not an image", where=path, hint="copy it again or remove it")
-    kinds = "JPEG, PNG, BMP, GIF, WebP or TIFF"
+    kinds = "JPEG, PNG, BMP, GIF, WebP, TIFF, AVIF, HEIC, JPEG 2000 or PPM"
     raise DataError(f"not an image in a known format ({kinds})", where=path, hint="convert it, for example to PNG")
+
+
+def _branded(start: bytes, path: Path) -> type[ImageFile] | None:
+    """The reader of an AVIF or HEIC image by how its file starts; None for others.
+
+    Raises:
+        DataError: the library that reads this kind is not installed.
+    """
+    brands = {start[place : place + 4] for place in range(8, len(start), 4)} if start[4:8] == b"ftyp" else set()
+    if brands & _AVIF:
+        if not features.check("avif"):
+            what = "an AVIF image, which needs Pillow 11.3 or newer with AVIF"
+            raise DataError(what, where=path, hint="pip install --upgrade pillow")
+        from PIL.AvifImagePlugin import AvifImageFile
+
+        return AvifImageFile
+    if not brands & _HEIC:
+        return None
+    try:
+        from pillow_heif import HeifImageFile
+    except ImportError:
+        what = "a HEIC image, which needs the extra `heif` (pip install 'metr[heif]')"
+        raise DataError(what, where=path, hint="install it, or convert the image, for example to JPEG") from None
+    heif: type[ImageFile] = HeifImageFile
+    return heif
 
 
 def _refuse_too_large(path: Path, header: Header) -> None:
@@ -302,7 +351,7 @@ def _orientation(image: Image.Image) -> int:
 def _as_rgb(image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
     """Pixels that are loaded, converted."""
     if image.mode[0] in "IF":  # 16 or 32 bits a pixel, all grey
-        return _in_strips(image, _from_grey)
+        return _in_strips(image, partial(_from_grey, factor=_factor(image)))
     if image.mode in _TRANSPARENT or "transparency" in image.info:
         return _in_strips(image, _on_white)
     return np.array(image.convert("RGB"))
@@ -326,9 +375,21 @@ def _on_white(image: Image.Image) -> np.ndarray:
     return np.asarray(((colour * opacity + 127) // 255 + 255 - opacity).astype(np.uint8))
 
 
-def _from_grey(image: Image.Image) -> np.ndarray:
+def _factor(image: Image.Image) -> float:
+    """What makes floating-point pixels 0 to 255: 255 where none of the image is outside of 0 to 1, else 1."""
+    if image.mode != "F":
+        return 1.0
+    rows = max(1, _STRIP // image.width)
+    strips = (
+        np.nan_to_num(np.asarray(image.crop((0, top, image.width, min(top + rows, image.height)))))
+        for top in range(0, image.height, rows)
+    )
+    return 255.0 if all(strip.min() >= 0 and strip.max() <= 1 for strip in strips) else 1.0
+
+
+def _from_grey(image: Image.Image, factor: float) -> np.ndarray:
     grey = np.asarray(image)
-    grey = np.nan_to_num(grey) if image.mode == "F" else grey >> 8
+    grey = np.nan_to_num(grey) * factor if image.mode == "F" else grey >> 8
     return grey.clip(0, 255).astype(np.uint8)[..., None]
 
 

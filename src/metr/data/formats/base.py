@@ -306,6 +306,14 @@ class Reader(ABC):
     def recognise(cls, path: Path) -> "Reader | None":
         """A reader of this folder or annotation file if it looks like this format; a cheap look."""
 
+    def prepared(self) -> "Reader":
+        """The reader that the dataset is read with, after all that `recognise` is too cheap for: here, itself.
+
+        Raises:
+            DataError: the files turn out to be damaged.
+        """
+        return self
+
     @abstractmethod
     def read(self, split: str, reading: Reading) -> Iterator[RawImage]:
         """The images of one of `splits`, in a fixed order. Declared categories are numbered first."""

@@ -15,7 +15,7 @@ from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
-from metr.data.images import SUFFIXES, open_regular
+from metr.data.images import COMMON_SUFFIXES, SUFFIXES, open_regular
 from metr.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -194,7 +194,9 @@ class Files:
     def _of_stem(self, stem: str, folder: str) -> str | None:
         """The first image in a folder with this name and any suffix, else one whose name differs in case."""
         if folder not in self._stems:
-            names = [name for name in sorted(self.listing(folder), reverse=True) if is_image(name)]
+            # The last of a stem counts: the common kind of a pair that a phone saved (.jpg, .heic), else the first.
+            names = sorted(filter(is_image, self.listing(folder)), reverse=True)
+            names.sort(key=lambda name: posixpath.splitext(name)[1].lower() in COMMON_SUFFIXES)
             stems = {fold(posixpath.splitext(name)[0]): name for name in names}
             self._stems[folder] = stems | {posixpath.splitext(name)[0]: name for name in names}
         found = self._stems[folder]

@@ -2,8 +2,11 @@
 
 import logging
 import os
+from itertools import product
 from pathlib import Path
 
+from metr.data.containers.archives import archive_folders, archive_stem, is_archive
+from metr.data.containers.huggingface import HuggingFaceReader
 from metr.data.formats.base import Reader
 from metr.data.formats.coco import CocoReader
 from metr.data.formats.coco_variants import LvisReader, Objects365Reader
@@ -34,11 +37,12 @@ READERS: tuple[type[Reader], ...] = (
     LabelmeReader,
     VocReader,
     CsvReader,
+    HuggingFaceReader,
 )
 
 
 def recognise(path: Path, format_name: str | None = None, *, tell_others: bool = True) -> Reader:
-    """The reader of a dataset's folder (or of its one annotation file).
+    """The reader of a dataset's folder, its one annotation file, or an archive of it, which is unpacked once.
 
     Args:
         path: The folder or file.
@@ -46,7 +50,7 @@ def recognise(path: Path, format_name: str | None = None, *, tell_others: bool =
         tell_others: Log which other formats it fits (see `log_other_formats`).
 
     Raises:
-        DataError: there is no such path, or it fits no format.
+        DataError: there is no such path, it fits no format, or it is an archive that cannot be unpacked.
     """
     path = _absolute(path)
     if not there(path):
@@ -56,17 +60,18 @@ def recognise(path: Path, format_name: str | None = None, *, tell_others: bool =
     if not readers:
         hint = did_you_mean(str(format_name), [reader.format for reader in READERS])
         raise DataError(f"unknown format {format_name!r}", where=path, hint=hint)
-    for reader in readers:
-        found = reader.recognise(path)
+    places = archive_folders(path) if is_archive(path) else [path]
+    for place, reader in product(places, readers):
+        found = reader.recognise(place)
         if found is not None:
             if tell_others and format_name is None:
                 log_other_formats(found, path)
-            return found
+            return found.prepared()
     looked_for = "\n    ".join(reader.looks_like for reader in readers)
-    almost = next(filter(None, (reader.why_not(path) for reader in readers)), None)
+    almost = next(filter(None, (reader.why_not(places[0]) for reader in readers)), None)
     if almost is not None:
         raise DataError(almost, where=path, hint="rename its columns, or add those that are missing")
-    what = f"no annotations of a known format ({_contents(path)})"
+    what = f"no annotations of a known format ({_contents(places[0])})"
     raise DataError(what, where=path, hint=f"one of these layouts\n    {looked_for}")
 
 
@@ -100,5 +105,8 @@ def _contents(path: Path) -> str:
     folders = [entry.name for entry in entries if entry.is_dir()]
     images = sum(is_image(entry.name) for entry in entries)
     others = len(entries) - len(folders) - images
+    packed = [entry.name for entry in entries if archive_stem(Path(entry.name)) is not None]
+    if packed:
+        return f"found {len(packed)} archives ({', '.join(packed[:5])}): name one of them, or unpack them all"
     named = f" ({', '.join(folders[:5])}{', ...' if len(folders) > 5 else ''})" if folders else ""
     return f"found {len(folders)} folders{named}, {images} images, {others} other files"

@@ -80,7 +80,7 @@ def stored(reader: Reader, plan: SplitPlan, cache: Path) -> StoredDataset:
         return found
     try:
         place.mkdir(parents=True, exist_ok=True)
-        with _locked(place):
+        with locked(place):
             return _found(reader, place) or _build(reader, plan, place)
     except OSError as error:
         temporary = Path(tempfile.mkdtemp(prefix="metr-index-"))
@@ -93,7 +93,7 @@ def stored(reader: Reader, plan: SplitPlan, cache: Path) -> StoredDataset:
         raise DataError(f"the index of {reader.root} cannot be written: {error}", where=temporary, hint=hint) from None
 
 
-def _locked(place: Path) -> contextlib.AbstractContextManager[object]:
+def locked(place: Path) -> contextlib.AbstractContextManager[object]:
     """Waits until no other process builds in a folder; the lock ends with the block, or with its process."""
     lock = FileLock(place / _LOCK)
     try:

@@ -1,0 +1,268 @@
+"""Hugging Face datasets as tables: Parquet of a repository, Arrow of the library's `save_to_disk` and of its cache.
+
+A row has an image, as bytes or as a path, and objects with boxes as in imagefolder. Such a dataset is unpacked once, as
+an imagefolder: the bytes of the images as they are, and a `metadata.jsonl` whose lines are the rows.
+"""
+
+import contextlib
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from metr.data.containers.features import Columns, class_labels, columns_of, data_files
+from metr.data.containers.shards import (
+    copied_splits,
+    copy_about,
+    every_shard,
+    files_below,
+    link_image,
+    missing_shards,
+    shards_by_split,
+    write_image,
+)
+from metr.data.containers.store import Budget, unpacked
+from metr.data.formats.base import RawImage, Reader, Reading
+from metr.data.formats.files import ends_of, start_of, there
+from metr.data.formats.imagefolder import ImageFolderReader
+from metr.data.formats.locating import grouped
+from metr.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+_TABLES = re.compile(r"^(?!cache-|metadata\.|\.).*\.(parquet|arrow)$", re.IGNORECASE)
+_ROWS_A_BATCH = 16
+# Tables that recognising looks at.
+_SNIFFED = 5
+_DAMAGED = (OSError, ValueError, KeyError, pa.ArrowException)
+
+
+class HuggingFaceReader(ImageFolderReader):
+    """Hugging Face's tables with images inside. A split is made of tables, and once unpacked of their folders."""
+
+    format = "huggingface"
+    looks_like = (
+        "Hugging Face: .parquet or .arrow files (also of save_to_disk) with images and objects (bbox, category)"
+    )
+
+    def __init__(
+        self, root: Path, splits: Mapping[str, tuple[Path, ...]], missing: Sequence[tuple[str, str]] = ()
+    ) -> None:
+        super().__init__(root, splits)
+        self.missing = missing
+
+    @classmethod
+    def recognise(cls, path: Path) -> Reader | None:
+        """A reader of a folder with such tables, a few folders deep, or of one such table."""
+        if path.is_file():
+            return cls(path.parent, {"all": (path,)}) if _TABLES.search(path.name) and _fits(path) else None
+        found = files_below(path, _TABLES)
+        files = [file for file in found if file in _saved(found)]
+        if not any(map(_fits, files[:_SNIFFED])):
+            return None
+        splits, config = data_files(path, files)
+        if config:
+            logger.info("%s: its card describes several datasets; read is %r", path, config)
+        missing = missing_shards(files, path)
+        if not splits and (named := _json(path / "dataset_dict.json").get("splits")):
+            splits = grouped((file.relative_to(path).parts[0], file) for file in files if file.parent != path)
+            lost = (name for name in named if name not in splits)
+            missing += [("dataset_dict.json", f"names the split {name!r}, which has no folder here") for name in lost]
+        return cls(path, splits or shards_by_split(files, path), missing)
+
+    def prepared(self) -> "HuggingFaceReader":
+        """A reader of the unpacked dataset.
+
+        Raises:
+            DataError: a table is damaged or has other columns, or the disk is too small.
+        """
+        tables = list(every_shard(self.splits))
+        source = tables[0] if list(self.splits) == ["all"] and len(tables) == 1 else self.root
+        about = [self.root / "README.md", *{file.parent / "dataset_info.json" for file in tables}]
+        copy = unpacked(
+            source, [*tables, *sorted(about)], lambda folder, _: self._unpack(tables, folder), kind=self.format
+        )
+        return HuggingFaceReader(copy, copied_splits(self.splits, self.root, copy), self.missing)
+
+    def read(self, split: str, reading: Reading) -> Iterator[RawImage]:
+        """The images of a split in the order of the rows."""
+        for where, detail in self.missing:
+            reading.notes.once("missing file", where, detail)
+        yield from super().read(split, reading)
+
+    def _unpack(self, tables: Sequence[Path], folder: Path) -> None:
+        size = sum(table.stat().st_size for table in tables)
+        budget = Budget(self.root, size, folder)
+        budget.expect(size)
+        copy_about(self.root, folder)
+        names: dict[str, None] = {}
+        for table in tables:
+            place = folder / table.relative_to(self.root)
+            place.mkdir(parents=True)
+            names |= dict.fromkeys(_unpack_table(table, self.root, place, budget))
+        if names:
+            numbered = {str(number): name for number, name in enumerate(names)}
+            (folder / "id2label.json").write_text(json.dumps(numbered), encoding="utf-8")
+
+
+def _unpack_table(table: Path, root: Path, folder: Path, budget: Budget) -> Sequence[str]:
+    """Writes the rows of a table; returns the names that are declared for its categories."""
+    with _reading(table):
+        schema = _schema(table)
+    columns = columns_of(schema)
+    if columns is None:
+        what = f"no images with boxes in this table (columns: {', '.join(schema.names[:12])})"
+        raise DataError(what, where=table, hint="move it out of the dataset's folder, or name the others in its card")
+    labels = class_labels(schema, root, table.parent, columns)
+    rows = _rows(table, columns)
+    with (folder / "metadata.jsonl").open("wb") as file:
+        number = 0
+        while True:
+            with _reading(table):
+                row = next(rows, None)
+            if row is None:
+                break
+            number += 1
+            line = {
+                "file_name": _write_row_image(row[columns.image], number, table, root, folder, budget),
+                **{name: row[name] for name in columns.sizes},
+                "objects": _named(_objects(row, columns), labels),
+            }
+            text = msgspec.json.encode(line, enc_hook=str) + b"\n"
+            budget.add_bytes(len(text))
+            file.write(text)
+    return next(iter(labels.values())) if len(labels) == 1 else ()
+
+
+def _write_row_image(image: Any, row: int, table: Path, root: Path, folder: Path, budget: Budget) -> str | None:
+    """Writes or links the image of a row; returns its name, None where the row has none."""
+    data, named = (image.get("bytes"), image.get("path")) if isinstance(image, dict) else (image, None)
+    if isinstance(data, str):
+        data, named = None, data
+    named = named if isinstance(named, str) else ""
+    if data:
+        return write_image(data, row, named, folder, budget)
+    return link_image(named, row, [table.parent, root], root, folder) if named else None
+
+
+def _objects(row: Mapping[str, Any], columns: Columns) -> Any:
+    """The objects of a row, as lists side by side or as a list of objects."""
+    if len(columns.objects) > 1:
+        return {name: row[name] for name in columns.objects}
+    value = row[columns.objects[0]]
+    if isinstance(value, list):
+        return [_chosen(item, columns) for item in value if item is not None]
+    return _chosen(value, columns) if isinstance(value, dict) else value
+
+
+def _chosen(value: Mapping[str, Any], columns: Columns) -> dict[str, Any]:
+    return {key: item for key, item in value.items() if key in columns.inner}
+
+
+def _named(objects: Any, labels: Mapping[str, Sequence[str]]) -> Any:
+    """The objects with names in place of the numbers of their categories; a number that has none stays."""
+    if isinstance(objects, list):
+        return [_named(item, labels) for item in objects]
+    if not isinstance(objects, dict):
+        return objects
+    return {key: _name(value, labels[key]) if key in labels else value for key, value in objects.items()}
+
+
+def _name(value: Any, names: Sequence[str]) -> Any:
+    if isinstance(value, list):
+        return [_name(item, names) for item in value]
+    if isinstance(value, int) and value == -1:
+        return None  # the library's number for "not known"
+    return names[value] if isinstance(value, int) and 0 <= value < len(names) else value
+
+
+def _saved(files: Sequence[Path]) -> set[Path]:
+    """The files without those in a folder of `save_to_disk` that do not belong to the data.
+
+    Raises:
+        DataError: the data needs a file that is missing.
+    """
+    kept = set(files)
+    for folder in {file.parent for file in files if file.suffix.lower() == ".arrow"}:
+        state = folder / "state.json"
+        values = _json(state)
+        names = [one.get("filename") for one in values.get("_data_files") or () if isinstance(one, dict)]
+        if not names:
+            continue
+        own = {file.name: file for file in files if file.parent == folder}
+        if lost := [name for name in names if name not in own]:
+            what = f"names {lost[0]!r}, which is missing"
+            raise DataError(what, where=state, hint="copy the whole folder that save_to_disk wrote")
+        if values.get("_indices_data_files"):
+            what = "only some of the rows belong to the dataset, which a file of indices says"
+            raise DataError(what, where=state, hint="save it anew: dataset.flatten_indices().save_to_disk(...)")
+        kept -= {file for name, file in own.items() if name not in names}
+    return kept
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The object in a small JSON file; an empty one where there is none."""
+    try:
+        value = json.loads(path.read_bytes()) if there(path, Path.is_file) else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _fits(table: Path) -> bool:
+    try:
+        return columns_of(_schema(table)) is not None
+    except _DAMAGED:
+        return False
+
+
+def _is_parquet(table: Path) -> bool:
+    return table.suffix.lower() == ".parquet"
+
+
+def _schema(table: Path) -> pa.Schema:
+    if _is_parquet(table):
+        return pq.read_schema(table)
+    with _arrow(table) as reader:
+        return reader.schema
+
+
+def _rows(table: Path, columns: Columns) -> Iterator[dict[str, Any]]:
+    if _is_parquet(table):
+        with pq.ParquetFile(table) as file:
+            for batch in file.iter_batches(_ROWS_A_BATCH, columns=columns.names):
+                yield from batch.to_pylist()
+        return
+    with _arrow(table) as reader:
+        file_format = isinstance(reader, pa.ipc.RecordBatchFileReader)
+        batches = map(reader.get_batch, range(reader.num_record_batches)) if file_format else reader
+        for batch in batches:
+            chosen = batch.select(columns.names)
+            for start in range(0, chosen.num_rows, _ROWS_A_BATCH):
+                yield from chosen.slice(start, _ROWS_A_BATCH).to_pylist()
+    if not file_format and not ends_of(table, 8).endswith(bytes(4)):
+        raise ValueError("the mark of its end is missing")
+
+
+@contextlib.contextmanager
+def _arrow(table: Path) -> Iterator[Any]:
+    """A reader of an Arrow file, or of an Arrow stream, which the library writes."""
+    with pa.memory_map(str(table)) as source:
+        opened = pa.ipc.open_file if start_of(table, 6) == b"ARROW1" else pa.ipc.open_stream
+        with opened(source) as reader:
+            yield reader
+
+
+@contextlib.contextmanager
+def _reading(table: Path) -> Iterator[None]:
+    try:
+        yield
+    except _DAMAGED as error:
+        what = f"a table that is damaged or cut off: {error}"
+        raise DataError(what, where=table, hint="download or copy it again") from None
