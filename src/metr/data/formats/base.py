@@ -100,6 +100,9 @@ class Names:
     def __len__(self) -> int:
         return len(self._numbers)
 
+    def __contains__(self, name: str) -> bool:
+        return plain_name(name) in self._numbers
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._numbers)
 
@@ -183,6 +186,7 @@ class BoxList:
         self._labels: list[int] = []
         self._marks: list[int | str] = []
         self._flags: list[tuple[bool, float]] = []
+        self._unknown: set[int] = set()
 
     def add(
         self,
@@ -211,6 +215,20 @@ class BoxList:
         self._labels.append(self.reading.names.number(name))
         self._marks.append(mark)
         self._flags.append((ignore, area))
+
+    def ignore_region(self, names: Iterable[str], box: Sequence[float] | None, mark: int | str) -> None:
+        """Adds a region of the image in which no object of these categories counts, found or not."""
+        for name in names:
+            self.add(name, box, mark, ignore=True)
+
+    def leave_out(self, name: str | None, mark: int | str, shape: str) -> None:
+        """Notes an object without an extent, such as a point or a line.
+
+        If the dataset has boxes of its category, that one is unknown in this image.
+        """
+        self.reading.issues.add("unsupported shape", place(self.where, mark), f"a {shape} of {name!r}: left out")
+        if name is not None and name in self.reading.names:
+            self._unknown.add(self.reading.names.number(name))
 
     @property
     def labels(self) -> set[int]:
@@ -244,6 +262,7 @@ class BoxList:
             marks=self._marks,
             annotated=annotated,
             amodal=amodal,
+            unknown=sorted(self._unknown),
         )
 
 

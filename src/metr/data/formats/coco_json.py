@@ -204,6 +204,7 @@ def _value_end(file: BinaryIO, place: int, window_bytes: int) -> int:
 
 
 _FIRST_BYTES, _SNIFF_BYTES = 1 << 12, 1 << 20
+_DATUMARO = re.compile(rb'"categories"\s*:\s*\{\s*"(label|points|mask)"\s*:\s*\{')
 _LABELME = re.compile(rb'"(shapes|imagePath)"\s*:')
 
 Id = int | str
@@ -263,7 +264,8 @@ def coco_ends(path: Path) -> bytes:
     ends = ends_of(path, _SNIFF_BYTES)
     keys = sum(key in ends for key in (b'"images"', b'"annotations"', b'"categories"'))
     is_object = ends.removeprefix(BYTE_ORDER_MARK).lstrip()[:1] == b"{"
-    return ends if is_object and keys >= 2 and b'"segments_info"' not in ends else b""
+    other = b'"segments_info"' in ends or _DATUMARO.search(ends) is not None
+    return ends if is_object and keys >= 2 and not other else b""
 
 
 def look_through(path: Path, piece_bytes: int) -> CocoFile:

@@ -15,6 +15,7 @@ from metr.data.formats.locating import IMAGE_FOLDERS, grouped, locate, split_of_
 # What folders with one annotation file an image are called.
 _ANNOTATION_FOLDERS = frozenset(
     {"annotations", "annotation", "annots", "annot", "ann", "labels", "label", "xml", "xmls", "json", "jsons"}
+    | {"labeltxt", "label_2"}
 )
 _DEPTH = 3
 # A folder's first files may be broken or something else.
@@ -115,8 +116,8 @@ def twin_folders(files: Files, folder: str) -> tuple[str, ...]:
     twins = [
         "/".join([*parts[:index], name, *parts[index + 1 :]])
         for index, part in enumerate(parts)
-        if part.lower() in _ANNOTATION_FOLDERS
-        for name in IMAGE_FOLDERS
+        if part.lower().partition("-v")[0] in _ANNOTATION_FOLDERS  # DOTA: labelTxt-v1.5
+        for name in (*IMAGE_FOLDERS, "image_2")  # KITTI
     ]
     inner = [posixpath.join(place, name) for place in (folder, base) for name in IMAGE_FOLDERS]
     places = dict.fromkeys([*twins, folder, *inner, base])
