@@ -93,7 +93,6 @@ def dota_lines(image: ExpectedImage) -> str:
 
 
 def dota_roboflow(root: Path, truth: Truth) -> None:
-    """With a data.yaml, as if it were YOLO."""
     for split, images in truth.items():
         folder = root / {"val": "valid"}.get(split, split)
         save(folder / "images", images)

@@ -68,10 +68,10 @@ def _frames(sequence: str, reading: Reading) -> Iterator[RawImage]:
         row = _row(line)
         if row is None:
             if line.strip():
-                detail = f"expected frame,id,left,top,width,height,...: {line[:80]}; its frame is left out"
+                detail = f"expected frame,id,left,top,width,height,...: {line[:80]}; a frame that it names is left out"
                 reading.issues.add("unreadable annotation", f"{where}:{number}", detail)
                 start = line.partition(",")[0].strip()
-                broken |= {int(start)} if start.isdecimal() else set(images)
+                broken |= {int(start)} if start.isdecimal() else set()
             continue
         _add(row, number, frames.setdefault(int(row[0]), BoxList(where, reading)), names)
     for frame in sorted(frames.keys() - images.keys()):

@@ -144,7 +144,7 @@ _KINDS = (
         is_there=_is_masks,
     ),
     Unread(
-        what="a folder of images for each class, without boxes",
+        what="folders of images without boxes, perhaps one for each class",
         way_out="draw boxes, for instance with labelme, CVAT or Label Studio; METR learns where objects are",
         is_there=_is_classification,
     ),

@@ -87,10 +87,11 @@ class ViaReader(ManyImagesReader):
         """The images of a split; the attribute that names the category is the same in all splits."""
         if not self._is_chosen:
             paths = sorted({file for files in self.splits.values() for file in files})
+            quiet = Reading(files=reading.files)  # what is wrong is noted when a file is read for its images
             regions = [
                 region
                 for file in paths
-                for image in _images(self.within(file), reading, quiet=file not in self.splits[split])
+                for image in _images(self.within(file), quiet)
                 for region in image.each_region()
             ]
             self._attribute, self._is_chosen = _category_attribute(regions, self.within(paths[0]), reading), True
@@ -162,14 +163,12 @@ def _box(shape: Mapping[str, Any]) -> list[float] | None:
     return None
 
 
-def _images(where: str, reading: Reading, *, quiet: bool = False) -> Iterator[_Image]:
+def _images(where: str, reading: Reading) -> Iterator[_Image]:
     """The images of a file with their regions.
 
     Raises:
         DataError: the file cannot be read.
     """
-    if quiet:  # another split, which notes its own issues when it is read
-        reading = Reading(files=reading.files)
     if where.lower().endswith(".csv"):
         yield from _csv_images(where, reading)
         return
