@@ -48,7 +48,7 @@ def turned(points: Float[Tensor, "*n p 2"], degrees: float, pivot: Float[Tensor,
 
 
 def ellipse_to_xyxy(
-    centre: Float[Tensor, "*n 2"], radii: Float[Tensor, "*n 2"], degrees: float = 0
+    centre: Float[Tensor, "*n 2"], radii: Float[Tensor, "*n 2"], degrees: float = 0.0
 ) -> Float[Tensor, "*n 4"]:
     """Corners of the upright boxes around ellipses that are turned clockwise around their centres."""
     squared, angle = radii**2, math.radians(degrees)

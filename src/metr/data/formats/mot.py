@@ -122,7 +122,7 @@ def _info(sequence: str, reading: Reading) -> tuple[str, tuple[int, int] | None,
             parser.read_string(reading.text(where))
             section = parser["Sequence"]
             frames = reading.files.resolve(section.get("imDir", "img1"), sequence)
-            size = whole_size(section.getint("imHeight"), section.getint("imWidth"))
+            size = whole_size(section.getfloat("imHeight"), section.getfloat("imWidth"))
             length = section.getint("seqLength")
         except (configparser.Error, DataError, KeyError, ValueError) as error:
             reading.issues.add("unreadable annotation", where, str(error))

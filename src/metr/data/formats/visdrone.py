@@ -72,7 +72,7 @@ class VisDroneReader(FilePerImageReader):
                     reading.issues.add("unreadable annotation", f"{where}:{number}", detail)
                     return None
                 continue
-            box, score, category = row[:4], row[4], row[5]
+            box, score, category = [float(value) for value in row[:4]], row[4], row[5]
             if category in {_REGION, _OTHERS}:
                 boxes.ignore_region(NAMES, box, number)
             else:
