@@ -179,6 +179,16 @@ def test_mot17_has_each_sequence_three_times(tmp_path: Path) -> None:
     assert source.issue_counts == {"repeated sequence": 2}
 
 
+def test_vehicles_without_a_motor_distract_in_mot20_alone(tmp_path: Path) -> None:
+    for name, count in (("MOT16-02", 0), ("MOT20-01", 1)):
+        folder = tmp_path / name / "train" / name
+        save_image(folder / "img1" / "000001.jpg")
+        save_image(folder / "img1" / "000002.jpg")
+        write_text(folder / "gt" / "gt.txt", "1,1,3,4,10,20,0,6,1\n2,1,3,4,10,20,1,1,1\n")
+        source = opened(tmp_path / name, tmp_path)
+        assert [ignore for _, _, ignore in objects(source, "img1/000001.jpg")] == [True] * count
+
+
 def sequence(tmp_path: Path, lines: str, names: str | None = None, info: str | None = None) -> DatasetSource:
     folder = tmp_path / "data" / "train" / "s-01"
     for frame in (1, 2, 3):

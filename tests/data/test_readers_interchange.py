@@ -79,7 +79,7 @@ def test_createml_that_is_cut_off_is_an_error(tmp_path: Path) -> None:
 
 
 def datumaro(tmp_path: Path, *annotations: object) -> DatasetSource:
-    labels = [{"name": name, "parent": "", "attributes": []} for name in ("dog", "cat")]
+    labels: list[dict[str, Any]] = [{"name": name, "parent": "", "attributes": []} for name in ("dog", "cat")]
     items = [
         {"id": "a", "annotations": list(annotations), "image": {"path": "a.jpg", "size": [30, 40]}},
         {"id": "b", "annotations": []},

@@ -14,7 +14,7 @@ WIDTH, HEIGHT = 40, 30
 BOX = {"x": 5, "y": 10, "width": 25, "height": 50, "rotation": 0}  # [2, 3, 12, 18] in pixels
 
 
-def region(value: object = BOX, label: object = "cat", kind: str = "rectanglelabels", **rest: object) -> dict[str, Any]:
+def region(value: object = BOX, label: object = "cat", kind: str = "rectanglelabels", **rest: Any) -> dict[str, Any]:
     named = {**value, kind: [label]} if isinstance(value, dict) else value
     sides = {"original_width": WIDTH, "original_height": HEIGHT, "image_rotation": 0}
     return {"id": "x", "type": kind, "value": named, "from_name": "label", "to_name": "image"} | sides | rest
@@ -98,7 +98,7 @@ def test_a_region_with_two_labels_is_two_objects(tmp_path: Path) -> None:
 
 
 def test_regions_without_the_size_of_the_image(tmp_path: Path) -> None:
-    bare = {"original_width": None, "original_height": None}
+    bare: dict[str, Any] = {"original_width": None, "original_height": None}
     source = opened(tmp_path, annotation(region(**bare), region(BOX | {"rotation": 30}, **bare)))
     np.testing.assert_allclose(records(source)["a.jpg"].boxes, [[2, 3, 12, 18]])
     assert source.issue_counts == {"unreadable box": 1}  # nobody knows how wide a turned one is

@@ -68,7 +68,7 @@ def via_project(root: Path, truth: Truth) -> None:
 def via_csv(root: Path, truth: Truth) -> None:
     header = "filename,file_size,file_attributes,region_count,region_id,region_shape_attributes,region_attributes"
     for split, images in truth.items():
-        rows: list[list[object]] = [("#" + header).split(",")]
+        rows: list[list[object]] = [[*f"#{header}".split(",")]]
         for image in images:
             regions = via_regions(image)
             for number, region in enumerate(regions):

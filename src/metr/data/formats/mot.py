@@ -1,8 +1,9 @@
 """MOTChallenge: a folder a sequence, with its frames in `img1` and its boxes in `gt/gt.txt`.
 
 As in the benchmark, persons that are marked to be disregarded, and distractors (persons on vehicles, static persons,
-reflections, crowds), are ignored objects of "pedestrian"; cars and other things that only help trackers are left out.
-Other datasets of this form name their classes in `gt/labels.txt`; then all classes are read. Pixels count from 1.
+reflections; in MOT20 also vehicles without a motor), are ignored objects of "pedestrian". So are MOT20's crowds, whose
+persons have no boxes. Cars and other things that only help trackers are left out. Other datasets of this form name their
+classes in `gt/labels.txt`; then all classes are read. Pixels count from 1.
 """
 
 import configparser
@@ -19,8 +20,9 @@ from metr.errors import DataError
 
 _DEPTH = 3
 _PEDESTRIAN = 1
-# Person on vehicle, static person, distractor, reflection, crowd.
+# Person on vehicle, static person, distractor, reflection, crowd; and vehicle without a motor.
 _DISTRACTORS = frozenset({2, 7, 8, 12, 13})
+_DISTRACTORS_OF_MOT20 = _DISTRACTORS | {6}
 _GROUND_TRUTH, _NAMES, _INFO = "gt/gt.txt", "gt/labels.txt", "seqinfo.ini"
 # MOT17 has each sequence three times, each with the detections of another public detector.
 _DETECTOR = re.compile(r"(MOT17-\d+)-(DPM|FRCNN|SDP)")
@@ -62,6 +64,7 @@ def _frames(sequence: str, reading: Reading) -> Iterator[RawImage]:
     names = _names(posixpath.join(sequence, _NAMES), reading)
     folder, size, length = _info(sequence, reading)
     images = {int(Path(path).stem): path for path in reading.files.images(folder) if Path(path).stem.isdecimal()}
+    distractors = _DISTRACTORS_OF_MOT20 if posixpath.basename(sequence).startswith("MOT20") else _DISTRACTORS
     frames: dict[int, BoxList] = {}
     broken: set[int] = set()
     for number, line in enumerate(reading.text(where).splitlines(), start=1):
@@ -73,7 +76,7 @@ def _frames(sequence: str, reading: Reading) -> Iterator[RawImage]:
                 start = line.partition(",")[0].strip()
                 broken |= {int(start)} if start.isdecimal() else set()
             continue
-        _add(row, number, frames.setdefault(int(row[0]), BoxList(where, reading)), names)
+        _add(row, number, frames.setdefault(int(row[0]), BoxList(where, reading)), names, distractors)
     for frame in sorted(frames.keys() - images.keys()):
         reading.issues.add("missing image", where, f"frame {frame}, looked for in {folder}")
     for frame, path in sorted(images.items()):
@@ -84,7 +87,7 @@ def _frames(sequence: str, reading: Reading) -> Iterator[RawImage]:
             yield boxes.image(path, size=size, convert=xywh_to_xyxy, amodal=True)
 
 
-def _add(row: list[float], number: int, boxes: BoxList, names: list[str]) -> None:
+def _add(row: list[float], number: int, boxes: BoxList, names: list[str], distractors: frozenset[int]) -> None:
     """Adds a line of ground truth to the boxes of its frame."""
     left, top, width, height = row[2:6]
     box, kind = [left - 1, top - 1, width, height], row[7] if len(row) in _WITH_CLASS else _PEDESTRIAN
@@ -92,8 +95,8 @@ def _add(row: list[float], number: int, boxes: BoxList, names: list[str]) -> Non
     if names:
         name = names[int(kind) - 1] if kind in range(1, len(names) + 1) else None
         boxes.add(name, box, number, ignore=disregarded, found=f"class {kind:g} of {len(names)}")
-    elif kind == _PEDESTRIAN or kind in _DISTRACTORS:
-        boxes.add("pedestrian", box, number, ignore=disregarded or kind in _DISTRACTORS)
+    elif kind == _PEDESTRIAN or kind in distractors:
+        boxes.add("pedestrian", box, number, ignore=disregarded or kind in distractors)
 
 
 def _row(line: str) -> list[float] | None:
