@@ -2,8 +2,8 @@
 
 As in the benchmark, persons that are marked to be disregarded, and distractors (persons on vehicles, static persons,
 reflections; in MOT20 also vehicles without a motor), are ignored objects of "pedestrian". So are MOT20's crowds, whose
-persons have no boxes. Cars and other things that only help trackers are left out. Other datasets of this form name their
-classes in `gt/labels.txt`; then all classes are read. Pixels count from 1.
+persons have no boxes. Cars and other things that only help trackers are left out. Other datasets of this form name
+their classes in `gt/labels.txt`; then all classes are read. Pixels count from 1.
 """
 
 import configparser
