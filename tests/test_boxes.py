@@ -146,3 +146,23 @@ def test_clip_cuts_at_the_border() -> None:
     clipped = geometry.clip(boxes, height=480.0, width=640.0)
     assert torch.equal(clipped, expected)
     assert geometry.area(clipped)[2] == 0
+
+
+def test_boxes_around_points() -> None:
+    points = torch.tensor([[[2.0, 10.0], [7.0, 3.0], [12.0, 23.0]]])
+    assert torch.equal(geometry.points_to_xyxy(points), torch.tensor([[2.0, 3.0, 12.0, 23.0]]))
+
+
+def test_points_turn_clockwise_as_an_image_is_seen() -> None:
+    """The point to the right of the pivot goes below it, where y is larger."""
+    moved = geometry.turned(torch.tensor([[3.0, 1.0], [1.0, 1.0]]), 90.0, torch.tensor([1.0, 1.0]))
+    torch.testing.assert_close(moved, torch.tensor([[1.0, 3.0], [1.0, 1.0]]))
+
+
+@pytest.mark.parametrize("degrees", [0.0, 30.0, 90.0, 117.0, -45.0])
+def test_boxes_around_ellipses_equal_those_around_many_of_their_points(degrees: float) -> None:
+    centre, radii = torch.tensor([10.0, 20.0], dtype=torch.float64), torch.tensor([5.0, 3.0], dtype=torch.float64)
+    angle = torch.linspace(0, 2 * torch.pi, 10_000, dtype=torch.float64)
+    line = centre + radii * torch.stack([angle.cos(), angle.sin()], dim=-1)
+    expected = geometry.points_to_xyxy(geometry.turned(line, degrees, centre))
+    torch.testing.assert_close(geometry.ellipse_to_xyxy(centre, radii, degrees), expected, atol=1e-5, rtol=0)

@@ -1,7 +1,9 @@
-"""Conversions of boxes between formats, and comparisons of boxes.
+"""Conversions of boxes between formats, boxes around other shapes, and comparisons of boxes.
 
 Formats: `cxcywh` centre and size, `xyxy` corners, `xywh` top left corner and size (COCO's files).
 """
+
+import math
 
 import torch
 from jaxtyping import Float
@@ -30,6 +32,29 @@ def xywh_to_xyxy(boxes: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n 4"]:
     """Corners of boxes given by top left corner and size (COCO's files)."""
     low, size = boxes[..., :2], boxes[..., 2:]
     return torch.cat([low, low + size], dim=-1)
+
+
+def points_to_xyxy(points: Float[Tensor, "*n p 2"]) -> Float[Tensor, "*n 4"]:
+    """Corners of the upright boxes around points (x, y)."""
+    return torch.cat([points.amin(dim=-2), points.amax(dim=-2)], dim=-1)
+
+
+def turned(points: Float[Tensor, "*n p 2"], degrees: float, pivot: Float[Tensor, "*n 2"]) -> Float[Tensor, "*n p 2"]:
+    """Points (x, y) turned clockwise, as an image is seen (y points down), around a pivot."""
+    angle = math.radians(degrees)
+    x, y = (points - pivot.unsqueeze(-2)).unbind(-1)
+    rotated = [x * math.cos(angle) - y * math.sin(angle), x * math.sin(angle) + y * math.cos(angle)]
+    return pivot.unsqueeze(-2) + torch.stack(rotated, dim=-1)
+
+
+def ellipse_to_xyxy(
+    centre: Float[Tensor, "*n 2"], radii: Float[Tensor, "*n 2"], degrees: float = 0.0
+) -> Float[Tensor, "*n 4"]:
+    """Corners of the upright boxes around ellipses that are turned clockwise around their centres."""
+    squared, angle = radii**2, math.radians(degrees)
+    share = squared.new_tensor([math.cos(angle) ** 2, math.sin(angle) ** 2])
+    half = torch.stack([(squared * share).sum(dim=-1), (squared * share.flip(0)).sum(dim=-1)], dim=-1).sqrt()
+    return torch.cat([centre - half, centre + half], dim=-1)
 
 
 def area(boxes: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n"]:

@@ -7,8 +7,11 @@ import numpy as np
 import pytest
 from line_trees import LINE_LAYOUTS
 from reader_trees import LAYOUTS, NAMES, ExpectedImage, Truth, made_up
+from tool_trees import TOOL_LAYOUTS
 
 from metr.data.datasets_file import DatasetConfig, DatasetSource, open_dataset
+
+ALL = LAYOUTS | LINE_LAYOUTS | TOOL_LAYOUTS
 
 
 def opened(root: Path, tmp_path: Path, **options: object) -> DatasetSource:
@@ -52,10 +55,10 @@ def in_order(truth: Truth) -> dict[str, dict[str, ExpectedImage]]:
     return result
 
 
-@pytest.mark.parametrize("layout", LAYOUTS | LINE_LAYOUTS)
+@pytest.mark.parametrize("layout", ALL)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_round_trip(tmp_path: Path, layout: str, seed: int) -> None:
-    expected_format, write = (LAYOUTS | LINE_LAYOUTS)[layout]
+    expected_format, write = ALL[layout]
     truth = made_up(seed)
     root = tmp_path / "data set"
     write(root, truth)
@@ -64,7 +67,7 @@ def test_round_trip(tmp_path: Path, layout: str, seed: int) -> None:
     assert source.issues == ()
     assert source.issue_counts == {}
     assert as_truth(source) == in_order(truth)
-    declared = expected_format in {"coco", "yolo"}
+    declared = expected_format in {"coco", "yolo", "cvat", "datumaro"}
     assert source.categories == (NAMES if declared else tuple(sorted(NAMES)))
 
 
@@ -72,7 +75,7 @@ def test_round_trip(tmp_path: Path, layout: str, seed: int) -> None:
     "layout", ["coco plain", "voc beside", "yolo plain", "csv plain", "odvg plain", "labelme apart"]
 )
 def test_order_is_the_same_every_time(tmp_path: Path, layout: str) -> None:
-    (LAYOUTS | LINE_LAYOUTS)[layout][1](tmp_path / "data", made_up())
+    ALL[layout][1](tmp_path / "data", made_up())
     orders = [
         [record.image_id for record in opened(tmp_path / "data", tmp_path / str(run)).split("train")]
         for run in range(2)

@@ -6,17 +6,25 @@ from pathlib import Path
 import pytest
 from line_trees import LINE_LAYOUTS, labelme_beside, write_lines
 from reader_trees import LAYOUTS, coco_content, coco_plain, made_up, save_image, write_json, write_text
+from tool_trees import BENCHMARKS, TOOL_LAYOUTS
 
 from metr.data.formats.registry import READERS, recognise
 from metr.errors import DataError
 
-ALL = LAYOUTS | LINE_LAYOUTS
+ALL = LAYOUTS | LINE_LAYOUTS | TOOL_LAYOUTS
 
 
 @pytest.mark.parametrize("layout", ALL)
 def test_a_layout_fits_its_own_format_alone(tmp_path: Path, layout: str) -> None:
     expected, write = ALL[layout]
     write(tmp_path, made_up())
+    assert [reader.format for reader in READERS if reader.recognise(tmp_path) is not None] == [expected]
+
+
+@pytest.mark.parametrize("benchmark", BENCHMARKS)
+def test_a_benchmark_fits_its_own_format_alone(tmp_path: Path, benchmark: str) -> None:
+    expected, write = BENCHMARKS[benchmark]
+    write(tmp_path)
     assert [reader.format for reader in READERS if reader.recognise(tmp_path) is not None] == [expected]
 
 

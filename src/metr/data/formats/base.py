@@ -108,6 +108,9 @@ class Names:
     def __len__(self) -> int:
         return len(self._numbers)
 
+    def __contains__(self, name: str) -> bool:
+        return plain_name(name) in self._numbers
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._numbers)
 
@@ -225,6 +228,20 @@ class BoxList:
         """Notes an object that cannot be used and whose category cannot be told: none counts as absent here."""
         self.reading.issues.add(kind, place(self.where, mark), found[:80])
         self._unknown.add(UNNAMED)
+
+    def ignore_region(self, names: Iterable[str], box: Sequence[float] | None, mark: int | str) -> None:
+        """Adds a region of the image in which no object of these categories counts, found or not."""
+        for name in names:
+            self.add(name, box, mark, ignore=True)
+
+    def leave_out(self, name: str | None, mark: int | str, shape: str) -> None:
+        """Notes an object without an extent, such as a point or a line.
+
+        If the dataset has boxes of its category, that one is unknown in this image.
+        """
+        self.reading.issues.add("unsupported shape", place(self.where, mark), f"a {shape} of {name!r}: left out")
+        if name is not None and name in self.reading.names:
+            self._unknown.add(self.reading.names.number(name))
 
     @property
     def labels(self) -> set[int]:

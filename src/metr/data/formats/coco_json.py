@@ -16,6 +16,7 @@ from metr.data.formats.json_pieces import Value, values_of
 from metr.errors import DataError
 
 _FIRST_BYTES, _SNIFF_BYTES = 1 << 12, 1 << 20
+_DATUMARO = re.compile(rb'"categories"\s*:\s*\{\s*"(label|points|mask)"\s*:\s*\{')
 _LABELME = re.compile(rb'"(shapes|imagePath)"\s*:')
 
 Id = int | str
@@ -103,7 +104,8 @@ def coco_ends(path: Path) -> bytes:
     ends = ends_of(path, _SNIFF_BYTES)
     keys = sum(key in ends for key in (b'"images"', b'"annotations"', b'"categories"'))
     is_object = ends.removeprefix(BYTE_ORDER_MARK).lstrip()[:1] == b"{"
-    return ends if is_object and keys >= 2 and b'"segments_info"' not in ends else b""
+    other = b'"segments_info"' in ends or _DATUMARO.search(ends) is not None
+    return ends if is_object and keys >= 2 and not other else b""
 
 
 def look_through(path: Path, piece_bytes: int) -> CocoFile:

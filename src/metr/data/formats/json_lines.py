@@ -1,6 +1,7 @@
-"""What the readers of JSON lines share: decoding line by line, the keys of the first lines, and label maps."""
+"""What the readers of JSON lines and of JSON lists share: decoding item by item, cheap looks, and label maps."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -42,6 +43,59 @@ def json_lines(where: str, decoder: msgspec.json.Decoder[Item], reading: Reading
                     yield f"{where}:{number}", item
     except OSError as error:
         raise DataError(f"cannot be read: {error.strerror}", where=file) from None
+
+
+def json_items(where: str, decoder: msgspec.json.Decoder[Item], reading: Reading) -> Iterator[tuple[str, Item]]:
+    """The items of a file that holds one JSON list, with their places (`file, entry 3`).
+
+    Items that cannot be decoded are noted.
+
+    Args:
+        where: The file, relative to the dataset's folder.
+        decoder: Decodes an item.
+        reading: The dataset's files, and its issues.
+
+    Raises:
+        DataError: the file cannot be read, or holds no list.
+    """
+    data = reading.files.read(where).removeprefix(BYTE_ORDER_MARK)
+    for number, text in enumerate(_raw_items(data, reading.files.root / where), start=1):
+        item = _decoded_line(text, decoder, f"{where}, entry {number}", reading)
+        if item is not None:
+            yield f"{where}, entry {number}", item
+
+
+def _raw_items(data: bytes, file: Path) -> Iterator[bytes]:
+    """The text of each item of a JSON list.
+
+    Raises:
+        DataError: it is no list.
+    """
+    try:
+        try:
+            items = msgspec.json.decode(data, type=list[msgspec.Raw])
+        except msgspec.ValidationError:
+            raise
+        except msgspec.DecodeError:
+            values = json.loads(data)  # NaN and Infinity, as below
+            items = [msgspec.Raw(json.dumps(value).encode()) for value in values]
+    except (ValueError, TypeError, RecursionError, msgspec.MsgspecError) as error:
+        raise DataError(f"not readable as a JSON list: {error}", where=file, hint="export it anew") from None
+    yield from map(bytes, items)
+
+
+def starts_like(path: Path, opening: bytes, *keys: str) -> bool:
+    """Whether a JSON file opens with a bracket, and all of these keys stand near its beginning; a cheap look.
+
+    Args:
+        path: The file.
+        opening: `[` for a list, `{` for an object.
+        keys: Regular expressions of keys without their quotes.
+    """
+    if path.suffix.lower() != ".json":
+        return False
+    head = start_of(path, _SNIFF_BYTES).removeprefix(BYTE_ORDER_MARK).lstrip()
+    return head[:1] == opening and all(re.search(rf'"({key})"\s*:'.encode(), head) for key in keys)
 
 
 def _decoded_line(text: bytes, decoder: msgspec.json.Decoder[Item], place: str, reading: Reading) -> Item | None:

@@ -97,21 +97,20 @@ class LabelmeReader(FilePerImageReader):
         if path is None:
             return None
         boxes = BoxList(where, reading)
-        for item in _objects(content.shapes, where, reading):
+        for item in _objects(content.shapes, boxes):
             box = None if item.box is None else item.box.tolist()
             boxes.add(item.name, box, f"shape {item.number}", ignore=item.ignored, found=item.found)
         return boxes.image(path, size=whole_size(content.height, content.width))
 
 
-def _objects(shapes: Sequence[_Shape], where: str, reading: Reading) -> list[_Object]:
-    """The objects of a file: its shapes, those of one group joined."""
+def _objects(shapes: Sequence[_Shape], boxes: BoxList) -> list[_Object]:
+    """The objects of a file: its shapes, those of one group joined; `boxes` notes those without an extent."""
     objects: list[_Object] = []
     groups: dict[tuple[str, int | str], _Object] = {}
     for number, shape in enumerate(shapes, start=1):
         kind = shape.shape_type or "polygon"
         if kind not in _SHAPES:
-            detail = f"a {kind} of {shape.label!r}: left out"
-            reading.issues.add("unsupported shape", f"{where}, shape {number}", detail)
+            boxes.leave_out(shape.name, f"shape {number}", kind)
             continue
         found = f"a {kind} of {shape.label!r}, {shape.points!r}"
         box = _around(shape.points, kind)

@@ -8,16 +8,29 @@ from pathlib import Path
 from metr.data.containers.archives import archive_folders, archive_stem, is_archive
 from metr.data.containers.huggingface import HuggingFaceReader
 from metr.data.formats.base import Reader
+from metr.data.formats.bdd100k import Bdd100kReader
 from metr.data.formats.coco import CocoReader
 from metr.data.formats.coco_variants import LvisReader, Objects365Reader
+from metr.data.formats.createml import CreateMLReader
 from metr.data.formats.crowdhuman import CrowdHumanReader
 from metr.data.formats.csv_boxes import CsvReader
+from metr.data.formats.cvat import CvatReader
+from metr.data.formats.datumaro import DatumaroReader
+from metr.data.formats.dota import DotaReader
 from metr.data.formats.files import expanded, glance, is_image, there
 from metr.data.formats.imagefolder import ImageFolderReader
+from metr.data.formats.kitti import KittiReader
+from metr.data.formats.label_studio import LabelStudioReader
 from metr.data.formats.labelme import LabelmeReader
+from metr.data.formats.labelme_xml import LabelMeXmlReader
+from metr.data.formats.mot import MotReader
 from metr.data.formats.odvg import OdvgReader
 from metr.data.formats.open_images import OpenImagesReader
+from metr.data.formats.unread import find_unread
+from metr.data.formats.via import ViaReader
+from metr.data.formats.visdrone import VisDroneReader
 from metr.data.formats.voc import VocReader
+from metr.data.formats.wider_face import WiderFaceReader
 from metr.data.formats.yolo import YoloReader
 from metr.errors import DataError, did_you_mean
 
@@ -29,12 +42,24 @@ READERS: tuple[type[Reader], ...] = (
     LvisReader,
     Objects365Reader,
     CocoReader,
+    DatumaroReader,
+    CvatReader,
+    DotaReader,
     YoloReader,
+    VisDroneReader,
+    WiderFaceReader,
+    MotReader,
+    KittiReader,
+    Bdd100kReader,
     CrowdHumanReader,
     OdvgReader,
     OpenImagesReader,
     ImageFolderReader,
+    ViaReader,
+    LabelStudioReader,
+    CreateMLReader,
     LabelmeReader,
+    LabelMeXmlReader,
     VocReader,
     CsvReader,
     HuggingFaceReader,
@@ -67,6 +92,9 @@ def recognise(path: Path, format_name: str | None = None, *, tell_others: bool =
             if tell_others and format_name is None:
                 log_other_formats(found, path)
             return found.prepared()
+    unread = find_unread(places[0]) if format_name is None else None
+    if unread is not None:
+        raise DataError(f"this is {unread.what}, which is not read", where=path, hint=unread.way_out)
     looked_for = "\n    ".join(reader.looks_like for reader in readers)
     almost = next(filter(None, (reader.why_not(places[0]) for reader in readers)), None)
     if almost is not None:

@@ -5,6 +5,7 @@ from 1, those of the tools that write the format today from 0.
 """
 
 import posixpath
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree as ET
@@ -12,6 +13,7 @@ from xml.etree import ElementTree as ET
 from metr.data.formats.base import BoxList, RawImage, Reader, Reading, whole_size, without_repeats
 from metr.data.formats.file_per_image import AnnotationFolder, FilePerImageReader
 from metr.data.formats.files import folders_within, start_of, there
+from metr.data.formats.labelme_xml import looks_like_labelme_xml
 from metr.data.formats.locating import grouped
 from metr.data.records import canonical_split
 from metr.errors import DataError
@@ -37,7 +39,8 @@ class VocReader(FilePerImageReader):
     @classmethod
     def fits(cls, path: Path) -> bool:
         """Whether a file looks like VOC XML; a cheap look."""
-        return b"<annotation" in start_of(path, _SNIFF_BYTES)
+        head = start_of(path, _SNIFF_BYTES)
+        return re.search(rb"<annotation[\s>]", head) is not None and not looks_like_labelme_xml(head)
 
     def read(self, split: str, reading: Reading) -> Iterator[RawImage]:
         """The images of a split in the order of its lists, or sorted by name."""

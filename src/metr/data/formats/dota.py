@@ -1,0 +1,78 @@
+"""DOTA, and Roboflow's "YOLOv8 OBB" in this form: a text file an image in `labelTxt`, four corners and a name a line.
+
+Boxes of any direction are read as the upright boxes around them. Difficult objects are ignored ones, as in the
+benchmark.
+"""
+
+import re
+from pathlib import Path
+
+from metr.data.formats.base import BoxList, RawImage, Reading
+from metr.data.formats.file_per_image import AnnotationFolder, FilePerImageReader
+from metr.data.formats.files import decoded, start_of, there
+from metr.data.formats.shapes import around, pairs
+from metr.errors import DataError
+
+_SNIFF_BYTES = 1 << 12
+# The first lines of DOTA's own files tell where the image is from and how large a pixel is.
+_HEADER = re.compile(r"\s*(imagesource|gsd|acquisition dates)\s*:", re.IGNORECASE)
+_CONVERTED = "_original"
+
+
+class DotaReader(FilePerImageReader):
+    """DOTA's text files. A split is made of folders with them."""
+
+    format = "dota"
+    looks_like = "DOTA, OBB: labelTxt/*.txt (x1 y1 x2 y2 x3 y3 x4 y4 name difficult) with images"
+    suffix = ".txt"
+
+    @classmethod
+    def fits(cls, path: Path) -> bool:
+        """Whether a file looks like DOTA's labels; a cheap look."""
+        folder = path.parent
+        if folder.name.endswith(_CONVERTED) and there(folder.with_name(folder.name.removesuffix(_CONVERTED))):
+            return False  # kept beside the YOLO files that it was converted to
+        lines = decoded(start_of(path, _SNIFF_BYTES)).splitlines()
+        first = next((line for line in lines if line.strip() and not _HEADER.match(line)), "")
+        row = _row(first)
+        if row is None:
+            return False
+        # A polygon of YOLO's is all numbers, and all of them at most 1.
+        name_is_number = all(cell.replace(".", "", 1).isdigit() for cell in first.split()[8:])
+        return not name_is_number or (first.split()[8].isdigit() and max(row[1]) > 1 and len(first.split()) == 10)
+
+    def read_file(self, where: str, folder: AnnotationFolder, reading: Reading) -> RawImage | None:
+        """The image of a text file; None, and an issue, where the file cannot be used."""
+        path = folder.image_of(where, "", reading)
+        if path is None:
+            return None
+        try:
+            lines = reading.text(where).splitlines()
+        except DataError as error:
+            reading.issues.add("unreadable annotation", where, error.what)
+            return None
+        boxes = BoxList(where, reading)
+        for number, line in enumerate(lines, start=1):
+            row = _row(line)
+            if row is not None:
+                name, corners, difficult = row
+                boxes.add(name, around(pairs(corners)), number, ignore=difficult)
+            elif line.strip() and not _HEADER.match(line):
+                detail = f"expected 8 numbers and a name: {line.strip()[:80]}; its image is left out"
+                reading.issues.add("unreadable annotation", f"{where}:{number}", detail)
+                return None
+        return boxes.image(path)
+
+
+def _row(line: str) -> tuple[str, list[float], bool] | None:
+    """Name, corners and difficulty of an object; None where a line is none."""
+    cells = line.split()
+    try:
+        corners = [float(cell) for cell in cells[:8]]
+    except ValueError:
+        return None
+    name = cells[8:]
+    if len(corners) < 8 or not name:
+        return None
+    difficult = name.pop() if len(name) > 1 and name[-1].isdigit() else "0"
+    return " ".join(name), corners, int(difficult) != 0
