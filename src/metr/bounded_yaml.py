@@ -100,14 +100,14 @@ class _BoundedLoader(yaml.SafeLoader):
     def compose_node(self, parent: Node | None, index: Any) -> Node | None:
         """A node, with the values below it counted; an alias costs as many as its anchor holds."""
         event: Any = self.peek_event()  # type: ignore[no-untyped-call]
-        if self.check_event(yaml.AliasEvent):  # type: ignore[no-untyped-call]
+        if self.check_event(yaml.AliasEvent):
             anchored = self.anchors.get(event.anchor)
             if anchored is not None:
                 self._count_alias(anchored, event)
         self._depth += 1
         if self._depth > _DEEPEST:
             self._refuse(f"nested too deeply: more than {_DEEPEST} levels", event)
-        node: Node | None = super().compose_node(parent, index)  # type: ignore[no-untyped-call]
+        node: Node | None = super().compose_node(parent, index)
         self._depth -= 1
         if node is not None and id(node) not in self._sizes:
             self._sizes[id(node)] = 1 + sum(self._sizes[id(child)] for child in _children(node))

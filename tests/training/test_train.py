@@ -117,7 +117,7 @@ def test_the_plan_of_a_resumed_run_refuses_other_names(tiny_run: TinyRun, tmp_pa
 
 def test_curves_are_drawn_while_it_trains(tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[int] = []
-    monkeypatch.setattr("metr.training.trainer.plot_curves", lambda run: drawn.append(len(read_metrics(run))))
+    monkeypatch.setattr("metr.training.curves.plot_curves", lambda run: drawn.append(len(read_metrics(run))))
     overrides = [
         "train.loop.steps=2",
         "train.loop.evaluate_every=1",

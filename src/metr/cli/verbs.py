@@ -59,9 +59,8 @@ def evaluate(
     allow_empty: AllowEmpty = False,
 ) -> None:
     """Measure average precision on datasets. Own names, the joint vocabulary, confusion between datasets."""
-    from metr.evaluation.results import EvaluationConfig
+    from metr.evaluation.results import EvaluationConfig, store_thresholds
     from metr.evaluation.runner import evaluate as run_evaluation
-    from metr.evaluation.runner import store_thresholds
     from metr.inference.config import inference_config
 
     if store and not run.is_dir():

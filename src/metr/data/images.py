@@ -5,9 +5,8 @@ import errno
 import stat
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,6 +23,7 @@ from PIL.PpmImagePlugin import PpmImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from metr.data.pixels import as_rgb
 from metr.data.records import Annotations, DataIssue, ImageRecord, InMemoryAnnotations
 from metr.errors import DataError
 
@@ -40,8 +40,6 @@ SUFFIXES = COMMON_SUFFIXES | frozenset(
 
 # A file of a few kilobytes may unfold to gigabytes: 2^27 pixels take 400 MB as RGB.
 MAX_PIXELS = 1 << 27
-# Pixels that are converted at once.
-_STRIP = 1 << 22
 # The size in bytes from which it is looked whether a file is sparse.
 _SPARSE = 1 << 30
 
@@ -72,8 +70,6 @@ _WIDTH, _HEIGHT, _ORIENTATION = 256, 257, 274  # tags of TIFF, the last one of E
 _SIDEWAYS = frozenset({5, 6, 7, 8})  # orientations that swap width and height
 # The EXIF orientations that flip rows or columns, after a sideways image has been transposed.
 _FLIP_ROWS, _FLIP_COLUMNS = frozenset({3, 4, 7, 8}), frozenset({2, 3, 6, 7})
-
-_TRANSPARENT = frozenset({"LA", "PA", "RGBA", "RGBa"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +170,7 @@ def rgb_pixels(image: Image.Image, where: object) -> UInt8[np.ndarray, "h w 3"]:
     orientation = _orientation(image)
     try:
         image.load()
-        pixels = _as_rgb(image)
+        pixels = as_rgb(image)
     except (OSError, *_DAMAGED) as error:
         kind = f"a {image.format} image" if image.format else "an image"
         what = f"{kind} that cannot be decoded: cut off, damaged or of an unusual pixel type ({error})"
@@ -346,51 +342,6 @@ def _orientation(image: Image.Image) -> int:
     except (OSError, Warning, *_DAMAGED):
         return 1
     return orientation if orientation in range(1, 9) else 1
-
-
-def _as_rgb(image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:
-    """Pixels that are loaded, converted."""
-    if image.mode[0] in "IF":  # 16 or 32 bits a pixel, all grey
-        return _in_strips(image, partial(_from_grey, factor=_factor(image)))
-    if image.mode in _TRANSPARENT or "transparency" in image.info:
-        return _in_strips(image, _on_white)
-    return np.array(image.convert("RGB"))
-
-
-def _in_strips(image: Image.Image, convert: Callable[[Image.Image], np.ndarray]) -> UInt8[np.ndarray, "h w 3"]:
-    """Pixels converted a few rows at a time: the largest images would else take gigabytes in between."""
-    pixels = np.empty((image.height, image.width, 3), dtype=np.uint8)
-    rows = max(1, _STRIP // image.width)
-    for top in range(0, image.height, rows):
-        bottom = min(top + rows, image.height)
-        strip = image.crop((0, top, image.width, bottom))
-        strip.info = image.info  # of a palette, which colour is transparent
-        pixels[top:bottom] = convert(strip)
-    return pixels
-
-
-def _on_white(image: Image.Image) -> np.ndarray:
-    rgba = np.asarray(image.convert("RGBA")).astype(np.uint16)
-    colour, opacity = rgba[..., :3], rgba[..., 3:]
-    return np.asarray(((colour * opacity + 127) // 255 + 255 - opacity).astype(np.uint8))
-
-
-def _factor(image: Image.Image) -> float:
-    """What makes floating-point pixels 0 to 255: 255 where none of the image is outside of 0 to 1, else 1."""
-    if image.mode != "F":
-        return 1.0
-    rows = max(1, _STRIP // image.width)
-    strips = (
-        np.nan_to_num(np.asarray(image.crop((0, top, image.width, min(top + rows, image.height)))))
-        for top in range(0, image.height, rows)
-    )
-    return 255.0 if all(strip.min() >= 0 and strip.max() <= 1 for strip in strips) else 1.0
-
-
-def _from_grey(image: Image.Image, factor: float) -> np.ndarray:
-    grey = np.asarray(image)
-    grey = np.nan_to_num(grey) * factor if image.mode == "F" else grey >> 8
-    return grey.clip(0, 255).astype(np.uint8)[..., None]
 
 
 def _turned_record(record: ImageRecord, header: Header) -> ImageRecord:

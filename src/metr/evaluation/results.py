@@ -3,14 +3,17 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
 from jaxtyping import Bool, Float
 from pydantic import Field, PositiveInt
+from rich.console import Console
 from torch import Tensor
 
+from metr.checkpoint import find_checkpoint, load_checkpoint, update_detection
 from metr.config import Config
 from metr.data.records import Annotations
 from metr.errors import DataError
@@ -268,6 +271,26 @@ class EvaluationReport:
         if self.confusion is not None:
             values["cross-dataset confusion"] = self.confusion.pooled
         return {name: value for name, value in values.items() if value is not None}
+
+
+def store_thresholds(report: EvaluationReport, run: Path, console: Console | None = None) -> None:
+    """Keeps each name's threshold in a checkpoint, or in the best one of a run: detection shows scores from there on.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it cannot be written.
+        DataError: no object of a trained name was found in the evaluation.
+    """
+    folder = find_checkpoint(run)
+    checkpoint = load_checkpoint(folder)
+    found = {name: score for name, score in report.thresholds().items() if name in checkpoint.vocabulary.names}
+    if not found:
+        raise DataError("no object of a trained name was found, so there is no threshold to keep", where=run)
+    kept = {**checkpoint.detection.thresholds, **found}
+    update_detection(folder, checkpoint.detection.model_copy(update={"thresholds": kept}))
+    if console is not None:
+        span = f"{min(found.values()):.2f} to {max(found.values()):.2f}"
+        line = f"thresholds of {len(found)} names, {span}, are kept in {folder}: metr detect shows scores from there on"
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def as_dict(report: EvaluationReport) -> dict[str, Any]:

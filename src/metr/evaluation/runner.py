@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from metr.checkpoint import find_checkpoint, load_checkpoint, update_detection
 from metr.data.config import AugmentationConfig, LoaderConfig, ResizeConfig
 from metr.data.dataset import DetectionDataset
 from metr.data.guard import check_usable
@@ -106,26 +105,6 @@ def _with_default_names(config: EvaluationConfig, names: tuple[str, ...]) -> Eva
     if not names or config.modes != MODES:
         return config
     return config.model_copy(update={"modes": EVERY_MODE, "default_names": names})
-
-
-def store_thresholds(report: EvaluationReport, run: Path, console: Console | None = None) -> None:
-    """Keeps each name's threshold in a checkpoint, or in the best one of a run: detection shows scores from there on.
-
-    Raises:
-        CheckpointError: there is no checkpoint, or it cannot be written.
-        DataError: no object of a trained name was found in the evaluation.
-    """
-    folder = find_checkpoint(run)
-    checkpoint = load_checkpoint(folder)
-    found = {name: score for name, score in report.thresholds().items() if name in checkpoint.vocabulary.names}
-    if not found:
-        raise DataError("no object of a trained name was found, so there is no threshold to keep", where=run)
-    kept = {**checkpoint.detection.thresholds, **found}
-    update_detection(folder, checkpoint.detection.model_copy(update={"thresholds": kept}))
-    if console is not None:
-        span = f"{min(found.values()):.2f} to {max(found.values()):.2f}"
-        line = f"thresholds of {len(found)} names, {span}, are kept in {folder}: metr detect shows scores from there on"
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -158,7 +158,7 @@ class LanguageModel:
     def _longest(self) -> int:
         """The largest number of tokens of a sentence; longer sentences are cut."""
         values = self._model.config.get_text_config().to_dict()
-        return min(self._tokenizer.model_max_length, values.get("max_position_embeddings") or _LONGEST)
+        return min(int(self._tokenizer.model_max_length), int(values.get("max_position_embeddings") or _LONGEST))
 
     @property
     def _pads_fully(self) -> bool:

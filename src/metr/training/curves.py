@@ -17,6 +17,12 @@ _MOST_METRICS = 12  # lines that a legend can still be read with
 _FEW = 10  # points of a line
 
 
+def redraw_curves(run: Path) -> None:
+    """Draws `curves.png` anew, once something is logged."""
+    if read_metrics(run):
+        plot_curves(run)
+
+
 def plot_curves(run: Path) -> Path:
     """Draws `curves.png` from the metrics.jsonl of a run folder, and returns its path.
 

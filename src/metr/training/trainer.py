@@ -21,9 +21,9 @@ from metr.losses.matcher import match_statistics
 from metr.run_directory import RunDirectory
 from metr.structures import Batch, Losses, Targets
 from metr.training.config import TrainConfig
-from metr.training.curves import plot_curves
+from metr.training.curves import redraw_curves
 from metr.training.images import draw_train_batch
-from metr.training.logger import MATCHING, RunLogger, RuntimeStats, build_accelerator, read_metrics
+from metr.training.logger import MATCHING, RunLogger, RuntimeStats, build_accelerator
 from metr.training.optimization import (
     Ema,
     KeptBuffers,
@@ -318,14 +318,11 @@ class Trainer:
         counters.metrics = {name: float(value) for name, value in found.metrics.items() if value is not None}
         counters.thresholds = dict(found.thresholds)
         logger.evaluated(counters, self._epochs)
-        self._draw_curves()
+        if self.config.loop.curves:
+            redraw_curves(self.folder.path)
         if counters.is_best(best_metric := self.config.loop.best_metric):
             counters.best, counters.best_step = counters.metrics[best_metric], counters.step
             save_checkpoint(self.folder.best, self._checkpoint())
-
-    def _draw_curves(self) -> None:
-        if self.config.loop.curves and read_metrics(self.folder.metrics):
-            plot_curves(self.folder.path)
 
     # checkpoints
 
@@ -381,14 +378,13 @@ class Trainer:
         """Saves, draws the curves, and logs how to go on if this is not the last step."""
         self._save()
         counters, steps = self.counters, self.config.loop.steps
-        is_main = self.accelerator.is_main_process
         stalled = counters.step < steps and self._has_stalled()
         # a run that was stopped before or in its last evaluation still has to make it
         unfinished = (counters.step < steps and not stalled) or (
             self.evaluate is not None and counters.evaluated_step < counters.step
         )
-        if is_main:
-            self._draw_curves()
+        if self.accelerator.is_main_process and self.config.loop.curves:
+            redraw_curves(self.folder.path)
         if counters.evaluated_step < counters.step:  # else the evaluation has logged it
             self._run_logger.seen(self._epochs)
         if unfinished or stalled:

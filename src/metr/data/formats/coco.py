@@ -71,7 +71,7 @@ class CocoReader(Reader):
 
     def __init__(self, root: Path, splits: Mapping[str, tuple[Path, ...]]) -> None:
         super().__init__(root, splits)
-        self._contents: dict[tuple[Path, tuple[int, int]], CocoFile] = {}
+        self._contents: dict[tuple[Path, tuple[int, ...]], CocoFile] = {}
 
     @classmethod
     def recognise(cls, path: Path) -> Reader | None:

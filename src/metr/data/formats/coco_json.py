@@ -94,7 +94,7 @@ class CocoFile:
     instead: str = ""
 
 
-Item = TypeVar("Item", CocoImage, CocoAnnotation)
+Item = TypeVar("Item", bound="CocoImage | CocoAnnotation")
 
 
 def coco_ends(path: Path) -> bytes:

@@ -173,7 +173,7 @@ def _with_header(row: Sequence[str], delimiter: str, skipped: int) -> Dialect | 
     if "path" not in columns or not columns.keys() & {"a", "box"}:
         return None
     kind = columns.pop("kind", None)
-    boxes: BoxKind = "xywh" if kind is None else ("xyxy", "xywh", "cxcywh")[kind]  # type: ignore[assignment]
+    boxes: BoxKind = "xywh" if kind is None else ("xyxy", "xywh", "cxcywh")[kind]
     others = tuple(cell.strip() for place, cell in enumerate(row) if place not in columns.values())
     return Dialect(delimiter=delimiter, columns=columns, boxes=boxes, skipped=skipped + 1, others=others)
 

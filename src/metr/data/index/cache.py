@@ -125,21 +125,22 @@ def _valid_manifest(folder: Path, root: Path) -> Manifest | None:
     """The manifest of a folder, if everything that it was built from is unchanged."""
     try:
         manifest = msgspec.json.decode((folder / MANIFEST).read_bytes(), type=Manifest)
-        intact = manifest == manifest.sealed()
     except (OSError, ValueError):  # msgspec's errors are ValueErrors
-        return _damaged(folder, MANIFEST)
-    if not intact:
-        return _damaged(folder, MANIFEST)
+        manifest = None
+    if manifest is None or manifest != manifest.sealed():
+        _warn_of_damage(folder, MANIFEST)
+        return None
     if any(signature(root / unpacked_name(path)) != then for path, then in manifest.touched.items()):
         return None
     for split in manifest.splits:
         file = folder / f"{split}.arrow"
         if not file.is_file() or checksum_of(file) != manifest.checksums.get(split):
-            return _damaged(folder, file.name)
+            _warn_of_damage(folder, file.name)
+            return None
     return manifest
 
 
-def _damaged(folder: Path, file: str) -> None:
+def _warn_of_damage(folder: Path, file: str) -> None:
     """Says that an index is not as it was written; the caller builds it again."""
     logger.warning("the index in %s is damaged (%s): it is built again", folder, file)
 
