@@ -45,6 +45,11 @@ FormatName = Literal[
 SplitName = Literal["train", "val", "test"]
 
 _SUFFIXES = frozenset({".yaml", ".yml"})
+# Names, in lower case and with blanks between words, of regions where objects of any category may lie unlabelled.
+_DO_NOT_CARE = frozenset(
+    {"dontcare", "dont care", "don't care", "don\u2019t care", "do not care", "ignore"}
+    | {f"{verb} {noun}" for verb in ("ignore", "ignored") for noun in ("region", "regions")}
+)
 # How the message of a configuration error begins that is about one key.
 _FAULTY_KEY = re.compile(r"(?:unknown key )?'([^']+)'")
 # The keys of a dataset whose values are words, as they are written: a category may be called `no` or `007`.
@@ -192,7 +197,7 @@ def open_dataset(config: DatasetConfig, cache_dir: Path | None = None) -> Datase
     if dataset.fresh and config.format is None:
         log_other_formats(reader, config.path)
     notes: list[DataIssue] = []
-    kept = _kept_names(dataset.manifest, notes)
+    kept = _kept_names(dataset.manifest, config, notes)
     labels = _label_map(dataset.manifest, kept, config, sort=not reader.declares_categories)
     counts: Counter[str] = Counter(issue.kind for issue in notes)
     for summary in dataset.manifest.issues.values():
@@ -329,14 +334,26 @@ def _as_tuple(value: tuple[str, ...] | str) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else value
 
 
-def _kept_names(manifest: Manifest, notes: list[DataIssue]) -> list[str]:
-    """The names, without supercategories of others that have no box (category 0 of Roboflow's COCO files)."""
+def _says_nothing(name: str, config: DatasetConfig) -> bool:
+    """Whether a category's name says that nothing is known where its boxes are. A user may rename it to a real one."""
+    return re.sub(r"[ _-]+", " ", name.casefold()) in _DO_NOT_CARE and name not in config.renames
+
+
+def _kept_names(manifest: Manifest, config: DatasetConfig, notes: list[DataIssue]) -> list[str]:
+    """The names of categories that can be detected.
+
+    Supercategories of others that have no box (category 0 of Roboflow's COCO files) are left out, and the names of
+    regions where nothing is known.
+    """
     heads = {parent for name, parent in manifest.parents.items() if parent != name}
     kept = []
     for name, count in zip(manifest.names, manifest.counts, strict=True):
         if count == 0 and name in heads:
             detail = f"{name!r} has no box and is only the supercategory of others: dropped"
             notes.append(DataIssue(kind="unused parent category", where="categories", detail=detail))
+        elif _says_nothing(name, config):
+            detail = f"{name!r} is no category: its {count} boxes are ignored boxes of every category"
+            notes.append(DataIssue(kind="do-not-care regions", where="categories", detail=detail))
         else:
             kept.append(name)
     return kept
@@ -358,7 +375,8 @@ def _label_map(manifest: Manifest, kept: Sequence[str], config: DatasetConfig, *
     _check_known(config.prompts, categories, "prompts", config)
     _check_known(config.exhaustive or (), categories, "exhaustive", config)
     annotated = None if config.exhaustive is None else tuple(sorted(places[name] for name in set(config.exhaustive)))
-    return LabelMap(categories=categories, rows=rows, annotated=annotated)
+    regions = tuple(row for row, name in enumerate(manifest.names) if _says_nothing(name, config))
+    return LabelMap(categories=categories, rows=rows, annotated=annotated, regions=regions)
 
 
 def _check_known(

@@ -17,9 +17,10 @@ import numpy as np
 from metr.data.formats.base import UNREADABLE, BoxTable, RawImage, Reader, Reading, count_boxes
 from metr.data.formats.box_kinds import BOX_KINDS, BoxKind, judged, sizes_of, to_corners
 from metr.data.formats.csv_columns import Dialect, dialect_of, finite, header_faults
-from metr.data.formats.files import decoded, files_in, folders_within
+from metr.data.formats.files import Files, decoded, files_in, folders_within
 from metr.data.formats.locating import dataset_root, grouped, image_folders, locate, resolve_conflicts, split_of_file
 from metr.data.records import canonical_split
+from metr.errors import DataError
 
 _DEPTH = 2
 
@@ -209,8 +210,8 @@ def _splits_in(file: Path, dialect: Dialect) -> list[str]:
     if "split" not in dialect.columns:
         return []
     try:
-        rows = [row for _, row in dialect.lines(decoded(file.read_bytes()))]
-    except (OSError, csv.Error):
+        rows = [row for _, row in dialect.lines(decoded(Files(file.parent).read(file.name)))]
+    except (DataError, csv.Error):
         return []
     if not any(canonical_split(dialect.cell(row, "split")) for row in rows):
         return []

@@ -52,12 +52,14 @@ class LabelMap:
     """Maps the labels in a file to the dataset's `categories`.
 
     `rows[label]` is the category's index, -1 for a name that was dropped. `annotated` are the categories that are
-    annotated exhaustively in every image, whatever the file says; None leaves this to the file.
+    annotated exhaustively in every image, whatever the file says; None leaves this to the file. `regions` are the
+    labels whose boxes are regions where nothing is known: they become ignored boxes of every category.
     """
 
     categories: tuple[str, ...]
     rows: Int[np.ndarray, "n"]
     annotated: tuple[int, ...] | None = None
+    regions: tuple[int, ...] = ()
 
     @classmethod
     def identity(cls, categories: Sequence[str]) -> "LabelMap":
@@ -185,7 +187,7 @@ class AnnotationIndex:
         Raises:
             IndexError: there is no such image.
         """
-        return self._record(index, mapped=True)
+        return self._everywhere(self._record(index, mapped=True))
 
     def stored(self, index: int) -> ImageRecord:
         """The same with the labels as the file has them, also in `annotated` and `unknown`.
@@ -220,6 +222,22 @@ class AnnotationIndex:
             unknown=() if mapped else tuple(unknown or ()),
         )
 
+    def _everywhere(self, record: ImageRecord) -> ImageRecord:
+        """The record with each region where nothing is known as an ignored box of every category annotated there."""
+        if not self.labels.regions or (record.labels >= 0).all():
+            return record
+        rows = range(len(self.categories)) if record.annotated is None else record.annotated
+        known, regions = np.flatnonzero(record.labels >= 0), np.flatnonzero(record.labels < 0)
+        order = np.concatenate([known, np.repeat(regions, len(rows))])
+        labels = np.concatenate([record.labels[known], np.tile(np.array(rows, dtype=np.int64), len(regions))])
+        return replace(
+            record,
+            boxes=record.boxes[order],
+            labels=labels,
+            areas=record.areas[order],
+            ignore=record.ignore[order] | (np.arange(len(order)) >= len(known)),
+        )
+
     def __iter__(self) -> Iterator[ImageRecord]:
         return (self[index] for index in range(len(self)))
 
@@ -243,9 +261,10 @@ class AnnotationIndex:
         empty = 0
         for number in range(len(self._batches)):
             piece = self._piece(number)
-            rows, counted = self.labels.rows[piece.labels], piece.ignore == 0
+            rows = self.labels.rows[piece.labels]
+            counted, named = (piece.ignore == 0) & (rows >= 0), rows >= 0
             boxes += np.bincount(rows[counted], minlength=len(boxes))
-            ignored += np.bincount(rows[~counted], minlength=len(boxes))
+            ignored += np.bincount(rows[~counted & named], minlength=len(boxes)) + int((~named).sum())
             before = np.concatenate([[0], np.cumsum(counted)])
             empty += int((before[piece.starts[1:]] == before[piece.starts[:-1]]).sum())
         return SplitCounts(images=len(self), empty=empty, boxes=boxes, ignored=ignored)
