@@ -25,6 +25,8 @@ _PIECE = 1 << 20
 _MEASURED = 200
 # A file's boxes are of another kind than it says if so many of them, and this share, cannot be what it says.
 _FEWEST, _SHARE = 3, 0.1
+# Fractions of the image are at most 1, but for rounding.
+_LARGEST_FRACTION = 1.001
 # How far, in pixels and as a share of the side, boxes may leave the image by rounding.
 _SLACK, _SLACK_SHARE = 1.5, 0.01
 
@@ -103,9 +105,14 @@ def sizes_of(
 
 def _are_fractions(boxes: Float[np.ndarray, "n 4"]) -> bool:
     """Whether all numbers that can be read are at most 1, and some are not whole."""
-    with np.errstate(invalid="ignore"):
-        read = boxes[np.isfinite(boxes).all(axis=1)]
-    return bool(len(read) and read.max() <= 1.001 and (read % 1 > 0).any())
+    whole = True
+    for piece in _pieces(len(boxes)):
+        part = boxes[piece]
+        read = part[np.isfinite(part).all(axis=1)]
+        if read.max(initial=0) > _LARGEST_FRACTION:
+            return False
+        whole = whole and not (read % 1 > 0).any()
+    return not whole
 
 
 def _misfits(
