@@ -355,3 +355,22 @@ def test_a_repository_in_an_archive(tmp_path: Path) -> None:
     repository(tmp_path / "data", made_up())
     shutil.make_archive(str(tmp_path / "packed"), "zip", tmp_path / "data")
     assert len(opened(tmp_path / "packed.zip").split("train")) == 5
+
+
+def test_the_boxes_of_all_tables_are_of_one_kind(tmp_path: Path) -> None:
+    """One table shows that boxes are corners; those of the others are, too."""
+    truth = made_up()
+    wide = ExpectedImage("a.png", 40, 30, ((20, 15, 38, 28), (22, 3, 39, 20), (30, 10, 36, 29)), (NAMES[0],) * 3)
+    small = ExpectedImage("b.png", 40, 30, ((2, 3, 10, 20),), (NAMES[1],))
+    for number, item in enumerate((wide, small)):
+        objects = {"bbox": [list(map(float, box)) for box in item.boxes], "category": list(item.labels)}
+        rows = [row(item, words=True) | {"objects": objects}]
+        save(tmp_path / "data" / f"train-0000{number}-of-00002.parquet", rows, schema(pa.string()))
+    save(tmp_path / "data" / "val.parquet", [row(truth["val"][1], words=True)], schema(pa.string()))
+    source = opened(tmp_path / "data")
+    assert [told(record, source)[2] for record in source.split("train")] == [
+        sorted(zip(item.boxes, item.labels, strict=True)) for item in (wide, small)
+    ]
+    assert source.issue_counts == {"boxes are not xywh": 1}
+    source = opened(tmp_path / "data", boxes="xywh")
+    assert source.split("train")[1].boxes.tolist() == [[2, 3, 12, 23]]

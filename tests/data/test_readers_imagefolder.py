@@ -214,3 +214,16 @@ def test_the_image_under_another_key(tmp_path: Path, image: dict[str, Any]) -> N
     write_text(tmp_path / "data" / "train" / "metadata.jsonl", json.dumps(row))
     source = open_dataset(DatasetConfig(name="made", path=tmp_path / "data"), tmp_path / "cache")
     assert source.split("train")[0].boxes.tolist() == [[1, 2, 4, 6]]
+
+
+def test_the_boxes_of_all_files_are_of_one_kind(tmp_path: Path) -> None:
+    """Those of the small file fit as what the format says, too, and would alone be read so."""
+    root = tmp_path / "data"
+    corners = [[20, 15, 38, 28], [22, 3, 39, 20], [30, 10, 36, 29]]
+    for folder, boxes in (("train", corners), ("val", [[2, 3, 10, 20]])):
+        save_image(root / folder / "a.jpg")
+        write_lines(root / folder / "metadata.jsonl", [row(boxes=boxes, categories=["x"] * len(boxes))])
+    source = open_dataset(DatasetConfig(name="made", path=root), tmp_path / "cache")
+    assert source.split("train")[0].boxes.tolist() == corners
+    assert source.split("val")[0].boxes.tolist() == [[2, 3, 10, 20]]
+    assert source.issue_counts == {"boxes are not xywh": 1}

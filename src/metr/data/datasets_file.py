@@ -41,6 +41,7 @@ FormatName = Literal[
     "voc",
     "csv",
     "huggingface",
+    "tfrecord",
 ]
 SplitName = Literal["train", "val", "test"]
 

@@ -1,12 +1,13 @@
 """Hugging Face imagefolder: `metadata.jsonl` (or `.csv`, `.parquet`) with a row an image, beside the images.
 
-A row has `file_name` and `objects`, whose boxes are [x, y, width, height] in pixels, unless all boxes of the file show
-that they are something else (see `box_kinds`). Categories are names or numbers;
-numbers are named by a file of names, or by `class_label` in the dataset's card (README.md). Without either they are
-called "category 3". Objects with `iscrowd` or `ignore` are ignored ones.
+A row has `file_name` and `objects`, whose boxes are [x, y, width, height] in pixels, unless all boxes of the dataset
+show that they are something else (see `box_kinds`). Categories are names or numbers; numbers are named by a file of
+names, or by `class_label` in the dataset's card (README.md). Without either they are called "category 3". Objects with
+`iscrowd` or `ignore` are ignored ones.
 """
 
 import ast
+import contextlib
 import csv
 import json
 import math
@@ -66,6 +67,10 @@ class ImageFolderReader(Reader):
     looks_like = "Hugging Face imagefolder: metadata.jsonl with file_name and objects (bbox, categories) by the images"
     takes_boxes = True
 
+    def __init__(self, root: Path, splits: Mapping[str, tuple[Path, ...]]) -> None:
+        super().__init__(root, splits)
+        self._boxes: BoxKind | None = None
+
     @classmethod
     def recognise(cls, path: Path) -> Reader | None:
         """A reader of a folder with metadata, at most two folders deep, or of one such file."""
@@ -103,7 +108,7 @@ class ImageFolderReader(Reader):
             reading.issues.add("unreadable annotation", self.within(folder), "changed while it was read")
             return
         names = self._names(home, reading)
-        kind = BOX_KINDS.get(self.options.boxes) or _kind_of_boxes(metadata, self.within(home), reading)
+        kind = BOX_KINDS.get(self.options.boxes) or self._kind_of_boxes(reading)
         prefix = "" if home == folder else f"{folder.name}/"
         for place, row in _rows(self.within(metadata), reading):
             name = _file_name(row)
@@ -116,6 +121,17 @@ class ImageFolderReader(Reader):
                     to_corners(raw.boxes, kind)
                     yield replace(raw, relative=True, areas=None) if kind.endswith("n") else raw
 
+    def _kind_of_boxes(self, reading: Reading) -> BoxKind:
+        """How the boxes of all files are written, for one writer wrote them: a small file alone may not show it."""
+        if self._boxes is None:
+            folders = dict.fromkeys(folder for folders in self.splits.values() for folder in folders)
+            homes = dict.fromkeys(
+                folder if _metadata(folder) is not None or folder == self.root else folder.parent for folder in folders
+            )
+            files = [(found, self.within(home)) for home in homes if (found := _metadata(home)) is not None]
+            self._boxes = _kind_of_boxes(files, reading)
+        return self._boxes
+
     def _names(self, folder: Path, reading: Reading) -> Mapping[str, str]:
         """The names of numbered categories: from the folder of the metadata, else from one above it in the dataset."""
         names = _declared_names(self.within(folder), reading)
@@ -126,22 +142,24 @@ class ImageFolderReader(Reader):
         return names
 
 
-def _kind_of_boxes(metadata: Path, home: str, reading: Reading) -> BoxKind:
-    """How the boxes of a file are written, as all of them together show."""
-    where = posixpath.join(home, metadata.name)
+def _kind_of_boxes(files: Sequence[tuple[Path, str]], reading: Reading) -> BoxKind:
+    """How the boxes of files are written, as all of them together show. A file comes with its folder."""
     image, boxes = array("i"), array("d")
     sizes: list[tuple[int, int] | None] = []
     paths: list[str | None] = []
-    quiet = Reading(files=reading.files)  # what is wrong in the file is noted when it is read
-    for place, row in _rows(where, quiet):
-        found = [numbers(box, 4) for box, *_ in _objects(row.get("objects")) or ()]
-        known = [box for box in found if box is not None]
-        image.extend([len(sizes)] * len(known))
-        boxes.extend(value for box in known for value in box)
-        sizes.append(_size(row))
-        name = _file_name(row) if known and sizes[-1] is None else None
-        paths.append(None if name is None else locate(name, [home], place, quiet))
+    quiet = Reading(files=reading.files)  # what is wrong in the files is noted when they are read
+    for metadata, home in files:
+        with contextlib.suppress(DataError):
+            for place, row in _rows(posixpath.join(home, metadata.name), quiet):
+                found = [numbers(box, 4) for box, *_ in _objects(row.get("objects")) or ()]
+                known = [box for box in found if box is not None]
+                image.extend([len(sizes)] * len(known))
+                boxes.extend(value for box in known for value in box)
+                sizes.append(_size(row))
+                name = _file_name(row) if known and sizes[-1] is None else None
+                paths.append(None if name is None else locate(name, [home], place, quiet))
     values = np.array(boxes, dtype=np.float64).reshape(-1, 4)
+    where = posixpath.join(files[0][1], files[0][0].name) + (f" and {len(files) - 1} more" if len(files) > 1 else "")
     return judged(values, np.array(image, dtype=np.int64), sizes_of(sizes, paths, reading), "xywh", where, reading)
 
 

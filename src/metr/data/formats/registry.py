@@ -7,6 +7,7 @@ from pathlib import Path
 
 from metr.data.containers.archives import archive_folders, archive_stem, is_archive
 from metr.data.containers.huggingface import HuggingFaceReader
+from metr.data.containers.tfrecord import TFRecordReader
 from metr.data.formats.base import Reader
 from metr.data.formats.bdd100k import Bdd100kReader
 from metr.data.formats.coco import CocoReader
@@ -63,6 +64,7 @@ READERS: tuple[type[Reader], ...] = (
     VocReader,
     CsvReader,
     HuggingFaceReader,
+    TFRecordReader,
 )
 
 
