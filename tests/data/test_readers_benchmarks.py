@@ -313,10 +313,21 @@ def test_dota_with_a_description_of_yolo(tmp_path: Path) -> None:
     assert recognise(tmp_path / "data").format == "dota"
 
 
-def test_yolo_polygons_are_not_dota(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "line",
+    [
+        "0 0.1 0.1 0.9 0.1 0.9 0.9 0.1 0.9 0.5 0.5",
+        "1 0 0 1 0 1 1 0 1 1 0",
+        "4 0.1 0.1 0.9 0.1 0.9 0.9 0.1 0.9 6.5e-05 -0.0001 0.1 0.2",
+        "0 " + " ".join(["0.123456789"] * 1000),
+        "0 0.1 0.1 0.9 0.1 0.9 0.9 0.1 0.9",
+        "0 0.5 0.5 0.2 0.2 0.1 0.1 2 0.2 0.2 2",  # key points
+    ],
+)
+def test_yolo_polygons_are_not_dota(tmp_path: Path, line: str) -> None:
     root = tmp_path / "data"
     save_image(root / "train" / "images" / "a.jpg")
-    write_text(root / "train" / "labels" / "a.txt", "0 0.1 0.1 0.9 0.1 0.9 0.9 0.1 0.9 0.5 0.5\n1 0 0 1 0 1 1 0 1 1\n")
+    write_text(root / "train" / "labels" / "a.txt", line + "\n")
     write_text(root / "data.yaml", "train: train/images\nnames: [ship, boat]\n")
     assert recognise(root).format == "yolo"
 

@@ -157,11 +157,15 @@ def test_wrong_regions_are_left_out_and_counted(tmp_path: Path, wrong: object, k
         ("/data/local-files/?d=photos/one%20more/a.jpg", "photos/one more/a.jpg"),
         ("/data/local-files/?d=photos%5Ca.jpg", "photos/a.jpg"),
         ("images/a.jpg", "images/a.jpg"),
+        ("/data/local-files/?d=else/where/a.jpg", "images/a.jpg"),
+        ("s3://bucket/photos/a.jpg", "images/a.jpg"),
+        ("https://example.org/photos/a.jpg?size=2", "images/a.jpg"),
+        ("https://example.org/8a7f3c2d-a.jpg", "images/a.jpg"),
     ],
 )
 def test_where_images_lie(tmp_path: Path, address: str, image: str) -> None:
     source = opened(tmp_path, annotation(region()), address=address, image=image)
-    assert source.issue_counts == {}
+    assert source.issue_counts.keys() <= {"image found by its name"}
     assert (tmp_path / "data" / image) in {record.path for record in records(source).values()}
 
 

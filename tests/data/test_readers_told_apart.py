@@ -32,7 +32,6 @@ def test_a_benchmark_fits_its_own_format_alone(tmp_path: Path, benchmark: str) -
     "rows",
     [
         [{"file_name": "a.jpg", "text": "a caption"}],
-        [{"image": "a.jpg", "objects": {"bbox": [], "categories": []}}],
         [{"filename": "a.jpg", "caption": "grounding"}],
         [{"ID": "a"}],
         [["filename", "detection"]],
@@ -45,6 +44,14 @@ def test_other_lines_are_not_recognised(tmp_path: Path, rows: list[object], name
     write_lines(tmp_path / name, rows)
     with pytest.raises(DataError, match="no annotations of a known format"):
         recognise(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "train.json", "annotation_train.odgt"])
+def test_lines_with_objects_are_imagefolder_where_they_are_called_so(tmp_path: Path, name: str) -> None:
+    save_image(tmp_path / "a.jpg")
+    write_lines(tmp_path / name, [{"image": "a.jpg", "objects": {"bbox": [], "categories": []}}])
+    fits = [reader.format for reader in READERS if reader.recognise(tmp_path) is not None]
+    assert fits == (["imagefolder"] if name == "metadata.jsonl" else [])
 
 
 @pytest.mark.parametrize(

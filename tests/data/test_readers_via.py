@@ -19,9 +19,9 @@ def region(shape: object = RECT, **attributes: object) -> dict[str, Any]:
     return {"shape_attributes": shape, "region_attributes": attributes}
 
 
-def opened(tmp_path: Path, *regions: object, name: str = "a.jpg", folder: str = "leaves") -> DatasetSource:
+def opened(tmp_path: Path, *regions: object, name: str = "a.jpg") -> DatasetSource:
     """A dataset of one image with these regions, and one with nothing."""
-    root = tmp_path / folder
+    root = tmp_path / "leaves"
     content = {
         f"{image}9": {"filename": image, "size": 9, "regions": found, "file_attributes": {}}
         for image, found in ((name, list(regions)), ("empty.jpg", []))
@@ -56,6 +56,12 @@ def test_shapes_are_read_as_the_boxes_around_them(tmp_path: Path, shape: object,
     assert len(source.split("val")[1].boxes) == 0
 
 
+def test_regions_without_attributes_are_called_like_the_dataset(tmp_path: Path) -> None:
+    source = opened(tmp_path, region(RECT), region(RECT))
+    assert source.categories == ("made",)
+    assert source.issue_counts == {"no categories": 1}
+
+
 @pytest.mark.parametrize(
     ("attributes", "categories", "said"),
     [
@@ -66,7 +72,6 @@ def test_shapes_are_read_as_the_boxes_around_them(tmp_path: Path, shape: object,
         ([{"note": "left", "pet": "cat"}, {"pet": "dog"}], ("cat", "dog"), True),
         ([{"class_id": 1}, {"class_id": 2}], ("1", "2"), False),
         ([{"pet": {"cat": True, "dog": False}}, {"pet": {"dog": True}}], ("cat", "dog"), False),
-        ([{}, {}], ("leaves",), True),
     ],
 )
 def test_the_attribute_that_names_the_category(

@@ -10,6 +10,7 @@ from pathlib import Path
 from metr.data.formats.base import BoxList, RawImage, Reading
 from metr.data.formats.file_per_image import AnnotationFolder, FilePerImageReader
 from metr.data.formats.files import decoded, start_of, there
+from metr.data.formats.kitti import is_number
 from metr.data.formats.shapes import around, pairs
 from metr.errors import DataError
 
@@ -38,8 +39,8 @@ class DotaReader(FilePerImageReader):
         if row is None:
             return False
         # A polygon of YOLO's is all numbers, and all of them at most 1.
-        name_is_number = all(cell.replace(".", "", 1).isdigit() for cell in first.split()[8:])
-        return not name_is_number or (first.split()[8].isdigit() and max(row[1]) > 1 and len(first.split()) == 10)
+        rest = first.split()[8:]
+        return not all(map(is_number, rest)) or (len(rest) == 2 and rest[0].isdigit() and max(row[1]) > 1)
 
     def read_file(self, where: str, folder: AnnotationFolder, reading: Reading) -> RawImage | None:
         """The image of a text file; None, and an issue, where the file cannot be used."""

@@ -89,10 +89,11 @@ def _row(line: str) -> tuple[str, list[float]] | None:
         values = [float(cell) for cell in cells]
     except ValueError:
         return None
-    return (name, values[3:7]) if len(values) + 1 in {_COLUMNS, _WITH_SCORE} and not _is_number(name) else None
+    return (name, values[3:7]) if len(values) + 1 in {_COLUMNS, _WITH_SCORE} and not is_number(name) else None
 
 
-def _is_number(text: str) -> bool:
+def is_number(text: str) -> bool:
+    """Whether a cell of a text file is a number."""
     try:
         float(text)
     except ValueError:

@@ -3,7 +3,7 @@
 Rectangles, polygons, polylines, circles and ellipses are read as the boxes around them; points have no extent. VIA
 leaves it to its users which attribute of a region names the category: where there are several, the one called `class`,
 `label` or the like is taken, and an issue says so. Regions without any attribute are all of one category, which is
-called like the dataset's folder.
+called like the dataset.
 """
 
 import csv
@@ -68,6 +68,16 @@ class ViaReader(ManyImagesReader):
         self._attribute: str | None = None
         self._is_chosen = False
 
+    @property
+    def options_used(self) -> tuple[str | None, ...]:
+        """The options that the result depends on."""
+        return (self.options.boxes, self.options.name)
+
+    @property
+    def _own_name(self) -> str:
+        """The category of regions without attributes."""
+        return self.options.name or self.root.name
+
     @classmethod
     def fits(cls, path: Path) -> bool:
         """Whether a file looks like VIA's CSV or JSON; a cheap look."""
@@ -95,6 +105,9 @@ class ViaReader(ManyImagesReader):
                 for region in image.each_region()
             ]
             self._attribute, self._is_chosen = _category_attribute(regions, self.within(paths[0]), reading), True
+            if regions and self._attribute is None:
+                detail = f"regions have no attributes: all are called {self._own_name!r}; `renames` changes it"
+                reading.notes.once("no categories", self.within(paths[0]), detail)
             for region in regions:  # points are unknown objects of the categories that have boxes in any image
                 name = region.value(self._attribute) if self._attribute else None
                 if name and region.shape.get("name") not in _NO_EXTENT:
@@ -110,7 +123,7 @@ class ViaReader(ManyImagesReader):
             boxes = BoxList(image.where, reading)
             for number, region in enumerate(image.each_region(), start=1):
                 mark = region.mark or f"region {number}"
-                name = reading.files.root.name if self._attribute is None else region.value(self._attribute)
+                name = self._own_name if self._attribute is None else region.value(self._attribute)
                 shape = str(region.shape.get("name"))
                 if shape in _NO_EXTENT:
                     boxes.leave_out(name, mark, shape)
@@ -122,13 +135,8 @@ class ViaReader(ManyImagesReader):
 def _category_attribute(regions: list[_Region], where: str, reading: Reading) -> str | None:
     """The attribute that names the category, as far as regions give it a value; None where none has any."""
     counts = Counter(key for region in regions for key in region.attributes if region.value(key) is not None)
-    if not counts:
-        if regions:
-            detail = f"regions have no attribute: all are called {reading.files.root.name!r}, as the folder"
-            reading.notes.once("category attribute", where, detail)
-        return None
-    if len(counts) == 1:
-        return next(iter(counts))
+    if len(counts) < 2:
+        return next(iter(counts), None)
     likely = {name: rank for rank, name in enumerate(_CATEGORY_ATTRIBUTES)}
 
     def rank(key: str) -> tuple[int, int]:
