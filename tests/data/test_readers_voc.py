@@ -72,7 +72,6 @@ def test_an_image_without_objects(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "kind"),
     [
-        (item(corners=(12, 3, 2, 23)), "degenerate box"),
         (item(corners=(12, 3, 12, 23)), "degenerate box"),
         (item(corners=(50, 3, 60, 23)), "box outside"),
         (item(corners=("x", 3, 60, 23)), "unreadable box"),
@@ -169,3 +168,126 @@ def test_no_image_at_all(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no image is left") as caught:
         opened(tmp_path / "data")
     assert caught.value.hint is not None
+
+
+@pytest.mark.parametrize("corners", [(12, 23, 2, 3), (12, 3, 2, 23), (2, 23, 12, 3)])
+@pytest.mark.parametrize("first", [0, 1])
+def test_swapped_corners_are_sorted_and_counted(tmp_path: Path, corners: tuple[int, ...], first: int) -> None:
+    origin = "<source><database>The VOC2007 Database</database></source>" if first else ""
+    source = beside(tmp_path, document(origin, item(corners=corners)))
+    np.testing.assert_array_equal(source.split("val")[0].boxes, [[2 - first, 3 - first, 12, 23]])
+    assert source.issue_counts == {"swapped corners": 1}
+
+
+CHINESE = document("<folder>视频</folder>", item(name="<name>红细胞</name>"))
+
+
+@pytest.mark.parametrize(
+    ("content", "names", "said"),
+    [
+        (CHINESE.encode("gbk"), ("dog", "红细胞"), 1),
+        (b'<?xml version="1.0" encoding="gb2312"?>' + CHINESE.encode("gbk"), ("dog", "红细胞"), 0),
+        (b"<?xml version='1.0' encoding='GBK' ?>" + CHINESE.encode("gbk"), ("dog", "红细胞"), 0),
+        (b'<?xml version="1.0" encoding="utf-8"?>' + CHINESE.encode("gbk"), ("dog", "红细胞"), 1),
+        (b'<?xml version="1.0" encoding="Big5"?>' + "<annotation/>".encode("big5"), ("dog",), 0),
+        (CHINESE.encode("utf-16"), ("dog", "红细胞"), 0),
+        (CHINESE.encode("utf-8-sig"), ("dog", "红细胞"), 0),
+        (document(item(name="<name>café</name>")).encode("cp1252"), ("café", "dog"), 1),
+        (document(item(name="<name>été</name>")).encode("cp1252"), ("dog", "été"), 1),
+        (document(item()).encode() + b"\n\0\0\0", ("cat", "dog"), 0),
+        (document(item()).encode() + b"\x1a", ("cat", "dog"), 0),
+        (b"\n " + b'<?xml version="1.0"?>' + document(item()).encode(), ("cat", "dog"), 0),
+        (document(item(name="<name>salt & pepper</name>")).encode(), ("dog", "salt & pepper"), 0),
+        (
+            document(item(name="<name>salt &amp; &#112;epper & more</name>")).encode(),
+            ("dog", "salt & pepper & more"),
+            0,
+        ),
+    ],
+)
+def test_texts_as_tools_leave_them(tmp_path: Path, content: bytes, names: tuple[str, ...], said: int) -> None:
+    root = tmp_path / "data"
+    for name in ("a", "sound"):
+        save_image(root / "val" / f"{name}.jpg")
+    (root / "val" / "a.xml").write_bytes(content)
+    write_text(root / "val" / "sound.xml", voc_xml(ExpectedImage("sound.jpg", 40, 30, ((1, 1, 5, 5),), ("dog",))))
+    source = opened(root)
+    assert source.categories == names
+    assert len(source.split("val")) == 2
+    assert source.issue_counts == ({"not UTF-8": 1} if said else {})
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        "a.jpg\nb c.JPG\n",
+        "JPEGImages/a.jpg\n./JPEGImages/b c.jpg\n",
+        "/home/me/VOC2007/JPEGImages/a.jpg\nC:\\voc\\JPEGImages\\b c.jpg\n",
+        "a.xml\nb c.xml",
+        "A\nB C\n",
+        "./JPEGImages/a.jpg ./Annotations/a.xml\nb c",
+    ],
+)
+def test_lists_name_images_in_many_ways(tmp_path: Path, lines: str) -> None:
+    listed(tmp_path / "data", train=lines, val="a")
+    source = opened(tmp_path / "data")
+    assert [record.path.stem for record in source.split("train")] == ["a", "b c"]
+    assert source.issue_counts == {}
+
+
+def test_a_name_with_a_dot_is_no_suffix(tmp_path: Path) -> None:
+    listed(tmp_path / "data", train="a.v2", val="a")
+    assert opened(tmp_path / "data").issue_counts == {"missing annotation": 1, "empty split": 1}
+
+
+@pytest.mark.parametrize(
+    ("annotations", "sets", "images"),
+    [
+        ("annotations", "ImageSets/Main", "JPEGImages"),
+        ("Annotations", "imagesets/main", "jpegimages"),
+        ("Annotations", "ImageSets", "images"),
+        ("xml", "ImageSets/Main", "image"),
+        ("Annotations", "ImageSets/Main", "JPEGImages-trainval"),
+    ],
+)
+def test_folders_beside_lists_are_called_in_many_ways(tmp_path: Path, annotations: str, sets: str, images: str) -> None:
+    root = tmp_path / "data"
+    for name in ("a", "b"):
+        save_image(root / images / f"{name}.jpg")
+        write_text(root / annotations / f"{name}.xml", voc_xml(IMAGE))
+    write_text(root / sets / "train.txt", "a\n")
+    write_text(root / sets / "val.txt", "b\n")
+    source = opened(root)
+    assert {split: len(found) for split, found in source.splits.items()} == {"train": 1, "val": 1}
+    assert source.issue_counts == {}
+
+
+def test_images_of_one_annotation_folder_lie_in_two(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    for split, name in (("trainval", "a"), ("test", "b")):
+        save_image(root / f"JPEGImages-{split}" / f"{name}.jpg")
+        write_text(root / "Annotations" / f"{name}.xml", voc_xml(IMAGE))
+        write_text(root / "ImageSets" / "Main" / f"{split}.txt", f"{name}\n")
+    source = opened(root)
+    assert {split: len(found) for split, found in source.splits.items()} == {"train": 1, "test": 1}
+    assert source.issue_counts == {}
+
+
+@pytest.mark.parametrize(
+    ("annotations", "images"),
+    [
+        ("annotations/train", "images"),
+        ("annotations/train", "images/train"),
+        ("train_annotations", "train_images"),
+        ("train/Annotations", "train/Image"),
+        ("labels_xml/train", "imgs/train"),
+    ],
+)
+def test_images_beside_folders_of_annotations(tmp_path: Path, annotations: str, images: str) -> None:
+    root = tmp_path / "data"
+    for name in ("a", "b"):
+        save_image(root / images / f"{name}.jpg")
+        write_text(root / annotations / f"{name}.xml", voc_xml(IMAGE))
+    source = opened(root)
+    assert sum(map(len, source.splits.values())) == 2
+    assert source.issue_counts == {}

@@ -191,11 +191,16 @@ def test_names_come_from_a_file(tmp_path: Path) -> None:
     assert names_to_find(None, tmp_path / "names.yaml") == expected
     (tmp_path / "list.yml").write_text("[shark, starfish]", encoding="utf-8")
     assert names_to_find(None, tmp_path / "list.yml") == ["shark", "starfish"]
+    # YAML takes these for numbers and truth values
+    (tmp_path / "words.yml").write_text("[no, 007, 12:30, null]", encoding="utf-8")
+    assert names_to_find(None, tmp_path / "words.yml") == ["no", "007", "12:30", "null"]
+    (tmp_path / "words.yml").write_text("no: yes\n1: [2, off]\n", encoding="utf-8")
+    assert names_to_find(None, tmp_path / "words.yml") == {"no": ["yes"], "1": ["2", "off"]}
     assert names_to_find("shark, star fish", None) == ["shark", "star fish"]
     assert names_to_find(None, None) is None
 
 
-@pytest.mark.parametrize("text", ["", "a: {b: c}", "a: []", "[1, 2]", "3", "a: [b", "a: [1]", "? [a]\n: b", "no: x"])
+@pytest.mark.parametrize("text", ["", "a: {b: c}", "a: []", "[[1], 2]", "3", "a: [b", "a: [[1]]", "? [a]\n: b", "no: "])
 def test_files_that_name_nothing(tmp_path: Path, text: str) -> None:
     (tmp_path / "names.yaml").write_text(text, encoding="utf-8")
     with pytest.raises(ConfigError, match=r"(?s)names\.yaml: .*\n  try: write one name a line"):

@@ -6,13 +6,13 @@ from 1, those of the tools that write the format today from 0.
 
 import posixpath
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
-from metr.data.formats.base import BoxList, RawImage, Reader, Reading, whole_size, without_repeats
-from metr.data.formats.file_per_image import AnnotationFolder, FilePerImageReader
-from metr.data.formats.files import folders_within, start_of, there
+from metr.data.formats.base import BoxList, RawImage, Reader, Reading, place, whole_size, without_repeats
+from metr.data.formats.file_per_image import ANNOTATION_WORDS, AnnotationFolder, FilePerImageReader, called_like
+from metr.data.formats.files import files_in, fold, folders_in, folders_within, is_image, start_of
 from metr.data.formats.labelme_xml import looks_like_labelme_xml
 from metr.data.formats.locating import grouped
 from metr.data.records import canonical_split
@@ -21,6 +21,12 @@ from metr.errors import DataError
 # How deep below the dataset's folder the lists lie, in folders of the years.
 _DEPTH = 2
 _SNIFF_BYTES = 1024
+_LISTS, _MAIN = "imagesets", "main"
+# Where a file says that it is written otherwise than it is, its text says it.
+_DECLARED = re.compile(rb"<\?xml[^>]{0,200}?encoding\s*=\s*[\"']([\w.:-]{1,40})[\"']")
+# What some tools leave after the end of a file, and an `&` that stands for itself.
+_AFTER = b"\0\x1a \r\n\t"
+_AMPERSAND = re.compile(r"&(?!(?:[A-Za-z_][\w.-]*|#\d+|#x[0-9A-Fa-f]+);)")
 
 
 class VocReader(FilePerImageReader):
@@ -39,7 +45,7 @@ class VocReader(FilePerImageReader):
     @classmethod
     def fits(cls, path: Path) -> bool:
         """Whether a file looks like VOC XML; a cheap look."""
-        head = start_of(path, _SNIFF_BYTES)
+        head = start_of(path, _SNIFF_BYTES).replace(b"\0", b"")
         return re.search(rb"<annotation[\s>]", head) is not None and not looks_like_labelme_xml(head)
 
     def read(self, split: str, reading: Reading) -> Iterator[RawImage]:
@@ -53,14 +59,11 @@ class VocReader(FilePerImageReader):
 
     def _read_list(self, source: Path, reading: Reading) -> Iterator[RawImage]:
         """The images that a file of `ImageSets/Main` names."""
-        folder = AnnotationFolder(
-            posixpath.join(self.within(source.parents[2]), "Annotations"), self.suffix, reading.files
-        )
-        known, seen = set(folder.names), set()
+        folder = AnnotationFolder(self.within(_annotations_beside(source)), self.suffix, reading.files)
+        known = {fold(name): name for name in folder.names} | {name: name for name in folder.names}
+        seen: set[str] = set()
         for number, line in enumerate(reading.text(self.within(source)).splitlines(), start=1):
-            # A second column tells whether the category of a list is in the image. Names may hold spaces.
-            options = [line.strip(), *line.split()[:1]]
-            name = next((f"{option}.xml" for option in options if f"{option}.xml" in known), None)
+            name = _listed(line, known)
             where = f"{self.within(source)}:{number}"
             if name in seen:
                 reading.issues.add("duplicate image", where, f"{name} is listed again: left out")
@@ -70,12 +73,12 @@ class VocReader(FilePerImageReader):
                 if raw is not None:
                     yield raw
             elif line.strip():
-                reading.issues.add("missing annotation", where, f"no {options[0]}.xml in {folder.path}")
+                reading.issues.add("missing annotation", where, f"no {line.strip()[:80]}.xml in {folder.path}")
 
     def read_file(self, where: str, folder: AnnotationFolder, reading: Reading) -> RawImage | None:
         """The image of an XML file; None, and an issue, where the file cannot be used."""
         try:
-            root = ET.fromstring(reading.files.read(where))
+            root = _parsed(reading.files.read(where), where, reading)
         except (ET.ParseError, DataError, LookupError, ValueError) as error:
             reading.issues.add("unreadable annotation", where, str(error))
             return None
@@ -89,18 +92,28 @@ class VocReader(FilePerImageReader):
         boxes = BoxList(where, reading)
         for index, item in enumerate(root.iterfind("object"), start=1):
             ignore = _text(item, "difficult") == "1"
-            boxes.add(_text(item, "name"), _box(item, first), f"object {index}", ignore=ignore, found="no <name>")
+            mark, box = f"object {index}", _corners(item)
+            if box is not None and (box[0] > box[2] or box[1] > box[3]):
+                reading.issues.add("swapped corners", place(where, mark), f"{box}: sorted")
+                box = [*map(min, box[:2], box[2:]), *map(max, box[:2], box[2:])]
+            if box is not None:
+                box = [box[0] - first, box[1] - first, *box[2:]]
+            boxes.add(_text(item, "name"), box, mark, ignore=ignore, found="no <name>")
         size = whole_size(_number(root, "size/height"), _number(root, "size/width"))
         return boxes.image(path, size=size)
 
 
 def _listed_splits(root: Path) -> dict[str, tuple[Path, ...]]:
-    """The lists of `ImageSets/Main`, by their name; those of several years (VOC2007, VOC2012) belong together."""
+    """The lists of `ImageSets/Main`, by their name; those of several years (VOC2007, VOC2012) belong together.
+
+    They may also lie in `ImageSets` itself. Folders with annotations must lie beside it.
+    """
     splits = grouped(
         (file.stem, file)
         for folder in folders_within(root, _DEPTH)
-        if there(folder / "ImageSets" / "Main", Path.is_dir) and there(folder / "Annotations", Path.is_dir)
-        for file in sorted((folder / "ImageSets" / "Main").glob("*.txt"))
+        for sets in folders_in(folder)
+        if fold(sets.name) == _LISTS and _annotation_folder(folder) is not None
+        for file in _lists(sets)
     )
     # `aeroplane_train.txt` lists the images of one category.
     whole = {name: files for name, files in splits.items() if canonical_split(name) and "_" not in name}
@@ -109,11 +122,93 @@ def _listed_splits(root: Path) -> dict[str, tuple[Path, ...]]:
     return whole or splits
 
 
-def _box(item: ET.Element, first: int) -> list[float] | None:
-    """The corners of an object whose file counts pixels from `first`; None where they cannot be read."""
+def _lists(sets: Path) -> list[Path]:
+    main = next((folder for folder in folders_in(sets) if fold(folder.name) == _MAIN), sets)
+    return files_in(main, ".txt") or files_in(sets, ".txt")
+
+
+def _annotations_beside(source: Path) -> Path:
+    """The folder of annotations that belongs to a list."""
+    above = next(folder for folder in source.parents if fold(folder.name) == _LISTS).parent
+    return _annotation_folder(above) or above / "Annotations"
+
+
+def _annotation_folder(folder: Path) -> Path | None:
+    names = [entry.name for entry in folders_in(folder)]
+    found = next((name for name in names if name == "Annotations"), None) or next(
+        (name for name in called_like(ANNOTATION_WORDS, names) if files_in(folder / name, ".xml")), None
+    )
+    return None if found is None else folder / found
+
+
+def _listed(line: str, known: Mapping[str, str]) -> str | None:
+    """The annotation file that a line of a list means, of those `known`; None where there is none.
+
+    A line is the name of an image, with or without suffix and folders. Names may hold spaces. A second column tells
+    whether the category of a list is in the image.
+    """
+    for option in (line.strip(), *line.split()[:1]):
+        base = posixpath.basename(option.replace("\\", "/"))
+        stem, suffix = posixpath.splitext(base)
+        stems = [option, base, stem] if is_image(base) or suffix.lower() == ".xml" else [option, base]
+        for name in stems:
+            found = known.get(f"{name}.xml") or known.get(fold(f"{name}.xml"))
+            if found is not None:
+                return found
+    return None
+
+
+def _parsed(data: bytes, where: str, reading: Reading) -> ET.Element:
+    """The content of an XML file, also of one in another encoding than it says, or with zero bytes after its end.
+
+    Raises:
+        ParseError, LookupError, ValueError: it is no XML.
+    """
+    try:
+        return ET.fromstring(data)
+    except (ET.ParseError, LookupError, ValueError):
+        text = _decoded(data.strip(_AFTER), where, reading)
+        if "<!" in text.replace("<!--", "").replace("<![CDATA[", ""):
+            raise  # what declares entities is not mended
+        return ET.fromstring(_AMPERSAND.sub("&amp;", text))
+
+
+def _decoded(data: bytes, where: str, reading: Reading) -> str:
+    """The text of an XML file: in the encoding that it names, if it is that; else as it looks."""
+    declared = _DECLARED.match(data)
+    named = [] if declared is None else [declared[1].decode()]
+    if named and named[0].lower() in {"gb2312", "gbk"}:
+        named = ["gb18030"]  # which holds both
+    for encoding in named:
+        try:
+            return data.decode(encoding)
+        except (UnicodeDecodeError, LookupError):
+            continue
+    if _looks_chinese(data):
+        reading.notes.once("not UTF-8", where, "read as gb18030: save it as UTF-8 if names look wrong")
+        return data.decode("gb18030")
+    return data.decode(reading.encoding(data, where))
+
+
+def _looks_chinese(data: bytes) -> bool:
+    """Whether bytes are GBK: those that are not ASCII come in pairs, which words in Western encodings hardly do."""
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        runs = re.findall(rb"[\x80-\xff]+", data)
+        try:
+            data.decode("gb18030")
+        except UnicodeDecodeError:
+            return False
+        return all(len(run) % 2 == 0 for run in runs)
+    return False
+
+
+def _corners(item: ET.Element) -> list[float] | None:
+    """The corners of an object as its file gives them; None where they cannot be read."""
     values = [_number(item, f"bndbox/{corner}") for corner in ("xmin", "ymin", "xmax", "ymax")]
     known = [value for value in values if value is not None]
-    return [known[0] - first, known[1] - first, *known[2:]] if len(known) == 4 else None
+    return known if len(known) == len(values) else None
 
 
 def _text(element: ET.Element, path: str) -> str:
