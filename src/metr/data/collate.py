@@ -1,12 +1,16 @@
 """Collates examples into batches.
 
 A worker sends a batch as one block of bytes and six arrays of targets, however many images it holds: few shared memory
-files. The training process moves them to the device and converts bytes to floats there.
+files. The training process moves them to the device and converts bytes to floats there. Where shared memory is nearly
+full, as in a container that has 64 MB of it, a worker sends a batch through its pipe instead: torch would hang.
 """
 
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, UInt8
 from torch import Tensor
@@ -15,6 +19,10 @@ from metr.data.config import MEAN_COLOUR
 from metr.data.dataset import Example, Missing
 from metr.data.records import DataIssue
 from metr.structures import Batch, Targets
+
+_SHARED_MEMORY = "/dev/shm"  # of Linux
+# Bytes that the files of a batch take besides its contents.
+_PAGES = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +64,58 @@ class Collated:
         if self.batch is None:
             return self
         return replace(self, batch=replace(self.batch, pixels=self.batch.pixels.pin_memory()))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class PipedBatch:
+    """A `Collated` without any tensor, which is sent through a pipe and takes no shared memory.
+
+    `rest` are the other fields of the batch; `free` is the bytes of shared memory that were left.
+    """
+
+    pixels: UInt8[np.ndarray, "b h w 3"]
+    targets: dict[str, np.ndarray]
+    rest: dict[str, Any]
+    missing: tuple[Missing, ...]
+    issues: tuple[DataIssue, ...]
+    free: int
+
+    def whole(self) -> Collated:
+        """What was sent."""
+        pixels = torch.from_numpy(self.pixels).permute(0, 3, 1, 2)
+        targets = Targets(**{name: torch.from_numpy(array) for name, array in self.targets.items()})
+        batch = PackedBatch(pixels=pixels, targets=targets, **self.rest)
+        return Collated(batch=batch, missing=self.missing, issues=self.issues)
+
+
+def free_shared_memory() -> int | None:
+    """The bytes that are free for tensors which processes share; None where that is not limited by a folder."""
+    try:
+        status = os.statvfs(_SHARED_MEMORY)
+    except (OSError, AttributeError):  # Windows and macOS have no such folder
+        return None
+    return status.f_bavail * status.f_frsize
+
+
+def sent(collated: Collated, workers: int) -> Collated | PipedBatch:
+    """A batch as one of so many workers sends it: through shared memory, if all of them could do so at once."""
+    free = free_shared_memory() if collated.batch is not None else None
+    if collated.batch is None or free is None:
+        return collated
+    tensors = {field.name: getattr(collated.batch.targets, field.name) for field in fields(Targets)}
+    pixels = collated.batch.pixels
+    size = sum(tensor.nbytes for tensor in (pixels, *tensors.values()))
+    if free > 2 * max(workers, 1) * (size + _PAGES):
+        return collated
+    own = {field.name: getattr(collated.batch, field.name) for field in fields(PackedBatch)}
+    return PipedBatch(
+        pixels=pixels.permute(0, 2, 3, 1).numpy(),
+        targets={name: tensor.numpy() for name, tensor in tensors.items()},
+        rest={name: value for name, value in own.items() if name not in {"pixels", "targets"}},
+        missing=collated.missing,
+        issues=collated.issues,
+        free=free,
+    )
 
 
 def collate(examples: Sequence[Example | Missing], multiple: int = 32) -> Collated:

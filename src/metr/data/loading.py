@@ -17,9 +17,9 @@ import torch
 from jaxtyping import Float
 from torch.utils.data import DataLoader, Dataset
 
-from metr.data.collate import Collated, collate, padded_shape
+from metr.data.collate import Collated, PipedBatch, collate, free_shared_memory, padded_shape, sent
 from metr.data.config import LoaderConfig
-from metr.data.dataset import DetectionDataset, MixedDataset
+from metr.data.dataset import DetectionDataset, Example, Missing, MixedDataset
 from metr.data.records import DataIssue
 from metr.data.sampling import MixedSampler, mixture_weights, repeat_factors
 from metr.errors import DataError
@@ -31,6 +31,9 @@ CPU = torch.device("cpu")
 # What the main process alone answers. Schedulers send these to all processes of a job.
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name))
 _workers: WeakSet[Any] = WeakSet()
+# The bytes of shared memory without which no worker can be started: each needs locks there.
+_LEAST_SHARED = 1 << 20
+_LARGER = "Make /dev/shm larger (docker run --shm-size=8g, or --ipc=host), or free it"
 Result = TypeVar("Result")
 
 
@@ -229,10 +232,14 @@ def _loader(
     prefetch: int,
     device: torch.device,
 ) -> DataLoader[Any]:
+    free = free_shared_memory()
+    if workers and free is not None and free < _LEAST_SHARED:
+        log.warning("no worker reads images: %s %s", f"{free:,} bytes of shared memory are free, too few.", _LARGER)
+        workers = 0
     return DataLoader(
         dataset,
         batch_sampler=batch_sampler,
-        collate_fn=partial(collate, multiple=multiple),
+        collate_fn=partial(_collate, multiple=multiple, workers=workers),
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
         worker_init_fn=_start_worker,
@@ -241,6 +248,11 @@ def _loader(
         # whose state would otherwise depend on how often loaders were started.
         generator=torch.Generator(),
     )
+
+
+def _collate(examples: Sequence[Example | Missing], multiple: int, workers: int) -> Collated | PipedBatch:
+    collated = collate(examples, multiple)
+    return sent(collated, workers) if workers else collated
 
 
 def _start_worker(_worker: int) -> None:
@@ -286,7 +298,15 @@ def _collated(loader: DataLoader[Any]) -> Iterator[Collated]:
         with _signals_held_back():
             batches = iter(loader)
         _workers.update(getattr(batches, "_workers", ()))
-        yield from batches
+        piped = False
+        for batch in batches:
+            if isinstance(batch, PipedBatch):
+                if not piped:
+                    log.warning(
+                        "batches take a slower way: %d MB of shared memory are free. %s", batch.free >> 20, _LARGER
+                    )
+                piped = True
+            yield batch.whole() if isinstance(batch, PipedBatch) else batch
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise
