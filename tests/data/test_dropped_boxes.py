@@ -48,6 +48,14 @@ def test_all_but_the_category_of_a_dropped_box(root: Path, kind: str) -> None:
     assert annotated(source, "val") == {"v.jpg": None}
 
 
+@pytest.mark.parametrize("kind", USELESS)
+def test_an_image_whose_boxes_were_all_dropped_is_no_negative(root: Path, kind: str) -> None:
+    write_text(root / "train.csv", "\n".join([CATS[1], f"images/a.jpg,{USELESS[kind]},dog", ""]))
+    source = opened(root)
+    assert annotated(source) == {"a.jpg": set(), "b.jpg": None}
+    assert source.split("train").counts().empty == 1
+
+
 def test_categories_that_a_reader_does_not_know_and_boxes_without_numbers(tmp_path: Path) -> None:
     save_image(tmp_path / "data" / "a.jpg")
 

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from metr.data.formats.base import IssueLog, RawImage, Reader, Reading, place
 from metr.data.images import probe_size
 from metr.data.index.manifest import encodable, shown_name
-from metr.data.records import ImageRecord
+from metr.data.records import UNNAMED, ImageRecord
 from metr.errors import DataError
 
 # A box thinner than this, in pixels, is no object; a hair below 1 keeps rounded boxes of one pixel.
@@ -52,6 +52,9 @@ def _checked(group: Iterable[RawImage], root: Path, reading: Reading) -> Iterato
     ends = np.searchsorted(owner[keep], np.arange(len(raws) + 1)).tolist()
     for number, (raw, (height, width)) in enumerate(sized):
         mine = slice(ends[number], ends[number + 1])
+        left_out = {*raw.unknown, *unknown.get(number, ())}
+        if left_out and ends[number] == ends[number + 1]:
+            left_out.add(UNNAMED)  # not an image without objects, although no box is left
         yield ImageRecord(
             image_id=raw.image_id if isinstance(raw.image_id, int) else shown_name(raw.image_id),
             path=root / raw.path,
@@ -62,7 +65,7 @@ def _checked(group: Iterable[RawImage], root: Path, reading: Reading) -> Iterato
             areas=areas[mine],
             ignore=ignore[mine],
             annotated=None if raw.annotated is None else tuple(sorted(set(raw.annotated))),
-            unknown=tuple(sorted({*raw.unknown, *unknown.get(number, ())})),
+            unknown=tuple(sorted(left_out)),
         )
 
 
