@@ -41,8 +41,9 @@ def _checked(group: Iterable[RawImage], root: Path, reading: Reading) -> Iterato
     relative = np.array([raw.relative for raw in raws])[owner]
     boxes[relative] *= limit[relative]
     inside = np.minimum(np.maximum(boxes, 0), limit)
-    keep = _usable(sized, owner, boxes, inside, reading.issues)
     labels = np.concatenate([raw.labels for raw in raws]).astype(np.int64)
+    named = labels != UNNAMED  # what has no name was noted by the reader
+    keep = _usable(sized, owner, boxes, inside, named, reading.issues)
     unknown: dict[int, set[int]] = {}
     for number, label in zip(owner[~keep].tolist(), labels[~keep].tolist(), strict=True):
         unknown.setdefault(number, set()).add(label)
@@ -96,16 +97,17 @@ def _usable(
     owner: Int[np.ndarray, "m"],
     boxes: Float[np.ndarray, "m 4"],
     inside: Float[np.ndarray, "m 4"],
+    named: Bool[np.ndarray, "m"],
     issues: IssueLog,
 ) -> Bool[np.ndarray, "m"]:
-    """Which boxes are kept. `inside` are `boxes` cut at the border; dropped and cut boxes are noted."""
+    """Which of the `named` boxes are kept. `inside` are `boxes` cut at the border; dropped and cut boxes are noted."""
     amodal = np.array([raw.amodal for raw, _ in sized])[owner]
     with np.errstate(invalid="ignore"):
         thick = (boxes[:, 2:] - boxes[:, :2] >= _THINNEST).all(axis=1) & np.isfinite(boxes).all(axis=1)
         visible = (inside[:, 2:] - inside[:, :2] >= _THINNEST).all(axis=1)
         fine = thick & visible & (amodal | (np.abs(boxes - inside) <= _SLACK).all(axis=1))
-    keep: Bool[np.ndarray, "m"] = thick & visible
-    for row in np.flatnonzero(~fine).tolist():
+    keep: Bool[np.ndarray, "m"] = thick & visible & named
+    for row in np.flatnonzero(~fine & named).tolist():
         raw, (height, width) = sized[owner[row]]
         position = row - int(np.searchsorted(owner, owner[row]))
         mark = f"box {position + 1}" if raw.marks is None else raw.marks[position]
