@@ -128,6 +128,16 @@ def test_a_dataset_that_cannot_be_read_does_not_end_the_others(tmp_path: Path) -
     assert str(nothing.exception).startswith("2 of 2 datasets cannot be read:")
 
 
+@pytest.mark.parametrize("text", ["datasets: [", "datasets:\n  - {path: a, wieght: 2}\n", "\xe9: \x00", "names: [a]\n"])
+def test_a_file_that_cannot_be_read_does_not_end_the_others_either(tmp_path: Path, text: str) -> None:
+    listing = tmp_path / "all.yaml"
+    listing.write_text(text, encoding="latin-1")
+    result = run(write_csv(tmp_path / "pets"), listing, write_csv(tmp_path / "cats"))
+    assert row(result, "pets")
+    assert row(result, "cats")
+    assert str(result.exception).startswith(f"1 of 3 datasets cannot be read and are left out above: {listing}")
+
+
 def test_a_category_without_a_box(tmp_path: Path) -> None:
     root = write_csv(tmp_path / "pets")
     run(root, "--export", "coco", tmp_path / "out")

@@ -48,6 +48,14 @@ def test_all_but_the_category_of_a_dropped_box(root: Path, kind: str) -> None:
     assert annotated(source, "val") == {"v.jpg": None}
 
 
+@pytest.mark.parametrize("kind", USELESS)
+def test_an_image_whose_boxes_were_all_dropped_is_no_negative(root: Path, kind: str) -> None:
+    write_text(root / "train.csv", "\n".join([CATS[1], f"images/a.jpg,{USELESS[kind]},dog", ""]))
+    source = opened(root)
+    assert annotated(source) == {"a.jpg": set(), "b.jpg": None}
+    assert source.split("train").counts().empty == 1
+
+
 def test_categories_that_a_reader_does_not_know_and_boxes_without_numbers(tmp_path: Path) -> None:
     save_image(tmp_path / "data" / "a.jpg")
 
@@ -133,3 +141,34 @@ def test_an_unnamed_object_of_one_of_several_files_leaves_nothing_absent(tmp_pat
     index = AnnotationIndex(tmp_path / "a.arrow", LabelMap.identity(("cat", "dog")))
     assert index[0].annotated == ()
     assert index.stored(0).unknown == (UNNAMED, 0)
+
+
+def test_csv_lines_without_a_category(root: Path) -> None:
+    write_text(root / "train.csv", "\n".join([*CATS, "images/a.jpg,2,2,9,9,", "images/v.jpg,2,2,9,9, ", ""]))
+    source = opened(root)
+    assert source.issue_counts == {"unknown category": 2}
+    assert annotated(source) == {"a.jpg": set(), "b.jpg": None, "v.jpg": set()}
+    assert source.split("train").counts().boxes.tolist() == [0, 2]
+
+
+def test_coco_boxes_whose_category_is_not_declared(tmp_path: Path) -> None:
+    for name in "abc":
+        save_image(tmp_path / "data" / "train" / f"{name}.jpg")
+    images = [
+        {"id": number, "file_name": f"{name}.jpg", "width": 40, "height": 30} for number, name in enumerate("abc")
+    ]
+    pairs = [(0, 1), (0, 7), (1, 7), (2, 1)]
+    boxes = [
+        {"id": number, "image_id": image, "category_id": category, "bbox": [1, 2, 9, 9]}
+        for number, (image, category) in enumerate(pairs)
+    ]
+    content = {
+        "images": images,
+        "annotations": boxes,
+        "categories": [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
+    }
+    write_json(tmp_path / "data" / "train" / "_annotations.coco.json", content)
+    source = opened(tmp_path / "data", splits={"train": "train"})
+    assert source.issue_counts == {"unknown category": 2}
+    assert annotated(source) == {"a.jpg": set(), "b.jpg": set(), "c.jpg": None}
+    assert source.split("train").counts().boxes.tolist() == [2, 0]

@@ -101,6 +101,7 @@ def yolo(root: Path) -> None:
         save_image(root / "images" / "train" / f"{name}.jpg")
         write_text(root / "labels" / "train" / f"{name}.txt", "0 .5 .5 .2 .2\n")
     save_image(root / "images" / "val" / "v.jpg")
+    write_text(root / "labels" / "val" / "v.txt", "")
     write_text(root / "data.yaml", "train: images/train\nval: images/val\nnames: [cat]\n")
 
 

@@ -118,7 +118,7 @@ def test_two_images_do_not_share_a_yolo_file(tmp_path: Path) -> None:
     write_text(root / "data.yaml", "names: [cat]\nval: images/val\n")
     source = opened(root)
     assert found(source) == {"a.jpg": [("cat", 10)], "b.jpg": [], "b.png": []}
-    assert source.issue_counts == {"shared annotation": 1}
+    assert source.issue_counts == {"shared annotation": 1, "few label files": 1}
     assert source.issues[0].where == "images/val/a.png"
 
 

@@ -291,3 +291,14 @@ def test_images_beside_folders_of_annotations(tmp_path: Path, annotations: str, 
     source = opened(root)
     assert sum(map(len, source.splits.values())) == 2
     assert source.issue_counts == {}
+
+
+def test_images_of_two_splits_in_one_folder_are_all_annotated(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    for split, name in (("train", "a"), ("test", "b")):
+        save_image(root / "images" / f"{name}.jpg")
+        write_text(root / "annotations" / split / f"{name}.xml", voc_xml(IMAGE))
+    save_image(root / "images" / "c.jpg")
+    source = opened(root)
+    assert {split: len(found) for split, found in source.splits.items()} == {"train": 1, "test": 1}
+    assert {issue.where for issue in source.issues} == {"images/c.jpg"}

@@ -14,7 +14,7 @@ from metr.cli.verbs import Data
 from metr.errors import ConfigError, DataError, MetrError, did_you_mean
 
 if TYPE_CHECKING:  # what the verb needs is imported when it runs, so that help comes at once
-    from metr.data.datasets_file import DatasetSource
+    from metr.data.datasets_file import DatasetConfig, DatasetSource
     from metr.inspection.facts import DatasetFacts
     from metr.model import METR
 
@@ -116,12 +116,19 @@ def _opened(data: Sequence[str], console: Console) -> "tuple[list[DatasetSource]
     Raises:
         MetrError: none can be read.
     """
-    from metr.data.datasets_file import open_dataset, parse_data_arguments
+    from metr.data.datasets_file import check_names, open_dataset, parse_data_arguments
 
     sources: list[DatasetSource] = []
     failures: list[MetrError] = []
+    specs: list[DatasetConfig] = []
+    for argument in data:
+        try:
+            specs += parse_data_arguments([argument])
+        except MetrError as error:
+            failures.append(error)
+    check_names(specs)
     with _without_hints_to_this_verb():
-        for spec in parse_data_arguments(data):
+        for spec in specs:
             with console.status(f"reading {escape(spec.name)}"):
                 try:
                     sources.append(open_dataset(spec))

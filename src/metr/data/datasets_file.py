@@ -168,13 +168,22 @@ def parse_data_arguments(arguments: Sequence[str]) -> tuple[DatasetConfig, ...]:
     configs = [config for argument in arguments for config in _parse_argument(argument)]
     if not configs:
         raise DataError("no dataset is named", hint="name a folder: metr inspect path/to/dataset")
+    check_names(configs)
+    return tuple(configs)
+
+
+def check_names(configs: Sequence[DatasetConfig]) -> None:
+    """Checks that each dataset has a name of its own.
+
+    Raises:
+        DataError: two have the same.
+    """
     counts = Counter(config.name for config in configs)
     for config in configs:
         if counts[config.name] > 1:
             paths = " and ".join(str(other.path) for other in configs if other.name == config.name)
             hint = f"give each a name of its own: other_name={config.path}"
             raise DataError(f"{counts[config.name]} datasets are called {config.name!r}: {paths}", hint=hint)
-    return tuple(configs)
 
 
 def open_dataset(config: DatasetConfig, cache_dir: Path | None = None) -> DatasetSource:

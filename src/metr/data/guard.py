@@ -13,6 +13,15 @@ _MOST = 0.5
 # Kinds of issues that a message names.
 _KINDS = 3
 _LONGEST = 160
+# What to do about the main kinds of issues.
+_TO_DO = {
+    "unknown category": "declare the names of all classes where the dataset declares them",
+    "missing image": "put the images where the annotations say",
+    "path outside": "put the images into the dataset's folder",
+    "missing annotation": "put the annotation files where the lists say",
+    "no label files": "put the text files into `labels`, beside `images`",
+    "box outside": "look whether the coordinates are pixels or shares of the image, as the format wants them",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,12 +94,13 @@ def check_usable(source: DatasetSource, split: str, chosen: Annotations | None =
     if not told:
         return
     kinds = _main_kinds(source, faults[0].where if faults else split)
+    todo = next((_TO_DO[kind] for kind in kinds if kind in _TO_DO), "mend the files")
     first = next((issue for kind in kinds for issue in source.issues if issue.kind == kind), None)
     if first is not None:
         example = " ".join(f"{first.where}: {first.detail}".split())
         told.append(f"such as {example[:_LONGEST]}{'...' if len(example) > _LONGEST else ''}")
     what = f"the {split} split of {source.name!r} is not used: {'; '.join(told)}"
-    hint = f"metr inspect {source.config.path} shows all; mend the files, or go on all the same with --allow-empty"
+    hint = f"metr inspect {source.config.path} shows all; {todo}; --allow-empty goes on all the same"
     raise DataError(what, where=source.root, hint=hint)
 
 

@@ -33,7 +33,8 @@ class RawImage:
 
     `path` is relative to the dataset's folder, with slashes, and was found there. `size` is (height, width) in pixels,
     None where the file gives none. `boxes` are xyxy in pixels of that size, or fractions of the image if `relative`.
-    `labels` are numbers given by `Names`. `areas` are NaN where unknown. `marks` give each box's place in the file, for
+    `labels` are numbers given by `Names`, `UNNAMED` for boxes that are dropped because their category has no name.
+    `areas` are NaN where unknown. `marks` give each box's place in the file, for
     messages. `annotated` are the numbers of the categories that are annotated exhaustively, so that "no box" means
     "none there"; None: all of the dataset's. `amodal` boxes are of whole objects, also where those leave the image:
     they are cut at its border without an issue. `unknown` are categories that are not annotated exhaustively in this

@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from metr.data.formats.base import IssueLog, RawImage, Reader, Reading, place
 from metr.data.images import probe_size
 from metr.data.index.manifest import encodable, shown_name
-from metr.data.records import ImageRecord
+from metr.data.records import UNNAMED, ImageRecord
 from metr.errors import DataError
 
 # A box thinner than this, in pixels, is no object; a hair below 1 keeps rounded boxes of one pixel.
@@ -41,8 +41,9 @@ def _checked(group: Iterable[RawImage], root: Path, reading: Reading) -> Iterato
     relative = np.array([raw.relative for raw in raws])[owner]
     boxes[relative] *= limit[relative]
     inside = np.minimum(np.maximum(boxes, 0), limit)
-    keep = _usable(sized, owner, boxes, inside, reading.issues)
     labels = np.concatenate([raw.labels for raw in raws]).astype(np.int64)
+    named = labels != UNNAMED  # what has no name was noted by the reader
+    keep = _usable(sized, owner, boxes, inside, named, reading.issues)
     unknown: dict[int, set[int]] = {}
     for number, label in zip(owner[~keep].tolist(), labels[~keep].tolist(), strict=True):
         unknown.setdefault(number, set()).add(label)
@@ -52,6 +53,9 @@ def _checked(group: Iterable[RawImage], root: Path, reading: Reading) -> Iterato
     ends = np.searchsorted(owner[keep], np.arange(len(raws) + 1)).tolist()
     for number, (raw, (height, width)) in enumerate(sized):
         mine = slice(ends[number], ends[number + 1])
+        left_out = {*raw.unknown, *unknown.get(number, ())}
+        if left_out and ends[number] == ends[number + 1]:
+            left_out.add(UNNAMED)  # not an image without objects, although no box is left
         yield ImageRecord(
             image_id=raw.image_id if isinstance(raw.image_id, int) else shown_name(raw.image_id),
             path=root / raw.path,
@@ -62,7 +66,7 @@ def _checked(group: Iterable[RawImage], root: Path, reading: Reading) -> Iterato
             areas=areas[mine],
             ignore=ignore[mine],
             annotated=None if raw.annotated is None else tuple(sorted(set(raw.annotated))),
-            unknown=tuple(sorted({*raw.unknown, *unknown.get(number, ())})),
+            unknown=tuple(sorted(left_out)),
         )
 
 
@@ -93,16 +97,17 @@ def _usable(
     owner: Int[np.ndarray, "m"],
     boxes: Float[np.ndarray, "m 4"],
     inside: Float[np.ndarray, "m 4"],
+    named: Bool[np.ndarray, "m"],
     issues: IssueLog,
 ) -> Bool[np.ndarray, "m"]:
-    """Which boxes are kept. `inside` are `boxes` cut at the border; dropped and cut boxes are noted."""
+    """Which of the `named` boxes are kept. `inside` are `boxes` cut at the border; dropped and cut boxes are noted."""
     amodal = np.array([raw.amodal for raw, _ in sized])[owner]
     with np.errstate(invalid="ignore"):
         thick = (boxes[:, 2:] - boxes[:, :2] >= _THINNEST).all(axis=1) & np.isfinite(boxes).all(axis=1)
         visible = (inside[:, 2:] - inside[:, :2] >= _THINNEST).all(axis=1)
         fine = thick & visible & (amodal | (np.abs(boxes - inside) <= _SLACK).all(axis=1))
-    keep: Bool[np.ndarray, "m"] = thick & visible
-    for row in np.flatnonzero(~fine).tolist():
+    keep: Bool[np.ndarray, "m"] = thick & visible & named
+    for row in np.flatnonzero(~fine & named).tolist():
         raw, (height, width) = sized[owner[row]]
         position = row - int(np.searchsorted(owner, owner[row]))
         mark = f"box {position + 1}" if raw.marks is None else raw.marks[position]

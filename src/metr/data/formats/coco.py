@@ -37,7 +37,7 @@ from metr.data.formats.coco_json import (
 )
 from metr.data.formats.files import files_in, folders_in, signature, there
 from metr.data.formats.locating import ImageConflicts, dataset_root, image_folders, locate, resolve_conflicts
-from metr.data.records import TEST, canonical_split
+from metr.data.records import TEST, UNNAMED, canonical_split
 from metr.errors import DataError
 
 # What tools call the file that lies in the folder of a split (Roboflow, FiftyOne, Label Studio, ...).
@@ -323,9 +323,10 @@ def _different(table: BoxTable, rows: Int[np.ndarray, "m"]) -> Int[np.ndarray, "
 def _table(
     content: CocoFile, kind: type[CocoAnnotation], positions: _ById, numbers: _ById, where: str, reading: Reading
 ) -> BoxTable:
-    """The annotations that belong to an image and a category; `image` is the position of theirs in the list.
+    """The annotations that belong to an image; `image` is the position of theirs in the list.
 
-    The boxes are as the file has them; those that cannot be read are NaN.
+    The label of a category that is not declared is `UNNAMED`. The boxes are as the file has them; those that cannot be
+    read are NaN.
     """
     parts = {name: [column] for name, column in _columns([], positions, numbers).items()}
     for annotations in pieces_of(content.annotations, kind, where, reading):
@@ -333,8 +334,10 @@ def _table(
         bad = (columns["image"] < 0) | (columns["labels"] < 0)
         for row in np.flatnonzero(bad & (columns["image"] != _SHARED)):
             _note_annotation(annotations[row], positions, where, reading)
+        columns["labels"][columns["labels"] < 0] = UNNAMED
+        owned = columns["image"] >= 0
         for name, column in columns.items():
-            parts[name].append(column[~bad] if bad.any() else column)
+            parts[name].append(column if owned.all() else column[owned])
     for ids, what in ((positions, "image_id"), (numbers, "category_id")):
         if ids.mixed is not None:
             listed = "a number" if isinstance(ids.mixed, str) else "a text"

@@ -27,6 +27,7 @@ from metr.data.formats.coco import CocoReader, split_of
 from metr.data.formats.coco_json import CocoAnnotation, CocoCategory, CocoImage, Id, coco_ends
 from metr.data.formats.files import OutsideError, files_in, folders_in
 from metr.data.formats.locating import image_folders, locate_by_end
+from metr.data.records import UNNAMED
 
 
 class CocoVariant(CocoReader):
@@ -158,7 +159,7 @@ class LvisReader(CocoVariant):
             {numbers[category] for category in ids if category in numbers}
             for ids in (image.neg_category_ids, image.not_exhaustive_category_ids)
         )
-        return sorted({*labels.tolist(), *absent} - partly)
+        return sorted({*labels.tolist(), *absent} - partly - {UNNAMED})
 
 
 class Objects365Annotation(CocoAnnotation, gc=False):

@@ -19,7 +19,7 @@ from metr.data.formats.box_kinds import BOX_KINDS, BoxKind, judged, sizes_of, to
 from metr.data.formats.csv_columns import Dialect, dialect_of, finite, header_faults
 from metr.data.formats.files import Files, decoded, files_in, folders_within
 from metr.data.formats.locating import dataset_root, grouped, image_folders, locate, resolve_conflicts, split_of_file
-from metr.data.records import canonical_split
+from metr.data.records import UNNAMED, canonical_split
 from metr.errors import DataError
 
 _DEPTH = 2
@@ -239,11 +239,13 @@ def _add_line(
     if not box:
         return  # an image without objects
     name = own or dialect.cell(row, "name")
-    if not name or len(row) <= dialect.columns.get("group", 0):
-        reading.issues.add("unreadable annotation" if name else "unknown category", place, ",".join(row)[:80])
+    if len(row) <= dialect.columns.get("group", 0):
+        reading.issues.add("unreadable annotation", place, ",".join(row)[:80])
         return
+    if not name:
+        reading.issues.add("unknown category", place, ",".join(row)[:80])
     rows.entry.append(entry)
-    rows.label.append(reading.names.number(name))
+    rows.label.append(reading.names.number(name) if name else UNNAMED)
     rows.line.append(line)
     rows.ignore.append(dialect.cell(row, "group").lower() in {"1", "true"})
     numbers = finite(box)

@@ -4,7 +4,7 @@ import contextlib
 import posixpath
 import re
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import ClassVar
@@ -60,7 +60,15 @@ class FilePerImageReader(Reader):
             folder = AnnotationFolder(self.within(source), self.suffix, reading.files)
             found = (self.read_file(posixpath.join(folder.path, name), folder, reading) for name in folder.names)
             yield from without_repeats((raw for raw in found if raw is not None), seen, reading)
-        note_unannotated(seen, f"no {self.suffix} file for it: left out", reading)
+        note_unannotated(
+            seen, f"no {self.suffix} file for it: left out", reading, self._stems_elsewhere(split, reading)
+        )
+
+    def _stems_elsewhere(self, split: str, reading: Reading) -> set[str]:
+        """The names of the annotation files of other splits, without suffix: all images may lie in one folder."""
+        sources = (self.within(source) for name, own in self.splits.items() if name != split for source in own)
+        names = (name for source in sources for name in reading.files.listing(source))
+        return {fold(posixpath.splitext(name)[0]) for name in names if name.lower().endswith(self.suffix)}
 
 
 class AnnotationFolder:
@@ -169,10 +177,12 @@ def words_of(name: str) -> set[str]:
     return set(re.split(r"[^a-z]+", name.lower()))
 
 
-def note_unannotated(annotated: Iterable[str], detail: str, reading: Reading) -> None:
-    """Notes the images without annotations that lie where the annotated ones do."""
+def note_unannotated(
+    annotated: Iterable[str], detail: str, reading: Reading, elsewhere: Collection[str] = frozenset()
+) -> None:
+    """Notes the images without annotations that lie where the annotated ones do; not those called as `elsewhere`."""
     known = set(annotated)
     for folder in dict.fromkeys(posixpath.dirname(path) for path in sorted(known)):
         for image in reading.files.images(folder):
-            if image not in known:
+            if image not in known and fold(posixpath.splitext(posixpath.basename(image))[0]) not in elsewhere:
                 reading.issues.add("unannotated image", image, detail)

@@ -179,10 +179,11 @@ class YoloReader(Reader):
         """Notes images without text files, where these are all or most of them, and text files without images."""
         missing = texts.count(None)
         if images and missing == len(images):
-            looked = ", ".join(files.places(posixpath.dirname(images[0]))[:4]) or "no folder with text files"
+            places = ", ".join(files.places(posixpath.dirname(images[0]))[:4])
+            looked = f"in {places}" if places else "in vain for a folder of labels beside that of the images"
             others = folders_with_texts(self.root)
             lie = f"; text files lie in {', '.join(map(self.within, others[:4]))}" if others else ""
-            detail = f"none of {len(images)} images, such as {images[0]}, has a text file, looked for in {looked}{lie}"
+            detail = f"none of {len(images)} images, such as {images[0]}, has a text file; looked {looked}{lie}"
             reading.issues.add("no label files", split, detail)
         elif 2 * missing > len(images):
             detail = f"{missing} of {len(images)} images have no text file, such as {images[texts.index(None)]}"
