@@ -65,6 +65,13 @@ def test_lines_and_points_are_no_objects(tmp_path: Path, kind: str) -> None:
     assert source.categories == ("cat", "dog")
 
 
+def test_a_point_makes_its_category_unknown_whatever_the_order(tmp_path: Path) -> None:
+    """The dog of the other image is read later, and only the edges are of no category."""
+    source = opened(tmp_path, content(shape("dog", [[2, 3]], "point"), shape("edge", BOX, "line"), shape()))
+    assert source.categories == ("cat", "dog")
+    assert [record.annotated for record in source.split("val")] == [(0,), None]
+
+
 def test_shapes_of_a_group_are_one_object(tmp_path: Path) -> None:
     """As in labelme's converters: the same label and the same group."""
     shapes = [

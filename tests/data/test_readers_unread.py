@@ -56,10 +56,10 @@ def test_cvat_for_video(tmp_path: Path) -> None:
 
 def test_videos_alone(tmp_path: Path) -> None:
     write_text(tmp_path / "clips" / "a.MP4", "")
-    assert "this is videos" in named(tmp_path)
+    assert "found videos" in named(tmp_path)
     assert "ffmpeg" in named(tmp_path / "clips" / "a.MP4")
     save_image(tmp_path / "clips" / "a.jpg")
-    assert "this is videos" not in named(tmp_path)
+    assert "found videos" not in named(tmp_path)
 
 
 @pytest.mark.parametrize("base", ["", "train/"])

@@ -352,8 +352,8 @@ def _says_nothing(name: str, config: DatasetConfig) -> bool:
 def _kept_names(manifest: Manifest, config: DatasetConfig, notes: list[DataIssue]) -> list[str]:
     """The names of categories that can be detected.
 
-    Supercategories of others that have no box (category 0 of Roboflow's COCO files) are left out, and the names of
-    regions where nothing is known.
+    Left out are supercategories of others that have no box (category 0 of Roboflow's COCO files), names of points and
+    lines alone, and names of regions where nothing is known.
     """
     heads = {parent for name, parent in manifest.parents.items() if parent != name}
     kept = []
@@ -364,7 +364,7 @@ def _kept_names(manifest: Manifest, config: DatasetConfig, notes: list[DataIssue
         elif _says_nothing(name, config):
             detail = f"{name!r} is no category: its {count} boxes are ignored boxes of every category"
             notes.append(DataIssue(kind="do-not-care regions", where="categories", detail=detail))
-        else:
+        elif name not in manifest.mentioned:
             kept.append(name)
     return kept
 

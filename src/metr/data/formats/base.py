@@ -95,22 +95,30 @@ class RowsByImage:
 class Names:
     """The category names of a dataset, numbered in the order in which they come up; equal names are one.
 
-    `parents` are the names' supercategories, where they are declared.
+    `parents` are the names' supercategories, where they are declared. `mentioned` are those that only came up at
+    objects without an extent so far: they are no categories of the dataset.
     """
 
     def __init__(self) -> None:
         self._numbers: dict[str, int] = {}
         self.parents: dict[str, str] = {}
+        self.mentioned: set[str] = set()
 
     def number(self, name: str) -> int:
         """The number of a name, a new one where the name is new."""
-        return self._numbers.setdefault(plain_name(name), len(self._numbers))
+        plain = plain_name(name)
+        self.mentioned.discard(plain)
+        return self._numbers.setdefault(plain, len(self._numbers))
+
+    def mention(self, name: str) -> int:
+        """The number of the name of an object without an extent."""
+        plain = plain_name(name)
+        if plain not in self._numbers:
+            self.mentioned.add(plain)
+        return self._numbers.setdefault(plain, len(self._numbers))
 
     def __len__(self) -> int:
         return len(self._numbers)
-
-    def __contains__(self, name: str) -> bool:
-        return plain_name(name) in self._numbers
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._numbers)
@@ -236,13 +244,10 @@ class BoxList:
             self.add(name, box, mark, ignore=True)
 
     def leave_out(self, name: str | None, mark: int | str, shape: str) -> None:
-        """Notes an object without an extent, such as a point or a line.
-
-        If the dataset has boxes of its category, that one is unknown in this image.
-        """
+        """Notes an object without an extent, such as a point or a line. Its category is unknown in this image."""
         self.reading.issues.add("unsupported shape", place(self.where, mark), f"a {shape} of {name!r}: left out")
-        if name is not None and name in self.reading.names:
-            self._unknown.add(self.reading.names.number(name))
+        if name is not None and plain_name(name):
+            self._unknown.add(self.reading.names.mention(name))
 
     @property
     def labels(self) -> set[int]:

@@ -96,7 +96,7 @@ def recognise(path: Path, format_name: str | None = None, *, tell_others: bool =
             return found.prepared()
     unread = find_unread(places[0]) if format_name is None else None
     if unread is not None:
-        raise DataError(f"this is {unread.what}, which is not read", where=path, hint=unread.way_out)
+        raise DataError(f"found {unread.what}: METR cannot read that", where=path, hint=unread.way_out)
     looked_for = "\n    ".join(reader.looks_like for reader in readers)
     almost = next(filter(None, (reader.why_not(places[0]) for reader in readers)), None)
     if almost is not None:

@@ -25,7 +25,7 @@ _LABEL_FILES = (".json", ".jsonl", ".ndjson", ".xml", ".csv", ".txt", ".yaml", "
 class Unread:
     """Data that is not read.
 
-    `what` completes "this is ...", `way_out` says what to do, `is_there` looks for it in a folder or at a file.
+    `what` completes "found ...", `way_out` says what to do, `is_there` looks for it in a folder or at a file.
     """
 
     what: str

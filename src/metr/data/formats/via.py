@@ -108,10 +108,6 @@ class ViaReader(ManyImagesReader):
             if regions and self._attribute is None:
                 detail = f"regions have no attributes: all are called {self._own_name!r}; `renames` changes it"
                 reading.notes.once("no categories", self.within(paths[0]), detail)
-            for region in regions:  # points are unknown objects of the categories that have boxes in any image
-                name = region.value(self._attribute) if self._attribute else None
-                if name and region.shape.get("name") not in _NO_EXTENT:
-                    reading.names.number(name)
         yield from super().read(split, reading)
 
     def read_file(self, where: str, folders: tuple[str, ...], reading: Reading) -> Iterator[RawImage]:

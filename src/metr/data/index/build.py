@@ -59,6 +59,7 @@ def build_index(reader: Reader, plan: SplitPlan, folder: Path) -> Manifest:
         touched={packed_name(path): state for path, state in {**fingerprints.signatures, **files.touched}.items()},
         checksums={split: checksum_of(folder / f"{split}.arrow") for split in splits},
         held_out=held_out,
+        mentioned=sorted(names.mentioned),
     ).sealed()
     (folder / MANIFEST).write_bytes(msgspec.json.encode(manifest))
     return manifest

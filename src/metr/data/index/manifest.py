@@ -36,7 +36,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     `touched` are the paths that the reader depended on, relative to the dataset's folder (see `packed_name`), with
     their signatures. `checksums` are those of the Arrow files, `checksum` is that of the manifest itself.
     The issues of "" concern the dataset as a whole. `held_out` says that "val" is a seeded part of the dataset's own
-    train split.
+    train split. `mentioned` are the names of points and lines alone: they are no categories.
     """
 
     names: list[str]
@@ -47,6 +47,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     touched: dict[str, Signature]
     checksums: dict[str, int]
     held_out: bool = False
+    mentioned: list[str] = []
     checksum: int = 0
 
     def sealed(self) -> "Manifest":
