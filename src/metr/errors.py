@@ -1,10 +1,42 @@
 """Errors for people: what was expected, what was found, where, and what to try."""
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
 # words that a hint lists when none is near
 _LISTED = 20
+
+
+# Control characters but for tabs and ends of lines, marks that turn the direction of text, and halves of characters
+# (which stand for bytes of a file's name that are not UTF-8).
+_UNSHOWN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+_MARKDOWN = re.compile(r"[\\`*_\[\]|<>&~]")
+
+
+def shown(text: str) -> str:
+    r"""A text from elsewhere, such as a name or a path, as it may be printed and written: `\x1b` in place of an escape.
+
+    Names could else clear a terminal, change its title or show words in another order than they have.
+    """
+    return _UNSHOWN.sub(_written_out, text)
+
+
+def markdown(text: str) -> str:
+    """A text from elsewhere as it stands in Markdown, in one line: nothing in it is markup, a link or HTML."""
+    return _MARKDOWN.sub(_as_entity, " ".join(shown(text).split()))
+
+
+def _written_out(found: re.Match[str]) -> str:
+    code = ord(found[0])
+    if 0xDC80 <= code <= 0xDCFF:  # a byte
+        return f"\\x{code - 0xDC00:02x}"
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+def _as_entity(found: re.Match[str]) -> str:
+    named = {"<": "&lt;", ">": "&gt;", "&": "&amp;"}
+    return named.get(found[0], f"\\{found[0]}")
 
 
 class MetrError(Exception):

@@ -144,8 +144,9 @@ def type_of(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
-    """Writes plain values, readably."""
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """Writes plain values, readably. What is not UTF-8, as some names of files, is escaped, and read back as it was."""
+    text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -157,7 +158,7 @@ def read_json(path: Path) -> dict[str, Any]:
     _require(path)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise CheckpointError(f"not readable as JSON: {error}", where=path, hint=_INCOMPLETE) from None
     if not isinstance(values, dict):
         what = f"expected keys and values, found a {type(values).__name__}"

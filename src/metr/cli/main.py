@@ -10,7 +10,7 @@ from typer.core import TyperCommand, TyperGroup
 
 import metr
 from metr.cli.inspect import inspect
-from metr.cli.output import show_log
+from metr.cli.output import SafeConsole, show_log
 from metr.cli.training import finetune, train
 from metr.cli.verbs import demo, detect, evaluate, push, transfer
 from metr.errors import MetrError
@@ -100,7 +100,7 @@ def run() -> None:
 
 
 def _tell(message: str) -> None:
-    Console(stderr=True, soft_wrap=True).print(f"error: {message}", style="red", markup=False, highlight=False)
+    SafeConsole(stderr=True, soft_wrap=True).print(f"error: {message}", style="red", markup=False, highlight=False)
 
 
 def _tell_of_command_line(error: Any) -> None:

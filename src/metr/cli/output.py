@@ -3,10 +3,15 @@
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 from rich.console import Console
+from rich.segment import Segment
 
-__all__ = ["PIPED_WIDTH", "LogHandler", "output_console", "say_names", "show_log"]
+from metr.errors import shown
+
+__all__ = ["PIPED_WIDTH", "LogHandler", "SafeConsole", "output_console", "say_names", "show_log"]
 
 PIPED_WIDTH = 10_000
 """Columns where the output is piped: nobody's terminal is narrower than that, so no table and no line is wrapped."""
@@ -15,9 +20,18 @@ PIPED_WIDTH = 10_000
 _NAMES = 12
 
 
+class SafeConsole(Console):
+    """A console on which names and paths from elsewhere cannot act: their control characters are written out."""
+
+    def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
+        """The segments of what is printed; styles and what moves the cursor are the console's own, and stay."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else segment._replace(text=shown(segment.text))
+
+
 def output_console(*, stderr: bool = False) -> Console:
     """The console on the standard output (or error): as wide as the terminal, or without limit where there is none."""
-    console = Console(stderr=stderr)
+    console = SafeConsole(stderr=stderr)
     if not console.is_terminal:
         console.width = PIPED_WIDTH
     return console
@@ -38,7 +52,7 @@ class LogHandler(logging.Handler):
 
     def format(self, record: logging.LogRecord) -> str:
         """The message, after `warning:` or `error:` if it is one."""
-        message = super().format(record)
+        message = shown(super().format(record))
         if record.levelno <= logging.INFO:
             return message
         return f"{record.levelname.lower()}: {message}"

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from metr.errors import DataError
+from metr.errors import DataError, markdown
 from metr.evaluation.results import (
     EVERY_MODE,
     CrossDatasetConfusion,
@@ -229,4 +229,4 @@ def _number(value: float | None) -> str:
 
 def _cell(text: str) -> str:
     """A name, escaped for a Markdown table."""
-    return text.replace("|", "\\|").replace("\n", " ")
+    return markdown(text)

@@ -65,13 +65,15 @@ def detect_files(
     thresholds, style = thresholds or ScoreThresholds(), Style(labels=labels, colours=palette(predictor.names))
     out.mkdir(parents=True, exist_ok=True)
     done, confident = [], []
-    for path, target, prediction in zip(paths, drawn, predictor.detect_many(_shown(paths, console)), strict=True):
-        done.append(prediction)
-        if prediction.detections is not None:
-            shown = thresholds.shown(prediction.detections)
-            confident.append(replace(prediction, detections=shown))
-            _draw(read_image(path), shown, style, target)
-    _write_results(done, predictor.names, out)
+    try:
+        for path, target, prediction in zip(paths, drawn, predictor.detect_many(_shown(paths, console)), strict=True):
+            done.append(prediction)
+            if prediction.detections is not None:
+                shown = thresholds.shown(prediction.detections)
+                confident.append(replace(prediction, detections=shown))
+                _draw(read_image(path), shown, style, target)
+    finally:  # whatever ends it, what was found is kept
+        _write_results(done, predictor.names, out)
     _report(done, confident, out, console)
     return done
 

@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from metr.checkpoint import CARD, EVALUATION, Checkpoint, signed_card
-from metr.errors import MetrError
+from metr.errors import MetrError, markdown
 from metr.evaluation.report import TITLES, UNANNOTATED, dataset_table
 from metr.evaluation.results import MODES, EvaluationReport, Mode, from_dict
 from metr.model import METR
@@ -135,12 +135,12 @@ class CardFacts:
         data = {name: one for name, (_, one) in self.data.items()}
         measured = {one.name for one in self.report.datasets} if self.report is not None else set()
         measured |= {key.removeprefix("AP ") for key in self.training.metrics}
-        few = [f"{_md(name)} ({one.trained_on})" for name, one in data.items() if one.trained_on < _FEW]
+        few = [f"{markdown(name)} ({one.trained_on})" for name, one in data.items() if one.trained_on < _FEW]
         return {
             "Few training images": few,
-            "Licences that mention non-commercial use": [_md(name) for name in data if _is_restricted(data[name])],
-            "Licence not known": [_md(name) for name in data if not data[name].licences],
-            "Not evaluated": [_md(name) for name in data if name not in measured],
+            "Licences that mention non-commercial use": [markdown(name) for name in data if _is_restricted(data[name])],
+            "Licence not known": [markdown(name) for name in data if not data[name].licences],
+            "Not evaluated": [markdown(name) for name in data if name not in measured],
         }
 
 
@@ -159,7 +159,7 @@ def write_card(facts: CardFacts) -> ModelCard:
         model=facts.checkpoint.model,
         stages=stages,
         results="" if facts.report is None else dataset_table(facts.report),
-        md=_md,
+        md=markdown,
         count=_count,
         first=_first,
         licences=_licences,
@@ -244,7 +244,7 @@ def _eval_result(dataset: str, split: str, mode: Mode, value: float) -> EvalResu
 def _history(stage: TrainingFacts) -> Iterator[str]:
     """What is recorded of one stage of training."""
     if stage.started_from is not None:
-        yield f"started from {_md(stage.started_from)}"
+        yield f"started from {markdown(stage.started_from)}"
     if stage.step is not None:
         yield f"{_count(stage.step, 'step')}" + (f" of {_count(stage.batch, 'image')}" if stage.batch else "")
     if stage.images is not None:
@@ -256,7 +256,7 @@ def _history(stage: TrainingFacts) -> Iterator[str]:
     if stage.seed is not None:
         yield f"seed {stage.seed}"
     if stage.hardware is not None:
-        yield f"on {_md(stage.hardware)}"
+        yield f"on {markdown(stage.hardware)}"
     if stage.software:
         yield "with " + ", ".join(f"{name} {version}" for name, version in stage.software.items())
 
@@ -277,17 +277,11 @@ def _is_restricted(data: DataFacts) -> bool:
 def _first(names: Sequence[str]) -> str:
     """The names in a line, and how many more there are."""
     more = f" and {len(names) - _MOST_NAMES:,} more (vocabulary.json)" if len(names) > _MOST_NAMES else ""
-    return ", ".join(map(_md, names[:_MOST_NAMES])) + more
+    return ", ".join(map(markdown, names[:_MOST_NAMES])) + more
 
 
 def _count(number: int, one: str, many: str | None = None) -> str:
     return f"{number:,} {one if number == 1 else many or one + 's'}"
-
-
-def _md(text: str) -> str:
-    """Words of others, as they may stand in Markdown and its tables."""
-    plain = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
-    return re.sub(r"([\\|`*_\[\]])", r"\\\1", plain)
 
 
 def _slug(name: str) -> str:

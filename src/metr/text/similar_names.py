@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from itertools import combinations
+from itertools import combinations, islice
 
 import numpy as np
 from jaxtyping import Float
@@ -29,6 +29,10 @@ _NUMBERS = (
 _VALUES = {word: str(value) for value, word in enumerate(_NUMBERS.split())}
 # Shorter names become other words by one letter too easily (car, cat; horse, house).
 _LEAST_FOR_SLIPS = 6
+# In longer names, one letter is not looked for: a name of a thousand letters has as many spellings that lack one.
+_MOST_FOR_SLIPS = 64
+# The most pairs of names that are found by spelling, and by meaning (the nearest ones): nobody reads more.
+MOST_PAIRS = 20_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +103,7 @@ def spelling_matches(names: Sequence[str]) -> tuple[SpellingMatch, ...]:
     found: dict[tuple[str, str], SpellingMatch] = {}
     position = {name: number for number, name in enumerate(names)}
     for rule in (_same_letters, _plural, _initials, _slips):
-        for one, two, why in rule(names):
+        for one, two, why in islice(rule(names), MOST_PAIRS):
             pair = (one, two) if position[one] < position[two] else (two, one)
             by_spelling = SpellingMatch(first=pair[0], second=pair[1], abbreviation=rule is _initials, why=why)
             found.setdefault(pair, by_spelling)
@@ -139,7 +143,7 @@ def _initials(names: Sequence[str]) -> Iterator[_Pair]:
 def _slips(names: Sequence[str]) -> Iterator[_Pair]:
     """Names at most one letter apart: a letter is wrong, missing, added or out of place."""
     reduced: defaultdict[str, list[str]] = defaultdict(list)
-    for key in (key for key in _grouped(names) if len(key) >= _LEAST_FOR_SLIPS):
+    for key in (key for key in _grouped(names) if _LEAST_FOR_SLIPS <= len(key) <= _MOST_FOR_SLIPS):
         for shorter in {key, *(key[:place] + key[place + 1 :] for place in range(len(key)))}:
             reduced[shorter].append(key)
     groups = _grouped(names)
@@ -169,7 +173,7 @@ def _numbers(word: str) -> set[str]:
 
 
 # Names whose similarities are computed at once.
-_ROWS = 1024
+_ROWS = 256
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,15 +198,21 @@ class EmbeddingSimilarity:
         return float(self.vectors[self._rows[first]] @ self.vectors[self._rows[second]])
 
     def pairs(self, least: float) -> list[tuple[str, str, float]]:
-        """Every two names of at least this similarity, in the order of `names`."""
-        found = []
+        """Every two names of at least this similarity, in the order of `names`; of too many, the nearest."""
+        rows, columns, strengths = (np.zeros(0, dtype=kind) for kind in (np.int64, np.int64, np.float32))
         for start in range(0, len(self.names), _ROWS):
-            block = np.asarray((self.vectors[start : start + _ROWS] @ self.vectors.T).numpy())
-            rows, columns = np.nonzero(block >= least)
-            for row, column in zip(rows.tolist(), columns.tolist(), strict=True):
-                if start + row < column:
-                    found.append((self.names[start + row], self.names[column], float(block[row, column])))
-        return found
+            block = np.asarray((self.vectors[start : start + _ROWS] @ self.vectors[start:].T).numpy())
+            new = np.nonzero(np.triu(block >= least, k=1))
+            rows, columns = (
+                np.concatenate([old, start + more]) for old, more in zip((rows, columns), new, strict=True)
+            )
+            strengths = np.concatenate([strengths, block[new]])
+            if len(rows) > MOST_PAIRS:
+                kept = np.sort(np.argpartition(-strengths, MOST_PAIRS)[:MOST_PAIRS])
+                rows, columns, strengths = rows[kept], columns[kept], strengths[kept]
+                least = max(least, float(strengths.min()))
+        found = zip(rows.tolist(), columns.tolist(), strengths.tolist(), strict=True)
+        return [(self.names[row], self.names[column], strength) for row, column, strength in found]
 
 
 def embed_names(vocabulary: Vocabulary, config: TextEncoderConfig) -> EmbeddingSimilarity:

@@ -24,7 +24,6 @@ from metr.training.resumption import (
     kept_datasets,
     kept_request,
     log_changed_datasets,
-    log_changed_settings,
 )
 from metr.training.taken_names import taken_names
 from metr.training.train import Data, arguments
@@ -100,7 +99,6 @@ def resumed(
     _, recipe = resolve(_steps(options, opened, recipe))
     request = _request(source or kept.get("from"), opened, options)
     log_changed_datasets(kept.get("datasets", {}), request["datasets"])
-    log_changed_settings(began, recipe)
     return Prepared(data=given, model=model, opened=opened, options=options, recipe=recipe, base=began, request=request)
 
 

@@ -13,7 +13,6 @@ from metr.data.datasets_file import DatasetConfig, DatasetSource, parse_data_arg
 from metr.errors import ConfigError, DataError
 from metr.run_directory import RunDirectory, explained_disk_errors
 from metr.serialization import read_json, write_json
-from metr.training.config import RunConfig, changed_lines
 
 DATASETS, REHEARSED, EVALUATED = "datasets.yaml", "rehearsed.yaml", "evaluated.yaml"
 """The files of the run folder that list its datasets, rehearsed ones and those that are only evaluated."""
@@ -106,9 +105,13 @@ def dataset_facts(sources: Sequence[DatasetSource]) -> Tree:
 
 
 def log_changed_datasets(began: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Warns of each dataset whose files have changed since the run was begun, or resumed the last time."""
+    """Warns of each dataset that is new, gone, or has other files than when the run was begun or last resumed."""
+    if began and (gone := [name for name in began if name not in now]):
+        _logger.warning("datasets of the run that are not there any more: %s", ", ".join(gone))
     for name, facts in now.items():
         before = began.get(name)
+        if began and before is None:
+            _logger.warning("%s: the run was begun without this dataset", name)
         if before is None or before == facts:
             continue
         old, new = before.get("images"), facts["images"]
@@ -117,12 +120,6 @@ def log_changed_datasets(began: Mapping[str, Any], now: Mapping[str, Any]) -> No
             counts = ", ".join(f"{split} {number} images" for split, number in (old or {}).items())
             counts += ", now " + ", ".join(f"{split} {number}" for split, number in new.items())
         _logger.warning("%s: its files have changed since the run was here last (%s)", name, counts)
-
-
-def log_changed_settings(began: RunConfig, now: RunConfig) -> None:
-    """Logs what in a resumed run's configuration is not as the run was begun."""
-    for line in changed_lines(began, now):
-        _logger.info("resumed with another configuration: %s", line)
 
 
 def check_same_request(run: RunDirectory, began: Mapping[str, Any], given: Mapping[str, Any]) -> None:

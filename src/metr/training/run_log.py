@@ -13,11 +13,12 @@ from types import TracebackType
 from typing import TextIO
 
 import torch
+from filelock import FileLock, Timeout
 from rich.console import Console, RenderableType
 
 import metr
 from metr.devices import in_main_process
-from metr.errors import MetrError
+from metr.errors import MetrError, shown
 from metr.run_directory import RunDirectory, explained_disk_errors
 from metr.training.provenance import hardware
 
@@ -26,6 +27,7 @@ LOG_FILE = logging.getLogger("metr.training.log_file")
 LOG_FILE.propagate = False
 LOG_FILE.setLevel(logging.INFO)
 _LISTENED_TO = ("metr", LOG_FILE.name, "py.warnings")
+_LOCK = ".lock"
 _WIDTH = 160  # columns of tables in log.txt
 
 
@@ -45,6 +47,7 @@ class RunLog(logging.Handler):
         self.path = RunDirectory(folder).log
         self._early: list[str] = []
         self._file: TextIO | None = None
+        self._lock: FileLock | None = None
 
     def __enter__(self) -> "RunLog":
         if in_main_process():
@@ -66,6 +69,8 @@ class RunLog(logging.Handler):
         self._stop_listening()
         if self._file is not None:
             self._file.close()
+        if self._lock is not None:
+            self._lock.release()
         self.close()
 
     def begin(self, device: str) -> None:
@@ -76,20 +81,34 @@ class RunLog(logging.Handler):
 
         Raises:
             CheckpointError: the file cannot be written.
+            MetrError: another process trains in this folder.
         """
         if not in_main_process():
             return
         with explained_disk_errors(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._take_folder()
             self._file = self.path.open("a", encoding="utf-8")
         early, self._early = self._early, []
         for line in early:
             self._write(line)
         LOG_FILE.info("device: %s", hardware(device))
 
+    def _take_folder(self) -> None:
+        """Locks the run folder until the log is closed, or this process ends, however it does."""
+        lock = FileLock(self.path.parent / _LOCK)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            what = "another process trains in this folder"
+            raise MetrError(what, where=self.path.parent, hint="wait for it, or name another folder") from None
+        except NotImplementedError:  # a file system without locks
+            return
+        self._lock = lock
+
     def format(self, record: logging.LogRecord) -> str:
         """The message after the time, and after what it is unless it is information."""
-        line = super().format(record)
+        line = shown(super().format(record))
         if record.levelno <= logging.INFO:
             return line
         date, time, message = line.split(" ", 2)

@@ -14,11 +14,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn, optim
 
+from metr.config import Config, leaves
 from metr.errors import CheckpointError, ConfigError, MetrError, did_you_mean
 from metr.run_directory import COUNTERS, RunDirectory, existing_folder, replaced_folder
 from metr.serialization import load_weights, read_json, read_tensors, write_json, write_tensors
 from metr.training.config import LoopConfig
 
+_SETTINGS = "settings.json"
 _NETWORK, _AVERAGE, _OPTIMIZER, _RANDOM = (
     f"{name}.safetensors" for name in ("network", "average", "optimizer", "random")
 )
@@ -142,7 +144,9 @@ class Trained:
     optimizer: optim.Optimizer
 
 
-def save_state(folder: Path, trained: Trained, counters: Counters, random_states: Mapping[str, Tensor]) -> None:
+def save_state(
+    folder: Path, trained: Trained, counters: Counters, random_states: Mapping[str, Tensor], settings: Config
+) -> None:
     """Writes the state: whole, or not at all.
 
     Args:
@@ -150,6 +154,7 @@ def save_state(folder: Path, trained: Trained, counters: Counters, random_states
         trained: Networks and optimizer.
         counters: How far training is.
         random_states: States of the random number generators, one row per process.
+        settings: The configuration that the steps so far were made with.
 
     Raises:
         CheckpointError: a file cannot be written.
@@ -160,10 +165,11 @@ def save_state(folder: Path, trained: Trained, counters: Counters, random_states
             write_tensors(fresh / _AVERAGE, trained.average.state_dict())
         write_tensors(fresh / _OPTIMIZER, optimizer_tensors(trained.network, trained.optimizer))
         write_tensors(fresh / _RANDOM, random_states)
+        write_json(fresh / _SETTINGS, leaves(settings.model_dump(mode="json")))
         write_json(fresh / COUNTERS, asdict(counters))
 
 
-def load_state(folder: Path, trained: Trained) -> tuple[Counters, dict[str, Tensor]]:
+def load_state(folder: Path, trained: Trained, settings: Config) -> tuple[Counters, dict[str, Tensor]]:
     """Puts the saved state into networks and optimizer.
 
     Returns:
@@ -184,7 +190,21 @@ def load_state(folder: Path, trained: Trained) -> tuple[Counters, dict[str, Tens
         load_weights(trained.average, read_tensors(folder / _AVERAGE), where=folder / _AVERAGE, hint=hint)
     tensors = read_tensors(folder / _OPTIMIZER)
     restore_optimizer(trained.network, trained.optimizer, tensors, where=folder / _OPTIMIZER)
+    _log_changed_settings(folder / _SETTINGS, settings)
     return counters, random_states
+
+
+def _log_changed_settings(path: Path, now: Config) -> None:
+    """Warns of each setting that differs from those of the saved steps, however it was changed.
+
+    A state of an older version says nothing of its settings.
+    """
+    if not path.is_file():
+        return
+    began, current = read_json(path), leaves(now.model_dump(mode="json"))
+    for key in dict.fromkeys([*began, *current]):
+        if began.get(key) != current.get(key):
+            _logger.warning("resumed with another configuration: %s: %s -> %s", key, began.get(key), current.get(key))
 
 
 def has_state(folder: Path) -> bool:

@@ -49,7 +49,6 @@ from metr.training.resumption import (
     kept_datasets,
     kept_request,
     log_changed_datasets,
-    log_changed_settings,
     save_request,
 )
 from metr.training.run_log import RunLog, log_page, tell
@@ -226,7 +225,6 @@ def _resumed(data: Data | None, run: RunDirectory, asked: _Asked) -> _Prepared:
     _, recipe = resolve(steps_of(asked.options.epochs, sum(joint.lengths.values()), recipe))
     facts = dataset_facts(joint.sources)
     log_changed_datasets(request.get("datasets", {}), facts)
-    log_changed_settings(began, recipe)
     request, name = {**request, "datasets": facts, "allow_empty": allow_empty}, "the run's recipe"
     return _Prepared(data=given, joint=joint, recipe=recipe, base=began, name=name, request=request)
 

@@ -358,12 +358,12 @@ class Trainer:
         random_states = gathered_random_state(self.accelerator)
         if self.accelerator.is_main_process:
             save_checkpoint(self.folder.last, self._checkpoint())
-            save_state(self.folder.state, self._trained(), self.counters, random_states)
+            save_state(self.folder.state, self._trained(), self.counters, random_states, self._resolved)
         self.accelerator.wait_for_everyone()
         self._saved_step = self.counters.step
 
     def _load(self, rank: int) -> None:
-        self.counters, random_states = load_state(self.folder.state, self._trained())
+        self.counters, random_states = load_state(self.folder.state, self._trained(), self._resolved)
         check_steps(self.counters, self.config.loop.steps)
         self._buffers.keep()
         self._saved_step = self.counters.step
