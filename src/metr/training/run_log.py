@@ -16,8 +16,8 @@ import torch
 from rich.console import Console, RenderableType
 
 import metr
-from metr.devices import in_main_process
 from metr.errors import MetrError
+from metr.processes import in_main_process
 from metr.run_directory import RunDirectory, explained_disk_errors
 from metr.training.provenance import hardware
 
