@@ -34,9 +34,9 @@ VOCABULARY = Vocabulary.union(NAMES)
 COLOURS = [(255, 40, 40), (40, 255, 40), (40, 40, 255), (240, 240, 40)]
 
 
-def make_datasets(folder: Path) -> list[DetectionDataset]:
+def make_datasets(folder: Path, size: int = 32) -> list[DetectionDataset]:
     """Two datasets of five images each, at 32 pixels, augmented."""
-    transforms = build_transforms(AugmentationConfig(resize=ResizeConfig(size=32)), training=True)
+    transforms = build_transforms(AugmentationConfig(resize=ResizeConfig(size=size)), training=True)
     return [DetectionDataset(_annotations(folder, name), VOCABULARY, transforms) for name in NAMES]
 
 
@@ -89,7 +89,13 @@ def _network(config: str) -> Detector:
 
 
 def make_parts(
-    folder: Path, *, criterion: SetCriterion | None = None, batch_size: int = 2, workers: int = 0, **model: Any
+    folder: Path,
+    *,
+    criterion: SetCriterion | None = None,
+    batch_size: int = 2,
+    workers: int = 0,
+    size: int = 32,
+    **model: Any,
 ) -> TrainingParts:
     """Everything the trainer wants; the network's weights are the same every time, `model` goes to `small_config`."""
     loader = LoaderConfig(batch_size=batch_size, workers=workers)
@@ -99,7 +105,7 @@ def make_parts(
             _network(checkpoint.model.model_dump_json())
         ),  # building one takes longer than a few steps
         criterion=criterion or SetCriterion(CriterionConfig()),
-        loader=partial(build_train_loader, make_datasets(folder), loader),
+        loader=partial(build_train_loader, make_datasets(folder, size), loader),
         checkpoint=checkpoint,
     )
 

@@ -1,6 +1,5 @@
 """What the hardware offers: device, precision and memory, alike for all vendors."""
 
-import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
@@ -57,13 +56,3 @@ def peak_memory(device: torch.device) -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / _GIB
     peak = getattr(torch.get_device_module(device), "max_memory_allocated", None)
     return 0.0 if peak is None else float(peak(device)) / _GIB
-
-
-def process_count() -> int:
-    """How many processes `accelerate launch` or `torchrun` started; 1 without them."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def in_main_process() -> bool:
-    """Whether this is the one of several processes that writes and shows."""
-    return os.environ.get("RANK", "0") == "0"

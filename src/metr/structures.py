@@ -54,6 +54,9 @@ class Targets(_Movable):
     `annotated[b, v]` says that category v is annotated exhaustively in image b: each of its objects has a box.
     Other categories give no loss, unless `assumed_negative[b, v]` says that category v is assumed to be absent. Then
     its presence logit is trained as a negative and, if it has a slot, the logits of its queries are too.
+
+    `noise_seeds` has a number for each image, from which the noise of its denoising queries is drawn; where it is
+    empty, torch's own generator draws.
     """
 
     boxes: Float[Tensor, "b m 4"]
@@ -62,6 +65,7 @@ class Targets(_Movable):
     ignore_labels: Int[Tensor, "b i"]
     annotated: Bool[Tensor, "b v"]
     assumed_negative: Bool[Tensor, "b v"]
+    noise_seeds: tuple[int, ...] = ()
 
     @staticmethod
     def stack(parts: Sequence["Targets"]) -> "Targets":
@@ -73,6 +77,7 @@ class Targets(_Movable):
             ignore_labels=_padded([part.ignore_labels for part in parts], NO_OBJECT),
             annotated=torch.cat([part.annotated for part in parts]),
             assumed_negative=torch.cat([part.assumed_negative for part in parts]),
+            noise_seeds=tuple(seed for part in parts for seed in part.noise_seeds),
         )
 
     @property

@@ -98,9 +98,10 @@ def test_a_step_is_what_it_says(tmp_path: Path) -> None:
     ]
     optimizer = torch.optim.AdamW(groups, fused=False, foreach=False)
     total = torch.zeros(())
-    for batch in batches:
-        output = network(batch.images, batch.padding_mask, trainer.text, batch.targets)
-        total = total + trainer.criterion(output, batch.targets)[0].total / 2
+    for first, batch in zip((0, 2), batches, strict=True):
+        text, targets = trainer.step_targets(batch, None, first)
+        output = network(batch.images, batch.padding_mask, text, targets)
+        total = total + trainer.criterion(output, targets)[0].total / 2
     total.backward()
     norm = torch.sqrt(sum(p.grad.square().sum() for p in network.parameters() if p.grad is not None))
     for parameter in network.parameters():

@@ -30,6 +30,8 @@ class RandomStream(IntEnum):
     ORDER = 2
     SIZE = 3
     REPEATS = 4
+    NOISE = 5
+    NAMES = 6
 
 
 def generator(seed: int, stream: RandomStream, *key: int) -> np.random.Generator:

@@ -128,9 +128,12 @@ def _counts(targets: Targets, noised: QueryPredictions | None) -> Int[Tensor, "2
 
 
 def average_over_ranks(counts: Int[Tensor, "n"]) -> Float[Tensor, "n"]:
-    """Counts averaged over the processes of a distributed run, each at least one; a single process keeps its own."""
-    average = counts.to(torch.float32, copy=True)
-    if distributed.is_available() and distributed.is_initialized():
-        distributed.all_reduce(average)
-        average = average / distributed.get_world_size()
-    return average.clamp(min=1)
+    """What each process divides its sums by, so that their mean over processes is the loss of all images together.
+
+    This is the count of all processes, at least one, divided by their number; a single process keeps its own.
+    """
+    total = counts.to(torch.float32, copy=True)
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return total.clamp(min=1)
+    distributed.all_reduce(total)
+    return total.clamp(min=1) / distributed.get_world_size()

@@ -5,7 +5,8 @@ object; as a box moved too far, for which it should say "no"; and as the right b
 has no object there, for which it should also say "no".
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from einops import repeat
@@ -45,7 +46,8 @@ class Denoising(nn.Module):
         """The queries and what they should predict; at least one (invalid) query, so that all weights get gradients."""
         own = (targets.labels.unsqueeze(2) == categories.ids.unsqueeze(1)) & categories.valid.unsqueeze(1)
         free = _free_slots(targets, categories)
-        copies = [self._copies(*image) for image in zip(targets.boxes, own, free, strict=True)]
+        generators = _generators(targets)
+        copies = [self._copies(*image) for image in zip(targets.boxes, own, free, generators, strict=True)]
         boxes, slot, group, target, positive, valid = (
             pad_sequence(list(parts), batch_first=True) for parts in zip(*copies, strict=True)
         )
@@ -59,22 +61,29 @@ class Denoising(nn.Module):
         return queries, DenoisingPlan(slot=slot, target=target, positive=positive, valid=valid)
 
     @torch.no_grad()
-    def _copies(self, boxes: Float[Tensor, "m 4"], own: Bool[Tensor, "m k"], free: Bool[Tensor, "m k"]) -> _Copies:
+    def _copies(
+        self,
+        boxes: Float[Tensor, "m 4"],
+        own: Bool[Tensor, "m k"],
+        free: Bool[Tensor, "m k"],
+        random: torch.Generator | None,
+    ) -> _Copies:
         """The copies of one image's objects: in every version each object is moved, moved too far, and flipped.
 
         Args:
             boxes: The objects.
             own: True at the slot of each object's category.
             free: True at slots whose category a flipped copy may get.
+            random: Draws the noise; None is torch's own generator.
         """
         kinds = self.config.kinds
         index = own.any(1).nonzero().squeeze(1)
-        index = index[torch.randperm(len(index), device=index.device)][: self.config.number // kinds]
+        index = index[torch.randperm(len(index), generator=random, device=index.device)][: self.config.number // kinds]
         if not len(index):
             return _no_copies(boxes)
         versions = max(1, min(self.config.number // (kinds * len(index)), self.config.groups))
         slots = own[index].int().argmax(1)
-        lot = torch.rand(free[index].shape, device=free.device).masked_fill(~free[index], -1.0)
+        lot = torch.rand(free[index].shape, generator=random, device=free.device).masked_fill(~free[index], -1.0)
         flipped, possible = lot.argmax(1), free[index].any(1)
         slot = [slots, slots] + ([flipped] if self.config.flips else [])
         sure = torch.ones_like(possible)
@@ -82,7 +91,7 @@ class Denoising(nn.Module):
         kind = repeat(torch.arange(kinds, device=index.device), "kind -> (g kind m)", g=versions, m=len(index))
         every_slot = repeat(torch.stack(slot), "kind m -> (g kind m)", g=versions)
         version = repeat(torch.arange(versions, device=index.device), "g -> (g n)", n=kinds * len(index))
-        noised = self._noised(repeat(boxes[index], "m x -> (g kind m) x", g=versions, kind=kinds), kind)
+        noised = self._noised(repeat(boxes[index], "m x -> (g kind m) x", g=versions, kind=kinds), kind, random)
         return _Copies(
             boxes=noised,
             slot=every_slot,
@@ -92,18 +101,28 @@ class Denoising(nn.Module):
             valid=repeat(torch.stack(shown), "kind m -> (g kind m)", g=versions),
         )
 
-    def _noised(self, boxes: Float[Tensor, "n 4"], kind: Int[Tensor, "n"]) -> Float[Tensor, "n 4"]:
+    def _noised(
+        self, boxes: Float[Tensor, "n 4"], kind: Int[Tensor, "n"], random: torch.Generator | None
+    ) -> Float[Tensor, "n 4"]:
         """Boxes whose corners are moved at random, by up to `box_noise` half sides of the box.
 
         Boxes that are moved too far (kind 1) get one to two times that noise, flipped ones (kind 2) a fifth of it.
         """
-        size = torch.rand_like(boxes) + (kind == 1).unsqueeze(1)
+        drawn: dict[str, Any] = {"generator": random, "dtype": boxes.dtype, "device": boxes.device}
+        size = torch.rand(boxes.shape, **drawn) + (kind == 1).unsqueeze(1)
         size = size * torch.where(kind == 2, 0.2, 1.0).unsqueeze(1)
-        sign = torch.randint_like(boxes, 2) * 2 - 1
+        sign = torch.randint(2, boxes.shape, **drawn) * 2 - 1
         half = (boxes[:, 2:] / 2).repeat(1, 2)
         corners = cxcywh_to_xyxy(boxes) + size * sign * half * self.config.box_noise
         low, high = torch.minimum(corners[:, :2], corners[:, 2:]), torch.maximum(corners[:, :2], corners[:, 2:])
         return xyxy_to_cxcywh(torch.cat([low, high], dim=1).clamp(0, 1))
+
+
+def _generators(targets: Targets) -> Sequence[torch.Generator | None]:
+    """What draws the noise of each image: a generator of its own where it has a seed."""
+    if not targets.noise_seeds:
+        return [None] * len(targets.boxes)
+    return [torch.Generator(targets.boxes.device).manual_seed(seed) for seed in targets.noise_seeds]
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ from metr.checkpoint import Checkpoint, DetectionDefaults
 from metr.config import differences
 from metr.data.config import ResizeConfig
 from metr.data.loading import build_train_loader
-from metr.devices import in_main_process, resolved_device
+from metr.devices import resolved_device
 from metr.errors import CheckpointError, ConfigError
 from metr.evaluation.results import EvaluationConfig, EvaluationReport
 from metr.evaluation.runner import EvaluationRunner
@@ -20,6 +20,7 @@ from metr.model import METR
 from metr.models.category_extraction import decorrelate_names
 from metr.models.config import DetectorConfig
 from metr.models.detector import Detector
+from metr.processes import in_main_process
 from metr.run_directory import RunDirectory
 from metr.serialization import load_weights
 from metr.text.same_names import listed

@@ -16,7 +16,8 @@ from metr.data.datasets_file import DatasetSource, parse_data_arguments
 from metr.data.joint import JointData
 from metr.data.records import TEST, Annotations
 from metr.data.sampling import mixture_weights
-from metr.devices import process_count, resolved_device, resolved_precision
+from metr.devices import resolved_device, resolved_precision
+from metr.processes import process_count
 from metr.run_directory import RunDirectory
 from metr.training.comparison import COMPARISON
 from metr.training.config import RunConfig, changed_lines

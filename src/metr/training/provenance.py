@@ -13,7 +13,8 @@ from metr.config import Tree
 from metr.data.datasets_file import DatasetSource
 from metr.data.joint import JointData
 from metr.data.licences import Licence, licences_of, origin_of
-from metr.devices import process_count, resolved_device
+from metr.devices import resolved_device
+from metr.processes import process_count
 from metr.training.config import RunConfig
 
 _logger = logging.getLogger(__name__)

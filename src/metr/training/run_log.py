@@ -17,8 +17,8 @@ from filelock import FileLock, Timeout
 from rich.console import Console, RenderableType
 
 import metr
-from metr.devices import in_main_process
 from metr.errors import MetrError, shown
+from metr.processes import in_main_process
 from metr.run_directory import RunDirectory, explained_disk_errors
 from metr.training.provenance import hardware
 

@@ -1,18 +1,19 @@
-"""The targets of a training step: pseudo-labels, and a sample of a large vocabulary."""
+"""The targets of a training step: pseudo-labels, a sample of a large vocabulary, the seeds of denoising noise."""
 
 from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from metr.boxes import cxcywh_to_xyxy, pairwise_iou, xyxy_to_cxcywh
+from metr.data.sampling import RandomStream, generator
 from metr.inference.config import PostprocessConfig
 from metr.inference.postprocess import postprocess
 from metr.structures import NO_OBJECT, Batch, DetectorOutput, Targets
-from metr.training.config import PseudoLabelConfig
+from metr.training.config import LoopConfig, PseudoLabelConfig
 
 
 class PseudoLabeler:
@@ -72,6 +73,51 @@ def _known(
     return (labels == NO_OBJECT) | ((pairwise_iou(boxes, known_boxes) > iou) & same).any(2)
 
 
+class StepTargets:
+    """Makes what a step asks of the network out of a batch: its names, its targets, and the seeds of its noise.
+
+    Whatever is drawn at random here follows from the seed and the number of the sample alone. So several processes draw
+    what one process with all their images would, and a resumed run what an uninterrupted one would.
+
+    Args:
+        text: The embeddings of the whole vocabulary [v t], on the device.
+        loop: The seed, and how many names a step uses.
+        teacher: Adds pseudo-labels; None adds none.
+        rank: This process's number.
+        world: The number of processes.
+    """
+
+    def __init__(
+        self, text: Tensor, loop: LoopConfig, teacher: PseudoLabeler | None, rank: int = 0, world: int = 1
+    ) -> None:
+        self.text, self.loop, self.teacher = text, loop, teacher
+        self.rank, self.world = rank, world
+
+    def __call__(self, batch: Batch, average: nn.Module | None, first: int) -> tuple[Tensor, Targets]:
+        """The text embeddings of the names that the batch is asked for, and the targets indexed by those names.
+
+        Args:
+            batch: On the device.
+            average: The average of the weights, which makes pseudo-labels.
+            first: The number of the first of the samples that all processes take together.
+        """
+        targets = batch.targets
+        if self.teacher is not None and average is not None:
+            targets = self.teacher(average, batch, self.text)
+        targets = replace(targets, noise_seeds=self._noise_seeds(first, len(targets.boxes)))
+        limit = self.loop.vocabulary_sample
+        if not 0 < limit < len(self.text):
+            return self.text, targets
+        seed = int(generator(self.loop.seed, RandomStream.NAMES, first).integers(2**63))
+        rows = sample_vocabulary(targets, limit, torch.Generator().manual_seed(seed))
+        return self.text[rows], narrowed(targets, rows)
+
+    def _noise_seeds(self, first: int, images: int) -> tuple[int, ...]:
+        numbers = range(first + self.rank, first + images * self.world, self.world)
+        streams = (generator(self.loop.seed, RandomStream.NOISE, number) for number in numbers)
+        return tuple(int(stream.integers(2**63)) for stream in streams)
+
+
 # Greater than any round: a name that is never sampled.
 _NEVER = torch.inf
 
@@ -87,20 +133,23 @@ def sample_vocabulary(targets: Targets, limit: int, generator: torch.Generator |
     The loss of the sampled negatives is not scaled up. Presence losses are sums over names, so a smaller sample gives
     negatives less weight against what is present.
 
+    Several processes sample together, from the images of all; each must call this with a generator in the same state.
+
     Args:
         targets: What is known of the images, in terms of the whole vocabulary.
         limit: Largest number of names; 0, or the size of the vocabulary, takes all of them and samples nothing.
         generator: Source of the random numbers, on the CPU; by default torch's own.
     """
-    images, vocabulary_size = targets.annotated.shape
-    device = targets.annotated.device
+    vocabulary_size, device = targets.annotated.shape[1], targets.annotated.device
     if not 0 < limit < vocabulary_size:
         return torch.arange(vocabulary_size, device=device)
-    present = targets.present.any(0)
-    lots = torch.rand(3, images, vocabulary_size, generator=generator).to(device)
     # a name that has only ignored boxes in an image is no negative there
-    annotated = _rounds(targets.annotated & ~targets.ignored, lots[0])
-    assumed = _rounds(targets.assumed_negative & ~targets.ignored, lots[1]) + vocabulary_size
+    negative = targets.annotated & ~targets.ignored, targets.assumed_negative & ~targets.ignored
+    has_object, *negative = _of_all_processes(torch.stack([targets.present, *negative])).unbind()
+    present = has_object.any(0)
+    lots = torch.rand(3, len(has_object), vocabulary_size, generator=generator).to(device)
+    annotated = _rounds(negative[0], lots[0])
+    assumed = _rounds(negative[1], lots[1]) + vocabulary_size
     # lots are random numbers below 1: they order the names of one round
     priority = torch.stack([annotated, assumed]).amin(dim=(0, 1)) + lots[2, 0]
     priority = priority.masked_fill(present, -1)
@@ -108,6 +157,17 @@ def sample_vocabulary(targets: Targets, limit: int, generator: torch.Generator |
     best, rows = priority.topk(number, largest=False)
     chosen = rows[best < _NEVER].sort().values
     return chosen if len(chosen) else rows[:1]
+
+
+def _of_all_processes(masks: Bool[Tensor, "n b v"]) -> Bool[Tensor, "n _b v"]:
+    """The masks of the images of all processes, in the order of their samples."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return masks
+    # numbers, as not every backend exchanges truth values
+    own = masks.to(torch.uint8).contiguous()
+    parts = [torch.empty_like(own) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(parts, own)
+    return torch.stack(parts, dim=2).flatten(1, 2).bool()
 
 
 def _rounds(members: Bool[Tensor, "b v"], lots: Float[Tensor, "b v"]) -> Float[Tensor, "b v"]:

@@ -10,9 +10,9 @@ from rich.markup import escape
 from rich.prompt import Confirm
 
 from metr.data.datasets_file import DatasetSource
-from metr.devices import process_count
 from metr.errors import MetrError
 from metr.model import METR
+from metr.processes import process_count
 from metr.text.config import BUNDLED
 from metr.text.same_names import SameName, known_aliases, listed, same_names
 from metr.text.similar_names import EmbeddingSimilarity

@@ -15,7 +15,6 @@ from metr.data.config import SubsetConfig
 from metr.data.joint import JointData, open_joint
 from metr.data.loading import build_train_loader
 from metr.data.records import Annotations
-from metr.devices import in_main_process
 from metr.errors import ConfigError
 from metr.evaluation.report import show
 from metr.evaluation.results import EvaluationConfig
@@ -25,6 +24,7 @@ from metr.inference.postprocess import ScoreThresholds
 from metr.losses.criterion import SetCriterion
 from metr.models.config import DetectorConfig
 from metr.models.detector import Detector, skeleton
+from metr.processes import in_main_process
 from metr.run_directory import RunDirectory, existing_folder
 from metr.text.encoder import TextEncoder
 from metr.text.same_names import listed, spelt_alike

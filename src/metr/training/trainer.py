@@ -16,10 +16,11 @@ from metr.checkpoint import Checkpoint, save_checkpoint
 from metr.config import Config
 from metr.data.loading import TrainLoader
 from metr.devices import autocast, peak_memory, resolved_precision
+from metr.layers.batch_norm import synchronize_batch_norms
 from metr.losses.criterion import SetCriterion
 from metr.losses.matcher import match_statistics
 from metr.run_directory import RunDirectory
-from metr.structures import Batch, Losses, Targets
+from metr.structures import Batch, Losses
 from metr.training.config import TrainConfig
 from metr.training.curves import redraw_curves
 from metr.training.images import draw_train_batch
@@ -47,7 +48,7 @@ from metr.training.state import (
     seed_everything,
     undisturbed_random_state,
 )
-from metr.training.step_targets import PseudoLabeler, narrowed, sample_vocabulary
+from metr.training.step_targets import PseudoLabeler, StepTargets
 
 _logger = logging.getLogger(__name__)
 
@@ -120,16 +121,22 @@ class Trainer:
     ) -> None:
         self.parts, self.config, self.folder, self.evaluate = parts, config, RunDirectory(folder), evaluate
         self.accelerator = build_accelerator(config.loop, self.folder)
-        self.device = self.accelerator.device
+        # where several processes use the CPU, accelerate numbers it ("cpu:1"), and torch copies tensors "to" it
+        self.device = torch.device("cpu") if self.accelerator.device.type == "cpu" else self.accelerator.device
         self.precision = resolved_precision(config.loop.precision, self.device)
         self.plain_network = parts.network.to(self.device)
         self._frozen = freeze(self.plain_network, config.freeze)
+        if self.accelerator.num_processes > 1:
+            synchronize_batch_norms(self.plain_network)
+        self.optimizer = build_optimizer(self.plain_network, config.optimizer)
+        # No placement: the network is on its device, and to place it again could replace its buffers.
+        self.network = self.accelerator.prepare(self.plain_network, device_placement=[False])
         self.ema = Ema(self.plain_network, config.ema) if config.ema.enabled else None
         self._buffers = KeptBuffers(self.plain_network)
-        self.optimizer = build_optimizer(self.plain_network, config.optimizer)
-        self.network = self.accelerator.prepare(self.plain_network)
         self.criterion = parts.criterion.to(self.device)
-        self.text = parts.checkpoint.text_embeddings.to(self.device)
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        text = parts.checkpoint.text_embeddings.to(self.device)
+        self.step_targets = StepTargets(text, config.loop, parts.teacher, rank, world)
         self.counters = Counters()
         self._loader: TrainLoader | None = None
         self._resolved = config if resolved is None else resolved
@@ -142,9 +149,11 @@ class Trainer:
         factor = learning_rate_factor(self.counters.step, self.config.loop.steps, self.config.schedule)
         rates = set_learning_rates(self.optimizer, factor)
         figures: dict[str, float] = {}
+        first = self.counters.images
         for number, batch in enumerate(batches, 1):
             with self._exchanging_gradients(number == len(batches)):
-                losses, values = self._losses(batch.to(self.device, non_blocking=True))
+                losses, values = self._losses(batch.to(self.device, non_blocking=True), first)
+                first += len(batch.images) * self.accelerator.num_processes
                 if faulty := tuple(name for name, value in values.items() if not math.isfinite(value)):
                     return self._skip(StepReport(learning_rate=rates, faulty=faulty))
                 self.accelerator.backward(losses.total / len(batches))
@@ -182,28 +191,18 @@ class Trainer:
 
     # the parts of a step
 
-    def _losses(self, batch: Batch) -> tuple[Losses, dict[str, float]]:
-        """The losses of a batch; and its loss terms and matching statistics as numbers, averaged over processes."""
+    def _losses(self, batch: Batch, first: int) -> tuple[Losses, dict[str, float]]:
+        """The losses of a batch; and its loss terms and matching statistics as numbers, averaged over processes.
+
+        `first` is the number of the first sample of all processes' batches.
+        """
         with autocast(self.precision, self.device):
-            text, targets = self._sampled(self._targets(batch))
+            text, targets = self.step_targets(batch, None if self.ema is None else self.ema.network, first)
             output = self.network(batch.images, batch.padding_mask, text, targets)
         losses, matches = self.criterion(output, targets)
         statistics = match_statistics(output, targets, matches)
         matching = {MATCHING + name: value for name, value in vars(statistics).items()}
         return losses, self._averaged({**losses.terms, **matching})
-
-    def _targets(self, batch: Batch) -> Targets:
-        """The batch's targets, with pseudo-labels where they are wanted."""
-        if self.parts.teacher is None or self.ema is None:
-            return batch.targets
-        return self.parts.teacher(self.ema.network, batch, self.text)
-
-    def _sampled(self, targets: Targets) -> tuple[Tensor, Targets]:
-        """The text embeddings of the names sampled for this batch, and the targets indexed by those names."""
-        rows = sample_vocabulary(targets, self.config.loop.vocabulary_sample)
-        if len(rows) == len(self.text):
-            return self.text, targets
-        return self.text[rows], narrowed(targets, rows)
 
     def _averaged(self, values: Mapping[str, Tensor]) -> dict[str, float]:
         """Scalars averaged over processes in one exchange; all processes have the same names."""
