@@ -41,6 +41,7 @@ def written(tmp_path: Path, *sources: DatasetSource) -> Path:
 
 
 OPTIONS = {
+    "boxes": "xyxy",
     "weight": 0.123456789,
     "splits": {"train": ("train", "valid")},
     "prompts": {"Platelets": "a platelet: small #1"},

@@ -134,6 +134,8 @@ _HEAD = """\
 #   name        how messages and results call the dataset
 #   format      how it is read
 #   splits      which of the dataset's own splits are train, val and test
+#   boxes       how the files of coco, csv, imagefolder and huggingface write boxes, where it is not recognised:
+#               xywh, xyxy or cxcywh, with an n behind (xyxyn) as fractions of the image
 #   weight      how much of a batch it gets, relative to the others: with 2, twice as much as with 1
 #   renames     name in the dataset's files: name here. Names that become equal are one category, in all datasets
 #   prompts     name here: what the language model reads instead of it, such as   crane: a wading bird
@@ -206,6 +208,7 @@ def _entry(source: DatasetSource, suggestions: Sequence[Suggestion], folder: Pat
         f"  - name: {_flow(spec.name)}",
         f"    path: {_flow(_relative(spec.path, folder))}",
         f"    format: {_flow(source.format)}",
+        *([] if spec.boxes is None else [f"    boxes: {_flow(spec.boxes)}"]),
         f"    weight: {_flow(spec.weight)}",
         *_splits(source),
     ]
