@@ -171,7 +171,7 @@ _LOST_BOXES = frozenset(
 )
 _LOST_IMAGES = frozenset(
     {"missing image", "ambiguous image", "unreadable image", "unreadable file name", "path outside"}
-    | {"missing annotation", "shared annotation"}
+    | {"missing annotation", "shared annotation", "duplicate image id"}
 )
 _LOST_EITHER = "unreadable annotation"
 
