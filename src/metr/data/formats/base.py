@@ -238,11 +238,6 @@ class BoxList:
         self.reading.issues.add(kind, place(self.where, mark), found[:80])
         self._unknown.add(UNNAMED)
 
-    def ignore_region(self, names: Iterable[str], box: Sequence[float] | None, mark: int | str) -> None:
-        """Adds a region of the image in which no object of these categories counts, found or not."""
-        for name in names:
-            self.add(name, box, mark, ignore=True)
-
     def leave_out(self, name: str | None, mark: int | str, shape: str) -> None:
         """Notes an object without an extent, such as a point or a line. Its category is unknown in this image."""
         self.reading.issues.add("unsupported shape", place(self.where, mark), f"a {shape} of {name!r}: left out")

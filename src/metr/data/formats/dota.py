@@ -8,11 +8,10 @@ import re
 from pathlib import Path
 
 from metr.data.formats.base import BoxList, RawImage, Reading
-from metr.data.formats.file_per_image import AnnotationFolder, FilePerImageReader
+from metr.data.formats.file_per_image import AnnotationFolder, FilePerImageReader, text_lines
 from metr.data.formats.files import decoded, start_of, there
 from metr.data.formats.kitti import is_number
 from metr.data.formats.shapes import around, pairs
-from metr.errors import DataError
 
 _SNIFF_BYTES = 1 << 12
 # The first lines of DOTA's own files tell where the image is from and how large a pixel is.
@@ -44,13 +43,8 @@ class DotaReader(FilePerImageReader):
 
     def read_file(self, where: str, folder: AnnotationFolder, reading: Reading) -> RawImage | None:
         """The image of a text file; None, and an issue, where the file cannot be used."""
-        path = folder.image_of(where, "", reading)
-        if path is None:
-            return None
-        try:
-            lines = reading.text(where).splitlines()
-        except DataError as error:
-            reading.issues.add("unreadable annotation", where, error.what)
+        path, lines = folder.image_of(where, "", reading), text_lines(where, reading)
+        if path is None or lines is None:
             return None
         boxes = BoxList(where, reading)
         for number, line in enumerate(lines, start=1):

@@ -13,6 +13,7 @@ from metr.data.formats.base import RawImage, Reader, Reading, without_repeats
 from metr.data.formats.files import Files, OutsideError, files_in, fold, folders_within
 from metr.data.formats.locating import IMAGE_FOLDERS, grouped, locate, split_of_folder
 from metr.data.records import canonical_split
+from metr.errors import DataError
 
 # What folders with one annotation file an image are called, and those with the images; likeliest first.
 ANNOTATION_WORDS = (
@@ -116,6 +117,15 @@ class AnnotationFolder:
         """Whether an image may be that of the file `stem`: no other file is called like it."""
         own = posixpath.splitext(posixpath.basename(image))[0]
         return own == stem or not (own in self._stems or (fold(own) != fold(stem) and fold(own) in self._folded))
+
+
+def text_lines(where: str, reading: Reading) -> list[str] | None:
+    """The lines of an annotation file; None, and an issue, where it cannot be read."""
+    try:
+        return reading.text(where).splitlines()
+    except DataError as error:
+        reading.issues.add("unreadable annotation", where, error.what)
+        return None
 
 
 def twin_folders(files: Files, folder: str) -> tuple[str, ...]:

@@ -4,18 +4,14 @@ Regions marked `DontCare` are ignored boxes of every category: objects there are
 files with results have, is not read.
 """
 
-import posixpath
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from metr.data.formats.base import BoxList, RawImage, Reading
-from metr.data.formats.file_per_image import AnnotationFolder, FilePerImageReader
+from metr.data.formats.file_per_image import AnnotationFolder, FilePerImageReader, text_lines
 from metr.data.formats.files import decoded, start_of
-from metr.errors import DataError
 
 _SNIFF_BYTES = 1 << 12
 _COLUMNS, _WITH_SCORE = 15, 16
-_DONT_CARE = "DontCare"
 
 
 class KittiReader(FilePerImageReader):
@@ -25,10 +21,6 @@ class KittiReader(FilePerImageReader):
     looks_like = "KITTI: training/label_2/*.txt (type truncated occluded alpha left top right bottom ...) with image_2"
     suffix = ".txt"
 
-    def __init__(self, root: Path, splits: Mapping[str, tuple[Path, ...]]) -> None:
-        super().__init__(root, splits)
-        self._categories: list[str] | None = None
-
     @classmethod
     def fits(cls, path: Path) -> bool:
         """Whether a file looks like KITTI's labels; a cheap look."""
@@ -37,49 +29,21 @@ class KittiReader(FilePerImageReader):
         whole = [line for line in (lines[:-1] if len(head) == _SNIFF_BYTES else lines) if line.strip()]
         return bool(whole) and all(_row(line) is not None for line in whole)
 
-    def read(self, split: str, reading: Reading) -> Iterator[RawImage]:
-        """The images of a split, sorted by the names of their text files."""
-        if self._categories is None:
-            self._categories = self._all_categories(reading)
-        yield from super().read(split, reading)
-
-    def _all_categories(self, reading: Reading) -> list[str]:
-        """The categories of all splits. They are needed before the first image: regions are ignored for each."""
-        names: set[str] = set()
-        for folder in dict.fromkeys(folder for folders in self.splits.values() for folder in folders):
-            within = self.within(folder)
-            for name in AnnotationFolder(within, self.suffix, reading.files).names:
-                rows = map(_row, _lines(posixpath.join(within, name), Reading(files=reading.files)))
-                names.update(row[0] for row in rows if row is not None)
-        return sorted(names - {_DONT_CARE})
-
     def read_file(self, where: str, folder: AnnotationFolder, reading: Reading) -> RawImage | None:
         """The image of a text file; None, and an issue, where the file cannot be used."""
-        path = folder.image_of(where, "", reading)
-        if path is None:
+        path, lines = folder.image_of(where, "", reading), text_lines(where, reading)
+        if path is None or lines is None:
             return None
         boxes = BoxList(where, reading)
-        for number, line in enumerate(_lines(where, reading), start=1):
+        for number, line in enumerate(lines, start=1):
             row = _row(line)
-            if row is None:
-                if line.strip():
-                    detail = f"expected a type and {_COLUMNS - 1} numbers: {line.strip()[:80]}; its image is left out"
-                    reading.issues.add("unreadable annotation", f"{where}:{number}", detail)
-                    return None
-            elif row[0] == _DONT_CARE:
-                boxes.ignore_region(self._categories or (), row[1], number)
-            else:
+            if row is not None:
                 boxes.add(*row, number)
+            elif line.strip():
+                detail = f"expected a type and {_COLUMNS - 1} numbers: {line.strip()[:80]}; its image is left out"
+                reading.issues.add("unreadable annotation", f"{where}:{number}", detail)
+                return None
         return boxes.image(path)
-
-
-def _lines(where: str, reading: Reading) -> list[str]:
-    """The lines of a text file; none, and an issue, where it cannot be read."""
-    try:
-        return reading.text(where).splitlines()
-    except DataError as error:
-        reading.issues.add("unreadable annotation", where, error.what)
-        return []
 
 
 def _row(line: str) -> tuple[str, list[float]] | None:

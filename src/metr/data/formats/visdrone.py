@@ -9,9 +9,8 @@ from pathlib import Path
 
 from metr.boxes import xywh_to_xyxy
 from metr.data.formats.base import BoxList, RawImage, Reading
-from metr.data.formats.file_per_image import AnnotationFolder, FilePerImageReader
+from metr.data.formats.file_per_image import AnnotationFolder, FilePerImageReader, text_lines
 from metr.data.formats.files import decoded, start_of
-from metr.errors import DataError
 
 # The published names, by their numbers in the files from 1 on.
 NAMES = (
@@ -26,7 +25,9 @@ NAMES = (
     "bus",
     "motor",
 )
-_REGION, _OTHERS = 0, 11
+_OTHERS = 11
+# A name that says that nothing is known there.
+_IGNORED = "ignored regions"
 # left, top, width, height, score, category, truncation, occlusion
 _COLUMNS = 8
 _SNIFF_BYTES = 1 << 12
@@ -55,15 +56,10 @@ class VisDroneReader(FilePerImageReader):
 
     def read_file(self, where: str, folder: AnnotationFolder, reading: Reading) -> RawImage | None:
         """The image of a text file; None, and an issue, where the file cannot be used."""
-        path = folder.image_of(where, "", reading)
-        if path is None:
+        path, lines = folder.image_of(where, "", reading), text_lines(where, reading)
+        if path is None or lines is None:
             return None
         boxes = BoxList(where, reading)
-        try:
-            lines = reading.text(where).splitlines()
-        except DataError as error:
-            reading.issues.add("unreadable annotation", where, error.what)
-            return None
         for number, line in enumerate(lines, start=1):
             row = _row(line)
             if row is None:
@@ -73,11 +69,10 @@ class VisDroneReader(FilePerImageReader):
                     return None
                 continue
             box, score, category = [float(value) for value in row[:4]], row[4], row[5]
-            if category in {_REGION, _OTHERS}:
-                boxes.ignore_region(NAMES, box, number)
-            else:
-                name = NAMES[category - 1] if 1 <= category <= len(NAMES) else None
-                boxes.add(name, box, number, ignore=score == 0, found=f"category {category}, expected 0 to {_OTHERS}")
+            name = _IGNORED if category in {0, _OTHERS} else None
+            if 1 <= category <= len(NAMES):
+                name = NAMES[category - 1]
+            boxes.add(name, box, number, ignore=score == 0, found=f"category {category}, expected 0 to {_OTHERS}")
         return boxes.image(path, convert=xywh_to_xyxy)
 
 
