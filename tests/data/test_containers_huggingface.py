@@ -1,5 +1,6 @@
 """Hugging Face's tables: read as what they say, with the bytes of the images as they are."""
 
+import contextlib
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 from reader_trees import NAMES, ExpectedImage, Truth, made_up, write_json, write_text
 
+from metr.data.containers.huggingface import HuggingFaceReader
 from metr.data.datasets_file import DatasetConfig, DatasetSource, open_dataset
 from metr.data.images import check_image
 from metr.data.records import ImageRecord
@@ -374,3 +376,17 @@ def test_the_boxes_of_all_tables_are_of_one_kind(tmp_path: Path) -> None:
     assert source.issue_counts == {"boxes are not xywh": 1}
     source = opened(tmp_path / "data", boxes="xywh")
     assert source.split("train")[1].boxes.tolist() == [[2, 3, 12, 23]]
+
+
+def test_damaged_bytes_of_an_arrow_file_end_in_an_error(tmp_path: Path) -> None:
+    """Offsets and names may become anything; reading them unchecked would end the process."""
+    save_to_disk(tmp_path / "data", {"train": made_up()["train"][:2]})
+    path = tmp_path / "data/train/data-00001-of-00002.arrow"
+    whole = path.read_bytes()
+    first = whole.index(encoded(made_up()["train"][1])[:8])
+    for place in (*range(0, first, 61), *range(first - 200, first, 11)):
+        path.write_bytes(whole[:place] + b"\xff\xff" + whole[place + 2 :])
+        with contextlib.suppress(DataError):
+            found = HuggingFaceReader.recognise(tmp_path / "data")
+            assert found is not None
+            found.prepared()

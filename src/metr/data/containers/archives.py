@@ -93,7 +93,7 @@ def archive_folders(path: Path) -> list[Path]:
     Raises:
         DataError: the archive is damaged or not safe, or the disk is too small.
     """
-    top = unpacked(path, [path], lambda folder, _: _extract(path, folder), kind="archive")
+    top = unpacked(path, [path], lambda folder: _extract(path, folder), kind="archive")
     folders = [top]
     while (inner := _only_folder(folders[0])) is not None:
         folders.insert(0, inner)
@@ -143,7 +143,7 @@ def _extract(path: Path, folder: Path) -> None:
         _write(entry, target, path, budget)
     for name in repeated[:1]:
         logger.warning(
-            "%s: %d files come twice in it, the first is %s: the later ones count", path, len(repeated), name
+            "%s: files that come twice in it: %d, the first is %s; the later ones count", path, len(repeated), name
         )
     _make_links(links, folder, path)
 
@@ -172,8 +172,9 @@ def _safe_name(name: str, path: Path) -> str | None:
     Raises:
         DataError: it leads out of the archive.
     """
-    parts = name.split("/")
-    if name.startswith("/") or ".." in parts or "\0" in name or re.match(r"[A-Za-z]:[\\/]", name):
+    parts = re.split(r"[/\\]", name)  # Windows takes both for separators, and a colon for a drive or a stream
+    outside = name.startswith(("/", "\\")) or ".." in parts or "\0" in name or re.match(r"[A-Za-z]:[\\/]", name)
+    if outside or (os.name == "nt" and ":" in name):
         what = f"holds {name[:200]!r}, a path that leads out of it"
         raise DataError(what, where=path, hint="pack the dataset's folder anew, or unpack it by hand if you trust it")
     plain = posixpath.normpath(name)
@@ -194,14 +195,14 @@ def _make_links(links: dict[str, _Entry], folder: Path, path: Path) -> None:
             del left[name]
     for name in [*left][:1]:
         detail = f"{name} -> {left[name].target}"
-        logger.warning("%s: %d links in it lead to nothing, the first is %s: left out", path, len(left), detail)
+        logger.warning("%s: links in it that lead to nothing: %d, the first is %s; left out", path, len(left), detail)
 
 
 def _make_link(name: str, entry: _Entry, top: Path, path: Path) -> bool:
     """Makes one link; False where there is nothing that it leads to."""
-    base = "" if entry.kind == "hard link" else posixpath.dirname(name)
-    inner = posixpath.normpath(posixpath.join(base, entry.target))
-    if posixpath.isabs(entry.target) or inner == ".." or inner.startswith("../"):
+    base, leads_to = "" if entry.kind == "hard link" else posixpath.dirname(name), entry.target.replace("\\", "/")
+    inner = posixpath.normpath(posixpath.join(base, leads_to))
+    if posixpath.isabs(leads_to) or "\0" in leads_to or inner == ".." or inner.startswith("../"):
         what = f"holds a link that leads out of it: {name} -> {entry.target}"
         raise DataError(what, where=path, hint="pack it anew with the files themselves (tar --dereference)")
     link, target = top / name, Path(os.path.realpath(top / inner))

@@ -86,7 +86,7 @@ class HuggingFaceReader(ImageFolderReader):
         source = tables[0] if list(self.splits) == ["all"] and len(tables) == 1 else self.root
         about = [self.root / "README.md", *{file.parent / "dataset_info.json" for file in tables}]
         copy = unpacked(
-            source, [*tables, *sorted(about)], lambda folder, _: self._unpack(tables, folder), kind=self.format
+            source, [*tables, *sorted(about)], lambda folder: self._unpack(tables, folder), kind=self.format
         )
         return HuggingFaceReader(copy, copied_splits(self.splits, self.root, copy), self.missing)
 
@@ -115,7 +115,7 @@ def _unpack_table(table: Path, root: Path, folder: Path, budget: Budget) -> Sequ
     """Writes the rows of a table; returns the names that are declared for its categories."""
     with _reading(table):
         schema = _schema(table)
-    columns = columns_of(schema)
+        columns = columns_of(schema)
     if columns is None:
         what = f"no images with boxes in this table (columns: {', '.join(schema.names[:12])})"
         raise DataError(what, where=table, hint="move it out of the dataset's folder, or name the others in its card")
@@ -235,8 +235,9 @@ def _schema(table: Path) -> pa.Schema:
 
 def _rows(table: Path, columns: Columns) -> Iterator[dict[str, Any]]:
     if _is_parquet(table):
-        with pq.ParquetFile(table) as file:
+        with pq.ParquetFile(table, page_checksum_verification=True) as file:
             for batch in file.iter_batches(_ROWS_A_BATCH, columns=columns.names):
+                batch.validate(full=True)
                 yield from batch.to_pylist()
         return
     with _arrow(table) as reader:
@@ -244,6 +245,7 @@ def _rows(table: Path, columns: Columns) -> Iterator[dict[str, Any]]:
         batches = map(reader.get_batch, range(reader.num_record_batches)) if file_format else reader
         for batch in batches:
             chosen = batch.select(columns.names)
+            chosen.validate(full=True)  # offsets of a damaged file would lead anywhere in memory
             for start in range(0, chosen.num_rows, _ROWS_A_BATCH):
                 yield from chosen.slice(start, _ROWS_A_BATCH).to_pylist()
     if not file_format and not ends_of(table, 8).endswith(bytes(4)):
@@ -253,7 +255,7 @@ def _rows(table: Path, columns: Columns) -> Iterator[dict[str, Any]]:
 @contextlib.contextmanager
 def _arrow(table: Path) -> Iterator[Any]:
     """A reader of an Arrow file, or of an Arrow stream, which the library writes."""
-    with pa.memory_map(str(table)) as source:
+    with pa.OSFile(str(table)) as source:  # of a file that is cut off, a memory map would end the process
         opened = pa.ipc.open_file if start_of(table, 6) == b"ARROW1" else pa.ipc.open_stream
         with opened(source) as reader:
             yield reader

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from metr.data.containers.store import Budget, write_file
-from metr.data.formats.files import files_in, folders_within, is_image
+from metr.data.formats.files import files_in, folders_within, is_image, there
 from metr.data.formats.locating import grouped
 from metr.data.records import canonical_split
 
@@ -105,7 +105,7 @@ def link_image(named: str, row: int, bases: Sequence[Path], root: Path, folder: 
     """
     for base in bases:
         target = Path(os.path.normpath(base / named.replace("\\", "/")))
-        if target.is_relative_to(root) and is_image(target.name) and target.is_file():
+        if target.is_relative_to(root) and is_image(target.name) and there(target, Path.is_file):
             name = f"{row:06d}{target.suffix}"
             try:
                 (folder / name).symlink_to(target)

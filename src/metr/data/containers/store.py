@@ -35,6 +35,8 @@ VERSION = 1
 # Unpacking stops before the disk has less than this left, in bytes; it is asked whenever so many bytes are written.
 _RESERVE = 1 << 28
 _ASKED_EVERY = 1 << 26
+# Bytes of a container from which it is said before that it is unpacked.
+_TOLD_BEFORE = 1 << 28
 # A container may unfold to this many times its size, and to this many bytes in any case. Images hardly shrink in one.
 _RATIO, _ALWAYS_ALLOWED = 100, 1 << 30
 # It may have a file for each so many of its bytes, and so many files in any case.
@@ -110,7 +112,7 @@ class Budget:
 
 _BY_HAND = "where you trust it, unpack it by hand and name the folder"
 
-Unpack = Callable[[Path, Path], None]
+Unpack = Callable[[Path], None]
 
 
 def unpacked(source: Path, files: Sequence[Path], unpack: Unpack, *, kind: str) -> Path:
@@ -119,14 +121,14 @@ def unpacked(source: Path, files: Sequence[Path], unpack: Unpack, *, kind: str) 
     Args:
         source: The container as the user names it: a file, or a folder of files.
         files: The files that the copy is made of.
-        unpack: Writes the copy into the folder that it gets, an empty one. Its second argument is the folder in which
-            the copy lies at the end.
+        unpack: Writes the copy into the folder that it gets, an empty one.
         kind: The kind of container. One folder may be several of them.
 
     Raises:
         DataError: the container is damaged or not safe, or the disk is too small.
     """
-    state = _digest([VERSION, [(str(path), signature(path)) for path in files]])
+    signatures = [(str(path), signature(path)) for path in files]
+    state, size = _digest([VERSION, signatures]), sum(max(0, one[0]) for _, one in signatures)
     plain = re.sub(r"[^\w.-]", "_", source.name)[:40]
     place = cache_root() / "unpacked" / f"{plain}-{_digest([str(source), kind])[:12]}"
     found = _complete(place, state) or _temporary.get((str(place), state))
@@ -140,9 +142,9 @@ def unpacked(source: Path, files: Sequence[Path], unpack: Unpack, *, kind: str) 
             temporary = Path(tempfile.mkdtemp(prefix="metr-unpacked-"))
             atexit.register(shutil.rmtree, temporary, ignore_errors=True)
             logger.warning("%s cannot be written (%s): %s is unpacked for this run only", place, error, source)
-            _temporary[str(place), state] = copy = _unpack(source, unpack, temporary, state)
+            _temporary[str(place), state] = copy = _unpack(source, unpack, temporary, state, size)
             return copy
-        return _complete(place, state) or _unpack(source, unpack, place, state)
+        return _complete(place, state) or _unpack(source, unpack, place, state, size)
 
 
 def write_file(path: Path, data: bytes, budget: Budget) -> None:
@@ -165,14 +167,16 @@ def shown_size(size: int) -> str:
     return f"{max(1, round(size / 1024))} kB" if size else "0 bytes"
 
 
-def _unpack(source: Path, unpack: Unpack, place: Path, state: str) -> Path:
+def _unpack(source: Path, unpack: Unpack, place: Path, state: str, size: int) -> Path:
     """Unpacks into a new folder in `place`, then moves it to its name. Copies of earlier states are removed."""
+    if size > _TOLD_BEFORE:
+        logger.info("%s: %s are being unpacked into %s, once; that takes a while", source, shown_size(size), place)
     _remove_others(place, source)
     copy, building = place / state, place / f".building-{secrets.token_hex(8)}"
     try:
         building.mkdir()
-        unpack(building, copy)
-        size = sum(path.lstat().st_size for path in _files_below(building))
+        unpack(building)
+        unfolded = sum(path.lstat().st_size for path in _files_below(building))
         note = _Note(source=packed_name(str(source)), folders=_folders(building))
         building.rename(copy)
         written = place / f".note-{secrets.token_hex(8)}"
@@ -185,7 +189,7 @@ def _unpack(source: Path, unpack: Unpack, place: Path, state: str) -> Path:
         raise DataError(f"cannot be unpacked: {error}", where=source, hint=hint) from None
     finally:
         shutil.rmtree(building, ignore_errors=True)
-    logger.info("%s: unpacked once, %s in %s", source, shown_size(size), copy)
+    logger.info("%s: unpacked once, %s in %s", source, shown_size(unfolded), copy)
     return copy
 
 

@@ -108,7 +108,7 @@ class TFRecordReader(Reader):
         files = list(every_shard(self.splits))
         maps = [found for folder in self._folders(files) for found in _label_maps(folder)]
         source = files[0] if list(self.splits) == ["all"] and len(files) == 1 else self.root
-        copy = unpacked(source, [*files, *maps], lambda folder, _: self._unpack(files, folder), kind=self.format)
+        copy = unpacked(source, [*files, *maps], lambda folder: self._unpack(files, folder), kind=self.format)
         return TFRecordReader(copy, copied_splits(self.splits, self.root, copy), self.missing)
 
     def read(self, split: str, reading: Reading) -> Iterator[RawImage]:
