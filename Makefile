@@ -6,8 +6,11 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 # how many seeds `make processors` tries under each instruction set
 SEEDS ?= 5
+# how many damaged datasets `make fuzz` tries, and what decides how they are damaged
+CASES ?= 10000
+FUZZ_SEED ?= 0
 
-.PHONY: help demo test quick check wheel processors docs format clean
+.PHONY: help demo test quick check wheel processors fuzz docs format clean
 
 help:
 	@echo "make demo    build the environment, train on three made datasets, show the result (five minutes, and a few for the environment)"
@@ -17,6 +20,7 @@ help:
 	@echo "make wheel   build the wheel into dist/"
 	@echo "make docs    build the documentation into site/; a broken link fails"
 	@echo "make processors  the tests that train, as other processors would run them (SEEDS=5 of each)"
+	@echo "make fuzz    thousands of damaged datasets, images, configurations and checkpoints (CASES=10000 of datasets)"
 	@echo "make format  let ruff rewrite what it can"
 
 .venv/.ready: pyproject.toml constraints.txt
@@ -53,6 +57,10 @@ docs: .venv/.ready
 
 processors: .venv/.ready
 	$(BIN)/python tests/processors.py --seeds $(SEEDS)
+
+fuzz: .venv/.ready
+	$(BIN)/python tests/fuzz/fuzzing.py --annotations $(CASES) --identities $(CASES) --images 2000 --configurations 1000 \
+	  --checkpoints 1000 --seed $(FUZZ_SEED)
 
 format: .venv/.ready
 	$(BIN)/ruff format .

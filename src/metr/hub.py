@@ -137,7 +137,7 @@ def loading(source: str) -> Iterator[None]:
     try:
         with quiet():
             yield
-    except MetrError:
+    except (MetrError, MemoryError):
         raise
     except Exception as error:  # a config.json may hold anything, and transformers fails in as many ways
         if "trust_remote_code" in str(error):

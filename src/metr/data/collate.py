@@ -83,7 +83,8 @@ class PipedBatch:
     def whole(self) -> Collated:
         """What was sent."""
         pixels = torch.from_numpy(self.pixels).permute(0, 3, 1, 2)
-        targets = Targets(**{name: torch.from_numpy(array) for name, array in self.targets.items()})
+        values: dict[str, Any] = {name: torch.from_numpy(array) for name, array in self.targets.items()}
+        targets = Targets(**values)
         batch = PackedBatch(pixels=pixels, targets=targets, **self.rest)
         return Collated(batch=batch, missing=self.missing, issues=self.issues)
 

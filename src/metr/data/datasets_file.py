@@ -309,8 +309,10 @@ def _listed_dataset(item: Mapping[str, Any] | str, file: Path, node: yaml.Node) 
         raise _with_line(error, file, node, called) from None
 
 
-def _with_line(error: ConfigError, file: Path, node: yaml.Node, called: str = "") -> ConfigError:
-    """An error about a key of a part of a file, with the line of that key, or of the part."""
+def _with_line(error: ConfigError, file: Path, node: yaml.Node | None, called: str = "") -> ConfigError:
+    """An error about a key of a part of a file (None of an empty one), with the line of that key, or of the part."""
+    if node is None:
+        return error
     faulty = _FAULTY_KEY.match(error.what)
     line = node.start_mark.line
     for part in faulty[1].split(".") if faulty else ():

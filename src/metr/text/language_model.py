@@ -171,7 +171,8 @@ class LanguageModel:
         rows = torch.empty(len(sentences), self.source.width)
         for start in range(0, len(order), _BATCH):
             batch = order[start : start + _BATCH]
-            rows[batch] = self._encode_batch([sentences[i] for i in batch]).float().cpu()
+            with loading(self.source.location):  # a tokenizer's file may hold what fails only when it is used
+                rows[batch] = self._encode_batch([sentences[i] for i in batch]).float().cpu()
         return normalize(rows, dim=-1)
 
     def _encode_batch(self, sentences: list[str]) -> Float[Tensor, "n t"]:

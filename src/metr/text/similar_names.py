@@ -208,7 +208,7 @@ class EmbeddingSimilarity:
             )
             strengths = np.concatenate([strengths, block[new]])
             if len(rows) > MOST_PAIRS:
-                kept = np.sort(np.argpartition(-strengths, MOST_PAIRS)[:MOST_PAIRS])
+                kept = np.sort(np.argpartition(strengths, -MOST_PAIRS)[-MOST_PAIRS:])
                 rows, columns, strengths = rows[kept], columns[kept], strengths[kept]
                 least = max(least, float(strengths.min()))
         found = zip(rows.tolist(), columns.tolist(), strengths.tolist(), strict=True)
