@@ -7,6 +7,7 @@ from inspect import signature
 import torch
 
 from metr.errors import ConfigError
+from metr.processes import is_kept_to_cpu
 
 _GIB = 2**30
 
@@ -14,10 +15,14 @@ _GIB = 2**30
 def resolved_device(wanted: str | torch.device) -> torch.device:
     """The device of that name; "auto" is an accelerator where there is one, else the CPU.
 
+    `accelerate launch --cpu` makes "auto" the CPU.
+
     Raises:
         ConfigError: there is no such device here.
     """
     if wanted == "auto":
+        if is_kept_to_cpu():
+            return torch.device("cpu")
         return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     try:
         return torch.empty(0, device=wanted).device

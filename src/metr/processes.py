@@ -22,6 +22,16 @@ def in_main_process() -> bool:
     return process_index() == 0
 
 
+def is_launched() -> bool:
+    """Whether a launcher has told this process which of several it is."""
+    return any(os.environ.get(name) for name in (*_COUNTS, *_INDICES))
+
+
+def is_kept_to_cpu() -> bool:
+    """Whether `accelerate launch --cpu` started this process."""
+    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "on")
+
+
 def _first(names: tuple[str, ...], otherwise: int) -> int:
     """The first of these environment variables that holds a number."""
     values = (os.environ.get(name, "") for name in names)

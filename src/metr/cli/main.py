@@ -10,10 +10,12 @@ from typer.core import TyperCommand, TyperGroup
 
 import metr
 from metr.cli.inspect import inspect
+from metr.cli.launch import start_processes_of_accelerate, wait_for_main_process
 from metr.cli.output import SafeConsole, show_log
 from metr.cli.training import finetune, train
 from metr.cli.verbs import demo, detect, evaluate, push, transfer
 from metr.errors import MetrError
+from metr.processes import in_main_process, process_index
 from metr.training.signals import Stopped, StopSignals
 
 __all__ = ["app", "run"]
@@ -40,7 +42,8 @@ class _Verb(TyperCommand):
         try:
             return super().invoke(ctx)
         except Stopped as stopped:
-            _tell(str(stopped))
+            if in_main_process():
+                _tell(str(stopped))
             raise typer.Exit(stopped.exit_code) from None
 
 
@@ -84,14 +87,17 @@ def run() -> None:
     """
     with StopSignals() as signals:
         try:
+            start_processes_of_accelerate()
             with signals.leaving_at_once():
                 code = app(prog_name="metr", standalone_mode=False)
             sys.exit(code if signals.number is None else 128 + signals.number)
         except _COMMAND_LINE_ERROR as error:
+            wait_for_main_process(signals)
             _tell_of_command_line(error)
         except typer.Abort:
             sys.exit(1 if signals.number is None else 128 + signals.number)
         except Exception as error:
+            wait_for_main_process(signals)
             told = _told(error)
             if told is None or os.environ.get("METR_DEBUG"):
                 raise
@@ -100,7 +106,9 @@ def run() -> None:
 
 
 def _tell(message: str) -> None:
-    SafeConsole(stderr=True, soft_wrap=True).print(f"error: {message}", style="red", markup=False, highlight=False)
+    where = "" if in_main_process() else f"process {process_index()}: "
+    console = SafeConsole(stderr=True, soft_wrap=True)
+    console.print(f"error: {where}{message}", style="red", markup=False, highlight=False)
 
 
 def _tell_of_command_line(error: Any) -> None:

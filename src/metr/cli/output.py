@@ -10,12 +10,15 @@ from rich.console import Console
 from rich.segment import Segment
 
 from metr.errors import shown
+from metr.processes import in_main_process, process_index
 
 __all__ = ["PIPED_WIDTH", "LogHandler", "SafeConsole", "output_console", "say_names", "show_log"]
 
 PIPED_WIDTH = 10_000
 """Columns where the output is piped: nobody's terminal is narrower than that, so no table and no line is wrapped."""
 
+# where it is logged that an image cannot be read
+_READS_IMAGES = "metr.data.loading"
 # names that a line tells
 _NAMES = 12
 
@@ -30,8 +33,11 @@ class SafeConsole(Console):
 
 
 def output_console(*, stderr: bool = False) -> Console:
-    """The console on the standard output (or error): as wide as the terminal, or without limit where there is none."""
-    console = SafeConsole(stderr=stderr)
+    """The console on the standard output (or error): as wide as the terminal, or without limit where there is none.
+
+    Of several processes only the main one shows anything.
+    """
+    console = SafeConsole(stderr=stderr, quiet=not in_main_process())
     if not console.is_terminal:
         console.width = PIPED_WIDTH
     return console
@@ -55,7 +61,8 @@ class LogHandler(logging.Handler):
         message = shown(super().format(record))
         if record.levelno <= logging.INFO:
             return message
-        return f"{record.levelname.lower()}: {message}"
+        where = "" if in_main_process() else f"process {process_index()}: "
+        return f"{record.levelname.lower()}: {where}{message}"
 
     def emit(self, record: logging.LogRecord) -> None:
         """Writes a message, yellow on a terminal if it is a warning."""
@@ -71,8 +78,19 @@ class LogHandler(logging.Handler):
 
 
 def show_log() -> None:
-    """Shows what METR logs on the standard error: progress where there is no terminal, what is skipped, warnings."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[LogHandler()])
+    """Shows what METR logs on the standard error: progress where there is no terminal, what is skipped, warnings.
+
+    Of several processes the others show only what the main one cannot know: their errors, and the images that they
+    alone could not read.
+    """
+    handler = LogHandler()
+    if not in_main_process():
+        handler.addFilter(_concerns_this_process)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
     logging.captureWarnings(True)
     for noisy in ("httpx", "PIL", "matplotlib", "accelerate"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def _concerns_this_process(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR or (record.name == _READS_IMAGES and record.levelno >= logging.WARNING)

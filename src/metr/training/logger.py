@@ -7,13 +7,11 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
-from accelerate.utils import ProjectConfiguration
 from rich.console import Console
 
 from metr.config import Config, as_yaml, leaves
@@ -301,24 +299,6 @@ def check_trackers(names: Sequence[str]) -> None:
         if name not in map(str, get_available_trackers()):
             what = f"the tracker {name!r} is not installed"
             raise ConfigError(what, where=_TRACKERS, hint=f"pip install {name}, or leave it out of {_TRACKERS}")
-
-
-def build_accelerator(loop: LoopConfig, folder: RunDirectory) -> Accelerator:
-    """The accelerator of a run, with its trackers. The trainer does autocast, so losses stay in float32.
-
-    Raises:
-        ConfigError: a tracker is unknown, or its package is not installed.
-    """
-    check_trackers(loop.trackers)
-    # Evaluation in the main process may keep the others waiting for long.
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))
-    return Accelerator(
-        cpu=loop.device == "cpu",
-        mixed_precision="no",
-        log_with=list(loop.trackers) or None,
-        project_config=ProjectConfiguration(project_dir=str(folder.path), logging_dir=str(folder.trackers)),
-        kwargs_handlers=[patience],
-    )
 
 
 def _line(record: Record) -> str:

@@ -23,8 +23,9 @@ from metr.run_directory import RunDirectory
 from metr.structures import Batch, Losses
 from metr.training.config import TrainConfig
 from metr.training.curves import redraw_curves
+from metr.training.distribution import build_accelerator, explained_loss_of_processes
 from metr.training.images import draw_train_batch
-from metr.training.logger import MATCHING, RunLogger, RuntimeStats, build_accelerator
+from metr.training.logger import MATCHING, RunLogger, RuntimeStats
 from metr.training.optimization import (
     Ema,
     KeptBuffers,
@@ -180,7 +181,7 @@ class Trainer:
             CheckpointError: the saved state is damaged or of another network.
         """
         self._stop_signals = StopSignals()
-        with self._stop_signals, self._run_logger:
+        with self._stop_signals, self._run_logger, explained_loss_of_processes():
             batches = self._begin(resume)
             self._evaluate_if_due()  # the resumed run may have stopped just before an evaluation
             while self.counters.step < self.config.loop.steps and not (self._asked_to_stop() or self._has_stalled()):

@@ -1,0 +1,154 @@
+"""Several processes of `metr train`, started for real by torchrun and by accelerate, on the CPU."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from metr.cli.launch import _options_of_launch
+from metr.processes import in_main_process, process_count, process_index
+from metr.training.logger import read_metrics
+
+from tiny import TinyRun
+
+BIN = Path(sys.executable).parent
+TORCHRUN = [str(BIN / "torchrun"), "--nproc-per-node", "2"]
+ACCELERATE = [str(BIN / "accelerate"), "launch", "--cpu", "--num_processes", "2"]
+METR = """
+import os, signal
+from metr.errors import MetrError
+from metr.training.trainer import Trainer
+made = Trainer.train_step
+def train_step(self, batches):
+    step, other = self.counters.step, self.accelerator.process_index == 1
+    if step == 1 and other and "DIES" in os.environ:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if step == 1 and other and "FAILS" in os.environ:
+        raise MetrError("nothing here but trouble")
+    return made(self, batches)
+Trainer.train_step = train_step
+from metr.cli.main import run
+run()
+"""
+
+
+def start(launcher: list[str], place: Path, *arguments: object, **environment: str) -> subprocess.Popen[str]:
+    """Starts the launcher with a script that is the command `metr`."""
+    script = place / "metr"
+    script.write_text(METR, encoding="utf-8")
+    own = {"HF_HUB_OFFLINE": "1", "METR_CACHE": str(place / "cache"), "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.Popen(
+        [*launcher, str(script), *map(str, arguments)],
+        env={**os.environ, **own},
+        cwd=place,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def training(run: TinyRun, *more: object) -> list[object]:
+    """`metr train` of the small recipe on whatever device there is."""
+    return ["train", *run.data, "-o", "run", "--config", run.recipe, "--set", "train.loop.device=auto", *more]
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    """The exit code of a launcher, and what was said; nothing outlives it."""
+    try:
+        out, err = process.communicate(timeout=400)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, out, err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+def test_two_processes_train_one_network_and_speak_once(launcher: list[str], tmp_path: Path, tiny_run: TinyRun) -> None:
+    code, out, err = ended(start(launcher, tmp_path, *training(tiny_run)))
+    assert code == 0, err
+    assert out.count("processes: 2") == 1
+    assert out.count("Done: 3 steps") == 1
+    said = [line for line in (out + err).splitlines() if len(line) > 20 and not set(line) <= {*"*-─━ "}]
+    assert len(said) == len({*said}), "every line once"
+    records = [record for record in read_metrics(tmp_path / "run") if record["kind"] == "train"]
+    assert [record["images"] for record in records] == [4, 8, 12], "steps of two processes with two images each"
+
+
+@pytest.mark.slow
+def test_an_error_of_all_processes_is_said_once(tmp_path: Path, tiny_run: TinyRun) -> None:
+    code, out, err = ended(start(ACCELERATE, tmp_path, "train", "nowhere", "-o", "run", "--config", tiny_run.recipe))
+    assert code
+    assert (out + err).count("error: ") == 1
+    assert "nowhere" in err
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_ends_all_and_is_said_first(tmp_path: Path, tiny_run: TinyRun) -> None:
+    code, _, err = ended(start(ACCELERATE, tmp_path, *training(tiny_run), FAILS="1"))
+    assert code
+    first = next(line for line in err.splitlines() if line.startswith("error: "))
+    assert first == "error: process 1: nothing here but trouble"
+    assert err.count("nothing here but trouble") == 1
+    assert "gloo" not in err.lower()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
+def test_a_process_that_is_killed_ends_all(launcher: list[str], tmp_path: Path, tiny_run: TinyRun) -> None:
+    process = start(launcher, tmp_path, *training(tiny_run), DIES="1")
+    while not (tmp_path / "run" / "metrics.jsonl").is_file() and process.poll() is None:
+        time.sleep(0.1)
+    began = time.monotonic()
+    code, _, err = ended(process)
+    assert code
+    assert time.monotonic() - began < 120, "a minute, on a machine that has nothing else to do"
+    assert "SIGKILL" in err
+    assert "gloo" not in err.lower()
+    assert err.count("another process of this run has ended") <= 1
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_launcher_saves_and_ends(tmp_path: Path, tiny_run: TinyRun) -> None:
+    process = start(TORCHRUN, tmp_path, *training(tiny_run, "--steps", "10000"))
+    while not read_metrics(tmp_path / "run") and process.poll() is None:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    code, out, err = ended(process)
+    assert code
+    assert (tmp_path / "run" / "last" / "model.safetensors").is_file(), err
+    assert (out + err).count("everything is saved") == 1
+    assert out.count("To go on:") == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "options"),
+    [
+        (["python", "/bin/accelerate", "launch", "--cpu", "metr"], ["--cpu", "metr"]),
+        (["python", "-m", "accelerate.commands.launch", "--cpu"], ["--cpu"]),
+        (["/bin/accelerate-launch", "--cpu"], ["--cpu"]),
+        (["python", "site-packages/accelerate/commands/launch.py", "--cpu"], ["--cpu"]),
+    ],
+)
+def test_options_of_accelerate(line: list[str], options: list[str]) -> None:
+    assert _options_of_launch(line) == options
+
+
+def test_what_is_no_command_of_accelerate() -> None:
+    with pytest.raises(ValueError, match="bash"):
+        _options_of_launch(["bash", "-c", "metr"])
+
+
+def test_launchers_say_which_process_this_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    for names in (("WORLD_SIZE", "RANK"), ("PMI_SIZE", "PMI_RANK"), ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK")):
+        with monkeypatch.context() as patch:
+            assert (process_count(), process_index()) == (1, 0)
+            for name, value in zip(names, ("4", "3"), strict=True):
+                patch.setenv(name, value)
+            assert (process_count(), process_index()) == (4, 3)
+            assert not in_main_process()
