@@ -74,7 +74,7 @@ class PipedBatch:
     """
 
     pixels: UInt8[np.ndarray, "b h w 3"]
-    targets: dict[str, np.ndarray]
+    targets: dict[str, Any]
     rest: dict[str, Any]
     missing: tuple[Missing, ...]
     issues: tuple[DataIssue, ...]
@@ -83,8 +83,8 @@ class PipedBatch:
     def whole(self) -> Collated:
         """What was sent."""
         pixels = torch.from_numpy(self.pixels).permute(0, 3, 1, 2)
-        values: dict[str, Any] = {name: torch.from_numpy(array) for name, array in self.targets.items()}
-        targets = Targets(**values)
+        arrays = {name: value for name, value in self.targets.items() if isinstance(value, np.ndarray)}
+        targets = Targets(**(self.targets | {name: torch.from_numpy(array) for name, array in arrays.items()}))
         batch = PackedBatch(pixels=pixels, targets=targets, **self.rest)
         return Collated(batch=batch, missing=self.missing, issues=self.issues)
 
@@ -103,7 +103,8 @@ def sent(collated: Collated, workers: int) -> Collated | PipedBatch:
     free = free_shared_memory() if collated.batch is not None else None
     if collated.batch is None or free is None:
         return collated
-    tensors = {field.name: getattr(collated.batch.targets, field.name) for field in fields(Targets)}
+    known = {field.name: getattr(collated.batch.targets, field.name) for field in fields(Targets)}
+    tensors = {name: value for name, value in known.items() if isinstance(value, Tensor)}
     pixels = collated.batch.pixels
     size = sum(tensor.nbytes for tensor in (pixels, *tensors.values()))
     if free > 2 * max(workers, 1) * (size + _PAGES):
@@ -111,7 +112,7 @@ def sent(collated: Collated, workers: int) -> Collated | PipedBatch:
     own = {field.name: getattr(collated.batch, field.name) for field in fields(PackedBatch)}
     return PipedBatch(
         pixels=pixels.permute(0, 2, 3, 1).numpy(),
-        targets={name: tensor.numpy() for name, tensor in tensors.items()},
+        targets={name: value.numpy() if name in tensors else value for name, value in known.items()},
         rest={name: value for name, value in own.items() if name not in {"pixels", "targets"}},
         missing=collated.missing,
         issues=collated.issues,

@@ -193,7 +193,10 @@ def _images(where: str, reading: Reading) -> Iterator[_Image]:
 
 
 def _header(line: str) -> list[str]:
-    row = next(csv.reader([line]), [])
+    try:
+        row = next(csv.reader([line]), [])
+    except csv.Error:  # no table: an end of line within a cell, or an endless one
+        return []
     return [cell.strip().lstrip("#") for cell in row]
 
 
