@@ -44,7 +44,8 @@ def assert_same(left: Batch, right: Batch) -> None:
     assert torch.equal(left.images, right.images)
     assert torch.equal(left.padding_mask, right.padding_mask)
     for f in fields(left.targets):
-        assert torch.equal(getattr(left.targets, f.name), getattr(right.targets, f.name)), f.name
+        one, other = getattr(left.targets, f.name), getattr(right.targets, f.name)
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other, f.name
 
 
 def broken(annotations: InMemoryAnnotations, *indices: int) -> InMemoryAnnotations:
