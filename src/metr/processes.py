@@ -23,8 +23,8 @@ def in_main_process() -> bool:
 
 
 def is_launched() -> bool:
-    """Whether a launcher has told this process which of several it is."""
-    return any(os.environ.get(name) for name in (*_COUNTS, *_INDICES))
+    """Whether a launcher has told this process which one it is; schedulers may do so where there is only one."""
+    return "RANK" in os.environ or process_count() > 1
 
 
 def is_kept_to_cpu() -> bool:

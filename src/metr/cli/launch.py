@@ -102,7 +102,7 @@ def _run(arguments: Sequence[str]) -> None:
     from torch.distributed.run import parse_args, run
 
     try:
-        run(parse_args(list(arguments)))
+        run(parse_args(list(arguments)))  # type: ignore[no-untyped-call]
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:

@@ -60,7 +60,8 @@ def _statistics(
     count = features.new_full((1,), features.numel() / features.shape[1])
     row = features.new_zeros(distributed.get_world_size())
     row[distributed.get_rank()] = 1
-    rows = _Sum.apply(torch.outer(row, torch.cat([count, mean, variance])))
+    own = torch.outer(row, torch.cat([count, mean, variance]))
+    rows: Tensor = _Sum.apply(own)  # type: ignore[no-untyped-call]
     counts, means, variances = rows.split([1, len(mean), len(mean)], dim=1)
     total = counts.detach().sum()
     weights = counts.detach() / total

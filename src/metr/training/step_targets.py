@@ -144,12 +144,12 @@ def sample_vocabulary(targets: Targets, limit: int, generator: torch.Generator |
     if not 0 < limit < vocabulary_size:
         return torch.arange(vocabulary_size, device=device)
     # a name that has only ignored boxes in an image is no negative there
-    negative = targets.annotated & ~targets.ignored, targets.assumed_negative & ~targets.ignored
-    has_object, *negative = _of_all_processes(torch.stack([targets.present, *negative])).unbind()
+    known = targets.present, targets.annotated & ~targets.ignored, targets.assumed_negative & ~targets.ignored
+    has_object, sure, assumed_negative = _of_all_processes(torch.stack(known)).unbind()
     present = has_object.any(0)
     lots = torch.rand(3, len(has_object), vocabulary_size, generator=generator).to(device)
-    annotated = _rounds(negative[0], lots[0])
-    assumed = _rounds(negative[1], lots[1]) + vocabulary_size
+    annotated = _rounds(sure, lots[0])
+    assumed = _rounds(assumed_negative, lots[1]) + vocabulary_size
     # lots are random numbers below 1: they order the names of one round
     priority = torch.stack([annotated, assumed]).amin(dim=(0, 1)) + lots[2, 0]
     priority = priority.masked_fill(present, -1)
