@@ -43,8 +43,11 @@ def assert_same(left: Batch, right: Batch) -> None:
     assert left.sizes == right.sizes
     assert torch.equal(left.images, right.images)
     assert torch.equal(left.padding_mask, right.padding_mask)
+    assert left.targets.noise_seeds == right.targets.noise_seeds
     for f in fields(left.targets):
-        assert torch.equal(getattr(left.targets, f.name), getattr(right.targets, f.name)), f.name
+        assert f.name == "noise_seeds" or torch.equal(getattr(left.targets, f.name), getattr(right.targets, f.name)), (
+            f.name
+        )
 
 
 def broken(annotations: InMemoryAnnotations, *indices: int) -> InMemoryAnnotations:

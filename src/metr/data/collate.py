@@ -103,7 +103,9 @@ def sent(collated: Collated, workers: int) -> Collated | PipedBatch:
     free = free_shared_memory() if collated.batch is not None else None
     if collated.batch is None or free is None:
         return collated
-    tensors = {field.name: getattr(collated.batch.targets, field.name) for field in fields(Targets)}
+    values = {field.name: getattr(collated.batch.targets, field.name) for field in fields(Targets)}
+    # the rest, the seeds of noise, only training fills in
+    tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
     pixels = collated.batch.pixels
     size = sum(tensor.nbytes for tensor in (pixels, *tensors.values()))
     if free > 2 * max(workers, 1) * (size + _PAGES):
