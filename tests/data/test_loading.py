@@ -43,6 +43,7 @@ def assert_same(left: Batch, right: Batch) -> None:
     assert left.sizes == right.sizes
     assert torch.equal(left.images, right.images)
     assert torch.equal(left.padding_mask, right.padding_mask)
+    assert left.targets.noise_seeds == right.targets.noise_seeds
     for f in fields(left.targets):
         one, other = getattr(left.targets, f.name), getattr(right.targets, f.name)
         assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other, f.name
