@@ -102,6 +102,12 @@ def open_regular(path: Path) -> BinaryIO:
     return path.open("rb")
 
 
+def read_regular(path: Path) -> bytes:
+    """The bytes of a file of a dataset; errors are those of `open_regular`."""
+    with open_regular(path) as file:
+        return file.read()
+
+
 def probe_size(path: Path) -> tuple[int, int]:
     """(height, width) of an image in pixels as viewers show it (EXIF orientation applied), without decoding it.
 

@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import UInt32
 
 from metr.data.formats.files import start_of
+from metr.data.images import open_regular
 from metr.errors import DataError
 
 # No record of images is longer, in bytes; a length beyond it is damage.
@@ -157,7 +158,7 @@ def _length(head: bytes) -> int | None:
 def _opened(path: Path) -> Iterator[_Readable]:
     """A file, its contents as they were before they were compressed."""
     start = start_of(path, 12)
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         if _length(start) is not None:
             yield file
         elif start.startswith(b"\x1f\x8b"):

@@ -15,6 +15,7 @@ from metr.data.formats.json_lines import numbers
 from metr.data.formats.locating import grouped, locate, split_of_file
 from metr.data.formats.many_images import ManyImagesReader
 from metr.data.formats.shapes import around, around_ellipse, around_rectangle, pairs
+from metr.data.images import read_regular
 from metr.errors import DataError
 
 # The labels of a project stand before its first image.
@@ -77,7 +78,7 @@ class CvatReader(ManyImagesReader):
 def _subsets(file: Path) -> set[str]:
     """The names of the subsets of a file; none where its images are in no other than the default one."""
     try:
-        names = {name.decode(errors="replace") or _NO_SUBSET for name in _SUBSET.findall(file.read_bytes())}
+        names = {name.decode(errors="replace") or _NO_SUBSET for name in _SUBSET.findall(read_regular(file))}
     except OSError:
         return set()
     return set() if names == {_NO_SUBSET} else names

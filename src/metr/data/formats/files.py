@@ -15,7 +15,7 @@ from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
-from metr.data.images import COMMON_SUFFIXES, SUFFIXES, open_regular
+from metr.data.images import COMMON_SUFFIXES, SUFFIXES, open_regular, read_regular
 from metr.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -58,15 +58,14 @@ class Files:
         """
         self.touch(path)
         try:
-            with open_regular(self.root / path) as file:
-                return file.read()
+            return read_regular(self.root / path)
         except OSError as error:
             raise DataError(f"cannot be read: {error.strerror}", where=self.root / path) from None
 
     def peek(self, path: str) -> bytes:
         """The bytes of a file that is read later on; none where it cannot be read."""
         try:
-            return (self.root / path).read_bytes()
+            return read_regular(self.root / path)
         except OSError:
             return b""
 

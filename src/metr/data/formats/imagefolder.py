@@ -33,6 +33,7 @@ from metr.data.formats.file_per_image import note_unannotated
 from metr.data.formats.files import Files, folders_in, folders_within, there
 from metr.data.formats.json_lines import json_lines, numbers, read_label_map
 from metr.data.formats.locating import grouped, locate, split_of_folder
+from metr.data.images import read_regular
 from metr.data.records import canonical_split
 from metr.errors import DataError
 
@@ -291,7 +292,7 @@ def _rows(where: str, reading: Reading) -> Iterator[tuple[str, Row]]:
 
 
 def _csv_rows(metadata: Path, where: str, reading: Reading) -> Iterator[tuple[str, Row]]:
-    with metadata.open(encoding=reading.encoding(metadata.read_bytes(), where), newline="") as file:
+    with metadata.open(encoding=reading.encoding(read_regular(metadata), where), newline="") as file:
         rows = csv.DictReader(file, restkey="rest")
         for row in rows:
             yield f"{where}:{rows.line_num}", row

@@ -17,7 +17,7 @@ from pyarrow import csv as arrow_csv
 
 from metr.data.formats.base import BoxTable, Reading, RowsByImage
 from metr.data.formats.files import decoded, start_of
-from metr.data.images import open_regular
+from metr.data.images import open_regular, read_regular
 from metr.errors import DataError
 
 BOX_COLUMNS = ("ImageID", "LabelName", "XMin", "YMin", "XMax", "YMax")
@@ -227,7 +227,7 @@ def _note_box(cells: Mapping[str, str], numbers: Mapping[str, int], where: str, 
 
 def _tree(file: Path) -> _Node:
     try:
-        return msgspec.json.decode(file.read_bytes(), type=_Node)
+        return msgspec.json.decode(read_regular(file), type=_Node)
     except (OSError, ValueError, RecursionError, msgspec.MsgspecError) as error:
         hint = "expected LabelName and Subcategory, as in bbox_labels_600_hierarchy.json; remove it to do without"
         raise DataError(f"not readable as a hierarchy of classes: {error}", where=file, hint=hint) from None
