@@ -155,7 +155,10 @@ def test_stacking_keeps_every_object_in_its_place() -> None:
             assert torch.equal(getattr(stacked, name)[row], getattr(part, name)[0]), name
     # batches are stacked like single images
     again = Targets.stack([Targets.stack(parts[:2]), parts[2]])
-    assert all(torch.equal(getattr(again, f.name), getattr(stacked, f.name)) for f in fields(stacked))
+    tensors = [f.name for f in fields(stacked) if f.name != "noise_seeds"]
+    assert all(torch.equal(getattr(again, name), getattr(stacked, name)) for name in tensors)
+    seeded = [replace(part, noise_seeds=(number,)) for number, part in enumerate(parts)]
+    assert Targets.stack(seeded).noise_seeds == (0, 1, 2)
 
 
 def test_present_and_absent() -> None:

@@ -1,5 +1,6 @@
 """Training on several processes: the accelerator, and what is said when one of them is lost."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -30,6 +31,8 @@ def build_accelerator(loop: LoopConfig, folder: RunDirectory) -> Accelerator:
     device = resolved_device(loop.device)
     # Evaluation in the main process may keep the others waiting for long.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))
+    # The gradient of a 1 x 1 kernel has strides of its own. DDP copies it then, which costs next to nothing.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view")
     with explained_loss_of_processes():
         accelerator = Accelerator(
             cpu=device.type == "cpu",

@@ -25,6 +25,7 @@ from metr.training.provenance import hardware
 LOG_FILE = logging.getLogger("metr.training.log_file")
 """What is logged here goes into the log.txt of runs that are open, and to no screen: a console shows it already."""
 LOG_FILE.propagate = False
+LOG_FILE.addHandler(logging.NullHandler())  # without a run that is open, logging would show it on the screen after all
 LOG_FILE.setLevel(logging.INFO)
 _LISTENED_TO = ("metr", LOG_FILE.name, "py.warnings")
 _LOCK = ".lock"
