@@ -62,7 +62,7 @@ def _statistics(
     row[distributed.get_rank()] = 1
     own = torch.outer(row, torch.cat([count, mean, variance]))
     rows: Tensor = _Sum.apply(own)  # type: ignore[no-untyped-call]
-    counts, means, variances = rows.split([1, len(mean), len(mean)], dim=1)
+    counts, means, variances = rows[:, :1], *rows[:, 1:].chunk(2, dim=1)
     total = counts.detach().sum()
     weights = counts.detach() / total
     mean = (weights * means).sum(0)
