@@ -57,8 +57,9 @@ def test_a_line_for_each_dataset(tmp_path: Path) -> None:
     header = "dataset format images train val test boxes side S/M/L % names empty issues"
     assert " ".join(result.output.splitlines()[0].split()) == header
     side = f"{(9 * 18 / 1200) ** 0.5:.0%}"
-    assert row(result, "pets") == ["pets", "csv", "2", "1", "1", "-", "2", side, "100/0/0", "2", "1", "0"]
-    assert row(result, "more") == ["more", "csv", "2", "1", "1", "-", "1", side, "100/0/0", "1", "1", "0"]
+    assert row(result, "pets") == ["pets", "csv", "2", "1", "1", "-", "2", side, "100/0/0", "2", "1", "1"]
+    assert row(result, "more") == ["more", "csv", "2", "1", "1", "-", "1", side, "100/0/0", "1", "1", "1"]
+    assert "pets: 1 x split without a box" in result.output
     assert "2 names in all, 1 of them in several datasets" in result.output
 
 
@@ -84,7 +85,7 @@ def test_the_images_are_looked_at(tmp_path: Path) -> None:
     (root / "train.csv").write_text(f"{header}\na.jpg,80,60,cat,1,2,10,20\n", encoding="utf-8")
     shutil.copy(root / "images/a.jpg", root / "images/b.jpg")
     result = run(root)
-    assert row(result, "pets")[-1] == "2"
+    assert row(result, "pets")[-1] == "3"  # its val split has no box
     assert "pets: 1 x size differs" in result.output
     assert "annotated as 80 x 60, is 40 x 30" in result.output
     assert "pets: 1 x same image in two splits" in result.output
