@@ -47,6 +47,7 @@ def assignment(key: str, value: object) -> str:
 DEFAULTS = dict(leaves(RunConfig().model_dump(mode="json")))
 # numbers whose neighbours are not allowed
 NARROW = {
+    "model.encoder.levels": 6,
     "model.queries.floor": 7,
     "model.backbone.freeze_stages": 2,
     "model.categories.shortlist": 64,

@@ -218,13 +218,13 @@ def _resumed(data: Data | None, run: RunDirectory, asked: _Asked) -> _Prepared:
     subset = SubsetConfig.checked(chosen, where=run.path / REQUEST)
     given = kept_datasets(run, arguments(data))
     joint = open_joint(given, subset)
-    check_same(run, joint.vocabulary)
     allow_empty = asked.options.allow_empty or request.get("allow_empty", False)
     if not allow_empty:
         joint.check_usable()
     _, recipe = resolve(steps_of(asked.options.epochs, sum(joint.lengths.values()), recipe))
     facts = dataset_facts(joint.sources)
     log_changed_datasets(request.get("datasets", {}), facts)
+    check_same(run, joint.vocabulary)
     request, name = {**request, "datasets": facts, "allow_empty": allow_empty}, "the run's recipe"
     return _Prepared(data=given, joint=joint, recipe=recipe, base=began, name=name, request=request)
 
