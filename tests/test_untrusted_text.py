@@ -90,7 +90,11 @@ def test_what_was_found_is_kept_when_something_fails(
     assert len(json.loads((tmp_path / "found" / "images.json").read_text())["images"]) == 3
 
 
-@pytest.mark.parametrize("argument", [os.fsdecode(b"caf\xe9"), "\x1b[2J", "x" * 10_000, "a\udc80=b"])
+@pytest.mark.parametrize(
+    "argument",
+    [os.fsdecode(b"caf\xe9"), "\x1b[2J", "x" * 10_000, "a\udc80=b"],
+    ids=["latin-1", "escape", "long", "surrogate"],  # workers of pytest-xdist cannot send the values as names
+)
 @pytest.mark.parametrize("verb", ["inspect", "train", "detect", "evaluate"])
 def test_odd_arguments_end_in_a_message(argument: str, verb: str, metr: CommandLine) -> None:
     more = {"detect": ["x.jpg"], "evaluate": ["data"], "train": ["-o", "/nonexistent/run"]}.get(verb, [])
