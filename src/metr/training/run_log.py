@@ -55,7 +55,7 @@ class RunLog(logging.Handler):
             for name in _LISTENED_TO:
                 logging.getLogger(name).addHandler(self)
             for fact in environment():
-                LOG_FILE.info("%s", fact)
+                LOG_FILE.info("%s", shown(fact))
         return self
 
     def __exit__(
@@ -64,9 +64,9 @@ class RunLog(logging.Handler):
         if isinstance(error, KeyboardInterrupt):
             LOG_FILE.warning("interrupted")
         elif isinstance(error, MetrError):
-            LOG_FILE.error("%s", error)
+            LOG_FILE.error("%s", shown(str(error)))
         elif error is not None:
-            LOG_FILE.error("%s", "".join(traceback.format_exception(error)).rstrip())
+            LOG_FILE.error("%s", shown("".join(traceback.format_exception(error)).rstrip()))
         self._stop_listening()
         if self._file is not None:
             self._file.close()
