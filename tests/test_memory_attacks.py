@@ -179,7 +179,7 @@ def test_larger_images_are_refused_by_their_header(tmp_path: Path) -> None:
 
 
 def test_strips_are_converted_as_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from metr.data import images
+    from metr.data import images, pixels
 
     chance = np.random.default_rng(0)
     made = [
@@ -187,10 +187,11 @@ def test_strips_are_converted_as_the_whole(tmp_path: Path, monkeypatch: pytest.M
         Image.fromarray(chance.integers(0, 256, (37, 23, 2), dtype=np.uint8), "LA"),
         Image.fromarray(chance.integers(0, 1 << 16, (37, 23)).astype(np.int32)),
         Image.fromarray(chance.normal(100, 200, (37, 23)).astype(np.float32)),
+        Image.fromarray(chance.uniform(0, 1, (37, 23)).astype(np.float32)),
         Image.fromarray(chance.integers(0, 256, (37, 23, 3), dtype=np.uint8)).quantize(16),
     ]
     made[-1].info["transparency"] = 3
     whole = [images.rgb_pixels(image, "made") for image in made]
-    monkeypatch.setattr(images, "_STRIP", 100)
+    monkeypatch.setattr(pixels, "_STRIP", 100)
     for image, expected in zip(made, whole, strict=True):
         np.testing.assert_array_equal(images.rgb_pixels(image, "made"), expected)

@@ -134,9 +134,10 @@ def test_large_datasets_are_opened_in_part_unless_all_is_wanted(tmp_path: Path) 
     shutil.copy(root / "images/b.png", root / "images/e.png")
     few = SPELLING.model_copy(update={"files": 2})
     part = inspect_datasets([opened(root)], few).issues["pets"]
-    assert (part.opened, part.counts) == (2, {})
+    assert (part.opened, part.counts) == (2, {"split without a box": 1})
     assert inspect_datasets([opened(root)], few, every_image=True).issues["pets"].counts == {
-        "same image in two splits": 1
+        "split without a box": 1,
+        "same image in two splits": 1,
     }
     # a header tells nothing of what is missing behind it
     whole = (root / "images/d.png").read_bytes()

@@ -119,7 +119,9 @@ def names_to_find(categories: str | None, file: Path | None) -> list[str] | dict
 
 
 def _are_texts(values: object) -> bool:
-    return isinstance(values, list) and bool(values) and all(isinstance(one, str) for one in values)
+    if not isinstance(values, list) or not values:
+        return False
+    return all(isinstance(one, str) and one.strip() for one in values)
 
 
 def check_labels(labels: str) -> Labels:
