@@ -11,7 +11,8 @@ _LISTED = 20
 # Control characters but for tabs and ends of lines, marks that turn the direction of text, and halves of characters
 # (which stand for bytes of a file's name that are not UTF-8).
 _UNSHOWN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
-_MARKDOWN = re.compile(r"[\\`*_\[\]|<&]")
+# An underscore between letters is no markup.
+_MARKDOWN = re.compile(r"[\\`*\[\]|<&]|(?<!\w)_|_(?!\w)|(?<=_)_")
 
 
 def shown(text: str) -> str:
