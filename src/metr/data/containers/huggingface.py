@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from metr.data.containers.features import Columns, class_labels, columns_of, data_files
 from metr.data.containers.shards import (
+    ShardedReader,
     copied_splits,
     copy_about,
     every_shard,
@@ -43,19 +44,13 @@ _SNIFFED = 5
 _DAMAGED = (OSError, ValueError, KeyError, pa.ArrowException)
 
 
-class HuggingFaceReader(ImageFolderReader):
+class HuggingFaceReader(ShardedReader, ImageFolderReader):
     """Hugging Face's tables with images inside. A split is made of tables, and once unpacked of their folders."""
 
     format = "huggingface"
     looks_like = (
         "Hugging Face: .parquet or .arrow files (also of save_to_disk) with images and objects (bbox, category)"
     )
-
-    def __init__(
-        self, root: Path, splits: Mapping[str, tuple[Path, ...]], missing: Sequence[tuple[str, str]] = ()
-    ) -> None:
-        super().__init__(root, splits)
-        self.missing = missing
 
     @classmethod
     def recognise(cls, path: Path) -> Reader | None:
@@ -92,8 +87,7 @@ class HuggingFaceReader(ImageFolderReader):
 
     def read(self, split: str, reading: Reading) -> Iterator[RawImage]:
         """The images of a split in the order of the rows."""
-        for where, detail in self.missing:
-            reading.notes.once("missing file", where, detail)
+        self.note_missing(reading)
         yield from super().read(split, reading)
 
     def _unpack(self, tables: Sequence[Path], folder: Path) -> None:

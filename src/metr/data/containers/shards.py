@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from metr.data.containers.store import Budget, write_file
+from metr.data.formats.base import Reader, Reading
 from metr.data.formats.files import files_in, folders_within, is_image, there
 from metr.data.formats.locating import grouped
 from metr.data.records import canonical_split
@@ -31,6 +32,21 @@ _KINDS = (
     (b"MM\0*", ".tif"),
     (b"\0\0\0\x0cjP", ".jp2"),
 )
+
+
+class ShardedReader(Reader):
+    """Reads a dataset of numbered files. `missing` are numbers without a file: where, and what is missing."""
+
+    def __init__(
+        self, root: Path, splits: Mapping[str, tuple[Path, ...]], missing: Sequence[tuple[str, str]] = ()
+    ) -> None:
+        super().__init__(root, splits)
+        self.missing = missing
+
+    def note_missing(self, reading: Reading) -> None:
+        """Notes the files that are missing."""
+        for where, detail in self.missing:
+            reading.notes.once("missing file", where, detail)
 
 
 def files_below(root: Path, matches: re.Pattern[str]) -> list[Path]:

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 
 from metr.data.containers.shards import (
+    ShardedReader,
     copied_splits,
     copy_about,
     every_shard,
@@ -74,19 +75,13 @@ class LabelMap(msgspec.Struct):
     shown: dict[str, str] = {}
 
 
-class TFRecordReader(Reader):
+class TFRecordReader(ShardedReader):
     """TFRecord files of object detection. A split is made of such files, and once unpacked of their folders."""
 
     format = "tfrecord"
     looks_like = (
         "TFRecord: *.tfrecord or *.record with image/encoded and image/object/bbox/xmin, and a *.pbtxt label map"
     )
-
-    def __init__(
-        self, root: Path, splits: Mapping[str, tuple[Path, ...]], missing: Sequence[tuple[str, str]] = ()
-    ) -> None:
-        super().__init__(root, splits)
-        self.missing = missing
 
     @classmethod
     def recognise(cls, path: Path) -> Reader | None:
@@ -113,8 +108,7 @@ class TFRecordReader(Reader):
 
     def read(self, split: str, reading: Reading) -> Iterator[RawImage]:
         """The images of a split in the order of the records."""
-        for where, detail in self.missing:
-            reading.notes.once("missing file", where, detail)
+        self.note_missing(reading)
         seen: set[str] = set()
         for folder in self.splits[split]:
             yield from without_repeats(self._read_folder(folder, reading), seen, reading)

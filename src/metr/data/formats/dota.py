@@ -7,10 +7,9 @@ benchmark.
 import re
 from pathlib import Path
 
-from metr.data.formats.base import BoxList, RawImage, Reading
-from metr.data.formats.file_per_image import AnnotationFolder, FilePerImageReader, text_lines
+from metr.data.formats.base import BoxList
+from metr.data.formats.file_per_image import LinePerObjectReader, is_number
 from metr.data.formats.files import decoded, start_of, there
-from metr.data.formats.kitti import is_number
 from metr.data.formats.shapes import around, pairs
 
 _SNIFF_BYTES = 1 << 12
@@ -19,55 +18,48 @@ _HEADER = re.compile(r"\s*(imagesource|gsd|acquisition dates)\s*:", re.IGNORECAS
 _CONVERTED = "_original"
 
 
-class DotaReader(FilePerImageReader):
+class DotaReader(LinePerObjectReader):
     """DOTA's text files. A split is made of folders with them."""
 
     format = "dota"
     looks_like = "DOTA, OBB: labelTxt/*.txt (x1 y1 x2 y2 x3 y3 x4 y4 name difficult) with images"
-    suffix = ".txt"
+    expected = "8 numbers and a name"
 
     @classmethod
     def fits(cls, path: Path) -> bool:
-        """Whether a file looks like DOTA's labels; a cheap look."""
+        """Whether the first object of a file looks like DOTA's."""
         folder = path.parent
         if folder.name.endswith(_CONVERTED) and there(folder.with_name(folder.name.removesuffix(_CONVERTED))):
             return False  # kept beside the YOLO files that it was converted to
         lines = decoded(start_of(path, _SNIFF_BYTES)).splitlines()
-        first = next((line for line in lines if line.strip() and not _HEADER.match(line)), "")
-        row = _row(first)
+        first = next((line for line in lines if not cls.says_nothing(line)), "")
+        row = cls.row(first)
         if row is None:
             return False
         # A polygon of YOLO's is all numbers, and all of them at most 1.
         rest = first.split()[8:]
         return not all(map(is_number, rest)) or (len(rest) == 2 and rest[0].isdigit() and max(row[1]) > 1)
 
-    def read_file(self, where: str, folder: AnnotationFolder, reading: Reading) -> RawImage | None:
-        """The image of a text file; None, and an issue, where the file cannot be used."""
-        path, lines = folder.image_of(where, "", reading), text_lines(where, reading)
-        if path is None or lines is None:
+    @classmethod
+    def says_nothing(cls, line: str) -> bool:
+        """Whether a line is empty or one of the header."""
+        return super().says_nothing(line) or _HEADER.match(line) is not None
+
+    @classmethod
+    def row(cls, line: str) -> tuple[str, list[float], bool] | None:
+        """Name, corners and difficulty of an object; None where a line is none."""
+        cells = line.split()
+        try:
+            corners = [float(cell) for cell in cells[:8]]
+        except ValueError:
             return None
-        boxes = BoxList(where, reading)
-        for number, line in enumerate(lines, start=1):
-            row = _row(line)
-            if row is not None:
-                name, corners, difficult = row
-                boxes.add(name, around(pairs(corners)), number, ignore=difficult)
-            elif line.strip() and not _HEADER.match(line):
-                detail = f"expected 8 numbers and a name: {line.strip()[:80]}; its image is left out"
-                reading.issues.add("unreadable annotation", f"{where}:{number}", detail)
-                return None
-        return boxes.image(path)
+        name = cells[8:]
+        if len(corners) < 8 or not name:
+            return None
+        difficult = name.pop() if len(name) > 1 and name[-1].isdigit() else "0"
+        return " ".join(name), corners, int(difficult) != 0
 
-
-def _row(line: str) -> tuple[str, list[float], bool] | None:
-    """Name, corners and difficulty of an object; None where a line is none."""
-    cells = line.split()
-    try:
-        corners = [float(cell) for cell in cells[:8]]
-    except ValueError:
-        return None
-    name = cells[8:]
-    if len(corners) < 8 or not name:
-        return None
-    difficult = name.pop() if len(name) > 1 and name[-1].isdigit() else "0"
-    return " ".join(name), corners, int(difficult) != 0
+    def add(self, row: tuple[str, list[float], bool], number: int, boxes: BoxList) -> None:
+        """Adds the upright box around the object of line `number`."""
+        name, corners, difficult = row
+        boxes.add(name, around(pairs(corners)), number, ignore=difficult)

@@ -7,10 +7,13 @@ from abc import abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from metr.data.formats.base import RawImage, Reader, Reading, without_repeats
-from metr.data.formats.files import Files, OutsideError, files_in, fold, folders_within
+from jaxtyping import Float
+from torch import Tensor
+
+from metr.data.formats.base import BoxList, RawImage, Reader, Reading, without_repeats
+from metr.data.formats.files import Files, OutsideError, decoded, files_in, fold, folders_within, start_of
 from metr.data.formats.locating import IMAGE_FOLDERS, grouped, locate, split_of_folder
 from metr.data.records import canonical_split
 from metr.errors import DataError
@@ -24,6 +27,7 @@ IMAGE_WORDS = ("images", "image", "jpegimages", "jpgimages", "imgs", "img", "pic
 _DEPTH = 3
 # A folder's first files may be broken or something else.
 _SNIFFED = 20
+_SNIFF_BYTES = 1 << 12
 
 
 class FilePerImageReader(Reader):
@@ -72,6 +76,64 @@ class FilePerImageReader(Reader):
         return {fold(posixpath.splitext(name)[0]) for name in names if name.lower().endswith(self.suffix)}
 
 
+class LinePerObjectReader(FilePerImageReader):
+    """Reads a format with a text file an image and a line an object.
+
+    A line that cannot be read leaves its image out: nobody knows what else is in it.
+    """
+
+    suffix = ".txt"
+    # What a line is, for messages.
+    expected: ClassVar[str]
+
+    @classmethod
+    @abstractmethod
+    def row(cls, line: str) -> tuple[Any, ...] | None:
+        """What a line says of an object; None where it is no such line."""
+
+    @abstractmethod
+    def add(self, row: tuple[Any, ...], number: int, boxes: BoxList) -> None:
+        """Adds the object of line `number` to those of its image."""
+
+    def to_xyxy(self, boxes: Float[Tensor, "m 4"]) -> Float[Tensor, "m 4"]:
+        """Boxes as a file gives them, as xyxy."""
+        return boxes
+
+    @classmethod
+    def says_nothing(cls, line: str) -> bool:
+        """Whether a line is empty, or about something else than an object."""
+        return not line.strip()
+
+    @classmethod
+    def fits(cls, path: Path) -> bool:
+        """Whether the first lines of a file are all of this format."""
+        head = start_of(path, _SNIFF_BYTES)
+        lines = decoded(head).splitlines()
+        whole = [line for line in (lines[:-1] if len(head) == _SNIFF_BYTES else lines) if not cls.says_nothing(line)]
+        return bool(whole) and all(cls.row(line) is not None for line in whole)
+
+    def read_file(self, where: str, folder: "AnnotationFolder", reading: Reading) -> RawImage | None:
+        """The image of a text file; None, and an issue, where the file cannot be used."""
+        path = folder.image_of(where, "", reading)
+        try:
+            lines = reading.text(where).splitlines()
+        except DataError as error:
+            reading.issues.add("unreadable annotation", where, error.what)
+            return None
+        if path is None:
+            return None
+        boxes = BoxList(where, reading)
+        for number, line in enumerate(lines, start=1):
+            row = self.row(line)
+            if row is not None:
+                self.add(row, number, boxes)
+            elif not self.says_nothing(line):
+                detail = f"expected {self.expected}: {line.strip()[:80]}; its image is left out"
+                reading.issues.add("unreadable annotation", f"{where}:{number}", detail)
+                return None
+        return boxes.image(path, convert=self.to_xyxy)
+
+
 class AnnotationFolder:
     """A folder with one annotation file an image: its files, and where their images may lie.
 
@@ -117,15 +179,6 @@ class AnnotationFolder:
         """Whether an image may be that of the file `stem`: no other file is called like it."""
         own = posixpath.splitext(posixpath.basename(image))[0]
         return own == stem or not (own in self._stems or (fold(own) != fold(stem) and fold(own) in self._folded))
-
-
-def text_lines(where: str, reading: Reading) -> list[str] | None:
-    """The lines of an annotation file; None, and an issue, where it cannot be read."""
-    try:
-        return reading.text(where).splitlines()
-    except DataError as error:
-        reading.issues.add("unreadable annotation", where, error.what)
-        return None
 
 
 def twin_folders(files: Files, folder: str) -> tuple[str, ...]:
@@ -196,3 +249,12 @@ def note_unannotated(
         for image in reading.files.images(folder):
             if image not in known and fold(posixpath.splitext(posixpath.basename(image))[0]) not in elsewhere:
                 reading.issues.add("unannotated image", image, detail)
+
+
+def is_number(text: str) -> bool:
+    """Whether a cell of a text file is a number."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
