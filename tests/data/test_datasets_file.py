@@ -236,7 +236,7 @@ def test_a_val_split_comes_from_train_where_there_is_only_test(
         source = opened(tmp_path / "cells")
     assert {split: len(found) for split, found in source.splits.items()} == {"train": 6, "val": 2, "test": 5}
     assert source.held_out
-    assert "(2 of 8) is held out as val; its test split chooses nothing" in caplog.text
+    assert "(2 of 8) is held out as val; test does not choose the best checkpoint" in caplog.text
     name, val = source.evaluation_split()
     ids = {split: {record.path for record in source.split(split)} for split in source.splits}
     assert (name, {record.path for record in val}) == ("val", ids["val"])

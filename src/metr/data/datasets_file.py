@@ -243,7 +243,7 @@ def open_dataset(config: DatasetConfig, cache_dir: Path | None = None) -> Datase
 def _tell_held_out(source: DatasetSource) -> None:
     """Logs that val is a part of train, and that test, where there is one, is left for the last word."""
     val, train = len(source.splits[VAL]), len(source.splits[TRAIN])
-    spared = "; its test split chooses nothing" if TEST in source.splits else ""
+    spared = "; test does not choose the best checkpoint" if TEST in source.splits else ""
     message = "%s: no val split; a seeded fifth of its training images (%d of %d) is held out as val%s"
     logger.warning(message, source.name, val, val + train, spared)
 

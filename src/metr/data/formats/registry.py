@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
@@ -87,7 +88,10 @@ def recognise(path: Path, format_name: str | None = None, *, tell_others: bool =
     if not readers:
         hint = did_you_mean(str(format_name), [reader.format for reader in READERS])
         raise DataError(f"unknown format {format_name!r}", where=path, hint=hint)
-    places = archive_folders(path) if is_archive(path) else [path]
+    packed = is_archive(path)
+    if not packed and archive_stem(path) is not None and there(path, Path.is_file):
+        raise DataError("called like an archive, but it is none: damaged or cut off", where=path, hint="fetch it again")
+    places = archive_folders(path) if packed else [path]
     for place, reader in product(places, readers):
         found = reader.recognise(place)
         if found is not None:
@@ -97,12 +101,19 @@ def recognise(path: Path, format_name: str | None = None, *, tell_others: bool =
     unread = find_unread(places[0]) if format_name is None else None
     if unread is not None:
         raise DataError(f"found {unread.what}: METR cannot read that", where=path, hint=unread.way_out)
-    looked_for = "\n    ".join(reader.looks_like for reader in readers)
     almost = next(filter(None, (reader.why_not(places[0]) for reader in readers)), None)
     if almost is not None:
         raise DataError(almost, where=path, hint="rename its columns, or add those that are missing")
     what = f"no annotations of a known format ({_contents(places[0])})"
-    raise DataError(what, where=path, hint=f"one of these layouts\n    {looked_for}")
+    raise DataError(what, where=path, hint=_layouts(readers))
+
+
+def _layouts(readers: Sequence[type[Reader]]) -> str:
+    """What the formats look like, in full if they are few; else the most common ones, and the names of the others."""
+    shown = readers if len(readers) < len(READERS) else (CocoReader, YoloReader, VocReader, CsvReader)
+    others = ", ".join(reader.format for reader in readers if reader not in shown)
+    lines = ["one of these layouts", *(f"    {reader.looks_like}" for reader in shown)]
+    return "\n".join([*lines, *([f"    also read, as their tools write them: {others}"] if others else [])])
 
 
 def log_other_formats(reader: Reader, path: Path) -> None:
