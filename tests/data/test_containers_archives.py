@@ -284,7 +284,7 @@ def test_a_disk_that_is_too_small(tmp_path: Path, cache: Path, kind: str, monkey
 @pytest.mark.parametrize("name", ["cells.zip", "cells.tar.gz"])
 def test_what_is_only_called_like_an_archive(tmp_path: Path, cache: Path, name: str) -> None:
     (tmp_path / name).write_text("<html>please log in</html>")
-    with pytest.raises(DataError, match="called like an archive, but it is none.*\n  try: fetch it again"):
+    with pytest.raises(DataError, match=r"called like an archive, but it is none.*\n  try: fetch it again"):
         opened(tmp_path / name)
     assert copies(cache) == []
 
