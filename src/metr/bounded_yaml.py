@@ -1,12 +1,13 @@
 """YAML from anywhere: the one place where the package reads it. A small file cannot become gigabytes or take hours."""
 
+import codecs
 from pathlib import Path
 from typing import Any
 
 import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-__all__ = ["load_yaml", "load_yaml_file", "parse_yaml", "yaml_fault"]
+__all__ = ["load_yaml", "load_yaml_file", "parse_yaml", "yaml_fault", "yaml_text"]
 
 # The most characters of a text: some five seconds of parsing for each million.
 _LONGEST = 4_000_000
@@ -40,10 +41,10 @@ def load_yaml(text: str, *, as_written: bool = False) -> Any:
 
 
 def load_yaml_file(path: Path, *, as_written: bool = False) -> Any:
-    """The plain values that a YAML file in UTF-8 holds, with or without a byte order mark; see `load_yaml`.
+    """The plain values that a YAML file holds, in UTF-8 or with the mark of UTF-16; see `load_yaml`.
 
     Raises:
-        yaml.YAMLError: as `load_yaml`, or it is no regular file, or not UTF-8.
+        yaml.YAMLError: as `load_yaml`, or it is no regular file, or neither UTF-8 nor UTF-16.
         OSError: it cannot be read.
     """
     if not path.is_file():  # reading a pipe or a device might never end
@@ -51,9 +52,20 @@ def load_yaml_file(path: Path, *, as_written: bool = False) -> Any:
     if (size := path.stat().st_size) > 4 * _LONGEST:  # a character takes up to four bytes
         raise yaml.YAMLError(f"{size:,} bytes; METR reads at most {_LONGEST:,} characters")
     try:
-        return load_yaml(path.read_text(encoding="utf-8-sig"), as_written=as_written)
-    except UnicodeDecodeError as error:
+        return load_yaml(yaml_text(path), as_written=as_written)
+    except UnicodeError as error:
         raise yaml.YAMLError(f"not UTF-8: {error}") from None
+
+
+def yaml_text(path: Path) -> str:
+    """The text of a YAML file: UTF-16 where the file begins with its mark, else UTF-8.
+
+    Raises:
+        UnicodeError: it is neither.
+        OSError: it cannot be read.
+    """
+    data = path.read_bytes()
+    return data.decode("utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig")
 
 
 def parse_yaml(text: str) -> Node | None:

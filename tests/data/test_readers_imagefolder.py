@@ -165,6 +165,16 @@ def test_a_folder_without_splits_is_split(tmp_path: Path) -> None:
     assert {split: len(found) for split, found in source.splits.items()} == {"train": 1, "val": 1}
 
 
+def test_rows_may_name_their_splits(tmp_path: Path) -> None:
+    rows = [row() | {"split": "train"}, row("b.jpg", [[1, 1, 9, 9], [2, 2, 9, 9]], [0, 0]) | {"split": "validation"}]
+    source = opened(tmp_path, *rows, folder="images")
+    assert {split: [record.path.name for record in found] for split, found in source.splits.items()} == {
+        "train": ["a.jpg"],
+        "val": ["b.jpg"],
+    }
+    assert source.issue_counts == {"unnamed category": 1}
+
+
 def test_a_new_list_of_names_is_read(tmp_path: Path) -> None:
     assert opened(tmp_path, row()).categories == ("category 0",)
     write_json(tmp_path / "data" / "id2label.json", {"0": "cat"})

@@ -71,6 +71,22 @@ def test_round_trip(tmp_path: Path, layout: str, seed: int) -> None:
     assert source.categories == (NAMES if declared else tuple(sorted(NAMES)))
 
 
+@pytest.mark.parametrize("layout", ALL)
+def test_files_of_text_may_be_utf_16(tmp_path: Path, layout: str) -> None:
+    """Windows PowerShell writes what a program prints in UTF-16."""
+    expected_format, write = ALL[layout]
+    truth = made_up()
+    write(tmp_path / "data", truth)
+    texts = {".json", ".jsonl", ".odgt", ".txt", ".csv", ".yaml", ".xml", ".names", ".data", ".md"}
+    for file in (tmp_path / "data").rglob("*"):
+        if file.suffix.lower() in texts:
+            text = file.read_text(encoding="utf-8").replace('encoding="utf-8"', 'encoding="utf-16"')
+            file.write_text(text, encoding="utf-16")
+    source = opened(tmp_path / "data", tmp_path)
+    assert (source.format, source.issue_counts) == (expected_format, {})
+    assert as_truth(source) == in_order(truth)
+
+
 @pytest.mark.parametrize(
     "layout", ["coco plain", "voc beside", "yolo plain", "csv plain", "odvg plain", "labelme apart"]
 )

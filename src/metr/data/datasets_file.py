@@ -13,7 +13,7 @@ import numpy as np
 import yaml
 from pydantic import Field
 
-from metr.bounded_yaml import parse_yaml
+from metr.bounded_yaml import parse_yaml, yaml_text
 from metr.config import Config, read_yaml
 from metr.data.containers.archives import archive_stem
 from metr.data.formats.base import ReadOptions, plain_name
@@ -266,7 +266,7 @@ def _listed_datasets(file: Path, written: Mapping[str, Any]) -> list[DatasetConf
     Raises:
         ConfigError: a key is unknown, has a wrong value or none; the message names the dataset and the line.
     """
-    root: Any = parse_yaml(file.read_text(encoding="utf-8-sig"))
+    root: Any = parse_yaml(yaml_text(file))
     values = read_yaml(file)
     if isinstance(values.get("datasets"), list):
         pairs = zip(values["datasets"], written["datasets"], strict=True)

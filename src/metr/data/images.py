@@ -7,6 +7,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from io import BufferedReader
 from pathlib import Path
 from typing import BinaryIO
 
@@ -86,7 +87,7 @@ class Header:
         return (width, height) if self.orientation in _SIDEWAYS else (height, width)
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """Opens a file of a dataset to read its bytes.
 
     Raises:

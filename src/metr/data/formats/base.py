@@ -161,7 +161,7 @@ class Reading:
     fingerprints: Fingerprints = field(default_factory=Fingerprints)
 
     def text(self, where: str) -> str:
-        """The text of a file, relative to the dataset's folder; noted where it is not UTF-8.
+        """The text of a file, relative to the dataset's folder; noted where its encoding is a guess.
 
         Raises:
             DataError: it cannot be read.
@@ -170,9 +170,9 @@ class Reading:
         return data.decode(self.encoding(data, where))
 
     def encoding(self, data: bytes, where: str) -> str:
-        """The encoding of the bytes of a file; noted where it is not UTF-8."""
+        """The encoding of the bytes of a file; noted where it is a guess, being neither UTF-8 nor UTF-16."""
         encoding = encoding_of(data)
-        if encoding != "utf-8-sig":
+        if not encoding.startswith("utf-"):
             self.notes.once("not UTF-8", where, f"read as {encoding}: save it as UTF-8 if names look wrong")
         return encoding
 

@@ -11,7 +11,7 @@ import msgspec
 
 from metr.data.formats.base import Reading
 from metr.data.formats.coco_outlines import outline_box
-from metr.data.formats.files import BYTE_ORDER_MARK, ends_of, start_of
+from metr.data.formats.files import ends_of, start_of, utf_8
 from metr.data.formats.json_pieces import Value, values_of
 from metr.errors import DataError
 
@@ -99,11 +99,11 @@ Item = TypeVar("Item", bound="CocoImage | CocoAnnotation")
 
 def coco_ends(path: Path) -> bytes:
     """The first and the last bytes of a file, a mebibyte of each, if they hold the keys of COCO JSON; else nothing."""
-    if _LABELME.search(start_of(path, _FIRST_BYTES)):
+    if _LABELME.search(utf_8(start_of(path, _FIRST_BYTES))):
         return b""  # folders of labelme hold thousands of such files, with an image in each
-    ends = ends_of(path, _SNIFF_BYTES)
+    ends = utf_8(ends_of(path, _SNIFF_BYTES))
     keys = sum(key in ends for key in (b'"images"', b'"annotations"', b'"categories"'))
-    is_object = ends.removeprefix(BYTE_ORDER_MARK).lstrip()[:1] == b"{"
+    is_object = ends.lstrip()[:1] == b"{"
     other = b'"segments_info"' in ends or _DATUMARO.search(ends) is not None
     return ends if is_object and keys >= 2 and not other else b""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from xml.etree import ElementTree as ET
 
 from metr.data.formats.base import BoxList, RawImage, Reading, plain_name, whole_size
-from metr.data.formats.files import start_of
+from metr.data.formats.files import text_start_of, utf_8
 from metr.data.formats.json_lines import numbers
 from metr.data.formats.locating import grouped, locate, split_of_file
 from metr.data.formats.many_images import ManyImagesReader
@@ -56,7 +56,7 @@ class CvatReader(ManyImagesReader):
     @classmethod
     def fits(cls, path: Path) -> bool:
         """Whether a file looks like CVAT's XML of images; a cheap look."""
-        head = start_of(path, _SNIFF_BYTES)
+        head = text_start_of(path, _SNIFF_BYTES)
         return re.search(rb"<annotations[\s>]", head) is not None and re.search(rb"<image\s", head) is not None
 
     def read(self, split: str, reading: Reading) -> Iterator[RawImage]:
@@ -78,7 +78,7 @@ class CvatReader(ManyImagesReader):
 def _subsets(file: Path) -> set[str]:
     """The names of the subsets of a file; none where its images are in no other than the default one."""
     try:
-        names = {name.decode(errors="replace") or _NO_SUBSET for name in _SUBSET.findall(read_regular(file))}
+        names = {name.decode(errors="replace") or _NO_SUBSET for name in _SUBSET.findall(utf_8(read_regular(file)))}
     except OSError:
         return set()
     return set() if names == {_NO_SUBSET} else names

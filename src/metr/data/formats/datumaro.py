@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 
 from metr.data.formats.base import BoxList, RawImage, Reading, plain_name, whole_size
-from metr.data.formats.files import BYTE_ORDER_MARK
+from metr.data.formats.files import utf_8
 from metr.data.formats.json_lines import numbers, starts_like
 from metr.data.formats.locating import locate
 from metr.data.formats.many_images import ManyImagesReader
@@ -77,7 +77,7 @@ class DatumaroReader(ManyImagesReader):
             DataError: the file cannot be read.
         """
         try:
-            content = msgspec.json.decode(reading.files.read(where).removeprefix(BYTE_ORDER_MARK), type=_File)
+            content = msgspec.json.decode(utf_8(reading.files.read(where)), type=_File)
         except (msgspec.MsgspecError, RecursionError, ValueError) as error:
             raise DataError(f"not readable as Datumaro's JSON: {error}", where=self.root / where) from None
         names = [plain_name(label.name) for label in content.categories.label.labels]

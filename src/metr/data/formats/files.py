@@ -5,6 +5,7 @@ wherever they lead: whoever put the dataset together made them.
 """
 
 import contextlib
+import io
 import logging
 import os
 import posixpath
@@ -304,6 +305,11 @@ def start_of(path: Path, count: int) -> bytes:
         return b""
 
 
+def text_start_of(path: Path, count: int) -> bytes:
+    """The first characters of a file of text as UTF-8, from so many bytes at most; none where it cannot be read."""
+    return utf_8(start_of(path, count))
+
+
 def ends_of(path: Path, count: int) -> bytes:
     """The first and the last bytes of a file, so many of each at most; none where it cannot be read."""
     try:
@@ -335,6 +341,31 @@ def encoding_of(data: bytes) -> str:
             continue
         return encoding
     return "latin-1"
+
+
+def utf_8(data: bytes) -> bytes:
+    """The bytes of a text as UTF-8 without a byte order mark. Those of UTF-16, as PowerShell writes it, are converted.
+
+    Half a character at the end, where only the start of a file was read, is left out.
+    """
+    if encodings := _utf_16(data[:64]):
+        return data.decode(encodings[0], errors="ignore").removeprefix("\ufeff").encode(errors="replace")
+    return data.removeprefix(BYTE_ORDER_MARK)
+
+
+def open_json(path: Path) -> io.BufferedIOBase:
+    """Opens a JSON file as UTF-8; one in UTF-16 is converted in memory.
+
+    Raises:
+        OSError: as `open_regular`.
+    """
+    file = open_regular(path)
+    converted = _utf_16(file.read(64))
+    file.seek(0)
+    if not converted:
+        return file
+    with file:
+        return io.BytesIO(utf_8(file.read()))
 
 
 def _utf_16(start: bytes) -> tuple[str, ...]:

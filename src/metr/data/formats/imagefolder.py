@@ -61,15 +61,19 @@ _DECODER = msgspec.json.Decoder(dict[str, Any])
 class ImageFolderReader(Reader):
     """Hugging Face imagefolder with metadata. A split is made of folders whose images one metadata file lists.
 
-    Such a file lies in the folder, or in the one above it for the folders of several splits.
+    Such a file lies in the folder, or in the one above it for the folders of several splits; or its rows name their
+    splits in a column `split`.
     """
 
     format = "imagefolder"
     looks_like = "Hugging Face imagefolder: metadata.jsonl with file_name and objects (bbox, categories) by the images"
     takes_boxes = True
 
-    def __init__(self, root: Path, splits: Mapping[str, tuple[Path, ...]]) -> None:
+    def __init__(
+        self, root: Path, splits: Mapping[str, tuple[Path, ...]], *, by_row: frozenset[Path] = frozenset()
+    ) -> None:
         super().__init__(root, splits)
+        self._by_row = by_row
         self._boxes: BoxKind | None = None
 
     @classmethod
@@ -92,17 +96,20 @@ class ImageFolderReader(Reader):
             if folder in fitting or (fitting and not sample)
             for part in _parts(folder, sample) or [folder]
         )
-        splits = grouped((split_of_folder(part, root.parent if alone else root), part) for part in parts)
-        return cls(root, splits) if splits else None
+        pairs = [(split_of_folder(part, root.parent if alone else root), part) for part in parts]
+        named = {part: splits_of_rows for split, part in pairs if split == "all" and (splits_of_rows := _splits(part))}
+        splits = grouped((name, part) for split, part in pairs for name in named.get(part, (split,)))
+        return cls(root, splits, by_row=frozenset(named)) if splits else None
 
     def read(self, split: str, reading: Reading) -> Iterator[RawImage]:
         """The images of a split in the order of the files."""
         seen: set[str] = set()
         for folder in self.splits[split]:
-            yield from without_repeats(self._read_folder(folder, reading), seen, reading)
+            yield from without_repeats(self._read_folder(folder, split, seen, reading), seen, reading)
         note_unannotated(seen, "not in the metadata: left out", reading)
 
-    def _read_folder(self, folder: Path, reading: Reading) -> Iterator[RawImage]:
+    def _read_folder(self, folder: Path, split: str, seen: set[str], reading: Reading) -> Iterator[RawImage]:
+        """The images of a folder, or those of its rows that name this split; `seen` takes what others name."""
         home = folder if _metadata(folder) is not None or folder == self.root else folder.parent
         metadata = _metadata(home)
         if metadata is None:
@@ -117,6 +124,9 @@ class ImageFolderReader(Reader):
                 reading.issues.add("unreadable annotation", place, "no file_name")
             elif name.startswith(prefix):
                 path = locate(name, [self.within(home)], place, reading)
+                if path is not None and folder in self._by_row and _split(row) != split:
+                    seen.add(path)
+                    continue
                 raw = None if path is None else _raw_image(row, path, place, names, reading)
                 if raw is not None:
                     to_corners(raw.boxes, kind)
@@ -272,6 +282,22 @@ def _parts(folder: Path, sample: Sequence[Row]) -> list[Path]:
     first = {(_file_name(row) or "").partition("/")[0] for row in sample}
     below = [part for part in folders_in(folder) if canonical_split(part.name)]
     return below if first & {part.name for part in below} else []
+
+
+def _splits(folder: Path) -> list[str]:
+    """The splits that rows of the metadata in a folder name; none where its first rows name none."""
+    metadata = _metadata(folder)
+    if metadata is None or not any(canonical_split(_split(row)) for row in _sample(metadata)):
+        return []
+    try:
+        rows = _rows(metadata.name, Reading(files=Files(folder)))
+        return sorted({_split(row) for _, row in rows})
+    except DataError:
+        return []
+
+
+def _split(row: Row) -> str:
+    return str(row.get("split") or "all")
 
 
 def _rows(where: str, reading: Reading) -> Iterator[tuple[str, Row]]:

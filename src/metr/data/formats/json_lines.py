@@ -9,8 +9,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from metr.data.formats.base import Reading
-from metr.data.formats.files import BYTE_ORDER_MARK, Files, start_of
-from metr.data.images import open_regular
+from metr.data.formats.files import BYTE_ORDER_MARK, Files, open_json, start_of, utf_8
 from metr.errors import DataError
 
 # Formats are told apart by a file's first lines, several because some may be broken.
@@ -35,7 +34,7 @@ def json_lines(where: str, decoder: msgspec.json.Decoder[Item], reading: Reading
     reading.files.touch(where)
     file = reading.files.root / where
     try:
-        with open_regular(file) as lines:
+        with open_json(file) as lines:
             for number, line in enumerate(lines, start=1):
                 text = line.removeprefix(BYTE_ORDER_MARK).strip()
                 item = _decoded_line(text, decoder, f"{where}:{number}", reading) if text else None
@@ -58,7 +57,7 @@ def json_items(where: str, decoder: msgspec.json.Decoder[Item], reading: Reading
     Raises:
         DataError: the file cannot be read, or holds no list.
     """
-    data = reading.files.read(where).removeprefix(BYTE_ORDER_MARK)
+    data = utf_8(reading.files.read(where))
     for number, text in enumerate(_raw_items(data, reading.files.root / where), start=1):
         item = _decoded_line(text, decoder, f"{where}, entry {number}", reading)
         if item is not None:
@@ -94,7 +93,7 @@ def starts_like(path: Path, opening: bytes, *keys: str) -> bool:
     """
     if path.suffix.lower() != ".json":
         return False
-    head = start_of(path, _SNIFF_BYTES).removeprefix(BYTE_ORDER_MARK).lstrip()
+    head = utf_8(start_of(path, _SNIFF_BYTES)).lstrip()
     return head[:1] == opening and all(re.search(rf'"({key})"\s*:'.encode(), head) for key in keys)
 
 
@@ -116,7 +115,7 @@ def _decoded_line(text: bytes, decoder: msgspec.json.Decoder[Item], place: str, 
 def first_keys(file: Path) -> Iterator[frozenset[str]]:
     """The keys of those of a file's first lines that are JSON objects; a cheap look."""
     head = start_of(file, _SNIFF_BYTES)
-    whole = head.removeprefix(BYTE_ORDER_MARK).splitlines()
+    whole = utf_8(head).splitlines()
     for line in whole[: -1 if len(head) == _SNIFF_BYTES else None][:_SNIFFED]:
         keys = _keys(line)
         if keys is not None:
@@ -151,7 +150,7 @@ def read_label_map(where: str, files: Files) -> dict[str, str]:
         DataError: the file cannot be read, or holds neither.
     """
     try:
-        values = msgspec.json.decode(files.read(where).removeprefix(BYTE_ORDER_MARK), type=dict[str, str] | list[str])
+        values = msgspec.json.decode(utf_8(files.read(where)), type=dict[str, str] | list[str])
     except (msgspec.MsgspecError, RecursionError, ValueError) as error:
         hint = 'write {"0": "cat", "1": "dog"}'
         raise DataError(f"not readable as a label map: {error}", where=files.root / where, hint=hint) from None

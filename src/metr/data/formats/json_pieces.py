@@ -4,14 +4,13 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BufferedIOBase
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
 
 import msgspec
 
-from metr.data.formats.files import BYTE_ORDER_MARK
-from metr.data.images import open_regular
+from metr.data.formats.files import BYTE_ORDER_MARK, open_json
 
 # A key with the space around it is shorter than this.
 _KEY_BYTES = 1 << 16
@@ -43,7 +42,7 @@ class Value:
         Raises:
             OSError: the file cannot be read.
         """
-        with open_regular(self.path) as file:
+        with open_json(self.path) as file:
             for start, stop in self.spans if self.is_array else ():
                 yield b"[" + _read(file, start, stop - start) + b"]"
 
@@ -55,7 +54,7 @@ class Value:
         """
         if self.is_array:
             return b"[" + b",".join(piece[1:-1] for piece in self.pieces()) + b"]"
-        with open_regular(self.path) as file:
+        with open_json(self.path) as file:
             return _read(file, self.spans[0][0], self.spans[0][1] - self.spans[0][0])
 
 
@@ -73,7 +72,7 @@ def values_of(path: Path, piece_bytes: int) -> dict[str, Value]:
         ValueError: it holds no object, or ends before the object does.
     """
     found: dict[str, Value] = {}
-    with open_regular(path) as file:
+    with open_json(path) as file:
         place = _expect(file, len(BYTE_ORDER_MARK) if file.read(len(BYTE_ORDER_MARK)) == BYTE_ORDER_MARK else 0, b"{")
         while True:
             window = _read(file, place, _KEY_BYTES)
@@ -90,12 +89,12 @@ def values_of(path: Path, piece_bytes: int) -> dict[str, Value]:
                 found[key] = Value(path=path, spans=((start, place),), is_array=False)
 
 
-def _read(file: BinaryIO, place: int, size: int) -> bytes:
+def _read(file: BufferedIOBase, place: int, size: int) -> bytes:
     file.seek(place)
     return file.read(size)
 
 
-def _expect(file: BinaryIO, place: int, byte: bytes) -> int:
+def _expect(file: BufferedIOBase, place: int, byte: bytes) -> int:
     """The offset after the byte that must come next."""
     window = _read(file, place, _KEY_BYTES)
     text = window.lstrip(_BLANK)
@@ -105,13 +104,13 @@ def _expect(file: BinaryIO, place: int, byte: bytes) -> int:
     return place + len(window) - len(text) + 1
 
 
-def _expect_end(file: BinaryIO, place: int) -> None:
+def _expect_end(file: BufferedIOBase, place: int) -> None:
     rest = _read(file, place, _KEY_BYTES).strip(_BLANK)
     if rest:
         raise ValueError(f"expected the end of the file, found {rest[:20]!r} (byte {place})")
 
 
-def _array(file: BinaryIO, place: int, piece_bytes: int) -> tuple[tuple[tuple[int, int], ...], int]:
+def _array(file: BufferedIOBase, place: int, piece_bytes: int) -> tuple[tuple[tuple[int, int], ...], int]:
     """The pieces of the array whose first element is at `place`, and the offset after the array."""
     spans: list[tuple[int, int]] = []
     size = piece_bytes
@@ -178,7 +177,7 @@ def _counted(text: bytes) -> int:
     return end
 
 
-def _value_end(file: BinaryIO, place: int, window_bytes: int) -> int:
+def _value_end(file: BufferedIOBase, place: int, window_bytes: int) -> int:
     """The offset after a value that is not an array."""
     first = _SCALAR.match(_read(file, place, _KEY_BYTES))
     if first is None:

@@ -18,7 +18,7 @@ from jaxtyping import Float
 
 from metr.data.formats.base import BoxList, RawImage, Reading, plain_name, whole_size
 from metr.data.formats.file_per_image import AnnotationFolder, FilePerImageReader
-from metr.data.formats.files import BYTE_ORDER_MARK, ends_of
+from metr.data.formats.files import ends_of, utf_8
 from metr.data.formats.json_lines import numbers
 from metr.errors import DataError
 
@@ -81,13 +81,13 @@ class LabelmeReader(FilePerImageReader):
     @classmethod
     def fits(cls, path: Path) -> bool:
         """Whether a file looks like labelme JSON; a cheap look."""
-        ends = ends_of(path, _SNIFF_BYTES)
-        return ends.removeprefix(BYTE_ORDER_MARK).lstrip()[:1] == b"{" and all(key.search(ends) for key in _KEYS)
+        ends = utf_8(ends_of(path, _SNIFF_BYTES))
+        return ends.lstrip()[:1] == b"{" and all(key.search(ends) for key in _KEYS)
 
     def read_file(self, where: str, folder: AnnotationFolder, reading: Reading) -> RawImage | None:
         """The image of a JSON file; None, and an issue, where the file cannot be used."""
         try:
-            data = reading.files.read(where).removeprefix(BYTE_ORDER_MARK)
+            data = utf_8(reading.files.read(where))
             content = msgspec.json.decode(data, type=_File, strict=False)
         except (msgspec.MsgspecError, DataError, RecursionError, ValueError) as error:
             detail = error.what if isinstance(error, DataError) else str(error)

@@ -9,7 +9,7 @@ from xml.etree import ElementTree as ET
 
 from metr.data.formats.base import BoxList, RawImage, Reading, whole_size
 from metr.data.formats.file_per_image import AnnotationFolder, FilePerImageReader
-from metr.data.formats.files import start_of
+from metr.data.formats.files import text_start_of
 from metr.data.formats.json_lines import numbers
 from metr.data.formats.shapes import around
 from metr.errors import DataError
@@ -28,7 +28,7 @@ class LabelMeXmlReader(FilePerImageReader):
     @classmethod
     def fits(cls, path: Path) -> bool:
         """Whether a file looks like LabelMe's XML; a cheap look."""
-        return looks_like_labelme_xml(start_of(path, _SNIFF_BYTES))
+        return looks_like_labelme_xml(text_start_of(path, _SNIFF_BYTES))
 
     def read_file(self, where: str, folder: AnnotationFolder, reading: Reading) -> RawImage | None:
         """The image of an XML file; None, and an issue, where the file cannot be used."""

@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Int
 
 from metr.data.formats.base import BoxTable, RawImage, Reader, Reading, plain_name
-from metr.data.formats.files import decoded, files_in, folders_within, start_of
+from metr.data.formats.files import decoded, files_in, folders_within, text_start_of
 from metr.data.formats.locating import dataset_root, grouped, image_folders, locate
 from metr.data.formats.open_images_tables import (
     BOX_COLUMNS,
@@ -259,13 +259,13 @@ def _has_classes(file: Path) -> bool:
 
 
 def _is_hierarchy(file: Path) -> bool:
-    start = start_of(file, _SNIFF_BYTES)
+    start = text_start_of(file, _SNIFF_BYTES)
     return file.suffix.lower() == ".json" and b'"LabelName"' in start and b'"Subcategory"' in start
 
 
 def _first_lines(file: Path) -> list[list[str]]:
     """The first lines of a CSV file that are not blank."""
-    return [] if file.suffix.lower() != ".csv" else _lines(decoded(start_of(file, _SNIFF_BYTES)))
+    return [] if file.suffix.lower() != ".csv" else _lines(decoded(text_start_of(file, _SNIFF_BYTES)))
 
 
 def _lines(text: str) -> list[list[str]]:

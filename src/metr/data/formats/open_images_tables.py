@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from pyarrow import csv as arrow_csv
 
 from metr.data.formats.base import BoxTable, Reading, RowsByImage
-from metr.data.formats.files import decoded, start_of
+from metr.data.formats.files import decoded, text_start_of
 from metr.data.images import open_regular, read_regular
 from metr.errors import DataError
 
@@ -89,7 +89,7 @@ def header(path: Path) -> tuple[str, ...]:
     """The cells of the first line of a CSV file; none where it is no such file or cannot be read."""
     if path.suffix.lower() != ".csv":
         return ()
-    lines = start_of(path, _HEADER_BYTES).decode("utf-8-sig", errors="replace").splitlines()
+    lines = text_start_of(path, _HEADER_BYTES).decode(errors="replace").splitlines()
     try:
         return tuple(cell.strip() for cell in next(csv.reader(lines[:1]), []))
     except csv.Error:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from metr.data.formats.files import files_in, folders_in, folders_within, glance, is_image, start_of, there
+from metr.data.formats.files import files_in, folders_in, folders_within, glance, is_image, text_start_of, there
 from metr.data.formats.json_lines import first_keys, starts_like
 from metr.data.records import canonical_split
 
@@ -63,7 +63,7 @@ def _is_labelbox(path: Path) -> bool:
 
 
 def _is_cvat_video(path: Path) -> bool:
-    heads = (start_of(file, _SNIFF_BYTES) for file in _files(path, ".xml"))
+    heads = (text_start_of(file, _SNIFF_BYTES) for file in _files(path, ".xml"))
     return any(re.search(rb"<annotations[\s>]", head) and re.search(rb"<track\s", head) for head in heads)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from metr.data.formats.base import BoxList, RawImage, Reading, place, plain_name
-from metr.data.formats.files import BYTE_ORDER_MARK, start_of
+from metr.data.formats.files import text_start_of, utf_8
 from metr.data.formats.json_lines import starts_like
 from metr.data.formats.locating import locate
 from metr.data.formats.many_images import ManyImagesReader
@@ -82,7 +82,7 @@ class ViaReader(ManyImagesReader):
     def fits(cls, path: Path) -> bool:
         """Whether a file looks like VIA's CSV or JSON; a cheap look."""
         if path.suffix.lower() == ".csv":
-            header = start_of(path, _SNIFF_BYTES).decode("utf-8-sig", errors="replace").partition("\n")[0]
+            header = text_start_of(path, _SNIFF_BYTES).decode(errors="replace").partition("\n")[0]
             return set(_header(header)) >= _COLUMNS
         return starts_like(path, b"{", "_via_img_metadata") or starts_like(path, b"{", "filename", "regions", "size")
 
@@ -177,7 +177,7 @@ def _images(where: str, reading: Reading) -> Iterator[_Image]:
         yield from _csv_images(where, reading)
         return
     try:
-        data = msgspec.json.decode(reading.files.read(where).removeprefix(BYTE_ORDER_MARK), type=dict[str, msgspec.Raw])
+        data = msgspec.json.decode(utf_8(reading.files.read(where)), type=dict[str, msgspec.Raw])
         if "_via_img_metadata" in data:
             data = msgspec.json.decode(data["_via_img_metadata"], type=dict[str, msgspec.Raw])
     except (msgspec.MsgspecError, RecursionError, ValueError) as error:

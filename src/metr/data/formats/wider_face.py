@@ -10,7 +10,7 @@ from pathlib import Path
 
 from metr.boxes import xywh_to_xyxy
 from metr.data.formats.base import BoxList, RawImage, Reading, place
-from metr.data.formats.files import is_image, start_of
+from metr.data.formats.files import is_image, text_start_of
 from metr.data.formats.locating import locate
 from metr.data.formats.many_images import ManyImagesReader
 
@@ -31,7 +31,7 @@ class WiderFaceReader(ManyImagesReader):
     @classmethod
     def fits(cls, path: Path) -> bool:
         """Whether a file looks like WIDER FACE; a cheap look."""
-        lines = start_of(path, _SNIFF_BYTES).decode("utf-8-sig", errors="replace").splitlines()[:3]
+        lines = text_start_of(path, _SNIFF_BYTES).decode(errors="replace").splitlines()[:3]
         if len(lines) < 3 or not (is_image(lines[0].strip()) and lines[1].strip().isdigit()):
             return False
         return _numbers(lines[2]) is not None
