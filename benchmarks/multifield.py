@@ -47,8 +47,9 @@ from metr.inference.draw import save_image
 from metr.training.config import RunConfig
 from metr.training.curves import plot_curves
 from metr.training.logger import read_metrics
+from metr.training.parts import TrainingParts
 from metr.training.state import seed_everything
-from metr.training.trainer import Trainer, TrainingParts
+from metr.training.trainer import Trainer
 from runner import Run, Study
 
 FIELDS = {

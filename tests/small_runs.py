@@ -25,7 +25,8 @@ from metr.models.config import DetectorConfig
 from metr.models.detector import Detector
 from metr.text.vocabulary import Vocabulary
 from metr.training.config import TrainConfig
-from metr.training.trainer import Trainer, TrainingParts
+from metr.training.parts import TrainingParts
+from metr.training.trainer import Trainer
 
 from small import TEXT_WIDTH, small_config, small_detector
 

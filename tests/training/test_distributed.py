@@ -29,7 +29,8 @@ SCRIPT = f"""
 import sys
 from pathlib import Path
 sys.path[:0] = sys.argv[2:]
-from metr.training.trainer import Evaluated, Trainer
+from metr.training.parts import Evaluated
+from metr.training.trainer import Trainer
 from small_runs import make_config, make_parts
 
 def run(stop):

@@ -14,8 +14,9 @@ from metr.errors import CheckpointError, ConfigError, MetrError
 from metr.training import logger
 from metr.training.curves import plot_curves
 from metr.training.logger import MetricsFile, check_trackers, read_metrics
+from metr.training.parts import Evaluated
 from metr.training.progress import grouped_terms
-from metr.training.trainer import Evaluated, Trainer
+from metr.training.trainer import Trainer
 from small_runs import make_config, make_parts
 
 

@@ -24,7 +24,8 @@ from metr.training.optimization import (
     parameter_groups,
     set_learning_rates,
 )
-from metr.training.trainer import Evaluated, Trainer
+from metr.training.parts import Evaluated
+from metr.training.trainer import Trainer
 from small_runs import make_config, make_parts
 
 from small import small_backbone, small_config, small_detector
@@ -245,10 +246,10 @@ def test_buffers_are_kept_and_put_back() -> None:
     good = network.running_mean.clone()
     network(torch.full((4, 3), float("nan")))
     assert network.running_mean.isnan().all()
-    kept.restore()
+    kept.keep_if(torch.tensor(False))
     assert torch.equal(network.running_mean, good)
     assert network.num_batches_tracked == 1
-    KeptBuffers(nn.Linear(1, 1)).restore()
+    KeptBuffers(nn.Linear(1, 1)).keep_if(torch.tensor(False))
 
 
 # frozen parts

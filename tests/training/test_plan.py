@@ -9,8 +9,8 @@ from rich.console import Console
 from metr.data.joint import open_joint
 from metr.run_directory import RunDirectory
 from metr.training.config import load_recipe
+from metr.training.parts import Outcome
 from metr.training.plan import header, tell_end
-from metr.training.trainer import Outcome
 
 from tiny import TinyRun
 

@@ -9,10 +9,10 @@ from rich.console import Console
 
 from metr.training.progress import Progress, Snapshot, one_line, screen
 
+TERMS = {"presence/0": 0.5, "decoder.0/l1": 1.0, "decoder.1/l1": 2.0}
 SNAPSHOT = Snapshot(
     step=1200,
     steps=10_000,
-    terms={"presence/0": 0.5, "decoder.0/l1": 1.0, "decoder.1/l1": 2.0},
     images_per_second=12.34,
     seconds_left=3725.4,
     memory=3.21,
@@ -60,6 +60,7 @@ def test_elsewhere_there_are_lines_every_so_often(caplog: pytest.LogCaptureFixtu
     console = Console(file=io.StringIO(), force_terminal=False)
     with caplog.at_level(logging.INFO), Progress(console, seconds=1000.0) as progress:
         for _ in range(5):
+            progress.smooth(TERMS)
             progress.update(SNAPSHOT)
         assert not caplog.messages, "the time of a line has not come"
         progress.seconds = 0.0

@@ -17,7 +17,8 @@ from torch import nn
 
 from metr.errors import CheckpointError
 from metr.training.logger import read_metrics
-from metr.training.trainer import Evaluated, Trainer
+from metr.training.parts import Evaluated
+from metr.training.trainer import Trainer
 from small_runs import make_config, make_parts
 
 TIMES = {"seconds", "images_per_second", "waiting_fraction", "memory_gib", "evaluation_seconds"}

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from metr.training.config import LoopConfig
+from metr.training.parts import Evaluated, Outcome
 from metr.training.state import Counters, random_state, restore_random_state, seed_everything, undisturbed_random_state
-from metr.training.trainer import Evaluated, Outcome, Trainer
+from metr.training.trainer import Trainer
 from small_runs import make_config, make_parts
 
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ from metr.cli.verbs import AllowEmpty, Overrides, Prompts
 from metr.training.signals import Stopped
 
 if TYPE_CHECKING:
-    from metr.training.trainer import Outcome
+    from metr.training.parts import Outcome
 
 __all__ = ["finetune", "train"]
 

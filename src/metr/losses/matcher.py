@@ -59,7 +59,8 @@ def match_groups(
     """
     pairs = _pairs(category, target_labels)
     costs = _costs(logits.float(), boxes.float(), pairs, target_boxes, config)
-    layer, pair = (torch.from_numpy(index).to(costs.device) for index in _assign(costs, pairs))
+    # one transfer that the host does not wait for
+    layer, pair = torch.from_numpy(np.stack(_assign(costs, pairs))).to(costs.device, non_blocking=True)
     return Matches(layer=layer, image=pairs.image[pair], query=pairs.query[pair], target=pairs.target[pair])
 
 
@@ -159,8 +160,9 @@ class MatchStatistics:
 @torch.no_grad()
 def match_statistics(output: DetectorOutput, targets: Targets, matches: Matches) -> MatchStatistics:
     """Statistics of a batch's matches."""
-    last = matches.layer == len(output.logits)
-    image, query, target = matches.image[last], matches.query[last], matches.target[last]
+    # all layers have the same number of matches, and the last layer's come last
+    first = matches.layer.shape[0] // (len(output.logits) + 1) * len(output.logits)
+    image, query, target = matches.image[first:], matches.query[first:], matches.target[first:]
     boxes, wanted = output.boxes[-1, image, query].float(), targets.boxes[image, target]
     iou = paired_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(wanted))
     kept = output.categories.ids.where(output.categories.valid, NO_OBJECT)

@@ -5,14 +5,11 @@ object; as a box moved too far, for which it should say "no"; and as the right b
 has no object there, for which it should also say "no".
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from einops import repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from metr.boxes import cxcywh_to_xyxy, pairwise_coverage, pairwise_iou, xyxy_to_cxcywh
 from metr.models.config import DenoisingConfig
@@ -20,21 +17,35 @@ from metr.structures import Categories, DenoisingPlan, Queries, Targets, gather_
 
 # A category is present in a box above this IoU with one of its objects, or this coverage by its ignored boxes.
 _SAME_PLACE = 0.3
+# The kinds of copies.
+_MOVED, _TOO_FAR, _FLIPPED = range(3)
 
 
 class _Copies(NamedTuple):
-    """The noised copies of one image's objects, in one row."""
+    """The noised copies of every image's objects, in one row an image."""
 
-    boxes: Float[Tensor, "n 4"]
-    slot: Int[Tensor, "n"]
-    group: Int[Tensor, "n"]
-    target: Int[Tensor, "n"]
-    positive: Bool[Tensor, "n"]
-    valid: Bool[Tensor, "n"]
+    boxes: Float[Tensor, "b n 4"]
+    slot: Int[Tensor, "b n"]
+    group: Int[Tensor, "b n"]
+    target: Int[Tensor, "b n"]
+    positive: Bool[Tensor, "b n"]
+    valid: Bool[Tensor, "b n"]
+
+
+class _Drawn(NamedTuple):
+    """Random numbers in 0..1: which way and how far corners move, which slots flipped copies get, who is shown."""
+
+    size: Float[Tensor, "b n 4"]
+    direction: Float[Tensor, "b n 4"]
+    slots: Float[Tensor, "b c k"]
+    objects: Float[Tensor, "b m"]
 
 
 class Denoising(nn.Module):
-    """Makes the denoising queries of a batch, in training only."""
+    """Makes the denoising queries of a batch, in training only.
+
+    No shape depends on values on the device, so nothing here makes the host wait for it.
+    """
 
     def __init__(self, width: int, config: DenoisingConfig) -> None:
         super().__init__()
@@ -44,85 +55,107 @@ class Denoising(nn.Module):
 
     def forward(self, targets: Targets, categories: Categories) -> tuple[Queries, DenoisingPlan]:
         """The queries and what they should predict; at least one (invalid) query, so that all weights get gradients."""
-        own = (targets.labels.unsqueeze(2) == categories.ids.unsqueeze(1)) & categories.valid.unsqueeze(1)
-        free = _free_slots(targets, categories)
-        generators = _generators(targets)
-        copies = [self._copies(*image) for image in zip(targets.boxes, own, free, generators, strict=True)]
-        boxes, slot, group, target, positive, valid = (
-            pad_sequence(list(parts), batch_first=True) for parts in zip(*copies, strict=True)
-        )
+        copies = self._copies(targets, categories) if targets.labels.shape[1] else _no_copies(targets.boxes)
         queries = Queries(
-            content=self.learned + gather_rows(categories.kept_tokens, slot),
-            reference_boxes=boxes,
-            slot=slot,
-            group=group.masked_fill(~valid, -1),
-            valid=valid,
+            content=self.learned + gather_rows(categories.kept_tokens, copies.slot),
+            reference_boxes=copies.boxes,
+            slot=copies.slot,
+            group=copies.group.masked_fill(~copies.valid, -1),
+            valid=copies.valid,
         )
-        return queries, DenoisingPlan(slot=slot, target=target, positive=positive, valid=valid)
+        plan = DenoisingPlan(slot=copies.slot, target=copies.target, positive=copies.positive, valid=copies.valid)
+        return queries, plan
 
     @torch.no_grad()
-    def _copies(
-        self,
-        boxes: Float[Tensor, "m 4"],
-        own: Bool[Tensor, "m k"],
-        free: Bool[Tensor, "m k"],
-        random: torch.Generator | None,
-    ) -> _Copies:
-        """The copies of one image's objects: in every version each object is moved, moved too far, and flipped.
+    def _copies(self, targets: Targets, categories: Categories) -> _Copies:
+        """The copies of each image's objects: in every version each object is moved, moved too far, and flipped.
 
-        Args:
-            boxes: The objects.
-            own: True at the slot of each object's category.
-            free: True at slots whose category a flipped copy may get.
-            random: Draws the noise; None is torch's own generator.
+        Versions follow each other in a row, in a version the kinds, in a kind the objects.
         """
-        kinds = self.config.kinds
-        index = own.any(1).nonzero().squeeze(1)
-        index = index[torch.randperm(len(index), generator=random, device=index.device)][: self.config.number // kinds]
-        if not len(index):
-            return _no_copies(boxes)
-        versions = max(1, min(self.config.number // (kinds * len(index)), self.config.groups))
-        slots = own[index].int().argmax(1)
-        lot = torch.rand(free[index].shape, generator=random, device=free.device).masked_fill(~free[index], -1.0)
-        flipped, possible = lot.argmax(1), free[index].any(1)
-        slot = [slots, slots] + ([flipped] if self.config.flips else [])
-        sure = torch.ones_like(possible)
-        shown = [sure, sure] + ([possible] if self.config.flips else [])
-        kind = repeat(torch.arange(kinds, device=index.device), "kind -> (g kind m)", g=versions, m=len(index))
-        every_slot = repeat(torch.stack(slot), "kind m -> (g kind m)", g=versions)
-        version = repeat(torch.arange(versions, device=index.device), "g -> (g n)", n=kinds * len(index))
-        noised = self._noised(repeat(boxes[index], "m x -> (g kind m) x", g=versions, kind=kinds), kind, random)
+        own = (targets.labels.unsqueeze(2) == categories.ids.unsqueeze(1)) & categories.valid.unsqueeze(1)
+        has_slot = own.any(2)
+        drawn = self._drawn(targets, own.shape[2])
+        # the objects that are shown, in the order of their lots; after them come objects that are not
+        rank = (has_slot.cumsum(1) - 1).clamp(min=0)
+        lots = drawn.objects.gather(1, rank).masked_fill(~has_slot, 2.0)
+        shown = lots.argsort(dim=1)[:, : self._most]
+        version, kind, place, valid = self._layout(has_slot.sum(1, keepdim=True), has_slot.shape[1])
+        target = shown.gather(1, place)
+
+        free = _free_slots(targets, categories).gather(1, shown.unsqueeze(2).expand(-1, -1, own.shape[2]))
+        lots = drawn.slots[:, : shown.shape[1]].masked_fill(~free, -1.0)
+        flipped = kind == _FLIPPED
+        slot = lots.argmax(2).gather(1, place).where(flipped, own.int().argmax(2).gather(1, target))
+        valid = valid & (free.any(2).gather(1, place) | ~flipped)
         return _Copies(
-            boxes=noised,
-            slot=every_slot,
-            group=(1 + version) * own.shape[1] + every_slot,
-            target=repeat(index, "m -> (g kind m)", g=versions, kind=kinds),
-            positive=kind == 0,
-            valid=repeat(torch.stack(shown), "kind m -> (g kind m)", g=versions),
+            boxes=self._noised(gather_rows(targets.boxes, target), kind, drawn),
+            slot=slot,
+            group=(1 + version) * own.shape[2] + slot,
+            target=target,
+            positive=(kind == _MOVED) & valid,
+            valid=valid,
         )
 
-    def _noised(
-        self, boxes: Float[Tensor, "n 4"], kind: Int[Tensor, "n"], random: torch.Generator | None
-    ) -> Float[Tensor, "n 4"]:
+    @property
+    def _most(self) -> int:
+        """The largest number of objects of an image that are shown."""
+        return self.config.number // self.config.kinds
+
+    def _layout(
+        self, objects: Int[Tensor, "b 1"], most: int
+    ) -> tuple[Int[Tensor, "b n"], Int[Tensor, "b n"], Int[Tensor, "b n"], Bool[Tensor, "b n"]]:
+        """Version, kind and object of each copy, and whether it exists; objects are counted from 0.
+
+        Args:
+            objects: How many objects of each image have a slot.
+            most: The largest number that these may be, which decides n.
+        """
+        kinds, number = self.config.kinds, self.config.number
+        counts = range(1, min(most, self._most) + 1)
+        width = max(kinds * count * max(1, min(number // (kinds * count), self.config.groups)) for count in counts)
+        index = torch.arange(width, device=objects.device)
+        shown = objects.clamp(max=self._most)
+        count = shown.clamp(min=1)
+        versions = (number // (kinds * count)).clamp(1, self.config.groups)
+        version, rest = index // (kinds * count), index % (kinds * count)
+        return version, rest // count, rest % count, (version < versions) & (shown > 0)
+
+    def _noised(self, boxes: Float[Tensor, "b n 4"], kind: Int[Tensor, "b n"], drawn: _Drawn) -> Float[Tensor, "b n 4"]:
         """Boxes whose corners are moved at random, by up to `box_noise` half sides of the box.
 
-        Boxes that are moved too far (kind 1) get one to two times that noise, flipped ones (kind 2) a fifth of it.
+        Boxes that are moved too far get one to two times that noise, flipped ones a fifth of it.
         """
-        drawn: dict[str, Any] = {"generator": random, "dtype": boxes.dtype, "device": boxes.device}
-        size = torch.rand(boxes.shape, **drawn) + (kind == 1).unsqueeze(1)
-        size = size * torch.where(kind == 2, 0.2, 1.0).unsqueeze(1)
-        sign = torch.randint(2, boxes.shape, **drawn) * 2 - 1
-        half = (boxes[:, 2:] / 2).repeat(1, 2)
+        number = boxes.shape[1]
+        size = drawn.size[:, :number] + (kind == _TOO_FAR).unsqueeze(2)
+        size = size * torch.where(kind == _FLIPPED, 0.2, 1.0).unsqueeze(2)
+        sign = torch.where(drawn.direction[:, :number] < 0.5, -1.0, 1.0)
+        half = (boxes[..., 2:] / 2).repeat(1, 1, 2)
         corners = cxcywh_to_xyxy(boxes) + size * sign * half * self.config.box_noise
-        low, high = torch.minimum(corners[:, :2], corners[:, 2:]), torch.maximum(corners[:, :2], corners[:, 2:])
-        return xyxy_to_cxcywh(torch.cat([low, high], dim=1).clamp(0, 1))
+        low, high = torch.minimum(corners[..., :2], corners[..., 2:]), torch.maximum(corners[..., :2], corners[..., 2:])
+        return xyxy_to_cxcywh(torch.cat([low, high], dim=-1).clamp(0, 1))
 
+    def _drawn(self, targets: Targets, slots: int) -> _Drawn:
+        """The random numbers of a batch: of each image by its own seed where there are seeds.
 
-def _generators(targets: Targets) -> Sequence[torch.Generator | None]:
-    """What draws the noise of each image: a generator of its own where it has a seed."""
-    if not targets.noise_seeds:
-        return [None] * len(targets.boxes)
-    return [torch.Generator(targets.boxes.device).manual_seed(seed) for seed in targets.noise_seeds]
+        They are drawn on the CPU then, so that all devices get the same ones. An image's do not depend on how many
+        objects others have: what depends on that is drawn last.
+        """
+        images, objects = targets.labels.shape
+        number, most, device = self.config.number, self._most, targets.boxes.device
+        sizes = [number * 4, number * 4, most * slots, objects]
+        if targets.noise_seeds:
+            generators = [torch.Generator().manual_seed(seed) for seed in targets.noise_seeds]
+            rows = torch.stack([torch.rand(sum(sizes), generator=one, device="cpu") for one in generators])
+            drawn = rows.to(device, non_blocking=True)
+        else:
+            drawn = torch.rand(images, sum(sizes), device=device)
+        size, direction, chosen, shown = torch.split(drawn, sizes, dim=1)
+        return _Drawn(
+            size=size.reshape(images, number, 4),
+            direction=direction.reshape(images, number, 4),
+            slots=chosen.reshape(images, most, slots),
+            objects=shown,
+        )
 
 
 @torch.no_grad()
@@ -143,7 +176,8 @@ def _any_of(there: Bool[Tensor, "b m o"], carries: Bool[Tensor, "b o k"]) -> Boo
     return (there.float() @ carries.float()) > 0
 
 
-def _no_copies(boxes: Float[Tensor, "_m 4"]) -> _Copies:
-    """One invalid query, for an image without objects to show."""
-    zero = torch.zeros(1, dtype=torch.int64, device=boxes.device)
-    return _Copies(boxes.new_full((1, 4), 0.5), zero, zero, zero, zero.bool(), zero.bool())
+def _no_copies(boxes: Float[Tensor, "b _m 4"]) -> _Copies:
+    """One invalid query an image, for a batch without objects."""
+    zero = torch.zeros(len(boxes), 1, dtype=torch.int64, device=boxes.device)
+    nowhere = boxes.new_full((len(boxes), 1, 4), 0.5)
+    return _Copies(nowhere, zero, zero, zero, zero.bool(), zero.bool())

@@ -29,6 +29,7 @@ from metr.training.config import RunConfig, check_epochs
 from metr.training.finetune_data import FinetuneData, FinetuneOptions
 from metr.training.finetune_recipe import RECIPE, described
 from metr.training.finetune_request import REQUEST, Prepared, begun, resumed
+from metr.training.parts import Outcome, TrainingParts
 from metr.training.plan import header, tell_end
 from metr.training.provenance import provenance
 from metr.training.resumption import save_request
@@ -44,7 +45,6 @@ from metr.training.train import (
     rebuildable,
     teacher_of,
 )
-from metr.training.trainer import Outcome, TrainingParts
 
 # where the backbone's pretrained weights came from: changing these does not change the network
 _ORIGINS = {"backbone.pretrained", "backbone.revision"}

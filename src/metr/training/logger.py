@@ -17,11 +17,11 @@ from rich.console import Console
 from metr.config import Config, as_yaml, leaves
 from metr.errors import ConfigError, MetrError, did_you_mean
 from metr.run_directory import RunDirectory, explained_disk_errors
-from metr.structures import Batch
 from metr.training.config import LoopConfig
 from metr.training.progress import Progress, Snapshot, duration
 from metr.training.run_log import tell
-from metr.training.state import Counters, StepReport, Window
+from metr.training.state import Counters, Window
+from metr.training.step_report import StepCost, StepReport
 
 MATCHING = "matching/"
 """Figures with this prefix are matching statistics, not loss terms."""
@@ -104,24 +104,26 @@ class RunLogger:
             tell(self._console, places)
         self._file.rewind(counters.step, counters.evaluated_step)
 
-    def step(self, report: StepReport, counters: Counters, look: Callable[[], RuntimeStats]) -> None:
+    def step(
+        self, cost: StepCost, learning_rate: Mapping[str, float], counters: Counters, look: Callable[[], RuntimeStats]
+    ) -> None:
         """Shows a step; if a record is due, writes it and empties the window. Calls `look` then, and at first."""
         logged = counters.step % self.loop.log_every == 0
         if logged or self._stats is None:
             self._stats = look()
         if logged:
-            self._write("train", counters.step, _train_record(report, counters, self._stats))
-        if report.seconds:
+            self._write("train", counters.step, _train_record(learning_rate, counters, self._stats))
+        if cost.seconds:
             kept = _KEPT if self._step_seconds else 0.0
-            self._step_seconds = kept * self._step_seconds + (1 - kept) * report.seconds
-        self._estimate(report, counters)
-        self._progress.update(self._snapshot(report, counters, self._stats))
+            self._step_seconds = kept * self._step_seconds + (1 - kept) * cost.seconds
+        self._estimate(cost, counters)
+        self._progress.update(self._snapshot(cost, learning_rate, counters, self._stats))
         if logged:
             counters.window = Window()
 
-    def _estimate(self, report: StepReport, counters: Counters) -> None:
+    def _estimate(self, cost: StepCost, counters: Counters) -> None:
         """Says once how long the run will take: after some steps, of which the first ones are no measure."""
-        self._timed.append(report.seconds)
+        self._timed.append(cost.seconds)
         left = self.loop.steps - counters.step
         if len(self._timed) != _TIMED or self.silent or left < _TIMED:
             return
@@ -130,23 +132,23 @@ class RunLogger:
         message = "about %s for the %s steps that are left, measured on %d; evaluations come on top"
         _logger.info(message, duration(seconds), f"{left:,}", len(measured))
 
-    def skipped(self, report: StepReport, counters: Counters, batches: Sequence[Batch]) -> None:
-        """Warns that a step changed nothing, why, and on which images.
+    def read(self, report: StepReport, counters: Counters) -> None:
+        """Takes the numbers of a step that `counters` has counted. Warns if it changed nothing: why, on which images.
 
         Raises:
             MetrError: too many steps in a row were skipped.
         """
+        self._progress.smooth({name: value for name, value in report.figures.items() if not name.startswith(MATCHING)})
+        if not report.faulty:
+            return
         names = ", ".join(report.faulty[:_MOST_NAMED]) + (", ..." if len(report.faulty) > _MOST_NAMED else "")
-        images = [
-            f"{name} {image}" for batch in batches for name, image in zip(batch.datasets, batch.image_ids, strict=True)
-        ]
         if not self.silent:
             message = "step %d is skipped: %s not finite; images: %s"
-            _logger.warning(message, counters.step, names, ", ".join(images[:_MOST_NAMED]))
+            _logger.warning(message, report.step, names, ", ".join(report.images[:_MOST_NAMED]))
         if counters.skipped_in_a_row >= self.loop.max_skipped:
             what = f"{self.loop.max_skipped} steps in a row had numbers that are not finite, at last in: {names}"
             hint = "lower optimizer.learning_rate, lengthen schedule.warmup_steps, or set loop.precision=fp32"
-            raise MetrError(what, where=f"step {counters.step}", hint=hint)
+            raise MetrError(what, where=f"step {report.step}", hint=hint)
 
     @contextmanager
     def evaluation(self, step: int) -> Iterator[None]:
@@ -189,18 +191,19 @@ class RunLogger:
         if self.loop.trackers:
             self.accelerator.log(dict(_numbers(values, kind)), step=step)
 
-    def _snapshot(self, report: StepReport, counters: Counters, stats: RuntimeStats) -> Snapshot:
+    def _snapshot(
+        self, cost: StepCost, learning_rate: Mapping[str, float], counters: Counters, stats: RuntimeStats
+    ) -> Snapshot:
         steps, every = self.loop.steps, self.loop.evaluate_every
         evaluations = 1 if not every else math.ceil(steps / every) - counters.step // every
         left = (steps - counters.step) * self._step_seconds + evaluations * self._evaluation_seconds
         return Snapshot(
             step=counters.step,
             steps=steps,
-            terms={name: value for name, value in report.figures.items() if not name.startswith(MATCHING)},
-            images_per_second=report.images / self._step_seconds if self._step_seconds else 0.0,
+            images_per_second=cost.images / self._step_seconds if self._step_seconds else 0.0,
             seconds_left=left,
             memory=stats.memory,
-            learning_rate=report.learning_rate,
+            learning_rate=learning_rate,
             epochs=stats.epochs,
             metrics=counters.metrics,
             evaluated_step=counters.evaluated_step,
@@ -208,7 +211,7 @@ class RunLogger:
         )
 
 
-def _train_record(report: StepReport, counters: Counters, stats: RuntimeStats) -> Record:
+def _train_record(learning_rate: Mapping[str, float], counters: Counters, stats: RuntimeStats) -> Record:
     """A record of metrics.jsonl: averages since the last one."""
     window = counters.window
     means = {name: value / max(window.steps, 1) for name, value in window.sums.items()}
@@ -220,7 +223,7 @@ def _train_record(report: StepReport, counters: Counters, stats: RuntimeStats) -
         "losses": losses,
         "matching": {name.removeprefix(MATCHING): value for name, value in means.items() if name.startswith(MATCHING)},
         "gradient_norm": window.gradient_norm / max(window.steps, 1),
-        "learning_rate": dict(report.learning_rate),
+        "learning_rate": dict(learning_rate),
         "images_per_second": window.images / window.seconds if window.seconds else None,
         "waiting_fraction": window.waiting / window.seconds if window.seconds else None,
         "memory_gib": stats.memory,

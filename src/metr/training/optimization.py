@@ -3,10 +3,11 @@
 import copy
 import math
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor, nn, optim
 
 from metr.errors import ModelError
@@ -57,6 +58,22 @@ def parameter_groups(network: nn.Module, config: OptimizerConfig) -> list[dict[s
         decay = config.weight_decay if decays else 0.0
         groups.append({"params": parameters, "lr": rate, "initial_lr": rate, "weight_decay": decay, "part": part})
     return groups
+
+
+def step_if(optimizer: optim.Optimizer, finite: Bool[Tensor, ""]) -> None:
+    """Makes the optimizer's step if `finite`, a truth value on the device.
+
+    The host does not wait for that value: a fused optimizer leaves weights and state alone where the device says so.
+    Otherwise, and for parameters that are sharded over processes, it does wait.
+    """
+    first = optimizer.param_groups[0]["params"][0]
+    if optimizer.defaults.get("fused") and not hasattr(first, "to_local"):
+        flagged: Any = optimizer
+        flagged.found_inf = (~finite).to(torch.float32)  # where gradient scalers put it, too
+        optimizer.step()
+        flagged.found_inf = None
+    elif bool(finite):
+        optimizer.step()
 
 
 def set_learning_rates(optimizer: optim.Optimizer, factor: float) -> dict[str, float]:
@@ -123,9 +140,17 @@ class Ema:
         return self.config.decay * (1 - math.exp(-step / self.config.tau))
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Moves the average towards the weights that step `step`, counted from 1, left in the network."""
-        torch._foreach_lerp_(self._averages, self._weights, 1 - self.decay(step))
+    def update(self, step: int, made: Bool[Tensor, ""] | None = None) -> None:
+        """Moves the average towards the weights that step `step`, counted from 1, left in the network.
+
+        With `made`, a truth value on the device, it does so only if that is true, and the host does not wait for it.
+        """
+        if made is None:
+            torch._foreach_lerp_(self._averages, self._weights, 1 - self.decay(step))
+        else:
+            moves = torch._foreach_sub(self._weights, self._averages)
+            torch._foreach_mul_(moves, made * (1 - self.decay(step)))
+            torch._foreach_add_(self._averages, moves)
         if self._buffers:
             torch._foreach_copy_(self._copies, self._buffers)
 
@@ -138,18 +163,31 @@ class KeptBuffers:
     """
 
     def __init__(self, network: nn.Module) -> None:
-        self._buffers = list(network.buffers())
-        self._kept = [buffer.clone() for buffer in self._buffers]
+        # one row of numbers for all buffers of a kind: a few operations, however many buffers there are
+        kinds: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+        for buffer in network.buffers():
+            kinds[buffer.dtype].append(buffer)
+        self._buffers = list(kinds.values())
+        self._kept = [_row(buffers) for buffers in self._buffers]
 
     def keep(self) -> None:
         """Copies the buffers as they are now."""
-        if self._buffers:
-            torch._foreach_copy_(self._kept, self._buffers)
+        self._kept = [_row(buffers) for buffers in self._buffers]
 
-    def restore(self) -> None:
-        """Puts the last copy back."""
-        if self._buffers:
-            torch._foreach_copy_(self._buffers, self._kept)
+    def keep_if(self, made: Bool[Tensor, ""]) -> None:
+        """Copies the buffers if `made`, a truth value on the device, is true; else puts the last copy back.
+
+        The host does not wait for that value.
+        """
+        for place, buffers in enumerate(self._buffers):
+            self._kept[place] = torch.where(made, _row(buffers), self._kept[place])
+            parts = torch.split(self._kept[place], [buffer.numel() for buffer in buffers])
+            torch._foreach_copy_(buffers, [part.view_as(one) for part, one in zip(parts, buffers, strict=True)])
+
+
+def _row(buffers: Sequence[Tensor]) -> Tensor:
+    """All numbers of the buffers, one after the other."""
+    return torch.cat([buffer.detach().flatten() for buffer in buffers])
 
 
 def freeze(network: nn.Module, what: Freeze) -> tuple[nn.Module, ...]:

@@ -21,8 +21,8 @@ from metr.processes import process_count
 from metr.run_directory import RunDirectory
 from metr.training.comparison import COMPARISON
 from metr.training.config import RunConfig, changed_lines
+from metr.training.parts import Outcome
 from metr.training.run_log import tell
-from metr.training.trainer import Outcome
 
 # What the header of a run shows of datasets and of settings that differ from the recipe, so that it stays on a screen.
 _DATASETS, _CHANGES = 4, 3

@@ -25,14 +25,13 @@ _MOST_METRICS = 8
 class Snapshot:
     """Where training stands after a step.
 
-    `terms` are the loss terms of the step, `epochs` how many times each dataset has been seen, `memory` is the peak
-    in GiB, `seconds_left` an estimate that includes evaluations. `metrics` are those of the evaluation at step
-    `evaluated_step`, `skipped` counts steps that were skipped for numbers that are not finite.
+    `epochs` are how many times each dataset has been seen, `memory` is the peak in GiB, `seconds_left` an estimate
+    that includes evaluations. `metrics` are those of the evaluation at step `evaluated_step`, `skipped` counts steps
+    that were skipped for numbers that are not finite.
     """
 
     step: int
     steps: int
-    terms: Mapping[str, float]
     images_per_second: float
     seconds_left: float
     memory: float
@@ -76,10 +75,13 @@ class Progress:
         """Smooths the losses from these on, and keeps them up to date in the same mapping."""
         self._losses = losses
 
+    def smooth(self, terms: Mapping[str, float]) -> None:
+        """Smooths the loss terms of one more step."""
+        for name, value in grouped_terms(terms).items():
+            self._losses[name] = _KEPT * self._losses.get(name, value) + (1 - _KEPT) * value
+
     def update(self, snapshot: Snapshot) -> None:
         """Shows the newest state."""
-        for name, value in grouped_terms(snapshot.terms).items():
-            self._losses[name] = _KEPT * self._losses.get(name, value) + (1 - _KEPT) * value
         self._snapshot = snapshot
         if time.monotonic() - self._shown >= self.seconds:
             self._shown = time.monotonic()

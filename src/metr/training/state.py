@@ -19,6 +19,7 @@ from metr.errors import CheckpointError, ConfigError, MetrError, did_you_mean
 from metr.run_directory import COUNTERS, RunDirectory, existing_folder, replaced_folder
 from metr.serialization import load_weights, read_json, read_tensors, write_json, write_tensors
 from metr.training.config import LoopConfig
+from metr.training.step_report import StepCost, StepReport
 
 _SETTINGS = "settings.json"
 _NETWORK, _AVERAGE, _OPTIMIZER, _RANDOM = (
@@ -27,23 +28,6 @@ _NETWORK, _AVERAGE, _OPTIMIZER, _RANDOM = (
 _PYTHON_VERSION = 3  # of the tuple that random.getstate gives
 _NUMPY_KIND = "MT19937"
 _logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StepReport:
-    """One step. `figures` are loss terms and matching statistics, averaged over its batches and over all processes.
-
-    `faulty` names the figures (or the gradient) that were not finite; if there are any, the step changed nothing.
-    `images` counts those of all processes. `waiting` is the part of `seconds` spent waiting for the batches.
-    """
-
-    learning_rate: Mapping[str, float]
-    figures: Mapping[str, float] = field(default_factory=dict)
-    gradient_norm: float = math.nan
-    faulty: tuple[str, ...] = ()
-    images: int = 0
-    seconds: float = 0.0
-    waiting: float = 0.0
 
 
 @dataclass(kw_only=True)
@@ -85,14 +69,17 @@ class Counters:
     window: Window = field(default_factory=Window)
     smoothed: dict[str, float] = field(default_factory=dict)
 
-    def add(self, report: StepReport) -> None:
-        """Counts one step."""
-        window = self.window
+    def advance(self, cost: StepCost) -> None:
+        """Counts a step that was made, or queued; `add` counts its numbers when they have been read."""
         self.step += 1
-        for counted in (self, window):
-            counted.images += report.images
-            counted.seconds += report.seconds
-        window.waiting += report.waiting
+        for counted in (self, self.window):
+            counted.images += cost.images
+            counted.seconds += cost.seconds
+        self.window.waiting += cost.waiting
+
+    def add(self, report: StepReport) -> None:
+        """Counts the numbers of a step."""
+        window = self.window
         if report.faulty:
             self.skipped += 1
             self.skipped_in_a_row += 1

@@ -147,16 +147,16 @@ def sample_vocabulary(targets: Targets, limit: int, generator: torch.Generator |
     known = targets.present, targets.annotated & ~targets.ignored, targets.assumed_negative & ~targets.ignored
     has_object, sure, assumed_negative = _of_all_processes(torch.stack(known)).unbind()
     present = has_object.any(0)
-    lots = torch.rand(3, len(has_object), vocabulary_size, generator=generator).to(device)
+    lots = torch.rand(3, len(has_object), vocabulary_size, generator=generator).to(device, non_blocking=True)
     annotated = _rounds(sure, lots[0])
     assumed = _rounds(assumed_negative, lots[1]) + vocabulary_size
     # lots are random numbers below 1: they order the names of one round
     priority = torch.stack([annotated, assumed]).amin(dim=(0, 1)) + lots[2, 0]
     priority = priority.masked_fill(present, -1)
-    number = max(limit, int(present.sum()))
-    best, rows = priority.topk(number, largest=False)
-    chosen = rows[best < _NEVER].sort().values
-    return chosen if len(chosen) else rows[:1]
+    # the only values that the host waits for, in one transfer
+    names_present, names_known = torch.stack([present.sum(), (priority < _NEVER).sum()]).tolist()
+    number = max(1, min(max(limit, names_present), names_known))
+    return priority.topk(number, largest=False).indices.sort().values
 
 
 def _of_all_processes(masks: Bool[Tensor, "n b v"]) -> Bool[Tensor, "n _b v"]:

@@ -40,6 +40,7 @@ from metr.training.config import (
 from metr.training.finetune_recipe import RECIPE, left_to_finetuning
 from metr.training.images import ValImages
 from metr.training.logger import check_trackers
+from metr.training.parts import Evaluated, Outcome, TrainingParts
 from metr.training.plan import header, page, steps_of, tell_end
 from metr.training.provenance import provenance
 from metr.training.resumption import (
@@ -54,7 +55,7 @@ from metr.training.resumption import (
 from metr.training.run_log import RunLog, log_page, tell
 from metr.training.state import check_place, seed_everything
 from metr.training.step_targets import PseudoLabeler
-from metr.training.trainer import Evaluated, Outcome, Trainer, TrainingParts
+from metr.training.trainer import Trainer
 
 Data = str | Path | Sequence[str | Path]
 """One dataset or several, as arguments of a command: a folder, name=folder, or a YAML file that lists some."""

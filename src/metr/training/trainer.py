@@ -3,9 +3,9 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,7 +17,6 @@ from metr.config import Config
 from metr.data.loading import TrainLoader
 from metr.devices import autocast, peak_memory, resolved_precision
 from metr.layers.batch_norm import synchronize_batch_norms
-from metr.losses.criterion import SetCriterion
 from metr.losses.matcher import match_statistics
 from metr.run_directory import RunDirectory
 from metr.structures import Batch, Losses
@@ -33,11 +32,12 @@ from metr.training.optimization import (
     freeze,
     learning_rate_factor,
     set_learning_rates,
+    step_if,
 )
+from metr.training.parts import Evaluate, Outcome, TrainingParts
 from metr.training.signals import Abandoned, StopSignals
 from metr.training.state import (
     Counters,
-    StepReport,
     Trained,
     check_place,
     check_steps,
@@ -49,53 +49,10 @@ from metr.training.state import (
     seed_everything,
     undisturbed_random_state,
 )
-from metr.training.step_targets import PseudoLabeler, StepTargets
+from metr.training.step_report import StepCost, StepReport, UnreadReport, read_reports
+from metr.training.step_targets import StepTargets
 
 _logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingParts:
-    """What is trained, on what, and all that goes into its checkpoints besides the weights.
-
-    `loader` is called once with the keywords `seed`, `start` (samples already taken by all processes), `rank`, `world`
-    and `device`; use `partial(build_train_loader, datasets, config)`. `checkpoint` lacks its weights; the network is
-    trained with its text embeddings. `teacher` adds pseudo-labels to the targets.
-    """
-
-    network: nn.Module
-    criterion: SetCriterion
-    loader: Callable[..., TrainLoader]
-    checkpoint: Checkpoint
-    teacher: PseudoLabeler | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluated:
-    """What an evaluation gives: metrics by name, and for some names the score from which detections are shown."""
-
-    metrics: Mapping[str, float | None]
-    thresholds: Mapping[str, float] = field(default_factory=dict)
-
-
-Evaluate = Callable[[nn.Module], Evaluated]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """How training ended: after which step, whether it was interrupted, and the metrics of the evaluations.
-
-    `stalled` says that it ended before the last step because evaluations had stopped improving (`loop.patience`);
-    `signal` is the number of the signal that this process was stopped by.
-    """
-
-    step: int
-    interrupted: bool
-    metrics: Mapping[str, float]
-    best: float | None
-    best_step: int
-    stalled: bool = False
-    signal: int | None = None
 
 
 class Trainer:
@@ -142,33 +99,39 @@ class Trainer:
         self._loader: TrainLoader | None = None
         self._resolved = config if resolved is None else resolved
         self._saved_step = -1
+        self._unread: list[UnreadReport] = []
+        self._reads_every_step = self.device.type == "cpu"  # there it costs nothing
         self._stop_signals = StopSignals()
         self._run_logger = RunLogger(self.folder, config.loop, console, self.accelerator)
 
-    def train_step(self, batches: Sequence[Batch]) -> StepReport:
-        """Updates the weights once, by the gradients averaged over all `batches`."""
+    def train_step(self, batches: Sequence[Batch]) -> UnreadReport:
+        """Updates the weights once, by the gradients averaged over all `batches`.
+
+        If a loss term or the gradient is not finite, nothing changes. The device sees to that by itself: the numbers
+        of the step stay there until they are read, and the host goes on.
+        """
         factor = learning_rate_factor(self.counters.step, self.config.loop.steps, self.config.schedule)
         rates = set_learning_rates(self.optimizer, factor)
-        figures: dict[str, float] = {}
+        names: list[tuple[str, ...]] = []
+        values: list[Tensor] = []
         first = self.counters.images
         for number, batch in enumerate(batches, 1):
             with self._exchanging_gradients(number == len(batches)):
-                losses, values = self._losses(batch.to(self.device, non_blocking=True), first)
+                losses, figures = self._losses(batch.to(self.device, non_blocking=True), first)
                 first += len(batch.images) * self.accelerator.num_processes
-                if faulty := tuple(name for name, value in values.items() if not math.isfinite(value)):
-                    return self._skip(StepReport(learning_rate=rates, faulty=faulty))
                 self.accelerator.backward(losses.total / len(batches))
-            figures = {name: figures.get(name, 0.0) + value / len(batches) for name, value in values.items()}
+            names.append(tuple(figures))
+            values.append(self._averaged(figures))
+        values.append(self._clip_gradient().reshape(1))
+        report = UnreadReport(names=tuple(names), values=torch.cat(values), learning_rate=rates)
 
-        norm = self._clip_gradient()
-        if not math.isfinite(norm):
-            return self._skip(StepReport(learning_rate=rates, faulty=("the gradient",)))
-        self.optimizer.step()
+        finite = report.finite
+        step_if(self.optimizer, finite)
         self.optimizer.zero_grad()
-        self._buffers.keep()
+        self._buffers.keep_if(finite)
         if self.ema is not None:
-            self.ema.update(self.counters.step + 1)
-        return StepReport(learning_rate=rates, figures=figures, gradient_norm=norm)
+            self.ema.update(self.counters.step + 1, finite)
+        return report
 
     def fit(self, *, resume: bool = False) -> Outcome:
         """Trains to the last step, or until Ctrl-C, SIGTERM or SIGHUP.
@@ -184,7 +147,7 @@ class Trainer:
         with self._stop_signals, self._run_logger, explained_loss_of_processes():
             batches = self._begin(resume)
             self._evaluate_if_due()  # the resumed run may have stopped just before an evaluation
-            while self.counters.step < self.config.loop.steps and not (self._asked_to_stop() or self._has_stalled()):
+            while self.counters.step < self.config.loop.steps and not self._shall_stop():
                 self._advance(batches)
                 self._evaluate_if_due()
                 self._save_if_due()
@@ -192,8 +155,8 @@ class Trainer:
 
     # the parts of a step
 
-    def _losses(self, batch: Batch, first: int) -> tuple[Losses, dict[str, float]]:
-        """The losses of a batch; and its loss terms and matching statistics as numbers, averaged over processes.
+    def _losses(self, batch: Batch, first: int) -> tuple[Losses, dict[str, Tensor]]:
+        """The losses of a batch; and its loss terms and matching statistics.
 
         `first` is the number of the first sample of all processes' batches.
         """
@@ -203,29 +166,23 @@ class Trainer:
         losses, matches = self.criterion(output, targets)
         statistics = match_statistics(output, targets, matches)
         matching = {MATCHING + name: value for name, value in vars(statistics).items()}
-        return losses, self._averaged({**losses.terms, **matching})
+        return losses, {**losses.terms, **matching}
 
-    def _averaged(self, values: Mapping[str, Tensor]) -> dict[str, float]:
+    def _averaged(self, figures: Mapping[str, Tensor]) -> Tensor:
         """Scalars averaged over processes in one exchange; all processes have the same names."""
-        flat = torch.stack([value.detach().float() for value in values.values()])
-        averages: list[float] = self.accelerator.reduce(flat, "mean").tolist()
-        return dict(zip(values, averages, strict=True))
+        flat = torch.stack([value.detach().float() for value in figures.values()])
+        averages: Tensor = self.accelerator.reduce(flat, "mean")
+        return averages
 
     def _exchanging_gradients(self, wanted: bool) -> AbstractContextManager[None]:
         """Lets processes exchange gradients only if `wanted`: in the backward pass of a step's last batch."""
         return nullcontext() if wanted else self.accelerator.no_sync(self.network)
 
-    def _clip_gradient(self) -> float:
-        """Clips the gradient in place, and returns its norm before that."""
+    def _clip_gradient(self) -> Tensor:
+        """Clips the gradient in place, and returns its norm before that, on the device."""
         parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         limit = self.config.optimizer.clip_norm or math.inf
-        return float(nn.utils.clip_grad_norm_(parameters, limit))
-
-    def _skip(self, report: StepReport) -> StepReport:
-        """Drops the gradients, and undoes what the forward passes did to running statistics."""
-        self.optimizer.zero_grad()
-        self._buffers.restore()
-        return report
+        return nn.utils.clip_grad_norm_(parameters, limit)
 
     # the parts of a run
 
@@ -259,13 +216,36 @@ class Trainer:
         if self.counters.step == 0 and self.config.loop.images and self.accelerator.is_main_process:
             draw_train_batch(batches[0], self.parts.checkpoint.vocabulary.names, self.folder.train_batch)
             started = time.perf_counter() - waiting
-        report = self.train_step(batches)
-        images = sum(len(batch.images) for batch in batches) * self.accelerator.num_processes
-        report = replace(report, images=images, seconds=time.perf_counter() - started, waiting=waiting)
-        self.counters.add(report)
-        if report.faulty:
-            self._run_logger.skipped(report, self.counters, batches)
-        self._run_logger.step(report, self.counters, self._runtime_stats)
+        unread = self.train_step(batches)
+        names = [
+            f"{name} {one}" for batch in batches for name, one in zip(batch.datasets, batch.image_ids, strict=True)
+        ]
+        self._unread.append(replace(unread, step=self.counters.step + 1, images=tuple(names)))
+        reports = self._read_reports() if self._reading_is_due() else []
+        images = len(names) * self.accelerator.num_processes
+        cost = StepCost(images=images, seconds=time.perf_counter() - started, waiting=waiting)
+        self.counters.advance(cost)
+        self._count(reports)
+        self._run_logger.step(cost, unread.learning_rate, self.counters, self._runtime_stats)
+
+    def _reading_is_due(self) -> bool:
+        """Whether the numbers of the newest steps are to be read. On a device the host would wait for them each time.
+
+        They are read for each line of metrics.jsonl, and soon enough to give up after `max_skipped` steps.
+        """
+        loop, step = self.config.loop, self.counters.step + 1
+        often = self._reads_every_step or step == 1 or step % loop.log_every == 0
+        return often or len(self._unread) >= loop.max_skipped
+
+    def _read_reports(self) -> list[StepReport]:
+        """The reports of all steps since the last time, in one transfer."""
+        unread, self._unread = self._unread, []
+        return read_reports(unread)
+
+    def _count(self, reports: Sequence[StepReport]) -> None:
+        for report in reports:
+            self.counters.add(report)
+            self._run_logger.read(report, self.counters)
 
     @property
     def _epochs(self) -> dict[str, float]:
@@ -276,15 +256,25 @@ class Trainer:
         unreadable = 0 if self._loader is None else len(self._loader.issues)
         return RuntimeStats(memory=peak_memory(self.device), epochs=self._epochs, unreadable=unreadable)
 
-    def _asked_to_stop(self) -> bool:
-        """Whether any process was asked to stop; then all stop after the same step."""
-        return self._in_any_process(self._stop_signals.requested)
+    def _shall_stop(self) -> bool:
+        """Whether any process was asked to stop, or evaluations have stopped improving; all stop after the same step.
+
+        Several processes with accelerators look only where the host waits anyway: every `log_every` steps, and after
+        evaluations.
+        """
+        step, loop = self.counters.step, self.config.loop
+        at_turn = step % loop.log_every == 0 or (loop.evaluate_every and step % loop.evaluate_every == 0)
+        if self.accelerator.num_processes > 1 and not (self._reads_every_step or at_turn):
+            return False
+        return self._in_any_process(self._stop_signals.requested) or self._has_stalled()
 
     def _has_stalled(self) -> bool:
         """Whether evaluations have stopped improving. Only the main process knows, and tells the others."""
         return self._in_any_process(self.counters.has_stalled(self.config.loop))
 
     def _in_any_process(self, flag: bool) -> bool:
+        if self.accelerator.num_processes == 1:
+            return flag
         return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.device), "sum") > 0)
 
     # evaluation
@@ -353,6 +343,7 @@ class Trainer:
 
     def _save(self, again: bool = False) -> None:
         """Writes the last checkpoint and the state. If this step's are written already, only `again` rewrites them."""
+        self._count(self._read_reports())
         if self._saved_step == self.counters.step and not again:
             return
         random_states = gathered_random_state(self.accelerator)

@@ -1,0 +1,55 @@
+"""What goes into training and what comes out: parts, evaluations, the outcome."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from metr.checkpoint import Checkpoint
+from metr.data.loading import TrainLoader
+from metr.losses.criterion import SetCriterion
+from metr.training.step_targets import PseudoLabeler
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingParts:
+    """What is trained, on what, and all that goes into its checkpoints besides the weights.
+
+    `loader` is called once with the keywords `seed`, `start` (samples already taken by all processes), `rank`, `world`
+    and `device`; use `partial(build_train_loader, datasets, config)`. `checkpoint` lacks its weights; the network is
+    trained with its text embeddings. `teacher` adds pseudo-labels to the targets.
+    """
+
+    network: nn.Module
+    criterion: SetCriterion
+    loader: Callable[..., TrainLoader]
+    checkpoint: Checkpoint
+    teacher: PseudoLabeler | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """What an evaluation gives: metrics by name, and for some names the score from which detections are shown."""
+
+    metrics: Mapping[str, float | None]
+    thresholds: Mapping[str, float] = field(default_factory=dict)
+
+
+Evaluate = Callable[[nn.Module], Evaluated]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How training ended: after which step, whether it was interrupted, and the metrics of the evaluations.
+
+    `stalled` says that it ended before the last step because evaluations had stopped improving (`loop.patience`);
+    `signal` is the number of the signal that this process was stopped by.
+    """
+
+    step: int
+    interrupted: bool
+    metrics: Mapping[str, float]
+    best: float | None
+    best_step: int
+    stalled: bool = False
+    signal: int | None = None
