@@ -149,8 +149,8 @@ class TrainConfig(Config):
     pseudo_labels: PseudoLabelConfig = PseudoLabelConfig()
     """Thresholds of `unannotated: pseudo_label`."""
     parallel: Parallel = "ddp"
-    """What each of several processes keeps: `ddp`, the whole network; `fsdp`, a part of every weight, gradient and moment
-    of the optimizer, for networks that are too large otherwise. A single process keeps everything."""
+    """What each of several processes keeps: `ddp`, the whole network; `fsdp`, a part of every weight, gradient and
+    moment of the optimizer, for networks that are too large otherwise. A single process keeps everything."""
     loop: LoopConfig = LoopConfig()
     """How long, on what, and how often something is written."""
 

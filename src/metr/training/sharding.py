@@ -3,7 +3,7 @@
 import copy
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -21,6 +21,8 @@ from metr.training.optimization import BACKBONE, backbone_stages
 
 # Autocast alone decides the precision of the arithmetic, as it does with DDP. Gradients are added up in float32.
 _PRECISION = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+_BUCKET = 2**24  # numbers that are gathered at once
+_TINY = 1e-6  # as in torch's clip_grad_norm_
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 # the structures that a block takes or gives, in which torch has to find the tensors
 _STRUCTURES = (Memory, Categories, Proposals, DenoisingPlan, DenoisingOutput, DetectorOutput)
@@ -54,18 +56,19 @@ class ShardedEngine(Engine):
         return nullcontext()
 
     def clip_gradient(self, optimizer: optim.Optimizer, limit: float) -> float:
-        """As in `Engine`. The norm is that of the whole gradient."""
-        parameters = parameters_of(optimizer)
-        norm = nn.utils.get_total_norm([each.grad for each in parameters if each.grad is not None])
-        norm = _whole(norm)
-        nn.utils.clip_grads_with_norm_(parameters, limit or math.inf, norm)
-        return float(norm)
+        """As in `Engine`. The norm is that of the whole gradient, made of those of all parts in one exchange."""
+        gradients = [each.grad.to_local() for each in parameters_of(optimizer) if isinstance(each.grad, DTensor)]
+        total = nn.utils.get_total_norm(gradients).double().square()
+        distributed.all_reduce(total)
+        norm = float(total.sqrt())
+        if 0 < limit < norm < math.inf:
+            torch._foreach_mul_(gradients, limit / (norm + _TINY))
+        return norm
 
     def gathered(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """The whole tensors on the CPU of the main process; an empty mapping in the others."""
         kept = {}
-        for name, tensor in tensors.items():
-            whole = _whole(tensor.detach())  # every process has it now, one tensor at a time
+        for name, whole in whole_tensors(tensors):
             if self.accelerator.is_main_process:
                 kept[name] = whole.cpu()
         return kept
@@ -79,9 +82,8 @@ class ShardedEngine(Engine):
 
     def whole_network(self, network: nn.Module) -> nn.Module:
         """A copy with whole weights, in evaluation mode. It is as large as the network, in every process."""
-        weights = {name: _whole(tensor.detach()).clone() for name, tensor in network.state_dict().items()}
         plain = copy.deepcopy(self._skeleton)
-        plain.load_state_dict(weights, assign=True)
+        plain.load_state_dict(dict(whole_tensors(network.state_dict())), assign=True)
         return plain.eval().requires_grad_(False)
 
 
@@ -119,8 +121,42 @@ def blocks(network: nn.Module) -> list[nn.Module]:
     return [block for block in found if not isinstance(block, _CONTAINERS) and any(True for _ in block.parameters())]
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def whole_tensors(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The name and a copy of the whole of each tensor, those that are not sharded first.
+
+    All processes must go through all of them together. Besides what the caller keeps there are never more than three
+    buckets of whole tensors in memory.
+    """
+    bucket: dict[str, DTensor] = {}
+    yield from ((name, tensor.detach().clone()) for name, tensor in tensors.items() if not isinstance(tensor, DTensor))
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, DTensor):
+            continue
+        full = sum(each.numel() for each in bucket.values()) + tensor.numel() > _BUCKET
+        if bucket and (full or tensor.dtype != next(iter(bucket.values())).dtype):
+            yield from _exchanged(bucket)
+            bucket = {}
+        bucket[name] = tensor
+    if bucket:
+        yield from _exchanged(bucket)
+
+
+def _exchanged(bucket: Mapping[str, DTensor]) -> Iterator[tuple[str, Tensor]]:
+    """The name and the whole of each sharded tensor of one type, in one exchange: hundreds would take seconds."""
+    rows = [_padded_part(tensor).flatten() for tensor in bucket.values()]
+    own = torch.cat(rows)
+    every = [torch.empty_like(own) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(every, own)
+    parts = torch.split(torch.stack(every), [len(row) for row in rows], dim=1)
+    for (name, tensor), part in zip(bucket.items(), parts, strict=True):
+        yield name, part.reshape(-1, *tensor.shape[1:])[: tensor.shape[0]].clone()
+
+
+def _padded_part(tensor: DTensor) -> Tensor:
+    """The rows of this process. The last processes may have fewer than the first, or none; zeros make up for it."""
+    part: Tensor = tensor.to_local().detach()
+    missing = math.ceil(tensor.shape[0] / tensor.device_mesh.size()) - part.shape[0]
+    return torch.cat([part, part.new_zeros(missing, *part.shape[1:])])
 
 
 def _copy_from_main_process(network: nn.Module) -> None:
