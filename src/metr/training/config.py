@@ -32,6 +32,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Count = Annotated[int, Field(ge=0)]
 PositiveCount = Annotated[int, Field(ge=1)]
 Freeze = Literal["none", "half", "backbone", "encoder"]
+Parallel = Literal["ddp", "fsdp"]
 
 
 class OptimizerConfig(Config):
@@ -147,6 +148,9 @@ class TrainConfig(Config):
     mode."""
     pseudo_labels: PseudoLabelConfig = PseudoLabelConfig()
     """Thresholds of `unannotated: pseudo_label`."""
+    parallel: Parallel = "ddp"
+    """What each of several processes keeps: `ddp`, the whole network; `fsdp`, a part of every weight, gradient and
+    moment of the optimizer, for networks that are too large otherwise. A single process keeps everything."""
     loop: LoopConfig = LoopConfig()
     """How long, on what, and how often something is written."""
 

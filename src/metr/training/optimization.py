@@ -22,11 +22,16 @@ def build_optimizer(network: nn.Module, config: OptimizerConfig) -> optim.AdamW:
 
     The fused implementation is by far the quickest on CPUs and GPUs alike.
     """
+    freeze_without_rate(network, config)
+    groups = parameter_groups(network, config)
+    return optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.epsilon, fused=True)
+
+
+def freeze_without_rate(network: nn.Module, config: OptimizerConfig) -> None:
+    """Freezes the backbone if its learning rate is 0."""
     if not config.backbone_multiplier:
         for name, parameter in network.named_parameters():
             parameter.requires_grad_(parameter.requires_grad and not name.startswith(f"{BACKBONE}."))
-    groups = parameter_groups(network, config)
-    return optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.epsilon, fused=True)
 
 
 def parameter_groups(network: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
@@ -126,11 +131,12 @@ class Ema:
         network: The network to follow, already on its device: its parameters and buffers are looked up once only,
             because that takes as long as averaging them.
         config: Decay and its warm-up.
+        average: A copy of the network, which becomes the average; made here by default.
     """
 
-    def __init__(self, network: nn.Module, config: EmaConfig) -> None:
+    def __init__(self, network: nn.Module, config: EmaConfig, average: nn.Module | None = None) -> None:
         self.config = config
-        self.network = copy.deepcopy(network).eval().requires_grad_(False)
+        self.network = copy.deepcopy(network).eval().requires_grad_(False) if average is None else average
         self._weights: list[Tensor] = [*network.parameters()]
         self._averages: list[Tensor] = [*self.network.parameters()]
         self._buffers, self._copies = list(network.buffers()), list(self.network.buffers())

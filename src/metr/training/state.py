@@ -19,6 +19,7 @@ from metr.errors import CheckpointError, ConfigError, MetrError, did_you_mean
 from metr.run_directory import COUNTERS, RunDirectory, existing_folder, replaced_folder
 from metr.serialization import load_weights, read_json, read_tensors, write_json, write_tensors
 from metr.training.config import LoopConfig
+from metr.training.engine import Engine, parameters_of
 from metr.training.step_report import StepCost, StepReport
 
 _SETTINGS = "settings.json"
@@ -129,10 +130,35 @@ class Trained:
     network: nn.Module
     average: nn.Module | None
     optimizer: optim.Optimizer
+    engine: Engine
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainedTensors:
+    """The whole tensors of `Trained`, by name; in other processes than the main one they may be missing."""
+
+    network: Mapping[str, Tensor]
+    average: Mapping[str, Tensor] | None
+    optimizer: Mapping[str, Tensor]
+
+    @property
+    def inference(self) -> Mapping[str, Tensor]:
+        """The weights for detection: the average, if there is one."""
+        return self.network if self.average is None else self.average
+
+
+def gathered_tensors(trained: Trained) -> TrainedTensors:
+    """What is to be saved. All processes must call this together."""
+    gathered = trained.engine.gathered
+    return TrainedTensors(
+        network=gathered(trained.network.state_dict()),
+        average=None if trained.average is None else gathered(trained.average.state_dict()),
+        optimizer=gathered(optimizer_tensors(trained.network, trained.optimizer)),
+    )
 
 
 def save_state(
-    folder: Path, trained: Trained, counters: Counters, random_states: Mapping[str, Tensor], settings: Config
+    folder: Path, trained: TrainedTensors, counters: Counters, random_states: Mapping[str, Tensor], settings: Config
 ) -> None:
     """Writes the state: whole, or not at all.
 
@@ -147,10 +173,10 @@ def save_state(
         CheckpointError: a file cannot be written.
     """
     with replaced_folder(folder, COUNTERS) as fresh:
-        write_tensors(fresh / _NETWORK, trained.network.state_dict())
+        write_tensors(fresh / _NETWORK, trained.network)
         if trained.average is not None:
-            write_tensors(fresh / _AVERAGE, trained.average.state_dict())
-        write_tensors(fresh / _OPTIMIZER, optimizer_tensors(trained.network, trained.optimizer))
+            write_tensors(fresh / _AVERAGE, trained.average)
+        write_tensors(fresh / _OPTIMIZER, trained.optimizer)
         write_tensors(fresh / _RANDOM, random_states)
         write_json(fresh / _SETTINGS, leaves(settings.model_dump(mode="json")))
         write_json(fresh / COUNTERS, asdict(counters))
@@ -169,16 +195,22 @@ def load_state(folder: Path, trained: Trained, settings: Config) -> tuple[Counte
     counters = Counters.of(read_json(folder / COUNTERS), folder / COUNTERS)
     random_states = read_tensors(folder / _RANDOM)
     hint = "resume with the model's configuration that training began with (config.yaml of the run), or start a new run"
-    load_weights(trained.network, read_tensors(folder / _NETWORK), where=folder / _NETWORK, hint=hint)
+    _load(trained.network, folder / _NETWORK, trained.engine, hint)
     if trained.average is not None:
         if not (folder / _AVERAGE).exists():
             what = "the run was begun without an average of its weights, which a resumed run cannot begin to keep"
             raise CheckpointError(what, where=folder, hint="train.ema.enabled=false, or start a new run")
-        load_weights(trained.average, read_tensors(folder / _AVERAGE), where=folder / _AVERAGE, hint=hint)
-    tensors = read_tensors(folder / _OPTIMIZER)
-    restore_optimizer(trained.network, trained.optimizer, tensors, where=folder / _OPTIMIZER)
+        _load(trained.average, folder / _AVERAGE, trained.engine, hint)
+    restore_optimizer(trained, read_tensors(folder / _OPTIMIZER), where=folder / _OPTIMIZER)
     _log_changed_settings(folder / _SETTINGS, settings)
     return counters, random_states
+
+
+def _load(network: nn.Module, path: Path, engine: Engine, hint: str) -> None:
+    """Loads whole weights, of which each process keeps its part."""
+    own, whole = network.state_dict(), read_tensors(path)
+    weights = {name: engine.own_part(own[name], value) if name in own else value for name, value in whole.items()}
+    load_weights(network, weights, where=path, hint=hint)
 
 
 def _log_changed_settings(path: Path, now: Config) -> None:
@@ -232,31 +264,29 @@ def optimizer_tensors(network: nn.Module, optimizer: optim.Optimizer) -> dict[st
     }
 
 
-def restore_optimizer(
-    network: nn.Module, optimizer: optim.Optimizer, tensors: Mapping[str, Tensor], *, where: object = None
-) -> None:
-    """Puts back what `optimizer_tensors` gave.
+def restore_optimizer(trained: Trained, tensors: Mapping[str, Tensor], *, where: object = None) -> None:
+    """Puts back what `optimizer_tensors` gave, whole.
 
     Raises:
         CheckpointError: a tensor belongs to no trainable parameter, or has another shape.
     """
-    parameters = dict(_optimized(network, optimizer))
+    optimizer = trained.optimizer
+    parameters = dict(_optimized(trained.network, optimizer))
     by_parameter: dict[str, dict[str, Tensor]] = {}
     for full_name, value in tensors.items():
         name, _, key = full_name.rpartition("/")
         if name not in parameters or (value.ndim and value.shape != parameters[name].shape):
             what = f"{full_name} {list(value.shape)} belongs to no trainable parameter of that shape"
             raise CheckpointError(what, where=where, hint="resume with the configuration that training began with")
-        by_parameter.setdefault(name, {})[key] = value.clone()
+        by_parameter.setdefault(name, {})[key] = trained.engine.own_part(parameters[name], value).clone()
     values = optimizer.state_dict()
-    order = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
-    indices = {key: index for index, key in enumerate(order)}
+    indices = {id(parameter): index for index, parameter in enumerate(parameters_of(optimizer))}
     values["state"] = {indices[id(parameters[name])]: state for name, state in by_parameter.items()}
     optimizer.load_state_dict(values)
 
 
 def _optimized(network: nn.Module, optimizer: optim.Optimizer) -> Iterator[tuple[str, nn.Parameter]]:
-    members = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    members = {id(parameter) for parameter in parameters_of(optimizer)}
     yield from ((name, parameter) for name, parameter in network.named_parameters() if id(parameter) in members)
 
 

@@ -1,10 +1,8 @@
 """The training loop: steps, evaluations, checkpoints, and exact resumption."""
 
 import logging
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from metr.structures import Batch, Losses
 from metr.training.config import TrainConfig
 from metr.training.curves import redraw_curves
 from metr.training.distribution import build_accelerator, explained_loss_of_processes
+from metr.training.engine import build_engine
 from metr.training.images import draw_train_batch
 from metr.training.logger import MATCHING, RunLogger, RuntimeStats
 from metr.training.optimization import (
@@ -30,6 +29,7 @@ from metr.training.optimization import (
     KeptBuffers,
     build_optimizer,
     freeze,
+    freeze_without_rate,
     learning_rate_factor,
     set_learning_rates,
     step_if,
@@ -42,6 +42,7 @@ from metr.training.state import (
     check_place,
     check_steps,
     gathered_random_state,
+    gathered_tensors,
     has_state,
     load_state,
     restore_random_state,
@@ -84,12 +85,13 @@ class Trainer:
         self.precision = resolved_precision(config.loop.precision, self.device)
         self.plain_network = parts.network.to(self.device)
         self._frozen = freeze(self.plain_network, config.freeze)
+        freeze_without_rate(self.plain_network, config.optimizer)
         if self.accelerator.num_processes > 1:
             synchronize_batch_norms(self.plain_network)
+        self.engine = build_engine(config.parallel, self.accelerator, self.plain_network, config.ema.enabled)
+        self.network, average = self.engine.network, self.engine.average
         self.optimizer = build_optimizer(self.plain_network, config.optimizer)
-        # No placement: the network is on its device, and to place it again could replace its buffers.
-        self.network = self.accelerator.prepare(self.plain_network, device_placement=[False])
-        self.ema = Ema(self.plain_network, config.ema) if config.ema.enabled else None
+        self.ema = None if average is None else Ema(self.plain_network, config.ema, average)
         self._buffers = KeptBuffers(self.plain_network)
         self.criterion = parts.criterion.to(self.device)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
@@ -116,13 +118,14 @@ class Trainer:
         values: list[Tensor] = []
         first = self.counters.images
         for number, batch in enumerate(batches, 1):
-            with self._exchanging_gradients(number == len(batches)):
+            with self.engine.exchanging_gradients(number == len(batches)):
                 losses, figures = self._losses(batch.to(self.device, non_blocking=True), first)
                 first += len(batch.images) * self.accelerator.num_processes
                 self.accelerator.backward(losses.total / len(batches))
             names.append(tuple(figures))
             values.append(self._averaged(figures))
-        values.append(self._clip_gradient().reshape(1))
+        norm = self.engine.clip_gradient(self.optimizer, self.config.optimizer.clip_norm)
+        values.append(norm.reshape(1))
         report = UnreadReport(names=tuple(names), values=torch.cat(values), learning_rate=rates)
 
         finite = report.finite
@@ -173,16 +176,6 @@ class Trainer:
         flat = torch.stack([value.detach().float() for value in figures.values()])
         averages: Tensor = self.accelerator.reduce(flat, "mean")
         return averages
-
-    def _exchanging_gradients(self, wanted: bool) -> AbstractContextManager[None]:
-        """Lets processes exchange gradients only if `wanted`: in the backward pass of a step's last batch."""
-        return nullcontext() if wanted else self.accelerator.no_sync(self.network)
-
-    def _clip_gradient(self) -> Tensor:
-        """Clips the gradient in place, and returns its norm before that, on the device."""
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        limit = self.config.optimizer.clip_norm or math.inf
-        return nn.utils.clip_grad_norm_(parameters, limit)
 
     # the parts of a run
 
@@ -285,20 +278,21 @@ class Trainer:
         if self.evaluate is None or not at_turn or counters.step <= counters.evaluated_step:
             return
         self._save()  # an evaluation is long, and may fail
+        network = self.engine.whole_network(self._inference_network)
         if not self.accelerator.is_main_process:
             counters.evaluated_step = counters.step
         elif not self._stop_signals.requested:
-            self._evaluate(self.evaluate)
+            self._evaluate(self.evaluate, network)
         self.accelerator.wait_for_everyone()
         self._save(again=True)
 
     @torch.no_grad()
-    def _evaluate(self, evaluate: Evaluate) -> None:
-        """Evaluates the average, or the network if there is none, and saves it if it is the best so far."""
+    def _evaluate(self, evaluate: Evaluate, network: nn.Module) -> None:
+        """Evaluates the network for inference, and saves it if it is the best so far."""
         counters, logger, signals = self.counters, self._run_logger, self._stop_signals
         try:
             with undisturbed_random_state(self.device), signals.leaving_at_once(), logger.evaluation(counters.step):
-                found = evaluate(self._inference_network.eval())
+                found = evaluate(network.eval())
         except Abandoned:
             _logger.warning("the evaluation is broken off; a resumed run makes it again")
             return
@@ -312,16 +306,16 @@ class Trainer:
             redraw_curves(self.folder.path)
         if counters.is_best(best_metric := self.config.loop.best_metric):
             counters.best, counters.best_step = counters.metrics[best_metric], counters.step
-            save_checkpoint(self.folder.best, self._checkpoint())
+            save_checkpoint(self.folder.best, self._checkpoint(network.state_dict()))
 
     # checkpoints
 
     @property
     def _inference_network(self) -> nn.Module:
-        """The network that is evaluated and saved."""
+        """The network that is evaluated and saved: the average, if there is one."""
         return self.plain_network if self.ema is None else self.ema.network
 
-    def _checkpoint(self) -> Checkpoint:
+    def _checkpoint(self, weights: Mapping[str, Tensor]) -> Checkpoint:
         counters = self.counters
         epochs = {name: round(times, 3) for name, times in self._epochs.items()}
         counted = {"step": counters.step, "images": counters.images, "epochs": epochs, "metrics": counters.metrics}
@@ -329,12 +323,11 @@ class Trainer:
         own = self.parts.checkpoint
         thresholds = {**own.detection.thresholds, **counters.thresholds}
         detection = own.detection.model_copy(update={"thresholds": thresholds})
-        weights = self._inference_network.state_dict()
         return replace(own, weights=weights, training=training, detection=detection)
 
     def _trained(self) -> Trained:
         average = None if self.ema is None else self.ema.network
-        return Trained(network=self.plain_network, average=average, optimizer=self.optimizer)
+        return Trained(network=self.plain_network, average=average, optimizer=self.optimizer, engine=self.engine)
 
     def _save_if_due(self) -> None:
         every = self.config.loop.checkpoint_every
@@ -346,10 +339,10 @@ class Trainer:
         self._count(self._read_reports())
         if self._saved_step == self.counters.step and not again:
             return
-        random_states = gathered_random_state(self.accelerator)
+        random_states, tensors = gathered_random_state(self.accelerator), gathered_tensors(self._trained())
         if self.accelerator.is_main_process:
-            save_checkpoint(self.folder.last, self._checkpoint())
-            save_state(self.folder.state, self._trained(), self.counters, random_states, self._resolved)
+            save_checkpoint(self.folder.last, self._checkpoint(tensors.inference))
+            save_state(self.folder.state, tensors, self.counters, random_states, self._resolved)
         self.accelerator.wait_for_everyone()
         self._saved_step = self.counters.step
 
