@@ -16,11 +16,12 @@ from metr.data.loading import TrainLoader
 from metr.devices import autocast, peak_memory, resolved_precision
 from metr.layers.batch_norm import synchronize_batch_norms
 from metr.losses.matcher import match_statistics
+from metr.process_group import explained_loss_of_processes
 from metr.run_directory import RunDirectory
 from metr.structures import Batch, Losses
 from metr.training.config import TrainConfig
 from metr.training.curves import redraw_curves
-from metr.training.distribution import build_accelerator, explained_loss_of_processes
+from metr.training.distribution import build_accelerator
 from metr.training.engine import build_engine
 from metr.training.images import draw_train_batch
 from metr.training.logger import MATCHING, RunLogger, RuntimeStats
