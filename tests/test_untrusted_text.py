@@ -14,7 +14,7 @@ from rich.table import Table
 from metr.cli.output import LogHandler, SafeConsole
 from metr.config import read_yaml
 from metr.errors import CheckpointError, MetrError, markdown, shown
-from metr.inference.detect_files import RESULTS
+from metr.inference.result_files import RESULTS
 from metr.serialization import read_json, write_json
 from metr.text.similar_names import MOST_PAIRS, EmbeddingSimilarity, spelling_matches
 

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from io import StringIO
 from pathlib import Path
 
@@ -220,3 +222,75 @@ def test_labels_are_one_of_three() -> None:
     assert [check_labels(one) for one in ("names", "scores", "none")] == ["names", "scores", "none"]
     with pytest.raises(ConfigError, match=r"no kind of labels 'name'\n  try: .*'names'"):
         check_labels("name")
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from metr.inference import detect_files as module
+from metr.model import METR
+
+write = module.save_image
+def killed(image, path):  # as `kill -9` while the third image is drawn
+    if len(list(path.parent.glob("*.jpg"))) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(image, path)
+module.save_image = killed
+run, images, out = map(Path, sys.argv[1:])
+module.detect_files(METR.from_pretrained(run, device="cpu").predictor(["penguin"]), [images], out)
+"""
+
+
+def test_a_call_that_is_killed_leaves_what_it_found(tiny_run: TinyRun, images: Path, tmp_path: Path) -> None:
+    shutil.copy(images / "a.jpg", images / "b.jpg")
+    out, partial = tmp_path / "out", tmp_path / "out/detections.partial.jsonl"
+    command = [sys.executable, "-c", KILLED, str(tiny_run.folder), str(images), str(out)]
+    assert subprocess.run(command, check=False).returncode == -9
+    lines = [json.loads(line) for line in partial.read_text().splitlines()]
+    assert [Path(line["file_name"]).name for line in lines] == ["a.jpg", "b.jpg"]
+
+    console = Console(file=StringIO(), width=400)
+    done = detect_files(predictor(tiny_run, 0.0, ["penguin"]), [images], out, console=console)
+    kept = out / "detections.partial-1.jsonl"
+    said = f"an earlier call in {out} was cut off after 2 images; what it found, a line an image, is kept in"
+    assert f"{said} {kept}" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert not partial.exists(), "this call came to its end"
+    for line, prediction in zip([json.loads(line) for line in kept.read_text().splitlines()], done, strict=False):
+        found = prediction.detections
+        assert found is not None
+        assert (line["height"], line["width"]) == prediction.size
+        assert [row["category"] for row in line["detections"]] == ["penguin"] * len(line["detections"])
+        boxes = xywh_to_xyxy(torch.tensor([row["bbox"] for row in line["detections"]]))
+        torch.testing.assert_close(boxes, found.boxes[: len(boxes)], rtol=0, atol=0.02)
+
+
+def test_a_line_that_was_cut_short_and_an_empty_file_are_no_results(
+    tiny_run: TinyRun, images: Path, tmp_path: Path
+) -> None:
+    out, console = tmp_path / "out", Console(file=StringIO(), width=400)
+    out.mkdir()
+    (out / "detections.partial.jsonl").write_text('{"file_na')
+    (out / "detections.partial-1.jsonl").write_text("of a call before\n")
+    detect_files(predictor(tiny_run), [images], out, console=console)
+    assert "cut off" not in console.file.getvalue()  # type: ignore[attr-defined]
+    (out / "detections.partial.jsonl").write_text('{"file_name": "a.jpg"}\n{"file_na')
+    detect_files(predictor(tiny_run), [images], out, console=console)
+    assert "cut off after one image" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert (out / "detections.partial-1.jsonl").read_text() == "of a call before\n"
+    assert (out / "detections.partial-2.jsonl").read_text() == '{"file_name": "a.jpg"}\n{"file_na'
+
+
+def test_a_call_that_is_broken_off_says_how_far_it_came(
+    tiny_run: TinyRun, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(image: np.ndarray, path: Path) -> None:
+        if path.name != "a.jpg":
+            raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("metr.inference.detect_files.save_image", full)
+    out, console = tmp_path / "out", Console(file=StringIO(), width=400)
+    with pytest.raises(OSError, match="No space"):
+        detect_files(predictor(tiny_run), [images], out, console=console)
+    assert "1 of 2 images are done: detections.json and images.json" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert sorted(path.name for path in out.iterdir()) == ["detections.json", "images.json"]
+    assert [Path(one["file_name"]).name for one in json.loads((out / "images.json").read_text())["images"]] == ["a.jpg"]

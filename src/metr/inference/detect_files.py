@@ -17,12 +17,11 @@ from metr.bounded_yaml import load_yaml_file, yaml_fault
 from metr.data.images import SUFFIXES, read_image
 from metr.errors import ConfigError, DataError, did_you_mean
 from metr.inference.draw import Labels, Style, draw_detections, palette, save_image
-from metr.inference.postprocess import ScoreThresholds, write_coco_results
+from metr.inference.postprocess import ScoreThresholds
 from metr.inference.predictor import Prediction, Predictor
-from metr.serialization import write_json
+from metr.inference.result_files import IMAGES, RESULTS, ResultFiles
 from metr.structures import Detections
 
-RESULTS, IMAGES = "detections.json", "images.json"
 # images that are summed up in a line of their own
 _LISTED = 20
 # the longer side, in pixels, below which an image is enlarged before it is drawn on
@@ -46,7 +45,8 @@ def detect_files(
     pixels) and score. It holds all that the predictor gives, weak detections included, so that its average precision
     is that of an evaluation; drawings and the summary are limited by `thresholds`. `out/images.json` says what the ids
     mean: `images` (id, file_name, height, width) and `categories` (id, name), so that
-    `COCO("images.json").loadRes("detections.json")` works.
+    `COCO("images.json").loadRes("detections.json")` works. Until they are written, `out/detections.partial.jsonl` has
+    what was found in each image so far.
 
     Args:
         predictor: Decides the names; `METR.predictor` makes one.
@@ -64,18 +64,16 @@ def detect_files(
     drawn = _drawn(paths, out)
     thresholds, style = thresholds or ScoreThresholds(), Style(labels=labels, colours=palette(predictor.names))
     out.mkdir(parents=True, exist_ok=True)
-    done, confident = [], []
-    try:
+    confident = []
+    with ResultFiles(out, predictor.names, len(paths), console) as results:
         for path, target, prediction in zip(paths, drawn, predictor.detect_many(_shown(paths, console)), strict=True):
-            done.append(prediction)
             if prediction.detections is not None:
                 shown = thresholds.shown(prediction.detections)
                 confident.append(replace(prediction, detections=shown))
                 _draw(read_image(path), shown, style, target)
-    finally:  # whatever ends it, what was found is kept
-        _write_results(done, predictor.names, out)
-    _report(done, confident, out, console)
-    return done
+            results.add(prediction)
+    _report(results.done, confident, out, console)
+    return results.done
 
 
 def names_to_find(categories: str | None, file: Path | None) -> list[str] | dict[str, list[str]] | None:
@@ -207,21 +205,6 @@ def _draw(image: np.ndarray, detections: Detections, style: Style, target: Path)
 def _shown(paths: Sequence[Path], console: Console) -> Iterator[Path]:
     """The paths, under a progress bar if there is a terminal."""
     yield from track(paths, "detecting", console=console, transient=True, disable=not console.is_terminal)
-
-
-def _write_results(predictions: Sequence[Prediction], names: Sequence[str], out: Path) -> None:
-    """Writes the detections as COCO results; ids count from 1 in the order of images and names."""
-    numbered = list(enumerate(predictions, 1))
-    found: dict[int | str, Detections] = {n: one.detections for n, one in numbered if one.detections is not None}
-    images = [
-        {"id": number, "file_name": one.source, "height": one.size[0], "width": one.size[1]}
-        for number, one in numbered
-        if one.size is not None
-    ]
-    ids = {name: number for number, name in enumerate(names, 1)}
-    categories = [{"id": number, "name": name} for name, number in ids.items()]
-    write_coco_results(out / RESULTS, found, ids)
-    write_json(out / IMAGES, {"images": images, "categories": categories, "annotations": []})
 
 
 def _report(predictions: Sequence[Prediction], read: Sequence[Prediction], out: Path, console: Console) -> None:
