@@ -8,9 +8,9 @@ from played import Answer, Images, ScriptedNetwork, annotations, detections, rec
 
 from metr.errors import ConfigError, DataError, ModelError
 from metr.evaluation.coco import CocoResult, evaluate_detections
+from metr.evaluation.evaluator import EvaluationSet, Evaluator
 from metr.evaluation.report import as_markdown, category_table, dataset_table, write_report
 from metr.evaluation.results import EvaluationConfig, EvaluationReport, Mode, as_dict, from_dict
-from metr.evaluation.runner import EvaluationSet, Evaluator
 from metr.text.vocabulary import Vocabulary
 
 from small import TEXT_WIDTH, small_detector

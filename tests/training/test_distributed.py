@@ -1,9 +1,5 @@
 """Several processes: each sees its share of the draws, and together they make the steps of one with the whole batch."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +13,8 @@ from metr.training.logger import read_metrics
 from metr.training.trainer import Trainer
 from small_runs import make_config, make_parts
 
+from two_processes import launched
+
 STEPS = 20
 # Batch norms, denoising and sampled names: all that a process could compute or draw for itself.
 NETWORK: dict[str, Any] = {"encoder": "hybrid", "denoising": 20, "size": 64}
@@ -28,7 +26,6 @@ CHANGES: dict[str, Any] = {
 SCRIPT = f"""
 import sys
 from pathlib import Path
-sys.path[:0] = sys.argv[2:]
 from metr.training.parts import Evaluated
 from metr.training.trainer import Trainer
 from small_runs import make_config, make_parts
@@ -65,23 +62,11 @@ torch.save({name: value.detach() for name, value in found.items()}, f"{sys.argv[
 """
 
 
-def launch(script: str, folder: Path) -> None:
-    """Runs a script in two processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    arguments = [sys.executable, "-c", script, str(folder), *(str(path) for path in Path(__file__).parents[:2])]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-    workers = [subprocess.Popen(arguments, env={**os.environ, **shared, **rank}) for rank in ranks]
-    assert [worker.wait(timeout=400) for worker in workers] == [0, 0]
-
-
 @pytest.mark.trains
 @pytest.mark.slow
 def test_two_processes_make_the_steps_of_one(tmp_path: Path) -> None:
     make_parts(tmp_path)  # writes the images before two processes do
-    launch(SCRIPT, tmp_path)
+    launched(SCRIPT, tmp_path)
 
     config = make_config(STEPS, **CHANGES)
     alone = Trainer(make_parts(tmp_path, batch_size=4, **NETWORK), config, tmp_path / "alone")
@@ -121,7 +106,7 @@ def test_batch_norms_of_two_processes_are_those_of_one(tmp_path: Path) -> None:
     torch.manual_seed(0)
     given = {"features": 5 + torch.randn(6, 3, 4, 5), "weights": torch.randn(6, 3, 4, 5)}
     torch.save(given, tmp_path / "given.pt")
-    launch(NORMS, tmp_path)
+    launched(NORMS, tmp_path)
     norm, features = nn.BatchNorm2d(3), given["features"].requires_grad_()
     out = norm(features)
     (out * given["weights"]).sum().backward()

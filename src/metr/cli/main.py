@@ -94,6 +94,8 @@ def run() -> None:
         except _COMMAND_LINE_ERROR as error:
             wait_for_main_process(signals)
             _tell_of_command_line(error)
+        except Stopped as stopped:  # before any verb began
+            sys.exit(stopped.exit_code)
         except typer.Abort:
             sys.exit(1 if signals.number is None else 128 + signals.number)
         except Exception as error:

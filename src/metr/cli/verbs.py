@@ -7,6 +7,7 @@ import typer
 
 from metr.cli.output import output_console, say_names
 from metr.errors import ConfigError
+from metr.processes import in_main_process
 
 __all__ = ["AllowEmpty", "Data", "Overrides", "Prompts", "demo", "detect", "evaluate", "push", "transfer"]
 
@@ -74,7 +75,7 @@ def evaluate(
     report = run_evaluation(
         run, data, out, split=split, device=device, config=config, allow_empty=allow_empty, console=console
     )
-    if store:
+    if store and in_main_process():
         store_thresholds(report, run, console)
         if split == "test":
             note = "these thresholds were chosen on test: precision and recall there now look better than they are"

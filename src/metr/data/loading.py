@@ -177,7 +177,7 @@ def build_evaluation_loader(
     world: int = 1,
     device: torch.device = CPU,
 ) -> EvaluationLoader:
-    """A loader of all images of `dataset`; of `world` processes each gets every `world`-th image.
+    """A loader of all images of `dataset`; of `world` processes each gets its share of the images of every shape.
 
     Args:
         dataset: A dataset with evaluation transforms.
@@ -188,13 +188,24 @@ def build_evaluation_loader(
         world: The number of processes.
         device: Where batches go.
     """
-    batches = shape_groups(dataset, range(rank, len(dataset), world), batch_size, multiple)
+    batches = shape_groups(dataset, range(len(dataset)), batch_size, multiple, rank, world)
     workers = min(len(batches), spare_cores() if workers is None else workers)
     return EvaluationLoader(_loader(dataset, batches, multiple, workers, 2, device), batches, device)
 
 
-def shape_groups(dataset: DetectionDataset, indices: Iterable[int], batch_size: int, multiple: int) -> list[list[int]]:
-    """Indices in batches of one padded shape, so that no image's answer depends on its neighbours' shapes."""
+def shape_groups(
+    dataset: DetectionDataset,
+    indices: Iterable[int],
+    batch_size: int,
+    multiple: int,
+    rank: int = 0,
+    world: int = 1,
+) -> list[list[int]]:
+    """Indices in batches of one padded shape, so that no image's answer depends on its neighbours' shapes.
+
+    Of `world` processes each gets a share of every shape, so that all have as much to do. The shares of a shape, and
+    those of all, differ by one image at most.
+    """
     transforms = dataset.transforms
     groups: dict[tuple[int, int], list[int]] = {}
     for index in indices:
@@ -205,7 +216,13 @@ def shape_groups(dataset: DetectionDataset, indices: Iterable[int], batch_size: 
             record = dataset.annotations[index]
             shape = transforms.shape(record.height, record.width)
         groups.setdefault(padded_shape(*shape, multiple), []).append(index)
-    return [group[i : i + batch_size] for group in groups.values() for i in range(0, len(group), batch_size)]
+    batches: list[list[int]] = []
+    dealt = 0
+    for group in groups.values():
+        share = group[(rank - dealt) % world :: world]  # dealing goes on where the last group ended
+        dealt += len(group)
+        batches += [share[i : i + batch_size] for i in range(0, len(share), batch_size)]
+    return batches
 
 
 def _images(dataset: DetectionDataset, threshold: float) -> int | Float[np.ndarray, "n"]:

@@ -24,6 +24,7 @@ from metr.evaluation.results import (
     as_dict,
 )
 from metr.inference.draw import font_file, legible
+from metr.processes import in_main_process
 
 TITLES: dict[Mode, str] = {"own": "own names", "joint": "joint vocabulary", "default": "default names"}
 UNANNOTATED = {
@@ -37,6 +38,11 @@ UNANNOTATED = {
 # Colours that readers with any colour vision tell apart.
 _COLOURS = {"own": "#3b6fb6", "default": "#7a9a4d", "joint": "#e08a2e"}
 _METRICS: tuple[Literal["ap"], Literal["ap50"]] = ("ap", "ap50")
+
+
+def main_console(console: Console | None) -> Console:
+    """The console in the main process; a silent one in the other processes, or where none is given."""
+    return console if console is not None and in_main_process() else Console(quiet=True)
 
 
 def write_report(report: EvaluationReport, folder: Path) -> tuple[Path, Path, Path]:

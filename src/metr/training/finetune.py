@@ -11,8 +11,8 @@ from metr.checkpoint import Checkpoint, DetectionDefaults
 from metr.config import differences
 from metr.data.config import ResizeConfig
 from metr.data.loading import build_train_loader
-from metr.devices import resolved_device
 from metr.errors import CheckpointError, ConfigError
+from metr.evaluation.report import main_console
 from metr.evaluation.results import EvaluationConfig, EvaluationReport
 from metr.evaluation.runner import EvaluationRunner
 from metr.losses.criterion import SetCriterion
@@ -20,6 +20,7 @@ from metr.model import METR
 from metr.models.category_extraction import decorrelate_names
 from metr.models.config import DetectorConfig
 from metr.models.detector import Detector
+from metr.process_group import from_main, joined_device
 from metr.processes import in_main_process
 from metr.run_directory import RunDirectory
 from metr.serialization import load_weights
@@ -40,7 +41,6 @@ from metr.training.train import (
     check_recipe,
     check_same,
     fit,
-    main_console,
     plain,
     rebuildable,
     teacher_of,
@@ -129,10 +129,9 @@ def _finetuned(
         check_same(run, opened.joint.vocabulary, parts.checkpoint.text_encoder)
     _say_new_names(model, opened, console)
     log.begin(recipe.train.loop.device)
-    before = None
     if in_main_process():
         save_request(run, REQUEST, prepared.request, opened.listings())
-        before = _before(model, opened, recipe, run.path, console) if options.compare else None
+    before = _before(model, opened, recipe, run.path, console) if options.compare else None
     outcome = fit(parts, opened.new_splits, recipe, run.path, resume=resume, console=console, evaluation=evaluation)
     compared = None
     if before is not None and not outcome.interrupted:
@@ -211,10 +210,11 @@ def _comparison(
     before: EvaluationReport, opened: FinetuneData, recipe: RunConfig, out: Path, console: Console
 ) -> Comparison:
     """Evaluates all datasets with the best checkpoint of the run; writes and shows the comparison."""
-    tuned = METR.from_pretrained(out, device=_device(recipe))
+    tuned = METR.from_pretrained(out, device=joined_device(recipe.train.loop.device))
     after = _evaluated(tuned, opened, recipe.augmentation.resize, recipe, console)
     comparison = Comparison.of(before, after, opened.roles)
-    comparison.write(out)
+    if in_main_process():
+        comparison.write(out)
     show_comparison(comparison, console)
     with log_page() as paper:
         show_comparison(comparison, paper)
@@ -223,14 +223,18 @@ def _comparison(
 
 def _before(model: METR, opened: FinetuneData, recipe: RunConfig, out: Path, console: Console) -> EvaluationReport:
     """Evaluates the checkpoint itself on all datasets, unless this run has done so before."""
+    device = joined_device(recipe.train.loop.device)
     # a report without a state belongs to a run that never began, perhaps from another checkpoint
-    report = kept_before(out) if has_state(RunDirectory(out).state) else None
+    report = from_main(
+        lambda: kept_before(out) if has_state(RunDirectory(out).state) else None, EvaluationReport | None
+    )
     if report is None:
         tell(console, "evaluating the checkpoint before fine-tuning")
-        model.network.to(_device(recipe))
+        model.network.to(device)
         report = _evaluated(model, opened, model.resize, recipe, console)
         model.network.to("cpu")
-        keep_before(out, report)
+        if in_main_process():
+            keep_before(out, report)
     return report
 
 
@@ -245,10 +249,6 @@ def _evaluated(
         vocabulary, text, opened.splits, resize, recipe.evaluation_loader, config, trained=model.vocabulary
     )
     return runner.report(model.network, console, recipe.unannotated)
-
-
-def _device(recipe: RunConfig) -> str:
-    return str(resolved_device(recipe.train.loop.device))
 
 
 def _warn_of_forgetting(model: METR, opened: FinetuneData, console: Console) -> None:

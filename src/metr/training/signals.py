@@ -60,9 +60,14 @@ class StopSignals:
 
     @contextmanager
     def leaving_at_once(self) -> Iterator[None]:
-        """In this block the first signal raises `Abandoned`. For long blocks that can be repeated after resuming."""
+        """In this block the first signal raises `Abandoned`, as does one that came before it.
+
+        For long blocks that can be repeated after resuming.
+        """
         self._at_once = True
         try:
+            if self.number is not None:
+                raise Abandoned(self.number)
             yield
         finally:
             self._at_once = False

@@ -99,6 +99,11 @@ class Counters:
             return False
         return math.isfinite(self.metrics[name]) and (self.best is None or self.metrics[name] > self.best)
 
+    def evaluation_is_due(self, loop: LoopConfig) -> bool:
+        """Whether this step is one to evaluate at, the last one included, and has not been evaluated yet."""
+        at_turn = self.step == loop.steps or (loop.evaluate_every and self.step % loop.evaluate_every == 0)
+        return bool(at_turn) and self.step > self.evaluated_step
+
     def has_stalled(self, loop: LoopConfig) -> bool:
         """Whether the last `loop.patience` evaluations brought no new best.
 

@@ -16,7 +16,7 @@ from metr.data.joint import JointData, open_joint
 from metr.data.loading import build_train_loader
 from metr.data.records import Annotations
 from metr.errors import ConfigError
-from metr.evaluation.report import show
+from metr.evaluation.report import main_console, show
 from metr.evaluation.results import EvaluationConfig
 from metr.evaluation.runner import EvaluationRunner
 from metr.inference.config import InferenceConfig
@@ -346,11 +346,6 @@ def arguments(data: Data | None) -> list[str]:
     if data is None:
         return []
     return [str(data)] if isinstance(data, str | Path) else [str(one) for one in data]
-
-
-def main_console(console: Console | None) -> Console:
-    """The console in the main process; a silent one in the other processes, or where none is given."""
-    return console if console is not None and in_main_process() else Console(quiet=True)
 
 
 def _quick_evaluation(

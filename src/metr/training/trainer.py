@@ -64,7 +64,7 @@ class Trainer:
         parts: Network, criterion, data, and the rest of the checkpoint.
         config: Optimizer, schedule, average and loop.
         folder: The run folder; made if it is missing.
-        evaluate: Called in the main process with the network in evaluation mode.
+        evaluate: Called in all processes together with the network in evaluation mode; gives all of them the same.
         resolved: The whole configuration, saved as config.yaml; `config` by default.
         console: Where progress is shown; None leaves it to the log.
     """
@@ -150,11 +150,14 @@ class Trainer:
         self._stop_signals = StopSignals()
         with self._stop_signals, self._run_logger, explained_loss_of_processes():
             batches = self._begin(resume)
-            self._evaluate_if_due()  # the resumed run may have stopped just before an evaluation
-            while self.counters.step < self.config.loop.steps and not self._shall_stop():
-                self._advance(batches)
-                self._evaluate_if_due()
-                self._save_if_due()
+            try:
+                self._evaluate_if_due()  # the resumed run may have stopped just before an evaluation
+                while self.counters.step < self.config.loop.steps and not self._shall_stop():
+                    self._advance(batches)
+                    self._evaluate_if_due()
+                    self._save_if_due()
+            except Abandoned:  # all was saved before the evaluation, and perhaps other processes are gone
+                _logger.warning("the evaluation is broken off; a resumed run makes it again")
             return self._end()
 
     # the parts of a step
@@ -260,54 +263,56 @@ class Trainer:
         at_turn = step % loop.log_every == 0 or (loop.evaluate_every and step % loop.evaluate_every == 0)
         if self.accelerator.num_processes > 1 and not (self._reads_every_step or at_turn):
             return False
-        return self._in_any_process(self._stop_signals.requested) or self._has_stalled()
+        return self._has_stalled or self._asked_to_stop()
 
+    @property
     def _has_stalled(self) -> bool:
-        """Whether evaluations have stopped improving. Only the main process knows, and tells the others."""
-        return self._in_any_process(self.counters.has_stalled(self.config.loop))
+        """Whether evaluations have stopped improving. All processes know the same of them."""
+        return self.counters.has_stalled(self.config.loop)
 
-    def _in_any_process(self, flag: bool) -> bool:
+    def _asked_to_stop(self) -> bool:
+        """Whether any process was asked to stop."""
+        requested = self._stop_signals.requested
         if self.accelerator.num_processes == 1:
-            return flag
-        return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.device), "sum") > 0)
+            return requested
+        return bool(self.accelerator.reduce(torch.tensor(float(requested), device=self.device), "sum") > 0)
 
     # evaluation
 
     def _evaluate_if_due(self) -> None:
-        counters, loop = self.counters, self.config.loop
-        at_turn = counters.step == loop.steps or (loop.evaluate_every and counters.step % loop.evaluate_every == 0)
-        if self.evaluate is None or not at_turn or counters.step <= counters.evaluated_step:
+        if self.evaluate is None or not self.counters.evaluation_is_due(self.config.loop):
             return
         self._save()  # an evaluation is long, and may fail
-        network = self.engine.whole_network(self._inference_network)
-        if not self.accelerator.is_main_process:
-            counters.evaluated_step = counters.step
-        elif not self._stop_signals.requested:
-            self._evaluate(self.evaluate, network)
-        self.accelerator.wait_for_everyone()
-        self._save(again=True)
+        if not self._asked_to_stop():
+            self._evaluate(self.evaluate, self.engine.whole_network(self._inference_network))
+            self._save(again=True)
 
     @torch.no_grad()
     def _evaluate(self, evaluate: Evaluate, network: nn.Module) -> None:
-        """Evaluates the network for inference, and saves it if it is the best so far."""
+        """Evaluates the network for inference, and saves it if it is the best so far.
+
+        Raises:
+            Abandoned: a signal came. Then no process waits for another one any more.
+        """
         counters, logger, signals = self.counters, self._run_logger, self._stop_signals
         try:
             with undisturbed_random_state(self.device), signals.leaving_at_once(), logger.evaluation(counters.step):
                 found = evaluate(network.eval())
-        except Abandoned:
-            _logger.warning("the evaluation is broken off; a resumed run makes it again")
-            return
         finally:
             self._to_training_mode()
         counters.evaluated_step = counters.step
         counters.metrics = {name: float(value) for name, value in found.metrics.items() if value is not None}
         counters.thresholds = dict(found.thresholds)
         logger.evaluated(counters, self._epochs)
-        if self.config.loop.curves:
-            redraw_curves(self.folder.path)
+        self._redraw_curves()
         if counters.is_best(best_metric := self.config.loop.best_metric):
             counters.best, counters.best_step = counters.metrics[best_metric], counters.step
-            save_checkpoint(self.folder.best, self._checkpoint(network.state_dict()))
+            if self.accelerator.is_main_process:
+                save_checkpoint(self.folder.best, self._checkpoint(network.state_dict()))
+
+    def _redraw_curves(self) -> None:
+        if self.accelerator.is_main_process and self.config.loop.curves:
+            redraw_curves(self.folder.path)
 
     # checkpoints
 
@@ -363,13 +368,12 @@ class Trainer:
         """Saves, draws the curves, and logs how to go on if this is not the last step."""
         self._save()
         counters, steps = self.counters, self.config.loop.steps
-        stalled = counters.step < steps and self._has_stalled()
+        stalled = counters.step < steps and self._has_stalled
         # a run that was stopped before or in its last evaluation still has to make it
         unfinished = (counters.step < steps and not stalled) or (
             self.evaluate is not None and counters.evaluated_step < counters.step
         )
-        if self.accelerator.is_main_process and self.config.loop.curves:
-            redraw_curves(self.folder.path)
+        self._redraw_curves()
         if counters.evaluated_step < counters.step:  # else the evaluation has logged it
             self._run_logger.seen(self._epochs)
         if unfinished or stalled:
