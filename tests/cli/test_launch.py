@@ -1,5 +1,6 @@
-"""Several processes of `metr train`, started for real by torchrun and by accelerate, on the CPU."""
+"""Several processes of `metr`, started for real by torchrun and by accelerate, on the CPU."""
 
+import json
 import os
 import signal
 import subprocess
@@ -9,8 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from metr.checkpoint import find_checkpoint, load_checkpoint
 from metr.cli.launch import _options_of_launch
+from metr.evaluation.results import EvaluationConfig, as_dict
+from metr.evaluation.runner import evaluate
 from metr.processes import in_main_process, process_count, process_index
+from metr.training.comparison import COMPARED
 from metr.training.logger import read_metrics
 
 from tiny import TinyRun
@@ -19,8 +24,11 @@ BIN = Path(sys.executable).parent
 TORCHRUN = [str(BIN / "torchrun"), "--nproc-per-node", "2"]
 ACCELERATE = [str(BIN / "accelerate"), "launch", "--cpu", "--num_processes", "2"]
 METR = """
-import os, signal
+import os, signal, time
 from metr.errors import MetrError
+from metr.evaluation.coco import CocoScorer
+from metr.evaluation.evaluator import Evaluator
+from metr.processes import process_index
 from metr.training.trainer import Trainer
 made = Trainer.train_step
 def train_step(self, batches):
@@ -31,6 +39,18 @@ def train_step(self, batches):
         raise MetrError("nothing here but trouble")
     return made(self, batches)
 Trainer.train_step = train_step
+answers = Evaluator._answers
+def fail(self, *arguments):
+    if process_index() == 1:
+        raise MetrError("nothing here but trouble")
+    return answers(self, *arguments)
+def linger(self, detections):
+    open("scoring", "w").close()
+    time.sleep(120)
+if "FAILS_EVALUATING" in os.environ:
+    Evaluator._answers = fail
+if "SLOW_METRICS" in os.environ:
+    CocoScorer.score = linger
 from metr.cli.main import run
 run()
 """
@@ -78,6 +98,84 @@ def test_two_processes_train_one_network_and_speak_once(launcher: list[str], tmp
     assert len(said) == len({*said}), "every line once"
     records = [record for record in read_metrics(tmp_path / "run") if record["kind"] == "train"]
     assert [record["images"] for record in records] == [4, 8, 12], "steps of two processes with two images each"
+    (judged,) = (record for record in read_metrics(tmp_path / "run") if record["kind"] == "evaluation")
+    alone = evaluate(tmp_path / "run" / "last", tiny_run.data, device="cpu")
+    assert judged["metrics"] == pytest.approx(alone.metrics(), abs=1e-6), "as one process evaluates"
+    assert load_checkpoint(tmp_path / "run" / "last").detection.thresholds == alone.thresholds()
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one(tmp_path: Path, tiny_run: TinyRun) -> None:
+    process = start(TORCHRUN, tmp_path, "evaluate", tiny_run.folder, *tiny_run.data, "-o", "e", "--device", "cpu")
+    code, out, err = ended(process)
+    assert code == 0, err
+    alone = evaluate(tiny_run.folder, tiny_run.data, device="cpu")
+    assert out.count("evaluation.json") == out.count("mean of 3") == 1, out
+    assert err.count("images a second, 2 processes") == 1, err
+    written = json.loads((tmp_path / "e" / "evaluation.json").read_text())
+    _check_same(written, json.loads(json.dumps(as_dict(alone))))
+
+
+@pytest.mark.slow
+def test_two_processes_compare_before_and_after_as_one(tmp_path: Path, tiny_run: TinyRun) -> None:
+    settings = ["train.loop.curves=false", "loader.workers=0", "loader.batch_size=2", "train.loop.evaluate_every=1"]
+    more = [word for value in settings for word in ("--set", value)]
+    old = ["--rehearse", tiny_run.data[1], "--rehearse-evaluate", tiny_run.data[2]]
+    arguments = ["finetune", tiny_run.data[0], "--from", tiny_run.folder, "-o", "run", "--steps", 2, *old, *more]
+    code, out, err = ended(start(ACCELERATE, tmp_path, *arguments))
+    assert code == 0, err
+    assert out.count("AP before and after") == out.count("Done: 2 steps") == 1, out
+    told = json.loads((tmp_path / "run" / "comparison.json").read_text())
+    assert [one["images"] for one in told["before"]["datasets"]] == [3, 3, 3]
+    for when, source in (("before", tiny_run.folder), ("after", tmp_path / "run")):
+        names = load_checkpoint(find_checkpoint(tmp_path / "run")).detection.names
+        config = EvaluationConfig(modes=COMPARED, default_names=names)
+        alone = as_dict(evaluate(source, tiny_run.data, device="cpu", config=config))
+        by_name = {one["name"]: one for one in json.loads(json.dumps(alone))["datasets"]}
+        for one in told[when]["datasets"]:
+            _check_same({mode: one[mode] for mode in COMPARED}, {mode: by_name[one["name"]][mode] for mode in COMPARED})
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_in_an_evaluation_ends_all(tmp_path: Path, tiny_run: TinyRun) -> None:
+    arguments = ["evaluate", tiny_run.folder, *tiny_run.data, "-o", "e", "--device", "cpu"]
+    code, _, err = ended(start(TORCHRUN, tmp_path, *arguments, FAILS_EVALUATING="1"))
+    assert code
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert errors[:1] == ["error: process 1: nothing here but trouble"], err
+    assert len(errors) <= 2, err
+    assert "gloo" not in err.lower()
+    assert not (tmp_path / "e").exists()
+
+
+@pytest.mark.slow
+def test_sigterm_while_one_process_computes_metrics_and_the_other_waits(tmp_path: Path, tiny_run: TinyRun) -> None:
+    process = start(TORCHRUN, tmp_path, *training(tiny_run), SLOW_METRICS="1")
+    while not (tmp_path / "scoring").is_file() and process.poll() is None:
+        time.sleep(0.1)
+    began = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    code, out, err = ended(process)
+    assert code
+    assert time.monotonic() - began < 25, "torchrun gives 30 seconds"
+    assert (out + err).count("the evaluation is broken off") == 1, err
+    assert (out + err).count("everything is saved") == out.count("To go on:") == 1
+    assert "error: " not in err
+    state = json.loads((tmp_path / "run" / "state" / "state.json").read_text())
+    assert (state["step"], state["evaluated_step"]) == (3, 0)
+
+
+def _check_same(ours: object, theirs: object) -> None:
+    """The same tree, with the same numbers."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        assert ours.keys() == theirs.keys()
+        for key, value in ours.items():
+            _check_same(value, theirs[key])
+    elif isinstance(ours, list) and isinstance(theirs, list):
+        for one, other in zip(ours, theirs, strict=True):
+            _check_same(one, other)
+    else:
+        assert ours == pytest.approx(theirs, abs=1e-6)
 
 
 @pytest.mark.slow

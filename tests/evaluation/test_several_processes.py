@@ -55,6 +55,7 @@ VOCABULARY = Vocabulary.union({"pets": NAMES[:2], "cards": NAMES[2:], "one": NAM
 PETS = annotations("pets", NAMES[:2], *(record(f"pet {n}", [(0, CAT), (1, DOG)][: 1 + n % 2]) for n in range(7)))
 CARDS = annotations("cards", NAMES[2:], record(0, [(0, CAT)]), record(1, [(1, DOG)]))
 ONE = annotations("one", NAMES[:1], record("alone", [(0, CAT)]))
+SMALL_BOXES = ((21, 26, 25, 29), (22, 15, 25, 18), (38, 40, 41, 42), (25, 28, 28, 30), (35, 39, 39, 42), (7, 8, 14, 13))
 SCRIPTED = {
     number: [
         Answer("cat", 0.9 - number / 20, OFF if number % 3 else CAT),
@@ -111,7 +112,7 @@ def given_twice() -> None:
 
 
 def images(folder: Path, name: str, count: int, broken: int = -1) -> InMemoryAnnotations:
-    """Images of noise on disk, each with two objects."""
+    """Images of noise on disk, with objects where the untrained detector has boxes."""
     rng = np.random.default_rng(count)
     (folder / name).mkdir(exist_ok=True)
     records = []
@@ -122,7 +123,8 @@ def images(folder: Path, name: str, count: int, broken: int = -1) -> InMemoryAnn
             cv2.imwrite(str(path), rng.integers(0, 255, (height, width, 3), dtype=np.uint8))
             if number == broken:
                 path.write_bytes(path.read_bytes()[:100])
-        boxes = [(0, (0.0, 0.0, width - 4.0, height - 4.0)), (1, (8.0, 8.0, width / 2, height / 2))]
+        x, y = width / 64, height / 48
+        boxes = [(label, (x * box[0], y * box[1], x * box[2], y * box[3])) for box in SMALL_BOXES for label in (0, 1)]
         records.append(replace(record(number, boxes), path=path, height=height, width=width))
     return annotations(name, SMALL[name], *records)
 
@@ -145,7 +147,7 @@ def test_two_processes_give_the_numbers_of_one(tmp_path: Path, mistake: str, sai
     assert [one["datasets"][0]["missing"] for one in expected] == [0, 2, 0, 1, 1, 0, 0]
     assert expected[0]["mean"]["own"]["ap"] > 10
     assert expected[0]["confusion"]["pooled"] > 10
-    assert expected[3]["mean"]["own"]["ar100"] > 0
+    assert all(one["mean"]["own"]["ar100"] > 1 for one in expected[3:])
 
 
 def flat(value: Any) -> Iterator[Any]:
