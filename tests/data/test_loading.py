@@ -185,6 +185,24 @@ def test_evaluation_of_squares_keeps_the_order_and_splits_over_processes(tmp_pat
     assert [batch.image_ids for batch in second] == [("cells-1", "cells-3", "cells-5")]
 
 
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+@pytest.mark.parametrize("count", [0, 1, 7, 16])
+def test_processes_have_equal_shares_of_every_shape(tmp_path: Path, count: int, world: int) -> None:
+    annotations = make_annotations(tmp_path, "cells", count, shapes=((48, 64), (64, 48), (33, 200)))
+    dataset = make_dataset(annotations, training=False, resize=FIT)
+    shapes = [(record.height, record.width) for record in annotations.records]
+    shares = [shape_groups(dataset, range(count), 2, 32, rank, world) for rank in range(world)]
+    dealt = [[index for batch in share for index in batch] for share in shares]
+    assert sorted(index for share in dealt for index in share) == list(range(count)), "each once, none repeated"
+    assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
+    for shape in shapes:
+        numbers = [sum(shapes[index] == shape for index in share) for share in dealt]
+        assert max(numbers) - min(numbers) <= 1
+    for batch in (batch for share in shares for batch in share):
+        assert len({shapes[index] for index in batch}) == 1
+        assert 1 <= len(batch) <= 2
+
+
 def test_groups_match_what_each_image_gets_alone(tmp_path: Path) -> None:
     annotations = make_annotations(tmp_path, "cells", 9, shapes=((48, 64), (64, 48), (33, 32)))
     dataset = make_dataset(annotations, training=False, resize=FIT)

@@ -12,7 +12,6 @@ from metr.layers.batch_norm import SynchronizedBatchNorm, synchronize_batch_norm
 from metr.training.logger import read_metrics
 from metr.training.trainer import Trainer
 from small_runs import make_config, make_parts
-
 from two_processes import launched
 
 STEPS = 20
