@@ -3,6 +3,9 @@
 import copy
 import os
 import signal
+import socket
+import subprocess
+import sys
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,7 @@ from metr.training.trainer import Trainer, TrainingParts
 
 from small import TEXT_WIDTH, small_config, small_detector
 
+TESTS = Path(__file__).parent
 NAMES = {"cells": ("red cell", "platelet"), "fish": ("shark", "puffin")}
 VOCABULARY = Vocabulary.union(NAMES)
 COLOURS = [(255, 40, 40), (40, 255, 40), (40, 40, 255), (240, 240, 40)]
@@ -140,3 +144,19 @@ def interrupt_at(step: int, patch: pytest.MonkeyPatch) -> None:
         return made(self, *arguments)
 
     patch.setattr(Trainer, "train_step", interrupted)
+
+
+def launch(script: str, folder: Path, timeout: float = 400) -> None:
+    """Runs a script in two processes. Its arguments are the folder, and where the tests and their helpers are."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = [sys.executable, "-c", script, str(folder), *(str(path) for path in (TESTS / "training", TESTS))]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    workers = [subprocess.Popen(arguments, env={**os.environ, **shared, **rank}) for rank in ranks]
+    try:
+        assert [worker.wait(timeout=timeout) for worker in workers] == [0, 0]
+    finally:
+        for worker in workers:
+            worker.kill()

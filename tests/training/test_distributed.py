@@ -1,9 +1,5 @@
 """Several processes: each sees its share of the draws, and together they make the steps of one with the whole batch."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +11,7 @@ from torch import nn
 from metr.layers.batch_norm import SynchronizedBatchNorm, synchronize_batch_norms
 from metr.training.logger import read_metrics
 from metr.training.trainer import Trainer
-from small_runs import make_config, make_parts
+from small_runs import launch, make_config, make_parts
 
 STEPS = 20
 # Batch norms, denoising and sampled names: all that a process could compute or draw for itself.
@@ -62,18 +58,6 @@ out = norm(features)
 found = {"out": out, "gradient": features.grad, "scale": norm.weight.grad, **norm.state_dict()}
 torch.save({name: value.detach() for name, value in found.items()}, f"{sys.argv[1]}/{rank}.pt")
 """
-
-
-def launch(script: str, folder: Path) -> None:
-    """Runs a script in two processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    arguments = [sys.executable, "-c", script, str(folder), *(str(path) for path in Path(__file__).parents[:2])]
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-    workers = [subprocess.Popen(arguments, env={**os.environ, **shared, **rank}) for rank in ranks]
-    assert [worker.wait(timeout=400) for worker in workers] == [0, 0]
 
 
 @pytest.mark.trains

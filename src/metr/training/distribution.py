@@ -6,16 +6,22 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import ProjectConfiguration, parse_flag_from_env
 from torch import distributed
 
 from metr.devices import resolved_device
-from metr.errors import MetrError
+from metr.errors import ConfigError, MetrError
 from metr.processes import process_count
 from metr.run_directory import RunDirectory
 from metr.training.config import LoopConfig
 from metr.training.logger import check_trackers
 
+# the variables by which `accelerate launch` tells that it was given these options
+_OPTIONS_OF_ACCELERATE = {
+    "ACCELERATE_USE_FSDP": "--use_fsdp",
+    "ACCELERATE_USE_DEEPSPEED": "--use_deepspeed",
+    "ACCELERATE_USE_MEGATRON_LM": "--use_megatron_lm",
+}
 # what gloo and the sockets of torch say when another process is gone: in a RuntimeError, without a type of its own
 _GONE = ("gloo", "connection closed by peer", "connection reset by peer", "broken pipe", "socket")
 
@@ -24,10 +30,15 @@ def build_accelerator(loop: LoopConfig, folder: RunDirectory) -> Accelerator:
     """The accelerator of a run, with its trackers. The trainer does autocast, so losses stay in float32.
 
     Raises:
-        ConfigError: a tracker is unknown, or its package is not installed.
+        ConfigError: a tracker is unknown, its package is not installed, or accelerate is to shard by itself.
         MetrError: several processes were started that cannot work together.
     """
     check_trackers(loop.trackers)
+    for variable, option in _OPTIONS_OF_ACCELERATE.items():
+        if parse_flag_from_env(variable):
+            hint = f"start it without {option} (or set that to false in accelerate's configuration)"
+            what = f"accelerate launch was told to use {option}, but METR shards networks itself (train.parallel=fsdp)"
+            raise ConfigError(what, where="train.parallel", hint=hint)
     device = resolved_device(loop.device)
     # Evaluation in the main process may keep the others waiting for long.
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))
