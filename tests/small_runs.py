@@ -30,6 +30,7 @@ from metr.training.trainer import Trainer
 
 from small import TEXT_WIDTH, small_config, small_detector
 
+TESTS = Path(__file__).parent
 NAMES = {"cells": ("red cell", "platelet"), "fish": ("shark", "puffin")}
 VOCABULARY = Vocabulary.union(NAMES)
 COLOURS = [(255, 40, 40), (40, 255, 40), (40, 40, 255), (240, 240, 40)]

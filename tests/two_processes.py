@@ -27,7 +27,7 @@ def launch(script: str, folder: Path, *arguments: object) -> list[tuple[int, str
         for rank in range(2)
     ]
     try:
-        said = [worker.communicate(timeout=400)[1] for worker in workers]
+        said = [worker.communicate(timeout=1800)[1] for worker in workers]
     finally:
         for worker in workers:
             worker.kill()

@@ -14,6 +14,7 @@ from metr.checkpoint import find_checkpoint, load_checkpoint
 from metr.cli.launch import _options_of_launch
 from metr.evaluation.results import EvaluationConfig, as_dict
 from metr.evaluation.runner import evaluate
+from metr.model import METR
 from metr.processes import in_main_process, process_count, process_index
 from metr.training.comparison import COMPARED
 from metr.training.logger import read_metrics
@@ -23,7 +24,7 @@ from tiny import TinyRun
 BIN = Path(sys.executable).parent
 TORCHRUN = [str(BIN / "torchrun"), "--nproc-per-node", "2"]
 ACCELERATE = [str(BIN / "accelerate"), "launch", "--cpu", "--num_processes", "2"]
-METR = """
+SCRIPT = """
 import os, signal, time
 from metr.errors import MetrError
 from metr.evaluation.coco import CocoScorer
@@ -59,7 +60,7 @@ run()
 def start(launcher: list[str], place: Path, *arguments: object, **environment: str) -> subprocess.Popen[str]:
     """Starts the launcher with a script that is the command `metr`."""
     script = place / "metr"
-    script.write_text(METR, encoding="utf-8")
+    script.write_text(SCRIPT, encoding="utf-8")
     own = {"HF_HUB_OFFLINE": "1", "METR_CACHE": str(place / "cache"), "OMP_NUM_THREADS": "1", **environment}
     return subprocess.Popen(
         [*launcher, str(script), *map(str, arguments)],
@@ -179,6 +180,31 @@ def _check_same(ours: object, theirs: object) -> None:
 
 
 @pytest.mark.slow
+def test_sharded_processes_train_tune_and_leave_an_ordinary_checkpoint(tmp_path: Path, tiny_run: TinyRun) -> None:
+    """Its detections are those of any other checkpoint; a run on one process goes on from it."""
+    sharded = ["--set", "train.parallel=fsdp"]
+    code, out, err = ended(start(TORCHRUN, tmp_path, *training(tiny_run, *sharded)))
+    assert code == 0, err
+    assert out.count("processes: 2 (fsdp)") == 1
+    assert "Done: 3 steps" in out
+    detector = METR.from_pretrained(tmp_path / "run")
+    assert len(detector.detect(tiny_run.unseen[0])) >= 0
+    assert not [path for path in (tmp_path / "run").rglob("*") if path.suffix in {".pt", ".bin", ".distcp", ".pkl"}]
+
+    alone = [sys.executable]
+    code, out, err = ended(start(alone, tmp_path, "train", "--resume", "-o", "run", "--steps", 4))
+    assert code == 0, err
+    assert "processes: 1 (fsdp: nothing to shard)" in out
+    assert "there is nothing to shard" in out + err
+
+    tuning = ["finetune", tiny_run.datasets[0], "--from", "run", "-o", "tuned", "--steps", 2, *sharded]
+    code, out, err = ended(start(TORCHRUN, tmp_path, *tuning, "--set", "loader.workers=0"))
+    assert code == 0, err
+    assert out.count("processes: 2 (fsdp)") == 1
+    assert METR.from_pretrained(tmp_path / "tuned").names
+
+
+@pytest.mark.slow
 def test_an_error_of_all_processes_is_said_once(tmp_path: Path, tiny_run: TinyRun) -> None:
     code, out, err = ended(start(ACCELERATE, tmp_path, "train", "nowhere", "-o", "run", "--config", tiny_run.recipe))
     assert code
@@ -199,9 +225,15 @@ def test_an_error_of_one_process_ends_all_and_is_said_first(tmp_path: Path, tiny
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
-def test_a_process_that_is_killed_ends_all(launcher: list[str], tmp_path: Path, tiny_run: TinyRun) -> None:
-    process = start(launcher, tmp_path, *training(tiny_run), DIES="1")
+@pytest.mark.parametrize(
+    ("launcher", "parallel"),
+    [(TORCHRUN, "ddp"), (ACCELERATE, "ddp"), (TORCHRUN, "fsdp")],
+    ids=["torchrun", "accelerate", "sharded"],
+)
+def test_a_process_that_is_killed_ends_all(
+    launcher: list[str], parallel: str, tmp_path: Path, tiny_run: TinyRun
+) -> None:
+    process = start(launcher, tmp_path, *training(tiny_run, "--set", f"train.parallel={parallel}"), DIES="1")
     while not (tmp_path / "run" / "metrics.jsonl").is_file() and process.poll() is None:
         time.sleep(0.1)
     began = time.monotonic()

@@ -357,6 +357,21 @@ def test_a_plan_shows_what_training_would_do(tiny_run: TinyRun) -> None:
     assert "It is the recipe small, unchanged." in page(plan(tiny_run.datasets[0], size="small"))
 
 
+@pytest.mark.parametrize(
+    ("count", "parallel", "shown"),
+    [
+        ("1", "fsdp", "processes: 1 (fsdp: nothing to shard)"),
+        ("2", "ddp", "processes: 2 (ddp)"),
+        ("2", "fsdp", "processes: 2 (fsdp)"),
+    ],
+)
+def test_a_plan_says_what_each_process_keeps(
+    count: str, parallel: str, shown: str, tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", count)
+    assert shown in page(plan(tiny_run.data, tiny_run.recipe, overrides=[f"train.parallel={parallel}"]))
+
+
 def test_a_plan_finds_the_mistakes_of_a_run(tiny_run: TinyRun) -> None:
     with pytest.raises(DataError, match="nowhere"):
         plan("nowhere")

@@ -3,22 +3,35 @@
 import warnings
 
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import ProjectConfiguration, parse_flag_from_env
 
+from metr.errors import ConfigError
 from metr.process_group import joined_device
 from metr.run_directory import RunDirectory
 from metr.training.config import LoopConfig
 from metr.training.logger import check_trackers
+
+# the variables by which `accelerate launch` tells that it was given these options
+_OPTIONS_OF_ACCELERATE = {
+    "ACCELERATE_USE_FSDP": "--use_fsdp",
+    "ACCELERATE_USE_DEEPSPEED": "--use_deepspeed",
+    "ACCELERATE_USE_MEGATRON_LM": "--use_megatron_lm",
+}
 
 
 def build_accelerator(loop: LoopConfig, folder: RunDirectory) -> Accelerator:
     """The accelerator of a run, with its trackers. The trainer does autocast, so losses stay in float32.
 
     Raises:
-        ConfigError: a tracker is unknown, or its package is not installed.
+        ConfigError: a tracker is unknown, its package is not installed, or accelerate is to shard by itself.
         MetrError: several processes were started that cannot work together.
     """
     check_trackers(loop.trackers)
+    for variable, option in _OPTIONS_OF_ACCELERATE.items():
+        if parse_flag_from_env(variable):
+            hint = f"start it without {option} (or set that to false in accelerate's configuration)"
+            what = f"accelerate launch was told to use {option}, but METR shards networks itself (train.parallel=fsdp)"
+            raise ConfigError(what, where="train.parallel", hint=hint)
     device = joined_device(loop.device)
     # The gradient of a 1 x 1 kernel has strides of its own. DDP copies it then, which costs next to nothing.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view")

@@ -104,11 +104,19 @@ def _lines(joint: JointData, recipe: RunConfig) -> list[str]:
     return [
         f"names: {len(joint.vocabulary):,}, {shared:,} of them in several datasets; unannotated: {recipe.unannotated}",
         *length_lines(recipe, sum(joint.lengths.values())),
-        f"device: {device}, {resolved_precision(loop.precision, device)}, processes: {process_count()}; "
+        f"device: {device}, {resolved_precision(loop.precision, device)}, processes: {_processes(recipe)}; "
         f"images: {shape} pixels ({resize.mode}){sizes}",
         f"network: {model.backbone.name}, {model.encoder.kind} encoder, {model.decoder.layers} decoder layers, "
         f"width {model.width}, {model.queries.number} queries; text: {recipe.text.source}",
     ]
+
+
+def _processes(recipe: RunConfig) -> str:
+    """How many processes there are, and what each of them keeps."""
+    count, parallel = process_count(), recipe.train.parallel
+    if count > 1:
+        return f"{count} ({parallel})"
+    return "1" if parallel == "ddp" else f"1 ({parallel}: nothing to shard)"
 
 
 def length_lines(recipe: RunConfig, images: int) -> list[str]:
