@@ -19,10 +19,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from metr.data.collate import Collated, PipedBatch, collate, free_shared_memory, padded_shape, sent
 from metr.data.config import LoaderConfig
-from metr.data.dataset import DetectionDataset, Example, Missing, MixedDataset
+from metr.data.dataset import UNREACHABLE, DetectionDataset, Example, Missing, MixedDataset
 from metr.data.records import DataIssue
 from metr.data.sampling import MixedSampler, mixture_weights, repeat_factors
-from metr.errors import DataError
+from metr.errors import DataError, StoreError
 from metr.structures import Batch
 
 log = logging.getLogger(__name__)
@@ -77,6 +77,7 @@ class TrainLoader:
 
         Raises:
             DataError: too many images in a row cannot be read, or a process that reads images died.
+            StoreError: a shard cannot be reached.
         """
         for collated in _collated(self._loader):
             self._issues.add(collated.issues)
@@ -113,6 +114,7 @@ class EvaluationLoader:
 
         Raises:
             DataError: a process that reads images died.
+            StoreError: a shard cannot be reached.
         """
         self._positions = []
         for collated in _collated(self._loader):
@@ -306,7 +308,12 @@ def _collated(loader: DataLoader[Any]) -> Iterator[Collated]:
                         "batches take a slower way: %d MB of shared memory are free. %s", batch.free >> 20, _LARGER
                     )
                 piped = True
-            yield batch.whole() if isinstance(batch, PipedBatch) else batch
+            collated = batch.whole() if isinstance(batch, PipedBatch) else batch
+            for issue in collated.issues:
+                if issue.kind == UNREACHABLE:
+                    hint = "check the store and the network, then go on with --resume"
+                    raise StoreError(issue.detail, where=issue.where, hint=hint)
+            yield collated
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise
