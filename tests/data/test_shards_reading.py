@@ -15,9 +15,9 @@ from reader_trees import NAMES, Truth, write_text
 from shard_trees import CountingFileSystem, jpeg, put, shards, simple, tar, truth, write
 from test_containers_huggingface import row, schema
 
-import metr.data.shards.stores as stores
 from metr.data.datasets_file import DatasetConfig, DatasetSource, open_dataset, parse_data_arguments
 from metr.data.images import check_image, read_image
+from metr.data.shards import stores
 from metr.errors import DataError, DependencyError, StoreError
 
 
@@ -73,11 +73,9 @@ def places(folder: Path) -> dict[str, str]:
     }
 
 
-PLACES = tuple(
-    [
-        *("memory glob", "memory braces", "memory folder", "file url", "local glob", "local folder"),
-        *("local folders of splits", "compressed", "flaky"),
-    ]
+PLACES = (
+    *("memory glob", "memory braces", "memory folder", "file url", "local glob", "local folder"),
+    *("local folders of splits", "compressed", "flaky"),
 )
 
 
@@ -171,7 +169,6 @@ def test_indexing_goes_on_where_it_was_stopped(tmp_path: Path, monkeypatch: pyte
     assert "flaky://d/c/train-2.tar" in message
     assert "after 4 attempts" in message
     assert "2 of 4 shards are done" in message
-    CountingFileSystem.reset_failures = None
     CountingFileSystem.down.clear()
     CountingFileSystem.reads.clear()
     assert len(opened("flaky://d/c/*.tar", splits={"train": "train"}).split("train")) == 16
@@ -297,15 +294,14 @@ def test_errors_of_addresses(tmp_path: Path) -> None:
         opened("memory://d/none/*.tar")
     with pytest.raises(DataError, match=r"the first that was looked for: memory://d/none/train-0\.tar"):
         opened("memory://d/none/train-{0..9}.tar")
-    with pytest.raises(DataError, match="more than 1,000,000 files"):
+    with pytest.raises(DataError, match="more than 100,000 files"):
         opened("memory://d/none/train-{0..99999999999}.tar")
+    put("memory://d/o", {"notes.md": b"x", "a.tar": simple([1])})
     with pytest.raises(DataError, match="expected shards"):
-        put("memory://d/o", {"notes.md": b"x"})
         opened("memory://d/o/*.md")
     with pytest.raises(DataError, match="no such kind of store"):
         opened("nowhere://d/o/*.tar")
     with pytest.raises(DataError, match="not shards of the format coco"):
-        put("memory://d/o", {"a.tar": simple([1])})
         opened("memory://d/o/*.tar", format="coco")
 
 
@@ -334,7 +330,8 @@ def test_data_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert told("data/train-{00..03}.tar") == ("data", Path("data/train-{00..03}.tar"))
     file = write_text(
         tmp_path / "data.yaml",
-        f"datasets:\n  - {{name: far, path: '{pattern}'}}\n  - other={pattern}\n  - gs://b/p/*.parquet\n  - here/*.tar\n",
+        f"datasets:\n  - {{name: far, path: '{pattern}'}}\n  - other={pattern}\n"
+        "  - gs://b/p/*.parquet\n  - here/*.tar\n",
     )
     configs = parse_data_arguments([str(file)])
     assert [(config.name, config.path) for config in configs] == [
@@ -350,11 +347,11 @@ def test_memory_is_bounded_by_a_shard(tmp_path: Path) -> None:
 
     image = jpeg(400, 400)
     told = json.dumps({"objects": [{"bbox": [1, 1, 9, 9], "category": "a"}]}).encode()
-    files = [(f"{n}.{kind}", content) for n in range(60) for kind, content in (("jpg", image), ("json", told))]
+    files = [(f"{n}.{kind}", content) for n in range(40) for kind, content in (("jpg", image), ("json", told))]
     shard = tar(files)
-    write(tmp_path / "many", {f"train-{n:03d}.tar": shard for n in range(20)})
+    write(tmp_path / "many", {f"train-{n:03d}.tar": shard for n in range(6)})
     tracemalloc.start()
     opened(f"file://{tmp_path}/many/*.tar")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < len(shard), f"{peak:,} bytes for 20 shards of {len(shard):,}"
+    assert peak < len(shard), f"{peak:,} bytes for 6 shards of {len(shard):,}"

@@ -19,7 +19,7 @@ from metr.data.shards.stores import WEB, NoRangesError, StoredFile, filesystem, 
 from metr.errors import DataError, StoreError
 
 # Patterns may name so many files at most.
-_MOST = 1_000_000
+_MOST = 100_000
 _REQUESTS_AT_ONCE = 16
 _NUMBERS = re.compile(r"(\d+)\.\.(\d+)$")
 # What stores call the marks of a file's content, or the time of its last change.

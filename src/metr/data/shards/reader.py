@@ -234,10 +234,14 @@ def _rows_place(root: Path, base: str, address: str) -> Path:
 
 
 def _split_of(address: str, base: str) -> str:
-    """The first word in the name of a shard, else the last folder on its way, that means a split; else "all"."""
+    """The first word in the name of a shard, else the last folder on its way, that means a split; else "all".
+
+    The folder that all shards lie in counts where its whole name is that of a split, such as `val` or `train2017`.
+    """
     above = base.rstrip("/").rpartition("/")[2]
     parts = _relative(address, base).split("/")
-    for part in (parts[-1], *reversed(parts[:-1]), above):
+    whole = [above] if re.fullmatch(r"[a-zA-Z]+\d*", above) else []
+    for part in (parts[-1], *reversed(parts[:-1]), *whole):
         words = re.split(r"[^a-zA-Z0-9]+", part)
         if (found := next((word for word in words if canonical_split(word)), None)) is not None:
             return found

@@ -45,16 +45,21 @@ def rows_of_tar(stream: IO[bytes], where: str) -> Iterator[Row]:
         StoreError: the store does not answer.
     """
     current: _Sample | None = None
-    for member in _members(stream, where):
-        key, kind = _key(member.name)
-        if not kind:
-            continue
-        if current is None or key != current.key:
-            if current is not None:
-                yield current.row()
-            current = _Sample(key)
-        with _reading(where, member.name):
-            current.add(kind, member, stream)
+    try:
+        for member in _members(stream, where):
+            key, kind = _key(member.name)
+            if not kind:
+                continue
+            if current is None or key != current.key:
+                if current is not None:
+                    yield current.row()
+                current = _Sample(key)
+            with _reading(where, member.name):
+                current.add(kind, member, stream)
+    except DamagedShardError:
+        if current is not None and current.image is not None and current.told is not None:
+            yield current.row()  # it came before the damage
+        raise
     if current is not None:
         yield current.row()
 
@@ -72,11 +77,12 @@ class _Sample:
         """Takes a file of the sample."""
         self.kinds.append(kind)
         if is_image(f"x.{kind}") and "." not in kind and self.image is None:
-            self.image = Row(file_name=f"{self.key}.{kind}", offset=member.offset_data, size=member.size)
+            row = Row(file_name=f"{self.key}.{kind}", offset=member.offset_data, size=member.size)
             if member.size > _LARGEST_IMAGE or member.issparse():
-                self.image.trouble = "unreadable image", f"{self.image.file_name} has {member.size:,} bytes"
-                return
-            measure(self.image, _content(member, stream))
+                row.trouble = "unreadable image", f"{row.file_name} has {member.size:,} bytes"
+            else:
+                measure(row, _content(member, stream))
+            self.image = row
         elif kind == "json":
             if member.size > _LARGEST_JSON:
                 self.trouble = "unreadable annotation", f"{self.key}.json has {member.size:,} bytes"
