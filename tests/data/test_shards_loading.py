@@ -177,6 +177,7 @@ def losses(source: DatasetSource, folder: Path, steps: int, workers: int, monkey
     return found
 
 
+@pytest.mark.slow
 def test_training_is_that_of_the_folder(folder: DatasetSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Twenty steps from memory without workers, and from tars with two workers: the same losses to the last bit."""
     tars = written(folder, tmp_path / "shards")

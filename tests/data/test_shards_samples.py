@@ -1,20 +1,26 @@
 """What the JSON of a sample may look like, and how shards are written and read again."""
 
 import json
+import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from reader_trees import NAMES
 from shard_trees import jpeg, tar, write
 from test_shards_reading import cache, opened  # noqa: F401  (a fixture)
 from test_writers import assert_same, counts, made, odd
 
 from metr.data.datasets_file import DatasetSource
+from metr.data.export import write_coco
 from metr.data.export_shards import write_webdataset
 from metr.data.images import read_image
 from metr.data.records import ImageRecord
+from metr.errors import DataError
+from metr.inspection.duplicates import Place, equal_images, places_of
 
 BOX = [4.0, 5.0, 10.0, 6.0]
 WANTED = np.array([[4, 5, 14, 11]], dtype=np.float32)
@@ -126,11 +132,48 @@ def test_round_trip(tmp_path: Path) -> None:
 
 
 def test_round_trip_of_what_is_annotated(tmp_path: Path) -> None:
-    source = made(tmp_path / "data", "odvg plain")
+    source = made(tmp_path / "data", exhaustive=NAMES[:2])
     again = read_again(source, tmp_path / "out")
-    assert any(record.annotated is not None for record in again.split("train"))
+    assert {record.annotated for record in again.split("train")} == {(0, 1)}
     for before, after in pairs(source, again):
         assert before.annotated == after.annotated
+
+
+def test_an_archive_of_another_format_is_none(tmp_path: Path) -> None:
+    """A tar with COCO's JSON in it is a folder that was packed, and several archives are told as such."""
+    made(tmp_path / "data")
+    for name in ("one.tar", "two.tar"):
+        shutil.make_archive(str(tmp_path / "packed" / name[:3]), "tar", tmp_path / "data")
+    assert opened(tmp_path / "packed" / "one.tar").format == "coco"
+    with pytest.raises(DataError, match="found 2 archives"):
+        opened(tmp_path / "packed")
+
+
+def test_shards_are_not_written_beside_themselves(tmp_path: Path) -> None:
+    source = made(tmp_path / "data")
+    again = read_again(source, tmp_path / "out")
+    with pytest.raises(DataError, match="own folder"):
+        write_webdataset(again, tmp_path / "out" / "again")
+    with pytest.raises(DataError, match=f"^{tmp_path}/out: no 'holdout' split"):
+        again.split("holdout")
+
+
+def test_duplicates_and_other_exports_of_shards(tmp_path: Path) -> None:
+    """Images in shards are compared by their bytes, and exported as files."""
+    source = odd(tmp_path / "data")
+    again = read_again(source, tmp_path / "out")
+    places = places_of(again)
+    assert len(equal_images([*places, *places_of(source)])) == 0  # one dataset's name: equal splits
+    renamed = [replace(place, dataset="other") for place in places_of(source)]
+    assert len(equal_images([*places, *renamed])) == len({image_of(place) for place in renamed})
+    report = write_coco(again, tmp_path / "coco")
+    assert (report.images, report.copied, report.left_out) == (len(places), len(places), {})
+    for before, after in pairs(again, opened(tmp_path / "coco")):
+        assert_same(before, after)
+
+
+def image_of(place: Place) -> bytes:
+    return place.path.read_bytes()
 
 
 def test_equal_data_makes_equal_shards(tmp_path: Path) -> None:

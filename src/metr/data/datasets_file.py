@@ -27,6 +27,7 @@ from metr.data.records import TEST, TRAIN, VAL, Annotations, DataIssue, Dropped,
 from metr.data.shards.addresses import is_pattern, name_of_pattern, path_or_url
 from metr.data.shards.stores import is_url
 from metr.errors import ConfigError, DataError, did_you_mean
+from metr.text.cache import cache_root
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +118,11 @@ class DatasetSource:
     held_out: bool = False
     dropped: Mapping[str, Dropped] = field(default_factory=dict)
 
+    @property
+    def place(self) -> Path | str:
+        """Where the dataset is, for messages: its folder, or the URL or path of its shards."""
+        return self.config.path if self.root.is_relative_to(cache_root() / "shards") else self.root
+
     def split(self, name: str) -> AnnotationIndex:
         """The annotations of one split.
 
@@ -127,7 +133,7 @@ class DatasetSource:
             hint = f"it has {', '.join(self.splits)}; `splits` in a datasets file can say which is which"
             empty = (issue for issue in self.issues if issue.kind == "empty split" and issue.where == name)
             why = "".join(f": {issue.detail}" for issue in empty)
-            raise DataError(f"no {name!r} split{why}", where=self.root, hint=hint)
+            raise DataError(f"no {name!r} split{why}", where=self.place, hint=hint)
         return self.splits[name]
 
     def renamed(self, names: Mapping[str, str]) -> "DatasetSource":

@@ -147,7 +147,7 @@ def new_export(source: DatasetSource, out: Path, placement: Placement) -> Iterat
     spec = source.config
     options = {"prompt": len(spec.prompts), "weight": int(spec.weight != 1), "old name": len(spec.renames)}
     target = Path(os.path.abspath(out.expanduser()))  # noqa: PTH100  (symbolic links stay)
-    if target.is_relative_to(source.root):
+    if any(target.is_relative_to(own) for own in (source.root, source.place) if isinstance(own, Path)):
         raise DataError("would be written into the dataset's own folder", where=target, hint="name a folder outside")
     building = target.with_name(f".{target.name}.writing-{secrets.token_hex(4)}")
     try:

@@ -312,6 +312,11 @@ class Reader(ABC):
         self.options = ReadOptions()
 
     @property
+    def place(self) -> Path | str:
+        """Where the dataset is, for messages."""
+        return self.root
+
+    @property
     def options_used(self) -> tuple[str | None, ...]:
         """The options that the result depends on."""
         return (self.options.boxes,)

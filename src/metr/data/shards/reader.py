@@ -75,6 +75,11 @@ class ShardReader(ShardedReader, ImageFolderReader):
         return self
 
     @property
+    def place(self) -> Path | str:
+        """The folder or address that all shards have in common."""
+        return self.base
+
+    @property
     def options_used(self) -> tuple[str | None, ...]:
         """The options that the result depends on."""
         return (*super().options_used, *(where for where, _ in self.missing))
@@ -155,7 +160,7 @@ class WebDatasetReader(ShardReader):
         stored = [one for file in files for one in find_files(file, cls.suffixes).files]
         reader = cls(stored, base_of([one.address for one in stored]))
         first = next(iter(reader.files.values()))
-        return reader if any(row.objects is not None for row in first_rows(first, _SNIFFED)) else None
+        return reader if any(map(_has_boxes, first_rows(first, _SNIFFED))) else None
 
     @classmethod
     def why_not(cls, path: Path) -> str | None:
@@ -209,12 +214,18 @@ def open_pattern(pattern: str | Path, format_name: str | None) -> ShardReader:
     raise DataError(what, where=pattern, hint="copy it to this disk and name the folder, or write it as shards")
 
 
+def _has_boxes(row: Row) -> bool:
+    """Whether a sample is an image with objects, or with a list of none."""
+    return row.objects is not None and row.size > 0
+
+
 def _without_boxes(rows: Sequence[Row]) -> str | None:
-    """What samples have in place of boxes; None where one has boxes, or there is no sample."""
-    if not rows or any(row.objects is not None for row in rows):
+    """What samples have in place of boxes; None where one has boxes, or the files are no samples."""
+    if any(map(_has_boxes, rows)):
         return None
-    detail = next((row.trouble[1] for row in rows if row.trouble), "")
-    return f"WebDataset samples without boxes, as img2dataset writes them: {detail}"
+    details = (row.trouble[1] for row in rows if row.trouble and row.size)
+    detail = next((one for one in details if re.search(r": its JSON has|: it has .*\bcls\b", one)), None)
+    return detail and f"WebDataset samples without boxes in a known form, as img2dataset writes them: {detail}"
 
 
 def _values(row: Row) -> dict[str, Any]:
