@@ -301,6 +301,8 @@ def test_errors_of_addresses(tmp_path: Path) -> None:
         opened("memory://d/o/*.md")
     with pytest.raises(DataError, match="no such kind of store"):
         opened("nowhere://d/o/*.tar")
+    with pytest.raises(DataError, match="a command whose output would be read"):
+        opened("pipe:aws s3 cp s3://b/train-{0..9}.tar -")
     with pytest.raises(DataError, match="not shards of the format coco"):
         opened("memory://d/o/*.tar", format="coco")
 

@@ -60,8 +60,8 @@ class StoredFile(msgspec.Struct, frozen=True):
 
 
 def is_url(path: object) -> bool:
-    """Whether a path is the address of a store, such as `s3://bucket/name`."""
-    return isinstance(path, str) and _SCHEME.match(path) is not None
+    """Whether a path is the address of a store, such as `s3://bucket/name`, or one of WebDataset's commands (`pipe:`)."""
+    return isinstance(path, str) and (_SCHEME.match(path) is not None or path.startswith("pipe:"))
 
 
 def read_range(address: str, start: int, size: int) -> bytes:
