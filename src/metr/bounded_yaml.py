@@ -1,13 +1,16 @@
 """YAML from anywhere: the one place where the package reads it. A small file cannot become gigabytes or take hours."""
 
 import codecs
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-__all__ = ["load_yaml", "load_yaml_file", "parse_yaml", "yaml_fault", "yaml_text"]
+from metr.errors import ConfigError
+
+__all__ = ["load_yaml", "load_yaml_file", "parse_yaml", "with_line", "yaml_fault", "yaml_text"]
 
 # The most characters of a text: some five seconds of parsing for each million.
 _LONGEST = 4_000_000
@@ -18,6 +21,8 @@ _DEEPEST = 64
 _ALIASED = 10_000
 # The most characters of an unquoted scalar that may be a number, a date or a truth value; a longer one is text.
 _LONGEST_NUMBER = 128
+# How the message of a configuration error begins that is about one key.
+_FAULTY_KEY = re.compile(r"(?:unknown key )?'([^']+)'")
 
 
 def load_yaml(text: str, *, as_written: bool = False) -> Any:
@@ -160,3 +165,22 @@ def _children(node: Node) -> list[Node]:
 
 
 _BoundedLoader.add_constructor("tag:yaml.org,2002:int", _BoundedLoader.construct_yaml_int)
+
+
+def with_line(error: ConfigError, file: Path, node: Node | None, called: str = "") -> ConfigError:
+    """An error about a key of a part of a file (None of an empty one), with the line of that key, or of the part."""
+    if node is None:
+        return error
+    faulty = _FAULTY_KEY.match(error.what)
+    line = node.start_mark.line
+    for part in faulty[1].split(".") if faulty else ():
+        pairs: list[tuple[Node, Node]] = []
+        if isinstance(node, MappingNode):
+            pairs = [pair for pair in node.value if pair[0].value == part]
+        elif isinstance(node, SequenceNode):
+            pairs = [(value, value) for place, value in enumerate(node.value) if str(place) == part]
+        if not pairs:
+            break
+        key, node = pairs[-1]
+        line = key.start_mark.line
+    return ConfigError(f"{called}{error.what}", where=f"{file}, line {line + 1}", hint=error.hint)

@@ -63,6 +63,10 @@ class DataError(MetrError):
     """A dataset, annotation file or image is missing, unreadable or contradicts itself."""
 
 
+class StoreError(MetrError):
+    """A file in a store cannot be reached, after several attempts. It is no fault of the data: nothing goes on."""
+
+
 class ConfigError(MetrError):
     """A configuration names an unknown key or holds a value of the wrong kind."""
 

@@ -211,7 +211,7 @@ def test_the_listing_is_what_train_reads(tmp_path: Path) -> None:
     assert parse_data_arguments([str(path)]) == specs
 
 
-@pytest.mark.parametrize("name", ["coco", "yolo"])
+@pytest.mark.parametrize("name", ["coco", "yolo", "webdataset"])
 def test_exports_can_be_read(tmp_path: Path, name: str) -> None:
     one = write_csv(tmp_path / "one", "a.jpg,1,2,10,20,dog")
     datasets_file = tmp_path / "data.yaml"

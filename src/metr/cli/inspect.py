@@ -22,7 +22,7 @@ __all__ = ["inspect"]
 
 # A table that is piped into a file is as wide as it needs to be.
 _PIPED_WIDTH = 160
-_WRITERS = ("coco", "yolo")
+_WRITERS = ("coco", "yolo", "webdataset")
 
 Verbose = Annotated[
     bool, typer.Option("--verbose", "-v", help="Leave nothing out; list every category with its boxes.")
@@ -39,7 +39,9 @@ Write = Annotated[
 Force = Annotated[bool, typer.Option("--force", help="Write over a datasets file that exists.")]
 Export = Annotated[
     tuple[str, Path] | None,
-    typer.Option(help="Write each dataset as coco or yolo, into a folder of its own in OUT.", metavar="FORMAT OUT"),
+    typer.Option(
+        help="Write each dataset as coco, yolo or webdataset, into a folder of its own in OUT.", metavar="FORMAT OUT"
+    ),
 ]
 Draw = Annotated[
     Path | None,
@@ -177,9 +179,10 @@ def _check_format(name: str) -> None:
 def _export(sources: "Sequence[DatasetSource]", name: str, out: Path, console: Console) -> None:
     """Writes each dataset into its own folder."""
     from metr.data.export import write_coco, write_yolo
+    from metr.data.export_shards import write_webdataset
     from metr.inspection.sheets import file_stem
 
-    write = {"coco": write_coco, "yolo": write_yolo}[name]
+    write = {"coco": write_coco, "yolo": write_yolo, "webdataset": write_webdataset}[name]
     for source in sources:
         folder = out / file_stem(source.name)
         with console.status(f"writing {escape(source.name)}"):

@@ -178,7 +178,7 @@ def trainer_batch(processor: Any, records: Sequence[ImageRecord]) -> dict[str, A
         objects = zip(record.labels.tolist(), boxes, record.areas.tolist(), record.ignore.tolist(), strict=True)
         values = [dict(zip(_COCO, one, strict=True)) for one in objects]
         told.append({"image_id": 0, "annotations": values})
-    return {**processor([read_image(record.path) for record in records], told, return_tensors="pt")}
+    return {**processor([read_image(record.path, record.source) for record in records], told, return_tensors="pt")}
 
 
 def from_detector(

@@ -88,6 +88,9 @@ class LoaderConfig(Config):
     repeat_threshold: Fraction = 0.0
     """A category in a fraction f of a dataset's images is rare if f is below this: an epoch then repeats its images
     sqrt(this / f) times. 0: every image comes once."""
+    shards_at_once: Annotated[int, Field(ge=0, le=100_000)] = 0
+    """Of datasets in shards: an epoch goes through so many shards at a time, in random order, and shuffles the images
+    of these together. Less random, but what is fetched is used at once. 0: all images are shuffled together."""
     multiple: Annotated[int, Field(ge=1, le=4_096)] = 32
     """Pixels: the sides of a batch are padded to multiples of this, the coarsest stride of the network."""
 

@@ -15,12 +15,14 @@ from metr.data.images import read_annotated
 from metr.data.records import Annotations, DataIssue, ImageRecord
 from metr.data.sampling import SampleKey
 from metr.data.transforms import Sample, Transforms
-from metr.errors import ConfigError, DataError
+from metr.errors import ConfigError, DataError, StoreError
 from metr.structures import Targets
 from metr.text.vocabulary import Vocabulary
 
 # After this many unreadable images in a row, drawn at random, a dataset is given up.
 ATTEMPTS = 20
+# The kind of issue that ends training: a store that does not answer is no fault of one image.
+UNREACHABLE = "unreachable shard"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,16 +95,23 @@ class DetectionDataset(Dataset[Example | Missing]):
         """Image `index`, without random changes."""
         try:
             return self._load(index)
+        except StoreError as error:
+            return self._unreachable(index, error)
         except DataError as error:
             return Missing(dataset=self.name, position=index, issues=(self._issue(index, error),))
 
     def sample(self, key: SampleKey) -> Example | Missing:
-        """The image of that key, or another of this dataset, chosen by the key, if it cannot be read."""
+        """The image of that key, or another of this dataset, chosen by the key, if it cannot be read.
+
+        An image in a store that does not answer is not replaced.
+        """
         rng, index = key.generator(), key.index
         issues: list[DataIssue] = []
         for _ in range(ATTEMPTS):
             try:
                 return replace(self._load(index, rng, key.size), issues=tuple(issues))
+            except StoreError as error:
+                return self._unreachable(key.index, error)
             except DataError as error:
                 issues.append(self._issue(index, error))
                 index = int(rng.integers(len(self)))
@@ -146,6 +155,10 @@ class DetectionDataset(Dataset[Example | Missing]):
         here = torch.zeros_like(self.annotated)
         here[self.rows[list(record.annotated)]] = True
         return here & self.annotated
+
+    def _unreachable(self, index: int, error: StoreError) -> Missing:
+        issue = DataIssue(kind=UNREACHABLE, where=str(error.where), detail=error.what)
+        return Missing(dataset=self.name, position=index, issues=(issue,))
 
     def _issue(self, index: int, error: DataError) -> DataIssue:
         return DataIssue(kind="unreadable image", where=str(self.annotations[index].path), detail=error.what)

@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import yaml
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
-from metr.bounded_yaml import parse_yaml, yaml_text
+from metr.bounded_yaml import parse_yaml, with_line, yaml_text
 from metr.config import Config, read_yaml
 from metr.data.containers.archives import archive_stem
 from metr.data.formats.base import ReadOptions, plain_name
@@ -24,7 +24,10 @@ from metr.data.index.annotation_index import AnnotationIndex, LabelMap
 from metr.data.index.cache import default_cache, stored
 from metr.data.index.manifest import Manifest
 from metr.data.records import TEST, TRAIN, VAL, Annotations, DataIssue, Dropped, plan_splits
+from metr.data.shards.addresses import is_pattern, name_of_pattern, path_or_url
+from metr.data.shards.stores import is_url
 from metr.errors import ConfigError, DataError, did_you_mean
+from metr.text.cache import cache_root
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +45,7 @@ FormatName = Literal[
     "csv",
     "huggingface",
     "tfrecord",
+    "webdataset",
 ]
 SplitName = Literal["train", "val", "test"]
 
@@ -51,8 +55,6 @@ _DO_NOT_CARE = frozenset(
     {"dontcare", "dont care", "don't care", "don\u2019t care", "do not care", "ignore"}
     | {f"{verb} {noun}" for verb in ("ignore", "ignored") for noun in ("region", "regions")}
 )
-# How the message of a configuration error begins that is about one key.
-_FAULTY_KEY = re.compile(r"(?:unknown key )?'([^']+)'")
 # The keys of a dataset whose values are words, as they are written: a category may be called `no` or `007`.
 _WORDS = frozenset({"name", "path", "splits", "prompts", "renames", "exhaustive"})
 
@@ -62,8 +64,9 @@ class DatasetConfig(Config):
 
     name: Annotated[str, Field(min_length=1)]
     """The dataset's name in messages, results and vocabularies."""
-    path: Path
-    """Its folder, its one annotation file, or an archive of the folder (zip, tar, tar.gz, tar.bz2, tar.xz)."""
+    path: Annotated[Path | str, AfterValidator(path_or_url)]
+    """Its folder, its one annotation file, an archive of the folder (zip, tar, tar.gz, tar.bz2, tar.xz), or shards: a
+    URL or a path with braces or a glob, such as `s3://bucket/train-{000..127}.tar`."""
     format: FormatName | None = None
     """The format of its files. None: it is recognised."""
     splits: dict[SplitName, tuple[str, ...] | str] | None = None
@@ -115,6 +118,11 @@ class DatasetSource:
     held_out: bool = False
     dropped: Mapping[str, Dropped] = field(default_factory=dict)
 
+    @property
+    def place(self) -> Path | str:
+        """Where the dataset is, for messages: its folder, or the URL or path of its shards."""
+        return self.config.path if self.root.is_relative_to(cache_root() / "shards") else self.root
+
     def split(self, name: str) -> AnnotationIndex:
         """The annotations of one split.
 
@@ -125,7 +133,7 @@ class DatasetSource:
             hint = f"it has {', '.join(self.splits)}; `splits` in a datasets file can say which is which"
             empty = (issue for issue in self.issues if issue.kind == "empty split" and issue.where == name)
             why = "".join(f": {issue.detail}" for issue in empty)
-            raise DataError(f"no {name!r} split{why}", where=self.root, hint=hint)
+            raise DataError(f"no {name!r} split{why}", where=self.place, hint=hint)
         return self.splits[name]
 
     def renamed(self, names: Mapping[str, str]) -> "DatasetSource":
@@ -250,6 +258,8 @@ def _tell_held_out(source: DatasetSource) -> None:
 
 def _parse_argument(argument: str) -> list[DatasetConfig]:
     name, equals, rest = argument.partition("=")
+    if is_url(argument):
+        return [_dataset_config({"path": argument}, Path(), argument)]
     path = expanded(argument)
     if equals and name and not re.search(r"[\\/]", name) and not there(path):
         return [_dataset_config({"name": name, "path": rest}, Path(), argument)]
@@ -274,7 +284,7 @@ def _listed_datasets(file: Path, written: Mapping[str, Any]) -> list[DatasetConf
     try:
         items = DatasetsFile.checked(values, where=file).datasets
     except ConfigError as error:
-        raise _with_line(error, file, root) from None
+        raise with_line(error, file, root) from None
     listed = next(value for key, value in reversed(root.value) if key.value == "datasets")
     return [_listed_dataset(item, file, node) for item, node in zip(items, listed.value, strict=True)]
 
@@ -294,7 +304,9 @@ def _listed_dataset(item: Mapping[str, Any] | str, file: Path, node: yaml.Node) 
     """
     called = ""
     if isinstance(item, str):
-        name, equals, path = item.rpartition("=")
+        name, equals, path = ("", "", item) if is_url(item) else item.rpartition("=")
+        if is_url(item.partition("=")[2]):
+            name, equals, path = item.partition("=")
         item = {"name": name, "path": path} if equals else {"path": path}
     elif "path" in item or "name" in item:
         called = f"dataset {item.get('name', item.get('path'))!r}: "
@@ -306,26 +318,7 @@ def _listed_dataset(item: Mapping[str, Any] | str, file: Path, node: yaml.Node) 
     try:
         return _dataset_config(item, file.parent, file)
     except ConfigError as error:
-        raise _with_line(error, file, node, called) from None
-
-
-def _with_line(error: ConfigError, file: Path, node: yaml.Node | None, called: str = "") -> ConfigError:
-    """An error about a key of a part of a file (None of an empty one), with the line of that key, or of the part."""
-    if node is None:
-        return error
-    faulty = _FAULTY_KEY.match(error.what)
-    line = node.start_mark.line
-    for part in faulty[1].split(".") if faulty else ():
-        pairs: list[tuple[yaml.Node, yaml.Node]] = []
-        if isinstance(node, yaml.MappingNode):
-            pairs = [pair for pair in node.value if pair[0].value == part]
-        elif isinstance(node, yaml.SequenceNode):
-            pairs = [(value, value) for place, value in enumerate(node.value) if str(place) == part]
-        if not pairs:
-            break
-        key, node = pairs[-1]
-        line = key.start_mark.line
-    return ConfigError(f"{called}{error.what}", where=f"{file}, line {line + 1}", hint=error.hint)
+        raise with_line(error, file, node, called) from None
 
 
 def _dataset_config(values: Mapping[str, Any], base: Path, where: object) -> DatasetConfig:
@@ -334,11 +327,15 @@ def _dataset_config(values: Mapping[str, Any], base: Path, where: object) -> Dat
         raise ConfigError("a dataset without a path", where=where, hint="write path: and the dataset's folder")
     if "\0" in path:
         raise ConfigError(f"a path with a zero byte: {path!r}", where=where, hint="take it out")
+    if is_url(path):
+        return DatasetConfig.checked({"name": name_of_pattern(path), **values}, where=where)
     full = base / expanded(path)
     resolved = Path(os.path.realpath(full))  # `resolve` raises an error for a link to itself
     default_name = resolved.name
     if there(resolved, Path.is_file):
         default_name = archive_stem(resolved) or resolved.parent.name
+    elif is_pattern(resolved) and not there(resolved):
+        default_name = name_of_pattern(resolved.as_posix())
     return DatasetConfig.checked({"name": default_name, **values, "path": full}, where=where)
 
 

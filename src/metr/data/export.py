@@ -1,4 +1,4 @@
-"""Writes a dataset as COCO or YOLO, into a folder that is complete or not there; counts what is lost."""
+"""Writes a dataset as COCO, YOLO or WebDataset, into a folder that is complete or not there; counts what is lost."""
 
 import contextlib
 import logging
@@ -92,14 +92,15 @@ class ImageFolder:
         self._taken: set[str] = set()
         folder.mkdir(parents=True)
 
-    def put(self, image: Path) -> str | None:
+    def put(self, record: ImageRecord) -> str | None:
         """The name under which an image lies in the folder now; None where it cannot be read, which is counted.
 
         Raises:
             OSError: the folder cannot be written to.
         """
+        image = record.path
         try:
-            content = image.open("rb")
+            content = image.open("rb") if record.source is None else record.source.open()
         except (OSError, ValueError):
             self.export.left_out["missing image"] += 1
             return None
@@ -107,7 +108,7 @@ class ImageFolder:
             name = self._free_name(image.name)
             self.export.images += 1
             self.export.renamed += name != image.name
-            if self.export.placement == "link":
+            if self.export.placement == "link" and record.source is None:
                 # another disk, too many links, no permission
                 with contextlib.suppress(OSError):
                     (self.folder / name).hardlink_to(image.resolve())
@@ -146,7 +147,7 @@ def new_export(source: DatasetSource, out: Path, placement: Placement) -> Iterat
     spec = source.config
     options = {"prompt": len(spec.prompts), "weight": int(spec.weight != 1), "old name": len(spec.renames)}
     target = Path(os.path.abspath(out.expanduser()))  # noqa: PTH100  (symbolic links stay)
-    if target.is_relative_to(source.root):
+    if any(target.is_relative_to(own) for own in (source.root, source.place) if isinstance(own, Path)):
         raise DataError("would be written into the dataset's own folder", where=target, hint="name a folder outside")
     building = target.with_name(f".{target.name}.writing-{secrets.token_hex(4)}")
     try:
@@ -194,7 +195,7 @@ def write_yolo(source: DatasetSource, out: Path, placement: Placement = "link") 
             place, labels = export.image_folder(split, stems=True), export.folder / "labels" / split
             labels.mkdir(parents=True)
             for record in map(exif_oriented_record, in_order(annotations)):
-                name = place.put(record.path)
+                name = place.put(record)
                 if name is not None:
                     lines = _lines(record)
                     (labels / name).with_suffix(".txt").write_text("".join(lines), encoding="utf-8")
@@ -243,7 +244,7 @@ def write_coco(source: DatasetSource, out: Path, placement: Placement = "link") 
         (export.folder / "annotations").mkdir()
         for split, annotations in source.splits.items():
             place = export.image_folder(split)
-            names = [place.put(record.path) for record in in_order(annotations)]
+            names = [place.put(record) for record in in_order(annotations)]
             with (export.folder / "annotations" / f"instances_{split}.json").open("wb") as file:
                 export.boxes += _write_split(file, annotations, names, federated)
     return export.report(source.name, out, "coco")

@@ -101,7 +101,7 @@ def check_usable(source: DatasetSource, split: str, chosen: Annotations | None =
         told.append(f"such as {example[:_LONGEST]}{'...' if len(example) > _LONGEST else ''}")
     what = f"the {split} split of {source.name!r} is not used: {'; '.join(told)}"
     hint = f"metr inspect {source.config.path} shows all; {todo}; --allow-empty goes on all the same"
-    raise DataError(what, where=source.root, hint=hint)
+    raise DataError(what, where=source.place, hint=hint)
 
 
 def _main_kinds(source: DatasetSource, split: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import io
 import stat
 import struct
 import zlib
@@ -25,7 +26,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from metr.data.pixels import as_rgb
-from metr.data.records import Annotations, DataIssue, ImageRecord, InMemoryAnnotations
+from metr.data.records import Annotations, DataIssue, ImageBytes, ImageRecord, InMemoryAnnotations
 from metr.errors import DataError
 
 ImageSource = str | Path | np.ndarray | Image.Image
@@ -109,6 +110,16 @@ def read_regular(path: Path) -> bytes:
         return file.read()
 
 
+def image_bytes(path: Path, source: ImageBytes | None) -> BinaryIO:
+    """The bytes of an image, from its file or from where a record says (`ImageRecord.source`).
+
+    Raises:
+        OSError: the file cannot be opened.
+        StoreError: it is in a store that cannot be reached.
+    """
+    return open_regular(path) if source is None else source.open()
+
+
 def probe_size(path: Path) -> tuple[int, int]:
     """(height, width) of an image in pixels as viewers show it (EXIF orientation applied), without decoding it.
 
@@ -118,17 +129,27 @@ def probe_size(path: Path) -> tuple[int, int]:
     return read_header(path).shown_size
 
 
-def read_header(path: Path) -> Header:
+def read_header(path: Path, source: ImageBytes | None = None) -> Header:
     """Size and orientation of an image, without decoding it.
 
     Raises:
         DataError: the file is missing, empty, cut off or not an image of a known format.
     """
-    with _opened(path) as (_, header):
+    with _opened(path, source) as (_, header):
         return header
 
 
-def read_image(path: Path) -> UInt8[np.ndarray, "h w 3"]:
+def header_of(data: bytes, where: object) -> tuple[str, Header]:
+    """The format of an image by its bytes, as Pillow names it, and its header.
+
+    Raises:
+        DataError: they are no image of a known format, or cut off.
+    """
+    image = _recognised(io.BytesIO(data), where)
+    return str(image.format), _header(image)
+
+
+def read_image(path: Path, source: ImageBytes | None = None) -> UInt8[np.ndarray, "h w 3"]:
     """An image file as 8-bit RGB, as viewers show it; `rgb_pixels` says how other kinds of pixels are converted.
 
     Of an animation, the first frame is read.
@@ -136,11 +157,12 @@ def read_image(path: Path) -> UInt8[np.ndarray, "h w 3"]:
     Args:
         path: A JPEG, PNG, BMP, GIF, WebP, TIFF, AVIF, HEIC (extra `heif`), JPEG 2000 or PPM file of at most
             `MAX_PIXELS` pixels.
+        source: Where its bytes are, if the path is a name alone.
 
     Raises:
         DataError: the file is missing, empty, cut off, not an image, or has too many pixels.
     """
-    return _read(path)[0]
+    return _read(path, source)[0]
 
 
 def load_image(image: object, where: object) -> UInt8[np.ndarray, "h w 3"]:
@@ -197,7 +219,7 @@ def read_annotated(record: ImageRecord) -> tuple[UInt8[np.ndarray, "h w 3"], Ima
     Raises:
         DataError: as `read_image`.
     """
-    image, header = _read(record.path)
+    image, header = _read(record.path, record.source)
     issue = _disagreement(record, header)
     record = _turned_record(record, header)
     height, width = int(image.shape[0]), int(image.shape[1])
@@ -215,7 +237,7 @@ def exif_oriented_record(record: ImageRecord) -> ImageRecord:
     It stays as it is where they are not, and where the image cannot be read.
     """
     try:
-        return _turned_record(record, read_header(record.path))
+        return _turned_record(record, read_header(record.path, record.source))
     except DataError:
         return record
 
@@ -241,7 +263,7 @@ def check_image(record: ImageRecord, *, decode: bool = False) -> DataIssue | Non
     With `decode` the whole image is read, which alone finds one that is cut off or damaged further on.
     """
     try:
-        header = _read(record.path)[1] if decode else read_header(record.path)
+        header = _read(record.path, record.source)[1] if decode else read_header(record.path, record.source)
         _refuse_too_large(record.path, header)
         return _disagreement(record, header)
     except DataError as error:
@@ -260,29 +282,33 @@ def _disagreement(record: ImageRecord, header: Header) -> DataIssue | None:
     return DataIssue(kind="size differs", where=str(record.path), detail=detail)
 
 
-def _read(path: Path) -> tuple[UInt8[np.ndarray, "h w 3"], Header]:
+def _read(path: Path, source: ImageBytes | None = None) -> tuple[UInt8[np.ndarray, "h w 3"], Header]:
     """An image with its header; the file is opened once."""
-    with _opened(path) as (image, header):
+    with _opened(path, source) as (image, header):
         _refuse_too_large(path, header)
         return rgb_pixels(image, path), header
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[tuple[ImageFile, Header]]:
+def _opened(path: Path, source: ImageBytes | None = None) -> Iterator[tuple[ImageFile, Header]]:
     """An image file that is open, not decoded yet."""
     try:
-        with open_regular(path) as file:
+        with image_bytes(path, source) as file:
             image = _recognised(file, path)
-            tags = getattr(image, "tag_v2", {})  # of TIFF, where versions of Pillow differ in which size they tell
-            stored = (tags.get(_HEIGHT, image.height), tags.get(_WIDTH, image.width))
-            yield image, Header(stored_size=stored, orientation=_orientation(image))
+            yield image, _header(image)
     except FileNotFoundError:
         raise DataError("no such image", where=path, hint="check the path") from None
     except OSError as error:
         raise DataError(f"an image that cannot be read: {error.strerror}", where=path) from None
 
 
-def _recognised(file: BinaryIO, path: Path) -> ImageFile:
+def _header(image: ImageFile) -> Header:
+    tags = getattr(image, "tag_v2", {})  # of TIFF, where versions of Pillow differ in which size they tell
+    stored = (tags.get(_HEIGHT, image.height), tags.get(_WIDTH, image.width))
+    return Header(stored_size=stored, orientation=_orientation(image))
+
+
+def _recognised(file: BinaryIO, path: object) -> ImageFile:
     """The image of an open file, its header read."""
     start = file.read(_START_BYTES)
     file.seek(0)
@@ -304,7 +330,7 @@ def _recognised(file: BinaryIO, path: Path) -> ImageFile:
     raise DataError(f"not an image in a known format ({kinds})", where=path, hint="convert it, for example to PNG")
 
 
-def _branded(start: bytes, path: Path) -> type[ImageFile] | None:
+def _branded(start: bytes, path: object) -> type[ImageFile] | None:
     """The reader of an AVIF or HEIC image by how its file starts; None for others.
 
     Raises:
@@ -335,7 +361,7 @@ def _refuse_too_large(path: Path, header: Header) -> None:
         raise _too_large(f"{width} x {height} pixels, more", path)
 
 
-def _too_large(what: str, path: Path) -> DataError:
+def _too_large(what: str, path: object) -> DataError:
     hint = "scale the image down or cut it into tiles, its boxes alike"
     return DataError(f"{what} than the limit of {MAX_PIXELS:,}", where=path, hint=hint)
 

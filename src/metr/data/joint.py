@@ -68,6 +68,14 @@ class Subset:
         return self.whole[int(self.images[index])]
 
 
+def shards_of_images(annotations: Annotations) -> Int[np.ndarray, "n"] | None:
+    """The number of the shard of each image; None where images are files of their own."""
+    if isinstance(annotations, Subset):
+        shards = shards_of_images(annotations.whole)
+        return None if shards is None else shards[annotations.images]
+    return annotations.shard_numbers() if isinstance(annotations, AnnotationIndex) else None
+
+
 def subset_of(annotations: Annotations, config: SubsetConfig) -> Annotations:
     """The part of a split that the configuration asks for; the split itself where that is everything.
 

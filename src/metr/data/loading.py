@@ -19,10 +19,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from metr.data.collate import Collated, PipedBatch, collate, free_shared_memory, padded_shape, sent
 from metr.data.config import LoaderConfig
-from metr.data.dataset import DetectionDataset, Example, Missing, MixedDataset
+from metr.data.dataset import UNREACHABLE, DetectionDataset, Example, Missing, MixedDataset
+from metr.data.joint import shards_of_images
 from metr.data.records import DataIssue
-from metr.data.sampling import MixedSampler, mixture_weights, repeat_factors
-from metr.errors import DataError
+from metr.data.sampling import EpochImages, MixedSampler, mixture_weights, repeat_factors
+from metr.errors import DataError, StoreError
 from metr.structures import Batch
 
 log = logging.getLogger(__name__)
@@ -77,6 +78,7 @@ class TrainLoader:
 
         Raises:
             DataError: too many images in a row cannot be read, or a process that reads images died.
+            StoreError: a shard cannot be reached.
         """
         for collated in _collated(self._loader):
             self._issues.add(collated.issues)
@@ -113,6 +115,7 @@ class EvaluationLoader:
 
         Raises:
             DataError: a process that reads images died.
+            StoreError: a shard cannot be reached.
         """
         self._positions = []
         for collated in _collated(self._loader):
@@ -160,7 +163,7 @@ def build_train_loader(
     mixed = MixedDataset(datasets)
     weights = mixture_weights(mixed.lengths, config.mixture)
     sizes = datasets[0].transforms.config.sizes
-    images = {one.name: _images(one, config.repeat_threshold) for one in datasets}
+    images = {one.name: _images(one, config) for one in datasets}
     sampler = MixedSampler(images, weights, config.batch_size, seed, rank, world, sizes, start)
     workers = spare_cores() if config.workers is None else config.workers
     loader = _loader(mixed, sampler, config.multiple, workers, config.prefetch, device)
@@ -225,14 +228,17 @@ def shape_groups(
     return batches
 
 
-def _images(dataset: DetectionDataset, threshold: float) -> int | Float[np.ndarray, "n"]:
-    """How many images a dataset has, or how often an epoch shows each of them."""
-    if not threshold:
-        return len(dataset)
-    factors = repeat_factors(dataset.annotations, threshold)
-    message = "%s: an epoch shows images of rare categories up to %.1f times: about %.0f samples of %d images"
-    log.info(message, dataset.name, factors.max(initial=1.0), factors.sum(), len(factors))
-    return factors
+def _images(dataset: DetectionDataset, config: LoaderConfig) -> int | Float[np.ndarray, "n"] | EpochImages:
+    """How many images a dataset has, or how often an epoch shows each of them; and their shards where these decide."""
+    images: int | Float[np.ndarray, "n"] = len(dataset)
+    if config.repeat_threshold:
+        factors = images = repeat_factors(dataset.annotations, config.repeat_threshold)
+        message = "%s: an epoch shows images of rare categories up to %.1f times: about %.0f samples of %d images"
+        log.info(message, dataset.name, factors.max(initial=1.0), factors.sum(), len(factors))
+    shards = shards_of_images(dataset.annotations) if config.shards_at_once else None
+    if shards is None:
+        return images
+    return EpochImages(images=images, shards=shards, shards_at_once=config.shards_at_once)
 
 
 def spare_cores() -> int:
@@ -323,7 +329,12 @@ def _collated(loader: DataLoader[Any]) -> Iterator[Collated]:
                         "batches take a slower way: %d MB of shared memory are free. %s", batch.free >> 20, _LARGER
                     )
                 piped = True
-            yield batch.whole() if isinstance(batch, PipedBatch) else batch
+            collated = batch.whole() if isinstance(batch, PipedBatch) else batch
+            for issue in collated.issues:
+                if issue.kind == UNREACHABLE:
+                    hint = "check the store and the network, then go on with --resume"
+                    raise StoreError(issue.detail, where=issue.where, hint=hint)
+            yield collated
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import BinaryIO, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -128,6 +128,24 @@ def _in_order(parts: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]
     return {split: parts[split] for split in [*first, *sorted(parts.keys() - set(first))]}
 
 
+@runtime_checkable
+class ImageBytes(Protocol):
+    """Where the bytes of an image are that is no file of its own, such as a part of a shard."""
+
+    @property
+    def size(self) -> int:
+        """How many bytes there are."""
+        ...
+
+    def open(self) -> BinaryIO:
+        """The bytes, to be read from the first on.
+
+        Raises:
+            StoreError: they cannot be reached.
+        """
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageRecord:
     """The annotations of one image.
@@ -137,7 +155,7 @@ class ImageRecord:
     them: that of the polygon). `ignore` marks crowds and group-of boxes. `annotated` lists the categories that are
     annotated exhaustively in this image; None means all of the dataset's. `unknown` are those of boxes that were
     dropped while the dataset was read (`UNNAMED`: perhaps any); the index removes them from `annotated` and leaves this
-    empty.
+    empty. `source` is where the bytes of the image are; None: in the file at `path`, which else is a name alone.
     """
 
     image_id: int | str
@@ -150,6 +168,7 @@ class ImageRecord:
     ignore: Bool[np.ndarray, "m"]
     annotated: tuple[int, ...] | None = None
     unknown: tuple[int, ...] = ()
+    source: ImageBytes | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +190,7 @@ _LOST_BOXES = frozenset(
 )
 _LOST_IMAGES = frozenset(
     {"missing image", "ambiguous image", "unreadable image", "unreadable file name", "path outside"}
-    | {"missing annotation", "shared annotation", "duplicate image id"}
+    | {"missing annotation", "shared annotation", "duplicate image id", "damaged shard"}
 )
 _LOST_EITHER = "unreadable annotation"
 

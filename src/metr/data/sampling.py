@@ -54,12 +54,25 @@ class SampleKey:
         return generator(self.seed, RandomStream.EXAMPLE, self.number)
 
 
+@dataclass(frozen=True, kw_only=True)
+class EpochImages:
+    """What an epoch shows of a dataset in shards, a few shards at a time.
+
+    `images` are how many there are, or how often each is shown; `shards` the number of each image's shard, and
+    `shards_at_once` how many shards are shuffled together.
+    """
+
+    images: int | Float[np.ndarray, "n"]
+    shards: Int[np.ndarray, "n"]
+    shards_at_once: int
+
+
 class MixedSampler(Sampler[list[SampleKey]]):
     """Endless batches of samples that mix datasets by weight; inside a dataset, a new shuffle every epoch.
 
     Args:
         images: Images of each dataset, by name, in the order in which samples number the datasets: how many there
-            are, or how often an epoch shows each of them (see `repeat_factors`).
+            are, how often an epoch shows each of them (see `repeat_factors`), or `EpochImages`.
         weights: The fraction of samples of each dataset, by name (see `mixture_weights`).
         batch_size: Samples per batch and process.
         seed: Decides the whole sequence.
@@ -71,7 +84,7 @@ class MixedSampler(Sampler[list[SampleKey]]):
 
     def __init__(
         self,
-        images: Mapping[str, int | Float[np.ndarray, "_"]],
+        images: Mapping[str, int | Float[np.ndarray, "_"] | EpochImages],
         weights: Mapping[str, float],
         batch_size: int,
         seed: int = 0,
@@ -189,12 +202,15 @@ class Epochs:
     each epoch.
 
     Args:
-        images: How many there are, or how often an epoch shows each on average (at least once).
+        images: How many there are, or how often an epoch shows each on average (at least once); of a dataset in
+            shards also which lie in which.
         seed: Decides the whole sequence.
         key: The dataset's number: another has another sequence.
     """
 
-    def __init__(self, images: int | Float[np.ndarray, "n"], seed: int, key: int) -> None:
+    def __init__(self, images: int | Float[np.ndarray, "n"] | EpochImages, seed: int, key: int) -> None:
+        self._in_shards = images if isinstance(images, EpochImages) else None
+        images = images.images if isinstance(images, EpochImages) else images
         self.length = images if isinstance(images, int) else len(images)
         self.repeats = None if isinstance(images, int) or (images == 1).all() else images
         self.seed, self.key = seed, key
@@ -235,7 +251,14 @@ class Epochs:
 
     def _shuffled(self, epoch: int) -> Int[np.ndarray, "m"]:
         images = np.repeat(np.arange(self.length), self._times(epoch))
-        return generator(self.seed, RandomStream.ORDER, self.key, epoch).permutation(images)
+        rng = generator(self.seed, RandomStream.ORDER, self.key, epoch)
+        order = rng.permutation(images)
+        if self._in_shards is None:
+            return order
+        # The images are shuffled; now those of the first shards come first, of each few together.
+        shards = self._in_shards.shards
+        places = rng.permutation(int(shards.max()) + 1) // self._in_shards.shards_at_once
+        return order[np.argsort(places[shards[order]], kind="stable")]
 
 
 def repeat_factors(annotations: Annotations, threshold: float) -> Float[np.ndarray, "n"]:

@@ -15,6 +15,7 @@ from metr.data.datasets_file import DatasetSource
 from metr.data.formats.base import plain_name
 from metr.data.formats.registry import recognise
 from metr.data.records import TEST, TRAIN, VAL, canonical_split
+from metr.data.shards.stores import is_url
 from metr.errors import ConfigError
 from metr.inspection.coverage import Coverage, Homonym
 from metr.inspection.facts import DatasetFacts
@@ -268,8 +269,10 @@ def _flow(value: object) -> str:
     return text.strip()[1:-1]
 
 
-def _relative(path: Path, folder: Path) -> str:
-    """A path as seen from a folder, with slashes; the whole path where there is no way from one to the other."""
+def _relative(path: Path | str, folder: Path) -> str:
+    """A path as seen from a folder, with slashes; the whole path where there is no way there, and a URL as it is."""
+    if is_url(path):
+        return str(path)
     whole = Path(os.path.abspath(path))  # noqa: PTH100  (`..` goes, symbolic links stay)
     try:
         return Path(os.path.relpath(whole, os.path.abspath(folder))).as_posix()  # noqa: PTH100

@@ -15,7 +15,8 @@ from PIL import Image
 
 from metr.data.datasets_file import DatasetSource
 from metr.data.formats.base import IssueLog
-from metr.data.images import check_image, open_regular, read_image
+from metr.data.images import check_image, image_bytes, read_image
+from metr.data.records import ImageBytes
 from metr.errors import DataError
 from metr.inspection.facts import spread
 
@@ -33,12 +34,13 @@ _REPORTED = 500
 
 @dataclass(frozen=True, kw_only=True)
 class Place:
-    """An image of a split; `path` is the file, `shown` the path that messages name."""
+    """An image of a split; `path` is the file, or its name where `source` has the bytes; messages name `shown`."""
 
     dataset: str
     split: str
     path: Path
     shown: str
+    source: ImageBytes | None = None
 
     @property
     def group(self) -> tuple[str, str]:
@@ -75,9 +77,9 @@ def check_images(source: DatasetSource, most: int | None, log: IssueLog, progres
 def places_of(source: DatasetSource) -> tuple[Place, ...]:
     """Every image of a dataset."""
     return tuple(
-        Place(dataset=source.name, split=split, path=source.root / path, shown=path)
+        Place(dataset=source.name, split=split, path=source.root / path, shown=path, source=bytes_at)
         for split, annotations in source.splits.items()
-        for path in annotations.relative_paths()
+        for path, bytes_at in zip(annotations.relative_paths(), annotations.sources(), strict=True)
     )
 
 
@@ -109,8 +111,8 @@ def equal_names(places: Sequence[Place]) -> list[tuple[Place, Place]]:
     return pairs
 
 
-def look_alike(first: Path, second: Path) -> bool:
-    """Whether two files show the same image, perhaps saved anew, scaled, turned or mirrored; False if one is broken."""
+def look_alike(first: Place, second: Place) -> bool:
+    """Whether two images show the same, perhaps saved anew, scaled, turned or mirrored; False if one is broken."""
     try:
         one, two = _thumbnail(first), _thumbnail(second)
     except DataError:
@@ -137,7 +139,7 @@ def note_duplicates(
             known |= {one.path, two.path}
     named = ((one, two) for one, two in equal_names(places) if one.path not in known or two.path not in known)
     for one, two in islice(named, most):
-        if look_alike(one.path, two.path):
+        if look_alike(one, two):
             detail = f"is in {one.split}; {two.split} has it as {two.shown}, saved anew"
             log.add("same image in two splits, saved anew", one.shown, detail)
 
@@ -155,44 +157,48 @@ def overlaps(equal: Sequence[tuple[Place, ...]]) -> tuple[Overlap, ...]:
     return tuple(Overlap(first=pairs[0][0], second=pairs[0][1], images=len(pairs)) for pairs in found.values())
 
 
-def _divided(group: Iterable[Place], sign: Callable[[Path], object]) -> list[list[Place]]:
+def _divided(group: Iterable[Place], sign: Callable[[Place], object]) -> list[list[Place]]:
     """The parts of a group that share a sign and come from several splits; a file that cannot be read is left out."""
     parts: defaultdict[object, list[Place]] = defaultdict(list)
     for place in group:
         try:
-            parts[sign(place.path)].append(place)
+            parts[sign(place)].append(place)
         except OSError:  # missing images are noted where they are opened
             continue
     return [part for part in parts.values() if len({place.group for place in part}) > 1]
 
 
 @lru_cache(maxsize=1024)
-def _thumbnail(path: Path) -> Float[np.ndarray, "s s"]:
+def _thumbnail(place: Place) -> Float[np.ndarray, "s s"]:
     """A small grey image of mean 0 and norm 1, so that products are correlations; zeros for an image of one shade.
 
     Raises:
         DataError: the image cannot be read.
     """
-    grey = Image.fromarray(read_image(path)).convert("L").resize((_THUMBNAIL, _THUMBNAIL), Image.Resampling.BOX)
+    grey = (
+        Image.fromarray(read_image(place.path, place.source))
+        .convert("L")
+        .resize((_THUMBNAIL, _THUMBNAIL), Image.Resampling.BOX)
+    )
     pixels = np.array(grey, dtype=np.float64)
     pixels -= pixels.mean()
     pixels /= max(float(np.linalg.norm(pixels)), 1e-6)
     return pixels
 
 
-def _size(path: Path) -> int:
-    return path.stat().st_size
+def _size(place: Place) -> int:
+    return place.path.stat().st_size if place.source is None else place.source.size
 
 
-def _middle(path: Path) -> bytes:
-    with open_regular(path) as file:
-        file.seek(max(0, path.stat().st_size // 2 - _PROBE // 2))
+def _middle(place: Place) -> bytes:
+    with image_bytes(place.path, place.source) as file:
+        file.seek(max(0, _size(place) // 2 - _PROBE // 2))
         return file.read(_PROBE)
 
 
-def _whole(path: Path) -> bytes:
+def _whole(place: Place) -> bytes:
     digest = blake2b(digest_size=16)
-    with open_regular(path) as file:
+    with image_bytes(place.path, place.source) as file:
         while piece := file.read(1 << 20):
             digest.update(piece)
     return digest.digest()

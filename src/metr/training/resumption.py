@@ -10,6 +10,8 @@ import yaml
 
 from metr.config import Tree, differences
 from metr.data.datasets_file import DatasetConfig, DatasetSource, parse_data_arguments
+from metr.data.shards.addresses import is_pattern
+from metr.data.shards.stores import is_url
 from metr.errors import ConfigError, DataError
 from metr.run_directory import RunDirectory, explained_disk_errors
 from metr.serialization import read_json, write_json
@@ -88,7 +90,7 @@ def _check_there(listing: Path) -> None:
         DataError: one is not.
     """
     for config in parse_data_arguments([str(listing)]):
-        if not Path(config.path).exists():
+        if not is_url(config.path) and not is_pattern(config.path) and not Path(config.path).exists():
             hint = f"if it was moved, change its path in {listing}"
             raise DataError(f"the dataset {config.name} of this run is no longer here", where=config.path, hint=hint)
 
@@ -142,7 +144,9 @@ def _entry(config: DatasetConfig) -> Tree:
 
 
 def _located(config: DatasetConfig) -> DatasetConfig:
-    """The same with an absolute path."""
+    """The same with an absolute path; a URL is one."""
+    if is_url(config.path):
+        return config
     return config.model_copy(update={"path": Path(os.path.abspath(config.path))})  # noqa: PTH100 (keeps links)
 
 

@@ -260,11 +260,11 @@ def _declared_size(path: Path) -> int:
         return sum(info.file_size for info in archive.infolist())
 
 
-class _Member(tarfile.TarInfo):
+class StrictMember(tarfile.TarInfo):
     """A header of a tar file. A broken one is an error: tarfile would take it for the end of the archive."""
 
     @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "_Member":
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> "StrictMember":
         """Reads a header.
 
         Raises:
@@ -281,7 +281,7 @@ class _Member(tarfile.TarInfo):
 
 def _tar_entries(path: Path) -> Iterator[_Entry]:
     with _reading(path, "its start"):
-        archive = tarfile.open(path, tarinfo=_Member)  # noqa: SIM115  (closed below)
+        archive = tarfile.open(path, tarinfo=StrictMember)  # noqa: SIM115  (closed below)
     with archive:
         while True:
             with _reading(path, "a header in it"):

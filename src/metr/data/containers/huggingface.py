@@ -107,18 +107,18 @@ class HuggingFaceReader(ShardedReader, ImageFolderReader):
 
 def _unpack_table(table: Path, root: Path, folder: Path, budget: Budget) -> Sequence[str]:
     """Writes the rows of a table; returns the names that are declared for its categories."""
-    with _reading(table):
-        schema = _schema(table)
+    with reading_table(table):
+        schema = table_schema(table)
         columns = columns_of(schema)
     if columns is None:
         what = f"no images with boxes in this table (columns: {', '.join(schema.names[:12])})"
         raise DataError(what, where=table, hint="move it out of the dataset's folder, or name the others in its card")
     labels = class_labels(schema, root, table.parent, columns)
-    rows = _rows(table, columns)
+    rows = table_rows(table, columns)
     with (folder / "metadata.jsonl").open("wb") as file:
         number = 0
         while True:
-            with _reading(table):
+            with reading_table(table):
                 row = next(rows, None)
             if row is None:
                 break
@@ -126,7 +126,7 @@ def _unpack_table(table: Path, root: Path, folder: Path, budget: Budget) -> Sequ
             line = {
                 "file_name": _write_row_image(row[columns.image], number, table, root, folder, budget),
                 **{name: row[name] for name in columns.sizes},
-                "objects": _named(_objects(row, columns), labels),
+                "objects": with_names(objects_of_row(row, columns), labels),
             }
             text = msgspec.json.encode(line, enc_hook=str) + b"\n"
             budget.add_bytes(len(text))
@@ -145,7 +145,7 @@ def _write_row_image(image: Any, row: int, table: Path, root: Path, folder: Path
     return link_image(named, row, [table.parent, root], root, folder) if named else None
 
 
-def _objects(row: Mapping[str, Any], columns: Columns) -> Any:
+def objects_of_row(row: Mapping[str, Any], columns: Columns) -> Any:
     """The objects of a row, as lists side by side or as a list of objects."""
     if len(columns.objects) > 1:
         return {name: row[name] for name in columns.objects}
@@ -159,10 +159,10 @@ def _chosen(value: Mapping[str, Any], columns: Columns) -> dict[str, Any]:
     return {key: item for key, item in value.items() if key in columns.inner}
 
 
-def _named(objects: Any, labels: Mapping[str, Sequence[str]]) -> Any:
-    """The objects with names in place of the numbers of their categories; a number that has none stays."""
+def with_names(objects: Any, labels: Mapping[str, Sequence[str]]) -> Any:
+    """The objects of a row with names in place of the numbers of categories; a number that has none stays."""
     if isinstance(objects, list):
-        return [_named(item, labels) for item in objects]
+        return [with_names(item, labels) for item in objects]
     if not isinstance(objects, dict):
         return objects
     return {key: _name(value, labels[key]) if key in labels else value for key, value in objects.items()}
@@ -211,7 +211,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _fits(table: Path) -> bool:
     try:
-        return columns_of(_schema(table)) is not None
+        return columns_of(table_schema(table)) is not None
     except _DAMAGED:
         return False
 
@@ -220,14 +220,16 @@ def _is_parquet(table: Path) -> bool:
     return table.suffix.lower() == ".parquet"
 
 
-def _schema(table: Path) -> pa.Schema:
+def table_schema(table: Path) -> pa.Schema:
+    """The columns of a Parquet or Arrow file."""
     if _is_parquet(table):
         return pq.read_schema(table)
     with _arrow(table) as reader:
         return reader.schema
 
 
-def _rows(table: Path, columns: Columns) -> Iterator[dict[str, Any]]:
+def table_rows(table: Path, columns: Columns) -> Iterator[dict[str, Any]]:
+    """The rows of a table, with those of its columns that are read; a few in memory at a time."""
     if _is_parquet(table):
         with pq.ParquetFile(table, page_checksum_verification=True) as file:
             for batch in file.iter_batches(_ROWS_A_BATCH, columns=columns.names):
@@ -256,7 +258,12 @@ def _arrow(table: Path) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def _reading(table: Path) -> Iterator[None]:
+def reading_table(table: Path) -> Iterator[None]:
+    """Turns what the library raises about a damaged table into one error.
+
+    Raises:
+        DataError: it is damaged or cut off.
+    """
     try:
         yield
     except _DAMAGED as error:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from metr.data.formats.files import Files, encoding_of
 from metr.data.index.manifest import Fingerprints
-from metr.data.records import UNNAMED, DataIssue
+from metr.data.records import UNNAMED, DataIssue, ImageBytes
 
 # The corners of a box that cannot be read. Its category is in the image all the same, and checking makes use of that.
 UNREADABLE = (math.nan,) * 4
@@ -39,7 +39,8 @@ class RawImage:
     "none there"; None: all of the dataset's. `amodal` boxes are of whole objects, also where those leave the image:
     they are cut at its border without an issue. `unknown` are categories that are not annotated exhaustively in this
     image, because the file has objects of them that it describes in part; those of dropped boxes are added to them.
-    `UNNAMED` among them says that an object may be of any category.
+    `UNNAMED` among them says that an object may be of any category. `source` is where the bytes of an image are that is
+    no file of its own; `path` is then its name, and `size` is given.
     """
 
     where: str
@@ -55,6 +56,7 @@ class RawImage:
     annotated: Sequence[int] | None = None
     amodal: bool = False
     unknown: Sequence[int] = ()
+    source: ImageBytes | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -299,7 +301,7 @@ class Reader(ABC):
     # What the format looks like, for the message that nothing was recognised.
     looks_like: ClassVar[str]
     # Whether the files declare the categories in an order that is kept; else they are sorted.
-    declares_categories: ClassVar[bool] = False
+    declares_categories: bool = False
     # Whether `options.boxes` can say how boxes are written.
     takes_boxes: ClassVar[bool] = False
     # Whether an annotation that cannot be read, a file or a line, is that of a whole image; else that of one box.
@@ -308,6 +310,11 @@ class Reader(ABC):
     def __init__(self, root: Path, splits: Mapping[str, tuple[Path, ...]]) -> None:
         self.root, self.splits = root, splits
         self.options = ReadOptions()
+
+    @property
+    def place(self) -> Path | str:
+        """Where the dataset is, for messages."""
+        return self.root
 
     @property
     def options_used(self) -> tuple[str | None, ...]:

@@ -67,6 +67,7 @@ def _checked(group: Iterable[RawImage], root: Path, reading: Reading) -> Iterato
             ignore=ignore[mine],
             annotated=None if raw.annotated is None else tuple(sorted(set(raw.annotated))),
             unknown=tuple(sorted(left_out)),
+            source=raw.source,
         )
 
 

@@ -43,8 +43,9 @@ _NAME_LISTS = ("classes.txt", "labels.txt", "names.txt")
 _NAME_MAPS = ("id2label.json", "label_map.json", "classes.json")
 _CARD = "README.md"
 _IMAGES = ("file_name", "image", "filename", "image_path", "path", "image_file", "file")
-_BOXES = ("bbox", "bboxes", "boxes", "box")
-_CATEGORIES = (
+# The keys of an object that hold its box, and its category: the first that is there counts.
+BOX_KEYS = ("bbox", "bboxes", "boxes", "box")
+CATEGORY_KEYS = (
     *("categories", "category", "category_id", "category_ids", "label", "labels", "class", "classes"),
     *("class_id", "class_ids", "name", "names"),
 )
@@ -127,7 +128,7 @@ class ImageFolderReader(Reader):
                 if path is not None and folder in self._by_row and _split(row) != split:
                     seen.add(path)
                     continue
-                raw = None if path is None else _raw_image(row, path, place, names, reading)
+                raw = None if path is None else raw_image(row, path, place, names, reading)
                 if raw is not None:
                     to_corners(raw.boxes, kind)
                     yield replace(raw, relative=True, areas=None) if kind.endswith("n") else raw
@@ -145,7 +146,7 @@ class ImageFolderReader(Reader):
 
     def _names(self, folder: Path, reading: Reading) -> Mapping[str, str]:
         """The names of numbered categories: from the folder of the metadata, else from one above it in the dataset."""
-        names = _declared_names(self.within(folder), reading)
+        names = declared_names(self.within(folder), reading)
         if not names and folder != self.root:
             return self._names(folder.parent, reading)
         for name in names.values():
@@ -162,7 +163,7 @@ def _kind_of_boxes(files: Sequence[tuple[Path, str]], reading: Reading) -> BoxKi
     for metadata, home in files:
         with contextlib.suppress(DataError):
             for place, row in _rows(posixpath.join(home, metadata.name), quiet):
-                found = [numbers(box, 4) for box, *_ in _objects(row.get("objects")) or ()]
+                found = [numbers(box, 4) for box, *_ in as_objects(row.get("objects")) or ()]
                 known = [box for box in found if box is not None]
                 image.extend([len(sizes)] * len(known))
                 boxes.extend(value for box in known for value in box)
@@ -178,13 +179,13 @@ def _size(row: Row) -> tuple[int, int] | None:
     return whole_size(_number(row.get("height")), _number(row.get("width")))
 
 
-def _raw_image(row: Row, path: str, place: str, names: Mapping[str, str], reading: Reading) -> RawImage | None:
+def raw_image(row: Row, path: str, place: str, names: Mapping[str, str], reading: Reading) -> RawImage | None:
     """The image of a row, with the boxes as they are written."""
     value = row.get("objects")
     if value in (None, ""):
         reading.issues.add("unannotated image", place, f"{path} has no objects, not even an empty list: left out")
         return None
-    objects = _objects(value)
+    objects = as_objects(value)
     if objects is None:
         detail = f"objects are not lists of the same length: {value!r}"[:120]
         reading.issues.add("unreadable annotation", place, detail)
@@ -202,7 +203,7 @@ def _raw_image(row: Row, path: str, place: str, names: Mapping[str, str], readin
     return boxes.image(path, size=_size(row))
 
 
-def _objects(value: Any) -> list[tuple[Any, Any, Any, Any]] | None:
+def as_objects(value: Any) -> list[tuple[Any, Any, Any, Any]] | None:
     """Box, category, ignored and area of each object of a row, as the file gives them, None where it gives none.
 
     They come from lists side by side or from a list of objects; None if they are neither.
@@ -211,12 +212,12 @@ def _objects(value: Any) -> list[tuple[Any, Any, Any, Any]] | None:
         value = _literal(value)
     if isinstance(value, list) and all(isinstance(item, dict) for item in value):
         keys = dict.fromkeys(key for item in value for key in item)
-        value = {key: [item.get(key) for item in value] for key in keys} or {_BOXES[0]: [], _CATEGORIES[0]: []}
+        value = {key: [item.get(key) for item in value] for key in keys} or {BOX_KEYS[0]: [], CATEGORY_KEYS[0]: []}
     if not isinstance(value, dict):
         return None
     boxes, categories, ignored, areas = (
         next((value[key] for key in keys if isinstance(value.get(key), list)), None)
-        for keys in (_BOXES, _CATEGORIES, _IGNORED, _AREAS)
+        for keys in (BOX_KEYS, CATEGORY_KEYS, _IGNORED, _AREAS)
     )
     if boxes is None or categories is None:
         return None
@@ -331,7 +332,7 @@ def _parquet_rows(metadata: Path, where: str) -> Iterator[tuple[str, Row]]:
             yield f"{where}:{number}", row
 
 
-def _declared_names(folder: str, reading: Reading) -> Mapping[str, str]:
+def declared_names(folder: str, reading: Reading) -> Mapping[str, str]:
     """The names by number that a folder's files declare; none where they declare none."""
     present = reading.files.listing(folder)
     for name in (*_NAME_LISTS, *_NAME_MAPS, _CARD):

@@ -34,6 +34,9 @@ from metr.data.formats.visdrone import VisDroneReader
 from metr.data.formats.voc import VocReader
 from metr.data.formats.wider_face import WiderFaceReader
 from metr.data.formats.yolo import YoloReader
+from metr.data.shards.addresses import is_pattern
+from metr.data.shards.reader import ShardReader, WebDatasetReader, open_pattern
+from metr.data.shards.stores import is_url
 from metr.errors import DataError, did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -66,21 +69,27 @@ READERS: tuple[type[Reader], ...] = (
     CsvReader,
     HuggingFaceReader,
     TFRecordReader,
+    WebDatasetReader,
 )
 
 
-def recognise(path: Path, format_name: str | None = None, *, tell_others: bool = True) -> Reader:
+def recognise(path: Path | str, format_name: str | None = None, *, tell_others: bool = True) -> Reader:
     """The reader of a dataset's folder, its one annotation file, or an archive of it, which is unpacked once.
 
     Args:
-        path: The folder or file.
+        path: The folder or file; or the shards that a URL means, or a path with braces or a glob.
         format_name: The format, where it is known; else it is recognised.
         tell_others: Log which other formats it fits (see `log_other_formats`).
 
     Raises:
         DataError: there is no such path, it fits no format, or it is an archive that cannot be unpacked.
+        StoreError: it is in a store that cannot be reached.
     """
-    path = _absolute(path)
+    if is_url(path):
+        return open_pattern(path, format_name).prepared()
+    path = _absolute(Path(path))
+    if not there(path) and is_pattern(path):
+        return open_pattern(path, format_name).prepared()
     if not there(path):
         near = did_you_mean(path.name, [entry.name for entry in glance(path.parent)])
         raise DataError("no such dataset", where=path, hint=near if near.startswith("did") else "check the path")
@@ -89,6 +98,10 @@ def recognise(path: Path, format_name: str | None = None, *, tell_others: bool =
         hint = did_you_mean(str(format_name), [reader.format for reader in READERS])
         raise DataError(f"unknown format {format_name!r}", where=path, hint=hint)
     packed = is_archive(path)
+    if packed and format_name in {None, WebDatasetReader.format}:
+        samples = WebDatasetReader.recognise(path)
+        if samples is not None:
+            return samples.prepared()
     if not packed and archive_stem(path) is not None and there(path, Path.is_file):
         raise DataError("called like an archive, but it is none: damaged or cut off", where=path, hint="fetch it again")
     places = archive_folders(path) if packed else [path]
@@ -116,9 +129,10 @@ def _layouts(readers: Sequence[type[Reader]]) -> str:
     return "\n".join([*lines, *([f"    also read, as their tools write them: {others}"] if others else [])])
 
 
-def log_other_formats(reader: Reader, path: Path) -> None:
+def log_other_formats(reader: Reader, path: Path | str) -> None:
     """Logs which formats after its own a dataset fits as well. All folders are looked into: not for every opening."""
-    if logger.isEnabledFor(logging.INFO):
+    if logger.isEnabledFor(logging.INFO) and not isinstance(reader, ShardReader):
+        path = Path(path)
         after = [other.format for other in READERS].index(reader.format) + 1
         also = [other.format for other in READERS[after:] if _fits(other, _absolute(path))]
         if also:

@@ -16,10 +16,21 @@ import pyarrow as pa
 from jaxtyping import Bool, Float, Int, UInt8
 
 from metr.data.records import UNNAMED, DataIssue, ImageRecord
+from metr.data.shards.ranges import (
+    SOURCE_COLUMNS,
+    Shard,
+    ShardImage,
+    numbers_of_shards,
+    shards_in,
+    shards_metadata,
+    shards_of,
+    source_at,
+    source_columns,
+)
 from metr.errors import DataError
 
 # Raised whenever the columns change: indices of other versions are built again.
-VERSION = 3
+VERSION = 4
 
 # Images that are in memory at once while an index is written, and the rows of one piece of its file. Opening a file
 # reads a page of each piece from the disk, so millions of images should be a few hundred pieces.
@@ -43,6 +54,7 @@ _SCHEMA = pa.schema(
         ("boxes", pa.list_(_BOX)),
         ("annotated", pa.list_(pa.int32())),
         ("unknown", pa.list_(pa.int32())),
+        *SOURCE_COLUMNS,
     ]
 )
 
@@ -98,7 +110,7 @@ class LabelMap:
 class _Piece:
     """Views of one record batch: a row's boxes are `starts[row]` to `starts[row + 1]`.
 
-    `annotated` and `unknown` are the columns of labels, None if they are empty.
+    `annotated` and `unknown` are the columns of labels, None if they are empty. `shards` are those that images lie in.
     """
 
     batch: pa.RecordBatch
@@ -109,6 +121,7 @@ class _Piece:
     ignore: UInt8[np.ndarray, "m"]
     annotated: pa.Array | None
     unknown: pa.Array | None
+    shards: tuple[Shard, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +179,8 @@ class AnnotationIndex:
         except (OSError, pa.ArrowException) as error:
             what, hint = f"not readable as an index of annotations: {error}", "remove the cache folder and run again"
             raise DataError(what, where=self.path, hint=hint) from None
-        self._batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+        pieces = [reader.get_batch_with_custom_metadata(number) for number in range(reader.num_record_batches)]
+        self._batches, self._metadata = [piece.batch for piece in pieces], [piece.custom_metadata for piece in pieces]
         self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
         self._root = Path(os.fsdecode(reader.schema.metadata[b"root"]))
         self._views: dict[int, _Piece] = {}
@@ -220,6 +234,7 @@ class AnnotationIndex:
             ignore=piece.ignore[its_boxes].astype(bool),
             annotated=self.labels.annotated_by(annotated, unknown or ()) if mapped else _tuple(annotated),
             unknown=() if mapped else tuple(unknown or ()),
+            source=source_at(piece.batch, piece.shards, row),
         )
 
     def _everywhere(self, record: ImageRecord) -> ImageRecord:
@@ -244,6 +259,11 @@ class AnnotationIndex:
     def relative_paths(self) -> list[str]:
         """The paths of all images, relative to the dataset's folder, with slashes."""
         return [path for batch in self._batches for path in batch.column("path").to_pylist()]
+
+    def sources(self) -> Iterator[ShardImage | None]:
+        """Where the bytes of each image are; None for files."""
+        for number, batch in enumerate(self._batches):
+            yield from (source_at(batch, self._piece(number).shards, row) for row in range(batch.num_rows))
 
     @property
     def told_by_image(self) -> bool:
@@ -280,11 +300,15 @@ class AnnotationIndex:
 
     def _piece(self, number: int) -> _Piece:
         if number not in self._views:
-            self._views[number] = _view(self._batches[number])
+            self._views[number] = _view(self._batches[number], self._metadata[number])
         return self._views[number]
 
+    def shard_numbers(self) -> Int[np.ndarray, "n"] | None:
+        """The number of the shard of each image; None where not all images lie in shards."""
+        return numbers_of_shards([(batch, self._piece(number).shards) for number, batch in enumerate(self._batches)])
 
-_MAPPED = frozenset({"_batches", "_starts", "_root", "_views"})
+
+_MAPPED = frozenset({"_batches", "_metadata", "_starts", "_root", "_views"})
 
 
 def write_index(path: Path, images: Iterable[ImageRecord], *, root: Path) -> Int[np.ndarray, "c"]:
@@ -303,8 +327,9 @@ def write_index(path: Path, images: Iterable[ImageRecord], *, root: Path) -> Int
     schema = _SCHEMA.with_metadata({"root": os.fsencode(root)})
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         while piece := list(islice(stream, _PIECE)):
-            batch = _batch(piece, root, schema)
-            writer.write_batch(batch)
+            shards = shards_of([image.source for image in piece])
+            batch = _batch(piece, root, schema, shards)
+            writer.write_batch(batch, shards_metadata(shards))
             found = np.bincount(batch.column("boxes").values.field("label").to_numpy())
             counts = np.pad(counts, (0, max(0, len(found) - len(counts))))
             counts[: len(found)] += found
@@ -318,12 +343,12 @@ def divide_index(path: Path, chosen: Bool[np.ndarray, "n"], *, into: tuple[Path,
         start = 0
         with pa.OSFile(str(target), "wb") as sink, pa.ipc.new_file(sink, reader.schema) as writer:
             for number in range(reader.num_record_batches):
-                batch = reader.get_batch(number)
-                writer.write_batch(batch.filter(pa.array(mask[start : start + batch.num_rows])))
+                batch, metadata = reader.get_batch_with_custom_metadata(number)
+                writer.write_batch(batch.filter(pa.array(mask[start : start + batch.num_rows])), metadata)
                 start += batch.num_rows
 
 
-def _batch(images: Sequence[ImageRecord], root: Path, schema: pa.Schema) -> pa.RecordBatch:
+def _batch(images: Sequence[ImageRecord], root: Path, schema: pa.Schema, shards: Mapping[Shard, int]) -> pa.RecordBatch:
     above = (root / "x").as_posix()[:-1]  # with the slash, also where the root is that of the file system
     offsets = np.cumsum([0, *(len(image.boxes) for image in images)], dtype=np.int32)
     boxes = np.concatenate([image.boxes for image in images]).astype(np.float32)
@@ -345,6 +370,7 @@ def _batch(images: Sequence[ImageRecord], root: Path, schema: pa.Schema) -> pa.R
         pa.ListArray.from_arrays(pa.array(offsets), values),
         pa.array([image.annotated for image in images], pa.list_(pa.int32())),
         pa.array([image.unknown or None for image in images], pa.list_(pa.int32())),
+        *source_columns([image.source for image in images], shards),
     ]
     return pa.RecordBatch.from_arrays(columns, schema=schema)
 
@@ -353,7 +379,7 @@ def _tuple(labels: Sequence[int] | None) -> tuple[int, ...] | None:
     return None if labels is None else tuple(labels)
 
 
-def _view(batch: pa.RecordBatch) -> _Piece:
+def _view(batch: pa.RecordBatch, metadata: Mapping[bytes, bytes] | None) -> _Piece:
     column = batch.column("boxes")
     values = column.values
     return _Piece(
@@ -365,6 +391,7 @@ def _view(batch: pa.RecordBatch) -> _Piece:
         ignore=values.field("ignore").to_numpy(),
         annotated=_filled(batch.column("annotated")),
         unknown=_filled(batch.column("unknown")),
+        shards=shards_in(metadata),
     )
 
 

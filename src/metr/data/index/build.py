@@ -111,13 +111,13 @@ def _no_images(reader: Reader, issues: Mapping[str, IssueSummary]) -> DataError:
     first = [issue for summary in issues.values() for issue in summary.first]
     what = f"recognised as {reader.format}, but no image is left to read"
     if not first:
-        return DataError(what, where=reader.root, hint="put the images into the dataset's folder")
+        return DataError(what, where=reader.place, hint="put the images into the dataset's folder")
     kind, where, detail = first[0]
     counts = sum(count for summary in issues.values() for count in summary.counts.values())
     hint = "correct the annotations"
     if kind in {"missing image", "path outside", "ambiguous image"}:
         hint = "put the images where the annotations say, or check the paths in the annotations"
-    return DataError(f"{what}; {counts} issues, the first: {kind} ({where}: {detail})", where=reader.root, hint=hint)
+    return DataError(f"{what}; {counts} issues, the first: {kind} ({where}: {detail})", where=reader.place, hint=hint)
 
 
 def _summary(log: IssueLog) -> IssueSummary:
