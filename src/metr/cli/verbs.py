@@ -1,7 +1,8 @@
 """The verbs of `metr` that use a detector, and the demo. What a verb needs is imported when it runs."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -9,9 +10,17 @@ from metr.cli.output import output_console, say_names
 from metr.errors import ConfigError
 from metr.processes import in_main_process
 
+if TYPE_CHECKING:
+    from metr.inference.config import InferenceConfig
+    from metr.inference.predictor import Predictor
+    from metr.model import METR, Names
+
 __all__ = ["AllowEmpty", "Data", "Overrides", "Prompts", "demo", "detect", "evaluate", "push", "transfer"]
 
 _TARGETS = "deformable_detr, dab_detr, conditional_detr, detr, rt_detr, rt_detr_v2 or d_fine"
+
+_ENGINES = ("plain", "ray")
+_RAY_DEVICES = ("auto", "cpu", "cuda")
 
 Data = Annotated[
     list[str],
@@ -35,6 +44,26 @@ AllowEmpty = Annotated[
     bool, typer.Option("--allow-empty", help="Use splits without a box, or of which most was lost while reading.")
 ]
 _Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
+
+
+_Images = Annotated[
+    list[str] | None,
+    typer.Argument(
+        help="Images, folders of images, or patterns such as '**/*.jpg'.", metavar="IMAGE", show_default=False
+    ),
+]
+_ImagesFrom = Annotated[
+    list[Path] | None,
+    typer.Option(help="A text file that lists images, one path a line; may be repeated.", metavar="FILE"),
+]
+_Engine = Annotated[str, typer.Option(help="plain: this process; ray: Ray Data, for millions of images (Parquet).")]
+_Actors = Annotated[
+    int | None,
+    typer.Option(help="With --engine ray: detectors at a time; by default one a GPU, else one a core.", min=1),
+]
+_PartSize = Annotated[
+    int | None, typer.Option(help="With --engine ray: images of a file; by default at most 1000.", min=1)
+]
 
 
 def evaluate(
@@ -84,8 +113,9 @@ def evaluate(
 
 def detect(
     run: _Run,
-    images: Annotated[list[Path], typer.Argument(help="Images, or folders of images.", metavar="IMAGE")],
+    images: _Images = None,
     *,
+    images_from: _ImagesFrom = None,
     categories: Annotated[
         str | None,
         typer.Option(
@@ -97,7 +127,9 @@ def detect(
         Path | None,
         typer.Option(help="Names to look for: one a line, or YAML that gives each name its phrases.", metavar="FILE"),
     ] = None,
-    out: Annotated[Path, typer.Option("-o", "--out", help="Where drawn images and JSON go.")] = Path("detections"),
+    out: Annotated[Path, typer.Option("-o", "--out", help="Where drawn images and JSON go, or Parquet.")] = Path(
+        "detections"
+    ),
     threshold: Annotated[
         float | None,
         typer.Option(help="Least score; by default each name's own, to draw, and all for the JSON.", min=0, max=1),
@@ -106,31 +138,75 @@ def detect(
         float | None,
         typer.Option(help="IoU over which the weaker of two boxes of one name goes; 1: none.", min=0, max=1),
     ] = None,
-    labels: Annotated[str, typer.Option(help="At drawn boxes: names (and scores), scores or none.")] = "names",
+    labels: Annotated[
+        str | None,
+        typer.Option(help="At drawn boxes: names (and scores), scores or none; by default names.", show_default=False),
+    ] = None,
     batch_size: _BatchSize = 8,
     device: _Device = "auto",
+    engine: _Engine = "plain",
+    actors: _Actors = None,
+    part_size: _PartSize = None,
     set_: _InferenceOverrides = None,
 ) -> None:
     """Find objects in images. Any names can be asked for, trained or not."""
     from metr.inference.config import inference_config
     from metr.inference.detect_files import check_labels, detect_files, names_to_find
+    from metr.inference.image_paths import listed_images
     from metr.model import METR
 
-    style, names = check_labels(labels), names_to_find(categories, categories_file)
+    _check_engine(engine, {"--labels": labels}, {"--actors": actors, "--part-size": part_size})
+    style, names = check_labels(labels or "names"), names_to_find(categories, categories_file)
     changes = {"score_threshold": threshold, "nms_iou": nms}
     config = inference_config(set_ or (), batch_size=batch_size, postprocess=changes)
-    model = METR.from_pretrained(run, device=device)
+    paths: list[str | Path] = [*(images or ()), *(path for file in images_from or () for path in listed_images(file))]
+    if not paths:
+        raise ConfigError("expected images", where="IMAGE", hint="a file, a folder, or --images-from FILE")
+    model = METR.from_pretrained(run, device="cpu" if engine == "ray" else device)
     every = categories is not None and categories.strip() == "all"
     asked = model.names if every else model.default_names if names is None else names
-    detect_files(
-        model.predictor(asked, config),
-        images,
-        out,
-        thresholds=model.thresholds(threshold),
-        labels=style,
-        console=output_console(),
-    )
+    if engine == "ray":
+        options = {"device": device, "actors": actors, "part_size": part_size}
+        _detect_with_ray(model, asked, config, paths, out, options)
+    else:
+        thresholds, console = model.thresholds(threshold), output_console()
+        detect_files(model.predictor(asked, config), paths, out, thresholds=thresholds, labels=style, console=console)
     say_names("looked for", tuple(asked), len(model.names))
+
+
+def _check_engine(engine: str, drawing: Mapping[str, object], ray: Mapping[str, object]) -> None:
+    """Refuses an unknown engine, and options that the chosen one has no use for."""
+    if engine not in _ENGINES:
+        raise ConfigError(f"no engine {engine!r}", where="--engine", hint=" or ".join(_ENGINES))
+    useless, why = (drawing, "ray draws nothing") if engine == "ray" else (ray, "goes with --engine ray only")
+    for option, value in useless.items():
+        if value is not None:
+            hint = "leave it out, or take --engine " + ("plain" if engine == "ray" else "ray")
+            raise ConfigError(f"{why}, so this option has no use", where=option, hint=hint)
+
+
+def _detect_with_ray(
+    model: "METR",
+    asked: "Names",
+    config: "InferenceConfig",
+    images: Sequence[str | Path],
+    out: Path,
+    options: Mapping[str, Any],
+) -> None:
+    from metr.inference.detect_ray import RayConfig, detect_with_ray
+    from metr.model import METR
+
+    if options["device"] not in _RAY_DEVICES:
+        what = (
+            f"expected {', '.join(_RAY_DEVICES)} with --engine ray, which chooses the GPU, found {options['device']!r}"
+        )
+        raise ConfigError(what, where="--device", hint="CUDA_VISIBLE_DEVICES limits which GPUs it may use")
+    folder = model.folder  # of a name on the hub it is the download, so that all actors have one and the same
+
+    def load(device: str) -> "Predictor":
+        return METR.from_pretrained(str(folder), device=device).predictor(asked, config)
+
+    detect_with_ray(load, images, out, config=RayConfig(**options), console=output_console())
 
 
 def transfer(

@@ -1,6 +1,5 @@
 """Detection in image files (`metr detect`): writes drawn images and COCO results."""
 
-import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,9 +13,10 @@ from rich.console import Console
 from rich.progress import track
 
 from metr.bounded_yaml import load_yaml_file, yaml_fault
-from metr.data.images import SUFFIXES, read_image
+from metr.data.images import read_image
 from metr.errors import ConfigError, DataError, did_you_mean
 from metr.inference.draw import Labels, Style, draw_detections, palette, save_image
+from metr.inference.image_paths import expanded_paths, real_path
 from metr.inference.postprocess import ScoreThresholds
 from metr.inference.predictor import Prediction, Predictor
 from metr.inference.result_files import IMAGES, RESULTS, ResultFiles
@@ -32,7 +32,7 @@ _PHRASES = re.compile(r":\s*\[")
 
 def detect_files(
     predictor: Predictor,
-    images: Sequence[Path],
+    images: Sequence[str | Path],
     out: Path,
     *,
     thresholds: ScoreThresholds | None = None,
@@ -50,7 +50,7 @@ def detect_files(
 
     Args:
         predictor: Decides the names; `METR.predictor` makes one.
-        images: Files, and folders whose images are taken, those of their subfolders too.
+        images: Files, folders whose images are taken (those of their subfolders too), and patterns such as `**/*.jpg`.
         out: The folder to write; made if missing.
         thresholds: The score from which detections are drawn and counted; `METR.thresholds` gives those of a model.
         labels: What is written at each drawn box. Images with sides under 640 pixels are enlarged for that.
@@ -60,7 +60,7 @@ def detect_files(
         DataError: a path does not exist, none holds a readable image, or a drawing would overwrite a given image.
     """
     console = console or Console(quiet=True)
-    paths = _expanded(images, out)
+    paths = expanded_paths(images, out)
     drawn = _drawn(paths, out)
     thresholds, style = thresholds or ScoreThresholds(), Style(labels=labels, colours=palette(predictor.names))
     out.mkdir(parents=True, exist_ok=True)
@@ -134,49 +134,6 @@ def check_labels(labels: str) -> Labels:
     return cast("Labels", labels)
 
 
-def _expanded(images: Sequence[Path], out: Path) -> list[Path]:
-    """Every image that is named or lies in a named folder, without those in `out`, which earlier calls drew."""
-    found: list[Path] = []
-    for path in images:
-        if path.is_dir():
-            inside, drawn = _images_within(path), _real(out)
-            if drawn != _real(path):
-                inside = [item for item in inside if drawn not in _real(item).parents]
-            if not inside:
-                endings = ", ".join(sorted(SUFFIXES))
-                raise DataError("no image in this folder", where=path, hint=f"images end in {endings}")
-            found += inside
-        elif path.is_file():
-            found.append(path)
-        else:
-            raise DataError("no such image or folder", where=path, hint="check the path")
-    return list(dict.fromkeys(found))
-
-
-def _images_within(folder: Path) -> list[Path]:
-    """The images in a folder and its subfolders, sorted. Links are followed; no folder is visited twice.
-
-    Broken links are included, so that they are reported.
-    """
-    found, known = [], {_real(folder)}
-    for place, folders, names in os.walk(folder, followlinks=True):
-        fresh = []
-        for name in sorted(folders):
-            real = _real(Path(place, name))
-            if real not in known:
-                known.add(real)
-                fresh.append(name)
-        folders[:] = fresh
-        images = [Path(place, name) for name in names if Path(name).suffix.lower() in SUFFIXES]
-        found += [path for path in images if path.is_file() or not path.exists()]
-    return sorted(found)
-
-
-def _real(path: Path) -> Path:
-    """A path without links; `Path.resolve` raises an error for a link to itself."""
-    return Path(os.path.realpath(path))
-
-
 def _drawn(paths: Sequence[Path], out: Path) -> list[Path]:
     """The path of each drawn image; images that share a name are numbered.
 
@@ -189,9 +146,9 @@ def _drawn(paths: Sequence[Path], out: Path) -> list[Path]:
         while name in names:
             name, number = f"{path.stem}-{number}.jpg", number + 1
         names[name] = None
-    originals = {_real(path) for path in paths}
+    originals = {real_path(path) for path in paths}
     for name in names:
-        if _real(out / name) in originals:
+        if real_path(out / name) in originals:
             raise DataError("a drawing would take the place of this image", where=out / name, hint="another -o")
     return [out / name for name in names]
 

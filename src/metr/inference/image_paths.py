@@ -1,0 +1,205 @@
+"""Which images a command names: files, folders, patterns, lists of paths, and addresses of other file systems."""
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from glob import glob, has_magic
+from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import quote, unquote, urlsplit, urlunsplit
+
+import numpy as np
+from jaxtyping import UInt8
+from pyarrow import fs
+
+from metr.data.images import SUFFIXES, read_image
+from metr.errors import ConfigError, DataError
+
+# paths of a list that are looked up before a run begins
+_LOOKED_UP = 100
+
+
+def expanded_paths(images: Sequence[str | Path], out: Path) -> list[Path]:
+    """Every image that is named, lies in a named folder or fits a pattern, each once.
+
+    Images in `out` are left out, because earlier calls may have drawn them.
+
+    Args:
+        images: Files; folders, whose images are taken, those of their subfolders too; patterns such as `**/*.jpg`.
+        out: The folder that the command writes.
+
+    Raises:
+        DataError: one of them does not exist, or gives no image.
+    """
+    found: list[Path] = []
+    for image in images:
+        path = Path(image)
+        if path.is_dir():
+            found += _images_in(path, out)
+        elif path.is_file():
+            found.append(path)
+        elif has_magic(str(image)):
+            found += _fitting(str(image), out)
+        else:
+            there = is_address(image)
+            hint = "addresses of other file systems need --engine ray" if there else "check the path"
+            raise DataError("no such image or folder", where=image, hint=hint)
+    return list(dict.fromkeys(found))
+
+
+def expanded_images(images: Sequence[str | Path], out: Path) -> list[str]:
+    """As `expanded_paths`, with addresses (`s3://bucket/folder`) of the file systems that Arrow knows.
+
+    Raises:
+        DataError: a path or an address does not exist or cannot be read, or gives no image.
+    """
+    found: list[str] = []
+    for image in images:
+        found += _images_at(str(image)) if is_address(image) else map(str, expanded_paths([image], out))
+    return list(dict.fromkeys(found))
+
+
+def listed_images(file: Path) -> list[str]:
+    """The paths and addresses in a text file, one a line, each once; empty lines are left out.
+
+    Relative paths are taken from the current folder. Paths beyond the first hundred are not looked up.
+
+    Raises:
+        ConfigError: the file cannot be read or lists nothing.
+        DataError: none of the first hundred paths exists: the list is meant for another place.
+    """
+    hint = "a text file with one path a line"
+    try:
+        # names of files are bytes: those that are not UTF-8 are read as the operating system gives them
+        lines = file.read_text(encoding="utf-8-sig", errors="surrogateescape").split("\n")
+    except OSError as error:
+        raise ConfigError(f"the list of images cannot be read: {error.strerror}", where=file, hint=hint) from None
+    found = list(dict.fromkeys(line.removesuffix("\r") for line in lines if line.strip()))
+    if not found:
+        raise ConfigError("the list names no image", where=file, hint=hint)
+    first = [path for path in found[:_LOOKED_UP] if not is_address(path)]
+    if "\0" in "".join(first) or (first and not any(Path(path).exists() for path in first)):
+        hint = f"one path a line; relative paths are taken from the current folder, {Path.cwd()}"
+        what = f"none of the first {len(first)} paths of this list exists, such as {first[0][:200]!r}"
+        raise DataError(what, where=file, hint=hint)
+    return found
+
+
+def is_address(image: str | Path) -> bool:
+    """Whether this is an address (`s3://bucket/a.jpg`), not a path."""
+    scheme, mark, _ = str(image).partition("://")
+    return bool(mark) and len(scheme) > 1 and scheme.isalnum()
+
+
+def read_named_image(image: str) -> UInt8[np.ndarray, "h w 3"]:
+    """The image at a path or an address as 8-bit RGB; see `read_image`.
+
+    Raises:
+        DataError: it is missing, unreadable or no image.
+    """
+    if not is_address(image):
+        return read_image(Path(image))
+    system, path = _located(image)
+    try:
+        # through a file, so that every check of `read_image` is made
+        with tempfile.TemporaryDirectory(prefix="metr-image-") as folder:
+            copy = Path(folder, f"image{PurePosixPath(path).suffix}")
+            with system.open_input_stream(path) as source, copy.open("wb") as target:
+                while block := source.read(1 << 20):
+                    target.write(block)
+            return read_image(copy)
+    except OSError as error:
+        raise DataError(f"an image that cannot be read: {error}", where=image) from None
+
+
+def real_path(path: Path) -> Path:
+    """A path without links; `Path.resolve` raises an error for a link to itself."""
+    return Path(os.path.realpath(path))
+
+
+def _images_in(folder: Path, out: Path) -> list[Path]:
+    inside, written = _images_within(folder), real_path(out)
+    if written != real_path(folder):
+        inside = [item for item in inside if written not in real_path(item).parents]
+    if not inside:
+        raise DataError("no image in this folder", where=folder, hint=_endings())
+    return inside
+
+
+def _images_within(folder: Path) -> list[Path]:
+    """The images in a folder and its subfolders, sorted. Links are followed; no folder is visited twice.
+
+    Broken links are included, so that they are reported.
+    """
+    found, known = [], {real_path(folder)}
+    for place, folders, names in os.walk(folder, followlinks=True):
+        fresh = []
+        for name in sorted(folders):
+            real = real_path(Path(place, name))
+            if real not in known:
+                known.add(real)
+                fresh.append(name)
+        folders[:] = fresh
+        images = [Path(place, name) for name in names if Path(name).suffix.lower() in SUFFIXES]
+        found += [path for path in images if path.is_file() or not path.exists()]
+    return sorted(found)
+
+
+def _fitting(pattern: str, out: Path) -> list[Path]:
+    """The images that fit a pattern; `**` stands for folders of any depth."""
+    fitting = [Path(path) for path in sorted(glob(pattern, recursive=True))]  # noqa: PTH207 (an absolute pattern)
+    written = real_path(out)
+    found = [
+        path
+        for path in fitting
+        if path.suffix.lower() in SUFFIXES and not path.is_dir() and written not in real_path(path).parents
+    ]
+    if not found:
+        raise DataError("no image fits this pattern", where=pattern, hint=f"check the path; {_endings()}")
+    return found
+
+
+def _endings() -> str:
+    return f"images end in {', '.join(sorted(SUFFIXES))}"
+
+
+def _images_at(address: str) -> Iterator[str]:
+    """The address itself, or those of the images in the folder that it names, sorted."""
+    system, path = _located(address)
+    try:
+        kind = system.get_file_info(path).type
+        if kind == fs.FileType.File:
+            return iter([address])
+        if kind == fs.FileType.NotFound:
+            raise DataError("no such image or folder", where=address, hint="check the address")
+        inside = sorted(one.path for one in system.get_file_info(fs.FileSelector(path, recursive=True)) if one.is_file)
+    except OSError as error:
+        raise DataError(f"cannot be read: {error}", where=address, hint="check the address and the rights") from None
+    found = [one for one in inside if PurePosixPath(one).suffix.lower() in SUFFIXES]
+    if not found:
+        raise DataError("no image in this folder", where=address, hint=_endings())
+    parts = urlsplit(address)
+    folder = unquote(parts.path).rstrip("/")
+    return (urlunsplit(parts._replace(path=quote(folder + one[len(path.rstrip("/")) :]))) for one in found)
+
+
+def _located(address: str) -> tuple[Any, str]:
+    """The file system of an address, and the path in it.
+
+    Raises:
+        DataError: Arrow knows no such file system.
+    """
+    parts = urlsplit(address)
+    try:
+        system, root = _file_system(parts.scheme, parts.netloc, parts.query)
+    except (OSError, ValueError, ImportError) as error:
+        hint = "a path, or an address that Arrow knows: s3://, gs://, hdfs://, file:///"
+        raise DataError(f"cannot be read: {error}", where=address, hint=hint) from None
+    return system, root + unquote(parts.path)
+
+
+@lru_cache(maxsize=64)  # one for each bucket: to open one may ask the network
+def _file_system(scheme: str, host: str, query: str) -> tuple[Any, str]:
+    system, root = fs.FileSystem.from_uri(urlunsplit((scheme, host, "/", query, "")))
+    return system, root.rstrip("/")

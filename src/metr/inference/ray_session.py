@@ -1,0 +1,186 @@
+"""Ray for one command: started quietly, and gone without a trace when the command ends, however it does."""
+
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import psutil
+
+from metr.errors import DependencyError, MetrError
+
+__all__ = ["RayResources", "imported_ray", "ray_session"]
+
+# Numbers of parts are all that goes through ray's store: images and detections stay with the processes.
+_STORE_BYTES = 200 << 20
+_PREFIX = "metr-ray-"
+# sockets lie below it, whose paths may have 107 characters: temporary folders of some systems alone take 50
+_SHORT = Path("/tmp")
+_SECONDS_TO_END = 10
+# Read by ray when it is imported, or by the processes that it starts.
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+    "RAY_LOG_TO_DRIVER": "0",
+    "RAY_DEDUP_LOGS_SKIP_REGEX": ".*",  # what is said of workers that died: METR says it in its own words
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RayResources:
+    """What ray may use, on one machine or on a cluster."""
+
+    cpus: int
+    gpus: int
+
+
+def imported_ray() -> ModuleType:
+    """Ray with Ray Data.
+
+    Raises:
+        DependencyError: it is not installed.
+    """
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        hint = "pip install 'metr[ray]'"
+        raise DependencyError(f"the package {error.name or 'ray'} is not installed", where="ray", hint=hint) from None
+    module: ModuleType = ray
+    return module
+
+
+@contextmanager
+def ray_session(ray: ModuleType, cpus: int | None = None) -> Iterator[RayResources]:
+    """Starts ray on this machine, or joins the cluster that RAY_ADDRESS names, until the block ends.
+
+    If the program has started ray already, that is used and left as it is.
+
+    Args:
+        ray: See `imported_ray`.
+        cpus: Processor cores of this machine that it may use; by default all.
+
+    Raises:
+        MetrError: ray does not start.
+    """
+    if ray.is_initialized():
+        yield _resources(ray)
+        return
+    with _started(ray, cpus):
+        yield _resources(ray)
+
+
+@contextmanager
+def _started(ray: ModuleType, cpus: int | None) -> Iterator[None]:
+    address = os.environ.get("RAY_ADDRESS")
+    before, handlers = set(_children()), _handlers()
+    folder = None if address else _session_folder()
+    own: list[psutil.Process] = []
+    try:
+        options: dict[str, Any] = {"address": address}
+        if folder is not None:
+            options = {
+                "address": "local",
+                "_node_ip_address": "127.0.0.1",  # who reaches ray's ports may run code: no other machine does
+                "num_cpus": cpus,
+                "object_store_memory": _STORE_BYTES,
+                "include_dashboard": False,
+                "_temp_dir": str(folder),
+            }
+        try:
+            _quieten(ray)
+            with _without_native_messages():
+                ray.init(log_to_driver=False, configure_logging=False, **options)
+        except (OSError, RuntimeError, ValueError) as error:
+            hint = "METR_DEBUG=1 shows more; without RAY_ADDRESS ray is started on this machine"
+            raise MetrError(f"ray does not start: {error}", where=address or "ray", hint=hint) from error
+        finally:
+            _restore(handlers)
+        yield
+    finally:
+        for child in set(_children()) - before:
+            own.append(child)
+            with suppress(psutil.Error):
+                own += child.children(recursive=True)
+        ray.shutdown()
+        _restore(handlers)
+        _end(own)
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _quieten(ray: ModuleType) -> None:
+    """Keeps ray's own progress and notes off the screen; they are in the folder of its session."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    for name in ("ray", "ray.data"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+@contextmanager
+def _without_native_messages() -> Iterator[None]:
+    """Keeps what ray's C++ writes to the standard error while it starts off the screen; Python's errors are raised."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def _resources(ray: ModuleType) -> RayResources:
+    found = ray.cluster_resources()
+    return RayResources(cpus=max(1, int(found.get("CPU", 1))), gpus=int(found.get("GPU", 0)))
+
+
+def _session_folder() -> Path:
+    """A new folder for ray's session, after those of processes that were killed have been removed."""
+    home = _SHORT if os.access(_SHORT, os.W_OK) else Path(tempfile.gettempdir())
+    for left in home.glob(f"{_PREFIX}*-*"):
+        number = left.name.removeprefix(_PREFIX).partition("-")[0]
+        if number.isdecimal() and not psutil.pid_exists(int(number)):
+            shutil.rmtree(left, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=home))
+
+
+def _children() -> list[psutil.Process]:
+    return list(psutil.Process().children())
+
+
+def _end(processes: list[psutil.Process]) -> None:
+    """Waits until ray's processes have ended, and ends those that do not: some outlive `ray.shutdown` by seconds."""
+    _, alive = psutil.wait_procs(processes, timeout=_SECONDS_TO_END)
+    for process in alive:
+        with suppress(psutil.Error):
+            process.kill()
+    psutil.wait_procs(alive, timeout=_SECONDS_TO_END)
+
+
+def _handlers() -> dict[int, Any]:
+    """What this process does about signals; ray installs its own."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+
+def _restore(handlers: dict[int, Any]) -> None:
+    for number, handler in handlers.items():
+        if handler is not None:
+            signal.signal(number, handler)
