@@ -17,7 +17,7 @@ from metr.data.dataset import DetectionDataset
 from metr.data.guard import check_usable
 from metr.data.images import exif_oriented
 from metr.data.joint import open_joint
-from metr.data.loading import build_evaluation_loader
+from metr.data.loading import build_evaluation_loader, explained_loss_of_workers
 from metr.data.records import Annotations, ImageRecord, InMemoryAnnotations
 from metr.data.transforms import build_transforms
 from metr.errors import DataError, ModelError
@@ -147,7 +147,11 @@ class EvaluationRunner:
     def report(
         self, network: nn.Module, console: Console | None = None, unannotated: str | None = None
     ) -> EvaluationReport:
-        """The report on all datasets; shows a progress bar for each on the console."""
+        """The report on all datasets; shows a progress bar for each on the console.
+
+        Raises:
+            DataError: a dataset has no readable image, or a process that reads images died.
+        """
         loader, device = self.loader, device_of(network)
         load = partial(build_evaluation_loader, workers=loader.workers, multiple=loader.multiple, device=device)
         sets = [
@@ -156,7 +160,8 @@ class EvaluationRunner:
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         console = console or Console(quiet=True)
         # where the output is piped a bar would leave nothing but an empty line
-        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        bars = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        with explained_loss_of_workers(), bars as progress:
             tasks = {one.name: progress.add_task(one.name, total=len(one)) for one in self.datasets}
             evaluator = Evaluator(
                 self.text,

@@ -19,6 +19,7 @@ from metr.errors import ConfigError, DataError, did_you_mean
 from metr.inference.draw import Labels, Style, draw_detections, palette, save_image
 from metr.inference.postprocess import ScoreThresholds, write_coco_results
 from metr.inference.predictor import Prediction, Predictor
+from metr.run_directory import explained_disk_errors, replaced_file
 from metr.serialization import write_json
 from metr.structures import Detections
 
@@ -63,7 +64,8 @@ def detect_files(
     paths = _expanded(images, out)
     drawn = _drawn(paths, out)
     thresholds, style = thresholds or ScoreThresholds(), Style(labels=labels, colours=palette(predictor.names))
-    out.mkdir(parents=True, exist_ok=True)
+    with explained_disk_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
     done, confident = [], []
     try:
         for path, target, prediction in zip(paths, drawn, predictor.detect_many(_shown(paths, console)), strict=True):
@@ -221,7 +223,8 @@ def _write_results(predictions: Sequence[Prediction], names: Sequence[str], out:
     ids = {name: number for number, name in enumerate(names, 1)}
     categories = [{"id": number, "name": name} for name, number in ids.items()]
     write_coco_results(out / RESULTS, found, ids)
-    write_json(out / IMAGES, {"images": images, "categories": categories, "annotations": []})
+    with replaced_file(out / IMAGES) as fresh:
+        write_json(fresh, {"images": images, "categories": categories, "annotations": []})
 
 
 def _report(predictions: Sequence[Prediction], read: Sequence[Prediction], out: Path, console: Console) -> None:

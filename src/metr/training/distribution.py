@@ -9,6 +9,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import ProjectConfiguration
 from torch import distributed
 
+from metr.data.loading import explained_loss_of_workers
 from metr.devices import resolved_device
 from metr.errors import MetrError
 from metr.processes import process_count
@@ -50,13 +51,15 @@ def build_accelerator(loop: LoopConfig, folder: RunDirectory) -> Accelerator:
 
 @contextmanager
 def explained_loss_of_processes() -> Iterator[None]:
-    """Replaces what the exchange between processes raises when one of them is gone.
+    """Replaces what the exchange between processes raises when one of them is gone, and what the loss of a worker does.
 
     Raises:
         MetrError: another process has ended, or cannot be reached.
+        DataError: a process that reads images died.
     """
     try:
-        yield
+        with explained_loss_of_workers():
+            yield
     except RuntimeError as error:  # also the base of torch's errors of distribution
         if not (isinstance(error, distributed.DistError) or _is_loss(error)):
             raise

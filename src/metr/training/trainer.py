@@ -235,12 +235,14 @@ class Trainer:
         rank, world = accelerator.process_index, accelerator.num_processes
         seed_everything(loop.seed + rank)
         check_place(self.folder, resume)
+        accelerator.wait_for_everyone()  # the logger of the main process has settled the folder
         if has_state(self.folder.state):
             self._load(rank)
         elif resume and accelerator.is_main_process:
             _logger.info("nothing to resume in %s: training starts afresh", self.folder.path)
         start = self.counters.images
         self._loader = self.parts.loader(seed=loop.seed, start=start, rank=rank, world=world, device=self.device)
+        self._loader.restore_issues(self.counters.unreadable)
         self._run_logger.begin(self._resolved, self.counters)
         self._to_training_mode()
         return iter(self._loader)
@@ -286,8 +288,6 @@ class Trainer:
 
     def _in_any_process(self, flag: bool) -> bool:
         return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.device), "sum") > 0)
-
-    # evaluation
 
     def _evaluate_if_due(self) -> None:
         counters, loop = self.counters, self.config.loop
@@ -339,8 +339,7 @@ class Trainer:
         own = self.parts.checkpoint
         thresholds = {**own.detection.thresholds, **counters.thresholds}
         detection = own.detection.model_copy(update={"thresholds": thresholds})
-        weights = self._inference_network.state_dict()
-        return replace(own, weights=weights, training=training, detection=detection)
+        return replace(own, weights=self._inference_network.state_dict(), training=training, detection=detection)
 
     def _trained(self) -> Trained:
         average = None if self.ema is None else self.ema.network
@@ -356,6 +355,7 @@ class Trainer:
         if self._saved_step == self.counters.step and not again:
             return
         random_states = gathered_random_state(self.accelerator)
+        self.counters.unreadable = [] if self._loader is None else [*self._loader.issues]
         if self.accelerator.is_main_process:
             save_checkpoint(self.folder.last, self._checkpoint())
             save_state(self.folder.state, self._trained(), self.counters, random_states, self._resolved)
