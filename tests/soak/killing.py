@@ -178,7 +178,8 @@ class Soak:
         how = rng.choices(["change", "moment", "time"], [5 if changes else 0, 4 if entries else 0, 1])[0]
         if how == "time" or phase == BETWEEN:
             return Plan(how="time", victim="group", delay=rng.uniform(0, record.total))
-        count, early = (changes if how == "change" else entries), rng.random() ** 2
+        # mostly early: then the next start has something left to be killed in
+        count, early = (changes if how == "change" else entries), rng.random() ** 4
         typical = record.seconds.get(phase, 0.0) / max(entries, 1)
         number, delay = 1 + int(count * early), rng.uniform(0, typical)
         return Plan(how=how, victim=victim, phase=phase, number=number, delay=delay)  # type: ignore[arg-type]
@@ -285,7 +286,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--log", type=Path, help="a line of JSON for each trial; goes on with those that it holds")
     parser.add_argument("--trial", type=int, help="only this one")
-    parser.add_argument("--keep", type=Path, default=Path("soak-failures"), help="where failed trials are copied")
+    parser.add_argument("--keep", type=Path, default=Path("build/soak-failures"), help="where failed trials are copied")
     return parser.parse_args()
 
 
@@ -317,6 +318,7 @@ def _soak(folder: Path, options: argparse.Namespace) -> list[Trial]:
         done += len(trial.kills)
         left = (options.kills - count) / max(done, 1) * (time.monotonic() - started)
         if options.log is not None:
+            options.log.parent.mkdir(parents=True, exist_ok=True)
             with options.log.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(trial)) + "\n")
         end = f"FAILED: {trial.failure}" if trial.failure else "as if nothing had happened"
