@@ -10,7 +10,11 @@ SEEDS ?= 5
 CASES ?= 10000
 FUZZ_SEED ?= 0
 
-.PHONY: help demo test quick check wheel processors fuzz docs format clean
+# how many kills `make soak` makes, and what decides where they fall
+KILLS ?= 1000
+SOAK_SEED ?= 0
+
+.PHONY: help demo test quick check wheel processors fuzz soak docs format clean
 
 help:
 	@echo "make demo    build the environment, train on three made datasets, show the result (five minutes, and a few for the environment)"
@@ -21,6 +25,7 @@ help:
 	@echo "make docs    build the documentation into site/; a broken link fails"
 	@echo "make processors  the tests that train, as other processors would run them (SEEDS=5 of each)"
 	@echo "make fuzz    thousands of damaged datasets, images, configurations and checkpoints (CASES=10000 of datasets)"
+	@echo "make soak    kills runs at any moment: they must go on to the same weights (KILLS=1000; goes on with build/soak-0.jsonl)"
 	@echo "make format  let ruff rewrite what it can"
 
 .venv/.ready: pyproject.toml constraints.txt
@@ -61,6 +66,9 @@ processors: .venv/.ready
 fuzz: .venv/.ready
 	$(BIN)/python tests/fuzz/fuzzing.py --annotations $(CASES) --identities $(CASES) --images 2000 --configurations 1000 \
 	  --checkpoints 1000 --seed $(FUZZ_SEED)
+
+soak: .venv/.ready
+	$(BIN)/python tests/soak/killing.py --kills $(KILLS) --seed $(SOAK_SEED) --log build/soak-$(SOAK_SEED).jsonl
 
 format: .venv/.ready
 	$(BIN)/ruff format .

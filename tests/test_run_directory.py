@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from metr.errors import CheckpointError
-from metr.run_directory import existing_folder, replaced_folder
+from metr.run_directory import RunDirectory, existing_folder, replaced_file, replaced_folder
 
 MARKER = "state.json"
 
@@ -72,6 +72,40 @@ def test_a_crash_between_the_two_renames_loses_nothing(tmp_path: Path) -> None:
     assert (folder / "data").read_text() == "first", "the old one is put back before a new one is tried"
     fill(folder, "second")
     assert names(tmp_path) == ["state"]
+
+
+def test_a_run_that_was_killed_between_renames_is_settled(tmp_path: Path) -> None:
+    """Also where nothing is saved any more, because the run was done: nothing stays beside its folders."""
+    run = RunDirectory(tmp_path)
+    for folder in (run.state, run.last, run.best):
+        fill(folder, folder.name)
+    run.state.rename(tmp_path / ".state.previous")
+    for name in (".last.previous", ".last.new", ".best.new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "half").touch()
+    run.settle()
+    assert names(tmp_path) == ["best", "last", "state"]
+    assert [(folder / "data").read_text() for folder in (run.state, run.last)] == ["state", "last"]
+
+
+def half_a_file(path: Path, error: Exception) -> None:
+    path.write_text("half")
+    raise error
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    for text in ("first", "second"):
+        with replaced_file(path, flush=True) as fresh:
+            assert fresh.suffix == ".yaml", "libraries go by it"
+            fresh.write_text(text)
+            assert not path.exists() or path.read_text() == "first"
+        assert path.read_text() == text
+    for error, raised in ((ZeroDivisionError(), ZeroDivisionError), (OSError(28, "No space left"), CheckpointError)):
+        with pytest.raises(raised), replaced_file(path) as fresh:
+            half_a_file(fresh, error)
+    assert path.read_text() == "second"
+    assert names(tmp_path) == ["config.yaml"]
 
 
 def test_other_peoples_files_are_not_replaced(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from metr.config import Config
 from metr.errors import CheckpointError, ConfigError
 from metr.hub import asking
 from metr.models.config import DetectorConfig
-from metr.run_directory import RunDirectory, existing_folder, explained_disk_errors, replaced_folder
+from metr.run_directory import RunDirectory, existing_folder, replaced_file, replaced_folder
 from metr.serialization import read_json, read_tensors, write_json, write_tensors
 from metr.text.vocabulary import Vocabulary
 
@@ -157,10 +157,8 @@ def update_detection(folder: Path, detection: DetectionDefaults) -> None:
         CheckpointError: the folder holds no checkpoint, or it cannot be written.
     """
     config = read_json(folder / CONFIG)
-    fresh = folder / f".{CONFIG}.new"
-    with explained_disk_errors(folder / CONFIG):
+    with replaced_file(folder / CONFIG, flush=True) as fresh:
         write_json(fresh, {**config, "detection": detection.model_dump(mode="json")})
-        fresh.replace(folder / CONFIG)
 
 
 def find_checkpoint(path: Path) -> Path:

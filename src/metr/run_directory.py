@@ -74,6 +74,15 @@ class RunDirectory:
         """What trackers write, such as TensorBoard's event files."""
         return self.path / "trackers"
 
+    def settle(self) -> None:
+        """Finishes what a killed run was replacing: every checkpoint is at its place, and nothing beside it.
+
+        Raises:
+            CheckpointError: the disk refuses.
+        """
+        for folder in (self.state, self.last, self.best):
+            settle_folder(folder)
+
 
 @contextmanager
 def explained_disk_errors(where: Path) -> Iterator[None]:
@@ -83,6 +92,33 @@ def explained_disk_errors(where: Path) -> Iterator[None]:
     except OSError as error:
         hint = "check that the disk has room and that the folder may be written"
         raise CheckpointError(f"cannot be written: {error}", where=where, hint=hint) from None
+
+
+@contextmanager
+def replaced_file(path: Path, *, flush: bool = False) -> Iterator[Path]:
+    """A path beside `path` to write a file to, which takes the place of `path` when the block ends well.
+
+    Until then `path` stays as it is: neither a kill nor a full disk leaves half a file there. The name ends as that of
+    `path` does, so that libraries which go by endings write the same format.
+
+    Args:
+        path: The file to write; its folder is there.
+        flush: Make sure that it survives a power failure, too.
+
+    Raises:
+        CheckpointError: the disk refuses.
+    """
+    fresh = path.with_name(f".{path.stem}.new{path.suffix}")
+    with explained_disk_errors(path):
+        try:
+            yield fresh
+            if flush:
+                _flush_entry(fresh)
+            fresh.replace(path)
+        finally:
+            fresh.unlink(missing_ok=True)
+        if flush:
+            _flush_entry(path.parent)
 
 
 @contextmanager
@@ -104,9 +140,7 @@ def replaced_folder(folder: Path, marker: str) -> Iterator[Path]:
         if previous.exists() and not folder.exists():
             previous.replace(folder)
         _refuse_other_content(folder, marker)
-        for leftover in (fresh, previous):
-            if leftover.exists():
-                shutil.rmtree(leftover)
+        settle_folder(folder)
         fresh.mkdir(parents=True)
         try:
             yield fresh
@@ -119,6 +153,21 @@ def replaced_folder(folder: Path, marker: str) -> Iterator[Path]:
             shutil.rmtree(fresh, ignore_errors=True)
         _flush_entry(folder.parent)
         shutil.rmtree(previous, ignore_errors=True)
+
+
+def settle_folder(folder: Path) -> None:
+    """Finishes what a crash left of `replaced_folder`: the complete version is at its place, and nothing beside it.
+
+    Raises:
+        CheckpointError: the disk refuses.
+    """
+    fresh, previous = _sibling(folder, "new"), _previous(folder)
+    with explained_disk_errors(folder):
+        if previous.exists() and not folder.exists():
+            previous.replace(folder)
+        for leftover in (fresh, previous):
+            if leftover.exists():
+                shutil.rmtree(leftover)
 
 
 def existing_folder(folder: Path) -> Path:

@@ -1,8 +1,10 @@
 """Loaders: the same batches whatever the workers and wherever a run was cut; annotations are not copied."""
 
 import logging
+import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import fields
@@ -17,7 +19,13 @@ from synthetic_images import make_annotations, make_dataset
 from metr.data.config import LoaderConfig, ResizeConfig
 from metr.data.dataset import DetectionDataset
 from metr.data.index.annotation_index import AnnotationIndex, LabelMap, write_index
-from metr.data.loading import IssueList, build_evaluation_loader, build_train_loader, shape_groups
+from metr.data.loading import (
+    IssueList,
+    build_evaluation_loader,
+    build_train_loader,
+    explained_loss_of_workers,
+    shape_groups,
+)
 from metr.data.records import DataIssue, ImageRecord, InMemoryAnnotations
 from metr.errors import DataError
 from metr.structures import Batch
@@ -245,6 +253,22 @@ def test_a_killed_worker_is_explained(tmp_path: Path) -> None:
     dataset = make_dataset(Fatal(make_annotations(tmp_path)), training=False)
     with pytest.raises(DataError, match=r"died(.|\n)*fewer workers"):
         list(build_evaluation_loader(dataset, 4, workers=1))
+
+
+def kill_and_sleep(worker: int) -> None:
+    os.kill(worker, signal.SIGKILL)
+    time.sleep(60)
+
+
+@pytest.mark.slow
+def test_a_killed_worker_is_explained_wherever_the_main_process_is(tmp_path: Path) -> None:
+    """torch says it in a signal handler, for example while a checkpoint is written."""
+    loader = build_train_loader(mixed(tmp_path), LoaderConfig(batch_size=2, workers=1))
+    with closing(iter(loader)) as batches:  # type: ignore[type-var]
+        next(batches)
+        (worker,) = multiprocessing.active_children()
+        with pytest.raises(DataError, match=r"died(.|\n)*fewer workers"), explained_loss_of_workers():
+            kill_and_sleep(worker.pid or 0)
 
 
 def test_issues_are_logged_up_to_a_limit(caplog: pytest.LogCaptureFixture) -> None:

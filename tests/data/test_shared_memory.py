@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,7 @@ def test_enough_shared_memory_is_used(tmp_path: Path, monkeypatch: pytest.Monkey
 
 _TRAIN = """
 import sys
+import time
 from pathlib import Path
 sys.path[:0] = sys.argv[2:]
 from test_loading import assert_same, mixed, some
@@ -69,3 +71,47 @@ def test_a_real_shared_memory_of_this_size(size: str, tmp_path: Path) -> None:
     if "mount:" in ran.stderr or "unshare:" in ran.stderr:
         pytest.skip("needs the rights to mount")
     assert ran.stdout.strip() == "all the same", ran.stderr
+
+
+_DIES = """
+import multiprocessing, os, sys, time
+from pathlib import Path
+sys.path[:0] = sys.argv[2:]
+from test_loading import mixed
+from metr.data import collate as collating
+from metr.data.config import LoaderConfig
+from metr.data.loading import build_train_loader
+if __name__ == "__main__":
+    collating.free_shared_memory = lambda: 1 << 20
+    loader = build_train_loader(mixed(Path(sys.argv[1]), sizes=(512, 640)), LoaderConfig(batch_size=4, workers=2))
+    batches = iter(loader)
+    next(batches)
+    time.sleep(3)
+    print(*(process.pid for process in multiprocessing.active_children()), flush=True)
+    os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="looks for processes in /proc")
+def test_workers_in_a_full_pipe_do_not_outlive_a_killed_main_process(tmp_path: Path) -> None:
+    """Nobody reads what they write, so they would wait for ever; nor does their folder in /tmp stay."""
+    here, own = Path(__file__).parent, tmp_path / "tmp"
+    own.mkdir()
+    call = [sys.executable, "-c", _DIES, str(tmp_path), str(here), str(here.parent)]
+    environment = {**os.environ, "TMPDIR": str(own)}
+    ran = subprocess.run(call, stdout=subprocess.PIPE, text=True, timeout=300, check=False, env=environment)
+    workers = [int(number) for number in ran.stdout.split()]
+    assert (len(workers), ran.returncode) == (2, -9)
+    deadline = time.monotonic() + 30
+    while left := [number for number in workers if is_alive(number)]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
+    assert list(own.glob("pymp-*")) == []
+
+
+def is_alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

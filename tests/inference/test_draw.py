@@ -176,7 +176,7 @@ def test_images_are_saved_or_the_reason_is_said(tmp_path: Path) -> None:
     with pytest.raises(MetrError, match=r"image\.what: cannot write"):
         save_image(GREY, tmp_path / "image.what")
     (tmp_path / "file").write_text("")
-    with pytest.raises(MetrError, match="cannot write"):
+    with pytest.raises(MetrError, match="cannot be written"):
         save_image(GREY, tmp_path / "file" / "image.png")
 
 

@@ -93,6 +93,28 @@ def test_writers_at_once_lose_nothing(tmp_path: Path) -> None:
     assert EmbeddingCache("model", tmp_path).get(phrases).keys() == set(phrases)
 
 
+def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    cache = EmbeddingCache("model", tmp_path)
+    cache.folder.mkdir(parents=True)
+    (cache.folder / "killed.part").write_bytes(b"half")
+    cache.put(PHRASES, vectors_of(PHRASES))
+    assert sorted(path.suffix for path in cache.folder.iterdir() if path.name != ".lock") == [".safetensors"]
+
+
+def test_a_full_disk_leaves_nothing_and_costs_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(path: Path, data: bytes) -> int:
+        path.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    cache = filled(tmp_path)
+    assert cache.get(PHRASES).keys() == {*PHRASES}
+    assert [path.name for path in cache.folder.iterdir()] == [".lock"]
+    assert "No space left" in caplog.text
+
+
 def test_the_root_can_be_moved(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("METR_CACHE", str(tmp_path))
     assert cache_root() == tmp_path

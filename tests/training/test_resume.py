@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import signal
 import threading
 import time
@@ -112,6 +113,58 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path, whole: Pa
     assert state["step"] == 3
     run(tmp_path, "parts", resume=True)
     assert_same(whole, tmp_path / "parts")
+
+
+def test_images_that_cannot_be_read_are_counted_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A resumed run remembers those that it has met, and does not log them again."""
+    Trainer(make_parts(tmp_path), make_config(1), tmp_path / "none")
+    (tmp_path / "cells" / "1.png").write_bytes(b"no image")
+
+    def damaged_run(name: str, stop: int | None, resume: bool = False) -> None:
+        parts = make_parts(tmp_path)
+        (tmp_path / "cells" / "1.png").write_bytes(b"no image")
+        trainer = Trainer(parts, make_config(12, loop=SCHEDULE), tmp_path / name, evaluate=evaluate)
+        if stop is not None:
+            StopsAt(trainer, stop)
+        trainer.fit(resume=resume)
+
+    damaged_run("whole", None)
+    counts = [record["unreadable"] for record in read_metrics(tmp_path / "whole") if record["kind"] == "train"]
+    assert counts[-1] == 1
+    caplog.clear()
+    damaged_run("parts", 9)
+    damaged_run("parts", None, resume=True)
+    assert caplog.text.count("1.png") == 1
+    assert_same(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_what_is_left_beside_the_folders_of_a_finished_run_goes(tmp_path: Path, whole: Path) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    before = sorted(path.name for path in (tmp_path / "run").iterdir())
+    (tmp_path / "run/state").rename(tmp_path / "run/.state.previous")
+    for name in (".last.previous", ".best.new"):
+        (tmp_path / "run" / name).mkdir()
+    run(tmp_path, "run", resume=True)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
+    assert_same(whole, tmp_path / "run")
+
+
+def test_a_kill_while_the_configuration_is_written_loses_nothing(
+    tmp_path: Path, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(whole, tmp_path / "run")
+    config = tmp_path / "run/config.yaml"
+    text, write = config.read_text(), Path.write_text
+
+    def killed(path: Path, data: str, **more: Any) -> int:
+        write(path, data[:20], **more)
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", killed)
+        with pytest.raises(MemoryError):
+            run(tmp_path, "run", resume=True)
+    assert config.read_text() == text
 
 
 @pytest.mark.slow

@@ -4,16 +4,22 @@ import atexit
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
+import tempfile
+import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from contextlib import contextmanager, suppress
+from functools import cache, partial
+from multiprocessing.util import get_temp_dir
+from pathlib import Path
 from typing import Any, TypeVar
 from weakref import WeakSet
 
 import cv2
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from jaxtyping import Float
 from torch.utils.data import DataLoader, Dataset
 
@@ -34,6 +40,7 @@ _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP
 _workers: WeakSet[Any] = WeakSet()
 # The bytes of shared memory without which no worker can be started: each needs locks there.
 _LEAST_SHARED = 1 << 20
+_SOCKETS_LOCK = "metr.lock"
 _LARGER = "Make /dev/shm larger (docker run --shm-size=8g, or --ipc=host), or free it"
 Result = TypeVar("Result")
 
@@ -55,6 +62,10 @@ class IssueList:
                     log.warning("%s, skipped: %s (%s)", issue.kind, issue.where, issue.detail)
                 elif len(self._found) == self.LOGGED + 1:
                     log.warning("more than %d images cannot be read; the others are counted", self.LOGGED)
+
+    def restore(self, issues: Iterable[DataIssue]) -> None:
+        """Lists issues that an earlier process has found and logged."""
+        self._found.update((issue.where, issue) for issue in issues)
 
     def all(self) -> tuple[DataIssue, ...]:
         """Every issue so far."""
@@ -92,6 +103,10 @@ class TrainLoader:
     def issues(self) -> tuple[DataIssue, ...]:
         """The images that could not be read so far, and were replaced."""
         return self._issues.all()
+
+    def restore_issues(self, issues: Iterable[DataIssue]) -> None:
+        """Lists the images that could not be read before the run was resumed."""
+        self._issues.restore(issues)
 
 
 class EvaluationLoader:
@@ -259,6 +274,8 @@ def _loader(
     if workers and free is not None and free < _LEAST_SHARED:
         log.warning("no worker reads images: %s %s", f"{free:,} bytes of shared memory are free, too few.", _LARGER)
         workers = 0
+    if workers:
+        _share_socket_folder()
     return DataLoader(
         dataset,
         batch_sampler=batch_sampler,
@@ -273,6 +290,22 @@ def _loader(
     )
 
 
+@cache
+def _share_socket_folder() -> FileLock:
+    """Gives the sockets of all workers one folder, which goes with this process; removes those of killed processes.
+
+    Otherwise multiprocessing makes a folder for each worker, and one that is killed leaves it in /tmp for ever. Who
+    lives holds the lock in its folder.
+    """
+    lock = FileLock(Path(get_temp_dir(), _SOCKETS_LOCK))
+    with suppress(OSError, NotImplementedError):
+        lock.acquire(blocking=False)
+        for other in Path(tempfile.gettempdir()).glob(f"pymp-*/{_SOCKETS_LOCK}"):
+            with suppress(OSError, Timeout), FileLock(other, blocking=False):
+                shutil.rmtree(other.parent, ignore_errors=True)
+    return lock
+
+
 def _collate(examples: Sequence[Example | Missing], multiple: int, workers: int) -> Collated | PipedBatch:
     collated = collate(examples, multiple)
     return sent(collated, workers) if workers else collated
@@ -281,13 +314,23 @@ def _collate(examples: Sequence[Example | Missing], multiple: int, workers: int)
 def _start_worker(_worker: int) -> None:
     """Gives OpenCV one thread a process, so that processes do not compete, and leaves signals to the main process.
 
-    A worker whose main process has died ends by itself: torch's loop looks for it every few seconds.
+    A worker ends with its main process, however that dies. torch's own loop looks for it every few seconds, and never
+    while a batch is stuck in a pipe that nobody reads. Until then the worker would hold the lock of the run folder.
     """
     cv2.setNumThreads(0)
+    threading.Thread(target=_end_with_main_process, daemon=True).start()
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
+
+
+def _end_with_main_process() -> None:
+    """Waits until the main process is dead, then ends this one at once: there is nobody left to work for."""
+    if (main := multiprocessing.parent_process()) is not None:
+        main.join()
+        shutil.rmtree(get_temp_dir(), ignore_errors=True)  # the main process's, of which this one is a copy
+        os._exit(1)
 
 
 @contextmanager
@@ -317,7 +360,7 @@ def _end_workers() -> None:
 
 
 def _collated(loader: DataLoader[Any]) -> Iterator[Collated]:
-    try:
+    with explained_loss_of_workers():
         with _signals_held_back():
             batches = iter(loader)
         _workers.update(getattr(batches, "_workers", ()))
@@ -335,8 +378,22 @@ def _collated(loader: DataLoader[Any]) -> Iterator[Collated]:
                     hint = "check the store and the network, then go on with --resume"
                     raise StoreError(issue.detail, where=issue.where, hint=hint)
             yield collated
+
+
+@contextmanager
+def explained_loss_of_workers() -> Iterator[None]:
+    """Replaces what torch raises when a worker dies: wherever the main process is just then, in a signal handler.
+
+    Raises:
+        DataError: a worker died.
+    """
+    try:
+        yield
     except RuntimeError as error:
         if not str(error).startswith("DataLoader worker"):
             raise
-        hint = "there may be too little memory: use fewer workers, or 0"
-        raise DataError("a process that reads images died", where="data loader", hint=hint) from error
+        what = f"a process that reads images died: {str(error).rstrip()}"
+        hint = (
+            "there may be too little memory: use fewer workers (loader.workers), or 0; a run that trains can be resumed"
+        )
+        raise DataError(what, where="data loader", hint=hint) from error

@@ -25,6 +25,7 @@ from metr.evaluation.results import (
 )
 from metr.inference.draw import font_file, legible
 from metr.processes import in_main_process
+from metr.run_directory import explained_disk_errors, replaced_file
 
 TITLES: dict[Mode, str] = {"own": "own names", "joint": "joint vocabulary", "default": "default names"}
 UNANNOTATED = {
@@ -46,11 +47,18 @@ def main_console(console: Console | None) -> Console:
 
 
 def write_report(report: EvaluationReport, folder: Path) -> tuple[Path, Path, Path]:
-    """Writes evaluation.json, evaluation.md and evaluation.png into `folder` and gives their paths."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Writes evaluation.json, evaluation.md and evaluation.png into `folder` and gives their paths.
+
+    Raises:
+        CheckpointError: the disk refuses.
+    """
+    with explained_disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     table, text, chart = (folder / f"evaluation.{ending}" for ending in ("json", "md", "png"))
-    table.write_text(json.dumps(as_dict(report), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    text.write_text(as_markdown(report), encoding="utf-8")
+    with replaced_file(table) as fresh:
+        fresh.write_text(json.dumps(as_dict(report), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    with replaced_file(text) as fresh:
+        fresh.write_text(as_markdown(report), encoding="utf-8")
     draw_chart(report, chart)
     return table, text, chart
 
@@ -128,7 +136,8 @@ def draw_chart(report: EvaluationReport, path: Path) -> None:
     axes.margins(y=0.15)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9, ncols=2, loc="lower left", bbox_to_anchor=(0, 1))
-    figure.savefig(path, dpi=130)
+    with replaced_file(path) as fresh:
+        figure.savefig(fresh, dpi=130)
 
 
 def show(report: EvaluationReport, console: Console) -> None:

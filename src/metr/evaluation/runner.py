@@ -27,7 +27,7 @@ from metr.data.dataset import DetectionDataset
 from metr.data.guard import check_usable
 from metr.data.images import exif_oriented
 from metr.data.joint import open_joint
-from metr.data.loading import build_evaluation_loader
+from metr.data.loading import build_evaluation_loader, explained_loss_of_workers
 from metr.data.records import Annotations
 from metr.data.transforms import build_transforms
 from metr.evaluation.evaluator import EvaluationSet, Evaluator
@@ -148,6 +148,9 @@ class EvaluationRunner:
 
         The processes share the images of each dataset among them, and all get the same report. The network is whole
         in each of them.
+
+        Raises:
+            DataError: a dataset has no readable image, or a process that reads images died.
         """
         loader, device = self.loader, device_of(network)
         joined_device(device)
@@ -165,7 +168,8 @@ class EvaluationRunner:
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), _Speed(), TimeRemainingColumn()
         console, started = main_console(console), time.perf_counter()
         # where the output is piped a bar would leave nothing but an empty line
-        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        bars = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        with explained_loss_of_workers(), bars as progress:
             tasks = {one.name: progress.add_task(one.name, total=len(one)) for one in self.datasets}
             evaluator = Evaluator(
                 self.text,

@@ -63,7 +63,6 @@ def detect_files(
     paths = expanded_paths(images, out)
     drawn = _drawn(paths, out)
     thresholds, style = thresholds or ScoreThresholds(), Style(labels=labels, colours=palette(predictor.names))
-    out.mkdir(parents=True, exist_ok=True)
     confident = []
     with ResultFiles(out, predictor.names, len(paths), console) as results:
         for path, target, prediction in zip(paths, drawn, predictor.detect_many(_shown(paths, console)), strict=True):

@@ -19,6 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from metr.data.records import ImageRecord
 from metr.errors import MetrError
+from metr.run_directory import explained_disk_errors, replaced_file
 from metr.structures import Detections
 
 Colour = tuple[int, int, int]
@@ -189,10 +190,12 @@ def save_image(image: UInt8[np.ndarray, "h w 3"], path: Path) -> None:
     Raises:
         MetrError: the ending is not that of an image, or the file cannot be written.
     """
-    try:
+    with explained_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(path, quality=92)
-    except (OSError, ValueError) as error:
+    try:
+        with replaced_file(path) as fresh:
+            Image.fromarray(image).save(fresh, quality=92)
+    except ValueError as error:
         raise MetrError(f"cannot write the image: {error}", where=path, hint="a name ending in .jpg or .png") from None
 
 

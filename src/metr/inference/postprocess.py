@@ -16,6 +16,7 @@ from metr.boxes import xyxy_to_xywh
 from metr.config import Config
 from metr.errors import ModelError
 from metr.inference.config import PostprocessConfig
+from metr.run_directory import explained_disk_errors, replaced_file
 from metr.structures import Detections, DetectorOutput
 
 ImageId = int | str
@@ -53,9 +54,15 @@ def coco_results(
 
 
 def write_coco_results(path: Path, detections: Mapping[ImageId, Detections], category_ids: Mapping[str, int]) -> None:
-    """Writes detections as a COCO results file (JSON); see `coco_results`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(coco_results(detections, category_ids)), encoding="utf-8")
+    """Writes detections as a COCO results file (JSON); see `coco_results`.
+
+    Raises:
+        CheckpointError: the disk refuses.
+    """
+    with explained_disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    with replaced_file(path) as fresh:
+        fresh.write_text(json.dumps(coco_results(detections, category_ids)), encoding="utf-8")
 
 
 class ScoreThresholds(Config):

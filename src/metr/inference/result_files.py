@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TextIO
@@ -13,6 +13,7 @@ from rich.console import Console
 from metr.boxes import xyxy_to_xywh
 from metr.inference.postprocess import Row, write_coco_results
 from metr.inference.predictor import Prediction
+from metr.run_directory import explained_disk_errors, replaced_file
 from metr.serialization import write_json
 from metr.structures import Detections
 
@@ -47,7 +48,8 @@ class ResultFiles:
         self._forced = time.monotonic()
 
     def __enter__(self) -> "ResultFiles":
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with explained_disk_errors(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         partial = self.folder / PARTIAL
         if partial.exists() and (kept := _set_aside(partial)) is not None:
             count = "one image" if (lines := _lines(kept)) == 1 else f"{lines} images"
@@ -60,17 +62,19 @@ class ResultFiles:
         """Keeps the result of the next image."""
         assert self._file is not None, "used as a context manager"
         self.done.append(prediction)
-        self._file.write(json.dumps(_record(prediction)) + "\n")
-        self._file.flush()
-        if time.monotonic() - self._forced > _TO_DISK:
-            os.fsync(self._file.fileno())
-            self._forced = time.monotonic()
+        with explained_disk_errors(self.folder / PARTIAL):
+            self._file.write(json.dumps(_record(prediction)) + "\n")
+            self._file.flush()
+            if time.monotonic() - self._forced > _TO_DISK:
+                os.fsync(self._file.fileno())
+                self._forced = time.monotonic()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         assert self._file is not None, "used as a context manager"
-        self._file.close()
+        with explained_disk_errors(self.folder / PARTIAL):
+            self._file.close()
         self._write_coco()
         (self.folder / PARTIAL).unlink(missing_ok=True)
         if kind is not None and self.done:
@@ -89,8 +93,10 @@ class ResultFiles:
         ids = {name: number for number, name in enumerate(self.names, 1)}
         categories = [{"id": number, "name": name} for name, number in ids.items()]
         key = {"images": images, "categories": categories, "annotations": []}
-        _replace(self.folder / IMAGES, lambda path: write_json(path, key))
-        _replace(self.folder / RESULTS, lambda path: write_coco_results(path, found, ids))
+        with replaced_file(self.folder / IMAGES) as fresh:
+            write_json(fresh, key)
+        with replaced_file(self.folder / RESULTS) as fresh:
+            write_coco_results(fresh, found, ids)
 
     def _say(self, line: str) -> None:
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -124,10 +130,3 @@ def _lines(path: Path) -> int:
     """Number of whole lines; one that was cut short does not count."""
     with path.open("rb") as file:
         return sum(line.endswith(b"\n") for line in file)
-
-
-def _replace(path: Path, write: Callable[[Path], None]) -> None:
-    """Writes a file that takes the place of an older one as a whole: a crash leaves the old one or the new one."""
-    fresh = path.with_name(f".{path.name}.new")
-    write(fresh)
-    fresh.replace(path)

@@ -2,22 +2,26 @@
 
 Every encoder has a folder, and every vocabulary that it embedded is one safetensors file there: the vectors, and in the
 metadata the phrases and a checksum of the vectors. A phrase is found in whichever file it is. Files are written beside
-their place and then moved there, so several processes need no lock; a damaged file is not used, and written anew.
+their place and then moved there, so readers need no lock; a damaged file is not used, and written anew.
 """
 
 import json
 import logging
 import os
+import secrets
 import tempfile
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from hashlib import sha256
 from pathlib import Path
 
+from filelock import FileLock
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+_PART = ".part"
 _logger = logging.getLogger(__name__)
 
 
@@ -58,13 +62,30 @@ class EmbeddingCache:
         self._known.update(zip(phrases, vectors, strict=True))
         listed = json.dumps(list(phrases))
         path = self.folder / f"{sha256(listed.encode()).hexdigest()}.safetensors"
+        data = save({"vectors": vectors}, {"phrases": listed, "sha256": _checksum(vectors)})
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".part", delete=False) as file:
-                file.write(save({"vectors": vectors}, {"phrases": listed, "sha256": _checksum(vectors)}))
-            Path(file.name).replace(path)
+            with self._locked():
+                self._write(path, data)
         except OSError as error:
             self._warn(error)
+
+    def _locked(self) -> AbstractContextManager[object]:
+        """Lets one process at a time write; on a file system without locks, all of them."""
+        try:
+            return FileLock(self.folder / ".lock").acquire()
+        except NotImplementedError:
+            return nullcontext()
+
+    def _write(self, path: Path, data: bytes) -> None:
+        for left in self.folder.glob(f"*{_PART}"):  # of a process that was killed: whoever writes holds the lock
+            left.unlink(missing_ok=True)
+        fresh = path.with_name(f"{path.stem}-{secrets.token_hex(4)}{_PART}")
+        try:
+            fresh.write_bytes(data)
+            fresh.replace(path)
+        finally:
+            fresh.unlink(missing_ok=True)
 
     def _read_files(self) -> None:
         """Reads the files that are new since the last time."""

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from metr.evaluation.results import EvaluationReport, Mode, as_dict, from_dict
+from metr.run_directory import explained_disk_errors, replaced_file
 from metr.serialization import read_json, write_json
 from metr.training.finetune_data import Role
 
@@ -79,14 +80,17 @@ class Comparison:
             "after": as_dict(self.after),
         }
         path = folder / COMPARISON
-        path.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        with replaced_file(path) as fresh:
+            fresh.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         return path
 
 
 def keep_before(folder: Path, report: EvaluationReport) -> None:
     """Writes the checkpoint's report into a run folder, so that a resumed run need not evaluate again."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / BEFORE, as_dict(report))
+    with explained_disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with replaced_file(folder / BEFORE, flush=True) as fresh:
+        write_json(fresh, as_dict(report))
 
 
 def kept_before(folder: Path) -> EvaluationReport | None:

@@ -1,5 +1,6 @@
 """An image of how training went: losses and metrics over the steps."""
 
+import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,27 +8,32 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from metr.errors import MetrError
-from metr.run_directory import RunDirectory
+from metr.errors import CheckpointError, MetrError
+from metr.run_directory import RunDirectory, replaced_file
 from metr.training.logger import Record, read_metrics
 from metr.training.progress import grouped_terms
 
+_logger = logging.getLogger(__name__)
 _SMOOTHING = 0.7  # fraction of the old average that a point keeps
 _MOST_METRICS = 12  # lines that a legend can still be read with
 _FEW = 10  # points of a line
 
 
 def redraw_curves(run: Path) -> None:
-    """Draws `curves.png` anew, once something is logged."""
-    if read_metrics(run):
+    """Draws `curves.png` anew, once something is logged. What cannot be written becomes a warning."""
+    if not read_metrics(run):
+        return
+    try:
         plot_curves(run)
+    except CheckpointError as error:  # a run does not end for an image of it
+        _logger.warning("%s", error)
 
 
 def plot_curves(run: Path) -> Path:
     """Draws `curves.png` from the metrics.jsonl of a run folder, and returns its path.
 
     Raises:
-        MetrError: nothing is logged there yet.
+        MetrError: nothing is logged there yet, or the disk refuses.
     """
     folder = RunDirectory(run)
     records = read_metrics(folder.metrics)
@@ -43,7 +49,8 @@ def plot_curves(run: Path) -> Path:
     _plot_terms(terms, training)
     _plot_metrics(metrics, evaluations)
     _plot_rate(rate, training)
-    figure.savefig(folder.curves, dpi=100)
+    with replaced_file(folder.curves) as fresh:
+        figure.savefig(fresh, dpi=100)
     return folder.curves
 
 

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from metr.config import Config, as_yaml, leaves
 from metr.errors import ConfigError, MetrError, did_you_mean
-from metr.run_directory import RunDirectory, explained_disk_errors
+from metr.run_directory import RunDirectory, explained_disk_errors, replaced_file
 from metr.training.config import LoopConfig
 from metr.training.progress import Progress, Snapshot, duration
 from metr.training.run_log import tell
@@ -70,6 +70,7 @@ class RunLogger:
 
     def __enter__(self) -> "RunLogger":
         if not self.silent:
+            self.folder.settle()
             self._file = MetricsFile(self.folder.metrics)
         self._progress.__enter__()
         return self
@@ -94,8 +95,8 @@ class RunLogger:
             self.accelerator.init_trackers(PROJECT, flat, {"wandb": {"name": name}, "mlflow": {"run_name": name}})
         if self._file is None:
             return
-        with explained_disk_errors(self.folder.config):
-            self.folder.config.write_text(as_yaml(resolved), encoding="utf-8")
+        with replaced_file(self.folder.config, flush=True) as fresh:
+            fresh.write_text(as_yaml(resolved), encoding="utf-8")
         places = f"configuration: {self.folder.config}"
         places += f"; log: {self.folder.log}" if self.folder.log.is_file() else ""
         if self._console is None:
@@ -252,10 +253,8 @@ class MetricsFile:
         """Drops steps after `step`, evaluations after `evaluated_step`, and a line that a crash cut short."""
         newest = {"train": step, "evaluation": evaluated_step}
         kept = [record for record in read_metrics(self.path) if record["step"] <= newest.get(record["kind"], step)]
-        fresh = self.path.with_name(f".{self.path.name}.new")
-        with explained_disk_errors(self.path):
+        with replaced_file(self.path, flush=True) as fresh:
             fresh.write_text("".join(map(_line, kept)), encoding="utf-8")
-            fresh.replace(self.path)
 
     def write(self, kind: Kind, step: int, values: Mapping[str, Any]) -> None:
         """Appends one record; numbers that are not finite become null."""

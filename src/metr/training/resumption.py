@@ -13,7 +13,7 @@ from metr.data.datasets_file import DatasetConfig, DatasetSource, parse_data_arg
 from metr.data.shards.addresses import is_pattern
 from metr.data.shards.stores import is_url
 from metr.errors import ConfigError, DataError
-from metr.run_directory import RunDirectory, explained_disk_errors
+from metr.run_directory import RunDirectory, explained_disk_errors, replaced_file
 from metr.serialization import read_json, write_json
 
 DATASETS, REHEARSED, EVALUATED = "datasets.yaml", "rehearsed.yaml", "evaluated.yaml"
@@ -42,12 +42,10 @@ def save_request(run: RunDirectory, name: str, request: Tree, listings: Mapping[
                 continue
             entries = [_entry(source.config) for source in sources]
             text = _HEAD + yaml.safe_dump({"datasets": entries}, sort_keys=False, allow_unicode=True)
-            fresh = run.path / f".{file}.new"
-            fresh.write_text(text, encoding="utf-8")
-            fresh.replace(run.path / file)
-        fresh = run.path / f".{name}.new"
-        write_json(fresh, request)
-        fresh.replace(run.path / name)
+            with replaced_file(run.path / file, flush=True) as fresh:
+                fresh.write_text(text, encoding="utf-8")
+        with replaced_file(run.path / name, flush=True) as fresh:
+            write_json(fresh, request)
 
 
 def kept_request(run: RunDirectory, name: str) -> Tree:

@@ -6,7 +6,7 @@ import shlex
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from io import StringIO
 from pathlib import Path
 from types import TracebackType
@@ -69,7 +69,8 @@ class RunLog(logging.Handler):
             LOG_FILE.error("%s", shown("".join(traceback.format_exception(error)).rstrip()))
         self._stop_listening()
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # a full disk: that has been said
+                self._file.close()
         if self._lock is not None:
             self._lock.release()
         self.close()

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn, optim
 
 from metr.config import Config, leaves
+from metr.data.records import DataIssue
 from metr.errors import CheckpointError, ConfigError, MetrError, did_you_mean
 from metr.run_directory import COUNTERS, RunDirectory, existing_folder, replaced_folder
 from metr.serialization import load_weights, read_json, read_tensors, write_json, write_tensors
@@ -54,7 +55,7 @@ class Counters:
     `images` counts those of all processes together, which is the position of the sampler; `seconds` is the time
     spent in steps. `evaluated_step` is the step of the newest evaluation, whose result is `metrics` and
     `thresholds`; `best` is the highest value so far of the metric that chooses the best checkpoint. `smoothed` are the
-    losses that progress shows.
+    losses that progress shows, `unreadable` says which images could not be read so far.
     """
 
     step: int = 0
@@ -69,6 +70,7 @@ class Counters:
     thresholds: dict[str, float] = field(default_factory=dict)
     window: Window = field(default_factory=Window)
     smoothed: dict[str, float] = field(default_factory=dict)
+    unreadable: list[DataIssue] = field(default_factory=list)
 
     def advance(self, cost: StepCost) -> None:
         """Counts a step that was made, or queued; `add` counts its numbers when they have been read."""
@@ -122,10 +124,13 @@ class Counters:
             CheckpointError: a key is missing or unknown.
         """
         names = {item.name for item in fields(cls)}
-        if set(values) | {"smoothed"} != names or set(values["window"]) != {item.name for item in fields(Window)}:
+        if set(values) | {"smoothed", "unreadable"} != names or set(values["window"]) != {
+            item.name for item in fields(Window)
+        }:
             what = f"expected the keys {sorted(names)}, found {sorted(values)}"
             raise CheckpointError(what, where=where, hint="start a new run: this state is of another version")
-        return cls(**{**values, "window": Window(**values["window"])})
+        unreadable = [DataIssue(**issue) for issue in values.get("unreadable", ())]
+        return cls(**{**values, "window": Window(**values["window"]), "unreadable": unreadable})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from metr.checkpoint import Checkpoint, save_checkpoint
 from metr.config import Config
-from metr.data.loading import TrainLoader
+from metr.data.loading import TrainLoader, explained_loss_of_workers
 from metr.devices import autocast, peak_memory, resolved_precision
 from metr.layers.batch_norm import synchronize_batch_norms
 from metr.losses.matcher import match_statistics
@@ -148,7 +148,7 @@ class Trainer:
             CheckpointError: the saved state is damaged or of another network.
         """
         self._stop_signals = StopSignals()
-        with self._stop_signals, self._run_logger, explained_loss_of_processes():
+        with self._stop_signals, self._run_logger, explained_loss_of_processes(), explained_loss_of_workers():
             batches = self._begin(resume)
             try:
                 self._evaluate_if_due()  # the resumed run may have stopped just before an evaluation
@@ -189,12 +189,14 @@ class Trainer:
         rank, world = accelerator.process_index, accelerator.num_processes
         seed_everything(loop.seed + rank)
         check_place(self.folder, resume)
+        accelerator.wait_for_everyone()  # the logger of the main process has settled the folder
         if has_state(self.folder.state):
             self._load(rank)
         elif resume and accelerator.is_main_process:
             _logger.info("nothing to resume in %s: training starts afresh", self.folder.path)
         start = self.counters.images
         self._loader = self.parts.loader(seed=loop.seed, start=start, rank=rank, world=world, device=self.device)
+        self._loader.restore_issues(self.counters.unreadable)
         self._run_logger.begin(self._resolved, self.counters)
         self._to_training_mode()
         return iter(self._loader)
@@ -277,8 +279,6 @@ class Trainer:
             return requested
         return bool(self.accelerator.reduce(torch.tensor(float(requested), device=self.device), "sum") > 0)
 
-    # evaluation
-
     def _evaluate_if_due(self) -> None:
         if self.evaluate is None or not self.counters.evaluation_is_due(self.config.loop):
             return
@@ -346,6 +346,7 @@ class Trainer:
         if self._saved_step == self.counters.step and not again:
             return
         random_states, tensors = gathered_random_state(self.accelerator), gathered_tensors(self._trained())
+        self.counters.unreadable = [] if self._loader is None else [*self._loader.issues]
         if self.accelerator.is_main_process:
             save_checkpoint(self.folder.last, self._checkpoint(tensors.inference))
             save_state(self.folder.state, tensors, self.counters, random_states, self._resolved)
