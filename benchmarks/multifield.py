@@ -276,7 +276,8 @@ def confusion_table(arms: Mapping[str, Any]) -> str:
         datasets, confusion = one["report"]["datasets"], one["report"]["confusion"]
         recalls = ", ".join(report.number(each["joint"]["recall"].get(str(RECALL_AT))) for each in datasets)
         recalls = "-" if arm == "closed_set" else recalls
-        rows.append([TITLES[arm], recalls, report.number(None if confusion is None else confusion["pooled"])])
+        shares = [share for share in (confusion or {}).get("shares", {}).values() if share is not None]
+        rows.append([TITLES[arm], recalls, report.number(sum(shares) / len(shares) if shares else None)])
     names = ", ".join(ap_by_dataset(next(iter(arms.values())), "joint"))
     return report.table(["", f"recall at {RECALL_AT}: {names}", "cross-dataset confusion, %"], rows)
 

@@ -88,6 +88,24 @@ class Checkpoint:
         return self.text_embeddings.shape[1]
 
 
+def renames_of(training: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """Names that categories had in the files of training's datasets, each with those that they were renamed to.
+
+    Args:
+        training: Facts about training (`Checkpoint.training`); those of earlier training lie within.
+    """
+    found: dict[str, dict[str, None]] = {}
+    stage: Any = training
+    while isinstance(stage, Mapping):
+        datasets = stage.get("data")
+        for facts in datasets.values() if isinstance(datasets, Mapping) else ():
+            renames = facts.get("renames") if isinstance(facts, Mapping) else None
+            for old, new in renames.items() if isinstance(renames, Mapping) else ():
+                found.setdefault(str(old), {})[str(new)] = None
+        stage = stage.get("finetuned_from")
+    return {old: tuple(new) for old, new in found.items()}
+
+
 def save_checkpoint(
     folder: Path,
     checkpoint: Checkpoint,

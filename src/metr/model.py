@@ -11,7 +11,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from metr.checkpoint import Checkpoint, fetch_checkpoint, find_checkpoint, load_checkpoint, save_checkpoint
+from metr.checkpoint import (
+    Checkpoint,
+    fetch_checkpoint,
+    find_checkpoint,
+    load_checkpoint,
+    renames_of,
+    save_checkpoint,
+)
 from metr.data.config import ResizeConfig
 from metr.data.images import ImageSource
 from metr.devices import resolved_device
@@ -181,7 +188,7 @@ class METR:
             text = self._text_encoder().embed(fresh)
             rows |= dict(zip(fresh.names, text, strict=True))
             if tell:
-                self._warn(untrained(fresh, text, self.names, self.checkpoint.text_embeddings))
+                self._warn(self._untrained(fresh, text))
         return torch.stack([rows[name] for name in wanted.names])
 
     def untrained(self, names: Vocabulary) -> tuple[Untrained, ...]:
@@ -193,7 +200,11 @@ class METR:
         fresh = self._fresh(names)
         if fresh is None:
             return ()
-        return untrained(fresh, self._text_encoder().embed(fresh), self.names, self.checkpoint.text_embeddings)
+        return self._untrained(fresh, self._text_encoder().embed(fresh))
+
+    def _untrained(self, fresh: Vocabulary, text: Float[Tensor, "n t"]) -> tuple[Untrained, ...]:
+        renames = renames_of(self.checkpoint.training)
+        return untrained(fresh, text, self.names, self.checkpoint.text_embeddings, renames)
 
     def _fresh(self, wanted: Vocabulary) -> Vocabulary | None:
         """Those of the names that training did not embed, with their prompts; None where there are none."""

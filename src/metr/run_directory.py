@@ -1,6 +1,7 @@
 """Folders on disk: the layout of a run, and folders that are replaced whole or not at all."""
 
 import os
+import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,6 +49,10 @@ class RunDirectory:
     def resumable(self) -> bool:
         """Whether a saved state is there to go on from."""
         return (existing_folder(self.state) / COUNTERS).is_file()
+
+    def how_to_go_on(self, verb: str) -> str:
+        """The command that resumes the run, in a line; `verb` is train or finetune."""
+        return f"To go on:  metr {verb} --resume -o {shlex.quote(str(self.path))}"
 
     @property
     def curves(self) -> Path:

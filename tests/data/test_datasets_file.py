@@ -8,6 +8,7 @@ import pytest
 from reader_trees import NAMES, coco_plain, made_up, save_image, voc_listed, write_json, write_text, yolo_plain
 
 from metr.data.datasets_file import DatasetConfig, DatasetSource, open_dataset, parse_data_arguments
+from metr.data.guard import log_issues
 from metr.data.records import canonical_split, hold_out, plan_splits
 from metr.errors import ConfigError, DataError
 
@@ -363,8 +364,10 @@ def test_unknown_categories_are_refused(root: Path, options: dict[str, object]) 
 
 
 def test_options_go_by_the_new_names(root: Path) -> None:
-    with pytest.raises(DataError, match="no category"):
-        opened(root, renames={"red cell": "cell"}, prompts={"red cell": "a red blood cell"})
+    for key, value in (("prompts", {"red cell": "a red blood cell"}), ("exhaustive", ["red cell"])):
+        told = f"`{key}` names 'red cell', which `renames` .* has renamed to 'cell'\n  try: write 'cell' in its place"
+        with pytest.raises(DataError, match=told):
+            opened(root, renames={"red cell": " cell "}, **{key: value})
     source = opened(root, renames={"red cell": "cell"}, prompts={"cell": "a red blood cell"})
     assert source.config.prompts == {"cell": "a red blood cell"}
 
@@ -377,6 +380,7 @@ def test_issues_are_counted_and_the_first_kept(tmp_path: Path, caplog: pytest.Lo
     write_json(tmp_path / "cells" / "val" / "_annotations.coco.json", content)
     with caplog.at_level(logging.INFO):
         source = opened(tmp_path / "cells")
+        log_issues([source])
     assert source.issue_counts == {"degenerate box": 250}
     assert len(source.issues) == 100
     assert "250 x degenerate box" in caplog.text

@@ -8,7 +8,7 @@ from reader_trees import save_image, write_json, write_text
 
 from metr.data.config import SubsetConfig
 from metr.data.datasets_file import DatasetConfig, DatasetSource, open_dataset
-from metr.data.guard import check_usable, faults_of
+from metr.data.guard import check_usable, faults_of, log_issues
 from metr.data.joint import subset_of
 from metr.errors import DataError
 
@@ -28,6 +28,35 @@ def yolo(root: Path, **texts: Sequence[str]) -> DatasetSource:
 
 def opened(root: Path) -> DatasetSource:
     return open_dataset(DatasetConfig(name="made", path=root / "data"), root / "cache")
+
+
+def test_issues_are_told_of_a_dataset_that_is_used_and_of_no_other(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    yolo(tmp_path / "lost", train=[LOST, LOST], val=[SOUND])
+    yolo(tmp_path / "good", train=[SOUND, LOST], val=[SOUND])
+    assert "issues in its files" not in caplog.text, "whether they matter is not known yet"
+    log_issues([opened(tmp_path / "good")])
+    told = "made: issues in its files: 1 x unknown category; `metr inspect"
+    assert caplog.text.count(told) == 1
+    caplog.clear()
+    for verb in (train, evaluate):
+        with pytest.raises(DataError, match=r"split of 'made' is not used: .*unknown category"):
+            verb(tmp_path)
+    assert "issues in its files" not in caplog.text, "the error says it all"
+
+
+def train(place: Path) -> None:
+    from metr.training.train import train as run
+
+    run(f"made={place / 'lost/data'}", place / "run")
+
+
+def evaluate(place: Path) -> None:
+    from metr.evaluation.runner import evaluate as run
+
+    run(place / "no checkpoint", f"made={place / 'lost/data'}", split="train")
 
 
 def kinds(source: DatasetSource, split: str) -> list[str]:

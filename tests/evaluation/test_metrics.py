@@ -74,7 +74,6 @@ def test_names_of_another_domain_are_confused_and_shared_ones_are_not() -> None:
     # "king" names cards and photographs: half a count each in a blood smear, a whole one among the cards
     assert result.counts == ((6.0, 1.0, 1.0), (5.0, 5.0, 0.0), (0.0, 0.0, 4.0))
     assert result.shares == pytest.approx({"bccd": 25.0, "wild": 50.0, "cards": 0.0})
-    assert result.pooled == pytest.approx(100 * 7 / 22)
 
 
 def test_without_groups_each_dataset_is_a_domain() -> None:
@@ -87,10 +86,9 @@ def test_names_of_no_dataset_are_foreign_everywhere() -> None:
     result = cross_dataset_confusion({"bccd": {"RBC": 1, "unicorn": 1}}, CATEGORIES, FIELDS)
     assert result.domains[-1] == NO_DOMAIN
     assert result.counts[0][-1] == 1
-    assert result.pooled == 50
+    assert result.shares == {"bccd": 50.0}
 
 
 def test_nothing_detected_has_no_share() -> None:
     result = cross_dataset_confusion({"bccd": {}}, CATEGORIES, FIELDS)
     assert result.shares == {"bccd": None}
-    assert result.pooled is None

@@ -1,15 +1,17 @@
 import json
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
 from played import Answer, Images, ScriptedNetwork, annotations, detections, record
+from rich.console import Console
 
 from metr.errors import ConfigError, DataError, ModelError
 from metr.evaluation.coco import CocoResult, evaluate_detections
 from metr.evaluation.evaluator import EvaluationSet, Evaluator
-from metr.evaluation.report import as_markdown, category_table, dataset_table, write_report
+from metr.evaluation.report import as_markdown, category_table, dataset_table, show, write_report
 from metr.evaluation.results import EvaluationConfig, EvaluationReport, Mode, as_dict, from_dict
 from metr.text.vocabulary import Vocabulary
 
@@ -88,7 +90,8 @@ def test_cross_dataset_confusion_counts_the_best_detections() -> None:
     # a: cat, dog; b: king; c: dog; the first card: king; the second, whose ace is a crowd: ace
     assert report.confusion.counts == ((3.0, 1.0), (0.0, 2.0))
     assert report.confusion.shares == pytest.approx({"pets": 25.0, "cards": 0.0})
-    assert report.confusion.pooled == pytest.approx(100 / 6)
+    # the mean over datasets, not over detections (1 of 6), as all means are
+    assert report.mean_confusion == pytest.approx(12.5)
     together = run(EvaluationConfig(domains={"pets": "photographs", "cards": "photographs"}))
     assert together.confusion is None
     assert [one.domain for one in together.datasets] == ["photographs", "photographs"]
@@ -181,7 +184,7 @@ def test_metrics_are_flat_and_have_one_headline() -> None:
     metrics = report.metrics()
     assert metrics["AP"] == report.datasets[0].own.coco.ap
     assert metrics["AP cards"] == pytest.approx(100)
-    assert metrics["cross-dataset confusion"] == report.confusion.pooled
+    assert metrics["cross-dataset confusion"] == pytest.approx(25.0), "cards are outside the mean"
     assert run(EvaluationConfig(modes=("joint",))).metrics()["AP"] == run().mean("joint")
 
 
@@ -208,6 +211,13 @@ def test_json_gives_the_report_back(tmp_path: Path) -> None:
     values = json.loads(table.read_text())
     assert from_dict(values) == report
     assert values["mean"]["own"]["ap"] == report.mean("own")
+    assert values["mean"]["confusion"] == report.mean_confusion == report.metrics()["cross-dataset confusion"]
+    assert "12.5 % name a category of another domain, in the mean over datasets" in text.read_text()
+    assert dataset_table(report).splitlines()[-1].endswith("| 12.5 |")
+    console = Console(file=StringIO(), width=200)
+    show(report, console)
+    (last,) = [line for line in console.file.getvalue().splitlines() if line.startswith("mean of 2")]
+    assert last.rstrip().endswith(" 12.5")
     assert text.read_text() == as_markdown(report)
     assert chart.read_bytes().startswith(b"\x89PNG")
     del values["datasets"][0]["name"]
@@ -240,3 +250,23 @@ def test_one_mode_and_awkward_names_make_a_page_too(tmp_path: Path) -> None:
     report = evaluator.evaluate(make_network(), [EvaluationSet(annotations=held, batches=Images(held, (0, 1, 2)))])
     write_report(report, tmp_path)
     assert "piped\\|$x^2\\|猫" in (tmp_path / "evaluation.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["pets", "p" * 70])
+def test_the_table_on_the_console_cuts_no_number(name: str) -> None:
+    report = run(EvaluationConfig(modes=("own", "joint")))
+    first = replace(report.datasets[0], name=name, images=1_234_567)
+    assert report.confusion is not None
+    shares = {name: 12.5, "cards": 99.9}
+    report = replace(report, datasets=(first, report.datasets[1]), confusion=replace(report.confusion, shares=shares))
+    for width in (40, 60, 80, 100, 140):
+        console, whole = (Console(file=StringIO(), width=columns) for columns in (width, 400))
+        for one in (console, whole):
+            show(report, one)
+        shown, known = (one.file.getvalue() for one in (console, whole))
+        table = shown[: shown.index("own: ")] if "own: " in shown else shown
+        numbers = {word for word in table.split() if any(letter.isdigit() for letter in word)}
+        assert numbers - {"0", "100"} <= set(known.split()), width
+        assert "…" not in table
+        assert ("own AP50" in table) == (width >= 100 or (width == 80 and name == "pets")), (width, table)
+        assert "own AP" in table

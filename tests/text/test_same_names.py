@@ -99,6 +99,19 @@ def test_what_is_said_of_untrained_names() -> None:
     assert untrained(asked, text, (), table[:0]) == ()
 
 
+def test_a_name_that_training_renamed_is_told_what_it_is_called_now() -> None:
+    asked = Vocabulary.of(["RBC", "head", "tail", "fish"], {"fish": "a wet fish"})
+    text = normalize(torch.tensor([[0.0, 1.0], [1.0, 0.1], [0.5, 0.5], [1.0, 0.2]]), dim=-1)
+    renames = {"RBC": ["red cell"], "head": ["fish", "red cell", "gone"], "tail": ["gone"], "fish": ["red cell"]}
+    lines = told(untrained(asked, text, ("fish", "red cell"), torch.eye(2), renames)).splitlines()
+    assert lines[0] == '"RBC" was renamed to "red cell" in the datasets file of training: use "red cell"'
+    assert lines[1].endswith(
+        'renamed to "fish" or "red cell" in the datasets file of training: use "fish" or "red cell"'
+    )
+    assert lines[2].startswith('"tail" was not trained; nearest: '), "its new name is not known here"
+    assert lines[3].startswith('"fish" as "a wet fish" was not trained'), "a name that was trained is itself"
+
+
 def test_few_lines_for_many_names() -> None:
     names = [f"name {number}" for number in range(17)]
     said = told(untrained(Vocabulary.of(names), torch.ones(17, 1), ("fish",), torch.ones(1, 1)))

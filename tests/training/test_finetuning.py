@@ -420,6 +420,30 @@ def test_where_nobody_can_be_asked_names_stay_apart_and_it_is_said(
     assert "--same-names" not in caplog.text
 
 
+def test_remembered_names_of_old_data_stay_whatever_is_done_with_new_names(tiny_run: TinyRun, tmp_path: Path) -> None:
+    take(tiny_run, tmp_path, same_names="yes")
+    model = METR.from_pretrained(tmp_path / "run", device="cpu")
+    lake = respelt(tiny_run, tmp_path)
+    sources = [open_dataset(one) for one in parse_data_arguments([tiny_run.data[1], *lake])]
+    console = Console(width=200, record=True, file=StringIO())
+    remembered = {"FROG": "frog", "Fishes": "fish"}
+    assert taken_names(sources, 1, model, "no", console) == {"lake": remembered}, "its names were trained so"
+    assert "is learnt as a new name" not in console.export_text()
+
+    # of new data nothing is taken, on purpose; but what is no longer so is said
+    assert taken_names(sources, 2, model, "no", console) == {}
+    said = console.export_text()
+    assert 'lake: "FROG" is learnt as a new name; until now it stood for "frog"' in said
+    assert 'lake: "Fishes" is learnt as a new name; until now it stood for "fish"' in said
+
+    # and so it is in a whole run, which resumes with the same
+    options: dict[str, Any] = {"overrides": SHORT, "compare": False, "rehearse": tuple(lake), "same_names": "no"}
+    finetune([tiny_run.data[1]], tmp_path / "run", tmp_path / "more", **options)
+    tuned = load_checkpoint(tmp_path / "more")
+    assert tuned.vocabulary.names == model.vocabulary.names
+    assert tuned.detection.aliases == remembered
+
+
 class Terminal(StringIO):
     def isatty(self) -> bool:
         return True
@@ -433,7 +457,7 @@ def test_on_a_terminal_it_asks(
     console = Console(width=200, record=True, file=StringIO())
     model = METR.from_pretrained(tiny_run.folder, device="cpu")
     sources = [open_dataset(one) for one in parse_data_arguments(respelt(tiny_run, tmp_path))]
-    found = taken_names(sources, model, "ask", console)
+    found = taken_names(sources, len(sources), model, "ask", console)
     assert found == ({"lake": {"FROG": "frog", "Fishes": "fish"}} if taken else {})
     assert "The checkpoint knows names in another spelling: 'FROG' as 'frog'" in console.export_text()
 

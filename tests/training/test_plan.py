@@ -58,7 +58,9 @@ def test_the_end_names_what_is_there(tiny_run: TinyRun) -> None:
     assert lines[-1] == f"  metr detect {tiny_run.folder} IMAGE"
     stalled = ended(tiny_run.folder, tiny_run, tiny_run.data, stalled=True)
     assert stalled[0].startswith("Done: 1,200 steps (stopped early), best")
-    assert ended(tiny_run.folder, tiny_run, tiny_run.data, interrupted=True) == []
+    assert ended(tiny_run.folder, tiny_run, tiny_run.data, interrupted=True) == [
+        f"To go on:  metr train --resume -o {tiny_run.folder}"
+    ]
 
 
 @pytest.mark.parametrize("tested", [0, 1])

@@ -68,3 +68,84 @@ def test_elsewhere_there_are_lines_every_so_often(caplog: pytest.LogCaptureFixtu
     assert caplog.messages == [one_line(SNAPSHOT, 3.5)]
     assert caplog.messages[0] == ("step 1200/10000, loss 3.500, 12.3 images/s, 1:02:05 left, 3.2 GiB, 2 skipped")
     assert rendered(console) == ""
+
+
+NUMBERS = (
+    0.0,
+    3e-9,
+    0.004,
+    0.5,
+    9.999,
+    31.25,
+    123.456,
+    99_999.99,
+    123_456.7,
+    2.5e12,
+    -17.25,
+    float("nan"),
+    float("inf"),
+)
+
+
+def magnitudes(width: int, value: float, names: int) -> tuple[list[str], str]:
+    """A screen with one number everywhere, and names of so many letters: its lines, and all that a wide one has."""
+    kinds = ("classification", "l1", "giou", "quality")
+    losses = {f"{part}/{kind}": value for part in ("decoder", "denoising", "proposals") for kind in kinds}
+    snapshot = replace(
+        SNAPSHOT,
+        step=999_900,
+        steps=10_000_000,
+        seconds_left=3e6,
+        images_per_second=value,
+        memory=77.7,
+        learning_rate={"backbone": 6e-5, "encoder": 2.25e-4, "rest": 6e-4},
+        metrics={f"AP {letter * names}": value for letter in "abcdefgh"},
+        epochs={letter * names: value for letter in "abcdef"},
+        evaluated_step=990_000,
+    )
+    shown = []
+    for columns in (width, 2000):
+        console = terminal(columns)
+        console.print(screen(snapshot, {**losses, "presence": value}, "evaluating at step 990000"))
+        shown.append(rendered(console))
+    return shown[0].splitlines(), shown[1]
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 140])
+@pytest.mark.parametrize("names", [4, 18, 60])
+def test_no_number_is_cut_on_a_narrow_terminal(width: int, names: int) -> None:
+    for value in NUMBERS:
+        check_whole_numbers(width, value, names)
+
+
+def check_whole_numbers(width: int, value: float, names: int) -> None:
+    lines, whole = magnitudes(width, value, names)
+    known = set(whole.split())
+    assert all(len(line.rstrip()) <= width for line in lines)
+    for line in lines:
+        for word in line.split():
+            if any(letter.isdigit() for letter in word) or "nan" in word or "inf" in word:
+                assert word in known, f"{word!r} is cut"
+    text = "\n".join(lines)
+    assert "total" in text
+    assert "step 999,900 of 10,000,000" in text
+    assert "…" not in text.replace("AP ", "") or names > 10, "short names are whole"
+
+
+@pytest.mark.parametrize(
+    ("width", "there", "gone"),
+    [
+        (140, ["classification", "quality", "times seen", "evaluation at step 1000"], []),
+        (80, ["sum", "times seen", "evaluation at step 1000"], ["quality"]),
+        (60, ["sum", "evaluation at step 1000", "31.25"], ["classification"]),
+    ],
+)
+def test_the_least_important_columns_go_first(width: int, there: list[str], gone: list[str]) -> None:
+    kinds = ("classification", "l1", "giou", "quality")
+    losses = {f"{part}/{kind}": 12.345 for part in ("decoder", "denoising") for kind in kinds}
+    snapshot = replace(SNAPSHOT, metrics={"AP": 31.25, "AP joint vocabulary": 30.0})
+    console = terminal(width)
+    console.print(screen(snapshot, losses))
+    shown = rendered(console)
+    assert [word for word in there if word not in shown] == []
+    assert [word for word in gone if word in shown] == []

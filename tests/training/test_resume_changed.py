@@ -1,15 +1,20 @@
 """What changed between a run's start and its resumption is said, however it was changed; one process has a folder."""
 
+import json
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub import constants
 
-from metr.config import read_yaml
+from metr.config import merge, read_yaml, unflattened
 from metr.errors import ConfigError, MetrError
+from metr.run_directory import RunDirectory
+from metr.training.resumed_recipe import resumed_recipe
 from metr.training.run_log import RunLog
 from metr.training.train import train
 
@@ -65,6 +70,97 @@ def test_a_dataset_under_another_name_is_said(
         train(None, run, resume=True, overrides=["train.loop.steps=4"])
     assert f"not there any more: {first}" in caplog.text
     assert "other: the run was begun without this dataset" in caplog.text
+
+
+@pytest.fixture
+def nothing_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No connection, no dataset and no language model: a refusal has to come before all of them."""
+
+    def opened(*_: object, **__: object) -> None:
+        raise AssertionError("opened before the refusal")
+
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket.socket, "connect", opened)
+    monkeypatch.setattr(socket, "getaddrinfo", opened)
+    monkeypatch.setattr("metr.training.train.open_joint", opened)
+    monkeypatch.setattr("metr.text.language_model.configuration", opened)
+
+
+@pytest.mark.usefixtures("nothing_is_opened")
+@pytest.mark.parametrize("how", ["set", "file", "config.yaml"])
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("text.source", "openai/clip-vit-base-patch32", "found openai/clip-vit-base-patch32, which is no folder here"),
+        ("text.source", "./texts/moved", "found ./texts/moved, which is no folder here"),
+        ("text.pooling", "cls", "text.pooling auto, now cls"),
+        ("text.templates", ["{}", "one {}"], "now ['{}', 'one {}']"),
+        ("model.backbone.name", "facebook/dinov2-small", "now facebook/dinov2-small"),
+        ("model.decoder.layers", 4, "model.decoder.layers"),
+        ("model.queries.number", 77, "model.queries.number"),
+        ("train.freeze", "encoder", "train.freeze none, now encoder"),
+    ],
+)
+def test_what_cannot_change_is_refused_before_anything_is_opened(
+    how: str, key: str, value: object, told: str, tiny_run: TinyRun, tmp_path: Path
+) -> None:
+    run = began(tiny_run, tmp_path)
+    given: dict = {"set": {"overrides": [f"{key}={yaml.safe_dump(value, default_flow_style=True).splitlines()[0]}"]}}
+    changed = unflattened({key: value})
+    (tmp_path / "more.yaml").write_text(yaml.safe_dump(changed))
+    if how == "config.yaml":
+        (run / "config.yaml").write_text(yaml.safe_dump(merge(read_yaml(run / "config.yaml"), changed)))
+    given |= {"file": {"config": tmp_path / "more.yaml"}, "config.yaml": {}}
+    with pytest.raises(ConfigError) as refused:
+        train(None, run, resume=True, **given[how])
+    assert "a resumed run keeps its" in str(refused.value)
+    assert told in str(refused.value)
+    assert "start a new run in another folder" in str(refused.value)
+
+
+@pytest.mark.usefixtures("nothing_is_opened")
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"text.source": "sentence-transformers/other"}, "at commit abc123, found sentence-transformers/other"),
+        ({"text.revision": "v2"}, "at commit abc123, found v2"),
+        ({"train.ema.enabled": True}, "train.ema.enabled false, now true"),
+    ],
+)
+def test_a_text_encoder_of_the_hub_and_a_missing_average(
+    changes: dict[str, object], told: str, tiny_run: TinyRun, tmp_path: Path
+) -> None:
+    run = began(tiny_run, tmp_path)
+    last, settings = run / "last/config.json", run / "state/settings.json"
+    facts, saved = json.loads(last.read_text()), json.loads(settings.read_text())
+    facts["text_encoder"]["identity"] = "bert commit:abc123 mean templates:0 scheme:1"
+    last.write_text(json.dumps(facts))
+    kept = {"text.source": "sentence-transformers/some", "train.ema.enabled": False}
+    settings.write_text(json.dumps({**saved, **kept}))
+    tree = merge(read_yaml(run / "config.yaml"), unflattened(kept))
+    (run / "config.yaml").write_text(yaml.safe_dump(tree))
+    for same in ([], ["text.revision=abc123"], ["train.ema.enabled=false"]):
+        assert resumed_recipe(RunDirectory(run), None, same)[0].text.source == kept["text.source"]
+    with pytest.raises(ConfigError) as refused:
+        train(
+            None,
+            run,
+            resume=True,
+            overrides=[f"{key}={yaml.safe_dump(value).split()[0]}" for key, value in changes.items()],
+        )
+    assert told in str(refused.value)
+
+
+@pytest.mark.usefixtures("nothing_is_opened")
+def test_a_text_encoder_whose_folder_is_gone_is_not_looked_for_on_the_hub(tiny_run: TinyRun, tmp_path: Path) -> None:
+    run = began(tiny_run, tmp_path)
+    for text in (run / "config.yaml", run / "state/settings.json"):
+        text.write_text(text.read_text().replace(str(tiny_run.text_model), "gone/text"))
+    with pytest.raises(
+        ConfigError, match="expected the folder gone/text, which is not there\n  try: if the folder was"
+    ):
+        train(None, run, resume=True)
 
 
 _HOLD = """

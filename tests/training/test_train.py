@@ -153,9 +153,13 @@ def test_resuming_with_a_network_of_another_size_is_refused(tiny_run: TinyRun, t
     for given in ({"config": recipe}, {"overrides": ["model.width=64"]}):
         with pytest.raises(ConfigError, match=r"keeps its network .* model\.width 32, now 64\n  try: leave"):
             train(tiny_run.data, run, resume=True, **given)
-    # and where the configuration itself was changed by hand, the weights tell
+    # and where the configuration itself was changed by hand, the saved state tells
     config = run / "config.yaml"
     config.write_text(config.read_text().replace("  width: 32\n", "  width: 64\n"))
+    with pytest.raises(ConfigError, match=r"model\.width 32, now 64\n  try: put the first value back in .*config.yaml"):
+        train(None, run, resume=True)
+    # without that, as older versions left it, the weights do
+    (run / "state/settings.json").unlink()
     with pytest.raises(CheckpointError, match=r"expected \[64, 8, 1, 1\], found \[32"):
         train(None, run, resume=True)
 

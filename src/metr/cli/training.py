@@ -1,6 +1,5 @@
 """The verbs that train: `metr train` and `metr finetune`. What they need is imported when they run."""
 
-import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,7 +61,8 @@ def train(
 ) -> None:
     """Train one detector on many datasets. Their labels are never merged by hand."""
     from metr.run_directory import RunDirectory
-    from metr.training.config import check_epochs, load_recipe, resumed_recipe
+    from metr.training.config import check_epochs, load_recipe
+    from metr.training.resumed_recipe import resumed_recipe
 
     overrides = _overrides(set_, **{"train.loop.steps": steps})
     with _resumable("train", out):
@@ -93,7 +93,7 @@ def train(
             console=output_console(),
             **options,
         )
-    _say_if_interrupted(outcome, out, "train")
+    _exit_if_interrupted(outcome)
 
 
 def finetune(
@@ -140,7 +140,8 @@ def finetune(
 ) -> None:
     """Train a detector further on new data. Its names are new strings: nothing is begun anew."""
     from metr.run_directory import RunDirectory
-    from metr.training.config import check_epochs, finetune_layers, resumed_recipe
+    from metr.training.config import check_epochs, finetune_layers
+    from metr.training.resumed_recipe import resumed_recipe
 
     overrides = _overrides(set_, **{"train.loop.steps": steps, "train.freeze": freeze})
     options = {
@@ -170,7 +171,7 @@ def finetune(
         from metr.training.finetune import finetune as run
 
         outcome = run(data or None, source, out, resume=resume, console=output_console(), overrides=overrides, **given)
-    _say_if_interrupted(outcome.training, out, "finetune")
+    _exit_if_interrupted(outcome.training)
     say_names("it looks for", outcome.default_names, outcome.known)
 
 
@@ -202,21 +203,17 @@ def _resumable(verb: Literal["train", "finetune"], out: Path) -> Iterator[None]:
         yield
     except Stopped as stopped:
         console, left = output_console(stderr=True), "Nothing is saved yet: give the same command again."
-        how = _how_to_go_on(verb, out) if RunDirectory(out).resumable else left
+        run = RunDirectory(out)
+        how = run.how_to_go_on(verb) if run.resumable else left
         console.print(f"{stopped}. {how}", markup=False, highlight=False)
         raise typer.Exit(stopped.exit_code) from None
 
 
-def _how_to_go_on(verb: str, out: Path) -> str:
-    return f"To go on:  metr {verb} --resume -o {shlex.quote(str(out))}"
-
-
-def _say_if_interrupted(outcome: "Outcome", out: Path, verb: Literal["train", "finetune"]) -> None:
-    """How to go on with a run that was interrupted.
+def _exit_if_interrupted(outcome: "Outcome") -> None:
+    """Ends with the exit code of a run that was interrupted, which has said how to go on.
 
     Raises:
         typer.Exit: the run was interrupted.
     """
     if outcome.interrupted:
-        output_console().print(_how_to_go_on(verb, out), markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(_INTERRUPTED if outcome.signal is None else 128 + outcome.signal)

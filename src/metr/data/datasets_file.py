@@ -221,9 +221,6 @@ def open_dataset(config: DatasetConfig, cache_dir: Path | None = None) -> Datase
     for summary in dataset.manifest.issues.values():
         counts.update(summary.counts)
     found = [issue for split in dataset.manifest.issues for issue in dataset.issues(split)]
-    if counts:
-        listed = ", ".join(f"{count} x {kind}" for kind, count in counts.items())
-        logger.info("%s: went past %s; `metr inspect` shows where", config.name, listed)
     source = DatasetSource(
         name=config.name,
         format=reader.format,
@@ -393,5 +390,8 @@ def _check_known(
 ) -> None:
     for name in names:
         if name not in known:
-            what = f"`{key}` names {name!r}, which is no category of this dataset"
-            raise DataError(what, where=config.path, hint=did_you_mean(name, known))
+            what, hint = f"`{key}` names {name!r}, which is no category of this dataset", did_you_mean(name, known)
+            if key != "renames" and (new := plain_name(config.renames.get(name, ""))):
+                what = f"`{key}` names {name!r}, which `renames` of this dataset has renamed to {new!r}"
+                hint = f"write {new!r} in its place: categories are meant after `renames`"
+            raise DataError(what, where=config.path, hint=hint)

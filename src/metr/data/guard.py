@@ -1,5 +1,6 @@
 """The guard against training or measuring on nothing: splits without a box, or of which most was lost while reading."""
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ _TO_DO = {
     "no label files": "put the text files into `labels`, beside `images`",
     "box outside": "look whether the coordinates are pixels or shares of the image, as the format wants them",
 }
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +104,18 @@ def check_usable(source: DatasetSource, split: str, chosen: Annotations | None =
     what = f"the {split} split of {source.name!r} is not used: {'; '.join(told)}"
     hint = f"metr inspect {source.config.path} shows all; {todo}; --allow-empty goes on all the same"
     raise DataError(what, where=source.place, hint=hint)
+
+
+def log_issues(sources: Iterable[DatasetSource]) -> None:
+    """Logs how many issues of each kind were found in datasets that are going to be used.
+
+    Not before it is known that they are: an error about a dataset names its own issues.
+    """
+    for source in sources:
+        if source.issue_counts:
+            listed = ", ".join(f"{count:,} x {kind}" for kind, count in source.issue_counts.items())
+            path = source.config.path
+            _logger.info("%s: issues in its files: %s; `metr inspect %s` shows where", source.name, listed, path)
 
 
 def _main_kinds(source: DatasetSource, split: str) -> list[str]:

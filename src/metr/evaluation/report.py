@@ -23,6 +23,7 @@ from metr.evaluation.results import (
     ModeReport,
     as_dict,
 )
+from metr.fitting import Fitting
 from metr.inference.draw import font_file, legible
 from metr.processes import in_main_process
 from metr.run_directory import explained_disk_errors, replaced_file
@@ -38,6 +39,8 @@ UNANNOTATED = {
 
 # Colours that readers with any colour vision tell apart.
 _COLOURS = {"own": "#3b6fb6", "default": "#7a9a4d", "joint": "#e08a2e"}
+# Columns of a dataset's name on a console where not all columns have room.
+_FOLDED = 24
 _METRICS: tuple[Literal["ap"], Literal["ap50"]] = ("ap", "ap50")
 
 
@@ -67,7 +70,7 @@ def as_markdown(report: EvaluationReport) -> str:
     """The report in Markdown: a row per dataset, cross-dataset confusion, a table of categories per dataset."""
     parts = ["# Evaluation", _preface(report), dataset_table(report)]
     if report.confusion is not None:
-        parts += ["## Cross-dataset confusion", _confusion_note(report.confusion), _confusion_table(report.confusion)]
+        parts += ["## Cross-dataset confusion", _confusion_note(report), _confusion_table(report.confusion)]
     parts.append("## Categories")
     parts += [part for one in report.datasets for part in (f"### {_cell(one.name)}", category_table(one))]
     return "\n\n".join(parts) + "\n"
@@ -92,8 +95,9 @@ def dataset_table(report: EvaluationReport) -> str:
         row += [report.confusion.shares.get(one.name)] if report.confusion else []
         rows.append(row)
     means = [report.mean(mode, metric) for mode in modes for metric in _METRICS]
-    blank = [""] * (len(head) - 4 - len(means))
-    rows.append([f"**mean of {sum(one.in_mean for one in report.datasets)}**", "", "", "", *means, *blank])
+    confused = [report.mean_confusion] if report.confusion else []
+    blank = [""] * (len(head) - 4 - len(means) - len(confused))
+    rows.append([f"**mean of {sum(one.in_mean for one in report.datasets)}**", "", "", "", *means, *blank, *confused])
     return _table(head, rows)
 
 
@@ -141,15 +145,44 @@ def draw_chart(report: EvaluationReport, path: Path) -> None:
 
 
 def show(report: EvaluationReport, console: Console) -> None:
-    """The report as a table on the console, 80 columns wide unless names of datasets are long."""
-    modes, confusion = [mode for mode in EVERY_MODE if any(one.part(mode) for one in report.datasets)], report.confusion
-    metrics = _METRICS if len(modes) < len(EVERY_MODE) else _METRICS[:1]  # so that it stays 80 columns wide
+    """The report as a table on the console; columns that have no room there are left out, AP last."""
+    modes = [mode for mode in EVERY_MODE if any(one.part(mode) for one in report.datasets)]
     console.print("average precision, COCO protocol, 0 to 100", style="italic", highlight=False)
+    console.print(Fitting(_tables(report, modes)))
+    for line in _legend(report, modes):
+        console.print(line, highlight=False, markup=False)
+
+
+def _tables(report: EvaluationReport, modes: Sequence[Mode]) -> Iterator[Table]:
+    """The table with all columns, then with ever fewer; at last names of datasets are folded."""
+    metrics = _METRICS if len(modes) < len(EVERY_MODE) else _METRICS[:1]  # so that it stays 80 columns wide
+    for some, counted, longest in (
+        (metrics, True, None),
+        (metrics, True, _FOLDED),
+        (metrics[:1], True, _FOLDED),
+        (metrics[:1], False, _FOLDED),
+    ):
+        yield _console_table(report, modes, some, report.confusion, counted, longest)
+    yield _console_table(report, modes, metrics[:1], None, False, _FOLDED)
+    yield _console_table(report, modes[:1], metrics[:1], None, False, _FOLDED)
+
+
+def _console_table(
+    report: EvaluationReport,
+    modes: Sequence[Mode],
+    metrics: Sequence[Literal["ap", "ap50"]],
+    confusion: CrossDatasetConfusion | None,
+    counted: bool,
+    longest: int | None,
+) -> Table:
+    """The report as a table. `counted`: with splits and numbers of images; `longest`: columns of a dataset's name."""
     table = Table(box=SIMPLE_HEAD, show_edge=False, padding=0, pad_edge=False)
-    table.add_column("dataset", overflow="fold")
-    table.add_column("split")
+    table.add_column("dataset", overflow="fold", max_width=longest)
+    if counted:
+        table.add_column("split", no_wrap=True)
+        table.add_column("images", justify="right", no_wrap=True)
     numbers = [f"{mode} {metric.upper()}" for mode in modes for metric in metrics]
-    for title in ("images", *numbers, *(["confused"] if confusion else [])):
+    for title in (*numbers, *(["confused"] if confusion else [])):
         table.add_column(title, justify="right", no_wrap=True)
     for one in report.datasets:
         parts = [one.part(mode) for mode in modes]
@@ -158,21 +191,14 @@ def show(report: EvaluationReport, console: Console) -> None:
         ]
         values += [confusion.shares.get(one.name)] if confusion else []
         name = one.name if one.in_mean else f"({one.name})"
-        table.add_row(escape(name), one.split, str(one.images), *map(_number, values))
+        counts = [one.split, str(one.images)] if counted else []
+        table.add_row(escape(name), *counts, *map(_number, values))
     means = [report.mean(mode, metric) for mode in modes for metric in metrics]
-    means += [_mean_share(report, confusion)] if confusion else []
+    means += [report.mean_confusion] if confusion else []
     table.add_section()
-    table.add_row(f"mean of {sum(one.in_mean for one in report.datasets)}", "", "", *map(_number, means))
-    console.print(table)
-    for line in _legend(report, modes):
-        console.print(line, highlight=False, markup=False)
-
-
-def _mean_share(report: EvaluationReport, confusion: CrossDatasetConfusion) -> float | None:
-    """The mean over datasets of the share of detections that name another domain."""
-    shares = [confusion.shares.get(one.name) for one in report.datasets if one.in_mean]
-    known = [share for share in shares if share is not None]
-    return sum(known) / len(known) if known else None
+    blank = ["", ""] if counted else []
+    table.add_row(f"mean of {sum(one.in_mean for one in report.datasets)}", *blank, *map(_number, means))
+    return table
 
 
 def _legend(report: EvaluationReport, modes: Sequence[Mode]) -> Iterator[str]:
@@ -208,11 +234,11 @@ def _preface(report: EvaluationReport) -> str:
     return "\n\n".join(lines)
 
 
-def _confusion_note(confusion: CrossDatasetConfusion) -> str:
+def _confusion_note(report: EvaluationReport) -> str:
     return (
         "Of the best detections with the joint vocabulary, as many an image as it has objects, "
-        f"{_number(confusion.pooled)} % name a category of another domain. Rows: the domain of the image; columns: "
-        "the domain named, in per cent of the row."
+        f"{_number(report.mean_confusion)} % name a category of another domain, in the mean over datasets. Rows: the "
+        "domain of the image; columns: the domain named, in per cent of the row."
     )
 
 

@@ -73,13 +73,12 @@ class CrossDatasetConfusion:
 
     `counts[i][j]` is how many detections in images of `domains[i]` name `domains[j]`. A name of several domains counts
     for the image's own domain if that is one of them, else for each in equal parts. `shares` is the share that names
-    another domain, 0 to 100, for each dataset; `pooled` is that of all detections together. None: nothing detected.
+    another domain, 0 to 100, for each dataset; None: nothing detected. Their mean is `EvaluationReport.mean_confusion`.
     """
 
     domains: tuple[str, ...]
     counts: tuple[tuple[float, ...], ...]
     shares: Mapping[str, float | None]
-    pooled: float | None
 
 
 def count_best_names(annotations: Annotations, detections: Mapping[ImageId, Detections]) -> Counter[str]:
@@ -134,7 +133,6 @@ def cross_dataset_confusion(
         domains=tuple(order),
         counts=tuple(tuple(line) for line in counts.tolist()),
         shares=shares,
-        pooled=_share(counts.sum() - counts.trace(), counts.sum()),
     )
 
 
@@ -241,6 +239,13 @@ class EvaluationReport:
         scored = [value for value in values if value is not None]
         return sum(scored) / len(scored) if scored else None
 
+    @property
+    def mean_confusion(self) -> float | None:
+        """Cross-dataset confusion, the mean over the datasets that belong to it, as of AP; None where none has it."""
+        shares = {} if self.confusion is None else self.confusion.shares
+        known = [share for one in self.datasets if one.in_mean and (share := shares.get(one.name)) is not None]
+        return sum(known) / len(known) if known else None
+
     def thresholds(self) -> dict[str, float]:
         """The score from which detections of each name are shown: where F1 is highest, 0 to 1.
 
@@ -269,7 +274,7 @@ class EvaluationReport:
         for dataset in self.datasets:
             values[f"AP {dataset.name}"] = dataset.ap(first)
         if self.confusion is not None:
-            values["cross-dataset confusion"] = self.confusion.pooled
+            values["cross-dataset confusion"] = self.mean_confusion
         return {name: value for name, value in values.items() if value is not None}
 
 
@@ -298,7 +303,10 @@ def as_dict(report: EvaluationReport) -> dict[str, Any]:
     values: dict[str, Any] = msgspec.to_builtins(report, str_keys=True)
     metrics: tuple[Literal["ap", "ap50", "ap75", "ar100"], ...] = ("ap", "ap50", "ap75", "ar100")
     means = {mode: {metric: report.mean(mode, metric) for metric in metrics} for mode in EVERY_MODE}
-    return {"mean": {mode: mean for mode, mean in means.items() if mean["ap"] is not None}, **values}
+    mean: dict[str, Any] = {mode: mean for mode, mean in means.items() if mean["ap"] is not None}
+    if report.mean_confusion is not None:
+        mean["confusion"] = report.mean_confusion
+    return {"mean": mean, **values}
 
 
 def from_dict(values: dict[str, Any], *, where: object = None) -> EvaluationReport:

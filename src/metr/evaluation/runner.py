@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from metr.data.config import AugmentationConfig, LoaderConfig, ResizeConfig
 from metr.data.dataset import DetectionDataset
-from metr.data.guard import check_usable
+from metr.data.guard import check_usable, log_issues
 from metr.data.images import exif_oriented
 from metr.data.joint import open_joint
 from metr.data.loading import build_evaluation_loader, explained_loss_of_workers
@@ -85,6 +85,7 @@ def evaluate(
     joint = open_joint([str(data)] if isinstance(data, str | Path) else [str(one) for one in data])
     for one in () if allow_empty else joint.sources:
         check_usable(one, split or one.evaluation_split()[0])
+    log_issues(joint.sources)
     device = joined_device(device_of(source.network) if isinstance(source, METR) else device)
     model = source if isinstance(source, METR) else METR.from_pretrained(source, device=device)
     aliases = model.checkpoint.detection.aliases

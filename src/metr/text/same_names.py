@@ -136,17 +136,38 @@ def _share_a_word(one: str, two: str) -> bool:
 class Untrained:
     """A name that was not trained, the phrase it was embedded by if that is another, and the nearest trained names.
 
-    `alike`: one of these differs in spelling alone, or is nearer in meaning than unrelated names are.
+    `alike`: one of these differs in spelling alone, or is nearer in meaning than unrelated names are. `renamed`: the
+    trained names that a category of this name got in the datasets files of training.
     """
 
     name: str
     prompt: str | None
     nearest: tuple[tuple[str, float], ...]
     alike: bool
+    renamed: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """A short description, such as `"toad" (nearest: "frog" 0.71)`."""
-        return f"{self.called} (nearest: {self.near})"
+        return (
+            f"{self.called} (renamed in training: {self.now})"
+            if self.renamed
+            else f"{self.called} (nearest: {self.near})"
+        )
+
+    @property
+    def now(self) -> str:
+        """The names that its categories have in training."""
+        return " or ".join(f'"{name}"' for name in self.renamed)
+
+    @property
+    def advice(self) -> str:
+        """What a user should know who asks for it."""
+        if self.renamed:
+            return f"{self.called} was renamed to {self.now} in the datasets file of training: use {self.now}"
+        if self.alike:
+            best = f'ask for "{self.nearest[0][0]}" for better results'
+            return f"{self.called} was not trained; nearest: {self.near}: {best}"
+        return f"{self.called} was not trained, and no trained name is near it (nearest: {self.near})"
 
     @property
     def called(self) -> str:
@@ -164,6 +185,7 @@ def untrained(
     text: Float[Tensor, "n t"],
     trained: Sequence[str],
     trained_text: Float[Tensor, "v t"],
+    renames: Mapping[str, Sequence[str]] | None = None,
 ) -> tuple[Untrained, ...]:
     """Each of some names that were not trained, with the trained ones that are nearest.
 
@@ -174,6 +196,7 @@ def untrained(
         text: Their embeddings.
         trained: The trained names.
         trained_text: Theirs.
+        renames: Other names that categories of training had in their files, and what they are called now.
     """
     if not len(asked) or not trained:
         return ()
@@ -188,18 +211,14 @@ def untrained(
         kept = {*same, *alike, columns[0]}
         nearest = tuple((trained[c], float(row[c])) for c in columns if c in kept or float(row[c]) >= _FAR)
         close = bool(same or alike) or nearest[0][1] >= _FAR
-        found.append(Untrained(name=name, prompt=asked.prompts.get(name), nearest=nearest, alike=close))
+        now = () if name in known else tuple(one for one in (renames or {}).get(name, ()) if one in known)
+        found.append(Untrained(name=name, prompt=asked.prompts.get(name), nearest=nearest, alike=close, renamed=now))
     return tuple(found)
 
 
 def told(found: Sequence[Untrained]) -> str:
     """What a user should know who asks for names that were not trained: a line for each of the first few."""
-    lines = [
-        f'{one.called} was not trained; nearest: {one.near}: ask for "{one.nearest[0][0]}" for better results'
-        if one.alike
-        else f"{one.called} was not trained, and no trained name is near it (nearest: {one.near})"
-        for one in found[:_TOLD]
-    ]
+    lines = [one.advice for one in found[:_TOLD]]
     if len(found) > _TOLD:
         lines.append(f"and {len(found) - _TOLD} more names were not trained")
     return "\n".join(lines)

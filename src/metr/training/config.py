@@ -25,7 +25,6 @@ from metr.errors import ConfigError, did_you_mean
 from metr.inference.config import InferenceConfig
 from metr.losses.config import CriterionConfig
 from metr.models.config import DetectorConfig
-from metr.run_directory import RunDirectory
 from metr.text.config import TextEncoderConfig
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -270,51 +269,6 @@ def _scaled(train: TrainConfig, steps: int) -> Tree:
     }
 
 
-# where the text encoder lies may change: whether it is the same one is found when it is opened
-_MOVES = {"text.source", "text.revision"}
-
-
-def resumed_recipe(
-    run: RunDirectory, config: str | Path | RunConfig | None = None, overrides: Sequence[str] = ()
-) -> tuple[RunConfig, RunConfig]:
-    """The configuration that a run was begun with, and the one that it goes on with.
-
-    Only what is given now changes. Nothing else follows a changed number of steps.
-
-    Args:
-        run: The run folder.
-        config: Laid over its config.yaml: a YAML file, or a whole configuration.
-        overrides: Laid over both: `["section.key=value", ...]`.
-
-    Raises:
-        ConfigError: nothing is saved there, the run's config.yaml is missing or damaged, a key is unknown, a value is
-            of the wrong kind, or the network or the text encoder would be another one.
-    """
-    if not run.resumable:
-        hint = "leave --resume out to begin a run here, or check the folder after -o"
-        raise ConfigError("there is nothing to resume: this folder holds no saved state", where=run.path, hint=hint)
-    if not run.config.is_file():
-        hint = "put the config.yaml of the run back, or start a new run in another folder"
-        raise ConfigError("the run to resume has no configuration", where=run.config, hint=hint)
-    began = RunConfig.checked(read_yaml(run.config), where=run.config)
-    layers = [parse_overrides(overrides)]
-    if config is not None:
-        own = config.model_dump(mode="json") if isinstance(config, RunConfig) else read_yaml(Path(config))
-        layers = [own, *layers]
-    where = f"{run.config}" + (f" with {config}" if isinstance(config, str | Path) else "")
-    where += " and --set" if overrides else ""
-    recipe = RunConfig.checked(merge(began.model_dump(mode="json"), *layers), where=where)
-    structure = [
-        f"{key} {_short(old)}, now {_short(new)}"
-        for key, old, new in differences(began, recipe)
-        if key.startswith(("model.", "text.")) and key not in _MOVES
-    ]
-    if structure:
-        what = f"a resumed run keeps its network and its text encoder, but it was begun with {'; '.join(structure)}"
-        raise ConfigError(what, where=run.path, hint="leave these settings out, or start a new run in another folder")
-    return began, recipe
-
-
 def check_epochs(epochs: float | None, overrides: Sequence[str]) -> None:
     """Checks that not both epochs and steps are asked for.
 
@@ -349,9 +303,9 @@ def packaged(name: str) -> Tree:
 
 def changed_lines(recipe: RunConfig, config: RunConfig) -> list[str]:
     """`key: recipe's value -> value` of every setting that differs from the recipe."""
-    return [f"{key}: {_short(old)} -> {_short(new)}" for key, old, new in differences(recipe, config)]
+    return [f"{key}: {short(old)} -> {short(new)}" for key, old, new in differences(recipe, config)]
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
     """A value in YAML, on one line."""
     return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n").removesuffix("\n...")

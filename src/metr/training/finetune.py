@@ -136,7 +136,7 @@ def _finetuned(
     compared = None
     if before is not None and not outcome.interrupted:
         compared = _comparison(before, opened, recipe, run.path, console)
-    tell_end(outcome, run, recipe, prepared.data, opened.joint.sources[: opened.new], console)
+    tell_end(outcome, run, recipe, prepared.data, opened.joint.sources[: opened.new], console, "finetune")
     names, known = opened.default_names, len(opened.joint.vocabulary)
     return FinetuneOutcome(training=outcome, comparison=compared, default_names=names, known=known)
 

@@ -10,7 +10,7 @@ from pydantic import Field
 
 from metr.data.config import Mixture
 from metr.data.datasets_file import DatasetSource, open_dataset, parse_data_arguments
-from metr.data.guard import check_usable
+from metr.data.guard import check_usable, log_issues
 from metr.data.joint import JointData, chosen_parts, vocabulary_of
 from metr.data.records import TRAIN, Annotations
 from metr.data.sampling import mixture_weights
@@ -141,7 +141,7 @@ def open_finetune_data(
     data: Sequence[str],
     trained: Vocabulary,
     options: FinetuneOptions | None = None,
-    take: Callable[[Sequence[DatasetSource]], Renames] | None = None,
+    take: Callable[[Sequence[DatasetSource], int], Renames] | None = None,
 ) -> FinetuneData:
     """Opens new and old datasets, chooses the part of the new ones that is trained on, and joins all names.
 
@@ -152,7 +152,7 @@ def open_finetune_data(
         data: New datasets, as arguments of a command.
         trained: The checkpoint's vocabulary.
         options: Which part of the new training images to use, and the old datasets.
-        take: Says which names of the opened datasets are taken as a trained one.
+        take: Says which names of the opened datasets, of which the first so many are new, are taken as a trained one.
 
     Raises:
         DataError: a dataset is missing, two have one name, or there is nothing to train on or to evaluate on; also if
@@ -163,7 +163,7 @@ def open_finetune_data(
     specs = parse_data_arguments([*data, *options.rehearse, *options.rehearse_evaluate])
     new, old = (len(parse_data_arguments(each)) if each else 0 for each in (data, options.rehearse))
     opened = tuple(open_dataset(spec) for spec in specs)
-    taken = {} if take is None else take(opened)
+    taken = {} if take is None else take(opened, new)
     sources = tuple(source.renamed(taken.get(source.name, {})) for source in opened)
     learnt = sources[: new + old]
     chosen = chosen_parts(learnt[:new], options)
@@ -172,6 +172,7 @@ def open_finetune_data(
             check_usable(source, TRAIN, chosen.get(source.name))
         for source in sources:
             check_usable(source, source.evaluation_split()[0])
+    log_issues(sources)
     given = vocabulary_of(learnt)
     vocabulary = trained.extended(given if options.prompts == "given" else with_trained_prompts(given, trained))
     for name in trained.datasets.keys() & {source.name for source in learnt}:

@@ -12,10 +12,11 @@ from metr.config import Tree
 from metr.errors import ConfigError
 from metr.model import METR
 from metr.run_directory import RunDirectory
-from metr.training.config import RunConfig, resumed_recipe
+from metr.training.config import RunConfig
 from metr.training.finetune_data import FinetuneData, FinetuneOptions, open_finetune_data
 from metr.training.finetune_recipe import finetune_recipe
 from metr.training.plan import steps_of
+from metr.training.resumed_recipe import resumed_recipe
 from metr.training.resumption import (
     EVALUATED,
     REHEARSED,

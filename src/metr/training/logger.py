@@ -175,14 +175,14 @@ class RunLogger:
             _logger.info("seen: %s", ", ".join(f"{name} {times:.1f} times" for name, times in epochs.items()))
 
     def stopped(self, counters: Counters, stalled: bool) -> None:
-        """Says that training ends before its last step, and how to go on unless it has `stalled`."""
+        """Says that training ends before its last step, and why if it has `stalled`. The verb says how to go on."""
         if self.silent:
             return
         if stalled:
             message = "stopped early after step %d of %d: no better evaluation since step %d"
             _logger.info(message, counters.step, self.loop.steps, counters.best_step)
             return
-        message = "stopped after step %d of %d; everything is saved in %s: resume this run to go on"
+        message = "stopped after step %d of %d; everything is saved in %s"
         _logger.warning(message, counters.step, self.loop.steps, self.folder.path)
 
     def _write(self, kind: Kind, step: int, values: Record) -> None:

@@ -153,18 +153,21 @@ def tell_end(
     data: Sequence[str],
     sources: Sequence[DatasetSource],
     console: Console,
+    verb: str = "train",
 ) -> None:
-    """Says how a run ended that is done, where everything is, and what to do next.
+    """Says where everything of a run is that is done, and what to do next; of an interrupted one how to go on.
 
     Args:
-        outcome: How it ended; nothing is said of an interrupted run.
+        outcome: How it ended.
         run: The run folder.
         recipe: The configuration.
         data: The datasets as arguments of a command.
         sources: The opened datasets.
         console: Where it is printed, besides the log.
+        verb: The command that goes on with an interrupted run.
     """
     if outcome.interrupted:
+        tell(console, run.how_to_go_on(verb))
         return
     early = " (stopped early)" if outcome.stalled else ""
     best = ""

@@ -3,7 +3,7 @@
 import logging
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -14,11 +14,14 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from metr.fitting import Fitting, number_text
 from metr.training.run_log import LOG_FILE
 
 _logger = logging.getLogger(__name__)
 _KEPT = 0.9  # fraction of the old average that a displayed loss keeps at each step
 _MOST_METRICS = 8
+_BARS = (40, 20, 10)  # columns of the bar, as there is room
+_NAMES = (40, 20, 12)  # columns of the longest name, as there is room
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,66 +130,88 @@ def one_line(snapshot: Snapshot, loss: float) -> str:
 
 
 def screen(snapshot: Snapshot, losses: Mapping[str, float], activity: str = "") -> RenderableType:
-    """The state as one screen: bar, figures, losses, the last evaluation, epochs over the datasets."""
-    parts: list[RenderableType] = [_bar(snapshot), _figures(snapshot)]
-    tables = Table.grid(padding=(0, 4))
-    columns = [_losses(losses)]
-    if snapshot.metrics:
-        shown = dict(list(snapshot.metrics.items())[:_MOST_METRICS])
-        columns.append(_columns(f"evaluation at step {snapshot.evaluated_step}", shown, "{:.2f}"))
-    if snapshot.epochs:
-        columns.append(_columns("times seen", snapshot.epochs, "{:.1f}"))
-    tables.add_row(*columns)
-    parts.append(tables)
+    """The state as one screen: bar, figures, losses, the last evaluation, epochs over the datasets.
+
+    What does not fit the console is left out whole: first kinds of losses from the right, then the times that datasets
+    were seen, then the evaluation. Long names are shortened before a table goes; no number is ever cut.
+    """
+    parts: list[RenderableType] = [Fitting(_bars(snapshot)), *_figures(snapshot), Fitting(_tables(snapshot, losses))]
     if activity:
         parts.append(Text(activity, style="bold yellow"))
     return Group(*parts)
 
 
-def _bar(snapshot: Snapshot) -> RenderableType:
-    grid = Table.grid(padding=(0, 1))
-    bar = ProgressBar(total=snapshot.steps, completed=snapshot.step, width=40)
+def _bars(snapshot: Snapshot) -> Iterator[RenderableType]:
+    """The number of the step and the time that is left, with a bar between them where there is room."""
+    step = Text(f"step {snapshot.step:,} of {snapshot.steps:,}", style="bold")
     left = Text(f"{duration(snapshot.seconds_left)} left", style="cyan")
-    grid.add_row(Text(f"step {snapshot.step:,} of {snapshot.steps:,}", style="bold"), bar, left)
-    return grid
+    for width in _BARS:
+        grid = Table.grid(padding=(0, 1))
+        grid.add_row(step, ProgressBar(total=snapshot.steps, completed=snapshot.step, width=width), left)
+        yield grid
+    yield Text.assemble(step, "  ", left)
 
 
-def _figures(snapshot: Snapshot) -> RenderableType:
+def _figures(snapshot: Snapshot) -> list[RenderableType]:
+    """Speed, memory, learning rates and skipped steps, in one line or in two."""
     rates = ", ".join(f"{part} {rate:.1e}" for part, rate in sorted(snapshot.learning_rate.items()))
-    figures = f"{snapshot.images_per_second:.1f} images/s   {snapshot.memory:.1f} GiB   learning rate {rates}"
-    text = Text(figures, style="dim")
+    speed = Text(f"{snapshot.images_per_second:.1f} images/s   {snapshot.memory:.1f} GiB", style="dim")
     if snapshot.skipped:
-        text.append(f"   {snapshot.skipped} steps skipped", style="yellow")
-    return text
+        speed.append(f"   {snapshot.skipped} steps skipped", style="yellow")
+    learning = Text(f"learning rate {rates}", style="dim")
+    return [Fitting([Text("   ").join([speed, learning]), Group(speed, learning)])]
 
 
-def _losses(losses: Mapping[str, float]) -> Table:
+def _tables(snapshot: Snapshot, losses: Mapping[str, float]) -> Iterator[RenderableType]:
+    """The tables beside each other, from all there is to the least."""
+    metrics = dict(list(snapshot.metrics.items())[:_MOST_METRICS])
+    kinds = list(dict.fromkeys(kind for name in losses if (kind := name.partition("/")[2])))
+    groups = [one for one in ("evaluation", "seen") if (metrics if one == "evaluation" else snapshot.epochs)]
+    for shown in (groups[:number] for number in range(len(groups), -1, -1)):
+        for longest in _NAMES:
+            title = f"evaluation at step {snapshot.evaluated_step}"
+            tables = {
+                "evaluation": _columns(title, metrics, 2, longest),
+                "seen": _columns("times seen", snapshot.epochs, 1, longest),
+            }
+            for most in range(len(kinds), -1, -1):
+                grid = Table.grid(padding=(0, 4))
+                grid.add_row(_losses(losses, kinds[:most]), *(tables[one] for one in shown))
+                yield grid
+    yield Text(f"total {number_text(sum(losses.values()))}")
+
+
+def _losses(losses: Mapping[str, float], kinds: Sequence[str]) -> Table:
     """A row a part of the network, a column a kind of loss: `decoder/l1` stands in row `decoder`, column `l1`."""
     rows: dict[str, dict[str, float]] = {}
     for name, value in losses.items():
         part, _, kind = name.partition("/")
         rows.setdefault(part, {})[kind] = value
-    kinds = list(dict.fromkeys(kind for row in rows.values() for kind in row if kind))
     table = Table.grid(padding=(0, 2))
-    table.add_column()
+    table.add_column(no_wrap=True)
     for _ in ("sum", *kinds):
-        table.add_column(justify="right")
+        table.add_column(justify="right", no_wrap=True)
     table.add_row(*(Text(word, style="bold") for word in ("loss", "sum", *kinds)))
     for part, row in rows.items():
-        numbers = [f"{row[kind]:.3f}" if kind in row else "" for kind in kinds]
-        table.add_row(Text(part), f"{sum(row.values()):.3f}", *numbers)
-    table.add_row(Text("total"), Text(f"{sum(losses.values()):.3f}", style="bold"))
+        numbers = [number_text(row[kind]) if kind in row else "" for kind in kinds]
+        table.add_row(Text(part), number_text(sum(row.values())), *numbers)
+    table.add_row(Text("total"), Text(number_text(sum(losses.values())), style="bold"))
     return table
 
 
-def _columns(title: str, values: Mapping[str, float], style: str) -> Table:
+def _columns(title: str, values: Mapping[str, float], digits: int, longest: int) -> Table:
+    """Names, of at most so many columns, and their numbers."""
     table = Table.grid(padding=(0, 2))
-    table.add_column()
-    table.add_column(justify="right")
-    table.add_row(Text(title, style="bold"), "")
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    grid = Table.grid()
     for name, value in values.items():
-        table.add_row(Text(name), style.format(value))
-    return table
+        text = Text(name)
+        text.truncate(longest, overflow="ellipsis")
+        table.add_row(text, number_text(value, digits))
+    grid.add_row(Text(title, style="bold"))
+    grid.add_row(table)
+    return grid
 
 
 def duration(seconds: float) -> str:

@@ -21,7 +21,10 @@ _logger = logging.getLogger(__name__)
 
 
 class DataFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One dataset: images by split, images trained on (fewer where a part was chosen), names, licences as given."""
+    """One dataset: images by split, images trained on (fewer where a part was chosen), names, licences as given.
+
+    `renames` holds names in its files that have another name in the vocabulary.
+    """
 
     format: str
     splits: dict[str, int]
@@ -29,6 +32,7 @@ class DataFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     names: int
     licences: tuple[Licence, ...] = ()
     origin: str | None = None
+    renames: dict[str, str] = {}
 
 
 class TrainingFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -94,6 +98,7 @@ def _data(source: DatasetSource, joint: JointData) -> DataFacts:
         names=len(source.categories),
         licences=licences_of(source, used),
         origin=origin_of(source),
+        renames={old: new for old, new in source.config.renames.items() if old != new and new in source.categories},
     )
 
 

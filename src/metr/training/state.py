@@ -21,9 +21,9 @@ from metr.run_directory import COUNTERS, RunDirectory, existing_folder, replaced
 from metr.serialization import load_weights, read_json, read_tensors, write_json, write_tensors
 from metr.training.config import LoopConfig
 from metr.training.engine import Engine, parameters_of
+from metr.training.resumed_recipe import SETTINGS
 from metr.training.step_report import StepCost, StepReport
 
-_SETTINGS = "settings.json"
 _NETWORK, _AVERAGE, _OPTIMIZER, _RANDOM = (
     f"{name}.safetensors" for name in ("network", "average", "optimizer", "random")
 )
@@ -188,7 +188,7 @@ def save_state(
             write_tensors(fresh / _AVERAGE, trained.average)
         write_tensors(fresh / _OPTIMIZER, trained.optimizer)
         write_tensors(fresh / _RANDOM, random_states)
-        write_json(fresh / _SETTINGS, leaves(settings.model_dump(mode="json")))
+        write_json(fresh / SETTINGS, leaves(settings.model_dump(mode="json")))
         write_json(fresh / COUNTERS, asdict(counters))
 
 
@@ -212,7 +212,7 @@ def load_state(folder: Path, trained: Trained, settings: Config) -> tuple[Counte
             raise CheckpointError(what, where=folder, hint="train.ema.enabled=false, or start a new run")
         _load(trained.average, folder / _AVERAGE, trained.engine, hint)
     restore_optimizer(trained, read_tensors(folder / _OPTIMIZER), where=folder / _OPTIMIZER)
-    _log_changed_settings(folder / _SETTINGS, settings)
+    _log_changed_settings(folder / SETTINGS, settings)
     return counters, random_states
 
 

@@ -27,6 +27,7 @@ _logger = logging.getLogger(__name__)
 
 def taken_names(
     sources: Sequence[DatasetSource],
+    new: int,
     model: METR,
     choice: NameChoice,
     console: Console,
@@ -34,10 +35,12 @@ def taken_names(
 ) -> Renames:
     """Which names of these datasets are taken as a name that the checkpoint was trained on. Prints them.
 
-    Names that an earlier fine-tuning took as a trained one are taken so again, unless the choice is "no".
+    Names that an earlier fine-tuning took as a trained one are taken so again. If the choice is "no", this holds for
+    old datasets alone, whose names were trained so; in new ones they are learnt as new names, which is printed.
 
     Args:
-        sources: The datasets.
+        sources: The datasets, new ones first.
+        new: How many of them are new.
         model: The checkpoint.
         choice: Whether to take the names that seem to mean a trained one.
         console: Where to ask.
@@ -45,13 +48,17 @@ def taken_names(
     """
     if choice == "ask" and kept is not None:
         taken = {dataset: dict(names) for dataset, names in kept.items()}
-    elif choice == "no":
-        taken = {}
     else:
         aliases = model.checkpoint.detection.aliases
         taken = {source.name: known_aliases(source.categories, aliases) for source in sources}
-        for dataset, one in _chosen(_offers(sources, model, taken), choice, console):
-            taken[dataset][one.name] = one.trained
+        if choice == "no":
+            for source in sources[:new]:
+                for name, trained in taken.pop(source.name).items():
+                    message = f'{source.name}: "{name}" is learnt as a new name; until now it stood for "{trained}"'
+                    console.print(message, highlight=False, markup=False, soft_wrap=True)
+        else:
+            for dataset, one in _chosen(_offers(sources, model, taken), choice, console):
+                taken[dataset][one.name] = one.trained
     taken = {dataset: names for dataset, names in taken.items() if names}
     for dataset, names in taken.items():
         for name, trained in names.items():

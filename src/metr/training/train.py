@@ -12,6 +12,7 @@ from torch import nn
 from metr.checkpoint import CONFIG, Checkpoint, load_checkpoint
 from metr.config import Config, Tree
 from metr.data.config import SubsetConfig
+from metr.data.guard import log_issues
 from metr.data.joint import JointData, open_joint
 from metr.data.loading import build_train_loader
 from metr.data.records import Annotations
@@ -35,7 +36,6 @@ from metr.training.config import (
     changed_lines,
     check_epochs,
     load_recipe,
-    resumed_recipe,
 )
 from metr.training.finetune_recipe import RECIPE, left_to_finetuning
 from metr.training.images import ValImages
@@ -43,6 +43,7 @@ from metr.training.logger import check_trackers
 from metr.training.parts import Evaluated, Outcome, TrainingParts
 from metr.training.plan import header, page, steps_of, tell_end
 from metr.training.provenance import provenance
+from metr.training.resumed_recipe import resumed_recipe
 from metr.training.resumption import (
     DATASETS,
     check_same_request,
@@ -197,6 +198,7 @@ def _begun(data: Data | None, asked: _Asked) -> _Prepared:
     joint = open_joint(given, options)
     if not options.allow_empty:
         joint.check_usable()
+    log_issues(joint.sources)
     recipe = resolve(steps_of(options.epochs, sum(joint.lengths.values()), recipe))
     asked_for = options.model_dump(mode="json", include={"shots", "fraction", "seed", "allow_empty"})
     request = {"size": size, **asked_for, "datasets": dataset_facts(joint.sources)}
@@ -222,6 +224,7 @@ def _resumed(data: Data | None, run: RunDirectory, asked: _Asked) -> _Prepared:
     allow_empty = asked.options.allow_empty or request.get("allow_empty", False)
     if not allow_empty:
         joint.check_usable()
+    log_issues(joint.sources)
     _, recipe = resolve(steps_of(asked.options.epochs, sum(joint.lengths.values()), recipe))
     facts = dataset_facts(joint.sources)
     log_changed_datasets(request.get("datasets", {}), facts)

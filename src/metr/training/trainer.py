@@ -366,7 +366,7 @@ class Trainer:
         _logger.info("going on after step %d", self.counters.step)
 
     def _end(self) -> Outcome:
-        """Saves, draws the curves, and logs how to go on if this is not the last step."""
+        """Saves, draws the curves, and logs it if this is not the last step."""
         self._save()
         counters, steps = self.counters, self.config.loop.steps
         stalled = counters.step < steps and self._has_stalled
