@@ -125,7 +125,7 @@ def test_two_processes_compare_before_and_after_as_one(tmp_path: Path, tiny_run:
     arguments = ["finetune", tiny_run.data[0], "--from", tiny_run.folder, "-o", "run", "--steps", 2, *old, *more]
     code, out, err = ended(start(ACCELERATE, tmp_path, *arguments))
     assert code == 0, err
-    assert out.count("AP before and after") == out.count("Done: 2 steps") == 1, out
+    assert out.count("AP before and after, 0 to 100") == out.count("Done: 2 steps") == 1, out
     told = json.loads((tmp_path / "run" / "comparison.json").read_text())
     assert [one["images"] for one in told["before"]["datasets"]] == [3, 3, 3]
     for when, source in (("before", tiny_run.folder), ("after", tmp_path / "run")):
