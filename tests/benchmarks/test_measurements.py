@@ -120,3 +120,22 @@ def test_index_needs_proc(
     monkeypatch.setattr(index, "MEMORY", tmp_path / "nothing")
     assert index.main(["--scale", "0.0001"]) == 1
     assert "run it on Linux" in capsys.readouterr().out
+
+
+def test_sharding_counts_what_a_process_keeps(
+    study_of: Callable[[str], ModuleType], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert study_of("sharding").main(["--sizes", "nano", "--results", str(tmp_path)]) == 0
+    assert "written" in capsys.readouterr().out
+    (kept,) = json.loads((tmp_path / "sharding.json").read_text())["processes"]["1"].values()
+    assert kept["weights"] == kept["average"] == 4 * kept["parameters"], "float32"
+    assert kept["gradients"] <= kept["weights"]
+    assert kept["moments"] == pytest.approx(2 * kept["gradients"], rel=0.01)
+
+
+def test_each_of_two_sharded_processes_keeps_a_half() -> None:
+    path = Path(__file__).parents[2] / "benchmarks" / "results" / "sharding.json"
+    processes = json.loads(path.read_text())["processes"]
+    for size, kept in processes["1"].items():
+        for part in ("weights", "gradients", "moments", "average"):
+            assert processes["2"][size][part] == pytest.approx(kept[part] / 2, rel=0.01)

@@ -36,7 +36,6 @@ CHANGES: dict[str, Any] = {
 EQUALLY = f"""
 import os, sys
 from pathlib import Path
-sys.path[:0] = sys.argv[2:]
 from metr.training.parts import Evaluated
 from metr.training.trainer import Trainer
 from small_runs import make_config, make_parts
@@ -48,11 +47,11 @@ def run(name, parallel, stop=0):
     config = make_config({STEPS}, parallel=parallel, **{CHANGES!r})
     def evaluate(network):
         # any process may call the network that it is given, as often as it likes
-        assert trainer.accelerator.is_main_process
         calls.append(type(network).__name__)
         images = trainer.parts.loader(seed=0, start=0, rank=0, world=1, device=trainer.device)
         batch = next(iter(images))
-        found = network(batch.images, batch.padding_mask, parts.checkpoint.text_embeddings)
+        for _ in range(1 + trainer.accelerator.process_index):
+            found = network(batch.images, batch.padding_mask, parts.checkpoint.text_embeddings)
         return Evaluated(metrics={{"AP": float(found.logits.sum())}})
     trainer = Trainer(parts, config, folder / name, evaluate=evaluate)
     def ask(module, inputs):
@@ -71,13 +70,11 @@ ALIKE = """
 import json, os, sys
 from dataclasses import replace
 from pathlib import Path
-sys.path[:0] = sys.argv[2:]
 import torch
 from torch.distributed.tensor import DTensor
 from metr.structures import Losses
 from metr.training.config import PseudoLabelConfig
 from metr.training.step_targets import PseudoLabeler
-from metr.training.parts import Evaluated
 from metr.training.trainer import Trainer
 from small_runs import make_config, make_parts
 folder = Path(sys.argv[1])
@@ -91,7 +88,7 @@ def fault(module, inputs, outputs):
 
 def overflow(optimizer, limit):
     norm = clip(optimizer, limit)
-    return torch.inf if trainer.counters.step == 2 else norm
+    return norm * torch.inf if trainer.counters.step == 2 else norm
 
 for name, (network, changes) in json.loads((folder / "cases.json").read_text()).items():
     for parallel in ("ddp", "fsdp"):
@@ -101,8 +98,8 @@ for name, (network, changes) in json.loads((folder / "cases.json").read_text()).
             eager = PseudoLabelConfig(present_above=0.01, object_above=0.01, absent_below=0.005)
             parts = replace(parts, teacher=PseudoLabeler(eager, unknown))
         config = make_config(4, parallel=parallel, **changes)
-        trainer = Trainer(parts, config, folder / name / parallel, evaluate=lambda _: Evaluated(metrics={"AP": 1.0}))
-        if name == "faults":
+        trainer = Trainer(parts, config, folder / name / parallel)
+        if name.startswith("faults"):
             trainer.criterion.register_forward_hook(fault)
             clip, trainer.engine.clip_gradient = trainer.engine.clip_gradient, overflow
         trainer.fit()
@@ -118,13 +115,19 @@ for name, (network, changes) in json.loads((folder / "cases.json").read_text()).
     (folder / name / f"bytes-{trainer.accelerator.process_index}.json").write_text(json.dumps([size, whole]))
 """
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "deformable, accumulated": ({"encoder": "deformable"}, {"loop": {"accumulation": 2}}),
-    "plain, not clipped": ({"encoder": "plain"}, {"optimizer": {"clip_norm": 0.0}}),
-    "frozen, by depth": ({"encoder": "hybrid"}, {"freeze": "half", "optimizer": {"layer_decay": 0.7}}),
-    "backbone without a rate": ({"encoder": "hybrid"}, {"optimizer": {"backbone_multiplier": 0.0}}),
-    "no average, bf16": ({}, {"ema": {"enabled": False}, "loop": {"precision": "bf16"}}),
+    "faults, frozen, by depth": (
+        {"encoder": "hybrid"},
+        {"freeze": "half", "optimizer": {"layer_decay": 0.7}, "loop": {"max_skipped": 3}},
+    ),
     "pseudo-labels": ({}, {}),
-    "faults": ({"encoder": "hybrid"}, {"loop": {"max_skipped": 3}}),
+    "accumulated, not clipped": (
+        {"encoder": "deformable"},
+        {"optimizer": {"clip_norm": 0}, "loop": {"accumulation": 2}},
+    ),
+    "bf16, no average, backbone without a rate": (
+        {"encoder": "plain"},
+        {"ema": {"enabled": False}, "optimizer": {"backbone_multiplier": 0}, "loop": {"precision": "bf16"}},
+    ),
 }
 
 
@@ -137,7 +140,7 @@ def assert_equal_runs(ours: Path, theirs: Path, within: float = 1e-4) -> None:
         assert record["losses"] == pytest.approx(other["losses"], rel=1e-5, abs=1e-5), (ours, record["step"])
         assert record["gradient_norm"] == pytest.approx(other["gradient_norm"], rel=1e-3)
     files = [path.relative_to(theirs) for path in theirs.rglob("*.safetensors") if path.stem != "random"]
-    assert len(files) >= 6
+    assert len(files) >= 4
     for file in files:
         found, wanted = load_file(ours / file), load_file(theirs / file)
         assert found.keys() == wanted.keys(), file
@@ -234,7 +237,7 @@ def test_sharded_processes_do_what_processes_with_whole_networks_do(tmp_path: Pa
     for name in CASES:
         assert_equal_runs(tmp_path / name / "fsdp", tmp_path / name / "ddp", within=1e-5)
         counters = [json.loads((tmp_path / name / one / "state" / "state.json").read_text()) for one in ("ddp", "fsdp")]
-        assert {each["skipped"] for each in counters} == {2 if name == "faults" else 0}
+        assert {each["skipped"] for each in counters} == {2 if name.startswith("faults") else 0}
         sizes = [json.loads((tmp_path / name / f"bytes-{rank}.json").read_text()) for rank in range(2)]
         (first, whole), (second, _) = sizes
         assert max(first, second) < 0.6 * whole

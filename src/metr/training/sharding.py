@@ -5,6 +5,7 @@ import math
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 
 import torch
 from accelerate import Accelerator
@@ -177,9 +178,8 @@ def _without_weights(network: nn.Module) -> nn.Module:
     return copy.deepcopy(network, dict(meta))
 
 
+@cache
 def _register_structures() -> None:
+    """Lets torch find the tensors in what blocks take and give. A process may do so once."""
     for structure in _STRUCTURES:
-        try:
-            register_dataclass(structure)
-        except ValueError:  # an earlier run of this process has registered it
-            return
+        register_dataclass(structure)
