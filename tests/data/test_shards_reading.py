@@ -277,6 +277,16 @@ def test_packs_are_bounded(cache: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert not list(cache.glob("packs/*/.fetched*"))
 
 
+def test_a_cache_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("METR_CACHE", str(write_text(tmp_path / "file", "")))
+    put("memory://d/u", {"train-0.tar": simple(range(3)), "train-1.tar.gz": gzip.compress(simple(range(3)))})
+    source = opened("memory://d/u/train-*", splits={"train": "train"})
+    assert all(check_image(record, decode=True) is None for record in source.split("train"))
+    assert caplog.text.count("cannot be written") == 3  # catalogues, packs, indices
+
+
 def test_samples_without_boxes_are_named(tmp_path: Path) -> None:
     told = json.dumps({"caption": "a dog", "url": "http://x", "key": "0", "status": "success"}).encode()
     put("memory://d/i", {"00000.tar": tar([("0.jpg", jpeg()), ("0.txt", b"a dog"), ("0.json", told)])})

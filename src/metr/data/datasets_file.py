@@ -27,7 +27,6 @@ from metr.data.records import TEST, TRAIN, VAL, Annotations, DataIssue, Dropped,
 from metr.data.shards.addresses import is_pattern, name_of_pattern, path_or_url
 from metr.data.shards.stores import is_url
 from metr.errors import ConfigError, DataError, did_you_mean
-from metr.text.cache import cache_root
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +120,8 @@ class DatasetSource:
     @property
     def place(self) -> Path | str:
         """Where the dataset is, for messages: its folder, or the URL or path of its shards."""
-        return self.config.path if self.root.is_relative_to(cache_root() / "shards") else self.root
+        path = self.config.path
+        return path if is_url(path) or is_pattern(path) or self.format == "webdataset" else self.root
 
     def split(self, name: str) -> AnnotationIndex:
         """The annotations of one split.

@@ -62,7 +62,7 @@ class Budget:
         folder: Where it is unpacked to.
     """
 
-    def __init__(self, source: Path, size: int, folder: Path) -> None:
+    def __init__(self, source: Path | str, size: int, folder: Path) -> None:
         self.source, self.size, self.folder = source, size, folder
         self._most_bytes = max(_ALWAYS_ALLOWED, _RATIO * size)
         self._most_files = max(_FILES_ALWAYS_ALLOWED, size // _BYTES_A_FILE)

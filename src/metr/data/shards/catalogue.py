@@ -17,7 +17,7 @@ from typing import IO
 import msgspec
 
 from metr.data.index.cache import locked
-from metr.data.shards.packs import is_compressed, pack_of, rows_of
+from metr.data.shards.packs import cache_folder, is_compressed, pack_of, rows_of
 from metr.data.shards.ranges import Shard
 from metr.data.shards.samples import rows_of_tar
 from metr.data.shards.stores import StoredFile, open_file
@@ -46,7 +46,7 @@ class Note(msgspec.Struct, frozen=True):
 def catalogue_folder(base: str) -> Path:
     """The folder of the catalogues of a dataset whose shards lie below `base`."""
     digest = hashlib.sha256(ascii(base).encode()).hexdigest()[:24]
-    return cache_root() / "shards" / digest / "data"
+    return cache_folder(cache_root(), "shards") / digest / "data"
 
 
 def catalogue(files: Mapping[Path, StoredFile], called: str) -> dict[Path, Note]:

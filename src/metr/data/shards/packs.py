@@ -22,7 +22,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from metr.data.containers.store import Budget
 from metr.data.index.cache import locked
@@ -40,7 +40,7 @@ _PACK, _ROWS = "pack", "rows.jsonl"
 _PIECE = 1 << 20
 # Seconds after which the use of a pack is noted again.
 _NOTED_EVERY = 60
-_COMPRESSED: dict[bytes, Callable[[Path], IO[bytes]]] = {
+_COMPRESSED: dict[bytes, Callable[..., Any]] = {
     b"\x1f\x8b": gzip.open,
     b"BZh": bz2.open,
     b"\xfd7zXZ\0": lzma.open,
@@ -104,7 +104,7 @@ def _make(file: StoredFile, place: Path) -> None:
     """Fetches and unpacks a shard into the folder of its pack."""
     with _fetched(file, place) as source:
         building, rows = (place / f".{name}-{secrets.token_hex(8)}" for name in (_PACK, _ROWS))
-        budget = Budget(Path(file.address), file.size, place)
+        budget = Budget(file.address, file.size, place)
         budget.expect(file.size)
         try:
             with building.open("wb") as pack:
@@ -180,21 +180,21 @@ def _tell_too_small() -> None:
 
 def _place_of(file: StoredFile) -> Path:
     digest = hashlib.sha256(ascii([VERSION, file.address, file.mark, file.size]).encode()).hexdigest()[:24]
-    return packs_folder(cache_root()) / digest
+    return cache_folder(cache_root(), "packs") / digest
 
 
 @lru_cache(maxsize=16)
-def packs_folder(root: Path) -> Path:
-    """The folder of packs in a cache; one for this process alone where the cache cannot be written."""
-    folder = root / "packs"
+def cache_folder(root: Path, name: str) -> Path:
+    """A folder of a cache, which is made; one for this process alone where the cache cannot be written."""
+    folder = root / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe-{secrets.token_hex(8)}"
         probe.touch()
         probe.unlink()
     except OSError as error:
-        temporary = Path(tempfile.mkdtemp(prefix="metr-packs-"))
+        temporary = Path(tempfile.mkdtemp(prefix=f"metr-{name}-"))
         atexit.register(shutil.rmtree, temporary, ignore_errors=True)
-        logger.warning("%s cannot be written (%s): shards are fetched for this run only", folder, error)
+        logger.warning("%s cannot be written (%s): it is %s until the end", folder, error, temporary)
         return temporary
     return folder

@@ -60,7 +60,7 @@ class StoredFile(msgspec.Struct, frozen=True):
 
 
 def is_url(path: object) -> bool:
-    """Whether a path is an address in a store (`s3://bucket/name`), or a command of WebDataset (`pipe:`)."""
+    """Whether a path is an address such as `s3://bucket/name`, or one of WebDataset's commands (`pipe:`)."""
     return isinstance(path, str) and (_SCHEME.match(path) is not None or path.startswith("pipe:"))
 
 
