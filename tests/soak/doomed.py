@@ -50,7 +50,8 @@ PHASES = {
     "metr.training.trainer:draw_train_batch": "drawing",
     "metr.training.trainer:redraw_curves": "drawing",
     "metr.inference.detect_files:_draw": "drawing",
-    "metr.inference.detect_files:_write_results": "detections",
+    "metr.inference.result_files:ResultFiles._write_coco": "detections",
+    "metr.inference.result_files:ResultFiles.add": "detections",
     "metr.evaluation.results:store_thresholds": "thresholds",
 }
 """The functions during which a run is in a phase; in none of them it is "between"."""

@@ -21,6 +21,8 @@ from tiny import write_recipe, write_text_model
 
 TIMES = {"seconds", "images_per_second", "waiting_fraction", "waiting", "memory_gib", "evaluation_seconds"}
 """What may differ from run to run."""
+_KEPT = "detections.partial-*.jsonl"
+"""What a killed detection had found, which the next one keeps on purpose."""
 _DIGEST = re.compile(r"[0-9a-f]{24,}")
 
 
@@ -182,7 +184,7 @@ def _listing(folder: Path) -> dict[str, list[Path]]:
     """All files and folders below by their names, digests left out: they follow paths and times."""
     places = [folder / "work", folder / "tmp"]
     names: dict[str, list[Path]] = {}
-    for path in (path for place in places for path in sorted(place.rglob("*"))):
+    for path in (path for place in places for path in sorted(place.rglob("*")) if not path.match(_KEPT)):
         names.setdefault(_DIGEST.sub("#", path.relative_to(folder).as_posix()), []).append(path)
     return names
 

@@ -295,11 +295,12 @@ def _share_socket_folder() -> FileLock:
     """Gives the sockets of all workers one folder, which goes with this process; removes those of killed processes.
 
     Otherwise multiprocessing makes a folder for each worker, and one that is killed leaves it in /tmp for ever. Who
-    lives holds the lock in its folder.
+    lives holds the lock in its folder, which gets its name when it is held: nobody takes a new folder for an old one.
     """
-    lock = FileLock(Path(get_temp_dir(), _SOCKETS_LOCK))
+    lock = FileLock(Path(get_temp_dir(), f"{_SOCKETS_LOCK}.new"))
     with suppress(OSError, NotImplementedError):
         lock.acquire(blocking=False)
+        Path(lock.lock_file).rename(Path(get_temp_dir(), _SOCKETS_LOCK))
         for other in Path(tempfile.gettempdir()).glob(f"pymp-*/{_SOCKETS_LOCK}"):
             with suppress(OSError, Timeout), FileLock(other, blocking=False):
                 shutil.rmtree(other.parent, ignore_errors=True)
