@@ -105,6 +105,9 @@ class LoopConfig(Config):
     0 uses the whole vocabulary."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the network (autocast); `auto` is bf16 on GPUs that have it, otherwise fp32. Losses are fp32."""
+    compile: bool = False
+    """Compile backbone, encoder and decoder (torch.compile). The first steps take minutes, the others less time. It
+    needs a C++ compiler on CPUs, and Triton on GPUs."""
     device: Literal["auto", "cpu"] = "auto"
     """`auto` takes an accelerator where there is one."""
     seed: Count = 0

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn, optim
+from torch.utils._foreach_utils import _get_fused_kernels_supported_devices
 
 from metr.errors import ModelError
 from metr.training.config import EmaConfig, Freeze, OptimizerConfig, ScheduleConfig
@@ -20,13 +21,15 @@ _NOT_DECAYED = (nn.Embedding, nn.LayerNorm, nn.RMSNorm)
 def build_optimizer(network: nn.Module, config: OptimizerConfig) -> optim.AdamW:
     """AdamW over the trainable parameters of a network, in `parameter_groups`; a backbone with rate 0 is frozen.
 
-    The fused implementation is by far the quickest on CPUs and GPUs alike.
+    The fused implementation is by far the quickest on CPUs and GPUs alike; a device without it gets torch's own choice.
     """
     if not config.backbone_multiplier:
         for name, parameter in network.named_parameters():
             parameter.requires_grad_(parameter.requires_grad and not name.startswith(f"{BACKBONE}."))
     groups = parameter_groups(network, config)
-    return optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.epsilon, fused=True)
+    fused = groups[0]["params"][0].device.type in _get_fused_kernels_supported_devices()
+    settings: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas, "eps": config.epsilon}
+    return optim.AdamW(groups, **settings, fused=True) if fused else optim.AdamW(groups, **settings)
 
 
 def parameter_groups(network: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:

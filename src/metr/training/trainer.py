@@ -18,6 +18,7 @@ from metr.data.loading import TrainLoader
 from metr.devices import autocast, peak_memory, resolved_precision
 from metr.layers.batch_norm import synchronize_batch_norms
 from metr.losses.matcher import match_statistics
+from metr.models.detector import Detector, compile_parts, lay_out_for_gpu
 from metr.run_directory import RunDirectory
 from metr.structures import Batch, Losses
 from metr.training.config import TrainConfig
@@ -83,6 +84,8 @@ class Trainer:
         self.device = torch.device("cpu") if self.accelerator.device.type == "cpu" else self.accelerator.device
         self.precision = resolved_precision(config.loop.precision, self.device)
         self.plain_network = parts.network.to(self.device)
+        if self.device.type == "cuda" and isinstance(self.plain_network, Detector):
+            lay_out_for_gpu(self.plain_network)
         self._frozen = freeze(self.plain_network, config.freeze)
         if self.accelerator.num_processes > 1:
             synchronize_batch_norms(self.plain_network)
@@ -90,6 +93,8 @@ class Trainer:
         # No placement: the network is on its device, and to place it again could replace its buffers.
         self.network = self.accelerator.prepare(self.plain_network, device_placement=[False])
         self.ema = Ema(self.plain_network, config.ema) if config.ema.enabled else None
+        if config.loop.compile and isinstance(self.plain_network, Detector):
+            compile_parts(self.plain_network)  # after the average was copied, which is used without gradients only
         self._buffers = KeptBuffers(self.plain_network)
         self.criterion = parts.criterion.to(self.device)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
