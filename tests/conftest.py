@@ -1,5 +1,6 @@
 """Shared fixtures. Every jaxtyping annotation of the package is executed while the tests run."""
 
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,6 +8,9 @@ from pathlib import Path
 from jaxtyping import install_import_hook
 
 _hook = install_import_hook("metr", "beartype.beartype")
+
+# Triton reads this when it is imported, by torch or by a test: kernels run in its interpreter, on the CPU
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

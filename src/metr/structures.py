@@ -157,8 +157,11 @@ class Memory(_Movable):
         return {}
 
     def once(self, module: object, make: Callable[[], _MadeT]) -> _MadeT:
-        """`make()`, computed from this memory alone. Cached for each module unless gradients are enabled."""
-        if torch.is_grad_enabled():
+        """`make()`, computed from this memory alone. Cached for each module unless gradients are enabled.
+
+        Compiled code caches nothing: a compiler sees to repeated work itself, and cannot keep what outlives its graph.
+        """
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return make()
         if module not in self._made:
             self._made[module] = make()

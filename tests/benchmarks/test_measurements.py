@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from tiny import TinyRun, as_overrides
+
 TINY = "--size 64 --repeats 1 --layers 1 --backbone resnet18 --names 7 --queries 20 --feed-forward 32 --threads 1"
 on_linux = pytest.mark.skipif(not Path("/proc/self/smaps_rollup").is_file(), reason="memory is read from /proc")
 
@@ -139,3 +141,35 @@ def test_each_of_two_sharded_processes_keeps_a_half() -> None:
     for size, kept in processes["1"].items():
         for part in ("weights", "gradients", "moments", "average"):
             assert processes["2"][size][part] == pytest.approx(kept[part] / 2, rel=0.01)
+
+
+@pytest.mark.slow
+def test_gpu_pieces_run_on_a_cpu(
+    study_of: Callable[[str], ModuleType], tmp_path: Path, tiny_run: TinyRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpu = study_of("gpu")
+    sets = [f"--set={one}" for one in as_overrides(tiny_run)]
+    data = ["--data", *tiny_run.data]
+    tiny = ["--tiny", "--device", "cpu", "--results", str(tmp_path), "--pieces", "speed", "kernel", "training"]
+    assert gpu.main([*tiny, *data, *sets]) == 0, capsys.readouterr().out
+    results = {piece: json.loads((tmp_path / f"gpu-{piece}-cpu.json").read_text()) for piece in tiny[-3:]}
+    assert all(one["hardware"] and one["commit"] and one["settings"]["size"] == 64 for one in results.values())
+    contenders = results["speed"]["result"]["contenders"]
+    assert set(contenders) == {"METR", "Deformable DETR", "RT-DETR"}
+    for name, found in contenders.items():
+        assert "error" not in found, (name, found)
+        for what in ("training", "inference"):
+            assert found[what]["images_per_second"] > 0
+            assert found[what]["flops"] > 0
+            assert found[what]["bytes"] > 0
+    assert results["kernel"]["result"]["forward_and_backward"]["plain"]["seconds"] > 0
+    assert 0 <= results["training"]["result"]["waiting_fraction"] <= 1
+
+
+def test_shares_of_the_chips_peak(study_of: Callable[[str], ModuleType]) -> None:
+    gpu = study_of("gpu")
+    limits = {"name": "H100", **gpu.CHIPS["H100"]}
+    found = gpu.roofline({"flops": 989.4e12, "bytes": 3350e9}, 2.0, "bf16", limits)
+    assert found["share_of_peak_flops"] == pytest.approx(0.5)
+    assert found["share_of_peak_bandwidth"] == pytest.approx(0.5)
+    assert gpu.roofline({"flops": 1.0, "bytes": 1.0}, 1.0, "bf16", None)["share_of_peak_flops"] is None

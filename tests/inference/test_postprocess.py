@@ -4,11 +4,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from device_waits import DeviceWaits
 from metr.boxes import area, clip, cxcywh_to_xyxy, pairwise_iou
 from metr.errors import ConfigError, ModelError
 from metr.inference.config import InferenceConfig, PostprocessConfig
 from metr.inference.postprocess import postprocess
 from metr.structures import Categories, DetectorOutput, Proposals
+
+from small import small_detector
 
 NAMES = ("cat", "dog", "eel", "fox", "gnu")
 SIZES = ((480, 640), (300, 200), (7, 1000))
@@ -159,3 +162,12 @@ def test_configuration_is_checked() -> None:
         InferenceConfig.checked({"postprocess": {"nms_iou": 2}})
     with pytest.raises(ConfigError, match="did you mean 'batch_size'"):
         InferenceConfig.checked({"batchsize": 2})
+
+
+def test_the_host_waits_twice_a_batch_however_many_images_it_has() -> None:
+    """For the number of candidates of suppression, and for the numbers of detections."""
+    output = small_detector().eval()(torch.rand(3, 3, 64, 64), torch.zeros(3, 64, 64, dtype=torch.bool), torch.eye(24))
+    with DeviceWaits() as waits:
+        found = postprocess(output, [(64, 64)] * 3, [str(row) for row in range(24)], PostprocessConfig(nms_iou=0.7))
+    assert waits.number == 2
+    assert len(found) == 3

@@ -60,10 +60,16 @@ class Collated:
     issues: tuple[DataIssue, ...]
 
     def pin_memory(self) -> "Collated":
-        """A copy with its pixels in page-locked memory; the data loader calls this."""
+        """A copy with its tensors in page-locked memory, from where a device copies them while the host goes on.
+
+        The data loader calls this.
+        """
         if self.batch is None:
             return self
-        return replace(self, batch=replace(self.batch, pixels=self.batch.pixels.pin_memory()))
+        values = {field.name: getattr(self.batch.targets, field.name) for field in fields(Targets)}
+        pinned = {name: value.pin_memory() for name, value in values.items() if isinstance(value, Tensor)}
+        targets = replace(self.batch.targets, **pinned)
+        return replace(self, batch=replace(self.batch, pixels=self.batch.pixels.pin_memory(), targets=targets))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

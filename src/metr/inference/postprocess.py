@@ -125,9 +125,13 @@ def postprocess(
         keep = keep & _survivors(boxes, rivals, keep, config.nms_iou)
     # Rows are sorted by score, so the best that suppression left are the first True values.
     keep = keep & (keep.cumsum(1) <= config.max_detections)
+    first = keep.sort(dim=1, descending=True, stable=True).indices[:, : config.max_detections]
+    boxes = boxes.gather(1, first.unsqueeze(-1).expand(-1, -1, 4))
+    scores, labels = scores.gather(1, first), labels.gather(1, first)
+    counts: list[int] = keep.sum(1).tolist()  # all that the host waits for, once a batch
     return tuple(
-        Detections(boxes=b[k], scores=s[k], labels=n[k], names=vocabulary)
-        for b, s, n, k in zip(boxes, scores, labels, keep, strict=True)
+        Detections(boxes=b[:n], scores=s[:n], labels=k[:n], names=vocabulary)
+        for b, s, k, n in zip(boxes, scores, labels, counts, strict=True)
     )
 
 
@@ -150,7 +154,7 @@ def _scores(output: DetectorOutput, labels: Int[Tensor, "b q"], presence_power: 
 def _pixels(boxes: Float[Tensor, "b q 4"], sizes: Sequence[tuple[int, int]]) -> Float[Tensor, "b 1 4"]:
     """The factors that scale corners from 0..1 to pixels."""
     scale = torch.tensor([(width, height, width, height) for height, width in sizes], dtype=boxes.dtype)
-    return scale.to(boxes.device).reshape(-1, 1, 4)
+    return scale.to(boxes.device, non_blocking=True).reshape(-1, 1, 4)
 
 
 def _survivors(

@@ -111,6 +111,25 @@ class Detector(nn.Module):
         return logits[..., :number], boxes[:, :, :number], denoised
 
 
+def compile_parts(network: Detector, backend: str = "inductor") -> None:
+    """Compiles backbone, encoder and decoder in place, each into one graph; what is between them stays as it is.
+
+    Sizes of images become variables of the graphs at the second size that is seen. Copies of the network that were
+    made before are not compiled.
+
+    Args:
+        network: The network, already on its device.
+        backend: Of torch.compile.
+    """
+    for part in (network.backbone, network.encoder, network.decoder):
+        part.compile(fullgraph=True, backend=backend)
+
+
+def lay_out_for_gpu(network: Detector) -> None:
+    """Stores the backbone's kernels in the layout of its maps, which spares GPUs a conversion in every step."""
+    network.backbone.to(memory_format=network.backbone.memory_format)  # type: ignore[call-overload]
+
+
 def skeleton(config: DetectorConfig, text_width: int) -> Detector:
     """The network without values, on the meta device: its shapes, at no cost of memory.
 

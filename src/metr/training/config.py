@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from metr.bounded_yaml import load_yaml
 from metr.config import (
@@ -105,6 +105,9 @@ class LoopConfig(Config):
     0 uses the whole vocabulary."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the network (autocast); `auto` is bf16 on GPUs that have it, otherwise fp32. Losses are fp32."""
+    compile: bool = False
+    """Compile backbone, encoder and decoder (torch.compile). The first steps take minutes, the others less time. It
+    needs a C++ compiler on CPUs, and Triton on GPUs."""
     device: Literal["auto", "cpu"] = "auto"
     """`auto` takes an accelerator where there is one."""
     seed: Count = 0
@@ -152,6 +155,12 @@ class TrainConfig(Config):
     moment of the optimizer, for networks that are too large otherwise. A single process keeps everything."""
     loop: LoopConfig = LoopConfig()
     """How long, on what, and how often something is written."""
+
+    @model_validator(mode="after")
+    def _is_not_both_compiled_and_sharded(self) -> "TrainConfig":
+        if self.loop.compile and self.parallel == "fsdp":
+            raise ValueError("loop.compile makes one graph of each part, which parallel fsdp gathers block by block")
+        return self
 
 
 Size = Literal["nano", "small", "base"]

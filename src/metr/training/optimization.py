@@ -14,17 +14,21 @@ from metr.errors import ModelError
 from metr.training.config import EmaConfig, Freeze, OptimizerConfig, ScheduleConfig
 
 BACKBONE, ENCODER = "backbone", "encoder"
+# the devices on which torch has a fused AdamW
+_FUSED = frozenset({"cpu", "cuda", "mps", "xpu"})
 _NOT_DECAYED = (nn.Embedding, nn.LayerNorm, nn.RMSNorm)
 
 
 def build_optimizer(network: nn.Module, config: OptimizerConfig) -> optim.AdamW:
     """AdamW over the trainable parameters of a network, in `parameter_groups`; a backbone with rate 0 is frozen.
 
-    The fused implementation is by far the quickest on CPUs and GPUs alike.
+    The fused implementation is by far the quickest on CPUs and GPUs alike; a device without it gets torch's own choice.
     """
     freeze_without_rate(network, config)
     groups = parameter_groups(network, config)
-    return optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.epsilon, fused=True)
+    fused = groups[0]["params"][0].device.type in _FUSED
+    settings: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas, "eps": config.epsilon}
+    return optim.AdamW(groups, **settings, fused=True) if fused else optim.AdamW(groups, **settings)
 
 
 def freeze_without_rate(network: nn.Module, config: OptimizerConfig) -> None:

@@ -16,6 +16,7 @@ from metr.data.loading import TrainLoader, explained_loss_of_workers
 from metr.devices import autocast, peak_memory, resolved_precision
 from metr.layers.batch_norm import synchronize_batch_norms
 from metr.losses.matcher import match_statistics
+from metr.models.detector import Detector, compile_parts, lay_out_for_gpu
 from metr.process_group import explained_loss_of_processes
 from metr.run_directory import RunDirectory
 from metr.structures import Batch, Losses
@@ -85,6 +86,8 @@ class Trainer:
         self.device = torch.device("cpu") if self.accelerator.device.type == "cpu" else self.accelerator.device
         self.precision = resolved_precision(config.loop.precision, self.device)
         self.plain_network = parts.network.to(self.device)
+        if self.device.type == "cuda" and isinstance(self.plain_network, Detector):
+            lay_out_for_gpu(self.plain_network)
         self._frozen = freeze(self.plain_network, config.freeze)
         freeze_without_rate(self.plain_network, config.optimizer)
         if self.accelerator.num_processes > 1:
@@ -93,6 +96,8 @@ class Trainer:
         self.network, average = self.engine.network, self.engine.average
         self.optimizer = build_optimizer(self.plain_network, config.optimizer)
         self.ema = None if average is None else Ema(self.plain_network, config.ema, average)
+        if config.loop.compile and isinstance(self.plain_network, Detector):
+            compile_parts(self.plain_network)  # after the average was copied, which is used without gradients only
         self._buffers = KeptBuffers(self.plain_network)
         self.criterion = parts.criterion.to(self.device)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes

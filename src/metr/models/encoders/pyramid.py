@@ -121,11 +121,10 @@ def cell_centres(memory: Memory) -> Float[Tensor, "b s 2"]:
     ratios = memory.valid_ratios
     centres = []
     for level, (height, width) in enumerate(memory.level_shapes):
-        y = torch.arange(height, device=ratios.device) + 0.5
-        x = torch.arange(width, device=ratios.device) + 0.5
-        cells = torch.stack([x.expand(height, -1), y.unsqueeze(1).expand(-1, width)], dim=-1)
-        size = ratios[:, level] * ratios.new_tensor([width, height])
-        centres.append(rearrange(cells, "h w x -> 1 (h w) x") / size.unsqueeze(1))
+        x = (torch.arange(width, device=ratios.device) + 0.5) / (ratios[:, level, :1] * width)
+        y = (torch.arange(height, device=ratios.device) + 0.5) / (ratios[:, level, 1:] * height)
+        cells = torch.stack([x.unsqueeze(1).expand(-1, height, -1), y.unsqueeze(2).expand(-1, -1, width)], dim=-1)
+        centres.append(rearrange(cells, "b h w x -> b (h w) x"))
     return torch.cat(centres, dim=1)
 
 
