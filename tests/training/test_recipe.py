@@ -316,3 +316,8 @@ def test_a_recipe_at_its_own_number_of_steps_is_as_it_is_written(size: str) -> N
 def test_the_demo_can_be_shortened_too() -> None:
     demo = demo_recipe(("train.loop.steps=45",))
     assert (demo.train.schedule.warmup_steps, demo.train.ema.decay, demo.train.ema.tau) == (3, 0.9, 3)
+
+
+def test_a_sharded_network_is_not_compiled() -> None:
+    with pytest.raises(ConfigError, match="compile"):
+        load_recipe("nano", overrides=["train.parallel=fsdp", "train.loop.compile=true"])
