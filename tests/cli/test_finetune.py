@@ -54,7 +54,7 @@ def test_ctrl_c_and_resume(
         ended = metr(*arguments(tiny_run, tmp_path / "mine"))
     assert ended.code == 130
     assert f"To go on:  metr finetune --resume -o {tmp_path / 'mine'}\n" in ended.out
-    assert ended.words.count("go on") == ended.words.count("resume") == 1
+    assert ended.words.count("To go on") == ended.words.count("--resume") == 1, "advice is given once"
     assert not (tmp_path / "mine/comparison.json").exists()
     ended = metr("finetune", "--resume", "-o", tmp_path / "mine")
     assert ended.code == 0, ended

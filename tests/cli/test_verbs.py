@@ -162,7 +162,7 @@ def test_ctrl_c_tells_how_to_go_on(
     how = f"To go on:  metr train --resume -o {tmp_path / 'run'}\n"
     assert how in ended.out
     for said in (ended.out + ended.err, (tmp_path / "run/log.txt").read_text()):
-        assert said.count(how) == said.count("go on") == said.count("resume") == 1, "advice is given once"
+        assert said.count(how) == said.count("go on") == said.count("--resume") == 1, "advice is given once"
     monkeypatch.undo()
     assert (tmp_path / "run/state/state.json").is_file()
     assert json.loads((tmp_path / "run/last/config.json").read_text())["training"]["step"] == 1

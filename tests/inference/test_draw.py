@@ -14,7 +14,6 @@ from metr.inference.draw import (
     Style,
     _free_place,
     _on,
-    _shared,
     category_colour,
     contact_sheet,
     detection_marks,
@@ -34,6 +33,10 @@ GREY = np.full((240, 320, 3), 127, dtype=np.uint8)
 
 def share_of(colour: tuple[int, int, int], pixels: np.ndarray) -> float:
     return float((pixels == np.array(colour, dtype=np.uint8)).all(-1).mean())
+
+
+def shared(a: tuple[float, ...], b: tuple[float, ...]) -> float:
+    return max(min(a[2], b[2]) - max(a[0], b[0]), 0.0) * max(min(a[3], b[3]) - max(a[1], b[1]), 0.0)
 
 
 def make_detections() -> Detections:
@@ -102,14 +105,15 @@ def test_labels_keep_off_labels_and_other_objects() -> None:
     generator = np.random.default_rng(0)
     corners = generator.uniform(0, 500, (250, 2))
     marks = [Mark(box=(x, y, x + 40, y + 40), name="cell", score=0.5) for x, y in corners.tolist()]
-    placed = []
+    placed: list[tuple[float, ...]] = []
     for mark in marks:
         others = [other.box for other in marks if other is not mark]
-        if found := _free_place(mark.box, mark.texts, 12, (540, 540), (placed, others)):
+        labels, boxes = np.array(placed).reshape(-1, 4), np.array(others)
+        if found := _free_place(mark.box, mark.texts, 12, (540, 540), labels, boxes, np.full(249, 0.3 * 1600)):
             text, area = found
             assert text in mark.texts
-            assert all(_shared(area, box) <= 0.3 * 1600 for box in others)
-            assert all(_shared(area, label) <= 0.1 * (area[2] - area[0]) * (area[3] - area[1]) for label in placed)
+            assert all(shared(area, box) <= 0.3 * 1600 for box in others)
+            assert all(shared(area, label) <= 0.1 * (area[2] - area[0]) * (area[3] - area[1]) for label in placed)
             assert 0 <= area[0] < area[2] <= 540
             assert 0 <= area[1] < area[3] <= 540
             placed.append(area)

@@ -13,7 +13,7 @@ from typing import Literal
 
 import matplotlib as mpl
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 
@@ -256,23 +256,27 @@ def _frame(canvas: ImageDraw.ImageDraw, mark: Mark, pen: int, colour: Colour) ->
 def _write_labels(canvas: ImageDraw.ImageDraw, marks: Sequence[Mark], limits: tuple[int, int], style: Style) -> None:
     """A label for every mark that has room for one, and for the best of each category in any case."""
     size = max(11, round(max(limits) / 50))
-    placed: list[Rectangle] = []
+    boxes = np.array([mark.box for mark in marks], dtype=np.float64).reshape(-1, 4)
+    room = 0.3 * np.array([mark.area for mark in marks])
+    placed = np.zeros((0, 4))
     named: set[str] = set()
-    for mark in sorted(marks, key=lambda mark: (-(mark.score or 0.0), mark.area)):
-        others = [other.box for other in marks if other is not mark]
+    for row in sorted(range(len(marks)), key=lambda row: (-(marks[row].score or 0.0), marks[row].area)):
+        mark = marks[row]
+        own = room.copy()
+        own[row] = np.inf  # a label may cover its own box
         texts = style.texts(mark)
-        found = _free_place(mark.box, texts, size, limits, (placed, others))
+        found = _free_place(mark.box, texts, size, limits, placed, boxes, own)
         if found is None and mark.name not in named:
-            found = _free_place(mark.box, texts, size, limits, (placed, []))
+            found = _free_place(mark.box, texts, size, limits, placed, boxes[:0], own[:0])
         if found is None:
             continue
         text, area = found
-        colour, font = style.colour(mark), _font(text, size)
-        left, top, _, bottom = font.getbbox(text)
+        colour = style.colour(mark)
+        left, top, _, bottom = _text_box(text, size)
         canvas.rectangle(area, fill=colour)
         middle = (area[1] + area[3] - top - bottom) / 2
-        canvas.text((area[0] + 2 - left, middle), text, fill=_on(colour), font=font)
-        placed.append(area)
+        canvas.text((area[0] + 2 - left, middle), text, fill=_on(colour), font=_font(text, size))
+        placed = np.vstack([placed, area])
         named.add(mark.name)
 
 
@@ -281,32 +285,40 @@ def _free_place(
     texts: Sequence[str],
     size: int,
     limits: tuple[int, int],
-    taken: tuple[Sequence[Rectangle], Sequence[Rectangle]],
+    placed: Float[np.ndarray, "p 4"],
+    boxes: Float[np.ndarray, "m 4"],
+    room: Float[np.ndarray, " m"],
 ) -> tuple[str, Rectangle] | None:
-    """The fullest text that has room at a box: clear of other labels, and of most of every other box (`taken`)."""
-    placed, others = taken
+    """The fullest text that has room at a box: clear of `placed` labels, and of most of every other box.
+
+    Of each of `boxes` it covers at most `room` square pixels.
+    """
     for text in texts:
-        left, _, right, _ = _font(text, size).getbbox(text)
+        left, _, right, _ = _text_box(text, size)
         width, height = float(right - left + 4), size * 1.25
-        for x, y in _places(box, width, height, limits):
-            area = (x, y, x + width, y + height)
-            clear = all(_shared(area, label) <= 0.1 * width * height for label in placed)
-            if clear and all(_shared(area, other) <= 0.3 * _size(other) for other in others):
-                return text, area
+        areas = _places(box, width, height, limits)
+        clear = (_shared(areas, placed) <= 0.1 * width * height).all(1) & (_shared(areas, boxes) <= room).all(1)
+        if clear.any():
+            x0, y0, x1, y1 = areas[int(clear.argmax())].tolist()
+            return text, (x0, y0, x1, y1)
     return None
 
 
-def _places(box: Rectangle, width: float, height: float, limits: tuple[int, int]) -> list[tuple[float, float]]:
-    """Top left corners of a label, the usual place first, all inside the image."""
+def _places(box: Rectangle, width: float, height: float, limits: tuple[int, int]) -> Float[np.ndarray, "6 4"]:
+    """Places of a label, the usual one first, all inside the image."""
     x0, y0, x1, y1 = box
     wanted = [(x0, y0 - height), (x0, y0), (x0, y1), (x1 - width, y0 - height), (x1 - width, y1), (x0, y1 - height)]
     reach = max(limits[0] - width, 0.0), max(limits[1] - height, 0.0)
-    return [(min(max(x, 0.0), reach[0]), min(max(y, 0.0), reach[1])) for x, y in wanted]
+    corners = np.clip(np.array(wanted, dtype=np.float64), 0.0, reach)
+    return np.concatenate([corners, corners + np.array([width, height])], axis=1)
 
 
-def _shared(a: Rectangle, b: Rectangle) -> float:
-    """Square pixels that two rectangles have in common."""
-    return max(min(a[2], b[2]) - max(a[0], b[0]), 0.0) * max(min(a[3], b[3]) - max(a[1], b[1]), 0.0)
+def _shared(first: Float[np.ndarray, "n 4"], second: Float[np.ndarray, "m 4"]) -> Float[np.ndarray, "n m"]:
+    """Square pixels that each rectangle has in common with each of the others."""
+    least = np.maximum(first[:, None, :2], second[None, :, :2])
+    most = np.minimum(first[:, None, 2:], second[None, :, 2:])
+    shared: np.ndarray = np.maximum(most - least, 0.0).prod(axis=2)
+    return shared
 
 
 def _size(a: Rectangle) -> float:
@@ -330,6 +342,13 @@ def _shortened(text: str, size: int, width: int) -> str:
 
 def _font(text: str, size: int) -> ImageFont.FreeTypeFont:
     return _loaded_font(font_file(text), size)
+
+
+@lru_cache(maxsize=4096)
+def _text_box(text: str, size: int) -> Rectangle:
+    """Left, top, right and bottom of what a text covers, from where it is drawn."""
+    left, top, right, bottom = map(float, _font(text, size).getbbox(text))
+    return left, top, right, bottom
 
 
 @lru_cache(maxsize=64)
