@@ -368,4 +368,5 @@ def test_memory_is_bounded_by_a_shard(tmp_path: Path) -> None:
     opened(f"file://{tmp_path}/many/*.tar")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < len(shard), f"{peak:,} bytes for 6 shards of {len(shard):,}"
+    # a block of 4 MB is read to check what was written
+    assert peak < 2 * len(shard), f"{peak:,} bytes for 6 shards of {len(shard):,}"
