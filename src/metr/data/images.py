@@ -8,9 +8,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import UInt8
@@ -26,7 +24,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from metr.data.pixels import as_rgb
-from metr.data.records import Annotations, DataIssue, ImageBytes, ImageRecord, InMemoryAnnotations
+from metr.data.records import Annotations, DataIssue, ImageBytes, ImageRecord, InMemoryAnnotations, ReadableBytes
 from metr.errors import DataError
 
 ImageSource = str | Path | np.ndarray | Image.Image
@@ -88,7 +86,7 @@ class Header:
         return (width, height) if self.orientation in _SIDEWAYS else (height, width)
 
 
-def open_regular(path: Path) -> BufferedReader:
+def open_regular(path: Path) -> io.BufferedReader:
     """Opens a file of a dataset to read its bytes.
 
     Raises:
@@ -110,7 +108,7 @@ def read_regular(path: Path) -> bytes:
         return file.read()
 
 
-def image_bytes(path: Path, source: ImageBytes | None) -> BinaryIO:
+def image_bytes(path: Path, source: ImageBytes | None) -> ReadableBytes:
     """The bytes of an image, from its file or from where a record says (`ImageRecord.source`).
 
     Raises:
@@ -308,7 +306,7 @@ def _header(image: ImageFile) -> Header:
     return Header(stored_size=stored, orientation=_orientation(image))
 
 
-def _recognised(file: BinaryIO, path: object) -> ImageFile:
+def _recognised(file: ReadableBytes, path: object) -> ImageFile:
     """The image of an open file, its header read."""
     start = file.read(_START_BYTES)
     file.seek(0)

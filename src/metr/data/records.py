@@ -1,12 +1,13 @@
 """Records, one for each image, which every annotation format is read into; and the names of splits."""
 
 import hashlib
+import io
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -128,6 +129,10 @@ def _in_order(parts: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]
     return {split: parts[split] for split in [*first, *sorted(parts.keys() - set(first))]}
 
 
+ReadableBytes = io.BufferedReader | io.BytesIO
+"""The bytes of an image to read: of a file, or in memory."""
+
+
 @runtime_checkable
 class ImageBytes(Protocol):
     """Where the bytes of an image are that is no file of its own, such as a part of a shard."""
@@ -137,7 +142,7 @@ class ImageBytes(Protocol):
         """How many bytes there are."""
         ...
 
-    def open(self) -> BinaryIO:
+    def open(self) -> ReadableBytes:
         """The bytes, to be read from the first on.
 
         Raises:

@@ -12,7 +12,6 @@ import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO
 
 import msgspec
 
@@ -146,12 +145,12 @@ def _rows(file: StoredFile) -> tuple[Shard, Iterator[Row]]:
     return Shard(file, packed=True), _closing(pack, lambda opened: rows_of_tar(opened, file.address))
 
 
-def _closing(stream: IO[bytes], rows: Callable[[IO[bytes]], Iterator[Row]]) -> Iterator[Row]:
+def _closing(stream: io.BufferedReader, rows: Callable[[io.BufferedReader], Iterator[Row]]) -> Iterator[Row]:
     with stream:
         yield from rows(stream)
 
 
-def _start(stream: IO[bytes]) -> bytes:
+def _start(stream: io.BufferedReader) -> bytes:
     start = stream.read(6)
     stream.seek(0, io.SEEK_SET)
     return start

@@ -11,6 +11,7 @@ import bz2
 import contextlib
 import gzip
 import hashlib
+import io
 import logging
 import lzma
 import os
@@ -22,7 +23,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from metr.data.containers.store import Budget
 from metr.data.index.cache import locked
@@ -137,7 +138,7 @@ def _fetched(file: StoredFile, place: Path) -> Iterator[Path]:
         copy.unlink(missing_ok=True)
 
 
-def _unpack_tar(file: StoredFile, source: Path, pack: IO[bytes], budget: Budget) -> None:
+def _unpack_tar(file: StoredFile, source: Path, pack: io.BufferedWriter, budget: Budget) -> None:
     with source.open("rb") as start:
         magic = start.read(6)
     if magic.startswith(_ZSTANDARD):

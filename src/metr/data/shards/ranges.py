@@ -8,7 +8,6 @@ import io
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import BinaryIO
 
 import msgspec
 import numpy as np
@@ -43,7 +42,7 @@ class ShardImage:
     offset: int
     size: int
 
-    def open(self) -> BinaryIO:
+    def open(self) -> io.BytesIO:
         """The bytes of the image: one request, unless the shard has to be fetched first.
 
         Raises:

@@ -12,11 +12,12 @@ without annotations.
 """
 
 import contextlib
+import io
 import json
 import posixpath
 import tarfile
 from collections.abc import Iterator, Mapping
-from typing import IO, Any
+from typing import Any
 
 import msgspec
 
@@ -33,7 +34,7 @@ _LISTED = 8
 _AGAIN = "download or copy it again"
 
 
-def rows_of_tar(stream: IO[bytes], where: str) -> Iterator[Row]:
+def rows_of_tar(stream: io.BufferedReader, where: str) -> Iterator[Row]:
     """The samples of a tar that is not compressed, in their order; one of them is in memory at a time.
 
     Args:
@@ -73,7 +74,7 @@ class _Sample:
         self.told: Any = None
         self.trouble: tuple[str, str] | None = None
 
-    def add(self, kind: str, member: tarfile.TarInfo, stream: IO[bytes]) -> None:
+    def add(self, kind: str, member: tarfile.TarInfo, stream: io.BufferedReader) -> None:
         """Takes a file of the sample."""
         self.kinds.append(kind)
         if is_image(f"x.{kind}") and "." not in kind and self.image is None:
@@ -176,7 +177,7 @@ def _is_id(value: object) -> bool:
     return isinstance(value, int | str) and not isinstance(value, bool)
 
 
-def _members(stream: IO[bytes], where: str) -> Iterator[tarfile.TarInfo]:
+def _members(stream: io.BufferedReader, where: str) -> Iterator[tarfile.TarInfo]:
     """The regular files of a tar."""
     with _reading(where, "its start"):
         archive = tarfile.open(fileobj=stream, mode="r:", tarinfo=StrictMember)  # noqa: SIM115  (nothing to close)
@@ -195,7 +196,7 @@ def _members(stream: IO[bytes], where: str) -> Iterator[tarfile.TarInfo]:
             yield member
 
 
-def _content(member: tarfile.TarInfo, stream: IO[bytes]) -> bytes:
+def _content(member: tarfile.TarInfo, stream: io.BufferedReader) -> bytes:
     """The bytes of a file in a tar.
 
     Raises:

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 import fsspec
 import msgspec
@@ -86,7 +86,7 @@ def read_range(address: str, start: int, size: int) -> bytes:
     return tried(address, attempt)
 
 
-def open_file(file: StoredFile) -> IO[bytes]:
+def open_file(file: StoredFile) -> io.BufferedReader:
     """A file to read from its start to its end; a part of it at a time is in memory.
 
     Raises:

@@ -4,9 +4,10 @@ What the columns are is settled as for tables on this disk (`metr.data.container
 """
 
 import contextlib
+import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import msgspec
 
@@ -41,7 +42,7 @@ class Row(msgspec.Struct, omit_defaults=True):
     trouble: tuple[str, str] | None = None
 
 
-def unpack_table(table: Path, pack: IO[bytes], rows: IO[bytes], about: Path, budget: Budget) -> None:
+def unpack_table(table: Path, pack: io.BufferedWriter, rows: io.BufferedWriter, about: Path, budget: Budget) -> None:
     """Writes the images of a table into a pack, and a line for each row.
 
     Args:
@@ -86,7 +87,7 @@ def _reading(table: Path) -> Iterator[None]:
         raise DamagedShardError(error.what, where=table, hint=error.hint) from None
 
 
-def _row(values: dict[str, Any], columns: Columns, number: int, pack: IO[bytes], budget: Budget) -> Row:
+def _row(values: dict[str, Any], columns: Columns, number: int, pack: io.BufferedWriter, budget: Budget) -> Row:
     """The image of a row, written into the pack."""
     image = values[columns.image]
     data = image.get("bytes") if isinstance(image, dict) else image
