@@ -248,7 +248,8 @@ def test_a_killed_command_and_a_stopped_one_go_on(
 
     code, said, err = commands(*arguments).end()
     assert code == 0, err
-    assert not err.replace("\n", ""), err
+    # METR's own lines alone: a name that was not trained, and progress
+    assert all(line.startswith("warning: ") or line.endswith(" left") for line in err.splitlines()), err
     assert "detections-*.parquet of all 400 images are in" in said
     assert_as_plain(written(out), Loader(tiny_run.folder)("cpu"), sorted(folder.iterdir()))
 
