@@ -1,5 +1,6 @@
 """Detection on Ray Data: the answers of the plain engine, whatever dies on the way; and nothing is left of ray."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -172,7 +173,7 @@ class Command:
             text=True,
             start_new_session=True,
         )
-        self.family: list[psutil.Process] = []
+        self.family: list[tuple[psutil.Process, str]] = []
 
     def wait_for_parts(self, out: Path, number: int) -> None:
         """Waits until so many parts are complete, and remembers the processes."""
@@ -181,8 +182,9 @@ class Command:
             assert time.monotonic() < deadline
             assert self.process.poll() is None, self.process.communicate()
             time.sleep(0.02)
-        self.family = psutil.Process(self.process.pid).children(recursive=True)
-        assert len(self.family) > 4
+        for process in psutil.Process(self.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                self.family.append((process, (process.cmdline() or [""])[0]))
 
     def end(self) -> tuple[int, str, str]:
         """The exit code, and what was said."""
@@ -201,10 +203,11 @@ def commands() -> Iterator[Callable[..., Command]]:
 
     yield start
     for one in started:
-        for process in [*one.family, psutil.Process(one.process.pid)] if one.process.poll() is None else one.family:
-            if process.is_running():
-                process.kill()
+        one.process.kill()
         one.process.communicate()
+        for process, _ in one.family:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
 
 
 @slow
@@ -222,7 +225,10 @@ def test_a_killed_command_and_a_stopped_one_go_on(
     killed.wait_for_parts(out, 3)
     killed.process.kill()
     killed.end()
-    _, alive = psutil.wait_procs(killed.family, timeout=30)
+    # ray's agents look for what is gone for a minute or so; the next command ends them
+    workers = [process for process, name in killed.family if not name.endswith("Agent")]
+    assert len(workers) > 4
+    _, alive = psutil.wait_procs(workers, timeout=60)
     assert not alive, "ray's processes end with the command"
     assert list(Path("/tmp").glob(f"metr-ray-{killed.process.pid}-*")), "the session of a killed process is still there"
 
@@ -235,14 +241,15 @@ def test_a_killed_command_and_a_stopped_one_go_on(
     assert "Traceback" not in err
     assert f"{reached} parts are complete already and skipped" in said
     assert "of 200 parts are complete; the same command goes on with the others" in said
-    _, alive = psutil.wait_procs(stopped.family, timeout=0.5)
+    _, alive = psutil.wait_procs([process for process, _ in (*killed.family, *stopped.family)], timeout=0.5)
     assert not alive
     for one in (killed, stopped):
         assert not list(Path("/tmp").glob(f"metr-ray-{one.process.pid}-*"))
 
     code, said, err = commands(*arguments).end()
     assert code == 0, err
-    assert not err.replace("\n", ""), err
+    # METR's own lines alone: a name that was not trained, and progress
+    assert all(line.startswith("warning: ") or line.endswith(" left") for line in err.splitlines()), err
     assert "detections-*.parquet of all 400 images are in" in said
     assert_as_plain(written(out), Loader(tiny_run.folder)("cpu"), sorted(folder.iterdir()))
 

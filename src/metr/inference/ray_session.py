@@ -2,6 +2,7 @@
 
 import logging
 import os
+import secrets
 import shutil
 import signal
 import sys
@@ -50,6 +51,7 @@ def imported_ray() -> ModuleType:
     Raises:
         DependencyError: it is not installed.
     """
+    _require_token()
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:
@@ -93,7 +95,6 @@ def _started(ray: ModuleType, cpus: int | None) -> Iterator[None]:
         if folder is not None:
             options = {
                 "address": "local",
-                "_node_ip_address": "127.0.0.1",  # who reaches ray's ports may run code: no other machine does
                 "num_cpus": cpus,
                 "object_store_memory": _STORE_BYTES,
                 "include_dashboard": False,
@@ -150,14 +151,34 @@ def _resources(ray: ModuleType) -> RayResources:
     return RayResources(cpus=max(1, int(found.get("CPU", 1))), gpus=int(found.get("GPU", 0)))
 
 
+def _require_token() -> None:
+    """Lets no one else talk to ray's processes: who does could run code, and their ports are open to other machines.
+
+    Ray reads this once, when it is imported. A cluster, and a program that has imported ray, have their own rules.
+    """
+    if not {"RAY_ADDRESS", "RAY_AUTH_MODE"} & os.environ.keys() and "ray" not in sys.modules:
+        os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"] = "token", secrets.token_hex(32)
+
+
 def _session_folder() -> Path:
-    """A new folder for ray's session, after those of processes that were killed have been removed."""
+    """A new folder for ray's session, after those of commands that were killed have been removed.
+
+    Processes that still write there are ended: some of ray's look for a minute for what was killed with the command.
+    """
     home = _SHORT if os.access(_SHORT, os.W_OK) else Path(tempfile.gettempdir())
     for left in home.glob(f"{_PREFIX}*-*"):
         number = left.name.removeprefix(_PREFIX).partition("-")[0]
         if number.isdecimal() and not psutil.pid_exists(int(number)):
+            _end_writers(left)
             shutil.rmtree(left, ignore_errors=True)
     return Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-", dir=home))
+
+
+def _end_writers(folder: Path) -> None:
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if any(Path(file.path).is_relative_to(folder) for file in process.open_files()):
+                process.kill()
 
 
 def _children() -> list[psutil.Process]:
