@@ -19,13 +19,23 @@ from tiny import CommandLine, TinyRun, train_arguments
 pytestmark = pytest.mark.slow
 
 
+def warned(caplog: pytest.LogCaptureFixture) -> str:
+    """The warnings of METR in one line; on the screen they are wrapped, in the middle of a path too."""
+    own = [one for one in caplog.records if one.name.startswith("metr") and one.levelname == "WARNING"]
+    return " ".join(one.getMessage() for one in own)
+
+
 def test_a_dataset_that_cannot_be_written_is_like_any_other(
-    tiny_run: TinyRun, read_only: Callable[[Path], Path], metr: CommandLine, tmp_path: Path
+    tiny_run: TinyRun,
+    read_only: Callable[[Path], Path],
+    metr: CommandLine,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     place = read_only(tiny_run.datasets[0].parent)
     data = [place / one.name for one in tiny_run.datasets]
     ended = metr("train", *data, "-o", tmp_path / "run", "--config", tiny_run.recipe)
-    assert (ended.code, "cannot" in ended.words) == (0, False), ended.words
+    assert (ended.code, warned(caplog)) == (0, ""), ended.words
 
 
 def test_a_cache_that_cannot_be_written_costs_a_warning(
@@ -34,6 +44,7 @@ def test_a_cache_that_cannot_be_written_costs_a_warning(
     metr: CommandLine,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     (tmp_path / "empty").mkdir()
     place = read_only(tmp_path / "empty")
@@ -41,9 +52,9 @@ def test_a_cache_that_cannot_be_written_costs_a_warning(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     ended = metr(*train_arguments(tiny_run, tmp_path / "run"))
     assert ended.code == 0, ended.words
-    assert f"{place / 'index'} cannot be written" in ended.words
-    assert "text embeddings are not kept on disk" in ended.words
-    assert "set METR_CACHE to a writable folder" in ended.words
+    assert f"{place / 'index'} cannot be written" in warned(caplog)
+    assert "text embeddings are not kept on disk" in warned(caplog)
+    assert "set METR_CACHE to a writable folder" in warned(caplog)
 
 
 def test_a_cache_that_was_filled_before_need_not_be_writable(
@@ -52,13 +63,14 @@ def test_a_cache_that_was_filled_before_need_not_be_writable(
     metr: CommandLine,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     cache = tmp_path / "filled"
     monkeypatch.setenv("METR_CACHE", str(cache))
     assert metr(*train_arguments(tiny_run, tmp_path / "first")).code == 0
     monkeypatch.setenv("METR_CACHE", str(read_only(cache)))
     ended = metr(*train_arguments(tiny_run, tmp_path / "second"))
-    assert (ended.code, "warning" in ended.words) == (0, False), ended.words
+    assert (ended.code, warned(caplog)) == (0, ""), ended.words
 
 
 def test_a_run_folder_that_cannot_be_written_is_said(
@@ -87,6 +99,7 @@ def test_without_a_home(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     request: pytest.FixtureRequest,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """A user without a home has the cache in the temporary folder; where HOME cannot be written, a warning is shown."""
     monkeypatch.delenv("METR_CACHE")
@@ -100,7 +113,7 @@ def test_without_a_home(
         monkeypatch.setenv("HOME", str(request.getfixturevalue("read_only")(tmp_path / "home")))
     ended = metr(*train_arguments(tiny_run, tmp_path / "run"))
     assert ended.code == 0, ended.words
-    assert ("METR_CACHE" in ended.words) == (home == "read-only")
+    assert ("METR_CACHE" in warned(caplog)) == (home == "read-only")
     assert (tmp_path / "tmp/metr/index").is_dir() == (home == "none")
 
 
@@ -137,7 +150,7 @@ CHANGES = ("a box is moved", "an image is added", "an image is removed")
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_data_that_changed_before_resuming_are_named_and_read_anew(
-    change: str, tiny_run: TinyRun, metr: CommandLine, tmp_path: Path
+    change: str, tiny_run: TinyRun, metr: CommandLine, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = [Path(shutil.copytree(one, tmp_path / one.name)) for one in tiny_run.datasets]
     run = tmp_path / "run"
@@ -166,10 +179,10 @@ def test_data_that_changed_before_resuming_are_named_and_read_anew(
     os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
     ended = metr("train", "--resume", "-o", run, "--steps", 4)
     assert ended.code == 0, ended.words
-    assert f"{folder.name}: its files have changed since the run was here last" in ended.words
+    assert f"{folder.name}: its files have changed since the run was here last" in warned(caplog)
     counts = {
         "a box is moved": "as many images as before",
         "an image is added": "now train 5",
         CHANGES[2]: "now train 3",
     }
-    assert counts[change] in ended.words
+    assert counts[change] in warned(caplog)
