@@ -20,7 +20,7 @@ from metr.models.config import DetectorConfig
 from metr.models.detector import Detector, compile_parts
 
 TEXT_WIDTH = 24
-SIZES = ((64, 96), (96, 64), (128, 96), (96, 160))
+SIZES = ((64, 96), (96, 64), (128, 96))
 
 
 def compared(config: DetectorConfig) -> dict[str, Any]:

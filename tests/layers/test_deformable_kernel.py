@@ -70,6 +70,7 @@ def test_sizes_that_fill_no_block(sizes: dict[str, int]) -> None:
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # NumPy's, which computes in the interpreter
 def test_places_that_are_no_numbers_touch_nothing() -> None:
     value, places, weights = given(SHAPES[:2], torch.float32)
     places[0, 0] = torch.nan

@@ -17,92 +17,101 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_QUERIES = 16
+_ROWS = tl.constexpr(16)
 """Queries of one program."""
+_HEAD = tl.constexpr(7)
+"""Numbers in `facts` before those of the levels: queries, tokens, heads, levels, channels, and in the buffer of all
+gradients where those of the places and those of the weights begin."""
 
 
 @triton.jit
 @no_type_check
-def _corner(place_x, place_y, there, start, height, width, DX: tl.constexpr, DY: tl.constexpr):
+def _corner(x: Any, y: Any, there: Any, start: Any, height: Any, width: Any, corner: tl.constexpr) -> Any:
     """A corner of the cell around each place: its token, whether it exists, and its bilinear weights along x and y."""
-    left = tl.floor(place_x)
-    top = tl.floor(place_y)
-    ahead_x = place_x - left
-    ahead_y = place_y - top
-    column = left + DX
-    row = top + DY
+    left = tl.floor(x)
+    top = tl.floor(y)
+    column = left + corner % 2
+    row = top + corner // 2
     inside = there & (column >= 0) & (column < width) & (row >= 0) & (row < height)
     # places may be anywhere, or not numbers at all: only those inside become indices
-    token = start + tl.where(inside, row, 0.0).to(tl.int32) * width + tl.where(inside, column, 0.0).to(tl.int32)
-    near_x = ahead_x if DX else 1.0 - ahead_x
-    near_y = ahead_y if DY else 1.0 - ahead_y
+    token = start + tl.where(inside, row, 0.0).to(tl.int64) * width + tl.where(inside, column, 0.0).to(tl.int64)
+    near_x = x - left if corner % 2 else 1.0 - (x - left)
+    near_y = y - top if corner // 2 else 1.0 - (y - top)
     return token, inside, near_x, near_y
 
 
 @triton.jit
 @no_type_check
 def _sum_kernel(
-    value, places, weights, facts, out, queries, tokens, heads,
-    LEVELS: tl.constexpr, POINTS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """Weighted sums of samples for ROWS queries of one head of one image."""
-    query = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    value: Any, places: Any, weights: Any, facts: Any, out: Any, POINTS: tl.constexpr, BLOCK: tl.constexpr
+) -> None:
+    """Weighted sums of samples for some queries of one head of one image."""
+    queries, tokens, heads = tl.load(facts), tl.load(facts + 1), tl.load(facts + 2)
+    levels, channels = tl.load(facts + 3), tl.load(facts + 4)
+    query = tl.program_id(0) * _ROWS + tl.arange(0, _ROWS)
     there = query < queries
-    image = (tl.program_id(1) // heads).to(tl.int64)
+    image = tl.program_id(1) // heads
     head = tl.program_id(1) % heads
     channel = tl.arange(0, BLOCK)
-    used = channel < CHANNELS
+    used = channel < channels
     row = (image * queries + query) * heads + head
-    total = tl.zeros([ROWS, BLOCK], dtype=tl.float32)
-    for level in range(LEVELS):
-        start = tl.load(facts + 3 * level)
-        height = tl.load(facts + 3 * level + 1)
-        width = tl.load(facts + 3 * level + 2)
+    total = tl.zeros([_ROWS, BLOCK], dtype=tl.float32)
+    for level in range(levels):
+        of_level = facts + _HEAD + 3 * level
+        start, height, width = tl.load(of_level), tl.load(of_level + 1), tl.load(of_level + 2)
         for point in range(POINTS):
-            place = row * (LEVELS * POINTS) + level * POINTS + point
-            x = tl.load(places + 2 * place, mask=there, other=0.0) * width - 0.5
-            y = tl.load(places + 2 * place + 1, mask=there, other=0.0) * height - 0.5
+            place = (row * levels + level) * POINTS + point
+            x = tl.load(places + 2 * place, mask=there, other=0.0) * width.to(tl.float32) - 0.5
+            y = tl.load(places + 2 * place + 1, mask=there, other=0.0) * height.to(tl.float32) - 0.5
             weight = tl.load(weights + place, mask=there, other=0.0).to(tl.float32)
             for corner in tl.static_range(4):
-                token, inside, near_x, near_y = _corner(x, y, there, start, height, width, corner % 2, corner // 2)
-                cell = ((image * tokens + token) * heads + head) * CHANNELS
+                token, inside, near_x, near_y = _corner(x, y, there, start, height, width, corner)
+                cell = ((image * tokens + token) * heads + head) * channels
                 mask = inside[:, None] & used[None, :]
                 seen = tl.load(value + cell[:, None] + channel[None, :], mask=mask, other=0.0).to(tl.float32)
                 total += tl.where(inside, weight * near_x * near_y, 0.0)[:, None] * seen
-    tl.store(out + row[:, None] * CHANNELS + channel[None, :], total, mask=there[:, None] & used[None, :])
+    tl.store(out + row[:, None] * channels + channel[None, :], total, mask=there[:, None] & used[None, :])
 
 
 @triton.jit
 @no_type_check
 def _gradient_kernel(
-    value, places, weights, facts, grad, grad_value, grad_places, grad_weights, queries, tokens, heads,
-    LEVELS: tl.constexpr, POINTS: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """The gradients of values, places and weights, for ROWS queries of one head of one image."""
-    query = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    value: Any,
+    places: Any,
+    weights: Any,
+    facts: Any,
+    grad: Any,
+    grads: Any,
+    POINTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """The gradients of values, places and weights, in one buffer, for some queries of one head of one image."""
+    queries, tokens, heads = tl.load(facts), tl.load(facts + 1), tl.load(facts + 2)
+    levels, channels = tl.load(facts + 3), tl.load(facts + 4)
+    grad_places, grad_weights = grads + tl.load(facts + 5), grads + tl.load(facts + 6)
+    query = tl.program_id(0) * _ROWS + tl.arange(0, _ROWS)
     there = query < queries
-    image = (tl.program_id(1) // heads).to(tl.int64)
+    image = tl.program_id(1) // heads
     head = tl.program_id(1) % heads
     channel = tl.arange(0, BLOCK)
-    used = channel < CHANNELS
+    used = channel < channels
     row = (image * queries + query) * heads + head
     wanted = there[:, None] & used[None, :]
-    given = tl.load(grad + row[:, None] * CHANNELS + channel[None, :], mask=wanted, other=0.0).to(tl.float32)
-    for level in range(LEVELS):
-        start = tl.load(facts + 3 * level)
-        height = tl.load(facts + 3 * level + 1)
-        width = tl.load(facts + 3 * level + 2)
+    given = tl.load(grad + row[:, None] * channels + channel[None, :], mask=wanted, other=0.0).to(tl.float32)
+    for level in range(levels):
+        of_level = facts + _HEAD + 3 * level
+        start, height, width = tl.load(of_level), tl.load(of_level + 1), tl.load(of_level + 2)
         for point in range(POINTS):
-            place = row * (LEVELS * POINTS) + level * POINTS + point
-            x = tl.load(places + 2 * place, mask=there, other=0.0) * width - 0.5
-            y = tl.load(places + 2 * place + 1, mask=there, other=0.0) * height - 0.5
+            place = (row * levels + level) * POINTS + point
+            x = tl.load(places + 2 * place, mask=there, other=0.0) * width.to(tl.float32) - 0.5
+            y = tl.load(places + 2 * place + 1, mask=there, other=0.0) * height.to(tl.float32) - 0.5
             weight = tl.load(weights + place, mask=there, other=0.0).to(tl.float32)
-            of_weight = tl.zeros([ROWS], dtype=tl.float32)
-            of_x = tl.zeros([ROWS], dtype=tl.float32)
-            of_y = tl.zeros([ROWS], dtype=tl.float32)
+            of_weight = tl.zeros([_ROWS], dtype=tl.float32)
+            of_x = tl.zeros([_ROWS], dtype=tl.float32)
+            of_y = tl.zeros([_ROWS], dtype=tl.float32)
             for corner in tl.static_range(4):
-                token, inside, near_x, near_y = _corner(x, y, there, start, height, width, corner % 2, corner // 2)
-                cell = ((image * tokens + token) * heads + head) * CHANNELS
+                token, inside, near_x, near_y = _corner(x, y, there, start, height, width, corner)
+                cell = ((image * tokens + token) * heads + head) * channels
                 mask = inside[:, None] & used[None, :]
                 seen = tl.load(value + cell[:, None] + channel[None, :], mask=mask, other=0.0).to(tl.float32)
                 product = tl.where(inside, tl.sum(seen * given, axis=1), 0.0)
@@ -111,10 +120,10 @@ def _gradient_kernel(
                 of_x += (2 * (corner % 2) - 1) * tl.where(inside, near_y, 0.0) * product
                 of_y += (2 * (corner // 2) - 1) * tl.where(inside, near_x, 0.0) * product
                 share = tl.where(inside, weight * near_x * near_y, 0.0)
-                tl.atomic_add(grad_value + cell[:, None] + channel[None, :], share[:, None] * given, mask=mask)
+                tl.atomic_add(grads + cell[:, None] + channel[None, :], share[:, None] * given, mask=mask)
             tl.store(grad_weights + place, of_weight, mask=there)
-            tl.store(grad_places + 2 * place, of_x * weight * width, mask=there)
-            tl.store(grad_places + 2 * place + 1, of_y * weight * height, mask=there)
+            tl.store(grad_places + 2 * place, of_x * weight * width.to(tl.float32), mask=there)
+            tl.store(grad_places + 2 * place + 1, of_y * weight * height.to(tl.float32), mask=there)
 
 
 @torch.library.custom_op("metr::sample_levels", mutates_args=())
@@ -129,7 +138,7 @@ def sample_fused(value: Tensor, places: Tensor, weights: Tensor, sides: Sequence
     """
     value, places, weights = value.contiguous(), places.contiguous(), weights.contiguous()
     out = value.new_empty(value.shape[0], places.shape[1], value.shape[2])
-    _launch(_sum_kernel, (value, places, weights, _facts(sides, value.device), out))
+    _launch(_sum_kernel, (value, places, weights, _facts(value, places, sides), out))
     return out
 
 
@@ -144,11 +153,15 @@ def sample_fused_gradient(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of the values, the places and the weights."""
     value, places, weights = value.contiguous(), places.contiguous(), weights.contiguous()
-    grad_value = torch.zeros_like(value, dtype=torch.float32)
-    grad_places, grad_weights = torch.empty_like(places), torch.empty_like(weights)
-    inputs = (value, places, weights, _facts(sides, value.device), grad.contiguous())
-    _launch(_gradient_kernel, (*inputs, grad_value, grad_places, grad_weights))
-    return grad_value.to(value.dtype, copy=False), grad_places, grad_weights
+    parts = (value, places, weights)
+    grads = torch.zeros(sum(one.numel() for one in parts), dtype=torch.float32, device=value.device)
+    _launch(_gradient_kernel, (*parts, _facts(value, places, sides), grad.contiguous(), grads))
+    # copies: what an operator returns shares no memory
+    rows = torch.split(grads, [one.numel() for one in parts])
+    of_value, of_places, of_weights = (
+        row.view_as(one).to(one.dtype, copy=True) for row, one in zip(rows, parts, strict=True)
+    )
+    return of_value, of_places, of_weights
 
 
 @sample_fused_gradient.register_fake
@@ -173,21 +186,21 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
 sample_fused.register_autograd(_backward, setup_context=_keep)
 
 
-def _facts(sides: Sequence[int], device: torch.device) -> Tensor:
-    """What the kernels read of the levels, on the device; the host does not wait for the copy."""
+def _facts(value: Tensor, places: Tensor, sides: Sequence[int]) -> Tensor:
+    """What the kernels read besides tensors, on the device; the host does not wait for the copy."""
+    _, queries, heads, levels, *_ = places.shape
     shapes = list(zip(sides[::2], sides[1::2], strict=True))
     starts = accumulate((height * width for height, width in shapes[:-1]), initial=0)
-    rows = [(start, height, width) for start, (height, width) in zip(starts, shapes, strict=True)]
-    return torch.tensor(rows, dtype=torch.int32, device="cpu").to(device, non_blocking=True)
+    numbers = [queries, value.shape[1], heads, levels, value.shape[2] // heads]
+    numbers += [value.numel(), value.numel() + places.numel()]
+    for start, (height, width) in zip(starts, shapes, strict=True):
+        numbers += [start, height, width]
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu").to(value.device, non_blocking=True)
 
 
 def _launch(kernel: Any, tensors: Sequence[Tensor]) -> None:
     value, places = tensors[:2]
-    images, queries, heads, levels, points, _ = places.shape
-    channels = value.shape[2] // heads
-    if not value.numel() or not places.numel():
-        return
-    grid = (triton.cdiv(queries, _QUERIES), images * heads)
-    sizes = {"LEVELS": levels, "POINTS": points, "CHANNELS": channels}
-    block = triton.next_power_of_2(channels)
-    kernel[grid](*tensors, queries, value.shape[1], heads, **sizes, BLOCK=block, ROWS=_QUERIES)
+    images, queries, heads, _, points, _ = places.shape
+    if value.numel() and places.numel():
+        grid = (triton.cdiv(queries, _ROWS.value), images * heads)
+        kernel[grid](*tensors, POINTS=points, BLOCK=triton.next_power_of_2(value.shape[2] // heads))
