@@ -52,7 +52,7 @@ def run(name, parallel, stop=0):
         batch = next(iter(images))
         for _ in range(1 + trainer.accelerator.process_index):
             found = network(batch.images, batch.padding_mask, parts.checkpoint.text_embeddings)
-        return Evaluated(metrics={{"AP": float(found.logits.sum())}})
+        return Evaluated(metrics={{"AP": 0.0 * float(found.logits.sum())}})  # as alone
     trainer = Trainer(parts, config, folder / name, evaluate=evaluate)
     def ask(module, inputs):
         trainer._stop_signals.requested |= trainer.counters.step + 1 == stop
