@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
 
 from metr.checkpoint import Checkpoint
 from metr.config import Tree
@@ -116,7 +117,7 @@ def transfer(
         console: Where the report is shown.
 
     Raises:
-        CheckpointError: the run cannot be read, or `out` holds something else.
+        CheckpointError: the run cannot be read, `out` holds something else, or the disk refuses.
         ConfigError: there is no such detector, or a name is empty or given twice.
         DataError: the dataset cannot be read.
         ModelError: the detector cannot be built for this METR.
@@ -126,7 +127,10 @@ def transfer(
     done = to_detector(model, target, _read_for(model, names) if isinstance(names, str) else names)
     processor = found.image_processor(model.resize, colours_of(model.network))
     with explained_disk_errors(out), replaced_folder(out, REPORT) as fresh, quiet():
-        done.model.save_pretrained(fresh)
+        try:
+            done.model.save_pretrained(fresh)
+        except SafetensorError as error:  # a full disk; what was to be written is in memory, and in order
+            raise OSError(str(error)) from error
         processor.save_pretrained(fresh)
         write_json(fresh / REPORT, done.report.to_dict())
     show(done.report, out, console or Console(quiet=True), _TRAINER.format(out=out))
