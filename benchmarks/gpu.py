@@ -25,6 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -102,11 +103,11 @@ class RtDetr(step.Contender):
         self.optimizer.zero_grad()
 
 
-class Traffic(TorchDispatchMode):
+class Traffic(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up the bytes of the inputs and outputs of every operation but views."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -132,12 +133,13 @@ def speed(settings: step.Settings) -> Tree:
             if compiled and settings.torch_device.type == "cpu":
                 continue  # it would need a C++ compiler
             key = f"{name}, compiled" if compiled else name
-            found[key] = attempted(lambda make=make, compiled=compiled: contender_speed(make(), compiled))
+            found[key] = attempted(partial(speed_of, make, compiled))
     return {"contenders": found, "chip": chip(settings.torch_device)}
 
 
-def contender_speed(contender: Any, compiled: bool) -> Tree:
-    """Seconds, memory and work of one contender."""
+def speed_of(make: Callable[[], Any], compiled: bool) -> Tree:
+    """Seconds, memory and work of the contender that `make` builds."""
+    contender = make()
     settings, device, found = contender.settings, contender.device, {}
     network = contender.network
     actions: dict[str, Callable[[], None]] = {"training": contender.train_step, "inference": contender.infer}
@@ -209,7 +211,7 @@ def kernel(settings: step.Settings) -> Tree:
 
         def both(sample: Callable[..., Tensor] = sample) -> None:
             leaves = [one.detach().requires_grad_() for one in (value, places, weights)]
-            sample(*leaves, shapes).sum().backward()
+            sample(*leaves, shapes).sum().backward()  # type: ignore[no-untyped-call]
 
         for _ in range(2):
             both()
@@ -305,7 +307,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def work() -> bool:
         settings = step.Settings(batch=given.batch, repeats=20, precision="bf16", device=given.device)
         if given.tiny:
-            settings = replace(settings, **SIZES["tiny"], precision="fp32")
+            settings = replace(settings, **dict[str, Any](SIZES["tiny"]), precision="fp32")
         device = settings.torch_device
         where = "cpu" if device.type == "cpu" else runner.hardware(device).lower().replace(" ", "-")
         few, many = (4, 4) if given.tiny else (60, 1500)

@@ -8,6 +8,8 @@ import pytest
 from reader_trees import NAMES, coco_plain, made_up, save_image, voc_listed, write_json, write_text, yolo_plain
 
 from metr.data.datasets_file import DatasetConfig, DatasetSource, open_dataset, parse_data_arguments
+from metr.data.formats.base import Reader
+from metr.data.formats.registry import READERS
 from metr.data.guard import log_issues
 from metr.data.records import canonical_split, hold_out, plan_splits
 from metr.errors import ConfigError, DataError
@@ -422,3 +424,8 @@ def test_every_fault_of_a_datasets_file_names_its_line(tmp_path: Path, text: str
         parse_data_arguments([str(listing)])
     assert f"{listing}, line {line}: " in str(caught.value)
     assert told in str(caught.value)
+
+
+@pytest.mark.parametrize("reader", READERS, ids=lambda reader: reader.format)
+def test_every_format_can_be_named(reader: type[Reader]) -> None:
+    assert DatasetConfig(name="a", path=Path("a"), format=reader.format).format == reader.format

@@ -67,7 +67,9 @@ class Collated:
         if self.batch is None:
             return self
         values = {field.name: getattr(self.batch.targets, field.name) for field in fields(Targets)}
-        pinned = {name: value.pin_memory() for name, value in values.items() if isinstance(value, Tensor)}
+        pinned: dict[str, Any] = {
+            name: value.pin_memory() for name, value in values.items() if isinstance(value, Tensor)
+        }
         targets = replace(self.batch.targets, **pinned)
         return replace(self, batch=replace(self.batch, pixels=self.batch.pixels.pin_memory(), targets=targets))
 

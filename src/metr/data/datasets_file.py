@@ -19,7 +19,7 @@ from metr.data.containers.archives import archive_stem
 from metr.data.formats.base import ReadOptions, plain_name
 from metr.data.formats.box_kinds import BoxKind
 from metr.data.formats.files import expanded, there
-from metr.data.formats.registry import log_other_formats, recognise
+from metr.data.formats.registry import READERS, log_other_formats, recognise
 from metr.data.index.annotation_index import AnnotationIndex, LabelMap
 from metr.data.index.cache import default_cache, stored
 from metr.data.index.manifest import Manifest
@@ -30,22 +30,6 @@ from metr.errors import ConfigError, DataError, did_you_mean
 
 logger = logging.getLogger(__name__)
 
-FormatName = Literal[
-    "coco",
-    "lvis",
-    "objects365",
-    "yolo",
-    "crowdhuman",
-    "odvg",
-    "open_images",
-    "imagefolder",
-    "labelme",
-    "voc",
-    "csv",
-    "huggingface",
-    "tfrecord",
-    "webdataset",
-]
 SplitName = Literal["train", "val", "test"]
 
 _SUFFIXES = frozenset({".yaml", ".yml"})
@@ -58,6 +42,13 @@ _DO_NOT_CARE = frozenset(
 _WORDS = frozenset({"name", "path", "splits", "prompts", "renames", "exhaustive"})
 
 
+def _known_format(name: str) -> str:
+    formats = [reader.format for reader in READERS]
+    if name not in formats:
+        raise ValueError(f"expected one of {', '.join(formats)}; {did_you_mean(name, formats)}".removesuffix("; "))
+    return name
+
+
 class DatasetConfig(Config):
     """One dataset of a run: where it is and how it is read. Category names are meant after `renames`."""
 
@@ -66,7 +57,7 @@ class DatasetConfig(Config):
     path: Annotated[Path | str, AfterValidator(path_or_url)]
     """Its folder, its one annotation file, an archive of the folder (zip, tar, tar.gz, tar.bz2, tar.xz), or shards: a
     URL or a path with braces or a glob, such as `s3://bucket/train-{000..127}.tar`."""
-    format: FormatName | None = None
+    format: Annotated[str, AfterValidator(_known_format)] | None = None
     """The format of its files. None: it is recognised."""
     splits: dict[SplitName, tuple[str, ...] | str] | None = None
     """Which of the dataset's own splits are train, val and test. None: by the convention of the format."""

@@ -29,7 +29,7 @@ class IssueSummary(msgspec.Struct, frozen=True):
     first: list[tuple[str, str, str]]
 
 
-class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The content of an index folder, as `manifest.json` stores it.
 
     `names` are the labels of the Arrow files in their order, `counts` the numbers of their boxes in all splits.
