@@ -204,7 +204,8 @@ def test_an_empty_file_holds_nothing(tmp_path: Path) -> None:
     [
         (b"a: [1, 2", "not readable as YAML"),
         (b"a: b: c", "not readable as YAML"),
-        (b"\xff\xfe\x00\x01", "not readable as YAML"),
+        (b"\xff\xfe\x00\x01\x02", "not readable as YAML"),
+        (b"\x80\x81\x82", "not readable as YAML"),
         (b"a: !!python/object:os.system x", "not readable as YAML"),
         (b"day: 2001-99-99", "not readable as YAML"),
         (b"- 1\n- 2\n", "found a list"),

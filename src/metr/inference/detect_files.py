@@ -66,11 +66,11 @@ def detect_files(
     confident = []
     with ResultFiles(out, predictor.names, len(paths), console) as results:
         for path, target, prediction in zip(paths, drawn, predictor.detect_many(_shown(paths, console)), strict=True):
+            results.add(prediction)
             if prediction.detections is not None:
                 shown = thresholds.shown(prediction.detections)
                 confident.append(replace(prediction, detections=shown))
                 _draw(read_image(path), shown, style, target)
-            results.add(prediction)
     _report(results.done, confident, out, console)
     return results.done
 

@@ -194,7 +194,7 @@ def kernel_error(
         leaves = [one.detach().clone().requires_grad_() for one in (value, places, weights)]
         out = sample(leaves[0].float() if exact else leaves[0], leaves[1], leaves[2], level_shapes).to(dtype)
         factors = torch.arange(out.numel(), device=device).cos().reshape(out.shape).to(dtype)
-        answers.append([out, *torch.autograd.grad((out * factors).sum(), leaves)])
+        answers.append([out.detach(), *torch.autograd.grad((out * factors).sum(), leaves)])
     errors = [
         (one.float() - other.float()).abs().max() / other.float().abs().max()
         for one, other in zip(*answers, strict=True)

@@ -178,7 +178,7 @@ def _tables(snapshot: Snapshot, losses: Mapping[str, float]) -> Iterator[Rendera
                 grid = Table.grid(padding=(0, 4))
                 grid.add_row(_losses(losses, kinds[:most]), *(tables[one] for one in shown))
                 yield grid
-    yield Text(f"total {number_text(sum(losses.values()))}")
+    yield Text(f"total {number_text(sum(losses.values(), 0.0))}")
 
 
 def _losses(losses: Mapping[str, float], kinds: Sequence[str]) -> Table:
@@ -194,8 +194,8 @@ def _losses(losses: Mapping[str, float], kinds: Sequence[str]) -> Table:
     table.add_row(*(Text(word, style="bold") for word in ("loss", "sum", *kinds)))
     for part, row in rows.items():
         numbers = [number_text(row[kind]) if kind in row else "" for kind in kinds]
-        table.add_row(Text(part), number_text(sum(row.values())), *numbers)
-    table.add_row(Text("total"), Text(number_text(sum(losses.values())), style="bold"))
+        table.add_row(Text(part), number_text(sum(row.values(), 0.0)), *numbers)
+    table.add_row(Text("total"), Text(number_text(sum(losses.values(), 0.0)), style="bold"))
     return table
 
 
