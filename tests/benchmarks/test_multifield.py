@@ -40,7 +40,8 @@ def test_it_writes_settings_numbers_and_images(
     }
     assert set(report["confusion"]["domains"]) == set(multifield.FIELDS.values())
     assert report["unannotated"] == "negative"
-    assert all(math.isfinite(mean["ap"]) for mean in report["mean"].values())
+    assert all(math.isfinite(report["mean"][mode]["ap"]) for mode in ("own", "joint"))
+    assert 0 <= report["mean"]["confusion"] <= 100
     page = (results / "multifield-trial.md").read_text()
     assert "4 images seen in 2 steps" in page
     assert "coco_mini (not in the mean)" in page

@@ -26,7 +26,7 @@ from metr.data.transforms import build_transforms
 from metr.errors import StoreError
 from metr.structures import Batch
 from metr.text.vocabulary import Vocabulary
-from metr.training.state import StepReport
+from metr.training.step_report import UnreadReport
 from metr.training.trainer import Trainer
 from small_runs import make_config, make_parts
 
@@ -166,9 +166,9 @@ def losses(source: DatasetSource, folder: Path, steps: int, workers: int, monkey
     found: Losses = []
     step = Trainer.train_step
 
-    def noted(self: Trainer, given: Sequence[Batch]) -> StepReport:
+    def noted(self: Trainer, given: Sequence[Batch]) -> UnreadReport:
         report = step(self, given)
-        found.append(dict(report.figures))
+        found.append(dict(report.read().figures))
         return report
 
     with monkeypatch.context() as patch:
