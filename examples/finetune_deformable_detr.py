@@ -22,8 +22,9 @@ try:
     processor: Any = AutoImageProcessor.from_pretrained(out)  # type: ignore[no-untyped-call]
     model = AutoModelForObjectDetection.from_pretrained(out)
     images: Any = trainer_images(folder, model)
-    asked = TrainingArguments(f"{out}/training", max_steps=steps, learning_rate=2e-4)
+    asked = TrainingArguments(f"{out}-training", max_steps=steps, learning_rate=2e-4)
     Trainer(model, asked, partial(trainer_batch, processor), images).train()
-    model.save_pretrained(out)
+    model.save_pretrained(f"{out}-trained")
+    processor.save_pretrained(f"{out}-trained")
 except MetrError as error:
     sys.exit(str(error))

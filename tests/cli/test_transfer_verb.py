@@ -52,6 +52,13 @@ def test_to_rt_detr_and_back(metr: CommandLine, tiny_run: TinyRun, tmp_path: Pat
     # written again over itself, and taken back
     assert metr("transfer", tiny_run.folder, "--to", "rt_detr", "-o", out).code == 0
     assert len(AutoModelForObjectDetection.from_pretrained(out).config.id2label) == 10
+    # but not over what was trained or put there
+    for name in ("config.json", "notes.txt"):
+        (out / name).write_text((out / name).read_text() + " " if (out / name).exists() else "mine")
+        ended = metr("transfer", tiny_run.folder, "--to", "rt_detr", "-o", out)
+        assert (ended.code, name in ended.words) == (1, True), ended.words
+        assert "so it is not overwritten" in ended.words
+    assert (out / "notes.txt").read_text() == "mine"
     text = ["--text", tiny_run.text_model]
     back = metr("transfer", "--from", out, "-o", tmp_path / "back", "--names", tiny_run.datasets[0], *text)
     assert back.code == 0, back.words

@@ -1,5 +1,6 @@
 """`metr transfer`: METR becomes a detector of transformers, and other detectors become METR."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,11 +23,11 @@ from metr.data.images import read_image
 from metr.data.joint import open_joint
 from metr.data.records import ImageRecord
 from metr.devices import resolved_device
-from metr.errors import ConfigError, DataError, ModelError
+from metr.errors import CheckpointError, ConfigError, DataError, ModelError
 from metr.hub import quiet
 from metr.model import METR
 from metr.run_directory import explained_disk_errors, replaced_folder
-from metr.serialization import write_json
+from metr.serialization import read_json, write_json
 from metr.sharing.push import save
 from metr.text.config import TextEncoderConfig
 from metr.text.encoder import TextEncoder
@@ -48,6 +49,7 @@ __all__ = [
 
 REPORT = "transfer.json"
 """What became of every weight, in the folder of the detector."""
+_WRITTEN = "files"  # the key of the report that says which files were written, and their digests
 _BACKBONE = "all but its backbone starts afresh"
 _TRAINER = """go on with transformers' Trainer; DATA is a dataset with names of the detector (--names DATA):
   from functools import partial
@@ -59,7 +61,7 @@ _TRAINER = """go on with transformers' Trainer; DATA is a dataset with names of 
   batch = partial(trainer_batch, AutoImageProcessor.from_pretrained("{out}"))
   images = trainer_images("DATA", model)
   Trainer(model, TrainingArguments("training", max_steps=500, learning_rate=2e-4), batch, images).train()
-  model.save_pretrained("{out}")"""
+  model.save_pretrained("{out}-trained"), processor.save_pretrained("{out}-trained")"""
 # of an object, as transformers' image processors read it
 _COCO = ("category_id", "bbox", "area", "iscrowd")
 
@@ -111,7 +113,7 @@ def transfer(
     Args:
         source: A METR, a run folder, a checkpoint folder, or a name on the hub.
         target: The detector: deformable_detr, rt_detr, ...
-        out: Where to; it may hold what an earlier transfer wrote.
+        out: Where to; it may hold what an earlier transfer wrote, if nothing was changed or added since.
         names: What the detector is to find, label by label. As one text: names between commas, or a dataset, whose
             names they are, or "all" for every name of training. By default what the METR looks for by default.
         console: Where the report is shown.
@@ -123,6 +125,7 @@ def transfer(
         ModelError: the detector cannot be built for this METR.
     """
     found, out = find_target(target), Path(out)
+    _keep_what_was_changed(out)
     model = source if isinstance(source, METR) else METR.from_pretrained(source, device="cpu")
     done = to_detector(model, target, _read_for(model, names) if isinstance(names, str) else names)
     processor = found.image_processor(model.resize, colours_of(model.network))
@@ -132,9 +135,36 @@ def transfer(
         except SafetensorError as error:  # a full disk; what was to be written is in memory, and in order
             raise OSError(str(error)) from error
         processor.save_pretrained(fresh)
-        write_json(fresh / REPORT, done.report.to_dict())
+        write_json(fresh / REPORT, {**done.report.to_dict(), _WRITTEN: _digests(fresh)})
     show(done.report, out, console or Console(quiet=True), _TRAINER.format(out=out))
     return done.report
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """The SHA-256 of each file in a folder of a transferred detector, but for the report."""
+    digests = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != REPORT:
+            with path.open("rb") as file:
+                digests[path.relative_to(folder).as_posix()] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
+
+
+def _keep_what_was_changed(out: Path) -> None:
+    """Refuses a folder in which a detector was trained since it was transferred, or that holds more.
+
+    Raises:
+        CheckpointError: it is such a folder.
+    """
+    if not (out / REPORT).is_file():
+        return
+    written = read_json(out / REPORT).get(_WRITTEN)
+    now = _digests(out)
+    if written != now:
+        known = written if isinstance(written, dict) else {}
+        changed = listed(sorted(name for name in now if known.get(name) != now[name]) or sorted(known))
+        what = f"was changed since a transfer wrote it ({changed}), so it is not overwritten"
+        raise CheckpointError(what, where=out, hint="name another folder, or move this one away")
 
 
 def _read_for(model: METR, names: str) -> Vocabulary:
@@ -256,17 +286,20 @@ def adopt_file(source: Path, out: Path, *, names: str | None, text: str | None, 
 
     Args:
         source: As `from_detector`.
-        out: Where to; it may hold a checkpoint.
+        out: Where to; an empty folder, or none yet.
         names: Names between commas, or a dataset, whose names they are; by default the detector's labels.
         text: The text encoder's folder or hub name; by default the bundled one.
         console: Where the report goes.
 
     Raises:
-        CheckpointError: as `from_detector`, or `out` holds something else.
+        CheckpointError: as `from_detector`, or `out` holds something.
         ConfigError: as `from_detector`.
         DataError: the dataset cannot be read.
         ModelError: as `from_detector`.
     """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        what = "exists already, and is not overwritten"
+        raise CheckpointError(what, where=out, hint="name another folder, or move this one away")
     wanted = None if names is None else read_names(names)
     encoder = None if text is None else TextEncoderConfig(source=text)
     model, report = import_detector(source, wanted, text=encoder, device="cpu")
