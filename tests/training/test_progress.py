@@ -56,6 +56,17 @@ def test_a_terminal_gets_a_live_screen() -> None:
     assert "step 1,201 of 10,000" in rendered(console)
 
 
+def test_the_last_screen_shows_the_last_evaluation() -> None:
+    console = terminal()
+    with Progress(console, seconds=1000.0) as progress:
+        progress.update(replace(SNAPSHOT, step=SNAPSHOT.steps))
+        progress.evaluated({"AP": 44.44}, SNAPSHOT.steps)
+    last = rendered(console).split("step 10,000 of 10,000")[-1]
+    assert "evaluation at step 10000" in last
+    assert "44.44" in last
+    assert "1:02:05" not in last
+
+
 def test_elsewhere_there_are_lines_every_so_often(caplog: pytest.LogCaptureFixture) -> None:
     console = Console(file=io.StringIO(), force_terminal=False)
     with caplog.at_level(logging.INFO), Progress(console, seconds=1000.0) as progress:

@@ -165,6 +165,7 @@ class RunLogger:
             return
         values = {"metrics": counters.metrics, "epochs": dict(epochs), "evaluation_seconds": self._evaluation_seconds}
         self._write("evaluation", counters.evaluated_step, values)
+        self._progress.evaluated(counters.metrics, counters.evaluated_step)
         metrics = ", ".join(f"{name} {value:.2f}" for name, value in list(counters.metrics.items())[:_MOST_TOLD])
         _logger.info("evaluation at step %d: %s", counters.evaluated_step, metrics)
         self.seen(epochs)

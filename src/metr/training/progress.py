@@ -5,7 +5,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 from rich.console import Console, Group, RenderableType
@@ -89,6 +89,12 @@ class Progress:
         if time.monotonic() - self._shown >= self.seconds:
             self._shown = time.monotonic()
             self._log.info("%s", one_line(snapshot, sum(self._losses.values())))
+
+    def evaluated(self, metrics: Mapping[str, float], step: int) -> None:
+        """Shows the newest evaluation. After the last step no time is left."""
+        if self._snapshot is not None:
+            newest = replace(self._snapshot, metrics=metrics, evaluated_step=step)
+            self._snapshot = replace(newest, seconds_left=0.0) if newest.step >= newest.steps else newest
 
     @contextmanager
     def activity(self, name: str) -> Iterator[None]:
