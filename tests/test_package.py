@@ -55,3 +55,9 @@ def test_detecting_imports_neither_training_nor_dataset_formats() -> None:
     script = "import sys, metr; metr.METR; print(*(name for name in sys.modules if name.startswith('metr.')))"
     parts = ("conversion", "sharing", "training", "evaluation", "inspection", "data.formats", "data.index", "cli")
     assert not [name for name in ended_well(script).split() if name.startswith(tuple(f"metr.{part}" for part in parts))]
+
+
+def test_detecting_does_not_import_the_compiler() -> None:
+    """It takes more than a second, a third of the whole start."""
+    script = "import sys, metr, metr.inference.detect_files; metr.METR; print('torch._dynamo' in sys.modules)"
+    assert ended_well(script).split() == ["False"]

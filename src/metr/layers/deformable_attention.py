@@ -152,7 +152,6 @@ def sample_fused(
     return summed
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def kernel_is_used() -> bool:
     """Whether GPUs sample with the Triton kernel: Triton is installed, and the kernel is right on this GPU.
 

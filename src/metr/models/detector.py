@@ -5,6 +5,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from metr.errors import ModelError
+from metr.layers.deformable_attention import kernel_is_used
 from metr.models.backbones import build_backbone
 from metr.models.category_extraction import CategoryExtraction, ProjectedText
 from metr.models.category_selection import select_categories
@@ -121,6 +122,8 @@ def compile_parts(network: Detector, backend: str = "inductor") -> None:
         network: The network, already on its device.
         backend: Of torch.compile.
     """
+    # here and not where the function stands, since it imports the compiler, which takes more than a second
+    torch.compiler.assume_constant_result(kernel_is_used)  # type: ignore[no-untyped-call]
     for part in (network.backbone, network.encoder, network.decoder):
         part.compile(fullgraph=True, backend=backend)
 
