@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from uuid import uuid4
 
 from metr.errors import CheckpointError
 
@@ -100,7 +101,7 @@ def explained_disk_errors(where: Path) -> Iterator[None]:
 
 
 @contextmanager
-def replaced_file(path: Path, *, flush: bool = False) -> Iterator[Path]:
+def replaced_file(path: Path, *, flush: bool = False, shared: bool = False) -> Iterator[Path]:
     """A path beside `path` to write a file to, which takes the place of `path` when the block ends well.
 
     Until then `path` stays as it is: neither a kill nor a full disk leaves half a file there. The name ends as that of
@@ -109,11 +110,13 @@ def replaced_file(path: Path, *, flush: bool = False) -> Iterator[Path]:
     Args:
         path: The file to write; its folder is there.
         flush: Make sure that it survives a power failure, too.
+        shared: Several processes may write it at a time; the last one to end has written it whole.
 
     Raises:
         CheckpointError: the disk refuses.
     """
-    fresh = path.with_name(f".{path.stem}.new{path.suffix}")
+    own = f".{uuid4().hex}" if shared else ""
+    fresh = path.with_name(f".{path.stem}{own}.new{path.suffix}")
     with explained_disk_errors(path):
         try:
             yield fresh

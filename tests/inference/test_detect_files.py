@@ -247,12 +247,14 @@ def test_a_call_that_is_killed_leaves_what_it_found(tiny_run: TinyRun, images: P
     command = [sys.executable, "-c", KILLED, str(tiny_run.folder), str(images), str(out)]
     assert subprocess.run(command, check=False).returncode == -9
     lines = [json.loads(line) for line in partial.read_text().splitlines()]
-    assert [Path(line["file_name"]).name for line in lines] == ["a.jpg", "b.jpg"]
+    assert [Path(line["file_name"]).name for line in lines] == ["a.jpg", "b.jpg", "a.JPG"], (
+        "also the one that was being drawn"
+    )
 
     console = Console(file=StringIO(), width=400)
     done = detect_files(predictor(tiny_run, 0.0, ["penguin"]), [images], out, console=console)
     kept = out / "detections.partial-1.jsonl"
-    said = f"an earlier call in {out} was cut off after 2 images; what it found, a line an image, is kept in"
+    said = f"an earlier call in {out} was cut off after 3 images; what it found, a line an image, is kept in"
     assert f"{said} {kept}" in console.file.getvalue()  # type: ignore[attr-defined]
     assert not partial.exists(), "this call came to its end"
     for line, prediction in zip([json.loads(line) for line in kept.read_text().splitlines()], done, strict=False):
@@ -284,7 +286,7 @@ def test_a_call_that_is_broken_off_says_how_far_it_came(
     tiny_run: TinyRun, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(image: np.ndarray, path: Path) -> None:
-        if path.name != "a.jpg":
+        if path.name == "a.jpg":
             raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr("metr.inference.detect_files.save_image", full)
@@ -293,4 +295,6 @@ def test_a_call_that_is_broken_off_says_how_far_it_came(
         detect_files(predictor(tiny_run), [images], out, console=console)
     assert "1 of 2 images are done: detections.json and images.json" in console.file.getvalue()  # type: ignore[attr-defined]
     assert sorted(path.name for path in out.iterdir()) == ["detections.json", "images.json"]
-    assert [Path(one["file_name"]).name for one in json.loads((out / "images.json").read_text())["images"]] == ["a.jpg"]
+    assert [Path(one["file_name"]).name for one in json.loads((out / "images.json").read_text())["images"]] == [
+        "a.jpg"
+    ], "found before it could not be drawn"

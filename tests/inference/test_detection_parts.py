@@ -80,7 +80,7 @@ def test_a_part_has_a_row_an_image_whatever_became_of_it(tmp_path: Path) -> None
     assert (number, example) == (1, ("caf\\xe9.jpg", "an empty file (0 bytes), not an image"))
     (line,) = (tmp_path / FAILED).read_text().splitlines()
     assert json.loads(line) == {"image": "caf\\xe9.jpg", "error": "an empty file (0 bytes), not an image"}
-    assert not list(tmp_path.glob(".*.new"))
+    assert not list(tmp_path.glob(".*.new.*"))
 
 
 def test_a_part_that_is_cut_off_or_of_another_length_is_not_complete(tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_a_part_that_is_cut_off_or_of_another_length_is_not_complete(tmp_path: P
 def test_a_run_is_gone_on_with_and_what_killed_commands_left_is_cleared(tmp_path: Path) -> None:
     folder = begun(tmp_path)
     folder.write(1, rows(folder, 1))
-    (tmp_path / ".detections-00000.parquet.12.new").write_bytes(b"half")
+    (tmp_path / ".detections-00000.12.new.parquet").write_bytes(b"half")
     folder.journal(0).begin()
     again = begun(tmp_path, part_size=None)
     assert [again.is_complete(part) for part in range(3)] == [False, True, False]

@@ -13,7 +13,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +24,7 @@ from torch import nn
 from metr.errors import MetrError
 from metr.inference.predictor import Predictor
 from metr.models.detector import Detector
+from metr.run_directory import replaced_file
 from metr.serialization import write_json
 from metr.structures import Detections
 
@@ -103,10 +103,10 @@ class PartsFolder:
             hint = "name another folder with -o"
             raise MetrError(f"holds detections of a run whose {RUN} is gone", where=path, hint=hint)
         size = part_size or max(_LEAST_PART, min(_PART, -(-len(raw) // _PARTS)))
-        with _replacing(path / IMAGES) as fresh:
+        with replaced_file(path / IMAGES, flush=True, shared=True) as fresh:
             listed = pa.table({"image": pa.array(raw, pa.binary())})
             parquet.write_table(listed, fresh, row_group_size=size)
-        with _replacing(path / RUN) as fresh:  # last: with it the folder is a run
+        with replaced_file(path / RUN, flush=True, shared=True) as fresh:  # last: with it the folder is a run
             values = {"format": _FORMAT, "count": len(raw), "part_size": size, "images": digest, **rest_on}
             write_json(fresh, values)
         return cls(path, len(raw), size)
@@ -142,7 +142,7 @@ class PartsFolder:
 
     def write(self, part: int, rows: Sequence[Row]) -> None:
         """Writes a part, whole or not at all; a second attempt takes the place of the first."""
-        with _replacing(self.file(part)) as fresh:
+        with replaced_file(self.file(part), flush=True, shared=True) as fresh:
             parquet.write_table(_table(rows), fresh, compression="zstd")
 
     def failures(self, part: int) -> list[tuple[str, str]]:
@@ -154,7 +154,10 @@ class PartsFolder:
     def write_failed(self) -> tuple[int, tuple[str, str] | None]:
         """Writes `failed.jsonl` from all parts: a line an image, with its reason. How many there are, and the first."""
         number, first = 0, None
-        with _replacing(self.path / FAILED) as fresh, fresh.open("w", encoding="utf-8") as file:
+        with (
+            replaced_file(self.path / FAILED, flush=True, shared=True) as fresh,
+            fresh.open("w", encoding="utf-8") as file,
+        ):
             for part in range(self.parts):
                 for image, error in self.failures(part):
                     number, first = number + 1, first or (image, error)
@@ -182,7 +185,7 @@ def taken(folder: Path) -> Iterator[None]:
     except NotImplementedError:  # a file system without locks
         pass
     try:
-        for left in (*folder.glob(".*.new"), *folder.glob(".part-*.journal")):
+        for left in (*folder.glob(".*.new.*"), *folder.glob(".part-*.journal")):
             left.unlink(missing_ok=True)
         yield
     finally:
@@ -337,16 +340,3 @@ def _table(rows: Sequence[Row]) -> pa.Table:
 def _utf8(text: str) -> str:
     """A text whose bytes that are not UTF-8, as in some names of files, are written out."""
     return text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A path to write to, which takes the place of `path`, flushed to disk, when the block ends well."""
-    fresh = path.with_name(f".{path.name}.{uuid4().hex}.new")
-    try:
-        yield fresh
-        with fresh.open("rb+") as file:
-            os.fsync(file.fileno())
-        fresh.replace(path)
-    finally:
-        fresh.unlink(missing_ok=True)

@@ -1,23 +1,23 @@
 """Which images a command names: files, folders, patterns, lists of paths, and addresses of other file systems."""
 
+import io
 import os
-import tempfile
-from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from collections.abc import Sequence
+from dataclasses import dataclass
 from glob import glob, has_magic
 from pathlib import Path, PurePosixPath
-from typing import Any
-from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 import numpy as np
 from jaxtyping import UInt8
-from pyarrow import fs
 
 from metr.data.images import SUFFIXES, read_image
-from metr.errors import ConfigError, DataError
+from metr.data.shards.stores import filesystem, is_url, read_whole, tried
+from metr.errors import ConfigError, DataError, StoreError
 
 # paths of a list that are looked up before a run begins
 _LOOKED_UP = 100
+# that a store may take to list a folder, which may hold millions of images
+_SECONDS_TO_LIST = 3600.0
 
 
 def expanded_paths(images: Sequence[str | Path], out: Path) -> list[Path]:
@@ -42,21 +42,23 @@ def expanded_paths(images: Sequence[str | Path], out: Path) -> list[Path]:
         elif has_magic(str(image)):
             found += _fitting(str(image), out)
         else:
-            there = is_address(image)
+            there = is_url(image)
             hint = "addresses of other file systems need --engine ray" if there else "check the path"
             raise DataError("no such image or folder", where=image, hint=hint)
     return list(dict.fromkeys(found))
 
 
 def expanded_images(images: Sequence[str | Path], out: Path) -> list[str]:
-    """As `expanded_paths`, with addresses (`s3://bucket/folder`) of the file systems that Arrow knows.
+    """As `expanded_paths`, with addresses in stores (`s3://bucket/folder`), as datasets have them.
 
     Raises:
-        DataError: a path or an address does not exist or cannot be read, or gives no image.
+        DataError: a path or an address does not exist, or gives no image; or there is no such kind of store.
+        DependencyError: the package for this kind of store is not installed.
+        StoreError: the store does not answer.
     """
     found: list[str] = []
     for image in images:
-        found += _images_at(str(image)) if is_address(image) else map(str, expanded_paths([image], out))
+        found += _images_at(str(image)) if is_url(image) else map(str, expanded_paths([image], out))
     return list(dict.fromkeys(found))
 
 
@@ -78,7 +80,7 @@ def listed_images(file: Path) -> list[str]:
     found = list(dict.fromkeys(line.removesuffix("\r") for line in lines if line.strip()))
     if not found:
         raise ConfigError("the list names no image", where=file, hint=hint)
-    first = [path for path in found[:_LOOKED_UP] if not is_address(path)]
+    first = [path for path in found[:_LOOKED_UP] if not is_url(path)]
     if "\0" in "".join(first) or (first and not any(Path(path).exists() for path in first)):
         hint = f"one path a line; relative paths are taken from the current folder, {Path.cwd()}"
         what = f"none of the first {len(first)} paths of this list exists, such as {first[0][:200]!r}"
@@ -86,31 +88,37 @@ def listed_images(file: Path) -> list[str]:
     return found
 
 
-def is_address(image: str | Path) -> bool:
-    """Whether this is an address (`s3://bucket/a.jpg`), not a path."""
-    scheme, mark, _ = str(image).partition("://")
-    return bool(mark) and len(scheme) > 1 and scheme.isalnum()
-
-
 def read_named_image(image: str) -> UInt8[np.ndarray, "h w 3"]:
     """The image at a path or an address as 8-bit RGB; see `read_image`.
 
     Raises:
         DataError: it is missing, unreadable or no image.
+        StoreError: the store does not answer. That says nothing about the image.
     """
-    if not is_address(image):
+    if not is_url(image):
         return read_image(Path(image))
-    system, path = _located(image)
     try:
-        # through a file, so that every check of `read_image` is made
-        with tempfile.TemporaryDirectory(prefix="metr-image-") as folder:
-            copy = Path(folder, f"image{PurePosixPath(path).suffix}")
-            with system.open_input_stream(path) as source, copy.open("wb") as target:
-                while block := source.read(1 << 20):
-                    target.write(block)
-            return read_image(copy)
-    except OSError as error:
-        raise DataError(f"an image that cannot be read: {error}", where=image) from None
+        return read_image(Path(PurePosixPath(image).name), _Fetched(read_whole(image)))
+    except StoreError as error:
+        if not isinstance(error.__cause__, (FileNotFoundError, PermissionError)):
+            raise
+        raise DataError(f"an image that {error.what}", where=image) from None
+    except DataError as error:
+        raise DataError(error.what, where=image, hint=error.hint) from None
+
+
+@dataclass(frozen=True)
+class _Fetched:
+    """The bytes of an image, as `read_image` takes them."""
+
+    data: bytes
+
+    @property
+    def size(self) -> int:
+        return len(self.data)
+
+    def open(self) -> io.BytesIO:
+        return io.BytesIO(self.data)
 
 
 def real_path(path: Path) -> Path:
@@ -164,42 +172,18 @@ def _endings() -> str:
     return f"images end in {', '.join(sorted(SUFFIXES))}"
 
 
-def _images_at(address: str) -> Iterator[str]:
-    """The address itself, or those of the images in the folder that it names, sorted."""
-    system, path = _located(address)
+def _images_at(address: str) -> list[str]:
+    """The address itself, or those of the images in the folder that it names and in its subfolders, sorted."""
+    files, path = filesystem(address)
     try:
-        kind = system.get_file_info(path).type
-        if kind == fs.FileType.File:
-            return iter([address])
-        if kind == fs.FileType.NotFound:
-            raise DataError("no such image or folder", where=address, hint="check the address")
-        inside = sorted(one.path for one in system.get_file_info(fs.FileSelector(path, recursive=True)) if one.is_file)
-    except OSError as error:
-        raise DataError(f"cannot be read: {error}", where=address, hint="check the address and the rights") from None
-    found = [one for one in inside if PurePosixPath(one).suffix.lower() in SUFFIXES]
+        if tried(address, lambda: files.info(path))["type"] == "file":
+            return [address]
+        inside: list[str] = tried(address, lambda: files.find(path), _SECONDS_TO_LIST)
+    except StoreError as error:
+        if not isinstance(error.__cause__, FileNotFoundError):
+            raise
+        raise DataError("no such image or folder", where=address, hint="check the address") from None
+    found = sorted(one for one in inside if PurePosixPath(one).suffix.lower() in SUFFIXES)
     if not found:
         raise DataError("no image in this folder", where=address, hint=_endings())
-    parts = urlsplit(address)
-    folder = unquote(parts.path).rstrip("/")
-    return (urlunsplit(parts._replace(path=quote(folder + one[len(path.rstrip("/")) :]))) for one in found)
-
-
-def _located(address: str) -> tuple[Any, str]:
-    """The file system of an address, and the path in it.
-
-    Raises:
-        DataError: Arrow knows no such file system.
-    """
-    parts = urlsplit(address)
-    try:
-        system, root = _file_system(parts.scheme, parts.netloc, parts.query)
-    except (OSError, ValueError, ImportError) as error:
-        hint = "a path, or an address that Arrow knows: s3://, gs://, hdfs://, file:///"
-        raise DataError(f"cannot be read: {error}", where=address, hint=hint) from None
-    return system, root + unquote(parts.path)
-
-
-@lru_cache(maxsize=64)  # one for each bucket: to open one may ask the network
-def _file_system(scheme: str, host: str, query: str) -> tuple[Any, str]:
-    system, root = fs.FileSystem.from_uri(urlunsplit((scheme, host, "/", query, "")))
-    return system, root.rstrip("/")
+    return [files.unstrip_protocol(one) for one in found]

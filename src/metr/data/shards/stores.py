@@ -86,6 +86,16 @@ def read_range(address: str, start: int, size: int) -> bytes:
     return tried(address, attempt)
 
 
+def read_whole(address: str) -> bytes:
+    """All bytes of a file in a store, in one request.
+
+    Raises:
+        StoreError: it cannot be read.
+    """
+    files, path = filesystem(address)
+    return tried(address, lambda: bytes(files.cat_file(path)))
+
+
 def open_file(file: StoredFile) -> io.BufferedReader:
     """A file to read from its start to its end; a part of it at a time is in memory.
 
