@@ -20,6 +20,7 @@ from metr.training.optimization import (
     build_optimizer,
     depths_below_top,
     freeze,
+    freeze_without_rate,
     learning_rate_factor,
     parameter_groups,
     set_learning_rates,
@@ -110,8 +111,9 @@ def test_rates_follow_the_schedule_from_their_heights() -> None:
 
 
 def test_a_backbone_without_a_rate_is_frozen() -> None:
-    network = Parts()
-    optimizer = build_optimizer(network, OptimizerConfig(backbone_multiplier=0))
+    network, config = Parts(), OptimizerConfig(backbone_multiplier=0)
+    freeze_without_rate(network, config)
+    optimizer = build_optimizer(network, config)
     assert not any(parameter.requires_grad for parameter in network.backbone.parameters())
     assert network.backbone_like.weight.requires_grad
     assert {group["part"] for group in optimizer.param_groups} == {"rest"}

@@ -1,6 +1,5 @@
 """How the processes of a run train one network together: the engine, which `train.parallel` chooses."""
 
-import copy
 import logging
 import math
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from torch import Tensor, nn, optim
 
 from metr.errors import MetrError
 from metr.training.config import Parallel
+from metr.training.optimization import still_copy
 
 _logger = logging.getLogger(__name__)
 
@@ -83,11 +83,6 @@ def build_engine(kind: Parallel, accelerator: Accelerator, network: nn.Module, a
         hint = "install torch 2.11 or newer, built with torch.distributed; or train.parallel=ddp"
         raise MetrError(what, where="train.parallel", hint=hint) from None
     return ShardedEngine(accelerator, network, averaged)
-
-
-def still_copy(network: nn.Module) -> nn.Module:
-    """A copy in evaluation mode, without gradients."""
-    return copy.deepcopy(network).eval().requires_grad_(False)
 
 
 def parameters_of(optimizer: optim.Optimizer) -> list[nn.Parameter]:

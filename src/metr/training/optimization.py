@@ -20,11 +20,10 @@ _NOT_DECAYED = (nn.Embedding, nn.LayerNorm, nn.RMSNorm)
 
 
 def build_optimizer(network: nn.Module, config: OptimizerConfig) -> optim.AdamW:
-    """AdamW over the trainable parameters of a network, in `parameter_groups`; a backbone with rate 0 is frozen.
+    """AdamW over the trainable parameters of a network, in `parameter_groups`; see `freeze_without_rate`.
 
     The fused implementation is by far the quickest on CPUs and GPUs alike; a device without it gets torch's own choice.
     """
-    freeze_without_rate(network, config)
     groups = parameter_groups(network, config)
     fused = groups[0]["params"][0].device.type in _FUSED
     settings: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas, "eps": config.epsilon}
@@ -128,6 +127,11 @@ def learning_rate_factor(step: int, steps: int, config: ScheduleConfig) -> float
     return config.floor + (1 - config.floor) * 0.5 * (1 + math.cos(math.pi * fraction))
 
 
+def still_copy(network: nn.Module) -> nn.Module:
+    """A copy in evaluation mode, without gradients."""
+    return copy.deepcopy(network).eval().requires_grad_(False)
+
+
 class Ema:
     """A copy of a network whose weights follow the original's slowly; buffers are copied as they are.
 
@@ -140,7 +144,7 @@ class Ema:
 
     def __init__(self, network: nn.Module, config: EmaConfig, average: nn.Module | None = None) -> None:
         self.config = config
-        self.network = copy.deepcopy(network).eval().requires_grad_(False) if average is None else average
+        self.network = still_copy(network) if average is None else average
         self._weights: list[Tensor] = [*network.parameters()]
         self._averages: list[Tensor] = [*self.network.parameters()]
         self._buffers, self._copies = list(network.buffers()), list(self.network.buffers())

@@ -18,8 +18,8 @@ from torch.export import register_dataclass
 
 from metr.errors import ModelError
 from metr.structures import Categories, DenoisingOutput, DenoisingPlan, DetectorOutput, Memory, Proposals
-from metr.training.engine import Engine, parameters_of, still_copy
-from metr.training.optimization import BACKBONE, backbone_stages
+from metr.training.engine import Engine, parameters_of
+from metr.training.optimization import BACKBONE, backbone_stages, still_copy
 
 # Autocast alone decides the precision of the arithmetic, as it does with DDP. Gradients are added up in float32.
 _PRECISION = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)

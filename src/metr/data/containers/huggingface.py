@@ -44,6 +44,10 @@ _SNIFFED = 5
 _DAMAGED = (OSError, ValueError, KeyError, pa.ArrowException)
 
 
+class DamagedShardError(DataError):
+    """A shard that is cut off, damaged or of another kind. The other shards of its dataset are read all the same."""
+
+
 class HuggingFaceReader(ShardedReader, ImageFolderReader):
     """Hugging Face's tables with images inside. A split is made of tables, and once unpacked of their folders."""
 
@@ -107,22 +111,10 @@ class HuggingFaceReader(ShardedReader, ImageFolderReader):
 
 def _unpack_table(table: Path, root: Path, folder: Path, budget: Budget) -> Sequence[str]:
     """Writes the rows of a table; returns the names that are declared for its categories."""
-    with reading_table(table):
-        schema = table_schema(table)
-        columns = columns_of(schema)
-    if columns is None:
-        what = f"no images with boxes in this table (columns: {', '.join(schema.names[:12])})"
-        raise DataError(what, where=table, hint="move it out of the dataset's folder, or name the others in its card")
+    schema, columns = annotated_columns(table)
     labels = class_labels(schema, root, table.parent, columns)
-    rows = table_rows(table, columns)
     with (folder / "metadata.jsonl").open("wb") as file:
-        number = 0
-        while True:
-            with reading_table(table):
-                row = next(rows, None)
-            if row is None:
-                break
-            number += 1
+        for number, row in enumerate(table_rows(table, columns), start=1):
             line = {
                 "file_name": _write_row_image(row[columns.image], number, table, root, folder, budget),
                 **{name: row[name] for name in columns.sizes},
@@ -211,7 +203,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _fits(table: Path) -> bool:
     try:
-        return columns_of(table_schema(table)) is not None
+        return columns_of(_schema(table)) is not None
     except _DAMAGED:
         return False
 
@@ -220,7 +212,7 @@ def _is_parquet(table: Path) -> bool:
     return table.suffix.lower() == ".parquet"
 
 
-def table_schema(table: Path) -> pa.Schema:
+def _schema(table: Path) -> pa.Schema:
     """The columns of a Parquet or Arrow file."""
     if _is_parquet(table):
         return pq.read_schema(table)
@@ -228,8 +220,37 @@ def table_schema(table: Path) -> pa.Schema:
         return reader.schema
 
 
+def annotated_columns(table: Path) -> tuple[pa.Schema, Columns]:
+    """The schema of a table, and those of its columns that are read.
+
+    Raises:
+        DamagedShardError: it is damaged or cut off, or has no images with boxes.
+    """
+    with _reading(table):
+        schema = _schema(table)
+        columns = columns_of(schema)
+    if columns is None:
+        what = f"no images with boxes in this table (columns: {', '.join(schema.names[:12])})"
+        raise DamagedShardError(what, where=table, hint="leave it out of the dataset, or name the others in its card")
+    return schema, columns
+
+
 def table_rows(table: Path, columns: Columns) -> Iterator[dict[str, Any]]:
-    """The rows of a table, with those of its columns that are read; a few in memory at a time."""
+    """The rows of a table, with those of its columns that are read; a few in memory at a time.
+
+    Raises:
+        DamagedShardError: it is damaged or cut off.
+    """
+    rows = _rows(table, columns)
+    while True:
+        with _reading(table):  # while a row is read, not while it is used
+            row = next(rows, None)
+        if row is None:
+            return
+        yield row
+
+
+def _rows(table: Path, columns: Columns) -> Iterator[dict[str, Any]]:
     if _is_parquet(table):
         with pq.ParquetFile(table, page_checksum_verification=True) as file:
             for batch in file.iter_batches(_ROWS_A_BATCH, columns=columns.names):
@@ -258,14 +279,10 @@ def _arrow(table: Path) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def reading_table(table: Path) -> Iterator[None]:
-    """Turns what the library raises about a damaged table into one error.
-
-    Raises:
-        DataError: it is damaged or cut off.
-    """
+def _reading(table: Path) -> Iterator[None]:
+    """Turns what the library raises about a damaged table into a `DamagedShardError`."""
     try:
         yield
     except _DAMAGED as error:
         what = f"a table that is damaged or cut off: {error}"
-        raise DataError(what, where=table, hint="download or copy it again") from None
+        raise DamagedShardError(what, where=table, hint="download or copy it again") from None

@@ -15,12 +15,13 @@ from pathlib import Path
 
 import msgspec
 
+from metr.data.containers.huggingface import DamagedShardError
 from metr.data.index.cache import locked
 from metr.data.shards.packs import cache_folder, is_compressed, pack_of, rows_of
 from metr.data.shards.ranges import Shard
 from metr.data.shards.samples import rows_of_tar
 from metr.data.shards.stores import StoredFile, open_file
-from metr.data.shards.tables import TABLES, DamagedShardError, Row
+from metr.data.shards.tables import TABLES, Row
 from metr.errors import DataError, StoreError
 from metr.text.cache import cache_root
 

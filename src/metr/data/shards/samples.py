@@ -22,9 +22,10 @@ from typing import Any
 import msgspec
 
 from metr.data.containers.archives import StrictMember
+from metr.data.containers.huggingface import DamagedShardError
 from metr.data.formats.files import is_image
 from metr.data.formats.imagefolder import BOX_KEYS, CATEGORY_KEYS
-from metr.data.shards.tables import DamagedShardError, Row, measure
+from metr.data.shards.tables import Row, measure
 
 # The most bytes of one image, and of the JSON of one.
 _LARGEST_IMAGE, _LARGEST_JSON = 1 << 28, 1 << 26

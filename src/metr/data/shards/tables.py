@@ -3,25 +3,19 @@
 What the columns are is settled as for tables on this disk (`metr.data.containers.huggingface`).
 """
 
-import contextlib
 import io
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from metr.data.containers.features import Columns, class_labels, columns_of
-from metr.data.containers.huggingface import objects_of_row, reading_table, table_rows, table_schema, with_names
+from metr.data.containers.features import Columns, class_labels
+from metr.data.containers.huggingface import annotated_columns, objects_of_row, table_rows, with_names
 from metr.data.containers.store import Budget
 from metr.data.images import header_of
 from metr.errors import DataError
 
 TABLES = (".parquet", ".arrow")
-
-
-class DamagedShardError(DataError):
-    """A shard that is cut off, damaged or of another kind. The other shards of its dataset are read all the same."""
 
 
 class Row(msgspec.Struct, omit_defaults=True):
@@ -56,35 +50,14 @@ def unpack_table(table: Path, pack: io.BufferedWriter, rows: io.BufferedWriter, 
         DamagedShardError: the table is damaged, or has no images with boxes.
         DataError: the disk is nearly full.
     """
-    with _reading(table):
-        schema = table_schema(table)
-        columns = columns_of(schema)
-    if columns is None:
-        what = f"no images with boxes in this table (columns: {', '.join(schema.names[:12])})"
-        raise DamagedShardError(what, where=table, hint="name the tables of the dataset alone")
+    schema, columns = annotated_columns(table)
     labels = class_labels(schema, about, about, columns)
-    found = table_rows(table, columns)
-    number = 0
-    while True:
-        with _reading(table):
-            values = next(found, None)
-        if values is None:
-            return
-        number += 1
+    for number, values in enumerate(table_rows(table, columns), start=1):
         row = _row(values, columns, number, pack, budget)
         row.objects = with_names(objects_of_row(values, columns), labels)
         line = msgspec.json.encode(row, enc_hook=str) + b"\n"
         budget.add_bytes(len(line))
         rows.write(line)
-
-
-@contextlib.contextmanager
-def _reading(table: Path) -> Iterator[None]:
-    try:
-        with reading_table(table):
-            yield
-    except DataError as error:
-        raise DamagedShardError(error.what, where=table, hint=error.hint) from None
 
 
 def _row(values: dict[str, Any], columns: Columns, number: int, pack: io.BufferedWriter, budget: Budget) -> Row:
