@@ -306,9 +306,10 @@ def test_the_example_transfers_trains_and_saves(
     from transformers import AutoModelForObjectDetection
 
     assert "the detector is in" in capsys.readouterr().out
-    model = AutoModelForObjectDetection.from_pretrained(out)
-    started = AutoModelForObjectDetection.from_pretrained(out / "training/checkpoint-1")
-    assert same(model, started)
+    begun = AutoModelForObjectDetection.from_pretrained(out)
+    model = AutoModelForObjectDetection.from_pretrained(f"{out}-trained")
+    assert same(model, AutoModelForObjectDetection.from_pretrained(f"{out}-training/checkpoint-1"))
+    assert not same(model, begun), "what was transferred stays beside what was trained from it"
     assert set(model.config.id2label.values()) == {"fish", "frog", "leaf", "turtle"}
 
 
