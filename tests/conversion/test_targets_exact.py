@@ -158,16 +158,11 @@ def test_the_whole_decoder(name: str) -> None:
 
 @torch.no_grad()
 def _run_decoder(network: Detector, memory: Memory, content: Tensor, boxes: Tensor) -> None:
-    from metr.structures import Categories, Queries
+    from metr.structures import Queries
 
     zero = torch.zeros(2, content.shape[1], dtype=torch.int64)
-    ids = torch.zeros(2, 1, dtype=torch.int64)
-    text = texts()[:1] @ torch.zeros(texts().shape[1], network.config.width)
-    categories = Categories(
-        presence_logits=torch.zeros(1, 2, 1), text=text, tokens=text.expand(2, -1, -1), ids=ids, valid=ids == 0
-    )
     queries = Queries(content=content, reference_boxes=boxes, slot=zero, group=zero, valid=zero == 0)
-    network.decoder(queries, memory, categories)
+    network.decoder(queries, memory)
 
 
 def test_there_and_back(case: Case) -> None:
