@@ -173,10 +173,11 @@ class Memory(_Movable):
 class Categories(_Movable):
     """What category extraction says of each image, and which categories get a slot.
 
-    `text` is the projected vocabulary, `embeddings` what it was projected from. `tokens` are the same, refined by the image: for the whole vocabulary (c = v),
-    or only for the rows that `shortlist` lists for each image in ascending order. Names that are not on the shortlist
-    were not looked at: their presence logits are -inf, and they never get a slot. `shortlist_logits` are the
-    logits by which the shortlist chose; None where no shortlist was made.
+    `text` is the projected vocabulary, `embeddings` what it was projected from. `tokens` are the projected ones,
+    refined by the image: for the whole vocabulary (c = v), or only for the rows that `shortlist` lists for each image
+    in ascending order. Names that are not on the shortlist were not looked at: their presence logits are -inf, and
+    they never get a slot. `shortlist_logits` are the logits by which the shortlist chose; None where no shortlist was
+    made.
 
     `ids` are the rows of the vocabulary that have a slot, ascending. Slots that are not `valid` are empty; their id
     is 0 and means nothing.
@@ -260,9 +261,7 @@ class Decoded(_Movable):
     def rows(self, first: int, last: int | None = None) -> "Decoded":
         """Those of the queries `first` to `last`, which is left out."""
         quality = None if self.quality is None else self.quality[:, :, first:last]
-        return Decoded(
-            features=self.features[:, :, first:last], boxes=self.boxes[:, :, first:last], quality=quality
-        )
+        return Decoded(features=self.features[:, :, first:last], boxes=self.boxes[:, :, first:last], quality=quality)
 
 
 @dataclass(frozen=True, kw_only=True)

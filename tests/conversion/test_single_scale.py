@@ -74,7 +74,7 @@ def pair_of(name: str, encoder: str = "plain", backbone: BackboneConfig | None =
         target=target,
         ours=ours,
         theirs=moved.model,
-        table=target.table(moved.model.config),
+        table=target.table(moved.model.config, config),
         report=moved.report,
         tokens=name_tokens(ours, text),
         images=images,

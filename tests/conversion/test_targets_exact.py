@@ -167,7 +167,7 @@ def _run_decoder(network: Detector, memory: Memory, content: Tensor, boxes: Tens
 
 def test_there_and_back(case: Case) -> None:
     """What the table moved comes back bit by bit."""
-    table = case.target.table(case.done.model.config)
+    table = case.target.table(case.done.model.config, case.network.config)
     back = giving_to_ours(case.done.model.state_dict(), table.rows(), {})
     ours = case.network.state_dict()
     copied = {source for moved in case.done.report.copied for source in moved.source}
@@ -179,7 +179,7 @@ def test_there_and_back(case: Case) -> None:
 def test_back_and_there(case: Case) -> None:
     """The same from their side: a detector of transformers through METR's names."""
     model = stir(build(case.target, case.network, NAMES, seed=5))
-    state, table = model.state_dict(), case.target.table(case.done.model.config)
+    state, table = model.state_dict(), case.target.table(case.done.model.config, case.network.config)
     ours = giving_to_ours(state, table.rows(), {})
     theirs = giving_to_theirs(ours.state, table.rows(), {})
     assert not theirs.left_over

@@ -122,6 +122,17 @@ class StateTransfer:
     left_over: tuple[str, ...]
 
 
+def and_derived(given: StateTransfer, derived: Mapping[str, Derived]) -> StateTransfer:
+    """What was given, and tensors that were derived from it besides."""
+    moved = (*given.moved, *(Moved(key=key, source=one.source, how=one.how) for key, one in derived.items()))
+    used = {source for one in moved for source in one.source}
+    return StateTransfer(
+        state=given.state | {key: one.tensor for key, one in derived.items()},
+        moved=moved,
+        left_over=tuple(key for key in given.left_over if key not in used),
+    )
+
+
 def giving_to_theirs(ours: Mapping[str, Tensor], rows: Sequence[Row], derived: Mapping[str, Derived]) -> StateTransfer:
     """METR's state under another detector's names; what is derived goes before what is copied."""
     converted = to_theirs(ours, rows)

@@ -93,9 +93,7 @@ class LayeredDecoder(nn.Module):
         found = head(normed, start)
         return normed, found, (found if self.separate else head(content, start)).detach()
 
-    def ask(
-        self, decoded: Decoded, tokens: Float[Tensor, "b k c"], slot: Int[Tensor, "b q"]
-    ) -> Float[Tensor, "r b q"]:
+    def ask(self, decoded: Decoded, tokens: Float[Tensor, "b k c"], slot: Int[Tensor, "b q"]) -> Float[Tensor, "r b q"]:
         """Each query's logit for the category in its slot, after each layer.
 
         Args:

@@ -3,7 +3,6 @@
 import math
 
 import torch
-from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -70,12 +69,10 @@ class ClassifierHead(nn.Module):
         logit: Tensor = (features * self.weight(embeddings)).sum(-1) + self.bias(embeddings).squeeze(-1)
         return logit
 
-    def all_pairs(
-        self, features: Float[Tensor, "b p d"], embeddings: Float[Tensor, "b k t"]
-    ) -> Float[Tensor, "b p k"]:
+    def all_pairs(self, features: Float[Tensor, "b p d"], embeddings: Float[Tensor, "b k t"]) -> Float[Tensor, "b p k"]:
         """One logit for each feature and each name."""
-        logits: Tensor = features @ self.weight(embeddings).transpose(1, 2)
-        return logits + rearrange(self.bias(embeddings), "b k 1 -> b 1 k")
+        logits: Tensor = features @ self.weight(embeddings).transpose(1, 2) + self.bias(embeddings).transpose(1, 2)
+        return logits
 
 
 def build_class_head(

@@ -118,7 +118,8 @@ class ProposalHead(nn.Module):
         The linear layer is applied to the tokens instead of the features (f W . t = f . W^T t): tokens are far fewer.
         """
         if self.classifier is not None:
-            return self.classifier.all_pairs(features, tokens)
+            pairs: Tensor = self.classifier.all_pairs(features, tokens)
+            return pairs
         turned = tokens @ self.category.weight
         shift = (tokens @ self.category.bias).unsqueeze(1)
         logits = (features @ turned.transpose(1, 2) + shift) * self.scale + self.bias
@@ -126,7 +127,8 @@ class ProposalHead(nn.Module):
 
     def _similarity(self, features: Float[Tensor, "b q d"], tokens: Float[Tensor, "b q c"]) -> Float[Tensor, "b q"]:
         if self.classifier is not None:
-            return self.classifier(features, tokens)
+            classified: Tensor = self.classifier(features, tokens)
+            return classified
         similarity: Tensor = (self.category(features) * tokens).sum(-1)
         logits = similarity * self.scale + self.bias
         return logits if self.objectness is None else logits + self.objectness(features).squeeze(-1)
@@ -197,7 +199,8 @@ class ClassQueries(nn.Module):
             parts.append(gather_rows(categories.kept_tokens, slot))
         if self.place is not None:
             parts.append(self.place(features.detach()))
-        return sum(parts[1:], parts[0])
+        content: Tensor = sum(parts[1:], parts[0])
+        return content
 
 
 def side_by_side(first: Queries, second: Queries) -> Queries:
