@@ -202,10 +202,10 @@ def receive(
     )
 
 
-def _left_over(keys: Iterable[str], moved: Iterable[Moved]) -> tuple[str, ...]:
-    """The keys that no moved tensor was made from."""
-    used = {source for one in moved for source in one.source}
-    return tuple(key for key in keys if key not in used)
+def _left_over(giver: Mapping[str, Tensor], moved: Iterable[Moved]) -> tuple[str, ...]:
+    """The keys that no moved tensor was made from, under whichever of its names."""
+    used = {id(giver[source]) for one in moved for source in one.source}
+    return tuple(key for key, tensor in giver.items() if id(tensor) not in used)
 
 
 def _misfit(key: str, tensor: Tensor, own: Mapping[str, Tensor]) -> str:
