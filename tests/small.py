@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from metr.models.backbones.base import BackboneConfig
 from metr.models.config import (
@@ -33,17 +34,28 @@ def small_backbone(channels: Sequence[int] = (8, 16, 24)) -> BackboneConfig:
 
 
 def small_config(*, encoder: str = "deformable", kept: int = 4, denoising: int = 20, **queries: Any) -> DetectorConfig:
-    """A network that runs in milliseconds; a plain encoder comes with the conditional decoder."""
+    """A network that runs in milliseconds; a plain encoder comes with the conditional decoder.
+
+    Queries of places contain no category.
+    """
+    content = {"content": "place_only"} if queries.get("layout") == "places" else {}
     decoder = "conditional" if encoder == "plain" else "deformable"
     return DetectorConfig(
         width=32,
         backbone=small_backbone(),
         encoder=EncoderConfig(kind=encoder, layers=1, levels=3, heads=4, feed_forward=32, fusion_blocks=1),
         categories=CategoryConfig(blocks=2, heads=4, feed_forward=32, kept=kept),
-        queries=QueryConfig(**{"number": 24, "floor": 2, "ceiling": 12, "layout": "uniform"} | queries),
+        queries=QueryConfig(**{"number": 24, "floor": 2, "ceiling": 12, "layout": "uniform"} | content | queries),
         denoising=DenoisingConfig(number=denoising),
         decoder=DecoderConfig(kind=decoder, layers=2, heads=4, feed_forward=32),
     )
+
+
+def adopted_config(**options: Any) -> DetectorConfig:
+    """The small network in the form that takes over RT-DETR and its like."""
+    config = small_config(**{"encoder": "hybrid", "layout": "places", "attention": "image"} | options)
+    decoder = config.decoder.model_copy(update={"positions": "plain", "predictors": "layer", "box_margin": 1e-5})
+    return config.model_copy(update={"similarity": SimilarityConfig(form="classifier"), "decoder": decoder})
 
 
 def shipped_config(**options: Any) -> DetectorConfig:
@@ -59,7 +71,8 @@ def small_detector(config: DetectorConfig | None = None) -> Detector:
     torch.manual_seed(SEED)
     detector = Detector(config or small_config(), TEXT_WIDTH)
     with torch.no_grad():
-        for head in (detector.proposals.box, detector.decoder.box):
+        decoder = detector.decoder.box
+        for head in (detector.proposals.box, *(decoder if isinstance(decoder, nn.ModuleList) else [decoder])):
             head.change.last.weight.normal_(std=0.05)
     return detector
 

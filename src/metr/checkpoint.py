@@ -61,6 +61,8 @@ class DetectionDefaults(Config):
     """For some names, the score from which a detection is shown."""
     aliases: dict[str, str] = Field(default_factory=dict)
     """Other names for names of the vocabulary: who asks for `RBC` means `rbc`."""
+    presence: bool = True
+    """Whether the presence of a name counts in its score; not while nothing has taught it."""
 
 
 @dataclass(frozen=True, kw_only=True)

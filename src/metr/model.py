@@ -24,7 +24,7 @@ from metr.data.images import ImageSource
 from metr.devices import resolved_device
 from metr.errors import CheckpointError, ConfigError, DataError
 from metr.hub import may_be_a_hub_name
-from metr.inference.config import InferenceConfig
+from metr.inference.config import InferenceConfig, without_presence
 from metr.inference.postprocess import ScoreThresholds
 from metr.inference.predictor import Prediction, Predictor
 from metr.inference.selection import name_limits
@@ -226,7 +226,9 @@ class METR:
     def _warn_of_a_start(self) -> None:
         """Logs, once, that no image was seen with the names, where the weights came from another detector alone."""
         training = self.checkpoint.training
-        if "started from" in training and "step" not in training:
+        # whose presence nothing taught but that detects, it took the class heads over too
+        detects = not self.checkpoint.detection.presence
+        if "started from" in training and "step" not in training and not detects:
             what = f"no detector yet: it has weights of {training['started from']} and saw no image"
             self._log_once(logging.WARNING, f"a start for training, {what}; metr finetune trains it")
 
@@ -246,13 +248,18 @@ class METR:
         means = [torch.stack([rows[phrase] for phrase in some]).mean(0) for some in phrases.values()]
         return torch.nn.functional.normalize(torch.stack(means), dim=-1)
 
+    def inference(self, config: InferenceConfig | None = None) -> InferenceConfig:
+        """A configuration of detection as it suits these weights."""
+        config = config or InferenceConfig()
+        return config if self.checkpoint.detection.presence else without_presence(config)
+
     def predictor(self, names: Names | None = None, config: InferenceConfig | None = None) -> Predictor:
         """A predictor for these names (by default `default_names`), for many images or settings of one's own.
 
         It gives every detection, weak ones included: as evaluations do, unless `config` says otherwise.
         """
         self._warn_of_a_start()
-        config = config or InferenceConfig()
+        config = self.inference(config)
         wanted = self.default_names if names is None else Vocabulary.of(_listed(names)).names
         text = self.embed(wanted if names is None else names)
         # an alias has the limits of the trained name that it stands for

@@ -173,10 +173,11 @@ class Memory(_Movable):
 class Categories(_Movable):
     """What category extraction says of each image, and which categories get a slot.
 
-    `text` is the projected vocabulary. `tokens` are the same, refined by the image: for the whole vocabulary (c = v),
-    or only for the rows that `shortlist` lists for each image in ascending order. Names that are not on the shortlist
-    were not looked at: their presence logits are -inf, and they never get a slot. `shortlist_logits` are the
-    logits by which the shortlist chose; None where no shortlist was made.
+    `text` is the projected vocabulary, `embeddings` what it was projected from. `tokens` are the projected ones,
+    refined by the image: for the whole vocabulary (c = v), or only for the rows that `shortlist` lists for each image
+    in ascending order. Names that are not on the shortlist were not looked at: their presence logits are -inf, and
+    they never get a slot. `shortlist_logits` are the logits by which the shortlist chose; None where no shortlist was
+    made.
 
     `ids` are the rows of the vocabulary that have a slot, ascending. Slots that are not `valid` are empty; their id
     is 0 and means nothing.
@@ -189,6 +190,7 @@ class Categories(_Movable):
     valid: Bool[Tensor, "b k"]
     shortlist: Int[Tensor, "b c"] | None = None
     shortlist_logits: Float[Tensor, "b v"] | None = None
+    embeddings: Float[Tensor, "v t"] | None = None
 
     @property
     def kept_tokens(self) -> Float[Tensor, "b k d"]:
@@ -216,7 +218,7 @@ def gather_rows(table: Float[Tensor, "b n d"], index: Int[Tensor, "b k"]) -> Flo
 
 @dataclass(frozen=True, kw_only=True)
 class Proposals(_Movable):
-    """The chosen (category, place) pairs, one for each query.
+    """The chosen (category, place) pairs, one for each answer of the network.
 
     `place` is the index of a memory token, `slot` the category's slot, and `rank` the position of the place among the
     best places of its category.
@@ -232,13 +234,34 @@ class Proposals(_Movable):
 
 @dataclass(frozen=True, kw_only=True)
 class Queries(_Movable):
-    """What the decoder refines. A query detects the category in its `slot`; it attends to queries of its `group`."""
+    """What the decoder refines. A query detects the category in its `slot`; it attends to queries of its `group`.
+
+    In the layout `places` a query stands for a place, at which every category with a slot is asked: `slot` is 0 and
+    means nothing.
+    """
 
     content: Float[Tensor, "b q d"]
     reference_boxes: Float[Tensor, "b q 4"]
     slot: Int[Tensor, "b q"]
     group: Int[Tensor, "b q"]
     valid: Bool[Tensor, "b q"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoded(_Movable):
+    """What the decoder found for each query after each layer, before any category is compared with it.
+
+    `quality` is a logit that is added to the logits of all categories; None where the decoder predicts none.
+    """
+
+    features: Float[Tensor, "r b q d"]
+    boxes: Float[Tensor, "r b q 4"]
+    quality: Float[Tensor, "r b q"] | None = None
+
+    def rows(self, first: int, last: int | None = None) -> "Decoded":
+        """Those of the queries `first` to `last`, which is left out."""
+        quality = None if self.quality is None else self.quality[:, :, first:last]
+        return Decoded(features=self.features[:, :, first:last], boxes=self.boxes[:, :, first:last], quality=quality)
 
 
 @dataclass(frozen=True, kw_only=True)

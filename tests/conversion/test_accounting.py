@@ -99,7 +99,9 @@ class Derivation:
     def __call__(self) -> Mapping[str, Derived]:
         own = self.network
         tokens, contents = name_tokens(own, texts()), refined_tokens(own, texts())
-        return self.target.derive(Context(network=own, tokens=tokens, contents=contents, config=self.config))
+        return self.target.derive(
+            Context(network=own, text=texts(), tokens=tokens, contents=contents, config=self.config)
+        )
 
 
 def module_of(key: str) -> str:

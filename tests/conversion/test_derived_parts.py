@@ -87,7 +87,7 @@ def test_heads_of_layers_answer_as_the_similarity_head_does() -> None:
     tokens, decoder = name_tokens(network, texts()), network.decoder
     features = normal(after_norm(decoder.layers[0].feed_forward.norm), 2000)
     wanted = decoder.similarity(decoder.norm(features).unsqueeze(1).expand(-1, len(tokens), -1), tokens)
-    answer = layer_classifier(network, tokens, 0)(features)
+    answer = layer_classifier(network, texts(), tokens, 0)(features)
     for own, other in zip(wanted.T, answer.T, strict=True):
         assert float(torch.corrcoef(torch.stack([own, other]))[0, 1]) > 0.8
 

@@ -32,4 +32,4 @@ def test_places_are_scored_as_the_proposals_score_them() -> None:
     torch.testing.assert_close(tokens, network.category_extraction.project(texts()).tokens)
     features = torch.randn(2, 7, config.width)
     wanted = network.proposals.scores(features, tokens.expand(2, -1, -1))
-    torch.testing.assert_close(place_classifier(network, tokens)(features), wanted, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(place_classifier(network, texts(), tokens)(features), wanted, atol=1e-4, rtol=1e-4)

@@ -16,7 +16,7 @@ from metr.conversion.targets.single_scale import spread_boxes
 from metr.models.backbones.base import BackboneConfig
 from metr.models.detector import Detector
 from metr.models.encoders.pyramid import token_places
-from metr.structures import Categories, Memory, Queries
+from metr.structures import Memory, Queries
 
 from small import TEXT_WIDTH, small_config
 
@@ -74,7 +74,7 @@ def pair_of(name: str, encoder: str = "plain", backbone: BackboneConfig | None =
         target=target,
         ours=ours,
         theirs=moved.model,
-        table=target.table(moved.model.config),
+        table=target.table(moved.model.config, config),
         report=moved.report,
         tokens=name_tokens(ours, text),
         images=images,
@@ -184,15 +184,7 @@ def test_dab_detr_gives_the_boxes_that_metr_gives() -> None:
     slot = torch.zeros(anchors.shape[:2], dtype=torch.int64)
     there = torch.ones_like(slot, dtype=torch.bool)
     queries = Queries(content=content, reference_boxes=anchors, slot=slot, group=slot, valid=there)
-    ids = torch.zeros(2, 1, dtype=torch.int64)
-    categories = Categories(
-        presence_logits=torch.zeros(1, 2, 1),
-        text=torch.zeros(1, 32),
-        tokens=torch.randn(2, 1, 32),
-        ids=ids,
-        valid=ids == 0,
-    )
-    boxes = pair.ours.decoder(queries, pair.memory, categories).boxes[-1]
+    boxes = pair.ours.decoder(queries, pair.memory).boxes[-1]
     close(boxes, answer.pred_boxes)
     assert answer.logits.shape[-1] == len(NAMES)
 

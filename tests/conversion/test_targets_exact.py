@@ -158,21 +158,16 @@ def test_the_whole_decoder(name: str) -> None:
 
 @torch.no_grad()
 def _run_decoder(network: Detector, memory: Memory, content: Tensor, boxes: Tensor) -> None:
-    from metr.structures import Categories, Queries
+    from metr.structures import Queries
 
     zero = torch.zeros(2, content.shape[1], dtype=torch.int64)
-    ids = torch.zeros(2, 1, dtype=torch.int64)
-    text = texts()[:1] @ torch.zeros(texts().shape[1], network.config.width)
-    categories = Categories(
-        presence_logits=torch.zeros(1, 2, 1), text=text, tokens=text.expand(2, -1, -1), ids=ids, valid=ids == 0
-    )
     queries = Queries(content=content, reference_boxes=boxes, slot=zero, group=zero, valid=zero == 0)
-    network.decoder(queries, memory, categories)
+    network.decoder(queries, memory)
 
 
 def test_there_and_back(case: Case) -> None:
     """What the table moved comes back bit by bit."""
-    table = case.target.table(case.done.model.config)
+    table = case.target.table(case.done.model.config, case.network.config)
     back = giving_to_ours(case.done.model.state_dict(), table.rows(), {})
     ours = case.network.state_dict()
     copied = {source for moved in case.done.report.copied for source in moved.source}
@@ -184,7 +179,7 @@ def test_there_and_back(case: Case) -> None:
 def test_back_and_there(case: Case) -> None:
     """The same from their side: a detector of transformers through METR's names."""
     model = stir(build(case.target, case.network, NAMES, seed=5))
-    state, table = model.state_dict(), case.target.table(case.done.model.config)
+    state, table = model.state_dict(), case.target.table(case.done.model.config, case.network.config)
     ours = giving_to_ours(state, table.rows(), {})
     theirs = giving_to_theirs(ours.state, table.rows(), {})
     assert not theirs.left_over

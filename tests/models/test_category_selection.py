@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from metr.models.category_selection import select_categories
-from metr.models.config import CategoryConfig
+from metr.models.config import CategoryConfig, DetectorConfig
 from metr.structures import Categories, NameLimits, Targets
 
 from small import targets_of
@@ -34,7 +35,11 @@ def selected(
     categories: Categories, kept: int, images: Sequence[Targets] | None = None, **changes: float
 ) -> Categories:
     targets = None if images is None else Targets.stack(images)
-    return select_categories(categories, CategoryConfig(kept=kept, **changes), targets)
+    return select_categories(categories, _keeping(kept=kept, **changes), targets)
+
+
+def _keeping(**options: Any) -> DetectorConfig:
+    return DetectorConfig(categories=CategoryConfig(**options))
 
 
 def kept_ids(categories: Categories) -> list[list[int]]:
@@ -136,5 +141,5 @@ def test_logits_that_are_not_numbers_keep_nothing_and_break_nothing() -> None:
 def test_each_name_has_a_least_presence_of_its_own() -> None:
     logits = torch.tensor([[0.0, 2.0, -3.0, -3.0]])
     limits = NameLimits(presence=torch.tensor([0.6, 0.6, 0.0, 0.1]), queries=torch.tensor([9, 9, 9, 9]))
-    chosen = select_categories(categories_of(logits), CategoryConfig(kept=4, threshold=0.9), None, limits)
+    chosen = select_categories(categories_of(logits), _keeping(kept=4, threshold=0.9), None, limits)
     assert kept_ids(chosen) == [[1, 2]]

@@ -19,7 +19,7 @@ WIDTH, HEADS, HIDDEN, LAYERS = 16, 4, 24, 3
 
 def decoder_of(layers: int = LAYERS) -> ConditionalDecoder:
     config = DecoderConfig(kind="conditional", layers=layers, heads=HEADS, feed_forward=HIDDEN)
-    decoder = ConditionalDecoder(WIDTH, config, prior=0.01)
+    decoder = ConditionalDecoder(WIDTH, config, 0.01, WIDTH)
     with torch.no_grad():
         for parameter in decoder.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -114,7 +114,8 @@ def test_equals_dab_detr(layers: int) -> None:
     ours = decoder_of(layers)
     memory, (queries, categories) = memory_of(), queries_of()
     theirs = dab_detr(ours)
-    answer = ours(queries, memory, categories)
+    answer = ours(queries, memory)
+    asked = ours.ask(answer, categories.kept_tokens, queries.slot)
     expected = theirs(
         inputs_embeds=queries.content,
         encoder_hidden_states=memory.tokens,
@@ -127,7 +128,7 @@ def test_equals_dab_detr(layers: int) -> None:
     torch.testing.assert_close(answer.boxes, boxes, atol=1e-5, rtol=1e-4)
     tokens = categories.tokens.gather(1, queries.slot.unsqueeze(-1).expand(-1, -1, WIDTH))
     logits = ours.similarity(expected.intermediate_hidden_states, tokens.expand(layers, -1, -1, -1))
-    torch.testing.assert_close(answer.logits, logits, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(asked, logits, atol=1e-5, rtol=1e-4)
     direction = torch.randn_like(boxes)
     found, wanted = (torch.autograd.grad(b, queries.content, direction)[0] for b in (answer.boxes, boxes))
     torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-3)
@@ -136,13 +137,13 @@ def test_equals_dab_detr(layers: int) -> None:
 @torch.no_grad()
 def test_queries_attend_inside_their_group_only() -> None:
     decoder, memory = decoder_of(), memory_of()
-    queries, categories = queries_of(number=6, together=False)
-    plain = decoder(queries, memory, categories)
+    queries, _ = queries_of(number=6, together=False)
+    plain = decoder(queries, memory)
     other = queries.content + torch.randn_like(queries.content) * (queries.group == 1).unsqueeze(-1)
-    changed = decoder(replace(queries, content=other), memory, categories)
+    changed = decoder(replace(queries, content=other), memory)
     same = queries.group == 0
-    torch.testing.assert_close(changed.logits[:, same], plain.logits[:, same])
-    assert not torch.allclose(changed.logits[:, ~same], plain.logits[:, ~same], atol=1e-4)
+    torch.testing.assert_close(changed.features[:, same], plain.features[:, same])
+    assert not torch.allclose(changed.features[:, ~same], plain.features[:, ~same], atol=1e-4)
 
 
 @torch.no_grad()
@@ -159,8 +160,9 @@ def test_boxes_without_size_keep_everything_finite() -> None:
     queries, categories = queries_of()
     boxes: Tensor = queries.reference_boxes.clone()
     boxes[..., 2:] = 0
-    answer = decoder(replace(queries, reference_boxes=boxes), memory, categories)
-    (answer.boxes.sum() + answer.logits.sum()).backward()
-    assert answer.logits.isfinite().all()
+    answer = decoder(replace(queries, reference_boxes=boxes), memory)
+    logits = decoder.ask(answer, categories.kept_tokens, queries.slot)
+    (answer.boxes.sum() + logits.sum()).backward()
+    assert logits.isfinite().all()
     assert queries.content.grad.isfinite().all()
     assert all(parameter.grad.isfinite().all() for parameter in decoder.parameters())

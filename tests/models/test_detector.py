@@ -8,12 +8,14 @@ from torch import Tensor
 
 from metr.models.config import DetectorConfig
 from metr.models.detector import Detector
-from metr.structures import Targets
+from metr.models.heads import similarity_tokens
+from metr.models.proposals import anchor_logits
+from metr.structures import Queries, Targets, gather_rows
 
-from small import small_config, small_detector, targets_of
+from small import adopted_config, small_config, small_detector, targets_of
 
 TEXT = torch.nn.functional.normalize(torch.randn(9, 24, generator=torch.Generator().manual_seed(1)), dim=-1)
-LAYOUTS = ["budget", "uniform", "shared"]
+LAYOUTS = ["budget", "uniform", "shared", "places"]
 FAMILIES = ["deformable", "hybrid", "plain"]
 NO_MASK = torch.zeros(1, 64, 96, dtype=torch.bool)
 
@@ -69,7 +71,8 @@ def test_padding_invariance_from_projected_features_on(encoder: str) -> None:
         categories = detector.category_extraction(memory, TEXT)
         proposals, places = detector.proposals(memory, categories)
         queries = detector.class_queries(proposals, places, categories)
-        answers.append((categories.presence_logits, *detector.decoder(queries, memory, categories)))
+        decoded = detector.decoder(queries, memory)
+        answers.append((categories.presence_logits, decoded.features, decoded.boxes))
     for ours, theirs in zip(*answers, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
 
@@ -209,3 +212,45 @@ def test_targets_move_as_one() -> None:
     moved = target.to("meta")
     assert isinstance(moved, Targets)
     assert moved.boxes.device.type == moved.annotated.device.type == "meta"
+
+
+@pytest.mark.parametrize("words", [1, 9])
+@torch.no_grad()
+def test_places_answer_as_if_each_category_had_queries_of_its_own(words: int) -> None:
+    """What the decoder finds at a place once is what it would find for each category: the content names none."""
+    places = small_config(layout="places", number=6, attention="image")
+    once = small_detector(places).eval()
+    text = TEXT[:words]
+    output = once(random_images(2), mask_of(2), text)
+    memory = once.encode(random_images(2), mask_of(2))
+    features = once.proposals.features(memory, anchor_logits(memory)[1])
+    queries = Queries(
+        content=once.class_queries.place(gather_rows(features, output.proposals.place)),
+        reference_boxes=output.proposals.boxes,
+        slot=output.slot,
+        group=output.slot,
+        valid=output.valid,
+    )
+    decoded = once.decoder(queries, memory)
+    tokens = similarity_tokens(output.categories, places.similarity)
+    torch.testing.assert_close(output.boxes, decoded.boxes, atol=1e-5, rtol=0)
+    torch.testing.assert_close(output.logits, once.decoder.ask(decoded, tokens, queries.slot), atol=1e-4, rtol=0)
+    assert output.slot.shape[1] == words * 6, "when detecting, every category has a slot"
+
+
+def test_the_form_that_takes_over_other_detectors_learns() -> None:
+    """Classifiers, a head a layer and places: every parameter gets a gradient, objects or none."""
+    from metr.losses.config import CriterionConfig
+    from metr.losses.criterion import SetCriterion
+
+    detector = small_detector(adopted_config()).train()
+    objects = targets_of([[0.5, 0.5, 0.2, 0.2], [0.3, 0.3, 0.2, 0.4]], [7, 2], words=9)
+    for target in (objects, targets_of([], [], words=9)):
+        detector.zero_grad()
+        targets = Targets.stack([target, target])
+        output = detector(random_images(2), mask_of(2), TEXT, targets)
+        losses, _ = SetCriterion(CriterionConfig())(output, targets)
+        losses.total.backward()
+        silent = [name for name, p in detector.named_parameters() if p.requires_grad and p.grad is None]
+        assert not silent
+    assert output.slot.shape[1] == 4 * 24, "in training as many categories as `kept`"

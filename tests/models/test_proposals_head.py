@@ -40,7 +40,7 @@ def categories_of(batch: int = 2, kept: int = 4) -> Categories:
 def head_of(**values: Any) -> ProposalHead:
     similarity = values.pop("similarity", None)
     config = QueryConfig(**{"layout": "uniform", "number": 24, "floor": 2, "ceiling": 10} | values)
-    head = ProposalHead(WIDTH, config, prior=0.01, similarity=similarity)
+    head = ProposalHead(WIDTH, config, 0.01, WIDTH, similarity)
     with torch.no_grad():
         for parameter in head.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))

@@ -133,11 +133,17 @@ def of_head(network: Detector) -> tuple[str, ...]:
 
 def of_layer_head(network: Detector, layer: int) -> tuple[str, ...]:
     """What makes a classification head for what a decoder layer gives (`classifier.layer_classifier`)."""
+    if network.config.decoder.predictors == "layer":
+        own, product = f"decoder.similarity.{layer}", network.config.similarity.form == "product"
+        read = (f"decoder.layers.{layer}.feed_forward.norm",) if product else ()
+        return inside(network, own, *read) + (of_tokens(network) if product else ())
     return inside(network, f"decoder.layers.{layer}.feed_forward.norm") + of_head(network)
 
 
 def of_places(network: Detector) -> tuple[str, ...]:
     """What makes a head that scores places (`classifier.place_classifier`)."""
+    if network.proposals.classifier is not None:
+        return inside(network, "proposals.classifier")
     return inside(network, *(f"proposals.{part}" for part in ("category", "bias", "objectness"))) + of_tokens(network)
 
 

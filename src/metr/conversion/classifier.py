@@ -12,7 +12,7 @@ from torch.nn.functional import relu
 from metr.conversion.activation_statistics import ActivationStatistics, after_norm, of_memory
 from metr.models.category_extraction import ExtractionBlock
 from metr.models.detector import Detector
-from metr.models.heads import SimilarityHead
+from metr.models.heads import ClassifierHead, SimilarityHead
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -96,17 +96,39 @@ def norm_as_linear(norm: nn.LayerNorm, before: ActivationStatistics) -> Linear:
 
 
 @torch.no_grad()
-def layer_classifier(network: Detector, tokens: Float[Tensor, "v d"], layer: int) -> Linear:
-    """One logit a name from what a decoder layer gives, for detectors without the norm that METR has there."""
+def layer_classifier(network: Detector, text: Float[Tensor, "v t"], tokens: Float[Tensor, "v d"], layer: int) -> Linear:
+    """One logit a name from what a decoder layer gives, for detectors without the norm that METR has there.
+
+    Args:
+        network: METR's.
+        text: The names' embeddings.
+        tokens: What these are compared as (`name_tokens`).
+        layer: Which layer, counted from 0.
+    """
     decoder = network.decoder
+    head = decoder.similarity[layer] if isinstance(decoder.similarity, nn.ModuleList) else decoder.similarity
+    if isinstance(decoder.norm, nn.Identity):
+        after = after_norm(decoder.layers[layer].feed_forward.norm)  # type: ignore[arg-type]
+        return names_classifier(head, text) if isinstance(head, ClassifierHead) else classifier(head, tokens, after)
     norm = norm_as_linear(decoder.norm, after_norm(decoder.layers[layer].feed_forward.norm))  # type: ignore[arg-type]
-    return classifier(decoder.similarity, tokens, after_norm(decoder.norm)).after(norm)
+    if isinstance(head, ClassifierHead):
+        return names_classifier(head, text).after(norm)
+    return classifier(head, tokens, after_norm(decoder.norm)).after(norm)
 
 
 @torch.no_grad()
-def place_classifier(network: Detector, tokens: Float[Tensor, "v d"]) -> Linear:
+def names_classifier(head: ClassifierHead, text: Float[Tensor, "v t"]) -> Linear:
+    """One logit a name, as a head of linear classifiers gives it: exact."""
+    text = text.to(head.weight.weight)
+    return Linear(weight=head.weight(text), bias=head.bias(text).squeeze(1))
+
+
+@torch.no_grad()
+def place_classifier(network: Detector, text: Float[Tensor, "v t"], tokens: Float[Tensor, "v d"]) -> Linear:
     """One logit a name from the features of a place, as the proposals score it: exact."""
     proposals = network.proposals
+    if proposals.classifier is not None:
+        return names_classifier(proposals.classifier, text)
     ask = Linear(weight=tokens * proposals.scale, bias=proposals.bias.detach().expand(len(tokens)))
     return _with_objectness(ask.after(Linear.of(proposals.category)), proposals.objectness)
 

@@ -122,6 +122,17 @@ class StateTransfer:
     left_over: tuple[str, ...]
 
 
+def and_derived(given: StateTransfer, derived: Mapping[str, Derived]) -> StateTransfer:
+    """What was given, and tensors that were derived from it besides."""
+    moved = (*given.moved, *(Moved(key=key, source=one.source, how=one.how) for key, one in derived.items()))
+    used = {source for one in moved for source in one.source}
+    return StateTransfer(
+        state=given.state | {key: one.tensor for key, one in derived.items()},
+        moved=moved,
+        left_over=tuple(key for key in given.left_over if key not in used),
+    )
+
+
 def giving_to_theirs(ours: Mapping[str, Tensor], rows: Sequence[Row], derived: Mapping[str, Derived]) -> StateTransfer:
     """METR's state under another detector's names; what is derived goes before what is copied."""
     converted = to_theirs(ours, rows)
@@ -191,10 +202,10 @@ def receive(
     )
 
 
-def _left_over(keys: Iterable[str], moved: Iterable[Moved]) -> tuple[str, ...]:
-    """The keys that no moved tensor was made from."""
-    used = {source for one in moved for source in one.source}
-    return tuple(key for key in keys if key not in used)
+def _left_over(giver: Mapping[str, Tensor], moved: Iterable[Moved]) -> tuple[str, ...]:
+    """The keys that no moved tensor was made from, under whichever of its names."""
+    used = {id(giver[source]) for one in moved for source in one.source}
+    return tuple(key for key, tensor in giver.items() if id(tensor) not in used)
 
 
 def _misfit(key: str, tensor: Tensor, own: Mapping[str, Tensor]) -> str:

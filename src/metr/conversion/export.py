@@ -79,13 +79,14 @@ def transfer(
     """
     model = build(target, network, names, seed)
     ours = {key: tensor.detach().cpu() for key, tensor in network.state_dict().items()}
-    table, notes = target.table(model.config), [*target.differences(network.config)]
+    table, notes = target.table(model.config, network.config), [*target.differences(network.config)]
     derived = dict(variances(network.backbone, model, target.backbone))
     rows = (*table.rows(), *table.copies)
     if target.fits(network.config):
         own = _on_cpu(network)
         tokens, contents = name_tokens(own, text), refined_tokens(own, text)
-        derived |= target.derive(Context(network=own, tokens=tokens, contents=contents, config=model.config))
+        context = Context(network=own, text=text.cpu(), tokens=tokens, contents=contents, config=model.config)
+        derived |= target.derive(context)
     else:
         rows, notes = table.backbone, [_only_the_backbone(target, network)]
     given = giving_to_theirs(ours, rows, derived)

@@ -10,12 +10,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from metr.conversion.convert import StateTransfer, TransferReport, giving_to_ours, receive
+from metr.conversion.class_heads import ClassHeads, SolvedHeads, solve
+from metr.conversion.classifier import Linear
+from metr.conversion.convert import StateTransfer, TransferReport, and_derived, giving_to_ours, receive
 from metr.conversion.published import read_restricted
 from metr.conversion.published.dino import read_dino
 from metr.conversion.published.timm import TimmNetwork, timm_network, without_timm
 from metr.conversion.table import State, adopted_backbone
 from metr.conversion.targets import NAMES, find_target
+from metr.conversion.targets.base import Adopted
 from metr.data.config import ResizeConfig
 from metr.errors import ModelError
 from metr.hub import configuration, loading, pretrained
@@ -43,6 +46,7 @@ class PublishedDetector:
         names: Its categories, as far as it names them.
         resize: How its images are resized, if that is known.
         prompts: Text embeddings that are kept with the weights, of unnamed categories.
+        class_heads: Its class heads, if METR's give what they give.
     """
 
     title: str
@@ -51,6 +55,7 @@ class PublishedDetector:
     names: tuple[str, ...] = ()
     resize: ResizeConfig | None = None
     prompts: Float[Tensor, "v t"] | None = None
+    class_heads: ClassHeads | None = None
 
 
 def read_published(source: Path) -> PublishedDetector:
@@ -63,12 +68,16 @@ def read_published(source: Path) -> PublishedDetector:
     return _from_folder(source) if source.is_dir() else _from_file(source)
 
 
-def adopt(published: PublishedDetector, text: Float[Tensor, "v t"], seed: int = 0) -> tuple[Detector, TransferReport]:
-    """A METR with the weights of another detector; all that has to do with names starts afresh.
+def adopt(
+    published: PublishedDetector, text: Float[Tensor, "v t"], labels: Float[Tensor, "n t"] | None = None, seed: int = 0
+) -> tuple[Detector, TransferReport]:
+    """A METR with the weights of another detector.
 
     Args:
         published: What the other detector has.
         text: Text embeddings of the names that METR is to know: the text projection starts where these are told apart.
+        labels: Text embeddings of the detector's own labels, for which METR's class heads are to give what its class
+            heads give. Without them all that has to do with names starts afresh.
         seed: Seed of the weights that start afresh.
 
     Raises:
@@ -79,8 +88,21 @@ def adopt(published: PublishedDetector, text: Float[Tensor, "v t"], seed: int = 
         network = Detector(published.config, text.shape[1]).eval()
         if published.prompts is None and len(text) > 1:
             network.category_extraction.whiten(text, _RIDGE)
-    report = receive(network, published.giving, source=published.title, name="METR")
+    giving, notes = published.giving, []
+    if labels is not None and published.class_heads is not None:
+        solved = solve(published.class_heads, labels)
+        giving = and_derived(giving, solved.derived)
+        notes.append(_how_well(solved, len(labels)))
+    report = receive(network, giving, source=published.title, name="METR", notes=notes)
     return network, report
+
+
+def _how_well(solved: SolvedHeads, labels: int) -> str:
+    """How near METR's logits are to the detector's."""
+    said = f"the class heads of its {labels} labels are met within {solved.error:.1g}"
+    if solved.rank < labels:
+        said += f": the texts of these labels have {solved.rank} directions only, so not all can be met"
+    return said
 
 
 def _from_file(path: Path) -> PublishedDetector:
@@ -94,16 +116,19 @@ def _from_folder(folder: Path) -> PublishedDetector:
     config = model.config
     target = find_target(config.model_type)
     assert target.adopt is not None
-    state: State = {key: tensor.detach() for key, tensor in model.state_dict().items()}
+    state: State = model.state_dict(keep_vars=True)
+    # a tensor that is kept under several names stays one
+    state = {key: tensor.requires_grad_(False) for key, tensor in state.items()}
     preprocessing = _preprocessing(folder)
     backbone = _coloured(_backbone(config), preprocessing)
     adopted = target.adopt(config, backbone, state)
     return PublishedDetector(
         title=target.title,
         config=adopted.config,
-        giving=giving_to_ours(state, target.table(config).rows(), adopted.derived),
+        giving=giving_to_ours(state, target.table(config, adopted.config).rows(), adopted.derived),
         names=_names(config),
         resize=_resize(preprocessing),
+        class_heads=_class_heads(config, state, adopted),
     )
 
 
@@ -191,5 +216,25 @@ def _resize(preprocessing: Mapping[str, Any]) -> ResizeConfig | None:
 
 def _names(config: Any) -> tuple[str, ...]:
     """The names of its labels without placeholders, each once."""
-    labels = [str(name).strip() for _, name in sorted(config.id2label.items())]
-    return tuple(dict.fromkeys(name for name in labels if name and not name.startswith(_NO_NAMES)))
+    return tuple(_named_labels(config))
+
+
+def _named_labels(config: Any) -> dict[str, int]:
+    """The first label of each name, without placeholders."""
+    labels = {str(name).strip(): int(number) for number, name in sorted(config.id2label.items(), reverse=True)}
+    named = sorted(labels.items(), key=lambda one: one[1])
+    return {name: number for name, number in named if name and not name.startswith(_NO_NAMES)}
+
+
+def _class_heads(config: Any, state: State, adopted: Adopted) -> ClassHeads | None:
+    """The class heads that METR's are to follow: of the labels with names, or of all where none has one."""
+    if not adopted.class_heads:
+        return None
+    named = _named_labels(config)
+    rows = torch.tensor([*named.values()] or range(config.num_labels))
+    heads, sources = dict[str, Linear](), dict[str, tuple[str, ...]]()
+    for ours, theirs in adopted.class_heads.items():
+        weight, bias = state[f"{theirs}.weight"], state[f"{theirs}.bias"]
+        heads[ours] = Linear(weight=weight[rows], bias=bias[rows])
+        sources[ours] = tuple(key for key, tensor in state.items() if tensor is weight or tensor is bias)
+    return ClassHeads(names=tuple(named), heads=heads, sources=sources)

@@ -8,15 +8,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from rich.console import Console
 from safetensors import SafetensorError
+from torch import Tensor
 
-from metr.checkpoint import Checkpoint
+from metr.checkpoint import Checkpoint, DetectionDefaults
 from metr.config import Tree
 from metr.conversion.convert import TransferReport
 from metr.conversion.export import Transferred, colours_of
 from metr.conversion.export import transfer as transfer_weights
-from metr.conversion.import_ import adopt, read_published
+from metr.conversion.import_ import PublishedDetector, adopt, read_published
 from metr.conversion.targets import find_target
 from metr.data.config import ResizeConfig
 from metr.data.images import read_image
@@ -222,7 +224,7 @@ def from_detector(
     text: TextEncoderConfig | None = None,
     device: str | torch.device = "auto",
 ) -> METR:
-    """A METR that starts from the weights of another detector. What has to do with names starts afresh.
+    """A METR that starts from the weights of another detector, and where it can, finds what the other finds.
 
     Args:
         source: A folder of transformers (Deformable DETR, RT-DETR, D-FINE), or a `.pth` file of IDEA-Research's DINO or
@@ -258,7 +260,7 @@ def import_detector(
     embeddings = encoder.embed(vocabulary)
     if published.prompts is not None and published.prompts.shape == embeddings.shape:
         embeddings = published.prompts.to(embeddings)
-    network, report = adopt(published, embeddings)
+    network, report = adopt(published, embeddings, _labels(published, vocabulary, encoder))
     checkpoint = Checkpoint(
         model=published.config,
         vocabulary=vocabulary,
@@ -266,10 +268,28 @@ def import_detector(
         text_encoder=encoder.pinned_config.model_dump(mode="json") | {"identity": encoder.identity},
         preprocessing=(published.resize or ResizeConfig()).model_dump(mode="json"),
         training={"started from": f"{published.title}, {Path(source).name}", RECIPE: _rates()},
+        detection=DetectionDefaults(presence=published.class_heads is None),
     )
     rebuilt = replace(checkpoint, model=published.config.model_copy(update={"backbone": network.backbone.config}))
-    report = replace(report, start="all that has to do with names starts afresh: no image was seen with it")
+    if published.class_heads is None:
+        report = replace(report, start="all that has to do with names starts afresh: no image was seen with it")
     return METR(network.to(place), rebuilt, source), report
+
+
+def _labels(published: PublishedDetector, wanted: Vocabulary, encoder: TextEncoder) -> Float[Tensor, "n t"] | None:
+    """Text embeddings of the labels whose class heads METR takes over; wanted names keep their prompts.
+
+    Labels without names are taken for the wanted names, if there are as many.
+    """
+    heads = published.class_heads
+    if heads is None:
+        return None
+    if heads.names:
+        return encoder.embed(Vocabulary.of(heads.names, {n: p for n, p in wanted.prompts.items() if n in heads.names}))
+    if heads.labels != len(wanted):
+        what = f"expected {heads.labels} names, one a label, since the detector does not name its labels"
+        raise ConfigError(f"{what}; found {len(wanted)}", where="names")
+    return encoder.embed(wanted)
 
 
 def _rates() -> Tree:

@@ -91,6 +91,7 @@ def evaluate(
     aliases = model.checkpoint.detection.aliases
     joint = joint.renamed({one.name: told_aliases(one.name, one.categories, aliases) for one in joint.sources})
     vocabulary = with_training(joint.vocabulary, model.vocabulary, config.prompts)
+    config = config.model_copy(update={"inference": model.inference(config.inference)})
     config = _with_default_names(config, model.checkpoint.detection.names)
     loader = LoaderConfig(batch_size=config.inference.batch_size)
     text, sets = model.embed(vocabulary), joint.evaluation(split)

@@ -53,6 +53,16 @@ class InferenceConfig(Config):
     """Which of the outputs become detections."""
 
 
+def without_presence(config: InferenceConfig) -> InferenceConfig:
+    """The configuration for a network whose presence was never taught: no name is scored or dropped by it."""
+    return config.model_copy(
+        update={
+            "selection": config.selection.model_copy(update={"presence_threshold": 0.0}),
+            "postprocess": config.postprocess.model_copy(update={"presence_power": 0.0}),
+        }
+    )
+
+
 def inference_config(
     overrides: Sequence[str] = (), *, batch_size: int | None = None, postprocess: Mapping[str, Any] | None = None
 ) -> InferenceConfig:

@@ -23,12 +23,13 @@ def name_limits(
     """
     config = config or SelectionConfig()
     least = config.presence_threshold
-    if least is None and len(names) <= model.categories.kept:
+    if least is None and (len(names) <= model.categories.kept or model.queries.layout == "places"):
         least = 0.0
     known = {*trained.names}
     by_name = (model.categories.threshold if name in known else config.untrained_threshold for name in names)
     presence = [least] * len(names) if least is not None else list(by_name)
-    queries = _trained_queries(trained, model) if config.trained_queries else {}
+    shares = config.trained_queries and model.queries.layout != "places"  # which has no shares
+    queries = _trained_queries(trained, model) if shares else {}
     most = [queries.get(name, model.queries.number) for name in names]
     return NameLimits(presence=torch.tensor(presence), queries=torch.tensor(most))
 

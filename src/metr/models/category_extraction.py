@@ -96,6 +96,7 @@ class CategoryExtraction(nn.Module):
             text: One embedding a category, or what `project` made of them.
             targets: In training only: they train the shortlist, and present categories are shortlisted first.
         """
+        embeddings = text.text if isinstance(text, ProjectedText) else text
         projected = text.tokens if isinstance(text, ProjectedText) else self._projected(text)
         batch, vocabulary_size = memory.tokens.shape[0], len(projected)
         shortlisted = self._shortlisted(memory, projected, targets)
@@ -116,6 +117,7 @@ class CategoryExtraction(nn.Module):
             valid=torch.ones_like(ids, dtype=torch.bool),
             shortlist=rows,
             shortlist_logits=None if shortlisted is None else shortlisted.logits,
+            embeddings=embeddings,
         )
 
     @torch.no_grad()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from metr.layers.attention import Attention
 from metr.layers.mlp import MLP, FeedForward
-from metr.models.config import CategoryConfig
+from metr.models.config import CategoryConfig, DetectorConfig
 from metr.structures import Categories, Memory, NameLimits, Targets
 
 # Vectors that sum an image up; each costs every name one dot product.
@@ -77,28 +77,29 @@ class Shortlist(nn.Module):
 
 def select_categories(
     categories: Categories,
-    config: CategoryConfig,
+    config: DetectorConfig,
     targets: Targets | None = None,
     limits: NameLimits | None = None,
 ) -> Categories:
-    """The categories with at most `config.kept` slots an image, in ascending order of their ids, empty slots last.
+    """The categories with at most `categories.kept` slots an image, in ascending order of their ids, empty slots last.
 
     Without targets, a category takes no slot if its presence probability is below that of its `limits`, or below
-    `config.threshold` if there are none. With targets,
+    `categories.threshold` if there are none; in the layout `places` any number has slots. With targets,
     present categories come first, then the most likely ones that are annotated; categories that are assumed to be
-    absent take at most `config.negative_slots` slots; other categories give no loss and take none.
+    absent take at most `categories.negative_slots` slots; other categories give no loss and take none.
     """
-    scores = categories.presence_logits[-1].detach().float()
+    scores, own, kept = categories.presence_logits[-1].detach().float(), config.categories, config.categories.kept
     if targets is None:
-        least = config.threshold if limits is None else limits.presence
+        kept = scores.shape[1] if config.queries.layout == "places" else kept
+        least = own.threshold if limits is None else limits.presence
         scores = scores.masked_fill(scores.sigmoid() < least, -torch.inf)
     else:
         allowed = targets.annotated | targets.present
-        if config.negative_slots:
+        if own.negative_slots:
             candidates = targets.assumed_negative & ~allowed
-            allowed = allowed | _best(scores.masked_fill(~candidates, -torch.inf), config.negative_slots)
+            allowed = allowed | _best(scores.masked_fill(~candidates, -torch.inf), own.negative_slots)
         scores = _present_first(scores, targets.present).masked_fill(~allowed, -torch.inf)
-    best, ids = scores.topk(min(config.kept, scores.shape[1]), dim=1)
+    best, ids = scores.topk(min(kept, scores.shape[1]), dim=1)
     valid = best > -torch.inf
     order = ids.masked_fill(~valid, scores.shape[1]).argsort(dim=1)
     valid = valid.gather(1, order)

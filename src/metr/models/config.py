@@ -82,7 +82,8 @@ class CategoryConfig(Config):
     self_attention: bool = False
     """Categories attend to each other. Without it the prediction for a category does not depend on the other names."""
     kept: int = Field(20, ge=1, le=10_000)
-    """K, category slots an image."""
+    """K, category slots an image. With `queries.layout: places`, in training only: when detecting, every category that
+    reaches the threshold has one."""
     threshold: float = Field(0.0, ge=0, lt=1)
     """Smallest presence probability with which a category gets a slot when detecting. Categories below it leave their
     queries to the others and do not affect them otherwise."""
@@ -101,24 +102,31 @@ class CategoryConfig(Config):
 class QueryConfig(Config):
     """Class-specific queries: how many, and how they are divided among the categories that have a slot."""
 
-    layout: Literal["budget", "uniform", "shared"] = "uniform"
+    layout: Literal["budget", "uniform", "shared", "places"] = "uniform"
     """`uniform`: every category has the same number of queries, at its own best places. `budget`: the number depends on
-    how likely the pairs of category and place are. `shared`: all categories have the same places (the authors' way)."""
+    how likely the pairs of category and place are. `shared`: all categories have the same places (the authors' way).
+    `places`: the same, and what the decoder finds at a place is compared with every category, so that more categories
+    cost a dot product each; queries contain no category then (`content`)."""
     number: int = Field(300, ge=1, le=100_000)
-    """Q, queries an image, whatever the vocabulary."""
+    """Q, queries an image, whatever the vocabulary. With `places`, a query stands for one place."""
     floor: int = Field(5, ge=0)
     """Smallest number of queries of a category (`budget`)."""
     ceiling: int = Field(100, ge=1, le=100_000)
     """Largest number of queries of a category."""
     attention: Literal["group", "image"] = "group"
     """A query attends to the queries of its category, or to all queries of its image."""
-    content: Literal["learned", "place"] = "learned"
-    """Added to the category's token: a learned query, or that and the feature of the query's place."""
+    content: Literal["learned", "place", "place_only", "learned_only"] = "learned"
+    """`learned`: a learned query and the category's token. `place`: the same and the feature of the query's place.
+    `place_only`, `learned_only`: that feature, or the learned query, without the category's token."""
 
 
 class SimilarityConfig(Config):
     """How places and queries are compared with their categories; the result is one logit each."""
 
+    form: Literal["product", "classifier"] = "product"
+    """`product`: the dot product of feature and token, both after a network of their own. `classifier`: a linear
+    classifier of the feature, whose weight and bias are linear in the category's text embedding; so are the
+    classifiers of other detectors taken over. `token`, `factor` and `objectness` are for `product`."""
     token: Literal["refined", "text"] = "refined"
     """Compare with the category's token as refined by the image (the authors' way), or with its projected text,
     which keeps the categories of one image further apart."""
@@ -127,6 +135,15 @@ class SimilarityConfig(Config):
     objectness: bool = False
     """Adds a logit for "is there an object of any category?", predicted from the feature alone. Dot products then only
     have to separate categories."""
+
+    @model_validator(mode="after")
+    def _options_of_the_form(self) -> "SimilarityConfig":
+        if self.form == "classifier":
+            plain = {"token": "refined", "factor": 1.0, "objectness": False}
+            for option, value in plain.items():
+                if getattr(self, option) != value:
+                    raise ValueError(f"{option} is for form 'product'; with 'classifier' leave it at {value!r}")
+        return self
 
 
 class DenoisingConfig(Config):
@@ -168,6 +185,11 @@ class DecoderConfig(Config):
     """Encode a query's box in units of the padded image, as DINO and the authors (`deformable`)."""
     positions: Literal["sine", "plain"] = "sine"
     """A query's box is encoded as sines and cosines (DINO), or used as four numbers (RT-DETR; `deformable`)."""
+    predictors: Literal["shared", "layer"] = "shared"
+    """`shared`: all layers have one class head and one box head, which read the layer's output after one more norm
+    (DINO). `layer`: each layer has its own, which read its output as it is (RT-DETR; `deformable`)."""
+    box_margin: float = Field(1e-3, gt=0, lt=0.1)
+    """The least distance from 0 and 1 of a coordinate that is refined: 1e-3 (DINO) or 1e-5 (RT-DETR)."""
 
 
 class DetectorConfig(Config):
@@ -203,6 +225,11 @@ class DetectorConfig(Config):
         if 0 < self.categories.shortlist < self.categories.kept:
             what = f"categories.shortlist {self.categories.shortlist} is below categories.kept {self.categories.kept}"
             raise ValueError(f"{what}: expected 0, or at least that")
-        if self.queries.number < self.categories.kept:
+        if self.queries.layout == "places" and self.queries.content not in ("place_only", "learned_only"):
+            what = f"queries.content {self.queries.content!r} contains a category; queries.layout 'places' needs one of"
+            raise ValueError(f"{what} 'place_only' and 'learned_only'")
+        if self.decoder.kind == "conditional" and self.decoder.predictors != "shared":
+            raise ValueError("decoder.predictors 'layer' is for decoder.kind 'deformable'")
+        if self.queries.layout != "places" and self.queries.number < self.categories.kept:
             raise ValueError(f"queries.number {self.queries.number} is below categories.kept {self.categories.kept}")
         return self

@@ -4,10 +4,11 @@
 whole memory, near the box of the query (DAB-DETR).
 """
 
-from typing import NamedTuple
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from einops import rearrange, repeat
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from metr.layers.attention import Attention, ConditionalAttention, PlacedSelfAttention
@@ -16,18 +17,11 @@ from metr.layers.mlp import MLP, FeedForward
 from metr.layers.position_encoding import box_encoding
 from metr.models.config import DecoderConfig, SimilarityConfig
 from metr.models.encoders.pyramid import token_places
-from metr.models.heads import BoxHead, SimilarityHead, box_logits, similarity_tokens
-from metr.structures import Categories, Memory, Queries, gather_rows
+from metr.models.heads import BoxHead, box_logits, build_class_head
+from metr.structures import Decoded, Memory, Queries, gather_rows
 
 # The smallest box side, in 0..1 of the image, that conditional attention distinguishes.
 _SMALLEST_SIDE = 1e-3
-
-
-class DecoderOutput(NamedTuple):
-    """One logit and one box for each query after each layer."""
-
-    logits: Float[Tensor, "r b q"]
-    boxes: Float[Tensor, "r b q 4"]
 
 
 class DecoderLayer(nn.Module):
@@ -58,43 +52,108 @@ class DecoderLayer(nn.Module):
         return refined
 
 
-class Decoder(nn.Module):
-    """Deformable decoder layers with iterative box refinement; all layers share the heads."""
+class LayeredDecoder(nn.Module):
+    """What the decoders share: heads, one of each for all layers or one for each layer, and how they are asked.
+
+    Args:
+        width: d.
+        text_width: Size of a text embedding, t.
+        config: Says whether layers share heads.
+        prior: The probability of an object that the untrained network predicts.
+        similarity: The form of class heads.
+    """
 
     def __init__(
-        self, width: int, levels: int, config: DecoderConfig, prior: float, similarity: SimilarityConfig | None = None
+        self, width: int, text_width: int, config: DecoderConfig, prior: float, similarity: SimilarityConfig
     ) -> None:
         super().__init__()
-        self.similarity_config = similarity or SimilarityConfig()
-        self.width, self.padded_positions = width, config.padded_positions
+        self.similarity_config, self.width, self.margin = similarity, width, config.box_margin
+        self.separate = config.predictors == "layer"
+        if self.separate:
+            heads = range(config.layers)
+            self.norm: nn.Module = nn.Identity()
+            self.similarity: nn.Module = nn.ModuleList(
+                build_class_head(width, text_width, prior, similarity) for _ in heads
+            )
+            self.box: nn.Module = nn.ModuleList(BoxHead(width) for _ in heads)
+        else:
+            self.norm = nn.LayerNorm(width)
+            self.similarity = build_class_head(width, text_width, prior, similarity)
+            self.box = BoxHead(width)
+
+    def refined(
+        self, layer: int, content: Float[Tensor, "b q d"], boxes: Float[Tensor, "b q 4"]
+    ) -> tuple[Float[Tensor, "b q d"], Float[Tensor, "b q 4"], Float[Tensor, "b q 4"]]:
+        """After a layer: the feature for class heads, the reported box, and where the next layer starts.
+
+        The next layer starts without gradient. With shared heads it starts from a box that comes from the layer's raw
+        output, while the reported one comes from the normalised output, as in DINO.
+        """
+        normed, start, head = self.norm(content), box_logits(boxes, self.margin), self._head(self.box, layer)
+        found = head(normed, start)
+        return normed, found, (found if self.separate else head(content, start)).detach()
+
+    def ask(self, decoded: Decoded, tokens: Float[Tensor, "b k c"], slot: Int[Tensor, "b q"]) -> Float[Tensor, "r b q"]:
+        """Each query's logit for the category in its slot, after each layer.
+
+        Args:
+            decoded: What the decoder found for the queries.
+            tokens: Of every slot (`similarity_tokens`).
+            slot: Of every query.
+        """
+        own = gather_rows(tokens, slot)
+        layers = enumerate(decoded.features)
+        logits = torch.stack([self._head(self.similarity, layer)(features, own) for layer, features in layers])
+        return logits if decoded.quality is None else logits + decoded.quality
+
+    def ask_everywhere(
+        self, decoded: Decoded, tokens: Float[Tensor, "b k c"]
+    ) -> tuple[Float[Tensor, "r b n"], Float[Tensor, "r b n 4"]]:
+        """Logits and boxes of all pairs of slot and query, slot by slot, after each layer; n = k * q."""
+        layers = enumerate(decoded.features)
+        pairs = torch.stack([self._head(self.similarity, n).all_pairs(features, tokens) for n, features in layers])
+        if decoded.quality is not None:
+            pairs = pairs + decoded.quality.unsqueeze(-1)
+        boxes = repeat(decoded.boxes, "r b q four -> r b (k q) four", k=tokens.shape[1])
+        return rearrange(pairs, "r b q k -> r b (k q)"), boxes
+
+    def _head(self, heads: nn.Module, layer: int) -> Any:
+        return heads[layer] if isinstance(heads, nn.ModuleList) else heads
+
+
+class Decoder(LayeredDecoder):
+    """Deformable decoder layers with iterative box refinement."""
+
+    def __init__(
+        self,
+        width: int,
+        levels: int,
+        config: DecoderConfig,
+        prior: float,
+        text_width: int,
+        similarity: SimilarityConfig | None = None,
+    ) -> None:
+        super().__init__(width, text_width, config, prior, similarity or SimilarityConfig())
+        self.padded_positions = config.padded_positions
         self.plain = config.positions == "plain"
         self.position = MLP((4, 2 * width, width) if self.plain else (2 * width, width, width))
         self.layers = nn.ModuleList(DecoderLayer(width, levels, config) for _ in range(config.layers))
-        self.norm = nn.LayerNorm(width)
-        self.similarity = SimilarityHead(width, prior, self.similarity_config)
-        self.box = BoxHead(width)
 
-    def forward(self, queries: Queries, memory: Memory, categories: Categories) -> DecoderOutput:
-        """Logits and boxes after every layer.
-
-        Each layer starts from the box that the layer before found, without gradient. That box comes from the layer's
-        raw output, the reported one from the normalised output, as in DINO.
-        """
+    def forward(self, queries: Queries, memory: Memory) -> Decoded:
+        """Features and boxes after every layer; each layer starts from the box that the layer before found."""
         content, boxes = queries.content, queries.reference_boxes
-        tokens = gather_rows(similarity_tokens(categories, self.similarity_config), queries.slot)
         allowed = _same_group(queries)
         scale = memory.valid_ratios.tile(1, 1, 2).unsqueeze(1)
-        logits, found = [], []
-        for layer in self.layers:
+        features, reported = [], []
+        for number, layer in enumerate(self.layers):
             reference = boxes.unsqueeze(2) * scale
             placed = reference[:, :, 0] if self.padded_positions else boxes
             position = self.position(placed if self.plain else box_encoding(placed, self.width))
             content = layer(content, position, reference, allowed, memory)
-            normed, start = self.norm(content), box_logits(boxes)
-            logits.append(self.similarity(normed, tokens))
-            found.append(self.box(normed, start))
-            boxes = self.box(content, start).detach()
-        return DecoderOutput(torch.stack(logits), torch.stack(found))
+            feature, found, boxes = self.refined(number, content, boxes)
+            features.append(feature)
+            reported.append(found)
+        return Decoded(features=torch.stack(features), boxes=torch.stack(reported))
 
 
 class ConditionalDecoderLayer(nn.Module):
@@ -133,46 +192,43 @@ class ConditionalDecoderLayer(nn.Module):
         return refined
 
 
-class ConditionalDecoder(nn.Module):
+class ConditionalDecoder(LayeredDecoder):
     """Layers with iterative box refinement, whose queries attend near their boxes (DAB-DETR, Liu et al., 2022).
 
     Attention compares the encoded centre of a query's box with the encoded place of every token. Along each axis
-    attention falls off more sharply if the box is small relative to a size that is predicted from the content. All
-    layers share the heads.
+    attention falls off more sharply if the box is small relative to a size that is predicted from the content.
     """
 
     def __init__(
-        self, width: int, config: DecoderConfig, prior: float, similarity: SimilarityConfig | None = None
+        self,
+        width: int,
+        config: DecoderConfig,
+        prior: float,
+        text_width: int,
+        similarity: SimilarityConfig | None = None,
     ) -> None:
-        super().__init__()
-        self.similarity_config = similarity or SimilarityConfig()
-        self.width = width
+        super().__init__(width, text_width, config, prior, similarity or SimilarityConfig())
         self.position = MLP((2 * width, width, width))
         self.scale = _scale(width) if config.layers > 1 else None
         self.extent = MLP((width, width, 2))
         self.layers = nn.ModuleList(ConditionalDecoderLayer(width, config, n == 0) for n in range(config.layers))
-        self.norm = nn.LayerNorm(width)
-        self.similarity = SimilarityHead(width, prior, self.similarity_config)
-        self.box = BoxHead(width)
 
-    def forward(self, queries: Queries, memory: Memory, categories: Categories) -> DecoderOutput:
-        """Logits and boxes after every layer; boxes are refined as in `Decoder`."""
+    def forward(self, queries: Queries, memory: Memory) -> Decoded:
+        """Features and boxes after every layer; boxes are refined as in `Decoder`."""
         content, boxes = queries.content, queries.reference_boxes
-        tokens = gather_rows(similarity_tokens(categories, self.similarity_config), queries.slot)
         allowed = _same_group(queries)
         places = token_places(memory, self.width)
-        logits, found = [], []
+        features, reported = [], []
         for index, layer in enumerate(self.layers):
             encoded = box_encoding(boxes, self.width)
             place = encoded[..., : self.width] * self._sharpness(content, boxes)
             if index and self.scale is not None:
                 place = place * self.scale(content)
             content = layer(content, self.position(encoded), place, allowed, memory, places)
-            normed, start = self.norm(content), box_logits(boxes)
-            logits.append(self.similarity(normed, tokens))
-            found.append(self.box(normed, start))
-            boxes = self.box(content, start).detach()
-        return DecoderOutput(torch.stack(logits), torch.stack(found))
+            feature, found, boxes = self.refined(index, content, boxes)
+            features.append(feature)
+            reported.append(found)
+        return Decoded(features=torch.stack(features), boxes=torch.stack(reported))
 
     def _sharpness(self, content: Float[Tensor, "b q d"], boxes: Float[Tensor, "b q 4"]) -> Float[Tensor, "b q d"]:
         """Factors of the encoded centre: predicted size / box size, first for y and then for x."""

@@ -13,8 +13,18 @@ from metr.models.config import DetectorConfig
 from metr.models.decoder import ConditionalDecoder, Decoder
 from metr.models.denoising import Denoising
 from metr.models.encoders import build_encoder
+from metr.models.heads import similarity_tokens
 from metr.models.proposals import ClassQueries, ProposalHead, side_by_side
-from metr.structures import Categories, DenoisingOutput, DetectorOutput, Memory, NameLimits, Queries, Targets
+from metr.structures import (
+    Categories,
+    Decoded,
+    DenoisingOutput,
+    DetectorOutput,
+    Memory,
+    NameLimits,
+    Queries,
+    Targets,
+)
 
 # The probability of an object that the untrained network predicts (the prior of the focal loss, Lin et al., 2017).
 _OBJECT_PRIOR = 0.01
@@ -37,10 +47,10 @@ class Detector(nn.Module):
         self.backbone = build_backbone(config.backbone)
         self.encoder = build_encoder(self.backbone.channels, width, config.encoder)
         self.category_extraction = CategoryExtraction(text_width, width, config.categories)
-        self.proposals = ProposalHead(width, config.queries, _OBJECT_PRIOR, config.similarity)
+        self.proposals = ProposalHead(width, config.queries, _OBJECT_PRIOR, text_width, config.similarity)
         self.class_queries = ClassQueries(width, config.queries)
         self.denoising = Denoising(width, config.denoising) if config.denoising.number else None
-        self.decoder = _build_decoder(config, self.encoder.levels)
+        self.decoder = _build_decoder(config, self.encoder.levels, text_width)
 
     def forward(
         self,
@@ -76,15 +86,15 @@ class Detector(nn.Module):
     ) -> DetectorOutput:
         """Runs the network after its encoder for one vocabulary. Arguments are those of `forward`."""
         categories = self.category_extraction(memory, text, targets)
-        categories = select_categories(categories, self.config.categories, targets, limits)
+        categories = select_categories(categories, self.config, targets, limits)
         proposals, places = self.proposals(memory, categories, limits)
         queries = self.class_queries(proposals, places, categories)
         logits, boxes, denoising = self._decode(queries, memory, categories, targets)
         return DetectorOutput(
             logits=logits,
             boxes=boxes,
-            slot=queries.slot,
-            valid=queries.valid,
+            slot=proposals.slot,
+            valid=proposals.valid,
             categories=categories,
             proposals=proposals,
             denoising=denoising,
@@ -103,13 +113,22 @@ class Detector(nn.Module):
         self, queries: Queries, memory: Memory, categories: Categories, targets: Targets | None
     ) -> tuple[Tensor, Tensor, DenoisingOutput | None]:
         """The decoder's logits and boxes. Denoising queries go through it too, in groups of their own."""
+        tokens = similarity_tokens(categories, self.config.similarity)
         if targets is None or self.denoising is None:
-            return *self.decoder(queries, memory, categories), None
+            return *self._answers(self.decoder(queries, memory), tokens, queries.slot), None
         noised, plan = self.denoising(targets, categories)
         number = queries.slot.shape[1]
-        logits, boxes = self.decoder(side_by_side(queries, noised), memory, categories)
-        denoised = DenoisingOutput(logits=logits[..., number:], boxes=boxes[:, :, number:], plan=plan)
-        return logits[..., :number], boxes[:, :, :number], denoised
+        decoded = self.decoder(side_by_side(queries, noised), memory)
+        copies = decoded.rows(number)
+        logits = self.decoder.ask(copies, tokens, noised.slot)
+        denoised = DenoisingOutput(logits=logits, boxes=copies.boxes, plan=plan)
+        return *self._answers(decoded.rows(0, number), tokens, queries.slot), denoised
+
+    def _answers(self, decoded: Decoded, tokens: Tensor, slot: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and boxes: of each query for its own category, or of each place for every category."""
+        if self.config.queries.layout == "places":
+            return self.decoder.ask_everywhere(decoded, tokens)
+        return self.decoder.ask(decoded, tokens, slot), decoded.boxes
 
 
 def compile_parts(network: Detector, backend: str = "inductor") -> None:
@@ -149,7 +168,7 @@ def skeleton(config: DetectorConfig, text_width: int) -> Detector:
     return network
 
 
-def _build_decoder(config: DetectorConfig, levels: int) -> Decoder | ConditionalDecoder:
+def _build_decoder(config: DetectorConfig, levels: int, text_width: int) -> Decoder | ConditionalDecoder:
     if config.decoder.kind == "conditional":
-        return ConditionalDecoder(config.width, config.decoder, _OBJECT_PRIOR, config.similarity)
-    return Decoder(config.width, levels, config.decoder, _OBJECT_PRIOR, config.similarity)
+        return ConditionalDecoder(config.width, config.decoder, _OBJECT_PRIOR, text_width, config.similarity)
+    return Decoder(config.width, levels, config.decoder, _OBJECT_PRIOR, text_width, config.similarity)

@@ -39,10 +39,59 @@ class SimilarityHead(nn.Module):
         logit = similarity * self.scale + self.bias
         return logit if self.objectness is None else logit + self.objectness(features).squeeze(-1)
 
+    def all_pairs(self, features: Float[Tensor, "b p d"], tokens: Float[Tensor, "b k d"]) -> Float[Tensor, "b p k"]:
+        """One logit for each feature and each token."""
+        logits: Tensor = (self.feature(features) @ tokens.transpose(1, 2)) * self.scale + self.bias
+        return logits if self.objectness is None else logits + self.objectness(features)
 
-def similarity_tokens(categories: Categories, config: SimilarityConfig) -> Float[Tensor, "b k d"]:
-    """The token of each slot that features are compared with."""
-    # Empty slots have id 0 and get an arbitrary token.
+
+class ClassifierHead(nn.Module):
+    """One logit for each pair of feature and name, by a linear classifier: feature . (P e) + p . e.
+
+    P and p, which have biases, make weight and bias of a name's classifier from its text embedding e. Every set of
+    classifiers of a detector with fixed classes has this form, up to as many classes as an embedding has numbers.
+
+    Args:
+        width: d.
+        text_width: Size of a text embedding, t.
+        prior: The probability that the untrained head predicts.
+    """
+
+    def __init__(self, width: int, text_width: int, prior: float) -> None:
+        super().__init__()
+        self.weight = nn.Linear(text_width, width)
+        self.bias = nn.Linear(text_width, 1)
+        nn.init.zeros_(self.bias.weight)
+        nn.init.constant_(self.bias.bias, math.log(prior / (1 - prior)))
+
+    def forward(self, features: Float[Tensor, "*n d"], embeddings: Float[Tensor, "*#n t"]) -> Float[Tensor, "*n"]:
+        """One logit for each feature and its name."""
+        logit: Tensor = (features * self.weight(embeddings)).sum(-1) + self.bias(embeddings).squeeze(-1)
+        return logit
+
+    def all_pairs(self, features: Float[Tensor, "b p d"], embeddings: Float[Tensor, "b k t"]) -> Float[Tensor, "b p k"]:
+        """One logit for each feature and each name."""
+        logits: Tensor = features @ self.weight(embeddings).transpose(1, 2) + self.bias(embeddings).transpose(1, 2)
+        return logits
+
+
+def build_class_head(
+    width: int, text_width: int, prior: float, config: SimilarityConfig
+) -> SimilarityHead | ClassifierHead:
+    """The class head of the configured form."""
+    if config.form == "classifier":
+        return ClassifierHead(width, text_width, prior)
+    return SimilarityHead(width, prior, config)
+
+
+def similarity_tokens(categories: Categories, config: SimilarityConfig) -> Float[Tensor, "b k c"]:
+    """What class heads compare features with, for each slot: a token, or the text embedding.
+
+    Empty slots have id 0 and get an arbitrary one.
+    """
+    if config.form == "classifier":
+        assert categories.embeddings is not None
+        return categories.embeddings[categories.ids]
     return categories.text[categories.ids] if config.token == "text" else categories.kept_tokens
 
 

@@ -10,29 +10,36 @@ from torch import Tensor, nn
 
 from metr.models.config import QueryConfig, SimilarityConfig
 from metr.models.encoders.pyramid import cell_centres
-from metr.models.heads import BoxHead, similarity_tokens
+from metr.models.heads import BoxHead, ClassifierHead, similarity_tokens
 from metr.structures import Categories, Memory, NameLimits, Proposals, Queries, gather_rows
 
 
 class ProposalHead(nn.Module):
     """Scores every place of the memory for every category with a slot, and chooses the pairs that become queries.
 
-    The logit of a place for a category is factor * (linear layer of the place's feature) . (the category's token) /
-    sqrt(d) + b. With `objectness` a linear layer of the feature alone is added. The box of a place is an anchor,
-    refined from the feature; it is the same for every category.
+    The box of a place is an anchor, refined from the feature; it is the same for every category.
     """
 
     def __init__(
-        self, width: int, config: QueryConfig, prior: float, similarity: SimilarityConfig | None = None
+        self,
+        width: int,
+        config: QueryConfig,
+        prior: float,
+        text_width: int,
+        similarity: SimilarityConfig | None = None,
     ) -> None:
         super().__init__()
         self.config, self.similarity_config = config, similarity or SimilarityConfig()
         self.feature = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width)
+        self.box = BoxHead(width)
+        if self.similarity_config.form == "classifier":
+            self.classifier: ClassifierHead | None = ClassifierHead(width, text_width, prior)
+            return
+        self.classifier = None
         self.category = nn.Linear(width, width)
         self.bias = nn.Parameter(torch.tensor([math.log(prior / (1 - prior))]))
         self.objectness = nn.Linear(width, 1, bias=False) if self.similarity_config.objectness else None
-        self.box = BoxHead(width)
         self.scale = self.similarity_config.factor / math.sqrt(width)
         with torch.no_grad():  # the factor leaves initial logits alone
             for parameter in self.category.parameters():
@@ -40,9 +47,15 @@ class ProposalHead(nn.Module):
 
     def forward(
         self, memory: Memory, categories: Categories, limits: NameLimits | None = None
-    ) -> tuple[Proposals, Float[Tensor, "b q d"]]:
-        """The chosen pairs, at most `limits.queries` for each name, and the features of their places."""
+    ) -> tuple[Proposals, Float[Tensor, "b _n d"]]:
+        """The chosen pairs, at most `limits.queries` for each name, and the features of their places.
+
+        In the layout `places` all pairs of a chosen place and a slot are chosen, slot by slot, without limits; the
+        features are those of the places, each once.
+        """
         anchors, usable, features = memory.once(self, lambda: self._places(memory))
+        if self.config.layout == "places":
+            return self._everywhere(anchors, usable, features, categories)
         limit = None if limits is None else limits.queries[categories.ids]
         places, ranks, slots, valid = self._choose(features, usable, categories, limit)
         chosen = gather_rows(features, places)
@@ -58,6 +71,34 @@ class ProposalHead(nn.Module):
         )
         return proposals, chosen
 
+    def _everywhere(
+        self, anchors: Tensor, usable: Tensor, features: Tensor, categories: Categories
+    ) -> tuple[Proposals, Tensor]:
+        """The pairs of the best places with every slot, and the features of these places."""
+        tokens = similarity_tokens(categories, self.similarity_config)
+        with torch.no_grad():
+            best, places = self._best_places(self.scores(features, tokens), usable, categories.valid)
+        chosen, slots = gather_rows(features, places), categories.ids.shape[1]
+        boxes = self.box(chosen, gather_rows(anchors, places))
+        pairs = rearrange(self.scores(chosen, tokens), "b p k -> b (k p)")
+        every = torch.arange(pairs.shape[1], device=pairs.device).expand_as(pairs)
+        proposals = Proposals(
+            logits=pairs,
+            boxes=repeat(boxes, "b p four -> b (k p) four", k=slots),
+            place=repeat(places, "b p -> b (k p)", k=slots),
+            slot=every // places.shape[1],
+            rank=every % places.shape[1],
+            valid=rearrange(categories.valid.unsqueeze(2) & (best > -torch.inf).unsqueeze(1), "b k p -> b (k p)"),
+        )
+        return proposals, chosen
+
+    def _best_places(
+        self, scores: Float[Tensor, "b s k"], usable: Bool[Tensor, "b s"], valid: Bool[Tensor, "b k"]
+    ) -> tuple[Float[Tensor, "b p"], Int[Tensor, "b p"]]:
+        """Score and index of the places that score best for any category with a slot, best first."""
+        scores = scores.masked_fill(~valid.unsqueeze(1), -torch.inf).amax(-1).masked_fill(~usable, -torch.inf)
+        return scores.topk(min(self.config.number, scores.shape[1]), dim=1)
+
     def _places(self, memory: Memory) -> tuple[Tensor, Tensor, Tensor]:
         """Anchor, usability and feature of each place."""
         anchors, usable = anchor_logits(memory)
@@ -68,17 +109,26 @@ class ProposalHead(nn.Module):
         known: Tensor = self.norm(self.feature(memory.tokens * usable.unsqueeze(-1)))
         return known
 
-    def scores(self, features: Float[Tensor, "b s d"], tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b s n"]:
-        """The logit of every place for every token.
+    def scores(self, features: Float[Tensor, "b s d"], tokens: Float[Tensor, "b n c"]) -> Float[Tensor, "b s n"]:
+        """The logit of every place for every token, or text embedding, of a slot.
+
+        It is factor * (linear layer of the place's feature) . (the category's token) / sqrt(d) + b, and a linear layer
+        of the feature alone with `objectness`; or what the category's classifier says.
 
         The linear layer is applied to the tokens instead of the features (f W . t = f . W^T t): tokens are far fewer.
         """
+        if self.classifier is not None:
+            pairs: Tensor = self.classifier.all_pairs(features, tokens)
+            return pairs
         turned = tokens @ self.category.weight
         shift = (tokens @ self.category.bias).unsqueeze(1)
         logits = (features @ turned.transpose(1, 2) + shift) * self.scale + self.bias
         return logits if self.objectness is None else logits + self.objectness(features)
 
-    def _similarity(self, features: Float[Tensor, "b q d"], tokens: Float[Tensor, "b q d"]) -> Float[Tensor, "b q"]:
+    def _similarity(self, features: Float[Tensor, "b q d"], tokens: Float[Tensor, "b q c"]) -> Float[Tensor, "b q"]:
+        if self.classifier is not None:
+            classified: Tensor = self.classifier(features, tokens)
+            return classified
         similarity: Tensor = (self.category(features) * tokens).sum(-1)
         logits = similarity * self.scale + self.bias
         return logits if self.objectness is None else logits + self.objectness(features).squeeze(-1)
@@ -109,28 +159,48 @@ class ClassQueries(nn.Module):
     """Queries of proposals. Content = learned query (by rank in its category's group) + the category's refined token.
 
     With `content: place` a linear layer of the feature of the query's place is added, without gradient to the feature
-    (as in DINO and RT-DETR).
+    (as in DINO and RT-DETR). With `place_only` it is all the content, with `learned_only` the learned query is.
     """
 
     def __init__(self, width: int, config: QueryConfig) -> None:
         super().__init__()
-        self.learned = nn.Embedding(config.ceiling, width)
-        self.place = nn.Linear(width, width) if config.content == "place" else None
+        self.config = config
+        ranks = config.number if config.layout == "places" else config.ceiling
+        self.learned = None if config.content == "place_only" else nn.Embedding(ranks, width)
+        self.place = nn.Linear(width, width) if config.content in ("place", "place_only") else None
         self.together = config.attention == "image"
 
-    def forward(self, proposals: Proposals, features: Float[Tensor, "b q d"], categories: Categories) -> Queries:
-        """One query for each proposal. It starts from the proposal's box, to which no gradient flows back."""
-        content = self.learned(proposals.rank) + gather_rows(categories.kept_tokens, proposals.slot)
-        if self.place is not None:
-            content = content + self.place(features.detach())
-        group = torch.zeros_like(proposals.slot) if self.together else proposals.slot
+    def forward(self, proposals: Proposals, features: Float[Tensor, "b n d"], categories: Categories) -> Queries:
+        """One query for each proposal, or in the layout `places` for each place.
+
+        It starts from the proposal's box, to which no gradient flows back.
+        """
+        number = features.shape[1]
+        if self.config.layout == "places":
+            # the pairs of the first slot are the places; all places attend to each other
+            valid = rearrange(proposals.valid, "b (k p) -> b k p", p=number).any(1)
+            slot = torch.zeros_like(proposals.slot[:, :number])
+        else:
+            valid, slot = proposals.valid, proposals.slot
+        group = torch.zeros_like(slot) if self.together else slot
         return Queries(
-            content=content,
-            reference_boxes=proposals.boxes.detach(),
-            slot=proposals.slot,
-            group=group.masked_fill(~proposals.valid, -1),
-            valid=proposals.valid,
+            content=self._content(proposals.rank[:, :number], slot, features, categories),
+            reference_boxes=proposals.boxes[:, :number].detach(),
+            slot=slot,
+            group=group.masked_fill(~valid, -1),
+            valid=valid,
         )
+
+    def _content(self, rank: Tensor, slot: Tensor, features: Tensor, categories: Categories) -> Float[Tensor, "b n d"]:
+        parts = []
+        if self.learned is not None:
+            parts.append(self.learned(rank))
+        if self.config.content in ("learned", "place"):
+            parts.append(gather_rows(categories.kept_tokens, slot))
+        if self.place is not None:
+            parts.append(self.place(features.detach()))
+        content: Tensor = sum(parts[1:], parts[0])
+        return content
 
 
 def side_by_side(first: Queries, second: Queries) -> Queries:

@@ -14,7 +14,14 @@ from metr.conversion.classifier import Linear, layer_classifier
 from metr.conversion.table import Row, State
 from metr.data.config import ResizeConfig
 from metr.errors import ModelError
-from metr.models.config import BackboneConfig, DecoderConfig, DetectorConfig, EncoderConfig
+from metr.models.config import (
+    BackboneConfig,
+    DecoderConfig,
+    DetectorConfig,
+    EncoderConfig,
+    QueryConfig,
+    SimilarityConfig,
+)
 from metr.models.detector import Detector
 
 # of a box's sides, what an offset is measured in: METR's, and theirs where nothing else is set
@@ -84,12 +91,14 @@ class Context:
 
     Attributes:
         network: METR's.
+        text: The embedding of each name.
         tokens: Of each name, as its queries are compared with them.
         contents: Of each name, as its queries contain them.
         config: The target's.
     """
 
     network: Detector
+    text: Float[Tensor, "v t"]
     tokens: Float[Tensor, "v d"]
     contents: Float[Tensor, "v d"]
     config: Any
@@ -106,10 +115,18 @@ class Derived:
 
 @dataclass(frozen=True, kw_only=True)
 class Adopted:
-    """What METR must be to take a target's weights: its configuration, and tensors that no row gives."""
+    """What METR must be to take a target's weights.
+
+    Attributes:
+        config: METR's configuration.
+        derived: Tensors that no row gives.
+        class_heads: The prefixes of METR's class heads, each with that of the target's linear layer whose logits it is
+            to give; none where they start afresh.
+    """
 
     config: DetectorConfig
     derived: Mapping[str, Derived] = field(default_factory=dict)
+    class_heads: Mapping[str, str] = field(default_factory=dict)
 
 
 Derivation = Callable[[Context], Mapping[str, Derived]]
@@ -132,7 +149,7 @@ class Target:
         backbone: The prefix of its backbone's keys.
         processor: Its image processor's class, without the suffix of a backend.
         configure: Its configuration.
-        table: Its key table, for a configuration of its own.
+        table: Its key table, for a configuration of its own and METR's.
         derive: The tensors that no row gives, by its keys; asked only where the families fit.
         differences: What it computes otherwise than such a METR in spite of equal weights, in sentences.
         adopt: The METR that its weights fit, from its configuration, METR's configuration of its backbone, and its
@@ -149,7 +166,7 @@ class Target:
     backbone: str = "model.backbone.model."
     processor: str
     configure: Callable[[BuildSpec], Any]
-    table: Callable[[Any], KeyTable]
+    table: Callable[[Any, DetectorConfig], KeyTable]
     derive: Derivation = nothing_derived
     differences: Callable[[DetectorConfig], tuple[str, ...]] = lambda _: ()
     adopt: Callable[[Any, BackboneConfig, State], Adopted] | None = None
@@ -225,6 +242,7 @@ def around(
     backbone: BackboneConfig,
     decoder: Mapping[str, Any] | None = None,
     queries: Mapping[str, Any] | None = None,
+    similarity: SimilarityConfig | None = None,
 ) -> DetectorConfig:
     """METR's configuration around an encoder.
 
@@ -234,10 +252,12 @@ def around(
         backbone: METR's configuration of its backbone.
         decoder: What METR's decoder is besides, if not what it is by default.
         queries: The same of METR's queries.
+        similarity: How METR compares with categories, if not as by default.
     """
     base, heads = DetectorConfig(), config.decoder_attention_heads
     categories = base.categories.model_copy(update={"heads": heads})
-    number = max(config.num_queries, categories.kept)
+    places = (queries or {}).get("layout") == "places"
+    number = config.num_queries if places else max(config.num_queries, categories.kept)
     sizes = DecoderConfig(
         layers=config.decoder_layers,
         heads=heads,
@@ -251,15 +271,53 @@ def around(
         encoder=encoder,
         decoder=sizes,
         categories=categories,
-        queries=base.queries.model_copy(update={"number": number, **(queries or {})}),
+        queries=QueryConfig(**{"number": number, **(queries or {})}),
+        similarity=similarity or base.similarity,
     )
+
+
+def box_heads(theirs: str, layers: int, ours: DetectorConfig) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
+    """Rows of the box heads of the decoder's layers, and of those that METR's one head is copied to.
+
+    Args:
+        theirs: What their keys begin with, before the layer's number.
+        layers: How many layers the target's decoder has.
+        ours: Says whether METR's layers have heads of their own.
+    """
+    if ours.decoder.predictors == "layer":
+        own = (mlp(f"{theirs}.{layer}", f"decoder.box.{layer}.change", 3) for layer in range(layers))
+        return joined(*own), ()
+    heads = [mlp(f"{theirs}.{layer}", "decoder.box.change", 3) for layer in range(layers)]
+    return heads[-1], joined(*heads[:-1])
+
+
+ADOPTED_QUERIES = {"layout": "places", "content": "place_only", "attention": "image"}
+"""Queries of a METR that looks where another detector looks: at its best places, whatever the category."""
+
+
+def unmoved_content(width: int) -> dict[str, Derived]:
+    """A query contains the feature of its place as it is."""
+    key, how = "class_queries.place", "identity"
+    return {
+        f"{key}.weight": Derived(tensor=torch.eye(width), how=how),
+        f"{key}.bias": Derived(tensor=torch.zeros(width), how=how),
+    }
+
+
+def equal_presence(width: int) -> dict[str, Derived]:
+    """Presence is the same for every name, as nobody has taught it yet."""
+    key, how = "category_extraction.presence.feature.2", "nothing: presence was never taught"
+    return {
+        f"{key}.weight": Derived(tensor=torch.zeros(width, width), how=how),
+        f"{key}.bias": Derived(tensor=torch.zeros(width), how=how),
+    }
 
 
 def layer_heads(context: Context, theirs: str) -> dict[str, Derived]:
     """The classification head of each of the decoder's layers, whose keys begin with `theirs` and its number."""
     fresh: dict[str, Derived] = {}
     for layer in range(context.config.decoder_layers):
-        classes = layer_classifier(context.network, context.tokens, layer)
+        classes = layer_classifier(context.network, context.text, context.tokens, layer)
         fresh |= given_layer(f"{theirs}.{layer}", classes, FOLDED, of_layer_head(context.network, layer))
     return fresh
 

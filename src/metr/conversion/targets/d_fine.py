@@ -70,7 +70,7 @@ def encoder_rows() -> tuple[Row, ...]:
     )
 
 
-def table(config: Any) -> KeyTable:
+def table(config: Any, _: DetectorConfig) -> KeyTable:
     """D-FINE's. Its attention to the memory has no values and outputs of its own; its later boxes are distributions."""
     theirs, ours = f"{_DECODER}.layers.{{i}}", "decoder.layers.{i}"
     return KeyTable(
@@ -111,7 +111,8 @@ def adopt(config: Any, backbone: BackboneConfig, state: State) -> Adopted:
         ModelError: an option is set for which METR has no counterpart.
     """
     blocks = round(rt_detr.BLOCKS * config.depth_mult)
-    adopted = rt_detr.adopted_config(config, backbone, fusion="elan", fusion_blocks=blocks)
+    fusions = {"fusion": "elan", "fusion_blocks": blocks}
+    adopted = rt_detr.adopted_config(config, backbone, fusions, {"positions": "plain"}, {"content": "place"})
     identity = dict[str, Derived]()
     for layer in range(config.decoder_layers):
         for part in ("value", "out"):

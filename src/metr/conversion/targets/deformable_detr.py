@@ -19,6 +19,7 @@ from metr.conversion.targets.base import (
     Target,
     around,
     attention,
+    box_heads,
     deformable_attention,
     encoder_values,
     feed_forward,
@@ -72,11 +73,11 @@ def configure(spec: BuildSpec) -> Any:
     )
 
 
-def table(config: Any) -> KeyTable:
+def table(config: Any, metr: DetectorConfig) -> KeyTable:
     """Deformable DETR's; a box head that every layer has for itself is METR's one."""
     encoder, decoder = "model.encoder.layers.{i}", "model.decoder.layers.{i}"
     ours, last = "decoder.layers.{i}", config.decoder_layers - 1
-    heads = [mlp(f"bbox_embed.{layer}", "decoder.box.change", 3) for layer in range(last + 1)]
+    heads, copies = box_heads("bbox_embed", config.decoder_layers, metr)
     proposals: tuple[Row, ...] = ()
     if config.two_stage:
         proposals = joined(
@@ -101,8 +102,8 @@ def table(config: Any) -> KeyTable:
             deformable_attention(f"{decoder}.encoder_attn", f"{ours}.cross"),
             feed_forward(decoder, f"{ours}.feed_forward"),
         ),
-        heads=joined(proposals, heads[last] if config.with_box_refine else ()),
-        copies=joined(*heads[:last]),
+        heads=joined(proposals, heads if config.with_box_refine else ()),
+        copies=copies,
     )
 
 
@@ -112,7 +113,7 @@ def derive(context: Context) -> Mapping[str, Derived]:
     Places are chosen by the first label's score, whatever the label, and transformers never trains that score: it
     becomes the mean of all names'.
     """
-    places = place_classifier(context.network, context.tokens)
+    places = place_classifier(context.network, context.text, context.tokens)
     places.weight[0], places.bias[0] = places.weight.mean(0), places.bias.mean(0)
     key = f"class_embed.{context.config.decoder_layers}"
     head = given_layer(key, places, FOLDED_PLACES, of_places(context.network))
@@ -124,7 +125,9 @@ def _queries(context: Context) -> dict[str, Derived]:
     """Position and content of a query from its box: METR's position, and the mean of what its queries contain."""
     network, width = context.network, context.network.config.width
     position = box_position(network) or network.decoder.position
-    content = network.class_queries.learned.weight.mean(0) + context.contents.mean(0)
+    content = context.contents.mean(0)
+    if network.class_queries.learned is not None:
+        content = content + network.class_queries.learned.weight.mean(0)
     if network.class_queries.place is not None:
         content = content + network.class_queries.place(network.proposals.norm.bias)
     fit = fit_stacked_norm(position, content, partial(four_encodings, width=width))

@@ -20,6 +20,7 @@ from metr.conversion.activation_statistics import (
 from metr.conversion.classifier import fit_box_mlp, place_classifier
 from metr.conversion.table import Row, State, backbone_rows
 from metr.conversion.targets.base import (
+    ADOPTED_QUERIES,
     FOLDED_PLACES,
     Adopted,
     BuildSpec,
@@ -29,8 +30,10 @@ from metr.conversion.targets.base import (
     Target,
     around,
     attention,
+    box_heads,
     deformable_attention,
     encoder_values,
+    equal_presence,
     even_sampling,
     feed_forward,
     given_layer,
@@ -39,9 +42,10 @@ from metr.conversion.targets.base import (
     linear,
     mlp,
     need_options,
+    unmoved_content,
 )
 from metr.errors import ModelError
-from metr.models.config import BackboneConfig, DetectorConfig, EncoderConfig
+from metr.models.config import BackboneConfig, DetectorConfig, EncoderConfig, SimilarityConfig
 from metr.models.detector import Detector
 from metr.models.encoders.hybrid import ConvNorm, Fusion, HybridEncoder
 
@@ -51,6 +55,8 @@ PLACES = "queries start from the features of places; METR's from learned ones an
 """What distinguishes the queries of RT-DETR and its successors from METR's."""
 # how far a block is shifted so that its SiLU lets everything pass: SiLU(x + 12) is x + 12 within 1e-4
 _SHIFT = 12.0
+# the least distance from 0 and 1 of a box's numbers that it refines
+_MARGIN = 1e-5
 _ENCODER, _DECODER = "model.encoder", "model.decoder"
 
 
@@ -167,10 +173,10 @@ def proposal_rows() -> tuple[Row, ...]:
     )
 
 
-def table(config: Any) -> KeyTable:
+def table(config: Any, metr: DetectorConfig) -> KeyTable:
     """RT-DETR's; the position of METR's queries has a place where it is made of the box's four numbers."""
-    theirs, ours, last = f"{_DECODER}.layers.{{i}}", "decoder.layers.{i}", config.decoder_layers - 1
-    heads = [mlp(f"{_DECODER}.bbox_embed.{layer}", "decoder.box.change", 3) for layer in range(last + 1)]
+    theirs, ours = f"{_DECODER}.layers.{{i}}", "decoder.layers.{i}"
+    heads, copies = box_heads(f"{_DECODER}.bbox_embed", config.decoder_layers, metr)
     return KeyTable(
         backbone=backbone_rows(config.backbone_config, TARGET.backbone),
         encoder=encoder_rows(),
@@ -181,8 +187,8 @@ def table(config: Any) -> KeyTable:
             feed_forward(theirs, f"{ours}.feed_forward"),
             position_rows(),
         ),
-        heads=joined(proposal_rows(), heads[last]),
-        copies=joined(*heads[:last]),
+        heads=joined(proposal_rows(), heads),
+        copies=copies,
     )
 
 
@@ -204,7 +210,7 @@ def queries_and_heads(context: Context) -> dict[str, Derived]:
 def _places_and_names(context: Context) -> dict[str, Derived]:
     """The head that scores places, and the content of denoising queries."""
     network, contents = context.network, context.contents
-    places = place_classifier(network, context.tokens)
+    places = place_classifier(network, context.text, context.tokens)
     fresh = given_layer("model.enc_score_head", places, FOLDED_PLACES, of_places(network))
     if context.config.num_denoising:
         learned = torch.zeros_like(contents[0]) if network.denoising is None else network.denoising.learned.detach()
@@ -317,16 +323,31 @@ def positions_differ(config: DetectorConfig) -> tuple[str, ...]:
 
 
 def adopt(config: Any, backbone: BackboneConfig, state: State) -> Adopted:
-    """A METR with RT-DETR's encoder, its projection of the memory and its positions, so that all of it fits.
+    """A METR that computes what RT-DETR does, so that all of it fits.
 
     Raises:
         ModelError: an option is set for which METR has no counterpart.
     """
-    adopted = adopted_config(config, backbone, fusion_blocks=BLOCKS, project_memory=True)
-    return Adopted(config=adopted, derived=even_sampling(config, state))
+    exact = {"positions": "plain", "predictors": "layer", "box_margin": _MARGIN}
+    fusions = {"fusion_blocks": BLOCKS, "project_memory": True}
+    adopted = adopted_config(config, backbone, fusions, exact, ADOPTED_QUERIES, SimilarityConfig(form="classifier"))
+    width = config.d_model
+    layers = {f"decoder.similarity.{n}": f"{_DECODER}.class_embed.{n}" for n in range(config.decoder_layers)}
+    return Adopted(
+        config=adopted,
+        derived=even_sampling(config, state) | unmoved_content(width) | equal_presence(width),
+        class_heads={"proposals.classifier": "model.enc_score_head"} | layers,
+    )
 
 
-def adopted_config(config: Any, backbone: BackboneConfig, **fusions: Any) -> DetectorConfig:
+def adopted_config(
+    config: Any,
+    backbone: BackboneConfig,
+    fusions: Mapping[str, Any],
+    decoder: Mapping[str, Any],
+    queries: Mapping[str, Any],
+    similarity: SimilarityConfig | None = None,
+) -> DetectorConfig:
     """A METR with the encoder of RT-DETR or D-FINE, whose options of `fusions` differ.
 
     Raises:
@@ -340,7 +361,7 @@ def adopted_config(config: Any, backbone: BackboneConfig, **fusions: Any) -> Det
         **encoder_values(config),
         **fusions,
     )
-    return around(encoder, config, backbone, decoder={"positions": "plain"}, queries={"content": "place"})
+    return around(encoder, config, backbone, decoder, queries, similarity)
 
 
 def _refuse(config: Any) -> None:
@@ -352,6 +373,7 @@ def _refuse(config: Any) -> None:
     wanted = {
         "encoder_hidden_dim": config.d_model,
         "normalize_before": False,
+        "learn_initial_query": False,
         "num_feature_levels": len(config.encoder_in_channels),
         "encode_proj_layers": [len(config.encoder_in_channels) - 1],
         "encoder_activation_function": "gelu",

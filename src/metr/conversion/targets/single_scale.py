@@ -24,7 +24,7 @@ from metr.conversion.targets.base import (
 )
 from metr.layers.position_encoding import box_encoding
 from metr.models.backbones.registered import EfficientNetLiteConfig
-from metr.models.config import EncoderConfig
+from metr.models.config import DetectorConfig, EncoderConfig
 from metr.models.decoder import ConditionalDecoder
 
 DECODER = ("model.decoder.layers.{i}", "decoder.layers.{i}")
@@ -38,9 +38,9 @@ SIDE = 0.2
 _STEPS = (0.7548776662466927, 0.5698402909980532)
 
 
-def with_backbone(table: KeyTable, prefix: str = Target.backbone) -> Callable[[Any], KeyTable]:
+def with_backbone(table: KeyTable, prefix: str = Target.backbone) -> Callable[[Any, DetectorConfig], KeyTable]:
     """The whole table of a configuration: beside the rows that are always the same those of its backbone."""
-    return lambda config: replace(table, backbone=backbone_rows(config.backbone_config, prefix))
+    return lambda config, _: replace(table, backbone=backbone_rows(config.backbone_config, prefix))
 
 
 def common_options(spec: BuildSpec, width: str) -> dict[str, Any]:

@@ -1,0 +1,87 @@
+"""Classifiers of a fixed list of classes become METR's classifiers of names (`similarity.form: classifier`)."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from metr.conversion.classifier import Linear
+from metr.conversion.targets.base import Derived
+
+# Singular values below this fraction of the largest count as zero: names that say the same cannot be told apart.
+_NEGLIGIBLE = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ClassHeads:
+    """The class heads of a detector, one row a label that has a name.
+
+    Attributes:
+        names: The labels' names; empty where the detector does not say them.
+        heads: By the prefix of METR's head (`proposals.classifier`): logits of all labels from a feature.
+        sources: By the same prefix, the detector's keys.
+    """
+
+    names: tuple[str, ...]
+    heads: Mapping[str, Linear]
+    sources: Mapping[str, tuple[str, ...]]
+
+    @property
+    def labels(self) -> int:
+        """How many labels there are."""
+        return len(next(iter(self.heads.values())).bias)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SolvedHeads:
+    """METR's class heads, and how far they are from the detector's.
+
+    Attributes:
+        derived: METR's tensors.
+        error: The largest difference of a logit, for features whose numbers are about 1.
+        rank: How many directions the names' embeddings have.
+    """
+
+    derived: Mapping[str, Derived]
+    error: float
+    rank: int
+
+
+@torch.no_grad()
+def solve(given: ClassHeads, text: Float[Tensor, "n t"]) -> SolvedHeads:
+    """Weights with which METR's class heads give each of the detector's names the logits that the detector gives it.
+
+    A classifier's weight and bias are an affine function of the name's embedding, the one of smallest size that meets
+    all labels: so a name between others gets a classifier between theirs, and a name unlike all gets about their mean.
+    Up to as many labels as an embedding has numbers are met exactly; more in the sense of least squares.
+
+    Args:
+        given: The detector's heads.
+        text: One embedding a label.
+    """
+    centre = text.double().mean(0)
+    offsets = text.double() - centre
+    left, sizes, right = torch.linalg.svd(offsets, full_matrices=False)
+    kept = sizes > _NEGLIGIBLE * sizes.max().clamp(min=1e-12)
+    inverse = (right[kept].T / sizes[kept]) @ left[:, kept].T
+    derived, errors = dict[str, Derived](), [0.0]
+    for prefix, head in given.heads.items():
+        wanted = torch.cat([head.weight, head.bias.unsqueeze(1)], dim=1).double()
+        mean = wanted.mean(0)
+        slope = (inverse @ (wanted - mean)).T
+        start = mean - slope @ centre
+        tensors = {
+            "weight.weight": slope[:-1],
+            "weight.bias": start[:-1],
+            "bias.weight": slope[-1:],
+            "bias.bias": start[-1:],
+        }
+        for name, tensor in tensors.items():
+            derived[f"{prefix}.{name}"] = Derived(
+                tensor=tensor.to(head.weight), how="solved: class head and names", source=given.sources[prefix]
+            )
+        missed = (text.double() @ slope.T + start - wanted).square().sum(1).sqrt()
+        errors.append(float(missed.max()))
+    return SolvedHeads(derived=derived, error=max(errors), rank=int(kept.sum()) + 1)
