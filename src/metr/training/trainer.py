@@ -152,7 +152,7 @@ class Trainer:
             MetrError: the folder holds a run and `resume` is off, or step after step has numbers that are not finite.
             CheckpointError: the saved state is damaged or of another network.
         """
-        self._stop_signals = StopSignals()
+        self._stop_signals = StopSignals(announced=self.accelerator.is_main_process)
         with self._stop_signals, self._run_logger, explained_loss_of_processes(), explained_loss_of_workers():
             batches = self._begin(resume)
             try:
