@@ -114,7 +114,10 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def long_call() -> float:
-    """One instruction of Python that takes long and lets other threads run, as a backward pass of torch; when it ended."""
+    """One instruction of Python that takes long and lets other threads run, as a backward pass of torch.
+
+    Gives the time when it ended.
+    """
     hashlib.pbkdf2_hmac("sha256", b"long", b"call", 600_000)
     return time.time()
 
@@ -144,20 +147,18 @@ def test_what_follows_is_said_at_once_even_in_a_long_step(
 
 @pytest.mark.usefixtures("impatient")
 def test_pressed_twice_in_one_long_step_it_stops_as_soon_as_it_can() -> None:
-    with StopSignals(announced=True), pytest.raises(Stopped, match="stopped by SIGINT"):
+    with StopSignals(announced=True):
         signal_after(0.1, signal.SIGINT)
         signal_after(0.4, signal.SIGINT)
-        long_call()
+        with pytest.raises(Stopped, match="stopped by SIGINT"):
+            long_call()
 
 
 def test_in_an_evaluation_it_is_said_that_this_is_left(caplog: pytest.LogCaptureFixture) -> None:
-    with (
-        StopSignals(announced=True) as interrupts,
-        pytest.raises(Abandoned),
-        interrupts.leaving_at_once(),
-    ):
+    with StopSignals(announced=True) as interrupts:
         signal_after(0.1, signal.SIGINT)
-        long_call()
+        with pytest.raises(Abandoned), interrupts.leaving_at_once():
+            long_call()
     (record,) = caplog.records
     assert record.getMessage() == "Ctrl-C: stopping the evaluation; training up to here is saved"
 
@@ -184,10 +185,11 @@ def test_the_listener_leaves_nothing_behind() -> None:
     with StopSignals(announced=True):
         assert state() != before
     assert state() == before
-    with StopSignals(announced=True) as interrupts, pytest.raises(Stopped):
+    with StopSignals(announced=True) as interrupts:
         signal.raise_signal(signal.SIGINT)
         interrupts._received -= 2 * signals.REPEATED
-        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(Stopped):
+            signal.raise_signal(signal.SIGINT)
     assert state() == before
 
 

@@ -205,9 +205,9 @@ def _legend(report: EvaluationReport, modes: Sequence[Mode]) -> Iterator[str]:
     if "default" in modes:
         yield "default: the names that metr detect looks for with this checkpoint"
     if "joint" in modes:
-        yield f"own: the dataset's own names; joint: the joint vocabulary of {report.names} names"
+        yield f"own: the dataset's own names; joint: the joint vocabulary of {counted(report.names, 'name')}"
     if report.confusion is not None:
-        yield "confused: % of the best detections that name another domain, joint vocabulary"
+        yield "confused: % of the best detections that name something of another dataset, joint vocabulary"
     if outside := [one.name for one in report.datasets if not one.in_mean]:
         yield f"not in the mean: {', '.join(outside)}"
 
@@ -216,8 +216,8 @@ def _preface(report: EvaluationReport) -> str:
     lines = [
         "COCO average precision over IoU 0.50:0.95 on the scale 0 to 100, at most 100 detections an image. "
         "*Own names*: the detector is asked for the dataset's names alone; *joint vocabulary*: for all "
-        f"{report.names} names at once, and scored on the dataset's own. *Recall at K*: the share of the categories "
-        "present that are among the K most likely of the image, with the larger vocabulary."
+        f"{counted(report.names, 'name')} at once, and scored on the dataset's own. *Recall at K*: the share of the "
+        "categories present that are among the K most likely of the image, with the larger vocabulary."
     ]
     if report.unannotated is not None:
         lines.append(

@@ -16,7 +16,7 @@ from torch import Tensor
 from metr.checkpoint import find_checkpoint, load_checkpoint, update_detection
 from metr.config import Config
 from metr.data.records import Annotations
-from metr.errors import DataError
+from metr.errors import DataError, counted
 from metr.evaluation.coco import CocoResult
 from metr.inference.config import InferenceConfig
 from metr.inference.postprocess import ImageId
@@ -294,7 +294,8 @@ def store_thresholds(report: EvaluationReport, run: Path, console: Console | Non
     update_detection(folder, checkpoint.detection.model_copy(update={"thresholds": kept}))
     if console is not None:
         span = f"{min(found.values()):.2f} to {max(found.values()):.2f}"
-        line = f"thresholds of {len(found)} names, {span}, are kept in {folder}: metr detect shows scores from there on"
+        kept_for = f"thresholds of {counted(len(found), 'name')}, {span}"
+        line = f"{kept_for}, are kept in {folder}: metr detect shows scores from there on"
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 

@@ -11,7 +11,7 @@ from metr.checkpoint import Checkpoint, DetectionDefaults
 from metr.config import differences
 from metr.data.config import ResizeConfig
 from metr.data.loading import build_train_loader
-from metr.errors import CheckpointError, ConfigError
+from metr.errors import CheckpointError, ConfigError, counted
 from metr.evaluation.report import main_console
 from metr.evaluation.results import EvaluationConfig, EvaluationReport
 from metr.evaluation.runner import EvaluationRunner
@@ -257,8 +257,9 @@ def _warn_of_forgetting(model: METR, opened: FinetuneData, console: Console) -> 
     forgotten = [name for name in model.names if name not in known]
     if not forgotten:
         return
-    note = f"{len(forgotten)} of the checkpoint's {len(model.names)} names are in none of this data: they can still be "
-    note += "detected, but perhaps less well afterwards; --rehearse mixes old datasets in."
+    known = f"the checkpoint's {counted(len(model.names), 'name')}"
+    note = f"Of {known}, {len(forgotten):,} {'is' if len(forgotten) == 1 else 'are'} in none of this data: metr detect "
+    note += "can still find them, but perhaps less well afterwards; --rehearse mixes old datasets in."
     tell(console, note)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from metr.checkpoint import Checkpoint
 from metr.config import Tree, merge
-from metr.errors import ConfigError
+from metr.errors import ConfigError, counted
 from metr.training.config import Freeze, RunConfig, finetune_layers, laid_over, packaged
 
 RECIPE = "recipe"
@@ -73,7 +73,7 @@ def described(recipe: RunConfig, images: int) -> str:
         parts.append(f"evaluated every {loop.evaluate_every:,} steps")
     if loop.evaluate_every and loop.patience:
         parts.append(f"stops when {loop.best_metric} has not risen for {loop.patience} evaluations")
-    return f"{images:,} image{'' if images == 1 else 's'}: {', '.join(part for part in parts if part)}."
+    return f"{counted(images, 'image')}: {', '.join(part for part in parts if part)}."
 
 
 def _from_checkpoint(checkpoint: Checkpoint) -> Tree:

@@ -12,7 +12,7 @@ from metr.config import Tree, differences
 from metr.data.datasets_file import DatasetConfig, DatasetSource, parse_data_arguments
 from metr.data.shards.addresses import is_pattern
 from metr.data.shards.stores import is_url
-from metr.errors import ConfigError, DataError
+from metr.errors import ConfigError, DataError, counted
 from metr.run_directory import RunDirectory, explained_disk_errors, replaced_file
 from metr.serialization import read_json, write_json
 
@@ -117,7 +117,7 @@ def log_changed_datasets(began: Mapping[str, Any], now: Mapping[str, Any]) -> No
         old, new = before.get("images"), facts["images"]
         counts = "as many images as before"
         if old != new:
-            counts = ", ".join(f"{split} {number} images" for split, number in (old or {}).items())
+            counts = ", ".join(f"{split} {counted(number, 'image')}" for split, number in (old or {}).items())
             counts += ", now " + ", ".join(f"{split} {number}" for split, number in new.items())
         _logger.warning("%s: its files have changed since the run was here last (%s)", name, counts)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn, optim
 
 from metr.config import Config, leaves
 from metr.data.records import DataIssue
-from metr.errors import CheckpointError, ConfigError, MetrError, did_you_mean
+from metr.errors import CheckpointError, ConfigError, MetrError, counted, did_you_mean
 from metr.run_directory import COUNTERS, RunDirectory, existing_folder, replaced_folder
 from metr.serialization import load_weights, read_json, read_tensors, write_json, write_tensors
 from metr.training.config import LoopConfig
@@ -75,9 +75,9 @@ class Counters:
     def advance(self, cost: StepCost) -> None:
         """Counts a step that was made, or queued; `add` counts its numbers when they have been read."""
         self.step += 1
-        for counted in (self, self.window):
-            counted.images += cost.images
-            counted.seconds += cost.seconds
+        for counts in (self, self.window):
+            counts.images += cost.images
+            counts.seconds += cost.seconds
         self.window.waiting += cost.waiting
 
     def add(self, report: StepReport) -> None:
@@ -261,7 +261,7 @@ def check_steps(counters: Counters, steps: int) -> None:
         ConfigError: it has.
     """
     if counters.step > steps:
-        what = f"{counters.step:,} steps are done already, more than {steps:,}"
+        what = f"{counted(counters.step, 'step is', 'steps are')} done already, more than {steps:,}"
         raise ConfigError(what, where="train.loop.steps", hint="--steps with a larger number, or start a new run")
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from metr.data.formats.files import Files, encoding_of
 from metr.data.index.manifest import Fingerprints
 from metr.data.records import UNNAMED, DataIssue, ImageBytes
+from metr.errors import counted
 
 # The corners of a box that cannot be read. Its category is in the image all the same, and checking makes use of that.
 UNREADABLE = (math.nan,) * 4
@@ -372,7 +373,7 @@ def place(where: str, mark: int | str) -> str:
 
 def count_boxes(count: int) -> str:
     """A number of boxes in words."""
-    return "1 box" if count == 1 else f"{count} boxes"
+    return counted(count, "box", "boxes")
 
 
 def whole_size(height: float | None, width: float | None) -> tuple[int, int] | None:
