@@ -23,7 +23,7 @@ def shown(text: str) -> str:
     return _UNSHOWN.sub(_written_out, text)
 
 
-def counted(number: float, one: str, many: str | None = None) -> str:
+def counted(number: int | float, one: str, many: str | None = None) -> str:
     """A number of things, as people write it: `1 image`, `2,000 images`, `0.5 epochs`.
 
     Args:

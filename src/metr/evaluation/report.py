@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from metr.errors import DataError, markdown
+from metr.errors import DataError, counted, markdown
 from metr.evaluation.results import (
     EVERY_MODE,
     CrossDatasetConfusion,
@@ -156,13 +156,13 @@ def show(report: EvaluationReport, console: Console) -> None:
 def _tables(report: EvaluationReport, modes: Sequence[Mode]) -> Iterator[Table]:
     """The table with all columns, then with ever fewer; at last names of datasets are folded."""
     metrics = _METRICS if len(modes) < len(EVERY_MODE) else _METRICS[:1]  # so that it stays 80 columns wide
-    for some, counted, longest in (
+    for some, numbered, longest in (
         (metrics, True, None),
         (metrics, True, _FOLDED),
         (metrics[:1], True, _FOLDED),
         (metrics[:1], False, _FOLDED),
     ):
-        yield _console_table(report, modes, some, report.confusion, counted, longest)
+        yield _console_table(report, modes, some, report.confusion, numbered, longest)
     yield _console_table(report, modes, metrics[:1], None, False, _FOLDED)
     yield _console_table(report, modes[:1], metrics[:1], None, False, _FOLDED)
 
@@ -172,13 +172,13 @@ def _console_table(
     modes: Sequence[Mode],
     metrics: Sequence[Literal["ap", "ap50"]],
     confusion: CrossDatasetConfusion | None,
-    counted: bool,
+    numbered: bool,
     longest: int | None,
 ) -> Table:
-    """The report as a table. `counted`: with splits and numbers of images; `longest`: columns of a dataset's name."""
+    """The report as a table. `numbered`: with splits and numbers of images; `longest`: columns of a dataset's name."""
     table = Table(box=SIMPLE_HEAD, show_edge=False, padding=0, pad_edge=False)
     table.add_column("dataset", overflow="fold", max_width=longest)
-    if counted:
+    if numbered:
         table.add_column("split", no_wrap=True)
         table.add_column("images", justify="right", no_wrap=True)
     numbers = [f"{mode} {metric.upper()}" for mode in modes for metric in metrics]
@@ -191,12 +191,12 @@ def _console_table(
         ]
         values += [confusion.shares.get(one.name)] if confusion else []
         name = one.name if one.in_mean else f"({one.name})"
-        counts = [one.split, str(one.images)] if counted else []
+        counts = [one.split, str(one.images)] if numbered else []
         table.add_row(escape(name), *counts, *map(_number, values))
     means = [report.mean(mode, metric) for mode in modes for metric in metrics]
     means += [report.mean_confusion] if confusion else []
     table.add_section()
-    blank = ["", ""] if counted else []
+    blank = ["", ""] if numbered else []
     table.add_row(f"mean of {sum(one.in_mean for one in report.datasets)}", *blank, *map(_number, means))
     return table
 

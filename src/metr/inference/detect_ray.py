@@ -149,7 +149,7 @@ def _detect(
     try:
         with ray_session(ray, config.cpus) as resources:
             actors = _actors(config, resources)
-            kind = "GPUs" if actors.gpu else f"CPUs, {actors.threads} threads each"
+            kind = "GPUs" if actors.gpu else f"CPUs, {counted(actors.threads, 'thread')} each"
             _say(console, f"actors: {actors.number} on {kind}")
             started = time.monotonic()
             images = sum(folder.length(part) for part in waiting)

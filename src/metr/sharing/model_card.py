@@ -160,7 +160,7 @@ def write_card(facts: CardFacts) -> ModelCard:
         stages=stages,
         results="" if facts.report is None else dataset_table(facts.report),
         md=markdown,
-        count=_count,
+        count=counted,
         first=_first,
         licences=_licences,
         history=_history,

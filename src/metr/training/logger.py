@@ -184,7 +184,7 @@ class RunLogger:
             return
         if stalled:
             message = "stopped early after step %d of %d: no better evaluation since step %d"
-            _logger.info(message, counters.step, self.loop.steps, counters.best_step)
+            _logger.info(message, counters.step, self.loop.steps, counters.rose_step)
             return
         message = "stopped after step %d of %d; everything is saved in %s"
         _logger.warning(message, counters.step, self.loop.steps, self.folder.path)

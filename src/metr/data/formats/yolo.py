@@ -188,9 +188,7 @@ class YoloReader(Reader):
             )
             reading.issues.add("no label files", split, detail)
         elif 2 * missing > len(images):
-            detail = (
-                f"{missing} of {len(images)} images have no text file, such as {images[texts.index(None)]}"
-            )
+            detail = f"{missing} of {len(images)} images have no text file, such as {images[texts.index(None)]}"
             reading.issues.add("few label files", split, f"{detail}: taken for images without objects")
         if all(there(source, Path.is_dir) for source in self.splits[split]):
             for text in files.without_image():
