@@ -237,8 +237,9 @@ def _preface(report: EvaluationReport) -> str:
 def _confusion_note(report: EvaluationReport) -> str:
     return (
         "Of the best detections with the joint vocabulary, as many an image as it has objects, "
-        f"{_number(report.mean_confusion)} % name a category of another domain, in the mean over datasets. Rows: the "
-        "domain of the image; columns: the domain named, in per cent of the row."
+        f"{_number(report.mean_confusion)} % name a category of another domain, in the mean over datasets. A domain is "
+        "a dataset, or several of one field. Rows: the domain of the image; columns: the domain named, in per cent of "
+        "the row."
     )
 
 

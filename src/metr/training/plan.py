@@ -251,21 +251,22 @@ def tell_end(
     tell(console, Hanging(f"Done: {counted(outcome.step, 'step')}{early}{best}. Everything is in {run.path}:"))
     lines = [f"  {name:16} {what}" for name, what in there.items()]
     if found_nothing(outcome.metrics):
-        tell(console, "\n".join(lines), Hanging(_what_to_try(verb)))
+        tell(console, "\n".join(lines), Hanging(_what_to_try(run, verb)))
         lines = []
     tell(console, "\n".join([*lines, "Next:", *(f"  {command}" for command in _next(run, data, sources))]))
 
 
-def _what_to_try(verb: str) -> str:
+def _what_to_try(run: RunDirectory, verb: str) -> str:
     """What helps a run that ended with an AP of 0."""
-    tried = ["look at train_batch.jpg, where wrong boxes are easiest to see", "train for longer (--steps, --epochs)"]
+    tried = "train for longer (--steps, --epochs), or with a higher learning rate (train.optimizer.learning_rate)"
     if verb == "train":
         shipped = shipped_checkpoint()
         such = "" if shipped is None else f", such as {shipped}"
-        tried.append(f"or begin with a trained detector (metr finetune DATA --from CHECKPOINT{such})")
-    else:
-        tried.append("or with a higher learning rate (train.optimizer.learning_rate)")
-    return f"It has learnt next to nothing: AP is 0 on val. What to try: {', '.join(tried)}."
+        tried = "train for longer (--steps, --epochs), or begin with a trained detector (metr finetune DATA --from "
+        tried += f"CHECKPOINT{such})"
+    if run.train_batch.exists():
+        tried += f". Look at {run.train_batch.name} first, where wrong boxes are easiest to see"
+    return f"It has learnt next to nothing: AP is 0 on val. What to try: {tried}."
 
 
 def _next(run: RunDirectory, data: Sequence[str], sources: Sequence[DatasetSource]) -> Iterator[str]:
