@@ -76,8 +76,8 @@ def test_a_resumed_run_counts_the_images_that_it_has_seen(tiny_run: TinyRun) -> 
     text = "\n".join(shown(header(plan)))
     assert "steps: 6 made, 6 to go of 6 images, 48 images in all, 4 epochs; " in text
     assert "  loader.batch_size: 8 -> 6\n" in text
-    assert steps_of(3, 12, plan.recipe, plan.made) == ["train.loop.steps=10"]
-    assert steps_of(1, 12, plan.recipe, plan.made) == ["train.loop.steps=6"]
+    assert steps_of(3.0, 12, plan.recipe, plan.made) == ["train.loop.steps=10"]
+    assert steps_of(1.0, 12, plan.recipe, plan.made) == ["train.loop.steps=6"]
     assert steps_of(0.5, 12, plan.recipe, plan.made) == ["train.loop.steps=5"], "less than is done, which is refused"
 
 

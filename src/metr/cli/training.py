@@ -39,6 +39,7 @@ _Seed = Annotated[
 _Resume = Annotated[
     bool, typer.Option("--resume", help="Go on where the run in OUT stopped, with its data and configuration.")
 ]
+_Freeze = Annotated[str | None, typer.Option(help="none, half (of the backbone), backbone, or encoder (and backbone).")]
 _DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Show datasets, steps and sizes; train nothing and write nothing.")
 ]
@@ -109,9 +110,7 @@ def finetune(
     set_: Overrides = None,
     steps: _Steps = None,
     epochs: _Epochs = None,
-    freeze: Annotated[
-        str | None, typer.Option(help="none, half (of the backbone), backbone, or encoder (and backbone).")
-    ] = None,
+    freeze: _Freeze = None,
     shots: _Shots = None,
     fraction: _Fraction = None,
     seed: _Seed = None,
@@ -148,6 +147,7 @@ def finetune(
     overrides = _overrides(set_, **{"train.loop.steps": steps, "train.freeze": freeze})
     options = {
         "config": config,
+        "overrides": overrides,
         "epochs": epochs,
         "shots": shots,
         "fraction": fraction,
@@ -170,15 +170,13 @@ def finetune(
         else:
             _check_named(data, "DATA", "name a dataset: metr finetune DATA --from RUN -o OUT")
             _check_named(source, "--from", "name a detector to begin with: metr finetune DATA --from RUN -o OUT")
-        from metr.training.finetune import finetune as run
-        from metr.training.finetune import finetune_plan
+        from metr.training import finetune as run
 
         if dry_run:
-            resumed = out if resume else None
-            page = finetune_plan(data or None, source, resumed_run=resumed, overrides=overrides, **given)
+            page = run.finetune_plan(data or None, source, resumed_run=out if resume else None, **given)
             output_console().print(page, highlight=False, crop=False)
             return
-        outcome = run(data or None, source, out, resume=resume, console=output_console(), overrides=overrides, **given)
+        outcome = run.finetune(data or None, source, out, resume=resume, console=output_console(), **given)
     _exit_if_interrupted(outcome.training)
     say_names("it looks for", outcome.default_names, outcome.known)
 
