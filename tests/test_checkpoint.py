@@ -7,11 +7,19 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from metr.checkpoint import Checkpoint, DetectionDefaults, find_checkpoint, load_checkpoint, save_checkpoint
+from metr.checkpoint import (
+    Checkpoint,
+    DetectionDefaults,
+    find_checkpoint,
+    found_nothing,
+    load_checkpoint,
+    save_checkpoint,
+)
 from metr.errors import CheckpointError
 from metr.models.detector import Detector
 from metr.serialization import load_weights
@@ -24,6 +32,21 @@ def make_checkpoint() -> Checkpoint:
     description = make_description()
     weights = small_detector(description.model).state_dict()
     return replace(description, weights=weights, training={"step": 12, "metrics": {"AP": 3.5}})
+
+
+@pytest.mark.parametrize(
+    ("metrics", "nothing"),
+    [
+        ({"AP": 0.0, "AP50": 0.3, "AP pond": 0.04, "AP joint vocabulary": 0.0, "cross-dataset confusion": 49.0}, True),
+        ({"AP": 0.05, "AP pond": 0.1, "AP desk": 0.0}, False),
+        ({"AP joint vocabulary": 0.0}, True),
+        ({"loss": 0.0}, False),
+        ({}, False),
+        ({"AP": "none"}, False),
+    ],
+)
+def test_whether_an_evaluation_found_nothing(metrics: dict[str, Any], nothing: bool) -> None:
+    assert found_nothing(metrics) == nothing
 
 
 def test_round_trip(tmp_path: Path) -> None:

@@ -7,8 +7,10 @@ import pytest
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from metr.config import Config, as_yaml, differences, leaves, merge, parse_overrides, read_yaml
+from metr.config import OTHERS_WORDS, Config, as_yaml, differences, leaves, merge, parse_overrides, read_yaml
 from metr.errors import ConfigError
+from metr.inference.config import inference_config
+from metr.training.config import OptimizerConfig, RunConfig, load_recipe
 
 
 class Part(Config):
@@ -248,3 +250,61 @@ def test_every_field_has_its_docstring_as_a_description() -> None:
         """Pixels."""
 
     assert Documented.model_fields["size"].description == "Pixels."
+
+
+WORDS = [(word, key) for key, words in OTHERS_WORDS.items() for word in words.split()]
+
+
+def test_every_key_that_a_word_of_others_leads_to_is_one() -> None:
+    known = {*leaves(RunConfig().model_dump(mode="json"))}
+    assert set(OTHERS_WORDS) <= known
+    assert len({word for word, _ in WORDS}) == len(WORDS), "no word stands for two keys"
+
+
+@pytest.mark.parametrize("place", ["", "train.", "model."])
+@pytest.mark.parametrize(
+    ("word", "key"),
+    [
+        ("image_size", "augmentation.resize.size"),
+        ("imgsz", "augmentation.resize.size"),
+        ("size", "augmentation.resize.size"),
+        ("lr", "train.optimizer.learning_rate"),
+        ("LR", "train.optimizer.learning_rate"),
+        ("batch", "loader.batch_size"),
+        ("per-device-train-batch-size", "loader.batch_size"),
+        ("max_iter", "train.loop.steps"),
+        ("num_queries", "model.queries.number"),
+    ],
+)
+def test_words_of_other_libraries_lead_to_the_key(place: str, word: str, key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe("nano", overrides=[f"{place}{word}=320"])
+    assert f"unknown key '{place}{word}'" in str(caught.value)
+    assert f"'{key}'" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("batch_size=4", "'loader.batch_size' or 'inference.batch_size'"),
+        ("learning_rate=1e-4", "'train.optimizer.learning_rate'"),
+        ("train.steps=9", "'train.loop.steps'"),
+        ("seed=1", "'train.loop.seed'"),
+        ("epochs=5", "--epochs N"),
+        ("size=small", "--size is an option"),
+        ("weights=last.pt", "metr finetune DATA --from"),
+        ("train.optimizer.learning_rat=1", "did you mean 'learning_rate'?"),
+    ],
+)
+def test_parts_of_keys_and_options_are_told(given: str, told: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe("nano", overrides=[given])
+    assert told in str(caught.value.hint)
+
+
+def test_words_lead_only_to_keys_that_a_configuration_has() -> None:
+    with pytest.raises(ConfigError) as caught:
+        OptimizerConfig.checked({"imgsz": 320})
+    assert "augmentation" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"'conf' is called 'postprocess.score_threshold' here"):
+        inference_config(["inference.conf=0.5"])

@@ -11,6 +11,7 @@ from metr.errors import (
     DependencyError,
     MetrError,
     ModelError,
+    counted,
     did_you_mean,
 )
 
@@ -46,6 +47,22 @@ def test_a_copy_says_the_same() -> None:
     again = copy.copy(error)
     assert str(again) == str(error)
     assert (again.what, again.where, again.hint) == ("broken", "a.jpg", "delete it")
+
+
+@pytest.mark.parametrize(
+    ("number", "words", "text"),
+    [
+        (1, ("image",), "1 image"),
+        (0, ("image",), "0 images"),
+        (2_000, ("box", "boxes"), "2,000 boxes"),
+        (1, ("box", "boxes"), "1 box"),
+        (1.0, ("epoch",), "1 epoch"),
+        (0.5, ("epoch",), "0.5 epochs"),
+        (13_333.3, ("epoch",), "13,333.3 epochs"),
+    ],
+)
+def test_numbers_of_things(number: float, words: tuple[str, ...], text: str) -> None:
+    assert counted(number, *words) == text
 
 
 def test_a_near_word_is_named_first() -> None:

@@ -55,6 +55,17 @@ def moved(run: TinyRun, place: Path) -> Path:
     return Path(shutil.copytree(run.best, place / "elsewhere"))
 
 
+def test_a_detector_that_has_learnt_nothing_says_so_once(model: METR, caplog: pytest.LogCaptureFixture) -> None:
+    """Its checkpoint knows the AP of the evaluation that it was saved after."""
+    for value, told in ((0.0, 1), (12.5, 0)):
+        caplog.clear()
+        training = {**model.checkpoint.training, "step": 60, "metrics": {"AP": value, "AP pond": value}}
+        one = METR(model.network, replace(model.checkpoint, training=training))
+        for _ in range(2):
+            one.predictor(list(ALL_NAMES[:2]))
+        assert caplog.text.count("has learnt next to nothing: AP was 0 on val after step 60") == told
+
+
 def test_it_knows_every_name_of_every_dataset(model: METR) -> None:
     assert model.names == ALL_NAMES
     assert model.vocabulary.datasets == NAMES

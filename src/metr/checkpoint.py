@@ -108,6 +108,16 @@ def renames_of(training: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     return {old: tuple(new) for old, new in found.items()}
 
 
+def found_nothing(metrics: Mapping[str, Any]) -> bool:
+    """Whether AP was 0, as people read it, on every val split of an evaluation; False where none is known.
+
+    Args:
+        metrics: Those of the evaluation, 0 to 100, by name.
+    """
+    scores = [value for name, value in metrics.items() if name == "AP" or name.startswith("AP ")]
+    return bool(scores) and all(isinstance(value, int | float) and round(value, 1) <= 0 for value in scores)
+
+
 def save_checkpoint(
     folder: Path,
     checkpoint: Checkpoint,

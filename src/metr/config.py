@@ -33,6 +33,50 @@ _REMOVED = {
     "related": ("similar", "the similarity from which names are reported"),
 }
 """What there once was, as a key or as the value of a key: the key that is left, and what it may be."""
+OTHERS_WORDS = {
+    "augmentation.resize.size": "image_size img_size imgsz imgs input_size img_scale resolution size min_size",
+    "augmentation.resize.longest": "max_size longest_edge",
+    "augmentation.flip": "fliplr flip_prob horizontal_flip",
+    "augmentation.hue": "hsv_h",
+    "augmentation.saturation": "hsv_s",
+    "augmentation.brightness": "hsv_v",
+    "loader.batch_size": "batch bs train_batch_size per_device_train_batch_size ims_per_batch samples_per_gpu",
+    "loader.workers": "num_workers dataloader_num_workers workers_per_gpu",
+    "inference.batch_size": "per_device_eval_batch_size eval_batch_size",
+    "inference.postprocess.score_threshold": "conf confidence score_thr box_score_thresh",
+    "inference.postprocess.nms_iou": "iou iou_threshold nms_thresh iou_thres",
+    "inference.postprocess.max_detections": "max_det max_per_img detections_per_image",
+    "model.backbone.name": "arch model_name",
+    "model.queries.number": "num_queries num_query num_object_queries",
+    "model.width": "hidden_dim d_model embed_dims",
+    "train.freeze": "freeze_at frozen_stages",
+    "train.loop.accumulation": "accumulate gradient_accumulation_steps grad_accum_steps",
+    "train.loop.checkpoint_every": "save_period save_steps checkpoint_period checkpoint_interval",
+    "train.loop.compile": "torch_compile",
+    "train.loop.evaluate_every": "eval_steps eval_period val_interval eval_interval evaluation_interval",
+    "train.loop.log_every": "logging_steps log_interval log_period print_freq",
+    "train.loop.precision": "amp fp16 bf16 half mixed_precision",
+    "train.loop.steps": "max_iter max_iters max_steps iterations iters num_steps train_steps",
+    "train.loop.trackers": "report_to wandb logger loggers",
+    "train.optimizer.backbone_multiplier": "lr_backbone backbone_lr backbone_lr_mult lr_mult",
+    "train.optimizer.clip_norm": "max_grad_norm grad_clip clip_grad clip_max_norm gradient_clip_val",
+    "train.optimizer.epsilon": "eps adam_epsilon",
+    "train.optimizer.learning_rate": "lr lr0 base_lr learningrate",
+    "train.optimizer.weight_decay": "wd",
+    "train.schedule.kind": "lr_scheduler lr_scheduler_type scheduler cos_lr",
+    "train.schedule.warmup_steps": "warmup warmup_iters warmup_epochs",
+}
+"""Keys of a training run, and what Ultralytics, Detectron2, MMDetection, transformers and DETR call the same."""
+_FROM_OTHERS = {word: key for key, words in OTHERS_WORDS.items() for word in words.split()}
+_OPTIONS = {
+    **dict.fromkeys(("epochs", "epoch", "max_epochs", "num_train_epochs", "num_epochs"), "--epochs N"),
+    **dict.fromkeys(("data", "dataset", "datasets"), "DATA, the first argument"),
+    **dict.fromkeys(("output_dir", "work_dir", "project", "save_dir", "out", "output"), "-o RUN"),
+    **dict.fromkeys(("weights", "checkpoint", "load_from", "pretrained_model"), "metr finetune DATA --from CHECKPOINT"),
+    **dict.fromkeys(("resume", "resume_from", "resume_from_checkpoint"), "--resume"),
+    **dict.fromkeys(("shots", "fraction"), "an option of its own: --shots K or --fraction F"),
+}
+"""What is an option of the command line and no key, by what it may be called."""
 # what YAML 1.1 takes for a word for want of a dot or a sign: 1e-4, 2E5
 _POWER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 # characters of a faulty value that a message repeats
@@ -176,7 +220,7 @@ def _explained(cls: type[BaseModel], issues: Sequence[ErrorDetails], where: obje
         key = ".".join(str(part) for part in issue["loc"])
         if issue["type"] == "extra_forbidden":
             lines.append(f"unknown key {key!r}")
-            hint = hint or _hint_for_key(key, issue["input"], _fields_at(cls, issue))
+            hint = hint or _hint_for_key(key, issue["input"], _fields_at(cls, issue), [*_keys_of(cls)])
         else:
             # what a whole configuration contradicts has no key of its own
             lines.append(f"{key!r}: {_issue(issue)}" if key else _issue(issue))
@@ -184,8 +228,8 @@ def _explained(cls: type[BaseModel], issues: Sequence[ErrorDetails], where: obje
     return ConfigError("; ".join(lines), where=where or cls.__name__, hint=hint)
 
 
-def _hint_for_key(key: str, value: object, known: Sequence[str]) -> str:
-    """What to write in place of an unknown key: its name of today, or the nearest that is known."""
+def _hint_for_key(key: str, value: object, known: Sequence[str], keys: Sequence[str]) -> str:
+    """What to write in place of an unknown key: its name of today or here, or the nearest that is known."""
     section, _, last = key.rpartition(".")
     prefix = f"{section}." if section else ""
     if (new := _RENAMED.get(last)) in known:
@@ -194,7 +238,41 @@ def _hint_for_key(key: str, value: object, known: Sequence[str]) -> str:
         return f"{key!r} is called '{prefix}{new}' now{more}"
     if (left := _REMOVED.get(last)) and left[0] in known:
         return f"{key!r} was removed; '{prefix}{left[0]}' is {left[1]}"
+    if elsewhere := _called_here(last, value, keys):
+        return elsewhere
     return did_you_mean(last, known)
+
+
+def _called_here(word: str, value: object, keys: Sequence[str]) -> str | None:
+    """How METR calls what other libraries call by this word, or where a key of this name is; None if nowhere.
+
+    Args:
+        word: The last part of an unknown key.
+        value: Its value.
+        keys: All dotted keys of the configuration.
+    """
+    word = word.lower().replace("-", "_")
+    same = [key for key in keys if key.rpartition(".")[2] == word]
+    if word == "size" and isinstance(value, str):
+        return "--size is an option: nano, small or base"
+    theirs = f".{_FROM_OTHERS.get(word, '')}"
+    if own := next((key for key in keys if theirs.endswith(f".{key}")), None):
+        return f"{word!r} is called {own!r} here"
+    if same:
+        return f"{word!r} is a part of a longer key: {' or '.join(map(repr, same[:3]))}"
+    if word in _OPTIONS and "train.loop.steps" in keys:
+        return f"this is no key; write {_OPTIONS[word]}"
+    return None
+
+
+def _keys_of(cls: type[BaseModel]) -> Iterator[str]:
+    """The dotted keys of a configuration class."""
+    for name, field in cls.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield from (f"{name}.{key}" for key in _keys_of(inner))
+        else:
+            yield name
 
 
 def _hint_for_value(issue: ErrorDetails) -> str | None:

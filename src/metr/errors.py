@@ -23,6 +23,18 @@ def shown(text: str) -> str:
     return _UNSHOWN.sub(_written_out, text)
 
 
+def counted(number: int | float, one: str, many: str | None = None) -> str:
+    """A number of things, as people write it: `1 image`, `2,000 images`, `0.5 epochs`.
+
+    Args:
+        number: How many.
+        one: What a single one is called.
+        many: What several are called; by default `one` with an s.
+    """
+    figure = f"{number:,}" if isinstance(number, int) else f"{number:,.1f}".removesuffix(".0")
+    return f"{figure} {one if figure == '1' else many or one + 's'}"
+
+
 def markdown(text: str) -> str:
     """A text from elsewhere as it stands in Markdown, in one line: nothing in it is markup, a link or HTML."""
     return _MARKDOWN.sub(_as_entity, " ".join(shown(text).split()))

@@ -15,6 +15,7 @@ from metr.checkpoint import (
     Checkpoint,
     fetch_checkpoint,
     find_checkpoint,
+    found_nothing,
     load_checkpoint,
     renames_of,
     save_checkpoint,
@@ -232,6 +233,14 @@ class METR:
             what = f"no detector yet: it has weights of {training['started from']} and saw no image"
             self._log_once(logging.WARNING, f"a start for training, {what}; metr finetune trains it")
 
+    def _warn_of_nothing_found(self) -> None:
+        """Logs, once, that the newest evaluation of training found nothing."""
+        training = self.checkpoint.training
+        metrics = training.get("metrics")
+        if isinstance(metrics, Mapping) and found_nothing(metrics):
+            what = f"AP was 0 on val after step {training.get('step', '?')} of its training"
+            self._log_once(logging.WARNING, f"this detector has learnt next to nothing: {what}; train it for longer")
+
     def _log_once(self, level: int, message: str) -> None:
         if message not in self._told:
             self._told.add(message)
@@ -259,6 +268,7 @@ class METR:
         It gives every detection, weak ones included: as evaluations do, unless `config` says otherwise.
         """
         self._warn_of_a_start()
+        self._warn_of_nothing_found()
         config = self.inference(config)
         wanted = self.default_names if names is None else Vocabulary.of(_listed(names)).names
         text = self.embed(wanted if names is None else names)

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from metr.errors import CheckpointError
+from metr.errors import CheckpointError, counted
 
 _SHOWN = 4
 
@@ -38,7 +38,7 @@ class WeightReport:
             _listed("missing from the weights", self.missing),
             _listed("unknown to the network", self.unexpected),
         ]
-        return "\n".join([f"{len(self.loaded)} weights fit", *filter(None, lines)])
+        return "\n".join([f"{counted(len(self.loaded), 'weight fits', 'weights fit')}", *filter(None, lines)])
 
 
 def check_weights(

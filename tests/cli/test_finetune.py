@@ -89,3 +89,18 @@ def test_from_is_needed(metr: CommandLine, tiny_run: TinyRun, tmp_path: Path) ->
     ended = metr("finetune", tiny_run.data[0], "-o", tmp_path / "mine")
     assert ended.code == 2
     assert "--from" in ended.err
+
+
+def test_a_dry_run_shows_the_plan_and_writes_nothing(metr: CommandLine, tiny_run: TinyRun, tmp_path: Path) -> None:
+    out = tmp_path / "mine"
+    ended = metr(*arguments(tiny_run, out, "--shots", 1, "--rehearse", tiny_run.data[1], "--dry-run"))
+    assert ended.code == 0, ended
+    assert "It differs from the defaults in:" in ended.words
+    for part in ("lake", "desk", "steps: 2 of 2 images", "train.loop.steps: 300 -> 2"):
+        assert part in ended.words, part
+    assert "--rehearse mixes old datasets in" in ended.words
+    assert "evaluating" not in ended.words
+    assert not out.exists()
+    resumed = metr("finetune", "--resume", "-o", out, "--dry-run")
+    assert resumed.code == 1
+    assert "nothing to resume" in resumed.err

@@ -110,6 +110,8 @@ def test_training_saves_and_resumes_to_the_same_result(
     assert "Traceback" not in err
     assert "Error" not in err
     assert f"To go on:  metr train --resume -o '{run}'\n" in out
+    (said,) = [line for line in err.splitlines() if "finishing this step, then saving" in line]
+    assert said in (run / "log.txt").read_text(), "the pipe and the log have the same line"
     assert group.members() == []
     reached = json.loads((run / "state/state.json").read_text())["step"]
     assert 3 <= reached < 100_000

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from metr.data.config import AugmentationConfig
+from metr.data.config import AugmentationConfig, SubsetConfig
 from metr.data.joint import open_joint
 from metr.errors import ConfigError, DataError
 from metr.text.vocabulary import Vocabulary
@@ -28,6 +28,18 @@ def test_names_are_joined_and_remember_their_datasets(tiny_run: TinyRun) -> None
     assert {name: len(split) for name, split in joint.evaluation().items()} == dict.fromkeys(NAMES, 3)
     assert {name: len(split) for name, split in joint.evaluation("train").items()} == dict.fromkeys(NAMES, 4)
     assert [len(one) for one in joint.training(AugmentationConfig(), "ignore")] == [4, 4, 4]
+
+
+@pytest.mark.parametrize(("subset", "wanted"), [({"shots": 1}, "1 shot"), ({"fraction": 0.5}, "a fraction of 0.5")])
+def test_a_part_is_told_with_what_stays_whole(
+    tiny_run: TinyRun, caplog: pytest.LogCaptureFixture, subset: dict[str, float], wanted: str
+) -> None:
+    with caplog.at_level("INFO"):
+        joint = open_joint(tiny_run.data[:1], SubsetConfig.checked(subset))
+    taken = joint.lengths["pond"]
+    assert 0 < taken < 4
+    told = f"pond: {wanted}, seed 0: {taken} of 4 training images; val stays whole (3 images)"
+    assert told in [record.getMessage() for record in caplog.records]
 
 
 def test_prompts_renames_and_names_of_datasets(tiny_run: TinyRun, tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def test_nothing_is_recognised(tmp_path: Path) -> None:
         recognise(tmp_path)
     message = str(caught.value)
     assert str(tmp_path) in message
-    assert "found 1 folders (folder), 1 images, 1 other files" in message
+    assert "found 1 folder (folder), 1 image, 1 other file" in message
     for word in ("COCO", "YOLO", "Pascal VOC", "CSV", "data.yaml", "ImageSets/Main"):
         assert word in message
     with pytest.raises(DataError) as caught:

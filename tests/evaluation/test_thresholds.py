@@ -9,9 +9,9 @@ from metr.evaluation.report import category_table
 from metr.evaluation.results import DatasetReport, EvaluationReport, ModeReport
 
 
-def part(threshold: float, objects: int = 10) -> ModeReport:
+def part(threshold: float, objects: int = 10, name: str = "cup") -> ModeReport:
     best = OperatingPoint(threshold=threshold, precision=80.0, recall=60.0)
-    category = CategoryResult(name="cup", objects=objects, ap=50.0, ap50=70.0, best=best)
+    category = CategoryResult(name=name, objects=objects, ap=50.0, ap50=70.0, best=best)
     coco = CocoResult(
         ap=50.0,
         ap50=70.0,
@@ -53,3 +53,17 @@ def test_thresholds_are_those_of_the_question_that_detection_asks(modes: dict[st
 def test_a_name_of_several_datasets_has_the_mean_by_objects() -> None:
     one, two = dataset("desk", own=part(0.2, 30)), dataset("pond", own=part(0.6, 10))
     assert EvaluationReport(datasets=(one, two), names=1).thresholds() == {"cup": pytest.approx(0.3)}
+
+
+def test_a_split_of_few_objects_chooses_no_threshold() -> None:
+    """What occurs there alone takes the mean of all other names; with nothing else there is none, which means 0.3."""
+    tiny, desk, pond = (
+        dataset("tiny", own=part(0.95, 9, "frog")),
+        dataset("desk", own=part(0.2, 30)),
+        dataset("pond", own=part(0.6, 10, "fish")),
+    )
+    assert EvaluationReport(datasets=(tiny,), names=1).thresholds() == {}
+    found = EvaluationReport(datasets=(tiny, desk, pond), names=3).thresholds()
+    assert found == {"frog": pytest.approx(0.3), "cup": 0.2, "fish": 0.6}
+    again = dataset("again", own=part(0.9, 3))
+    assert EvaluationReport(datasets=(again, desk), names=1).thresholds() == {"cup": 0.2}, "its own of another split"

@@ -110,7 +110,7 @@ def test_answers_are_those_of_the_plain_engine_and_nothing_is_left(
     assert [one["image"] for one in failed] == [str(images / "broken.png"), str(images / "more/cut.jpg")]
     assert failed[0]["error"] == "an empty file (0 bytes), not an image"
     said = (tmp_path / "said").read_text()
-    assert "20 images in 4 parts of up to 6\nactors: 2 on CPUs, 1 threads each\n" in said
+    assert "20 images in 4 parts of up to 6\nactors: 2 on CPUs, 1 thread each\n" in said
     assert "2 of 20 images could not be read, such as " in said
 
     # once more: everything is there, and ray is not even started

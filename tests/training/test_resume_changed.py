@@ -5,11 +5,13 @@ import shutil
 import socket
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import yaml
 from huggingface_hub import constants
+from rich.console import Console
 
 from metr.config import merge, read_yaml, unflattened
 from metr.errors import ConfigError, MetrError
@@ -57,6 +59,21 @@ def test_a_changed_setting_is_said(
     said = [line.split("configuration: ")[1] for line in caplog.text.splitlines() if "another configuration" in line]
     assert sorted(line.split(":")[0] for line in said) == sorted(["train.loop.steps", whole])
     assert any(line.startswith(f"{whole}: ") and line.endswith(f" -> {new}") for line in said)
+
+
+def test_a_changed_setting_is_told_once(tiny_run: TinyRun, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """With a header that tells it nothing tells it again; also what was changed by hand is told there."""
+    run = began(tiny_run, tmp_path)
+    tree = read_yaml(run / "config.yaml")
+    (run / "config.yaml").write_text(yaml.safe_dump(merge(tree, unflattened({"augmentation.flip": 0.25}))))
+    console = Console(file=StringIO(), width=10_000)
+    train(None, run, resume=True, overrides=["train.loop.steps=5", "loader.batch_size=4"], console=console)
+    said: str = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "another configuration" not in caplog.text
+    assert "steps: 3 made, 2 to go of 4 images, 14 images in all, 1.2 epochs;" in said
+    for change in ("augmentation.flip: 0.5 -> 0.25", "train.loop.steps: 3 -> 5", "loader.batch_size: 2 -> 4"):
+        assert said.count(change.partition(":")[0]) == 1, change
+        assert f"  {change}\n" in said
 
 
 def test_a_dataset_under_another_name_is_said(

@@ -1,5 +1,6 @@
 """Ctrl-C: the first asks, the second is obeyed at once."""
 
+import hashlib
 import os
 import signal
 import sys
@@ -104,3 +105,104 @@ def test_workers_ignore_ctrl_c_and_can_be_terminated() -> None:
             os.kill(child, signal.SIGTERM)
         assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGTERM
         assert not interrupts.requested
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Signals within a fifth of a second are one request."""
+    monkeypatch.setattr(signals, "REPEATED", 0.2)
+
+
+def long_call() -> float:
+    """One instruction of Python that takes long and lets other threads run, as a backward pass of torch.
+
+    Gives the time when it ended.
+    """
+    hashlib.pbkdf2_hmac("sha256", b"long", b"call", 600_000)
+    return time.time()
+
+
+def signal_after(seconds: float, number: signal.Signals, times: int = 1) -> None:
+    """Sends a signal to this process while it does something else."""
+    threading.Timer(seconds, lambda: [os.kill(os.getpid(), number) for _ in range(times)]).start()
+
+
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [
+        (signal.SIGINT, "Ctrl-C: finishing this step, then saving; press again to stop without saving"),
+        (signal.SIGTERM, "SIGTERM: finishing this step, then saving; a second signal stops without saving"),
+    ],
+)
+def test_what_follows_is_said_at_once_even_in_a_long_step(
+    number: signal.Signals, told: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with StopSignals(announced=True) as interrupts:
+        signal_after(0.1, number, times=3)
+        ended = long_call()
+        assert interrupts.requested
+    assert [record.getMessage() for record in caplog.records] == [told]
+    assert caplog.records[0].created < ended - 0.1, "before the step was over"
+
+
+@pytest.mark.usefixtures("impatient")
+def test_pressed_twice_in_one_long_step_it_stops_as_soon_as_it_can() -> None:
+    with StopSignals(announced=True):
+        signal_after(0.1, signal.SIGINT)
+        signal_after(0.4, signal.SIGINT)
+        with pytest.raises(Stopped, match="stopped by SIGINT"):
+            long_call()
+
+
+def test_in_an_evaluation_it_is_said_that_this_is_left(caplog: pytest.LogCaptureFixture) -> None:
+    with StopSignals(announced=True) as interrupts:
+        signal_after(0.1, signal.SIGINT)
+        with pytest.raises(Abandoned), interrupts.leaving_at_once():
+            long_call()
+    (record,) = caplog.records
+    assert record.getMessage() == "Ctrl-C: stopping the evaluation; training up to here is saved"
+
+
+def test_what_comes_last_is_said_too(caplog: pytest.LogCaptureFixture) -> None:
+    with StopSignals(announced=True):
+        signal.raise_signal(signal.SIGINT)
+    assert len(caplog.records) == 1
+
+
+def test_nothing_is_said_where_that_is_not_wanted(caplog: pytest.LogCaptureFixture) -> None:
+    with StopSignals():
+        signal.raise_signal(signal.SIGINT)
+    assert not caplog.records
+
+
+def test_the_listener_leaves_nothing_behind() -> None:
+    def state() -> tuple[int, set[str]]:
+        wakeup = signal.set_wakeup_fd(-1)
+        signal.set_wakeup_fd(wakeup)
+        return wakeup, {thread.name for thread in threading.enumerate()}
+
+    before = state()
+    with StopSignals(announced=True):
+        assert state() != before
+    assert state() == before
+    with StopSignals(announced=True) as interrupts:
+        signal.raise_signal(signal.SIGINT)
+        interrupts._received -= 2 * signals.REPEATED
+        with pytest.raises(Stopped):
+            signal.raise_signal(signal.SIGINT)
+    assert state() == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork") or sys.platform == "darwin", reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_signals_of_workers_are_not_announced(caplog: pytest.LogCaptureFixture) -> None:
+    with StopSignals(announced=True) as interrupts:
+        child = os.fork()
+        if child == 0:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(0)
+        assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGTERM
+        time.sleep(0.1)
+        assert not interrupts.requested
+    assert not caplog.records

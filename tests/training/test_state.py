@@ -3,6 +3,7 @@
 import json
 import logging
 import random
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -75,10 +76,29 @@ def test_shapes_never_change() -> None:
 def test_it_counts_evaluations_since_the_best(
     best: float | None, best_step: int, evaluated: int, stalled: bool
 ) -> None:
-    counters = Counters(step=evaluated, evaluated_step=evaluated, best=best, best_step=best_step)
+    counters = Counters(step=evaluated, evaluated_step=evaluated, best=best, best_step=90, rose_step=best_step)
     assert counters.has_stalled(LoopConfig(patience=3, evaluate_every=10)) == stalled
     assert not counters.has_stalled(LoopConfig(patience=0, evaluate_every=10))
     assert not counters.has_stalled(LoopConfig(patience=3, evaluate_every=0))
+
+
+def test_of_equal_evaluations_the_newest_is_the_best() -> None:
+    """And it is no progress: patience counts from the first of them."""
+    counters = Counters()
+    for step, value in ((10, 0.0), (20, 5.0), (30, 5.0), (40, 4.9)):
+        counters.step = counters.evaluated_step = step
+        counters.metrics = {"AP": value}
+        if counters.is_best("AP"):
+            counters.take_best("AP")
+    assert (counters.best, counters.best_step, counters.rose_step) == (5.0, 30, 20)
+    assert counters.has_stalled(LoopConfig(patience=2, evaluate_every=10))
+    assert not counters.has_stalled(LoopConfig(patience=3, evaluate_every=10))
+
+
+def test_counters_of_a_state_that_knows_no_equal_evaluations() -> None:
+    values = asdict(Counters(step=9, best=5.0, best_step=4))
+    del values["rose_step"]
+    assert Counters.of(values, Path("state.json")).rose_step == 4
 
 
 class Falling:

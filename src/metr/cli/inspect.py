@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from metr.cli.verbs import Data
-from metr.errors import ConfigError, DataError, MetrError, did_you_mean
+from metr.errors import ConfigError, DataError, MetrError, counted, did_you_mean
 
 if TYPE_CHECKING:  # what the verb needs is imported when it runs, so that help comes at once
     from metr.data.datasets_file import DatasetConfig, DatasetSource
@@ -145,7 +145,7 @@ def _unread(failures: Sequence[MetrError], sources: "Sequence[DatasetSource]") -
     """One error for all datasets that cannot be read; that of the only one as it is."""
     if not sources and len(failures) == 1:
         return failures[0]
-    told = f"{len(failures)} of {len(failures) + len(sources)} datasets cannot be read"
+    told = f"{len(failures)} of {counted(len(failures) + len(sources), 'dataset')} cannot be read"
     told += " and are left out above" if sources else ""
     if len(failures) == 1:
         return DataError(f"{told}: {failures[0].where}: {failures[0].what}", hint=failures[0].hint)
@@ -187,7 +187,8 @@ def _export(sources: "Sequence[DatasetSource]", name: str, out: Path, console: C
         folder = out / file_stem(source.name)
         with console.status(f"writing {escape(source.name)}"):
             report = write(source, folder)
-        told = f"{source.name}: {report.images:,} images, {report.boxes:,} boxes as {name} in {folder}"
+        size = f"{counted(report.images, 'image')}, {counted(report.boxes, 'box', 'boxes')}"
+        told = f"{source.name}: {size} as {name} in {folder}"
         console.print(told, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -198,6 +199,6 @@ def _draw(sources: "Sequence[DatasetSource]", facts: "Sequence[DatasetFacts]", o
     for source, one in zip(sources, facts, strict=True):
         with console.status(f"drawing {escape(source.name)}"):
             sheet = draw_sheet(source, one, out)
-        told = f"{source.name}: {sheet.images:,} of {sum(one.images.values()):,} images drawn in {sheet.path}"
+        told = f"{source.name}: {sheet.images:,} of {counted(sum(one.images.values()), 'image')} drawn in {sheet.path}"
         told += f"; not shown: {', '.join(sheet.missing)}" if sheet.missing else ""
         console.print(told, markup=False, highlight=False, soft_wrap=True)

@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from metr.errors import counted
 from metr.inspection import InspectionConfig
 from metr.inspection.coverage import Cell, Coverage, Homonym
 from metr.inspection.datasets_file import prompts_line
@@ -78,12 +79,14 @@ def _print_issues(console: Console, inspection: Inspection, verbose: bool) -> No
     _line(console, "side: median of sqrt(box / image); S/M/L: boxes up to 32 x 32 pixels, 96 x 96, larger")
     for one in inspection.facts:
         if one.ignored:
-            _line(console, f"{one.name}: {one.ignored:,} boxes besides are to be ignored (crowds, groups)")
+            _line(console, f"{one.name}: {counted(one.ignored, 'box', 'boxes')} besides to be ignored (crowds, groups)")
         issues = inspection.issues[one.name]
         if one.looked_at < issues.images:
-            _line(console, f"{one.name}: sizes from {one.looked_at:,} of {issues.images:,} images")
+            _line(console, f"{one.name}: sizes from {one.looked_at:,} of {counted(issues.images, 'image')}")
         if issues.opened < issues.images:
-            _line(console, f"{one.name}: {issues.opened:,} of {issues.images:,} images opened; --check opens all")
+            _line(
+                console, f"{one.name}: {issues.opened:,} of {counted(issues.images, 'image')} opened; --check opens all"
+            )
         for kind, count in issues.counts.items():
             console.print(f"[bold]{escape(one.name)}[/bold]: {count:,} x {escape(kind)}", highlight=False)
             found = [f"{issue.where}: {issue.detail}" for issue in issues.first if issue.kind == kind]
@@ -126,8 +129,8 @@ def _print_near(console: Console, inspection: Inspection, config: InspectionConf
     console.print()
     _line(
         console,
-        f"{len(inspection.owners):,} names in all, {shared:,} of them in several datasets, each then one category. "
-        "No others are joined unless you rename them.",
+        f"{counted(len(inspection.owners), 'name')} in all, {shared:,} of them in several datasets, each then one "
+        "category. No others are joined unless you rename them.",
     )
     reads = f"{BUNDLED}, which reads English" if config.text.source == BUNDLED else config.text.source
     by = f"spelling or meaning ({reads}; similarity {config.similar:.2f} or more)"

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.segment import Segment
 
-from metr.errors import shown
+from metr.errors import counted, shown
 from metr.processes import in_main_process, process_index
 
 __all__ = ["PIPED_WIDTH", "LogHandler", "SafeConsole", "output_console", "say_names", "show_log"]
@@ -46,7 +46,7 @@ def output_console(*, stderr: bool = False) -> Console:
 def say_names(what: str, names: tuple[str, ...], known: int) -> None:
     """Which names a detector looks for, and how to ask it for the rest of the `known` ones."""
     shown = ", ".join(names[:_NAMES]) + (f" and {len(names) - _NAMES} more" if len(names) > _NAMES else "")
-    rest = "" if len(names) == known else f"; --categories all: all {known} names that it knows"
+    rest = "" if len(names) == known else f"; --categories all: all {counted(known, 'name')} that it knows"
     output_console().print(f"{what}: {shown}{rest}", markup=False, highlight=False, soft_wrap=True)
 
 

@@ -39,6 +39,10 @@ _Seed = Annotated[
 _Resume = Annotated[
     bool, typer.Option("--resume", help="Go on where the run in OUT stopped, with its data and configuration.")
 ]
+_Freeze = Annotated[str | None, typer.Option(help="none, half (of the backbone), backbone, or encoder (and backbone).")]
+_DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Show datasets, steps and sizes; train nothing and write nothing.")
+]
 
 
 def train(
@@ -55,9 +59,7 @@ def train(
     seed: _Seed = None,
     allow_empty: AllowEmpty = False,
     resume: _Resume = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show datasets, steps and sizes; train nothing and write nothing.")
-    ] = False,
+    dry_run: _DryRun = False,
 ) -> None:
     """Train one detector on many datasets. Their labels are never merged by hand."""
     from metr.run_directory import RunDirectory
@@ -81,7 +83,7 @@ def train(
         if dry_run:
             resumed = out if resume else None
             page = plan(data or None, config, size=size, overrides=overrides, resumed=resumed, **options)
-            output_console().print(page)
+            output_console().print(page, highlight=False, crop=False)
             return
         outcome = run(
             data or None,
@@ -108,9 +110,7 @@ def finetune(
     set_: Overrides = None,
     steps: _Steps = None,
     epochs: _Epochs = None,
-    freeze: Annotated[
-        str | None, typer.Option(help="none, half (of the backbone), backbone, or encoder (and backbone).")
-    ] = None,
+    freeze: _Freeze = None,
     shots: _Shots = None,
     fraction: _Fraction = None,
     seed: _Seed = None,
@@ -137,6 +137,7 @@ def finetune(
         typer.Option("--decorrelate-names", help="First move new names that mean nearly the same from each other."),
     ] = False,
     resume: _Resume = False,
+    dry_run: _DryRun = False,
 ) -> None:
     """Train a detector further on new data. Its names are new strings: nothing is begun anew."""
     from metr.run_directory import RunDirectory
@@ -146,6 +147,7 @@ def finetune(
     overrides = _overrides(set_, **{"train.loop.steps": steps, "train.freeze": freeze})
     options = {
         "config": config,
+        "overrides": overrides,
         "epochs": epochs,
         "shots": shots,
         "fraction": fraction,
@@ -168,9 +170,13 @@ def finetune(
         else:
             _check_named(data, "DATA", "name a dataset: metr finetune DATA --from RUN -o OUT")
             _check_named(source, "--from", "name a detector to begin with: metr finetune DATA --from RUN -o OUT")
-        from metr.training.finetune import finetune as run
+        from metr.training import finetune as run
 
-        outcome = run(data or None, source, out, resume=resume, console=output_console(), overrides=overrides, **given)
+        if dry_run:
+            page = run.finetune_plan(data or None, source, resumed_run=out if resume else None, **given)
+            output_console().print(page, highlight=False, crop=False)
+            return
+        outcome = run.finetune(data or None, source, out, resume=resume, console=output_console(), **given)
     _exit_if_interrupted(outcome.training)
     say_names("it looks for", outcome.default_names, outcome.known)
 

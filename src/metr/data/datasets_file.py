@@ -26,7 +26,7 @@ from metr.data.index.manifest import Manifest
 from metr.data.records import TEST, TRAIN, VAL, Annotations, DataIssue, Dropped, plan_splits
 from metr.data.shards.addresses import is_pattern, name_of_pattern, path_or_url
 from metr.data.shards.stores import is_url
-from metr.errors import ConfigError, DataError, did_you_mean
+from metr.errors import ConfigError, DataError, counted, did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -349,7 +349,8 @@ def _kept_names(manifest: Manifest, config: DatasetConfig, notes: list[DataIssue
             detail = f"{name!r} has no box and is only the supercategory of others: dropped"
             notes.append(DataIssue(kind="unused parent category", where="categories", detail=detail))
         elif _says_nothing(name, config):
-            detail = f"{name!r} is no category: its {count} boxes are ignored boxes of every category"
+            ignored = counted(count, "box is an ignored box", "boxes are ignored boxes")
+            detail = f"{name!r} is no category: its {ignored} of every category"
             notes.append(DataIssue(kind="do-not-care regions", where="categories", detail=detail))
         elif name not in manifest.mentioned:
             kept.append(name)

@@ -21,7 +21,7 @@ from metr.data.formats.base import corners
 from metr.data.formats.files import fold, there
 from metr.data.images import exif_oriented_record
 from metr.data.records import TEST, TRAIN, VAL, Annotations, ImageRecord
-from metr.errors import DataError
+from metr.errors import DataError, counted
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,8 @@ class Export:
             copied=self.copied,
             left_out=dict(+self.left_out),
         )
-        logger.info("%s: %d images with %d boxes written to %s", name, report.images, report.boxes, out)
+        images, boxes = counted(report.images, "image"), counted(report.boxes, "box", "boxes")
+        logger.info("%s: %s with %s written to %s", name, images, boxes, out)
         if report.left_out:
             listed = ", ".join(f"{count} x {kind}" for kind, count in report.left_out.items())
             logger.warning("%s: not in %s, as %s: %s", name, out, format_name, listed)

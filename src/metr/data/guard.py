@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from metr.data.datasets_file import DatasetSource
 from metr.data.records import TRAIN, VAL, Annotations, DataIssue, Dropped
 from metr.data.sampling import objects_of
-from metr.errors import DataError
+from metr.errors import DataError, counted
 
 # A split of which more than this fraction was lost is not used, unless that is asked for.
 _MOST = 0.5
@@ -72,7 +72,7 @@ def _faults(source: DatasetSource, parts: Iterable[str], dropped: Dropped | None
     elif counts and not boxes.kept:
         ignored = sum(int(count.ignored.sum()) for count in counts)
         besides = f" but {ignored:,} to be ignored" if ignored else ""
-        found.append(("split without a box", f"no box in {images.kept:,} images{besides}"))
+        found.append(("split without a box", f"no box in {counted(images.kept, 'image')}{besides}"))
     return found
 
 
@@ -92,7 +92,7 @@ def check_usable(source: DatasetSource, split: str, chosen: Annotations | None =
         faults += faults_of(source, TRAIN)
     told = [fault.detail for fault in faults]
     if not told and chosen is not None and not any(len(images) for images, _ in objects_of(chosen)):
-        told = [f"no box in the {len(chosen):,} images that were chosen"]
+        told = [f"no box in the {counted(len(chosen), 'image')} chosen"]
     if not told:
         return
     kinds = _main_kinds(source, faults[0].where if faults else split)

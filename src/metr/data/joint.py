@@ -17,7 +17,7 @@ from metr.data.index.annotation_index import AnnotationIndex
 from metr.data.records import TRAIN, Annotations, DataIssue, ImageRecord, seeded_order
 from metr.data.sampling import mixture_weights, objects_of
 from metr.data.transforms import build_transforms
-from metr.errors import DataError
+from metr.errors import DataError, counted
 from metr.text.vocabulary import Vocabulary
 
 _TOLD = 6  # categories in a message
@@ -227,17 +227,20 @@ def chosen_parts(sources: Sequence[DatasetSource], subset: SubsetConfig) -> dict
         DataError: a dataset has no training split, or no object to choose by.
     """
     parts = {source.name: subset_of(source.split("train"), subset) for source in sources}
-    for name, part in parts.items():
-        _log_chosen(name, part, subset)
+    for source in sources:
+        _log_chosen(source, parts[source.name], subset)
     return parts
 
 
-def _log_chosen(name: str, part: Annotations, subset: SubsetConfig) -> None:
+def _log_chosen(source: DatasetSource, part: Annotations, subset: SubsetConfig) -> None:
     """Logs which part of a dataset was chosen, and which categories have too few objects for it."""
     if subset.whole:
         return
-    wanted = f"{subset.shots} shots" if subset.shots is not None else f"a fraction of {subset.fraction:g}"
-    _logger.info("%s: %s, seed %d: %d training images", name, wanted, subset.seed, len(part))
+    wanted = counted(subset.shots, "shot") if subset.shots is not None else f"a fraction of {subset.fraction:g}"
+    name, whole, (split, evaluated) = source.name, len(source.split("train")), source.evaluation_split()
+    chosen = f"{len(part):,} of {counted(whole, 'training image')}"
+    kept = f"{split} stays whole ({counted(len(evaluated), 'image')})"
+    _logger.info("%s: %s, seed %d: %s; %s", name, wanted, subset.seed, chosen, kept)
     if subset.shots is not None and (few := shortage(part, subset.shots)):
         _logger.warning("%s: categories with fewer than %d objects: %s", name, subset.shots, few)
 

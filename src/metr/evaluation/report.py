@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from metr.errors import DataError, markdown
+from metr.errors import DataError, counted, markdown
 from metr.evaluation.results import (
     EVERY_MODE,
     CrossDatasetConfusion,
@@ -156,13 +156,13 @@ def show(report: EvaluationReport, console: Console) -> None:
 def _tables(report: EvaluationReport, modes: Sequence[Mode]) -> Iterator[Table]:
     """The table with all columns, then with ever fewer; at last names of datasets are folded."""
     metrics = _METRICS if len(modes) < len(EVERY_MODE) else _METRICS[:1]  # so that it stays 80 columns wide
-    for some, counted, longest in (
+    for some, numbered, longest in (
         (metrics, True, None),
         (metrics, True, _FOLDED),
         (metrics[:1], True, _FOLDED),
         (metrics[:1], False, _FOLDED),
     ):
-        yield _console_table(report, modes, some, report.confusion, counted, longest)
+        yield _console_table(report, modes, some, report.confusion, numbered, longest)
     yield _console_table(report, modes, metrics[:1], None, False, _FOLDED)
     yield _console_table(report, modes[:1], metrics[:1], None, False, _FOLDED)
 
@@ -172,13 +172,13 @@ def _console_table(
     modes: Sequence[Mode],
     metrics: Sequence[Literal["ap", "ap50"]],
     confusion: CrossDatasetConfusion | None,
-    counted: bool,
+    numbered: bool,
     longest: int | None,
 ) -> Table:
-    """The report as a table. `counted`: with splits and numbers of images; `longest`: columns of a dataset's name."""
+    """The report as a table. `numbered`: with splits and numbers of images; `longest`: columns of a dataset's name."""
     table = Table(box=SIMPLE_HEAD, show_edge=False, padding=0, pad_edge=False)
     table.add_column("dataset", overflow="fold", max_width=longest)
-    if counted:
+    if numbered:
         table.add_column("split", no_wrap=True)
         table.add_column("images", justify="right", no_wrap=True)
     numbers = [f"{mode} {metric.upper()}" for mode in modes for metric in metrics]
@@ -191,12 +191,12 @@ def _console_table(
         ]
         values += [confusion.shares.get(one.name)] if confusion else []
         name = one.name if one.in_mean else f"({one.name})"
-        counts = [one.split, str(one.images)] if counted else []
+        counts = [one.split, str(one.images)] if numbered else []
         table.add_row(escape(name), *counts, *map(_number, values))
     means = [report.mean(mode, metric) for mode in modes for metric in metrics]
     means += [report.mean_confusion] if confusion else []
     table.add_section()
-    blank = ["", ""] if counted else []
+    blank = ["", ""] if numbered else []
     table.add_row(f"mean of {sum(one.in_mean for one in report.datasets)}", *blank, *map(_number, means))
     return table
 
@@ -205,9 +205,9 @@ def _legend(report: EvaluationReport, modes: Sequence[Mode]) -> Iterator[str]:
     if "default" in modes:
         yield "default: the names that metr detect looks for with this checkpoint"
     if "joint" in modes:
-        yield f"own: the dataset's own names; joint: the joint vocabulary of {report.names} names"
+        yield f"own: the dataset's own names; joint: the joint vocabulary of {counted(report.names, 'name')}"
     if report.confusion is not None:
-        yield "confused: % of the best detections that name another domain, joint vocabulary"
+        yield "confused: % of the best detections that name something of another dataset, joint vocabulary"
     if outside := [one.name for one in report.datasets if not one.in_mean]:
         yield f"not in the mean: {', '.join(outside)}"
 
@@ -216,8 +216,8 @@ def _preface(report: EvaluationReport) -> str:
     lines = [
         "COCO average precision over IoU 0.50:0.95 on the scale 0 to 100, at most 100 detections an image. "
         "*Own names*: the detector is asked for the dataset's names alone; *joint vocabulary*: for all "
-        f"{report.names} names at once, and scored on the dataset's own. *Recall at K*: the share of the categories "
-        "present that are among the K most likely of the image, with the larger vocabulary."
+        f"{counted(report.names, 'name')} at once, and scored on the dataset's own. *Recall at K*: the share of the "
+        "categories present that are among the K most likely of the image, with the larger vocabulary."
     ]
     if report.unannotated is not None:
         lines.append(
@@ -237,8 +237,9 @@ def _preface(report: EvaluationReport) -> str:
 def _confusion_note(report: EvaluationReport) -> str:
     return (
         "Of the best detections with the joint vocabulary, as many an image as it has objects, "
-        f"{_number(report.mean_confusion)} % name a category of another domain, in the mean over datasets. Rows: the "
-        "domain of the image; columns: the domain named, in per cent of the row."
+        f"{_number(report.mean_confusion)} % name a category of another domain, in the mean over datasets. A domain is "
+        "a dataset, or several of one field. Rows: the domain of the image; columns: the domain named, in per cent of "
+        "the row."
     )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from metr.checkpoint import find_checkpoint, load_checkpoint, update_detection
 from metr.config import Config
 from metr.data.records import Annotations
-from metr.errors import DataError
+from metr.errors import DataError, counted
 from metr.evaluation.coco import CocoResult
 from metr.inference.config import InferenceConfig
 from metr.inference.postprocess import ImageId
@@ -26,6 +26,7 @@ from metr.text.same_names import PromptChoice
 DEFAULT_KEPT = (1, 5, 10, 20)
 NO_DOMAIN = "no domain"
 _LEAST_F1 = 20.0
+_FEWEST_OBJECTS = 10  # of a split: with fewer, the score that its best F1 chooses is chance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,16 +253,28 @@ class EvaluationReport:
         They are those of the question that detection asks (`DatasetReport.asked`): the more names are asked for, the
         fewer objects are found at the same score. A name of several datasets has their mean, weighted by its objects.
         Names that are hardly found (F1 under 20) have none: nearly all that is shown would be wrong.
+
+        In a split with fewer than 10 objects the best F1 says nothing. Names that occur in such splits alone have the
+        mean of all others, weighted by objects, or none where there are no others.
         """
         sums: dict[str, tuple[float, int]] = {}
+        guessed: dict[str, None] = {}
         for dataset in self.datasets:
             part = dataset.asked
             for category in () if part is None else part.coco.categories:
-                if category.best is not None and category.best.f1 >= _LEAST_F1:
-                    total, objects = sums.get(category.name, (0.0, 0))
-                    total += category.objects * category.best.threshold
-                    sums[category.name] = (total, objects + category.objects)
-        return {name: round(total / objects, 4) for name, (total, objects) in sums.items()}
+                if category.best is None or category.best.f1 < _LEAST_F1:
+                    continue
+                if part is not None and part.coco.objects < _FEWEST_OBJECTS:
+                    guessed[category.name] = None
+                    continue
+                total, objects = sums.get(category.name, (0.0, 0))
+                total += category.objects * category.best.threshold
+                sums[category.name] = (total, objects + category.objects)
+        chosen = {name: round(total / objects, 4) for name, (total, objects) in sums.items()}
+        if not sums:
+            return {}
+        pooled = sum(total for total, _ in sums.values()) / sum(objects for _, objects in sums.values())
+        return {**{name: round(pooled, 4) for name in guessed}, **chosen}
 
     def metrics(self) -> dict[str, float]:
         """The report as flat numbers for curves: "AP" is the mean with own names, or else with the joint vocabulary."""
@@ -294,7 +307,8 @@ def store_thresholds(report: EvaluationReport, run: Path, console: Console | Non
     update_detection(folder, checkpoint.detection.model_copy(update={"thresholds": kept}))
     if console is not None:
         span = f"{min(found.values()):.2f} to {max(found.values()):.2f}"
-        line = f"thresholds of {len(found)} names, {span}, are kept in {folder}: metr detect shows scores from there on"
+        kept_for = f"thresholds of {counted(len(found), 'name')}, {span}"
+        line = f"{kept_for}, are kept in {folder}: metr detect shows scores from there on"
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 

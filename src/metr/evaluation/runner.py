@@ -30,6 +30,7 @@ from metr.data.joint import open_joint
 from metr.data.loading import build_evaluation_loader, explained_loss_of_workers
 from metr.data.records import Annotations
 from metr.data.transforms import build_transforms
+from metr.errors import counted
 from metr.evaluation.evaluator import EvaluationSet, Evaluator
 from metr.evaluation.report import main_console, show, write_report
 from metr.evaluation.results import (
@@ -198,5 +199,5 @@ def _log_speed(report: EvaluationReport, seconds: float) -> None:
     if in_main_process():
         images, processes = sum(one.images for one in report.datasets), process_count()
         together = f", {processes} processes" if processes > 1 else ""
-        message = "evaluated %s images in %.1f s: %.1f images a second%s"
-        _logger.info(message, f"{images:,}", seconds, images / max(seconds, 1e-9), together)
+        message = "evaluated %s in %.1f s: %.1f images a second%s"
+        _logger.info(message, counted(images, "image"), seconds, images / max(seconds, 1e-9), together)

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from metr.config import Config
-from metr.errors import ConfigError, DataError, MetrError
+from metr.errors import ConfigError, DataError, MetrError, counted
 from metr.inference.detection_parts import FAILED, PartsFolder, Row, answers_rest_on, taken
 from metr.inference.image_paths import expanded_images, read_named_image
 from metr.inference.predictor import Predictor
@@ -124,8 +124,8 @@ def detect_with_ray(
         del paths  # millions of them: the folder has its own list
         waiting = [part for part in range(folder.parts) if not folder.is_complete(part)]
         skipped = folder.parts - len(waiting)
-        what = f"{folder.images:,} images in {folder.parts:,} parts of up to {folder.part_size:,}"
-        ready = f"; {skipped:,} parts are complete already and skipped" if skipped else ""
+        what = f"{counted(folder.images, 'image')} in {counted(folder.parts, 'part')} of up to {folder.part_size:,}"
+        ready = f"; {counted(skipped, 'part is', 'parts are')} complete already and skipped" if skipped else ""
         _say(console, f"{what}{ready}")
         seconds = _detect(ray, load, folder, waiting, config, console) if waiting else 0.0
         failed = _finish(folder, console)
@@ -149,7 +149,7 @@ def _detect(
     try:
         with ray_session(ray, config.cpus) as resources:
             actors = _actors(config, resources)
-            kind = "GPUs" if actors.gpu else f"CPUs, {actors.threads} threads each"
+            kind = "GPUs" if actors.gpu else f"CPUs, {counted(actors.threads, 'thread')} each"
             _say(console, f"actors: {actors.number} on {kind}")
             started = time.monotonic()
             images = sum(folder.length(part) for part in waiting)
@@ -165,7 +165,7 @@ def _detect(
                     done += 1
                     progress.advance(int(row["images"]))
             seconds = time.monotonic() - started
-            _say(console, f"{images:,} images in {seconds:,.0f} s: {images / seconds:,.1f} images a second")
+            _say(console, f"{counted(images, 'image')} in {seconds:,.0f} s: {images / seconds:,.1f} images a second")
             return seconds
     finally:
         if done < len(waiting):
@@ -249,7 +249,7 @@ class _Detecting:
         """Writes a part; how many earlier attempts at it ended early."""
         journal = self.folder.journal(part)
         if journal.is_hopeless:
-            what = f"the process that detects died {len(journal.attempts)} times before it reached an image"
+            what = f"the process that detects died {counted(len(journal.attempts), 'time')} before it reached an image"
             raise MetrError(what, where=self.folder.file(part), hint="fewer actors (--actors), if memory was short")
         journal.begin()
         if self.predictor is None:
@@ -329,14 +329,14 @@ def _finish(folder: PartsFolder, console: Console) -> int:
     """
     missing = [part for part in range(folder.parts) if not folder.is_complete(part)]
     if missing:
-        what = f"{len(missing)} parts have disappeared, such as {folder.file(missing[0]).name}"
+        what = f"{counted(len(missing), 'part has', 'parts have')} disappeared, such as {folder.file(missing[0]).name}"
         raise MetrError(what, where=folder.path, hint="the same command makes them again")
     failed, first = folder.write_failed()
     if first is not None:
-        what = f"{failed:,} of {folder.images:,} images could not be read, such as {first[0]}: {first[1]}"
+        what = f"{failed:,} of {counted(folder.images, 'image')} could not be read, such as {first[0]}: {first[1]}"
         _say(console, f"{what}; {FAILED} lists them", style="yellow")
         if failed == folder.images:
-            what = f"none of {failed} images could be read: {first[1]}"
+            what = f"none of {counted(failed, 'image')} could be read: {first[1]}"
             raise DataError(what, where=first[0], hint=f"{folder.path / FAILED} has the reasons")
     _say(console, f"detections-*.parquet of all {folder.images:,} images are in {folder.path}")
     return failed

@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 
+from metr.errors import counted
 from metr.inspection.detector_hints import DetectorHints
 from metr.inspection.facts import DatasetFacts
 from metr.inspection.similar_names import SimilarNames
@@ -239,7 +240,7 @@ def _seen(detector_hints: DetectorHints) -> _Hints:
     for one in detector_hints.unlabelled:
         share = one.images / one.of
         if one.images >= _FEWEST_SEEN and share >= _SEEN:
-            why = f"seen in {one.images} of {one.of} images, such as {one.example}"
+            why = f"seen in {one.images} of {counted(one.of, 'image')}, such as {one.example}"
             yield one.dataset, one.name, Hint(kind="seen", strength=share, why=why)
 
 
@@ -277,10 +278,11 @@ def _evidence(detector_hints: DetectorHints | None) -> str:
     if detector_hints is None:
         return "weak hints: names that elsewhere stand beside common ones; --model RUN looks at images"
     looked = sorted(set(detector_hints.images.values()))
-    number = f"{looked[0]}" if len(looked) == 1 else f"{looked[0]} to {looked[-1]}"
-    told = f"seen by {detector_hints.model} where no box is, in {number} images of each dataset"
+    number = counted(looked[0], "image") if len(looked) == 1 else f"{looked[0]} to {looked[-1]} images"
+    told = f"seen by {detector_hints.model} where no box is, in {number} of each dataset"
     if detector_hints.unreliable:
-        told += f"; {len(detector_hints.unreliable):,} names that it hardly finds even where annotated are left out"
+        unreliable = counted(len(detector_hints.unreliable), "name is", "names are")
+        told += f"; {unreliable} left out, because it hardly finds them even where annotated"
     if detector_hints.unknown:
         told += f"; no hints about {', '.join(detector_hints.unknown)}, whose own boxes it hardly finds"
     return told

@@ -16,7 +16,7 @@ from metr.data.formats.base import plain_name
 from metr.data.formats.registry import recognise
 from metr.data.records import TEST, TRAIN, VAL, canonical_split
 from metr.data.shards.stores import is_url
-from metr.errors import ConfigError
+from metr.errors import ConfigError, counted
 from metr.inspection.coverage import Coverage, Homonym
 from metr.inspection.facts import DatasetFacts
 from metr.inspection.languages import ForeignNames
@@ -191,7 +191,7 @@ def _comments(source: DatasetSource, coverage: Coverage) -> list[str]:
     """Facts and hints about a dataset, as comments above its entry."""
     images = ", ".join(f"{len(annotations):,} {split}" for split, annotations in source.splits.items())
     number = len(source.categories)
-    lines = [f"  # {images} images; {number:,} name{'s' if number > 1 else ''}"]
+    lines = [f"  # images: {images}; {counted(number, 'name')}"]
     if source.config.exhaustive is None and _told_by_image(source):
         told = "its files say of each image what is annotated in it; `exhaustive` would hold for all images"
         lines.append(f"  # {told}")

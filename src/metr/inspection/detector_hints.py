@@ -15,7 +15,7 @@ from metr.boxes import pairwise_iou
 from metr.data.datasets_file import DatasetSource
 from metr.data.images import read_annotated
 from metr.data.records import ImageRecord
-from metr.errors import DataError
+from metr.errors import DataError, counted
 from metr.inference.config import InferenceConfig, PostprocessConfig
 from metr.inference.predictor import Predictor
 from metr.inspection import InspectionConfig
@@ -98,9 +98,10 @@ def detector_hints_of(
     collectors = []
     for source in sources:
         collector = HintCollector(source.name, source.categories)
+        whole = min(config.images, sum(map(len, source.splits.values())))
         for number, (record, found) in enumerate(_detected(predictor, source, config.images)):
             collector.add(replace(record, path=record.path.relative_to(source.root)), found)
-            progress(f"{source.name}: the detector has seen {number + 1} of {config.images} images")
+            progress(f"{source.name}: the detector has seen {number + 1} of {counted(whole, 'image')}")
         collectors.append(collector)
     least = confidence_floors(collectors)
     return DetectorHints(

@@ -17,7 +17,7 @@ from metr.data.datasets_file import DatasetSource
 from metr.data.formats.base import IssueLog
 from metr.data.images import check_image, image_bytes, read_image
 from metr.data.records import ImageBytes
-from metr.errors import DataError
+from metr.errors import DataError, counted
 from metr.inspection.facts import spread
 
 Progress = Callable[[str], None]
@@ -70,7 +70,7 @@ def check_images(source: DatasetSource, most: int | None, log: IssueLog, progres
             log.add(issue.kind, issue.where, issue.detail)
         opened += 1
         if opened % _REPORTED == 0:
-            progress(f"{source.name}: {opened:,} images opened")
+            progress(f"{source.name}: {counted(opened, 'image')} opened")
     return opened
 
 

@@ -8,7 +8,7 @@ from metr.data.datasets_file import DatasetSource, open_dataset, parse_data_argu
 from metr.data.formats.base import IssueLog
 from metr.data.guard import faults_of
 from metr.data.records import DataIssue
-from metr.errors import DependencyError, ModelError
+from metr.errors import DependencyError, ModelError, counted
 from metr.inspection import InspectionConfig
 from metr.inspection.coverage import Coverage, Homonym, coverage_of, homonyms_of
 from metr.inspection.datasets_file import Suggestion, suggestions_of
@@ -170,7 +170,7 @@ def _embeddings(
 ) -> tuple[EmbeddingSimilarity | None, str | None]:
     """Embeddings of all names, or why there are none."""
     vocabulary = joint_vocabulary(sources)
-    progress(f"reading {len(vocabulary):,} names")
+    progress(f"reading {counted(len(vocabulary), 'name')}")
     try:
         return embed_names(vocabulary, config.text), None
     except (DependencyError, ModelError) as error:

@@ -14,7 +14,7 @@ import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from metr.checkpoint import CARD, EVALUATION, Checkpoint, signed_card
-from metr.errors import MetrError, markdown
+from metr.errors import MetrError, counted, markdown
 from metr.evaluation.report import TITLES, UNANNOTATED, dataset_table
 from metr.evaluation.results import MODES, EvaluationReport, Mode, from_dict
 from metr.model import METR
@@ -160,7 +160,7 @@ def write_card(facts: CardFacts) -> ModelCard:
         stages=stages,
         results="" if facts.report is None else dataset_table(facts.report),
         md=markdown,
-        count=_count,
+        count=counted,
         first=_first,
         licences=_licences,
         history=_history,
@@ -246,9 +246,9 @@ def _history(stage: TrainingFacts) -> Iterator[str]:
     if stage.started_from is not None:
         yield f"started from {markdown(stage.started_from)}"
     if stage.step is not None:
-        yield f"{_count(stage.step, 'step')}" + (f" of {_count(stage.batch, 'image')}" if stage.batch else "")
+        yield f"{counted(stage.step, 'step')}" + (f" of {counted(stage.batch, 'image')}" if stage.batch else "")
     if stage.images is not None:
-        yield f"{_count(stage.images, 'image')} seen"
+        yield f"{counted(stage.images, 'image')} seen"
     if stage.learning_rate is not None:
         yield f"learning rate {stage.learning_rate:g}"
     if stage.unannotated is not None:
@@ -264,7 +264,7 @@ def _history(stage: TrainingFacts) -> Iterator[str]:
 def _licences(data: DataFacts) -> str:
     """What each file of a dataset says of its licence."""
     told = [
-        f"{one.stated_in}{'' if one.images is None else ', ' + _count(one.images, 'image')}: {one.text}"
+        f"{one.stated_in}{'' if one.images is None else ', ' + counted(one.images, 'image')}: {one.text}"
         for one in data.licences
     ]
     return " / ".join(told) or UNKNOWN
@@ -278,10 +278,6 @@ def _first(names: Sequence[str]) -> str:
     """The names in a line, and how many more there are."""
     more = f" and {len(names) - _MOST_NAMES:,} more (vocabulary.json)" if len(names) > _MOST_NAMES else ""
     return ", ".join(map(markdown, names[:_MOST_NAMES])) + more
-
-
-def _count(number: int, one: str, many: str | None = None) -> str:
-    return f"{number:,} {one if number == 1 else many or one + 's'}"
 
 
 def _slug(name: str) -> str:

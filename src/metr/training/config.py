@@ -21,7 +21,7 @@ from metr.config import (
     unflattened,
 )
 from metr.data.config import AugmentationConfig, LoaderConfig, SubsetConfig, Unannotated
-from metr.errors import ConfigError, did_you_mean
+from metr.errors import ConfigError, counted, did_you_mean
 from metr.inference.config import InferenceConfig
 from metr.losses.config import CriterionConfig
 from metr.models.config import DetectorConfig
@@ -276,6 +276,14 @@ def _scaled(train: TrainConfig, steps: int) -> Tree:
         "train.loop.log_every": max(1, min(loop.log_every, steps // _LOGGED)),
         "train.loop.checkpoint_every": min(max(share(loop.checkpoint_every), _APART), loop.checkpoint_every),
     }
+
+
+def averaged_over(train: TrainConfig) -> str:
+    """Over how many steps the weights are averaged at the end of a run, in words: its decay is warmed up, too."""
+    if not train.ema.enabled:
+        return "not"
+    decay = train.ema.decay * (1 - math.exp(-train.loop.steps / train.ema.tau))
+    return f"over about {counted(max(1, round(1 / (1 - decay))), 'step')}"
 
 
 def check_epochs(epochs: float | None, overrides: Sequence[str]) -> None:

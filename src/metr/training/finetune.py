@@ -5,16 +5,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 
 from metr.checkpoint import Checkpoint, DetectionDefaults
 from metr.config import differences
 from metr.data.config import ResizeConfig
 from metr.data.loading import build_train_loader
-from metr.errors import CheckpointError, ConfigError
+from metr.errors import CheckpointError, ConfigError, counted
 from metr.evaluation.report import main_console
 from metr.evaluation.results import EvaluationConfig, EvaluationReport
 from metr.evaluation.runner import EvaluationRunner
+from metr.fitting import Hanging
 from metr.losses.criterion import SetCriterion
 from metr.model import METR
 from metr.models.category_extraction import decorrelate_names
@@ -31,7 +32,7 @@ from metr.training.finetune_data import FinetuneData, FinetuneOptions
 from metr.training.finetune_recipe import RECIPE, described
 from metr.training.finetune_request import REQUEST, Prepared, begun, resumed
 from metr.training.parts import Outcome, TrainingParts
-from metr.training.plan import header, tell_end
+from metr.training.plan import advice, header, page, tell_end
 from metr.training.provenance import provenance
 from metr.training.resumption import save_request
 from metr.training.run_log import RunLog, log_page, tell
@@ -109,6 +110,46 @@ def finetune(
         return _finetuned(prepared, run, resume, evaluation, console, log)
 
 
+def finetune_plan(
+    data: Data | None,
+    source: str | Path | None,
+    options: FinetuneOptions | None = None,
+    *,
+    resumed_run: str | Path | None = None,
+    **more: Any,
+) -> RenderableType:
+    """What `finetune` would do with these arguments, as a page for `rich.print`. It writes only dataset indices.
+
+    It asks nothing: names that seem to mean a trained one are new names, unless the options say otherwise.
+
+    Args:
+        data: As for `finetune`, as `source`, `options` and `more` are.
+        source: The detector to begin with.
+        options: What differs from the defaults.
+        resumed_run: The folder of the run to resume, if one is.
+        **more: Fields of `FinetuneOptions` by name, laid over `options`.
+
+    Raises:
+        MetrError: checkpoint, data or configuration do not fit; the message says what and where.
+    """
+    asked = {} if options is None else options.model_dump(exclude_unset=True)
+    options, resume = FinetuneOptions.checked(asked | more, where="finetune"), resumed_run is not None
+    check_epochs(options.epochs, options.overrides)
+    run = RunDirectory(Path("" if resumed_run is None else resumed_run))
+    prepared = (resumed if resume else begun)(data, source, run, options, Console(quiet=True))
+    check_recipe(prepared.plan.recipe)
+    return Group(page(prepared.plan), *_notes(prepared, resume))
+
+
+def _notes(prepared: Prepared, resume: bool) -> list[RenderableType]:
+    """What is said of a run besides its plan."""
+    notes = [Hanging(described(prepared.plan.recipe, prepared.opened.images))]
+    notes += [] if resume else advice(prepared.plan, from_nothing=False)
+    if forgotten := _forgotten(prepared.model, prepared.opened):
+        notes.append(Hanging(forgotten))
+    return [*notes]
+
+
 def _finetuned(
     prepared: Prepared,
     run: RunDirectory,
@@ -118,12 +159,9 @@ def _finetuned(
     log: RunLog,
 ) -> FinetuneOutcome:
     """Does what was prepared, and keeps the log from where nothing can be refused any more."""
-    model, opened, recipe, options = prepared.model, prepared.opened, prepared.recipe, prepared.options
+    model, opened, recipe, options = prepared.model, prepared.opened, prepared.plan.recipe, prepared.options
     check_recipe(recipe)
-    mixture, name = opened.mixture(recipe.loader.mixture), "the run's recipe" if resume else "the defaults"
-    tell(console, header(opened.joint, recipe, prepared.base, name, mixture=mixture, evaluated=opened.splits))
-    tell(console, described(recipe, opened.images))
-    _warn_of_forgetting(model, opened, console)
+    tell(console, header(prepared.plan), *_notes(prepared, resume))
     parts, model = _parts(model, opened, recipe, options.decorrelate_names)
     if resume:
         check_same(run, opened.joint.vocabulary, parts.checkpoint.text_encoder)
@@ -251,18 +289,18 @@ def _evaluated(
     return runner.report(model.network, console, recipe.unannotated)
 
 
-def _warn_of_forgetting(model: METR, opened: FinetuneData, console: Console) -> None:
-    """Warns how many old names are in no training data."""
-    known = {name for source in opened.joint.sources for name in source.categories}
-    forgotten = [name for name in model.names if name not in known]
+def _forgotten(model: METR, opened: FinetuneData) -> str:
+    """How many old names are in no training data, in words; empty if all are."""
+    trained = {name for source in opened.joint.sources for name in source.categories}
+    forgotten = [name for name in model.names if name not in trained]
     if not forgotten:
-        return
-    note = f"{len(forgotten)} of the checkpoint's {len(model.names)} names are in none of this data: they can still be "
-    note += "detected, but perhaps less well afterwards; --rehearse mixes old datasets in."
-    tell(console, note)
+        return ""
+    known, are = counted(len(model.names), "name"), "is" if len(forgotten) == 1 else "are"
+    note = f"{len(forgotten):,} of the checkpoint's {known} {are} in none of this data: detection may find less of "
+    return f"{note}{'it' if are == 'is' else 'them'} afterwards; --rehearse mixes old datasets in."
 
 
 def _say_new_names(model: METR, opened: FinetuneData, console: Console) -> None:
     """Prints the names that the checkpoint does not know, each with the nearest ones that it knows."""
     if new := model.untrained(opened.joint.vocabulary):
-        tell(console, f"learnt as new names: {listed(new)}")
+        tell(console, Hanging(f"learnt as new names: {listed(new)}"))

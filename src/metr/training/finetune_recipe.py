@@ -15,8 +15,8 @@ from pathlib import Path
 
 from metr.checkpoint import Checkpoint
 from metr.config import Tree, merge
-from metr.errors import ConfigError
-from metr.training.config import Freeze, RunConfig, finetune_layers, laid_over, packaged
+from metr.errors import ConfigError, counted
+from metr.training.config import Freeze, RunConfig, averaged_over, finetune_layers, laid_over, packaged
 
 RECIPE = "recipe"
 """The key in a checkpoint's `training` of the settings that pretraining passes on to fine-tuning."""
@@ -60,20 +60,21 @@ def described(recipe: RunConfig, images: int) -> str:
     """A summary of a fine-tuning run's configuration, in one sentence."""
     train, loop = recipe.train, recipe.train.loop
     parts = [
-        f"{loop.steps:,} steps of {recipe.loader.batch_size * loop.accumulation} at "
-        f"{_plainly(train.optimizer.learning_rate)} after a warm-up of {train.schedule.warmup_steps}",
+        f"{counted(loop.steps, 'step')} of {recipe.loader.batch_size * loop.accumulation} at "
+        f"{_plainly(train.optimizer.learning_rate)} after a warm-up of {min(train.schedule.warmup_steps, loop.steps)}",
         _FROZEN[train.freeze],
     ]
     if train.optimizer.layer_decay < 1:
         parts.append(f"each depth below at {train.optimizer.layer_decay:g} of the rate above it")
-    parts.append(f"weights averaged over about {1 / (1 - train.ema.decay):,.0f} steps" if train.ema.enabled else "")
+    parts.append(f"weights averaged {averaged_over(train)}" if train.ema.enabled else "")
     changed = recipe.augmentation
     parts.append(f"{changed.crop:.0%} cropped, {changed.zoom_out:.0%} zoomed out, {changed.colour:.0%} recoloured")
-    if loop.evaluate_every:
-        parts.append(f"evaluated every {loop.evaluate_every:,} steps")
-    if loop.evaluate_every and loop.patience:
-        parts.append(f"stops when {loop.best_metric} has not risen for {loop.patience} evaluations")
-    return f"{images:,} image{'' if images == 1 else 's'}: {', '.join(part for part in parts if part)}."
+    if 0 < loop.evaluate_every < loop.steps:
+        parts.append(f"evaluated every {counted(loop.evaluate_every, 'step')}")
+        if loop.patience:
+            evaluations = counted(loop.patience, "evaluation")
+            parts.append(f"stops when {loop.best_metric} has not risen for {evaluations}")
+    return f"{counted(images, 'image')}: {', '.join(part for part in parts if part)}."
 
 
 def _from_checkpoint(checkpoint: Checkpoint) -> Tree:

@@ -15,16 +15,19 @@ from metr.run_directory import RunDirectory
 from metr.training.config import RunConfig
 from metr.training.finetune_data import FinetuneData, FinetuneOptions, open_finetune_data
 from metr.training.finetune_recipe import finetune_recipe
-from metr.training.plan import steps_of
+from metr.training.plan import RunPlan, steps_of
 from metr.training.resumed_recipe import resumed_recipe
 from metr.training.resumption import (
     EVALUATED,
+    NOTHING,
     REHEARSED,
+    Made,
     check_same_request,
     dataset_facts,
     kept_datasets,
     kept_request,
     log_changed_datasets,
+    made_so_far,
 )
 from metr.training.taken_names import taken_names
 from metr.training.train import Data, arguments
@@ -37,14 +40,13 @@ _ALLOWED = "allow_empty"
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """Checkpoint, data (also as arguments of a command) and configuration of a run, and what is kept of the request."""
+    """Checkpoint, data (also as arguments of a command) and plan of a run, and what is kept of the request."""
 
     data: list[str]
     model: METR
     opened: FinetuneData
     options: FinetuneOptions
-    recipe: RunConfig
-    base: RunConfig
+    plan: RunPlan
     request: Tree
 
 
@@ -65,10 +67,11 @@ def begun(
         return finetune_recipe(model.checkpoint, opened.images, options.config, [*seed, *options.overrides, *more])
 
     recipe = resolve([])
-    recipe = resolve(_steps(options, opened, recipe))
+    recipe = resolve(_steps(options, opened, recipe, NOTHING))
     base = finetune_recipe(model.checkpoint, opened.images, overrides=seed)
+    plan = _plan(opened, recipe, base, "the defaults", NOTHING)
     request = _request(source, opened, options)
-    return Prepared(data=given, model=model, opened=opened, options=options, recipe=recipe, base=base, request=request)
+    return Prepared(data=given, model=model, opened=opened, options=options, plan=plan, request=request)
 
 
 def resumed(
@@ -97,10 +100,12 @@ def resumed(
     take = partial(taken_names, model=model, choice=options.same_names, console=console, kept=names)
     opened = open_finetune_data(given, model.vocabulary, options, take)
     check_same_request(run, kept, {"same_names": opened.taken})
-    _, recipe = resolve(_steps(options, opened, recipe))
+    made = made_so_far(run)
+    _, recipe = resolve(_steps(options, opened, recipe, made))
+    plan = _plan(opened, recipe, began, "the run's recipe", made)
     request = _request(source or kept.get("from"), opened, options)
     log_changed_datasets(kept.get("datasets", {}), request["datasets"])
-    return Prepared(data=given, model=model, opened=opened, options=options, recipe=recipe, base=began, request=request)
+    return Prepared(data=given, model=model, opened=opened, options=options, plan=plan, request=request)
 
 
 def _model(source: str | Path | None, run: RunDirectory) -> METR:
@@ -117,9 +122,16 @@ def _model(source: str | Path | None, run: RunDirectory) -> METR:
     return METR.from_pretrained(source, device="cpu")
 
 
-def _steps(options: FinetuneOptions, opened: FinetuneData, recipe: RunConfig) -> list[str]:
+def _steps(options: FinetuneOptions, opened: FinetuneData, recipe: RunConfig, made: Made) -> list[str]:
     """The override that makes a run so many passes over the new images, whatever is rehearsed between them."""
-    return steps_of(options.epochs, math.ceil(opened.images / opened.new_fraction), recipe)
+    return steps_of(options.epochs, math.ceil(opened.images / opened.new_fraction), recipe, made)
+
+
+def _plan(opened: FinetuneData, recipe: RunConfig, base: RunConfig, name: str, made: Made) -> RunPlan:
+    mixture, evaluated = opened.mixture(recipe.loader.mixture), opened.splits
+    return RunPlan(
+        joint=opened.joint, recipe=recipe, base=base, name=name, mixture=mixture, evaluated=evaluated, made=made
+    )
 
 
 def _request(source: str | Path | None, opened: FinetuneData, options: FinetuneOptions) -> Tree:

@@ -12,7 +12,7 @@ from metr.boxes import cxcywh_to_xyxy
 from metr.data.dataset import DetectionDataset
 from metr.data.images import read_annotated
 from metr.data.records import ImageRecord, seeded_order
-from metr.errors import DataError, MetrError
+from metr.errors import DataError, MetrError, counted
 from metr.evaluation.runner import EvaluationRunner
 from metr.inference.config import InferenceConfig
 from metr.inference.draw import (
@@ -58,7 +58,7 @@ def draw_train_batch(batch: Batch, names: Sequence[str], path: Path) -> None:
         pixels = batch.images[row, :, :height, :width].mul(255).round().clamp(0, 255).byte()
         marks = list(_marks(batch, row, names))
         drawn.append(draw(pixels.permute(1, 2, 0).cpu().numpy(), marks, _CELL))
-        captions.append(f"{batch.datasets[row]}, {_counted(len(marks), 'box', 'boxes')}: {batch.image_ids[row]}")
+        captions.append(f"{batch.datasets[row]}, {counted(len(marks), 'box', 'boxes')}: {batch.image_ids[row]}")
     _save(contact_sheet(drawn, captions, _COLUMNS, _CELL), path)
 
 
@@ -118,7 +118,7 @@ class ValImages:
             truth = record_marks(record, dataset.annotations.categories)
             style = Style(colours=palette(dataset.annotations.categories))
             drawn += [draw(image, truth, _CELL, style), draw(image, found, _CELL, style)]
-            captions += [f"{dataset.name}, {_counted(len(truth), 'object')}: {record.path.name}"]
+            captions += [f"{dataset.name}, {counted(len(truth), 'object')}: {record.path.name}"]
             captions += [f"step {step:,}: {caption}"]
         if drawn:
             _save(contact_sheet(drawn, captions, _COLUMNS, _CELL), path)
@@ -153,13 +153,9 @@ def _spread(candidates: Sequence[Sequence[_Sample]]) -> list[_Sample]:
 def _found(detections: Detections, thresholds: ScoreThresholds) -> tuple[list[Mark], str]:
     """The detections that are drawn, and how many they are in words."""
     if marks := detection_marks(thresholds.shown(detections)):
-        return marks, _counted(len(marks), "detection")
+        return marks, counted(len(marks), "detection")
     best = detection_marks(detections, limit=_BELOW)
     return best, f"none over its threshold; the best {len(best)}"
-
-
-def _counted(number: int, one: str, many: str = "") -> str:
-    return f"{number} {one if number == 1 else many or one + 's'}"
 
 
 def _save(sheet: np.ndarray, path: Path) -> None:

@@ -15,7 +15,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from rich.console import Console
 
 from metr.config import Config, as_yaml, leaves
-from metr.errors import ConfigError, MetrError, did_you_mean
+from metr.errors import ConfigError, MetrError, counted, did_you_mean
 from metr.run_directory import RunDirectory, explained_disk_errors, replaced_file
 from metr.training.config import LoopConfig
 from metr.training.progress import Progress, Snapshot, duration
@@ -130,8 +130,8 @@ class RunLogger:
             return
         measured = self._timed[_TIMED // 4 :]
         seconds = left * sum(measured) / len(measured)
-        message = "about %s for the %s steps that are left, measured on %d; evaluations come on top"
-        _logger.info(message, duration(seconds), f"{left:,}", len(measured))
+        message = "about %s for the %s that are left, measured on %d; evaluations come on top"
+        _logger.info(message, duration(seconds), counted(left, "step"), len(measured))
 
     def read(self, report: StepReport, counters: Counters) -> None:
         """Takes the numbers of a step that `counters` has counted. Warns if it changed nothing: why, on which images.
@@ -147,7 +147,8 @@ class RunLogger:
             message = "step %d is skipped: %s not finite; images: %s"
             _logger.warning(message, report.step, names, ", ".join(report.images[:_MOST_NAMED]))
         if counters.skipped_in_a_row >= self.loop.max_skipped:
-            what = f"{self.loop.max_skipped} steps in a row had numbers that are not finite, at last in: {names}"
+            steps = counted(self.loop.max_skipped, "step")
+            what = f"{steps} in a row had numbers that are not finite, at last in: {names}"
             hint = "lower optimizer.learning_rate, lengthen schedule.warmup_steps, or set loop.precision=fp32"
             raise MetrError(what, where=f"step {report.step}", hint=hint)
 
@@ -173,7 +174,9 @@ class RunLogger:
     def seen(self, epochs: Mapping[str, float]) -> None:
         """Says how many times each dataset has been seen."""
         if epochs and not self.silent:
-            _logger.info("seen: %s", ", ".join(f"{name} {times:.1f} times" for name, times in epochs.items()))
+            _logger.info(
+                "seen: %s", ", ".join(f"{name} {counted(round(times, 1), 'time')}" for name, times in epochs.items())
+            )
 
     def stopped(self, counters: Counters, stalled: bool) -> None:
         """Says that training ends before its last step, and why if it has `stalled`. The verb says how to go on."""
@@ -181,7 +184,7 @@ class RunLogger:
             return
         if stalled:
             message = "stopped early after step %d of %d: no better evaluation since step %d"
-            _logger.info(message, counters.step, self.loop.steps, counters.best_step)
+            _logger.info(message, counters.step, self.loop.steps, counters.rose_step)
             return
         message = "stopped after step %d of %d; everything is saved in %s"
         _logger.warning(message, counters.step, self.loop.steps, self.folder.path)

@@ -4,76 +4,125 @@ import math
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
-from rich.text import Text
 
+from metr.checkpoint import CONFIG, found_nothing
 from metr.data.config import Mixture
 from metr.data.datasets_file import DatasetSource, parse_data_arguments
 from metr.data.joint import JointData
 from metr.data.records import TEST, Annotations
 from metr.data.sampling import mixture_weights
 from metr.devices import resolved_device, resolved_precision
+from metr.errors import counted
+from metr.fitting import Hanging
 from metr.processes import process_count
 from metr.run_directory import RunDirectory
 from metr.training.comparison import COMPARISON
-from metr.training.config import RunConfig, changed_lines
+from metr.training.config import RunConfig, averaged_over, changed_lines
 from metr.training.parts import Outcome
+from metr.training.resumption import NOTHING, Made
 from metr.training.run_log import tell
 
 # What the header of a run shows of datasets and of settings that differ from the recipe, so that it stays on a screen.
 _DATASETS, _CHANGES = 4, 3
+# Detectors that begin without weights are trained for 300 to 500 epochs in the longest of published schedules (DETR,
+# YOLO): twice that is no plan, but a number of steps that was made for more images.
+_EXTREME_EPOCHS, _MANY_EPOCHS = 1000, 300
+# Training images below which a run should begin with a trained detector.
+_FEW_IMAGES = 100
 
 
-def page(joint: JointData, recipe: RunConfig, notes: Sequence[str]) -> RenderableType:
-    """What a run would do: a table of the datasets, then lines on steps, device and sizes, then `notes`."""
-    table = _table(joint, recipe, joint.mixture(recipe.loader.mixture), joint.evaluation())
-    table.box = SIMPLE_HEAD
-    return Group(table, *map(Text, [*_lines(joint, recipe), "", *notes]))
+@dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """What a run is going to do.
 
-
-def header(
-    joint: JointData,
-    recipe: RunConfig,
-    base: RunConfig,
-    name: str,
-    *,
-    mixture: Mixture | None = None,
-    evaluated: Mapping[str, Annotations] | None = None,
-) -> RenderableType:
-    """What a run is going to do, in at most 14 lines.
-
-    Args:
+    Attributes:
         joint: The data to train on.
         recipe: The configuration.
         base: What `recipe` is compared with.
         name: How `base` is called.
         mixture: How datasets are mixed; by default as `recipe` says.
         evaluated: What each dataset is evaluated on; by default its val split.
+        made: What a run to resume has done already.
     """
-    mixture = joint.mixture(recipe.loader.mixture) if mixture is None else mixture
-    table = _table(joint, recipe, mixture, joint.evaluation() if evaluated is None else evaluated, _DATASETS)
-    changes = changed_lines(base, recipe)
-    if len(changes) > _CHANGES:
+
+    joint: JointData
+    recipe: RunConfig
+    base: RunConfig
+    name: str
+    mixture: Mixture | None = None
+    evaluated: Mapping[str, Annotations] | None = None
+    made: Made = NOTHING
+
+    @property
+    def images(self) -> int:
+        """Images that the run sees in all, those before it is resumed included."""
+        return images_in_all(self.recipe, self.made)
+
+    @property
+    def changes(self) -> list[str]:
+        """The settings that differ, a line each."""
+        return changed_lines(self.base, self.recipe)
+
+
+def page(plan: RunPlan) -> RenderableType:
+    """What a run would do: a table of the datasets, lines on steps, device and sizes, and all that differs."""
+    table = _table(plan)
+    table.box = SIMPLE_HEAD
+    title = f"It differs from {plan.name} in:" if plan.changes else f"It is {plan.name}, unchanged."
+    lines = [*_lines(plan), "", title, *(f"  {change}" for change in plan.changes)]
+    return Group(table, *map(Hanging, lines))
+
+
+def header(plan: RunPlan) -> RenderableType:
+    """What a run is going to do, in at most 14 lines; one to resume tells all that is changed."""
+    changes = plan.changes
+    if len(changes) > _CHANGES and not plan.made.steps:
         changes = [*changes[: _CHANGES - 1], f"and {len(changes) - _CHANGES + 1} more in config.yaml"]
-    title = f"configuration: {name}, {'but for' if changes else 'unchanged'}"
-    return Group(table, *map(Text, [*_lines(joint, recipe), title, *(f"  {change}" for change in changes)]))
+    title = f"configuration: {plan.name}, {'but for' if changes else 'unchanged'}"
+    lines = [*_lines(plan), title, *(f"  {change}" for change in changes)]
+    return Group(_table(plan, _DATASETS), *map(Hanging, lines))
 
 
-def _table(
-    joint: JointData,
-    recipe: RunConfig,
-    mixture: Mixture,
-    evaluated: Mapping[str, Annotations],
-    most: int | None = None,
-) -> Table:
+def advice(plan: RunPlan, *, from_nothing: bool) -> list[Hanging]:
+    """What to do otherwise, where a new run is not what its data ask for.
+
+    Args:
+        plan: The run.
+        from_nothing: Whether it begins without a trained detector.
+    """
+    images, found = sum(plan.joint.lengths.values()), []
+    epochs = plan.images / max(images, 1)
+    if epochs > _EXTREME_EPOCHS:
+        what = f"{counted(round(epochs), 'epoch')} are far more than images need, which is some hundreds at most"
+        found.append(f"{what}; shorten the run: --epochs {_MANY_EPOCHS}")
+    if from_nothing and images < _FEW_IMAGES:
+        shipped = shipped_checkpoint()
+        such = "" if shipped is None else f", such as {shipped}"
+        what = f"{counted(images, 'training image is', 'training images are')} few to train a detector from the start"
+        found.append(f"{what}; metr finetune DATA --from CHECKPOINT begins with a trained one{such}")
+    return [Hanging(f"advice: {one}") for one in found]
+
+
+def shipped_checkpoint() -> Path | None:
+    """The trained detector that comes with the source of METR; None where only the package is installed."""
+    here = Path("checkpoints/metr-nano")
+    beside = Path(__file__).parents[3] / here  # src/metr/training
+    return next((path for path in (here, beside) if (path / CONFIG).is_file()), None)
+
+
+def _table(plan: RunPlan, most: int | None = None) -> Table:
     """A row for each dataset: images, categories, share of the samples, and epochs; at most so many rows."""
-    lengths = joint.lengths
+    joint, total, lengths = plan.joint, plan.images, plan.joint.lengths
+    mixture = joint.mixture(plan.recipe.loader.mixture) if plan.mixture is None else plan.mixture
+    evaluated = joint.evaluation() if plan.evaluated is None else plan.evaluated
     fractions = mixture_weights(lengths, mixture)
-    total = images_a_step(recipe) * recipe.train.loop.steps
     table = Table(box=None, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
     table.add_column("dataset", overflow="fold")
     table.add_column("format")
@@ -93,21 +142,23 @@ def _table(
     return table
 
 
-def _lines(joint: JointData, recipe: RunConfig) -> list[str]:
+def _lines(plan: RunPlan) -> list[str]:
     """Names, steps, device and sizes, a line each."""
+    joint, recipe = plan.joint, plan.recipe
     loop, model, resize = recipe.train.loop, recipe.model, recipe.augmentation.resize
     owners = Counter(name for source in joint.sources for name in set(source.categories))
     shared = sum(count > 1 for count in owners.values())
     device = resolved_device(loop.device)
     shape = f"{resize.size} x {resize.size}" if resize.mode == "stretch" else f"{resize.size} to {resize.longest}"
     sizes = f", in training {', '.join(map(str, recipe.augmentation.sizes))}" if recipe.augmentation.sizes else ""
+    layers = counted(model.decoder.layers, "decoder layer")
     return [
         f"names: {len(joint.vocabulary):,}, {shared:,} of them in several datasets; unannotated: {recipe.unannotated}",
-        *length_lines(recipe, sum(joint.lengths.values())),
+        *_length_lines(recipe, sum(joint.lengths.values()), plan.made),
         f"device: {device}, {resolved_precision(loop.precision, device)}, processes: {_processes(recipe)}; "
         f"images: {shape} pixels ({resize.mode}){sizes}",
-        f"network: {model.backbone.name}, {model.encoder.kind} encoder, {model.decoder.layers} decoder layers, "
-        f"width {model.width}, {model.queries.number} queries; text: {recipe.text.source}",
+        f"network: {model.backbone.name}, {model.encoder.kind} encoder, {layers}, "
+        f"width {model.width}, {counted(model.queries.number, 'query', 'queries')}; text: {recipe.text.source}",
     ]
 
 
@@ -119,26 +170,39 @@ def _processes(recipe: RunConfig) -> str:
     return "1" if parallel == "ddp" else f"1 ({parallel}: nothing to shard)"
 
 
-def length_lines(recipe: RunConfig, images: int) -> list[str]:
+def _length_lines(recipe: RunConfig, images: int, made: Made) -> list[str]:
     """How long a run with so many training images is, and what follows from that, in two lines."""
-    train, a_step = recipe.train, images_a_step(recipe)
-    loop, total = train.loop, train.loop.steps * a_step
-    every = f"every {loop.evaluate_every:,} steps and at the end" if loop.evaluate_every else "at the end"
-    saved = f"every {loop.checkpoint_every:,} steps" if loop.checkpoint_every else "at evaluations and at the end"
-    average = f"over about {1 / (1 - train.ema.decay):,.0f} steps" if train.ema.enabled else "not"
+    train, loop, total = recipe.train, recipe.train.loop, images_in_all(recipe, made)
+    of, warmup = counted(images_a_step(recipe), "image"), train.schedule.warmup_steps
+    steps = f"{loop.steps:,} of {of}"
+    if made.steps:
+        steps = f"{made.steps:,} made, {loop.steps - made.steps:,} to go of {of}"
+    every = f"every {counted(loop.evaluate_every, 'step')} and at the end"
+    saved = f"every {counted(loop.checkpoint_every, 'step')}"
+    warm = "all steps" if warmup >= loop.steps else counted(warmup, "step")
     return [
-        f"steps: {loop.steps:,} of {a_step:,} images, {total:,} images in all, {total / max(images, 1):,.1f} epochs; "
-        f"evaluated {every}",
-        f"warm-up: {train.schedule.warmup_steps:,} steps; weights averaged {average}; checkpoints {saved}",
+        f"steps: {steps}, {counted(total, 'image')} in all, {counted(round(total / max(images, 1), 1), 'epoch')}; "
+        f"evaluated {every if 0 < loop.evaluate_every < loop.steps else 'at the end'}",
+        f"warm-up: {warm}; weights averaged {averaged_over(train)}; "
+        f"checkpoints {saved if 0 < loop.checkpoint_every < loop.steps else 'at evaluations and at the end'}",
     ]
 
 
-def steps_of(epochs: float | None, images: int, recipe: RunConfig) -> list[str]:
-    """The override that makes a run so many passes over the training images; none without `epochs`."""
+def steps_of(epochs: float | None, images: int, recipe: RunConfig, made: Made = NOTHING) -> list[str]:
+    """The override that makes a run so many passes over the training images; none without `epochs`.
+
+    Of a run to resume, the images that it has seen count, however many a step had.
+    """
     if epochs is None:
         return []
     # rounded, because 0.1 * 30 is a little more than 3
-    return [f"train.loop.steps={max(1, math.ceil(round(epochs * images / images_a_step(recipe), 6)))}"]
+    left = math.ceil(round((epochs * images - made.images) / images_a_step(recipe), 6))
+    return [f"train.loop.steps={max(1, made.steps + left)}"]
+
+
+def images_in_all(recipe: RunConfig, made: Made) -> int:
+    """Images that a run sees from its beginning to its end."""
+    return made.images + (recipe.train.loop.steps - made.steps) * images_a_step(recipe)
 
 
 def images_a_step(recipe: RunConfig) -> int:
@@ -184,9 +248,25 @@ def tell_end(
         run.log: "all that was said",
     }
     there = {path.name: what for path, what in places.items() if what and path.exists()}
-    lines = [f"Done: {outcome.step:,} steps{early}{best}. Everything is in {run.path}:"]
-    lines += [f"  {name:16} {what}" for name, what in there.items()]
+    tell(console, Hanging(f"Done: {counted(outcome.step, 'step')}{early}{best}. Everything is in {run.path}:"))
+    lines = [f"  {name:16} {what}" for name, what in there.items()]
+    if found_nothing(outcome.metrics):
+        tell(console, "\n".join(lines), Hanging(_what_to_try(run, verb)))
+        lines = []
     tell(console, "\n".join([*lines, "Next:", *(f"  {command}" for command in _next(run, data, sources))]))
+
+
+def _what_to_try(run: RunDirectory, verb: str) -> str:
+    """What helps a run that ended with an AP of 0."""
+    tried = "train for longer (--steps, --epochs), or with a higher learning rate (train.optimizer.learning_rate)"
+    if verb == "train":
+        shipped = shipped_checkpoint()
+        such = "" if shipped is None else f", such as {shipped}"
+        tried = "train for longer (--steps, --epochs), or begin with a trained detector (metr finetune DATA --from "
+        tried += f"CHECKPOINT{such})"
+    if run.train_batch.exists():
+        tried += f". Look at {run.train_batch.name} first, where wrong boxes are easiest to see"
+    return f"It has learnt next to nothing: AP is 0 on val. What to try: {tried}."
 
 
 def _next(run: RunDirectory, data: Sequence[str], sources: Sequence[DatasetSource]) -> Iterator[str]:

@@ -14,6 +14,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from metr.errors import counted
 from metr.fitting import Fitting, number_text
 from metr.training.run_log import LOG_FILE
 
@@ -163,7 +164,7 @@ def _figures(snapshot: Snapshot) -> list[RenderableType]:
     rates = ", ".join(f"{part} {rate:.1e}" for part, rate in sorted(snapshot.learning_rate.items()))
     speed = Text(f"{snapshot.images_per_second:.1f} images/s   {snapshot.memory:.1f} GiB", style="dim")
     if snapshot.skipped:
-        speed.append(f"   {snapshot.skipped} steps skipped", style="yellow")
+        speed.append(f"   {counted(snapshot.skipped, 'step')} skipped", style="yellow")
     learning = Text(f"learning rate {rates}", style="dim")
     return [Fitting([Text("   ").join([speed, learning]), Group(speed, learning)])]
 

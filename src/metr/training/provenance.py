@@ -14,6 +14,7 @@ from metr.data.datasets_file import DatasetSource
 from metr.data.joint import JointData
 from metr.data.licences import Licence, licences_of, origin_of
 from metr.devices import resolved_device
+from metr.errors import counted
 from metr.processes import process_count
 from metr.training.config import RunConfig
 
@@ -107,7 +108,7 @@ def hardware(wanted: str) -> str:
     device, number = resolved_device(wanted), process_count()
     name = getattr(torch.get_device_module(device), "get_device_name", None)
     if device.type == "cpu" or name is None:
-        threads = f"{torch.get_num_threads()} thread{'' if torch.get_num_threads() == 1 else 's'}"
+        threads = counted(torch.get_num_threads(), "thread")
         kind = f"{device.type} ({platform.machine()}, {threads})"
     else:
         kind = str(name(device))

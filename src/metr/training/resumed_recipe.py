@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from metr.config import Tree, leaves, merge, parse_overrides, read_yaml
+from metr.config import Tree, leaves, merge, parse_overrides, read_yaml, unflattened
 from metr.errors import ConfigError
 from metr.run_directory import RunDirectory, existing_folder
 from metr.text.config import BUNDLED, TextEncoderConfig
@@ -25,7 +25,7 @@ _ELSEWHERE = "start a new run in another folder"
 def resumed_recipe(
     run: RunDirectory, config: str | Path | RunConfig | None = None, overrides: Sequence[str] = ()
 ) -> tuple[RunConfig, RunConfig]:
-    """The configuration that a run was begun with, and the one that it goes on with.
+    """The configuration of the steps that a run has made, and the one that it goes on with.
 
     Only what is given now changes. Nothing else follows a changed number of steps.
 
@@ -55,7 +55,17 @@ def resumed_recipe(
     saved = _kept_json(existing_folder(run.state) / SETTINGS) or leaves(began.model_dump(mode="json"))
     _check_structure(run, saved, leaves(recipe.model_dump(mode="json")), leaves(merge({}, *layers)))
     _check_text_source(run, saved, recipe.text)
-    return began, recipe
+    return _as_saved(began, saved), recipe
+
+
+def _as_saved(began: RunConfig, saved: Tree) -> RunConfig:
+    """The configuration of the saved steps: config.yaml may have been changed by hand since."""
+    own = began.model_dump(mode="json")
+    known = {key: value for key, value in saved.items() if key in leaves(own)}
+    try:
+        return RunConfig.checked(merge(own, unflattened(known)))
+    except ConfigError:  # of a version with other values
+        return began
 
 
 def _check_structure(run: RunDirectory, saved: Tree, now: Tree, given: Tree) -> None:

@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from metr.config import Tree, differences
 from metr.data.datasets_file import DatasetConfig, DatasetSource, parse_data_arguments
 from metr.data.shards.addresses import is_pattern
 from metr.data.shards.stores import is_url
-from metr.errors import ConfigError, DataError
-from metr.run_directory import RunDirectory, explained_disk_errors, replaced_file
+from metr.errors import ConfigError, DataError, counted
+from metr.run_directory import COUNTERS, RunDirectory, existing_folder, explained_disk_errors, replaced_file
 from metr.serialization import read_json, write_json
 
 DATASETS, REHEARSED, EVALUATED = "datasets.yaml", "rehearsed.yaml", "evaluated.yaml"
@@ -46,6 +47,30 @@ def save_request(run: RunDirectory, name: str, request: Tree, listings: Mapping[
                 fresh.write_text(text, encoding="utf-8")
         with replaced_file(run.path / name, flush=True) as fresh:
             write_json(fresh, request)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """What a run has done so far: its steps, and the images that these saw."""
+
+    steps: int = 0
+    images: int = 0
+
+
+NOTHING = Made()
+
+
+def made_so_far(run: RunDirectory) -> Made:
+    """What a run to resume has done; nothing where no state is saved.
+
+    Raises:
+        CheckpointError: the state is damaged.
+    """
+    path = existing_folder(run.state) / COUNTERS
+    if not path.is_file():
+        return NOTHING
+    counters = read_json(path)
+    return Made(steps=int(counters.get("step", 0)), images=int(counters.get("images", 0)))
 
 
 def kept_request(run: RunDirectory, name: str) -> Tree:
@@ -117,7 +142,7 @@ def log_changed_datasets(began: Mapping[str, Any], now: Mapping[str, Any]) -> No
         old, new = before.get("images"), facts["images"]
         counts = "as many images as before"
         if old != new:
-            counts = ", ".join(f"{split} {number} images" for split, number in (old or {}).items())
+            counts = ", ".join(f"{split} {counted(number, 'image')}" for split, number in (old or {}).items())
             counts += ", now " + ", ".join(f"{split} {number}" for split, number in new.items())
         _logger.warning("%s: its files have changed since the run was here last (%s)", name, counts)
 

@@ -150,10 +150,14 @@ def environment() -> tuple[str, ...]:
 
 
 def tell(console: Console, *parts: RenderableType) -> None:
-    """Prints on the console, and writes into the log of the run that is open."""
+    """Prints on the console, and writes into the log of the run that is open.
+
+    A text is left to the terminal to wrap, so that commands and paths can be copied; `Hanging` is for sentences.
+    """
     with log_page() as page:
         for one in (console, page):
-            one.print(*parts, sep="\n", highlight=False, markup=False, soft_wrap=True)
+            for part in parts:
+                one.print(part, highlight=False, markup=False, soft_wrap=isinstance(part, str), crop=False)
 
 
 @contextmanager

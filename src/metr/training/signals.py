@@ -1,11 +1,13 @@
 """Signals that ask to end (Ctrl-C, SIGTERM, SIGHUP): training ends after the current step, everything else at once."""
 
+import logging
 import os
 import signal
+import socket
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -15,6 +17,8 @@ _SIGNALS = tuple(
 REPEATED = 1.0
 """Seconds within which a second signal is the same request. `timeout` and `accelerate launch` signal a process twice:
 once by its number, once with its whole group."""
+_LEAVING = 1.0  # seconds that the listener has to end
+_logger = logging.getLogger(__name__)
 
 
 class Stopped(KeyboardInterrupt):
@@ -39,20 +43,29 @@ class StopSignals:
 
     A signal that is ignored stays so, as SIGHUP under `nohup`. Python delivers signals to the main thread alone: in
     another thread this does nothing.
+
+    Args:
+        announced: Log at once what the first signal brings about, also while torch is deep in a long computation.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, announced: bool = False) -> None:
         self.requested = False
         self.number: int | None = None
+        self._announced = announced
         self._at_once = False
         self._received = 0.0
+        self._heard: float | None = None  # when the listener heard of the first signal
+        self._insisted = False
         self._process = os.getpid()
         self._before: dict[signal.Signals, Any] = {}
+        self._listener: _Listener | None = None
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
             heeded = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
             self._before = {number: signal.signal(number, self._receive) for number in heeded}
+            if self._announced:
+                self._listener = _Listener(self._hear)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -77,15 +90,30 @@ class StopSignals:
             self._receive_in_child(number)
             return
         now = time.monotonic()
-        if self.requested and now - self._received < REPEATED:
+        if self.requested and now - self._received < REPEATED and not self._insisted:
             return
         self._received = now
-        if self.requested:
+        if self.requested or self._insisted:
             self._restore()
             raise Stopped(number)
         self.requested, self.number = True, number
         if self._at_once:
             raise Abandoned(number)
+
+    def _hear(self, number: int) -> None:
+        """Announces the first signal; runs in the listener's thread, perhaps long before `_receive` can.
+
+        Python calls `_receive` between two of its own instructions, and a backward pass is a single one. Of several
+        signals meanwhile it learns once; hence a second request is noted here.
+        """
+        if number not in self._before:
+            return
+        now = time.monotonic()
+        if self._heard is None:
+            self._heard = now
+            _logger.warning("%s", _announcement(number, self._at_once))
+        elif now - self._heard >= REPEATED:
+            self._insisted = True
 
     def _receive_in_child(self, number: int) -> None:
         """Handles signals in forked processes, which inherit the handler: ignores SIGINT, obeys the others."""
@@ -94,6 +122,66 @@ class StopSignals:
             os.kill(os.getpid(), number)
 
     def _restore(self) -> None:
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
+
+
+class _Listener:
+    """Hears of signals in a thread, as soon as they arrive: Python writes the number of each into a socket.
+
+    Args:
+        hear: Called in the thread with the number of each signal that Python handles.
+    """
+
+    active: "_Listener | None" = None
+
+    def __init__(self, hear: Callable[[int], None]) -> None:
+        self._hear = hear
+        self._numbers, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        self._before = signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
+        self._thread = threading.Thread(target=self._listen, name="signals", daemon=True)
+        self._thread.start()
+        _Listener.active = self
+
+    def _listen(self) -> None:
+        while True:
+            for number in self._numbers.recv(64) or b"\0":
+                if number == 0:
+                    return
+                self._hear(number)
+
+    def close(self) -> None:
+        """Ends the thread, after it has heard of what came before."""
+        signal.set_wakeup_fd(self._before)
+        _Listener.active = None
+        self._writer.send(b"\0")  # closing would not do: forked processes hold copies of the socket
+        self._thread.join(_LEAVING)  # the caller may be a signal's handler that keeps the log's lock
+        if not self._thread.is_alive():
+            self._writer.close()
+            self._numbers.close()
+
+
+def _announcement(number: int, at_once: bool) -> str:
+    """What a first signal brings about, and what a second one would."""
+    name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+    if at_once:
+        return f"{name}: stopping the evaluation; training up to here is saved"
+    again = "press again to stop" if number == signal.SIGINT else "a second signal stops"
+    return f"{name}: finishing this step, then saving; {again} without saving"
+
+
+def _keep_signals_of_children() -> None:
+    """In a forked process: its signals are not those of the process whose listener it has a copy of."""
+    if _Listener.active is not None:
+        _Listener.active = None
+        with suppress(ValueError):  # forked by another thread than the main one
+            signal.set_wakeup_fd(-1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_keep_signals_of_children)

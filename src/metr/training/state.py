@@ -16,7 +16,7 @@ from torch import Tensor, nn, optim
 
 from metr.config import Config, leaves
 from metr.data.records import DataIssue
-from metr.errors import CheckpointError, ConfigError, MetrError, did_you_mean
+from metr.errors import CheckpointError, ConfigError, MetrError, counted, did_you_mean
 from metr.run_directory import COUNTERS, RunDirectory, existing_folder, replaced_folder
 from metr.serialization import load_weights, read_json, read_tensors, write_json, write_tensors
 from metr.training.config import LoopConfig
@@ -54,8 +54,9 @@ class Counters:
 
     `images` counts those of all processes together, which is the position of the sampler; `seconds` is the time
     spent in steps. `evaluated_step` is the step of the newest evaluation, whose result is `metrics` and
-    `thresholds`; `best` is the highest value so far of the metric that chooses the best checkpoint. `smoothed` are the
-    losses that progress shows, `unreadable` says which images could not be read so far.
+    `thresholds`; `best` is the highest value so far of the metric that chooses the best checkpoint, `best_step` the
+    last step that had it and `rose_step` the first. `smoothed` are the losses that progress shows, `unreadable` says
+    which images could not be read so far.
     """
 
     step: int = 0
@@ -67,6 +68,7 @@ class Counters:
     metrics: dict[str, float] = field(default_factory=dict)
     best: float | None = None
     best_step: int = 0
+    rose_step: int = 0
     thresholds: dict[str, float] = field(default_factory=dict)
     window: Window = field(default_factory=Window)
     smoothed: dict[str, float] = field(default_factory=dict)
@@ -75,9 +77,9 @@ class Counters:
     def advance(self, cost: StepCost) -> None:
         """Counts a step that was made, or queued; `add` counts its numbers when they have been read."""
         self.step += 1
-        for counted in (self, self.window):
-            counted.images += cost.images
-            counted.seconds += cost.seconds
+        for counts in (self, self.window):
+            counts.images += cost.images
+            counts.seconds += cost.seconds
         self.window.waiting += cost.waiting
 
     def add(self, report: StepReport) -> None:
@@ -94,12 +96,21 @@ class Counters:
             window.sums[name] = window.sums.get(name, 0.0) + value
 
     def is_best(self, name: str) -> bool:
-        """Whether the newest evaluation has the highest value so far of a metric; warns if there is no such metric."""
+        """Whether the newest evaluation has the highest value so far of a metric; warns if there is no such metric.
+
+        Of equal ones the newest is the best: its weights have seen more.
+        """
         if name not in self.metrics:
             message = "the evaluation gives no %r, by which loop.best_metric chooses the best checkpoint; %s"
             _logger.warning(message, name, did_you_mean(name, self.metrics))
             return False
-        return math.isfinite(self.metrics[name]) and (self.best is None or self.metrics[name] > self.best)
+        return math.isfinite(self.metrics[name]) and (self.best is None or self.metrics[name] >= self.best)
+
+    def take_best(self, name: str) -> None:
+        """Notes that the newest evaluation is the best."""
+        if self.best is None or self.metrics[name] > self.best:
+            self.rose_step = self.step
+        self.best, self.best_step = self.metrics[name], self.step
 
     def evaluation_is_due(self, loop: LoopConfig) -> bool:
         """Whether this step is one to evaluate at, the last one included, and has not been evaluated yet."""
@@ -107,14 +118,14 @@ class Counters:
         return bool(at_turn) and self.step > self.evaluated_step
 
     def has_stalled(self, loop: LoopConfig) -> bool:
-        """Whether the last `loop.patience` evaluations brought no new best.
+        """Whether the last `loop.patience` evaluations brought no higher value.
 
         It follows from the counters alone, so a resumed run decides as an uninterrupted one. While the best value is
         0, as in the first evaluations of a run, training goes on.
         """
         if not loop.patience or not loop.evaluate_every or self.best is None or self.best <= 0:
             return False
-        return self.evaluated_step - self.best_step >= loop.patience * loop.evaluate_every
+        return self.evaluated_step - self.rose_step >= loop.patience * loop.evaluate_every
 
     @classmethod
     def of(cls, values: Mapping[str, Any], where: Path) -> "Counters":
@@ -124,12 +135,13 @@ class Counters:
             CheckpointError: a key is missing or unknown.
         """
         names = {item.name for item in fields(cls)}
-        if set(values) | {"smoothed", "unreadable"} != names or set(values["window"]) != {
+        if set(values) | {"smoothed", "unreadable", "rose_step"} != names or set(values["window"]) != {
             item.name for item in fields(Window)
         }:
             what = f"expected the keys {sorted(names)}, found {sorted(values)}"
             raise CheckpointError(what, where=where, hint="start a new run: this state is of another version")
         unreadable = [DataIssue(**issue) for issue in values.get("unreadable", ())]
+        values = {"rose_step": values["best_step"], **values}  # of a version where the first of equal ones was the best
         return cls(**{**values, "window": Window(**values["window"]), "unreadable": unreadable})
 
 
@@ -192,7 +204,7 @@ def save_state(
         write_json(fresh / COUNTERS, asdict(counters))
 
 
-def load_state(folder: Path, trained: Trained, settings: Config) -> tuple[Counters, dict[str, Tensor]]:
+def load_state(folder: Path, trained: Trained) -> tuple[Counters, dict[str, Tensor]]:
     """Puts the saved state into networks and optimizer.
 
     Returns:
@@ -212,7 +224,6 @@ def load_state(folder: Path, trained: Trained, settings: Config) -> tuple[Counte
             raise CheckpointError(what, where=folder, hint="train.ema.enabled=false, or start a new run")
         _load(trained.average, folder / _AVERAGE, trained.engine, hint)
     restore_optimizer(trained, read_tensors(folder / _OPTIMIZER), where=folder / _OPTIMIZER)
-    _log_changed_settings(folder / SETTINGS, settings)
     return counters, random_states
 
 
@@ -223,11 +234,12 @@ def _load(network: nn.Module, path: Path, engine: Engine, hint: str) -> None:
     load_weights(network, weights, where=path, hint=hint)
 
 
-def _log_changed_settings(path: Path, now: Config) -> None:
-    """Warns of each setting that differs from those of the saved steps, however it was changed.
+def log_changed_settings(folder: Path, now: Config) -> None:
+    """Warns of each setting that differs from those of the steps in a saved state, however it was changed.
 
     A state of an older version says nothing of its settings.
     """
+    path = existing_folder(folder) / SETTINGS
     if not path.is_file():
         return
     began, current = read_json(path), leaves(now.model_dump(mode="json"))
@@ -261,7 +273,7 @@ def check_steps(counters: Counters, steps: int) -> None:
         ConfigError: it has.
     """
     if counters.step > steps:
-        what = f"{counters.step:,} steps are done already, more than {steps:,}"
+        what = f"{counted(counters.step, 'step is', 'steps are')} done already, more than {steps:,}"
         raise ConfigError(what, where="train.loop.steps", hint="--steps with a larger number, or start a new run")
 
 

@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 from torch import nn
 
 from metr.checkpoint import CONFIG, Checkpoint, load_checkpoint
@@ -20,6 +20,7 @@ from metr.errors import ConfigError
 from metr.evaluation.report import main_console, show
 from metr.evaluation.results import EvaluationConfig
 from metr.evaluation.runner import EvaluationRunner
+from metr.fitting import Hanging
 from metr.inference.config import InferenceConfig
 from metr.inference.postprocess import ScoreThresholds
 from metr.losses.criterion import SetCriterion
@@ -33,7 +34,6 @@ from metr.text.vocabulary import Vocabulary
 from metr.training.config import (
     RunConfig,
     TrainOptions,
-    changed_lines,
     check_epochs,
     load_recipe,
 )
@@ -41,7 +41,7 @@ from metr.training.finetune_recipe import RECIPE, left_to_finetuning
 from metr.training.images import ValImages
 from metr.training.logger import check_trackers
 from metr.training.parts import Evaluated, Outcome, TrainingParts
-from metr.training.plan import header, page, steps_of, tell_end
+from metr.training.plan import RunPlan, advice, header, page, steps_of, tell_end
 from metr.training.provenance import provenance
 from metr.training.resumed_recipe import resumed_recipe
 from metr.training.resumption import (
@@ -51,10 +51,11 @@ from metr.training.resumption import (
     kept_datasets,
     kept_request,
     log_changed_datasets,
+    made_so_far,
     save_request,
 )
 from metr.training.run_log import RunLog, log_page, tell
-from metr.training.state import check_place, seed_everything
+from metr.training.state import check_place, log_changed_settings, seed_everything
 from metr.training.step_targets import PseudoLabeler
 from metr.training.trainer import Trainer
 
@@ -105,8 +106,8 @@ def train(
     with RunLog(run.path) as log:
         check_place(run, resume)
         prepared = _resumed(data, run, asked) if resume else _begun(data, asked)
-        joint, recipe = prepared.joint, prepared.recipe
-        tell(console, header(joint, recipe, prepared.base, prepared.name))
+        joint, recipe = prepared.plan.joint, prepared.plan.recipe
+        tell(console, header(prepared.plan), *([] if resume else advice(prepared.plan, from_nothing=True)))
         _hint_at_names_spelt_alike(joint, console)
         parts = training_parts(joint, recipe, console)
         if resume:
@@ -144,9 +145,7 @@ def plan(
     """
     asked = _Asked(config=config, size=size, overrides=tuple(overrides), options=_options(more))
     prepared = _begun(data, asked) if resumed is None else _resumed(data, RunDirectory(Path(resumed)), asked)
-    changes, name = changed_lines(prepared.base, prepared.recipe), prepared.name
-    title = f"It differs from {name} in:" if changes else f"It is {name}, unchanged."
-    return page(prepared.joint, prepared.recipe, [title, *(f"  {change}" for change in changes)])
+    return Group(page(prepared.plan), *([] if resumed else advice(prepared.plan, from_nothing=True)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,16 +166,10 @@ class _Asked:
 
 @dataclass(frozen=True, kw_only=True)
 class _Prepared:
-    """Data, also as arguments of a command, and configuration of a run.
-
-    `base` is what the configuration is compared with, `name` how messages call that, `request` what is kept of it all.
-    """
+    """Data, also as arguments of a command, and plan of a run; `request` is what is kept of what was asked for."""
 
     data: list[str]
-    joint: JointData
-    recipe: RunConfig
-    base: RunConfig
-    name: str
+    plan: RunPlan
     request: Tree
 
 
@@ -202,8 +195,8 @@ def _begun(data: Data | None, asked: _Asked) -> _Prepared:
     recipe = resolve(steps_of(options.epochs, sum(joint.lengths.values()), recipe))
     asked_for = options.model_dump(mode="json", include={"shots", "fraction", "seed", "allow_empty"})
     request = {"size": size, **asked_for, "datasets": dataset_facts(joint.sources)}
-    base, name = load_recipe(size), f"the recipe {size}"
-    return _Prepared(data=given, joint=joint, recipe=recipe, base=base, name=name, request=request)
+    plan = RunPlan(joint=joint, recipe=recipe, base=load_recipe(size), name=f"the recipe {size}")
+    return _Prepared(data=given, plan=plan, request=request)
 
 
 def _resumed(data: Data | None, run: RunDirectory, asked: _Asked) -> _Prepared:
@@ -225,12 +218,14 @@ def _resumed(data: Data | None, run: RunDirectory, asked: _Asked) -> _Prepared:
     if not allow_empty:
         joint.check_usable()
     log_issues(joint.sources)
-    _, recipe = resolve(steps_of(asked.options.epochs, sum(joint.lengths.values()), recipe))
+    made = made_so_far(run)
+    _, recipe = resolve(steps_of(asked.options.epochs, sum(joint.lengths.values()), recipe, made))
     facts = dataset_facts(joint.sources)
     log_changed_datasets(request.get("datasets", {}), facts)
     check_same(run, joint.vocabulary)
-    request, name = {**request, "datasets": facts, "allow_empty": allow_empty}, "the run's recipe"
-    return _Prepared(data=given, joint=joint, recipe=recipe, base=began, name=name, request=request)
+    request = {**request, "datasets": facts, "allow_empty": allow_empty}
+    plan = RunPlan(joint=joint, recipe=recipe, base=began, name="the run's recipe", made=made)
+    return _Prepared(data=given, plan=plan, request=request)
 
 
 def _hint_at_names_spelt_alike(joint: JointData, console: Console) -> None:
@@ -240,7 +235,7 @@ def _hint_at_names_spelt_alike(joint: JointData, console: Console) -> None:
         hint = (
             f"names that are learnt apart and spelt alike: {pairs}; metr inspect --write makes a file that joins them"
         )
-        tell(console, hint)
+        tell(console, Hanging(hint))
 
 
 def fit(
@@ -290,6 +285,8 @@ def fit(
             images.draw(network, trainer.counters.step, trainer.folder.val_images, shown)
         return Evaluated(metrics=report.metrics(), thresholds=thresholds)
 
+    if resume and console.quiet:  # else the header has told them
+        log_changed_settings(RunDirectory(out).state, recipe)
     trainer = Trainer(parts, recipe.train, out, evaluate=evaluate, resolved=recipe, console=console)
     return trainer.fit(resume=resume)
 

@@ -152,7 +152,7 @@ class Trainer:
             MetrError: the folder holds a run and `resume` is off, or step after step has numbers that are not finite.
             CheckpointError: the saved state is damaged or of another network.
         """
-        self._stop_signals = StopSignals()
+        self._stop_signals = StopSignals(announced=self.accelerator.is_main_process)
         with self._stop_signals, self._run_logger, explained_loss_of_processes(), explained_loss_of_workers():
             batches = self._begin(resume)
             try:
@@ -311,7 +311,7 @@ class Trainer:
         logger.evaluated(counters, self._epochs)
         self._redraw_curves()
         if counters.is_best(best_metric := self.config.loop.best_metric):
-            counters.best, counters.best_step = counters.metrics[best_metric], counters.step
+            counters.take_best(best_metric)
             if self.accelerator.is_main_process:
                 save_checkpoint(self.folder.best, self._checkpoint(network.state_dict()))
 
@@ -359,7 +359,7 @@ class Trainer:
         self._saved_step = self.counters.step
 
     def _load(self, rank: int) -> None:
-        self.counters, random_states = load_state(self.folder.state, self._trained(), self._resolved)
+        self.counters, random_states = load_state(self.folder.state, self._trained())
         check_steps(self.counters, self.config.loop.steps)
         self._buffers.keep()
         self._saved_step = self.counters.step

@@ -19,6 +19,7 @@ from torch import Tensor
 from metr.data.formats.files import Files, encoding_of
 from metr.data.index.manifest import Fingerprints
 from metr.data.records import UNNAMED, DataIssue, ImageBytes
+from metr.errors import counted
 
 # The corners of a box that cannot be read. Its category is in the image all the same, and checking makes use of that.
 UNREADABLE = (math.nan,) * 4
@@ -370,11 +371,6 @@ def place(where: str, mark: int | str) -> str:
     return f"{where}:{mark}" if isinstance(mark, int) else f"{where}, {mark}"
 
 
-def count_boxes(count: int) -> str:
-    """A number of boxes in words."""
-    return "1 box" if count == 1 else f"{count} boxes"
-
-
 def whole_size(height: float | None, width: float | None) -> tuple[int, int] | None:
     """(height, width) in pixels as a file declares them; None where it declares none, or an impossible one."""
     if height is None or width is None or not (1 <= height < 1e9 and 1 <= width < 1e9):
@@ -393,7 +389,7 @@ def without_repeats(images: Iterable[RawImage], seen: set[str], reading: Reading
     """The images that are not in `seen` yet, which they are added to; the others are noted and left out."""
     for raw in images:
         if raw.path in seen:
-            detail = f"{raw.path} again, with {count_boxes(len(raw.boxes))}: left out"
+            detail = f"{raw.path} again, with {counted(len(raw.boxes), 'box', 'boxes')}: left out"
             reading.issues.add("duplicate image", raw.where, detail)
         else:
             seen.add(raw.path)

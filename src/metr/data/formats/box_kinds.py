@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 
 from metr.data.formats.base import Reading
 from metr.data.images import probe_size
-from metr.errors import DataError
+from metr.errors import DataError, counted
 
 BoxKind = Literal["xywh", "xyxy", "cxcywh", "xywhn", "xyxyn", "cxcywhn"]
 BOX_KINDS: dict[str | None, BoxKind] = {kind: kind for kind in get_args(BoxKind)}
@@ -64,7 +64,7 @@ def judged(
         return BOX_KINDS[plain + suffix]
     others = {kind: _misfits(boxes, image, sizes, kind)[1] for kind in _WORDS if kind != plain}
     fitting = [kind for kind, count in others.items() if count == 0]
-    says = f"{odd} of {total} boxes cannot be {_WORDS[plain]}: they are empty or leave their images"
+    says = f"{odd} of {counted(total, 'box', 'boxes')} cannot be {_WORDS[plain]}: they are empty or leave their images"
     if len(fitting) == 1 and plain != "xyxy":
         way_back = f"`boxes: {plain}{suffix}` in a datasets file decides otherwise"
         detail = f"{says}; all can be {_WORDS[fitting[0]]} and are read so ({way_back})"

@@ -20,7 +20,6 @@ from metr.data.formats.base import (
     RawImage,
     Reader,
     Reading,
-    count_boxes,
     plain_name,
     whole_size,
 )
@@ -38,7 +37,7 @@ from metr.data.formats.coco_json import (
 from metr.data.formats.files import files_in, folders_in, signature, there
 from metr.data.formats.locating import ImageConflicts, dataset_root, image_folders, locate, resolve_conflicts
 from metr.data.records import TEST, UNNAMED, canonical_split
-from metr.errors import DataError
+from metr.errors import DataError, counted
 
 # What tools call the file that lies in the folder of a split (Roboflow, FiftyOne, Label Studio, ...).
 _IN_SPLIT_FOLDERS = ("_annotations.coco.json", "annotations.json", "labels.json", "coco.json", "result.json")
@@ -216,7 +215,7 @@ class CocoReader(Reader):
         homes, joined = np.arange(len(images), dtype=np.int32), set()
         counts = np.bincount(table.image, minlength=len(images)).tolist()
         for position, path in conflicts.misled:
-            detail = f"{images[position].file_name}, with {count_boxes(counts[position])}"
+            detail = f"{images[position].file_name}, with {counted(counts[position], 'box', 'boxes')}"
             detail += f"; {path} is called alike, but is that of another image"
             reading.issues.add("missing image", f"{where}, image {images[position].id}", detail)
         for position, owner in conflicts.repeats:
@@ -226,7 +225,7 @@ class CocoReader(Reader):
             if fits:
                 homes[position] = owner
                 joined.add(owner)
-            detail = f"{image.file_name} again, with {count_boxes(counts[position])}: "
+            detail = f"{image.file_name} again, with {counted(counts[position], 'box', 'boxes')}: "
             detail += f"{'joined to' if fits else 'left out beside'} image {first.id}"
             reading.issues.add("duplicate image", f"{where}, image {image.id}", detail)
         table.image[:] = homes[table.image]
@@ -240,8 +239,8 @@ class CocoReader(Reader):
         """
         numbers = _ById()
         names = list(map(self.category_name, content.categories))
-        counted = reading.number_declared(names, where)
-        for category, name, number in zip(content.categories, names, counted, strict=True):
+        declared = reading.number_declared(names, where)
+        for category, name, number in zip(content.categories, names, declared, strict=True):
             if not plain_name(category.name):
                 detail = f"the category of id {category.id} has no name: called {name!r}"
                 reading.notes.once("unnamed category", where, detail)

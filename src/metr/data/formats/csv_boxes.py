@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from metr.data.formats.base import UNREADABLE, BoxTable, RawImage, Reader, Reading, count_boxes
+from metr.data.formats.base import UNREADABLE, BoxTable, RawImage, Reader, Reading
 from metr.data.formats.box_kinds import BOX_KINDS, BoxKind, judged, sizes_of, to_corners
 from metr.data.formats.csv_columns import Dialect, dialect_of, finite, header_faults
 from metr.data.formats.files import Files, decoded, files_in, folders_within
 from metr.data.formats.locating import dataset_root, grouped, image_folders, locate, resolve_conflicts, split_of_file
 from metr.data.records import UNNAMED, canonical_split
-from metr.errors import DataError
+from metr.errors import DataError, counted
 
 _DEPTH = 2
 
@@ -122,7 +122,8 @@ class CsvReader(Reader):
         conflicts = resolve_conflicts(found, lambda entry: places[entry][1:])
         for entry, path in conflicts.misled:
             raw = image(entry)
-            detail = f"{path} is called alike, but is that of other lines: {count_boxes(len(raw.boxes))} left out"
+            boxes = counted(len(raw.boxes), "box", "boxes")
+            detail = f"{path} is called alike, but is that of other lines: {boxes} left out"
             reading.issues.add("missing image", raw.where, detail)
         more: dict[int, list[RawImage]] = {}
         for entry, owner in conflicts.repeats:
@@ -130,7 +131,7 @@ class CsvReader(Reader):
             if all(_measured_alike(new, part) for part in parts):
                 parts.append(_without(new, parts))
             else:
-                boxes, first = count_boxes(len(new.boxes)), parts[0].where
+                boxes, first = counted(len(new.boxes), "box", "boxes"), parts[0].where
                 detail = f"its {boxes} are measured in another way than in {first}: left out"
                 reading.issues.add("duplicate image", new.where, detail)
         for owner in conflicts.owners.values():

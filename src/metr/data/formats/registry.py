@@ -37,7 +37,7 @@ from metr.data.formats.yolo import YoloReader
 from metr.data.shards.addresses import is_pattern
 from metr.data.shards.reader import ShardReader, WebDatasetReader, open_pattern
 from metr.data.shards.stores import is_url
-from metr.errors import DataError, did_you_mean
+from metr.errors import DataError, counted, did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -164,4 +164,6 @@ def _contents(path: Path) -> str:
     if packed:
         return f"found {len(packed)} archives ({', '.join(packed[:5])}): name one of them, or unpack them all"
     named = f" ({', '.join(folders[:5])}{', ...' if len(folders) > 5 else ''})" if folders else ""
-    return f"found {len(folders)} folders{named}, {images} images, {others} other files"
+    return (
+        f"found {counted(len(folders), 'folder')}{named}, {counted(images, 'image')}, {counted(others, 'other file')}"
+    )

@@ -24,7 +24,7 @@ from metr.data.formats.yolo_files import LabelFiles, folders_with_texts
 from metr.data.formats.yolo_lines import LineKinds, is_class, numbers_of, told
 from metr.data.images import open_regular
 from metr.data.records import UNNAMED, canonical_split
-from metr.errors import DataError
+from metr.errors import DataError, counted
 
 logger = logging.getLogger(__name__)
 
@@ -183,7 +183,9 @@ class YoloReader(Reader):
             looked = f"in {places}" if places else "in vain for a folder of labels beside that of the images"
             others = folders_with_texts(self.root)
             lie = f"; text files lie in {', '.join(map(self.within, others[:4]))}" if others else ""
-            detail = f"none of {len(images)} images, such as {images[0]}, has a text file; looked {looked}{lie}"
+            detail = (
+                f"none of {counted(len(images), 'image')}, such as {images[0]}, has a text file; looked {looked}{lie}"
+            )
             reading.issues.add("no label files", split, detail)
         elif 2 * missing > len(images):
             detail = f"{missing} of {len(images)} images have no text file, such as {images[texts.index(None)]}"

@@ -22,7 +22,7 @@ from metr.data.shards.ranges import Shard
 from metr.data.shards.samples import rows_of_tar
 from metr.data.shards.stores import StoredFile, open_file
 from metr.data.shards.tables import TABLES, Row
-from metr.errors import DataError, StoreError
+from metr.errors import DataError, StoreError, counted
 from metr.text.cache import cache_root
 
 logger = logging.getLogger(__name__)
@@ -93,19 +93,20 @@ def _catalogued(files: Mapping[Path, StoredFile], total: int, called: str) -> di
     """Reads shards through, one after the other."""
     notes: dict[Path, Note] = {}
     done, told, images = total - len(files), time.monotonic(), 0
-    logger.info("%s: %d of %d shards are to be read, once", called, len(files), total)
+    logger.info("%s: reading through %d of %s, once", called, len(files), counted(total, "shard"))
     for rows, file in files.items():
         try:
             note = _note(rows, file) or _read_through(rows, file)  # another process may have read it
         except StoreError as error:
-            what = f"{error.what} ({done} of {total} shards are done)"
+            what = f"{error.what} ({done} of {counted(total, 'shard')} done)"
             raise StoreError(what, where=error.where, hint=error.hint) from None
         if note.damage:
-            logger.warning("%s: %s; %d images of it are read", file.address, note.damage, note.rows)
+            read = counted(note.rows, "image of it is", "images of it are")
+            logger.warning("%s: %s; %s read", file.address, note.damage, read)
         notes[rows], done, images = note, done + 1, images + note.rows
         if time.monotonic() - told > _TOLD_EVERY:
             told = time.monotonic()
-            logger.info("%s: %d of %d shards read, %s images", called, done, total, f"{images:,}")
+            logger.info("%s: %d of %s read, %s", called, done, counted(total, "shard"), counted(images, "image"))
     return notes
 
 

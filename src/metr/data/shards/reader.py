@@ -25,7 +25,7 @@ from metr.data.shards.catalogue import Note, catalogue, catalogue_folder, first_
 from metr.data.shards.ranges import ShardImage
 from metr.data.shards.stores import StoredFile, is_url
 from metr.data.shards.tables import TABLES, Row
-from metr.errors import DataError
+from metr.errors import DataError, counted
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,8 @@ class ShardReader(ShardedReader, ImageFolderReader):
         kind = BOX_KINDS.get(self.options.boxes) or self._kind_of_boxes(reading)
         for rows in self.splits[split]:
             if (damage := self.notes[rows].damage) and (name := self._called(rows)):
-                reading.issues.add("damaged shard", name, f"{damage}; {self.notes[rows].rows} images of it are read")
+                read = counted(self.notes[rows].rows, "image of it is", "images of it are")
+                reading.issues.add("damaged shard", name, f"{damage}; {read} read")
             for raw in without_repeats(self._images(rows, names, reading), set(), reading):
                 to_corners(raw.boxes, kind)
                 yield replace(raw, relative=True, areas=None) if kind.endswith("n") else raw
