@@ -18,7 +18,7 @@ from metr.model import METR
 from tiny import TinyRun, as_overrides
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-EXAMPLE = BENCHMARKS.parent / "examples/finetune_deformable_detr.py"
+EXAMPLE = BENCHMARKS.parent / "examples/finetune_detector.py"
 LEFT_OUT = "bccd"
 # sizes that all tiny networks share; what makes them families stays
 TINY = (
@@ -294,23 +294,27 @@ def test_profiles_are_whole(bench: ModuleType, name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory':UserWarning")  # Trainer's default, also without a GPU
-def test_the_example_transfers_trains_and_saves(
-    tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("target", ["rt_detr", "deformable_detr"])
+def test_the_example_transfers_trains_evaluates_and_saves(
+    target: str, tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert len(EXAMPLE.read_text().splitlines()) <= 30
     out = tmp_path / "out"
-    words = [str(tiny_run.folder), str(tiny_run.datasets[0]), str(out), "--steps", "1"]
+    words = [str(tiny_run.folder), str(tiny_run.datasets[0]), str(out), "--to", target, "--steps", "1"]
     monkeypatch.setattr("sys.argv", [str(EXAMPLE), *words])
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     runpy.run_path(str(EXAMPLE), run_name="__main__")
     from transformers import AutoModelForObjectDetection
 
-    assert "the detector is in" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "the detector is in" in said
+    assert "AP on val: " in said
     begun = AutoModelForObjectDetection.from_pretrained(out)
     model = AutoModelForObjectDetection.from_pretrained(f"{out}-trained")
     assert same(model, AutoModelForObjectDetection.from_pretrained(f"{out}-training/checkpoint-1"))
     assert not same(model, begun), "what was transferred stays beside what was trained from it"
     assert set(model.config.id2label.values()) == {"fish", "frog", "leaf", "turtle"}
+    assert (Path(f"{out}-trained") / "preprocessor_config.json").is_file()
 
 
 def results(gains: dict[str, dict[str, float]], seeds: tuple[int, ...] = (0,)) -> Iterator[Any]:

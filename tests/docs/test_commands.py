@@ -26,8 +26,10 @@ FENCE = re.compile(r"^<!-- (runnable|file: (?P<file>\S+)) -->\n+```(?P<language>
 SHORTER = {
     "train": "--config small.yaml --steps 2",
     "finetune": "--steps 2 --set loader.batch_size=2 --set loader.workers=0 --set train.loop.curves=false",
-    "finetune_deformable_detr.py": "--steps 1",
+    "finetune_detector.py": "--steps 1",
 }
+# The same for snippets: what stands there, and what is run instead.
+SHORTER_STEPS = ("max_steps=500", "max_steps=1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +125,7 @@ def test_the_commands_of_a_page_run(page: Path, here: Path, monkeypatch: pytest.
         if fence.file is not None:
             (here / fence.file).write_text(fence.text, encoding="utf-8")
         elif fence.language == "python":
-            exec(compile(fence.text, place(fence, page), "exec"), {"__name__": "__main__"})
+            exec(compile(fence.text.replace(*SHORTER_STEPS), place(fence, page), "exec"), {"__name__": "__main__"})
         else:
             for words in fence.commands:
                 run(words, monkeypatch)

@@ -41,6 +41,8 @@ from metr.training.config import load_recipe  # noqa: E402
 from odd_images import READABLE, UNREADABLE, write_all  # noqa: E402
 
 SECONDS, MEGABYTES = 20, 2000
+EVERY = 500
+"""After so many cases of a kind, a long run says how far it is."""
 KINDS = ("annotations", "identities", "images", "configurations", "checkpoints")
 # values that no made dataset has
 _ABSENT = ("987654321", "-7", "absent")
@@ -57,11 +59,13 @@ class Report:
     refused: Counter[str] = field(default_factory=Counter)
     failures: list[str] = field(default_factory=list)
     slowest: float = 0.0
+    slowest_case: str = ""
 
     def __str__(self) -> str:
         lines = [f"{kind}: {count:,} tried, {self.refused[kind]:,} refused" for kind, count in self.tried.items()]
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-        lines += [f"slowest {self.slowest:.1f} s, memory at most {peak:,} MB, {len(self.failures)} failures"]
+        slowest = f"slowest {self.slowest:.1f} s ({self.slowest_case})"
+        lines += [f"{slowest}, memory at most {peak:,} MB, {len(self.failures)} failures"]
         return "\n".join([*lines, *self.failures])
 
 
@@ -105,6 +109,8 @@ class Fuzzer:
             if until is not None and time.monotonic() > until:
                 return
             self._case(kind, number)
+            if (number + 1) % EVERY == 0:
+                _say(self.report)
 
     def _case(self, kind: str, number: int) -> None:
         name = f"{kind} {number} of seed {self.seed}"
@@ -120,7 +126,8 @@ class Fuzzer:
                 self.report.failures.append(f"{name}: a message of {len(str(error)):,} characters")
         except Exception:
             self.report.failures.append(f"{name}: {traceback.format_exc()[-1500:]}")
-        self.report.slowest = max(self.report.slowest, time.monotonic() - began)
+        if (taken := time.monotonic() - began) > self.report.slowest:
+            self.report.slowest, self.report.slowest_case = taken, name
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10
         if grown > MEGABYTES:
             self.report.failures.append(f"{name}: {grown:,} MB")
@@ -287,6 +294,11 @@ def _other_value(data: bytes, chance: np.random.Generator) -> bytes:
     return json.dumps(tree).encode()
 
 
+def _say(report: Report) -> None:
+    sys.stdout.write(f"{report}\n")
+    sys.stdout.flush()
+
+
 def main() -> int:
     """The command line; 1 where something failed."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -301,8 +313,7 @@ def main() -> int:
         until = time.monotonic() + 60 * arguments.minutes
         for kind in KINDS:
             fuzzer.run(kind, getattr(arguments, kind), until)
-            sys.stdout.write(f"{fuzzer.report}\n")
-            sys.stdout.flush()
+            _say(fuzzer.report)
     return 1 if fuzzer.report.failures else 0
 
 

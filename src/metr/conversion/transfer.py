@@ -4,9 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from rich.console import Console
@@ -20,12 +18,11 @@ from metr.conversion.export import Transferred, colours_of
 from metr.conversion.export import transfer as transfer_weights
 from metr.conversion.import_ import PublishedDetector, adopt, read_published
 from metr.conversion.targets import find_target
+from metr.conversion.trainer import GO_ON, keep_aliases, trainer_batch, trainer_images, trainer_result
 from metr.data.config import ResizeConfig
-from metr.data.images import read_image
 from metr.data.joint import open_joint
-from metr.data.records import ImageRecord
 from metr.devices import resolved_device
-from metr.errors import CheckpointError, ConfigError, DataError, ModelError
+from metr.errors import CheckpointError, ConfigError, ModelError
 from metr.hub import quiet
 from metr.model import METR
 from metr.run_directory import explained_disk_errors, replaced_folder
@@ -46,6 +43,7 @@ __all__ = [
     "to_detector",
     "trainer_batch",
     "trainer_images",
+    "trainer_result",
     "transfer",
 ]
 
@@ -53,19 +51,6 @@ REPORT = "transfer.json"
 """What became of every weight, in the folder of the detector."""
 _WRITTEN = "files"  # the key of the report that says which files were written, and their digests
 _BACKBONE = "all but its backbone starts afresh"
-_TRAINER = """go on with transformers' Trainer; DATA is a dataset with names of the detector (--names DATA):
-  from functools import partial
-  import metr
-  from metr.conversion.transfer import trainer_batch, trainer_images
-  from transformers import AutoImageProcessor, AutoModelForObjectDetection, Trainer, TrainingArguments
-  metr.register()
-  model = AutoModelForObjectDetection.from_pretrained("{out}")
-  batch = partial(trainer_batch, AutoImageProcessor.from_pretrained("{out}"))
-  images = trainer_images("DATA", model)
-  Trainer(model, TrainingArguments("training", max_steps=500, learning_rate=2e-4), batch, images).train()
-  model.save_pretrained("{out}-trained"), processor.save_pretrained("{out}-trained")"""
-# of an object, as transformers' image processors read it
-_COCO = ("category_id", "bbox", "area", "iscrowd")
 
 
 def to_detector(model: METR, target: str, names: Sequence[str] | Vocabulary | None = None) -> Transferred:
@@ -86,6 +71,7 @@ def to_detector(model: METR, target: str, names: Sequence[str] | Vocabulary | No
     done = transfer_weights(found, model.network, wanted.names, model.embed(wanted, tell=False))
     notes = (*done.report.notes, *found.resizes_otherwise(model.resize), *filter(None, [told(new)]))
     head = "its classification head was computed from the names" if found.fits(model.network.config) else _BACKBONE
+    keep_aliases(done.model, model.checkpoint.detection.aliases)
     never = f"; never trained: {listed([one.called for one in new])}" if new else ""
     start = f"{head}: no image was seen with it{never}"
     return replace(done, report=replace(done.report, notes=notes, start=start))
@@ -138,7 +124,7 @@ def transfer(
             raise OSError(str(error)) from error
         processor.save_pretrained(fresh)
         write_json(fresh / REPORT, {**done.report.to_dict(), _WRITTEN: _digests(fresh)})
-    show(done.report, out, console or Console(quiet=True), _TRAINER.format(out=out))
+    show(done.report, out, console or Console(quiet=True), GO_ON.format(out=out))
     return done.report
 
 
@@ -174,47 +160,6 @@ def _read_for(model: METR, names: str) -> Vocabulary:
     if names.strip() == "all":
         return model.vocabulary
     return with_trained_prompts(read_names(names), model.vocabulary)
-
-
-def trainer_images(data: str | Path, model: Any, split: str = "train") -> list[ImageRecord]:
-    """The images of a dataset as transformers' Trainer may take them, with the labels that the detector has by name.
-
-    Args:
-        data: One dataset, as an argument of a command.
-        model: A detector of transformers; its configuration names its labels.
-        split: Which images.
-
-    Raises:
-        DataError: the dataset has a name that is no label of the detector, or lacks the split.
-    """
-    (source,) = open_joint([str(data)]).sources
-    labels = {name: int(label) for name, label in model.config.label2id.items()}
-    if missing := [name for name in source.categories if name not in labels]:
-        what = f"the detector has no label for {listed(missing)}; it has {listed(list(labels))}"
-        hint = "transfer with --names of this dataset, or rename its categories in a datasets file (renames)"
-        raise DataError(what, where=source.name, hint=hint)
-    numbers = np.array([labels[name] for name in source.categories], dtype=np.int64)
-    records = source.split(split)
-    return [replace(one, labels=numbers[one.labels]) for one in (records[row] for row in range(len(records)))]
-
-
-def trainer_batch(processor: Any, records: Sequence[ImageRecord]) -> dict[str, Any]:
-    """Images and their objects as transformers' detectors are trained with them: what a Trainer's collator gives.
-
-    Args:
-        processor: The detector's image processor.
-        records: Records of a split whose categories are the detector's labels.
-
-    Raises:
-        DataError: an image cannot be read.
-    """
-    told = []
-    for record in records:
-        boxes = np.concatenate([record.boxes[:, :2], record.boxes[:, 2:] - record.boxes[:, :2]], axis=1).tolist()
-        objects = zip(record.labels.tolist(), boxes, record.areas.tolist(), record.ignore.tolist(), strict=True)
-        values = [dict(zip(_COCO, one, strict=True)) for one in objects]
-        told.append({"image_id": 0, "annotations": values})
-    return {**processor([read_image(record.path, record.source) for record in records], told, return_tensors="pt")}
 
 
 def from_detector(
