@@ -162,5 +162,5 @@ def test_chosen_images_without_a_box(tmp_path: Path) -> None:
     parts = [subset_of(source.split("train"), SubsetConfig(fraction=0.2, seed=seed)) for seed in range(10)]
     empty = next(part for part in parts if not len(part[0].boxes))
     check_usable(source, "train", next(part for part in parts if len(part[0].boxes)))
-    with pytest.raises(DataError, match="no box in the 1 images that were chosen"):
+    with pytest.raises(DataError, match="no box in the 1 image chosen"):
         check_usable(source, "train", empty)

@@ -341,7 +341,7 @@ def test_a_split_without_text_files_is_a_fault_and_has_no_negatives(tmp_path: Pa
     source = opened(root)
     (issue,) = source.issues
     assert (issue.kind, issue.where) == ("no label files", "train")
-    assert "none of 1 images, such as images/train/a.jpg, has a text file" in issue.detail
+    assert "none of 1 image, such as images/train/a.jpg, has a text file" in issue.detail
     assert "text files lie in labels/val" in issue.detail
     assert source.split("train")[0].annotated == ()
     assert source.split("val")[0].annotated is None

@@ -47,6 +47,9 @@ def test_lines_are_wrapped_between_words_with_a_hanging_indent(tiny_run: TinyRun
         lines = on_a_terminal(width, renderable)
         assert all(len(line) <= width or any(len(word) > width - 6 for word in line.split()) for line in lines)
         assert any(line.startswith("  ") and line.strip() for line in lines), "what follows is indented"
+    heads = on_a_terminal(width, header(plan))[0].split()
+    assert heads[0] == "dataset"
+    assert "train images evaluated on" in " ".join(heads), "no head is cut"
     told = " ".join(" ".join(on_a_terminal(width, header(plan))).split())
     for words in ("unannotated: negative", "9 images in all", f"{path}", "180 queries; text:", "evaluated at the end"):
         assert words in told, "no word is broken, and no path"

@@ -79,7 +79,8 @@ def _print_issues(console: Console, inspection: Inspection, verbose: bool) -> No
     _line(console, "side: median of sqrt(box / image); S/M/L: boxes up to 32 x 32 pixels, 96 x 96, larger")
     for one in inspection.facts:
         if one.ignored:
-            _line(console, f"{one.name}: {counted(one.ignored, 'box', 'boxes')} besides to be ignored (crowds, groups)")
+            ignored = counted(one.ignored, "box besides is", "boxes besides are")
+            _line(console, f"{one.name}: {ignored} to be ignored (crowds, groups)")
         issues = inspection.issues[one.name]
         if one.looked_at < issues.images:
             _line(console, f"{one.name}: sizes from {one.looked_at:,} of {counted(issues.images, 'image')}")

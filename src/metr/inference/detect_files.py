@@ -14,7 +14,7 @@ from rich.progress import track
 
 from metr.bounded_yaml import load_yaml_file, yaml_fault
 from metr.data.images import read_image
-from metr.errors import ConfigError, DataError, counted, did_you_mean
+from metr.errors import ConfigError, DataError, did_you_mean
 from metr.inference.draw import Labels, Style, draw_detections, palette, save_image
 from metr.inference.image_paths import expanded_paths, real_path
 from metr.inference.postprocess import ScoreThresholds
@@ -179,7 +179,8 @@ def _report(predictions: Sequence[Prediction], read: Sequence[Prediction], out: 
         if one.issue is not None:
             console.print(f"skipped {one.source}: {one.issue.detail}", style="yellow", markup=False, soft_wrap=True)
     if not read:
-        what = f"none of {counted(len(predictions), 'image')} could be read"
+        only = len(predictions) == 1
+        what = "the image could not be read" if only else f"none of {len(predictions):,} images could be read"
         raise DataError(what, where=predictions[0].source, hint="open it in a viewer")
     console.print(f"images, {RESULTS} and {IMAGES} are in {out}", markup=False, soft_wrap=True)
 

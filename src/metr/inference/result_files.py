@@ -11,7 +11,6 @@ from typing import TextIO
 from rich.console import Console
 
 from metr.boxes import xyxy_to_xywh
-from metr.errors import counted
 from metr.inference.postprocess import Row, write_coco_results
 from metr.inference.predictor import Prediction
 from metr.run_directory import explained_disk_errors, replaced_file
@@ -79,7 +78,7 @@ class ResultFiles:
         self._write_coco()
         (self.folder / PARTIAL).unlink(missing_ok=True)
         if kind is not None and self.done:
-            count = f"{len(self.done)} of {counted(self.images, 'image')} done"
+            count = f"{len(self.done)} of {self.images} images are done"
             self._say(f"{count}: {RESULTS} and {IMAGES} in {self.folder} hold what was found in them")
 
     def _write_coco(self) -> None:

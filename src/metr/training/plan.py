@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
+from rich.box import SIMPLE_HEAD, Box
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
@@ -20,7 +20,7 @@ from metr.data.records import TEST, Annotations
 from metr.data.sampling import mixture_weights
 from metr.devices import resolved_device, resolved_precision
 from metr.errors import counted
-from metr.fitting import Hanging
+from metr.fitting import Fitting, Hanging
 from metr.processes import process_count
 from metr.run_directory import RunDirectory
 from metr.training.comparison import COMPARISON
@@ -31,6 +31,8 @@ from metr.training.run_log import tell
 
 # What the header of a run shows of datasets and of settings that differ from the recipe, so that it stays on a screen.
 _DATASETS, _CHANGES = 4, 3
+# Columns of a dataset's name on a console where not all columns have room.
+_FOLDED = 24
 # Detectors that begin without weights are trained for 300 to 500 epochs in the longest of published schedules (DETR,
 # YOLO): twice that is no plan, but a number of steps that was made for more images.
 _EXTREME_EPOCHS, _MANY_EPOCHS = 1000, 300
@@ -73,8 +75,7 @@ class RunPlan:
 
 def page(plan: RunPlan) -> RenderableType:
     """What a run would do: a table of the datasets, lines on steps, device and sizes, and all that differs."""
-    table = _table(plan)
-    table.box = SIMPLE_HEAD
+    table = Fitting(_tables(plan, None, SIMPLE_HEAD))
     title = f"It differs from {plan.name} in:" if plan.changes else f"It is {plan.name}, unchanged."
     lines = [*_lines(plan), "", title, *(f"  {change}" for change in plan.changes)]
     return Group(table, *map(Hanging, lines))
@@ -87,7 +88,7 @@ def header(plan: RunPlan) -> RenderableType:
         changes = [*changes[: _CHANGES - 1], f"and {len(changes) - _CHANGES + 1} more in config.yaml"]
     title = f"configuration: {plan.name}, {'but for' if changes else 'unchanged'}"
     lines = [*_lines(plan), title, *(f"  {change}" for change in changes)]
-    return Group(_table(plan, _DATASETS), *map(Hanging, lines))
+    return Group(Fitting(_tables(plan, _DATASETS, None)), *map(Hanging, lines))
 
 
 def advice(plan: RunPlan, *, from_nothing: bool) -> list[Hanging]:
@@ -117,28 +118,43 @@ def shipped_checkpoint() -> Path | None:
     return next((path for path in (here, beside) if (path / CONFIG).is_file()), None)
 
 
-def _table(plan: RunPlan, most: int | None = None) -> Table:
-    """A row for each dataset: images, categories, share of the samples, and epochs; at most so many rows."""
+def _tables(plan: RunPlan, most: int | None, box: Box | None) -> Iterator[Table]:
+    """The table of the datasets: as it is, with folded names, and without columns that tell least."""
+    for longest, left_out in ((None, ()), (_FOLDED, ()), (_FOLDED, ("format", "of samples"))):
+        table = _table(plan, most, longest, left_out)
+        table.box = box
+        yield table
+
+
+def _table(plan: RunPlan, most: int | None, longest: int | None, left_out: Sequence[str]) -> Table:
+    """A row for each dataset: images, categories, share of the samples, and epochs.
+
+    At most `most` rows; names are folded at `longest` columns; `left_out` are the heads of columns that are left out.
+    """
     joint, total, lengths = plan.joint, plan.images, plan.joint.lengths
     mixture = joint.mixture(plan.recipe.loader.mixture) if plan.mixture is None else plan.mixture
     evaluated = joint.evaluation() if plan.evaluated is None else plan.evaluated
     fractions = mixture_weights(lengths, mixture)
+    heads = ("dataset", "format", "categories", "train images", "evaluated on", "of samples", "epochs")
+    kept = [column for column, head in enumerate(heads) if head not in left_out]
     table = Table(box=None, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("dataset", overflow="fold")
-    table.add_column("format")
-    for head in ("categories", "train images", "evaluated on", "of samples", "epochs"):
-        table.add_column(head, justify="right")
+    table.add_column("dataset", overflow="fold", max_width=longest)
+    for column in kept[1:]:
+        table.add_column(heads[column], justify="left" if heads[column] == "format" else "right")
     sources = joint.sources if most is None or len(joint.sources) <= most else joint.sources[: most - 1]
+    rows = []
     for source in sources:
         name, split = source.name, evaluated[source.name]
         part = " of train" if source.held_out and split.split == "val" else ""
         numbers = [f"{len(source.categories):,}", f"{lengths[name]:,}", f"{split.split} {len(split):,}{part}"]
         numbers += [f"{fractions[name]:.0%}", f"{total * fractions[name] / lengths[name]:,.1f}"]
-        table.add_row(escape(name), source.format, *numbers)
+        rows.append([escape(name), source.format, *numbers])
     if others := [source.name for source in joint.sources[len(sources) :]]:
         numbers = ["", f"{sum(lengths[name] for name in others):,}"]
-        numbers += [f"{sum(len(evaluated[name]) for name in others):,}"]
-        table.add_row(f"and {len(others)} more", "", *numbers, f"{sum(fractions[name] for name in others):.0%}", "")
+        numbers += [f"{sum(len(evaluated[name]) for name in others):,}", f"{sum(fractions[n] for n in others):.0%}"]
+        rows.append([f"and {len(others)} more", "", *numbers, ""])
+    for row in rows:
+        table.add_row(*(row[column] for column in kept))
     return table
 
 

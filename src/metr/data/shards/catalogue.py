@@ -98,7 +98,7 @@ def _catalogued(files: Mapping[Path, StoredFile], total: int, called: str) -> di
         try:
             note = _note(rows, file) or _read_through(rows, file)  # another process may have read it
         except StoreError as error:
-            what = f"{error.what} ({done} of {counted(total, 'shard')} done)"
+            what = f"{error.what} ({done} of {total} shards are done)"
             raise StoreError(what, where=error.where, hint=error.hint) from None
         if note.damage:
             read = counted(note.rows, "image of it is", "images of it are")
