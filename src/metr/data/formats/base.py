@@ -41,7 +41,8 @@ class RawImage:
     they are cut at its border without an issue. `unknown` are categories that are not annotated exhaustively in this
     image, because the file has objects of them that it describes in part; those of dropped boxes are added to them.
     `UNNAMED` among them says that an object may be of any category. `source` is where the bytes of an image are that is
-    no file of its own; `path` is then its name, and `size` is given.
+    no file of its own; `path` is then its name, and `size` is given. `corners` says that the file writes its boxes as
+    corners, so that swapped ones are sorted, which is an issue.
     """
 
     where: str
@@ -58,6 +59,7 @@ class RawImage:
     amodal: bool = False
     unknown: Sequence[int] = ()
     source: ImageBytes | None = None
+    corners: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,6 +264,7 @@ class BoxList:
         relative: bool = False,
         amodal: bool = False,
         annotated: Sequence[int] | None = None,
+        corners: bool = False,
     ) -> RawImage:
         """The image with the boxes; see `RawImage`. `convert` makes the boxes xyxy; the id is the path by default."""
         boxes = np.array(self._boxes, dtype=np.float64).reshape(-1, 4)
@@ -271,7 +274,7 @@ class BoxList:
             image_id=path if image_id is None else image_id,
             path=path,
             size=size,
-            boxes=boxes if convert is None else corners(boxes, convert),
+            boxes=boxes if convert is None else converted(boxes, convert),
             labels=np.array(self._labels, dtype=np.int64),
             relative=relative,
             areas=areas,
@@ -280,6 +283,7 @@ class BoxList:
             annotated=annotated,
             amodal=amodal,
             unknown=sorted(self._unknown),
+            corners=corners,
         )
 
 
@@ -378,7 +382,7 @@ def whole_size(height: float | None, width: float | None) -> tuple[int, int] | N
     return round(height), round(width)
 
 
-def corners(
+def converted(
     boxes: Float[np.ndarray, "m 4"], convert: Callable[[Float[Tensor, "m 4"]], Float[Tensor, "m 4"]]
 ) -> Float[np.ndarray, "m 4"]:
     """Boxes of a file through one of the conversions of `metr.boxes`."""
