@@ -15,9 +15,8 @@ import msgspec
 import numpy as np
 import yaml
 
-from metr.boxes import xyxy_to_cxcywh, xyxy_to_xywh
+from metr.boxes import converted, xyxy_to_cxcywh, xyxy_to_xywh
 from metr.data.datasets_file import DatasetSource
-from metr.data.formats.base import converted
 from metr.data.formats.files import fold, there
 from metr.data.images import exif_oriented_record
 from metr.data.records import TEST, TRAIN, VAL, Annotations, ImageRecord

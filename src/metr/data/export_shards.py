@@ -9,10 +9,9 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from metr.boxes import xyxy_to_xywh
+from metr.boxes import converted, xyxy_to_xywh
 from metr.data.datasets_file import DatasetSource
 from metr.data.export import Export, ExportReport, Placement, in_order, new_export
-from metr.data.formats.base import converted
 from metr.data.images import image_bytes
 from metr.data.records import Annotations, ImageRecord
 
