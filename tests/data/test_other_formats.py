@@ -44,8 +44,8 @@ def test_other_data_is_a_warning_with_numbers(root: Path, caplog: pytest.LogCapt
     test.unlink()
     ((level, text),) = said(caplog, root)
     assert level == logging.WARNING
-    assert "it also fits csv, which reads other data (train 5, val 3 images, " in text
-    assert ", not train 5, val 3, test 2 images, " in text
+    assert "it also fits csv, which reads other data (images: train 5, val 3; " in text
+    assert ", not images: train 5, val 3, test 2; " in text
 
 
 def test_a_reading_that_fails_is_no_alternative(root: Path, caplog: pytest.LogCaptureFixture) -> None:

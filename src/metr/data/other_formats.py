@@ -12,7 +12,7 @@ from metr.data.formats.registry import other_formats, recognise
 from metr.data.index.annotation_index import LabelMap
 from metr.data.index.cache import StoredDataset, stored
 from metr.data.records import VAL, plan_splits
-from metr.errors import DataError
+from metr.errors import DataError, counted
 from metr.serialization import write_json
 
 _logger = logging.getLogger(__name__)
@@ -33,7 +33,8 @@ class _Reading:
 
     def __str__(self) -> str:
         images = ", ".join(f"{split} {count:,}" for split, count in self.images.items())
-        return f"{images} images, {self.boxes:,} boxes, {len(self.names):,} names"
+        names = counted(len(self.names), "name")
+        return f"images: {images}; {counted(self.boxes, 'box', 'boxes')} of {names}"
 
 
 def tell_other_formats(reader: Reader, path: Path | str, dataset: StoredDataset, cache: Path) -> None:
@@ -86,5 +87,5 @@ def _reading_of(dataset: StoredDataset) -> _Reading:
     lengths = {split: len(dataset.open(split, name="", format_name="", labels=labels)) for split in manifest.splits}
     if manifest.held_out:
         lengths["train"] = lengths.get("train", 0) + lengths.pop(VAL, 0)
-    counted = zip(manifest.names, manifest.counts, strict=True)
-    return _Reading(images=lengths, boxes=sum(manifest.counts), names=frozenset(name for name, n in counted if n))
+    boxes = zip(manifest.names, manifest.counts, strict=True)
+    return _Reading(images=lengths, boxes=sum(manifest.counts), names=frozenset(name for name, n in boxes if n))
