@@ -98,7 +98,7 @@ def argument(name: str, folder: Path) -> str:
     The protocol trains on all of a train split. Where a dataset has train and test alone, METR would hold a part of
     train out as val: then this is a datasets file, kept in METR's cache, that evaluates on test.
     """
-    own = list(recognise(folder, tell_others=False).splits)
+    own = list(recognise(folder).splits)
     if plan_splits(own, None, folder).parts.keys() != {TRAIN, TEST}:
         return f"{name}={folder}"
     dataset = {"name": name, "path": str(folder.resolve()), "splits": {TRAIN: TRAIN, VAL: TEST}}

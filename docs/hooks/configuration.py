@@ -1,6 +1,8 @@
 """Writes tables of configuration keys, from the classes that check them.
 
-A page asks for the tables of a class and of the classes inside it with `<!-- configuration: package.module.Class -->`.
+A page has the tables of a class and of the classes inside it between `<!-- configuration: package.module.Class -->` and
+`<!-- end of configuration -->`. They stand in the file itself, for people who read it in the repository; `python
+docs/hooks/configuration.py` writes them anew, and a test says when that is due. The site has those of its own code.
 Types, limits and defaults are pydantic's; descriptions are the strings below the fields or the comments above them.
 """
 
@@ -9,26 +11,48 @@ import inspect
 import re
 from collections.abc import Iterator, Mapping
 from importlib import import_module
+from pathlib import Path
 from textwrap import dedent
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mkdocs.config.defaults import MkDocsConfig
-from mkdocs.structure.files import Files
-from mkdocs.structure.pages import Page
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-_MARKER = re.compile(r"^<!-- configuration: (\S+) -->$", re.MULTILINE)
+if TYPE_CHECKING:  # the tables are written and tested without mkdocs
+    from mkdocs.config.defaults import MkDocsConfig
+    from mkdocs.structure.files import Files
+    from mkdocs.structure.pages import Page
+
+_PAGES = Path(__file__).resolve().parents[1]
+_END = "<!-- end of configuration -->"
+_MARKER = re.compile(rf"^<!-- configuration: (\S+) -->\n(?:.*?^{_END}\n)?", re.MULTILINE | re.DOTALL)
 _LIMITS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
 _HEAD = "| key | type | default | meaning |\n|---|---|---|---|"
 
 Schema = Mapping[str, Any]
 
 
-def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Replaces the markers of a page."""
+def on_page_markdown(markdown: str, page: "Page", config: "MkDocsConfig", files: "Files") -> str:
+    """Writes the tables of a page of the site."""
     del page, config, files
-    return _MARKER.sub(lambda marker: tables(_imported(marker.group(1))), markdown)
+    return with_tables(markdown)
+
+
+def with_tables(markdown: str) -> str:
+    """A page with its tables as they are now."""
+
+    def written(marker: re.Match[str]) -> str:
+        return f"<!-- configuration: {marker[1]} -->\n\n{tables(_imported(marker[1]))}\n\n{_END}\n"
+
+    return _MARKER.sub(written, markdown)
+
+
+def main() -> None:
+    """Writes the tables of all pages into their files."""
+    for page in sorted(_PAGES.rglob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        if (fresh := with_tables(text)) != text:
+            page.write_text(fresh, encoding="utf-8")
 
 
 def tables(cls: type[BaseModel]) -> str:
@@ -141,3 +165,7 @@ def _imported(path: str) -> type[BaseModel]:
     if not (inspect.isclass(found) and issubclass(found, BaseModel)):
         raise TypeError(f"expected a configuration class, found {path}")
     return found
+
+
+if __name__ == "__main__":
+    main()

@@ -4,10 +4,20 @@ Formats: `cxcywh` centre and size, `xyxy` corners, `xywh` top left corner and si
 """
 
 import math
+from collections.abc import Callable
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+Conversion = Callable[[Float[Tensor, "*n 4"]], Float[Tensor, "*n 4"]]
+"""A conversion between two formats of boxes."""
+
+
+def converted(boxes: Float[np.ndarray, "*n 4"], conversion: Conversion) -> Float[np.ndarray, "*n 4"]:
+    """Boxes of NumPy through one of the conversions."""
+    return np.asarray(conversion(torch.from_numpy(boxes)).numpy())
 
 
 def cxcywh_to_xyxy(boxes: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n 4"]:

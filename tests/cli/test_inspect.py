@@ -174,6 +174,14 @@ def test_names_and_the_matrix(tmp_path: Path) -> None:
     assert "    two: Plates, red blood cell" in output
 
 
+def test_names_of_one_dataset_and_too_many_names_are_not_embedded(tmp_path: Path) -> None:
+    """`bundled:none` is no language model: whoever asks for it says so."""
+    one, two = write_csv(tmp_path / "one"), write_csv(tmp_path / "two", "a.jpg,1,2,10,20,dog")
+    assert "compared by spelling alone" not in run(one).output
+    output = run(one, two, "--set", "names=1").output
+    assert "Names are compared by spelling alone: 2 names are more than 1 (--set names=2 compares all" in output
+
+
 def test_long_lists_are_cut_and_verbose_shows_all(tmp_path: Path) -> None:
     lines = [f"a.jpg,1,2,10,20,name {number:02d}" for number in range(30)]
     one, two = write_csv(tmp_path / "one", *lines), write_csv(tmp_path / "two", *lines, "a.jpg,1,2,10,20,x")

@@ -165,6 +165,53 @@ def test_numbers_of_any_range_become_bytes() -> None:
     assert load_image(Image.fromarray(floats), "given")[0, :, 0].tolist() == [0, 0, 127, 255, 255, 0]
 
 
+def tiff(pixels: np.ndarray) -> bytes:
+    """A TIFF file of pixels [h w n] of any type, which Pillow does not write."""
+    height, width, channels = pixels.shape
+    bits, kind = 8 * pixels.dtype.itemsize, {"u": 1, "i": 2, "f": 3}[pixels.dtype.kind]
+    lists = [struct.pack(f"<{channels}H", *[value] * channels) for value in (bits, kind)]
+    values = {256: width, 257: height, 258: 0, 259: 1, 262: 2 if channels > 2 else 1, 273: 0, 277: channels}
+    values |= {278: height, 279: pixels.nbytes, 284: 1, 339: 0}
+    lists_at = 8 + 2 + 12 * len(values) + 4
+    pixels_at = lists_at + len(lists[0]) + len(lists[1])
+    entries = b""
+    for tag, value in values.items():
+        at = {258: lists_at, 339: lists_at + len(lists[0]), 273: pixels_at}.get(tag, value)
+        if tag in {258, 339} and channels <= 2:  # a short list stands in the entry
+            at = int.from_bytes(lists[tag == 339].ljust(4, b"\0"), "little")
+        entries += struct.pack("<HHII", tag, 3 if tag in {258, 339} else 4, channels if tag in {258, 339} else 1, at)
+    head = b"II*\0" + struct.pack("<IH", 8, len(values)) + entries + struct.pack("<I", 0)
+    return head + b"".join(lists) + pixels.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "channels", "said"),
+    [
+        ("<f4", 3, "3 channels of 32-bit floating-point numbers"),
+        ("<f4", 4, "4 channels of 32-bit floating-point numbers"),
+        ("<f8", 1, "1 channel of 64-bit floating-point numbers"),
+        ("<f2", 3, "3 channels of 16-bit floating-point numbers"),
+        ("<u4", 3, "3 channels of 32-bit integers"),
+        ("<i2", 2, "2 channels of 16-bit integers with a sign"),
+    ],
+)
+def test_a_tiff_of_an_unusual_pixel_type_is_refused_with_its_reason(
+    tmp_path: Path, dtype: str, channels: int, said: str
+) -> None:
+    path = tmp_path / "a.tif"
+    path.write_bytes(tiff(np.ones((6, 8, channels), dtype=dtype)))
+    for read in (read_image, probe_size):
+        with pytest.raises(DataError, match=f"a TIFF image of {said}, a pixel type that cannot be read") as caught:
+            read(path)
+        assert "8-bit RGB" in str(caught.value.hint)
+
+
+def test_floats_of_one_channel_and_wide_colours_are_read(tmp_path: Path) -> None:
+    for name, dtype, channels, value in (("a.tif", "<f4", 1, 0.5), ("b.tif", "<u2", 3, 0x8000)):
+        (tmp_path / name).write_bytes(tiff(np.full((6, 8, channels), value, dtype=dtype)))
+        assert set(read_image(tmp_path / name).flatten().tolist()) <= {127, 128}
+
+
 def test_long_metadata_before_the_frame(tmp_path: Path, pil_image: Image.Image) -> None:
     data = io.BytesIO()
     pil_image.save(data, "JPEG")

@@ -106,7 +106,8 @@ def test_the_label_map_of_the_most_similar_name_is_taken(tmp_path: Path) -> None
         (instance(bbox=None), "unreadable box"),
         (instance(bbox=[[1, 2, 3, 4]]), "unreadable box"),
         (instance(bbox=[1, 2, float("inf"), 4]), "unreadable box"),
-        (instance(bbox=[5, 5, 3, 3]), "degenerate box"),
+        (instance(bbox=[5, 5, 5, 9]), "degenerate box"),
+        (instance(bbox=[9, 9, 3, 3]), "swapped corners"),
         (instance(bbox=[50, 5, 60, 9]), "box outside"),
         (instance(bbox=[-5, 5, 6, 9]), "box clipped"),
         (instance(label=9), "unknown category"),
@@ -118,7 +119,7 @@ def test_wrong_instances_are_dropped_and_counted(tmp_path: Path, wrong: object, 
     source = opened(tmp_path, ["cat"], val=[detections("a.jpg", instance(), wrong, instance(bbox=(1, 1, 5, 5)))])
     assert source.issue_counts == {kind: 1}
     assert source.issues[0].where == "val.jsonl:1, instance 2"
-    assert len(source.split("val")[0].boxes) == (3 if kind == "box clipped" else 2)
+    assert len(source.split("val")[0].boxes) == (3 if kind in {"box clipped", "swapped corners"} else 2)
 
 
 @pytest.mark.parametrize(

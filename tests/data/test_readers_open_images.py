@@ -332,7 +332,7 @@ def test_recognition(tmp_path: Path) -> None:
     [
         (line(("b", CAR, WHOLE, 0)).replace("0.25", "wide"), "unreadable box"),
         (line(("b", CAR, WHOLE, 0)).replace("0.25", ""), "unreadable box"),
-        (line(("b", CAR, WHOLE, 0)).replace("0.75", "0.2"), "degenerate box"),
+        (line(("b", CAR, WHOLE, 0)).replace("0.75", "0.25"), "degenerate box"),
         (line(("b", CAR, WHOLE, 0)).replace("0.75", "inf"), "unreadable box"),
         (line(("b", "/m/unheard_of", WHOLE, 0)), "unknown category"),
         (line(("", CAR, WHOLE, 0)), "unreadable annotation"),

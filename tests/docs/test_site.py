@@ -49,7 +49,6 @@ def test_the_citation_names_software_and_paper() -> None:
 
 
 def test_every_key_of_a_recipe_is_in_the_tables() -> None:
-    needs_mkdocs()
     configuration = hook("configuration")
     told = configuration.tables(RunConfig)
     for prefix, part in configuration.sections(RunConfig):
@@ -63,6 +62,17 @@ def test_every_key_of_a_recipe_is_in_the_tables() -> None:
     assert re.search(r"\| `train\.loop\.seed` \| integer ≥ 0 \| `0` \| \w+", told), "a string below it is its meaning"
     assert "| `train.loop.device` | `auto`, `cpu` | `auto` |" in told
     assert re.search(r"\| `loader\.workers` \| integer ≥ 0 and ≤ 1,?024 or `null` \| `null` \|", told)
+
+
+def test_the_tables_in_the_pages_are_those_of_the_code() -> None:
+    """People read the pages in the repository, where nothing writes the tables for them."""
+    configuration, asked = hook("configuration"), 0
+    for page in sorted((ROOT / "docs").rglob("*.md")):
+        text = page.read_text(encoding="utf-8")
+        asked += text.count("<!-- configuration: ")
+        assert configuration.with_tables(text) == text, f"{page.name}: run python docs/hooks/configuration.py"
+    assert asked >= 5
+    assert "| `train.loop.seed` | integer" in (ROOT / "docs/configuration.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

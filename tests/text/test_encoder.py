@@ -24,7 +24,7 @@ from transformers import (
 
 from metr.errors import ConfigError, DependencyError, ModelError
 from metr.hub import minilm_folder
-from metr.text import language_model
+from metr.text import encoder, language_model
 from metr.text.encoder import TEMPLATES, TextEncoder, TextEncoderConfig, phrase_of, phrases
 from metr.text.language_model import LanguageModel, LanguageModelSource
 from metr.text.vocabulary import Vocabulary
@@ -177,6 +177,28 @@ def test_the_model_is_loaded_only_for_new_phrases(tmp_path: Path, monkeypatch: p
     assert torch.equal(again.embed(["dog", "white_king", "cat"]), first[[3, 1, 0]])
     with pytest.raises(AssertionError, match="was loaded"):
         again.embed(["red king"])
+
+
+def test_many_names_are_embedded_and_kept_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bert(tmp_path / "model")
+    config = TextEncoderConfig(source=str(tmp_path / "model"))
+    whole = TextEncoder(config, cache_root=tmp_path / "whole").embed(NAMES)
+    monkeypatch.setattr(encoder, "_AT_ONCE", 2)
+    pieces: list[int] = []
+    embed = TextEncoder._embed_phrases
+
+    def stopping(self: TextEncoder, some: Sequence[str]) -> torch.Tensor:
+        pieces.append(len(some))
+        if len(pieces) == 2:
+            raise KeyboardInterrupt
+        return embed(self, some)
+
+    monkeypatch.setattr(TextEncoder, "_embed_phrases", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        TextEncoder(config, cache_root=tmp_path / "pieces").embed(NAMES)
+    again = TextEncoder(config, cache_root=tmp_path / "pieces").embed(NAMES)
+    assert torch.allclose(again, whole, atol=1e-6)
+    assert sum(pieces[2:]) == len(NAMES) - 2, "the first piece is not embedded again"
 
 
 def test_identity_is_of_content_not_of_place(tmp_path: Path) -> None:

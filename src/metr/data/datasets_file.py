@@ -19,10 +19,11 @@ from metr.data.containers.archives import archive_stem
 from metr.data.formats.base import ReadOptions, plain_name
 from metr.data.formats.box_kinds import BoxKind
 from metr.data.formats.files import expanded, there
-from metr.data.formats.registry import READERS, log_other_formats, recognise
+from metr.data.formats.registry import READERS, recognise
 from metr.data.index.annotation_index import AnnotationIndex, LabelMap
 from metr.data.index.cache import default_cache, stored
 from metr.data.index.manifest import Manifest
+from metr.data.other_formats import tell_other_formats
 from metr.data.records import TEST, TRAIN, VAL, Annotations, DataIssue, Dropped, plan_splits
 from metr.data.shards.addresses import is_pattern, name_of_pattern, path_or_url
 from metr.data.shards.stores import is_url
@@ -195,16 +196,17 @@ def open_dataset(config: DatasetConfig, cache_dir: Path | None = None) -> Datase
     Raises:
         DataError: the folder is missing, fits no known format, holds no image, or lacks what `config` names.
     """
-    reader = recognise(config.path, config.format, tell_others=False)
+    reader = recognise(config.path, config.format)
     if config.boxes is not None and not reader.takes_boxes:
         what = f"`boxes` says how boxes are written, which is settled in the format {reader.format}"
         raise DataError(what, where=config.path, hint="take the key out, or name another `format`")
     reader.options = ReadOptions(boxes=config.boxes, name=config.name)
     wanted = None if config.splits is None else {str(key): _as_tuple(value) for key, value in config.splits.items()}
     plan = plan_splits(list(reader.splits), wanted, config.path)
-    dataset = stored(reader, plan, cache_dir or default_cache())
-    if dataset.fresh and config.format is None:
-        log_other_formats(reader, config.path)
+    cache = cache_dir or default_cache()
+    dataset = stored(reader, plan, cache)
+    if config.format is None:
+        tell_other_formats(reader, config.path, dataset, cache)
     notes: list[DataIssue] = []
     kept = _kept_names(dataset.manifest, config, notes)
     labels = _label_map(dataset.manifest, kept, config, sort=not reader.declares_categories)

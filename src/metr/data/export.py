@@ -15,9 +15,8 @@ import msgspec
 import numpy as np
 import yaml
 
-from metr.boxes import xyxy_to_cxcywh, xyxy_to_xywh
+from metr.boxes import converted, xyxy_to_cxcywh, xyxy_to_xywh
 from metr.data.datasets_file import DatasetSource
-from metr.data.formats.base import corners
 from metr.data.formats.files import fold, there
 from metr.data.images import exif_oriented_record
 from metr.data.records import TEST, TRAIN, VAL, Annotations, ImageRecord
@@ -211,7 +210,7 @@ def write_yolo(source: DatasetSource, out: Path, placement: Placement = "link") 
 
 def _lines(record: ImageRecord) -> list[str]:
     """Class, centre and size of each box that is not ignored, as fractions of the image."""
-    fractions = corners(record.boxes.astype(np.float64), xyxy_to_cxcywh)
+    fractions = converted(record.boxes.astype(np.float64), xyxy_to_cxcywh)
     fractions /= np.array([record.width, record.height] * 2)
     return [
         f"{label} {box[0]:.8f} {box[1]:.8f} {box[2]:.8f} {box[3]:.8f}\n"
@@ -294,7 +293,7 @@ def _boxes(images: Iterable[tuple[int, ImageRecord]]) -> Iterator[dict[str, Any]
     """The annotations of images, numbered from 1."""
     number = 0
     for image_id, record in images:
-        boxes = corners(record.boxes.astype(np.float64), xyxy_to_xywh).round(_DIGITS)
+        boxes = converted(record.boxes.astype(np.float64), xyxy_to_xywh).round(_DIGITS)
         areas = record.areas.astype(np.float64).round(_DIGITS)
         for box, label, area, ignored in zip(boxes, record.labels, areas, record.ignore, strict=True):
             number += 1

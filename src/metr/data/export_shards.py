@@ -9,10 +9,9 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from metr.boxes import xyxy_to_xywh
+from metr.boxes import converted, xyxy_to_xywh
 from metr.data.datasets_file import DatasetSource
 from metr.data.export import Export, ExportReport, Placement, in_order, new_export
-from metr.data.formats.base import corners
 from metr.data.images import image_bytes
 from metr.data.records import Annotations, ImageRecord
 
@@ -86,7 +85,7 @@ def _samples(export: Export, annotations: Annotations) -> Iterator[tuple[str, st
 
 def _told(record: ImageRecord, categories: tuple[str, ...]) -> dict[str, Any]:
     """The JSON of an image."""
-    boxes = corners(record.boxes.astype(np.float64), xyxy_to_xywh).tolist()
+    boxes = converted(record.boxes.astype(np.float64), xyxy_to_xywh).tolist()
     told: dict[str, Any] = {
         "file_name": record.path.name.encode(errors="replace").decode(),
         "image_id": record.image_id,

@@ -23,7 +23,7 @@ from PIL.PpmImagePlugin import PpmImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from metr.data.pixels import as_rgb
+from metr.data.pixels import as_rgb, pixel_type
 from metr.data.records import Annotations, DataIssue, ImageBytes, ImageRecord, InMemoryAnnotations, ReadableBytes
 from metr.errors import DataError
 
@@ -318,8 +318,10 @@ def _recognised(file: ReadableBytes, path: object) -> ImageFile:
             raise _too_large("more pixels", path) from None
         except (OSError, *_DAMAGED) as error:
             if "unknown pixel mode" in str(error):  # Pillow's words
-                what = f"a {reader.format} image of a pixel type that cannot be read, such as colours of 32 bits"
-                raise DataError(what, where=path, hint="convert it to 8 bits, for example to PNG") from None
+                found = f"{pixel_type(file)}, a" if reader is TiffImageFile else "a"
+                what = f"a {reader.format} image of {found} pixel type that cannot be read"
+                hint = "convert it to 8-bit RGB, for example to PNG, with its values scaled to 0..255"
+                raise DataError(what, where=path, hint=hint) from None
             what = f"a {reader.format} image whose header is cut off or broken"
             raise DataError(what, where=path, hint="copy it again or remove it") from None
     if not start:

@@ -114,7 +114,7 @@ def _coco_files(source: DatasetSource) -> Iterator[tuple[str, dict[str, Value]]]
     """The COCO files of a dataset, relative to its folder, with their values; none of another format."""
     if source.format in _COCO:
         with contextlib.suppress(DataError):  # opened from an index whose files are gone
-            reader = recognise(source.config.path, source.config.format, tell_others=False)
+            reader = recognise(source.config.path, source.config.format)
             for file in chain.from_iterable(reader.splits.values()):
                 with contextlib.suppress(OSError, ValueError):
                     yield reader.within(file), values_of(file, _PIECE_BYTES)

@@ -1,15 +1,45 @@
 """The pixels of images of any kind as RGB bytes: 16 and 32 bits, floating point, transparency, palettes, CMYK."""
 
+import struct
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
+from PIL.TiffImagePlugin import BITSPERSAMPLE, SAMPLEFORMAT, SAMPLESPERPIXEL, ImageFileDirectory_v2
+
+from metr.data.records import ReadableBytes
 
 # Pixels that are converted at once.
 _STRIP = 1 << 22
 _TRANSPARENT = frozenset({"LA", "PA", "RGBA", "RGBa"})
+# What TIFF calls the kinds of numbers that pixels are.
+_NUMBERS = {1: "integers", 2: "integers with a sign", 3: "floating-point numbers"}
+_TIFF_HEADER, _BIG_TIFF_HEADER = 8, 16
+
+
+def pixel_type(file: ReadableBytes) -> str:
+    """What the pixels of a TIFF file are, such as `3 channels of 32-bit floating-point numbers`, by its tags."""
+    try:
+        file.seek(0)
+        start = file.read(_TIFF_HEADER)
+        if 43 in start[2:4]:  # BigTIFF
+            start += file.read(_BIG_TIFF_HEADER - _TIFF_HEADER)
+        tags = ImageFileDirectory_v2(start)
+        file.seek(tags.next)
+        tags.load(file)
+        bits, kinds = _as_tuple(tags.get(BITSPERSAMPLE, 1)), _as_tuple(tags.get(SAMPLEFORMAT, 1))
+        channels, numbers = tags.get(SAMPLESPERPIXEL, len(bits)), _NUMBERS.get(kinds[0], "numbers of another kind")
+    except (OSError, SyntaxError, ValueError, TypeError, LookupError, OverflowError, struct.error):
+        return "unknown channels"
+    sizes = " and ".join(f"{size}-bit" for size in dict.fromkeys(bits))
+    return f"{channels} channel{'s' if channels != 1 else ''} of {sizes} {numbers}"
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
 
 
 def as_rgb(image: Image.Image) -> UInt8[np.ndarray, "h w 3"]:

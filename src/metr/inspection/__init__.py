@@ -28,6 +28,8 @@ class InspectionConfig(Config):
     """Names of different datasets are reported as similar from this similarity on."""
     unrelated: Fraction = 0.38
     """Two datasets belong to different domains if their other names are less similar than this."""
+    names: Count = 5_000
+    """Most names that are compared by meaning; more would take minutes, and are compared by spelling alone."""
     images: Count = 30
     """Images of each dataset that a detector is run on."""
     threshold: Fraction = 0.3

@@ -54,7 +54,7 @@ class Inspection:
 
     `owners` are the datasets that annotate each name. `foreign` are names without a prompt that the bundled language
     model does not read; there are none with another model. `text` is the language model that compared names, and
-    `text_issue` says why names could not be compared by meaning.
+    `text_issue` says why names of several datasets were not compared by meaning.
     """
 
     facts: tuple[DatasetFacts, ...]
@@ -168,8 +168,16 @@ def _foreign(sources: Sequence[DatasetSource], config: InspectionConfig) -> tupl
 def _embeddings(
     sources: Sequence[DatasetSource], config: InspectionConfig, progress: Progress
 ) -> tuple[EmbeddingSimilarity | None, str | None]:
-    """Embeddings of all names, or why there are none."""
+    """Embeddings of all names, or why there are none.
+
+    A single dataset tells its names apart, so they are not compared by meaning, and nothing is said.
+    """
+    if len(sources) < 2:
+        return None, None
     vocabulary = joint_vocabulary(sources)
+    if len(vocabulary) > config.names:
+        more = f"--set names={len(vocabulary)} compares all by meaning, which may take minutes"
+        return None, f"{len(vocabulary):,} names are more than {config.names:,} ({more})"
     progress(f"reading {counted(len(vocabulary), 'name')}")
     try:
         return embed_names(vocabulary, config.text), None

@@ -30,6 +30,8 @@ _SILENT_H = re.compile(r"hour|honest|honou?r|heir", re.IGNORECASE)
 _SPOKEN_CONSONANT = re.compile(r"uni([^mn]|$)|us[eu]|uk|ut[ei]|ur[aio]|eu|ewe|one|once", re.IGNORECASE)
 # Part of the identity. Raise it when a change of code gives other embeddings for the same model and templates.
 _SCHEME = 1
+# Phrases that are embedded at once: the sentences of 20,000 took half a gigabyte.
+_AT_ONCE = 2048
 
 
 class TextEncoder:
@@ -90,10 +92,13 @@ class TextEncoder:
         phrases = [phrase_of(name, vocabulary.prompts.get(name)) for name in vocabulary.names]
         known = self._cache.get(phrases)
         missing = list(dict.fromkeys(phrase for phrase in phrases if phrase not in known))
-        if missing:
-            known |= dict(zip(missing, self._embed_phrases(missing), strict=True))
+        for start in range(0, len(missing), _AT_ONCE):
+            some = missing[start : start + _AT_ONCE]
+            known |= dict(zip(some, self._embed_phrases(some), strict=True))
+            if len(missing) > _AT_ONCE:  # takes minutes: what is done is kept
+                self._cache.put(some, torch.stack([known[phrase] for phrase in some]))
         vectors = torch.stack([known[phrase] for phrase in phrases])
-        if missing:
+        if 0 < len(missing) <= _AT_ONCE:
             self._cache.put(phrases, vectors)
         return vectors
 

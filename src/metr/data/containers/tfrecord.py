@@ -232,7 +232,7 @@ def _raw_image(line: _Line, path: str, place: str, reading: Reading) -> RawImage
             ignore=bool(line.ignored[row]),
             found="neither a name nor a number of one",
         )
-    return boxes.image(path, size=whole_size(line.height, line.width), relative=line.relative)
+    return boxes.image(path, size=whole_size(line.height, line.width), relative=line.relative, corners=True)
 
 
 def _fits(file: Path) -> bool:

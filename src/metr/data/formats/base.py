@@ -5,17 +5,16 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
 
+from metr.boxes import Conversion, converted
 from metr.data.formats.files import Files, encoding_of
 from metr.data.index.manifest import Fingerprints
 from metr.data.records import UNNAMED, DataIssue, ImageBytes
@@ -35,13 +34,13 @@ class RawImage:
     `path` is relative to the dataset's folder, with slashes, and was found there. `size` is (height, width) in pixels,
     None where the file gives none. `boxes` are xyxy in pixels of that size, or fractions of the image if `relative`.
     `labels` are numbers given by `Names`, `UNNAMED` for boxes that are dropped because their category has no name.
-    `areas` are NaN where unknown. `marks` give each box's place in the file, for
-    messages. `annotated` are the numbers of the categories that are annotated exhaustively, so that "no box" means
-    "none there"; None: all of the dataset's. `amodal` boxes are of whole objects, also where those leave the image:
-    they are cut at its border without an issue. `unknown` are categories that are not annotated exhaustively in this
-    image, because the file has objects of them that it describes in part; those of dropped boxes are added to them.
-    `UNNAMED` among them says that an object may be of any category. `source` is where the bytes of an image are that is
-    no file of its own; `path` is then its name, and `size` is given.
+    `areas` are NaN where unknown. `marks` give each box's place in the file, for messages. `annotated` are the numbers
+    of the categories that are annotated exhaustively, so that "no box" means "none there"; None: all of the dataset's.
+    `amodal` boxes are of whole objects, also where those leave the image: they are cut at its border without an issue.
+    `unknown` are categories that are not annotated exhaustively in this image, because the file describes objects of
+    them in part; those of dropped boxes are added. `UNNAMED` among them: an object may be of any category. `source` is
+    where the bytes of an image are that is no file of its own; `path` is then its name, and `size` is given. `corners`:
+    the file writes its boxes as corners, so that swapped ones are sorted, which is an issue.
     """
 
     where: str
@@ -58,6 +57,7 @@ class RawImage:
     amodal: bool = False
     unknown: Sequence[int] = ()
     source: ImageBytes | None = None
+    corners: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -258,10 +258,11 @@ class BoxList:
         *,
         image_id: str | None = None,
         size: tuple[int, int] | None = None,
-        convert: Callable[[Float[Tensor, "m 4"]], Float[Tensor, "m 4"]] | None = None,
+        convert: Conversion | None = None,
         relative: bool = False,
         amodal: bool = False,
         annotated: Sequence[int] | None = None,
+        corners: bool = False,
     ) -> RawImage:
         """The image with the boxes; see `RawImage`. `convert` makes the boxes xyxy; the id is the path by default."""
         boxes = np.array(self._boxes, dtype=np.float64).reshape(-1, 4)
@@ -271,7 +272,7 @@ class BoxList:
             image_id=path if image_id is None else image_id,
             path=path,
             size=size,
-            boxes=boxes if convert is None else corners(boxes, convert),
+            boxes=boxes if convert is None else converted(boxes, convert),
             labels=np.array(self._labels, dtype=np.int64),
             relative=relative,
             areas=areas,
@@ -280,6 +281,7 @@ class BoxList:
             annotated=annotated,
             amodal=amodal,
             unknown=sorted(self._unknown),
+            corners=corners,
         )
 
 
@@ -376,13 +378,6 @@ def whole_size(height: float | None, width: float | None) -> tuple[int, int] | N
     if height is None or width is None or not (1 <= height < 1e9 and 1 <= width < 1e9):
         return None
     return round(height), round(width)
-
-
-def corners(
-    boxes: Float[np.ndarray, "m 4"], convert: Callable[[Float[Tensor, "m 4"]], Float[Tensor, "m 4"]]
-) -> Float[np.ndarray, "m 4"]:
-    """Boxes of a file through one of the conversions of `metr.boxes`."""
-    return np.asarray(convert(torch.from_numpy(boxes)).numpy())
 
 
 def without_repeats(images: Iterable[RawImage], seen: set[str], reading: Reading) -> Iterator[RawImage]:

@@ -62,7 +62,7 @@ class Bdd100kReader(ManyImagesReader):
             boxes = BoxList(place, reading)
             for number, label in enumerate(entry.labels, start=1):
                 _add(label, number, boxes)
-            yield boxes.image(path)
+            yield boxes.image(path, corners=True)
 
 
 def _add(label: _Label, number: int, boxes: BoxList) -> None:

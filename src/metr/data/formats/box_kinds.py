@@ -5,6 +5,7 @@ says many leave their images, and as something else none does.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
@@ -16,6 +17,30 @@ from metr.errors import DataError, counted
 
 BoxKind = Literal["xywh", "xyxy", "cxcywh", "xywhn", "xyxyn", "cxcywhn"]
 BOX_KINDS: dict[str | None, BoxKind] = {kind: kind for kind in get_args(BoxKind)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """How a file writes its boxes. `doubtful`: many of them cannot be that, and nothing else fits them all."""
+
+    kind: BoxKind
+    doubtful: bool = False
+
+    @staticmethod
+    def asked(kind: str | None) -> "Written | None":
+        """What a user says of a file (`boxes`); None where he says nothing."""
+        return None if kind is None else Written(kind=BOX_KINDS[kind])
+
+    @property
+    def as_fractions(self) -> bool:
+        """Whether the numbers are fractions of the image."""
+        return self.kind.endswith("n")
+
+    @property
+    def corners(self) -> bool:
+        """Whether they are corners for certain, so that those that are swapped may be sorted."""
+        return self.kind.startswith("xyxy") and not self.doubtful
+
 
 # What the kinds are called in messages. Those with an n are fractions of the image.
 _WORDS = {"xywh": "x, y, width, height", "xyxy": "corners", "cxcywh": "centre, width, height"}
@@ -38,7 +63,7 @@ def judged(
     written: BoxKind,
     where: str,
     reading: Reading,
-) -> BoxKind:
+) -> Written:
     """The kind of the boxes of a file: `written`, unless that cannot be and one other kind fits them all.
 
     What is taken in place of `written` is noted, and so is a doubt that could not be settled. Corners are never taken
@@ -61,7 +86,7 @@ def judged(
     plain: str = written
     total, odd = _misfits(boxes, image, sizes, plain)
     if odd < _FEWEST or odd < _SHARE * total:
-        return BOX_KINDS[plain + suffix]
+        return Written(kind=BOX_KINDS[plain + suffix])
     others = {kind: _misfits(boxes, image, sizes, kind)[1] for kind in _WORDS if kind != plain}
     fitting = [kind for kind, count in others.items() if count == 0]
     says = f"{odd} of {counted(total, 'box', 'boxes')} cannot be {_WORDS[plain]}: they are empty or leave their images"
@@ -69,12 +94,13 @@ def judged(
         way_back = f"`boxes: {plain}{suffix}` in a datasets file decides otherwise"
         detail = f"{says}; all can be {_WORDS[fitting[0]]} and are read so ({way_back})"
         reading.notes.once(f"boxes are not {plain}", where, detail)
-        return BOX_KINDS[fitting[0] + suffix]
-    if min(others.values()) < odd / 2:
+        return Written(kind=BOX_KINDS[fitting[0] + suffix])
+    doubtful = min(others.values()) < odd / 2
+    if doubtful:
         named = ", ".join(f"{count} cannot be {_WORDS[kind]}" for kind, count in others.items())
         detail = f"{says}; {named}. `boxes` in a datasets file says what they are"
         reading.notes.once("boxes are doubtful", where, detail)
-    return BOX_KINDS[plain + suffix]
+    return Written(kind=BOX_KINDS[plain + suffix], doubtful=doubtful)
 
 
 def to_corners(boxes: Float[np.ndarray, "n 4"], kind: BoxKind) -> None:

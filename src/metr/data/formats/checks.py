@@ -40,6 +40,7 @@ def _checked(group: Iterable[RawImage], root: Path, reading: Reading) -> Iterato
     boxes = np.concatenate([raw.boxes for raw in raws]).astype(np.float64)
     relative = np.array([raw.relative for raw in raws])[owner]
     boxes[relative] *= limit[relative]
+    _sort_corners(sized, owner, boxes, reading.issues)
     inside = np.minimum(np.maximum(boxes, 0), limit)
     labels = np.concatenate([raw.labels for raw in raws]).astype(np.int64)
     named = labels != UNNAMED  # what has no name was noted by the reader
@@ -93,6 +94,33 @@ def _filled(values: Shaped[np.ndarray, "m"] | None, raw: RawImage, value: float)
     return np.full(len(raw.boxes), value, dtype=np.float32) if values is None else values
 
 
+def _sort_corners(
+    sized: Sequence[tuple[RawImage, tuple[int, int]]],
+    owner: Int[np.ndarray, "m"],
+    boxes: Float[np.ndarray, "m 4"],
+    issues: IssueLog,
+) -> None:
+    """Sorts swapped corners in place, where files write corners, and notes them."""
+    written = np.array([raw.corners for raw, _ in sized])[owner]
+    with np.errstate(invalid="ignore"):
+        swapped = written & np.isfinite(boxes).all(axis=1) & (boxes[:, 2:] < boxes[:, :2]).any(axis=1)
+    for row in np.flatnonzero(swapped).tolist():
+        detail = f"[{_listed(boxes[row])}]: the second corner is left of the first, or above it; sorted"
+        issues.add("swapped corners", _place(sized[owner[row]][0], owner, row), detail)
+    low, high = boxes[swapped, :2], boxes[swapped, 2:]
+    boxes[swapped] = np.concatenate([np.minimum(low, high), np.maximum(low, high)], axis=1)
+
+
+def _place(raw: RawImage, owner: Int[np.ndarray, "m"], row: int) -> str:
+    """Where the box in `row` stands in its file."""
+    position = row - int(np.searchsorted(owner, owner[row]))
+    return place(raw.where, f"box {position + 1}" if raw.marks is None else raw.marks[position])
+
+
+def _listed(box: Float[np.ndarray, "4"]) -> str:
+    return ", ".join(f"{value:.6g}" for value in box)
+
+
 def _usable(
     sized: Sequence[tuple[RawImage, tuple[int, int]]],
     owner: Int[np.ndarray, "m"],
@@ -110,11 +138,8 @@ def _usable(
     keep: Bool[np.ndarray, "m"] = thick & visible & named
     for row in np.flatnonzero(~fine & named).tolist():
         raw, (height, width) = sized[owner[row]]
-        position = row - int(np.searchsorted(owner, owner[row]))
-        mark = f"box {position + 1}" if raw.marks is None else raw.marks[position]
-        detail = f"[{', '.join(f'{value:.6g}' for value in boxes[row])}] in {width} x {height}"
         kind = _kind(boxes[row], thick=bool(thick[row]), visible=bool(visible[row]))
-        issues.add(kind, place(raw.where, mark), detail)
+        issues.add(kind, _place(raw, owner, row), f"[{_listed(boxes[row])}] in {width} x {height}")
     return keep
 
 

@@ -23,7 +23,7 @@ from metr.data.formats.base import (
     plain_name,
     whole_size,
 )
-from metr.data.formats.box_kinds import BOX_KINDS, BoxKind, judged, sizes_of, to_corners
+from metr.data.formats.box_kinds import Written, judged, sizes_of, to_corners
 from metr.data.formats.coco_json import (
     CocoAnnotation,
     CocoCategory,
@@ -133,7 +133,7 @@ class CocoReader(Reader):
         table = _table(content, self.annotation_type, positions, numbers, where, reading)
         find, listed = self.image_finder(split, file, reading), list(images.values())
         paths = list(map(find, listed))
-        kind = self._corners(table, listed, paths, where, reading)
+        written = self._corners(table, listed, paths, where, reading)
         conflicts = resolve_conflicts(paths, lambda entry: self.image_names(listed[entry]))
         joined = self._join(conflicts, listed, table, where, reading)
         for path, position in conflicts.owners.items():
@@ -148,10 +148,11 @@ class CocoReader(Reader):
                 size=whole_size(image.height, image.width),
                 boxes=table.boxes[rows],
                 labels=table.labels[rows],
-                relative=kind.endswith("n"),
-                areas=None if table.areas is None or kind.endswith("n") else table.areas[rows],
+                relative=written.as_fractions,
+                areas=None if table.areas is None or written.as_fractions else table.areas[rows],
                 ignore=table.ignore[rows],
                 annotated=declared if annotated is None else annotated,
+                corners=written.corners,
             )
 
     def _corners(
@@ -161,19 +162,20 @@ class CocoReader(Reader):
         paths: Sequence[str | None],
         where: str,
         reading: Reading,
-    ) -> BoxKind:
+    ) -> Written:
         """Makes the boxes xyxy, in place; returns what they were."""
         own = ~table.outlined if table.outlined is not None and table.outlined.any() else slice(None)
         sizes = sizes_of([whole_size(image.height, image.width) for image in images], paths, reading)
         boxes = table.boxes[own]
-        kind = BOX_KINDS.get(self.options.boxes) or judged(boxes, table.image[own], sizes, "xywh", where, reading)
-        to_corners(boxes, kind)
+        asked = Written.asked(self.options.boxes)
+        written = asked or judged(boxes, table.image[own], sizes, "xywh", where, reading)
+        to_corners(boxes, written.kind)
         if not isinstance(own, slice):
             outlines = table.boxes[~own]
             to_corners(outlines, "xywh")
             table.boxes[own] = boxes
-            table.boxes[~own] = outlines / np.tile(sizes[table.image[~own]], 2) if kind.endswith("n") else outlines
-        return kind
+            table.boxes[~own] = outlines / np.tile(sizes[table.image[~own]], 2) if written.as_fractions else outlines
+        return written
 
     def _content(self, file: Path) -> CocoFile:
         """A file, looked through once while it stays the same."""

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from metr.data.formats.base import UNREADABLE, BoxTable, RawImage, Reader, Reading
-from metr.data.formats.box_kinds import BOX_KINDS, BoxKind, judged, sizes_of, to_corners
+from metr.data.formats.box_kinds import BoxKind, Written, judged, sizes_of, to_corners
 from metr.data.formats.csv_columns import Dialect, dialect_of, finite, header_faults
 from metr.data.formats.files import Files, decoded, files_in, folders_within
 from metr.data.formats.locating import dataset_root, grouped, image_folders, locate, resolve_conflicts, split_of_file
@@ -98,12 +98,12 @@ class CsvReader(Reader):
         found = [locate(name, folders[where], where, reading) for where, name in rows.entries]
         table, lines, places = rows.table(), np.array(rows.line), list(rows.entries)
         sizes = sizes_of(rows.sizes, found, reading)
+        written: dict[str, Written] = {}
         for where, mine in rows.rows.items():
-            kind = BOX_KINDS.get(self.options.boxes) or judged(
+            written[where] = Written.asked(self.options.boxes) or judged(
                 table.boxes[mine], table.image[mine], sizes, rows.kinds[where], where, reading
             )
-            to_corners(table.boxes[mine], kind)
-            rows.kinds[where] = kind
+            to_corners(table.boxes[mine], written[where].kind)
 
         def image(entry: int) -> RawImage:
             mine, where, path = table.by_image[entry], places[entry][0], found[entry] or ""
@@ -114,9 +114,10 @@ class CsvReader(Reader):
                 size=rows.sizes[entry],
                 boxes=table.boxes[mine],
                 labels=table.labels[mine],
-                relative=rows.kinds[where].endswith("n"),
+                relative=written[where].as_fractions,
                 ignore=table.ignore[mine],
                 marks=lines[mine].tolist(),
+                corners=written[where].corners,
             )
 
         conflicts = resolve_conflicts(found, lambda entry: places[entry][1:])

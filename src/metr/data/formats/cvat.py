@@ -72,7 +72,7 @@ class CvatReader(ManyImagesReader):
                 at = f"{where}, image {image.get('id')}"
                 path = locate(image.get("name", ""), folders, at, reading)
                 if path is not None:
-                    yield _boxes(image, at, reading).image(path, size=_size(image))
+                    yield _boxes(image, at, reading).image(path, size=_size(image), corners=True)
 
 
 def _subsets(file: Path) -> set[str]:

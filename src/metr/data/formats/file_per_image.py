@@ -85,6 +85,8 @@ class LinePerObjectReader(FilePerImageReader):
     suffix = ".txt"
     # What a line is, for messages.
     expected: ClassVar[str]
+    # Whether boxes are written as corners, so that swapped ones are sorted.
+    writes_corners: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod
@@ -131,7 +133,7 @@ class LinePerObjectReader(FilePerImageReader):
                 detail = f"expected {self.expected}: {line.strip()[:80]}; its image is left out"
                 reading.issues.add("unreadable annotation", f"{where}:{number}", detail)
                 return None
-        return boxes.image(path, convert=self.to_xyxy)
+        return boxes.image(path, convert=self.to_xyxy, corners=self.writes_corners)
 
 
 class AnnotationFolder:

@@ -28,7 +28,7 @@ import yaml
 
 from metr.bounded_yaml import load_yaml
 from metr.data.formats.base import BoxList, RawImage, Reader, Reading, plain_name, whole_size, without_repeats
-from metr.data.formats.box_kinds import BOX_KINDS, BoxKind, judged, sizes_of, to_corners
+from metr.data.formats.box_kinds import Written, judged, sizes_of, to_corners
 from metr.data.formats.file_per_image import note_unannotated
 from metr.data.formats.files import Files, folders_in, folders_within, there
 from metr.data.formats.json_lines import json_lines, numbers, read_label_map
@@ -75,7 +75,7 @@ class ImageFolderReader(Reader):
     ) -> None:
         super().__init__(root, splits)
         self._by_row = by_row
-        self._boxes: BoxKind | None = None
+        self._boxes: Written | None = None
 
     @classmethod
     def recognise(cls, path: Path) -> Reader | None:
@@ -117,7 +117,7 @@ class ImageFolderReader(Reader):
             reading.issues.add("unreadable annotation", self.within(folder), "changed while it was read")
             return
         names = self._names(home, reading)
-        kind = BOX_KINDS.get(self.options.boxes) or self._kind_of_boxes(reading)
+        written = Written.asked(self.options.boxes) or self._kind_of_boxes(reading)
         prefix = "" if home == folder else f"{folder.name}/"
         for place, row in _rows(self.within(metadata), reading):
             name = _file_name(row)
@@ -130,10 +130,9 @@ class ImageFolderReader(Reader):
                     continue
                 raw = None if path is None else raw_image(row, path, place, names, reading)
                 if raw is not None:
-                    to_corners(raw.boxes, kind)
-                    yield replace(raw, relative=True, areas=None) if kind.endswith("n") else raw
+                    yield as_written(raw, written)
 
-    def _kind_of_boxes(self, reading: Reading) -> BoxKind:
+    def _kind_of_boxes(self, reading: Reading) -> Written:
         """How the boxes of all files are written, for one writer wrote them: a small file alone may not show it."""
         if self._boxes is None:
             folders = dict.fromkeys(folder for folders in self.splits.values() for folder in folders)
@@ -154,7 +153,7 @@ class ImageFolderReader(Reader):
         return names
 
 
-def _kind_of_boxes(files: Sequence[tuple[Path, str]], reading: Reading) -> BoxKind:
+def _kind_of_boxes(files: Sequence[tuple[Path, str]], reading: Reading) -> Written:
     """How the boxes of files are written, as all of them together show. A file comes with its folder."""
     image, boxes = array("i"), array("d")
     sizes: list[tuple[int, int] | None] = []
@@ -201,6 +200,13 @@ def raw_image(row: Row, path: str, place: str, names: Mapping[str, str], reading
             found=f"category {category!r}, bbox {box!r}",
         )
     return boxes.image(path, size=_size(row))
+
+
+def as_written(raw: RawImage, written: Written) -> RawImage:
+    """An image whose boxes are as its file writes them, with corners."""
+    to_corners(raw.boxes, written.kind)
+    areas = None if written.as_fractions else raw.areas
+    return replace(raw, relative=written.as_fractions, areas=areas, corners=written.corners)
 
 
 def as_objects(value: Any) -> list[tuple[Any, Any, Any, Any]] | None:

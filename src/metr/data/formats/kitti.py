@@ -15,6 +15,7 @@ class KittiReader(LinePerObjectReader):
 
     format = "kitti"
     looks_like = "KITTI: training/label_2/*.txt (type truncated occluded alpha left top right bottom ...) with image_2"
+    writes_corners = True
     expected = f"a type and {_COLUMNS - 1} numbers"
 
     @classmethod

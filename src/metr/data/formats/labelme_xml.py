@@ -52,7 +52,7 @@ class LabelMeXmlReader(FilePerImageReader):
                 corners = [item.findtext(f"segm/box/{corner}") for corner in _CORNERS]
                 boxes.add(name, around(points) if points else numbers(corners, 4), mark, found="no <name>")
         size = numbers([root.findtext("imagesize/nrows"), root.findtext("imagesize/ncols")], 2)
-        return boxes.image(path, size=None if size is None else whole_size(*size))
+        return boxes.image(path, size=None if size is None else whole_size(*size), corners=True)
 
 
 def looks_like_labelme_xml(head: bytes) -> bool:

@@ -100,7 +100,7 @@ class OdvgReader(Reader):
                 image_id = f"{path} ({line_place})" if path in seen else path
                 seen.add(path)
                 size = whole_size(line.height, line.width)
-                yield boxes.image(path, image_id=image_id, size=size, annotated=annotated)
+                yield boxes.image(path, image_id=image_id, size=size, annotated=annotated, corners=True)
 
     def _label_map(self, file: Path, reading: Reading) -> dict[str, str]:
         """The names by label, of the label map of a file: the one near it whose name begins most like the file's."""

@@ -154,6 +154,7 @@ class _Tables:
             ignore=self.boxes.ignore[mine[rows]],
             marks=marks,
             annotated=self._annotated(number, set(labels)),
+            corners=True,
         )
 
     def _expanded(self, mine: Int[np.ndarray, "m"]) -> tuple[list[int], list[int]]:

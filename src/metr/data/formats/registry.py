@@ -1,6 +1,5 @@
 """Which formats there are, and which of them a folder is."""
 
-import logging
 import os
 from collections.abc import Sequence
 from itertools import product
@@ -39,8 +38,6 @@ from metr.data.shards.reader import ShardReader, WebDatasetReader, open_pattern
 from metr.data.shards.stores import is_url
 from metr.errors import DataError, counted, did_you_mean
 
-logger = logging.getLogger(__name__)
-
 # A folder that fits several formats is read as the first of these: formats that declare their categories come before
 # those that only use them, those that say more of each image before those that say less, variants of COCO before COCO.
 READERS: tuple[type[Reader], ...] = (
@@ -73,13 +70,12 @@ READERS: tuple[type[Reader], ...] = (
 )
 
 
-def recognise(path: Path | str, format_name: str | None = None, *, tell_others: bool = True) -> Reader:
+def recognise(path: Path | str, format_name: str | None = None) -> Reader:
     """The reader of a dataset's folder, its one annotation file, or an archive of it, which is unpacked once.
 
     Args:
         path: The folder or file; or the shards that a URL means, or a path with braces or a glob.
         format_name: The format, where it is known; else it is recognised.
-        tell_others: Log which other formats it fits (see `log_other_formats`).
 
     Raises:
         DataError: there is no such path, it fits no format, or it is an archive that cannot be unpacked.
@@ -108,8 +104,6 @@ def recognise(path: Path | str, format_name: str | None = None, *, tell_others: 
     for place, reader in product(places, readers):
         found = reader.recognise(place)
         if found is not None:
-            if tell_others and format_name is None:
-                log_other_formats(found, path)
             return found.prepared()
     unread = find_unread(places[0]) if format_name is None else None
     if unread is not None:
@@ -129,14 +123,12 @@ def _layouts(readers: Sequence[type[Reader]]) -> str:
     return "\n".join([*lines, *([f"    also read, as their tools write them: {others}"] if others else [])])
 
 
-def log_other_formats(reader: Reader, path: Path | str) -> None:
-    """Logs which formats after its own a dataset fits as well. All folders are looked into: not for every opening."""
-    if logger.isEnabledFor(logging.INFO) and not isinstance(reader, ShardReader):
-        path = Path(path)
-        after = [other.format for other in READERS].index(reader.format) + 1
-        also = [other.format for other in READERS[after:] if _fits(other, _absolute(path))]
-        if also:
-            logger.info("%s: read as %s; it also fits %s", _absolute(path), reader.format, ", ".join(also))
+def other_formats(reader: Reader, path: Path | str) -> list[str]:
+    """The formats after the reader's own that a dataset fits as well. All folders are looked into: it takes a while."""
+    if isinstance(reader, ShardReader):
+        return []
+    after = [other.format for other in READERS].index(reader.format) + 1
+    return [other.format for other in READERS[after:] if _fits(other, _absolute(Path(path)))]
 
 
 def _absolute(path: Path) -> Path:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from xml.etree import ElementTree as ET
 
-from metr.data.formats.base import BoxList, RawImage, Reader, Reading, place, whole_size, without_repeats
+from metr.data.formats.base import BoxList, RawImage, Reader, Reading, whole_size, without_repeats
 from metr.data.formats.file_per_image import ANNOTATION_WORDS, AnnotationFolder, FilePerImageReader, called_like
 from metr.data.formats.files import files_in, fold, folders_in, folders_within, is_image, start_of
 from metr.data.formats.labelme_xml import looks_like_labelme_xml
@@ -93,14 +93,12 @@ class VocReader(FilePerImageReader):
         for index, item in enumerate(root.iterfind("object"), start=1):
             ignore = _text(item, "difficult") == "1"
             mark, box = f"object {index}", _corners(item)
-            if box is not None and (box[0] > box[2] or box[1] > box[3]):
-                reading.issues.add("swapped corners", place(where, mark), f"{box}: sorted")
-                box = [*map(min, box[:2], box[2:]), *map(max, box[:2], box[2:])]
             if box is not None:
-                box = [box[0] - first, box[1] - first, *box[2:]]
+                for low, high in ((0, 2), (1, 3)):
+                    box[low if box[low] <= box[high] else high] -= first  # corners may be swapped
             boxes.add(_text(item, "name"), box, mark, ignore=ignore, found="no <name>")
         size = whole_size(_number(root, "size/height"), _number(root, "size/width"))
-        return boxes.image(path, size=size)
+        return boxes.image(path, size=size, corners=True)
 
 
 def _listed_splits(root: Path) -> dict[str, tuple[Path, ...]]:

@@ -14,9 +14,9 @@ import numpy as np
 
 from metr.data.containers.shards import ShardedReader, files_below, missing_shards
 from metr.data.formats.base import RawImage, Reader, Reading, whole_size, without_repeats
-from metr.data.formats.box_kinds import BOX_KINDS, BoxKind, judged, to_corners
+from metr.data.formats.box_kinds import Written, judged
 from metr.data.formats.files import Files, there
-from metr.data.formats.imagefolder import ImageFolderReader, as_objects, declared_names, raw_image
+from metr.data.formats.imagefolder import ImageFolderReader, as_objects, as_written, declared_names, raw_image
 from metr.data.formats.json_lines import json_lines, numbers
 from metr.data.formats.locating import grouped
 from metr.data.records import canonical_split
@@ -88,14 +88,13 @@ class ShardReader(ShardedReader, ImageFolderReader):
         """The images of a split, shard by shard, in the order of the samples."""
         self.note_missing(reading)
         names = self._names(self.root, reading)
-        kind = BOX_KINDS.get(self.options.boxes) or self._kind_of_boxes(reading)
+        written = Written.asked(self.options.boxes) or self._kind_of_boxes(reading)
         for rows in self.splits[split]:
             if (damage := self.notes[rows].damage) and (name := self._called(rows)):
                 read = counted(self.notes[rows].rows, "image of it is", "images of it are")
                 reading.issues.add("damaged shard", name, f"{damage}; {read} read")
             for raw in without_repeats(self._images(rows, names, reading), set(), reading):
-                to_corners(raw.boxes, kind)
-                yield replace(raw, relative=True, areas=None) if kind.endswith("n") else raw
+                yield as_written(raw, written)
 
     def _images(self, rows: Path, names: Mapping[str, str], reading: Reading) -> Iterator[RawImage]:
         shard, name = self.notes[rows].shard, self._called(rows)
@@ -113,7 +112,7 @@ class ShardReader(ShardedReader, ImageFolderReader):
                 source = ShardImage(shard=shard, offset=row.offset, size=row.size)
                 yield replace(raw, image_id=image_id, annotated=exhaustive, source=source)
 
-    def _kind_of_boxes(self, reading: Reading) -> BoxKind:
+    def _kind_of_boxes(self, reading: Reading) -> Written:
         """How the boxes are written, as some images of every shard show: all of them need not fit into memory."""
         if self._boxes is None:
             share = max(_SNIFFED, _JUDGED // max(1, len(self.files)))
