@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from metr.cli.output import output_console, say_names
-from metr.cli.verbs import AllowEmpty, Overrides, Prompts
+from metr.cli.verbs import AllowEmpty, Overrides, Prompts, check_run
 from metr.training.signals import Stopped
 
 if TYPE_CHECKING:
@@ -170,6 +170,7 @@ def finetune(
         else:
             _check_named(data, "DATA", "name a dataset: metr finetune DATA --from RUN -o OUT")
             _check_named(source, "--from", "name a detector to begin with: metr finetune DATA --from RUN -o OUT")
+            check_run(source or "")
         from metr.training import finetune as run
 
         if dry_run:
