@@ -36,6 +36,13 @@ _Fraction = Annotated[float | None, typer.Option(help="Train on this fraction of
 _Seed = Annotated[
     int | None, typer.Option(help="Decides which images, and training's random numbers; by default 0.", min=0)
 ]
+_SameNames = Annotated[
+    str,
+    typer.Option(
+        help="Take new names that seem to mean a trained one (RBC, rbc) as that one: yes, no, or ask. "
+        "ask is no where there is no terminal."
+    ),
+]
 _Resume = Annotated[
     bool, typer.Option("--resume", help="Go on where the run in OUT stopped, with its data and configuration.")
 ]
@@ -123,13 +130,7 @@ def finetune(
     rehearse_evaluate: Annotated[
         list[str] | None, typer.Option(help="Old datasets, only evaluated before and after.", metavar="DATA")
     ] = None,
-    same_names: Annotated[
-        str,
-        typer.Option(
-            help="Take new names that seem to mean a trained one (RBC, rbc) as that one: yes, no, or ask. "
-            "ask is no where there is no terminal."
-        ),
-    ] = "ask",
+    same_names: _SameNames = "ask",
     prompts: Prompts = "trained",
     allow_empty: AllowEmpty = False,
     decorrelate_names: Annotated[
