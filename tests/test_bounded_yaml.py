@@ -16,7 +16,7 @@ from metr.config import parse_overrides, read_yaml
 from metr.data.datasets_file import parse_data_arguments
 from metr.data.formats.registry import recognise
 from metr.errors import MetrError
-from metr.inference.detect_files import names_to_find
+from metr.inference.request import names_to_find
 
 
 def laughs(depth: int = 12, wide: int = 10) -> str:

@@ -16,7 +16,7 @@ from metr.config import Config
 from metr.errors import CheckpointError, ConfigError
 from metr.hub import asking
 from metr.models.config import DetectorConfig
-from metr.run_directory import RunDirectory, existing_folder, replaced_file, replaced_folder
+from metr.run_directory import CONFIG, WEIGHTS, existing_folder, find_checkpoint, replaced_file, replaced_folder
 from metr.serialization import read_json, read_tensors, write_json, write_tensors
 from metr.text.vocabulary import Vocabulary
 
@@ -42,7 +42,6 @@ __all__ = [
 ]
 
 FORMAT_VERSION = 1
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
 VOCABULARY, EMBEDDINGS = "vocabulary.json", "text_embeddings.safetensors"
 CARD, EVALUATION = "README.md", "evaluation.json"
 """What may lie beside a checkpoint: its model card, and the report that the card is written from."""
@@ -189,22 +188,6 @@ def update_detection(folder: Path, detection: DetectionDefaults) -> None:
     config = read_json(folder / CONFIG)
     with replaced_file(folder / CONFIG, flush=True) as fresh:
         write_json(fresh, {**config, "detection": detection.model_dump(mode="json")})
-
-
-def find_checkpoint(path: Path) -> Path:
-    """The checkpoint folder that `path` means: the folder itself, or the best, else the last, of a run folder.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    run = RunDirectory(path)
-    for folder in (existing_folder(path), existing_folder(run.best), existing_folder(run.last)):
-        if (folder / CONFIG).is_file():
-            return folder
-    if not path.exists():
-        raise CheckpointError("no such checkpoint", where=path, hint="check the path")
-    what = f"expected a checkpoint ({CONFIG} and {WEIGHTS}) or a run folder that holds one"
-    raise CheckpointError(what, where=path, hint="name the folder itself, such as RUN/best")
 
 
 def fetch_checkpoint(name: str, *, revision: str | None = None, **options: Any) -> Path:

@@ -29,7 +29,7 @@ from metr.inference.config import InferenceConfig, without_presence
 from metr.inference.postprocess import ScoreThresholds
 from metr.inference.predictor import Prediction, Predictor
 from metr.inference.selection import name_limits
-from metr.models.detector import Detector, skeleton
+from metr.models.detector import Detector, skeleton, unfilled
 from metr.serialization import check_weights, load_weights, type_of
 from metr.structures import Detections
 from metr.text.config import TextEncoderConfig
@@ -113,13 +113,11 @@ class METR:
                 force_download=force_download,
             )
         checkpoint = load_checkpoint(folder)
-        config = checkpoint.model
-        # the weights come from the checkpoint, so the backbone's own need not be fetched
-        bare = config.model_copy(update={"backbone": config.backbone.model_copy(update={"pretrained": False})})
+        config, width = checkpoint.model, checkpoint.text_width
         hint = "config.json and model.safetensors are not of one checkpoint: copy the folder again"
         # before memory is taken for a network that the weights do not fit
-        check_weights(skeleton(bare, checkpoint.text_width), checkpoint.weights, where=folder, hint=hint)
-        network = Detector(bare, checkpoint.text_width)
+        check_weights(skeleton(config, width), checkpoint.weights, where=folder, hint=hint)
+        network = unfilled(config, width)
         load_weights(network, checkpoint.weights, where=folder, hint=hint)
         model = cls(network.to(place), checkpoint, folder)
         model.folder = find_checkpoint(folder)

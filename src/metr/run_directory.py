@@ -11,6 +11,8 @@ from uuid import uuid4
 
 from metr.errors import CheckpointError
 
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+"""Files of every checkpoint."""
 COUNTERS = "state.json"
 """The file that every saved state holds."""
 
@@ -182,6 +184,22 @@ def existing_folder(folder: Path) -> Path:
     """`folder`, or the complete old version of it that a crash between two renames left beside it."""
     previous = _previous(folder)
     return previous if previous.is_dir() and not folder.exists() else folder
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The checkpoint folder that `path` means: the folder itself, or the best, else the last, of a run folder.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    run = RunDirectory(path)
+    for folder in (existing_folder(path), existing_folder(run.best), existing_folder(run.last)):
+        if (folder / CONFIG).is_file():
+            return folder
+    if not path.exists():
+        raise CheckpointError("no such checkpoint", where=path, hint="check the path")
+    what = f"expected a checkpoint ({CONFIG} and {WEIGHTS}) or a run folder that holds one"
+    raise CheckpointError(what, where=path, hint="name the folder itself, such as RUN/best")
 
 
 def _previous(folder: Path) -> Path:

@@ -34,7 +34,7 @@ from metr.conversion.import_ import read_published  # noqa: E402
 from metr.data.datasets_file import DatasetConfig, open_dataset, parse_data_arguments  # noqa: E402
 from metr.data.images import read_image  # noqa: E402
 from metr.errors import MetrError  # noqa: E402
-from metr.inference.detect_files import names_to_find  # noqa: E402
+from metr.inference.request import names_to_find  # noqa: E402
 from metr.model import METR  # noqa: E402
 from metr.text.language_model import LanguageModel, LanguageModelSource  # noqa: E402
 from metr.training.config import load_recipe  # noqa: E402

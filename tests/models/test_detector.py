@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from metr.models.config import DetectorConfig
-from metr.models.detector import Detector
+from metr.models.detector import Detector, skeleton, unfilled
 from metr.models.heads import similarity_tokens
 from metr.models.proposals import anchor_logits
 from metr.structures import Queries, Targets, gather_rows
@@ -254,3 +254,19 @@ def test_the_form_that_takes_over_other_detectors_learns() -> None:
         silent = [name for name, p in detector.named_parameters() if p.requires_grad and p.grad is None]
         assert not silent
     assert output.slot.shape[1] == 4 * 24, "in training as many categories as `kept`"
+
+
+def test_a_network_for_weights_to_come_is_the_network() -> None:
+    state = torch.random.get_rng_state()
+    made, config = small_detector(), small_config()
+    torch.random.set_rng_state(state)
+    empty = unfilled(config, made.text_width)
+    assert torch.equal(torch.random.get_rng_state(), state), "no random number is drawn"
+    assert {key: value.shape for key, value in skeleton(config, made.text_width).state_dict().items()} == {
+        key: value.shape for key, value in made.state_dict().items()
+    }
+    empty.load_state_dict(made.state_dict())
+    constants = dict(made.named_buffers())
+    assert constants
+    for key, value in empty.named_buffers():
+        assert torch.equal(value, constants[key]), key

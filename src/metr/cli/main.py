@@ -85,6 +85,9 @@ def run() -> None:
     A mistake ends in one message: exit code 2 where the command line has it, 1 elsewhere. Ctrl-C ends in 130, SIGTERM
     in 143, SIGHUP in 129. With METR_DEBUG=1 in the environment errors show their traceback.
     """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # idle threads of torch sleep sooner: on cores that others use too they took most of the time
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     with StopSignals() as signals:
         try:
             start_processes_of_accelerate()

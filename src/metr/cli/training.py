@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from metr.cli.output import output_console, say_names
-from metr.cli.verbs import AllowEmpty, Overrides, Prompts
+from metr.cli.verbs import AllowEmpty, Overrides, Prompts, check_run
 from metr.training.signals import Stopped
 
 if TYPE_CHECKING:
@@ -35,6 +35,13 @@ _Shots = Annotated[
 _Fraction = Annotated[float | None, typer.Option(help="Train on this fraction of the images, 0 to 1.")]
 _Seed = Annotated[
     int | None, typer.Option(help="Decides which images, and training's random numbers; by default 0.", min=0)
+]
+_SameNames = Annotated[
+    str,
+    typer.Option(
+        help="Take new names that seem to mean a trained one (RBC, rbc) as that one: yes, no, or ask. "
+        "ask is no where there is no terminal."
+    ),
 ]
 _Resume = Annotated[
     bool, typer.Option("--resume", help="Go on where the run in OUT stopped, with its data and configuration.")
@@ -123,13 +130,7 @@ def finetune(
     rehearse_evaluate: Annotated[
         list[str] | None, typer.Option(help="Old datasets, only evaluated before and after.", metavar="DATA")
     ] = None,
-    same_names: Annotated[
-        str,
-        typer.Option(
-            help="Take new names that seem to mean a trained one (RBC, rbc) as that one: yes, no, or ask. "
-            "ask is no where there is no terminal."
-        ),
-    ] = "ask",
+    same_names: _SameNames = "ask",
     prompts: Prompts = "trained",
     allow_empty: AllowEmpty = False,
     decorrelate_names: Annotated[
@@ -170,6 +171,7 @@ def finetune(
         else:
             _check_named(data, "DATA", "name a dataset: metr finetune DATA --from RUN -o OUT")
             _check_named(source, "--from", "name a detector to begin with: metr finetune DATA --from RUN -o OUT")
+            check_run(source or "")
         from metr.training import finetune as run
 
         if dry_run:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from metr.inference.predictor import Predictor
     from metr.model import METR, Names
 
-__all__ = ["AllowEmpty", "Data", "Overrides", "Prompts", "demo", "detect", "evaluate", "push", "transfer"]
+__all__ = ["AllowEmpty", "Data", "Overrides", "Prompts", "check_run", "demo", "detect", "evaluate", "push", "transfer"]
 
 _TARGETS = "deformable_detr, dab_detr, conditional_detr, detr, rt_detr, rt_detr_v2 or d_fine"
 
@@ -89,13 +89,16 @@ def evaluate(
     allow_empty: AllowEmpty = False,
 ) -> None:
     """Measure average precision on datasets. Own names, the joint vocabulary, confusion between datasets."""
-    from metr.evaluation.results import EvaluationConfig, store_thresholds
-    from metr.evaluation.runner import evaluate as run_evaluation
     from metr.inference.config import inference_config
 
+    # mistakes are found before torch is imported and data are opened
     if store and not run.is_dir():
         raise ConfigError("a checkpoint on the hub cannot be changed", where="--store", hint="download it first")
     values = {"prompts": prompts, "inference": inference_config(set_ or (), batch_size=batch_size)}
+    check_run(run)
+    from metr.evaluation.results import EvaluationConfig, store_thresholds
+    from metr.evaluation.runner import evaluate as run_evaluation
+
     config = EvaluationConfig.checked(values, where="evaluate")
     # a name on the hub is no folder to write into
     folder = "evaluation" if split is None else f"evaluation-{split}"
@@ -151,10 +154,10 @@ def detect(
 ) -> None:
     """Find objects in images. Any names can be asked for, trained or not."""
     from metr.inference.config import inference_config
-    from metr.inference.detect_files import check_labels, detect_files, names_to_find
-    from metr.inference.image_paths import listed_images
-    from metr.model import METR
+    from metr.inference.image_paths import images_to_draw, listed_images
+    from metr.inference.request import check_labels, names_to_find
 
+    # mistakes are found before torch is imported and the detector is loaded
     _check_engine(engine, {"--labels": labels}, {"--actors": actors, "--part-size": part_size})
     style, names = check_labels(labels or "names"), names_to_find(categories, categories_file)
     changes = {"score_threshold": threshold, "nms_iou": nms}
@@ -162,16 +165,34 @@ def detect(
     paths: list[str | Path] = [*(images or ()), *(path for file in images_from or () for path in listed_images(file))]
     if not paths:
         raise ConfigError("expected images", where="IMAGE", hint="a file, a folder, or --images-from FILE")
-    model = METR.from_pretrained(run, device="cpu" if engine == "ray" else device)
+    check_run(run)
+    files = None if engine == "ray" else images_to_draw(paths, out)
+    from metr.inference.detect_files import detect_files
+    from metr.model import METR
+
+    model = METR.from_pretrained(run, device="cpu" if files is None else device)
     every = categories is not None and categories.strip() == "all"
     asked = model.names if every else model.default_names if names is None else names
-    if engine == "ray":
+    if files is None:
         options = {"device": device, "actors": actors, "part_size": part_size}
         _detect_with_ray(model, asked, config, paths, out, options)
     else:
         thresholds, console = model.thresholds(threshold), output_console()
-        detect_files(model.predictor(asked, config), paths, out, thresholds=thresholds, labels=style, console=console)
+        detect_files(model.predictor(asked, config), files, out, thresholds=thresholds, labels=style, console=console)
     say_names("looked for", tuple(asked), len(model.names))
+
+
+def check_run(run: str | Path) -> None:
+    """Checks that a checkpoint is there, before torch is imported to load it. What may be on the hub is not asked for.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    from metr.hub import may_be_a_hub_name
+    from metr.run_directory import find_checkpoint
+
+    if Path(run).exists() or not may_be_a_hub_name(str(run)):
+        find_checkpoint(Path(run))
 
 
 def _check_engine(engine: str, drawing: Mapping[str, object], ray: Mapping[str, object]) -> None:
@@ -229,13 +250,12 @@ def transfer(
     ] = None,
 ) -> None:
     """Move weights to a detector of transformers, or from other detectors. Reports what becomes of every weight."""
-    from metr.conversion.transfer import adopt_file
-    from metr.conversion.transfer import transfer as transfer_run
-
     if source is not None:
         if run is not None or to is not None:
             hint = "metr transfer --from FOLDER -o OUT"
             raise ConfigError("expected --from alone, without RUN and --to", where="--from", hint=hint)
+        from metr.conversion.transfer import adopt_file
+
         adopt_file(source, out, names=names, text=text, console=output_console())
         return
     if run is None or to is None:
@@ -243,6 +263,9 @@ def transfer(
         raise ConfigError("expected RUN and --to", where="transfer", hint=hint)
     if text is not None:
         raise ConfigError("goes with --from only: a METR has its text encoder", where="--text", hint="leave it out")
+    check_run(run)
+    from metr.conversion.transfer import transfer as transfer_run
+
     transfer_run(run, to, out, names=names, console=output_console())
 
 
@@ -259,6 +282,7 @@ def push(
     ] = None,
 ) -> None:
     """Share a detector on the Hugging Face hub. Sends weights and a model card; log in with `hf auth login` first."""
+    check_run(run)
     import torch
 
     from metr.sharing.push import push as push_run

@@ -9,6 +9,8 @@ from metr.config import Config, merge, parse_overrides
 from metr.errors import ConfigError
 
 Precision = Literal["fp32", "bf16", "fp16"]
+Labels = Literal["names", "scores", "none"]
+"""What is written at drawn boxes."""
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 

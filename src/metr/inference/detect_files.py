@@ -1,22 +1,19 @@
 """Detection in image files (`metr detect`): writes drawn images and COCO results."""
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import cast, get_args
 
 import numpy as np
-import yaml
 from rich.console import Console
 from rich.progress import track
 
-from metr.bounded_yaml import load_yaml_file, yaml_fault
 from metr.data.images import read_image
-from metr.errors import ConfigError, DataError, did_you_mean
-from metr.inference.draw import Labels, Style, draw_detections, palette, save_image
-from metr.inference.image_paths import expanded_paths, real_path
+from metr.errors import DataError
+from metr.inference.config import Labels
+from metr.inference.draw import Style, draw_detections, palette, save_image
+from metr.inference.image_paths import ImagesToDraw, images_to_draw
 from metr.inference.postprocess import ScoreThresholds
 from metr.inference.predictor import Prediction, Predictor
 from metr.inference.result_files import IMAGES, RESULTS, ResultFiles
@@ -26,13 +23,11 @@ from metr.structures import Detections
 _LISTED = 20
 # the longer side, in pixels, below which an image is enlarged before it is drawn on
 _LEAST_SIDE = 640
-_YAML = {".yaml", ".yml"}
-_PHRASES = re.compile(r":\s*\[")
 
 
 def detect_files(
     predictor: Predictor,
-    images: Sequence[str | Path],
+    images: Sequence[str | Path] | ImagesToDraw,
     out: Path,
     *,
     thresholds: ScoreThresholds | None = None,
@@ -50,7 +45,8 @@ def detect_files(
 
     Args:
         predictor: Decides the names; `METR.predictor` makes one.
-        images: Files, folders whose images are taken (those of their subfolders too), and patterns such as `**/*.jpg`.
+        images: Files, folders whose images are taken (those of their subfolders too), and patterns such as `**/*.jpg`;
+            or what `images_to_draw` made of them, for `out`, before the detector was loaded.
         out: The folder to write; made if missing.
         thresholds: The score from which detections are drawn and counted; `METR.thresholds` gives those of a model.
         labels: What is written at each drawn box. Images with sides under 640 pixels are enlarged for that.
@@ -60,12 +56,12 @@ def detect_files(
         DataError: a path does not exist, none holds a readable image, or a drawing would overwrite a given image.
     """
     console = console or Console(quiet=True)
-    paths = expanded_paths(images, out)
-    drawn = _drawn(paths, out)
+    files = images if isinstance(images, ImagesToDraw) else images_to_draw(images, out)
     thresholds, style = thresholds or ScoreThresholds(), Style(labels=labels, colours=palette(predictor.names))
     confident = []
-    with ResultFiles(out, predictor.names, len(paths), console) as results:
-        for path, target, prediction in zip(paths, drawn, predictor.detect_many(_shown(paths, console)), strict=True):
+    with ResultFiles(out, predictor.names, len(files.paths), console) as results:
+        predictions = predictor.detect_many(_shown(files.paths, console))
+        for path, target, prediction in zip(files.paths, files.drawings, predictions, strict=True):
             results.add(prediction)
             if prediction.detections is not None:
                 shown = thresholds.shown(prediction.detections)
@@ -73,83 +69,6 @@ def detect_files(
                 _draw(read_image(path), shown, style, target)
     _report(results.done, confident, out, console)
     return results.done
-
-
-def names_to_find(categories: str | None, file: Path | None) -> list[str] | dict[str, list[str]] | None:
-    """The names that a command asks for; None if it names none.
-
-    Args:
-        categories: Names between commas.
-        file: Names, one a line, lines that begin with `#` left out; or YAML: a list of names, or a mapping from each
-            name to the phrase or phrases that describe it.
-
-    Raises:
-        ConfigError: both are given, or the file cannot be read or names nothing.
-    """
-    if file is None:
-        return None if categories is None else [name.strip() for name in categories.split(",")]
-    if categories is not None:
-        raise ConfigError("expected --categories or --categories-file, found both", where="--categories-file")
-    hint = "write one name a line; or a .yaml file: name: [phrase, another phrase]"
-    if not file.is_file():
-        raise ConfigError("no such file of names", where=file, hint="check the path")
-    try:
-        if file.suffix in _YAML:
-            values = load_yaml_file(file, as_written=True)
-        else:
-            values = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"the file of names cannot be read: {yaml_fault(error)}", where=file, hint=hint) from None
-    if isinstance(values, dict) and values:
-        phrases = {name: [some] if isinstance(some, str) else some for name, some in values.items()}
-        if all(isinstance(name, str) and _are_texts(some) for name, some in phrases.items()):
-            return phrases
-    elif isinstance(values, list):
-        names = [name for name in values if name and not str(name).startswith("#")]
-        if file.suffix not in _YAML and (yaml_line := next((name for name in names if _PHRASES.search(name)), None)):
-            raise ConfigError(
-                f"a line that looks like YAML: {yaml_line}", where=file, hint="end the file's name in .yaml"
-            )
-        if _are_texts(names):
-            return names
-    raise ConfigError("expected names", where=file, hint=hint)
-
-
-def _are_texts(values: object) -> bool:
-    if not isinstance(values, list) or not values:
-        return False
-    return all(isinstance(one, str) and one.strip() for one in values)
-
-
-def check_labels(labels: str) -> Labels:
-    """What is written at drawn boxes.
-
-    Raises:
-        ConfigError: it is not one of names, scores and none.
-    """
-    known = get_args(Labels)
-    if labels not in known:
-        raise ConfigError(f"no kind of labels {labels!r}", where="--labels", hint=did_you_mean(labels, known))
-    return cast("Labels", labels)
-
-
-def _drawn(paths: Sequence[Path], out: Path) -> list[Path]:
-    """The path of each drawn image; images that share a name are numbered.
-
-    Raises:
-        DataError: an image would be drawn over one of the given images.
-    """
-    names: dict[str, None] = {}
-    for path in paths:
-        name, number = f"{path.stem}.jpg", 2
-        while name in names:
-            name, number = f"{path.stem}-{number}.jpg", number + 1
-        names[name] = None
-    originals = {real_path(path) for path in paths}
-    for name in names:
-        if real_path(out / name) in originals:
-            raise DataError("a drawing would take the place of this image", where=out / name, hint="another -o")
-    return [out / name for name in names]
 
 
 def _draw(image: np.ndarray, detections: Detections, style: Style, target: Path) -> None:

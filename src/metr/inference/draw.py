@@ -8,22 +8,20 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
 
-import matplotlib as mpl
 import numpy as np
 from jaxtyping import Float, UInt8
-from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 
 from metr.data.records import ImageRecord
 from metr.errors import MetrError
+from metr.inference.config import Labels
 from metr.run_directory import explained_disk_errors, replaced_file
 from metr.structures import Detections
 
 Colour = tuple[int, int, int]
-Labels = Literal["names", "scores", "none"]
 Rectangle = tuple[float, float, float, float]
 
 PAPER: Colour = (250, 250, 248)
@@ -224,6 +222,8 @@ def palette(names: Sequence[str]) -> dict[str, Colour]:
 @lru_cache(maxsize=4096)
 def legible(text: str) -> str:
     """The text with every character that no font at hand can draw spelt as its code point, such as `U+732B`."""
+    if _is_plain(text):
+        return text
     drawable = _coverage(font_file(text))
     return "".join(letter if ord(letter) in drawable or letter == " " else f"U+{ord(letter):04X} " for letter in text)
 
@@ -359,9 +359,9 @@ def _loaded_font(path: Path, size: int) -> ImageFont.FreeTypeFont:
 @lru_cache(maxsize=4096)
 def font_file(text: str) -> Path:
     """The font that comes with matplotlib; for letters that it lacks, one of this machine's that has them all."""
-    bundled = Path(mpl.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+    bundled = _bundled_font()
     letters = {ord(letter) for letter in text}
-    if letters <= _coverage(bundled):
+    if _is_plain(text) or letters <= _coverage(bundled):
         return bundled
     from matplotlib.font_manager import fontManager  # imported only if needed: it builds a list of all fonts
 
@@ -370,9 +370,25 @@ def font_file(text: str) -> Path:
     return next((path for path in installed if letters <= _coverage(path)), bundled)
 
 
+def _is_plain(text: str) -> bool:
+    """Whether every font has all letters of a text, so that matplotlib (half a second to import) need not be asked."""
+    return text.isascii() and text.isprintable()
+
+
+@lru_cache(maxsize=1)
+def _bundled_font() -> Path:
+    """DejaVu Sans, which comes with matplotlib. Its folder is found without the import of matplotlib."""
+    found = find_spec("matplotlib")
+    assert found is not None
+    assert found.origin is not None
+    return Path(found.origin).parent / "mpl-data" / "fonts" / "ttf" / "DejaVuSans.ttf"
+
+
 @lru_cache(maxsize=512)
 def _coverage(path: Path) -> frozenset[int]:
     """The characters that a font file can draw."""
+    from matplotlib.ft2font import FT2Font
+
     try:
         return frozenset(FT2Font(str(path)).get_charmap())
     except (OSError, RuntimeError):

@@ -42,10 +42,37 @@ def expanded_paths(images: Sequence[str | Path], out: Path) -> list[Path]:
         elif has_magic(str(image)):
             found += _fitting(str(image), out)
         else:
-            there = is_url(image)
-            hint = "addresses of other file systems need --engine ray" if there else "check the path"
+            hint = "addresses of other file systems need --engine ray" if is_url(image) else "check the path"
             raise DataError("no such image or folder", where=image, hint=hint)
     return list(dict.fromkeys(found))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagesToDraw:
+    """Images, and for each of them the path of its drawing."""
+
+    paths: tuple[Path, ...]
+    drawings: tuple[Path, ...]
+
+
+def images_to_draw(images: Sequence[str | Path], out: Path) -> ImagesToDraw:
+    """The images that `expanded_paths` finds, each with a drawing in `out`; those that share a name are numbered.
+
+    Raises:
+        DataError: as `expanded_paths`, or an image would be drawn over one of the given images.
+    """
+    paths = expanded_paths(images, out)
+    names: dict[str, None] = {}
+    for path in paths:
+        name, number = f"{path.stem}.jpg", 2
+        while name in names:
+            name, number = f"{path.stem}-{number}.jpg", number + 1
+        names[name] = None
+    originals = {real_path(path) for path in paths}
+    for name in names:
+        if real_path(out / name) in originals:
+            raise DataError("a drawing would take the place of this image", where=out / name, hint="another -o")
+    return ImagesToDraw(paths=tuple(paths), drawings=tuple(out / name for name in names))
 
 
 def expanded_images(images: Sequence[str | Path], out: Path) -> list[str]:

@@ -52,10 +52,11 @@ class DeformableAttention(nn.Module):
     def _start_as_a_star(self) -> None:
         """Initialises the offsets: every head has its own direction, and its points lie at growing distances."""
         nn.init.zeros_(self.offsets.weight)
-        angle = torch.arange(self.heads) * (2 * math.pi / self.heads)
+        # a few numbers on the CPU: on the meta device they would import torch's compiler
+        angle = torch.arange(self.heads, device="cpu") * (2 * math.pi / self.heads)
         direction = torch.stack([angle.cos(), angle.sin()], dim=-1)
         direction = direction / direction.abs().amax(-1, keepdim=True)
-        distance = torch.arange(1, self.points + 1)
+        distance = torch.arange(1, self.points + 1, device="cpu")
         star = torch.einsum("hx,p->hpx", direction, distance.float())
         with torch.no_grad():
             self.offsets.bias.copy_(star.unsqueeze(1).expand(-1, self.levels, -1, -1).flatten())

@@ -1,8 +1,12 @@
 """The network: images and text embeddings of categories in, one logit and one box a query out."""
 
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from metr.errors import ModelError
 from metr.layers.deformable_attention import kernel_is_used
@@ -158,14 +162,54 @@ def skeleton(config: DetectorConfig, text_width: int) -> Detector:
     Raises:
         ModelError: as `Detector`, or it has more than `MOST_PARAMETERS`.
     """
-    bare = config.model_copy(update={"backbone": config.backbone.model_copy(update={"pretrained": False})})
     with torch.device("meta"):
-        network = Detector(bare, text_width)
+        network = unfilled(config, text_width)
     count = sum(parameter.numel() for parameter in network.parameters())
     if count > MOST_PARAMETERS:
         what = f"the configuration describes a network of {count:,} parameters; METR builds at most {MOST_PARAMETERS:,}"
         raise ModelError(what, where="model", hint="smaller widths, or fewer layers")
     return network
+
+
+def unfilled(config: DetectorConfig, text_width: int) -> Detector:
+    """The network for weights that are loaded next: until then its own are whatever the memory held.
+
+    Random weights would take longer than all else, the backbone's pretrained ones would be fetched for nothing.
+
+    Raises:
+        ModelError: as `Detector`.
+    """
+    bare = config.model_copy(update={"backbone": config.backbone.model_copy(update={"pretrained": False})})
+    with _Unfilled():
+        return Detector(bare, text_width)
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leaves out the initial values of parameters.
+
+    On the meta device they would be no values, but import torch's compiler, which takes longer than torch itself.
+    """
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Calls a function of torch, or gives the parameter back that it would fill."""
+        kwargs = kwargs or {}
+        filled = args[0] if args else kwargs.get("tensor")
+        if isinstance(filled, nn.Parameter) and getattr(function, "__name__", None) in _FILLING:
+            return filled
+        return function(*args, **kwargs)
+
+
+# by name, as transformers calls copies of those of nn.init; what these call in turn does not come to a mode
+_FILLING = frozenset(
+    {"normal_", "uniform_", "fill_", "zero_", "copy_", "div_", "trunc_normal_"}
+    | {f"{scheme}_{distribution}_" for scheme in ("kaiming", "xavier") for distribution in ("normal", "uniform")}
+)
 
 
 def _build_decoder(config: DetectorConfig, levels: int, text_width: int) -> Decoder | ConditionalDecoder:

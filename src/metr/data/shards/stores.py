@@ -14,9 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import fsspec
 import msgspec
-from fsspec.registry import known_implementations
 
 from metr.data.images import open_regular
 from metr.errors import DataError, DependencyError, MetrError, StoreError
@@ -190,6 +188,9 @@ def filesystem(address: str) -> tuple[Any, str]:
         DependencyError: the package for this kind of store is not installed.
         DataError: there is no such kind of store.
     """
+    import fsspec  # most commands need no store, and do not wait for it
+    from fsspec.registry import known_implementations
+
     scheme, _, rest = address.partition("://")
     key = os.getpid(), f"{scheme.lower()}://{rest.partition('/')[0]}"
     try:
