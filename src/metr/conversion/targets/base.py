@@ -146,6 +146,7 @@ class Target:
         title: What people call it.
         encoder: METR's encoder kind whose weights fit.
         decoder: METR's decoder kind whose weights fit.
+        similar_decoders: METR's decoder kinds of which some weights fit.
         backbone: The prefix of its backbone's keys.
         processor: Its image processor's class, without the suffix of a backend.
         configure: Its configuration.
@@ -163,6 +164,7 @@ class Target:
     title: str
     encoder: str
     decoder: str = "deformable"
+    similar_decoders: tuple[str, ...] = ()
     backbone: str = "model.backbone.model."
     processor: str
     configure: Callable[[BuildSpec], Any]
@@ -176,7 +178,7 @@ class Target:
 
     def fits(self, config: DetectorConfig) -> bool:
         """Whether more than the backbone of such a METR has a place here."""
-        return (config.encoder.kind, config.decoder.kind) == (self.encoder, self.decoder)
+        return config.encoder.kind == self.encoder and config.decoder.kind in (self.decoder, *self.similar_decoders)
 
     def resizes_otherwise(self, resize: ResizeConfig) -> tuple[str, ...]:
         """What its image processor does to an image's shape that METR does not, in sentences."""

@@ -78,11 +78,12 @@ def arguments(spec: BuildSpec) -> dict[str, Any]:
         what = f"needs maps of strides that double, found {list(spec.strides)}"
         raise ModelError(what, where="backbone.strides", hint="train with backbone.strides=[8,16,32]")
     ours = config if spec.fits else config.model_copy(update={"encoder": EncoderConfig(kind="hybrid", layers=1)})
+    inside = ours.encoder.width or width
     return {
         "backbone_config": spec.backbone,
         "freeze_backbone_batch_norms": config.backbone.freeze_batch_norm,
         "d_model": width,
-        "encoder_hidden_dim": width,
+        "encoder_hidden_dim": inside,
         "encoder_in_channels": list(spec.channels),
         "feat_strides": list(spec.strides),
         "encode_proj_layers": [levels - 1],
@@ -90,7 +91,7 @@ def arguments(spec: BuildSpec) -> dict[str, Any]:
         "encoder_ffn_dim": ours.encoder.feed_forward,
         "encoder_attention_heads": ours.encoder.heads,
         "hidden_expansion": ours.encoder.fusion_expansion,
-        "decoder_in_channels": [width] * levels,
+        "decoder_in_channels": [inside] * levels,
         "num_feature_levels": levels,
         "decoder_layers": config.decoder.layers,
         "decoder_ffn_dim": config.decoder.feed_forward,
@@ -328,27 +329,24 @@ def adopt(config: Any, backbone: BackboneConfig, state: State) -> Adopted:
     Raises:
         ModelError: an option is set for which METR has no counterpart.
     """
-    exact = {"positions": "plain", "predictors": "layer", "box_margin": _MARGIN}
-    fusions = {"fusion_blocks": BLOCKS, "project_memory": True}
-    adopted = adopted_config(config, backbone, fusions, exact, ADOPTED_QUERIES, SimilarityConfig(form="classifier"))
-    width = config.d_model
-    layers = {f"decoder.similarity.{n}": f"{_DECODER}.class_embed.{n}" for n in range(config.decoder_layers)}
-    return Adopted(
-        config=adopted,
-        derived=even_sampling(config, state) | unmoved_content(width) | equal_presence(width),
-        class_heads={"proposals.classifier": "model.enc_score_head"} | layers,
-    )
+    return adopted(config, backbone, state, {"fusion_blocks": BLOCKS, "project_memory": True})
 
 
-def adopted_config(
+def adopted(
     config: Any,
     backbone: BackboneConfig,
+    state: State,
     fusions: Mapping[str, Any],
-    decoder: Mapping[str, Any],
-    queries: Mapping[str, Any],
-    similarity: SimilarityConfig | None = None,
-) -> DetectorConfig:
-    """A METR with the encoder of RT-DETR or D-FINE, whose options of `fusions` differ.
+    decoder: Mapping[str, Any] | None = None,
+) -> Adopted:
+    """A METR that computes what RT-DETR or one of its successors does.
+
+    Args:
+        config: Theirs.
+        backbone: METR's configuration of its backbone.
+        state: Their weights.
+        fusions: Options of the encoder's fusions.
+        decoder: Options of the decoder that differ from RT-DETR's.
 
     Raises:
         ModelError: an option is set for which METR has no counterpart.
@@ -357,11 +355,20 @@ def adopted_config(
     encoder = EncoderConfig(
         kind="hybrid",
         positions="counted",
+        width=None if config.encoder_hidden_dim == config.d_model else config.encoder_hidden_dim,
         fusion_expansion=config.hidden_expansion,
         **encoder_values(config),
         **fusions,
     )
-    return around(encoder, config, backbone, decoder, queries, similarity)
+    exact = {"positions": "plain", "predictors": "layer", "box_margin": _MARGIN} | dict(decoder or {})
+    similarity = SimilarityConfig(form="classifier")
+    width = config.d_model
+    layers = {f"decoder.similarity.{n}": f"{_DECODER}.class_embed.{n}" for n in range(config.decoder_layers)}
+    return Adopted(
+        config=around(encoder, config, backbone, exact, ADOPTED_QUERIES, similarity),
+        derived=even_sampling(config, state) | unmoved_content(width) | equal_presence(width),
+        class_heads={"proposals.classifier": "model.enc_score_head"} | layers,
+    )
 
 
 def _refuse(config: Any) -> None:
@@ -371,7 +378,7 @@ def _refuse(config: Any) -> None:
         ModelError: naming the option.
     """
     wanted = {
-        "encoder_hidden_dim": config.d_model,
+        "decoder_in_channels": [config.encoder_hidden_dim] * config.num_feature_levels,
         "normalize_before": False,
         "learn_initial_query": False,
         "num_feature_levels": len(config.encoder_in_channels),
@@ -379,6 +386,10 @@ def _refuse(config: Any) -> None:
         "encoder_activation_function": "gelu",
         "activation_function": "silu",
         "decoder_activation_function": "relu",
+        "positional_encoding_temperature": 10_000,
+        "eval_size": None,
+        "layer_norm_eps": 1e-5,
+        "batch_norm_eps": 1e-5,
     }
     # RT-DETR itself has no choice of it
     method = {"decoder_method": "default"} if "decoder_method" in config.to_dict() else {}
