@@ -86,8 +86,8 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-def config_of(size: str, names: tuple[str, ...], queries: int = 30) -> Any:
-    """The configuration of a size, with few queries, for images of any size."""
+def config_of(size: str, names: tuple[str, ...], **changes: object) -> Any:
+    """The configuration of a size, with few queries and perhaps other options."""
     from transformers import DFineConfig, HGNetV2Config
 
     indices = [3, 4] if size == "n" else [2, 3, 4]
@@ -95,8 +95,8 @@ def config_of(size: str, names: tuple[str, ...], queries: int = 30) -> Any:
     labels = dict(enumerate(names))
     return DFineConfig(
         backbone_config=backbone,
-        num_queries=queries,
+        num_queries=30,
         id2label=labels,
         label2id={name: label for label, name in labels.items()},
-        **SIZES[size],
+        **SIZES[size] | changes,
     )

@@ -22,7 +22,7 @@ from small import TEXT_WIDTH
 
 TARGET = find_target("d_fine")
 # the larger ones take seconds to build
-PUBLISHED = [size if size in "ns" else pytest.param(size, marks=pytest.mark.slow) for size in SIZES]
+PUBLISHED = [size if size == "n" else pytest.param(size, marks=pytest.mark.slow) for size in SIZES]
 
 
 @torch.no_grad()
@@ -46,9 +46,7 @@ def published(size: str, **changes: object) -> Any:
     """A D-FINE of a published size with random weights."""
     from transformers import DFineForObjectDetection
 
-    config = config_of(size, NAMES)
-    for option, value in changes.items():
-        setattr(config, option, value)
+    config = config_of(size, NAMES, **changes)
     torch.manual_seed(3)
     return enlivened(DFineForObjectDetection(config))
 
@@ -157,3 +155,64 @@ def test_published_sizes_there_and_back(size: str) -> None:
     assert sources | set(report.left_over) == set(model.state_dict())
     again = transfer(TARGET, network, NAMES, texts()).model
     agree(network, again)
+
+
+SMALL: dict[str, Any] = {
+    "d_model": 32,
+    "encoder_hidden_dim": 32,
+    "decoder_in_channels": [32, 32],
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "decoder_layers": 2,
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"decoder_n_points": [2, 4], "decoder_offset_scale": 0.25},
+        {"encoder_hidden_dim": 48, "decoder_in_channels": [48, 48]},
+        {"max_num_bins": 16, "up": 0.25, "reg_scale": 8.0, "top_prob_values": 3, "lqe_hidden_dim": 24, "lqe_layers": 3},
+        {"eval_idx": 1},
+    ],
+    ids=["points", "encoder's width", "distributions", "last layer by its number"],
+)
+def test_options_that_published_sizes_may_set(changes: dict[str, Any]) -> None:
+    model = published("n", **SMALL | changes)
+    network, _ = adopted(model)
+    agree(network, model)
+    agree(network, transfer(TARGET, network, NAMES, texts()).model)
+
+
+def test_weights_go_before_an_older_configuration() -> None:
+    model = published("n", **SMALL, reg_scale=8.0)
+    model.config.reg_scale = 4.0
+    network, _ = adopted(model)
+    assert network.config.decoder.distribution.flatness == float(model.model.decoder.reg_scale)
+    agree(network, model)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [({"eval_idx": 0}, "eval_idx"), ({"eval_size": 640}, "eval_size"), ({"layer_norm_eps": 1e-6}, "layer_norm_eps")],
+)
+def test_options_without_a_counterpart_are_refused(changes: dict[str, Any], named: str) -> None:
+    model = published("n", **SMALL)
+    for option, value in changes.items():
+        setattr(model.config, option, value)
+    with pytest.raises(ModelError, match=f"needs {named} = "):
+        adopted(model)
+
+
+def test_a_metr_that_refines_boxes_otherwise_gives_what_fits() -> None:
+    config = alike("d_fine")
+    plain = DecoderConfig.model_validate(config.decoder.model_dump() | {"kind": "deformable"})
+    report = transfer(TARGET, stirred(config.model_copy(update={"decoder": plain})), NAMES, texts()).report
+    moved = {moved.key for moved in report.copied}
+    assert {"model.decoder.layers.1.gateway.norm.weight", "model.decoder.pre_bbox_head.layers.2.weight"} <= moved
+    assert "model.decoder.layers.1.gateway.gate.weight" in report.afresh
+    assert any("distributions" in note for note in report.notes)
+    whole = transfer(TARGET, stirred(config), NAMES, texts()).report
+    assert not any("distributions" in note for note in whole.notes)

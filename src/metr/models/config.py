@@ -177,11 +177,11 @@ class DistributionConfig(Config):
     """How a box is refined by distributions of its edges (D-FINE)."""
 
     bins: int = Field(32, ge=4, le=1_024, multiple_of=2)
-    """An edge's shift has one of this number of values and one more, each with a probability; the mean counts."""
+    """An edge has `bins` + 1 possible shifts, each with a probability; their mean counts."""
     reach: float = Field(0.5, gt=0, le=16)
-    """The largest shift but for the two outermost bins, in sides of the box; these reach twice as far (D-FINE's `up`)."""
+    """The largest shift in sides of the box, apart from the two outermost, which are twice as large (D-FINE's `up`)."""
     flatness: float = Field(4.0, gt=0, le=1_024)
-    """The larger, the more evenly the bins are spaced; else most of them are near zero (D-FINE's `reg_scale`)."""
+    """The larger, the closer the small shifts lie together (D-FINE's `reg_scale`)."""
     quality_bins: int = Field(4, ge=1, le=1_024)
     """How many of the largest probabilities of each edge tell the quality of the box."""
     quality_width: int = Field(64, ge=1, le=65_536)

@@ -79,13 +79,13 @@ class EdgeShifts(nn.Module):
 
     def forward(self, logits: Float[Tensor, "*n edges v"]) -> Float[Tensor, "*n edges"]:
         """The mean shift of each edge."""
-        mean: Tensor = logits.softmax(-1) @ self.values()
-        return mean
+        # no matrix product, which would round to the network's precision
+        return (logits.float().softmax(-1) * self.values()).sum(-1)
 
     def values(self) -> Float[Tensor, "v"]:
         """The possible shifts, ascending."""
-        flatness = self.flatness.abs()
-        top = self.reach.abs() * flatness
+        flatness = self.flatness.float().abs()
+        top = self.reach.float().abs() * flatness
         ratio = (top + 1) ** (2 / (self.bins - 2))
         steps = ratio ** torch.arange(1, self.bins // 2, device=ratio.device) - 1
         upper = torch.cat([steps, 2 * top])

@@ -305,6 +305,11 @@ def _passing(key: str, statistics: ActivationStatistics, source: tuple[str, ...]
 def differences(config: DetectorConfig) -> tuple[str, ...]:
     """What RT-DETR computes otherwise."""
     said = [PLACES, *positions_differ(config)]
+    if config.decoder.kind == "distribution":
+        said += [
+            "attention to the memory has values and outputs of its own, and no gate: these start afresh",
+            "boxes are refined without distributions: of this METR's heads only the first layer's is a start",
+        ]
     if config.encoder.fusion != "csp":
         said.append("its fusions are those of RT-DETR; this METR's are those of D-FINE, and start afresh")
     elif config.encoder.fusion_blocks > BLOCKS:
@@ -400,6 +405,7 @@ TARGET = Target(
     name="rt_detr",
     title="RT-DETR",
     encoder="hybrid",
+    similar_decoders=("distribution",),
     processor="RTDetrImageProcessor",
     configure=configure,
     table=table,
