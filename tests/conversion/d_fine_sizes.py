@@ -91,12 +91,11 @@ def config_of(size: str, names: tuple[str, ...], **changes: object) -> Any:
     from transformers import DFineConfig, HGNetV2Config
 
     indices = [3, 4] if size == "n" else [2, 3, 4]
-    backbone = HGNetV2Config(**BACKBONES[size], out_indices=indices)
     labels = dict(enumerate(names))
-    return DFineConfig(
-        backbone_config=backbone,
-        num_queries=30,
-        id2label=labels,
-        label2id={name: label for label, name in labels.items()},
-        **SIZES[size] | changes,
-    )
+    values = {
+        "backbone_config": HGNetV2Config(**BACKBONES[size], out_indices=indices),
+        "num_queries": 30,
+        "id2label": labels,
+        "label2id": {name: label for label, name in labels.items()},
+    }
+    return DFineConfig(**values | SIZES[size] | changes)

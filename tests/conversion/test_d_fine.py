@@ -158,6 +158,19 @@ def test_published_sizes_there_and_back(size: str) -> None:
 
 
 SMALL: dict[str, Any] = {
+    "backbone_config": {
+        "model_type": "hgnet_v2",
+        "hidden_sizes": [8, 16, 24, 32],
+        "stem_channels": [3, 8, 8],
+        "stage_in_channels": [8, 8, 16, 24],
+        "stage_mid_channels": [8, 8, 8, 8],
+        "stage_out_channels": [8, 16, 24, 32],
+        "stage_num_blocks": [1, 1, 1, 1],
+        "stage_numb_of_layers": [1, 1, 1, 1],
+        "use_learnable_affine_block": True,
+        "out_indices": [3, 4],
+    },
+    "encoder_in_channels": [24, 32],
     "d_model": 32,
     "encoder_hidden_dim": 32,
     "decoder_in_channels": [32, 32],
