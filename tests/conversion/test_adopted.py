@@ -19,7 +19,7 @@ from metr.text.encoder import TextEncoderConfig
 
 from tiny import write_text_model
 
-EXACT = ("rt_detr", "rt_detr_v2")
+EXACT = ("rt_detr", "rt_detr_v2", "d_fine")
 LABELS = (*NAMES, "bear", "otter")
 
 
@@ -66,7 +66,7 @@ def test_the_same_places_boxes_and_logits(name: str, tmp_path: Path, text: TextE
     for key in report.afresh:
         assert key.startswith(("category_extraction.", "denoising.")), key
     for key in report.left_over:
-        assert "denoising" in key or key.endswith(("num_batches_tracked", "n_points_scale")), key
+        assert "denoising" in key or key.endswith(("num_batches_tracked", "points_scale")), key
 
 
 @torch.no_grad()
@@ -88,11 +88,12 @@ def test_it_detects_what_the_detector_detects(tmp_path: Path, text: TextEncoderC
     torch.testing.assert_close(found.scores[0], wanted["scores"][0], atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["rt_detr", "d_fine"])
 @torch.no_grad()
-def test_and_back_again_it_is_the_detector(tmp_path: Path, text: TextEncoderConfig) -> None:
-    theirs = written("rt_detr", tmp_path)
+def test_and_back_again_it_is_the_detector(name: str, tmp_path: Path, text: TextEncoderConfig) -> None:
+    theirs = written(name, tmp_path)
     ours = from_detector(tmp_path, text=text, device="cpu")
-    again = to_detector(ours, "rt_detr", LABELS)
+    again = to_detector(ours, name, LABELS)
     pixels = normalised(ours.network, random_images())
     wanted, found = theirs(pixels), again.model(pixels)
     torch.testing.assert_close(found.pred_boxes, wanted.pred_boxes, atol=1e-4, rtol=0)

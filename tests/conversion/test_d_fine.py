@@ -57,7 +57,7 @@ def adopted(model: Any) -> tuple[Detector, TransferReport]:
     backbone = adopted_backbone(config.backbone_config, tuple(config.feat_strides), config.freeze_backbone_batch_norms)
     made = TARGET.adopt(config, backbone, state)
     network = Detector(made.config, TEXT_WIDTH).eval()
-    giving = giving_to_ours(state, TARGET.table(config).rows(), made.derived)
+    giving = giving_to_ours(state, TARGET.table(config, made.config).rows(), made.derived)
     return network, receive(network, giving, source="D-FINE", name="METR")
 
 
