@@ -30,9 +30,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> TextEncoderConfig:
     return TextEncoderConfig(source=str(folder), templates=("{}",))
 
 
-def written(name: str, folder: Path, labels: tuple[str, ...] = LABELS) -> Any:
-    """A detector of transformers with weights of its own, in a folder."""
-    network = stirred(alike(name))
+def written(name: str, folder: Path, labels: tuple[str, ...] = LABELS, **encoder: object) -> Any:
+    """A detector of transformers with weights of its own, in a folder; its encoder may have other options."""
+    network = stirred(alike(name, **encoder))
     model = stir(build(find_target(name), network, labels, seed=3)).eval()
     save_folder(model, name, network, folder)
     return model
@@ -52,10 +52,14 @@ def by_label(output: DetectorOutput, labels: int) -> tuple[Tensor, Tensor]:
     return logits.transpose(1, 2), boxes.reshape(len(boxes), labels, -1, 4)[:, 0]
 
 
-@pytest.mark.parametrize("name", EXACT)
+# in RT-DETR-R101 and D-FINE-X the encoder is wider than the decoder
+@pytest.mark.parametrize(("name", "width"), [*((name, None) for name in EXACT), ("rt_detr", 48), ("d_fine", 48)])
 @torch.no_grad()
-def test_the_same_places_boxes_and_logits(name: str, tmp_path: Path, text: TextEncoderConfig) -> None:
-    theirs = written(name, tmp_path)
+def test_the_same_places_boxes_and_logits(
+    name: str, width: int | None, tmp_path: Path, text: TextEncoderConfig
+) -> None:
+    theirs = written(name, tmp_path, width=width)
+    assert theirs.config.encoder_hidden_dim == (width or theirs.config.d_model)
     ours, report = import_detector(tmp_path, text=text, device="cpu")
     images = random_images()
     wanted = theirs(normalised(ours.network, images))
