@@ -1,4 +1,4 @@
-"""D-FINE in its published sizes becomes METR and METR becomes D-FINE: the same pixels, features, boxes and qualities."""
+"""D-FINE in its published sizes becomes METR, and METR becomes D-FINE: the same features, boxes and qualities."""
 
 from typing import Any, NamedTuple
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from conversion_cases import NAMES, alike, normalised, stirred, texts
 from d_fine_sizes import SIZES, config_of
-from torch import Tensor, nn
+from torch import Tensor
 
 from metr.conversion.convert import TransferReport, giving_to_ours, receive
 from metr.conversion.export import transfer
@@ -142,7 +142,8 @@ def agree(network: Detector, model: Any) -> None:
     close(found.place_boxes, wanted.place_boxes)
     close(found.decoded.features, wanted.decoded.features)
     close(found.decoded.boxes, wanted.decoded.boxes)
-    assert found.decoded.quality is not None and wanted.decoded.quality is not None
+    assert found.decoded.quality is not None
+    assert wanted.decoded.quality is not None
     close(found.decoded.quality, wanted.decoded.quality)
 
 

@@ -15,6 +15,7 @@ from metr.conversion.targets.base import (
     mlp,
     need_options,
 )
+from metr.conversion.targets.identity_layers import BLOCKS
 from metr.conversion.targets.rt_detr import convolution, two_branches
 from metr.errors import ModelError
 from metr.models.config import BackboneConfig, DetectorConfig
@@ -46,7 +47,7 @@ def configure(spec: BuildSpec) -> Any:
         "lqe_layers": boxes.quality_layers,
     }
     if spec.fits and encoder.fusion == "elan":
-        values["depth_mult"] = encoder.fusion_blocks / rt_detr.BLOCKS
+        values["depth_mult"] = encoder.fusion_blocks / BLOCKS
     return DFineConfig(**values)
 
 
@@ -130,7 +131,7 @@ def adopt(config: Any, backbone: BackboneConfig, state: State) -> Adopted:
     # layers behind the one that detects are of another width, and for training only
     last = config.eval_idx if config.eval_idx == config.decoder_layers - 1 else -1
     need_options(config, {"eval_idx": last})
-    blocks = round(rt_detr.BLOCKS * config.depth_mult)
+    blocks = round(BLOCKS * config.depth_mult)
     fusions = {"fusion": "elan", "fusion_blocks": blocks}
     decoder = {"kind": TARGET.decoder, "distribution": _distribution(config, state)}
     return rt_detr.adopted(config, backbone, state, fusions, decoder)

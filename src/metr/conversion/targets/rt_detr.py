@@ -5,16 +5,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from metr.conversion.activation_statistics import (
-    ActivationStatistics,
     box_position,
     inside,
-    inside_fusion,
     of_contents,
-    of_memory,
-    of_norms,
     of_places,
 )
 from metr.conversion.classifier import fit_box_mlp, place_classifier
@@ -34,7 +29,6 @@ from metr.conversion.targets.base import (
     deformable_attention,
     encoder_values,
     equal_presence,
-    even_sampling,
     feed_forward,
     given_layer,
     joined,
@@ -44,17 +38,15 @@ from metr.conversion.targets.base import (
     need_options,
     unmoved_content,
 )
+from metr.conversion.targets.identity_layers import BLOCKS, memory_projection, passing_blocks
+from metr.conversion.targets.sampling_points import even_sampling
 from metr.errors import ModelError
 from metr.models.config import BackboneConfig, DetectorConfig, EncoderConfig, SimilarityConfig
 from metr.models.detector import Detector
-from metr.models.encoders.hybrid import ConvNorm, Fusion, HybridEncoder
+from metr.models.encoders.hybrid import HybridEncoder
 
-# convolution blocks of each fusion, which RT-DETR's configuration cannot change
-BLOCKS = 3
 PLACES = "queries start from the features of places; METR's from learned ones and the category's token"
 """What distinguishes the queries of RT-DETR and its successors from METR's."""
-# how far a block is shifted so that its SiLU lets everything pass: SiLU(x + 12) is x + 12 within 1e-4
-_SHIFT = 12.0
 # the least distance from 0 and 1 of a box's numbers that it refines
 _MARGIN = 1e-5
 _ENCODER, _DECODER = "model.encoder", "model.decoder"
@@ -198,8 +190,8 @@ def derive(context: Context) -> Mapping[str, Derived]:
     network, fresh = context.network, queries_and_heads(context)
     assert isinstance(network.encoder, HybridEncoder)
     if not network.encoder.outputs:
-        fresh |= _memory_projection(network, network.encoder)
-    return fresh | _passing_blocks(network, network.encoder)
+        fresh |= memory_projection(network, network.encoder)
+    return fresh | passing_blocks(network, network.encoder)
 
 
 def queries_and_heads(context: Context) -> dict[str, Derived]:
@@ -234,72 +226,6 @@ def _positions(network: Detector) -> dict[str, Derived]:
     for number, layer in enumerate(fit.layers):
         given |= given_layer(f"{_DECODER}.query_pos_head.layers.{number}", layer, str(fit), source)
     return given
-
-
-def _memory_projection(network: Detector, encoder: HybridEncoder) -> dict[str, Derived]:
-    """RT-DETR projects and normalises the memory once more: made to change nothing.
-
-    The norm expects what the weights say of each channel, so that in training too, where it looks at the batch, it
-    changes little.
-    """
-    fresh: dict[str, Derived] = {}
-    how = "identity"
-    for level, statistics in enumerate(of_memory(encoder)):
-        key = f"model.decoder_input_proj.{level}"
-        eye = torch.eye(encoder.width)[:, :, None, None]
-        fresh[f"{key}.0.weight"] = Derived(tensor=eye, how=how)
-        source = of_norms(network, statistics)
-        for name, value in _unmoved(statistics).items():
-            fresh[f"{key}.1.{name}"] = Derived(tensor=value, how=how, source=source)
-    return fresh
-
-
-def _unmoved(statistics: ActivationStatistics, shift: float = 0.0, eps: float = 1e-5) -> dict[str, Tensor]:
-    """A batch norm that gives what it is given, or that and a shift."""
-    deviation = statistics.deviation.clamp(min=1e-2)
-    return {
-        "weight": (deviation**2 + eps).sqrt(),
-        "bias": statistics.mean + shift,
-        "running_mean": statistics.mean,
-        "running_var": deviation**2,
-    }
-
-
-def _passing_blocks(network: Detector, encoder: HybridEncoder) -> dict[str, Derived]:
-    """Blocks that METR's fusions lack: all passes through them, but for a shift that the convolution after them takes.
-
-    A fusion without that convolution keeps the blocks as they were initialised.
-    """
-    fresh: dict[str, Derived] = {}
-    for name, fusions in (("fpn_blocks", encoder.down_fusions), ("pan_blocks", encoder.up_fusions)):
-        for number, fusion in enumerate(fusions):
-            if not (isinstance(fusion, Fusion) and isinstance(fusion.out, ConvNorm)):
-                continue
-            lacking = range(len(fusion.blocks), BLOCKS)
-            if not lacking:
-                continue
-            key, own = f"{_ENCODER}.{name}.{number}", f"encoder.{'down' if name == 'fpn_blocks' else 'up'}_fusions"
-            statistics = inside_fusion(fusion)
-            source = of_norms(network, statistics)
-            for block in lacking:
-                fresh |= _passing(f"{key}.bottlenecks.{block}", statistics, source)
-                statistics = ActivationStatistics(mean=statistics.mean + _SHIFT, deviation=statistics.deviation)
-            norm = fusion.out[1]
-            passed = fusion.out[0].get_parameter("weight").detach().sum((1, 2, 3))
-            moved = norm.get_buffer("running_mean") + passed * _SHIFT * len(lacking)
-            source = tuple(f"{own}.{number}.out.{part}" for part in ("1.running_mean", "0.weight"))
-            fresh[f"{key}.conv3.norm.running_mean"] = Derived(tensor=moved, how="shifted", source=source)
-    return fresh
-
-
-def _passing(key: str, statistics: ActivationStatistics, source: tuple[str, ...]) -> dict[str, Derived]:
-    """One block through which everything epochs, shifted."""
-    width, how = len(statistics.mean), "passing block"
-    norm = _unmoved(statistics, _SHIFT)
-    fresh = {f"{key}.conv2.norm.{name}": Derived(tensor=value, how=how, source=source) for name, value in norm.items()}
-    fresh[f"{key}.conv2.conv.weight"] = Derived(tensor=torch.eye(width)[:, :, None, None], how=how)
-    silent = {"weight": torch.zeros(width), "bias": torch.zeros(width)}
-    return fresh | {f"{key}.conv1.norm.{name}": Derived(tensor=value, how=how) for name, value in silent.items()}
 
 
 def differences(config: DetectorConfig) -> tuple[str, ...]:
