@@ -33,13 +33,15 @@ def small_backbone(channels: Sequence[int] = (8, 16, 24)) -> BackboneConfig:
     return BackboneConfig(name="resnet", pretrained=False, freeze_stages=0, options=options)
 
 
-def small_config(*, encoder: str = "deformable", kept: int = 4, denoising: int = 20, **queries: Any) -> DetectorConfig:
+def small_config(
+    *, encoder: str = "deformable", decoder: str = "", kept: int = 4, denoising: int = 20, **queries: Any
+) -> DetectorConfig:
     """A network that runs in milliseconds; a plain encoder comes with the conditional decoder.
 
     Queries of places contain no category.
     """
     content = {"content": "place_only"} if queries.get("layout") == "places" else {}
-    decoder = "conditional" if encoder == "plain" else "deformable"
+    decoder = decoder or ("conditional" if encoder == "plain" else "deformable")
     return DetectorConfig(
         width=32,
         backbone=small_backbone(),

@@ -27,7 +27,7 @@ SIDE = 64
 
 def alike(target: str, **encoder: object) -> DetectorConfig:
     """A METR with the same layers as a target, or with other options of its encoder."""
-    deformable = target == "deformable_detr"
+    deformable, kind = target == "deformable_detr", "distribution" if target == "d_fine" else "deformable"
     # the group norms of Deformable DETR have 32 groups, as METR's from this width on
     width = 128 if deformable else 32
     options: dict[str, object] = {"layers": 2 if deformable else 1, "heads": 4, "feed_forward": 48, "points": 2}
@@ -44,7 +44,7 @@ def alike(target: str, **encoder: object) -> DetectorConfig:
         queries=QueryConfig(number=9, floor=2, ceiling=9, layout="uniform", attention="image"),
         denoising=DenoisingConfig(number=6),
         decoder=DecoderConfig(
-            layers=2, heads=4, points=2, feed_forward=32, positions="sine" if deformable else "plain"
+            kind=kind, layers=2, heads=4, points=2, feed_forward=32, positions="sine" if deformable else "plain"
         ),
     )
 

@@ -19,7 +19,7 @@ from metr.text.encoder import TextEncoderConfig
 
 from tiny import write_text_model
 
-EXACT = ("rt_detr", "rt_detr_v2")
+EXACT = ("rt_detr", "rt_detr_v2", "d_fine")
 LABELS = (*NAMES, "bear", "otter")
 
 
@@ -30,9 +30,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> TextEncoderConfig:
     return TextEncoderConfig(source=str(folder), templates=("{}",))
 
 
-def written(name: str, folder: Path, labels: tuple[str, ...] = LABELS) -> Any:
-    """A detector of transformers with weights of its own, in a folder."""
-    network = stirred(alike(name))
+def written(name: str, folder: Path, labels: tuple[str, ...] = LABELS, **encoder: object) -> Any:
+    """A detector of transformers with weights of its own, in a folder; its encoder may have other options."""
+    network = stirred(alike(name, **encoder))
     model = stir(build(find_target(name), network, labels, seed=3)).eval()
     save_folder(model, name, network, folder)
     return model
@@ -52,10 +52,14 @@ def by_label(output: DetectorOutput, labels: int) -> tuple[Tensor, Tensor]:
     return logits.transpose(1, 2), boxes.reshape(len(boxes), labels, -1, 4)[:, 0]
 
 
-@pytest.mark.parametrize("name", EXACT)
+# in RT-DETR-R101 and D-FINE-X the encoder is wider than the decoder
+@pytest.mark.parametrize(("name", "width"), [*((name, None) for name in EXACT), ("rt_detr", 48), ("d_fine", 48)])
 @torch.no_grad()
-def test_the_same_places_boxes_and_logits(name: str, tmp_path: Path, text: TextEncoderConfig) -> None:
-    theirs = written(name, tmp_path)
+def test_the_same_places_boxes_and_logits(
+    name: str, width: int | None, tmp_path: Path, text: TextEncoderConfig
+) -> None:
+    theirs = written(name, tmp_path, width=width)
+    assert theirs.config.encoder_hidden_dim == (width or theirs.config.d_model)
     ours, report = import_detector(tmp_path, text=text, device="cpu")
     images = random_images()
     wanted = theirs(normalised(ours.network, images))
@@ -66,7 +70,7 @@ def test_the_same_places_boxes_and_logits(name: str, tmp_path: Path, text: TextE
     for key in report.afresh:
         assert key.startswith(("category_extraction.", "denoising.")), key
     for key in report.left_over:
-        assert "denoising" in key or key.endswith(("num_batches_tracked", "n_points_scale")), key
+        assert "denoising" in key or key.endswith(("num_batches_tracked", "points_scale")), key
 
 
 @torch.no_grad()
@@ -88,11 +92,12 @@ def test_it_detects_what_the_detector_detects(tmp_path: Path, text: TextEncoderC
     torch.testing.assert_close(found.scores[0], wanted["scores"][0], atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize("name", ["rt_detr", "d_fine"])
 @torch.no_grad()
-def test_and_back_again_it_is_the_detector(tmp_path: Path, text: TextEncoderConfig) -> None:
-    theirs = written("rt_detr", tmp_path)
+def test_and_back_again_it_is_the_detector(name: str, tmp_path: Path, text: TextEncoderConfig) -> None:
+    theirs = written(name, tmp_path)
     ours = from_detector(tmp_path, text=text, device="cpu")
-    again = to_detector(ours, "rt_detr", LABELS)
+    again = to_detector(ours, name, LABELS)
     pixels = normalised(ours.network, random_images())
     wanted, found = theirs(pixels), again.model(pixels)
     torch.testing.assert_close(found.pred_boxes, wanted.pred_boxes, atol=1e-4, rtol=0)

@@ -55,16 +55,21 @@ def learn(detector: Detector, images: Tensor, text: Tensor, targets: Targets, lo
 @pytest.mark.slow
 @pytest.mark.trains
 @pytest.mark.parametrize(
-    ("layout", "encoder", "loss"),
-    [("budget", "deformable", "focal"), ("uniform", "hybrid", "quality"), ("uniform", "plain", "focal")],
+    ("layout", "encoder", "decoder", "loss"),
+    [
+        ("budget", "deformable", "deformable", "focal"),
+        ("uniform", "hybrid", "deformable", "quality"),
+        ("uniform", "hybrid", "distribution", "quality"),
+        ("uniform", "plain", "conditional", "focal"),
+    ],
 )
-def test_overfits_four_images(layout: str, encoder: str, loss: str) -> None:
+def test_overfits_four_images(layout: str, encoder: str, decoder: str, loss: str) -> None:
     """Each object is found once, by a query of its category, and nothing else is found."""
     images = torch.stack([random_image(scene) for scene in SCENES])
     parts = [targets_of([box for _, box in scene], [label for label, _ in scene], words=WORDS) for scene in SCENES]
     targets = Targets.stack(parts)
     text = torch.nn.functional.normalize(torch.randn(WORDS, TEXT_WIDTH), dim=-1)
-    detector = small_detector(shipped_config(encoder=encoder, kept=3, layout=layout)).train()
+    detector = small_detector(shipped_config(encoder=encoder, decoder=decoder, kept=3, layout=layout)).train()
     detector.category_extraction.whiten(text, detector.config.categories.whitening)
     learn(detector, images, text, targets, loss)
 

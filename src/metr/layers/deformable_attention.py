@@ -38,15 +38,17 @@ class DeformableAttention(nn.Module):
         heads: Attention heads.
         levels: Levels of the memory.
         points: Points a head and level.
+        projected: Values and output have linear layers. Without them each head samples its part of the memory as it
+            is (D-FINE).
     """
 
-    def __init__(self, width: int, heads: int, levels: int, points: int) -> None:
+    def __init__(self, width: int, heads: int, levels: int, points: int, projected: bool = True) -> None:
         super().__init__()
         self.heads, self.levels, self.points = heads, levels, points
         self.offsets = nn.Linear(width, heads * levels * points * 2)
         self.weights = nn.Linear(width, heads * levels * points)
-        self.value = nn.Linear(width, width)
-        self.out = nn.Linear(width, width)
+        self.value = nn.Linear(width, width) if projected else nn.Identity()
+        self.out = nn.Linear(width, width) if projected else nn.Identity()
         self._start_as_a_star()
 
     def _start_as_a_star(self) -> None:
@@ -62,9 +64,10 @@ class DeformableAttention(nn.Module):
             self.offsets.bias.copy_(star.unsqueeze(1).expand(-1, self.levels, -1, -1).flatten())
         nn.init.zeros_(self.weights.weight)
         nn.init.zeros_(self.weights.bias)
-        for linear in (self.value, self.out):
-            nn.init.xavier_uniform_(linear.weight)
-            nn.init.zeros_(linear.bias)
+        for projection in (self.value, self.out):
+            if isinstance(projection, nn.Linear):
+                nn.init.xavier_uniform_(projection.weight)
+                nn.init.zeros_(projection.bias)
 
     def forward(
         self,

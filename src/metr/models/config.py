@@ -68,6 +68,9 @@ class EncoderConfig(Config):
     """Convolution blocks of each fusion (`hybrid`)."""
     fusion_expansion: float = Field(1.0, gt=0, le=16)
     """Hidden channels of a fusion / width (`hybrid`)."""
+    width: int | None = Field(None, ge=8, le=16_384)
+    """Channels inside the encoder; None means the network's width. With another width a 1x1 convolution after the
+    fusion of each level leads to the network's (`hybrid`)."""
     project_memory: bool = False
     """A 1x1 convolution after the fusion of each level, as between RT-DETR's encoder and decoder (`hybrid`)."""
 
@@ -170,26 +173,53 @@ class DenoisingConfig(Config):
         return self
 
 
+class DistributionConfig(Config):
+    """How a box is refined by distributions of its edges (D-FINE)."""
+
+    bins: int = Field(32, ge=4, le=1_024, multiple_of=2)
+    """An edge has `bins` + 1 possible shifts, each with a probability; their mean counts."""
+    reach: float = Field(0.5, gt=0, le=16)
+    """The largest shift in sides of the box, apart from the two outermost, which are twice as large (D-FINE's `up`)."""
+    flatness: float = Field(4.0, gt=0, le=1_024)
+    """The larger, the closer the small shifts lie together (D-FINE's `reg_scale`)."""
+    quality_bins: int = Field(4, ge=1, le=1_024)
+    """How many of the largest probabilities of each edge tell the quality of the box."""
+    quality_width: int = Field(64, ge=1, le=65_536)
+    """Hidden width of the network that reads them."""
+    quality_layers: int = Field(2, ge=1, le=16)
+    """Its linear layers."""
+
+    @model_validator(mode="after")
+    def _as_many_probabilities(self) -> "DistributionConfig":
+        if self.quality_bins > self.bins + 1:
+            raise ValueError(f"quality_bins {self.quality_bins} is above the {self.bins + 1} values of an edge")
+        return self
+
+
 class DecoderConfig(Config):
     """From queries to predictions."""
 
-    kind: Literal["deformable", "conditional"] = "deformable"
+    kind: Literal["deformable", "conditional", "distribution"] = "deformable"
     """`deformable`: queries sample a few places of every level, as in DINO. `conditional`: they attend to the whole
-    memory, as in DAB-DETR; this is meant for the memory of a `plain` encoder."""
+    memory, as in DAB-DETR; this is meant for the memory of a `plain` encoder. `distribution`: they sample as in
+    `deformable`, and each layer refines distributions of the edges of a box, as in D-FINE."""
     layers: int = Field(6, ge=1, le=100)
     heads: int = Field(8, ge=1, le=256)
     points: int = Field(4, ge=1, le=64)
-    """Sampling points a head and level (`deformable`)."""
+    """Sampling points a head and level (`deformable`, `distribution`)."""
     feed_forward: int = Field(2048, ge=1, le=65_536)
     padded_positions: bool = False
     """Encode a query's box in units of the padded image, as DINO and the authors (`deformable`)."""
     positions: Literal["sine", "plain"] = "sine"
-    """A query's box is encoded as sines and cosines (DINO), or used as four numbers (RT-DETR; `deformable`)."""
+    """A query's box is encoded as sines and cosines (DINO), or used as four numbers (RT-DETR; `deformable` and
+    `distribution`)."""
     predictors: Literal["shared", "layer"] = "shared"
     """`shared`: all layers have one class head and one box head, which read the layer's output after one more norm
-    (DINO). `layer`: each layer has its own, which read its output as it is (RT-DETR; `deformable`)."""
+    (DINO). `layer`: each layer has its own, which read its output as it is (RT-DETR; `deformable` and `distribution`).
+    In `distribution` each layer refines boxes by itself, whatever is set."""
     box_margin: float = Field(1e-3, gt=0, lt=0.1)
     """The least distance from 0 and 1 of a coordinate that is refined: 1e-3 (DINO) or 1e-5 (RT-DETR)."""
+    distribution: DistributionConfig = DistributionConfig()
 
 
 class DetectorConfig(Config):
@@ -214,12 +244,19 @@ class DetectorConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _width_suits_the_encoder(self) -> "DetectorConfig":
+        if self.encoder.width is not None and self.encoder.kind != "hybrid":
+            raise ValueError(f"encoder.width is for encoder.kind 'hybrid'; {self.encoder.kind!r} has the network's")
+        return self
+
+    @model_validator(mode="after")
     def _fits_together(self) -> "DetectorConfig":
-        for part in (self.encoder, self.categories, self.decoder):
-            if self.width % part.heads:
-                raise ValueError(f"width {self.width} is not divisible by {part.heads} heads")
-        if self.width % 8:
-            raise ValueError(f"width {self.width} is not divisible by 8, which the position encodings need")
+        inside = self.encoder.width or self.width
+        for width, part in ((inside, self.encoder), (self.width, self.categories), (self.width, self.decoder)):
+            if width % part.heads:
+                raise ValueError(f"width {width} is not divisible by {part.heads} heads")
+            if width % 8:
+                raise ValueError(f"width {width} is not divisible by 8, which the position encodings need")
         if self.queries.floor > self.queries.ceiling:
             raise ValueError(f"queries.floor {self.queries.floor} is above queries.ceiling {self.queries.ceiling}")
         if 0 < self.categories.shortlist < self.categories.kept:

@@ -124,6 +124,8 @@ class LayeredDecoder(nn.Module):
 class Decoder(LayeredDecoder):
     """Deformable decoder layers with iterative box refinement."""
 
+    layer_type: type[nn.Module] = DecoderLayer
+
     def __init__(
         self,
         width: int,
@@ -137,23 +139,28 @@ class Decoder(LayeredDecoder):
         self.padded_positions = config.padded_positions
         self.plain = config.positions == "plain"
         self.position = MLP((4, 2 * width, width) if self.plain else (2 * width, width, width))
-        self.layers = nn.ModuleList(DecoderLayer(width, levels, config) for _ in range(config.layers))
+        self.layers = nn.ModuleList(self.layer_type(width, levels, config) for _ in range(config.layers))
 
     def forward(self, queries: Queries, memory: Memory) -> Decoded:
         """Features and boxes after every layer; each layer starts from the box that the layer before found."""
         content, boxes = queries.content, queries.reference_boxes
-        allowed = _same_group(queries)
-        scale = memory.valid_ratios.tile(1, 1, 2).unsqueeze(1)
+        allowed = same_group(queries)
         features, reported = [], []
         for number, layer in enumerate(self.layers):
-            reference = boxes.unsqueeze(2) * scale
-            placed = reference[:, :, 0] if self.padded_positions else boxes
-            position = self.position(placed if self.plain else box_encoding(placed, self.width))
+            position, reference = self.placed(boxes, memory)
             content = layer(content, position, reference, allowed, memory)
             feature, found, boxes = self.refined(number, content, boxes)
             features.append(feature)
             reported.append(found)
         return Decoded(features=torch.stack(features), boxes=torch.stack(reported))
+
+    def placed(
+        self, boxes: Float[Tensor, "b q 4"], memory: Memory
+    ) -> tuple[Float[Tensor, "b q d"], Float[Tensor, "b q l 4"]]:
+        """What is added to the content of queries with these boxes, and the boxes in each padded level."""
+        reference = boxes.unsqueeze(2) * memory.valid_ratios.tile(1, 1, 2).unsqueeze(1)
+        placed = reference[:, :, 0] if self.padded_positions else boxes
+        return self.position(placed if self.plain else box_encoding(placed, self.width)), reference
 
 
 class ConditionalDecoderLayer(nn.Module):
@@ -216,7 +223,7 @@ class ConditionalDecoder(LayeredDecoder):
     def forward(self, queries: Queries, memory: Memory) -> Decoded:
         """Features and boxes after every layer; boxes are refined as in `Decoder`."""
         content, boxes = queries.content, queries.reference_boxes
-        allowed = _same_group(queries)
+        allowed = same_group(queries)
         places = token_places(memory, self.width)
         features, reported = [], []
         for index, layer in enumerate(self.layers):
@@ -237,7 +244,8 @@ class ConditionalDecoder(LayeredDecoder):
         return ratio.flip(-1).repeat_interleave(self.width // 2, dim=-1)
 
 
-def _same_group(queries: Queries) -> Bool[Tensor, "b q q"]:
+def same_group(queries: Queries) -> Bool[Tensor, "b q q"]:
+    """Which queries attend to which."""
     return queries.group.unsqueeze(2) == queries.group.unsqueeze(1)
 
 

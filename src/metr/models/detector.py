@@ -16,6 +16,7 @@ from metr.models.category_selection import select_categories
 from metr.models.config import DetectorConfig
 from metr.models.decoder import ConditionalDecoder, Decoder
 from metr.models.denoising import Denoising
+from metr.models.distribution_decoder import DistributionDecoder
 from metr.models.encoders import build_encoder
 from metr.models.heads import similarity_tokens
 from metr.models.proposals import ClassQueries, ProposalHead, side_by_side
@@ -215,4 +216,5 @@ _FILLING = frozenset(
 def _build_decoder(config: DetectorConfig, levels: int, text_width: int) -> Decoder | ConditionalDecoder:
     if config.decoder.kind == "conditional":
         return ConditionalDecoder(config.width, config.decoder, _OBJECT_PRIOR, text_width, config.similarity)
-    return Decoder(config.width, levels, config.decoder, _OBJECT_PRIOR, text_width, config.similarity)
+    kind = DistributionDecoder if config.decoder.kind == "distribution" else Decoder
+    return kind(config.width, levels, config.decoder, _OBJECT_PRIOR, text_width, config.similarity)

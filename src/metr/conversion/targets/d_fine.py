@@ -3,21 +3,19 @@
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from metr.conversion.table import Row, State, backbone_rows
 from metr.conversion.targets import rt_detr
 from metr.conversion.targets.base import (
     Adopted,
     BuildSpec,
-    Derived,
     KeyTable,
-    even_sampling,
     feed_forward,
     joined,
     linear,
     mlp,
+    need_options,
 )
+from metr.conversion.targets.identity_layers import BLOCKS
 from metr.conversion.targets.rt_detr import convolution, two_branches
 from metr.errors import ModelError
 from metr.models.config import BackboneConfig, DetectorConfig
@@ -39,10 +37,17 @@ def configure(spec: BuildSpec) -> Any:
     if spec.config.decoder.layers < _LEAST_LAYERS:
         what = f"needs {_LEAST_LAYERS} decoder layers, found {spec.config.decoder.layers}"
         raise ModelError(what, where="model.decoder.layers", hint="train a METR with more")
-    values = rt_detr.arguments(spec)
-    encoder = spec.config.encoder
+    encoder, boxes = spec.config.encoder, spec.config.decoder.distribution
+    values = rt_detr.arguments(spec) | {
+        "max_num_bins": boxes.bins,
+        "up": boxes.reach,
+        "reg_scale": boxes.flatness,
+        "top_prob_values": boxes.quality_bins,
+        "lqe_hidden_dim": boxes.quality_width,
+        "lqe_layers": boxes.quality_layers,
+    }
     if spec.fits and encoder.fusion == "elan":
-        values["depth_mult"] = encoder.fusion_blocks / rt_detr.BLOCKS
+        values["depth_mult"] = encoder.fusion_blocks / BLOCKS
     return DFineConfig(**values)
 
 
@@ -71,11 +76,11 @@ def encoder_rows() -> tuple[Row, ...]:
 
 
 def table(config: Any, _: DetectorConfig) -> KeyTable:
-    """D-FINE's. Its attention to the memory has no values and outputs of its own; its later boxes are distributions."""
+    """D-FINE's; a METR with a deformable decoder has fewer of its parts."""
     theirs, ours = f"{_DECODER}.layers.{{i}}", "decoder.layers.{i}"
     return KeyTable(
         backbone=backbone_rows(config.backbone_config, TARGET.backbone),
-        encoder=encoder_rows(),
+        encoder=joined(encoder_rows(), rt_detr.sequence("model.decoder_input_proj.{i}", "encoder.outputs.{i}")),
         decoder=joined(
             rt_detr.self_attention_rows(),
             linear(
@@ -83,49 +88,73 @@ def table(config: Any, _: DetectorConfig) -> KeyTable:
                 f"{ours}.cross",
                 {"sampling_offsets": "offsets", "attention_weights": "weights"},
             ),
-            linear(theirs, ours, {"gateway.norm": "cross_norm"}),
+            linear(theirs, ours, {"gateway.gate": "gate", "gateway.norm": "cross_norm"}),
             feed_forward(theirs, f"{ours}.feed_forward", _FIRST, _SECOND),
             rt_detr.position_rows(),
         ),
-        heads=joined(rt_detr.proposal_rows(), mlp(f"{_DECODER}.pre_bbox_head", "decoder.box.change", 3)),
+        heads=joined(rt_detr.proposal_rows(), _box_rows(config.lqe_layers)),
+    )
+
+
+def _box_rows(quality_layers: int) -> tuple[Row, ...]:
+    """The box of the first layer, the distributions of its edges, and the quality that they tell."""
+    return joined(
+        mlp(f"{_DECODER}.pre_bbox_head", "decoder.box.change", 3),
+        mlp(f"{_DECODER}.bbox_embed.{{i}}", "decoder.distributions.{i}", 3),
+        mlp(f"{_DECODER}.lqe_layers.{{i}}.reg_conf", "decoder.quality.{i}.read", quality_layers),
+        (Row(f"{_DECODER}.up", "decoder.shifts.reach"), Row(f"{_DECODER}.reg_scale", "decoder.shifts.flatness")),
     )
 
 
 def differences(config: DetectorConfig) -> tuple[str, ...]:
     """What D-FINE computes otherwise."""
-    said = [
-        rt_detr.PLACES,
-        "attention to the memory has no values and outputs of its own, and a gate: these start afresh",
-        "boxes after the first layer are distributions, whose heads start afresh",
-        *rt_detr.positions_differ(config),
-    ]
+    said = [rt_detr.PLACES]
+    if config.decoder.kind != TARGET.decoder:
+        said += [
+            "attention to the memory has no values and outputs of its own, and a gate: these start afresh",
+            "boxes after the first layer are distributions, whose heads start afresh",
+        ]
+    said += rt_detr.positions_differ(config)
     if config.encoder.fusion != "elan":
         said.append("its fusions are those of D-FINE; this METR's are those of RT-DETR, and start afresh")
+    if config.encoder.project_memory and config.encoder.width in (None, config.width):
+        said.append("its memory is not projected once more after the encoder, as this METR's is")
     return tuple(said)
 
 
 def adopt(config: Any, backbone: BackboneConfig, state: State) -> Adopted:
-    """A METR with D-FINE's encoder; the values and outputs that its decoder lacks change nothing.
+    """A METR with D-FINE's encoder and decoder.
 
     Raises:
         ModelError: an option is set for which METR has no counterpart.
     """
-    blocks = round(rt_detr.BLOCKS * config.depth_mult)
+    # layers behind the one that detects are of another width, and for training only
+    last = config.eval_idx if config.eval_idx == config.decoder_layers - 1 else -1
+    need_options(config, {"eval_idx": last})
+    blocks = round(BLOCKS * config.depth_mult)
     fusions = {"fusion": "elan", "fusion_blocks": blocks}
-    adopted = rt_detr.adopted_config(config, backbone, fusions, {"positions": "plain"}, {"content": "place"})
-    identity = dict[str, Derived]()
-    for layer in range(config.decoder_layers):
-        for part in ("value", "out"):
-            key, width = f"decoder.layers.{layer}.cross.{part}", config.d_model
-            identity[f"{key}.weight"] = Derived(tensor=torch.eye(width), how="identity")
-            identity[f"{key}.bias"] = Derived(tensor=torch.zeros(width), how="identity")
-    return Adopted(config=adopted, derived=identity | even_sampling(config, state))
+    decoder = {"kind": TARGET.decoder, "distribution": _distribution(config, state)}
+    return rt_detr.adopted(config, backbone, state, fusions, decoder)
+
+
+def _distribution(config: Any, state: State) -> dict[str, Any]:
+    """How METR refines boxes as D-FINE does. What the weights say goes before the configuration, which may be older."""
+    return {
+        "bins": config.max_num_bins,
+        "reach": abs(float(state[f"{_DECODER}.up"])),
+        "flatness": abs(float(state[f"{_DECODER}.reg_scale"])),
+        "quality_bins": config.top_prob_values,
+        "quality_width": config.lqe_hidden_dim,
+        "quality_layers": config.lqe_layers,
+    }
 
 
 TARGET = replace(
     rt_detr.TARGET,
     name="d_fine",
     title="D-FINE",
+    decoder="distribution",
+    similar_decoders=("deformable",),
     configure=configure,
     table=table,
     derive=rt_detr.queries_and_heads,

@@ -5,16 +5,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from metr.conversion.activation_statistics import (
-    ActivationStatistics,
     box_position,
     inside,
-    inside_fusion,
     of_contents,
-    of_memory,
-    of_norms,
     of_places,
 )
 from metr.conversion.classifier import fit_box_mlp, place_classifier
@@ -34,7 +29,6 @@ from metr.conversion.targets.base import (
     deformable_attention,
     encoder_values,
     equal_presence,
-    even_sampling,
     feed_forward,
     given_layer,
     joined,
@@ -44,17 +38,15 @@ from metr.conversion.targets.base import (
     need_options,
     unmoved_content,
 )
+from metr.conversion.targets.identity_layers import BLOCKS, memory_projection, passing_blocks
+from metr.conversion.targets.sampling_points import even_sampling
 from metr.errors import ModelError
 from metr.models.config import BackboneConfig, DetectorConfig, EncoderConfig, SimilarityConfig
 from metr.models.detector import Detector
-from metr.models.encoders.hybrid import ConvNorm, Fusion, HybridEncoder
+from metr.models.encoders.hybrid import HybridEncoder
 
-# convolution blocks of each fusion, which RT-DETR's configuration cannot change
-BLOCKS = 3
 PLACES = "queries start from the features of places; METR's from learned ones and the category's token"
 """What distinguishes the queries of RT-DETR and its successors from METR's."""
-# how far a block is shifted so that its SiLU lets everything pass: SiLU(x + 12) is x + 12 within 1e-4
-_SHIFT = 12.0
 # the least distance from 0 and 1 of a box's numbers that it refines
 _MARGIN = 1e-5
 _ENCODER, _DECODER = "model.encoder", "model.decoder"
@@ -78,11 +70,12 @@ def arguments(spec: BuildSpec) -> dict[str, Any]:
         what = f"needs maps of strides that double, found {list(spec.strides)}"
         raise ModelError(what, where="backbone.strides", hint="train with backbone.strides=[8,16,32]")
     ours = config if spec.fits else config.model_copy(update={"encoder": EncoderConfig(kind="hybrid", layers=1)})
+    inside = ours.encoder.width or width
     return {
         "backbone_config": spec.backbone,
         "freeze_backbone_batch_norms": config.backbone.freeze_batch_norm,
         "d_model": width,
-        "encoder_hidden_dim": width,
+        "encoder_hidden_dim": inside,
         "encoder_in_channels": list(spec.channels),
         "feat_strides": list(spec.strides),
         "encode_proj_layers": [levels - 1],
@@ -90,7 +83,7 @@ def arguments(spec: BuildSpec) -> dict[str, Any]:
         "encoder_ffn_dim": ours.encoder.feed_forward,
         "encoder_attention_heads": ours.encoder.heads,
         "hidden_expansion": ours.encoder.fusion_expansion,
-        "decoder_in_channels": [width] * levels,
+        "decoder_in_channels": [inside] * levels,
         "num_feature_levels": levels,
         "decoder_layers": config.decoder.layers,
         "decoder_ffn_dim": config.decoder.feed_forward,
@@ -197,8 +190,8 @@ def derive(context: Context) -> Mapping[str, Derived]:
     network, fresh = context.network, queries_and_heads(context)
     assert isinstance(network.encoder, HybridEncoder)
     if not network.encoder.outputs:
-        fresh |= _memory_projection(network, network.encoder)
-    return fresh | _passing_blocks(network, network.encoder)
+        fresh |= memory_projection(network, network.encoder)
+    return fresh | passing_blocks(network, network.encoder)
 
 
 def queries_and_heads(context: Context) -> dict[str, Derived]:
@@ -235,75 +228,14 @@ def _positions(network: Detector) -> dict[str, Derived]:
     return given
 
 
-def _memory_projection(network: Detector, encoder: HybridEncoder) -> dict[str, Derived]:
-    """RT-DETR projects and normalises the memory once more: made to change nothing.
-
-    The norm expects what the weights say of each channel, so that in training too, where it looks at the batch, it
-    changes little.
-    """
-    fresh: dict[str, Derived] = {}
-    how = "identity"
-    for level, statistics in enumerate(of_memory(encoder)):
-        key = f"model.decoder_input_proj.{level}"
-        eye = torch.eye(encoder.width)[:, :, None, None]
-        fresh[f"{key}.0.weight"] = Derived(tensor=eye, how=how)
-        source = of_norms(network, statistics)
-        for name, value in _unmoved(statistics).items():
-            fresh[f"{key}.1.{name}"] = Derived(tensor=value, how=how, source=source)
-    return fresh
-
-
-def _unmoved(statistics: ActivationStatistics, shift: float = 0.0, eps: float = 1e-5) -> dict[str, Tensor]:
-    """A batch norm that gives what it is given, or that and a shift."""
-    deviation = statistics.deviation.clamp(min=1e-2)
-    return {
-        "weight": (deviation**2 + eps).sqrt(),
-        "bias": statistics.mean + shift,
-        "running_mean": statistics.mean,
-        "running_var": deviation**2,
-    }
-
-
-def _passing_blocks(network: Detector, encoder: HybridEncoder) -> dict[str, Derived]:
-    """Blocks that METR's fusions lack: all passes through them, but for a shift that the convolution after them takes.
-
-    A fusion without that convolution keeps the blocks as they were initialised.
-    """
-    fresh: dict[str, Derived] = {}
-    for name, fusions in (("fpn_blocks", encoder.down_fusions), ("pan_blocks", encoder.up_fusions)):
-        for number, fusion in enumerate(fusions):
-            if not (isinstance(fusion, Fusion) and isinstance(fusion.out, ConvNorm)):
-                continue
-            lacking = range(len(fusion.blocks), BLOCKS)
-            if not lacking:
-                continue
-            key, own = f"{_ENCODER}.{name}.{number}", f"encoder.{'down' if name == 'fpn_blocks' else 'up'}_fusions"
-            statistics = inside_fusion(fusion)
-            source = of_norms(network, statistics)
-            for block in lacking:
-                fresh |= _passing(f"{key}.bottlenecks.{block}", statistics, source)
-                statistics = ActivationStatistics(mean=statistics.mean + _SHIFT, deviation=statistics.deviation)
-            norm = fusion.out[1]
-            passed = fusion.out[0].get_parameter("weight").detach().sum((1, 2, 3))
-            moved = norm.get_buffer("running_mean") + passed * _SHIFT * len(lacking)
-            source = tuple(f"{own}.{number}.out.{part}" for part in ("1.running_mean", "0.weight"))
-            fresh[f"{key}.conv3.norm.running_mean"] = Derived(tensor=moved, how="shifted", source=source)
-    return fresh
-
-
-def _passing(key: str, statistics: ActivationStatistics, source: tuple[str, ...]) -> dict[str, Derived]:
-    """One block through which everything epochs, shifted."""
-    width, how = len(statistics.mean), "passing block"
-    norm = _unmoved(statistics, _SHIFT)
-    fresh = {f"{key}.conv2.norm.{name}": Derived(tensor=value, how=how, source=source) for name, value in norm.items()}
-    fresh[f"{key}.conv2.conv.weight"] = Derived(tensor=torch.eye(width)[:, :, None, None], how=how)
-    silent = {"weight": torch.zeros(width), "bias": torch.zeros(width)}
-    return fresh | {f"{key}.conv1.norm.{name}": Derived(tensor=value, how=how) for name, value in silent.items()}
-
-
 def differences(config: DetectorConfig) -> tuple[str, ...]:
     """What RT-DETR computes otherwise."""
     said = [PLACES, *positions_differ(config)]
+    if config.decoder.kind == "distribution":
+        said += [
+            "attention to the memory has values and outputs of its own, and no gate: these start afresh",
+            "boxes are refined without distributions: of this METR's heads only the first layer's is a start",
+        ]
     if config.encoder.fusion != "csp":
         said.append("its fusions are those of RT-DETR; this METR's are those of D-FINE, and start afresh")
     elif config.encoder.fusion_blocks > BLOCKS:
@@ -328,27 +260,24 @@ def adopt(config: Any, backbone: BackboneConfig, state: State) -> Adopted:
     Raises:
         ModelError: an option is set for which METR has no counterpart.
     """
-    exact = {"positions": "plain", "predictors": "layer", "box_margin": _MARGIN}
-    fusions = {"fusion_blocks": BLOCKS, "project_memory": True}
-    adopted = adopted_config(config, backbone, fusions, exact, ADOPTED_QUERIES, SimilarityConfig(form="classifier"))
-    width = config.d_model
-    layers = {f"decoder.similarity.{n}": f"{_DECODER}.class_embed.{n}" for n in range(config.decoder_layers)}
-    return Adopted(
-        config=adopted,
-        derived=even_sampling(config, state) | unmoved_content(width) | equal_presence(width),
-        class_heads={"proposals.classifier": "model.enc_score_head"} | layers,
-    )
+    return adopted(config, backbone, state, {"fusion_blocks": BLOCKS, "project_memory": True})
 
 
-def adopted_config(
+def adopted(
     config: Any,
     backbone: BackboneConfig,
+    state: State,
     fusions: Mapping[str, Any],
-    decoder: Mapping[str, Any],
-    queries: Mapping[str, Any],
-    similarity: SimilarityConfig | None = None,
-) -> DetectorConfig:
-    """A METR with the encoder of RT-DETR or D-FINE, whose options of `fusions` differ.
+    decoder: Mapping[str, Any] | None = None,
+) -> Adopted:
+    """A METR that computes what RT-DETR or one of its successors does.
+
+    Args:
+        config: Theirs.
+        backbone: METR's configuration of its backbone.
+        state: Their weights.
+        fusions: Options of the encoder's fusions.
+        decoder: Options of the decoder that differ from RT-DETR's.
 
     Raises:
         ModelError: an option is set for which METR has no counterpart.
@@ -357,11 +286,20 @@ def adopted_config(
     encoder = EncoderConfig(
         kind="hybrid",
         positions="counted",
+        width=None if config.encoder_hidden_dim == config.d_model else config.encoder_hidden_dim,
         fusion_expansion=config.hidden_expansion,
         **encoder_values(config),
         **fusions,
     )
-    return around(encoder, config, backbone, decoder, queries, similarity)
+    exact = {"positions": "plain", "predictors": "layer", "box_margin": _MARGIN} | dict(decoder or {})
+    similarity = SimilarityConfig(form="classifier")
+    width = config.d_model
+    layers = {f"decoder.similarity.{n}": f"{_DECODER}.class_embed.{n}" for n in range(config.decoder_layers)}
+    return Adopted(
+        config=around(encoder, config, backbone, exact, ADOPTED_QUERIES, similarity),
+        derived=even_sampling(config, state) | unmoved_content(width) | equal_presence(width),
+        class_heads={"proposals.classifier": "model.enc_score_head"} | layers,
+    )
 
 
 def _refuse(config: Any) -> None:
@@ -371,7 +309,7 @@ def _refuse(config: Any) -> None:
         ModelError: naming the option.
     """
     wanted = {
-        "encoder_hidden_dim": config.d_model,
+        "decoder_in_channels": [config.encoder_hidden_dim] * config.num_feature_levels,
         "normalize_before": False,
         "learn_initial_query": False,
         "num_feature_levels": len(config.encoder_in_channels),
@@ -379,6 +317,10 @@ def _refuse(config: Any) -> None:
         "encoder_activation_function": "gelu",
         "activation_function": "silu",
         "decoder_activation_function": "relu",
+        "positional_encoding_temperature": 10_000,
+        "eval_size": None,
+        "layer_norm_eps": 1e-5,
+        "batch_norm_eps": 1e-5,
     }
     # RT-DETR itself has no choice of it
     method = {"decoder_method": "default"} if "decoder_method" in config.to_dict() else {}
@@ -389,6 +331,7 @@ TARGET = Target(
     name="rt_detr",
     title="RT-DETR",
     encoder="hybrid",
+    similar_decoders=("distribution",),
     processor="RTDetrImageProcessor",
     configure=configure,
     table=table,

@@ -19,6 +19,7 @@ class HybridEncoder(nn.Module):
 
     def __init__(self, channels: Sequence[int], width: int, config: EncoderConfig) -> None:
         super().__init__()
+        outer, width = width, config.width or width
         self.width, self.levels = width, min(config.levels, len(channels))
         self.counted = config.positions == "counted"
         channels = tuple(channels)[-self.levels :]
@@ -34,8 +35,8 @@ class HybridEncoder(nn.Module):
             SeparableStride(width) if elan else ConvNorm(width, width, 3, stride=2) for _ in steps
         )
         self.up_fusions = nn.ModuleList(fusion(width, config) for _ in steps)
-        outputs = range(self.levels if config.project_memory else 0)
-        self.outputs = nn.ModuleList(ConvNorm(width, width, 1, activate=False) for _ in outputs)
+        outputs = range(self.levels if config.project_memory or outer != width else 0)
+        self.outputs = nn.ModuleList(ConvNorm(width, outer, 1, activate=False) for _ in outputs)
 
     def forward(self, features: Sequence[Tensor], padding_mask: Bool[Tensor, "b h w"]) -> Memory:
         """Backbone maps (finest first) to memory."""
