@@ -33,23 +33,34 @@ def small_backbone(channels: Sequence[int] = (8, 16, 24)) -> BackboneConfig:
     return BackboneConfig(name="resnet", pretrained=False, freeze_stages=0, options=options)
 
 
+def small_transformer(name: str = "rf_detr_dinov2") -> BackboneConfig:
+    """A vision transformer of a few thousand random weights that attends inside four windows; its stride is 8."""
+    options = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 96, "patch_size": 8}
+    windows = {"num_windows": 2} if name == "rf_detr_dinov2" else {"num_windows": 4, "window_block_indices": [0]}
+    return BackboneConfig(name=name, pretrained=False, freeze_stages=0, layers=(1, 2), options=options | windows)
+
+
 def small_config(
     *, encoder: str = "deformable", decoder: str = "", kept: int = 4, denoising: int = 20, **queries: Any
 ) -> DetectorConfig:
-    """A network that runs in milliseconds; a plain encoder comes with the conditional decoder.
+    """A network that runs in milliseconds.
 
-    Queries of places contain no category.
+    A plain encoder comes with the conditional decoder, and a projector with a vision transformer and with boxes as in
+    RF-DETR. Queries of places contain no category.
     """
     content = {"content": "place_only"} if queries.get("layout") == "places" else {}
     decoder = decoder or ("conditional" if encoder == "plain" else "deformable")
+    form = dict[str, Any]()
+    if encoder == "projector":
+        form, queries = {"boxes": "reparametrised", "refine": "none", "cross_heads": 8}, {"start": "shifted"} | queries
     return DetectorConfig(
         width=32,
-        backbone=small_backbone(),
+        backbone=small_transformer() if encoder == "projector" else small_backbone(),
         encoder=EncoderConfig(kind=encoder, layers=1, levels=3, heads=4, feed_forward=32, fusion_blocks=1),
         categories=CategoryConfig(blocks=2, heads=4, feed_forward=32, kept=kept),
         queries=QueryConfig(**{"number": 24, "floor": 2, "ceiling": 12, "layout": "uniform"} | content | queries),
         denoising=DenoisingConfig(number=denoising),
-        decoder=DecoderConfig(kind=decoder, layers=2, heads=4, feed_forward=32),
+        decoder=DecoderConfig(kind=decoder, layers=2, heads=4, feed_forward=32, **form),
     )
 
 

@@ -32,6 +32,12 @@ def xyxy_to_cxcywh(boxes: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n 4"]:
     return torch.cat([(low + high) / 2, high - low], dim=-1)
 
 
+def moved(boxes: Float[Tensor, "*#n 4"], change: Float[Tensor, "*#n 4"]) -> Float[Tensor, "*#n 4"]:
+    """cxcywh boxes whose centres move by multiples of their sides, and whose sides are multiplied by exponentials."""
+    sides = boxes[..., 2:]
+    return torch.cat([boxes[..., :2] + change[..., :2] * sides, sides * change[..., 2:].exp()], dim=-1)
+
+
 def xyxy_to_xywh(boxes: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n 4"]:
     """Top left corner and size of boxes given by their corners (COCO results)."""
     low, high = boxes[..., :2], boxes[..., 2:]

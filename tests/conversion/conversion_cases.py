@@ -10,6 +10,7 @@ from metr.conversion.export import colours_of
 from metr.conversion.targets import find_target
 from metr.data.config import ResizeConfig
 from metr.models.config import (
+    BackboneConfig,
     CategoryConfig,
     DecoderConfig,
     DenoisingConfig,
@@ -23,10 +24,48 @@ from small import TEXT_WIDTH, small_backbone
 
 NAMES = ("penguin", "shark", "puffin")
 SIDE = 64
+PROJECTING = ("lw_detr", "rf_detr")
+
+
+def windowed_backbone(target: str) -> BackboneConfig:
+    """The backbone of LW-DETR or RF-DETR, with 4 windows and a patch of 8 pixels."""
+    options = {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2, "image_size": SIDE, "patch_size": 8}
+    if target == "lw_detr":
+        options |= {"num_windows": 4, "window_block_indices": [0, 2], "pretrain_image_size": 32}
+    else:
+        options |= {"num_windows": 2}
+    name = {"lw_detr": "lw_detr_vit", "rf_detr": "rf_detr_dinov2"}[target]
+    return BackboneConfig(name=name, pretrained=False, freeze_stages=0, layers=(1, 2, 4), options=options)
+
+
+def projecting(target: str, **encoder: object) -> DetectorConfig:
+    """A METR with the same layers as LW-DETR or RF-DETR."""
+    options: dict[str, object] = {"kind": "projector", "heads": 4, "fusion_blocks": 2, "fusion_expansion": 0.5}
+    options |= {"scales": (2.0, 1.0, 0.5)} if target == "lw_detr" else {"norm": "layer", "norm_eps": 1e-6}
+    return DetectorConfig(
+        width=32,
+        backbone=windowed_backbone(target),
+        encoder=EncoderConfig(**(options | encoder)),
+        categories=CategoryConfig(blocks=1, heads=4, feed_forward=32, kept=3),
+        queries=QueryConfig(number=9, floor=2, ceiling=9, layout="uniform", attention="image", start="shifted"),
+        denoising=DenoisingConfig(number=6),
+        decoder=DecoderConfig(
+            layers=2,
+            heads=4,
+            cross_heads=8,
+            points=2,
+            feed_forward=40,
+            padded_positions=True,
+            boxes="reparametrised",
+            refine="none",
+        ),
+    )
 
 
 def alike(target: str, **encoder: object) -> DetectorConfig:
     """A METR with the same layers as a target, or with other options of its encoder."""
+    if target in PROJECTING:
+        return projecting(target, **encoder)
     deformable, kind = target == "deformable_detr", "distribution" if target == "d_fine" else "deformable"
     # the group norms of Deformable DETR have 32 groups, as METR's from this width on
     width = 128 if deformable else 32
@@ -56,10 +95,10 @@ def stirred(config: DetectorConfig, seed: int = 0) -> Detector:
 
 
 @torch.no_grad()
-def stir(network: nn.Module) -> nn.Module:
-    """Moves every parameter and every statistic of a norm off its start."""
+def stir(network: nn.Module, by: float = 0.1) -> nn.Module:
+    """Moves every parameter and every statistic of a norm off its start; large networks want less."""
     for parameter in network.parameters():
-        parameter.add_(torch.randn_like(parameter) * 0.1)
+        parameter.add_(torch.randn_like(parameter) * by)
     for key, buffer in network.named_buffers():
         if key.endswith(("running_mean", "bias")):
             buffer.add_(torch.randn_like(buffer) * 0.1)
@@ -68,10 +107,10 @@ def stir(network: nn.Module) -> nn.Module:
     return network
 
 
-def random_images(number: int = 2, seed: int = 1) -> Tensor:
+def random_images(number: int = 2, seed: int = 1, width: int = SIDE + 32) -> Tensor:
     """Random images in 0..1."""
     torch.manual_seed(seed)
-    return torch.rand(number, 3, SIDE, SIDE + 32)
+    return torch.rand(number, 3, SIDE, width)
 
 
 def normalised(network: Detector, images: Tensor) -> Tensor:

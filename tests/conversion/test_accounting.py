@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conversion_cases import NAMES, alike, save_folder, stir, stirred, texts
+from conversion_cases import NAMES, PROJECTING, alike, save_folder, stir, stirred, texts
 from torch import Tensor
 
 from metr.conversion.classifier import name_tokens, refined_tokens
@@ -21,7 +21,7 @@ from metr.models.config import DetectorConfig, SimilarityConfig
 from small import small_config
 
 SINGLE = ("dab_detr", "conditional_detr", "detr")
-FOLDERS = ("deformable_detr", "rt_detr", "rt_detr_v2", "d_fine")
+FOLDERS = ("deformable_detr", "rt_detr", "rt_detr_v2", "d_fine", *PROJECTING)
 NOWHERE = ("category_extraction.presence.", "category_extraction.shortlist.")
 
 
@@ -55,7 +55,7 @@ def test_all_of_metr_is_accounted_for(target: str, token: str) -> None:
     assert len(nowhere) > 20
     assert nowhere <= set(report.left_over)
     # of a denoising query the content of each label is made, where there are such queries
-    assert ("denoising.learned" in report.left_over) == (target in {*SINGLE, "deformable_detr"})
+    assert ("denoising.learned" in report.left_over) == (target in {*SINGLE, *PROJECTING, "deformable_detr"})
     assert ("decoder.similarity.bias" in report.left_over) is False
 
 
@@ -131,6 +131,7 @@ def moved_by(derivation: Derivation, modules: set[str], before: Mapping[str, Ten
         ("deformable_detr", "refined", {}),
         ("rt_detr", "refined", {"fusion_blocks": 1, "fusion_expansion": 0.5, "project_memory": False}),
         ("d_fine", "text", {}),
+        ("lw_detr", "refined", {}),
         ("dab_detr", "refined", {}),
         ("conditional_detr", "text", {}),
         ("detr", "refined", {}),

@@ -16,7 +16,7 @@ from small import adopted_config, small_config, small_detector, targets_of
 
 TEXT = torch.nn.functional.normalize(torch.randn(9, 24, generator=torch.Generator().manual_seed(1)), dim=-1)
 LAYOUTS = ["budget", "uniform", "shared", "places"]
-FAMILIES = ["deformable", "hybrid", "plain"]
+FAMILIES = ["deformable", "hybrid", "plain", "projector"]
 NO_MASK = torch.zeros(1, 64, 96, dtype=torch.bool)
 
 

@@ -27,6 +27,7 @@ SMALL: dict[str, DetectorConfig] = {
     "deformable": small_config(),
     "hybrid": small_config(encoder="hybrid"),
     "plain": small_config(encoder="plain"),
+    "projector": small_config(encoder="projector"),
     "shared": small_config(layout="shared"),
     "budget": small_config(layout="budget"),
     "image": small_config(attention="image"),

@@ -48,6 +48,17 @@ def test_boxes_move_in_logit_space() -> None:
         assert found == pytest.approx(1 / (1 + math.exp(-(math.log(value / (1 - value)) + change))), abs=1e-6)
 
 
+def test_boxes_move_by_their_sides() -> None:
+    head = BoxHead(8, "reparametrised")
+    start = torch.tensor([[0.2, 0.5, 0.1, 0.4]])
+    assert torch.equal(head.start(start), start)
+    assert torch.equal(head(torch.randn(1, 8), start), start)
+    with torch.no_grad():
+        head.change.last.bias.copy_(torch.tensor([1.0, -1.0, 0.5, 0.0]))
+    wanted = torch.tensor([[0.2 + 0.1, 0.5 - 0.4, 0.1 * math.exp(0.5), 0.4]])
+    torch.testing.assert_close(head(torch.randn(1, 8), start), wanted)
+
+
 def test_boxes_are_float32_and_finite_wherever_they_start() -> None:
     features = torch.randn(2, 8).bfloat16()
     boxes = BoxHead(8).bfloat16()(features, torch.tensor([[torch.inf] * 4, [-torch.inf] * 4]))

@@ -13,7 +13,7 @@ from metr.structures import Targets
 from small import TEXT_WIDTH, shipped_config, small_detector, targets_of
 
 SIZE, STEPS = 96, 180
-RATES = {"deformable": 3e-3, "hybrid": 3e-3, "plain": 2e-3}  # full attention wants a lower one
+RATES = {"deformable": 3e-3, "hybrid": 3e-3, "plain": 2e-3, "projector": 3e-3}  # full attention wants a lower one
 COLOURS = torch.tensor([[1.0, 0.1, 0.1], [0.1, 0.9, 0.1], [0.2, 0.2, 1.0]])
 WORDS = 4  # rectangle, ellipse, triangle, and one that is nowhere
 Scene = list[tuple[int, list[float]]]
@@ -61,6 +61,7 @@ def learn(detector: Detector, images: Tensor, text: Tensor, targets: Targets, lo
         ("uniform", "hybrid", "deformable", "quality"),
         ("uniform", "hybrid", "distribution", "quality"),
         ("uniform", "plain", "conditional", "focal"),
+        ("uniform", "projector", "deformable", "quality"),
     ],
 )
 def test_overfits_four_images(layout: str, encoder: str, decoder: str, loss: str) -> None:

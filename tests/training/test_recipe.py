@@ -33,7 +33,8 @@ RECIPES = resources.files("metr") / "recipes"
 
 def leaves(tree: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
     for key, value in tree.items():
-        if isinstance(value, dict) and value:
+        # the options of a backbone are one value: another network has other ones
+        if isinstance(value, dict) and value and key != "options":
             yield from leaves(value, f"{path}{key}.")
         else:
             yield f"{path}{key}", value
@@ -82,8 +83,10 @@ def test_a_size_is_a_document_of_known_keys(size: str) -> None:
 
 
 def test_the_sizes_are_what_is_promised() -> None:
-    nano, small, base = (load_recipe(size) for size in SIZES)
+    nano, small, base, vit = (load_recipe(size) for size in SIZES)
     assert [one.model.backbone.name for one in (nano, small, base)] == ["efficientnet_lite0", "resnet18", "resnet50"]
+    assert (vit.model.encoder.kind, vit.model.backbone.layers) == ("projector", (3, 6, 9, 12))
+    assert (vit.augmentation.resize.size % 28, vit.loader.multiple) == (0, 28)
     assert (nano.model.encoder.kind, nano.model.width, nano.model.decoder.layers) == ("hybrid", 128, 3)
     assert nano.augmentation.resize.size == 320
     assert (base.model.encoder.kind, base.model.width) == ("deformable", 256)

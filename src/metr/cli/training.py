@@ -56,7 +56,7 @@ def train(
     data: _RunsData = None,
     *,
     out: _RunToWrite,
-    size: Annotated[str | None, typer.Option(help="nano (by default), small or base.")] = None,
+    size: Annotated[str | None, typer.Option(help="nano (by default), small, base or vit.")] = None,
     config: Annotated[Path | None, typer.Option(help="A YAML file laid over the size's recipe.")] = None,
     set_: Overrides = None,
     steps: _Steps = None,

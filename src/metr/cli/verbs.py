@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["AllowEmpty", "Data", "Overrides", "Prompts", "check_run", "demo", "detect", "evaluate", "push", "transfer"]
 
-_TARGETS = "deformable_detr, dab_detr, conditional_detr, detr, rt_detr, rt_detr_v2 or d_fine"
+_TARGETS = "deformable_detr, dab_detr, conditional_detr, detr, rt_detr, rt_detr_v2, d_fine, lw_detr or rf_detr"
 
 _ENGINES = ("plain", "ray")
 _RAY_DEVICES = ("auto", "cpu", "cuda")

@@ -17,7 +17,10 @@ from torch.nn.functional import silu
 from metr.layers.position_encoding import box_encoding
 from metr.models.detector import Detector
 from metr.models.encoders import Encoder
+from metr.models.encoders.deformable import DeformableEncoder
 from metr.models.encoders.hybrid import AggregatingFusion, ConvNorm, Fusion, HybridEncoder, RepVggBlock
+from metr.models.encoders.projector import ProjectorEncoder
+from metr.models.encoders.pyramid import PlainEncoder
 
 _TEXT = ("category_extraction.projection", "category_extraction.norm")
 # with a memory of one token, queries and keys of cross-attention have no effect
@@ -84,6 +87,8 @@ def after_fusion(fusion: Fusion | AggregatingFusion) -> ActivationStatistics:
 
 def of_memory(encoder: Encoder) -> list[ActivationStatistics]:
     """Statistics of each level of the memory, finest first."""
+    if isinstance(encoder, ProjectorEncoder):
+        return [after_norm(scale.norm) for scale in encoder.scales]  # type: ignore[arg-type]
     if not isinstance(encoder, HybridEncoder):
         return [_after_layers(encoder)] * encoder.levels
     if encoder.outputs:
@@ -93,7 +98,7 @@ def of_memory(encoder: Encoder) -> list[ActivationStatistics]:
     return [after_fusion(fusion) for fusion in (encoder.down_fusions[-1], *encoder.up_fusions)]
 
 
-def _after_layers(encoder: Encoder) -> ActivationStatistics:
+def _after_layers(encoder: DeformableEncoder | HybridEncoder | PlainEncoder) -> ActivationStatistics:
     """Statistics of the output of attention layers; unknown for an encoder without them."""
     if len(encoder.layers):
         return after_norm(encoder.layers[-1].feed_forward.norm)  # type: ignore[arg-type]
@@ -129,6 +134,11 @@ def of_contents(network: Detector) -> tuple[str, ...]:
 def of_head(network: Detector) -> tuple[str, ...]:
     """What makes a classification head for the decoder's normalised output (`classifier.classifier`)."""
     return inside(network, "decoder.similarity", "decoder.norm") + of_tokens(network)
+
+
+def of_normed_head(network: Detector) -> tuple[str, ...]:
+    """The same for any form of the head (`classifier.normed_classifier`)."""
+    return of_head(network) if network.config.similarity.form == "product" else inside(network, "decoder.similarity")
 
 
 def of_layer_head(network: Detector, layer: int) -> tuple[str, ...]:

@@ -117,6 +117,19 @@ def layer_classifier(network: Detector, text: Float[Tensor, "v t"], tokens: Floa
 
 
 @torch.no_grad()
+def normed_classifier(network: Detector, text: Float[Tensor, "v t"], tokens: Float[Tensor, "v d"]) -> Linear:
+    """One logit a name from the decoder's normalised output, for detectors that have METR's norm there.
+
+    It is exact where METR has linear classifiers. The arguments are those of `layer_classifier`.
+    """
+    head = network.decoder.similarity
+    if isinstance(head, ClassifierHead):
+        return names_classifier(head, text)
+    assert isinstance(head, SimilarityHead)
+    return classifier(head, tokens, after_norm(network.decoder.norm))
+
+
+@torch.no_grad()
 def names_classifier(head: ClassifierHead, text: Float[Tensor, "v t"]) -> Linear:
     """One logit a name, as a head of linear classifiers gives it: exact."""
     text = text.to(head.weight.weight)

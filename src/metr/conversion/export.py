@@ -50,7 +50,10 @@ def build_spec_for(target: Target, network: Detector, names: Sequence[str]) -> B
     """What the target is to be built for."""
     backbone, encoder = network.backbone, network.config.encoder
     fits = target.fits(network.config)
-    levels = 1 if target.single_map else min(encoder.levels, len(backbone.channels)) if fits else len(backbone.channels)
+    every = len(backbone.channels)
+    levels = (
+        1 if target.single_map else every if encoder.kind == "projector" or not fits else min(encoder.levels, every)
+    )
     return BuildSpec(
         config=network.config,
         backbone=backbone_config(backbone, levels),

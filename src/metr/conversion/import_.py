@@ -25,10 +25,15 @@ from metr.hub import configuration, loading, pretrained
 from metr.models.backbones.registered import register
 from metr.models.config import BackboneConfig, DetectorConfig
 from metr.models.detector import Detector
+from metr.serialization import read_json
 
 logger = logging.getLogger(__name__)
 
 _STRIDES = (4, 8, 16, 32)
+_PREPROCESSING = "preprocessor_config.json"
+# transformers 5.23.0 builds these with torchvision only; what METR wants to know stands in the file
+_NEEDS_TORCHVISION = frozenset({"RfDetrImageProcessor"})
+_IMAGENET = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}
 # names that stand for no category in the labels of published detectors
 _NO_NAMES = ("LABEL_", "N/A")
 # ridge of the text projection's whitening, as a fraction of the embeddings' mean variance; as in the recipes
@@ -185,12 +190,15 @@ def _backbone(config: Any) -> BackboneConfig:
 
 def _preprocessing(folder: Path) -> Mapping[str, Any]:
     """What the image processor's file says; nothing where there is none."""
-    if not (folder / "preprocessor_config.json").is_file():
-        logger.warning("%s has no preprocessor_config.json: METR's own size and colours are taken", folder)
+    if not (folder / _PREPROCESSING).is_file():
+        logger.warning("%s has no %s: METR's own size and colours are taken", folder, _PREPROCESSING)
         return {}
+    values: Mapping[str, Any] = read_json(folder / _PREPROCESSING)
+    if str(values.get("image_processor_type", "")).removesuffix("Fast") in _NEEDS_TORCHVISION:
+        return {**_IMAGENET, **values}
     with loading(str(folder)):
-        values: Mapping[str, Any] = pretrained("AutoImageProcessor", folder).to_dict()
-        return values
+        told: Mapping[str, Any] = pretrained("AutoImageProcessor", folder).to_dict()
+        return told
 
 
 def _coloured(backbone: BackboneConfig, preprocessing: Mapping[str, Any]) -> BackboneConfig:

@@ -19,7 +19,7 @@ from torch import Tensor
 from metr.errors import CheckpointError, ModelError
 from metr.models.backbones.base import Backbone
 from metr.models.backbones.efficientnet_lite import STAGE_OF_STRIDE, EfficientNetLiteBackbone
-from metr.models.backbones.hugging_face import HuggingFaceBackbone
+from metr.models.backbones.hugging_face import WINDOWED, HuggingFaceBackbone
 from metr.models.backbones.registered import EfficientNetLiteConfig
 from metr.models.config import BackboneConfig
 
@@ -168,4 +168,6 @@ def adopted_backbone(config: Any, strides: tuple[int, ...], frozen_norms: bool) 
     known = type(config)().to_dict().keys()
     options = {key: value for key, value in values.items() if key in known and key not in _NOT_OPTIONS}
     options = {key: value for key, value in options.items() if not key.startswith(("id2label", "label2id"))}
+    if config.model_type in WINDOWED:
+        common["layers"] = tuple(config.out_indices)
     return BackboneConfig(name=config.model_type, options=options, **common)

@@ -69,7 +69,11 @@ def to_detector(model: METR, target: str, names: Sequence[str] | Vocabulary | No
     wanted = _wanted(model, names)
     new = model.untrained(wanted)
     done = transfer_weights(found, model.network, wanted.names, model.embed(wanted, tell=False))
-    notes = (*done.report.notes, *found.resizes_otherwise(model.resize), *filter(None, [told(new)]))
+    notes = (
+        *done.report.notes,
+        *found.resizes_otherwise(model.resize, model.network.backbone.pad_to),
+        *filter(None, [told(new)]),
+    )
     head = "its classification head was computed from the names" if found.fits(model.network.config) else _BACKBONE
     keep_aliases(done.model, model.checkpoint.detection.aliases)
     never = f"; never trained: {listed([one.called for one in new])}" if new else ""
@@ -116,7 +120,7 @@ def transfer(
     _keep_what_was_changed(out)
     model = source if isinstance(source, METR) else METR.from_pretrained(source, device="cpu")
     done = to_detector(model, target, _read_for(model, names) if isinstance(names, str) else names)
-    processor = found.image_processor(model.resize, colours_of(model.network))
+    processor = found.image_processor(model.resize, colours_of(model.network), model.network.backbone.pad_to)
     with explained_disk_errors(out), replaced_folder(out, REPORT) as fresh, quiet():
         try:
             done.model.save_pretrained(fresh)
@@ -172,8 +176,8 @@ def from_detector(
     """A METR that starts from the weights of another detector, and where it can, finds what the other finds.
 
     Args:
-        source: A folder of transformers (Deformable DETR, RT-DETR, D-FINE), or a `.pth` file of IDEA-Research's DINO or
-            of METR's authors. Nothing in it is executed.
+        source: A folder of transformers (Deformable DETR, RT-DETR, D-FINE, LW-DETR, RF-DETR), or a `.pth` file of
+            IDEA-Research's DINO or of METR's authors. Nothing in it is executed.
         names: The vocabulary; by default the detector's labels. A file of METR's authors has no names: give as many
             as it has embeddings, in their order, or others.
         text: The text encoder; by default the bundled one.
@@ -212,7 +216,7 @@ def import_detector(
         text_embeddings=embeddings,
         text_encoder=encoder.pinned_config.model_dump(mode="json") | {"identity": encoder.identity},
         preprocessing=(published.resize or ResizeConfig()).model_dump(mode="json"),
-        training={"started from": f"{published.title}, {Path(source).name}", RECIPE: _rates()},
+        training={"started from": f"{published.title}, {Path(source).name}", RECIPE: _rates(network.backbone.multiple)},
         detection=DetectionDefaults(presence=published.class_heads is None),
     )
     rebuilt = replace(checkpoint, model=published.config.model_copy(update={"backbone": network.backbone.config}))
@@ -237,12 +241,12 @@ def _labels(published: PublishedDetector, wanted: Vocabulary, encoder: TextEncod
     return encoder.embed(wanted)
 
 
-def _rates() -> Tree:
+def _rates(multiple: int) -> Tree:
     """Settings that fine-tuning starts from: batch and optimizer of METR base.
 
     Losses and augmentation are METR's own, because the detector's files do not say how it was trained.
     """
-    told = left_to_finetuning(load_recipe("base"))
+    told = left_to_finetuning(load_recipe("base", overrides=[f"loader.multiple={multiple}"]))
     return {part: told[part] for part in ("loader", "train")}
 
 

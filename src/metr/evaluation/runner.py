@@ -94,7 +94,7 @@ def evaluate(
     vocabulary = with_training(joint.vocabulary, model.vocabulary, config.prompts)
     config = config.model_copy(update={"inference": model.inference(config.inference)})
     config = _with_default_names(config, model.checkpoint.detection.names)
-    loader = LoaderConfig(batch_size=config.inference.batch_size)
+    loader = LoaderConfig(batch_size=config.inference.batch_size, multiple=model.network.backbone.multiple)
     text, sets = model.embed(vocabulary), joint.evaluation(split)
     runner = EvaluationRunner(vocabulary, text, sets, model.resize, loader, config, model.vocabulary)
     unannotated = model.checkpoint.training.get("unannotated")

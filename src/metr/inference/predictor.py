@@ -24,6 +24,8 @@ from metr.structures import Detections, DetectorOutput, NameLimits
 
 # How many batches are read ahead, so that images of one shape can be batched together.
 _BATCHES_AHEAD = 4
+# of the padding of images, for networks that do not say
+_MULTIPLE = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +62,7 @@ class Predictor:
         resize: The shape in which images enter the network: that of its training.
         config: Batch size, precision, post-processing.
         device: Where the network is; by default where its first parameter is.
-        multiple: Sides are padded to multiples of this many pixels.
+        multiple: Sides are padded to multiples of this many pixels; None: of what the backbone needs.
         limits: Of each name; see `name_limits`. By default the network's own.
 
     Raises:
@@ -75,13 +77,15 @@ class Predictor:
         resize: ResizeConfig,
         config: InferenceConfig | None = None,
         device: torch.device | None = None,
-        multiple: int = 32,
+        multiple: int | None = None,
         limits: NameLimits | None = None,
     ) -> None:
         if len(names) == 0 or len(names) != len(text):
             raise ModelError(f"expected one name for each of {len(text)} text embeddings, found {len(names)}")
         self.network, self.names, self.resize = network, tuple(names), resize
-        self.config, self.multiple = config or InferenceConfig(), multiple
+        self.config = config or InferenceConfig()
+        needed: int = getattr(getattr(network, "backbone", None), "multiple", _MULTIPLE)
+        self.multiple = needed if multiple is None else multiple
         self.device = device or device_of(network)
         self.text = text.to(self.device)
         self.limits = None if limits is None else limits.to(self.device)

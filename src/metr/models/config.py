@@ -23,6 +23,9 @@ class BackboneConfig(Config):
     """The hub's branch, tag or commit."""
     strides: tuple[int, ...] = (8, 16, 32)
     """Stride of each feature map in pixels, finest first; any of 4, 8, 16 and 32."""
+    layers: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """Of a plain vision transformer: the layers, counted from 1, whose outputs are the feature maps. All maps have the
+    patch's stride, and `strides` has no effect. Empty: a pyramid of the wanted strides, made from the last layer."""
     freeze_stages: Annotated[int, Field(ge=0, le=4)] = 1
     """The stem and this many stages are frozen; 0 trains all of it, as random weights need. Stage 1 ends at stride 4,
     stage 2 at stride 8, ...; a stage of a plain vision transformer is a quarter of its layers."""
@@ -43,17 +46,25 @@ class BackboneConfig(Config):
             raise ValueError("expected some of 4, 8, 16 and 32 in this order")
         return strides
 
+    @field_validator("layers")
+    @classmethod
+    def _ascending(cls, layers: tuple[int, ...]) -> tuple[int, ...]:
+        if list(layers) != sorted(set(layers)):
+            raise ValueError("expected layers in ascending order, each once")
+        return layers
+
 
 class EncoderConfig(Config):
     """From feature maps to memory."""
 
-    kind: Literal["deformable", "hybrid", "plain"] = "deformable"
-    """As in Deformable DETR and DINO, as in RT-DETR, or as in DETR."""
+    kind: Literal["deformable", "hybrid", "plain", "projector"] = "deformable"
+    """As in Deformable DETR and DINO, as in RT-DETR, as in DETR, or as in LW-DETR and RF-DETR (convolutions only, on
+    backbone maps of one stride: `backbone.layers`)."""
     layers: int = Field(6, ge=0, le=100)
-    """Attention layers; `hybrid` has them on the coarsest level only."""
+    """Attention layers; `hybrid` has them on the coarsest level only, `projector` has none."""
     levels: int = Field(4, ge=1, le=8)
     """Levels of the memory. `deformable` adds levels to the backbone's by strided convolution; `hybrid` has at most
-    as many as the backbone; `plain` has only the backbone's last, whatever is set."""
+    as many as the backbone; `plain` has only the backbone's last, and `projector` one a scale, whatever is set."""
     heads: int = Field(8, ge=1, le=256)
     points: int = Field(4, ge=1, le=64)
     """Sampling points a head and level (`deformable`)."""
@@ -65,14 +76,28 @@ class EncoderConfig(Config):
     fusion: Literal["csp", "elan"] = "csp"
     """How two levels are fused: as in RT-DETR, or as in D-FINE (`hybrid`)."""
     fusion_blocks: int = Field(3, ge=1, le=100)
-    """Convolution blocks of each fusion (`hybrid`)."""
+    """Convolution blocks of each fusion (`hybrid`, `projector`)."""
     fusion_expansion: float = Field(1.0, gt=0, le=16)
-    """Hidden channels of a fusion / width (`hybrid`)."""
+    """Hidden channels of a fusion / width (`hybrid`, `projector`)."""
     width: int | None = Field(None, ge=8, le=16_384)
     """Channels inside the encoder; None means the network's width. With another width a 1x1 convolution after the
     fusion of each level leads to the network's (`hybrid`)."""
     project_memory: bool = False
     """A 1x1 convolution after the fusion of each level, as between RT-DETR's encoder and decoder (`hybrid`)."""
+    scales: tuple[float, ...] = (1.0,)
+    """Cells of each level / cells of a backbone map, along one side, finest level first: 2, 1 or 0.5 (`projector`)."""
+    norm: Literal["batch", "layer"] = "batch"
+    """What follows a convolution: a batch norm (LW-DETR), or a layer norm over the channels of each cell (RF-DETR;
+    `projector`)."""
+    norm_eps: float = Field(1e-5, gt=0, le=1)
+    """Added to the variance in these norms (`projector`)."""
+
+    @field_validator("scales")
+    @classmethod
+    def _finest_first(cls, scales: tuple[float, ...]) -> tuple[float, ...]:
+        if not scales or list(scales) != sorted(set(scales) & {2.0, 1.0, 0.5}, reverse=True):
+            raise ValueError("expected some of 2, 1 and 0.5 in this order")
+        return scales
 
 
 class CategoryConfig(Config):
@@ -121,6 +146,8 @@ class QueryConfig(Config):
     content: Literal["learned", "place", "place_only", "learned_only"] = "learned"
     """`learned`: a learned query and the category's token. `place`: the same and the feature of the query's place.
     `place_only`, `learned_only`: that feature, or the learned query, without the category's token."""
+    start: Literal["proposal", "shifted"] = "proposal"
+    """The box that a query starts from: its proposal's, or that moved by a learned shift of its rank (LW-DETR)."""
 
 
 class SimilarityConfig(Config):
@@ -205,9 +232,18 @@ class DecoderConfig(Config):
     `deformable`, and each layer refines distributions of the edges of a box, as in D-FINE."""
     layers: int = Field(6, ge=1, le=100)
     heads: int = Field(8, ge=1, le=256)
+    cross_heads: Annotated[int, Field(ge=1, le=256)] | None = None
+    """Heads of the attention to the memory; None: as many as `heads` (`deformable`)."""
     points: int = Field(4, ge=1, le=64)
     """Sampling points a head and level (`deformable`, `distribution`)."""
     feed_forward: int = Field(2048, ge=1, le=65_536)
+    boxes: Literal["logit", "reparametrised"] = "logit"
+    """How boxes are refined, those of proposals too. `logit`: changes are added to the inverse sigmoid of each
+    coordinate. `reparametrised`: a centre moves by multiples of the box's sides, and the sides are multiplied by
+    exponentials; boxes may leave the image (LW-DETR, RF-DETR; `deformable`)."""
+    refine: Literal["each", "none"] = "each"
+    """Each layer starts from the box that the layer before found, or all start from the query's own (LW-DETR, RF-DETR;
+    `deformable`)."""
     padded_positions: bool = False
     """Encode a query's box in units of the padded image, as DINO and the authors (`deformable`)."""
     positions: Literal["sine", "plain"] = "sine"
@@ -250,6 +286,25 @@ class DetectorConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _maps_suit_the_encoder(self) -> "DetectorConfig":
+        one_stride = bool(self.backbone.layers) or len(self.backbone.strides) == 1
+        if self.encoder.kind == "projector" and not one_stride:
+            what = (
+                "encoder.kind 'projector' takes backbone maps of one stride: expected backbone.layers, as [3,6,9,12] of"
+            )
+            raise ValueError(f"{what} a plain vision transformer, or one backbone.strides")
+        if self.encoder.kind != "projector" and len(self.backbone.layers) > 1:
+            raise ValueError("several backbone.layers have one stride, and are for encoder.kind 'projector'")
+        return self
+
+    @model_validator(mode="after")
+    def _boxes_suit_the_decoder(self) -> "DetectorConfig":
+        decoder = self.decoder
+        if decoder.kind == "conditional" and (decoder.boxes, decoder.refine) != ("logit", "each"):
+            raise ValueError("decoder.boxes and decoder.refine are for decoder.kind 'deformable'")
+        return self
+
+    @model_validator(mode="after")
     def _fits_together(self) -> "DetectorConfig":
         inside = self.encoder.width or self.width
         for width, part in ((inside, self.encoder), (self.width, self.categories), (self.width, self.decoder)):
@@ -257,6 +312,8 @@ class DetectorConfig(Config):
                 raise ValueError(f"width {width} is not divisible by {part.heads} heads")
             if width % 8:
                 raise ValueError(f"width {width} is not divisible by 8, which the position encodings need")
+        if self.decoder.cross_heads and self.width % self.decoder.cross_heads:
+            raise ValueError(f"width {self.width} is not divisible by {self.decoder.cross_heads} heads")
         if self.queries.floor > self.queries.ceiling:
             raise ValueError(f"queries.floor {self.queries.floor} is above queries.ceiling {self.queries.ceiling}")
         if 0 < self.categories.shortlist < self.categories.kept:

@@ -17,7 +17,7 @@ from metr.layers.mlp import MLP, FeedForward
 from metr.layers.position_encoding import box_encoding
 from metr.models.config import DecoderConfig, SimilarityConfig
 from metr.models.encoders.pyramid import token_places
-from metr.models.heads import BoxHead, box_logits, build_class_head
+from metr.models.heads import BoxHead, build_class_head
 from metr.structures import Decoded, Memory, Queries, gather_rows
 
 # The smallest box side, in 0..1 of the image, that conditional attention distinguishes.
@@ -31,7 +31,7 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.among = Attention(width, config.heads)
         self.among_norm = nn.LayerNorm(width)
-        self.cross = DeformableAttention(width, config.heads, levels, config.points)
+        self.cross = DeformableAttention(width, config.cross_heads or config.heads, levels, config.points)
         self.cross_norm = nn.LayerNorm(width)
         self.feed_forward = FeedForward(width, config.feed_forward)
 
@@ -68,18 +68,18 @@ class LayeredDecoder(nn.Module):
     ) -> None:
         super().__init__()
         self.similarity_config, self.width, self.margin = similarity, width, config.box_margin
-        self.separate = config.predictors == "layer"
+        self.separate, self.refines = config.predictors == "layer", config.refine == "each"
         if self.separate:
             heads = range(config.layers)
             self.norm: nn.Module = nn.Identity()
             self.similarity: nn.Module = nn.ModuleList(
                 build_class_head(width, text_width, prior, similarity) for _ in heads
             )
-            self.box: nn.Module = nn.ModuleList(BoxHead(width) for _ in heads)
+            self.box: nn.Module = nn.ModuleList(BoxHead(width, config.boxes) for _ in heads)
         else:
             self.norm = nn.LayerNorm(width)
             self.similarity = build_class_head(width, text_width, prior, similarity)
-            self.box = BoxHead(width)
+            self.box = BoxHead(width, config.boxes)
 
     def refined(
         self, layer: int, content: Float[Tensor, "b q d"], boxes: Float[Tensor, "b q 4"]
@@ -87,10 +87,14 @@ class LayeredDecoder(nn.Module):
         """After a layer: the feature for class heads, the reported box, and where the next layer starts.
 
         The next layer starts without gradient. With shared heads it starts from a box that comes from the layer's raw
-        output, while the reported one comes from the normalised output, as in DINO.
+        output, while the reported one comes from the normalised output, as in DINO. With `refine: none` it starts from
+        the queries' own boxes.
         """
-        normed, start, head = self.norm(content), box_logits(boxes, self.margin), self._head(self.box, layer)
+        normed, head = self.norm(content), self._head(self.box, layer)
+        start = head.start(boxes, self.margin)
         found = head(normed, start)
+        if not self.refines:
+            return normed, found, boxes
         return normed, found, (found if self.separate else head(content, start)).detach()
 
     def ask(self, decoded: Decoded, tokens: Float[Tensor, "b k c"], slot: Int[Tensor, "b q"]) -> Float[Tensor, "r b q"]:

@@ -52,7 +52,9 @@ class Detector(nn.Module):
         self.backbone = build_backbone(config.backbone)
         self.encoder = build_encoder(self.backbone.channels, width, config.encoder)
         self.category_extraction = CategoryExtraction(text_width, width, config.categories)
-        self.proposals = ProposalHead(width, config.queries, _OBJECT_PRIOR, text_width, config.similarity)
+        self.proposals = ProposalHead(
+            width, config.queries, _OBJECT_PRIOR, text_width, config.similarity, config.decoder.boxes
+        )
         self.class_queries = ClassQueries(width, config.queries)
         self.denoising = Denoising(width, config.denoising) if config.denoising.number else None
         self.decoder = _build_decoder(config, self.encoder.levels, text_width)

@@ -1,11 +1,13 @@
 """The heads: a logit for "is this my category?", and a box that refines a reference box."""
 
 import math
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from metr.boxes import moved
 from metr.layers.mlp import MLP
 from metr.models.config import SimilarityConfig
 from metr.structures import Categories
@@ -96,20 +98,32 @@ def similarity_tokens(categories: Categories, config: SimilarityConfig) -> Float
 
 
 class BoxHead(nn.Module):
-    """Refines a reference box in logit space, by a change predicted from a feature. Untrained, it changes nothing."""
+    """Refines a reference box by a change predicted from a feature. Untrained, it changes nothing.
 
-    def __init__(self, width: int) -> None:
+    Args:
+        width: d.
+        form: `logit` adds the change to the inverse sigmoid of each coordinate; `reparametrised` moves the centre by
+            multiples of the box's sides and multiplies these by exponentials.
+    """
+
+    def __init__(self, width: int, form: Literal["logit", "reparametrised"] = "logit") -> None:
         super().__init__()
+        self.reparametrised = form == "reparametrised"
         self.change = MLP((width, width, width, 4))
         nn.init.zeros_(self.change.last.weight)
         nn.init.zeros_(self.change.last.bias)
 
-    def forward(
-        self, features: Float[Tensor, "*n d"], reference_logits: Float[Tensor, "*n 4"]
-    ) -> Float[Tensor, "*n 4"]:
-        """cxcywh boxes in 0..1, float32."""
-        moved: Tensor = self.change(features).float() + reference_logits.float()
-        return moved.sigmoid()
+    def start(self, boxes: Float[Tensor, "*n 4"], margin: float = 1e-3) -> Float[Tensor, "*n 4"]:
+        """What `forward` takes as the reference for these cxcywh boxes: themselves, or their logits (`box_logits`)."""
+        return boxes if self.reparametrised else box_logits(boxes, margin)
+
+    def forward(self, features: Float[Tensor, "*n d"], reference: Float[Tensor, "*n 4"]) -> Float[Tensor, "*n 4"]:
+        """cxcywh boxes, float32; those of the `logit` form are in 0..1."""
+        change = self.change(features).float()
+        if self.reparametrised:
+            return moved(reference.float(), change)
+        refined: Tensor = change + reference.float()
+        return refined.sigmoid()
 
 
 def box_logits(boxes: Float[Tensor, "*n 4"], margin: float = 1e-3) -> Float[Tensor, "*n 4"]:

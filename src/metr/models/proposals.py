@@ -2,12 +2,14 @@
 
 import math
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from einops import rearrange, repeat
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from metr.boxes import moved
 from metr.models.config import QueryConfig, SimilarityConfig
 from metr.models.encoders.pyramid import cell_centres
 from metr.models.heads import BoxHead, ClassifierHead, similarity_tokens
@@ -27,12 +29,13 @@ class ProposalHead(nn.Module):
         prior: float,
         text_width: int,
         similarity: SimilarityConfig | None = None,
+        boxes: Literal["logit", "reparametrised"] = "logit",
     ) -> None:
         super().__init__()
         self.config, self.similarity_config = config, similarity or SimilarityConfig()
         self.feature = nn.Linear(width, width)
         self.norm = nn.LayerNorm(width)
-        self.box = BoxHead(width)
+        self.box = BoxHead(width, boxes)
         if self.similarity_config.form == "classifier":
             self.classifier: ClassifierHead | None = ClassifierHead(width, text_width, prior)
             return
@@ -100,8 +103,8 @@ class ProposalHead(nn.Module):
         return scores.topk(min(self.config.number, scores.shape[1]), dim=1)
 
     def _places(self, memory: Memory) -> tuple[Tensor, Tensor, Tensor]:
-        """Anchor, usability and feature of each place."""
-        anchors, usable = anchor_logits(memory)
+        """Anchor, as the box head takes it, usability and feature of each place."""
+        anchors, usable = anchor_boxes(memory) if self.box.reparametrised else anchor_logits(memory)
         return anchors, usable, self.features(memory, usable)
 
     def features(self, memory: Memory, usable: Bool[Tensor, "b s"]) -> Float[Tensor, "b s d"]:
@@ -159,7 +162,8 @@ class ClassQueries(nn.Module):
     """Queries of proposals. Content = learned query (by rank in its category's group) + the category's refined token.
 
     With `content: place` a linear layer of the feature of the query's place is added, without gradient to the feature
-    (as in DINO and RT-DETR). With `place_only` it is all the content, with `learned_only` the learned query is.
+    (as in DINO and RT-DETR). With `place_only` it is all the content, with `learned_only` the learned query is. With
+    `start: shifted` a query starts from its proposal's box, moved by a learned shift of its rank.
     """
 
     def __init__(self, width: int, config: QueryConfig) -> None:
@@ -168,6 +172,7 @@ class ClassQueries(nn.Module):
         ranks = config.number if config.layout == "places" else config.ceiling
         self.learned = None if config.content == "place_only" else nn.Embedding(ranks, width)
         self.place = nn.Linear(width, width) if config.content in ("place", "place_only") else None
+        self.shift = _no_shifts(ranks) if config.start == "shifted" else None
         self.together = config.attention == "image"
 
     def forward(self, proposals: Proposals, features: Float[Tensor, "b n d"], categories: Categories) -> Queries:
@@ -182,10 +187,11 @@ class ClassQueries(nn.Module):
             slot = torch.zeros_like(proposals.slot[:, :number])
         else:
             valid, slot = proposals.valid, proposals.slot
-        group = torch.zeros_like(slot) if self.together else slot
+        group, rank = torch.zeros_like(slot) if self.together else slot, proposals.rank[:, :number]
+        boxes = proposals.boxes[:, :number].detach()
         return Queries(
-            content=self._content(proposals.rank[:, :number], slot, features, categories),
-            reference_boxes=proposals.boxes[:, :number].detach(),
+            content=self._content(rank, slot, features, categories),
+            reference_boxes=boxes if self.shift is None else moved(boxes, self.shift(rank).float()),
             slot=slot,
             group=group.masked_fill(~valid, -1),
             valid=valid,
@@ -201,6 +207,13 @@ class ClassQueries(nn.Module):
             parts.append(self.place(features.detach()))
         content: Tensor = sum(parts[1:], parts[0])
         return content
+
+
+def _no_shifts(number: int) -> nn.Embedding:
+    """A shift for each rank, which leaves boxes where they are at the start."""
+    shifts = nn.Embedding(number, 4)
+    nn.init.zeros_(shifts.weight)
+    return shifts
 
 
 def side_by_side(first: Queries, second: Queries) -> Queries:
@@ -261,8 +274,8 @@ def take_pairs(
     return index // priority.shape[2], index % priority.shape[2], valid
 
 
-def anchor_logits(memory: Memory) -> tuple[Float[Tensor, "b s 4"], Bool[Tensor, "b s"]]:
-    """The anchor of every place in logit space, and whether the place is usable.
+def anchor_boxes(memory: Memory) -> tuple[Float[Tensor, "b s 4"], Bool[Tensor, "b s"]]:
+    """The anchor of every place as a cxcywh box, and whether the place is usable.
 
     An anchor's centre is that of its cell; its sides are 0.05 of the image on the finest level, and twice as long on
     each coarser level. A place is usable unless it is padding or a coordinate of its anchor is outside (0.01, 0.99).
@@ -271,5 +284,11 @@ def anchor_logits(memory: Memory) -> tuple[Float[Tensor, "b s 4"], Bool[Tensor, 
     sides = [centres.new_full((h * w, 2), 0.05 * 2**level) for level, (h, w) in enumerate(memory.level_shapes)]
     anchors = torch.cat([centres, torch.cat(sides).expand_as(centres)], dim=-1)
     usable = ((anchors > 0.01) & (anchors < 0.99)).all(-1) & ~memory.padding_mask
+    return anchors, usable
+
+
+def anchor_logits(memory: Memory) -> tuple[Float[Tensor, "b s 4"], Bool[Tensor, "b s"]]:
+    """`anchor_boxes` in logit space; infinite where a place is not usable."""
+    anchors, usable = anchor_boxes(memory)
     logits = (anchors / (1 - anchors)).log()
     return logits.masked_fill(~usable.unsqueeze(-1), torch.inf), usable

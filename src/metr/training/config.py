@@ -163,8 +163,8 @@ class TrainConfig(Config):
         return self
 
 
-Size = Literal["nano", "small", "base"]
-SIZES: tuple[Size, ...] = ("nano", "small", "base")
+Size = Literal["nano", "small", "base", "vit"]
+SIZES: tuple[Size, ...] = ("nano", "small", "base", "vit")
 
 
 class RunConfig(Config):
@@ -213,7 +213,7 @@ def load_recipe(
     """The configuration of a run. With another number of steps than the size's, see `laid_over`.
 
     Args:
-        size: Whose recipe is the beginning: "nano", "small" or "base".
+        size: Whose recipe is the beginning: "nano", "small", "base" or "vit".
         config: Laid over it: a YAML file, or a whole configuration, which replaces the recipe.
         overrides: Laid over that: `["section.key=value", ...]`.
         changes: Laid over that: a nested mapping.

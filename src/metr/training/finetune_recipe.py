@@ -15,6 +15,7 @@ from pathlib import Path
 
 from metr.checkpoint import Checkpoint
 from metr.config import Tree, merge
+from metr.data.config import LoaderConfig
 from metr.errors import ConfigError, counted
 from metr.training.config import Freeze, RunConfig, averaged_over, finetune_layers, laid_over, packaged
 
@@ -36,7 +37,10 @@ def left_to_finetuning(recipe: RunConfig) -> Tree:
     kept = recipe.model_dump(mode="json", include={"criterion", "augmentation"})
     kept["augmentation"].pop("resize")  # the checkpoint has that anyway
     optimizer = recipe.train.optimizer.model_dump(mode="json")
-    return kept | {"loader": {"batch_size": recipe.loader.batch_size}, "train": {"optimizer": optimizer}}
+    loader = {"batch_size": recipe.loader.batch_size}
+    if recipe.loader.multiple != LoaderConfig().multiple:  # as the windows of a vision transformer need
+        loader["multiple"] = recipe.loader.multiple
+    return kept | {"loader": loader, "train": {"optimizer": optimizer}}
 
 
 def finetune_recipe(

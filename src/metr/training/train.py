@@ -89,7 +89,7 @@ def train(
         out: The run folder: configuration, metrics, curves, log, images, best and last checkpoint, the state to resume
             from.
         config: Laid over the size's recipe: a YAML file, or a whole configuration.
-        size: Whose recipe is the beginning: "nano" (by default), "small" or "base".
+        size: Whose recipe is the beginning: "nano" (by default), "small", "base" or "vit".
         overrides: Laid over both: `["section.key=value", ...]`.
         resume: Go on where the run in `out` stopped, with its datasets and its configuration. `config`, `overrides`
             and `epochs` change that configuration, but not the network.

@@ -14,6 +14,8 @@ NAMES = (
     "rt_detr",
     "rt_detr_v2",
     "d_fine",
+    "lw_detr",
+    "rf_detr",
 )
 
 

@@ -1,5 +1,6 @@
 """What another detector is to METR: how it is configured, which of its parameters is which of ours, what is derived."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
@@ -150,6 +151,7 @@ class Target:
         adopt: The METR that its weights fit, from its configuration, METR's configuration of its backbone, and its
             weights; None where that direction is not offered.
         multiple: Its images' sides must be multiples of this.
+        windowed: Its images' sides must also be multiples of what METR pads images to for the same backbone.
         single_map: It reads the backbone's last map only.
         square: Its images have one fixed size, as it looks at no padding mask.
     """
@@ -167,6 +169,7 @@ class Target:
     differences: Callable[[DetectorConfig], tuple[str, ...]] = lambda _: ()
     adopt: Callable[[Any, BackboneConfig, State], Adopted] | None = None
     multiple: int = 1
+    windowed: bool = False
     single_map: bool = False
     square: bool = False
 
@@ -174,21 +177,26 @@ class Target:
         """Whether more than the backbone of such a METR has a place here."""
         return config.encoder.kind == self.encoder and config.decoder.kind in (self.decoder, *self.similar_decoders)
 
-    def resizes_otherwise(self, resize: ResizeConfig) -> tuple[str, ...]:
-        """What its image processor does to an image's shape that METR does not, in sentences."""
-        size = self._size(resize)
+    def resizes_otherwise(self, resize: ResizeConfig, pad_to: int = 1) -> tuple[str, ...]:
+        """What its image processor does to an image's shape that METR does not, in sentences.
+
+        Args:
+            resize: METR's.
+            pad_to: Pixels to multiples of which METR's backbone pads images.
+        """
+        multiple, size = self._multiple(pad_to), self._size(resize, pad_to)
         if resize.mode == "fit" and self.square:
             own = f"sides of {resize.size} to {resize.longest} (resize.mode: fit)"
             return (f"images are stretched to squares of {size} pixels; this METR's keep their aspect, with {own}",)
         if resize.mode == "stretch" and size != resize.size:
-            return (f"images have {size} pixels, a multiple of {self.multiple}; this METR's have {resize.size}",)
+            return (f"images have {size} pixels, a multiple of {multiple}; this METR's have {resize.size}",)
         return ()
 
-    def image_processor(self, resize: ResizeConfig, colours: Colours) -> Any:
-        """Its image processor: METR's size and colours."""
+    def image_processor(self, resize: ResizeConfig, colours: Colours, pad_to: int = 1) -> Any:
+        """Its image processor: METR's size and colours; `pad_to` as for `resizes_otherwise`."""
         import transformers
 
-        size = self._size(resize)
+        size = self._size(resize, pad_to)
         shape = {"height": size, "width": size}
         if resize.mode == "fit" and not self.square:
             shape = {"shortest_edge": resize.size, "longest_edge": resize.longest}
@@ -197,9 +205,13 @@ class Target:
         made: Any = getattr(transformers, f"{self.processor}Pil")
         return made(size=shape, image_mean=mean, image_std=std, do_normalize=True, do_rescale=True)
 
-    def _size(self, resize: ResizeConfig) -> int:
+    def _size(self, resize: ResizeConfig, pad_to: int) -> int:
         """METR's size, or the next larger one that it takes."""
-        return -(-resize.size // self.multiple) * self.multiple
+        multiple = self._multiple(pad_to)
+        return -(-resize.size // multiple) * multiple
+
+    def _multiple(self, pad_to: int) -> int:
+        return math.lcm(self.multiple, pad_to if self.windowed else 1)
 
 
 def need_options(config: Any, wanted: Mapping[str, Any]) -> None:

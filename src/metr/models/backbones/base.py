@@ -28,6 +28,9 @@ class Backbone(nn.Module):
 
     Attributes:
         pad_to: `forward` pads images with black, at the right and bottom, to multiples of this.
+        multiple: Batches of images are best padded to multiples of this: the coarsest stride of most networks, or what
+            the windows of a vision transformer need.
+        pads_to_square: `forward` also pads images to squares.
         memory_format: Memory layout of images. Convolutions are faster channels last, on CPUs (a third off a training
             step of EfficientNet-Lite0) and GPUs alike.
     """
@@ -35,6 +38,8 @@ class Backbone(nn.Module):
     mean: Tensor
     std: Tensor
     pad_to = 1
+    multiple = 32
+    pads_to_square = False
     memory_format = torch.channels_last
 
     def __init__(
@@ -51,8 +56,7 @@ class Backbone(nn.Module):
     def forward(self, images: Float[Tensor, "b 3 h w"]) -> tuple[Float[Tensor, "b _c _h _w"], ...]:
         """The feature maps of RGB images in 0..1, finest first."""
         height, width = images.shape[-2:]
-        if self.pad_to > 1:
-            images = pad(images, (0, -width % self.pad_to, 0, -height % self.pad_to))
+        images = self._padded(images)
         images = ((images - self.mean) / self.std).contiguous(memory_format=self.memory_format)
         maps = self.features(images)
         return tuple(
@@ -63,6 +67,16 @@ class Backbone(nn.Module):
     def features(self, images: Tensor) -> Sequence[Tensor]:
         """The feature maps of normalised, padded images."""
         raise NotImplementedError
+
+    def _padded(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 _h _w"]:
+        if self.pad_to == 1 and not self.pads_to_square:
+            return images
+        height, width = images.shape[-2:]
+        down, right = -height % self.pad_to, -width % self.pad_to
+        if self.pads_to_square:
+            side = max(height + down, width + right)
+            down, right = side - height, side - width
+        return pad(images, (0, right, 0, down))
 
     def train(self: _BackboneT, mode: bool = True) -> _BackboneT:
         """As `nn.Module.train`, but frozen stages stay in evaluation mode (batch statistics, stochastic depth)."""

@@ -33,6 +33,11 @@ _ORIGIN = {"architectures", "dtype", "transformers_version"}
 _NOT_ARCHITECTURE = _LABELS | _STAGE_NAMES | _ORIGIN
 # Side, in pixels, of the image that strides are measured on: a multiple of 32 and of common patches.
 _PROBE = 224
+# Vision transformers that attend inside windows: the option that says how many windows a side of the image has.
+WINDOWED = {"lw_detr_vit": "num_windows_side", "rf_detr_dinov2": "num_windows"}
+# Those that mix up rows and columns where an image is not square: transformers 5.23.0 divides rows into as many cells
+# as columns have, and columns into as many as rows have.
+_SQUARE_WINDOWS = frozenset({"rf_detr_dinov2"})
 _QUARTERS = 4
 
 
@@ -51,12 +56,15 @@ class HuggingFaceBackbone(Backbone):
         architecture = _architecture(config, source)
         survey = _Survey.of(architecture, config)
         architecture.out_features = list(survey.stages)
-        pyramid = SimplePyramid(survey.channels[0], survey.strides[0], config.strides) if survey.plain else None
+        wants_pyramid = survey.plain and not config.layers
+        pyramid = SimplePyramid(survey.channels[0], survey.strides[0], config.strides) if wants_pyramid else None
         shape = pyramid or survey
         super().__init__(_rebuilding(config, architecture), shape.channels, shape.strides, _IMAGENET)
         self.network, self.pyramid = _built(config, source, architecture), pyramid
-        # Without this padding some networks would cut the image to whole patches.
-        self.pad_to = max(survey.strides)
+        # Without this padding some networks would cut the image to whole patches, or fail at windows of unequal sizes.
+        self.pad_to = max(survey.strides) * _windows(architecture)
+        self.multiple = self.pad_to if config.layers else self.multiple
+        self.pads_to_square = architecture.model_type in _SQUARE_WINDOWS and _windows(architecture) > 1
         # With channels last, torch 2.13 crashes in the backward pass of a group norm whose input needs no gradient.
         if any(isinstance(module, nn.GroupNorm) for module in self.network.modules()):
             self.memory_format = torch.contiguous_format
@@ -97,24 +105,51 @@ class _Survey:
             raise ModelError(what, where=config.name, hint="name a ResNet, Swin, ConvNeXt, DINOv2 or the like")
         names = list(architecture.stage_names)
         architecture.out_features = names
+        windows = _windows(architecture)
+        side = _PROBE if windows == 1 else architecture.patch_size * windows
         with loading(config.name), torch.device("meta"):
-            skeleton = built("AutoBackbone", architecture).eval()
-            maps = skeleton(torch.empty(1, 3, _PROBE, _PROBE)).feature_maps
-        # Of stages with equal strides the last, deepest one is kept.
-        found = {_PROBE // level.shape[-1]: (name, level) for name, level in zip(names, maps, strict=True)}
-        plain = len(found) == 1
-        wanted = tuple(found) if plain else config.strides
-        if missing := [stride for stride in wanted if stride not in found]:
-            what = f"this {architecture.model_type} has no map of stride {missing[0]}"
-            raise ModelError(what, where=config.name, hint=f"backbone.strides of {sorted(found)}")
-        stages, levels = zip(*(found[stride] for stride in wanted), strict=True)
+            skeleton = _initialised(architecture).eval()
+            maps = skeleton(torch.empty(1, 3, side, side)).feature_maps
+        strides = dict(zip(names, (side // int(level.shape[-1]) for level in maps), strict=True))
+        plain = len(set(strides.values())) == 1
+        stages = _layers(strides, config) if config.layers else _stages(strides, config)
+        levels = [maps[names.index(stage)] for stage in stages]
         return _Survey(
             stages=stages,
             channels=tuple(int(level.shape[1]) for level in levels),
-            strides=wanted,
+            strides=tuple(strides[stage] for stage in stages),
             plain=plain,
             idle=_idle_parameters(skeleton, levels),
         )
+
+
+def _stages(strides: dict[str, int], config: BackboneConfig) -> tuple[str, ...]:
+    """The stages of the wanted strides; the last one where all strides are equal."""
+    # Of stages with equal strides the last, deepest one is kept.
+    found = {stride: stage for stage, stride in strides.items()}
+    if len(found) == 1:
+        return (*found.values(),)
+    if missing := [stride for stride in config.strides if stride not in found]:
+        what = f"it has no map of stride {missing[0]}"
+        raise ModelError(what, where=config.name, hint=f"backbone.strides of {sorted(found)}")
+    return tuple(found[stride] for stride in config.strides)
+
+
+def _layers(strides: dict[str, int], config: BackboneConfig) -> tuple[str, ...]:
+    """The stages after the wanted layers of a plain vision transformer."""
+    if len(set(strides.values())) > 1:
+        what = "backbone.layers is for plain vision transformers, whose maps all have one stride"
+        raise ModelError(what, where=config.name, hint=f"backbone.strides of {sorted(set(strides.values()))}")
+    stages = [stage for stage in strides if stage != "stem"]
+    if config.layers[-1] > len(stages):
+        what = f"it has {len(stages)} layers, and backbone.layers asks for number {config.layers[-1]}"
+        raise ModelError(what, where=config.name, hint="such as a quarter, half, three quarters and all of them")
+    return tuple(stages[layer - 1] for layer in config.layers)
+
+
+def _windows(architecture: Any) -> int:
+    """How many windows a side of the image is divided into."""
+    return int(getattr(architecture, WINDOWED.get(architecture.model_type, ""), 1))
 
 
 def _idle_parameters(network: nn.Module, maps: Sequence[Tensor]) -> frozenset[str]:
@@ -145,12 +180,29 @@ def _architecture(config: BackboneConfig, source: str) -> Any:
         if made_here:
             _check_options(options, CONFIG_MAPPING[model_type]())
             values = {key: value for key, value in known.items() if key != "model_type"} | options
-            return AutoConfig.for_model(model_type, **values)
+            return AutoConfig.for_model(model_type, **_with_layers(model_type, values, config))
         architecture = configuration(source, config.revision)
+        if model_type in WINDOWED and model_type != architecture.model_type:
+            architecture = _windowed(model_type, architecture, options, config)
         _check_options(options, architecture)
         for key, value in options.items():
             setattr(architecture, key, value)
         return architecture
+
+
+def _with_layers(model_type: str, values: dict[str, Any], config: BackboneConfig) -> dict[str, Any]:
+    """Values for a configuration. RF-DETR's backbone decides by the wanted layers which layers attend globally."""
+    if model_type not in WINDOWED or not config.layers:
+        return values
+    depth = values.get("num_hidden_layers", CONFIG_MAPPING[model_type]().num_hidden_layers)
+    return {"out_indices": [layer for layer in config.layers if layer <= depth]} | values
+
+
+def _windowed(model_type: str, architecture: Any, options: dict[str, Any], config: BackboneConfig) -> Any:
+    """The configuration of a vision transformer, as that of one with the same weights that attends inside windows."""
+    known = CONFIG_MAPPING[model_type]().to_dict().keys() - _NOT_ARCHITECTURE - {"model_type"}
+    values = {key: value for key, value in architecture.to_dict().items() if key in known} | options
+    return AutoConfig.for_model(model_type, **_with_layers(model_type, values, config))
 
 
 def _check_options(options: dict[str, Any], architecture: Any) -> None:
@@ -171,11 +223,29 @@ def _rebuilding(config: BackboneConfig, architecture: Any) -> BackboneConfig:
 def _built(config: BackboneConfig, source: str, architecture: Any) -> Any:
     with loading(source):
         if not config.pretrained:
-            return built("AutoBackbone", architecture)
+            return _initialised(architecture)
         # AutoBackbone.from_pretrained would contact the hub even for a folder or a downloaded model.
-        network: Any = MODEL_FOR_BACKBONE_MAPPING[type(architecture)]
         revision = config.revision or "main"
-        return pretrained(network, source, config=architecture, revision=revision, dtype=torch.float32)
+        stored = architecture if architecture.model_type not in WINDOWED else configuration(source, config.revision)
+        same = stored.model_type == architecture.model_type
+        kind: Any = MODEL_FOR_BACKBONE_MAPPING[type(stored)]
+        loaded = pretrained(
+            kind, source, config=architecture if same else stored, revision=revision, dtype=torch.float32
+        )
+        if same:
+            return loaded
+        # Read as RF-DETR's backbone, transformers 5.23.0 would not know a DINOv2's keys and leave its attention random.
+        network = _initialised(architecture)
+        network.load_state_dict(loaded.state_dict())
+        return network
+
+
+def _initialised(architecture: Any) -> Any:
+    """The network with random weights, all of it on the default device.
+
+    LW-DETR's backbone in transformers 5.23.0 makes some of its parameters on the CPU wherever it is built.
+    """
+    return built("AutoBackbone", architecture).to(torch.get_default_device())
 
 
 def _first_stages(network: nn.Module, names: int, config: BackboneConfig) -> list[nn.Module]:

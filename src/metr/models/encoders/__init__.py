@@ -5,13 +5,15 @@ from collections.abc import Sequence
 from metr.models.config import EncoderConfig
 from metr.models.encoders.deformable import DeformableEncoder
 from metr.models.encoders.hybrid import HybridEncoder
+from metr.models.encoders.projector import ProjectorEncoder
 from metr.models.encoders.pyramid import PlainEncoder
 
-Encoder = DeformableEncoder | HybridEncoder | PlainEncoder
+Encoder = DeformableEncoder | HybridEncoder | PlainEncoder | ProjectorEncoder
 _KINDS: dict[str, type[Encoder]] = {
     "deformable": DeformableEncoder,
     "hybrid": HybridEncoder,
     "plain": PlainEncoder,
+    "projector": ProjectorEncoder,
 }
 
 
