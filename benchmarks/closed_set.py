@@ -57,13 +57,13 @@ class ClosedSetOutput(DetectorOutput):
 
 
 class ClassHead(nn.Linear):
-    """Label logits of a query's feature; stands where METR's decoder compares it with its category's token."""
+    """Label logits of a query's feature."""
 
     def __init__(self, width: int, labels: int) -> None:
         super().__init__(width, labels)
         nn.init.constant_(self.bias, float(np.log(PRIOR / (1 - PRIOR))))
 
-    def forward(self, features: Tensor, _: Tensor | None = None) -> Tensor:
+    def forward(self, features: Tensor) -> Tensor:
         """[... c] logits of [... d] features."""
         logits: Tensor = super().forward(features)
         return logits
@@ -94,8 +94,8 @@ class ClosedSetDetector(nn.Module):
         self.label = nn.Embedding(len(labels), width)
         plain = config.denoising.model_copy(update={"flips": False})
         self.denoising = Denoising(width, plain) if config.denoising.number else None
-        self.decoder = Decoder(width, self.encoder.levels, config.decoder, PRIOR)
-        self.decoder.similarity = ClassHead(width, len(labels))  # type: ignore[assignment]
+        self.decoder = Decoder(width, self.encoder.levels, config.decoder, PRIOR, text_width=1)
+        self.decoder.similarity = ClassHead(width, len(labels))
         self.register_buffer("name_of_label", torch.tensor([list(names).index(name) for name in labels]))
 
     def forward(
@@ -106,16 +106,18 @@ class ClosedSetDetector(nn.Module):
         categories = self._categories(len(images))
         logits, boxes, queries = self._proposals(memory)
         if not self.training or targets is None or self.denoising is None:
-            answers = self.decoder(queries, memory, categories)
+            decoded = self.decoder(queries, memory)
             denoised = None
         else:
             noised, plan = self.denoising(targets, categories)
             # one group a version of the objects, whatever their labels
             noised = replace(noised, group=torch.where(noised.valid, noised.group // len(self.name_of_label), -1))
-            answers = self.decoder(side_by_side(queries, noised), memory, categories)
-            denoised = (answers.logits[:, :, self.number :], answers.boxes[:, :, self.number :], plan)
-        every_logits = torch.cat([logits.unsqueeze(0), answers.logits[:, :, : self.number]])
-        every_boxes = torch.cat([boxes.unsqueeze(0), answers.boxes[:, :, : self.number]])
+            decoded = self.decoder(side_by_side(queries, noised), memory)
+            copies = decoded.rows(self.number)
+            denoised = (self.decoder.similarity(copies.features), copies.boxes, plan)
+        found = decoded.rows(0, self.number)
+        every_logits = torch.cat([logits.unsqueeze(0), self.decoder.similarity(found.features)])
+        every_boxes = torch.cat([boxes.unsqueeze(0), found.boxes])
         best = every_logits.amax(-1)
         output = ClosedSetOutput(
             logits=best[1:],

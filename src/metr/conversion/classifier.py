@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -106,7 +107,7 @@ def layer_classifier(network: Detector, text: Float[Tensor, "v t"], tokens: Floa
         layer: Which layer, counted from 0.
     """
     decoder = network.decoder
-    head = decoder.similarity[layer] if isinstance(decoder.similarity, nn.ModuleList) else decoder.similarity
+    head: Any = decoder.similarity[layer] if isinstance(decoder.similarity, nn.ModuleList) else decoder.similarity
     if isinstance(decoder.norm, nn.Identity):
         after = after_norm(decoder.layers[layer].feed_forward.norm)  # type: ignore[arg-type]
         return names_classifier(head, text) if isinstance(head, ClassifierHead) else classifier(head, tokens, after)

@@ -72,10 +72,11 @@ class LayeredDecoder(nn.Module):
         if self.separate:
             heads = range(config.layers)
             self.norm: nn.Module = nn.Identity()
-            self.similarity: nn.Module = nn.ModuleList(
+            # of one type with shared heads, of another with one a layer
+            self.similarity: Any = nn.ModuleList(
                 build_class_head(width, text_width, prior, similarity) for _ in heads
             )
-            self.box: nn.Module = nn.ModuleList(BoxHead(width, config.boxes) for _ in heads)
+            self.box: Any = nn.ModuleList(BoxHead(width, config.boxes) for _ in heads)
         else:
             self.norm = nn.LayerNorm(width)
             self.similarity = build_class_head(width, text_width, prior, similarity)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import DabDetrConfig
 
-from metr.conversion.activation_statistics import of_contents, of_head
+from metr.conversion.activation_statistics import inside, of_contents, of_head
 from metr.conversion.targets.base import (
     FOLDED,
     BuildSpec,
@@ -83,9 +83,10 @@ def _configure(spec: BuildSpec) -> Any:
 def _derive(context: Context) -> Mapping[str, Derived]:
     """The classifier, the learnt boxes and their content, and a scale of positions that changes nothing."""
     config, network = context.config, context.network
-    learned = network.class_queries.learned.weight
-    used = max(1, network.config.queries.number // network.config.categories.kept)
-    content = learned[:used].mean(0) + context.contents.mean(0)
+    content, learned = context.contents.mean(0), network.class_queries.learned
+    if learned is not None:
+        used = max(1, network.config.queries.number // network.config.categories.kept)
+        content = content + learned.weight[:used].mean(0)
     scale = "model.encoder.query_scale.layers.1"
     still = "computed: changes nothing"
     return {
@@ -96,7 +97,7 @@ def _derive(context: Context) -> Mapping[str, Derived]:
         "model.patterns.weight": Derived(
             tensor=content.unsqueeze(0),
             how="computed: what METR's queries have in common",
-            source=("class_queries.learned.weight", *of_contents(network)),
+            source=(*inside(network, "class_queries.learned"), *of_contents(network)),
         ),
         f"{scale}.weight": Derived(tensor=torch.zeros(config.hidden_size, config.hidden_size), how=still),
         f"{scale}.bias": Derived(tensor=torch.ones(config.hidden_size), how=still),
