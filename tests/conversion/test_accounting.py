@@ -1,6 +1,6 @@
 """Every tensor is accounted for: what goes nowhere is left over, and nothing else is."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -36,12 +36,15 @@ def metr(target: str, token: str, **encoder: object) -> DetectorConfig:
     return config.model_copy(update=changes | ({"width": 32} if target == "deformable_detr" else {}))
 
 
-def accounted(report: TransferReport, state: Iterable[str]) -> None:
-    """Each of the giver's keys is a source or left over, and none is both."""
+def accounted(report: TransferReport, state: Mapping[str, Tensor]) -> None:
+    """Each of the giver's tensors is a source or left over under one of its names, and none is both."""
     used = {source for moved in (*report.copied, *report.reshaped) for source in moved.source}
     assert used.isdisjoint(report.left_over)
     assert len(report.left_over) == len(set(report.left_over))
-    assert used | set(report.left_over) == set(state)
+    known = used | set(report.left_over)
+    assert known <= set(state)
+    places = {state[key].data_ptr() for key in known}
+    assert [key for key, tensor in state.items() if key not in known and tensor.data_ptr() not in places] == []
 
 
 @pytest.mark.parametrize("token", ["refined", "text"])
