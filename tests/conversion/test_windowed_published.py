@@ -7,7 +7,6 @@ import pytest
 import torch
 import yaml
 from conversion_cases import normalised, stir, texts
-from torch import Tensor
 from transformers import AutoConfig, AutoModelForObjectDetection
 
 from metr.conversion.convert import giving_to_ours
@@ -15,7 +14,7 @@ from metr.conversion.import_ import PublishedDetector, adopt
 from metr.conversion.table import adopted_backbone
 from metr.conversion.targets import find_target
 from metr.models.detector import skeleton
-from metr.structures import Categories, Queries
+from metr.structures import Queries
 
 from small import TEXT_WIDTH
 
@@ -25,7 +24,7 @@ STRIDES = (8, 16, 32)
 # Group DETR's other groups, and what labels have for themselves
 LEFT_OVER = ("model.enc_output", "model.enc_out_", "class_embed.")
 # METR's own
-OWN = ("category_extraction.", "denoising.", "decoder.similarity.", "proposals.category.", "proposals.bias")
+OWN = ("category_extraction.", "denoising.", "decoder.similarity.", "proposals.classifier.")
 
 
 def published(name: str, size: str) -> tuple[Any, int]:
@@ -42,7 +41,7 @@ def given(name: str, config: Any, model: Any) -> PublishedDetector:
     """What METR takes from a detector."""
     target, state = find_target(name), {key: tensor.detach() for key, tensor in model.state_dict().items()}
     adopted = target.adopt(config, adopted_backbone(config.backbone_config, STRIDES, True), state)  # type: ignore[misc]
-    giving = giving_to_ours(state, target.table(config).rows(), adopted.derived)
+    giving = giving_to_ours(state, target.table(config, adopted.config).rows(), adopted.derived)
     return PublishedDetector(title=target.title, config=adopted.config, giving=giving)
 
 
@@ -74,16 +73,10 @@ def test_the_same_features_and_boxes(name: str, size: str) -> None:
     images, padding = torch.rand(1, 3, side, side), torch.zeros(1, side, side, dtype=torch.bool)
     theirs = model(normalised(network, images))
     memory = network.encode(images, padding)
-    seen: list[Tensor] = []
-    network.decoder.norm.register_forward_hook(lambda *call: seen.append(call[2]))
-    content = network.class_queries.learned.weight.unsqueeze(0)
-    zero, ids = torch.zeros(1, content.shape[1], dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64)
-    text = torch.zeros(1, network.config.width)
-    categories = Categories(
-        presence_logits=torch.zeros(1, 1, 1), text=text, tokens=text.unsqueeze(0), ids=ids, valid=ids == 0
-    )
-    start = theirs.init_reference_points
+    assert network.class_queries.learned is not None
+    content, start = network.class_queries.learned.weight.unsqueeze(0), theirs.init_reference_points
+    zero = torch.zeros(content.shape[:2], dtype=torch.int64)
     queries = Queries(content=content, reference_boxes=start, slot=zero, group=zero, valid=zero == 0)
-    boxes = network.decoder(queries, memory, categories).boxes[-1]
-    torch.testing.assert_close(torch.stack(seen), theirs.intermediate_hidden_states, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(boxes, theirs.pred_boxes, atol=1e-4, rtol=1e-4)
+    found = network.decoder(queries, memory)
+    torch.testing.assert_close(found.features, theirs.intermediate_hidden_states, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found.boxes[-1], theirs.pred_boxes, atol=1e-4, rtol=1e-4)
