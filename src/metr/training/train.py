@@ -37,6 +37,8 @@ from metr.training.resumption import DATASETS, save_request
 from metr.training.run_log import RunLog, log_page, tell
 from metr.training.start import (
     Start,
+    described_start,
+    forgotten,
     history,
     kept_network,
     say_new_names,
