@@ -57,7 +57,7 @@ def test_names_network_and_image_size_are_the_starts(tiny_run: TinyRun, start: M
     told = said.getvalue()
     assert f"begins with METR ({tiny_run.folder}): 64 x 64, {len(OLD)} names kept" in told
     assert 'learnt as new names: "trout"' in told
-    assert f"4 of the checkpoint's {len(OLD)} names are in none of this data" in told
+    assert f"5 of the checkpoint's {len(OLD)} names are in none of this data" in told
     assert "the recipe start, but for" in told
     request = json.loads((out / "training.json").read_text())
     assert (request["from"], "size" in request) == (str(tiny_run.folder), False)
