@@ -50,6 +50,8 @@ class Hub:
     asked: list[tuple[str, str]] = field(default_factory=list)
     cards: list[str] = field(default_factory=list)
     url: str = ""
+    breaks_after: int | None = None
+    """Bytes of a large file after which the connection closes; None sends it whole."""
 
     def got(self) -> list[str]:
         """The files that were downloaded."""
@@ -162,7 +164,16 @@ class _Answers(BaseHTTPRequestHandler):
 
     def large_file(self, _: bytes, name: str, revision: str, file: str) -> None:
         assert self.headers.get("Authorization") is None  # another host: tokens are the hub's alone
-        self._send(200, self.hub.repositories[name].commits[revision][file])
+        data = self.hub.repositories[name].commits[revision][file]
+        if self.hub.breaks_after is None:
+            return self._send(200, data)
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data[: self.hub.breaks_after])
+        self.hub.breaks_after = 0  # nothing more comes
+        self.close_connection = True
+        return None
 
     # writing
 

@@ -43,3 +43,16 @@ def test_training_on_several_datasets(
 def test_training_ends_in_a_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit, match=r"error: .*nowhere: .*no such"):
         run(monkeypatch, "train.py", tmp_path / "nowhere", "--out", tmp_path / "run", "--image", "a.jpg")
+
+
+def test_beginning_with_a_detector(
+    tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ["train.loop.steps=1", "train.loop.device=cpu", "loader.workers=0", "train.loop.curves=false"]
+    given = [word for setting in settings for word in ("--set", setting)]
+    run(monkeypatch, "adopt_and_train.py", tiny_run.folder, tiny_run.data[0], "--out", tmp_path / "run", *given)
+    told = capsys.readouterr().out.splitlines()
+    assert told[0].startswith("it finds fish, frog, leaf")
+    assert told[-1] == told[0].replace("it finds", "now it finds")
+    with pytest.raises(SystemExit, match=r"error: nowhere: no such checkpoint, folder or file here"):
+        run(monkeypatch, "adopt_and_train.py", "nowhere", tiny_run.data[0], "--out", tmp_path / "other")

@@ -184,5 +184,5 @@ def test_every_call_of_transformers_goes_through_one_place() -> None:
         for line in path.read_text(encoding="utf-8").splitlines()
         if re.search(r"(?<!METR)(?<!`)\.(from_pretrained|from_config)\(", line)
     }
-    found.pop("conversion/transfer.py")  # an example for people to copy
+    found.pop("conversion/trainer.py")  # an example for people to copy
     assert set(found) == {"hub.py"}

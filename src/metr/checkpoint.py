@@ -14,7 +14,6 @@ from torch import Tensor
 
 from metr.config import Config
 from metr.errors import CheckpointError, ConfigError
-from metr.hub import asking
 from metr.models.config import DetectorConfig
 from metr.run_directory import CONFIG, WEIGHTS, existing_folder, find_checkpoint, replaced_file, replaced_folder
 from metr.serialization import read_json, read_tensors, write_json, write_tensors
@@ -31,7 +30,6 @@ __all__ = [
     "WEIGHTS",
     "Checkpoint",
     "DetectionDefaults",
-    "fetch_checkpoint",
     "find_checkpoint",
     "is_untouched",
     "load_checkpoint",
@@ -188,31 +186,6 @@ def update_detection(folder: Path, detection: DetectionDefaults) -> None:
     config = read_json(folder / CONFIG)
     with replaced_file(folder / CONFIG, flush=True) as fresh:
         write_json(fresh, {**config, "detection": detection.model_dump(mode="json")})
-
-
-def fetch_checkpoint(name: str, *, revision: str | None = None, **options: Any) -> Path:
-    """Downloads a checkpoint from the hub, all its files as of one commit, and gives its folder.
-
-    The configuration comes first, so that a repository of something else costs no large download.
-
-    Args:
-        name: The repository, "user/name".
-        revision: A branch, a tag or a commit; by default the newest of `main`.
-        options: `token`, `cache_dir`, `local_files_only` and `force_download` of huggingface-hub.
-
-    Raises:
-        CheckpointError: the hub cannot be reached, or the repository holds no such checkpoint.
-    """
-    from huggingface_hub import snapshot_download  # it takes a while to import, and only downloads need it
-
-    with asking(name, revision):
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=[CONFIG], **options))
-    config = folder / CONFIG
-    if not config.is_file() or read_json(config).get("format") != "metr":
-        hint = "weights of some other detectors can become METR's: metr.from_detector, metr transfer --from"
-        raise CheckpointError("this repository holds no METR checkpoint", where=name, hint=hint)
-    with asking(name, revision):
-        return Path(snapshot_download(name, revision=folder.name, allow_patterns=list(FILES), **options))
 
 
 def signed_card(text: str) -> str:

@@ -1,9 +1,12 @@
 """The Hugging Face hub and weights that ship in packages: found, verified, loaded quietly; errors explained."""
 
+import errno
 import importlib.util
+import os
 import re
+import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -30,6 +33,10 @@ __all__ = [
     "built",
     "configuration",
     "efficientnet_lite0_weights",
+    "fetch",
+    "go_offline",
+    "is_fetched",
+    "listed_files",
     "loading",
     "may_be_a_hub_name",
     "minilm_folder",
@@ -117,6 +124,7 @@ _NO_SIZE = re.compile(r"rope|theta|token_id|seed|max_length")
 _HTTP_ERROR = cast("type[Exception]", HfHubHTTPError.__bases__[0])
 _HUB_FAILURES = (_HTTP_ERROR, OSError, ValueError, RuntimeError)
 _REFUSED = (401, 403)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def may_be_a_hub_name(source: str) -> bool:
@@ -211,9 +219,83 @@ def _of_transformers(kind: Any) -> Any:
     return getattr(transformers, kind) if isinstance(kind, str) else kind
 
 
+def go_offline() -> None:
+    """Keeps this process, and those that it starts, from asking the hub: what was fetched before is all there is."""
+    from huggingface_hub import constants
+
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    constants.HF_HUB_OFFLINE = True
+
+
+def fetch(repository: str, files: Sequence[str], *, revision: str | None = None, **options: Any) -> Path:
+    """Downloads files of a repository, all of one commit, into the hub's cache. What is there already stays there.
+
+    A terminal shows the progress. A file arrives whole or not at all.
+
+    Args:
+        repository: Its name, "user/name".
+        files: Names of files, or patterns of names; what the repository lacks is left out.
+        revision: A branch, a tag or a commit; by default the newest of `main`.
+        options: `token`, `cache_dir`, `local_files_only` and `force_download` of huggingface-hub.
+
+    Returns:
+        The folder with the files, which is called by the commit.
+
+    Raises:
+        CheckpointError: the hub cannot be reached or refuses, or the disk is full.
+    """
+    from huggingface_hub import snapshot_download  # it takes a while to import, and only downloads need it
+
+    with asking(repository, revision, found="; there is no folder or file of this name here"), _bars_on_terminals():
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(files), **options))
+
+
+def is_fetched(repository: str, files: Sequence[str], revision: str | None, options: Mapping[str, Any]) -> bool:
+    """Whether one of these files was downloaded before, as of a commit."""
+    from huggingface_hub import try_to_load_from_cache
+
+    place = options.get("cache_dir")
+    found = [try_to_load_from_cache(repository, file, cache_dir=place, revision=revision) for file in files]
+    return any(isinstance(path, str) for path in found)
+
+
+def listed_files(repository: str, revision: str | None, options: Mapping[str, Any]) -> list[str]:
+    """The names of the files in a repository; none where the hub does not tell."""
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi(token=options.get("token")).list_repo_files(repository, revision=revision)
+    except _HUB_FAILURES:
+        return []
+
+
 @contextmanager
-def asking(repository: str, revision: str | None = None) -> Iterator[None]:
-    """Wraps calls of the hub's library about a repository of METR's.
+def _bars_on_terminals() -> Iterator[None]:
+    """Shows the progress bars of the hub's library on terminals alone."""
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if (sys.stderr is not None and sys.stderr.isatty()) or are_progress_bars_disabled():
+        yield
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the environment decides
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            enable_progress_bars()
+
+
+@contextmanager
+def asking(repository: str, revision: str | None = None, *, found: str = "") -> Iterator[None]:
+    """Wraps calls of the hub's library about a repository.
+
+    Args:
+        repository: Its name.
+        revision: What of it is asked for.
+        found: What to add where the hub says nothing about the name, because nobody can ask it.
 
     Raises:
         CheckpointError: the hub cannot be reached, or refuses; the message says why and what to try.
@@ -221,8 +303,8 @@ def asking(repository: str, revision: str | None = None) -> Iterator[None]:
     try:
         yield
     except _HUB_FAILURES as error:
-        what, hint = _refusal(error, revision)
-        raise CheckpointError(what, where=repository, hint=hint) from error
+        what, hint, answered = _refusal(error, revision)
+        raise CheckpointError(what if answered else what + found, where=repository, hint=hint) from error
 
 
 @contextmanager
@@ -252,8 +334,8 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         cause = cause.__cause__
 
 
-def _refusal(error: Exception, revision: str | None) -> tuple[str, str]:
-    """What went wrong between here and the hub, and what to try."""
+def _refusal(error: Exception, revision: str | None) -> tuple[str, str, bool]:
+    """What went wrong between here and the hub, what to try, and whether the hub has answered."""
     causes = list(_causes(error))
     kinds = {kind for cause in causes for kind in type(cause).__mro__}
     codes = {cause.response.status_code for cause in causes if isinstance(cause, HfHubHTTPError)}
@@ -268,20 +350,30 @@ def _refusal(error: Exception, revision: str | None) -> tuple[str, str]:
     elif LocalTokenNotFoundError in kinds or codes & {*_REFUSED}:
         what = f"the hub does not allow this: {first}"
         hint = "`hf auth login` with a token that may, or token="
-    elif HFValidationError in kinds:
-        what, hint = f"not a name on the hub: {first}", "user/name"
     elif codes:
         what, hint = f"the hub answers with an error: {first}", "try again later"
-    elif OfflineModeIsEnabled in kinds or (LocalEntryNotFoundError in kinds and len(causes) == 1):
-        what = "not among what was fetched before, and nothing is to be fetched"
-        hint = "leave local_files_only and HF_HUB_OFFLINE out once"
-    elif {LocalEntryNotFoundError, _HTTP_ERROR} & kinds:
-        what, hint = f"the hub cannot be reached ({first})", "check the connection, and HF_ENDPOINT if it is set"
     else:
-        last = (str(causes[-1]).strip().splitlines() or [type(causes[-1]).__name__])[0]
-        what = first if last == first else f"{first} {last}"
-        hint = "check the name, the connection and the room on the disk"
-    return what, hint
+        return *_without_answer(causes, kinds, first), False
+    return what, hint, True
+
+
+def _without_answer(causes: Sequence[BaseException], kinds: set[type], first: str) -> tuple[str, str]:
+    """What went wrong where the hub has refused nothing, and what to try."""
+    if HFValidationError in kinds:
+        return f"not a name on the hub: {first}", "user/name"
+    if any(getattr(cause, "errno", None) in _FULL for cause in causes):
+        what = "the disk is full, so it cannot be downloaded"
+        return what, "make room, or name another disk: HF_HOME=FOLDER, or cache_dir="
+    if OfflineModeIsEnabled in kinds or (LocalEntryNotFoundError in kinds and len(causes) == 1):
+        what = "not among what was fetched before, and nothing is to be fetched"
+        return what, "leave local_files_only and HF_HUB_OFFLINE (--offline) out once"
+    if "Consistency check" in first or any("peer closed connection" in str(cause) for cause in causes):
+        return f"the download broke off ({first})", "give the same command again: files that have arrived are kept"
+    if {LocalEntryNotFoundError, _HTTP_ERROR} & kinds:
+        return f"the hub cannot be reached ({first})", "check the connection, and HF_ENDPOINT if it is set"
+    last = (str(causes[-1]).strip().splitlines() or [type(causes[-1]).__name__])[0]
+    what = first if last == first else f"{first} {last}"
+    return what, "check the name, the connection and the room on the disk"
 
 
 def _hint(source: str, error: Exception) -> str:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from metr.checkpoint import (
     Checkpoint,
-    fetch_checkpoint,
     find_checkpoint,
     found_nothing,
     load_checkpoint,
@@ -24,13 +23,13 @@ from metr.data.config import ResizeConfig
 from metr.data.images import ImageSource
 from metr.devices import resolved_device
 from metr.errors import CheckpointError, ConfigError, DataError
-from metr.hub import may_be_a_hub_name
 from metr.inference.config import InferenceConfig, without_presence
 from metr.inference.postprocess import ScoreThresholds
 from metr.inference.predictor import Prediction, Predictor
 from metr.inference.selection import name_limits
 from metr.models.detector import Detector, skeleton, unfilled
 from metr.serialization import check_weights, load_weights, type_of
+from metr.sources import DetectorSource, find_source
 from metr.structures import Detections
 from metr.text.config import TextEncoderConfig
 from metr.text.encoder import TextEncoder
@@ -58,6 +57,7 @@ class METR:
         resize: The shape in which images enter the network: that of its training.
         stored_as: The type of the weights on disk ("float16"); None where there were none, or several types.
         folder: The checkpoint folder that it was loaded from; None where it was made in another way.
+        source: Where it, or the detector that it was made of, was found; None where it was made in another way.
     """
 
     def __init__(self, network: Detector, checkpoint: Checkpoint, where: object = None) -> None:
@@ -71,6 +71,7 @@ class METR:
             self.resize = ResizeConfig.checked(checkpoint.preprocessing, where=f"{where} (preprocessing)")
             self._encoder_config = TextEncoderConfig.checked(described, where=f"{where} (text_encoder)")
         self.folder: Path | None = None
+        self.source: DetectorSource | None = None
         self._encoder: TextEncoder | None = None
         self._told: set[str] = set()
 
@@ -86,10 +87,13 @@ class METR:
         local_files_only: bool = False,
         force_download: bool = False,
     ) -> "METR":
-        """Loads a detector. Nothing is unpickled, and a folder needs no internet.
+        """Loads a detector. Nothing is unpickled, no code that comes with it is run, and a folder needs no internet.
+
+        A detector of transformers or of DINO becomes a METR with its names, as `metr.from_detector` makes it.
 
         Args:
-            source: A checkpoint folder, a run folder (its best checkpoint), or a name on the hub ("user/name").
+            source: A checkpoint folder, a run folder (its best checkpoint), a folder of transformers, a `.pth` file of
+                DINO, or a name on the hub ("user/name", "user/name@revision").
             device: Where the network goes; "auto" is an accelerator where there is one, else the CPU.
             revision: The branch, tag or commit of a repository on the hub; by default the newest of `main`.
             token: The hub's; by default that of `hf auth login` or HF_TOKEN, False for none.
@@ -98,20 +102,25 @@ class METR:
             force_download: Download again what is here already.
 
         Raises:
-            CheckpointError: there is no such checkpoint, it is damaged, or the hub does not give it.
-            ConfigError: there is no such device.
+            CheckpointError: there is no such detector, it is damaged, or the hub does not give it.
+            ConfigError: there is no such device, or the detector does not say what it finds.
+            ModelError: METR has no counterpart of the detector.
         """
         place = resolved_device(device)
-        folder = Path(source)
-        if not folder.exists() and may_be_a_hub_name(str(source)):
-            folder = fetch_checkpoint(
-                str(source),
-                revision=revision,
-                token=token,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
-                force_download=force_download,
-            )
+        found = find_source(
+            source,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            force_download=force_download,
+        )
+        return _of_another(found, place) if found.kind != "metr" else cls._loaded(found, place)
+
+    @classmethod
+    def _loaded(cls, found: DetectorSource, place: torch.device) -> "METR":
+        """A METR from its own checkpoint."""
+        folder = found.fetched()
         checkpoint = load_checkpoint(folder)
         config, width = checkpoint.model, checkpoint.text_width
         hint = "config.json and model.safetensors are not of one checkpoint: copy the folder again"
@@ -120,7 +129,7 @@ class METR:
         network = unfilled(config, width)
         load_weights(network, checkpoint.weights, where=folder, hint=hint)
         model = cls(network.to(place), checkpoint, folder)
-        model.folder = find_checkpoint(folder)
+        model.folder, model.source = find_checkpoint(folder), found
         return model
 
     def save_pretrained(self, folder: str | Path, *, dtype: torch.dtype | None = None) -> None:
@@ -338,6 +347,13 @@ class METR:
                 raise CheckpointError(what, where=self._encoder_config.source, hint=hint)
             self._encoder = encoder
         return self._encoder
+
+
+def _of_another(found: DetectorSource, place: torch.device) -> METR:
+    """A METR with the weights of another detector. What makes it is imported for this alone."""
+    import metr
+
+    return metr.from_detector(found, device=place)
 
 
 @contextmanager

@@ -95,8 +95,8 @@ def test_another_family_is_told_of(metr: CommandLine, tiny_run: TinyRun, tmp_pat
         (["RUN", "--to", "rt_detr", "--names", ""], "expected names or a dataset"),
         (["RUN", "--to", "rt_detr", "--names", "a,,b"], "a name is empty"),
         (["RUN", "--to", "rt_detr", "--names", "no/such/folder"], "no such dataset"),
-        (["--from", "no/such/folder"], "no such file"),
-        (["--from", "RUN"], "cannot load this model"),
+        (["--from", "no/such/folder"], "no such checkpoint, folder or file here, and no name on the hub either"),
+        (["--from", "RUN"], "is a METR already"),
     ],
 )
 def test_mistakes(metr: CommandLine, tiny_run: TinyRun, tmp_path: Path, arguments: list[str], message: str) -> None:

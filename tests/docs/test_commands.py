@@ -67,6 +67,8 @@ def run(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs a command in this process."""
     program, arguments = (words[0], words[1:]) if words[0] == "metr" else (Path(words[1]).name, words[2:])
     shorter = SHORTER.get(arguments[0] if program == "metr" else program, "")
+    if arguments[:1] == ["train"] and "--from" in arguments:  # its network is that of the detector it begins with
+        shorter = SHORTER["finetune"]
     shorter = "" if "--resume" in arguments else shorter  # it goes on as it was begun
     monkeypatch.setattr("sys.argv", [program, *arguments, *shlex.split(shorter)])
     try:

@@ -14,7 +14,7 @@ from huggingface_hub import constants
 from safetensors.torch import load_file
 
 from hub_stand_in import TOKEN, Hub, Repository, hub, point_to
-from metr.errors import CheckpointError, ConfigError
+from metr.errors import CheckpointError, ConfigError, ModelError
 from metr.model import METR
 from metr.sharing.push import push
 
@@ -189,11 +189,10 @@ def test_other_repositories_are_recognised_before_their_weights_are_fetched(hub:
     hub.repositories["user/detr"], hub.repositories["user/empty"] = Repository(), Repository()
     hub.repositories["user/detr"].commit({"config.json": b'{"model_type": "detr"}', "model.safetensors": b"large"})
     hub.repositories["user/empty"].commit({"README.md": b"# soon"})
-    for name in ("user/detr", "user/empty"):
-        with pytest.raises(
-            CheckpointError, match=f"(?s){name}: this repository holds no METR checkpoint.*from_detector"
-        ):
-            METR.from_pretrained(name)
+    with pytest.raises(ModelError, match=r"(?s)user/detr: METR takes no weights from a detr.*try: one of .*rt_detr"):
+        METR.from_pretrained("user/detr")
+    with pytest.raises(CheckpointError, match=r"user/empty: this repository holds no METR checkpoint and no detector"):
+        METR.from_pretrained("user/empty")
     assert set(hub.got()) == {"config.json"}
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from metr.cli.output import output_console, say_names
-from metr.cli.verbs import AllowEmpty, Overrides, Prompts, check_run
+from metr.cli.verbs import AllowEmpty, Offline, Overrides, Prompts, check_source, stay_offline
 from metr.training.signals import Stopped
 
 if TYPE_CHECKING:
@@ -57,22 +57,44 @@ def train(
     *,
     out: _RunToWrite,
     size: Annotated[str | None, typer.Option(help="nano (by default), small, base or vit.")] = None,
-    config: Annotated[Path | None, typer.Option(help="A YAML file laid over the size's recipe.")] = None,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            "--from",
+            help="Begin with this detector and its names: a METR (run, checkpoint), a folder of transformers, a .pth "
+            "of DINO, or a name on the hub: user/name, user/name@revision.",
+            metavar="SOURCE",
+        ),
+    ] = None,
+    config: Annotated[Path | None, typer.Option(help="A YAML file laid over the recipe.")] = None,
     set_: Overrides = None,
     steps: _Steps = None,
     epochs: _Epochs = None,
     shots: _Shots = None,
     fraction: _Fraction = None,
     seed: _Seed = None,
+    same_names: Annotated[
+        str | None,
+        typer.Option(
+            help="With --from: take names that seem to mean one of its names (Person, person) as that one: yes, no, or "
+            "ask (by default)."
+        ),
+    ] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(help="With --from: the prompt for a name trained without it: trained (left out) or given (used)."),
+    ] = None,
     allow_empty: AllowEmpty = False,
+    offline: Offline = False,
     resume: _Resume = False,
     dry_run: _DryRun = False,
 ) -> None:
     """Train one detector on many datasets. Their labels are never merged by hand."""
     from metr.run_directory import RunDirectory
-    from metr.training.config import check_epochs, load_recipe
+    from metr.training.config import check_epochs, load_recipe, recipe_layers
     from metr.training.resumed_recipe import resumed_recipe
 
+    stay_offline(offline)
     overrides = _overrides(set_, **{"train.loop.steps": steps})
     with _resumable("train", out):
         # mistakes are found before torch is imported and data are opened
@@ -80,13 +102,15 @@ def train(
         if resume:
             resumed_recipe(RunDirectory(out), config, overrides)
         else:
-            load_recipe(size or "nano", config, overrides)
+            recipe_layers("metr train", config, overrides) if source else load_recipe(size or "nano", config, overrides)
             _check_named(data, "DATA", "name a dataset: metr train DATA -o RUN")
+            if source is not None:
+                check_source(source)
         from metr.training.train import plan
         from metr.training.train import train as run
 
         options: dict[str, Any] = {"epochs": epochs, "shots": shots, "fraction": fraction, "seed": seed}
-        options["allow_empty"] = allow_empty or None
+        options |= {"allow_empty": allow_empty or None, "start": source, "same_names": same_names, "prompts": prompts}
         if dry_run:
             resumed = out if resume else None
             page = plan(data or None, config, size=size, overrides=overrides, resumed=resumed, **options)
@@ -110,7 +134,12 @@ def finetune(
     *,
     source: Annotated[
         str | None,
-        typer.Option("--from", help="A run folder, a checkpoint folder, or a name on the hub. --resume needs none."),
+        typer.Option(
+            "--from",
+            help="A METR (run, checkpoint), a folder of transformers, a .pth of DINO, or a name on the hub: user/name, "
+            "user/name@revision. --resume needs none.",
+            metavar="SOURCE",
+        ),
     ] = None,
     out: _RunToWrite,
     config: Annotated[Path | None, typer.Option(help="A YAML file laid over the defaults.")] = None,
@@ -137,6 +166,7 @@ def finetune(
         bool,
         typer.Option("--decorrelate-names", help="First move new names that mean nearly the same from each other."),
     ] = False,
+    offline: Offline = False,
     resume: _Resume = False,
     dry_run: _DryRun = False,
 ) -> None:
@@ -145,6 +175,7 @@ def finetune(
     from metr.training.config import check_epochs, finetune_layers
     from metr.training.resumed_recipe import resumed_recipe
 
+    stay_offline(offline)
     overrides = _overrides(set_, **{"train.loop.steps": steps, "train.freeze": freeze})
     options = {
         "config": config,
@@ -169,9 +200,9 @@ def finetune(
         if resume:
             resumed_recipe(RunDirectory(out), config, overrides)
         else:
-            _check_named(data, "DATA", "name a dataset: metr finetune DATA --from RUN -o OUT")
-            _check_named(source, "--from", "name a detector to begin with: metr finetune DATA --from RUN -o OUT")
-            check_run(source or "")
+            _check_named(data, "DATA", "name a dataset: metr finetune DATA --from SOURCE -o OUT")
+            _check_named(source, "--from", "name a detector to begin with: metr finetune DATA --from SOURCE -o OUT")
+            check_source(source or "")
         from metr.training import finetune as run
 
         if dry_run:

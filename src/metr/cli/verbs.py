@@ -15,7 +15,20 @@ if TYPE_CHECKING:
     from metr.inference.predictor import Predictor
     from metr.model import METR, Names
 
-__all__ = ["AllowEmpty", "Data", "Overrides", "Prompts", "check_run", "demo", "detect", "evaluate", "push", "transfer"]
+__all__ = [
+    "AllowEmpty",
+    "Data",
+    "Offline",
+    "Overrides",
+    "Prompts",
+    "check_source",
+    "demo",
+    "detect",
+    "evaluate",
+    "push",
+    "stay_offline",
+    "transfer",
+]
 
 _TARGETS = "deformable_detr, dab_detr, conditional_detr, detr, rt_detr, rt_detr_v2, d_fine, lw_detr or rf_detr"
 
@@ -26,7 +39,16 @@ Data = Annotated[
     list[str],
     typer.Argument(help="Datasets: a folder, name=folder, or a YAML file that lists some.", metavar="DATA"),
 ]
-_Run = Annotated[Path, typer.Argument(help="A run folder, a checkpoint folder, or a name on the hub.", metavar="RUN")]
+_Run = Annotated[str, typer.Argument(help="A run folder, a checkpoint folder, or a name on the hub.", metavar="RUN")]
+_Source = Annotated[
+    str,
+    typer.Argument(
+        help="A METR (run, checkpoint), a folder of transformers, a .pth of DINO, or a name on the hub: user/name, "
+        "user/name@revision.",
+        metavar="SOURCE",
+    ),
+]
+Offline = Annotated[bool, typer.Option("--offline", help="Ask the hub for nothing: take what was downloaded before.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", help="One value of the recipe: section.key=value; may be repeated."),
@@ -67,13 +89,13 @@ _PartSize = Annotated[
 
 
 def evaluate(
-    run: _Run,
+    source: _Source,
     data: Data,
     *,
     out: Annotated[
         Path | None,
         typer.Option(
-            "-o", "--out", help="Where results go; by default evaluation or evaluation-SPLIT, in RUN if local."
+            "-o", "--out", help="Where results go; by default evaluation or evaluation-SPLIT, in SOURCE if it is a run."
         ),
     ] = None,
     split: Annotated[
@@ -87,25 +109,29 @@ def evaluate(
         bool, typer.Option("--store", help="Keep each name's best threshold in the checkpoint, for detect.")
     ] = False,
     allow_empty: AllowEmpty = False,
+    offline: Offline = False,
 ) -> None:
     """Measure average precision on datasets. Own names, the joint vocabulary, confusion between datasets."""
     from metr.inference.config import inference_config
 
-    # mistakes are found before torch is imported and data are opened
-    if store and not run.is_dir():
-        raise ConfigError("a checkpoint on the hub cannot be changed", where="--store", hint="download it first")
+    stay_offline(offline)
+    check_source(source)
+    run, metr = Path(source), _is_metr_here(source)
+    if store and not metr:
+        what = "thresholds are kept in a METR on this machine, and this is none"
+        hint = "keep one first: metr transfer --from SOURCE -o OUT; or download it"
+        raise ConfigError(what, where="--store", hint=hint)
     values = {"prompts": prompts, "inference": inference_config(set_ or (), batch_size=batch_size)}
-    check_run(run)
     from metr.evaluation.results import EvaluationConfig, store_thresholds
     from metr.evaluation.runner import evaluate as run_evaluation
 
     config = EvaluationConfig.checked(values, where="evaluate")
-    # a name on the hub is no folder to write into
+    # what is no run is not written into
     folder = "evaluation" if split is None else f"evaluation-{split}"
-    out = out or (run / folder if run.is_dir() else Path(folder))
+    out = out or (run / folder if metr else Path(folder))
     console = output_console()
     report = run_evaluation(
-        run, data, out, split=split, device=device, config=config, allow_empty=allow_empty, console=console
+        source, data, out, split=split, device=device, config=config, allow_empty=allow_empty, console=console
     )
     if store and in_main_process():
         store_thresholds(report, run, console)
@@ -115,7 +141,7 @@ def evaluate(
 
 
 def detect(
-    run: _Run,
+    source: _Source,
     images: _Images = None,
     *,
     images_from: _ImagesFrom = None,
@@ -151,6 +177,7 @@ def detect(
     actors: _Actors = None,
     part_size: _PartSize = None,
     set_: _InferenceOverrides = None,
+    offline: Offline = False,
 ) -> None:
     """Find objects in images. Any names can be asked for, trained or not."""
     from metr.inference.config import inference_config
@@ -165,12 +192,13 @@ def detect(
     paths: list[str | Path] = [*(images or ()), *(path for file in images_from or () for path in listed_images(file))]
     if not paths:
         raise ConfigError("expected images", where="IMAGE", hint="a file, a folder, or --images-from FILE")
-    check_run(run)
+    stay_offline(offline)
+    check_source(source)
     files = None if engine == "ray" else images_to_draw(paths, out)
     from metr.inference.detect_files import detect_files
     from metr.model import METR
 
-    model = METR.from_pretrained(run, device="cpu" if files is None else device)
+    model = METR.from_pretrained(source, device="cpu" if files is None else device)
     every = categories is not None and categories.strip() == "all"
     asked = model.names if every else model.default_names if names is None else names
     if files is None:
@@ -182,17 +210,15 @@ def detect(
     say_names("looked for", tuple(asked), len(model.names))
 
 
-def check_run(run: str | Path) -> None:
-    """Checks that a checkpoint is there, before torch is imported to load it. What may be on the hub is not asked for.
+def check_source(source: str) -> None:
+    """Checks that a detector is there, before torch is imported to load it. What may be on the hub is not asked for.
 
     Raises:
         CheckpointError: there is none.
     """
-    from metr.hub import may_be_a_hub_name
-    from metr.run_directory import find_checkpoint
+    from metr.sources import look_here
 
-    if Path(run).exists() or not may_be_a_hub_name(str(run)):
-        find_checkpoint(Path(run))
+    look_here(source)
 
 
 def _check_engine(engine: str, drawing: Mapping[str, object], ray: Mapping[str, object]) -> None:
@@ -222,10 +248,11 @@ def _detect_with_ray(
             f"expected {', '.join(_RAY_DEVICES)} with --engine ray, which chooses the GPU, found {options['device']!r}"
         )
         raise ConfigError(what, where="--device", hint="CUDA_VISIBLE_DEVICES limits which GPUs it may use")
-    folder = model.folder  # of a name on the hub it is the download, so that all actors have one and the same
+    # of a name on the hub it is the download, or the commit, so that all actors have one and the same
+    same = str(model.folder) if model.source is None or model.folder is not None else model.source.pinned
 
     def load(device: str) -> "Predictor":
-        return METR.from_pretrained(str(folder), device=device).predictor(asked, config)
+        return METR.from_pretrained(same, device=device).predictor(asked, config)
 
     detect_with_ray(load, images, out, config=RayConfig(**options), console=output_console())
 
@@ -233,12 +260,16 @@ def _detect_with_ray(
 def transfer(
     out: Annotated[Path, typer.Option("-o", "--out", help="Where the detector goes.")],
     run: Annotated[
-        Path | None, typer.Argument(help="A run folder, a checkpoint folder, or a name on the hub.", metavar="RUN")
+        str | None, typer.Argument(help="A run folder, a checkpoint folder, or a name on the hub.", metavar="RUN")
     ] = None,
     to: Annotated[str | None, typer.Option(help=f"A detector of transformers: {_TARGETS}.")] = None,
     source: Annotated[
-        Path | None,
-        typer.Option("--from", help="Make a METR of this: a folder of transformers, or a .pth of DINO or METR."),
+        str | None,
+        typer.Option(
+            "--from",
+            help="Make a METR of this: a folder of transformers, a name on the hub (user/name, user/name@revision), "
+            "or a .pth of DINO or METR.",
+        ),
     ] = None,
     names: Annotated[
         str | None,
@@ -248,25 +279,42 @@ def transfer(
         str | None,
         typer.Option(help="With --from: the text encoder's folder or hub name; by default the bundled one."),
     ] = None,
+    offline: Offline = False,
 ) -> None:
     """Move weights to a detector of transformers, or from other detectors. Reports what becomes of every weight."""
+    stay_offline(offline)
     if source is not None:
         if run is not None or to is not None:
-            hint = "metr transfer --from FOLDER -o OUT"
+            hint = "metr transfer --from SOURCE -o OUT"
             raise ConfigError("expected --from alone, without RUN and --to", where="--from", hint=hint)
         from metr.conversion.transfer import adopt_file
 
         adopt_file(source, out, names=names, text=text, console=output_console())
         return
     if run is None or to is None:
-        hint = "metr transfer RUN --to rt_detr -o OUT, or metr transfer --from FOLDER -o OUT"
+        hint = "metr transfer RUN --to rt_detr -o OUT, or metr transfer --from SOURCE -o OUT"
         raise ConfigError("expected RUN and --to", where="transfer", hint=hint)
     if text is not None:
         raise ConfigError("goes with --from only: a METR has its text encoder", where="--text", hint="leave it out")
-    check_run(run)
+    check_source(run)
     from metr.conversion.transfer import transfer as transfer_run
 
     transfer_run(run, to, out, names=names, console=output_console())
+
+
+def stay_offline(offline: bool) -> None:
+    """Keeps the command from asking the hub, if that is asked for."""
+    if offline:
+        from metr.hub import go_offline
+
+        go_offline()
+
+
+def _is_metr_here(source: str) -> bool:
+    """Whether this is a METR on this machine: a run or a checkpoint, into which may be written."""
+    from metr.sources import find_source
+
+    return Path(source).is_dir() and find_source(source).kind == "metr"
 
 
 def push(
@@ -282,7 +330,7 @@ def push(
     ] = None,
 ) -> None:
     """Share a detector on the Hugging Face hub. Sends weights and a model card; log in with `hf auth login` first."""
-    check_run(run)
+    check_source(run)
     import torch
 
     from metr.sharing.push import push as push_run

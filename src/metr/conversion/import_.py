@@ -1,7 +1,7 @@
 """Imports a detector of transformers, DINO or the METR of its authors into METR."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from metr.conversion.classifier import Linear
 from metr.conversion.convert import StateTransfer, TransferReport, and_derived, giving_to_ours, receive
 from metr.conversion.published import read_restricted
 from metr.conversion.published.dino import read_dino
+from metr.conversion.published.folders import check_kind, check_size
 from metr.conversion.published.timm import TimmNetwork, timm_network, without_timm
 from metr.conversion.table import State, adopted_backbone
 from metr.conversion.targets import NAMES, find_target
@@ -26,6 +27,7 @@ from metr.models.backbones.registered import register
 from metr.models.config import BackboneConfig, DetectorConfig
 from metr.models.detector import Detector
 from metr.serialization import read_json
+from metr.sources import DetectorSource, has_weights, refuse_without_weights
 
 logger = logging.getLogger(__name__)
 
@@ -63,14 +65,34 @@ class PublishedDetector:
     class_heads: ClassHeads | None = None
 
 
-def read_published(source: Path) -> PublishedDetector:
+def read_published(source: Path | DetectorSource) -> PublishedDetector:
     """Reads a folder of transformers, or a `.pth` file of DINO or of METR's authors. Nothing in it is executed.
 
+    What METR has no counterpart of is refused before weights are fetched from the hub.
+
     Raises:
-        CheckpointError: a file is missing, damaged, or would have to run code.
+        CheckpointError: a file is missing, damaged, or would have to run code; or the hub does not give it.
         ModelError: METR has no counterpart of what it is.
     """
+    if isinstance(source, DetectorSource):
+        if source.kind == "transformers":
+            _check_before_fetching(source)
+        source = source.fetched()
     return _from_folder(source) if source.is_dir() else _from_file(source)
+
+
+def _check_before_fetching(source: DetectorSource) -> None:
+    """Checks by its configuration that METR can take a detector.
+
+    Raises:
+        ModelError: it cannot.
+    """
+    values = source.config
+    check_kind(values, source.called, _adoptable())
+    if source.repository is not None and timm_network(values) is None:
+        register()
+        with loading(source.called):
+            check_size(configuration(source.path), source.called)
 
 
 def adopt(
@@ -144,20 +166,32 @@ def _loaded(folder: Path) -> Any:
         CheckpointError: the folder holds no weights, or they are damaged.
         ModelError: it cannot be loaded, or METR has no counterpart of it.
     """
-    from transformers import PreTrainedConfig
-
     register()  # the folder may hold METR's own backbone
+    values = read_json(folder / "config.json")
+    check_kind(values, folder, _adoptable())
     with loading(str(folder)):
-        values, _ = PreTrainedConfig.get_config_dict(folder)
-        kind = values.get("model_type") or configuration(folder).model_type
-        if kind not in _adoptable():
-            what = f"METR takes no weights from a {kind} model"
-            raise ModelError(what, where=folder, hint=f"one of {', '.join(_adoptable())}")
         network = timm_network(values)
         if network is not None:
             return _loaded_without_timm(values, network, folder)
-        options = {"config": configuration(folder), "dtype": torch.float32}
-        return pretrained("AutoModelForObjectDetection", folder, **options)
+        config = configuration(folder)
+        check_size(config, folder, folder)
+        if not has_weights(folder):
+            refuse_without_weights([path.name for path in folder.iterdir()], folder)
+        options = {"config": config, "dtype": torch.float32, "output_loading_info": True}
+        model, told = pretrained("AutoModelForObjectDetection", folder, **options)
+    _check_whole(told["missing_keys"], folder)
+    return model
+
+
+def _check_whole(missing: Iterable[str], folder: Path, part: str = "") -> None:
+    """Checks that all weights were there.
+
+    Raises:
+        ModelError: some were not.
+    """
+    if lost := sorted(key for key in missing if key.startswith(part)):
+        what = f"{'the backbone' if part else 'the network'} is not whole: {lost[0]} is missing"
+        raise ModelError(what, where=folder, hint="download or copy it again")
 
 
 def _loaded_without_timm(values: Mapping[str, Any], network: TimmNetwork, folder: Path) -> Any:
@@ -166,13 +200,11 @@ def _loaded_without_timm(values: Mapping[str, Any], network: TimmNetwork, folder
 
     changed, state = without_timm(values, network, folder)
     config = CONFIG_MAPPING[values["model_type"]].from_dict(changed)
+    check_size(config, folder)
     kind: Any = MODEL_FOR_OBJECT_DETECTION_MAPPING[type(config)]
     options = {"config": config, "state_dict": state, "dtype": torch.float32}
     model, told = pretrained(kind, None, **options, output_loading_info=True)
-    prefix = find_target(config.model_type).backbone
-    if missing := sorted(key for key in told["missing_keys"] if key.startswith(prefix)):
-        what = f"the backbone is not whole: {missing[0]} is missing"
-        raise ModelError(what, where=folder, hint="download or copy it again")
+    _check_whole(told["missing_keys"], folder, find_target(config.model_type).backbone)
     return model
 
 

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -28,6 +29,7 @@ from metr.model import METR
 from metr.run_directory import explained_disk_errors, replaced_folder
 from metr.serialization import read_json, write_json
 from metr.sharing.push import save
+from metr.sources import DetectorSource, find_source
 from metr.text.config import TextEncoderConfig
 from metr.text.encoder import TextEncoder
 from metr.text.same_names import listed, told, with_trained_prompts
@@ -167,43 +169,53 @@ def _read_for(model: METR, names: str) -> Vocabulary:
 
 
 def from_detector(
-    source: str | Path,
+    source: str | Path | DetectorSource,
     names: Sequence[str] | Vocabulary | None = None,
     *,
     text: TextEncoderConfig | None = None,
     device: str | torch.device = "auto",
+    **options: Any,
 ) -> METR:
     """A METR that starts from the weights of another detector, and where it can, finds what the other finds.
 
     Args:
-        source: A folder of transformers (Deformable DETR, RT-DETR, D-FINE, LW-DETR, RF-DETR), or a `.pth` file of
-            IDEA-Research's DINO or of METR's authors. Nothing in it is executed.
+        source: A folder of transformers (Deformable DETR, RT-DETR, D-FINE, LW-DETR, RF-DETR), its name on the hub
+            ("user/name", "user/name@revision"), or a `.pth` file of IDEA-Research's DINO or of METR's authors. Nothing
+            in it is executed.
         names: The vocabulary; by default the detector's labels. A file of METR's authors has no names: give as many
             as it has embeddings, in their order, or others.
         text: The text encoder; by default the bundled one.
         device: Where the network goes.
+        options: How the hub is asked, as of `METR.from_pretrained`: `revision`, `token`, `cache_dir`,
+            `local_files_only`, `force_download`.
 
     Raises:
-        CheckpointError: a file is missing, damaged, or would have to run code.
+        CheckpointError: a file is missing, damaged, or would have to run code; or the hub does not give it.
         ConfigError: the detector names nothing and no names are given, or a name is empty or given twice.
         ModelError: METR has no counterpart of the detector, or the text encoder cannot be loaded.
     """
-    return import_detector(source, names, text=text, device=device)[0]
+    return import_detector(source, names, text=text, device=device, **options)[0]
 
 
 def import_detector(
-    source: str | Path,
+    source: str | Path | DetectorSource,
     names: Sequence[str] | Vocabulary | None = None,
     *,
     text: TextEncoderConfig | None = None,
     device: str | torch.device = "auto",
+    **options: Any,
 ) -> tuple[METR, TransferReport]:
     """As `from_detector`, with the report of what became of every weight."""
-    place, published = resolved_device(device), read_published(Path(source).expanduser())
+    place = resolved_device(device)
+    found = source if isinstance(source, DetectorSource) else find_source(source, **options)
+    if found.kind == "metr":
+        hint = "it needs no conversion: metr.METR.from_pretrained, or its name after the command"
+        raise ModelError("is a METR already", where=found.called, hint=hint)
+    published = read_published(found)
     given = published.names if names is None else names
     if not given:
-        hint = 'name what it is to find: names=["penguin", "shark"], or --names'
-        raise ConfigError(f"{published.title} does not say what it finds", where=source, hint=hint)
+        hint = 'name what it is to find: metr transfer --from SOURCE --names "penguin, shark" -o OUT, or names=[...]'
+        raise ConfigError(f"{published.title} does not say what it finds", where=found.called, hint=hint)
     vocabulary = given if isinstance(given, Vocabulary) else Vocabulary.of(given)
     encoder = TextEncoder(text)
     embeddings = encoder.embed(vocabulary)
@@ -216,13 +228,18 @@ def import_detector(
         text_embeddings=embeddings,
         text_encoder=encoder.pinned_config.model_dump(mode="json") | {"identity": encoder.identity},
         preprocessing=(published.resize or ResizeConfig()).model_dump(mode="json"),
-        training={"started from": f"{published.title}, {Path(source).name}", RECIPE: _rates(network.backbone.multiple)},
+        training={
+            "started from": f"{published.title} ({found.public_name})",
+            RECIPE: _rates(network.backbone.multiple),
+        },
         detection=DetectionDefaults(presence=published.class_heads is None),
     )
     rebuilt = replace(checkpoint, model=published.config.model_copy(update={"backbone": network.backbone.config}))
     if published.class_heads is None:
         report = replace(report, start="all that has to do with names starts afresh: no image was seen with it")
-    return METR(network.to(place), rebuilt, source), report
+    model = METR(network.to(place), rebuilt, found.called)
+    model.source = found
+    return model, report
 
 
 def _labels(published: PublishedDetector, wanted: Vocabulary, encoder: TextEncoder) -> Float[Tensor, "n t"] | None:
@@ -250,7 +267,9 @@ def _rates(multiple: int) -> Tree:
     return {part: told[part] for part in ("loader", "train")}
 
 
-def adopt_file(source: Path, out: Path, *, names: str | None, text: str | None, console: Console) -> TransferReport:
+def adopt_file(
+    source: str | Path, out: Path, *, names: str | None, text: str | None, console: Console
+) -> TransferReport:
     """Writes a METR checkpoint that starts from another detector.
 
     Args:

@@ -73,9 +73,7 @@ class LayeredDecoder(nn.Module):
             heads = range(config.layers)
             self.norm: nn.Module = nn.Identity()
             # of one type with shared heads, of another with one a layer
-            self.similarity: Any = nn.ModuleList(
-                build_class_head(width, text_width, prior, similarity) for _ in heads
-            )
+            self.similarity: Any = nn.ModuleList(build_class_head(width, text_width, prior, similarity) for _ in heads)
             self.box: Any = nn.ModuleList(BoxHead(width, config.boxes) for _ in heads)
         else:
             self.norm = nn.LayerNorm(width)

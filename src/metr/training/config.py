@@ -298,15 +298,22 @@ def check_epochs(epochs: float | None, overrides: Sequence[str]) -> None:
 
 
 def finetune_layers(file: Path | None = None, overrides: Sequence[str] = ()) -> tuple[list[Tree], str]:
-    """What a user lays over the defaults of fine-tuning, and how messages call it.
+    """What a user lays over the defaults of fine-tuning, and how messages call it. See `recipe_layers`."""
+    return recipe_layers("fine-tuning", file, overrides)
 
-    Keys and kinds of values are checked, as far as that can be told without the checkpoint.
+
+def recipe_layers(what: str, config: str | Path | RunConfig | None, overrides: Sequence[str]) -> tuple[list[Tree], str]:
+    """What a user lays over defaults that follow a detector, and how messages call it.
+
+    Keys and kinds of values are checked, as far as that can be told without the detector.
 
     Raises:
         ConfigError: a key is unknown, or a value is of the wrong kind.
     """
-    layers = [*([] if file is None else [read_yaml(file)]), parse_overrides(overrides)]
-    where = "fine-tuning" + ("" if file is None else f" with {file}") + (" and --set" if overrides else "")
+    own = config.model_dump(mode="json") if isinstance(config, RunConfig) else None
+    given = [] if config is None else [read_yaml(Path(config)) if own is None else own]  # type: ignore[arg-type]
+    layers = [*given, parse_overrides(overrides)]
+    where = what + ("" if config is None or own else f" with {config}") + (" and --set" if overrides else "")
     RunConfig.check_keys(merge({}, *layers), where=where)
     return layers, where
 

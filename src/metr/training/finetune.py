@@ -1,6 +1,6 @@
 """Fine-tuning a trained detector on new data (`metr finetune`), and AP before and after."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,10 +8,8 @@ from typing import Any
 from rich.console import Console, Group, RenderableType
 
 from metr.checkpoint import Checkpoint, DetectionDefaults
-from metr.config import differences
 from metr.data.config import ResizeConfig
 from metr.data.loading import build_train_loader
-from metr.errors import CheckpointError, ConfigError, counted
 from metr.evaluation.report import main_console
 from metr.evaluation.results import EvaluationConfig, EvaluationReport
 from metr.evaluation.runner import EvaluationRunner
@@ -19,13 +17,9 @@ from metr.fitting import Hanging
 from metr.losses.criterion import SetCriterion
 from metr.model import METR
 from metr.models.category_extraction import decorrelate_names
-from metr.models.config import DetectorConfig
-from metr.models.detector import Detector
 from metr.process_group import from_main, joined_device
 from metr.processes import in_main_process
 from metr.run_directory import RunDirectory
-from metr.serialization import load_weights
-from metr.text.same_names import listed
 from metr.training.comparison import COMPARED, Comparison, keep_before, kept_before, show_comparison
 from metr.training.config import RunConfig, check_epochs
 from metr.training.finetune_data import FinetuneData, FinetuneOptions
@@ -36,19 +30,13 @@ from metr.training.plan import advice, header, page, tell_end
 from metr.training.provenance import provenance
 from metr.training.resumption import save_request
 from metr.training.run_log import RunLog, log_page, tell
+from metr.training.start import forgotten, history, kept_network, presence_is_taught, say_new_names, with_text_encoder
 from metr.training.state import check_place, has_state
-from metr.training.train import (
-    Data,
-    check_recipe,
-    check_same,
-    fit,
-    plain,
-    rebuildable,
-    teacher_of,
-)
+from metr.training.train import fit, plain, rebuildable, teacher_of
+from metr.training.train_request import Data, check_recipe, check_same
 
-# where the backbone's pretrained weights came from: changing these does not change the network
-_ORIGINS = {"backbone.pretrained", "backbone.revision"}
+# what keeps the network, and what to do about it
+_KEEPS = "fine-tuning", "make a network of that shape with metr train"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,8 +133,8 @@ def _notes(prepared: Prepared, resume: bool) -> list[RenderableType]:
     """What is said of a run besides its plan."""
     notes = [Hanging(described(prepared.plan.recipe, prepared.opened.images))]
     notes += [] if resume else advice(prepared.plan, from_nothing=False)
-    if forgotten := _forgotten(prepared.model, prepared.opened):
-        notes.append(Hanging(forgotten))
+    if lost := forgotten(prepared.model, prepared.opened.joint, "--rehearse mixes old datasets in"):
+        notes.append(Hanging(lost))
     return [*notes]
 
 
@@ -165,7 +153,7 @@ def _finetuned(
     parts, model = _parts(model, opened, recipe, options.decorrelate_names)
     if resume:
         check_same(run, opened.joint.vocabulary, parts.checkpoint.text_encoder)
-    _say_new_names(model, opened, console)
+    say_new_names(model, opened.joint.vocabulary, console)
     log.begin(recipe.train.loop.device)
     if in_main_process():
         save_request(run, REQUEST, prepared.request, opened.listings())
@@ -182,9 +170,8 @@ def _finetuned(
 def _parts(model: METR, opened: FinetuneData, recipe: RunConfig, decorrelate: bool) -> tuple[TrainingParts, METR]:
     """What the trainer needs, and the checkpoint's own detector with the text encoder that the recipe names."""
     own, joint = model.checkpoint, opened.joint
-    encoder = plain(recipe.text) | {key: own.text_encoder[key] for key in ("identity",) if key in own.text_encoder}
-    model = METR(model.network, replace(own, text_encoder=encoder))
-    network, embeddings = _network(model, recipe.model), model.embed(joint.vocabulary, tell=False)
+    model = with_text_encoder(model, recipe.text)
+    network, embeddings = kept_network(model, recipe.model, *_KEEPS), model.embed(joint.vocabulary, tell=False)
     if decorrelate:  # new names come after the old
         decorrelate_names(
             network.category_extraction.projection, embeddings[: len(model.names)], embeddings[len(model.names) :]
@@ -195,7 +182,7 @@ def _parts(model: METR, opened: FinetuneData, recipe: RunConfig, decorrelate: bo
         model=rebuildable(recipe.model, network),
         vocabulary=joint.vocabulary,
         text_embeddings=embeddings,
-        text_encoder=encoder,
+        text_encoder=model.checkpoint.text_encoder,
         preprocessing=plain(recipe.augmentation.resize),
         training=_history(own, recipe) | provenance(joint, recipe),
         detection=_detection(own, opened),
@@ -214,34 +201,17 @@ def _detection(own: Checkpoint, opened: FinetuneData) -> DetectionDefaults:
     """What detection does by default: it looks for the names that are trained on now, unless these are all."""
     names = opened.default_names
     every = set(names) == set(opened.joint.vocabulary.names)
-    return DetectionDefaults(names=() if every else names, aliases=opened.aliases(own.detection.aliases))
-
-
-def _network(model: METR, config: DetectorConfig) -> Detector:
-    """The checkpoint's network, with its weights.
-
-    Raises:
-        ConfigError: the configuration describes another network.
-    """
-    bare = config.model_copy(update={"backbone": config.backbone.model_copy(update={"pretrained": False})})
-    network = Detector(bare, model.checkpoint.text_width)
-    try:
-        load_weights(network, model.network.state_dict())
-    except CheckpointError as error:
-        found = differences(model.checkpoint.model, config)
-        settings = [f"model.{key}={new} (the checkpoint's: {old})" for key, old, new in found if key not in _ORIGINS]
-        changed = ", ".join(settings) or "this configuration"
-        what = f"fine-tuning keeps the checkpoint's network, which {changed} would change: {error.what}"
-        hint = "leave these settings as they are, or make a network of that shape with metr train"
-        raise ConfigError(what, where="model", hint=hint) from None
-    return network
+    return DetectionDefaults(
+        names=() if every else names,
+        aliases=opened.aliases(own.detection.aliases),
+        presence=presence_is_taught(own, opened.joint),
+    )
 
 
 def _history(own: Checkpoint, recipe: RunConfig) -> dict[str, Any]:
     """The new checkpoint's training facts. They keep pretraining's recipe for a second fine-tuning."""
-    began = {key: value for key, value in own.training.items() if key != RECIPE}
     kept = {RECIPE: own.training[RECIPE]} if RECIPE in own.training else {}
-    return {"unannotated": recipe.unannotated, **kept, "finetuned_from": began}
+    return {"unannotated": recipe.unannotated, **kept, "finetuned_from": history(own)}
 
 
 def _comparison(
@@ -281,26 +251,11 @@ def _evaluated(
 ) -> EvaluationReport:
     """Evaluates new and old datasets with their own names, with the default names and with all names."""
     vocabulary = opened.evaluated_vocabulary()
-    config = EvaluationConfig(modes=COMPARED, default_names=opened.default_names, inference=recipe.inference)
+    config = EvaluationConfig(
+        modes=COMPARED, default_names=opened.default_names, inference=model.inference(recipe.inference)
+    )
     text = model.embed(vocabulary, tell=False)
     runner = EvaluationRunner(
         vocabulary, text, opened.splits, resize, recipe.evaluation_loader, config, trained=model.vocabulary
     )
     return runner.report(model.network, console, recipe.unannotated)
-
-
-def _forgotten(model: METR, opened: FinetuneData) -> str:
-    """How many old names are in no training data, in words; empty if all are."""
-    trained = {name for source in opened.joint.sources for name in source.categories}
-    forgotten = [name for name in model.names if name not in trained]
-    if not forgotten:
-        return ""
-    known, are = counted(len(model.names), "name"), "is" if len(forgotten) == 1 else "are"
-    note = f"{len(forgotten):,} of the checkpoint's {known} {are} in none of this data: detection may find less of "
-    return f"{note}{'it' if are == 'is' else 'them'} afterwards; --rehearse mixes old datasets in."
-
-
-def _say_new_names(model: METR, opened: FinetuneData, console: Console) -> None:
-    """Prints the names that the checkpoint does not know, each with the nearest ones that it knows."""
-    if new := model.untrained(opened.joint.vocabulary):
-        tell(console, Hanging(f"learnt as new names: {listed(new)}"))

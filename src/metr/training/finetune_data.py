@@ -18,7 +18,7 @@ from metr.text.same_names import PromptChoice, with_trained_prompts
 from metr.text.vocabulary import Vocabulary
 from metr.training.config import TrainOptions
 from metr.training.resumption import DATASETS, EVALUATED, REHEARSED
-from metr.training.taken_names import NameChoice, Renames
+from metr.training.taken_names import NameChoice, Renames, aliases_of
 
 Role = Literal["new", "rehearsed", "evaluated"]
 _logger = logging.getLogger(__name__)
@@ -80,8 +80,7 @@ class FinetuneData:
 
     def aliases(self, earlier: Mapping[str, str]) -> dict[str, str]:
         """The names that were taken as a trained one, now and earlier, but for those that are names of their own."""
-        now = {name: trained for names in self.taken.values() for name, trained in names.items()}
-        return {name: trained for name, trained in (dict(earlier) | now).items() if name not in self.joint.vocabulary}
+        return aliases_of(self.taken, earlier, self.joint.vocabulary)
 
     @property
     def images(self) -> int:

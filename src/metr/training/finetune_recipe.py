@@ -54,7 +54,7 @@ def finetune_recipe(
     Raises:
         ConfigError: a key is unknown, or a value is of the wrong kind.
     """
-    tree = merge(packaged("finetune"), _from_checkpoint(checkpoint))
+    tree = merge(packaged("finetune"), settings_of(checkpoint))
     defaults = defaults_for(images).tree(tree["train"]["optimizer"]["learning_rate"])
     layers, where = finetune_layers(file, overrides)
     return laid_over(merge(tree, defaults), layers, where=where)
@@ -65,7 +65,7 @@ def described(recipe: RunConfig, images: int) -> str:
     train, loop = recipe.train, recipe.train.loop
     parts = [
         f"{counted(loop.steps, 'step')} of {recipe.loader.batch_size * loop.accumulation} at "
-        f"{_plainly(train.optimizer.learning_rate)} after a warm-up of {min(train.schedule.warmup_steps, loop.steps)}",
+        f"{plainly(train.optimizer.learning_rate)} after a warm-up of {min(train.schedule.warmup_steps, loop.steps)}",
         _FROZEN[train.freeze],
     ]
     if train.optimizer.layer_decay < 1:
@@ -81,8 +81,8 @@ def described(recipe: RunConfig, images: int) -> str:
     return f"{counted(images, 'image')}: {', '.join(part for part in parts if part)}."
 
 
-def _from_checkpoint(checkpoint: Checkpoint) -> Tree:
-    """The part of the configuration that the checkpoint decides."""
+def settings_of(checkpoint: Checkpoint) -> Tree:
+    """The part of a run's configuration that the checkpoint that it begins with decides."""
     text = {key: value for key, value in checkpoint.text_encoder.items() if key != "identity"}
     own: Tree = {
         "model": checkpoint.model.model_dump(mode="json"),
@@ -100,7 +100,7 @@ def _from_checkpoint(checkpoint: Checkpoint) -> Tree:
     return merge(kept, own)
 
 
-def _plainly(rate: float) -> str:
+def plainly(rate: float) -> str:
     """A rate as people write it: 2e-4, not 2.0e-04."""
     figures, _, power = f"{rate:.1e}".partition("e")
     return f"{figures.removesuffix('.0')}e{int(power)}"

@@ -9,7 +9,6 @@ from pathlib import Path
 from rich.console import Console
 
 from metr.config import Tree
-from metr.errors import ConfigError
 from metr.model import METR
 from metr.run_directory import RunDirectory
 from metr.training.config import RunConfig
@@ -29,8 +28,9 @@ from metr.training.resumption import (
     log_changed_datasets,
     made_so_far,
 )
+from metr.training.start import open_detector, pinned
 from metr.training.taken_names import taken_names
-from metr.training.train import Data, arguments
+from metr.training.train_request import Data, arguments
 
 REQUEST = "finetuning.json"
 """The file of the run folder that says what was asked for, besides the configuration."""
@@ -58,7 +58,7 @@ def begun(
     Raises:
         MetrError: checkpoint, data or configuration do not fit.
     """
-    model = _model(source, run)
+    model = open_detector(source, run)
     given, take = arguments(data), partial(taken_names, model=model, choice=options.same_names, console=console)
     opened = open_finetune_data(given, model.vocabulary, options, take)
     seed = [f"train.loop.seed={options.seed}"] if "seed" in options.model_fields_set else []
@@ -70,7 +70,7 @@ def begun(
     recipe = resolve(_steps(options, opened, recipe, NOTHING))
     base = finetune_recipe(model.checkpoint, opened.images, overrides=seed)
     plan = _plan(opened, recipe, base, "the defaults", NOTHING)
-    request = _request(source, opened, options)
+    request = _request(pinned(model, source), opened, options)
     return Prepared(data=given, model=model, opened=opened, options=options, plan=plan, request=request)
 
 
@@ -95,7 +95,7 @@ def resumed(
     }
     allowed = {_ALLOWED: options.allow_empty or kept.get(_ALLOWED, False)}
     options = options.model_copy(update={key: kept[key] for key in _KEPT & kept.keys()} | listings | allowed)
-    model = _model(kept.get("from") if source is None else source, run)
+    model = open_detector(kept.get("from") if source is None else source, run)
     given, names = kept_datasets(run, arguments(data)), kept.get("same_names", {})
     take = partial(taken_names, model=model, choice=options.same_names, console=console, kept=names)
     opened = open_finetune_data(given, model.vocabulary, options, take)
@@ -103,23 +103,9 @@ def resumed(
     made = made_so_far(run)
     _, recipe = resolve(_steps(options, opened, recipe, made))
     plan = _plan(opened, recipe, began, "the run's recipe", made)
-    request = _request(source or kept.get("from"), opened, options)
+    request = _request(pinned(model, source), opened, options)
     log_changed_datasets(kept.get("datasets", {}), request["datasets"])
     return Prepared(data=given, model=model, opened=opened, options=options, plan=plan, request=request)
-
-
-def _model(source: str | Path | None, run: RunDirectory) -> METR:
-    """The detector to begin with.
-
-    Raises:
-        MetrError: none is named, it is the run itself, or it cannot be loaded.
-    """
-    if source is None:
-        raise ConfigError("no detector to begin with is named", where="--from", hint="--from RUN")
-    if Path(source).resolve() == run.path.resolve():
-        what, hint = "a run cannot begin with itself", "--from the run that it began with, or another -o"
-        raise ConfigError(what, where=run.path, hint=hint)
-    return METR.from_pretrained(source, device="cpu")
 
 
 def _steps(options: FinetuneOptions, opened: FinetuneData, recipe: RunConfig, made: Made) -> list[str]:
@@ -134,12 +120,11 @@ def _plan(opened: FinetuneData, recipe: RunConfig, base: RunConfig, name: str, m
     )
 
 
-def _request(source: str | Path | None, opened: FinetuneData, options: FinetuneOptions) -> Tree:
+def _request(source: str, opened: FinetuneData, options: FinetuneOptions) -> Tree:
     """What was asked for, with the number of training images of each dataset."""
-    here = source is not None and Path(source).exists()
     asked = options.model_dump(mode="json", include=_KEPT | {_ALLOWED})
     return {
-        "from": str(Path(str(source)).resolve() if here else source),
+        "from": source,
         "new": opened.lengths("new"),
         "rehearsed": opened.lengths("rehearsed"),
         **asked,

@@ -67,6 +67,12 @@ def taken_names(
     return taken
 
 
+def aliases_of(taken: Renames, earlier: Mapping[str, str], vocabulary: Vocabulary) -> dict[str, str]:
+    """The names that were taken as a trained one, now and earlier, but for those that are names of their own."""
+    now = {name: trained for names in taken.values() for name, trained in names.items()}
+    return {name: trained for name, trained in (dict(earlier) | now).items() if name not in vocabulary}
+
+
 def _offers(sources: Sequence[DatasetSource], model: METR, taken: Renames) -> list[tuple[str, SameName]]:
     """For each dataset, the names that seem to mean a trained one and are not taken as one yet."""
     embeddings = _embeddings(sources, model)

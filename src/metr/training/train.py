@@ -1,7 +1,7 @@
 """Training one detector on many datasets (`metr train`), and the plan of such a run."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,62 +9,55 @@ from typing import Any
 from rich.console import Console, Group, RenderableType
 from torch import nn
 
-from metr.checkpoint import CONFIG, Checkpoint, load_checkpoint
-from metr.config import Config, Tree
-from metr.data.config import SubsetConfig
-from metr.data.guard import log_issues
-from metr.data.joint import JointData, open_joint
+from metr.checkpoint import Checkpoint
+from metr.config import Config
+from metr.data.joint import JointData
 from metr.data.loading import build_train_loader
 from metr.data.records import Annotations
-from metr.errors import ConfigError
 from metr.evaluation.report import main_console, show
 from metr.evaluation.results import EvaluationConfig
 from metr.evaluation.runner import EvaluationRunner
 from metr.fitting import Hanging
-from metr.inference.config import InferenceConfig
+from metr.inference.config import InferenceConfig, without_presence
 from metr.inference.postprocess import ScoreThresholds
 from metr.losses.criterion import SetCriterion
 from metr.models.config import DetectorConfig
 from metr.models.detector import Detector, skeleton
 from metr.processes import in_main_process
-from metr.run_directory import RunDirectory, existing_folder
+from metr.run_directory import RunDirectory
 from metr.text.encoder import TextEncoder
 from metr.text.same_names import listed, spelt_alike
-from metr.text.vocabulary import Vocabulary
-from metr.training.config import (
-    RunConfig,
-    TrainOptions,
-    check_epochs,
-    load_recipe,
-)
+from metr.training.config import RunConfig
 from metr.training.finetune_recipe import RECIPE, left_to_finetuning
 from metr.training.images import ValImages
-from metr.training.logger import check_trackers
 from metr.training.parts import Evaluated, Outcome, TrainingParts
-from metr.training.plan import RunPlan, advice, header, page, steps_of, tell_end
+from metr.training.plan import advice, header, page, tell_end
 from metr.training.provenance import provenance
-from metr.training.resumed_recipe import resumed_recipe
-from metr.training.resumption import (
-    DATASETS,
-    check_same_request,
-    dataset_facts,
-    kept_datasets,
-    kept_request,
-    log_changed_datasets,
-    made_so_far,
-    save_request,
-)
+from metr.training.resumption import DATASETS, save_request
 from metr.training.run_log import RunLog, log_page, tell
+from metr.training.start import (
+    Start,
+    described_start,
+    forgotten,
+    history,
+    kept_network,
+    say_new_names,
+    with_text_encoder,
+)
 from metr.training.state import check_place, log_changed_settings, seed_everything
 from metr.training.step_targets import PseudoLabeler
+from metr.training.train_request import (
+    KEEPS,
+    REQUEST,
+    Asked,
+    Data,
+    Prepared,
+    check_recipe,
+    check_same,
+    options_of,
+    prepared,
+)
 from metr.training.trainer import Trainer
-
-Data = str | Path | Sequence[str | Path]
-"""One dataset or several, as arguments of a command: a folder, name=folder, or a YAML file that lists some."""
-
-
-REQUEST = "training.json"
-"""The file of the run folder that says what was asked for, besides the configuration and the datasets."""
 
 
 def train(
@@ -82,7 +75,11 @@ def train(
     """Trains one detector on all datasets together and keeps everything in the run folder `out`.
 
         train(["photos/", "cells=old/voc"], "runs/joint", size="small", overrides=["train.loop.steps=20000"])
+        train(["photos/", "cells=old/voc"], "runs/joint", start="user/name")
         train(None, "runs/joint", resume=True)
+
+    With a `start` the network is that detector's, with all its weights, and its names come before those of the data.
+    The schedule is fresh.
 
     Args:
         data: One dataset or several: folders, name=folder, or YAML files that list some. None resumes with the run's.
@@ -96,28 +93,31 @@ def train(
         evaluation: How evaluations during training are made. By default each dataset is evaluated with its own names,
             and with all of them, which is what detection will look for.
         console: Where progress is shown; None shows none.
-        **more: Fields of `TrainOptions` by name: shots, fraction, seed, epochs, allow_empty.
+        **more: Fields of `JointOptions` by name: start, same_names, prompts, shots, fraction, seed, epochs,
+            allow_empty.
 
     Raises:
         MetrError: data, configuration or the run folder do not fit; the message says what and where.
     """
     console, run = main_console(console), RunDirectory(Path(out))
-    asked = _Asked(config=config, size=size, overrides=tuple(overrides), options=_options(more))
+    asked = Asked(config=config, size=size, overrides=tuple(overrides), options=options_of(more))
     with RunLog(run.path) as log:
         check_place(run, resume)
-        prepared = _resumed(data, run, asked) if resume else _begun(data, asked)
-        joint, recipe = prepared.plan.joint, prepared.plan.recipe
-        tell(console, header(prepared.plan), *([] if resume else advice(prepared.plan, from_nothing=True)))
+        begun = prepared(data, asked, run, resume, console)
+        joint, recipe = begun.plan.joint, begun.plan.recipe
+        tell(console, *_notes_of_start(begun), header(begun.plan), *_advice(begun, resume))
+        if begun.start is not None:
+            say_new_names(begun.start.model, joint.vocabulary, console)
         _hint_at_names_spelt_alike(joint, console)
-        parts = training_parts(joint, recipe, console)
+        parts = training_parts(joint, recipe, console, begun.start)
         if resume:
             check_same(run, joint.vocabulary, parts.checkpoint.text_encoder)
         log.begin(recipe.train.loop.device)
         if in_main_process():
-            save_request(run, REQUEST, prepared.request, {DATASETS: joint.sources})
+            save_request(run, REQUEST, begun.request, {DATASETS: begun.given})
         sets = joint.evaluation()
         outcome = fit(parts, sets, recipe, run.path, resume=resume, console=console, evaluation=evaluation)
-        tell_end(outcome, run, recipe, prepared.data, joint.sources, console)
+        tell_end(outcome, run, recipe, begun.data, joint.sources, console)
     return outcome
 
 
@@ -138,94 +138,28 @@ def plan(
         size: Whose recipe is the beginning.
         overrides: Laid over both.
         resumed: The folder of the run to resume, if one is.
-        **more: Fields of `TrainOptions` by name.
+        **more: Fields of `JointOptions` by name.
 
     Raises:
         MetrError: data or configuration do not fit; the message says what and where.
     """
-    asked = _Asked(config=config, size=size, overrides=tuple(overrides), options=_options(more))
-    prepared = _begun(data, asked) if resumed is None else _resumed(data, RunDirectory(Path(resumed)), asked)
-    return Group(page(prepared.plan), *([] if resumed else advice(prepared.plan, from_nothing=True)))
+    asked = Asked(config=config, size=size, overrides=tuple(overrides), options=options_of(more))
+    run = RunDirectory(Path("" if resumed is None else resumed))
+    begun = prepared(data, asked, run, resumed is not None, Console(quiet=True))
+    return Group(*_notes_of_start(begun), page(begun.plan), *_advice(begun, resumed is not None))
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Asked:
-    """What a command asks of the configuration; `size` is None where it names none."""
-
-    config: str | Path | RunConfig | None
-    size: str | None
-    overrides: tuple[str, ...]
-    options: TrainOptions
-
-    @property
-    def given(self) -> Tree:
-        """What of the request is given explicitly."""
-        size = {} if self.size is None else {"size": self.size}
-        return size | self.options.model_dump(include=self.options.model_fields_set - {"epochs", "allow_empty"})
+def _advice(begun: Prepared, resume: bool) -> list[Hanging]:
+    return [] if resume else advice(begun.plan, from_nothing=begun.start is None)
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Prepared:
-    """Data, also as arguments of a command, and plan of a run; `request` is what is kept of what was asked for."""
-
-    data: list[str]
-    plan: RunPlan
-    request: Tree
-
-
-def _options(values: Mapping[str, Any]) -> TrainOptions:
-    return TrainOptions.checked({key: value for key, value in values.items() if value is not None}, where="train")
-
-
-def _begun(data: Data | None, asked: _Asked) -> _Prepared:
-    """Opens the datasets of a new run and puts its configuration together."""
-    options, size = asked.options, asked.size or "nano"
-    seed = [f"train.loop.seed={options.seed}"] if "seed" in options.model_fields_set else []
-
-    def resolve(more: Sequence[str]) -> RunConfig:
-        return load_recipe(size, asked.config, [*seed, *asked.overrides, *more])
-
-    check_epochs(options.epochs, asked.overrides)
-    check_recipe(recipe := resolve([]))
-    given = arguments(data)
-    joint = open_joint(given, options)
-    if not options.allow_empty:
-        joint.check_usable()
-    log_issues(joint.sources)
-    recipe = resolve(steps_of(options.epochs, sum(joint.lengths.values()), recipe))
-    asked_for = options.model_dump(mode="json", include={"shots", "fraction", "seed", "allow_empty"})
-    request = {"size": size, **asked_for, "datasets": dataset_facts(joint.sources)}
-    plan = RunPlan(joint=joint, recipe=recipe, base=load_recipe(size), name=f"the recipe {size}")
-    return _Prepared(data=given, plan=plan, request=request)
-
-
-def _resumed(data: Data | None, run: RunDirectory, asked: _Asked) -> _Prepared:
-    """Opens the datasets of a run to resume; its configuration changes only where that is asked for."""
-
-    def resolve(more: Sequence[str]) -> tuple[RunConfig, RunConfig]:
-        return resumed_recipe(run, asked.config, [*asked.overrides, *more])
-
-    check_epochs(asked.options.epochs, asked.overrides)
-    began, recipe = resolve([])
-    check_recipe(recipe)
-    request = kept_request(run, REQUEST)
-    check_same_request(run, request, asked.given)
-    chosen = {key: value for key, value in (request or asked.given).items() if key in SubsetConfig.model_fields}
-    subset = SubsetConfig.checked(chosen, where=run.path / REQUEST)
-    given = kept_datasets(run, arguments(data))
-    joint = open_joint(given, subset)
-    allow_empty = asked.options.allow_empty or request.get("allow_empty", False)
-    if not allow_empty:
-        joint.check_usable()
-    log_issues(joint.sources)
-    made = made_so_far(run)
-    _, recipe = resolve(steps_of(asked.options.epochs, sum(joint.lengths.values()), recipe, made))
-    facts = dataset_facts(joint.sources)
-    log_changed_datasets(request.get("datasets", {}), facts)
-    check_same(run, joint.vocabulary)
-    request = {**request, "datasets": facts, "allow_empty": allow_empty}
-    plan = RunPlan(joint=joint, recipe=recipe, base=began, name="the run's recipe", made=made)
-    return _Prepared(data=given, plan=plan, request=request)
+def _notes_of_start(begun: Prepared) -> list[Hanging]:
+    """What a run begins with, and what of that it might lose; nothing where it begins with no detector."""
+    if begun.start is None:
+        return []
+    model = begun.start.model
+    notes = described_start(model, begun.plan.recipe), forgotten(model, begun.plan.joint, "add a dataset that has them")
+    return [Hanging(note) for note in notes if note]
 
 
 def _hint_at_names_spelt_alike(joint: JointData, console: Console) -> None:
@@ -263,16 +197,17 @@ def fit(
     Raises:
         MetrError: the run folder does not fit; the message says what and where.
     """
+    inference = recipe.inference if parts.checkpoint.detection.presence else without_presence(recipe.inference)
     runner = EvaluationRunner(
         parts.checkpoint.vocabulary,
         parts.checkpoint.text_embeddings,
         sets,
         recipe.augmentation.resize,
         recipe.evaluation_loader,
-        evaluation or _quick_evaluation(recipe.inference, parts.checkpoint, sets),
+        evaluation or _quick_evaluation(inference, parts.checkpoint, sets),
     )
 
-    images = ValImages(runner, recipe.inference) if recipe.train.loop.images and in_main_process() else None
+    images = ValImages(runner, inference) if recipe.train.loop.images and in_main_process() else None
 
     def evaluate(network: nn.Module) -> Evaluated:
         report = runner.report(network, unannotated=recipe.unannotated)
@@ -291,47 +226,58 @@ def fit(
     return trainer.fit(resume=resume)
 
 
-def training_parts(joint: JointData, recipe: RunConfig, console: Console) -> TrainingParts:
-    """Builds network, criterion, loader and the rest of the checkpoint from data and recipe."""
+def training_parts(joint: JointData, recipe: RunConfig, console: Console, start: Start | None = None) -> TrainingParts:
+    """Builds network, criterion, loader and the rest of the checkpoint from data, recipe and, if given, a start."""
     check_recipe(recipe)
-    encoder = TextEncoder(recipe.text)
+    build = partial(_fresh, joint) if start is None else partial(_begun_with, start)
     with console.status("embedding the names"):
-        embeddings = encoder.embed(joint.vocabulary)
+        network, checkpoint = build(recipe)
+    datasets = joint.training(recipe.augmentation, recipe.unannotated)
+    loader = recipe.loader.model_copy(update={"mixture": joint.mixture(recipe.loader.mixture)})
+    facts = {"unannotated": recipe.unannotated, RECIPE: left_to_finetuning(recipe), **provenance(joint, recipe)}
+    return TrainingParts(
+        network=network,
+        criterion=SetCriterion(recipe.criterion),
+        loader=partial(build_train_loader, datasets, loader),
+        checkpoint=replace(checkpoint, training={**facts, **checkpoint.training}),
+        teacher=teacher_of(joint, recipe),
+    )
+
+
+def _fresh(joint: JointData, recipe: RunConfig) -> tuple[Detector, Checkpoint]:
+    """A network that begins with its backbone's weights, and its checkpoint but for facts about training."""
+    encoder = TextEncoder(recipe.text)
+    embeddings = encoder.embed(joint.vocabulary)
     encoder.release()
     seed_everything(recipe.train.loop.seed)
     skeleton(recipe.model, encoder.width)  # refuses a network of an absurd size before memory is taken for it
     network = Detector(recipe.model, encoder.width)
     if recipe.model.categories.whitening and len(embeddings) > 1:
         network.category_extraction.whiten(embeddings, recipe.model.categories.whitening)
-    datasets = joint.training(recipe.augmentation, recipe.unannotated)
-    loader = recipe.loader.model_copy(update={"mixture": joint.mixture(recipe.loader.mixture)})
-    checkpoint = Checkpoint(
+    return network, Checkpoint(
         model=rebuildable(recipe.model, network),
         vocabulary=joint.vocabulary,
         text_embeddings=embeddings,
         text_encoder=plain(encoder.pinned_config) | {"identity": encoder.identity},
         preprocessing=plain(recipe.augmentation.resize),
-        training={"unannotated": recipe.unannotated, RECIPE: left_to_finetuning(recipe), **provenance(joint, recipe)},
-    )
-    return TrainingParts(
-        network=network,
-        criterion=SetCriterion(recipe.criterion),
-        loader=partial(build_train_loader, datasets, loader),
-        checkpoint=checkpoint,
-        teacher=teacher_of(joint, recipe),
     )
 
 
-def check_recipe(recipe: RunConfig) -> None:
-    """Checks that pseudo-labels have an average of the weights, and that trackers are installed.
-
-    Raises:
-        ConfigError: pseudo-labels are asked for without an average of the weights, or a tracker is not installed.
-    """
-    check_trackers(recipe.train.loop.trackers)
-    if recipe.unannotated == "pseudo_label" and not recipe.train.ema.enabled:
-        what = "pseudo-labels come from the average of the weights, which is off"
-        raise ConfigError(what, where="unannotated", hint="set train.ema.enabled=true, or unannotated=ignore")
+def _begun_with(start: Start, recipe: RunConfig) -> tuple[Detector, Checkpoint]:
+    """The network of a detector, and its checkpoint with the names of the data, but for facts about training."""
+    model = with_text_encoder(start.model, recipe.text)
+    embeddings = model.embed(start.joint.vocabulary, tell=False)
+    seed_everything(recipe.train.loop.seed)
+    network = kept_network(model, recipe.model, *KEEPS)
+    return network, Checkpoint(
+        model=rebuildable(recipe.model, network),
+        vocabulary=start.joint.vocabulary,
+        text_embeddings=embeddings,
+        text_encoder=model.checkpoint.text_encoder,
+        preprocessing=plain(recipe.augmentation.resize),
+        training={"finetuned_from": history(model.checkpoint)},
+        detection=start.detection,
+    )
 
 
 def teacher_of(joint: JointData, recipe: RunConfig) -> PseudoLabeler | None:
@@ -339,13 +285,6 @@ def teacher_of(joint: JointData, recipe: RunConfig) -> PseudoLabeler | None:
     if recipe.unannotated != "pseudo_label":
         return None
     return PseudoLabeler(recipe.train.pseudo_labels, joint.unannotated())
-
-
-def arguments(data: Data | None) -> list[str]:
-    """The datasets as a list of command-line arguments."""
-    if data is None:
-        return []
-    return [str(data)] if isinstance(data, str | Path) else [str(one) for one in data]
 
 
 def _quick_evaluation(
@@ -357,28 +296,6 @@ def _quick_evaluation(
     if all({*map(str.strip, one.categories)} == names for one in sets.values()):
         return EvaluationConfig(modes=("own",), inference=config)
     return EvaluationConfig(modes=("own", "default" if default else "joint"), default_names=default, inference=config)
-
-
-def check_same(run: RunDirectory, vocabulary: Vocabulary, text_encoder: Mapping[str, Any] | None = None) -> None:
-    """Checks that a resumed run has the vocabulary that it began with and, if given, the text encoder.
-
-    Raises:
-        ConfigError: one of them differs.
-    """
-    if not (existing_folder(run.last) / CONFIG).is_file():
-        return
-    began = load_checkpoint(run.last)
-    hint = "resume with the datasets and the text encoder that it began with, or start a new run"
-    if began.vocabulary != vocabulary:
-        before, now = set(began.vocabulary.names), set(vocabulary.names)
-        lost, new = ", ".join(sorted(before - now)) or "none", ", ".join(sorted(now - before)) or "none"
-        what = f"the run has other datasets, names or prompts; names only there: {lost}; only here: {new}"
-        raise ConfigError(what, where=run.path, hint=hint)
-    if text_encoder is None:
-        return
-    before_encoder, encoder = (one.get("identity") for one in (began.text_encoder, text_encoder))
-    if before_encoder != encoder:
-        raise ConfigError(f"the run has the text encoder {before_encoder}, not {encoder}", where=run.path, hint=hint)
 
 
 def rebuildable(config: DetectorConfig, network: Detector) -> DetectorConfig:
