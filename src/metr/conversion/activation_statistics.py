@@ -143,9 +143,10 @@ def of_normed_head(network: Detector) -> tuple[str, ...]:
 
 def of_layer_head(network: Detector, layer: int) -> tuple[str, ...]:
     """What makes a classification head for what a decoder layer gives (`classifier.layer_classifier`)."""
-    if network.config.decoder.predictors == "layer":
+    if network.config.decoder.predictors != "shared":
         own, product = f"decoder.similarity.{layer}", network.config.similarity.form == "product"
-        read = (f"decoder.layers.{layer}.feed_forward.norm",) if product else ()
+        normed = product or network.config.decoder.predictors == "normed_layer"
+        read = (f"decoder.layers.{layer}.feed_forward.norm", "decoder.norm") if normed else ()
         return inside(network, own, *read) + (of_tokens(network) if product else ())
     return inside(network, f"decoder.layers.{layer}.feed_forward.norm") + of_head(network)
 

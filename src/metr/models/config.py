@@ -249,10 +249,11 @@ class DecoderConfig(Config):
     positions: Literal["sine", "plain"] = "sine"
     """A query's box is encoded as sines and cosines (DINO), or used as four numbers (RT-DETR; `deformable` and
     `distribution`)."""
-    predictors: Literal["shared", "layer"] = "shared"
+    predictors: Literal["shared", "layer", "normed_layer"] = "shared"
     """`shared`: all layers have one class head and one box head, which read the layer's output after one more norm
     (DINO). `layer`: each layer has its own, which read its output as it is (RT-DETR; `deformable` and `distribution`).
-    In `distribution` each layer refines boxes by itself, whatever is set."""
+    `normed_layer`: each has its own after that norm (a DINO whose layers share nothing; `deformable`). In
+    `distribution` each layer refines boxes by itself, whatever is set."""
     box_margin: float = Field(1e-3, gt=0, lt=0.1)
     """The least distance from 0 and 1 of a coordinate that is refined: 1e-3 (DINO) or 1e-5 (RT-DETR)."""
     distribution: DistributionConfig = DistributionConfig()
@@ -323,7 +324,9 @@ class DetectorConfig(Config):
             what = f"queries.content {self.queries.content!r} contains a category; queries.layout 'places' needs one of"
             raise ValueError(f"{what} 'place_only' and 'learned_only'")
         if self.decoder.kind == "conditional" and self.decoder.predictors != "shared":
-            raise ValueError("decoder.predictors 'layer' is for decoder.kind 'deformable'")
+            raise ValueError(f"decoder.predictors {self.decoder.predictors!r} is for decoder.kind 'deformable'")
+        if self.decoder.kind == "distribution" and self.decoder.predictors == "normed_layer":
+            raise ValueError("decoder.predictors 'normed_layer' is for decoder.kind 'deformable'")
         if self.queries.layout != "places" and self.queries.number < self.categories.kept:
             raise ValueError(f"queries.number {self.queries.number} is below categories.kept {self.categories.kept}")
         return self

@@ -68,34 +68,31 @@ class LayeredDecoder(nn.Module):
     ) -> None:
         super().__init__()
         self.similarity_config, self.width, self.margin = similarity, width, config.box_margin
-        self.separate, self.refines = config.predictors == "layer", config.refine == "each"
-        if self.separate:
-            heads = range(config.layers)
-            self.norm: nn.Module = nn.Identity()
-            self.similarity: nn.Module = nn.ModuleList(
-                build_class_head(width, text_width, prior, similarity) for _ in heads
-            )
-            self.box: nn.Module = nn.ModuleList(BoxHead(width, config.boxes) for _ in heads)
-        else:
-            self.norm = nn.LayerNorm(width)
-            self.similarity = build_class_head(width, text_width, prior, similarity)
-            self.box = BoxHead(width, config.boxes)
+        self.refines, self.normed = config.refine == "each", config.predictors != "layer"
+        self.norm: nn.Module = nn.LayerNorm(width) if self.normed else nn.Identity()
+        if config.predictors == "shared":
+            self.similarity: nn.Module = build_class_head(width, text_width, prior, similarity)
+            self.box: nn.Module = BoxHead(width, config.boxes)
+            return
+        heads = range(config.layers)
+        self.similarity = nn.ModuleList(build_class_head(width, text_width, prior, similarity) for _ in heads)
+        self.box = nn.ModuleList(BoxHead(width, config.boxes) for _ in heads)
 
     def refined(
         self, layer: int, content: Float[Tensor, "b q d"], boxes: Float[Tensor, "b q 4"]
     ) -> tuple[Float[Tensor, "b q d"], Float[Tensor, "b q 4"], Float[Tensor, "b q 4"]]:
         """After a layer: the feature for class heads, the reported box, and where the next layer starts.
 
-        The next layer starts without gradient. With shared heads it starts from a box that comes from the layer's raw
-        output, while the reported one comes from the normalised output, as in DINO. With `refine: none` it starts from
-        the queries' own boxes.
+        The next layer starts without gradient. With a norm before the heads it starts from a box that comes from the
+        layer's raw output, while the reported one comes from the normalised output, as in DINO. With `refine: none` it
+        starts from the queries' own boxes.
         """
         normed, head = self.norm(content), self._head(self.box, layer)
         start = head.start(boxes, self.margin)
         found = head(normed, start)
         if not self.refines:
             return normed, found, boxes
-        return normed, found, (found if self.separate else head(content, start)).detach()
+        return normed, found, (head(content, start) if self.normed else found).detach()
 
     def ask(self, decoded: Decoded, tokens: Float[Tensor, "b k c"], slot: Int[Tensor, "b q"]) -> Float[Tensor, "r b q"]:
         """Each query's logit for the category in its slot, after each layer.

@@ -292,7 +292,7 @@ def box_heads(theirs: str, layers: int, ours: DetectorConfig) -> tuple[tuple[Row
         layers: How many layers the target's decoder has.
         ours: Says whether METR's layers have heads of their own.
     """
-    if ours.decoder.predictors == "layer":
+    if ours.decoder.predictors != "shared":
         own = (mlp(f"{theirs}.{layer}", f"decoder.box.{layer}.change", 3) for layer in range(layers))
         return joined(*own), ()
     heads = [mlp(f"{theirs}.{layer}", "decoder.box.change", 3) for layer in range(layers)]
