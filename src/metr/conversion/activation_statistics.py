@@ -163,7 +163,8 @@ def box_position(network: Detector) -> Callable[[Tensor], Tensor] | None:
     if network.config.decoder.positions == "plain":
         return None
     width, position = network.config.width, network.decoder.position
-    return lambda boxes: position(box_encoding(boxes, width))
+    # where queries keep their position, the same layer makes a part of their content
+    return lambda boxes: position(box_encoding(boxes, width))[..., :width]
 
 
 def four_encodings(boxes: Float[Tensor, "n 4"], width: int) -> Float[Tensor, "n c"]:

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from metr.conversion.classifier import Linear
-from metr.conversion.targets.base import Derived
+from metr.conversion.targets.base import Adopted, Derived
 
 # Singular values below this fraction of the largest count as zero: names that say the same cannot be told apart.
 _NEGLIGIBLE = 1e-6
@@ -62,7 +62,7 @@ class ClassHeads:
 
 def class_heads(
     state: Mapping[str, Tensor],
-    prefixes: Mapping[str, str],
+    adopted: Adopted,
     rows: Sequence[int] | slice,
     names: Sequence[str],
     assumed: bool = False,
@@ -71,17 +71,20 @@ def class_heads(
 
     Args:
         state: The detector's weights.
-        prefixes: By the prefix of METR's head, that of the detector's linear layer.
+        adopted: Which of the detector's linear layers is which of METR's heads.
         rows: The labels that count, or those that have a name.
         names: Their names; empty where the detector does not say them.
         assumed: As in `ClassHeads`.
     """
-    if not prefixes:
+    if not adopted.class_heads:
         return None
     heads, sources = dict[str, Linear](), dict[str, tuple[str, ...]]()
-    for ours, theirs in prefixes.items():
+    for ours, theirs in adopted.class_heads.items():
         weight, bias = state[f"{theirs}.weight"], state[f"{theirs}.bias"]
-        heads[ours] = Linear(weight=weight[rows], bias=bias[rows])
+        head = Linear(weight=weight[rows], bias=bias[rows])
+        if ours in adopted.first_label:
+            head = Linear(weight=weight[:1].expand_as(head.weight), bias=bias[:1].expand_as(head.bias))
+        heads[ours] = head
         sources[ours] = tuple(key for key, tensor in state.items() if tensor is weight or tensor is bias)
     return ClassHeads(names=tuple(names), heads=heads, sources=sources, assumed=assumed)
 

@@ -121,7 +121,7 @@ def _from_file(path: Path) -> PublishedDetector:
         names=tuple(name for name in found.names if not stands_for_none(name)),
         resize=found.resize,
         prompts=found.prompts,
-        class_heads=class_heads(found.state, found.adopted.class_heads, slice(None), found.names, assumed=True),
+        class_heads=class_heads(found.state, found.adopted, slice(None), found.names, assumed=True),
     )
 
 
@@ -246,4 +246,4 @@ def _named_labels(config: Any) -> dict[str, int]:
 def _class_heads(config: Any, state: State, adopted: Adopted) -> ClassHeads | None:
     """The class heads that METR's are to follow: of the labels with names, or of all where none has one."""
     named = _named_labels(config)
-    return class_heads(state, adopted.class_heads, [*named.values()] or slice(config.num_labels), tuple(named))
+    return class_heads(state, adopted, [*named.values()] or slice(config.num_labels), tuple(named))

@@ -123,7 +123,11 @@ class LayeredDecoder(nn.Module):
 
 
 class Decoder(LayeredDecoder):
-    """Deformable decoder layers with iterative box refinement."""
+    """Deformable decoder layers with iterative box refinement.
+
+    With `positions: first` one layer makes of a query's first box its position, for all layers, and a part of its
+    content (Deformable DETR).
+    """
 
     layer_type: type[nn.Module] = DecoderLayer
 
@@ -139,16 +143,20 @@ class Decoder(LayeredDecoder):
         super().__init__(width, text_width, config, prior, similarity or SimilarityConfig())
         self.padded_positions = config.padded_positions
         self.plain = config.positions == "plain"
-        self.position = MLP((4, 2 * width, width) if self.plain else (2 * width, width, width))
+        self.keeps = config.positions == "first"
+        if self.keeps:
+            self.position: nn.Module = nn.Sequential(nn.Linear(2 * width, 2 * width), nn.LayerNorm(2 * width))
+        else:
+            self.position = MLP((4, 2 * width, width) if self.plain else (2 * width, width, width))
         self.layers = nn.ModuleList(self.layer_type(width, levels, config) for _ in range(config.layers))
 
     def forward(self, queries: Queries, memory: Memory) -> Decoded:
         """Features and boxes after every layer; each layer starts from the box that the layer before found."""
-        content, boxes = queries.content, queries.reference_boxes
-        allowed = same_group(queries)
+        boxes, allowed = queries.reference_boxes, same_group(queries)
+        content, kept = self._first(queries, memory)
         features, reported = [], []
         for number, layer in enumerate(self.layers):
-            position, reference = self.placed(boxes, memory)
+            position, reference = self.placed(boxes, memory, kept)
             content = layer(content, position, reference, allowed, memory)
             feature, found, boxes = self.refined(number, content, boxes)
             features.append(feature)
@@ -156,12 +164,27 @@ class Decoder(LayeredDecoder):
         return Decoded(features=torch.stack(features), boxes=torch.stack(reported))
 
     def placed(
-        self, boxes: Float[Tensor, "b q 4"], memory: Memory
+        self, boxes: Float[Tensor, "b q 4"], memory: Memory, kept: Float[Tensor, "b q d"] | None = None
     ) -> tuple[Float[Tensor, "b q d"], Float[Tensor, "b q l 4"]]:
-        """What is added to the content of queries with these boxes, and the boxes in each padded level."""
+        """What is added to the content of queries with these boxes, and the boxes in each padded level.
+
+        Args:
+            boxes: Of the queries.
+            memory: The images.
+            kept: The positions of the queries' first boxes, where queries keep them.
+        """
         reference = boxes.unsqueeze(2) * memory.valid_ratios.tile(1, 1, 2).unsqueeze(1)
+        if kept is not None:
+            return kept, reference
         placed = reference[:, :, 0] if self.padded_positions else boxes
         return self.position(placed if self.plain else box_encoding(placed, self.width)), reference
+
+    def _first(self, queries: Queries, memory: Memory) -> tuple[Float[Tensor, "b q d"], Float[Tensor, "b q d"] | None]:
+        """The queries' content before the first layer, and the positions of their first boxes if they keep them."""
+        if not self.keeps:
+            return queries.content, None
+        position, content = self.placed(queries.reference_boxes, memory)[0].chunk(2, dim=-1)
+        return queries.content + content, position
 
 
 class ConditionalDecoderLayer(nn.Module):
