@@ -7,6 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from metr.conversion.export import colours_of
+from metr.conversion.published.dino import AUTHORS
+from metr.conversion.published.timm import resnet_rows
+from metr.conversion.table import to_theirs
 from metr.conversion.targets import find_target
 from metr.data.config import ResizeConfig
 from metr.models.config import (
@@ -128,3 +131,39 @@ def save_folder(model: Any, name: str, network: Detector, folder: Path) -> None:
     """Writes a detector of transformers with the image processor that a METR gives its target."""
     model.save_pretrained(folder)
     find_target(name).image_processor(ResizeConfig(size=SIDE), colours_of(network)).save_pretrained(folder)
+
+
+def dino_like(authors: bool, labels: int = 91) -> tuple[Detector, dict[str, Tensor]]:
+    """A METR with a bottleneck ResNet, and its weights under the names of DINO or of METR's authors.
+
+    DINO's heads, and its copies of the box head, are added as its files have them.
+    """
+    options = {"embedding_size": 8, "hidden_sizes": [8, 16, 16, 24], "depths": [1, 2, 1, 1], "layer_type": "bottleneck"}
+    config = DetectorConfig(
+        width=32,
+        backbone=BackboneConfig(name="resnet", pretrained=False, options=options),
+        encoder=EncoderConfig(layers=2, levels=4, heads=4, points=2, feed_forward=48),
+        decoder=DecoderConfig(layers=2, heads=4, points=3, feed_forward=40, padded_positions=True),
+    )
+    torch.manual_seed(0)
+    network = stir(Detector(config, TEXT_WIDTH)).eval()
+    state = to_theirs(network.state_dict(), (*AUTHORS, *resnet_rows("backbone.0.body.", "backbone.network."))).state
+    if authors:
+        state["transformer.prompt_indicator.class_prompts"] = torch.randn(2, TEXT_WIDTH)
+        return network, state
+    for_names = ("transformer.prompt_indicator.", "class_embed.", "num_classes", "transformer.enc_out_class_embed.")
+    state = {key: tensor for key, tensor in state.items() if not key.startswith(for_names)}
+    state |= {
+        "label_enc.weight": torch.randn(labels + 1, 32),
+        "transformer.tgt_embed.weight": torch.randn(12, 32),
+        "transformer.enc_out_class_embed.weight": torch.randn(labels, 32),
+        "transformer.enc_out_class_embed.bias": torch.randn(labels),
+        "class_embed.0.weight": torch.randn(labels, 32),
+        "class_embed.0.bias": torch.randn(labels),
+    }
+    heads = {key: tensor for key, tensor in state.items() if key.startswith(("class_embed.0", "bbox_embed.0"))}
+    for key, tensor in heads.items():
+        state[key.replace("_embed.0", "_embed.1")] = tensor
+        for layer in range(2):
+            state[f"transformer.decoder.{key.replace('_embed.0', f'_embed.{layer}')}"] = tensor.clone()
+    return network, state

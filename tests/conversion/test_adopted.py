@@ -86,6 +86,27 @@ def test_the_same_places_boxes_and_logits(
 
 
 @torch.no_grad()
+def test_deformable_detr_of_two_stages(tmp_path: Path, text: TextEncoderConfig) -> None:
+    """Queries keep the position of their first box, and places are chosen by the first label's score."""
+    theirs = written("deformable_detr", tmp_path)
+    ours, report = import_detector(tmp_path, text=text, device="cpu")
+    pixels = normalised(ours.network, images := random_images())
+    wanted = theirs(pixels)
+    logits, boxes = by_label(answers(ours, images, LABELS), len(LABELS))
+    torch.testing.assert_close(boxes, wanted.pred_boxes, atol=1e-4, rtol=0)
+    torch.testing.assert_close(logits, wanted.logits, atol=1e-3, rtol=0)
+    assert report.start == "", "it is a detector already"
+    for key in report.afresh:
+        assert key.startswith(("category_extraction.", "denoising.")), key
+    assert report.left_over == ()
+    again = to_detector(ours, "deformable_detr", LABELS)
+    found = again.model(pixels)
+    torch.testing.assert_close(found.pred_boxes, wanted.pred_boxes, atol=1e-4, rtol=0)
+    torch.testing.assert_close(found.logits, wanted.logits, atol=1e-3, rtol=0)
+    assert again.report.notes == ()
+
+
+@torch.no_grad()
 def test_it_detects_what_the_detector_detects(tmp_path: Path, text: TextEncoderConfig) -> None:
     """Boxes, names, scores and their order, through METR's own interface, saved and loaded between."""
     from transformers import AutoImageProcessor

@@ -143,9 +143,10 @@ def of_normed_head(network: Detector) -> tuple[str, ...]:
 
 def of_layer_head(network: Detector, layer: int) -> tuple[str, ...]:
     """What makes a classification head for what a decoder layer gives (`classifier.layer_classifier`)."""
-    if network.config.decoder.predictors == "layer":
+    if network.config.decoder.predictors != "shared":
         own, product = f"decoder.similarity.{layer}", network.config.similarity.form == "product"
-        read = (f"decoder.layers.{layer}.feed_forward.norm",) if product else ()
+        normed = product or network.config.decoder.predictors == "normed_layer"
+        read = (f"decoder.layers.{layer}.feed_forward.norm", "decoder.norm") if normed else ()
         return inside(network, own, *read) + (of_tokens(network) if product else ())
     return inside(network, f"decoder.layers.{layer}.feed_forward.norm") + of_head(network)
 
@@ -162,7 +163,8 @@ def box_position(network: Detector) -> Callable[[Tensor], Tensor] | None:
     if network.config.decoder.positions == "plain":
         return None
     width, position = network.config.width, network.decoder.position
-    return lambda boxes: position(box_encoding(boxes, width))
+    # where queries keep their position, the same layer makes a part of their content
+    return lambda boxes: position(box_encoding(boxes, width))[..., :width]
 
 
 def four_encodings(boxes: Float[Tensor, "n 4"], width: int) -> Float[Tensor, "n c"]:

@@ -1,37 +1,92 @@
 """Classifiers of a fixed list of classes become METR's classifiers of names (`similarity.form: classifier`)."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from metr.conversion.classifier import Linear
-from metr.conversion.targets.base import Derived
+from metr.conversion.targets.base import Adopted, Derived
 
 # Singular values below this fraction of the largest count as zero: names that say the same cannot be told apart.
 _NEGLIGIBLE = 1e-6
 
+# what a label is called that stands for no category, also if several are told apart: N/A, N/A 2
+_NONE = re.compile(r"N/A( \d+)?")
+
+
+def stands_for_none(name: str) -> bool:
+    """Whether a label's name says that the label has no category."""
+    return _NONE.fullmatch(name.strip()) is not None
+
+
+def told_apart(names: Sequence[str]) -> list[str]:
+    """The names, with repeated names of labels without a category counted: N/A, N/A 2, ..."""
+    found, told = 0, list[str]()
+    for name in names:
+        found += stands_for_none(name)
+        told.append(f"N/A {found}" if stands_for_none(name) and found > 1 else name)
+    return told
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ClassHeads:
-    """The class heads of a detector, one row a label that has a name.
+    """The class heads of a detector, one row a label.
 
     Attributes:
         names: The labels' names; empty where the detector does not say them.
         heads: By the prefix of METR's head (`proposals.classifier`): logits of all labels from a feature.
         sources: By the same prefix, the detector's keys.
+        assumed: The detector does not say the names; they are those that its number of labels suggests.
     """
 
     names: tuple[str, ...]
     heads: Mapping[str, Linear]
     sources: Mapping[str, tuple[str, ...]]
+    assumed: bool = False
 
     @property
     def labels(self) -> int:
         """How many labels there are."""
         return len(next(iter(self.heads.values())).bias)
+
+    def named(self, names: Sequence[str]) -> "ClassHeads":
+        """The heads of labels with these names, without those that stand for no category."""
+        kept = [row for row, name in enumerate(names) if not stands_for_none(name)]
+        heads = {prefix: Linear(weight=head.weight[kept], bias=head.bias[kept]) for prefix, head in self.heads.items()}
+        return replace(self, names=tuple(names[row] for row in kept), heads=heads)
+
+
+def class_heads(
+    state: Mapping[str, Tensor],
+    adopted: Adopted,
+    rows: Sequence[int] | slice,
+    names: Sequence[str],
+    assumed: bool = False,
+) -> ClassHeads | None:
+    """The class heads that METR's are to follow; None where there are none.
+
+    Args:
+        state: The detector's weights.
+        adopted: Which of the detector's linear layers is which of METR's heads.
+        rows: The labels that count, or those that have a name.
+        names: Their names; empty where the detector does not say them.
+        assumed: As in `ClassHeads`.
+    """
+    if not adopted.class_heads:
+        return None
+    heads, sources = dict[str, Linear](), dict[str, tuple[str, ...]]()
+    for ours, theirs in adopted.class_heads.items():
+        weight, bias = state[f"{theirs}.weight"], state[f"{theirs}.bias"]
+        head = Linear(weight=weight[rows], bias=bias[rows])
+        if ours in adopted.first_label:
+            head = Linear(weight=weight[:1].expand_as(head.weight), bias=bias[:1].expand_as(head.bias))
+        heads[ours] = head
+        sources[ours] = tuple(key for key, tensor in state.items() if tensor is weight or tensor is bias)
+    return ClassHeads(names=tuple(names), heads=heads, sources=sources, assumed=assumed)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -119,11 +119,12 @@ def layer_classifier(network: Detector, text: Float[Tensor, "v t"], tokens: Floa
 
 @torch.no_grad()
 def normed_classifier(network: Detector, text: Float[Tensor, "v t"], tokens: Float[Tensor, "v d"]) -> Linear:
-    """One logit a name from the decoder's normalised output, for detectors that have METR's norm there.
+    """One logit a name from the decoder's normalised output, by the last layer's head where layers have their own.
 
     It is exact where METR has linear classifiers. The arguments are those of `layer_classifier`.
     """
-    head = network.decoder.similarity
+    heads = network.decoder.similarity
+    head = heads[-1] if isinstance(heads, nn.ModuleList) else heads
     if isinstance(head, ClassifierHead):
         return names_classifier(head, text)
     assert isinstance(head, SimilarityHead)

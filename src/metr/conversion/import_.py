@@ -10,8 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from metr.conversion.class_heads import ClassHeads, SolvedHeads, solve
-from metr.conversion.classifier import Linear
+from metr.conversion.class_heads import ClassHeads, SolvedHeads, class_heads, solve, stands_for_none
 from metr.conversion.convert import StateTransfer, TransferReport, and_derived, giving_to_ours, receive
 from metr.conversion.published import read_restricted
 from metr.conversion.published.dino import read_dino
@@ -38,6 +37,7 @@ _NEEDS_TORCHVISION = frozenset({"RfDetrImageProcessor"})
 _IMAGENET = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}
 # names that stand for no category in the labels of published detectors
 _NO_NAMES = ("LABEL_", "N/A")
+_ASSUMED = "the file names no labels: they are taken for COCO's, as there are 91; if they are not, give 91 names"
 # ridge of the text projection's whitening, as a fraction of the embeddings' mean variance; as in the recipes
 _RIDGE = 0.1
 
@@ -120,6 +120,8 @@ def adopt(
         solved = solve(published.class_heads, labels)
         giving = and_derived(giving, solved.derived)
         notes.append(_how_well(solved, len(labels)))
+        if published.class_heads.assumed:
+            notes.append(_ASSUMED)
     report = receive(network, giving, source=published.title, name="METR", notes=notes)
     return network, report
 
@@ -134,8 +136,15 @@ def _how_well(solved: SolvedHeads, labels: int) -> str:
 
 def _from_file(path: Path) -> PublishedDetector:
     found = read_dino(read_restricted(path), path)
-    giving = giving_to_ours(found.state, found.rows, found.derived)
-    return PublishedDetector(title=found.title, config=found.config, giving=giving, prompts=found.prompts)
+    return PublishedDetector(
+        title=found.title,
+        config=found.adopted.config,
+        giving=giving_to_ours(found.state, found.rows, found.adopted.derived),
+        names=tuple(name for name in found.names if not stands_for_none(name)),
+        resize=found.resize,
+        prompts=found.prompts,
+        class_heads=class_heads(found.state, found.adopted, slice(None), found.names, assumed=True),
+    )
 
 
 def _from_folder(folder: Path) -> PublishedDetector:
@@ -268,13 +277,5 @@ def _named_labels(config: Any) -> dict[str, int]:
 
 def _class_heads(config: Any, state: State, adopted: Adopted) -> ClassHeads | None:
     """The class heads that METR's are to follow: of the labels with names, or of all where none has one."""
-    if not adopted.class_heads:
-        return None
     named = _named_labels(config)
-    rows = torch.tensor([*named.values()] or range(config.num_labels))
-    heads, sources = dict[str, Linear](), dict[str, tuple[str, ...]]()
-    for ours, theirs in adopted.class_heads.items():
-        weight, bias = state[f"{theirs}.weight"], state[f"{theirs}.bias"]
-        heads[ours] = Linear(weight=weight[rows], bias=bias[rows])
-        sources[ours] = tuple(key for key, tensor in state.items() if tensor is weight or tensor is bias)
-    return ClassHeads(names=tuple(named), heads=heads, sources=sources)
+    return class_heads(state, adopted, [*named.values()] or slice(config.num_labels), tuple(named))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from metr.checkpoint import Checkpoint, DetectionDefaults
 from metr.config import Tree
+from metr.conversion.class_heads import stands_for_none, told_apart
 from metr.conversion.convert import TransferReport
 from metr.conversion.export import Transferred, colours_of
 from metr.conversion.export import transfer as transfer_weights
@@ -182,8 +183,10 @@ def from_detector(
         source: A folder of transformers (Deformable DETR, RT-DETR, D-FINE, LW-DETR, RF-DETR), its name on the hub
             ("user/name", "user/name@revision"), or a `.pth` file of IDEA-Research's DINO or of METR's authors. Nothing
             in it is executed.
-        names: The vocabulary; by default the detector's labels. A file of METR's authors has no names: give as many
-            as it has embeddings, in their order, or others.
+        names: The vocabulary; by default the detector's labels. A file of DINO has no names: give one a label, "N/A"
+            for a label without a category; its labels are taken for COCO's if there are 91 and you give none or other
+            names. A file of METR's authors has none either: give as many as it has embeddings, in their order, or
+            others.
         text: The text encoder; by default the bundled one.
         device: Where the network goes.
         options: How the hub is asked, as of `METR.from_pretrained`: `revision`, `token`, `cache_dir`,
@@ -216,7 +219,9 @@ def import_detector(
     if not given:
         hint = 'name what it is to find: metr transfer --from SOURCE --names "penguin, shark" -o OUT, or names=[...]'
         raise ConfigError(f"{published.title} does not say what it finds", where=found.called, hint=hint)
-    vocabulary = given if isinstance(given, Vocabulary) else Vocabulary.of(given)
+    wanted = given if isinstance(given, Vocabulary) else Vocabulary.of(told_apart(given))
+    published = _with_label_names(published, wanted)
+    vocabulary = _of_categories(wanted)
     encoder = TextEncoder(text)
     embeddings = encoder.embed(vocabulary)
     if published.prompts is not None and published.prompts.shape == embeddings.shape:
@@ -243,19 +248,38 @@ def import_detector(
 
 
 def _labels(published: PublishedDetector, wanted: Vocabulary, encoder: TextEncoder) -> Float[Tensor, "n t"] | None:
-    """Text embeddings of the labels whose class heads METR takes over; wanted names keep their prompts.
-
-    Labels without names are taken for the wanted names, if there are as many.
-    """
+    """Text embeddings of the labels whose class heads METR takes over; wanted names keep their prompts."""
     heads = published.class_heads
     if heads is None:
         return None
-    if heads.names:
-        return encoder.embed(Vocabulary.of(heads.names, {n: p for n, p in wanted.prompts.items() if n in heads.names}))
-    if heads.labels != len(wanted):
+    return encoder.embed(Vocabulary.of(heads.names, {n: p for n, p in wanted.prompts.items() if n in heads.names}))
+
+
+def _with_label_names(published: PublishedDetector, wanted: Vocabulary) -> PublishedDetector:
+    """The detector with class heads of named labels only.
+
+    Labels that the detector does not name are taken for the wanted names, if there are as many.
+
+    Raises:
+        ConfigError: nothing says what the labels are.
+    """
+    heads = published.class_heads
+    if heads is None:
+        return published
+    if (heads.assumed or not heads.names) and len(wanted) == heads.labels:
+        heads = replace(heads, names=wanted.names, assumed=False)
+    if not heads.names:
         what = f"expected {heads.labels} names, one a label, since the detector does not name its labels"
-        raise ConfigError(f"{what}; found {len(wanted)}", where="names")
-    return encoder.embed(wanted)
+        hint = 'write "N/A" for a label without a category, such as label 0 of many detectors'
+        raise ConfigError(f"{what}; found {len(wanted)}", where="names", hint=hint)
+    return replace(published, class_heads=heads.named(heads.names))
+
+
+def _of_categories(wanted: Vocabulary) -> Vocabulary:
+    """The wanted names without those of labels that have no category."""
+    if not any(map(stands_for_none, wanted.names)):
+        return wanted
+    return Vocabulary.of([name for name in wanted.names if not stands_for_none(name)], wanted.prompts)
 
 
 def _rates(multiple: int) -> Tree:
@@ -311,7 +335,7 @@ def read_names(names: str) -> Vocabulary:
         return Vocabulary.of(vocabulary.names, vocabulary.prompts)
     if "/" in names and "," not in names:
         raise ModelError("no such dataset", where=names, hint='names go between commas: "penguin, shark"')
-    return Vocabulary.of(names.split(","))
+    return Vocabulary.of(told_apart(names.split(",")))
 
 
 def show(report: TransferReport, out: Path, console: Console, go_on: str) -> None:

@@ -143,9 +143,10 @@ class QueryConfig(Config):
     """Largest number of queries of a category."""
     attention: Literal["group", "image"] = "group"
     """A query attends to the queries of its category, or to all queries of its image."""
-    content: Literal["learned", "place", "place_only", "learned_only"] = "learned"
+    content: Literal["learned", "place", "place_only", "learned_only", "box_only"] = "learned"
     """`learned`: a learned query and the category's token. `place`: the same and the feature of the query's place.
-    `place_only`, `learned_only`: that feature, or the learned query, without the category's token."""
+    `place_only`, `learned_only`: that feature, or the learned query, without the category's token. `box_only`: only
+    what the decoder adds for the query's box (`decoder.positions: first`)."""
     start: Literal["proposal", "shifted"] = "proposal"
     """The box that a query starts from: its proposal's, or that moved by a learned shift of its rank (LW-DETR)."""
 
@@ -246,13 +247,15 @@ class DecoderConfig(Config):
     `deformable`)."""
     padded_positions: bool = False
     """Encode a query's box in units of the padded image, as DINO and the authors (`deformable`)."""
-    positions: Literal["sine", "plain"] = "sine"
-    """A query's box is encoded as sines and cosines (DINO), or used as four numbers (RT-DETR; `deformable` and
-    `distribution`)."""
-    predictors: Literal["shared", "layer"] = "shared"
+    positions: Literal["sine", "plain", "first"] = "sine"
+    """`sine`: a query's box is encoded as sines and cosines (DINO). `plain`: it is used as four numbers (RT-DETR;
+    `deformable` and `distribution`). `first`: a query keeps the position of its first box, which is encoded as sines
+    and cosines, and which its content contains too (Deformable DETR; `deformable`)."""
+    predictors: Literal["shared", "layer", "normed_layer"] = "shared"
     """`shared`: all layers have one class head and one box head, which read the layer's output after one more norm
     (DINO). `layer`: each layer has its own, which read its output as it is (RT-DETR; `deformable` and `distribution`).
-    In `distribution` each layer refines boxes by itself, whatever is set."""
+    `normed_layer`: each has its own after that norm (a DINO whose layers share nothing; `deformable`). In
+    `distribution` each layer refines boxes by itself, whatever is set."""
     box_margin: float = Field(1e-3, gt=0, lt=0.1)
     """The least distance from 0 and 1 of a coordinate that is refined: 1e-3 (DINO) or 1e-5 (RT-DETR)."""
     distribution: DistributionConfig = DistributionConfig()
@@ -305,6 +308,15 @@ class DetectorConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _positions_suit_the_decoder(self) -> "DetectorConfig":
+        positions, kind = self.decoder.positions, self.decoder.kind
+        if positions == "first" and kind != "deformable":
+            raise ValueError(f"decoder.positions 'first' is for decoder.kind 'deformable', not {kind!r}")
+        if self.queries.content == "box_only" and positions != "first":
+            raise ValueError(f"queries.content 'box_only' needs decoder.positions 'first', found {positions!r}")
+        return self
+
+    @model_validator(mode="after")
     def _fits_together(self) -> "DetectorConfig":
         inside = self.encoder.width or self.width
         for width, part in ((inside, self.encoder), (self.width, self.categories), (self.width, self.decoder)):
@@ -319,11 +331,13 @@ class DetectorConfig(Config):
         if 0 < self.categories.shortlist < self.categories.kept:
             what = f"categories.shortlist {self.categories.shortlist} is below categories.kept {self.categories.kept}"
             raise ValueError(f"{what}: expected 0, or at least that")
-        if self.queries.layout == "places" and self.queries.content not in ("place_only", "learned_only"):
+        if self.queries.layout == "places" and self.queries.content in ("learned", "place"):
             what = f"queries.content {self.queries.content!r} contains a category; queries.layout 'places' needs one of"
-            raise ValueError(f"{what} 'place_only' and 'learned_only'")
+            raise ValueError(f"{what} 'place_only', 'learned_only' and 'box_only'")
         if self.decoder.kind == "conditional" and self.decoder.predictors != "shared":
-            raise ValueError("decoder.predictors 'layer' is for decoder.kind 'deformable'")
+            raise ValueError(f"decoder.predictors {self.decoder.predictors!r} is for decoder.kind 'deformable'")
+        if self.decoder.kind == "distribution" and self.decoder.predictors == "normed_layer":
+            raise ValueError("decoder.predictors 'normed_layer' is for decoder.kind 'deformable'")
         if self.queries.layout != "places" and self.queries.number < self.categories.kept:
             raise ValueError(f"queries.number {self.queries.number} is below categories.kept {self.categories.kept}")
         return self

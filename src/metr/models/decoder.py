@@ -68,33 +68,32 @@ class LayeredDecoder(nn.Module):
     ) -> None:
         super().__init__()
         self.similarity_config, self.width, self.margin = similarity, width, config.box_margin
-        self.separate, self.refines = config.predictors == "layer", config.refine == "each"
-        if self.separate:
-            heads = range(config.layers)
-            self.norm: nn.Module = nn.Identity()
-            # of one type with shared heads, of another with one a layer
-            self.similarity: Any = nn.ModuleList(build_class_head(width, text_width, prior, similarity) for _ in heads)
-            self.box: Any = nn.ModuleList(BoxHead(width, config.boxes) for _ in heads)
-        else:
-            self.norm = nn.LayerNorm(width)
-            self.similarity = build_class_head(width, text_width, prior, similarity)
-            self.box = BoxHead(width, config.boxes)
+        self.refines, self.normed = config.refine == "each", config.predictors != "layer"
+        self.norm: nn.Module = nn.LayerNorm(width) if self.normed else nn.Identity()
+        if config.predictors == "shared":
+            # of one type here, of another with heads of each layer
+            self.similarity: Any = build_class_head(width, text_width, prior, similarity)
+            self.box: Any = BoxHead(width, config.boxes)
+            return
+        heads = range(config.layers)
+        self.similarity = nn.ModuleList(build_class_head(width, text_width, prior, similarity) for _ in heads)
+        self.box = nn.ModuleList(BoxHead(width, config.boxes) for _ in heads)
 
     def refined(
         self, layer: int, content: Float[Tensor, "b q d"], boxes: Float[Tensor, "b q 4"]
     ) -> tuple[Float[Tensor, "b q d"], Float[Tensor, "b q 4"], Float[Tensor, "b q 4"]]:
         """After a layer: the feature for class heads, the reported box, and where the next layer starts.
 
-        The next layer starts without gradient. With shared heads it starts from a box that comes from the layer's raw
-        output, while the reported one comes from the normalised output, as in DINO. With `refine: none` it starts from
-        the queries' own boxes.
+        The next layer starts without gradient. With a norm before the heads it starts from a box that comes from the
+        layer's raw output, while the reported one comes from the normalised output, as in DINO. With `refine: none` it
+        starts from the queries' own boxes.
         """
         normed, head = self.norm(content), self._head(self.box, layer)
         start = head.start(boxes, self.margin)
         found = head(normed, start)
         if not self.refines:
             return normed, found, boxes
-        return normed, found, (found if self.separate else head(content, start)).detach()
+        return normed, found, (head(content, start) if self.normed else found).detach()
 
     def ask(self, decoded: Decoded, tokens: Float[Tensor, "b k c"], slot: Int[Tensor, "b q"]) -> Float[Tensor, "r b q"]:
         """Each query's logit for the category in its slot, after each layer.
@@ -125,7 +124,11 @@ class LayeredDecoder(nn.Module):
 
 
 class Decoder(LayeredDecoder):
-    """Deformable decoder layers with iterative box refinement."""
+    """Deformable decoder layers with iterative box refinement.
+
+    With `positions: first` one layer makes of a query's first box its position, for all layers, and a part of its
+    content (Deformable DETR).
+    """
 
     layer_type: type[nn.Module] = DecoderLayer
 
@@ -141,16 +144,20 @@ class Decoder(LayeredDecoder):
         super().__init__(width, text_width, config, prior, similarity or SimilarityConfig())
         self.padded_positions = config.padded_positions
         self.plain = config.positions == "plain"
-        self.position = MLP((4, 2 * width, width) if self.plain else (2 * width, width, width))
+        self.keeps = config.positions == "first"
+        if self.keeps:
+            self.position: nn.Module = nn.Sequential(nn.Linear(2 * width, 2 * width), nn.LayerNorm(2 * width))
+        else:
+            self.position = MLP((4, 2 * width, width) if self.plain else (2 * width, width, width))
         self.layers = nn.ModuleList(self.layer_type(width, levels, config) for _ in range(config.layers))
 
     def forward(self, queries: Queries, memory: Memory) -> Decoded:
         """Features and boxes after every layer; each layer starts from the box that the layer before found."""
-        content, boxes = queries.content, queries.reference_boxes
-        allowed = same_group(queries)
+        boxes, allowed = queries.reference_boxes, same_group(queries)
+        content, kept = self._first(queries, memory)
         features, reported = [], []
         for number, layer in enumerate(self.layers):
-            position, reference = self.placed(boxes, memory)
+            position, reference = self.placed(boxes, memory, kept)
             content = layer(content, position, reference, allowed, memory)
             feature, found, boxes = self.refined(number, content, boxes)
             features.append(feature)
@@ -158,12 +165,27 @@ class Decoder(LayeredDecoder):
         return Decoded(features=torch.stack(features), boxes=torch.stack(reported))
 
     def placed(
-        self, boxes: Float[Tensor, "b q 4"], memory: Memory
+        self, boxes: Float[Tensor, "b q 4"], memory: Memory, kept: Float[Tensor, "b q d"] | None = None
     ) -> tuple[Float[Tensor, "b q d"], Float[Tensor, "b q l 4"]]:
-        """What is added to the content of queries with these boxes, and the boxes in each padded level."""
+        """What is added to the content of queries with these boxes, and the boxes in each padded level.
+
+        Args:
+            boxes: Of the queries.
+            memory: The images.
+            kept: The positions of the queries' first boxes, where queries keep them.
+        """
         reference = boxes.unsqueeze(2) * memory.valid_ratios.tile(1, 1, 2).unsqueeze(1)
+        if kept is not None:
+            return kept, reference
         placed = reference[:, :, 0] if self.padded_positions else boxes
         return self.position(placed if self.plain else box_encoding(placed, self.width)), reference
+
+    def _first(self, queries: Queries, memory: Memory) -> tuple[Float[Tensor, "b q d"], Float[Tensor, "b q d"] | None]:
+        """The queries' content before the first layer, and the positions of their first boxes if they keep them."""
+        if not self.keeps:
+            return queries.content, None
+        position, content = self.placed(queries.reference_boxes, memory)[0].chunk(2, dim=-1)
+        return queries.content + content, position
 
 
 class ConditionalDecoderLayer(nn.Module):

@@ -162,15 +162,16 @@ class ClassQueries(nn.Module):
     """Queries of proposals. Content = learned query (by rank in its category's group) + the category's refined token.
 
     With `content: place` a linear layer of the feature of the query's place is added, without gradient to the feature
-    (as in DINO and RT-DETR). With `place_only` it is all the content, with `learned_only` the learned query is. With
-    `start: shifted` a query starts from its proposal's box, moved by a learned shift of its rank.
+    (as in DINO and RT-DETR). With `place_only` it is all the content, with `learned_only` the learned query is, with
+    `box_only` the decoder makes the content (`decoder.positions: first`). With `start: shifted` a query starts from its
+    proposal's box, moved by a learned shift of its rank.
     """
 
     def __init__(self, width: int, config: QueryConfig) -> None:
         super().__init__()
         self.config = config
         ranks = config.number if config.layout == "places" else config.ceiling
-        self.learned = None if config.content == "place_only" else nn.Embedding(ranks, width)
+        self.learned = None if config.content in ("place_only", "box_only") else nn.Embedding(ranks, width)
         self.place = nn.Linear(width, width) if config.content in ("place", "place_only") else None
         self.shift = _no_shifts(ranks) if config.start == "shifted" else None
         self.together = config.attention == "image"
@@ -205,6 +206,8 @@ class ClassQueries(nn.Module):
             parts.append(gather_rows(categories.kept_tokens, slot))
         if self.place is not None:
             parts.append(self.place(features.detach()))
+        if not parts:
+            return torch.zeros_like(features)
         content: Tensor = sum(parts[1:], parts[0])
         return content
 

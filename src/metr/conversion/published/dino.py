@@ -3,14 +3,17 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from itertools import chain
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from metr.conversion.published import PickledCheckpoint
 from metr.conversion.published.timm import numbered, resnet_options, resnet_rows
 from metr.conversion.table import Row
-from metr.conversion.targets.base import Derived
+from metr.conversion.targets.base import ADOPTED_QUERIES, Adopted, equal_presence, unmoved_content
+from metr.data.config import ResizeConfig
 from metr.errors import ModelError
 from metr.models.config import (
     BackboneConfig,
@@ -19,6 +22,7 @@ from metr.models.config import (
     DetectorConfig,
     EncoderConfig,
     QueryConfig,
+    SimilarityConfig,
 )
 
 
@@ -84,12 +88,28 @@ AUTHORS: tuple[Row, ...] = (
     Row("class_embed.0.b", "decoder.similarity.bias"),
 )
 
+_NAMES = (
+    "N/A,person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,N/A,stop sign,"
+    "parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,N/A,backpack,umbrella,N/A,N/A,"
+    "handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,"
+    "surfboard,tennis racket,bottle,N/A,wine glass,cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,"
+    "broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,potted plant,bed,N/A,dining table,N/A,N/A,toilet,N/A,"
+    "tv,laptop,mouse,remote,keyboard,cell phone,microwave,oven,toaster,sink,refrigerator,N/A,book,clock,vase,"
+    "scissors,teddy bear,hair drier,toothbrush"
+)
+COCO: tuple[str, ...] = tuple(_NAMES.split(","))
+"""COCO's categories by id, of which some are unused: the labels of a detector that has 91."""
 
 _STRIDES = (4, 8, 16, 32)
 _BODY = "backbone.0.body."
+# queries of an image, and pixels of its shorter side, in what is published
+_PUBLISHED_QUERIES, _SHORTEST = 900, 800
 _QUERIES = "transformer.tgt_embed.weight"
-# of what DINO and the authors call alike, what is not the same: heads for fixed classes, queries for the whole image
-_OTHERWISE = ("transformer.enc_out_class_embed.", "class_embed.", _QUERIES)
+_BOX, _CLASS, _PLACES = "bbox_embed", "class_embed", "transformer.enc_out_class_embed"
+# of what DINO and the authors call alike, what is not the same: heads for fixed classes
+_OTHERWISE = (f"{_PLACES}.", f"{_CLASS}.")
+# the keys of a decoder layer's heads, which files hold once more under the decoder
+_LAYER_HEAD = re.compile(r"(?:transformer\.decoder\.)?((?:bbox|class)_embed)\.(\d+)\.(.+)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,18 +118,20 @@ class DinoFile:
 
     Attributes:
         title: Who it is.
-        config: The METR that its weights fit.
         rows: Its key table.
-        state: Its weights.
-        derived: What no row gives.
+        state: Its weights. Tensors that are the same in several layers' heads are one.
+        adopted: What METR must be, and what no row gives.
+        names: What its labels are taken for, one a label; empty where nothing suggests names.
+        resize: How its images are resized; None where that is left open.
         prompts: The text embeddings that METR's authors keep with their weights, if it is theirs.
     """
 
     title: str
-    config: DetectorConfig
+    adopted: Adopted
     rows: tuple[Row, ...]
     state: Mapping[str, Tensor]
-    derived: Mapping[str, Derived]
+    names: tuple[str, ...]
+    resize: ResizeConfig | None
     prompts: Tensor | None
 
 
@@ -119,7 +141,7 @@ def read_dino(checkpoint: PickledCheckpoint, where: object = None) -> DinoFile:
     Raises:
         ModelError: it is of neither, or carries a backbone other than a ResNet.
     """
-    state = checkpoint.state
+    state = _joined(checkpoint.state)
     if "transformer.level_embed" not in state or "transformer.enc_output.weight" not in state:
         what = "expected the weights of DINO or of METR as their authors publish them, found other keys"
         raise ModelError(what, where=where, hint="for a detector of transformers name its folder, not a file in it")
@@ -129,19 +151,49 @@ def read_dino(checkpoint: PickledCheckpoint, where: object = None) -> DinoFile:
     except KeyError as error:
         what = f"the network is not whole: {error.args[0]} is missing"
         raise ModelError(what, where=where, hint="download or copy it again") from None
-    rows = AUTHORS if authors else tuple(row for row in AUTHORS if not row.theirs.startswith(_OTHERWISE))
-    derived: dict[str, Derived] = {}
-    if not authors and _QUERIES in state:
-        learned = state[_QUERIES][: config.queries.ceiling].clone()
-        derived["class_queries.learned.weight"] = Derived(tensor=learned, how="cut", source=(_QUERIES,))
+    rows = (*(AUTHORS if authors else _dino_rows(config)), *resnet_rows(_BODY, "backbone.network."))
     return DinoFile(
         title="METR of its authors" if authors else "DINO",
-        config=config,
-        rows=(*rows, *resnet_rows(_BODY, "backbone.network.")),
+        adopted=Adopted(config=config) if authors else _adopted(config, state),
+        rows=rows,
         state=state,
-        derived=derived,
+        names=() if authors or len(state.get(f"{_CLASS}.0.bias", ())) != len(COCO) else COCO,
+        resize=None if authors else ResizeConfig(mode="fit", size=_SHORTEST),
         prompts=state.get(f"{_EXTRACTION}.class_prompts") if authors else None,
     )
+
+
+def _joined(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights, with one tensor where the heads of several layers hold the same."""
+    joined, kept = dict[str, Tensor](), dict[tuple[str, str], list[Tensor]]()
+    for key, tensor in state.items():
+        match = _LAYER_HEAD.fullmatch(key)
+        known = kept.setdefault((match[1], match[3]), []) if match else []
+        joined[key] = next((one for one in known if one is tensor or torch.equal(one, tensor)), tensor)
+        known.append(tensor)
+    return joined
+
+
+def _dino_rows(config: DetectorConfig) -> tuple[Row, ...]:
+    """The authors' table without heads for names; with a box head for each layer where METR's layers have their own."""
+    rows = [row for row in AUTHORS if not row.theirs.startswith(_OTHERWISE)]
+    if config.decoder.predictors == "shared":
+        return tuple(rows)
+    heads = [_mlp(f"{_BOX}.{n}.layers", f"decoder.box.{n}.change", 3) for n in range(config.decoder.layers)]
+    return (*(row for row in rows if not row.theirs.startswith(f"{_BOX}.")), *chain(*heads))
+
+
+def _adopted(config: DetectorConfig, state: Mapping[str, Tensor]) -> Adopted:
+    """What METR must be beside its configuration to find what DINO finds; a file without class heads gives none."""
+    if config.similarity.form != "classifier":
+        return Adopted(config=config)
+    heads = {"proposals.classifier": _PLACES}
+    if config.decoder.predictors == "shared":
+        heads["decoder.similarity"] = f"{_CLASS}.0"
+    else:
+        heads |= {f"decoder.similarity.{n}": f"{_CLASS}.{n}" for n in range(config.decoder.layers)}
+    content = {} if _QUERIES in state else unmoved_content(config.width)
+    return Adopted(config=config, derived=content | equal_presence(config.width), class_heads=heads)
 
 
 def _config(state: Mapping[str, Tensor], options: Mapping[str, Any], authors: bool, where: object) -> DetectorConfig:
@@ -163,16 +215,36 @@ def _config(state: Mapping[str, Tensor], options: Mapping[str, Any], authors: bo
         points=seen,
         feed_forward=state["transformer.decoder.layers.0.linear1.weight"].shape[0],
         padded_positions=True,
+        predictors="shared" if authors else _predictors(state),
     )
-    learned = len(state[_QUERIES]) if _QUERIES in state else QueryConfig().number
+    classified = not authors and all(f"{head}.bias" in state for head in (_PLACES, f"{_CLASS}.0"))
     return DetectorConfig(
         width=width,
         backbone=_resnet(state, where),
         encoder=encoder,
         categories=_categories(state, heads) if authors else CategoryConfig(heads=heads),
-        queries=_shared(learned) if authors else QueryConfig(number=max(learned, CategoryConfig().kept)),
+        queries=_shared(len(state[_QUERIES])) if authors else _places(state, options),
+        similarity=SimilarityConfig(form="classifier" if classified else "product"),
         decoder=decoder,
     )
+
+
+def _predictors(state: Mapping[str, Tensor]) -> Literal["shared", "normed_layer"]:
+    """Whether the layers share their heads, as they do in what is published."""
+    seen = dict[tuple[str, str], Tensor]()
+    for key, tensor in state.items():
+        match = _LAYER_HEAD.fullmatch(key)
+        if match and seen.setdefault((match[1], match[3]), tensor) is not tensor:
+            return "normed_layer"
+    return "shared"
+
+
+def _places(state: Mapping[str, Tensor], options: Mapping[str, Any]) -> QueryConfig:
+    """DINO's: the best places whatever the category, with learned contents, or in some files with their features."""
+    learned = _QUERIES in state
+    number = len(state[_QUERIES]) if learned else int(options.get("num_queries", _PUBLISHED_QUERIES))
+    content = {"content": "learned_only"} if learned else {}
+    return QueryConfig(**(ADOPTED_QUERIES | content | {"number": number}))
 
 
 def _shared(learned: int) -> QueryConfig:

@@ -117,11 +117,13 @@ class Adopted:
         derived: Tensors that no row gives.
         class_heads: The prefixes of METR's class heads, each with that of the target's linear layer whose logits it is
             to give; none where they start afresh.
+        first_label: Those of METR's class heads that are to give every name the logit of the target's first label.
     """
 
     config: DetectorConfig
     derived: Mapping[str, Derived] = field(default_factory=dict)
     class_heads: Mapping[str, str] = field(default_factory=dict)
+    first_label: frozenset[str] = frozenset()
 
 
 Derivation = Callable[[Context], Mapping[str, Derived]]
@@ -292,7 +294,7 @@ def box_heads(theirs: str, layers: int, ours: DetectorConfig) -> tuple[tuple[Row
         layers: How many layers the target's decoder has.
         ours: Says whether METR's layers have heads of their own.
     """
-    if ours.decoder.predictors == "layer":
+    if ours.decoder.predictors != "shared":
         own = (mlp(f"{theirs}.{layer}", f"decoder.box.{layer}.change", 3) for layer in range(layers))
         return joined(*own), ()
     heads = [mlp(f"{theirs}.{layer}", "decoder.box.change", 3) for layer in range(layers)]

@@ -5,11 +5,14 @@ from functools import partial
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from metr.conversion.activation_statistics import box_position, four_encodings, inside, of_contents, of_places
-from metr.conversion.classifier import fit_stacked_norm, place_classifier
+from metr.conversion.classifier import Linear, fit_stacked_norm, place_classifier
 from metr.conversion.table import Row, State, backbone_rows
 from metr.conversion.targets.base import (
+    ADOPTED_QUERIES,
     FOLDED_PLACES,
     Adopted,
     BuildSpec,
@@ -22,6 +25,7 @@ from metr.conversion.targets.base import (
     box_heads,
     deformable_attention,
     encoder_values,
+    equal_presence,
     feed_forward,
     given_layer,
     joined,
@@ -31,8 +35,11 @@ from metr.conversion.targets.base import (
     need_options,
 )
 from metr.errors import ModelError
-from metr.models.config import BackboneConfig, DetectorConfig, EncoderConfig
+from metr.models.config import BackboneConfig, DetectorConfig, EncoderConfig, SimilarityConfig
 
+_PLACES, _SWAPPED = "proposals.classifier", "x before y"
+# the least distance from 0 and 1 of a box's numbers that it refines
+_MARGIN = 1e-5
 # the channels of each of its group norms must be a whole number
 _GROUPS = 32
 
@@ -124,6 +131,8 @@ def derive(context: Context) -> Mapping[str, Derived]:
 def _queries(context: Context) -> dict[str, Derived]:
     """Position and content of a query from its box: METR's position, and the mean of what its queries contain."""
     network, width = context.network, context.network.config.width
+    if network.config.decoder.positions == "first":
+        return _kept_queries(context)
     position = box_position(network) or network.decoder.position
     content = context.contents.mean(0)
     if network.class_queries.learned is not None:
@@ -142,9 +151,40 @@ def _queries(context: Context) -> dict[str, Derived]:
     }
 
 
+def _kept_queries(context: Context) -> dict[str, Derived]:
+    """The same of a METR whose queries keep their position: copied, and what else its queries contain in the mean."""
+    network, queries = context.network, context.network.class_queries
+    linear, norm = network.decoder.position
+    content = torch.zeros(network.config.width)
+    if network.config.queries.content in ("learned", "place"):
+        content = content + context.contents.mean(0)
+    if queries.learned is not None:
+        content = content + queries.learned.weight.mean(0)
+    if queries.place is not None:
+        content = content + queries.place(network.proposals.norm.bias)
+    source = inside(network, "decoder.position.0")
+    bias = norm.bias + torch.cat([torch.zeros_like(content), content])
+    norms = {"weight": norm.weight, "bias": bias}
+    exact = Linear(weight=_x_before_y(linear.weight), bias=linear.bias)
+    return given_layer("model.pos_trans", exact, _SWAPPED, source) | {
+        f"model.pos_trans_norm.{name}": Derived(
+            tensor=tensor.clone(), how="copied, with contents", source=inside(network, "decoder.position.1")
+        )
+        for name, tensor in norms.items()
+    }
+
+
+def _x_before_y(weight: Float[Tensor, "o c"]) -> Float[Tensor, "o c"]:
+    """A linear layer of an encoded box whose x and y change places: METR encodes y first."""
+    y, x, w, h = weight.chunk(4, dim=1)
+    return torch.cat([x, y, w, h], dim=1)
+
+
 def differences(config: DetectorConfig) -> tuple[str, ...]:
     """What Deformable DETR computes otherwise."""
-    said = ["a query keeps the position of its first box; METR's follows the box from layer to layer"]
+    said = []
+    if config.decoder.positions != "first":
+        said.append("a query keeps the position of its first box; METR's follows the box from layer to layer")
     if config.encoder.positions != "centred":
         said.append(f"the encoder's positions are those of cells' centres; this METR's are {config.encoder.positions}")
     if config.width % (4 * _GROUPS):
@@ -152,8 +192,10 @@ def differences(config: DetectorConfig) -> tuple[str, ...]:
     return tuple(said)
 
 
-def adopt(config: Any, backbone: BackboneConfig, _: State) -> Adopted:
-    """A METR with Deformable DETR's positions.
+def adopt(config: Any, backbone: BackboneConfig, state: State) -> Adopted:
+    """A METR with Deformable DETR's positions; of two stages one that computes all that it does.
+
+    With one stage queries are learned points, which METR's cannot be: backbone, encoder and layers move.
 
     Raises:
         ModelError: an option is set for which METR has no counterpart.
@@ -162,7 +204,28 @@ def adopt(config: Any, backbone: BackboneConfig, _: State) -> Adopted:
     encoder = EncoderConfig(
         kind="deformable", positions="centred", points=config.encoder_n_points, **encoder_values(config)
     )
-    return Adopted(config=around(encoder, config, backbone))
+    if not config.two_stage:
+        return Adopted(config=around(encoder, config, backbone))
+    decoder = {"positions": "first", "predictors": "layer", "box_margin": _MARGIN}
+    queries = ADOPTED_QUERIES | {"content": "box_only", "number": config.two_stage_num_proposals}
+    layers = {f"decoder.similarity.{n}": f"class_embed.{n}" for n in range(config.decoder_layers)}
+    return Adopted(
+        config=around(encoder, config, backbone, decoder, queries, SimilarityConfig(form="classifier")),
+        derived=_positions(state) | equal_presence(config.d_model),
+        class_heads={_PLACES: f"class_embed.{config.decoder_layers}"} | layers,
+        # places are chosen by the first label's score, whatever the label
+        first_label=frozenset({_PLACES}),
+    )
+
+
+def _positions(state: State) -> dict[str, Derived]:
+    """What makes position and content of a query from its first box."""
+    key, norm = "model.pos_trans", "model.pos_trans_norm"
+    swapped = _x_before_y(state[f"{key}.weight"])
+    moved = {"0.weight": Derived(tensor=swapped, how=_SWAPPED, source=(f"{key}.weight",))}
+    copied = {"0.bias": f"{key}.bias", "1.weight": f"{norm}.weight", "1.bias": f"{norm}.bias"}
+    moved |= {part: Derived(tensor=state[source], how="", source=(source,)) for part, source in copied.items()}
+    return {f"decoder.position.{part}": one for part, one in moved.items()}
 
 
 TARGET = Target(

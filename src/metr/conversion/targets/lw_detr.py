@@ -126,7 +126,7 @@ def decoder_rows() -> tuple[Row, ...]:
 
 def head_rows(metr: DetectorConfig) -> tuple[Row, ...]:
     """The features and boxes of places, of the first group, and the boxes of queries."""
-    box = f"decoder.box.{metr.decoder.layers - 1}" if metr.decoder.predictors == "layer" else "decoder.box"
+    box = f"decoder.box.{metr.decoder.layers - 1}" if metr.decoder.predictors != "shared" else "decoder.box"
     return joined(
         linear("model", "proposals", {"enc_output.0": "feature", "enc_output_norm.0": "norm"}),
         mlp("model.enc_out_bbox_embed.0", "proposals.box.change", 3),
