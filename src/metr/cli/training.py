@@ -200,9 +200,7 @@ def finetune(
         if resume:
             resumed_recipe(RunDirectory(out), config, overrides)
         else:
-            _check_named(data, "DATA", "name a dataset: metr finetune DATA --from SOURCE -o OUT")
-            _check_named(source, "--from", "name a detector to begin with: metr finetune DATA --from SOURCE -o OUT")
-            check_source(source or "")
+            _check_start(data, source)
         from metr.training import finetune as run
 
         if dry_run:
@@ -217,6 +215,18 @@ def finetune(
 def _overrides(given: list[str] | None, **options: object) -> list[str]:
     """What `--set` says, then what options of their own say of the same configuration."""
     return [*(given or []), *(f"{key}={value}" for key, value in options.items() if value is not None)]
+
+
+def _check_start(data: list[str] | None, source: str | None) -> None:
+    """Checks that a fine-tuning says on what it trains and from what it begins, and that the latter exists.
+
+    Raises:
+        typer.BadParameter: one of them is missing.
+        CheckpointError, ModelError: there is no such detector.
+    """
+    _check_named(data, "DATA", "name a dataset: metr finetune DATA --from SOURCE -o OUT")
+    _check_named(source, "--from", "name a detector to begin with: metr finetune DATA --from SOURCE -o OUT")
+    check_source(source or "")
 
 
 def _check_named(value: object, what: str, hint: str) -> None:
