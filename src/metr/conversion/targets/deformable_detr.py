@@ -154,7 +154,8 @@ def _queries(context: Context) -> dict[str, Derived]:
 def _kept_queries(context: Context) -> dict[str, Derived]:
     """The same of a METR whose queries keep their position: copied, and what else its queries contain in the mean."""
     network, queries = context.network, context.network.class_queries
-    linear, norm = network.decoder.position
+    position: Any = network.decoder.position  # a linear layer and a norm where positions are kept
+    linear, norm = position
     content = torch.zeros(network.config.width)
     if network.config.queries.content in ("learned", "place"):
         content = content + context.contents.mean(0)
