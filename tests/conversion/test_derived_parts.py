@@ -83,13 +83,18 @@ def test_the_order_of_linear_layers() -> None:
 
 @torch.no_grad()
 def test_heads_of_layers_answer_as_the_similarity_head_does() -> None:
-    network = stirred(alike("rt_detr"))
-    tokens, decoder = name_tokens(network, texts()), network.decoder
-    features = normal(after_norm(decoder.layers[0].feed_forward.norm), 2000)
-    wanted = decoder.similarity(decoder.norm(features).unsqueeze(1).expand(-1, len(tokens), -1), tokens)
-    answer = layer_classifier(network, texts(), tokens, 0)(features)
-    for own, other in zip(wanted.T, answer.T, strict=True):
-        assert float(torch.corrcoef(torch.stack([own, other]))[0, 1]) > 0.8
+    """They fit for every draw of weights, and well for most."""
+    alike_by_name = []
+    for seed in range(4):
+        network = stirred(alike("rt_detr"), seed)
+        tokens, decoder = name_tokens(network, texts()), network.decoder
+        features = normal(after_norm(decoder.layers[0].feed_forward.norm), 2000)
+        wanted = decoder.similarity(decoder.norm(features).unsqueeze(1).expand(-1, len(tokens), -1), tokens)
+        answer = layer_classifier(network, texts(), tokens, 0)(features)
+        pairs = zip(wanted.T, answer.T, strict=True)
+        alike_by_name += [float(torch.corrcoef(torch.stack(pair))[0, 1]) for pair in pairs]
+    assert min(alike_by_name) > 0.75
+    assert sum(alike_by_name) / len(alike_by_name) > 0.8
 
 
 @torch.no_grad()
