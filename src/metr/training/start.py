@@ -180,7 +180,7 @@ def check_kept(model: METR, config: DetectorConfig, doing: str, way_out: str) ->
     changed = [one for one in differences(model.checkpoint.model, config) if one[0] not in _ORIGINS]
     try:
         check_weights(skeleton(config, model.checkpoint.text_width), model.network.state_dict())
-        changed, why = [one for one in changed if one[0].startswith(_TRAINED_WITH)], ""
+        changed, why = [one for one in changed if _contradicts(*one)], ""
     except CheckpointError as error:
         why = f": {error.what}"
     if changed or why:
@@ -213,6 +213,11 @@ def title(model: METR) -> str:
     if "started from" in training and "step" not in training:
         return str(training["started from"])
     return "METR" if model.source is None else f"METR ({model.source.called})"
+
+
+def _contradicts(key: str, old: object, new: object) -> bool:
+    """Whether a setting is not what the weights were trained with, though they would fit."""
+    return key.startswith(_TRAINED_WITH) or (key == "queries.layout" and "places" in {old, new})
 
 
 def presence_is_taught(own: Checkpoint, joint: JointData) -> bool:
