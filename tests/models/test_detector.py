@@ -1,11 +1,14 @@
 """Properties of the network, each one an issue of published code."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
+from metr.layers.position_encoding import box_encoding
 from metr.models.config import DetectorConfig
 from metr.models.detector import Detector, skeleton, unfilled
 from metr.models.heads import similarity_tokens
@@ -238,12 +241,47 @@ def test_places_answer_as_if_each_category_had_queries_of_its_own(words: int) ->
     assert output.slot.shape[1] == words * 6, "when detecting, every category has a slot"
 
 
-def test_the_form_that_takes_over_other_detectors_learns() -> None:
+def kept_positions() -> DetectorConfig:
+    """The small network with the queries of Deformable DETR, and heads of their own behind the layers' norm."""
+    values = adopted_config(encoder="deformable").model_dump()
+    values["queries"]["content"] = "box_only"
+    values["decoder"] |= {"positions": "first", "predictors": "normed_layer"}
+    return DetectorConfig.model_validate(values)
+
+
+@torch.no_grad()
+def test_queries_keep_the_position_of_their_first_box() -> None:
+    detector = small_detector(kept_positions()).eval()
+    memory = detector.encode(random_images(2), mask_of(2))
+    first, other = torch.rand(2, 5, 4) * 0.4 + 0.2, torch.rand(2, 5, 4) * 0.4 + 0.2
+    decoder, none = detector.decoder, torch.zeros(2, 5, dtype=torch.int64)
+    queries = Queries(
+        content=torch.zeros(2, 5, 32), reference_boxes=first, slot=none, group=none, valid=torch.ones_like(none).bool()
+    )
+    content, kept = decoder._first(queries, memory)
+    made = decoder.position(box_encoding(first, 32))
+    torch.testing.assert_close(torch.cat([kept, content], dim=-1), made)
+    assert torch.equal(decoder.placed(other, memory, kept)[0], kept), "whatever box a later layer starts from"
+
+
+def test_options_of_kept_positions_that_do_not_fit() -> None:
+    values = kept_positions().model_dump()
+    for decoder, message in (
+        ({"positions": "sine"}, "'box_only' needs decoder.positions 'first'"),
+        ({"kind": "conditional"}, "'first' is for decoder.kind 'deformable'"),
+        ({"kind": "distribution", "positions": "plain"}, "needs decoder.positions 'first'|'normed_layer' is for"),
+    ):
+        with pytest.raises(ValidationError, match=message):
+            DetectorConfig.model_validate(values | {"decoder": values["decoder"] | decoder})
+
+
+@pytest.mark.parametrize("form", [adopted_config, kept_positions])
+def test_the_form_that_takes_over_other_detectors_learns(form: Callable[[], DetectorConfig]) -> None:
     """Classifiers, a head a layer and places: every parameter gets a gradient, objects or none."""
     from metr.losses.config import CriterionConfig
     from metr.losses.criterion import SetCriterion
 
-    detector = small_detector(adopted_config()).train()
+    detector = small_detector(form()).train()
     objects = targets_of([[0.5, 0.5, 0.2, 0.2], [0.3, 0.3, 0.2, 0.4]], [7, 2], words=9)
     for target in (objects, targets_of([], [], words=9)):
         detector.zero_grad()
