@@ -121,7 +121,7 @@ def backbone_alone(target: Target, network: Detector, names: Sequence[str], seed
     model: PreTrainedModel = build(target, network, names, seed)
     ours = {key: tensor.detach().cpu() for key, tensor in network.state_dict().items()}
     derived = variances(network.backbone, model, target.backbone)
-    given = giving_to_theirs(ours, target.table(model.config).backbone, derived)
+    given = giving_to_theirs(ours, target.table(model.config, network.config).backbone, derived)
     receive(model, given, source="ImageNet", name=target.title)
     return model
 
