@@ -10,6 +10,7 @@ import argparse
 import json
 import platform
 import subprocess
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -22,7 +23,9 @@ from rich.console import Console
 from metr.checkpoint import load_checkpoint
 from metr.cli.output import show_log
 from metr.config import Config, Tree, merge, parse_overrides, read_yaml
+from metr.data.datasets_file import DatasetSource
 from metr.data.formats.registry import recognise
+from metr.data.joint import open_joint
 from metr.data.records import TEST, TRAIN, VAL, plan_splits
 from metr.devices import resolved_device
 from metr.errors import ConfigError, DataError, MetrError
@@ -106,6 +109,27 @@ def argument(name: str, folder: Path) -> str:
     file = cache_root() / "benchmarks" / f"{name}-{sha256(text.encode()).hexdigest()[:8]}.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(text, encoding="utf-8")
+    return str(file)
+
+
+def distinct_datasets(study: Study, names: Sequence[str]) -> list[str]:
+    """Datasets as METR's verbs take them; a category that several have is called after its dataset in each."""
+    arguments = study.datasets(names)
+    sources = open_joint(arguments).sources
+    often = Counter(name for source in sources for name in set(source.categories))
+    return [_renamed(study, one, source, often) for one, source in zip(arguments, sources, strict=True)]
+
+
+def _renamed(study: Study, argument: str, source: DatasetSource, often: Mapping[str, int]) -> str:
+    """A dataset with other names for those that others have too, as a datasets file in the folder of runs."""
+    renames = {name: f"{source.name} {name}" for name in source.categories if often[name] > 1}
+    if not renames:
+        return argument
+    config = source.renamed(renames).config.model_dump(mode="json", exclude_defaults=True)
+    config["path"] = str(Path(source.config.path).resolve())
+    file = study.out / "datasets" / f"{source.name}.yaml"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"datasets": [config]}, indent=1), encoding="utf-8")
     return str(file)
 
 
