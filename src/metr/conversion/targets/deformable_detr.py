@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from metr.conversion.activation_statistics import box_position, four_encodings, inside, of_contents, of_places
 from metr.conversion.classifier import Linear, fit_stacked_norm, place_classifier
@@ -154,23 +154,21 @@ def _queries(context: Context) -> dict[str, Derived]:
 def _kept_queries(context: Context) -> dict[str, Derived]:
     """The same of a METR whose queries keep their position: copied, and what else its queries contain in the mean."""
     network, queries = context.network, context.network.class_queries
-    position: Any = network.decoder.position  # a linear layer and a norm where positions are kept
-    linear, norm = position
-    content = torch.zeros(network.config.width)
+    made = network.decoder.position
+    assert isinstance(made, nn.Sequential)
+    weight, scale, shift = (made.get_parameter(key) for key in ("0.weight", "1.weight", "1.bias"))
+    content, source = torch.zeros(network.config.width), inside(network, "decoder.position.1", "class_queries")
     if network.config.queries.content in ("learned", "place"):
-        content = content + context.contents.mean(0)
+        content, source = content + context.contents.mean(0), source + of_contents(network)
     if queries.learned is not None:
         content = content + queries.learned.weight.mean(0)
     if queries.place is not None:
-        content = content + queries.place(network.proposals.norm.bias)
-    source = inside(network, "decoder.position.0")
-    bias = norm.bias + torch.cat([torch.zeros_like(content), content])
-    norms = {"weight": norm.weight, "bias": bias}
-    exact = Linear(weight=_x_before_y(linear.weight), bias=linear.bias)
-    return given_layer("model.pos_trans", exact, _SWAPPED, source) | {
-        f"model.pos_trans_norm.{name}": Derived(
-            tensor=tensor.clone(), how="copied, with contents", source=inside(network, "decoder.position.1")
-        )
+        content, source = content + queries.place(network.proposals.norm.bias), (*source, "proposals.norm.bias")
+    how = "" if network.config.queries.content == "box_only" else "shifted by contents"
+    norms = {"weight": scale, "bias": shift + torch.cat([torch.zeros_like(content), content])}
+    exact = Linear(weight=_x_before_y(weight), bias=made.get_parameter("0.bias"))
+    return given_layer("model.pos_trans", exact, _SWAPPED, inside(network, "decoder.position.0")) | {
+        f"model.pos_trans_norm.{name}": Derived(tensor=tensor.clone(), how=how, source=source)
         for name, tensor in norms.items()
     }
 
