@@ -13,10 +13,8 @@ Trains detectors of transformers (the sources) on four datasets, labels side by 
 
 A source whose mean AP is under its profile's `least_ap` is told, and not fine-tuned.
 
-Neither profile `trial` nor profile `gpu` has been run.
-
-Results: `results/adopt-PROFILE.json`, `.md` and `.png`, written whenever the command ends, with what is finished until
-then. Runs: `--out`, resumable.
+Profiles `trial` and `gpu` have not been run. Results: `results/adopt-PROFILE.json`, `.md` and `.png`, written whenever
+the command ends, with what is finished until then. Runs: `--out`, resumable.
 """
 
 import sys
@@ -255,8 +253,9 @@ class Bench:
         return Run(folder=folder, title=f"{self.detector}, adopted, with rehearsal", settings=settings, work=work)
 
     def _overrides(self, tree: Tree) -> tuple[str, ...]:
-        # one evaluation, of the last weights: nothing is chosen by the images that are reported
-        return (*runner.as_overrides(tree), *self.study.overrides, "train.loop.evaluate_every=0")
+        # the network is the source's; one evaluation, of the last weights: no image that is reported chooses any
+        kept = [one for one in self.study.overrides if not one.startswith(("model=", "model."))]
+        return (*runner.as_overrides(tree), *kept, "train.loop.evaluate_every=0")
 
     def _images(self, joint: JointData, splits: Sequence[Any], steps: int, seed: int) -> SampledImages:
         transforms = build_transforms(self.recipe.augmentation, training=True)

@@ -12,7 +12,7 @@ from rich.console import Console
 from tiny import TinyRun, as_overrides
 
 ARMS = ["imagenet", "transformers", "adopted"]
-TINY = ("model.encoder.layers=1", "model.encoder.fusion_blocks=1", "train.loop.evaluate_every=0")
+TINY = ("model.encoder.layers=1", "model.encoder.fusion_blocks=1", "train.loop.steps=2", "train.loop.evaluate_every=0")
 
 
 @pytest.fixture
