@@ -259,7 +259,7 @@ def that_is_not_json(run: TinyRun, place: Path) -> list[object]:
 def of_somebody_else(run: TinyRun, place: Path) -> list[object]:
     folder = copied_run(run, place) / "best"
     (folder / "config.json").write_text('{"model_type": "detr"}')
-    return [folder, "not a METR checkpoint"]
+    return [folder, "METR takes no weights from a detr model"]
 
 
 def with_other_preprocessing(run: TinyRun, place: Path) -> list[object]:

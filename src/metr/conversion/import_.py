@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from PIL.Image import Resampling
 from torch import Tensor
 
 from metr.conversion.class_heads import ClassHeads, SolvedHeads, class_heads, solve, stands_for_none
@@ -20,6 +21,7 @@ from metr.conversion.table import State, adopted_backbone
 from metr.conversion.targets import NAMES, find_target
 from metr.conversion.targets.base import Adopted
 from metr.data.config import ResizeConfig
+from metr.data.transforms import Filter
 from metr.errors import ModelError
 from metr.hub import configuration, loading, pretrained
 from metr.models.backbones.registered import register
@@ -257,10 +259,15 @@ def _resize(preprocessing: Mapping[str, Any]) -> ResizeConfig | None:
     size = preprocessing.get("size") or {}
     if size.get("shortest_edge"):
         longest = size.get("longest_edge") or ResizeConfig().longest
-        return ResizeConfig(mode="fit", size=size["shortest_edge"], longest=longest)
+        return ResizeConfig(mode="fit", size=size["shortest_edge"], longest=longest, filter=_filter(preprocessing))
     if size.get("height"):
-        return ResizeConfig(mode="stretch", size=max(size["height"], size["width"]))
+        return ResizeConfig(mode="stretch", size=max(size["height"], size["width"]), filter=_filter(preprocessing))
     return None
+
+
+def _filter(preprocessing: Mapping[str, Any]) -> Filter:
+    """How its image processor resizes: 3 stands for Pillow's bicubic filter, anything else is near the bilinear one."""
+    return "bicubic" if preprocessing.get("resample") == Resampling.BICUBIC else "bilinear"
 
 
 def _names(config: Any) -> tuple[str, ...]:

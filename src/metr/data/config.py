@@ -27,6 +27,9 @@ class ResizeConfig(Config):
     """Pixels: both sides with `stretch`, the shorter side with `fit`."""
     longest: Side = 1333
     """Pixels: maximum of the longer side with `fit`."""
+    filter: Literal["area", "bilinear", "bicubic"] = "area"
+    """What a pixel is made of. `area`: the mean of what it covers where images shrink (OpenCV). `bilinear` and
+    `bicubic`: Pillow's, with which public detectors were trained."""
 
 
 class AugmentationConfig(Config):

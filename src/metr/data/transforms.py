@@ -5,10 +5,12 @@ Colour jitter is one matrix: brightness, contrast, saturation and hue are all li
 
 import math
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import cv2
 import numpy as np
 from jaxtyping import Bool, Float, Int, UInt8
+from PIL import Image as PillowImage
 
 from metr.data.config import AugmentationConfig, Colour, ResizeConfig
 
@@ -34,6 +36,8 @@ class Sample:
 
 
 Image = UInt8[np.ndarray, "_ _ 3"]
+Filter = Literal["area", "bilinear", "bicubic"]
+_PILLOW = {"bilinear": PillowImage.Resampling.BILINEAR, "bicubic": PillowImage.Resampling.BICUBIC}
 
 # Added to fractions that are compared with a threshold, so that rounding does not decide if they are equal.
 TOLERANCE = 1e-6
@@ -75,14 +79,16 @@ def output_shape(height: int, width: int, config: ResizeConfig, size: int | None
     return max(1, round(height * scale)), max(1, round(width * scale))
 
 
-def resize_image(image: Image, height: int, width: int) -> Image:
-    """The image at another size: averaged over areas if it shrinks, interpolated if it grows."""
+def resize_image(image: Image, height: int, width: int, method: Filter = "area") -> Image:
+    """The image at another size: with `area` averaged over areas if it shrinks, interpolated if it grows."""
     if image.shape[:2] == (height, width):
         return image
+    if method != "area":
+        return np.array(PillowImage.fromarray(image).resize((width, height), _PILLOW[method]))
     # OpenCV averages areas only if both sides shrink; otherwise that method copies pixels in blocks.
     shrinks = height <= image.shape[0] and width <= image.shape[1]
-    method = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-    resized: Image = cv2.resize(image, (width, height), interpolation=method)
+    interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+    resized: Image = cv2.resize(image, (width, height), interpolation=interpolation)
     return resized
 
 
@@ -93,13 +99,21 @@ def flip(sample: Sample) -> Sample:
     return replace(sample, image=cv2.flip(sample.image, 1), boxes=boxes)
 
 
-def view(sample: Sample, window: Window, shape: tuple[int, int], *, fill: Colour, min_visible: float) -> Sample:
+def view(
+    sample: Sample,
+    window: Window,
+    shape: tuple[int, int],
+    *,
+    fill: Colour,
+    min_visible: float,
+    method: Filter = "area",
+) -> Sample:
     """The content of `window`, drawn at `shape` (height, width).
 
     Boxes are clipped to the window. A box that keeps less than `min_visible` of its area becomes an ignored box; a box
     of which nothing is left is dropped.
     """
-    image, scale, offset = _draw(sample.image, window, shape, fill)
+    image, scale, offset = _draw(sample.image, window, shape, fill, method)
     corners = window.corners
     boxes = np.clip(sample.boxes, corners[[0, 1, 0, 1]], corners[[2, 3, 2, 3]])
     visible = _area(boxes) / np.maximum(_area(sample.boxes), np.finfo(np.float64).tiny)
@@ -159,7 +173,7 @@ def _cover(
 
 
 def _draw(
-    image: Image, window: Window, shape: tuple[int, int], fill: Colour
+    image: Image, window: Window, shape: tuple[int, int], fill: Colour, method: Filter
 ) -> tuple[Image, Float[np.ndarray, "2"], Float[np.ndarray, "2"]]:
     """The window's content at `shape`, and the scale and offset (x, y) from image coordinates to it."""
     source = np.array([0, 0, image.shape[1], image.shape[0]], dtype=np.float64)
@@ -172,7 +186,7 @@ def _draw(
     target[2:] = np.maximum(target[2:], target[:2] + 1)
     x0, y0, x1, y1 = target.astype(int).tolist()
     left, top, right, bottom = inner.astype(int).tolist()
-    content = resize_image(image[top:bottom, left:right], y1 - y0, x1 - x0)
+    content = resize_image(image[top:bottom, left:right], y1 - y0, x1 - x0, method)
     # Boxes follow the integer rectangle that was really painted, not the exact window.
     scale = (target[2:] - target[:2]) / (inner[2:] - inner[:2])
     offset = target[:2] - inner[:2] * scale
@@ -268,8 +282,9 @@ class Transforms:
         return whole(sample)
 
     def _look(self, sample: Sample, window: Window, size: int | None) -> Sample:
-        shape = output_shape(window.height, window.width, self.config.resize, size)
-        return view(sample, window, shape, fill=self.config.fill, min_visible=self.config.min_visible)
+        config, resize = self.config, self.config.resize
+        shape = output_shape(window.height, window.width, resize, size)
+        return view(sample, window, shape, fill=config.fill, min_visible=config.min_visible, method=resize.filter)
 
 
 def build_transforms(config: AugmentationConfig, training: bool) -> Transforms:

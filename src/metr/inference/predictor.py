@@ -127,7 +127,8 @@ class Predictor:
         source = _source(index, image)
         array = load_image(image, source)
         size = (int(array.shape[0]), int(array.shape[1]))
-        pixels = torch.from_numpy(resize_image(array, *output_shape(*size, self.resize))).permute(2, 0, 1)
+        resized = resize_image(array, *output_shape(*size, self.resize), self.resize.filter)
+        pixels = torch.from_numpy(resized).permute(2, 0, 1)
         return _Loaded(index=index, source=source, size=size, pixels=pixels)
 
     def _predictions(self, group: Sequence[_Loaded]) -> Iterator[tuple[int, Prediction]]:

@@ -158,7 +158,7 @@ def read_dino(checkpoint: PickledCheckpoint, where: object = None) -> DinoFile:
         rows=rows,
         state=state,
         names=() if authors or len(state.get(f"{_CLASS}.0.bias", ())) != len(COCO) else COCO,
-        resize=None if authors else ResizeConfig(mode="fit", size=_SHORTEST),
+        resize=None if authors else ResizeConfig(mode="fit", size=_SHORTEST, filter="bilinear"),
         prompts=state.get(f"{_EXTRACTION}.class_prompts") if authors else None,
     )
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float
+from PIL.Image import Resampling
 from torch import Tensor
 
 from metr.conversion.activation_statistics import of_layer_head
@@ -205,7 +206,8 @@ class Target:
         mean, std = (list(map(float, colour)) for colour in colours)
         # without torchvision only this backend exists; what is saved names neither
         made: Any = getattr(transformers, f"{self.processor}Pil")
-        return made(size=shape, image_mean=mean, image_std=std, do_normalize=True, do_rescale=True)
+        filters = {} if resize.filter == "area" else {"resample": Resampling[resize.filter.upper()]}
+        return made(size=shape, image_mean=mean, image_std=std, do_normalize=True, do_rescale=True, **filters)
 
     def _size(self, resize: ResizeConfig, pad_to: int) -> int:
         """METR's size, or the next larger one that it takes."""
