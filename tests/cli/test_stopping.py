@@ -163,7 +163,7 @@ from metr.cli.main import run
 run()
 """
 BEFORE_THE_FIRST_STEP = {
-    "reading the data": ("metr.training.train", "open_joint", "train"),
+    "reading the data": ("metr.training.train_request", "open_joint", "train"),
     "embedding the names": ("metr.training.train", "training_parts", "train"),
     "the evaluation before": ("metr.training.finetune", "_evaluated", "finetune"),
     "evaluating": ("metr.evaluation.runner", "evaluate", "evaluate"),

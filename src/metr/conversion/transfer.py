@@ -350,4 +350,6 @@ def show(report: TransferReport, out: Path, console: Console, go_on: str) -> Non
     console.print(f"the detector is in {out}", highlight=False, markup=False, soft_wrap=True)
     if report.start:
         start = f"It is a start for training, no detector yet: {report.start}.\n{go_on}"
-        console.print(start, highlight=False, markup=False, soft_wrap=True)
+    else:
+        start = f"It finds what {report.source} finds, by the same names.\n{go_on}"
+    console.print(start, highlight=False, markup=False, soft_wrap=True)
