@@ -100,7 +100,7 @@ def nothing_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(socket.socket, "connect", opened)
     monkeypatch.setattr(socket, "getaddrinfo", opened)
-    monkeypatch.setattr("metr.training.train.open_joint", opened)
+    monkeypatch.setattr("metr.training.train_request.open_joint", opened)
     monkeypatch.setattr("metr.text.language_model.configuration", opened)
 
 
