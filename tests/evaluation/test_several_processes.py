@@ -55,7 +55,14 @@ VOCABULARY = Vocabulary.union({"pets": NAMES[:2], "cards": NAMES[2:], "one": NAM
 PETS = annotations("pets", NAMES[:2], *(record(f"pet {n}", [(0, CAT), (1, DOG)][: 1 + n % 2]) for n in range(7)))
 CARDS = annotations("cards", NAMES[2:], record(0, [(0, CAT)]), record(1, [(1, DOG)]))
 ONE = annotations("one", NAMES[:1], record("alone", [(0, CAT)]))
-SMALL_BOXES = ((49, 34, 56, 38), (42, 33, 50, 38), (6, 19, 21, 27), (21, 18, 36, 27), (42, 10, 50, 14), (48, 10, 56, 14))
+SMALL_BOXES = (
+    (49, 34, 56, 38),
+    (42, 33, 50, 38),
+    (6, 19, 21, 27),
+    (21, 18, 36, 27),
+    (42, 10, 50, 14),
+    (48, 10, 56, 14),
+)
 SCRIPTED = {
     number: [
         Answer("cat", 0.9 - number / 20, OFF if number % 3 else CAT),
