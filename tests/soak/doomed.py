@@ -26,7 +26,7 @@ from typing import Any, Literal
 from metr.cli.main import run as run_command_line
 
 PHASES = {
-    "metr.training.train:open_joint": "reading the data",
+    "metr.training.train_request:open_joint": "reading the data",
     "metr.training.finetune_request:open_finetune_data": "reading the data",
     "metr.data.index.cache:_build": "index",
     "metr.data.containers.store:_unpack": "unpacking",
