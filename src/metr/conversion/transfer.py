@@ -351,5 +351,5 @@ def show(report: TransferReport, out: Path, console: Console, go_on: str) -> Non
     if report.start:
         start = f"It is a start for training, no detector yet: {report.start}.\n{go_on}"
     else:
-        start = f"It finds what {report.source} finds, by the same names.\n{go_on}"
+        start = f"It finds the labels of {report.source} already, before any training.\n{go_on}"
     console.print(start, highlight=False, markup=False, soft_wrap=True)

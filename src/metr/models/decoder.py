@@ -67,7 +67,7 @@ class LayeredDecoder(nn.Module):
         self, width: int, text_width: int, config: DecoderConfig, prior: float, similarity: SimilarityConfig
     ) -> None:
         super().__init__()
-        self.similarity_config, self.width, self.margin = similarity, width, config.box_margin
+        self.width, self.margin = width, config.box_margin
         self.refines, self.normed = config.refine == "each", config.predictors != "layer"
         self.norm: nn.Module = nn.LayerNorm(width) if self.normed else nn.Identity()
         if config.predictors == "shared":
