@@ -70,11 +70,16 @@ class EncoderConfig(Config):
     """Sampling points a head and level (`deformable`)."""
     feed_forward: int = Field(2048, ge=1, le=65_536)
     """Hidden width of the feed-forward parts."""
-    positions: Literal["scaled", "centred", "counted"] = "scaled"
+    positions: Literal["scaled", "centred", "counted", "none"] = "scaled"
     """What is encoded. `scaled`: rows and columns counted from 1, scaled so that the last is 2 pi (DINO). `centred`:
-    cell centres, scaled alike (Deformable DETR; for `deformable`). `counted`: unscaled (RT-DETR; for `hybrid`)."""
+    cell centres, scaled alike (Deformable DETR; for `deformable`). `counted`: unscaled (RT-DETR; for `hybrid`). `none`:
+    nothing, as transformers' detectors with an `eval_size` detect (for `hybrid`)."""
     fusion: Literal["csp", "elan"] = "csp"
     """How two levels are fused: as in RT-DETR, or as in D-FINE (`hybrid`)."""
+    fusion_inputs: Literal["cat", "sum"] = "cat"
+    """Two levels are concatenated before their fusion, or added, as in DEIMv2 (`hybrid`)."""
+    fusion_convolutions: bool = True
+    """A 3x3 convolution after each stage of a fusion; the large DEIMv2 have none (`elan`)."""
     fusion_blocks: int = Field(3, ge=1, le=100)
     """Convolution blocks of each fusion (`hybrid`, `projector`)."""
     fusion_expansion: float = Field(1.0, gt=0, le=16)
@@ -216,6 +221,8 @@ class DistributionConfig(Config):
     """Hidden width of the network that reads them."""
     quality_layers: int = Field(2, ge=1, le=16)
     """Its linear layers."""
+    shared: bool = False
+    """All layers have one head for distributions (the small DEIMv2), instead of one each."""
 
     @model_validator(mode="after")
     def _as_many_probabilities(self) -> "DistributionConfig":
@@ -238,6 +245,14 @@ class DecoderConfig(Config):
     points: int = Field(4, ge=1, le=64)
     """Sampling points a head and level (`deformable`, `distribution`)."""
     feed_forward: int = Field(2048, ge=1, le=65_536)
+    """Hidden width of the feed-forward parts."""
+    activation: Literal["relu", "swiglu"] = "relu"
+    """Inside the feed-forward parts. `swiglu`: the hidden channels are multiplied by the SiLU of a gate (DEIMv2;
+    `distribution`)."""
+    norm: Literal["layer", "rms"] = "layer"
+    """What the layers normalise by: mean and variance, or the root mean square alone (DEIMv2; `distribution`)."""
+    gate: bool = True
+    """Weighs what a query was and what it sees in the memory; without it the two are added (`distribution`)."""
     boxes: Literal["logit", "reparametrised"] = "logit"
     """How boxes are refined, those of proposals too. `logit`: changes are added to the inverse sigmoid of each
     coordinate. `reparametrised`: a centre moves by multiples of the box's sides, and the sides are multiplied by
@@ -251,6 +266,10 @@ class DecoderConfig(Config):
     """`sine`: a query's box is encoded as sines and cosines (DINO). `plain`: it is used as four numbers (RT-DETR;
     `deformable` and `distribution`). `first`: a query keeps the position of its first box, which is encoded as sines
     and cosines, and which its content contains too (Deformable DETR; `deformable`)."""
+    position_layers: Literal[2, 3] = 2
+    """With `positions: plain`, the linear layers from the four numbers: 2 (RT-DETR) or 3 (DEIMv2)."""
+    position_activation: Literal["relu", "silu"] = "relu"
+    """What is between them."""
     predictors: Literal["shared", "layer", "normed_layer"] = "shared"
     """`shared`: all layers have one class head and one box head, which read the layer's output after one more norm
     (DINO). `layer`: each layer has its own, which read its output as it is (RT-DETR; `deformable` and `distribution`).
@@ -259,6 +278,21 @@ class DecoderConfig(Config):
     box_margin: float = Field(1e-3, gt=0, lt=0.1)
     """The least distance from 0 and 1 of a coordinate that is refined: 1e-3 (DINO) or 1e-5 (RT-DETR)."""
     distribution: DistributionConfig = DistributionConfig()
+
+    @model_validator(mode="after")
+    def _options_of_the_kind(self) -> "DecoderConfig":
+        plain: dict[str, Any] = {"position_layers": 2, "position_activation": "relu"}
+        if self.positions != "plain" or self.kind == "conditional":
+            for option, value in plain.items():
+                if getattr(self, option) != value:
+                    raise ValueError(f"{option} is for positions 'plain'; otherwise leave it at {value!r}")
+        gated: dict[str, Any] = {"activation": "relu", "norm": "layer", "gate": True}
+        if self.kind != "distribution":
+            for option, value in gated.items():
+                if getattr(self, option) != value:
+                    what = f"{option} is for kind 'distribution'; with {self.kind!r} leave it at {value!r}"
+                    raise ValueError(what)
+        return self
 
 
 class DetectorConfig(Config):
@@ -276,7 +310,7 @@ class DetectorConfig(Config):
 
     @model_validator(mode="after")
     def _positions_suit_the_encoder(self) -> "DetectorConfig":
-        kinds = {"centred": "deformable", "counted": "hybrid"}
+        kinds = {"centred": "deformable", "counted": "hybrid", "none": "hybrid"}
         wanted = kinds.get(self.encoder.positions, self.encoder.kind)
         if wanted != self.encoder.kind:
             raise ValueError(f"encoder.positions {self.encoder.positions!r} is for encoder.kind {wanted!r}")

@@ -270,18 +270,17 @@ def around(
     categories = base.categories.model_copy(update={"heads": heads})
     places = (queries or {}).get("layout") == "places"
     number = config.num_queries if places else max(config.num_queries, categories.kept)
-    sizes = DecoderConfig(
-        layers=config.decoder_layers,
-        heads=heads,
-        points=max(level_points(config)),
-        feed_forward=config.decoder_ffn_dim,
-        **(decoder or {}),
-    )
+    sizes = {
+        "layers": config.decoder_layers,
+        "heads": heads,
+        "points": max(level_points(config)),
+        "feed_forward": config.decoder_ffn_dim,
+    }
     return DetectorConfig(
         width=config.d_model,
         backbone=backbone,
         encoder=encoder,
-        decoder=sizes,
+        decoder=DecoderConfig.model_validate(sizes | dict(decoder or {})),
         categories=categories,
         queries=QueryConfig(**{"number": number, **(queries or {})}),
         similarity=similarity or base.similarity,

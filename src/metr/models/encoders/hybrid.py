@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
@@ -21,7 +21,7 @@ class HybridEncoder(nn.Module):
         super().__init__()
         outer, width = width, config.width or width
         self.width, self.levels = width, min(config.levels, len(channels))
-        self.counted = config.positions == "counted"
+        self.positions = config.positions
         channels = tuple(channels)[-self.levels :]
         steps = range(self.levels - 1)
         # D-FINE has no activations between its fusions.
@@ -51,13 +51,18 @@ class HybridEncoder(nn.Module):
     def _attend(self, coarsest: Tensor, padding_mask: Tensor) -> Tensor:
         height, width = coarsest.shape[2:]
         mask = level_mask(padding_mask, (height, width))
-        grid = counted_encoding(mask, self.width) if self.counted else grid_encoding(mask, self.width, 10_000.0)
-        positions = rearrange(grid, "b h w d -> b (h w) d")
         allowed = rearrange(~mask, "b h w -> b 1 (h w)")
         tokens = rearrange(coarsest, "b d h w -> b (h w) d")
+        positions = self._encoded(mask) if self.positions != "none" else torch.zeros_like(tokens)
         for layer in self.layers:
             tokens = layer(tokens, positions, allowed)
         return rearrange(tokens, "b (h w) d -> b d h w", h=height)
+
+    def _encoded(self, mask: Bool[Tensor, "b h w"]) -> Float[Tensor, "b s d"]:
+        """The encoded place of every cell."""
+        counted = self.positions == "counted"
+        grid = counted_encoding(mask, self.width) if counted else grid_encoding(mask, self.width, 10_000.0)
+        return rearrange(grid, "b h w d -> b (h w) d")
 
     def _top_down(self, maps: list[Tensor]) -> list[Tensor]:
         """Fuses coarse levels into finer ones. Every level but the finest also goes through its lateral convolution."""
@@ -130,29 +135,36 @@ class Fusion(_Paths):
     """Fuses two levels of equal size, as in RT-DETR."""
 
     def __init__(self, width: int, config: EncoderConfig) -> None:
-        super().__init__(2 * width, width, int(width * config.fusion_expansion), config.fusion_blocks)
+        added = config.fusion_inputs == "sum"
+        inner = width if added else 2 * width
+        super().__init__(inner, width, int(width * config.fusion_expansion), config.fusion_blocks)
+        self.added = added
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
         """[b d h w] twice to [b d h w]."""
-        return self.through(torch.cat([first, second], dim=1))
+        return self.through(first + second if self.added else torch.cat([first, second], dim=1))
 
 
 class AggregatingFusion(nn.Module):
-    """Fuses two levels of equal size, as in D-FINE (RepNCSPELAN4): the last layer gets the output of every stage."""
+    """Fuses two levels of equal size, as in D-FINE and DEIMv2: the last layer gets the output of every stage."""
 
     def __init__(self, width: int, config: EncoderConfig) -> None:
         super().__init__()
         hidden = int(width * config.fusion_expansion // 2)
-        self.split = ConvNorm(2 * width, 2 * width, 1)
+        self.added = config.fusion_inputs == "sum"
+        self.split = ConvNorm(width if self.added else 2 * width, 2 * width, 1)
         self.stages = nn.ModuleList(
             CrossStage(inner, hidden, hidden, config.fusion_blocks) for inner in (width, hidden)
         )
-        self.convolutions = nn.ModuleList(ConvNorm(hidden, hidden, 3) for _ in range(2))
+        self.convolutions = nn.ModuleList(
+            ConvNorm(hidden, hidden, 3) if config.fusion_convolutions else nn.Identity() for _ in range(2)
+        )
         self.merge = ConvNorm(2 * width + 2 * hidden, width, 1)
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
         """[b d h w] twice to [b d h w]."""
-        seen = list(self.split(torch.cat([first, second], dim=1)).chunk(2, dim=1))
+        both = first + second if self.added else torch.cat([first, second], dim=1)
+        seen = list(self.split(both).chunk(2, dim=1))
         for stage, convolution in zip(self.stages, self.convolutions, strict=True):
             seen.append(convolution(stage(seen[-1])))
         merged: Tensor = self.merge(torch.cat(seen, dim=1))

@@ -1,0 +1,49 @@
+"""The published sizes of DEIMv2: what their configurations set, apart from what all of them share."""
+
+from typing import Any
+
+# HGNetV2 B0, and its three stages for the smallest sizes
+_B0: dict[str, Any] = {
+    "hidden_sizes": [128, 256, 512, 1024],
+    "stem_channels": [3, 16, 16],
+    "stage_in_channels": [16, 64, 256, 512],
+    "stage_mid_channels": [16, 32, 64, 128],
+    "stage_out_channels": [64, 256, 512, 1024],
+    "stage_num_blocks": [1, 1, 2, 1],
+    "stage_numb_of_layers": [3, 3, 3, 3],
+    "use_learnable_affine_block": True,
+}
+
+BACKBONES = {"n": _B0 | {"out_indices": [3, 4]}}
+
+SIZES: dict[str, dict[str, Any]] = {
+    "n": {
+        "d_model": 128,
+        "encoder_hidden_dim": 128,
+        "encoder_in_channels": [512, 1024],
+        "encoder_ffn_dim": 512,
+        "encode_proj_layers": [1],
+        "feat_strides": [16, 32],
+        "num_feature_levels": 2,
+        "hidden_expansion": 0.34,
+        "depth_mult": 0.5,
+        "decoder_in_channels": [128, 128],
+        "decoder_ffn_dim": 512,
+        "decoder_layers": 3,
+        "decoder_n_points": [6, 6],
+    },
+}
+_ALL: dict[str, Any] = {"decoder_activation_function": "silu", "eval_size": [640, 640], "num_queries": 30}
+
+
+def config_of(size: str, names: tuple[str, ...], **changes: object) -> Any:
+    """The configuration of a size, with few queries and perhaps other options."""
+    from transformers import Deimv2Config, HGNetV2Config
+
+    labels = dict(enumerate(names))
+    values = {
+        "backbone_config": HGNetV2Config(**BACKBONES[size]),
+        "id2label": labels,
+        "label2id": {name: label for label, name in labels.items()},
+    }
+    return Deimv2Config(**_ALL | values | SIZES[size] | changes)
