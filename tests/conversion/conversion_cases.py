@@ -82,10 +82,12 @@ def alike(target: str, **encoder: object) -> DetectorConfig:
     if target == "deimv2":
         options |= {"fusion_inputs": "sum"}
         layers |= {"norm": "rms", "activation": "swiglu", "position_layers": 3, "position_activation": "silu"}
-    positions = "sine" if deformable else "plain"
+    positions, backbone = "sine" if deformable else "plain", small_backbone()
+    if encoder.get("kind") == "lite":
+        backbone = backbone.model_copy(update={"strides": (16,)})
     return DetectorConfig(
         width=width,
-        backbone=small_backbone(),
+        backbone=backbone,
         encoder=EncoderConfig(**(options | encoder)),
         categories=CategoryConfig(blocks=1, heads=4, feed_forward=32, kept=3),
         queries=QueryConfig(number=9, floor=2, ceiling=9, layout="uniform", attention="image"),

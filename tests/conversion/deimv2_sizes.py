@@ -14,7 +14,42 @@ _B0: dict[str, Any] = {
     "use_learnable_affine_block": True,
 }
 
-BACKBONES = {"n": _B0 | {"out_indices": [3, 4]}}
+_PICO: dict[str, Any] = {
+    "hidden_sizes": [64, 256, 512],
+    "depths": [3, 3, 3],
+    "stem_channels": [3, 16, 16],
+    "stage_in_channels": [16, 64, 256],
+    "stage_mid_channels": [16, 32, 64],
+    "stage_out_channels": [64, 256, 512],
+    "stage_num_blocks": [1, 1, 2],
+    "stage_downsample": [False, True, True],
+    "stage_light_block": [False, False, True],
+    "stage_kernel_size": [3, 3, 5],
+    "stage_numb_of_layers": [3, 3, 3],
+    "use_learnable_affine_block": True,
+    "out_indices": [3],
+}
+_FEMTO = _PICO | {"stage_num_blocks": [1, 1, 1]}
+_ATTO = _FEMTO | {
+    "hidden_sizes": [64, 256, 256],
+    "stage_out_channels": [64, 256, 256],
+    "stage_kernel_size": [3, 3, 3],
+}
+
+BACKBONES = {"n": _B0 | {"out_indices": [3, 4]}, "pico": _PICO, "femto": _FEMTO, "atto": _ATTO}
+_LITE: dict[str, Any] = {
+    "encoder_type": "lite",
+    "encoder_layers": 0,
+    "encoder_in_channels": [512],
+    "feat_strides": [16],
+    "num_feature_levels": 2,
+    "hidden_expansion": 0.34,
+    "depth_mult": 0.5,
+    "decoder_layers": 3,
+    "decoder_n_points": [4, 2],
+    "share_bbox_head": True,
+    "use_gateway": False,
+}
 
 SIZES: dict[str, dict[str, Any]] = {
     "n": {
@@ -32,6 +67,12 @@ SIZES: dict[str, dict[str, Any]] = {
         "decoder_layers": 3,
         "decoder_n_points": [6, 6],
     },
+    "pico": _LITE
+    | {"d_model": 112, "encoder_hidden_dim": 112, "decoder_in_channels": [112, 112], "decoder_ffn_dim": 320},
+    "femto": _LITE | {"d_model": 96, "encoder_hidden_dim": 96, "decoder_in_channels": [96, 96], "decoder_ffn_dim": 256},
+    "atto": _LITE
+    | {"d_model": 64, "encoder_hidden_dim": 64, "decoder_in_channels": [64, 64], "decoder_ffn_dim": 160}
+    | {"encoder_in_channels": [256]},
 }
 _ALL: dict[str, Any] = {"decoder_activation_function": "silu", "eval_size": [640, 640], "num_queries": 30}
 

@@ -66,15 +66,21 @@ def by_label(output: DetectorOutput, labels: int) -> tuple[Tensor, Tensor]:
 
 
 # in RT-DETR-R101 and D-FINE-X the encoder is wider than the decoder
+WIDER: dict[str, object] = {"width": 48}
+LITE: dict[str, object] = {"kind": "lite", "positions": "scaled"}
+
+
 @pytest.mark.parametrize(
-    ("name", "width"), [*((name, None) for name in EXACT), ("rt_detr", 48), ("d_fine", 48), ("deimv2", 48)]
+    ("name", "encoder"),
+    [*((name, {}) for name in EXACT), ("rt_detr", WIDER), ("d_fine", WIDER), ("deimv2", WIDER), ("deimv2", LITE)],
 )
 @torch.no_grad()
 def test_the_same_places_boxes_and_logits(
-    name: str, width: int | None, tmp_path: Path, text: TextEncoderConfig
+    name: str, encoder: dict[str, object], tmp_path: Path, text: TextEncoderConfig
 ) -> None:
-    theirs = written(name, tmp_path, width=width)
-    assert width is None or theirs.config.encoder_hidden_dim == width
+    theirs = written(name, tmp_path, **encoder)
+    if encoder:
+        assert (theirs.config.encoder_hidden_dim == 48) == (encoder == WIDER)
     ours, report = import_detector(tmp_path, text=text, device="cpu")
     # transformers' RF-DETR mixes up rows and columns where an image is not square
     images = random_images(width=SIDE if name == "rf_detr" else SIDE + 32)

@@ -177,3 +177,9 @@ def test_boxes_keep_their_precision_in_half_of_it() -> None:
 def test_options_of_another_kind_are_refused(options: dict[str, object], said: str) -> None:
     with pytest.raises(ValidationError, match=said):
         config_of(**options)
+
+
+def test_lite_takes_one_map_of_the_backbone() -> None:
+    config = small_config(encoder="hybrid").model_dump()
+    with pytest.raises(ValidationError, match=r"'lite' makes two levels of one backbone map: .*expected one of"):
+        DetectorConfig.model_validate(config | {"encoder": config["encoder"] | {"kind": "lite"}})

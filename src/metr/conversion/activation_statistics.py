@@ -18,7 +18,14 @@ from metr.layers.position_encoding import box_encoding
 from metr.models.detector import Detector
 from metr.models.encoders import Encoder
 from metr.models.encoders.deformable import DeformableEncoder
-from metr.models.encoders.hybrid import AggregatingFusion, ConvNorm, Fusion, HybridEncoder, RepVggBlock
+from metr.models.encoders.hybrid import (
+    AggregatingFusion,
+    ConvNorm,
+    FusingEncoder,
+    Fusion,
+    HybridEncoder,
+    RepVggBlock,
+)
 from metr.models.encoders.projector import ProjectorEncoder
 from metr.models.encoders.pyramid import PlainEncoder
 
@@ -90,11 +97,11 @@ def of_memory(encoder: Encoder) -> list[ActivationStatistics]:
     """Statistics of each level of the memory, finest first."""
     if isinstance(encoder, ProjectorEncoder):
         return [after_norm(scale.norm) for scale in encoder.scales]  # type: ignore[arg-type]
-    if not isinstance(encoder, HybridEncoder):
+    if not isinstance(encoder, FusingEncoder):
         return [_after_layers(encoder)] * encoder.levels
     if encoder.outputs:
         return [after_convolution(layer) for layer in encoder.outputs]  # type: ignore[arg-type]
-    if encoder.levels == 1:
+    if isinstance(encoder, HybridEncoder) and encoder.levels == 1:
         return [_after_layers(encoder)]
     return [after_fusion(fusion) for fusion in (encoder.down_fusions[-1], *encoder.up_fusions)]
 

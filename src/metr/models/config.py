@@ -57,14 +57,16 @@ class BackboneConfig(Config):
 class EncoderConfig(Config):
     """From feature maps to memory."""
 
-    kind: Literal["deformable", "hybrid", "plain", "projector"] = "deformable"
-    """As in Deformable DETR and DINO, as in RT-DETR, as in DETR, or as in LW-DETR and RF-DETR (convolutions only, on
-    backbone maps of one stride: `backbone.layers`)."""
+    kind: Literal["deformable", "hybrid", "lite", "plain", "projector"] = "deformable"
+    """As in Deformable DETR and DINO, as in RT-DETR, as in the smallest DEIMv2 (convolutions only, two levels of the
+    backbone's one map), as in DETR, or as in LW-DETR and RF-DETR (convolutions only, on backbone maps of one stride:
+    `backbone.layers`)."""
     layers: int = Field(6, ge=0, le=100)
-    """Attention layers; `hybrid` has them on the coarsest level only, `projector` has none."""
+    """Attention layers; `hybrid` has them on the coarsest level only, `lite` and `projector` have none."""
     levels: int = Field(4, ge=1, le=8)
     """Levels of the memory. `deformable` adds levels to the backbone's by strided convolution; `hybrid` has at most
-    as many as the backbone; `plain` has only the backbone's last, and `projector` one a scale, whatever is set."""
+    as many as the backbone. Whatever is set, `lite` has two, `plain` has only the backbone's last, and `projector` one
+    a scale."""
     heads: int = Field(8, ge=1, le=256)
     points: int = Field(4, ge=1, le=64)
     """Sampling points a head and level (`deformable`)."""
@@ -75,20 +77,20 @@ class EncoderConfig(Config):
     cell centres, scaled alike (Deformable DETR; for `deformable`). `counted`: unscaled (RT-DETR; for `hybrid`). `none`:
     nothing, as transformers' detectors with an `eval_size` detect (for `hybrid`)."""
     fusion: Literal["csp", "elan"] = "csp"
-    """How two levels are fused: as in RT-DETR, or as in D-FINE (`hybrid`)."""
+    """How two levels are fused: as in RT-DETR, or as in D-FINE (`hybrid`, `lite`)."""
     fusion_inputs: Literal["cat", "sum"] = "cat"
-    """Two levels are concatenated before their fusion, or added, as in DEIMv2 (`hybrid`)."""
+    """Two levels are concatenated before their fusion, or added, as in DEIMv2 (`hybrid`, `lite`)."""
     fusion_convolutions: bool = True
     """A 3x3 convolution after each stage of a fusion; the large DEIMv2 have none (`elan`)."""
     fusion_blocks: int = Field(3, ge=1, le=100)
-    """Convolution blocks of each fusion (`hybrid`, `projector`)."""
+    """Convolution blocks of each fusion (`hybrid`, `lite`, `projector`)."""
     fusion_expansion: float = Field(1.0, gt=0, le=16)
-    """Hidden channels of a fusion / width (`hybrid`, `projector`)."""
+    """Hidden channels of a fusion / width (`hybrid`, `lite`, `projector`)."""
     width: int | None = Field(None, ge=8, le=16_384)
     """Channels inside the encoder; None means the network's width. With another width a 1x1 convolution after the
-    fusion of each level leads to the network's (`hybrid`)."""
+    fusion of each level leads to the network's (`hybrid`, `lite`)."""
     project_memory: bool = False
-    """A 1x1 convolution after the fusion of each level, as between RT-DETR's encoder and decoder (`hybrid`)."""
+    """A 1x1 convolution after the fusion of each level, as between RT-DETR's encoder and decoder (`hybrid`, `lite`)."""
     scales: tuple[float, ...] = (1.0,)
     """Cells of each level / cells of a backbone map, along one side, finest level first: 2, 1 or 0.5 (`projector`)."""
     norm: Literal["batch", "layer"] = "batch"
@@ -318,8 +320,9 @@ class DetectorConfig(Config):
 
     @model_validator(mode="after")
     def _width_suits_the_encoder(self) -> "DetectorConfig":
-        if self.encoder.width is not None and self.encoder.kind != "hybrid":
-            raise ValueError(f"encoder.width is for encoder.kind 'hybrid'; {self.encoder.kind!r} has the network's")
+        if self.encoder.width is not None and self.encoder.kind not in ("hybrid", "lite"):
+            what = f"encoder.width is for encoder.kind 'hybrid' and 'lite'; {self.encoder.kind!r} has the network's"
+            raise ValueError(what)
         return self
 
     @model_validator(mode="after")
@@ -330,6 +333,11 @@ class DetectorConfig(Config):
                 "encoder.kind 'projector' takes backbone maps of one stride: expected backbone.layers, as [3,6,9,12] of"
             )
             raise ValueError(f"{what} a plain vision transformer, or one backbone.strides")
+        if self.encoder.kind == "lite" and len(self.backbone.strides) > 1:
+            what = (
+                f"encoder.kind 'lite' makes two levels of one backbone map: found strides {list(self.backbone.strides)}"
+            )
+            raise ValueError(f"{what}, expected one of backbone.strides, as [16]")
         if self.encoder.kind != "projector" and len(self.backbone.layers) > 1:
             raise ValueError("several backbone.layers have one stride, and are for encoder.kind 'projector'")
         return self

@@ -143,6 +143,7 @@ class Target:
         name: What users write; transformers' `model_type`.
         title: What people call it.
         encoder: METR's encoder kind whose weights fit.
+        other_encoders: Further encoder kinds of METR whose weights fit.
         decoder: METR's decoder kind whose weights fit.
         similar_decoders: METR's decoder kinds of which some weights fit.
         backbone: The prefix of its backbone's keys.
@@ -162,6 +163,7 @@ class Target:
     name: str
     title: str
     encoder: str
+    other_encoders: tuple[str, ...] = ()
     decoder: str = "deformable"
     similar_decoders: tuple[str, ...] = ()
     backbone: str = "model.backbone.model."
@@ -178,7 +180,8 @@ class Target:
 
     def fits(self, config: DetectorConfig) -> bool:
         """Whether more than the backbone of such a METR has a place here."""
-        return config.encoder.kind == self.encoder and config.decoder.kind in (self.decoder, *self.similar_decoders)
+        encoders, decoders = (self.encoder, *self.other_encoders), (self.decoder, *self.similar_decoders)
+        return config.encoder.kind in encoders and config.decoder.kind in decoders
 
     def resizes_otherwise(self, resize: ResizeConfig, pad_to: int = 1) -> tuple[str, ...]:
         """What its image processor does to an image's shape that METR does not, in sentences.

@@ -29,6 +29,8 @@ from metr.models.detector import Detector
 # linear layers from a box's four numbers to a query's position
 _POSITION_LAYERS = 3
 _ACTIVATIONS = ("relu", "silu")
+# levels of the encoder without attention, of one map of the backbone
+_LITE_LEVELS = 2
 _MAPS, _ENCODER, _DECODER = "model.conv_encoder", "model.encoder", "model.decoder"
 
 
@@ -38,6 +40,10 @@ def configure(spec: BuildSpec) -> Any:
 
     encoder, decoder = spec.config.encoder, spec.config.decoder
     values = d_fine.arguments(spec)
+    if spec.fits and encoder.kind == "lite":
+        width = encoder.width or spec.config.width
+        values |= {"encoder_type": "lite", "encoder_layers": 0}
+        values |= {"num_feature_levels": _LITE_LEVELS, "decoder_in_channels": [width] * _LITE_LEVELS}
     values |= {
         "eval_size": values["eval_size"] and [values["eval_size"]] * 2,
         "encoder_has_trailing_conv": encoder.fusion_convolutions,
@@ -57,15 +63,32 @@ def table(config: Any, metr: DetectorConfig) -> KeyTable:
     return KeyTable(
         backbone=backbone_rows(config.backbone_config, TARGET.backbone),
         encoder=joined(
-            convolution(f"{_MAPS}.encoder_input_proj.{{i}}", "encoder.projections.{i}"),
-            d_fine.level_rows(),
-            _fusion(f"{_ENCODER}.fpn_blocks.{{i}}", "encoder.down_fusions.{i}"),
-            _fusion(f"{_ENCODER}.pan_blocks.{{i}}", "encoder.up_fusions.{i}"),
+            _lite_rows() if config.encoder_type == "lite" else _hybrid_rows(),
             convolution("model.decoder_input_proj.{i}", "encoder.outputs.{i}"),
         ),
         decoder=_decoder_rows(config.use_gateway),
         heads=joined(rt_detr.proposal_rows(), heads, d_fine.box_rows(config.lqe_layers)),
         copies=copies,
+    )
+
+
+def _hybrid_rows() -> tuple[Row, ...]:
+    return joined(
+        convolution(f"{_MAPS}.encoder_input_proj.{{i}}", "encoder.projections.{i}"),
+        d_fine.level_rows(),
+        _fusion(f"{_ENCODER}.fpn_blocks.{{i}}", "encoder.down_fusions.{i}"),
+        _fusion(f"{_ENCODER}.pan_blocks.{{i}}", "encoder.up_fusions.{i}"),
+    )
+
+
+def _lite_rows() -> tuple[Row, ...]:
+    return joined(
+        convolution(f"{_ENCODER}.input_proj.{{i}}", "encoder.projections.{i}"),
+        convolution(f"{_ENCODER}.down_conv1", "encoder.coarser.1"),
+        convolution(f"{_ENCODER}.bi_fusion_conv", "encoder.whole"),
+        convolution(f"{_ENCODER}.down_conv2", "encoder.strides.0.1"),
+        _fusion(f"{_ENCODER}.fpn_block", "encoder.down_fusions.0"),
+        _fusion(f"{_ENCODER}.pan_block", "encoder.up_fusions.0"),
     )
 
 
@@ -169,9 +192,12 @@ def adopt(config: Any, backbone: BackboneConfig, state: State) -> Adopted:
     }
     options = {
         "encoder_fuse_op": "sum",
-        "encoder_type": "hybrid",
         "decoder_activation_function": activation if activation in _ACTIVATIONS else _ACTIVATIONS[0],
     }
+    if config.encoder_type == "lite":
+        encoder |= {"kind": "lite", "positions": "scaled"}
+        options |= {"encoder_in_channels": list(config.encoder_in_channels[:1]), "num_feature_levels": _LITE_LEVELS}
+        options |= {"encode_proj_layers": list(config.encode_proj_layers)}
     d_fine.need_last_layer(config)
     return rt_detr.adopted(config, backbone, state, encoder, decoder, options)
 
@@ -180,6 +206,7 @@ TARGET = replace(
     d_fine.TARGET,
     name="deimv2",
     title="DEIMv2",
+    other_encoders=("lite",),
     similar_decoders=(),
     backbone=f"{_MAPS}.model.",
     configure=configure,

@@ -1,4 +1,7 @@
-"""The encoder of RT-DETR and D-FINE: attention on the coarsest level, convolutions that fuse levels down and up."""
+"""The encoders of RT-DETR, D-FINE and DEIMv2: convolutions that fuse levels down and up.
+
+`HybridEncoder` attends on the coarsest level first. `LiteEncoder` has no attention, and makes two levels of one map.
+"""
 
 from collections.abc import Sequence
 
@@ -14,7 +17,44 @@ from metr.models.encoders.pyramid import SelfAttentionLayer, flatten, level_mask
 from metr.structures import Memory
 
 
-class HybridEncoder(nn.Module):
+class FusingEncoder(nn.Module):
+    """What these encoders share: fusion from coarse to fine and from fine to coarse, and a projection of each level."""
+
+    laterals: nn.ModuleList
+    down_fusions: nn.ModuleList
+    strides: nn.ModuleList
+    up_fusions: nn.ModuleList
+    outputs: nn.ModuleList
+
+    def forward(self, features: Sequence[Tensor], padding_mask: Bool[Tensor, "b h w"]) -> Memory:
+        """Backbone maps (finest first) to memory."""
+        maps = self._bottom_up(self._top_down(self._levels(features, padding_mask)))
+        if self.outputs:
+            maps = [project(level) for project, level in zip(self.outputs, maps, strict=True)]
+        return flatten(maps, padding_mask)
+
+    def _levels(self, features: Sequence[Tensor], padding_mask: Tensor) -> list[Tensor]:
+        """The levels that are fused, of one width."""
+        raise NotImplementedError
+
+    def _top_down(self, maps: list[Tensor]) -> list[Tensor]:
+        """Fuses coarse levels into finer ones. Every level but the finest also goes through its lateral convolution."""
+        coarse = [maps[-1]]
+        for fine, lateral, fuse in zip(maps[-2::-1], self.laterals, self.down_fusions, strict=True):
+            coarse[-1] = lateral(coarse[-1])
+            raised = interpolate(coarse[-1], size=fine.shape[2:], mode="nearest")
+            coarse.append(fuse(raised, fine))
+        return coarse[::-1]
+
+    def _bottom_up(self, maps: list[Tensor]) -> list[Tensor]:
+        """Fuses fine levels into coarser ones."""
+        done = [maps[0]]
+        for coarse, halve, fuse in zip(maps[1:], self.strides, self.up_fusions, strict=True):
+            done.append(fuse(halve(done[-1]), coarse))
+        return done
+
+
+class HybridEncoder(FusingEncoder):
     """Projection, attention on the coarsest level, then fusion from coarse to fine and from fine to coarse."""
 
     def __init__(self, channels: Sequence[int], width: int, config: EncoderConfig) -> None:
@@ -38,15 +78,11 @@ class HybridEncoder(nn.Module):
         outputs = range(self.levels if config.project_memory or outer != width else 0)
         self.outputs = nn.ModuleList(ConvNorm(width, outer, 1, activate=False) for _ in outputs)
 
-    def forward(self, features: Sequence[Tensor], padding_mask: Bool[Tensor, "b h w"]) -> Memory:
-        """Backbone maps (finest first) to memory."""
+    def _levels(self, features: Sequence[Tensor], padding_mask: Tensor) -> list[Tensor]:
         features = list(features)[-self.levels :]
         maps = [project(feature) for project, feature in zip(self.projections, features, strict=True)]
         maps[-1] = self._attend(maps[-1], padding_mask)
-        maps = self._bottom_up(self._top_down(maps))
-        if self.outputs:
-            maps = [project(level) for project, level in zip(self.outputs, maps, strict=True)]
-        return flatten(maps, padding_mask)
+        return maps
 
     def _attend(self, coarsest: Tensor, padding_mask: Tensor) -> Tensor:
         height, width = coarsest.shape[2:]
@@ -64,21 +100,36 @@ class HybridEncoder(nn.Module):
         grid = counted_encoding(mask, self.width) if counted else grid_encoding(mask, self.width, 10_000.0)
         return rearrange(grid, "b h w d -> b (h w) d")
 
-    def _top_down(self, maps: list[Tensor]) -> list[Tensor]:
-        """Fuses coarse levels into finer ones. Every level but the finest also goes through its lateral convolution."""
-        coarse = [maps[-1]]
-        for fine, lateral, fuse in zip(maps[-2::-1], self.laterals, self.down_fusions, strict=True):
-            coarse[-1] = lateral(coarse[-1])
-            raised = interpolate(coarse[-1], size=fine.shape[2:], mode="nearest")
-            coarse.append(fuse(raised, fine))
-        return coarse[::-1]
 
-    def _bottom_up(self, maps: list[Tensor]) -> list[Tensor]:
-        """Fuses fine levels into coarser ones."""
-        done = [maps[0]]
-        for coarse, halve, fuse in zip(maps[1:], self.strides, self.up_fusions, strict=True):
-            done.append(fuse(halve(done[-1]), coarse))
-        return done
+class LiteEncoder(FusingEncoder):
+    """Two levels of the backbone's last map, as in the smallest DEIMv2: convolutions and means, no attention."""
+
+    def __init__(self, channels: Sequence[int], width: int, config: EncoderConfig) -> None:
+        super().__init__()
+        outer, width = width, config.width or width
+        self.width, self.levels = width, 2
+        fusion = AggregatingFusion if config.fusion == "elan" else Fusion
+        self.projections = nn.ModuleList([ConvNorm(channels[-1], width, 1, activate=False)])
+        self.coarser = nn.Sequential(_halving(), ConvNorm(width, width, 1))
+        self.whole = ConvNorm(width, width, 1)
+        self.laterals = nn.ModuleList([nn.Identity()])
+        self.down_fusions = nn.ModuleList([fusion(width, config)])
+        self.strides = nn.ModuleList([nn.Sequential(_halving(), ConvNorm(width, width, 1))])
+        self.up_fusions = nn.ModuleList([fusion(width, config)])
+        outputs = range(self.levels if config.project_memory or outer != width else 0)
+        self.outputs = nn.ModuleList(ConvNorm(width, outer, 1, activate=False) for _ in outputs)
+
+    def _levels(self, features: Sequence[Tensor], padding_mask: Tensor) -> list[Tensor]:
+        fine = self.projections[0](features[-1])
+        coarse = self.coarser(fine)
+        seen = ~level_mask(padding_mask, coarse.shape[2:]).unsqueeze(1)
+        mean = (coarse * seen).sum((2, 3), keepdim=True) / seen.sum((2, 3), keepdim=True).clamp(min=1)
+        return [fine, self.whole(coarse + mean)]
+
+
+def _halving() -> nn.Module:
+    """The mean of 3x3 cells at every second one."""
+    return nn.AvgPool2d(3, stride=2, padding=1)
 
 
 class ConvNorm(nn.Sequential):
