@@ -129,7 +129,13 @@ def normalised(network: Detector, images: Tensor) -> Tensor:
 def maps_of(model: Any, pixels: Tensor, mask: Tensor) -> list[Tensor]:
     """What the backbone of a detector of transformers gives for images and a mask of what is no padding."""
     if model.config.model_type == "deimv2":
-        return list(model.model.conv_encoder.model(pixels).feature_maps)
+        encoder, seen = model.model.conv_encoder, list[Tensor]()
+        projections = getattr(encoder, "fusion_proj", None) or encoder.encoder_input_proj
+        hooks = [layer.register_forward_pre_hook(lambda _, given: seen.append(given[0])) for layer in projections]
+        encoder(pixels)
+        for hook in hooks:
+            hook.remove()
+        return seen
     return [found for found, _ in model.model.backbone(pixels, mask)]
 
 

@@ -36,7 +36,39 @@ _ATTO = _FEMTO | {
     "stage_kernel_size": [3, 3, 3],
 }
 
+_TINY: dict[str, Any] = {
+    "model_type": "dinov3_vit",
+    "num_hidden_layers": 12,
+    "hidden_size": 192,
+    "num_attention_heads": 3,
+    "intermediate_size": 768,
+    "layerscale_value": 1.0,
+    "num_register_tokens": 0,
+    "pos_embed_rescale": None,
+    "apply_layernorm": False,
+    "out_indices": [6, 9, 12],
+}
+_TINY_PLUS = _TINY | {
+    "hidden_size": 256,
+    "num_attention_heads": 4,
+    "intermediate_size": 1024,
+    "out_indices": [4, 8, 12],
+}
+_SMALL: dict[str, Any] = {
+    "model_type": "dinov3_vit",
+    "num_hidden_layers": 12,
+    "hidden_size": 384,
+    "num_attention_heads": 6,
+    "intermediate_size": 1536,
+    "layerscale_value": 1e-5,
+    "num_register_tokens": 4,
+    "key_bias": True,
+    "out_indices": [6, 9, 12],
+}
+_SMALL_PLUS = _SMALL | {"intermediate_size": 1536, "use_gated_mlp": True}
+
 BACKBONES = {"n": _B0 | {"out_indices": [3, 4]}, "pico": _PICO, "femto": _FEMTO, "atto": _ATTO}
+BACKBONES |= {"s": _TINY, "m": _TINY_PLUS, "l": _SMALL, "x": _SMALL_PLUS}
 _LITE: dict[str, Any] = {
     "encoder_type": "lite",
     "encoder_layers": 0,
@@ -50,6 +82,21 @@ _LITE: dict[str, Any] = {
     "share_bbox_head": True,
     "use_gateway": False,
 }
+
+
+def _adapted(width: int, encoder: int, decoder: int) -> dict[str, Any]:
+    """A size with a vision transformer: channels, and hidden widths of encoder and decoder."""
+    return {
+        "d_model": width,
+        "encoder_hidden_dim": width,
+        "encoder_in_channels": [width] * 3,
+        "decoder_in_channels": [width] * 3,
+        "encoder_ffn_dim": encoder,
+        "decoder_ffn_dim": decoder,
+        "decoder_n_points": [3, 6, 3],
+        "encoder_has_trailing_conv": False,
+    }
+
 
 SIZES: dict[str, dict[str, Any]] = {
     "n": {
@@ -73,17 +120,22 @@ SIZES: dict[str, dict[str, Any]] = {
     "atto": _LITE
     | {"d_model": 64, "encoder_hidden_dim": 64, "decoder_in_channels": [64, 64], "decoder_ffn_dim": 160}
     | {"encoder_in_channels": [256]},
+    "s": _adapted(192, 512, 512) | {"depth_mult": 0.67, "hidden_expansion": 0.34, "decoder_layers": 4},
+    "m": _adapted(256, 512, 512) | {"hidden_expansion": 0.67, "decoder_layers": 4},
+    "l": _adapted(224, 896, 1792) | {"decoder_layers": 4, "spatial_tuning_adapter_inplanes": 32},
+    "x": _adapted(256, 1024, 2048)
+    | {"depth_mult": 1.37, "hidden_expansion": 1.25, "decoder_layers": 6, "spatial_tuning_adapter_inplanes": 64},
 }
 _ALL: dict[str, Any] = {"decoder_activation_function": "silu", "eval_size": [640, 640], "num_queries": 30}
 
 
 def config_of(size: str, names: tuple[str, ...], **changes: object) -> Any:
     """The configuration of a size, with few queries and perhaps other options."""
-    from transformers import Deimv2Config, HGNetV2Config
+    from transformers import AutoConfig, Deimv2Config
 
     labels = dict(enumerate(names))
     values = {
-        "backbone_config": HGNetV2Config(**BACKBONES[size]),
+        "backbone_config": AutoConfig.for_model(**{"model_type": "hgnet_v2"} | BACKBONES[size]),
         "id2label": labels,
         "label2id": {name: label for label, name in labels.items()},
     }

@@ -21,7 +21,7 @@ def enlivened(model: Any) -> Any:
     """The model with random weights that keep the scale of what passes through them, however wide it is."""
     torch.manual_seed(4)
     for parameter in model.parameters():
-        if parameter.ndim > 1:
+        if parameter.ndim > 1 and parameter.numel():
             parameter.normal_(std=1.1 * parameter[0].numel() ** -0.5)
         else:
             parameter.add_(torch.randn_like(parameter) * 0.1)

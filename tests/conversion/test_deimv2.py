@@ -15,7 +15,8 @@ from metr.errors import ModelError
 from metr.models.config import DecoderConfig
 
 TARGET = find_target("deimv2")
-PUBLISHED = list(SIZES)
+# the others take many seconds to build; small ones with their options are below
+PUBLISHED = [size if size in ("n", "atto") else pytest.param(size, marks=pytest.mark.slow) for size in SIZES]
 
 
 def published(size: str, **changes: object) -> Any:
@@ -62,6 +63,28 @@ SMALL: dict[str, Any] = {
 }
 
 
+ADAPTED: dict[str, Any] = {
+    "backbone_config": {
+        "model_type": "dinov3_vit",
+        "num_hidden_layers": 4,
+        "hidden_size": 24,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "num_register_tokens": 2,
+        "apply_layernorm": False,
+        "out_indices": [1, 3, 4],
+    },
+    "encoder_in_channels": [32, 32, 32],
+    "decoder_in_channels": [32, 32, 32],
+    "feat_strides": [8, 16, 32],
+    "encode_proj_layers": [2],
+    "num_feature_levels": 3,
+    "decoder_n_points": [3, 6, 3],
+    "encoder_has_trailing_conv": False,
+    "spatial_tuning_adapter_inplanes": 4,
+}
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -71,8 +94,19 @@ SMALL: dict[str, Any] = {
         {"decoder_activation_function": "relu", "eval_size": None},
         {"encoder_hidden_dim": 48, "decoder_in_channels": [48, 48]},
         {"max_num_bins": 16, "up": 0.25, "reg_scale": 8.0, "top_prob_values": 3, "lqe_hidden_dim": 24, "lqe_layers": 3},
+        ADAPTED,
+        ADAPTED | {"backbone_config": ADAPTED["backbone_config"] | {"apply_layernorm": True, "use_gated_mlp": True}},
     ],
-    ids=["no gate", "one head", "no convolutions", "positions", "encoder's width", "distributions"],
+    ids=[
+        "no gate",
+        "one head",
+        "no convolutions",
+        "positions",
+        "encoder's width",
+        "distributions",
+        "adapter",
+        "adapter behind a norm",
+    ],
 )
 def test_options_that_published_sizes_may_set(changes: dict[str, Any]) -> None:
     model = published("n", **SMALL | changes)
@@ -131,3 +165,21 @@ def test_what_differs_is_told() -> None:
     assert any("layer norms" in note for note in notes)
     notes = transfer(TARGET, stirred(alike("deimv2")), NAMES, texts()).report.notes
     assert not any("this METR" in note for note in notes[1:])
+
+
+def test_vision_transformers_that_the_adapter_does_not_fit_are_refused() -> None:
+    model = published("n", **SMALL | ADAPTED)
+    model.config.backbone_config.patch_size = 8
+    with pytest.raises(ModelError, match="needs patch_size = 16"):
+        adopted(TARGET, model)
+    model.config.backbone_config.patch_size = 16
+    model.config.feat_strides = [4, 8, 16]
+    with pytest.raises(ModelError, match=r"needs three layers at strides \[8, 16, 32\]"):
+        adopted(TARGET, model)
+
+
+def test_other_detectors_have_no_adapter() -> None:
+    network, _ = adopted(TARGET, published("n", **SMALL | ADAPTED))
+    with pytest.raises(ModelError, match="only DEIMv2 has maps of a vision transformer with an adapter") as error:
+        transfer(find_target("d_fine"), network, NAMES, texts())
+    assert "transfer to deimv2" in str(error.value.hint)

@@ -56,7 +56,7 @@ def build_spec_for(target: Target, network: Detector, names: Sequence[str]) -> B
     )
     return BuildSpec(
         config=network.config,
-        backbone=backbone_config(backbone, levels),
+        backbone=backbone_config(backbone, levels, target.adapted),
         channels=backbone.channels[-levels:],
         strides=backbone.strides[-levels:],
         names=tuple(names),

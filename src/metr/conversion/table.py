@@ -131,15 +131,18 @@ def _pattern(template: str) -> re.Pattern[str]:
     return re.compile(escaped)
 
 
+ADAPTED = "dinov3_vit"
+"""The vision transformer beside which a detector of transformers may have METR's adapter."""
 _NOT_OPTIONS = frozenset({"out_features", "out_indices", "stage_names", "architectures", "dtype", "model_type"})
 
 
-def backbone_config(backbone: Backbone, maps: int) -> Any:
+def backbone_config(backbone: Backbone, maps: int, adapted: bool = False) -> Any:
     """The configuration with which transformers builds a network of METR's backbone.
 
     Args:
         backbone: METR's.
         maps: How many of its maps are read, the coarsest ones.
+        adapted: Whether the network has METR's adapter, beside a DINOv3.
 
     Raises:
         ModelError: no backbone of transformers gives its maps (a plain vision transformer with a pyramid on top).
@@ -155,6 +158,10 @@ def backbone_config(backbone: Backbone, maps: int) -> Any:
         what = f"no backbone of transformers makes {len(backbone.strides)} maps from a plain vision transformer"
         raise ModelError(what, where=backbone.config.name, hint="transfer from a run with a hierarchical backbone")
     config = deepcopy(backbone.network.config)
+    whole = adapted and config.model_type == ADAPTED and maps == len(backbone.strides)
+    if backbone.adapter is not None and not whole:
+        what = "only DEIMv2 has maps of a vision transformer with an adapter, all three, and of a DINOv3"
+        raise ModelError(what, where=backbone.config.name, hint="transfer to deimv2 from a run with encoder.levels=3")
     config.out_features = list(config.out_features)[-maps:]
     return config
 

@@ -7,6 +7,7 @@ from pydantic import Field, field_validator, model_validator
 from metr.config import Config
 
 _STRIDES = (4, 8, 16, 32)
+_ADAPTED = (8, 16, 32)
 
 Colour = tuple[float, float, float]
 
@@ -26,6 +27,10 @@ class BackboneConfig(Config):
     layers: tuple[Annotated[int, Field(ge=1)], ...] = ()
     """Of a plain vision transformer: the layers, counted from 1, whose outputs are the feature maps. All maps have the
     patch's stride, and `strides` has no effect. Empty: a pyramid of the wanted strides, made from the last layer."""
+    adapter: int = Field(0, ge=0, le=4_096)
+    """Beside a plain vision transformer with patches of 16 pixels: channels of a few convolutions whose maps of strides
+    8, 16 and 32 join those of three `layers`, resized to them (DEIMv2's spatial tuning adapter). Their norms are
+    trained whatever is frozen. 0: none."""
     freeze_stages: Annotated[int, Field(ge=0, le=4)] = 1
     """The stem and this many stages are frozen; 0 trains all of it, as random weights need. Stage 1 ends at stride 4,
     stage 2 at stride 8, ...; a stage of a plain vision transformer is a quarter of its layers."""
@@ -52,6 +57,13 @@ class BackboneConfig(Config):
         if list(layers) != sorted(set(layers)):
             raise ValueError("expected layers in ascending order, each once")
         return layers
+
+    @model_validator(mode="after")
+    def _maps_of_the_adapter(self) -> "BackboneConfig":
+        if self.adapter and (len(self.layers) != len(_ADAPTED) or self.strides != _ADAPTED):
+            what = f"adapter joins three layers at strides {list(_ADAPTED)}: found layers {list(self.layers)}"
+            raise ValueError(f"{what} and strides {list(self.strides)}")
+        return self
 
 
 class EncoderConfig(Config):
@@ -327,19 +339,21 @@ class DetectorConfig(Config):
 
     @model_validator(mode="after")
     def _maps_suit_the_encoder(self) -> "DetectorConfig":
-        one_stride = bool(self.backbone.layers) or len(self.backbone.strides) == 1
+        adapted = self.backbone.adapter > 0
+        one_stride = (bool(self.backbone.layers) and not adapted) or len(self.backbone.strides) == 1
         if self.encoder.kind == "projector" and not one_stride:
             what = (
                 "encoder.kind 'projector' takes backbone maps of one stride: expected backbone.layers, as [3,6,9,12] of"
             )
             raise ValueError(f"{what} a plain vision transformer, or one backbone.strides")
-        if self.encoder.kind == "lite" and len(self.backbone.strides) > 1:
+        if self.encoder.kind == "lite" and not one_stride:
             what = (
                 f"encoder.kind 'lite' makes two levels of one backbone map: found strides {list(self.backbone.strides)}"
             )
             raise ValueError(f"{what}, expected one of backbone.strides, as [16]")
-        if self.encoder.kind != "projector" and len(self.backbone.layers) > 1:
-            raise ValueError("several backbone.layers have one stride, and are for encoder.kind 'projector'")
+        if self.encoder.kind != "projector" and len(self.backbone.layers) > 1 and not adapted:
+            what = "several backbone.layers have one stride, and are for encoder.kind 'projector'"
+            raise ValueError(f"{what} or need backbone.adapter")
         return self
 
     @model_validator(mode="after")

@@ -158,6 +158,7 @@ class Target:
         windowed: Its images' sides must also be multiples of what METR pads images to for the same backbone.
         single_map: It reads the backbone's last map only.
         square: Its images have one fixed size, as it looks at no padding mask.
+        adapted: It has METR's adapter where its backbone is a DINOv3.
     """
 
     name: str
@@ -177,6 +178,7 @@ class Target:
     windowed: bool = False
     single_map: bool = False
     square: bool = False
+    adapted: bool = False
 
     def fits(self, config: DetectorConfig) -> bool:
         """Whether more than the backbone of such a METR has a place here."""

@@ -7,7 +7,7 @@ import torch
 
 from metr.conversion.activation_statistics import box_position, inside
 from metr.conversion.classifier import Linear, fit_box_mlp
-from metr.conversion.table import Row, State, backbone_rows
+from metr.conversion.table import ADAPTED, Row, State, backbone_rows
 from metr.conversion.targets import d_fine, rt_detr
 from metr.conversion.targets.base import (
     Adopted,
@@ -20,9 +20,12 @@ from metr.conversion.targets.base import (
     joined,
     layer_heads,
     linear,
+    need_options,
 )
 from metr.conversion.targets.identity_layers import BLOCKS
 from metr.conversion.targets.rt_detr import convolution
+from metr.errors import ModelError
+from metr.models.backbones.base import SpatialAdapter
 from metr.models.config import BackboneConfig, DetectorConfig
 from metr.models.detector import Detector
 
@@ -40,6 +43,10 @@ def configure(spec: BuildSpec) -> Any:
 
     encoder, decoder = spec.config.encoder, spec.config.decoder
     values = d_fine.arguments(spec)
+    if spec.config.backbone.adapter:
+        # the maps behind the projections
+        values["encoder_in_channels"] = values["decoder_in_channels"]
+        values["spatial_tuning_adapter_inplanes"] = spec.config.backbone.adapter
     if spec.fits and encoder.kind == "lite":
         width = encoder.width or spec.config.width
         values |= {"encoder_type": "lite", "encoder_layers": 0}
@@ -61,9 +68,9 @@ def table(config: Any, metr: DetectorConfig) -> KeyTable:
     """DEIMv2's; a METR of D-FINE's form has fewer of its parts."""
     heads, copies = d_fine.distribution_rows(config.decoder_layers, metr.decoder.distribution.shared)
     return KeyTable(
-        backbone=backbone_rows(config.backbone_config, TARGET.backbone),
+        backbone=_backbone_rows(config),
         encoder=joined(
-            _lite_rows() if config.encoder_type == "lite" else _hybrid_rows(),
+            _lite_rows() if config.encoder_type == "lite" else _hybrid_rows(_is_adapted(config)),
             convolution("model.decoder_input_proj.{i}", "encoder.outputs.{i}"),
         ),
         decoder=_decoder_rows(config.use_gateway),
@@ -72,9 +79,27 @@ def table(config: Any, metr: DetectorConfig) -> KeyTable:
     )
 
 
-def _hybrid_rows() -> tuple[Row, ...]:
+def _is_adapted(config: Any) -> bool:
+    """Whether the backbone is a vision transformer with an adapter."""
+    return bool(config.backbone_config.model_type == ADAPTED)
+
+
+def _backbone_rows(config: Any) -> tuple[Row, ...]:
+    if not _is_adapted(config):
+        return backbone_rows(config.backbone_config, TARGET.backbone)
+    theirs, ours = f"{_MAPS}.spatial_tuning_adapter", "backbone.adapter"
+    steps = (convolution(f"{theirs}.conv{number + 2}", f"{ours}.steps.{number}") for number in range(3))
     return joined(
-        convolution(f"{_MAPS}.encoder_input_proj.{{i}}", "encoder.projections.{i}"),
+        backbone_rows(config.backbone_config, f"{_MAPS}.backbone."),
+        convolution(f"{theirs}.stem_conv", f"{ours}.stem"),
+        *steps,
+    )
+
+
+def _hybrid_rows(adapted: bool) -> tuple[Row, ...]:
+    projections = "fusion_proj" if adapted else "encoder_input_proj"
+    return joined(
+        convolution(f"{_MAPS}.{projections}.{{i}}", "encoder.projections.{i}"),
         d_fine.level_rows(),
         _fusion(f"{_ENCODER}.fpn_blocks.{{i}}", "encoder.down_fusions.{i}"),
         _fusion(f"{_ENCODER}.pan_blocks.{{i}}", "encoder.up_fusions.{i}"),
@@ -199,7 +224,25 @@ def adopt(config: Any, backbone: BackboneConfig, state: State) -> Adopted:
         options |= {"encoder_in_channels": list(config.encoder_in_channels[:1]), "num_feature_levels": _LITE_LEVELS}
         options |= {"encode_proj_layers": list(config.encode_proj_layers)}
     d_fine.need_last_layer(config)
+    if _is_adapted(config):
+        backbone = _adapted(config, backbone)
     return rt_detr.adopted(config, backbone, state, encoder, decoder, options)
+
+
+def _adapted(config: Any, backbone: BackboneConfig) -> BackboneConfig:
+    """METR's configuration of a vision transformer with an adapter.
+
+    Raises:
+        ModelError: its patches or layers are others than the adapter's maps fit.
+    """
+    transformer = config.backbone_config
+    need_options(transformer, {"patch_size": SpatialAdapter.strides[1]})
+    layers = tuple(transformer.out_indices)
+    if len(layers) != len(SpatialAdapter.strides) or tuple(config.feat_strides) != SpatialAdapter.strides:
+        what = f"METR needs three layers at strides {list(SpatialAdapter.strides)}, found layers {list(layers)}"
+        raise ModelError(f"{what} at {list(config.feat_strides)}", where=transformer.model_type)
+    more = {"layers": layers, "adapter": config.spatial_tuning_adapter_inplanes}
+    return BackboneConfig.model_validate(backbone.model_dump() | more)
 
 
 TARGET = replace(
@@ -214,4 +257,5 @@ TARGET = replace(
     derive=derive,
     differences=differences,
     adopt=adopt,
+    adapted=True,
 )
