@@ -65,6 +65,20 @@ def projecting(target: str, **encoder: object) -> DetectorConfig:
     )
 
 
+def adapted() -> BackboneConfig:
+    """A DINOv3 of four layers with an adapter beside it."""
+    options = {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32}
+    return BackboneConfig(
+        name="dinov3_vit",
+        pretrained=False,
+        freeze_stages=0,
+        strides=(8, 16, 32),
+        layers=(1, 3, 4),
+        adapter=4,
+        options=options | {"num_register_tokens": 2},
+    )
+
+
 def alike(target: str, **encoder: object) -> DetectorConfig:
     """A METR with the same layers as a target, or with other options of its encoder."""
     if target in PROJECTING:

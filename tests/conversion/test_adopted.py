@@ -9,6 +9,7 @@ from conversion_cases import (
     NAMES,
     PROJECTING,
     SIDE,
+    adapted,
     alike,
     normalised,
     random_images,
@@ -93,6 +94,30 @@ def test_the_same_places_boxes_and_logits(
         assert key.startswith(("category_extraction.", "denoising.")), key
     for key in report.left_over:
         assert "denoising" in key or key.endswith(("num_batches_tracked", "points_scale")), key
+
+
+@torch.no_grad()
+def test_a_vision_transformer_with_an_adapter(tmp_path: Path, text: TextEncoderConfig) -> None:
+    """DEIMv2 with DINOv3, from its folder to METR, saved and loaded, and back."""
+    config = alike("deimv2", fusion_convolutions=False, positions="none").model_copy(update={"backbone": adapted()})
+    network = stirred(config)
+    theirs = stir(build(find_target("deimv2"), network, LABELS, seed=3)).eval()
+    save_folder(theirs, "deimv2", network, tmp_path / "theirs")
+    ours, report = import_detector(tmp_path / "theirs", text=text, device="cpu")
+    ours.save_pretrained(tmp_path / "ours")
+    ours = METR.from_pretrained(tmp_path / "ours", device="cpu")
+    pixels = normalised(ours.network, images := random_images())
+    wanted = theirs(pixels)
+    logits, boxes = by_label(answers(ours, images, LABELS), len(LABELS))
+    torch.testing.assert_close(boxes, wanted.pred_boxes, atol=1e-4, rtol=0)
+    torch.testing.assert_close(logits, wanted.logits, atol=1e-3, rtol=0)
+    for key in report.afresh:
+        assert key.startswith(("category_extraction.", "denoising.")), key
+    for key in report.left_over:
+        assert "denoising" in key or key.endswith(("num_batches_tracked", "points_scale")), key
+    found = to_detector(ours, "deimv2", LABELS).model(pixels)
+    torch.testing.assert_close(found.pred_boxes, wanted.pred_boxes, atol=1e-4, rtol=0)
+    torch.testing.assert_close(found.logits, wanted.logits, atol=1e-3, rtol=0)
 
 
 @torch.no_grad()
