@@ -65,11 +65,25 @@ def projecting(target: str, **encoder: object) -> DetectorConfig:
     )
 
 
+def adapted() -> BackboneConfig:
+    """A DINOv3 of four layers with an adapter beside it."""
+    options = {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32}
+    return BackboneConfig(
+        name="dinov3_vit",
+        pretrained=False,
+        freeze_stages=0,
+        strides=(8, 16, 32),
+        layers=(1, 3, 4),
+        adapter=4,
+        options=options | {"num_register_tokens": 2},
+    )
+
+
 def alike(target: str, **encoder: object) -> DetectorConfig:
     """A METR with the same layers as a target, or with other options of its encoder."""
     if target in PROJECTING:
         return projecting(target, **encoder)
-    deformable, kind = target == "deformable_detr", "distribution" if target == "d_fine" else "deformable"
+    deformable, refining = target == "deformable_detr", target in ("d_fine", "deimv2")
     # the group norms of Deformable DETR have 32 groups, as METR's from this width on
     width = 128 if deformable else 32
     options: dict[str, object] = {"layers": 2 if deformable else 1, "heads": 4, "feed_forward": 48, "points": 2}
@@ -77,17 +91,22 @@ def alike(target: str, **encoder: object) -> DetectorConfig:
         options |= {"kind": "deformable", "levels": 4, "positions": "centred"}
     else:
         options |= {"kind": "hybrid", "levels": 3, "positions": "counted", "fusion_blocks": 3}
-        options |= {"fusion": "elan", "fusion_blocks": 1} if target == "d_fine" else {"project_memory": True}
+        options |= {"fusion": "elan", "fusion_blocks": 1} if refining else {"project_memory": True}
+    layers: dict[str, object] = {"kind": "distribution"} if refining else {}
+    if target == "deimv2":
+        options |= {"fusion_inputs": "sum"}
+        layers |= {"norm": "rms", "activation": "swiglu", "position_layers": 3, "position_activation": "silu"}
+    positions, backbone = "sine" if deformable else "plain", small_backbone()
+    if encoder.get("kind") == "lite":
+        backbone = backbone.model_copy(update={"strides": (16,)})
     return DetectorConfig(
         width=width,
-        backbone=small_backbone(),
+        backbone=backbone,
         encoder=EncoderConfig(**(options | encoder)),
         categories=CategoryConfig(blocks=1, heads=4, feed_forward=32, kept=3),
         queries=QueryConfig(number=9, floor=2, ceiling=9, layout="uniform", attention="image"),
         denoising=DenoisingConfig(number=6),
-        decoder=DecoderConfig(
-            kind=kind, layers=2, heads=4, points=2, feed_forward=32, positions="sine" if deformable else "plain"
-        ),
+        decoder=DecoderConfig(layers=2, heads=4, points=2, feed_forward=32, positions=positions, **layers),
     )
 
 
@@ -119,6 +138,19 @@ def random_images(number: int = 2, seed: int = 1, width: int = SIDE + 32) -> Ten
 def normalised(network: Detector, images: Tensor) -> Tensor:
     """Images as detectors of transformers get them."""
     return (images - network.backbone.mean) / network.backbone.std
+
+
+def maps_of(model: Any, pixels: Tensor, mask: Tensor) -> list[Tensor]:
+    """What the backbone of a detector of transformers gives for images and a mask of what is no padding."""
+    if model.config.model_type == "deimv2":
+        encoder, seen = model.model.conv_encoder, list[Tensor]()
+        projections = getattr(encoder, "fusion_proj", None) or encoder.encoder_input_proj
+        hooks = [layer.register_forward_pre_hook(lambda _, given: seen.append(given[0])) for layer in projections]
+        encoder(pixels)
+        for hook in hooks:
+            hook.remove()
+        return seen
+    return [found for found, _ in model.model.backbone(pixels, mask)]
 
 
 def texts(number: int = len(NAMES)) -> Tensor:

@@ -21,7 +21,7 @@ from metr.models.config import DetectorConfig, SimilarityConfig
 from small import small_config
 
 SINGLE = ("dab_detr", "conditional_detr", "detr")
-FOLDERS = ("deformable_detr", "rt_detr", "rt_detr_v2", "d_fine", *PROJECTING)
+FOLDERS = ("deformable_detr", "rt_detr", "rt_detr_v2", "d_fine", "deimv2", *PROJECTING)
 NOWHERE = ("category_extraction.presence.", "category_extraction.shortlist.")
 
 
@@ -76,7 +76,7 @@ def test_what_does_not_fit_is_left_over_too() -> None:
 def test_all_of_a_folder_is_accounted_for(name: str, tmp_path: Path) -> None:
     network = stirred(alike(name))
     model = stir(build(find_target(name), network, NAMES, seed=3)).eval()
-    if name == "d_fine":
+    if name in ("d_fine", "deimv2"):
         model.config.decoder_n_points = [2, 2, 2]
     save_folder(model, name, network, tmp_path)
     _, report = adopt(read_published(tmp_path), texts())

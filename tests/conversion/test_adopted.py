@@ -9,6 +9,7 @@ from conversion_cases import (
     NAMES,
     PROJECTING,
     SIDE,
+    adapted,
     alike,
     normalised,
     random_images,
@@ -32,7 +33,7 @@ from metr.text.encoder import TextEncoderConfig
 
 from tiny import write_text_model
 
-EXACT = ("rt_detr", "rt_detr_v2", "d_fine", *PROJECTING)
+EXACT = ("rt_detr", "rt_detr_v2", "d_fine", "deimv2", *PROJECTING)
 LABELS = (*NAMES, "bear", "otter")
 
 
@@ -66,13 +67,21 @@ def by_label(output: DetectorOutput, labels: int) -> tuple[Tensor, Tensor]:
 
 
 # in RT-DETR-R101 and D-FINE-X the encoder is wider than the decoder
-@pytest.mark.parametrize(("name", "width"), [*((name, None) for name in EXACT), ("rt_detr", 48), ("d_fine", 48)])
+WIDER: dict[str, object] = {"width": 48}
+LITE: dict[str, object] = {"kind": "lite", "positions": "scaled"}
+
+
+@pytest.mark.parametrize(
+    ("name", "encoder"),
+    [*((name, {}) for name in EXACT), ("rt_detr", WIDER), ("d_fine", WIDER), ("deimv2", WIDER), ("deimv2", LITE)],
+)
 @torch.no_grad()
 def test_the_same_places_boxes_and_logits(
-    name: str, width: int | None, tmp_path: Path, text: TextEncoderConfig
+    name: str, encoder: dict[str, object], tmp_path: Path, text: TextEncoderConfig
 ) -> None:
-    theirs = written(name, tmp_path, width=width)
-    assert width is None or theirs.config.encoder_hidden_dim == width
+    theirs = written(name, tmp_path, **encoder)
+    if encoder:
+        assert (theirs.config.encoder_hidden_dim == 48) == (encoder == WIDER)
     ours, report = import_detector(tmp_path, text=text, device="cpu")
     # transformers' RF-DETR mixes up rows and columns where an image is not square
     images = random_images(width=SIDE if name == "rf_detr" else SIDE + 32)
@@ -85,6 +94,30 @@ def test_the_same_places_boxes_and_logits(
         assert key.startswith(("category_extraction.", "denoising.")), key
     for key in report.left_over:
         assert "denoising" in key or key.endswith(("num_batches_tracked", "points_scale")), key
+
+
+@torch.no_grad()
+def test_a_vision_transformer_with_an_adapter(tmp_path: Path, text: TextEncoderConfig) -> None:
+    """DEIMv2 with DINOv3, from its folder to METR, saved and loaded, and back."""
+    config = alike("deimv2", fusion_convolutions=False, positions="none").model_copy(update={"backbone": adapted()})
+    network = stirred(config)
+    theirs = stir(build(find_target("deimv2"), network, LABELS, seed=3)).eval()
+    save_folder(theirs, "deimv2", network, tmp_path / "theirs")
+    ours, report = import_detector(tmp_path / "theirs", text=text, device="cpu")
+    ours.save_pretrained(tmp_path / "ours")
+    ours = METR.from_pretrained(tmp_path / "ours", device="cpu")
+    pixels = normalised(ours.network, images := random_images())
+    wanted = theirs(pixels)
+    logits, boxes = by_label(answers(ours, images, LABELS), len(LABELS))
+    torch.testing.assert_close(boxes, wanted.pred_boxes, atol=1e-4, rtol=0)
+    torch.testing.assert_close(logits, wanted.logits, atol=1e-3, rtol=0)
+    for key in report.afresh:
+        assert key.startswith(("category_extraction.", "denoising.")), key
+    for key in report.left_over:
+        assert "denoising" in key or key.endswith(("num_batches_tracked", "points_scale")), key
+    found = to_detector(ours, "deimv2", LABELS).model(pixels)
+    torch.testing.assert_close(found.pred_boxes, wanted.pred_boxes, atol=1e-4, rtol=0)
+    torch.testing.assert_close(found.logits, wanted.logits, atol=1e-3, rtol=0)
 
 
 @torch.no_grad()
@@ -130,13 +163,13 @@ def test_it_detects_what_the_detector_detects(tmp_path: Path, text: TextEncoderC
     torch.testing.assert_close(found.boxes[:number], inside, atol=0.05, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["rt_detr", "d_fine", *PROJECTING])
+@pytest.mark.parametrize("name", ["rt_detr", "d_fine", "deimv2", *PROJECTING])
 @torch.no_grad()
 def test_and_back_again_it_is_the_detector(name: str, tmp_path: Path, text: TextEncoderConfig) -> None:
     theirs = written(name, tmp_path)
     ours = from_detector(tmp_path, text=text, device="cpu")
     again = to_detector(ours, name, LABELS)
-    assert again.report.afresh == () or name == "d_fine"
+    assert again.report.afresh == () or name in ("d_fine", "deimv2")
     pixels = normalised(ours.network, random_images(width=SIDE))
     wanted, found = theirs(pixels), again.model(pixels)
     torch.testing.assert_close(found.pred_boxes, wanted.pred_boxes, atol=1e-4, rtol=0)

@@ -217,7 +217,9 @@ def test_a_target_of_another_decoder_says_so_too() -> None:
     assert done.model.config.encoder_layers == 6
 
 
-@pytest.mark.parametrize(("ours", "target"), [("d_fine", "rt_detr"), ("rt_detr", "d_fine")])
+@pytest.mark.parametrize(
+    ("ours", "target"), [("d_fine", "rt_detr"), ("rt_detr", "d_fine"), ("deimv2", "rt_detr"), ("d_fine", "deimv2")]
+)
 def test_other_fusions_start_afresh(ours: str, target: str) -> None:
     report = transfer(find_target(target), stirred(alike(ours)), NAMES, texts()).report
     assert any(key.startswith("model.encoder.fpn_blocks") for key in report.afresh)

@@ -29,7 +29,7 @@ from metr.training.finetune_recipe import defaults_for, finetune_recipe
 
 from tiny import write_text_model
 
-FOLDERS = ("deformable_detr", "rt_detr", "rt_detr_v2", "d_fine")
+FOLDERS = ("deformable_detr", "rt_detr", "rt_detr_v2", "d_fine", "deimv2")
 
 
 @pytest.fixture(scope="module")

@@ -90,6 +90,18 @@ def test_numbers_without_an_axis_move_too() -> None:
     assert to_theirs(moved.state, table).state["bn.count"].item() == 7
 
 
+def test_a_count_of_batches_is_the_same_for_all_parts_of_a_stack() -> None:
+    table = (Row("norm.{n}", ("side.{n}", "main.{n}")),)
+    theirs = {"norm.weight": torch.arange(4.0), "norm.num_batches_tracked": torch.tensor(7)}
+    moved = to_ours(theirs, table)
+    assert moved.state["side.num_batches_tracked"] == moved.state["main.num_batches_tracked"] == 7
+    assert moved.state["main.weight"].tolist() == [2, 3]
+    back = to_theirs(moved.state, table)
+    assert back.left_over == ()
+    assert back.state["norm.num_batches_tracked"] == 7
+    assert torch.equal(back.state["norm.weight"], theirs["norm.weight"])
+
+
 def test_a_stack_that_does_not_divide_is_refused() -> None:
     with pytest.raises(CheckpointError, match="3 equal parts") as error:
         to_ours({"enc.0.in_proj_weight": torch.zeros(16, 6)}, TABLE)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from conversion_cases import NAMES, SIDE, alike, normalised, random_images, stir, stirred, texts
+from conversion_cases import NAMES, SIDE, alike, maps_of, normalised, random_images, stir, stirred, texts
 from torch import Tensor
 
 from metr.conversion.classifier import name_tokens
@@ -15,7 +15,7 @@ from metr.models.detector import Detector
 from metr.models.proposals import anchor_logits
 from metr.structures import Memory
 
-TARGETS = ("deformable_detr", "rt_detr", "rt_detr_v2", "d_fine")
+TARGETS = ("deformable_detr", "rt_detr", "rt_detr_v2", "d_fine", "deimv2")
 
 
 class Case:
@@ -33,7 +33,7 @@ class Case:
         with torch.no_grad():
             pixels = normalised(self.network, self.images)
             self.theirs: Any = self.done.model(pixel_values=pixels, pixel_mask=mask)
-            self.their_maps = [found for found, _ in self.done.model.model.backbone(pixels, mask)]
+            self.their_maps = maps_of(self.done.model, pixels, mask)
             self.maps = self.network.backbone(self.images)
             self.memory: Memory = self.network.encoder(self.maps, self.padding)
 
@@ -56,7 +56,9 @@ class Case:
         reference = boxes.unsqueeze(2).expand(-1, -1, len(self.memory.level_shapes), -1)
         shapes = list(self.memory.level_shapes)
         ours = self.network.decoder.layers[layer](content, position, reference, allowed, self.memory)
-        placed = "position_embeddings" if self.target.name == "d_fine" else "object_queries_position_embeddings"
+        placed = (
+            "position_embeddings" if self.target.name in ("d_fine", "deimv2") else "object_queries_position_embeddings"
+        )
         theirs = self.model.decoder.layers[layer](
             content,
             **{placed: position},
@@ -161,7 +163,9 @@ def test_there_and_back(case: Case) -> None:
     table = case.target.table(case.done.model.config, case.network.config)
     back = giving_to_ours(case.done.model.state_dict(), table.rows(), {})
     ours = case.network.state_dict()
-    copied = {source for moved in case.done.report.copied for source in moved.source}
+    report = case.done.report
+    whole = [*report.copied, *(moved for moved in report.reshaped if moved.how == "stacked")]
+    copied = {source for moved in whole for source in moved.source}
     assert set(back.state) == copied
     for key, tensor in back.state.items():
         assert torch.equal(tensor, ours[key]), key
@@ -185,6 +189,7 @@ def test_what_starts_afresh_has_no_counterpart(case: Case) -> None:
         "rt_detr": (),
         "rt_detr_v2": ("encoder_attn.n_points_scale",),
         "d_fine": ("encoder_attn.num_points_scale",),
+        "deimv2": ("encoder_attn.num_points_scale",),
     }
     report = case.done.report
     assert [key for key in report.afresh if not any(part in key for part in known[case.target.name])] == []

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from metr.losses.config import CriterionConfig
@@ -46,8 +47,8 @@ def queries_of(number: int = 5) -> Queries:
     return Queries(content=content, reference_boxes=boxes, slot=slot, group=slot, valid=slot >= 0)
 
 
-def detector_of(predictors: str = "layer") -> Detector:
-    decoder = config_of(layers=2, predictors=predictors).model_dump()
+def detector_of(predictors: str = "layer", **options: object) -> Detector:
+    decoder = config_of(layers=2, predictors=predictors, **options).model_dump()
     config = small_config(encoder="hybrid").model_dump() | {"decoder": decoder}
     torch.manual_seed(3)
     return Detector(DetectorConfig.model_validate(config), TEXT_WIDTH)
@@ -120,10 +121,22 @@ def test_another_image_of_the_batch_and_padding_change_nothing() -> None:
         torch.testing.assert_close(alone.boxes[:, 0], both.boxes[:, image], atol=1e-5, rtol=0)
 
 
+DEIMV2: dict[str, object] = {
+    "norm": "rms",
+    "activation": "swiglu",
+    "gate": False,
+    "positions": "plain",
+    "position_layers": 3,
+    "position_activation": "silu",
+    "distribution": {"shared": True},
+}
+
+
 @pytest.mark.parametrize("predictors", ["layer", "shared"])
 @pytest.mark.parametrize("boxes", [[[0.4, 0.5, 0.3, 0.4]], []])
-def test_every_parameter_gets_a_gradient(predictors: str, boxes: list[list[float]]) -> None:
-    detector = detector_of(predictors).train()
+@pytest.mark.parametrize("options", [{}, DEIMV2], ids=["d_fine", "deimv2"])
+def test_every_parameter_gets_a_gradient(predictors: str, boxes: list[list[float]], options: dict[str, object]) -> None:
+    detector = detector_of(predictors, **options).train()
     targets = targets_of(boxes, [4] * len(boxes), words=9)
     output = detector(torch.rand(1, 3, 64, 96), torch.zeros(1, 64, 96, dtype=torch.bool), TEXT, targets)
     assert output.logits.shape[0] == output.boxes.shape[0] == 3
@@ -149,3 +162,24 @@ def test_boxes_keep_their_precision_in_half_of_it() -> None:
         decoded = decoder(queries, memory)
     assert decoded.boxes.dtype == torch.float32
     torch.testing.assert_close(decoded.boxes[-1], queries.reference_boxes, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"kind": "deformable", "gate": False}, "gate is for kind 'distribution'; with 'deformable' leave it at True"),
+        ({"kind": "conditional", "norm": "rms"}, "norm is for kind 'distribution'"),
+        ({"kind": "deformable", "activation": "swiglu"}, "activation is for kind 'distribution'"),
+        ({"position_layers": 3}, "position_layers is for positions 'plain'; otherwise leave it at 2"),
+        ({"position_activation": "silu"}, "position_activation is for positions 'plain'"),
+    ],
+)
+def test_options_of_another_kind_are_refused(options: dict[str, object], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        config_of(**options)
+
+
+def test_lite_takes_one_map_of_the_backbone() -> None:
+    config = small_config(encoder="hybrid").model_dump()
+    with pytest.raises(ValidationError, match=r"'lite' makes two levels of one backbone map: .*expected one of"):
+        DetectorConfig.model_validate(config | {"encoder": config["encoder"] | {"kind": "lite"}})

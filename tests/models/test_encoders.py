@@ -17,7 +17,7 @@ from metr.layers.position_encoding import grid_encoding
 from metr.models.config import EncoderConfig
 from metr.models.encoders import build_encoder
 from metr.models.encoders.deformable import DeformableEncoder, reference_points
-from metr.models.encoders.hybrid import ConvNorm, Fusion, HybridEncoder
+from metr.models.encoders.hybrid import ConvNorm, Fusion, HybridEncoder, LiteEncoder
 from metr.models.encoders.pyramid import PlainEncoder, Projection, flatten, level_mask, valid_ratio
 
 WIDTH, HEADS, HIDDEN = 16, 4, 24
@@ -310,6 +310,30 @@ def test_hybrid_attention_does_not_look_at_padding() -> None:
 
 
 @pytest.mark.parametrize("size", [(36, 68), (33, 97), (8, 8)])
+def test_lite_makes_two_levels_of_maps_of_odd_sides(size: tuple[int, int]) -> None:
+    height, width = size
+    shapes = tuple((-(-height // stride), -(-width // stride)) for stride in (16, 32))
+    encoder = LiteEncoder(CHANNELS[-1:], WIDTH, encoder_config("lite")).eval()
+    memory = encoder(maps_of(CHANNELS[-1:], shapes[:1]), torch.zeros(2, height, width, dtype=torch.bool))
+    assert memory.level_shapes == shapes
+    assert memory.tokens.isfinite().all()
+
+
+def test_the_mean_of_lite_is_that_of_the_image_without_padding() -> None:
+    """What stands in the padding changes only cells that the kernels reach from there."""
+    encoder = LiteEncoder(CHANNELS[-1:], WIDTH, encoder_config("lite", fusion_blocks=1)).eval()
+    stir(encoder)
+    (level,) = maps_of(CHANNELS[-1:], [(40, 40)])
+    mask = torch.zeros(2, 640, 640, dtype=torch.bool)
+    mask[:, :, 320:] = True
+    other = level.clone()
+    other[:, :, :, 30:] += 5.0
+    first, second = (encoder([one], mask).tokens[:, :1600].reshape(2, 40, 40, WIDTH) for one in (level, other))
+    torch.testing.assert_close(first[:, :, :8], second[:, :, :8])
+    assert not torch.allclose(first[:, :, 28:], second[:, :, 28:])
+
+
+@pytest.mark.parametrize("size", [(36, 68), (33, 97), (8, 8)])
 def test_hybrid_takes_maps_of_odd_sides(size: tuple[int, int]) -> None:
     height, width = size
     shapes = tuple((-(-height // stride), -(-width // stride)) for stride in (8, 16, 32))
@@ -319,12 +343,13 @@ def test_hybrid_takes_maps_of_odd_sides(size: tuple[int, int]) -> None:
     assert memory.tokens.isfinite().all()
 
 
-@pytest.mark.parametrize("kind", ["deformable", "hybrid", "plain"])
+@pytest.mark.parametrize("kind", ["deformable", "hybrid", "lite", "plain"])
 def test_a_image_of_one_pixel_has_a_cell_on_every_level(kind: str) -> None:
-    encoder = build_encoder(CHANNELS, WIDTH, encoder_config(kind)).eval()
+    maps = maps_of(CHANNELS)[: 2 if kind == "lite" else 3]
+    encoder = build_encoder(CHANNELS[: len(maps)], WIDTH, encoder_config(kind)).eval()
     mask = torch.ones(2, 64, 96, dtype=torch.bool)
     mask[:, :1, :1] = False
-    memory = encoder(maps_of(CHANNELS), mask)
+    memory = encoder(maps, mask)
     assert memory.tokens.isfinite().all()
     assert (~memory.padding_mask).sum(1).tolist() == [encoder.levels] * 2
     torch.testing.assert_close(memory.valid_ratios[0, -1], torch.tensor([1 / 3, 1 / 2]))

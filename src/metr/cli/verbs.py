@@ -30,7 +30,7 @@ __all__ = [
     "transfer",
 ]
 
-_TARGETS = "deformable_detr, dab_detr, conditional_detr, detr, rt_detr, rt_detr_v2, d_fine, lw_detr or rf_detr"
+_TARGETS = "deformable_detr, dab_detr, conditional_detr, detr, rt_detr, rt_detr_v2, d_fine, deimv2, lw_detr or rf_detr"
 
 _ENGINES = ("plain", "ray")
 _RAY_DEVICES = ("auto", "cpu", "cuda")

@@ -18,7 +18,14 @@ from metr.layers.position_encoding import box_encoding
 from metr.models.detector import Detector
 from metr.models.encoders import Encoder
 from metr.models.encoders.deformable import DeformableEncoder
-from metr.models.encoders.hybrid import AggregatingFusion, ConvNorm, Fusion, HybridEncoder, RepVggBlock
+from metr.models.encoders.hybrid import (
+    AggregatingFusion,
+    ConvNorm,
+    FusingEncoder,
+    Fusion,
+    HybridEncoder,
+    RepVggBlock,
+)
 from metr.models.encoders.projector import ProjectorEncoder
 from metr.models.encoders.pyramid import PlainEncoder
 
@@ -37,9 +44,10 @@ class ActivationStatistics:
 
 
 def after_norm(norm: nn.Module) -> ActivationStatistics:
-    """Statistics of the output of a layer norm or batch norm."""
-    weight, bias = norm.get_parameter("weight"), norm.get_parameter("bias")
-    return ActivationStatistics(mean=bias.detach().clone(), deviation=weight.detach().abs(), norms=(norm,))
+    """Statistics of the output of a layer norm, a batch norm or a norm without a bias."""
+    deviation, bias = norm.get_parameter("weight").detach().abs(), getattr(norm, "bias", None)
+    mean = torch.zeros_like(deviation) if bias is None else bias.detach().clone()
+    return ActivationStatistics(mean=mean, deviation=deviation, norms=(norm,))
 
 
 def after_silu(before: ActivationStatistics) -> ActivationStatistics:
@@ -89,11 +97,11 @@ def of_memory(encoder: Encoder) -> list[ActivationStatistics]:
     """Statistics of each level of the memory, finest first."""
     if isinstance(encoder, ProjectorEncoder):
         return [after_norm(scale.norm) for scale in encoder.scales]  # type: ignore[arg-type]
-    if not isinstance(encoder, HybridEncoder):
+    if not isinstance(encoder, FusingEncoder):
         return [_after_layers(encoder)] * encoder.levels
     if encoder.outputs:
         return [after_convolution(layer) for layer in encoder.outputs]  # type: ignore[arg-type]
-    if encoder.levels == 1:
+    if isinstance(encoder, HybridEncoder) and encoder.levels == 1:
         return [_after_layers(encoder)]
     return [after_fusion(fusion) for fusion in (encoder.down_fusions[-1], *encoder.up_fusions)]
 
@@ -116,7 +124,7 @@ def of_norms(network: nn.Module, *statistics: ActivationStatistics) -> tuple[str
     """The scales and shifts of norms that these statistics were read from."""
     names = {norm: name for name, norm in network.named_modules()}
     norms = dict.fromkeys(norm for known in statistics for norm in known.norms)
-    return tuple(f"{names[norm]}.{part}" for norm in norms for part in ("weight", "bias"))
+    return tuple(f"{names[norm]}.{part}" for norm in norms for part, _ in norm.named_parameters())
 
 
 def of_tokens(network: Detector) -> tuple[str, ...]:
@@ -159,10 +167,11 @@ def of_places(network: Detector) -> tuple[str, ...]:
 
 
 def box_position(network: Detector) -> Callable[[Tensor], Tensor] | None:
-    """From cxcywh boxes [n 4] to positions [n d]; None where a network takes the four numbers as they are."""
-    if network.config.decoder.positions == "plain":
-        return None
-    width, position = network.config.width, network.decoder.position
+    """From cxcywh boxes [n 4] to positions [n d]; None where RT-DETR's two layers do that."""
+    decoder, width, position = network.config.decoder, network.config.width, network.decoder.position
+    if decoder.positions == "plain":
+        as_there = (decoder.position_layers, decoder.position_activation) == (2, "relu")
+        return None if as_there else position
     # where queries keep their position, the same layer makes a part of their content
     return lambda boxes: position(box_encoding(boxes, width))[..., :width]
 

@@ -56,7 +56,7 @@ def build_spec_for(target: Target, network: Detector, names: Sequence[str]) -> B
     )
     return BuildSpec(
         config=network.config,
-        backbone=backbone_config(backbone, levels),
+        backbone=backbone_config(backbone, levels, target.adapted),
         channels=backbone.channels[-levels:],
         strides=backbone.strides[-levels:],
         names=tuple(names),
@@ -144,6 +144,7 @@ def _bare(network: Detector) -> Any:
 def _only_the_backbone(target: Target, network: Detector) -> str:
     own, decoder = network.config.encoder.kind, network.config.decoder.kind
     what = f"{target.title} has a {target.encoder} encoder and a {target.decoder} decoder, this METR has a {own} and a"
-    wanted = [f"model.encoder.kind={target.encoder}"] if own != target.encoder else []
+    fits = own in (target.encoder, *target.other_encoders)
+    wanted = [] if fits else [f"model.encoder.kind={target.encoder}"]
     wanted += [f"model.decoder.kind={target.decoder}"] if decoder != target.decoder else []
     return f"{what} {decoder} one: only the backbone moves. Train with {' and '.join(wanted)} to move more"

@@ -227,7 +227,8 @@ def _backbone(config: Any) -> BackboneConfig:
     """METR's configuration of a detector's backbone."""
     found, options = config.backbone_config, config.to_dict()
     # RT-DETR and its successors say so; the others have no such options, and freeze the norms always
-    strides = options.get("feat_strides") or _STRIDES[-len(found.out_features) :]
+    maps = len(found.out_features)
+    strides = (options.get("feat_strides") or _STRIDES[-maps:])[:maps]
     return adopted_backbone(found, tuple(strides), options.get("freeze_backbone_batch_norms", True))
 
 

@@ -3,7 +3,7 @@
 A table is a list of `Row`s. A row pairs key templates; `{i}` stands for a layer's number (`{j}` for that of a part
 inside the layer), `{p}` for `weight` or `bias`, `{n}` for what a batch norm has, and `{k}` for whatever is left of a
 key. Where `ours` holds several templates, the other side keeps them in one tensor, stacked along its first axis (the
-query, key and value projections of PyTorch's attention).
+query, key and value projections of PyTorch's attention). A count of batches is one number for all of them.
 """
 
 import re
@@ -98,7 +98,8 @@ def to_theirs(ours: Mapping[str, Tensor], table: Sequence[Row]) -> Conversion:
             name = row.theirs.format(**match)
             if missing := [part for part in parts if part not in ours]:
                 raise CheckpointError(f"needs {', '.join(missing)} besides {key}", where=name)
-            state[name] = torch.cat([ours[part] for part in parts]) if len(parts) > 1 else ours[key].clone()
+            stacks = len(parts) > 1 and not _is_count(ours[key])
+            state[name] = torch.cat([ours[part] for part in parts]) if stacks else ours[key].clone()
             used.update(parts)
     moved, left_over = ([k for k in ours if (k in used) is wanted] for wanted in (True, False))
     return Conversion(state=state, used=tuple(moved), left_over=tuple(left_over))
@@ -108,10 +109,17 @@ def _pieces(key: str, tensor: Tensor, number: int) -> Sequence[Tensor]:
     """A stacked tensor's parts, each with a storage of its own."""
     if number == 1:
         return [tensor.contiguous()]
+    if _is_count(tensor):
+        return [tensor.clone() for _ in range(number)]
     if not tensor.ndim or tensor.shape[0] % number:
         shape = list(tensor.shape)
         raise CheckpointError(f"expected {number} equal parts along the first axis, found {shape}", where=key)
     return [piece.clone() for piece in tensor.chunk(number)]
+
+
+def _is_count(tensor: Tensor) -> bool:
+    """Whether it is a batch norm's count of batches, which is the same for all parts of a stack."""
+    return not tensor.ndim and not tensor.is_floating_point()
 
 
 @cache
@@ -123,15 +131,18 @@ def _pattern(template: str) -> re.Pattern[str]:
     return re.compile(escaped)
 
 
+ADAPTED = "dinov3_vit"
+"""The vision transformer beside which a detector of transformers may have METR's adapter."""
 _NOT_OPTIONS = frozenset({"out_features", "out_indices", "stage_names", "architectures", "dtype", "model_type"})
 
 
-def backbone_config(backbone: Backbone, maps: int) -> Any:
+def backbone_config(backbone: Backbone, maps: int, adapted: bool = False) -> Any:
     """The configuration with which transformers builds a network of METR's backbone.
 
     Args:
         backbone: METR's.
         maps: How many of its maps are read, the coarsest ones.
+        adapted: Whether the network has METR's adapter, beside a DINOv3.
 
     Raises:
         ModelError: no backbone of transformers gives its maps (a plain vision transformer with a pyramid on top).
@@ -147,6 +158,10 @@ def backbone_config(backbone: Backbone, maps: int) -> Any:
         what = f"no backbone of transformers makes {len(backbone.strides)} maps from a plain vision transformer"
         raise ModelError(what, where=backbone.config.name, hint="transfer from a run with a hierarchical backbone")
     config = deepcopy(backbone.network.config)
+    whole = adapted and config.model_type == ADAPTED and maps == len(backbone.strides)
+    if backbone.adapter is not None and not whole:
+        what = "only DEIMv2 has maps of a vision transformer with an adapter, all three, and of a DINOv3"
+        raise ModelError(what, where=backbone.config.name, hint="transfer to deimv2 from a run with encoder.levels=3")
     config.out_features = list(config.out_features)[-maps:]
     return config
 

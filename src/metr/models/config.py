@@ -7,6 +7,7 @@ from pydantic import Field, field_validator, model_validator
 from metr.config import Config
 
 _STRIDES = (4, 8, 16, 32)
+_ADAPTED = (8, 16, 32)
 
 Colour = tuple[float, float, float]
 
@@ -26,6 +27,10 @@ class BackboneConfig(Config):
     layers: tuple[Annotated[int, Field(ge=1)], ...] = ()
     """Of a plain vision transformer: the layers, counted from 1, whose outputs are the feature maps. All maps have the
     patch's stride, and `strides` has no effect. Empty: a pyramid of the wanted strides, made from the last layer."""
+    adapter: int = Field(0, ge=0, le=4_096)
+    """Beside a plain vision transformer with patches of 16 pixels: channels of a few convolutions whose maps of strides
+    8, 16 and 32 join those of three `layers`, resized to them (DEIMv2's spatial tuning adapter). Their norms are
+    trained whatever is frozen. 0: none."""
     freeze_stages: Annotated[int, Field(ge=0, le=4)] = 1
     """The stem and this many stages are frozen; 0 trains all of it, as random weights need. Stage 1 ends at stride 4,
     stage 2 at stride 8, ...; a stage of a plain vision transformer is a quarter of its layers."""
@@ -53,37 +58,51 @@ class BackboneConfig(Config):
             raise ValueError("expected layers in ascending order, each once")
         return layers
 
+    @model_validator(mode="after")
+    def _maps_of_the_adapter(self) -> "BackboneConfig":
+        if self.adapter and (len(self.layers) != len(_ADAPTED) or self.strides != _ADAPTED):
+            what = f"adapter joins three layers at strides {list(_ADAPTED)}: found layers {list(self.layers)}"
+            raise ValueError(f"{what} and strides {list(self.strides)}")
+        return self
+
 
 class EncoderConfig(Config):
     """From feature maps to memory."""
 
-    kind: Literal["deformable", "hybrid", "plain", "projector"] = "deformable"
-    """As in Deformable DETR and DINO, as in RT-DETR, as in DETR, or as in LW-DETR and RF-DETR (convolutions only, on
-    backbone maps of one stride: `backbone.layers`)."""
+    kind: Literal["deformable", "hybrid", "lite", "plain", "projector"] = "deformable"
+    """As in Deformable DETR and DINO, as in RT-DETR, as in the smallest DEIMv2 (convolutions only, two levels of the
+    backbone's one map), as in DETR, or as in LW-DETR and RF-DETR (convolutions only, on backbone maps of one stride:
+    `backbone.layers`)."""
     layers: int = Field(6, ge=0, le=100)
-    """Attention layers; `hybrid` has them on the coarsest level only, `projector` has none."""
+    """Attention layers; `hybrid` has them on the coarsest level only, `lite` and `projector` have none."""
     levels: int = Field(4, ge=1, le=8)
     """Levels of the memory. `deformable` adds levels to the backbone's by strided convolution; `hybrid` has at most
-    as many as the backbone; `plain` has only the backbone's last, and `projector` one a scale, whatever is set."""
+    as many as the backbone. Whatever is set, `lite` has two, `plain` has only the backbone's last, and `projector` one
+    a scale."""
     heads: int = Field(8, ge=1, le=256)
     points: int = Field(4, ge=1, le=64)
     """Sampling points a head and level (`deformable`)."""
     feed_forward: int = Field(2048, ge=1, le=65_536)
     """Hidden width of the feed-forward parts."""
-    positions: Literal["scaled", "centred", "counted"] = "scaled"
+    positions: Literal["scaled", "centred", "counted", "none"] = "scaled"
     """What is encoded. `scaled`: rows and columns counted from 1, scaled so that the last is 2 pi (DINO). `centred`:
-    cell centres, scaled alike (Deformable DETR; for `deformable`). `counted`: unscaled (RT-DETR; for `hybrid`)."""
+    cell centres, scaled alike (Deformable DETR; for `deformable`). `counted`: unscaled (RT-DETR; for `hybrid`). `none`:
+    nothing, as transformers' detectors with an `eval_size` detect (for `hybrid`)."""
     fusion: Literal["csp", "elan"] = "csp"
-    """How two levels are fused: as in RT-DETR, or as in D-FINE (`hybrid`)."""
+    """How two levels are fused: as in RT-DETR, or as in D-FINE (`hybrid`, `lite`)."""
+    fusion_inputs: Literal["cat", "sum"] = "cat"
+    """Two levels are concatenated before their fusion, or added, as in DEIMv2 (`hybrid`, `lite`)."""
+    fusion_convolutions: bool = True
+    """A 3x3 convolution after each stage of a fusion; the large DEIMv2 have none (`elan`)."""
     fusion_blocks: int = Field(3, ge=1, le=100)
-    """Convolution blocks of each fusion (`hybrid`, `projector`)."""
+    """Convolution blocks of each fusion (`hybrid`, `lite`, `projector`)."""
     fusion_expansion: float = Field(1.0, gt=0, le=16)
-    """Hidden channels of a fusion / width (`hybrid`, `projector`)."""
+    """Hidden channels of a fusion / width (`hybrid`, `lite`, `projector`)."""
     width: int | None = Field(None, ge=8, le=16_384)
     """Channels inside the encoder; None means the network's width. With another width a 1x1 convolution after the
-    fusion of each level leads to the network's (`hybrid`)."""
+    fusion of each level leads to the network's (`hybrid`, `lite`)."""
     project_memory: bool = False
-    """A 1x1 convolution after the fusion of each level, as between RT-DETR's encoder and decoder (`hybrid`)."""
+    """A 1x1 convolution after the fusion of each level, as between RT-DETR's encoder and decoder (`hybrid`, `lite`)."""
     scales: tuple[float, ...] = (1.0,)
     """Cells of each level / cells of a backbone map, along one side, finest level first: 2, 1 or 0.5 (`projector`)."""
     norm: Literal["batch", "layer"] = "batch"
@@ -216,6 +235,8 @@ class DistributionConfig(Config):
     """Hidden width of the network that reads them."""
     quality_layers: int = Field(2, ge=1, le=16)
     """Its linear layers."""
+    shared: bool = False
+    """All layers have one head for distributions (the small DEIMv2), instead of one each."""
 
     @model_validator(mode="after")
     def _as_many_probabilities(self) -> "DistributionConfig":
@@ -238,6 +259,14 @@ class DecoderConfig(Config):
     points: int = Field(4, ge=1, le=64)
     """Sampling points a head and level (`deformable`, `distribution`)."""
     feed_forward: int = Field(2048, ge=1, le=65_536)
+    """Hidden width of the feed-forward parts."""
+    activation: Literal["relu", "swiglu"] = "relu"
+    """Inside the feed-forward parts. `swiglu`: the hidden channels are multiplied by the SiLU of a gate (DEIMv2;
+    `distribution`)."""
+    norm: Literal["layer", "rms"] = "layer"
+    """What the layers normalise by: mean and variance, or the root mean square alone (DEIMv2; `distribution`)."""
+    gate: bool = True
+    """Weighs what a query was and what it sees in the memory; without it the two are added (`distribution`)."""
     boxes: Literal["logit", "reparametrised"] = "logit"
     """How boxes are refined, those of proposals too. `logit`: changes are added to the inverse sigmoid of each
     coordinate. `reparametrised`: a centre moves by multiples of the box's sides, and the sides are multiplied by
@@ -251,6 +280,10 @@ class DecoderConfig(Config):
     """`sine`: a query's box is encoded as sines and cosines (DINO). `plain`: it is used as four numbers (RT-DETR;
     `deformable` and `distribution`). `first`: a query keeps the position of its first box, which is encoded as sines
     and cosines, and which its content contains too (Deformable DETR; `deformable`)."""
+    position_layers: Literal[2, 3] = 2
+    """With `positions: plain`, the linear layers from the four numbers: 2 (RT-DETR) or 3 (DEIMv2)."""
+    position_activation: Literal["relu", "silu"] = "relu"
+    """What is between them."""
     predictors: Literal["shared", "layer", "normed_layer"] = "shared"
     """`shared`: all layers have one class head and one box head, which read the layer's output after one more norm
     (DINO). `layer`: each layer has its own, which read its output as it is (RT-DETR; `deformable` and `distribution`).
@@ -259,6 +292,21 @@ class DecoderConfig(Config):
     box_margin: float = Field(1e-3, gt=0, lt=0.1)
     """The least distance from 0 and 1 of a coordinate that is refined: 1e-3 (DINO) or 1e-5 (RT-DETR)."""
     distribution: DistributionConfig = DistributionConfig()
+
+    @model_validator(mode="after")
+    def _options_of_the_kind(self) -> "DecoderConfig":
+        plain: dict[str, Any] = {"position_layers": 2, "position_activation": "relu"}
+        if self.positions != "plain" or self.kind == "conditional":
+            for option, value in plain.items():
+                if getattr(self, option) != value:
+                    raise ValueError(f"{option} is for positions 'plain'; otherwise leave it at {value!r}")
+        gated: dict[str, Any] = {"activation": "relu", "norm": "layer", "gate": True}
+        if self.kind != "distribution":
+            for option, value in gated.items():
+                if getattr(self, option) != value:
+                    what = f"{option} is for kind 'distribution'; with {self.kind!r} leave it at {value!r}"
+                    raise ValueError(what)
+        return self
 
 
 class DetectorConfig(Config):
@@ -276,7 +324,7 @@ class DetectorConfig(Config):
 
     @model_validator(mode="after")
     def _positions_suit_the_encoder(self) -> "DetectorConfig":
-        kinds = {"centred": "deformable", "counted": "hybrid"}
+        kinds = {"centred": "deformable", "counted": "hybrid", "none": "hybrid"}
         wanted = kinds.get(self.encoder.positions, self.encoder.kind)
         if wanted != self.encoder.kind:
             raise ValueError(f"encoder.positions {self.encoder.positions!r} is for encoder.kind {wanted!r}")
@@ -284,20 +332,28 @@ class DetectorConfig(Config):
 
     @model_validator(mode="after")
     def _width_suits_the_encoder(self) -> "DetectorConfig":
-        if self.encoder.width is not None and self.encoder.kind != "hybrid":
-            raise ValueError(f"encoder.width is for encoder.kind 'hybrid'; {self.encoder.kind!r} has the network's")
+        if self.encoder.width is not None and self.encoder.kind not in ("hybrid", "lite"):
+            what = f"encoder.width is for encoder.kind 'hybrid' and 'lite'; {self.encoder.kind!r} has the network's"
+            raise ValueError(what)
         return self
 
     @model_validator(mode="after")
     def _maps_suit_the_encoder(self) -> "DetectorConfig":
-        one_stride = bool(self.backbone.layers) or len(self.backbone.strides) == 1
+        adapted = self.backbone.adapter > 0
+        one_stride = (bool(self.backbone.layers) and not adapted) or len(self.backbone.strides) == 1
         if self.encoder.kind == "projector" and not one_stride:
             what = (
                 "encoder.kind 'projector' takes backbone maps of one stride: expected backbone.layers, as [3,6,9,12] of"
             )
             raise ValueError(f"{what} a plain vision transformer, or one backbone.strides")
-        if self.encoder.kind != "projector" and len(self.backbone.layers) > 1:
-            raise ValueError("several backbone.layers have one stride, and are for encoder.kind 'projector'")
+        if self.encoder.kind == "lite" and not one_stride:
+            what = (
+                f"encoder.kind 'lite' makes two levels of one backbone map: found strides {list(self.backbone.strides)}"
+            )
+            raise ValueError(f"{what}, expected one of backbone.strides, as [16]")
+        if self.encoder.kind != "projector" and len(self.backbone.layers) > 1 and not adapted:
+            what = "several backbone.layers have one stride, and are for encoder.kind 'projector'"
+            raise ValueError(f"{what} or need backbone.adapter")
         return self
 
     @model_validator(mode="after")

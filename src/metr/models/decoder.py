@@ -148,7 +148,7 @@ class Decoder(LayeredDecoder):
         if self.keeps:
             self.position: nn.Module = nn.Sequential(nn.Linear(2 * width, 2 * width), nn.LayerNorm(2 * width))
         else:
-            self.position = MLP((4, 2 * width, width) if self.plain else (2 * width, width, width))
+            self.position = _position_head(width, config) if self.plain else MLP((2 * width, width, width))
         self.layers = nn.ModuleList(self.layer_type(width, levels, config) for _ in range(config.layers))
 
     def forward(self, queries: Queries, memory: Memory) -> Decoded:
@@ -272,6 +272,12 @@ class ConditionalDecoder(LayeredDecoder):
 def same_group(queries: Queries) -> Bool[Tensor, "b q q"]:
     """Which queries attend to which."""
     return queries.group.unsqueeze(2) == queries.group.unsqueeze(1)
+
+
+def _position_head(width: int, config: DecoderConfig) -> MLP:
+    """From a box's four numbers to a query's position: RT-DETR's two layers, or DEIMv2's three."""
+    widths = (4, 2 * width, width) if config.position_layers == 2 else (4, width, width, width)
+    return MLP(widths, nn.SiLU if config.position_activation == "silu" else nn.ReLU)
 
 
 def _scale(width: int) -> MLP:

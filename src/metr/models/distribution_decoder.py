@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from metr.boxes import xyxy_to_cxcywh
 from metr.layers.attention import Attention
 from metr.layers.deformable_attention import DeformableAttention
-from metr.layers.mlp import MLP, FeedForward
+from metr.layers.mlp import MLP, FeedForward, GatedFeedForward, build_norm
 from metr.models.config import DecoderConfig, DistributionConfig, SimilarityConfig
 from metr.models.decoder import Decoder, same_group
 from metr.models.heads import BoxHead, box_logits
@@ -26,18 +26,26 @@ _FARTHEST = 10.0
 
 
 class GatedDecoderLayer(nn.Module):
-    """Self-attention inside each group, deformable cross-attention to the memory behind a gate, feed-forward."""
+    """Self-attention inside each group, deformable cross-attention to the memory behind a gate, feed-forward.
+
+    Without a gate, what the queries see is added to what they were.
+    """
 
     def __init__(self, width: int, levels: int, config: DecoderConfig) -> None:
         super().__init__()
         self.among = Attention(width, config.heads)
-        self.among_norm = nn.LayerNorm(width)
+        self.among_norm = build_norm(width, config.norm)
         self.cross = DeformableAttention(width, config.heads, levels, config.points, projected=False)
-        self.gate = nn.Linear(2 * width, 2 * width)
-        self.cross_norm = nn.LayerNorm(width)
-        self.feed_forward = FeedForward(width, config.feed_forward)
-        nn.init.zeros_(self.gate.weight)
-        nn.init.zeros_(self.gate.bias)
+        self.gate = nn.Linear(2 * width, 2 * width) if config.gate else None
+        self.cross_norm = build_norm(width, config.norm)
+        self.feed_forward: nn.Module = (
+            GatedFeedForward(width, config.feed_forward, config.norm)
+            if config.activation == "swiglu"
+            else FeedForward(width, config.feed_forward, norm=config.norm)
+        )
+        if self.gate is not None:
+            nn.init.zeros_(self.gate.weight)
+            nn.init.zeros_(self.gate.bias)
 
     def forward(
         self,
@@ -55,7 +63,10 @@ class GatedDecoderLayer(nn.Module):
         return refined
 
     def _gated(self, content: Float[Tensor, "b q d"], seen: Float[Tensor, "b q d"]) -> Float[Tensor, "b q d"]:
-        """What the queries were and what they saw, each channel weighed by a gate."""
+        """What the queries were and what they saw, each channel weighed by a gate if there is one."""
+        if self.gate is None:
+            added: Tensor = self.cross_norm(content + seen)
+            return added
         keep, take = self.gate(torch.cat([content, seen], dim=-1)).sigmoid().chunk(2, dim=-1)
         gated: Tensor = self.cross_norm(keep * content + take * seen)
         return gated
@@ -115,8 +126,8 @@ class QualityHead(nn.Module):
 class DistributionDecoder(Decoder):
     """Deformable decoder layers, each of which refines the distributions of the edges of one box.
 
-    Each layer has box and quality heads of its own. The first layer has two outputs: its own box, and what its
-    distributions make of that.
+    Each layer has a quality head of its own, and one for distributions unless they share it. The first layer has two
+    outputs: its own box, and what its distributions make of that.
     """
 
     layer_type = GatedDecoderLayer
@@ -134,7 +145,11 @@ class DistributionDecoder(Decoder):
         self.box = BoxHead(width)
         self.shifts = EdgeShifts(config.distribution)
         edges = 4 * (config.distribution.bins + 1)
-        self.distributions = nn.ModuleList(_quiet(MLP((width, width, width, edges))) for _ in self.layers)
+        if config.distribution.shared:
+            # of one type here, of another with heads of each layer
+            self.distributions: Any = _quiet(MLP((width, width, width, edges)))
+        else:
+            self.distributions = nn.ModuleList(_quiet(MLP((width, width, width, edges))) for _ in self.layers)
         self.quality = nn.ModuleList(QualityHead(config.distribution) for _ in self.layers)
 
     def forward(self, queries: Queries, memory: Memory) -> Decoded:
@@ -147,13 +162,14 @@ class DistributionDecoder(Decoder):
         before, logits = torch.zeros_like(content), boxes.new_zeros(())
         first: Tensor | None = None
         outputs: list[tuple[Tensor, Tensor, Tensor]] = []
-        for layer, distribution, judge in zip(self.layers, self.distributions, self.quality, strict=True):
+        for number, (layer, judge) in enumerate(zip(self.layers, self.quality, strict=True)):
             position, reference = self.placed(boxes, memory)
             content = layer(content, position.clamp(-_FARTHEST, _FARTHEST), reference, allowed, memory)
             feature = self.norm(content)
             if first is None:
                 first = self.box(content, box_logits(boxes, self.margin))
                 outputs.append((feature, first, first.new_zeros(first.shape[:2])))
+            distribution = super()._head(self.distributions, number)
             change = rearrange(distribution(content + before).float(), "b q (edges v) -> b q edges v", edges=4)
             logits = logits + change
             found = shifted(first.detach(), self.shifts(logits))

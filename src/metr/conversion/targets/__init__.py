@@ -14,6 +14,7 @@ NAMES = (
     "rt_detr",
     "rt_detr_v2",
     "d_fine",
+    "deimv2",
     "lw_detr",
     "rf_detr",
 )

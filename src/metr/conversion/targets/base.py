@@ -143,6 +143,7 @@ class Target:
         name: What users write; transformers' `model_type`.
         title: What people call it.
         encoder: METR's encoder kind whose weights fit.
+        other_encoders: Further encoder kinds of METR whose weights fit.
         decoder: METR's decoder kind whose weights fit.
         similar_decoders: METR's decoder kinds of which some weights fit.
         backbone: The prefix of its backbone's keys.
@@ -157,11 +158,13 @@ class Target:
         windowed: Its images' sides must also be multiples of what METR pads images to for the same backbone.
         single_map: It reads the backbone's last map only.
         square: Its images have one fixed size, as it looks at no padding mask.
+        adapted: It has METR's adapter where its backbone is a DINOv3.
     """
 
     name: str
     title: str
     encoder: str
+    other_encoders: tuple[str, ...] = ()
     decoder: str = "deformable"
     similar_decoders: tuple[str, ...] = ()
     backbone: str = "model.backbone.model."
@@ -175,10 +178,12 @@ class Target:
     windowed: bool = False
     single_map: bool = False
     square: bool = False
+    adapted: bool = False
 
     def fits(self, config: DetectorConfig) -> bool:
         """Whether more than the backbone of such a METR has a place here."""
-        return config.encoder.kind == self.encoder and config.decoder.kind in (self.decoder, *self.similar_decoders)
+        encoders, decoders = (self.encoder, *self.other_encoders), (self.decoder, *self.similar_decoders)
+        return config.encoder.kind in encoders and config.decoder.kind in decoders
 
     def resizes_otherwise(self, resize: ResizeConfig, pad_to: int = 1) -> tuple[str, ...]:
         """What its image processor does to an image's shape that METR does not, in sentences.
@@ -270,18 +275,17 @@ def around(
     categories = base.categories.model_copy(update={"heads": heads})
     places = (queries or {}).get("layout") == "places"
     number = config.num_queries if places else max(config.num_queries, categories.kept)
-    sizes = DecoderConfig(
-        layers=config.decoder_layers,
-        heads=heads,
-        points=max(level_points(config)),
-        feed_forward=config.decoder_ffn_dim,
-        **(decoder or {}),
-    )
+    sizes = {
+        "layers": config.decoder_layers,
+        "heads": heads,
+        "points": max(level_points(config)),
+        "feed_forward": config.decoder_ffn_dim,
+    }
     return DetectorConfig(
         width=config.d_model,
         backbone=backbone,
         encoder=encoder,
-        decoder=sizes,
+        decoder=DecoderConfig.model_validate(sizes | dict(decoder or {})),
         categories=categories,
         queries=QueryConfig(**{"number": number, **(queries or {})}),
         similarity=similarity or base.similarity,

@@ -27,13 +27,18 @@ _ENCODER, _DECODER = "model.encoder", "model.decoder"
 
 
 def configure(spec: BuildSpec) -> Any:
-    """A DFineConfig; the depth of its fusions is METR's where METR's are of its kind.
+    """A DFineConfig."""
+    from transformers import DFineConfig
+
+    return DFineConfig(**arguments(spec))
+
+
+def arguments(spec: BuildSpec) -> dict[str, Any]:
+    """What D-FINE and DEIMv2 are configured with; the depth of fusions is METR's where METR's are of their kind.
 
     Raises:
         ModelError: METR's decoder has one layer only, or its strides are not those of one step each.
     """
-    from transformers import DFineConfig
-
     if spec.config.decoder.layers < _LEAST_LAYERS:
         what = f"needs {_LEAST_LAYERS} decoder layers, found {spec.config.decoder.layers}"
         raise ModelError(what, where="model.decoder.layers", hint="train a METR with more")
@@ -48,7 +53,7 @@ def configure(spec: BuildSpec) -> Any:
     }
     if spec.fits and encoder.fusion == "elan":
         values["depth_mult"] = encoder.fusion_blocks / BLOCKS
-    return DFineConfig(**values)
+    return values
 
 
 def _fusion(theirs: str, ours: str) -> tuple[Row, ...]:
@@ -65,42 +70,57 @@ def _fusion(theirs: str, ours: str) -> tuple[Row, ...]:
 def encoder_rows() -> tuple[Row, ...]:
     """The hybrid encoder with D-FINE's fusions."""
     return joined(
-        rt_detr.attention_rows(),
-        feed_forward(f"{_ENCODER}.aifi.0.layers.{{i}}", "encoder.layers.{i}.feed_forward", _FIRST, _SECOND),
-        convolution(f"{_ENCODER}.lateral_convs.{{i}}", "encoder.laterals.{i}"),
+        rt_detr.projection_rows(),
+        level_rows(),
         _fusion(f"{_ENCODER}.fpn_blocks.{{i}}", "encoder.down_fusions.{i}"),
-        convolution(f"{_ENCODER}.downsample_convs.{{i}}.conv1", "encoder.strides.{i}.0"),
-        convolution(f"{_ENCODER}.downsample_convs.{{i}}.conv2", "encoder.strides.{i}.1"),
         _fusion(f"{_ENCODER}.pan_blocks.{{i}}", "encoder.up_fusions.{i}"),
     )
 
 
-def table(config: Any, _: DetectorConfig) -> KeyTable:
+def level_rows() -> tuple[Row, ...]:
+    """The attention on the coarsest level, and what leads from level to level."""
+    return joined(
+        rt_detr.attention_rows(),
+        feed_forward(f"{_ENCODER}.aifi.0.layers.{{i}}", "encoder.layers.{i}.feed_forward", _FIRST, _SECOND),
+        convolution(f"{_ENCODER}.lateral_convs.{{i}}", "encoder.laterals.{i}"),
+        convolution(f"{_ENCODER}.downsample_convs.{{i}}.conv1", "encoder.strides.{i}.0"),
+        convolution(f"{_ENCODER}.downsample_convs.{{i}}.conv2", "encoder.strides.{i}.1"),
+    )
+
+
+def table(config: Any, metr: DetectorConfig) -> KeyTable:
     """D-FINE's; a METR with a deformable decoder has fewer of its parts."""
     theirs, ours = f"{_DECODER}.layers.{{i}}", "decoder.layers.{i}"
+    heads, copies = distribution_rows(config.decoder_layers, metr.decoder.distribution.shared)
     return KeyTable(
         backbone=backbone_rows(config.backbone_config, TARGET.backbone),
         encoder=joined(encoder_rows(), rt_detr.sequence("model.decoder_input_proj.{i}", "encoder.outputs.{i}")),
         decoder=joined(
             rt_detr.self_attention_rows(),
-            linear(
-                f"{theirs}.encoder_attn",
-                f"{ours}.cross",
-                {"sampling_offsets": "offsets", "attention_weights": "weights"},
-            ),
+            sampling_rows(),
             linear(theirs, ours, {"gateway.gate": "gate", "gateway.norm": "cross_norm"}),
             feed_forward(theirs, f"{ours}.feed_forward", _FIRST, _SECOND),
             rt_detr.position_rows(),
         ),
-        heads=joined(rt_detr.proposal_rows(), _box_rows(config.lqe_layers)),
+        heads=joined(
+            rt_detr.proposal_rows(),
+            heads,
+            box_rows(config.lqe_layers),
+        ),
+        copies=copies,
     )
 
 
-def _box_rows(quality_layers: int) -> tuple[Row, ...]:
-    """The box of the first layer, the distributions of its edges, and the quality that they tell."""
+def sampling_rows() -> tuple[Row, ...]:
+    """The attention to the memory, which samples it as it is."""
+    names = {"sampling_offsets": "offsets", "attention_weights": "weights"}
+    return linear(f"{_DECODER}.layers.{{i}}.encoder_attn", "decoder.layers.{i}.cross", names)
+
+
+def box_rows(quality_layers: int) -> tuple[Row, ...]:
+    """The box of the first layer, the shifts of its edges, and the quality that their distributions tell."""
     return joined(
         mlp(f"{_DECODER}.pre_bbox_head", "decoder.box.change", 3),
-        mlp(f"{_DECODER}.bbox_embed.{{i}}", "decoder.distributions.{i}", 3),
         mlp(f"{_DECODER}.lqe_layers.{{i}}.reg_conf", "decoder.quality.{i}.read", quality_layers),
         (Row(f"{_DECODER}.up", "decoder.shifts.reach"), Row(f"{_DECODER}.reg_scale", "decoder.shifts.flatness")),
     )
@@ -114,9 +134,13 @@ def differences(config: DetectorConfig) -> tuple[str, ...]:
             "attention to the memory has no values and outputs of its own, and a gate: these start afresh",
             "boxes after the first layer are distributions, whose heads start afresh",
         ]
-    said += rt_detr.positions_differ(config)
+    elif not config.decoder.gate:
+        said.append("a gate weighs what a query was and what it sees: it starts afresh")
+    said += [*rt_detr.decoder_differs(config), *rt_detr.positions_differ(config)]
     if config.encoder.fusion != "elan":
         said.append("its fusions are those of D-FINE; this METR's are those of RT-DETR, and start afresh")
+    elif config.encoder.fusion_inputs != "cat":
+        said.append(rt_detr.ADDED)
     if config.encoder.project_memory and config.encoder.width in (None, config.width):
         said.append("its memory is not projected once more after the encoder, as this METR's is")
     return tuple(said)
@@ -128,16 +152,33 @@ def adopt(config: Any, backbone: BackboneConfig, state: State) -> Adopted:
     Raises:
         ModelError: an option is set for which METR has no counterpart.
     """
-    # layers behind the one that detects are of another width, and for training only
-    last = config.eval_idx if config.eval_idx == config.decoder_layers - 1 else -1
-    need_options(config, {"eval_idx": last})
+    need_last_layer(config)
     blocks = round(BLOCKS * config.depth_mult)
     fusions = {"fusion": "elan", "fusion_blocks": blocks}
-    decoder = {"kind": TARGET.decoder, "distribution": _distribution(config, state)}
+    decoder = {"kind": TARGET.decoder, "distribution": distribution(config, state)}
     return rt_detr.adopted(config, backbone, state, fusions, decoder)
 
 
-def _distribution(config: Any, state: State) -> dict[str, Any]:
+def distribution_rows(layers: int, shared: bool) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
+    """Rows of the heads for distributions, and of those that METR's one head is copied to."""
+    theirs = f"{_DECODER}.bbox_embed"
+    if not shared:
+        return mlp(f"{theirs}.{{i}}", "decoder.distributions.{i}", 3), ()
+    heads = [mlp(f"{theirs}.{layer}", "decoder.distributions", 3) for layer in range(layers)]
+    return heads[0], joined(*heads[1:])
+
+
+def need_last_layer(config: Any) -> None:
+    """Stops where another layer than the last detects: those behind it are of another width, and for training only.
+
+    Raises:
+        ModelError: it is so.
+    """
+    last = config.eval_idx if config.eval_idx == config.decoder_layers - 1 else -1
+    need_options(config, {"eval_idx": last})
+
+
+def distribution(config: Any, state: State) -> dict[str, Any]:
     """How METR refines boxes as D-FINE does. What the weights say goes before the configuration, which may be older."""
     return {
         "bins": config.max_num_bins,

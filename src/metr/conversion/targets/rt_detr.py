@@ -47,8 +47,11 @@ from metr.models.encoders.hybrid import HybridEncoder
 
 PLACES = "queries start from the features of places; METR's from learned ones and the category's token"
 """What distinguishes the queries of RT-DETR and its successors from METR's."""
+ADDED = "its fusions concatenate two levels; this METR's add them, and the convolutions before them start afresh"
 # the least distance from 0 and 1 of a box's numbers that it refines
 _MARGIN = 1e-5
+# an `eval_size`: with any of them transformers 5.23.0 detects without positions in the encoder
+_WITHOUT_POSITIONS = 640
 _ENCODER, _DECODER = "model.encoder", "model.decoder"
 
 
@@ -92,6 +95,7 @@ def arguments(spec: BuildSpec) -> dict[str, Any]:
         "num_queries": config.queries.number,
         "num_denoising": config.denoising.number,
         "anchor_image_size": None,
+        "eval_size": _WITHOUT_POSITIONS if ours.encoder.positions == "none" else None,
         **spec.labels,
     }
 
@@ -107,24 +111,32 @@ def sequence(theirs: str, ours: str) -> tuple[Row, ...]:
 
 
 def attention_rows() -> tuple[Row, ...]:
-    """The projections of the backbone's maps, and the attention on the coarsest."""
+    """The attention on the coarsest level, without what follows it."""
     theirs, ours = f"{_ENCODER}.aifi.0.layers.{{i}}", "encoder.layers.{i}"
     return joined(
-        sequence("model.encoder_input_proj.{i}", "encoder.projections.{i}"),
         attention(f"{theirs}.self_attn", f"{ours}.attention"),
         linear(theirs, ours, {"self_attn_layer_norm": "norm"}),
     )
 
 
+def projection_rows() -> tuple[Row, ...]:
+    """The projections of the backbone's maps."""
+    return sequence("model.encoder_input_proj.{i}", "encoder.projections.{i}")
+
+
 def two_branches(theirs: str, ours: str) -> tuple[Row, ...]:
     """A fusion's two branches, one of them a chain of blocks."""
-    block, own = f"{theirs}.bottlenecks.{{j}}", f"{ours}.blocks.{{j}}"
     return joined(
         convolution(f"{theirs}.conv1", f"{ours}.main"),
         convolution(f"{theirs}.conv2", f"{ours}.side"),
-        convolution(f"{block}.conv1", f"{own}.wide"),
-        convolution(f"{block}.conv2", f"{own}.narrow"),
+        block_rows(theirs, ours),
     )
+
+
+def block_rows(theirs: str, ours: str) -> tuple[Row, ...]:
+    """A chain of blocks."""
+    block, own = f"{theirs}.bottlenecks.{{j}}", f"{ours}.blocks.{{j}}"
+    return joined(convolution(f"{block}.conv1", f"{own}.wide"), convolution(f"{block}.conv2", f"{own}.narrow"))
 
 
 def _fusion(theirs: str, ours: str) -> tuple[Row, ...]:
@@ -134,6 +146,7 @@ def _fusion(theirs: str, ours: str) -> tuple[Row, ...]:
 def encoder_rows() -> tuple[Row, ...]:
     """The hybrid encoder, and the projection of its levels if METR has that."""
     return joined(
+        projection_rows(),
         attention_rows(),
         feed_forward(f"{_ENCODER}.aifi.0.layers.{{i}}", "encoder.layers.{i}.feed_forward"),
         convolution(f"{_ENCODER}.lateral_convs.{{i}}", "encoder.laterals.{i}"),
@@ -153,9 +166,9 @@ def self_attention_rows() -> tuple[Row, ...]:
     )
 
 
-def position_rows() -> tuple[Row, ...]:
+def position_rows(layers: int = 2) -> tuple[Row, ...]:
     """From a box to a query's position, where METR takes its four numbers."""
-    return mlp(f"{_DECODER}.query_pos_head", "decoder.position", 2)
+    return mlp(f"{_DECODER}.query_pos_head", "decoder.position", layers)
 
 
 def proposal_rows() -> tuple[Row, ...]:
@@ -197,10 +210,10 @@ def derive(context: Context) -> Mapping[str, Derived]:
 def queries_and_heads(context: Context) -> dict[str, Derived]:
     """The classification heads, and the positions and contents of queries."""
     heads = layer_heads(context, f"{_DECODER}.class_embed")
-    return heads | _places_and_names(context) | _positions(context.network)
+    return heads | places_and_names(context) | _positions(context.network)
 
 
-def _places_and_names(context: Context) -> dict[str, Derived]:
+def places_and_names(context: Context) -> dict[str, Derived]:
     """The head that scores places, and the content of denoising queries."""
     network, contents = context.network, context.contents
     places = place_classifier(network, context.text, context.tokens)
@@ -216,7 +229,7 @@ def _places_and_names(context: Context) -> dict[str, Derived]:
 def _positions(network: Detector) -> dict[str, Derived]:
     """A network that turns a box's four numbers into a query's position, as METR does from its encoding.
 
-    A METR that takes the four numbers itself needs none: its own is copied.
+    A METR that takes the four numbers itself in two layers needs none: its own is copied.
     """
     position = box_position(network)
     if position is None:
@@ -236,8 +249,11 @@ def differences(config: DetectorConfig) -> tuple[str, ...]:
             "attention to the memory has values and outputs of its own, and no gate: these start afresh",
             "boxes are refined without distributions: of this METR's heads only the first layer's is a start",
         ]
+    said += decoder_differs(config)
     if config.encoder.fusion != "csp":
         said.append("its fusions are those of RT-DETR; this METR's are those of D-FINE, and start afresh")
+    elif config.encoder.fusion_inputs != "cat":
+        said.append(ADDED)
     elif config.encoder.fusion_blocks > BLOCKS:
         said.append(f"a fusion has {BLOCKS} blocks; this METR's others have no place")
     elif config.encoder.fusion_blocks < BLOCKS:
@@ -247,9 +263,16 @@ def differences(config: DetectorConfig) -> tuple[str, ...]:
     return tuple(said)
 
 
+def decoder_differs(config: DetectorConfig) -> tuple[str, ...]:
+    """What is said of a decoder with the layers of DEIMv2."""
+    if (config.decoder.norm, config.decoder.activation) == ("layer", "relu"):
+        return ()
+    return ("its decoder has layer norms and feed-forward parts without a gate, which this METR's has not",)
+
+
 def positions_differ(config: DetectorConfig) -> tuple[str, ...]:
     """What is said of an encoder with other positions."""
-    if config.encoder.positions == "counted":
+    if config.encoder.positions in ("counted", "none"):
         return ()
     return (f"the encoder's positions are counted in cells; this METR's are {config.encoder.positions}",)
 
@@ -269,6 +292,7 @@ def adopted(
     state: State,
     fusions: Mapping[str, Any],
     decoder: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Adopted:
     """A METR that computes what RT-DETR or one of its successors does.
 
@@ -276,21 +300,22 @@ def adopted(
         config: Theirs.
         backbone: METR's configuration of its backbone.
         state: Their weights.
-        fusions: Options of the encoder's fusions.
+        fusions: Options of the encoder that differ from RT-DETR's, as those of its fusions.
         decoder: Options of the decoder that differ from RT-DETR's.
+        options: What their options must be, where it is not what RT-DETR's must be.
 
     Raises:
         ModelError: an option is set for which METR has no counterpart.
     """
-    _refuse(config)
-    encoder = EncoderConfig(
-        kind="hybrid",
-        positions="counted",
-        width=None if config.encoder_hidden_dim == config.d_model else config.encoder_hidden_dim,
-        fusion_expansion=config.hidden_expansion,
+    _refuse(config, options or {})
+    common = {
+        "kind": "hybrid",
+        "positions": "counted" if config.eval_size is None else "none",
+        "width": None if config.encoder_hidden_dim == config.d_model else config.encoder_hidden_dim,
+        "fusion_expansion": config.hidden_expansion,
         **encoder_values(config),
-        **fusions,
-    )
+    }
+    encoder = EncoderConfig.model_validate(common | dict(fusions))
     exact = {"positions": "plain", "predictors": "layer", "box_margin": _MARGIN} | dict(decoder or {})
     similarity = SimilarityConfig(form="classifier")
     width = config.d_model
@@ -302,8 +327,12 @@ def adopted(
     )
 
 
-def _refuse(config: Any) -> None:
+def _refuse(config: Any, options: Mapping[str, Any]) -> None:
     """Stops where METR has no counterpart of an option.
+
+    Args:
+        config: Theirs.
+        options: What options must be, where it is not what RT-DETR's must be.
 
     Raises:
         ModelError: naming the option.
@@ -318,13 +347,12 @@ def _refuse(config: Any) -> None:
         "activation_function": "silu",
         "decoder_activation_function": "relu",
         "positional_encoding_temperature": 10_000,
-        "eval_size": None,
         "layer_norm_eps": 1e-5,
         "batch_norm_eps": 1e-5,
     }
     # RT-DETR itself has no choice of it
     method = {"decoder_method": "default"} if "decoder_method" in config.to_dict() else {}
-    need_options(config, wanted | method)
+    need_options(config, wanted | method | dict(options))
 
 
 TARGET = Target(

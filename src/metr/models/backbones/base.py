@@ -1,13 +1,14 @@
-"""What backbones share: normalised input, frozen stages and batch norms, the simple pyramid."""
+"""What backbones share: normalised input, frozen stages and batch norms, the simple pyramid, the adapter."""
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from math import ceil, log2
 from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch.nn.functional import gelu, interpolate, max_pool2d, pad
 
 from metr.models.config import BackboneConfig, Colour
 
@@ -114,6 +115,40 @@ class SimplePyramid(nn.Module):
     def forward(self, features: Float[Tensor, "b c h w"]) -> tuple[Float[Tensor, "b _c _h _w"], ...]:
         """One map a level, finest first."""
         return tuple(level(features) for level in self.levels)
+
+
+class SpatialAdapter(nn.Module):
+    """Convolutions beside a vision transformer, for detail that its patches lack (DEIMv2's spatial tuning adapter).
+
+    Args:
+        planes: Channels of its first convolution; its maps have 2, 4 and 4 times as many.
+        channels: Channels of the transformer's maps.
+    """
+
+    strides = (8, 16, 32)
+
+    def __init__(self, planes: int, channels: Sequence[int]) -> None:
+        super().__init__()
+        widths = (planes, 2 * planes, 4 * planes, 4 * planes)
+        self.channels = tuple(inner + own for inner, own in zip(channels, widths[1:], strict=True))
+        self.stem = _halved(3, planes)
+        self.steps = nn.ModuleList(_halved(inner, outer) for inner, outer in pairwise(widths))
+
+    def forward(
+        self, images: Float[Tensor, "b 3 h w"], maps: Sequence[Float[Tensor, "b _c _h _w"]]
+    ) -> tuple[Float[Tensor, "b _d _i _j"], ...]:
+        """The transformer's maps, finest first, each resized to the adapter's own map and joined with it."""
+        detail, joined = max_pool2d(gelu(self.stem(images)), 3, stride=2, padding=1), []
+        for number, (step, level) in enumerate(zip(self.steps, maps, strict=True)):
+            detail = step(gelu(detail) if number else detail)
+            resized = interpolate(level, size=detail.shape[2:], mode="bilinear", align_corners=False)
+            joined.append(torch.cat([resized, detail], dim=1))
+        return tuple(joined)
+
+
+def _halved(inner: int, outer: int) -> nn.Sequential:
+    """A convolution of stride 2 and its norm."""
+    return nn.Sequential(nn.Conv2d(inner, outer, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(outer))
 
 
 def _level(channels: int, doublings: int) -> nn.Module:

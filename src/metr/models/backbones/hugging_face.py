@@ -12,7 +12,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_BACKBONE_MAPPING
 
 from metr.errors import ConfigError, ModelError, did_you_mean
 from metr.hub import built, configuration, loading, pretrained
-from metr.models.backbones.base import Backbone, SimplePyramid, freeze_batch_norms
+from metr.models.backbones.base import Backbone, SimplePyramid, SpatialAdapter, freeze_batch_norms
 from metr.models.backbones.registered import register
 from metr.models.config import BackboneConfig
 
@@ -58,11 +58,12 @@ class HuggingFaceBackbone(Backbone):
         architecture.out_features = list(survey.stages)
         wants_pyramid = survey.plain and not config.layers
         pyramid = SimplePyramid(survey.channels[0], survey.strides[0], config.strides) if wants_pyramid else None
-        shape = pyramid or survey
+        adapter = _adapter(config, survey) if config.adapter else None
+        shape = pyramid or adapter or survey
         super().__init__(_rebuilding(config, architecture), shape.channels, shape.strides, _IMAGENET)
-        self.network, self.pyramid = _built(config, source, architecture), pyramid
+        self.network, self.pyramid, self.adapter = _built(config, source, architecture), pyramid, adapter
         # Without this padding some networks would cut the image to whole patches, or fail at windows of unequal sizes.
-        self.pad_to = max(survey.strides) * _windows(architecture)
+        self.pad_to = max(survey.strides if adapter is None else adapter.strides) * _windows(architecture)
         self.multiple = self.pad_to if config.layers else self.multiple
         self.pads_to_square = architecture.model_type in _SQUARE_WINDOWS and _windows(architecture) > 1
         # With channels last, torch 2.13 crashes in the backward pass of a group norm whose input needs no gradient.
@@ -76,8 +77,10 @@ class HuggingFaceBackbone(Backbone):
         self.freeze(frozen)
 
     def features(self, images: Tensor) -> Sequence[Tensor]:
-        """The maps of the wanted stages, or the pyramid made from the last one."""
+        """The maps of the wanted stages, joined with the adapter's, or the pyramid made from the last one."""
         maps: tuple[Tensor, ...] = self.network(images).feature_maps
+        if self.adapter is not None:
+            return self.adapter(images, maps)  # type: ignore[no-any-return]
         return maps if self.pyramid is None else self.pyramid(maps[-1])
 
 
@@ -145,6 +148,19 @@ def _layers(strides: dict[str, int], config: BackboneConfig) -> tuple[str, ...]:
         what = f"it has {len(stages)} layers, and backbone.layers asks for number {config.layers[-1]}"
         raise ModelError(what, where=config.name, hint="such as a quarter, half, three quarters and all of them")
     return tuple(stages[layer - 1] for layer in config.layers)
+
+
+def _adapter(config: BackboneConfig, survey: _Survey) -> SpatialAdapter:
+    """The adapter for the maps of a vision transformer.
+
+    Raises:
+        ModelError: its patches are not those that the adapter's maps fit.
+    """
+    middle = SpatialAdapter.strides[1]
+    if survey.strides[0] != middle:
+        what = f"backbone.adapter needs patches of {middle} pixels, found {survey.strides[0]}"
+        raise ModelError(what, where=config.name, hint="such as those of DINOv3, or backbone.adapter=0")
+    return SpatialAdapter(config.adapter, survey.channels)
 
 
 def _windows(architecture: Any) -> int:

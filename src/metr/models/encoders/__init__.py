@@ -4,14 +4,15 @@ from collections.abc import Sequence
 
 from metr.models.config import EncoderConfig
 from metr.models.encoders.deformable import DeformableEncoder
-from metr.models.encoders.hybrid import HybridEncoder
+from metr.models.encoders.hybrid import HybridEncoder, LiteEncoder
 from metr.models.encoders.projector import ProjectorEncoder
 from metr.models.encoders.pyramid import PlainEncoder
 
-Encoder = DeformableEncoder | HybridEncoder | PlainEncoder | ProjectorEncoder
+Encoder = DeformableEncoder | HybridEncoder | LiteEncoder | PlainEncoder | ProjectorEncoder
 _KINDS: dict[str, type[Encoder]] = {
     "deformable": DeformableEncoder,
     "hybrid": HybridEncoder,
+    "lite": LiteEncoder,
     "plain": PlainEncoder,
     "projector": ProjectorEncoder,
 }

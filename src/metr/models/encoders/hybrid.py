@@ -1,10 +1,13 @@
-"""The encoder of RT-DETR and D-FINE: attention on the coarsest level, convolutions that fuse levels down and up."""
+"""The encoders of RT-DETR, D-FINE and DEIMv2: convolutions that fuse levels down and up.
+
+`HybridEncoder` attends on the coarsest level first. `LiteEncoder` has no attention, and makes two levels of one map.
+"""
 
 from collections.abc import Sequence
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
@@ -14,50 +17,25 @@ from metr.models.encoders.pyramid import SelfAttentionLayer, flatten, level_mask
 from metr.structures import Memory
 
 
-class HybridEncoder(nn.Module):
-    """Projection, attention on the coarsest level, then fusion from coarse to fine and from fine to coarse."""
+class FusingEncoder(nn.Module):
+    """What these encoders share: fusion from coarse to fine and from fine to coarse, and a projection of each level."""
 
-    def __init__(self, channels: Sequence[int], width: int, config: EncoderConfig) -> None:
-        super().__init__()
-        outer, width = width, config.width or width
-        self.width, self.levels = width, min(config.levels, len(channels))
-        self.counted = config.positions == "counted"
-        channels = tuple(channels)[-self.levels :]
-        steps = range(self.levels - 1)
-        # D-FINE has no activations between its fusions.
-        elan = config.fusion == "elan"
-        fusion = AggregatingFusion if elan else Fusion
-        self.projections = nn.ModuleList(ConvNorm(c, width, 1, activate=False) for c in channels)
-        self.layers = nn.ModuleList(SelfAttentionLayer(width, config, nn.GELU) for _ in range(config.layers))
-        self.laterals = nn.ModuleList(ConvNorm(width, width, 1, activate=not elan) for _ in steps)
-        self.down_fusions = nn.ModuleList(fusion(width, config) for _ in steps)
-        self.strides = nn.ModuleList(
-            SeparableStride(width) if elan else ConvNorm(width, width, 3, stride=2) for _ in steps
-        )
-        self.up_fusions = nn.ModuleList(fusion(width, config) for _ in steps)
-        outputs = range(self.levels if config.project_memory or outer != width else 0)
-        self.outputs = nn.ModuleList(ConvNorm(width, outer, 1, activate=False) for _ in outputs)
+    laterals: nn.ModuleList
+    down_fusions: nn.ModuleList
+    strides: nn.ModuleList
+    up_fusions: nn.ModuleList
+    outputs: nn.ModuleList
 
     def forward(self, features: Sequence[Tensor], padding_mask: Bool[Tensor, "b h w"]) -> Memory:
         """Backbone maps (finest first) to memory."""
-        features = list(features)[-self.levels :]
-        maps = [project(feature) for project, feature in zip(self.projections, features, strict=True)]
-        maps[-1] = self._attend(maps[-1], padding_mask)
-        maps = self._bottom_up(self._top_down(maps))
+        maps = self._bottom_up(self._top_down(self._levels(features, padding_mask)))
         if self.outputs:
             maps = [project(level) for project, level in zip(self.outputs, maps, strict=True)]
         return flatten(maps, padding_mask)
 
-    def _attend(self, coarsest: Tensor, padding_mask: Tensor) -> Tensor:
-        height, width = coarsest.shape[2:]
-        mask = level_mask(padding_mask, (height, width))
-        grid = counted_encoding(mask, self.width) if self.counted else grid_encoding(mask, self.width, 10_000.0)
-        positions = rearrange(grid, "b h w d -> b (h w) d")
-        allowed = rearrange(~mask, "b h w -> b 1 (h w)")
-        tokens = rearrange(coarsest, "b d h w -> b (h w) d")
-        for layer in self.layers:
-            tokens = layer(tokens, positions, allowed)
-        return rearrange(tokens, "b (h w) d -> b d h w", h=height)
+    def _levels(self, features: Sequence[Tensor], padding_mask: Tensor) -> list[Tensor]:
+        """The levels that are fused, of one width."""
+        raise NotImplementedError
 
     def _top_down(self, maps: list[Tensor]) -> list[Tensor]:
         """Fuses coarse levels into finer ones. Every level but the finest also goes through its lateral convolution."""
@@ -74,6 +52,84 @@ class HybridEncoder(nn.Module):
         for coarse, halve, fuse in zip(maps[1:], self.strides, self.up_fusions, strict=True):
             done.append(fuse(halve(done[-1]), coarse))
         return done
+
+
+class HybridEncoder(FusingEncoder):
+    """Projection, attention on the coarsest level, then fusion from coarse to fine and from fine to coarse."""
+
+    def __init__(self, channels: Sequence[int], width: int, config: EncoderConfig) -> None:
+        super().__init__()
+        outer, width = width, config.width or width
+        self.width, self.levels = width, min(config.levels, len(channels))
+        self.positions = config.positions
+        channels = tuple(channels)[-self.levels :]
+        steps = range(self.levels - 1)
+        # D-FINE has no activations between its fusions.
+        elan = config.fusion == "elan"
+        fusion = AggregatingFusion if elan else Fusion
+        self.projections = nn.ModuleList(ConvNorm(c, width, 1, activate=False) for c in channels)
+        self.layers = nn.ModuleList(SelfAttentionLayer(width, config, nn.GELU) for _ in range(config.layers))
+        self.laterals = nn.ModuleList(ConvNorm(width, width, 1, activate=not elan) for _ in steps)
+        self.down_fusions = nn.ModuleList(fusion(width, config) for _ in steps)
+        self.strides = nn.ModuleList(
+            SeparableStride(width) if elan else ConvNorm(width, width, 3, stride=2) for _ in steps
+        )
+        self.up_fusions = nn.ModuleList(fusion(width, config) for _ in steps)
+        outputs = range(self.levels if config.project_memory or outer != width else 0)
+        self.outputs = nn.ModuleList(ConvNorm(width, outer, 1, activate=False) for _ in outputs)
+
+    def _levels(self, features: Sequence[Tensor], padding_mask: Tensor) -> list[Tensor]:
+        features = list(features)[-self.levels :]
+        maps = [project(feature) for project, feature in zip(self.projections, features, strict=True)]
+        maps[-1] = self._attend(maps[-1], padding_mask)
+        return maps
+
+    def _attend(self, coarsest: Tensor, padding_mask: Tensor) -> Tensor:
+        height, width = coarsest.shape[2:]
+        mask = level_mask(padding_mask, (height, width))
+        allowed = rearrange(~mask, "b h w -> b 1 (h w)")
+        tokens = rearrange(coarsest, "b d h w -> b (h w) d")
+        positions = self._encoded(mask) if self.positions != "none" else torch.zeros_like(tokens)
+        for layer in self.layers:
+            tokens = layer(tokens, positions, allowed)
+        return rearrange(tokens, "b (h w) d -> b d h w", h=height)
+
+    def _encoded(self, mask: Bool[Tensor, "b h w"]) -> Float[Tensor, "b s d"]:
+        """The encoded place of every cell."""
+        counted = self.positions == "counted"
+        grid = counted_encoding(mask, self.width) if counted else grid_encoding(mask, self.width, 10_000.0)
+        return rearrange(grid, "b h w d -> b (h w) d")
+
+
+class LiteEncoder(FusingEncoder):
+    """Two levels of the backbone's last map, as in the smallest DEIMv2: convolutions and means, no attention."""
+
+    def __init__(self, channels: Sequence[int], width: int, config: EncoderConfig) -> None:
+        super().__init__()
+        outer, width = width, config.width or width
+        self.width, self.levels = width, 2
+        fusion = AggregatingFusion if config.fusion == "elan" else Fusion
+        self.projections = nn.ModuleList([ConvNorm(channels[-1], width, 1, activate=False)])
+        self.coarser = nn.Sequential(_halving(), ConvNorm(width, width, 1))
+        self.whole = ConvNorm(width, width, 1)
+        self.laterals = nn.ModuleList([nn.Identity()])
+        self.down_fusions = nn.ModuleList([fusion(width, config)])
+        self.strides = nn.ModuleList([nn.Sequential(_halving(), ConvNorm(width, width, 1))])
+        self.up_fusions = nn.ModuleList([fusion(width, config)])
+        outputs = range(self.levels if config.project_memory or outer != width else 0)
+        self.outputs = nn.ModuleList(ConvNorm(width, outer, 1, activate=False) for _ in outputs)
+
+    def _levels(self, features: Sequence[Tensor], padding_mask: Tensor) -> list[Tensor]:
+        fine = self.projections[0](features[-1])
+        coarse = self.coarser(fine)
+        seen = ~level_mask(padding_mask, coarse.shape[2:]).unsqueeze(1)
+        mean = (coarse * seen).sum((2, 3), keepdim=True) / seen.sum((2, 3), keepdim=True).clamp(min=1)
+        return [fine, self.whole(coarse + mean)]
+
+
+def _halving() -> nn.Module:
+    """The mean of 3x3 cells at every second one."""
+    return nn.AvgPool2d(3, stride=2, padding=1)
 
 
 class ConvNorm(nn.Sequential):
@@ -130,29 +186,36 @@ class Fusion(_Paths):
     """Fuses two levels of equal size, as in RT-DETR."""
 
     def __init__(self, width: int, config: EncoderConfig) -> None:
-        super().__init__(2 * width, width, int(width * config.fusion_expansion), config.fusion_blocks)
+        added = config.fusion_inputs == "sum"
+        inner = width if added else 2 * width
+        super().__init__(inner, width, int(width * config.fusion_expansion), config.fusion_blocks)
+        self.added = added
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
         """[b d h w] twice to [b d h w]."""
-        return self.through(torch.cat([first, second], dim=1))
+        return self.through(first + second if self.added else torch.cat([first, second], dim=1))
 
 
 class AggregatingFusion(nn.Module):
-    """Fuses two levels of equal size, as in D-FINE (RepNCSPELAN4): the last layer gets the output of every stage."""
+    """Fuses two levels of equal size, as in D-FINE and DEIMv2: the last layer gets the output of every stage."""
 
     def __init__(self, width: int, config: EncoderConfig) -> None:
         super().__init__()
         hidden = int(width * config.fusion_expansion // 2)
-        self.split = ConvNorm(2 * width, 2 * width, 1)
+        self.added = config.fusion_inputs == "sum"
+        self.split = ConvNorm(width if self.added else 2 * width, 2 * width, 1)
         self.stages = nn.ModuleList(
             CrossStage(inner, hidden, hidden, config.fusion_blocks) for inner in (width, hidden)
         )
-        self.convolutions = nn.ModuleList(ConvNorm(hidden, hidden, 3) for _ in range(2))
+        self.convolutions = nn.ModuleList(
+            ConvNorm(hidden, hidden, 3) if config.fusion_convolutions else nn.Identity() for _ in range(2)
+        )
         self.merge = ConvNorm(2 * width + 2 * hidden, width, 1)
 
     def forward(self, first: Tensor, second: Tensor) -> Tensor:
         """[b d h w] twice to [b d h w]."""
-        seen = list(self.split(torch.cat([first, second], dim=1)).chunk(2, dim=1))
+        both = first + second if self.added else torch.cat([first, second], dim=1)
+        seen = list(self.split(both).chunk(2, dim=1))
         for stage, convolution in zip(self.stages, self.convolutions, strict=True):
             seen.append(convolution(stage(seen[-1])))
         merged: Tensor = self.merge(torch.cat(seen, dim=1))
