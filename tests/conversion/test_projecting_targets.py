@@ -211,7 +211,7 @@ def test_folders_of_transformers(name: str, groups: int, tmp_path: Path) -> None
     published = read_published(tmp_path)
     ours, report = adopt(published, texts(), texts())
     assert published.names == NAMES
-    assert published.resize == ResizeConfig(size=SIDE)
+    assert published.resize == ResizeConfig(size=SIDE, filter="bilinear")
     presence = {"nothing: presence was never taught"}
     cut = {"cut: the first of 3 groups"} if groups > 1 else set()
     assert {moved.how for moved in report.reshaped if "class head" not in moved.how} == cut | presence
@@ -239,7 +239,7 @@ def test_a_processor_that_needs_torchvision(tmp_path: Path) -> None:
     }
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(own))
     published = read_published(tmp_path)
-    assert published.resize == ResizeConfig(size=96)
+    assert published.resize == ResizeConfig(size=96, filter="bilinear")
     assert published.config.backbone.pixel_mean == (0.1, 0.2, 0.3)
     assert published.config.backbone.pixel_std == (0.229, 0.224, 0.225)
 
