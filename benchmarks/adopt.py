@@ -5,7 +5,8 @@
 Trains detectors of transformers (the sources) on four datasets, labels side by side, and lets METR adopt each. Then
 
 - before any step: AP of the source, by its own image processor and post-processing, and of the adopted METR: asked for
-  the dataset's names as METR detects, and for all names without suppression, as the source detects;
+  the dataset's names as METR detects, and for all names without suppression, as the source detects. METR clips boxes to
+  the image and transformers does not: the source's AP is told with both, and compared with clipped boxes;
 - fine-tuned on datasets that nothing has seen, with a tenth of the images and with all: the adopted METR (`adopted`),
   METR from the ImageNet backbone (`imagenet`), and the source itself with new class heads and transformers' Trainer
   (`transformers`). All three see the same images in the same order for the same steps;
@@ -18,7 +19,7 @@ the command ends, with what is finished until then. Runs: `--out`, resumable.
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +33,7 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetec
 
 import report
 import runner
-from adopt_results import TITLES, bars, page, source_result
+from adopt_results import TITLES, bars, cells, page, run_title, source_result
 from detector_training import (
     TRAINED,
     Collator,
@@ -78,6 +79,8 @@ class SourceConfig(Config):
     """The METR, laid over the size `nano`, whose sizes and ImageNet backbone it has."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Its own configuration in transformers instead: then its weights begin at random."""
+    augmentation: dict[str, Any] = Field(default_factory=dict)
+    """Laid over the profile's, for the source and for all that begins with it."""
     steps: int
     trainer: TrainerConfig
     tuning: TrainerConfig
@@ -116,10 +119,14 @@ class Bench:
     def __init__(self, source: SourceConfig, study: Study, profile: Profile) -> None:
         self.source, self.study, self.profile, self.detector = source, study, profile, source.detector
         self.target, self.home = find_target(source.detector), study.out / source.detector
-        self.recipe = study.recipe(merge(profile.pretrain, {"model": source.model}))
+        self.images = {"augmentation": source.augmentation}
+        self.recipe = study.recipe(merge(profile.pretrain, self.images, {"model": source.model}))
         self.trained = self._source_run()
         self.adopted = self._adopted_run()
-        self.tuned = [self._tuned_run(cell) for cell in cells(profile, ("transformers", "adopted"), self.detector)]
+        self.tuned = [
+            self._tuned_run(cell)
+            for cell in cells(profile.new, profile.seeds, ("transformers", "adopted"), self.detector)
+        ]
         self.rehearsed = self._rehearsed_run()
 
     @cached_property
@@ -189,7 +196,12 @@ class Bench:
             found = [evaluate(folder / TRAINED, self.old, device=device, config=one).datasets for one in asked]
             source = self._loaded_source()
             datasets = {
-                own.name: {"source": trainer_result(data, *source).ap, "own": own.ap("own"), "joint": joint.ap("joint")}
+                own.name: {
+                    "unclipped": trainer_result(data, *source).ap,
+                    "source": trainer_result(data, *source, clipped=True).ap,
+                    "own": own.ap("own"),
+                    "joint": joint.ap("joint"),
+                }
                 for own, joint, data in zip(*found, self.old, strict=True)
             }
             return {"datasets": datasets, "notes": list(told.notes)}
@@ -200,7 +212,7 @@ class Bench:
     def _tuned_run(self, cell: Tree) -> Run:
         """The fine-tuning of the source or of the METR that adopted it."""
         _, new, share, seed, arm = cell.values()
-        folder, tree = self.home / new / f"{share:g}-{seed}-{arm}", tuning_tree(self.profile, share)
+        folder, tree = self.home / new / f"{share:g}-{seed}-{arm}", merge(tuning_tree(self.profile, share), self.images)
         data, subset = self.study.datasets([new]), SubsetConfig(fraction=share, seed=seed)
 
         def work() -> Tree | None:
@@ -222,14 +234,14 @@ class Bench:
         model = renamed(begun, names, self.fresh(names, seed), seed)
         images = self._images(joint, [joint.train_split(one) for one in joint.sources], steps, seed)
         seconds = self._train(model, images, folder, self.source.tuning, seed)
-        found = trainer_result(data, model, image_processor(begun))
+        found = trainer_result(data, model, image_processor(begun), clipped=True)
         drop_checkpoints(folder)
         return {"ap": found.ap or 0.0, "ap50": found.ap50 or 0.0, "steps": steps, "training_seconds": seconds}
 
     def _rehearsed_run(self) -> Run:
         asked = self.profile.rehearsal
         folder, data = self.home / "rehearsed", self.study.datasets([asked.new])
-        tree = merge(self.profile.tuning, {"train": {"loop": {"steps": asked.steps}}})
+        tree = merge(self.profile.tuning, self.images, {"train": {"loop": {"steps": asked.steps}}})
 
         def work() -> Tree | None:
             options = FinetuneOptions(
@@ -289,17 +301,6 @@ def image_processor(folder: Path) -> Any:
     return auto.from_pretrained(folder)
 
 
-def cells(profile: Profile, arms: Sequence[str], detector: str) -> list[Tree]:
-    """The fine-tunings of some arms, the smallest fractions first."""
-    return [
-        {"detector": detector, "new": new, "share": share, "seed": seed, "arm": arm}
-        for new in profile.new
-        for share in sorted(profile.seeds)
-        for seed in profile.seeds[share]
-        for arm in arms
-    ]
-
-
 def tuning_tree(profile: Profile, share: float) -> Tree:
     """What METR is fine-tuned with, without what its verb adds by default."""
     return merge(profile.tuning, {"train": {"loop": {"steps": profile.steps[share]}}})
@@ -347,7 +348,9 @@ def conduct(study: Study) -> bool:
     profile = Profile.checked(study.read_profile(), where=study.profile)
     study.datasets([*profile.old, *profile.new])  # whether all are there
     benches = [Bench(source, study, profile) for source in profile.sources]
-    alone = [imagenet_run(study, profile, cell) for cell in cells(profile, ("imagenet",), "every source")]
+    alone = [
+        imagenet_run(study, profile, cell) for cell in cells(profile.new, profile.seeds, ("imagenet",), "every source")
+    ]
     for run in (*alone, *(run for bench in benches for run in bench.runs)):
         run.check()
     done = True
@@ -388,11 +391,6 @@ def summary(study: Study, profile: Profile, benches: Sequence[Bench], alone: Seq
         "sources": sources,
         "bars": [bar for source in sources for bar in source["bars"]],
     }
-
-
-def run_title(cell: Mapping[str, Any]) -> str:
-    """A fine-tuning in a few words."""
-    return f"{cell['detector']}, {cell['new']}, {cell['share']:.0%}, seed {cell['seed']}, {cell['arm']}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Goals, page and chart of `adopt.py`, from the reports of its runs alone."""
+"""The fine-tunings that `adopt.py` compares; its goals, page and chart, from the reports of its runs alone."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,6 +18,22 @@ OVER_IMAGENET, UNDER_SOURCE = 5.0, -1.5
 """What METR is to gain over the ImageNet backbone in mean AP, and how far it may be from the source."""
 KEPT = 90.0
 """Per cent of the old AP that is to remain after fine-tuning with rehearsal."""
+
+
+def cells(new: Sequence[str], seeds: Mapping[float, Sequence[int]], arms: Sequence[str], detector: str) -> list[Tree]:
+    """The fine-tunings of some arms, the smallest fractions first."""
+    return [
+        {"detector": detector, "new": dataset, "share": share, "seed": seed, "arm": arm}
+        for dataset in new
+        for share in sorted(seeds)
+        for seed in seeds[share]
+        for arm in arms
+    ]
+
+
+def run_title(cell: Mapping[str, Any]) -> str:
+    """A fine-tuning in a few words."""
+    return f"{cell['detector']}, {cell['new']}, {cell['share']:.0%}, seed {cell['seed']}, {cell['arm']}"
 
 
 def source_result(detector: str, reports: Mapping[str, Tree], tuned: Sequence[Tree], least: float, cells: int) -> Tree:
@@ -122,10 +138,10 @@ def before_table(source: Mapping[str, Any]) -> str:
     if not source["before"]:
         return ""
     rows = [
-        [name, *(report.number(one[key], ".2f") for key in ("source", "joint", "own"))]
+        [name, *(report.number(one[key], ".2f") for key in ("unclipped", "source", "joint", "own"))]
         for name, one in source["before"].items()
     ]
-    head = ["before any step", "the source", "METR: all names, no suppression", "METR: own names"]
+    head = ["before any step", "the source", "boxes clipped", "METR: all names, no suppression", "METR: own names"]
     return report.table(head, rows)
 
 

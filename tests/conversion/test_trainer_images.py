@@ -17,7 +17,7 @@ from rich.console import Console
 from metr.checkpoint import DetectionDefaults
 from metr.conversion.export import colours_of
 from metr.conversion.targets import find_target
-from metr.conversion.trainer import keep_aliases, trainer_batch, trainer_images, trainer_result
+from metr.conversion.trainer import _detected, keep_aliases, trainer_batch, trainer_images, trainer_result
 from metr.conversion.transfer import transfer
 from metr.data.config import ResizeConfig
 from metr.data.joint import open_joint
@@ -203,6 +203,25 @@ def test_a_detector_that_finds_everything_scores_100(target: str, tiny_run: Tiny
     result = trainer_result(data, Oracle(), processor)
     assert result.ap == pytest.approx(100)
     assert result.images == len(split)
+
+
+@pytest.mark.parametrize("clipped", [True, False])
+def test_boxes_beyond_the_edge_are_clipped_if_asked(clipped: bool, tiny_run: TinyRun) -> None:
+    """Transformers leaves them as they are."""
+    (record, *_) = iter(trainer_images(tiny_run.data[0], labelled(*open_joint(tiny_run.data[:1]).vocabulary.names)))
+    processor = find_target("rt_detr").image_processor(ResizeConfig(size=64), ((0.5,) * 3, (0.5,) * 3))
+    output = SimpleNamespace(logits=torch.tensor([[[3.0]]]), pred_boxes=torch.tensor([[[0.5, 0.0, 0.5, 2.0]]]))
+
+    class Model:
+        config, device = labelled("all").config, torch.device("cpu")
+
+        def __call__(self, **_: Any) -> Any:
+            return output
+
+    (found,) = _detected(Model(), processor, [record], clipped=clipped)
+    width, height = record.width, record.height
+    expected = [0.25 * width, 0.0 if clipped else -height, 0.75 * width, height]
+    assert found.boxes[0].tolist() == pytest.approx(expected)
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from metr.boxes import clip
 from metr.conversion.targets import NAMES
 from metr.data.datasets_file import DatasetSource
 from metr.data.images import exif_oriented, read_annotated, read_image
@@ -97,7 +98,9 @@ def trainer_batch(processor: Any, records: Sequence[ImageRecord]) -> dict[str, A
     return {**processor(images, told, return_tensors="pt")}
 
 
-def trainer_result(data: str | Path, model: Any, processor: Any, split: str = VAL) -> CocoResult:
+def trainer_result(
+    data: str | Path, model: Any, processor: Any, split: str = VAL, *, clipped: bool = False
+) -> CocoResult:
     """METR's COCO numbers of a detector of transformers on a split of one dataset.
 
     Args:
@@ -105,6 +108,8 @@ def trainer_result(data: str | Path, model: Any, processor: Any, split: str = VA
         model: The detector; it is left in evaluation mode.
         processor: Its image processor.
         split: Which images.
+        clipped: Clip boxes to the image, as METR does with its own. Transformers leaves them as they are, which costs
+            AP where objects are cut by the edge.
 
     Raises:
         DataError: the dataset has a name that is no label of the detector, or lacks the split; several datasets are
@@ -124,23 +129,25 @@ def trainer_result(data: str | Path, model: Any, processor: Any, split: str = VA
     found: dict[ImageId, Detections] = {}
     model.eval()
     for records in batches:
-        answers = _detected(model, processor, records)
+        answers = _detected(model, processor, records, clipped=clipped)
         found |= {record.image_id: answer for record, answer in zip(records, answers, strict=True)}
     return evaluate_detections(annotations, found, names)
 
 
 @torch.no_grad()
-def _detected(model: Any, processor: Any, records: Sequence[ImageRecord]) -> list[Detections]:
+def _detected(model: Any, processor: Any, records: Sequence[ImageRecord], *, clipped: bool) -> list[Detections]:
     """What a detector finds in some images, the best first, in pixels of their records."""
     images = [read_image(record.path, record.source) for record in records]
     output = model(**processor(images, return_tensors="pt").to(model.device))
     sizes = [(record.height, record.width) for record in records]
     names = tuple(model.config.id2label[label] for label in range(len(model.config.id2label)))
     answers = []
-    for one in processor.post_process_object_detection(output, threshold=0.0, target_sizes=sizes):
+    processed = processor.post_process_object_detection(output, threshold=0.0, target_sizes=sizes)
+    for one, (height, width) in zip(processed, sizes, strict=True):
         scores, order = one["scores"].cpu().sort(descending=True)
         best = order[:MAX_DETECTIONS]
         boxes, labels = one["boxes"].cpu()[best], one["labels"].cpu()[best]
+        boxes = clip(boxes, float(height), float(width)) if clipped else boxes
         answers.append(Detections(boxes=boxes, scores=scores[:MAX_DETECTIONS], labels=labels, names=names))
     return answers
 
