@@ -120,7 +120,8 @@ class Bench:
         self.source, self.study, self.profile, self.detector = source, study, profile, source.detector
         self.target, self.home = find_target(source.detector), study.out / source.detector
         self.images = {"augmentation": source.augmentation}
-        self.recipe = study.recipe(merge(profile.pretrain, self.images, {"model": source.model}))
+        own = {"model": source.model, "train": {"loop": {"steps": source.steps}}}
+        self.recipe = study.recipe(merge(profile.pretrain, self.images, own))
         self.trained = self._source_run()
         self.adopted = self._adopted_run()
         self.tuned = [

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
+from transformers import AutoConfig
 
 from tiny import TinyRun, as_overrides
 
@@ -189,6 +190,12 @@ def test_profiles_are_whole(adopt: ModuleType, name: str) -> None:
     for part in ("augmentation", "loader"):
         assert profile.pretrain[part] == profile.tuning[part]
     for source in profile.sources:
-        recipe = load_recipe("nano", changes=merge(profile.pretrain, {"model": source.model}))
-        assert find_target(source.detector).fits(recipe.model)
-        assert recipe.train.loop.steps == source.steps
+        if source.options:
+            config = AutoConfig.for_model(source.detector, **source.options)
+            stride = config.backbone_config.patch_size * config.backbone_config.num_windows
+            places = (source.augmentation["resize"]["size"] // config.backbone_config.patch_size) ** 2
+            assert source.augmentation["resize"]["size"] % stride == 0
+            assert config.num_queries <= places
+        else:
+            recipe = load_recipe("nano", changes=merge(profile.pretrain, {"model": source.model}))
+            assert find_target(source.detector).fits(recipe.model)
