@@ -31,13 +31,13 @@ if there := [folder for folder in (training, trained) if Path(folder).exists()]:
 try:
     report = metr.transfer(given.run, given.to, given.out, names=given.data)
     Console().print(report.table(), *report.notes, sep="\n", markup=False)
+    every = max(1, given.steps // 5)
+    asked = TrainingArguments(training, max_steps=given.steps, learning_rate=2e-4, save_steps=every, save_total_limit=2)
     processor: Any = AutoImageProcessor.from_pretrained(given.out)  # type: ignore[no-untyped-call]
-    model = AutoModelForObjectDetection.from_pretrained(given.out)
+    model = AutoModelForObjectDetection.from_pretrained(given.out).to(asked.device)
     images: Any = trainer_images(given.data, model)
     print("evaluating before the first step", flush=True)
     before = trainer_result(given.data, model, processor).ap
-    every = max(1, given.steps // 5)
-    asked = TrainingArguments(training, max_steps=given.steps, learning_rate=2e-4, save_steps=every, save_total_limit=2)
     print(f"AP {before:.1f}; {len(images)} training images, {given.steps} steps of {asked.train_batch_size}")
     print(f"the bar says how long it takes; checkpoints go to {training}, one at every fifth of the steps", flush=True)
     Trainer(model, asked, partial(trainer_batch, processor), images, processing_class=processor).train()
