@@ -149,7 +149,7 @@ def replaced_folder(folder: Path, marker: str) -> Iterator[Path]:
     with explained_disk_errors(folder):
         if previous.exists() and not folder.exists():
             previous.replace(folder)
-        _refuse_other_content(folder, marker)
+        refuse_other_content(folder, marker)
         settle_folder(folder)
         fresh.mkdir(parents=True)
         try:
@@ -202,21 +202,29 @@ def find_checkpoint(path: Path) -> Path:
     raise CheckpointError(what, where=path, hint="name the folder itself, such as RUN/best")
 
 
+def refuse_other_content(folder: Path, marker: str) -> None:
+    """Keeps a mistyped path from deleting somebody's files.
+
+    Args:
+        folder: The place of a `replaced_folder`.
+        marker: A file that every folder of this kind holds.
+
+    Raises:
+        CheckpointError: `folder` is a file, or a folder that holds something else.
+    """
+    if folder.is_dir() and (not any(folder.iterdir()) or (folder / marker).is_file()):
+        return
+    if folder.exists():
+        what = f"exists and is not a folder with {marker}, so it is not overwritten"
+        raise CheckpointError(what, where=folder, hint="name another folder, or move this one away")
+
+
 def _previous(folder: Path) -> Path:
     return _sibling(folder, "previous")
 
 
 def _sibling(folder: Path, suffix: str) -> Path:
     return folder.with_name(f".{folder.name}.{suffix}")
-
-
-def _refuse_other_content(folder: Path, marker: str) -> None:
-    """Keeps a mistyped path from deleting somebody's files."""
-    if folder.is_dir() and (not any(folder.iterdir()) or (folder / marker).is_file()):
-        return
-    if folder.exists():
-        what = f"exists and is not a folder with {marker}, so it is not overwritten"
-        raise CheckpointError(what, where=folder, hint="name another folder, or move this one away")
 
 
 def _permit(folder: Path) -> None:

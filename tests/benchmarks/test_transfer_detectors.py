@@ -298,7 +298,7 @@ def test_profiles_are_whole(bench: ModuleType, name: str) -> None:
 def test_the_example_transfers_trains_evaluates_and_saves(
     target: str, tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert len(EXAMPLE.read_text().splitlines()) <= 30
+    assert len(EXAMPLE.read_text().splitlines()) <= 50
     out = tmp_path / "out"
     words = [str(tiny_run.folder), str(tiny_run.datasets[0]), str(out), "--to", target, "--steps", "1"]
     monkeypatch.setattr("sys.argv", [str(EXAMPLE), *words])
@@ -307,14 +307,18 @@ def test_the_example_transfers_trains_evaluates_and_saves(
     from transformers import AutoModelForObjectDetection
 
     said = capsys.readouterr().out
-    assert "the detector is in" in said
-    assert "AP on val: " in said
+    assert "together" in said, "the table of what was moved"
+    assert "go on with" not in said, "the example goes on itself"
+    assert f"checkpoints go to {out}-training" in said
+    assert said.index("evaluating before the first step") < said.index("AP on val: ")
+    assert f"the trained detector is in {out}-trained" in said
     begun = AutoModelForObjectDetection.from_pretrained(out)
     model = AutoModelForObjectDetection.from_pretrained(f"{out}-trained")
     assert same(model, AutoModelForObjectDetection.from_pretrained(f"{out}-training/checkpoint-1"))
     assert not same(model, begun), "what was transferred stays beside what was trained from it"
     assert set(model.config.id2label.values()) == {"fish", "frog", "leaf", "turtle"}
-    assert (Path(f"{out}-trained") / "preprocessor_config.json").is_file()
+    for folder in ("trained", "training/checkpoint-1"):
+        assert (Path(f"{out}-{folder}") / "preprocessor_config.json").is_file(), "a detector with its image processor"
 
 
 def results(gains: dict[str, dict[str, float]], seeds: tuple[int, ...] = (0,)) -> Iterator[Any]:

@@ -11,6 +11,8 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForObjectDetection
 
 from metr.checkpoint import DetectionDefaults
+from metr.conversion.transfer import transfer
+from metr.errors import CheckpointError
 from metr.model import METR
 
 from tiny import CommandLine, TinyRun
@@ -34,7 +36,7 @@ def test_to_rt_detr_and_back(metr: CommandLine, tiny_run: TinyRun, tmp_path: Pat
     )
     assert '"newt" was not trained; nearest: ' in ended.words
     assert 'never trained: "newt"' in ended.words
-    assert "Trainer(model, TrainingArguments(" in ended.words
+    assert "Trainer(model, steps, batch, images, processing_class=processor)" in ended.words
     for path in out.iterdir():
         assert path.stat().st_mode & 0o777 == ordinary(tmp_path), path
     model = AutoModelForObjectDetection.from_pretrained(out)
@@ -96,6 +98,8 @@ def test_another_family_is_told_of(metr: CommandLine, tiny_run: TinyRun, tmp_pat
         (["RUN", "--to", "rt_detr", "--names", ""], "expected names or a dataset"),
         (["RUN", "--to", "rt_detr", "--names", "a,,b"], "a name is empty"),
         (["RUN", "--to", "rt_detr", "--names", "no/such/folder"], "no such dataset"),
+        (["RUN", "--to", "rt_detr", "--names", "no_such_file.yaml"], "no_such_file.yaml: no such dataset"),
+        (["RUN", "--to", "rt_detr", "--names", "no_such_file.ZIP"], "no_such_file.ZIP: no such dataset"),
         (["--from", "no/such/folder"], "no such checkpoint, folder or file here, and no name on the hub either"),
         (["--from", "RUN"], "is a METR already"),
     ],
@@ -115,3 +119,10 @@ def test_a_folder_that_holds_other_things(metr: CommandLine, tiny_run: TinyRun, 
     assert ended.code == 1
     assert "not overwritten" in ended.words
     assert (tmp_path / "letter.txt").exists()
+
+
+def test_a_folder_that_holds_other_things_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("dear reader")
+    for out in (tmp_path, tmp_path / "letter.txt"):
+        with pytest.raises(CheckpointError, match=rf"{out}: exists and is not a folder with transfer.json"):
+            transfer(tmp_path / "nowhere", "rt_detr", out)

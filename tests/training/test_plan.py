@@ -150,17 +150,27 @@ def test_the_next_command_measures_on_test_where_there_is_one(tiny_run: TinyRun,
     assert lines[-2] == f"  metr evaluate {tiny_run.folder} {expected}"
 
 
-@pytest.mark.parametrize(("verb", "told"), [("train", "metr finetune DATA --from"), ("finetune", "learning_rate")])
-def test_the_end_says_that_nothing_was_learnt_and_what_to_try(tiny_run: TinyRun, verb: str, told: str) -> None:
+@pytest.mark.parametrize(
+    ("verb", "from_nothing", "told"),
+    [
+        ("train", True, "metr finetune DATA --from"),
+        ("train", False, "learning_rate"),
+        ("finetune", False, "learning_rate"),
+    ],
+)
+def test_the_end_says_that_nothing_was_learnt_and_what_to_try(
+    tiny_run: TinyRun, verb: str, from_nothing: bool, told: str
+) -> None:
     console = Console(file=StringIO(), width=300)
     data = tiny_run.data
     ends = outcome(metrics={"AP": 0.0, "AP pond": 0.04}, best=0.0)
     recipe, sources = load_recipe("nano", tiny_run.recipe), open_joint(data).sources
-    tell_end(ends, RunDirectory(tiny_run.folder), recipe, data, sources, console, verb)
+    tell_end(ends, RunDirectory(tiny_run.folder), recipe, data, sources, console, verb, from_nothing=from_nothing)
     said: str = console.file.getvalue()  # type: ignore[attr-defined]
     (line,) = [line for line in said.splitlines() if line.startswith("It has learnt next to nothing: AP is 0 on val.")]
     assert "train for longer (--steps, --epochs)" in line
     assert told in line
+    assert ("begin with a trained detector" in line) == from_nothing
     assert "next to nothing" not in "\n".join(
         ended(tiny_run.folder, tiny_run, data, metrics={"AP": 0.1, "AP pond": 0.1})
     )

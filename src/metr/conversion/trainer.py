@@ -29,13 +29,15 @@ GO_ON = """go on with transformers' Trainer; DATA is a dataset with names of the
   import metr
   from metr.conversion.transfer import trainer_batch, trainer_images, trainer_result
   from transformers import AutoImageProcessor, AutoModelForObjectDetection, Trainer, TrainingArguments
-  metr.register()
-  model = AutoModelForObjectDetection.from_pretrained("{out}")
+  metr.register()  # each program that loads the detector needs METR and this line
+  steps = TrainingArguments("{out}-training", max_steps=500, learning_rate=2e-4)
+  model = AutoModelForObjectDetection.from_pretrained("{out}").to(steps.device)
   processor = AutoImageProcessor.from_pretrained("{out}")
   batch, images = partial(trainer_batch, processor), trainer_images("DATA", model)
-  Trainer(model, TrainingArguments("training", max_steps=500, learning_rate=2e-4), batch, images).train()
-  print("AP on val:", trainer_result("DATA", model, processor).ap)
-  model.save_pretrained("{out}-trained"), processor.save_pretrained("{out}-trained")"""
+  print("AP on val before training:", trainer_result("DATA", model, processor).ap)
+  Trainer(model, steps, batch, images, processing_class=processor).train()
+  model.save_pretrained("{out}-trained"), processor.save_pretrained("{out}-trained")
+  print("AP on val:", trainer_result("DATA", model, processor).ap)"""
 """What a user does with a detector in the folder `out`."""
 
 ALIASES = "metr_aliases"

@@ -27,7 +27,7 @@ from metr.devices import resolved_device
 from metr.errors import CheckpointError, ConfigError, ModelError
 from metr.hub import quiet
 from metr.model import METR
-from metr.run_directory import explained_disk_errors, replaced_folder
+from metr.run_directory import explained_disk_errors, refuse_other_content, replaced_folder
 from metr.serialization import read_json, write_json
 from metr.sharing.push import save
 from metr.sources import DetectorSource, find_source
@@ -53,6 +53,8 @@ __all__ = [
 REPORT = "transfer.json"
 """What became of every weight, in the folder of the detector."""
 _WRITTEN = "files"  # the key of the report that says which files were written, and their digests
+_FILES = frozenset({".yaml", ".yml", ".json", ".csv", ".xml", ".parquet", ".zip", ".tar", ".tgz", ".gz"})
+"""How files of datasets end, which are no names."""
 _BACKBONE = "all but its backbone starts afresh"
 
 
@@ -146,11 +148,12 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def _keep_what_was_changed(out: Path) -> None:
-    """Refuses a folder in which a detector was trained since it was transferred, or that holds more.
+    """Refuses a folder that no transfer wrote, or in which a detector was trained since, or that holds more.
 
     Raises:
         CheckpointError: it is such a folder.
     """
+    refuse_other_content(out, REPORT)
     if not (out / REPORT).is_file():
         return
     written = read_json(out / REPORT).get(_WRITTEN)
@@ -333,7 +336,7 @@ def read_names(names: str) -> Vocabulary:
     if Path(path).expanduser().exists():
         vocabulary = open_joint([names]).vocabulary
         return Vocabulary.of(vocabulary.names, vocabulary.prompts)
-    if "/" in names and "," not in names:
+    if "," not in names and ("/" in names or Path(names.strip()).suffix.lower() in _FILES):
         raise ModelError("no such dataset", where=names, hint='names go between commas: "penguin, shark"')
     return Vocabulary.of(told_apart(names.split(",")))
 

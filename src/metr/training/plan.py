@@ -234,6 +234,8 @@ def tell_end(
     sources: Sequence[DatasetSource],
     console: Console,
     verb: str = "train",
+    *,
+    from_nothing: bool = False,
 ) -> None:
     """Says where everything of a run is that is done, and what to do next; of an interrupted one how to go on.
 
@@ -245,6 +247,7 @@ def tell_end(
         sources: The opened datasets.
         console: Where it is printed, besides the log.
         verb: The command that goes on with an interrupted run.
+        from_nothing: Whether it began without a trained detector.
     """
     if outcome.interrupted:
         tell(console, run.how_to_go_on(verb))
@@ -267,15 +270,15 @@ def tell_end(
     tell(console, Hanging(f"Done: {counted(outcome.step, 'step')}{early}{best}. Everything is in {run.path}:"))
     lines = [f"  {name:16} {what}" for name, what in there.items()]
     if found_nothing(outcome.metrics):
-        tell(console, "\n".join(lines), Hanging(_what_to_try(run, verb)))
+        tell(console, "\n".join(lines), Hanging(_what_to_try(run, from_nothing)))
         lines = []
     tell(console, "\n".join([*lines, "Next:", *(f"  {command}" for command in _next(run, data, sources))]))
 
 
-def _what_to_try(run: RunDirectory, verb: str) -> str:
+def _what_to_try(run: RunDirectory, from_nothing: bool) -> str:
     """What helps a run that ended with an AP of 0."""
     tried = "train for longer (--steps, --epochs), or with a higher learning rate (train.optimizer.learning_rate)"
-    if verb == "train":
+    if from_nothing:
         shipped = shipped_checkpoint()
         such = "" if shipped is None else f", such as {shipped}"
         tried = "train for longer (--steps, --epochs), or begin with a trained detector (metr finetune DATA --from "

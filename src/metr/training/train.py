@@ -117,7 +117,7 @@ def train(
             save_request(run, REQUEST, begun.request, {DATASETS: begun.given})
         sets = joint.evaluation()
         outcome = fit(parts, sets, recipe, run.path, resume=resume, console=console, evaluation=evaluation)
-        tell_end(outcome, run, recipe, begun.data, joint.sources, console)
+        tell_end(outcome, run, recipe, begun.data, joint.sources, console, from_nothing=begun.start is None)
     return outcome
 
 
