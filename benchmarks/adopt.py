@@ -160,8 +160,7 @@ class Bench:
                 model = cast("Any", AutoModelForObjectDetection).from_config(config)
         else:
             model = to_detector(self.untrained, self.detector, names).model
-        assert isinstance(model, PreTrainedModel)
-        return model
+        return cast("PreTrainedModel", model)
 
     @property
     def runs(self) -> list[Run]:
