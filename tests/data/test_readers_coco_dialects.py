@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from reader_trees import save_image, write_json, write_text
 
 from metr.data.datasets_file import DatasetConfig, DatasetSource, open_dataset
+from metr.data.formats.box_kinds import BoxKind
 from metr.data.formats.coco_outlines import outline_box
 from metr.errors import DataError
 
@@ -186,8 +187,8 @@ def as_kind(kind: str) -> list[list[float]]:
     sides = boxes[:, 2:] - boxes[:, :2]
     found = {"xyxy": boxes, "xywh": np.hstack([boxes[:, :2], sides])}
     found["cxcywh"] = np.hstack([boxes[:, :2] + sides / 2, sides])
-    plain = found[kind.removesuffix("n")]
-    return (plain / [WIDTH, HEIGHT, WIDTH, HEIGHT] if kind.endswith("n") else plain).tolist()
+    plain, unit = found[kind.rstrip("n%")], {"n": 1.0, "%": 100.0}.get(kind[-1])
+    return (plain if unit is None else plain / [WIDTH, HEIGHT, WIDTH, HEIGHT] * unit).tolist()
 
 
 @pytest.mark.parametrize("sized", [True, False])
@@ -208,7 +209,7 @@ def test_boxes_of_another_kind(tmp_path: Path, kind: str, notes: set[str], sized
     assert set(source.issue_counts) == notes
 
 
-@pytest.mark.parametrize("kind", ["xywh", "xyxy", "cxcywh", "xywhn", "xyxyn", "cxcywhn"])
+@pytest.mark.parametrize("kind", get_args(BoxKind))
 def test_what_the_user_says_of_boxes_is_done(tmp_path: Path, kind: str) -> None:
     outline = {"segmentation": [[2, 3, 12, 3, 12, 23]]}
     root = coco(tmp_path / "data", [*({"bbox": box} for box in as_kind(kind)), outline])

@@ -1,6 +1,8 @@
 """CSV: headers and their absence, fractions and pixels, and everything that may be wrong in a line."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,6 +33,57 @@ def test_fractions_are_scaled(tmp_path: Path) -> None:
     source = opened(tmp_path, "a.jpg,0.1,0,1,0.5,cat", "b.jpg,0,0,1,1,dog")
     boxes = [record.boxes.tolist() for record in source.split("val")]
     np.testing.assert_allclose(boxes, [[[4, 0, 40, 15]], [[0, 0, 40, 30]]])
+
+
+def large(tmp_path: Path, numbers: Sequence[Sequence[float]], header: str, **options: Any) -> DatasetSource:
+    """A dataset with one box in each image of 400 x 300."""
+    root, lines = tmp_path / "data", [header]
+    for number, box in enumerate(numbers):
+        save_image(root / f"{number}.jpg", 400, 300)
+        lines.append(f"{number}.jpg,cat,{','.join(map(str, box))}")
+    write_text(root / "val.csv", "\n".join(lines))
+    return open_dataset(DatasetConfig(name="made", path=root, **options), tmp_path / "cache")
+
+
+SPREAD = [[5, 10, 30, 42], [60.5, 52, 95, 90], [0, 0, 100, 100], [33, 20, 36, 25], [40, 62, 98, 99], [1, 2, 4, 3]]
+FILE_OF_CORNERS, FILE_OF_SIZES = "filename,class,xmin,ymin,xmax,ymax", "filename,class,x,y,width,height"
+
+
+@pytest.mark.parametrize("header", [FILE_OF_CORNERS, FILE_OF_SIZES])
+def test_per_cent_of_the_image(tmp_path: Path, header: str) -> None:
+    """As annotation tools in browsers write them. What is assumed is said, with the way back."""
+    boxes = [[a, b, c - a, d - b] if header is FILE_OF_SIZES else [a, b, c, d] for a, b, c, d in SPREAD]
+    source = large(tmp_path, boxes, header)
+    found = [record.boxes[0].tolist() for record in source.split("val")]
+    np.testing.assert_allclose(found, np.array(SPREAD) * [4, 3, 4, 3], rtol=1e-5)
+    assert set(source.issue_counts) == {"boxes are per cent"}
+    kind = "xywh" if header is FILE_OF_SIZES else "xyxy"
+    assert f"if they are pixels, `boxes: {kind}` in a datasets file says so" in source.issues[0].detail
+
+
+def test_pixels_in_the_first_hundred_stay_pixels(tmp_path: Path) -> None:
+    """A sign in the same corner of every image: likely in pixels. There is a doubt, and it is said."""
+    boxes = [[10 + number, 12, 50 + number, 40] for number in range(6)]
+    source = large(tmp_path, boxes, FILE_OF_CORNERS)
+    assert [record.boxes[0].tolist() for record in source.split("val")] == boxes
+    assert set(source.issue_counts) == {"boxes may be per cent"}
+    assert "`boxes: xyxy%` in a datasets file" in source.issues[0].detail
+
+
+@pytest.mark.parametrize("boxes", [SPREAD[:2], [*SPREAD, [10, 20, 101, 50]]])
+def test_few_small_boxes_are_pixels_without_a_word(tmp_path: Path, boxes: list[list[float]]) -> None:
+    """Two images with objects near the corner are nothing special, and one number above 100 makes all pixels."""
+    source = large(tmp_path, boxes, FILE_OF_CORNERS)
+    assert [record.boxes[0].tolist() for record in source.split("val")] == boxes
+    assert source.issue_counts == {}
+
+
+@pytest.mark.parametrize(("kind", "factors"), [("xyxy", [1, 1, 1, 1]), ("xyxy%", [4, 3, 4, 3])])
+def test_per_cent_or_not_is_the_users_to_say(tmp_path: Path, kind: str, factors: list[int]) -> None:
+    source = large(tmp_path, SPREAD, FILE_OF_CORNERS, boxes=kind)
+    found = [record.boxes[0].tolist() for record in source.split("val")]
+    np.testing.assert_allclose(found, np.array(SPREAD) * factors, rtol=1e-5)
+    assert source.issue_counts == {}
 
 
 def test_group_boxes_are_ignored(tmp_path: Path) -> None:

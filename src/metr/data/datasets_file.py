@@ -69,7 +69,8 @@ class DatasetConfig(Config):
     renames: dict[str, Annotated[str, Field(min_length=1)]] = Field(default_factory=dict)
     """Category name in the files -> category name here. Several may become one."""
     boxes: BoxKind | None = None
-    """How coco, csv, imagefolder and huggingface write boxes; with n as fractions of the image. None: recognised."""
+    """How coco, csv, imagefolder and huggingface write boxes; with n as fractions of the image, with % as per cent.
+    None: recognised."""
     exhaustive: tuple[str, ...] | None = None
     """The categories annotated exhaustively, in every image. None: as the format says, mostly all."""
 

@@ -136,7 +136,7 @@ _HEAD = """\
 #   format      how it is read
 #   splits      which of the dataset's own splits are train, val and test
 #   boxes       how the files of coco, csv, imagefolder and huggingface write boxes, where it is not recognised:
-#               xywh, xyxy or cxcywh, with an n behind (xyxyn) as fractions of the image
+#               xywh, xyxy or cxcywh, with an n behind (xyxyn) as fractions of the image, with a % as per cent of it
 #   weight      how much of a batch it gets, relative to the others: with 2, twice as much as with 1
 #   renames     name in the dataset's files: name here. Names that become equal are one category, in all datasets
 #   prompts     name here: what the language model reads instead of it, such as   crane: a wading bird

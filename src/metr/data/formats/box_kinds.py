@@ -1,4 +1,4 @@
-"""How a file writes its boxes: corners, a corner and a size, or a centre and a size, in pixels or as fractions.
+"""How a file writes its boxes: corners, a corner and a size, or a centre and a size; in pixels, fractions or per cent.
 
 Files often write them in another way than their format says. All boxes of a file together show it: as what the format
 says many leave their images, and as something else none does.
@@ -15,7 +15,7 @@ from metr.data.formats.base import Reading
 from metr.data.images import probe_size
 from metr.errors import DataError, counted
 
-BoxKind = Literal["xywh", "xyxy", "cxcywh", "xywhn", "xyxyn", "cxcywhn"]
+BoxKind = Literal["xywh", "xyxy", "cxcywh", "xywhn", "xyxyn", "cxcywhn", "xywh%", "xyxy%", "cxcywh%"]
 BOX_KINDS: dict[str | None, BoxKind] = {kind: kind for kind in get_args(BoxKind)}
 
 
@@ -33,8 +33,8 @@ class Written:
 
     @property
     def as_fractions(self) -> bool:
-        """Whether the numbers are fractions of the image."""
-        return self.kind.endswith("n")
+        """Whether `to_corners` gives fractions of the image."""
+        return self.kind.endswith((_FRACTIONS, _PERCENT))
 
     @property
     def corners(self) -> bool:
@@ -42,7 +42,9 @@ class Written:
         return self.kind.startswith("xyxy") and not self.doubtful
 
 
-# What the kinds are called in messages. Those with an n are fractions of the image.
+# Behind the kinds whose numbers are not pixels: fractions of the image, and per cent of it.
+_FRACTIONS, _PERCENT = "n", "%"
+# What the kinds are called in messages.
 _WORDS = {"xywh": "x, y, width, height", "xyxy": "corners", "cxcywh": "centre, width, height"}
 # Boxes that are looked at together, for the sake of memory.
 _PIECE = 1 << 20
@@ -52,6 +54,9 @@ _MEASURED = 200
 _FEWEST, _SHARE = 3, 0.1
 # Fractions of the image are at most 1, but for rounding.
 _LARGEST_FRACTION = 1.001
+# Numbers up to 100 are taken for per cent where boxes would all be in that corner of their images with less than this
+# probability, if one box of each image were anywhere in it; and where they reach nearly to 100 in both directions.
+_UNLIKELY, _NEARLY_ALL = 1e-4, 80.0
 # How far, in pixels and as a share of the side, boxes may leave the image by rounding.
 _SLACK, _SLACK_SHARE = 1.5, 0.01
 
@@ -77,13 +82,10 @@ def judged(
         where: The file, for notes.
         reading: Takes the notes.
     """
-    suffix = "n" if _are_fractions(boxes) else ""
-    if suffix:
-        sizes = np.ones_like(sizes)
-        if written != "xyxy":
-            detail = "no number is above 1: read as fractions of the image"
-            reading.notes.once("boxes are fractions", where, detail)
     plain: str = written
+    suffix = _unit(boxes, image, sizes, plain, where, reading)
+    if suffix:
+        sizes = np.full_like(sizes, 1.0 if suffix == _FRACTIONS else 100.0)
     total, odd = _misfits(boxes, image, sizes, plain)
     if odd < _FEWEST or odd < _SHARE * total:
         return Written(kind=BOX_KINDS[plain + suffix])
@@ -104,9 +106,11 @@ def judged(
 
 
 def to_corners(boxes: Float[np.ndarray, "n 4"], kind: BoxKind) -> None:
-    """Makes boxes of a kind xyxy, in place; fractions stay fractions."""
+    """Makes boxes of a kind xyxy, in place; fractions stay fractions, and per cent become fractions."""
     for piece in _pieces(len(boxes)):
         part = boxes[piece]
+        if kind.endswith(_PERCENT):
+            part /= 100
         if kind.startswith("cxcywh"):
             part[:, :2] -= part[:, 2:] / 2
         if not kind.startswith("xyxy"):
@@ -127,6 +131,57 @@ def sizes_of(
             except DataError:  # noted where its record is made
                 continue
     return sizes
+
+
+def _unit(
+    boxes: Float[np.ndarray, "n 4"],
+    image: Int[np.ndarray, "n"],
+    sizes: Float[np.ndarray, "k 2"],
+    plain: str,
+    where: str,
+    reading: Reading,
+) -> str:
+    """What stands behind the kind of boxes that are not in pixels; it is noted, as is a doubt."""
+    if _are_fractions(boxes):
+        if plain != "xyxy":
+            detail = "no number is above 1: read as fractions of the image"
+            reading.notes.once("boxes are fractions", where, detail)
+        return _FRACTIONS
+    if not _are_in_a_corner(boxes, image, sizes):
+        return ""
+    says = "no number is above 100, though images are larger"
+    if any(_reach_100(boxes, kind) for kind in _WORDS):
+        detail = (
+            f"{says}: read as per cent of the image; if they are pixels, `boxes: {plain}` in a datasets file says so"
+        )
+        reading.notes.once("boxes are per cent", where, detail)
+        return _PERCENT
+    detail = f"{says}: read as pixels; if they are per cent of the image, `boxes: {plain}%` in a datasets file says so"
+    reading.notes.once("boxes may be per cent", where, detail)
+    return ""
+
+
+def _are_in_a_corner(
+    boxes: Float[np.ndarray, "n 4"], image: Int[np.ndarray, "n"], sizes: Float[np.ndarray, "k 2"]
+) -> bool:
+    """Whether no number is above 100, although images are so large and many that this is odd for pixels."""
+    for piece in _pieces(len(boxes)):
+        part = boxes[piece]
+        if part[np.isfinite(part).all(axis=1)].max(initial=0) > 100:
+            return False
+    boxed = sizes[np.unique(image)].astype(np.float64)
+    known = boxed[np.isfinite(boxed).all(axis=1)]
+    return bool(np.prod(np.minimum(1.0, 100 / np.maximum(known, 1.0))) < _UNLIKELY)
+
+
+def _reach_100(boxes: Float[np.ndarray, "n 4"], kind: str) -> bool:
+    """Whether the right and lower edges of boxes of a kind come near to 100, and not beyond it."""
+    reach = np.zeros(2)
+    for piece in _pieces(len(boxes)):
+        part = boxes[piece].astype(np.float64)
+        to_corners(part, BOX_KINDS[kind])
+        reach = np.maximum(reach, part[np.isfinite(part).all(axis=1)][:, 2:].max(axis=0, initial=0))
+    return bool(reach.min() >= _NEARLY_ALL and reach.max() <= 100 + _SLACK)
 
 
 def _are_fractions(boxes: Float[np.ndarray, "n 4"]) -> bool:
