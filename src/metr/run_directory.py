@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
+from filelock import FileLock, Timeout
+
 from metr.errors import CheckpointError
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -52,6 +54,24 @@ class RunDirectory:
     def resumable(self) -> bool:
         """Whether a saved state is there to go on from."""
         return (existing_folder(self.state) / COUNTERS).is_file()
+
+    @property
+    def lock(self) -> Path:
+        """The file that a process locks while it trains here."""
+        return self.path / ".lock"
+
+    @property
+    def taken(self) -> bool:
+        """Whether a process trains here now."""
+        if not self.lock.is_file():
+            return False
+        try:
+            with FileLock(self.lock, blocking=False):
+                return False
+        except Timeout:
+            return True
+        except (NotImplementedError, OSError):  # a file system without locks, or one that cannot be written
+            return False
 
     def how_to_go_on(self, verb: str) -> str:
         """The command that resumes the run, in a line; `verb` is train or finetune."""

@@ -53,6 +53,13 @@ NARROW = {
     "model.backbone.freeze_stages": 2,
     "model.categories.shortlist": 64,
     "augmentation.crop_aspect": 2.0,
+    "model.backbone.adapter": 16,
+    "model.decoder.position_layers": 3,
+}
+# numbers that mean something only beside other settings
+COMPANY = {
+    "model.backbone.adapter": ["model.backbone.layers=[2,4,6]", "model.backbone.adapter=8"],
+    "model.decoder.position_layers": ["model.decoder.positions=plain"],
 }
 FOLLOWING = (
     "train.schedule.warmup_steps",
@@ -105,9 +112,10 @@ def test_every_value_can_be_overridden_by_its_name() -> None:
 
 @pytest.mark.parametrize("key", sorted(NUMBERS))
 def test_every_number_can_be_overridden_alone(key: str) -> None:
-    base, value = load_recipe("nano"), NUMBERS[key]
+    company = COMPANY.get(key, [])
+    base, value = load_recipe("nano", overrides=company), NUMBERS[key]
     changed = NARROW.get(key, value / 2 if isinstance(value, float) else value + 8)
-    config = load_recipe("nano", overrides=[assignment(key, changed)])
+    config = load_recipe("nano", overrides=[*company, assignment(key, changed)])
     assert at(config, key) == changed
     follow = set(FOLLOWING) if key == "train.loop.steps" else set()
     others = {name for name, _ in leaves(base.model_dump(mode="json"))} - {key} - follow

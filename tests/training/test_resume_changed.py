@@ -199,6 +199,8 @@ def test_one_process_at_a_time_trains_in_a_folder(tiny_run: TinyRun, tmp_path: P
         with pytest.raises(MetrError, match="another process trains in this folder"):
             train(tiny_run.data, run, tiny_run.recipe)
         assert not (run / "config.yaml").exists()
+        with pytest.raises(MetrError, match="nothing to resume yet: another process trains in this folder"):
+            train(None, run, resume=True)
         holder.kill()
         holder.wait()
     with RunLog(run) as log:

@@ -39,6 +39,9 @@ def resumed_recipe(
             of the wrong kind, or the network, its trained part or the text encoder would be another one.
     """
     if not run.resumable:
+        if run.taken:
+            what = "there is nothing to resume yet: another process trains in this folder and has saved nothing so far"
+            raise ConfigError(what, where=run.path, hint="wait for it; Ctrl-C there saves, and ends it")
         hint = "leave --resume out to begin a run here, or check the folder after -o"
         raise ConfigError("there is nothing to resume: this folder holds no saved state", where=run.path, hint=hint)
     if not run.config.is_file():

@@ -28,7 +28,6 @@ LOG_FILE.propagate = False
 LOG_FILE.addHandler(logging.NullHandler())  # without a run that is open, logging would show it on the screen after all
 LOG_FILE.setLevel(logging.INFO)
 _LISTENED_TO = ("metr", LOG_FILE.name, "py.warnings")
-_LOCK = ".lock"
 _WIDTH = 160  # columns of tables in log.txt
 
 
@@ -98,7 +97,7 @@ class RunLog(logging.Handler):
 
     def _take_folder(self) -> None:
         """Locks the run folder until the log is closed, or this process ends, however it does."""
-        lock = FileLock(self.path.parent / _LOCK)
+        lock = FileLock(RunDirectory(self.path.parent).lock)
         try:
             lock.acquire(blocking=False)
         except Timeout:
