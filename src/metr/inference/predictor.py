@@ -123,6 +123,15 @@ class Predictor:
                 done.update(self._predictions(group))
             yield from (done[index] for index, _ in chunk)
 
+    def prepared(self, image: ImageSource) -> tuple[UInt8[Tensor, "1 3 h w"], tuple[int, int]]:
+        """An image as it enters the network, padded, and the (height, width) in pixels of what is not padding.
+
+        Raises:
+            DataError: the image is missing or unreadable.
+        """
+        pixels = self._load(0, image).pixels
+        return stack_images([pixels], self.multiple), (int(pixels.shape[1]), int(pixels.shape[2]))
+
     def _load(self, index: int, image: ImageSource) -> _Loaded:
         source = _source(index, image)
         array = load_image(image, source)
