@@ -299,7 +299,7 @@ def _resized(image: Array, height: int, width: int, method: str) -> Array:
         weights = _areas if shrinks else _neighbours
         rows = np.tensordot(weights(image.shape[0], height), image.astype(np.float32), axes=1)
         both = np.tensordot(weights(image.shape[1], width), rows, axes=(1, 1)).transpose(1, 0, 2)
-        return np.rint(both).clip(0, 255).astype(np.uint8)
+        return np.floor(both + 0.5).clip(0, 255).astype(np.uint8)
     resized: Array = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
     return resized
 

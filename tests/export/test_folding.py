@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from export_cases import FAMILIES, FIT, STRETCH, predictor_of
 from torch import nn
 
 from metr.errors import ModelError
@@ -9,7 +10,6 @@ from metr.export.folding import folded
 from metr.export.graph import NOT_FOUND, ExportedDetector, example_inputs, interface_of, padded_names
 from metr.inference.postprocess import candidates
 
-from export_cases import FAMILIES, FIT, STRETCH, predictor_of
 from small import small_config
 
 

@@ -8,20 +8,61 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from metr.layers.attention import Attention, ConditionalAttention, attend
 from metr.models.backbones.base import FoldedBatchNorm, FoldedConvolution, FrozenBatchNorm
 from metr.models.backbones.efficientnet_lite import ConvNorm
+from metr.models.category_extraction import ExtractionBlock
+from metr.models.category_selection import Shortlist
+from metr.models.decoder import ConditionalDecoderLayer
 from metr.models.detector import Detector
 from metr.models.encoders.hybrid import RepVggBlock
+from metr.models.encoders.pyramid import SelfAttentionLayer
 
 
-def folded(network: Detector) -> Detector:
+def folded(network: Detector, *, padded: bool = True) -> Detector:
     """A copy on the CPU in float32 and evaluation mode, whose convolutions include the norms after them.
 
     Sides of its images must be multiples of the backbone's coarsest stride: odd sides would be padded differently.
+
+    Args:
+        network: The network.
+        padded: Whether images may have padding. Without, attention to the image needs no mask.
     """
     copied = copy.deepcopy(network).to("cpu", torch.float32).eval().requires_grad_(False)
     _fold_children(copied)
+    for module in copied.modules() if not padded else ():
+        attention = getattr(module, _TO_THE_IMAGE.get(type(module), ""), None)
+        if attention is not None:
+            attention.__class__ = _UNMASKED[type(attention)]
     return copied
+
+
+class _Unmasked(Attention):
+    """Attention to all keys, whatever is allowed."""
+
+    def gather(self, query: Tensor, keys: Tensor, values: Tensor, allowed: Tensor | None = None) -> Tensor:
+        """As `Attention.gather`, without a mask."""
+        del allowed
+        return super().gather(query, keys, values)
+
+
+class _UnmaskedConditional(ConditionalAttention):
+    """Conditional attention to all tokens, whatever is allowed."""
+
+    def attended(self, queries: Tensor, keys: Tensor, values: Tensor, allowed: Tensor) -> Tensor:
+        """As `ConditionalAttention.attended`, without a mask."""
+        del allowed
+        return attend(queries, keys, values, None)
+
+
+_UNMASKED: dict[type[nn.Module], type[nn.Module]] = {Attention: _Unmasked, ConditionalAttention: _UnmaskedConditional}
+# where the only mask of attention is the padding of images
+_TO_THE_IMAGE: dict[type[nn.Module], str] = {
+    ExtractionBlock: "attention",
+    Shortlist: "attention",
+    SelfAttentionLayer: "attention",
+    ConditionalDecoderLayer: "cross",
+}
 
 
 class SameConvolution(nn.Conv2d):

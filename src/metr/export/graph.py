@@ -67,10 +67,10 @@ class ExportedDetector(nn.Module):
         super().__init__()
         assert isinstance(predictor.network, Detector)
         assert predictor.limits is not None
-        self.network = folded(predictor.network)
         self.interface = interface
         self.presence_power = predictor.config.postprocess.presence_power
         self.size = fixed_size(predictor.resize)
+        self.network = folded(predictor.network, padded=self.size is None or self.size != interface.shape)
         if interface.names is None:
             projected = self.network.project(predictor.text.cpu())
             self.register_buffer("text", projected.text)
