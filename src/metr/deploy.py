@@ -141,7 +141,7 @@ class Detector:
         for row, image in zip(block, images, strict=True):
             row[: image.shape[0], : image.shape[1]] = image
         pixels = np.ascontiguousarray(block.transpose(0, 3, 1, 2))
-        given = {"images": pixels if self.description["pixels"] == "uint8" else pixels.astype(np.float32) / 255}
+        given: dict[str, Array] = {"images": pixels if self.description["pixels"] == "uint8" else pixels.astype(np.float32) / 255}
         if "sizes" in self.description["inputs"]:
             given["sizes"] = np.array([image.shape[:2] for image in images], dtype=np.int64)
         return self._run(given | dict(self._named.inputs))
@@ -329,7 +329,8 @@ def _survivors(boxes: Array, rivals: Array, iou: float | None, limit: int) -> Ar
     """Positions of at most `limit` boxes, best first, that no better survivor with equal `rivals` overlaps by more."""
     if iou is None:
         return np.arange(len(boxes))[:limit]
-    alive, areas, kept = np.ones(len(boxes), dtype=bool), _area(boxes), []
+    alive, areas = np.ones(len(boxes), dtype=bool), _area(boxes)
+    kept: list[int] = []
     for index in range(len(boxes)):
         if len(kept) == limit:
             break
@@ -345,7 +346,7 @@ def _survivors(boxes: Array, rivals: Array, iou: float | None, limit: int) -> Ar
 
 def main(arguments: Sequence[str]) -> int:
     """Prints what is in images: `python deploy.py [FOLDER] IMAGE...`; FOLDER is where this file lies by default."""
-    here = Path(arguments[0]).is_dir() if arguments else False
+    here = bool(arguments) and Path(arguments[0]).is_dir()
     folder, images = (Path(arguments[0]), arguments[1:]) if here else (Path(__file__).parent, arguments)
     if not images:
         sys.stderr.write("python deploy.py [FOLDER] IMAGE...\n")
