@@ -141,7 +141,9 @@ class Detector:
         for row, image in zip(block, images, strict=True):
             row[: image.shape[0], : image.shape[1]] = image
         pixels = np.ascontiguousarray(block.transpose(0, 3, 1, 2))
-        given: dict[str, Array] = {"images": pixels if self.description["pixels"] == "uint8" else pixels.astype(np.float32) / 255}
+        given: dict[str, Array] = {
+            "images": pixels if self.description["pixels"] == "uint8" else pixels.astype(np.float32) / 255
+        }
         if "sizes" in self.description["inputs"]:
             given["sizes"] = np.array([image.shape[:2] for image in images], dtype=np.int64)
         return self._run(given | dict(self._named.inputs))
@@ -169,7 +171,7 @@ class Detector:
 def _description(folder: Path) -> dict[str, Any]:
     path = folder / DESCRIPTION
     try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        values: Any = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{folder}: expected a folder of metr export, found no {DESCRIPTION}") from None
     except ValueError as error:
@@ -179,7 +181,8 @@ def _description(folder: Path) -> dict[str, Any]:
     if values.get("format_version") != VERSION:
         what = f"format version {values.get('format_version')!r}, this file reads {VERSION}"
         raise ValueError(f"{path}: {what}; take the deploy.py beside the model")
-    return values
+    description: dict[str, Any] = values
+    return description
 
 
 def _names(description: Mapping[str, Any], folder: Path, given: str | Path | None) -> _Names:
@@ -310,7 +313,8 @@ def _areas(given: int, wanted: int) -> Array:
     low, high = edges[:-1, None], edges[1:, None]
     pixels = np.arange(given)
     covered = np.minimum(high, pixels + 1) - np.maximum(low, pixels)
-    return (covered.clip(0) * (wanted / given)).astype(np.float32)
+    fractions: Array = (covered.clip(0) * (wanted / given)).astype(np.float32)
+    return fractions
 
 
 def _neighbours(given: int, wanted: int) -> Array:

@@ -72,7 +72,8 @@ def check_packages(extra: str) -> None:
     missing = [name for name in EXTRAS.get(extra, ()) if find_spec(name) is None]
     if missing:
         group = "openvino" if extra == "int8" else extra
-        what = f"needs {' and '.join(missing)}, of the extra `{group}`"
+        listed = " and ".join([", ".join(missing[:-1]), missing[-1]] if missing[1:] else missing)
+        what = f"needs {listed}, which the extra `{group}` brings"
         raise DependencyError(what, where=f"--format {group}", hint=f"pip install 'metr[{group}]'")
 
 
