@@ -157,6 +157,24 @@ def test_a_train_split_that_came_to_nothing_says_why(tmp_path: Path) -> None:
         source.split("train")
 
 
+def test_the_advice_for_a_split_without_a_box_is_that_of_its_files(tmp_path: Path) -> None:
+    """Text files are asked for where a YOLO dataset has none; not where they are empty, and of no other format."""
+    missing, empty, coco = tmp_path / "missing", tmp_path / "empty", tmp_path / "coco"
+    for root in (missing, empty):
+        yolo(root, train=["", ""], val=[SOUND])
+    for file in (missing / "data" / "labels" / "train").iterdir():
+        file.unlink()
+    for split, boxes in (("train", []), ("val", [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 9, 9]}])):
+        save_image(coco / "data" / split / "a.jpg")
+        images, categories = [{"id": 1, "file_name": "a.jpg"}], [{"id": 1, "name": "cat"}]
+        tree = {"images": images, "categories": categories, "annotations": boxes}
+        write_json(coco / "data" / split / "_annotations.coco.json", tree)
+    for root, advice in ((missing, "put the text files"), (empty, "look whether these"), (coco, "look whether these")):
+        with pytest.raises(DataError, match="the train split of 'made' is not used: no box in") as caught:
+            check_usable(opened(root), "train")
+        assert f"shows all; {advice}" in str(caught.value)
+
+
 def test_chosen_images_without_a_box(tmp_path: Path) -> None:
     source = yolo(tmp_path, train=["", "", "", "", SOUND], val=[SOUND])
     parts = [subset_of(source.split("train"), SubsetConfig(fraction=0.2, seed=seed)) for seed in range(10)]
