@@ -19,6 +19,9 @@ from metr.serialization import read_json, write_json
 
 DATASETS, REHEARSED, EVALUATED = "datasets.yaml", "rehearsed.yaml", "evaluated.yaml"
 """The files of the run folder that list its datasets, rehearsed ones and those that are only evaluated."""
+TRAINING, FINETUNING = "training.json", "finetuning.json"
+"""The files of the run folder that say what was asked for, by `metr train` and by `metr finetune`."""
+_VERBS = {TRAINING: "metr train", FINETUNING: "metr finetune"}
 _HEAD = "# Datasets of this run. The file may itself be given as DATA. If a folder is moved, change its path here.\n"
 _logger = logging.getLogger(__name__)
 
@@ -74,9 +77,20 @@ def made_so_far(run: RunDirectory) -> Made:
 
 
 def kept_request(run: RunDirectory, name: str) -> Tree:
-    """What was asked for when the run was begun; empty if it was not kept."""
+    """What was asked for when the run was begun; empty if it was not kept.
+
+    Raises:
+        ConfigError: the other command began the run.
+    """
     path = run.path / name
-    return read_json(path) if path.is_file() else {}
+    if path.is_file():
+        return read_json(path)
+    for verb in (verb for file, verb in _VERBS.items() if (run.path / file).is_file()):
+        hint = f"{verb} --resume -o {run.path}"
+        raise ConfigError(
+            f"the run was begun with {verb}, and {_VERBS[name]} cannot go on with it", where=run.path, hint=hint
+        )
+    return {}
 
 
 def kept_datasets(run: RunDirectory, given: Sequence[str], file: str = DATASETS) -> list[str]:

@@ -22,6 +22,7 @@ from metr.training.logger import check_trackers
 from metr.training.plan import RunPlan, steps_of
 from metr.training.resumed_recipe import resumed_recipe
 from metr.training.resumption import (
+    TRAINING,
     check_same_request,
     dataset_facts,
     kept_datasets,
@@ -36,7 +37,7 @@ Data = str | Path | Sequence[str | Path]
 """One dataset or several, as arguments of a command: a folder, name=folder, or a YAML file that lists some."""
 
 
-REQUEST = "training.json"
+REQUEST = TRAINING
 """The file of the run folder that says what was asked for, besides the configuration and the datasets."""
 KEEPS = "training that begins with a detector", "leave --from out, which makes a network of any shape"
 """What keeps a network, and what to do about it."""
