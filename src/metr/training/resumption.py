@@ -169,7 +169,8 @@ def check_same_request(run: RunDirectory, began: Mapping[str, Any], given: Mappi
     """
     changed = [key for key in given if key in began and began[key] != given[key]]
     if changed:
-        differing = ", ".join(f"{key} {began[key]!r}, now {given[key]!r}" for key in changed)
+        before = {key: f"no {key}" if began[key] is None else f"{key} {began[key]!r}" for key in changed}
+        differing = ", ".join(f"{before[key]}, now {given[key]!r}" for key in changed)
         hint = "give the same as at first or leave it out, or start a new run"
         raise ConfigError(f"the run was begun with {differing}", where=run.path, hint=hint)
 

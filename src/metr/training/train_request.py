@@ -16,6 +16,7 @@ from metr.data.joint import JointData, open_joint
 from metr.errors import ConfigError
 from metr.model import METR
 from metr.run_directory import RunDirectory, existing_folder
+from metr.text.same_names import listed
 from metr.text.vocabulary import Vocabulary
 from metr.training.config import RunConfig, check_epochs, load_recipe
 from metr.training.logger import check_trackers
@@ -145,6 +146,9 @@ def _resumed(data: Data | None, asked: Asked, run: RunDirectory, console: Consol
     check_recipe(recipe)
     request = kept_request(run, REQUEST)
     check_same_request(run, request, asked.given)
+    if asked.options.start is not None and request and _FROM not in request:
+        hint = "leave --from out, or start a new run in another folder"
+        raise ConfigError("the run was begun with no detector, now --from names one", where=run.path, hint=hint)
     chosen = {key: value for key, value in (request or asked.given).items() if key in SubsetConfig.model_fields}
     subset = SubsetConfig.checked(chosen, where=run.path / REQUEST)
     given, source = kept_datasets(run, arguments(data)), asked.options.start or request.get(_FROM)
@@ -241,7 +245,7 @@ def check_same(run: RunDirectory, vocabulary: Vocabulary, text_encoder: Mapping[
     hint = "resume with the datasets and the text encoder that it began with, or start a new run"
     if began.vocabulary != vocabulary:
         before, now = set(began.vocabulary.names), set(vocabulary.names)
-        lost, new = ", ".join(sorted(before - now)) or "none", ", ".join(sorted(now - before)) or "none"
+        lost, new = listed(sorted(before - now)) or "none", listed(sorted(now - before)) or "none"
         what = f"the run has other datasets, names or prompts; names only there: {lost}; only here: {new}"
         raise ConfigError(what, where=run.path, hint=hint)
     if text_encoder is None:
