@@ -148,6 +148,13 @@ def test_names_are_unique() -> None:
     assert len(parse_data_arguments(["a/cells", "more=b/cells"])) == 2
 
 
+def test_a_dataset_that_is_named_twice_gets_no_second_name() -> None:
+    with pytest.raises(DataError, match="2 datasets are called 'cells'") as caught:
+        parse_data_arguments(["a/cells", "fish", "a/cells"])
+    assert "try: name it once" in str(caught.value)
+    assert "other_name" not in str(caught.value)
+
+
 def test_nothing_is_named() -> None:
     with pytest.raises(DataError, match="no dataset is named"):
         parse_data_arguments([])

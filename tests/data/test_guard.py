@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from reader_trees import save_image, write_json, write_text
@@ -45,6 +46,19 @@ def test_issues_are_told_of_a_dataset_that_is_used_and_of_no_other(
         with pytest.raises(DataError, match=r"split of 'made' is not used: .*unknown category"):
             verb(tmp_path)
     assert "issues in its files" not in caplog.text, "the error says it all"
+
+
+def test_datasets_that_read_the_same_files_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first = yolo(tmp_path, train=[SOUND], val=[SOUND])
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+
+    def named(name: str, path: Path, **options: Any) -> DatasetSource:
+        return open_dataset(DatasetConfig(name=name, path=path, **options), tmp_path / "cache")
+
+    log_issues([first, named("half", tmp_path / "data", splits={"train": "val", "val": "train"})])
+    assert "the same files" not in caplog.text
+    log_issues([first, named("again", tmp_path / "link")])
+    assert caplog.text.count("made and again read the same files") == 1
 
 
 def train(place: Path) -> None:

@@ -184,6 +184,8 @@ def check_names(configs: Sequence[DatasetConfig]) -> None:
         if counts[config.name] > 1:
             paths = " and ".join(str(other.path) for other in configs if other.name == config.name)
             hint = f"give each a name of its own: other_name={config.path}"
+            if len({str(other.path) for other in configs if other.name == config.name}) == 1:
+                hint = "name it once; `weight` in a datasets file takes more of it"
             raise DataError(f"{counts[config.name]} datasets are called {config.name!r}: {paths}", hint=hint)
 
 

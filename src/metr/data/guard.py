@@ -1,6 +1,7 @@
 """The guard against training or measuring on nothing: splits without a box, or of which most was lost while reading."""
 
 import logging
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -109,11 +110,16 @@ def check_usable(source: DatasetSource, split: str, chosen: Annotations | None =
 
 
 def log_issues(sources: Iterable[DatasetSource]) -> None:
-    """Logs how many issues of each kind were found in datasets that are going to be used.
+    """Logs how many issues of each kind were found in datasets that are going to be used, and which are the same.
 
     Not before it is known that they are: an error about a dataset names its own issues.
     """
+    names: dict[tuple[str, str], str] = {}
     for source in sources:
+        same = os.path.realpath(source.config.path), str(source.config.splits)
+        if (first := names.setdefault(same, source.name)) != source.name:
+            what = "%s and %s read the same files, %s: they count twice; `weight` in a datasets file takes more of them"
+            _logger.warning(what, first, source.name, source.config.path)
         if source.issue_counts:
             listed = ", ".join(f"{count:,} x {kind}" for kind, count in source.issue_counts.items())
             path = source.config.path
