@@ -175,6 +175,22 @@ def check_same_request(run: RunDirectory, began: Mapping[str, Any], given: Mappi
         raise ConfigError(f"the run was begun with {differing}", where=run.path, hint=hint)
 
 
+def check_apart(run: RunDirectory, given: Sequence[str]) -> None:
+    """Checks that a new run is not written into the folder of one of its datasets.
+
+    Args:
+        run: The run folder.
+        given: Its datasets, as arguments of a command.
+
+    Raises:
+        MetrError: it would be, or a datasets file does not fit.
+    """
+    for config in parse_data_arguments(given) if given else ():
+        if not is_url(config.path) and run.path.resolve() == Path(config.path).resolve():
+            hint = "name another folder for the run after -o"
+            raise ConfigError(f"this is the dataset {config.name}, not a folder for a run", where=run.path, hint=hint)
+
+
 def _entry(config: DatasetConfig) -> Tree:
     """A dataset as an entry of a datasets file."""
     entry = _located(config).model_dump(mode="json", exclude_defaults=True)
