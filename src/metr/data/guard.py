@@ -96,7 +96,9 @@ def check_usable(source: DatasetSource, split: str, chosen: Annotations | None =
     if not told:
         return
     kinds = _main_kinds(source, faults[0].where if faults else split)
-    todo = next((_TO_DO[kind] for kind in kinds if kind in _TO_DO), "mend the files")
+    todo = next(
+        (_TO_DO[kind] for kind in kinds if kind in _TO_DO), "mend the files" if kinds else "annotate some of its images"
+    )
     first = next((issue for kind in kinds for issue in source.issues if issue.kind == kind), None)
     if first is not None:
         example = " ".join(f"{first.where}: {first.detail}".split())
@@ -122,4 +124,6 @@ def _main_kinds(source: DatasetSource, split: str) -> list[str]:
     """The kinds of issues by which a split lost most, most frequent first; else those that may say why it is empty."""
     dropped = source.dropped.get(split) or Dropped()
     counts = {**dropped.images, **dropped.boxes}
-    return sorted(counts, key=lambda kind: -counts[kind]) or ["no label files"]
+    return sorted(counts, key=lambda kind: -counts[kind]) or [
+        kind for kind in ("no label files",) if kind in source.issue_counts
+    ]
