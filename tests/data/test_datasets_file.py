@@ -255,6 +255,27 @@ def test_a_val_split_comes_from_train_where_there_is_only_test(
     assert {record.path for record in again.split("val")} == ids["val"], "the same images every time"
 
 
+@pytest.mark.parametrize(
+    ("own", "wanted", "images"),
+    [
+        ({"train": 8}, None, 8),
+        ({"train": 8, "val": 2, "test": 5}, None, 15),
+        ({"train": 8, "val": 2, "test": 5}, {"train": "train", "val": "train"}, 8),
+        ({"train": 8, "val": 2, "test": 5}, {"test": "test"}, 5),
+    ],
+)
+def test_all_images_as_one_split(
+    own: dict[str, int], wanted: dict[str, str] | None, images: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    coco_plain(tmp_path / "cells", made_up(splits=own))
+    config = DatasetConfig(name="made", path=tmp_path / "cells", splits=wanted)
+    with caplog.at_level(logging.WARNING):
+        source = open_dataset(config, tmp_path / "cache", together=True)
+    assert list(source.splits) == ["all"]
+    assert len({record.path for record in source.split("all")}) == len(source.split("all")) == images
+    assert (source.held_out, caplog.text) == (False, "")
+
+
 def test_an_empty_val_split_is_as_good_as_none(tmp_path: Path) -> None:
     coco_plain(tmp_path / "cells", made_up(splits={"train": 10, "valid": 1, "test": 2}))
     for image in (tmp_path / "cells").rglob("*valid*/*"):

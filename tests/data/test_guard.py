@@ -183,7 +183,11 @@ def test_the_advice_for_a_split_without_a_box_is_that_of_its_files(tmp_path: Pat
         images, categories = [{"id": 1, "file_name": "a.jpg"}], [{"id": 1, "name": "cat"}]
         tree = {"images": images, "categories": categories, "annotations": boxes}
         write_json(coco / "data" / split / "_annotations.coco.json", tree)
-    for root, advice in ((missing, "put the text files"), (empty, "look whether these"), (coco, "look whether these")):
+    for root, advice in (
+        (missing, "put the text files"),
+        (empty, "annotate some of its images"),
+        (coco, "annotate some of its images"),
+    ):
         with pytest.raises(DataError, match="the train split of 'made' is not used: no box in") as caught:
             check_usable(opened(root), "train")
         assert f"shows all; {advice}" in str(caught.value)
@@ -196,3 +200,15 @@ def test_chosen_images_without_a_box(tmp_path: Path) -> None:
     check_usable(source, "train", next(part for part in parts if len(part[0].boxes)))
     with pytest.raises(DataError, match="no box in the 1 image chosen"):
         check_usable(source, "train", empty)
+
+
+def test_what_to_do_about_a_split_that_nobody_annotated(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no box in 1 image\n.*; annotate some of its images; --allow-empty"):
+        check_usable(yolo(tmp_path / "yolo", train=[SOUND], val=[""]), "val")
+    root = tmp_path / "csv" / "data"
+    for number in range(3):
+        save_image(root / f"{number}.jpg")
+    for split, rows in (("train", "0.jpg,1,1,9,9,cat\n1.jpg,1,1,9,9,cat"), ("val", "2.jpg,,,,,")):
+        write_text(root / f"{split}.csv", f"image,xmin,ymin,xmax,ymax,label\n{rows}\n")
+    with pytest.raises(DataError, match="annotate some of its images"):
+        check_usable(opened(tmp_path / "csv"), "val")

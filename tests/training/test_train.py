@@ -368,10 +368,10 @@ def test_a_plan_shows_what_training_would_do(tiny_run: TinyRun) -> None:
         "warm-up: all steps; weights averaged over about 1 step; checkpoints at evaluations and at the end",
         "device: cpu, fp32, processes: 1",
         "64 x 64 pixels (stretch)", "hybrid encoder, 1 decoder layer, width 32, 24 queries",
-        "It differs from the recipe nano in:", "train.loop.steps: 10000 -> 30", "loader.mixture: sqrt -> equal",
+        "configuration: the recipe nano, but for", "train.loop.steps: 10000 -> 30", "loader.mixture: sqrt -> equal",
     ):  # fmt: skip
         assert part in shown, part
-    assert "It is the recipe small, unchanged." in page(plan(tiny_run.datasets[0], size="small"))
+    assert "configuration: the recipe small, unchanged" in page(plan(tiny_run.datasets[0], size="small"))
     assert "spelt alike" not in shown
 
 

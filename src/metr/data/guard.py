@@ -24,8 +24,6 @@ _TO_DO = {
     "no label files": "put the text files into `labels`, beside `images`",
     "box outside": "look whether the coordinates are pixels or shares of the image, as the format wants them",
 }
-# The same where nothing was lost: the files have no box there.
-_NOTHING_LOST = "look whether these are the annotation files that you mean, and whole"
 _logger = logging.getLogger(__name__)
 
 
@@ -99,7 +97,9 @@ def check_usable(source: DatasetSource, split: str, chosen: Annotations | None =
     if not told:
         return
     kinds = _main_kinds(source, faults[0].where if faults else split)
-    todo = next((_TO_DO[kind] for kind in kinds if kind in _TO_DO), "mend the files" if kinds else _NOTHING_LOST)
+    todo = next(
+        (_TO_DO[kind] for kind in kinds if kind in _TO_DO), "mend the files" if kinds else "annotate some of its images"
+    )
     first = next((issue for kind in kinds for issue in source.issues if issue.kind == kind), None)
     if first is not None:
         example = " ".join(f"{first.where}: {first.detail}".split())
@@ -130,5 +130,6 @@ def _main_kinds(source: DatasetSource, split: str) -> list[str]:
     """The kinds of issues by which a split lost most, most frequent first; else those that may say why it is empty."""
     dropped = source.dropped.get(split) or Dropped()
     counts = {**dropped.images, **dropped.boxes}
-    unread = [issue.kind for issue in source.issues if issue.kind == "no label files" and issue.where == split]
-    return sorted(counts, key=lambda kind: -counts[kind]) or unread
+    return sorted(counts, key=lambda kind: -counts[kind]) or [
+        kind for kind in ("no label files",) if kind in source.issue_counts
+    ]
