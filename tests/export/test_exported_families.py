@@ -3,8 +3,10 @@
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -36,6 +38,14 @@ assert not {"torch", "metr", "cv2"} & set(sys.modules)
 """
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def _unchecked() -> Iterator[None]:
+    """Annotations are not executed here: tracers take the sizes that these compare for constants."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def needs(*packages: str) -> None:
