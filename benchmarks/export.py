@@ -175,7 +175,8 @@ def page(result: Mapping[str, Any]) -> str:
     rows = []
     for arm, seconds in result["seconds"].items():
         scores = [f"{one[arm]['ap']:.2f}" for one in sets.values()]
-        kept = report.bar_text(result["bars"][arm]) if arm in result["bars"] else ""
+        lost = result["bars"].get(arm)
+        kept = "-" if lost is None else f"{lost['value']:.2f} ({report.bar_text(lost)})"
         size = f"{result['sizes'][arm] / 1e6:.1f}" if arm in result["sizes"] else "-"
         rows.append([arm, f"{1000 * seconds:.0f}", f"{result['speed'][arm]:.2f}", size, *scores, kept])
     images = ", ".join(f"{name} {next(iter(one.values()))['images']}" for name, one in sets.items())

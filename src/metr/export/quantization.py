@@ -57,11 +57,7 @@ def quantize(path: Path, images: Sequence[Path], predictor: Predictor, interface
     with _quiet():
         ignored = nncf.IgnoredScope(types=_UNQUANTIZED, validate=False)
         small = nncf.quantize(
-            model,
-            nncf.Dataset(prepared),
-            preset=nncf.QuantizationPreset.MIXED,  # most features of these networks have few numbers below zero
-            subset_size=len(prepared),
-            ignored_scope=ignored,
+            model, nncf.Dataset(prepared), subset_size=len(prepared), ignored_scope=ignored, fast_bias_correction=True
         )
     whole = path.with_name("quantized.xml")
     openvino.save_model(small, str(whole), compress_to_fp16=False)
