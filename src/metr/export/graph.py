@@ -12,7 +12,6 @@ from metr.data.collate import padded_shape
 from metr.data.config import ResizeConfig
 from metr.errors import ModelError
 from metr.export.folding import folded
-from metr.export.request import Pixels
 from metr.inference.postprocess import candidates
 from metr.inference.predictor import Predictor
 from metr.models.category_extraction import ProjectedText
@@ -37,7 +36,7 @@ class Interface:
     `text` and `presence`; None where names are constants of the graph.
     """
 
-    pixels: Pixels
+    pixels: str
     multiple: int
     shape: tuple[int, int] | None = None
     names: int | None = None
@@ -145,7 +144,7 @@ class RealNamesFirst(nn.Module):
         return Shortlisted(logits, rows.sort(dim=1).values)
 
 
-def interface_of(predictor: Predictor, pixels: Pixels, names: int | None = None) -> Interface:
+def interface_of(predictor: Predictor, pixels: str, names: int | None = None) -> Interface:
     """The inputs of a detector with these names, or with up to so many names as an input."""
     size = fixed_size(predictor.resize)
     shape = None if size is None else padded_shape(*size, predictor.multiple)

@@ -26,12 +26,13 @@ class ExportConfig:
     """What is written.
 
     `open_names` is the largest number of names that a model takes as an input; None: names are fixed in the model.
-    `pixels` is the type of images. `int8` are folders of images to quantise with (OpenVINO only).
+    `format` and `pixels`, the type of images, are names that `check_request` knows. `int8` are folders of images to
+    quantise with (OpenVINO only).
     """
 
-    format: Format = "onnx"
+    format: str = "onnx"
     open_names: int | None = None
-    pixels: Pixels = "uint8"
+    pixels: str = "uint8"
     int8: tuple[Path, ...] = ()
 
 
