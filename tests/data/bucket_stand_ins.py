@@ -1,4 +1,4 @@
-"""Stand-ins on this machine for Amazon's and Google's stores, asked through s3fs and gcsfs, and one that refuses all."""
+"""Stand-ins on this machine for the stores of Amazon and Google, asked by s3fs and gcsfs; and one that refuses all."""
 
 import threading
 from collections.abc import Callable, Iterator

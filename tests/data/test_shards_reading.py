@@ -325,7 +325,7 @@ def test_a_missing_package_is_named(address: str, package: str, extra: str, monk
     """Also where it is installed here: its import fails as if it were not."""
     monkeypatch.setitem(sys.modules, package, None)
     for scheme in ("s3", "s3a", "gs", "gcs"):
-        monkeypatch.delitem(fsspec.registry._registry, scheme, raising=False)
+        monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, scheme, raising=False)
     told = f"needs the package {package}, which is not installed\n  try: pip install 'metr.{extra}.', or pip install "
     with pytest.raises(DependencyError, match=told):
         opened(address)
@@ -335,7 +335,7 @@ def test_a_package_that_cannot_be_imported_is_told_apart(tmp_path: Path, monkeyp
     write_text(tmp_path / "s3fs.py", "import a_package_that_is_nowhere")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "s3fs", raising=False)
-    monkeypatch.delitem(fsspec.registry._registry, "s3", raising=False)
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
     told = "s3fs, which cannot be imported: No module named 'a_package_that_is_nowhere'"
     with pytest.raises(DependencyError, match=told):
         opened("s3://b/*.tar")

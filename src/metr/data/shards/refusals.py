@@ -123,7 +123,7 @@ def _endpoint_settings(scheme: str) -> str:
 def _credentials(scheme: str) -> str:
     if scheme in _S3:
         return (
-            "give credentials that may list and read there: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; "
+            "give credentials that may list and read there: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, or AWS_PROFILE; "
             "for a public bucket FSSPEC_S3_ANON=true"
         )
     if scheme in _GOOGLE:
