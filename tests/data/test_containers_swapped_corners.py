@@ -1,4 +1,4 @@
-"""Swapped corners in TFRecord files, in shards and in tables: sorted and counted as in every other format of corners."""
+"""Swapped corners in TFRecord files, shards and tables: sorted and counted as in other formats of corners."""
 
 import json
 from collections.abc import Callable
