@@ -44,7 +44,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as name:
             lists = [draw_images(Path(name) / str(count), count) for count in (few, many)]
             rounds = [
-                {engine: [seconds(engine, given.detector, listed, Path(name)) for listed in lists] for engine in ENGINES}
+                {
+                    engine: [seconds(engine, given.detector, listed, Path(name)) for listed in lists]
+                    for engine in ENGINES
+                }
                 for _ in range(given.rounds)
             ]
         about = runner.circumstances("engines", runner.commit(), "cpu")
@@ -88,7 +91,8 @@ def compared(rounds: Sequence[dict[str, list[float]]], few: int, many: int) -> T
     """Rate and start of each engine, medians of the rounds; and ray's rate as a multiple of the plain engine's."""
     rates = {engine: [(many - few) / (one[engine][1] - one[engine][0]) for one in rounds] for engine in ENGINES}
     starts = {
-        engine: [one[engine][0] - few / rate for one, rate in zip(rounds, rates[engine], strict=True)] for engine in ENGINES
+        engine: [one[engine][0] - few / rate for one, rate in zip(rounds, rates[engine], strict=True)]
+        for engine in ENGINES
     }
     ratio = median(ray / plain for ray, plain in zip(rates["ray"], rates["plain"], strict=True))
     found: Tree = {"seconds": list(rounds), "ratio": ratio}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from metr.cli.output import output_console, say_names
-from metr.cli.verbs import AllowEmpty, Offline, Overrides, Prompts, check_source, stay_offline
+from metr.cli.verbs import AllowEmpty, Offline, Overrides, Prompts, check_data, check_source, stay_offline
 from metr.training.signals import Stopped
 
 if TYPE_CHECKING:
@@ -104,6 +104,7 @@ def train(
         else:
             recipe_layers("metr train", config, overrides) if source else load_recipe(size or "nano", config, overrides)
             _check_named(data, "DATA", "name a dataset: metr train DATA -o RUN")
+            check_data(data or ())
             if source is not None:
                 check_source(source)
         from metr.training.train import plan
@@ -201,6 +202,7 @@ def finetune(
             resumed_recipe(RunDirectory(out), config, overrides)
         else:
             _check_start(data, source)
+            check_data([*(data or ()), *(rehearse or ()), *(rehearse_evaluate or ())])
         from metr.training import finetune as run
 
         if dry_run:
