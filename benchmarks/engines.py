@@ -2,11 +2,9 @@
 
     python benchmarks/engines.py --detector checkpoints/metr-nano
 
-Each engine runs as people start it, on few and on many of the same images (640 x 480 JPEGs, drawn here); engines take turns, so that whatever
-else the machine does hits both. The difference of the two runs is the rate, without the start; what is left of the run
+Each engine runs as people start it, on few and on many of the same images (640 x 480 JPEGs, drawn here); engines take
+turns, so that whatever else the machine does hits both. The difference of the two runs is the rate, without the start; what is left of the run
 is the start: Python, the detector, ray's processes. The plain engine draws every image, as it always does.
-
-Two cores of an AMD EPYC, shared (results/engines-cpu.json): see there.
 
 Results: `results/engines-cpu.json`.
 """
