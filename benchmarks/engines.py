@@ -6,6 +6,7 @@ Each engine runs as people start it, on few and on many of the same images (640 
 turns, so that whatever else the machine does hits both. The difference of the two runs is the rate, without the start;
 what is left of a run is the start: Python, the detector, ray's processes. The plain engine draws every image, as it
 always does.
+
 Results: `results/engines-cpu.json`.
 """
 
