@@ -58,6 +58,8 @@ class METR:
         stored_as: The type of the weights on disk ("float16"); None where there were none, or several types.
         folder: The checkpoint folder that it was loaded from; None where it was made in another way.
         source: Where it, or the detector that it was made of, was found; None where it was made in another way.
+        keeps: Whether names that were not trained are logged, once, and their embeddings kept in the cache. Without
+            it memory and cache do not grow, whatever it is asked for.
     """
 
     def __init__(self, network: Detector, checkpoint: Checkpoint, where: object = None) -> None:
@@ -72,6 +74,7 @@ class METR:
             self._encoder_config = TextEncoderConfig.checked(described, where=f"{where} (text_encoder)")
         self.folder: Path | None = None
         self.source: DetectorSource | None = None
+        self.keeps = True
         self._encoder: TextEncoder | None = None
         self._told: set[str] = set()
 
@@ -195,7 +198,7 @@ class METR:
         if fresh is not None:
             text = self._text_encoder().embed(fresh)
             rows |= dict(zip(fresh.names, text, strict=True))
-            if tell:
+            if tell and self.keeps:
                 self._warn(self._untrained(fresh, text))
         return torch.stack([rows[name] for name in wanted.names])
 
@@ -339,7 +342,7 @@ class METR:
             CheckpointError: it is another model than that of training.
         """
         if self._encoder is None:
-            encoder = TextEncoder(self._encoder_config)
+            encoder = TextEncoder(self._encoder_config, keep=self.keeps)
             expected = self._encoder_identity or encoder.identity
             if encoder.identity != expected or encoder.width != self.checkpoint.text_width:
                 what = f"not the text encoder of training: expected {expected}, found {encoder.identity}"

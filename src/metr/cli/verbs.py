@@ -17,10 +17,14 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AllowEmpty",
+    "BatchSize",
     "Data",
+    "Device",
+    "InferenceOverrides",
     "Offline",
     "Overrides",
     "Prompts",
+    "Run",
     "check_source",
     "demo",
     "detect",
@@ -39,7 +43,7 @@ Data = Annotated[
     list[str],
     typer.Argument(help="Datasets: a folder, name=folder, or a YAML file that lists some.", metavar="DATA"),
 ]
-_Run = Annotated[str, typer.Argument(help="A run folder, a checkpoint folder, or a name on the hub.", metavar="RUN")]
+Run = Annotated[str, typer.Argument(help="A run folder, a checkpoint folder, or a name on the hub.", metavar="RUN")]
 _Source = Annotated[
     str,
     typer.Argument(
@@ -53,11 +57,11 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", help="One value of the recipe: section.key=value; may be repeated."),
 ]
-_InferenceOverrides = Annotated[
+InferenceOverrides = Annotated[
     list[str] | None,
     typer.Option("--set", help="One value of how it detects: inference.section.key=value; may be repeated."),
 ]
-_BatchSize = Annotated[int, typer.Option(help="Images a step.", min=1)]
+BatchSize = Annotated[int, typer.Option(help="Images a step.", min=1)]
 Prompts = Annotated[
     str,
     typer.Option(help="The prompt of a dataset for a name trained without it: trained (left out) or given (used)."),
@@ -65,7 +69,7 @@ Prompts = Annotated[
 AllowEmpty = Annotated[
     bool, typer.Option("--allow-empty", help="Use splits without a box, or of which most was lost while reading.")
 ]
-_Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
 
 
 _Images = Annotated[
@@ -102,9 +106,9 @@ def evaluate(
         str | None, typer.Option(help="The split; by default val (test where there is nothing to train on).")
     ] = None,
     prompts: Prompts = "trained",
-    batch_size: _BatchSize = 8,
-    device: _Device = "auto",
-    set_: _InferenceOverrides = None,
+    batch_size: BatchSize = 8,
+    device: Device = "auto",
+    set_: InferenceOverrides = None,
     store: Annotated[
         bool, typer.Option("--store", help="Keep each name's best threshold in the checkpoint, for detect.")
     ] = False,
@@ -171,12 +175,12 @@ def detect(
         str | None,
         typer.Option(help="At drawn boxes: names (and scores), scores or none; by default names.", show_default=False),
     ] = None,
-    batch_size: _BatchSize = 8,
-    device: _Device = "auto",
+    batch_size: BatchSize = 8,
+    device: Device = "auto",
     engine: _Engine = "plain",
     actors: _Actors = None,
     part_size: _PartSize = None,
-    set_: _InferenceOverrides = None,
+    set_: InferenceOverrides = None,
     offline: Offline = False,
 ) -> None:
     """Find objects in images. Any names can be asked for, trained or not."""
@@ -318,7 +322,7 @@ def _is_metr_here(source: str) -> bool:
 
 
 def push(
-    run: _Run,
+    run: Run,
     name: Annotated[str, typer.Argument(help="The repository: user/name; made if it is missing.", metavar="NAME")],
     half: Annotated[bool, typer.Option("--half", help="Send float16 weights: half the size.")] = False,
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,

@@ -1,6 +1,5 @@
 """Which images a command names: files, folders, patterns, lists of paths, and addresses of other file systems."""
 
-import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from metr.data.images import SUFFIXES, read_image
+from metr.data.records import InMemoryBytes
 from metr.data.shards.stores import filesystem, is_url, read_whole, tried
 from metr.errors import ConfigError, DataError, StoreError
 
@@ -125,27 +125,13 @@ def read_named_image(image: str) -> UInt8[np.ndarray, "h w 3"]:
     if not is_url(image):
         return read_image(Path(image))
     try:
-        return read_image(Path(PurePosixPath(image).name), _Fetched(read_whole(image)))
+        return read_image(Path(PurePosixPath(image).name), InMemoryBytes(read_whole(image)))
     except StoreError as error:
         if not isinstance(error.__cause__, (FileNotFoundError, PermissionError)):
             raise
         raise DataError(f"an image that {error.what}", where=image) from None
     except DataError as error:
         raise DataError(error.what, where=image, hint=error.hint) from None
-
-
-@dataclass(frozen=True)
-class _Fetched:
-    """The bytes of an image, as `read_image` takes them."""
-
-    data: bytes
-
-    @property
-    def size(self) -> int:
-        return len(self.data)
-
-    def open(self) -> io.BytesIO:
-        return io.BytesIO(self.data)
 
 
 def real_path(path: Path) -> Path:
