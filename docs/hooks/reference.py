@@ -22,6 +22,7 @@ PAGES = {
     "metr.training": ("metr.training", "metr.training.train", "metr.training.finetune", "metr.training.finetune_data"),
     "metr.inspection": ("metr.inspection",),
     "metr.conversion": ("metr.conversion", "metr.conversion.transfer"),
+    "metr.serving": ("metr.serving", "metr.serving.app", "metr.serving.config"),
     "metr.sharing": ("metr.sharing.push", "metr.sharing.model_card"),
 }
 # Of the package itself only what it exports: its parts have pages of their own.

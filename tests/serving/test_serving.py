@@ -31,7 +31,7 @@ def encoded(path: Path) -> str:
 
 
 def assert_equal(answer: dict[str, Any], expected: Detections, size: tuple[int, int] | None = None) -> None:
-    """Names and order agree; boxes and scores as far as sums of floating-point numbers do, whose order batches change."""
+    """Names and order agree; boxes and scores as far as sums do, whose order batches change."""
     if size is not None:
         assert (answer["height"], answer["width"]) == size
     assert [one["name"] for one in answer["detections"]] == [expected.names[n] for n in expected.labels.tolist()]
@@ -259,15 +259,22 @@ def test_a_busy_server_says_so_and_gives_up_in_time(tiny_run: TinyRun, monkeypat
 
 
 def test_a_client_that_is_slow_or_gone_holds_nothing_up(tiny_run: TinyRun) -> None:
-    head = b"POST /detect HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 1000\r\n\r\n{"
+    head = (
+        b"POST /detect HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 1000\r\n\r\n{"
+    )
     with serving(tiny_run.folder, max_requests=2, timeout=1) as served:
         host, port = served.url.removeprefix("http://").split(":")
         for _ in range(4):
             with socket.create_connection((host, int(port))) as client:
                 client.sendall(head)  # and gone
-        with socket.create_connection((host, int(port))) as slow:
-            slow.sendall(head)
-            assert slow.recv(100).startswith(b"HTTP/1.1 504")
+        # one of them may find the places of those that are gone still taken; it is not waited for either
+        slow = [socket.create_connection((host, int(port)), timeout=60) for _ in range(4)]
+        for client in slow:
+            client.sendall(head)
+        answers = [client.recv(100)[:12] for client in slow]
+        assert {*answers} <= {b"HTTP/1.1 503", b"HTTP/1.1 504"}
+        for client in slow:
+            client.close()
         assert served.form(tiny_run.unseen[0].read_bytes())[0] == 200
 
 
@@ -311,7 +318,7 @@ def test_without_the_extra_it_says_which_one_is_missing(monkeypatch: pytest.Monk
 
 
 def test_an_address_that_cannot_be_used_is_told() -> None:
-    with pytest.raises(ConfigError, match="no server can listen at 192.0.2.1"), running.listening("192.0.2.1", 0):
+    with pytest.raises(ConfigError, match="no server can listen at"), running.listening("192.0.2.1", 0):
         pass
 
 

@@ -9,12 +9,13 @@ from rich.console import Console
 from typer.core import TyperCommand, TyperGroup
 
 import metr
+from metr.cli.detect import detect
 from metr.cli.inspect import inspect
 from metr.cli.launch import start_processes_of_accelerate, wait_for_main_process
 from metr.cli.output import SafeConsole, show_log
 from metr.cli.serve import serve
 from metr.cli.training import finetune, train
-from metr.cli.verbs import demo, detect, evaluate, push, transfer
+from metr.cli.verbs import demo, evaluate, push, transfer
 from metr.errors import MetrError
 from metr.processes import in_main_process, process_index
 from metr.training.signals import Stopped, StopSignals

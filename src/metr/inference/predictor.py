@@ -90,6 +90,11 @@ class Predictor:
         self.limits = None if limits is None else limits.to(self.device)
         self._projected: ProjectedText | None = None
 
+    @property
+    def batch_size(self) -> int:
+        """Maximum number of images per step."""
+        return self.config.batch_size
+
     def detect(self, image: ImageSource) -> Detections:
         """The detections of one image: a path, an RGB array [h w 3] of bytes, or a PIL image.
 

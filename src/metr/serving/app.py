@@ -167,7 +167,9 @@ def _add_routes(app: FastAPI, service: Service, config: ServeConfig) -> None:
     async def detect(request: Request) -> Found:
         """Finds objects in an image; any names may be asked for. No address is fetched: the image is sent."""
         if gate.full:
-            await _drained(request, config.max_body)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(config.timeout):
+                    await _drained(request, config.max_body)
             raise HTTPException(503, "too many requests are in progress", {"Retry-After": "1"})
         try:
             with gate.entered():
