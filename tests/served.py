@@ -44,7 +44,7 @@ class Served:
         """Asks in JSON."""
         return self.post(json.dumps(values).encode(), "application/json")
 
-    def form(self, image: bytes | None, **fields: str) -> tuple[int, Any]:
+    def form(self, image: bytes | None, /, **fields: str) -> tuple[int, Any]:
         """Asks with a form."""
         edge = b"--edge\r\ncontent-disposition: form-data; name="
         parts = [edge + f'"{key}"\r\n\r\n{value}\r\n'.encode() for key, value in fields.items()]
@@ -57,11 +57,14 @@ class Served:
     def _asked(request: urllib.request.Request) -> tuple[int, Any]:
         try:
             with urllib.request.urlopen(request, timeout=60) as answer:
-                return answer.status, json.load(answer)
+                return answer.status, _read(answer.read())
         except urllib.error.HTTPError as error:
             with error:
-                text = error.read().decode()
-                return error.code, json.loads(text) if text.startswith("{") else text
+                return error.code, _read(error.read())
+
+
+def _read(body: bytes) -> Any:
+    return json.loads(body) if body.startswith(b"{") else body.decode()
 
 
 @contextmanager

@@ -19,6 +19,8 @@ __all__ = ["TiledPredictor", "merged", "tile_places"]
 Place = tuple[int, int, int, int]
 # pixels from an edge within which a box ends there
 _AT_EDGE = 3.0
+# what the score of a cut box counts beside that of a whole one
+_CUT = 0.3
 # steps of tiles that are prepared at once
 _STEPS_AHEAD = 4
 
@@ -148,9 +150,9 @@ def _kept(
     rows: Int[Tensor, "k"],
     config: TilesConfig,
 ) -> Int[Tensor, "m"]:
-    """Those of the rows, all of one name, that stay: whole boxes are preferred to cut ones, then better to weaker."""
-    order = rows[scores[rows].argsort(descending=True, stable=True)]
-    order = order[cut[order].int().argsort(stable=True)]
+    """Those of the rows, all of one name, that stay; whole boxes go before cut ones that are not far better."""
+    rank = scores[rows] * torch.where(cut[rows], _CUT, 1.0)
+    order = rows[rank.argsort(descending=True, stable=True)]
     xyxy, parts = boxes[order], cut[order]
     areas, alive = geometry.area(xyxy), torch.ones(len(order), dtype=torch.bool)
     for row in range(len(order) - 1):

@@ -1,6 +1,7 @@
 """Runs the server (`metr serve`) until it is asked to end."""
 
 import errno
+import logging
 import signal
 import socket
 import threading
@@ -93,6 +94,7 @@ def serve(
     check_dependencies()
     config = config or ServeConfig()
     said = console or Console(quiet=True)
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)  # broken forms are told to who sends them
     with listening(config.host, config.port) as opened:
         import uvicorn
 
