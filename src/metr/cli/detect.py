@@ -129,7 +129,7 @@ def detect(
         _detect_with_ray(model, asked, config, paths, out, resources)
     else:
         predictor = model.predictor(asked, config)
-        shown = {"thresholds": model.thresholds(threshold), "labels": style, "console": output_console()}
+        shown = {"thresholds": model.thresholds(threshold, asked), "labels": style, "console": output_console()}
         if files is None:
             _detect_in_videos(predictor, tiling, videos or (), out, {"tracked": track, "frames": frames, **shown})
         else:

@@ -74,7 +74,10 @@ def evaluate(
         ),
     ] = None,
     split: Annotated[
-        str | None, typer.Option(help="The split; by default val (test where there is nothing to train on).")
+        str | None,
+        typer.Option(
+            help="The split, or all for every image; by default val (test where there is nothing to train on)."
+        ),
     ] = None,
     prompts: Prompts = "trained",
     batch_size: BatchSize = 8,

@@ -20,6 +20,7 @@ from metr.inference.predictor import Prediction, Predictor, PreparedImage
 from metr.serving.batching import Batcher
 from metr.serving.config import ServeConfig
 from metr.structures import Detections
+from metr.text.same_names import in_another_case
 from metr.text.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -109,8 +110,8 @@ class Service:
             DataError: the image cannot be read.
             ConfigError: a name is empty, too long or given twice; there are too many; or the threshold is not in 0..1.
         """
-        thresholds = self.model.thresholds(threshold)
         self._check(names)
+        thresholds = self.model.thresholds(threshold, names)
         if len(image) > self.config.max_bytes:
             raise TooLargeError(f"expected at most {self.config.max_bytes:,} bytes, found {len(image):,}", where=_IMAGE)
         prepared = await self._prepared(image)
@@ -197,4 +198,6 @@ class Service:
     def _untrained(self, names: "Names") -> tuple[str, ...]:
         if isinstance(names, Mapping):  # described by phrases, which need not be names
             return ()
-        return tuple(str(one) for one in self.model.untrained(Vocabulary.of(list(names))))
+        trained = in_another_case(names, self.model.names)
+        fresh = [name for name in names if name not in trained]
+        return tuple(str(one) for one in self.model.untrained(Vocabulary.of(fresh))) if fresh else ()
