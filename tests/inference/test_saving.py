@@ -20,7 +20,7 @@ def predicted(path: Path, boxes: list[list[float]], labels: list[int]) -> Predic
     height, width = read_image(path).shape[:2]
     scores = torch.linspace(0.9, 0.5, len(boxes))
     found = Detections(
-        boxes=torch.tensor(boxes).reshape(-1, 4),
+        boxes=torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
         scores=scores,
         labels=torch.tensor(labels, dtype=torch.int64),
         names=("fish", "a/b: \u202e?"),

@@ -22,8 +22,11 @@ SHIPPED = Path(__file__).resolve().parents[2] / "checkpoints" / "metr-nano"
 
 
 def found(*rows: tuple[tuple[float, float, float, float], float, int]) -> Detections:
-    boxes = torch.tensor([list(box) for box, _, _ in rows]).reshape(-1, 4)
-    scores, labels = torch.tensor([score for _, score, _ in rows]), torch.tensor([label for _, _, label in rows])
+    boxes = torch.tensor([list(box) for box, _, _ in rows], dtype=torch.float32).reshape(-1, 4)
+    scores, labels = (
+        torch.tensor([score for _, score, _ in rows], dtype=torch.float32),
+        torch.tensor([label for _, _, label in rows]),
+    )
     return Detections(boxes=boxes, scores=scores, labels=labels.long(), names=("cell", "leaf"))
 
 

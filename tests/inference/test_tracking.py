@@ -83,6 +83,6 @@ def test_odd_boxes_are_no_error(boxes: list) -> None:
 
 def test_tracks_do_not_pile_up() -> None:
     tracker, chance = Tracker(10.0), np.random.default_rng(0)
-    for _ in range(500):
+    for _ in range(100):
         numbers(tracker, [square(*chance.uniform(0, 2000, 2)) for _ in range(10)])
-    assert len(tracker._tracks) < 200
+    assert len(tracker._tracks) < 150

@@ -1,16 +1,17 @@
 """Other forms of what was found in image files: cut-out objects, a table, and datasets to correct and train on."""
 
 import csv
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO, cast
+from typing import Any, TextIO
 
 import numpy as np
 from jaxtyping import UInt8
 
 from metr.boxes import area
-from metr.data.records import TRAIN, ImageRecord, InMemoryAnnotations
+from metr.data.records import TRAIN, ImageRecord
 from metr.inference.config import Form
 from metr.inference.draw import save_image
 from metr.inference.predictor import Prediction
@@ -86,23 +87,27 @@ class SavedForms:
             save_image(image[top:bottom, left:right], folder / f"{stem}-{number}.jpg")
 
     def _write_datasets(self) -> None:
-        if not {"coco", "yolo"} & {*self.forms}:
+        if not self._records:
             return
         from metr.data.datasets_file import DatasetConfig, DatasetSource
         from metr.data.export import write_coco, write_yolo
+        from metr.data.index.annotation_index import AnnotationIndex, LabelMap, write_index
 
-        found = InMemoryAnnotations(name="detections", split=TRAIN, categories=self.names, records=tuple(self._records))
-        source = DatasetSource(
-            name="detections",
-            format="memory",
-            root=self.out / "images",
-            config=DatasetConfig(name="detections", path=str(self.out)),
-            categories=self.names,
-            splits=cast("Any", {TRAIN: found}),
-        )
-        for form, write in (("coco", write_coco), ("yolo", write_yolo)):
-            if form in self.forms:
-                write(source, self.out / form)
+        with tempfile.TemporaryDirectory() as place:
+            index = Path(place, f"{TRAIN}.arrow")
+            write_index(index, self._records, root=Path(Path.cwd().anchor))
+            found = AnnotationIndex(index, LabelMap.identity(self.names), name="detections", split=TRAIN)
+            source = DatasetSource(
+                name="detections",
+                format="index",
+                root=Path(place),
+                config=DatasetConfig(name="detections", path=place),
+                categories=self.names,
+                splits={TRAIN: found},
+            )
+            for form, write in (("coco", write_coco), ("yolo", write_yolo)):
+                if form in self.forms:
+                    write(source, self.out / form)
 
 
 def as_folder(name: str) -> str:
@@ -130,7 +135,7 @@ def _record(found: Prediction) -> ImageRecord:
     boxes = found.detections.boxes.double()
     return ImageRecord(
         image_id=found.source,
-        path=Path(found.source),
+        path=Path(found.source).absolute(),
         width=found.size[1],
         height=found.size[0],
         boxes=boxes.numpy(),
