@@ -74,7 +74,7 @@ def test_the_command_writes_all_forms(tiny_run: TinyRun, metr: CommandLine, tmp_
     forms = [word for form in ("crops", "csv", "coco", "yolo") for word in ("--save", form)]
     detect = ["detect", tiny_run.folder, folder, "--threshold", "0.0", "--device", "cpu"]
     assert metr(*detect, "-o", out, *forms).code == 0
-    rows = list(csv.DictReader((out / "detections.csv").open(encoding="utf-8")))
+    rows = list(csv.DictReader((out / "detections.csv").read_text(encoding="utf-8").splitlines()))
     assert {row["file_name"] for row in rows} == {str(folder / "a.jpg"), str(folder / "more/a.jpg")}
     assert {*rows[0]} == {"file_name", "width", "height", "name", "score", "x1", "y1", "x2", "y2"}
     crops = list((out / "crops").rglob("*.jpg"))

@@ -23,10 +23,8 @@ SHIPPED = Path(__file__).resolve().parents[2] / "checkpoints" / "metr-nano"
 
 def found(*rows: tuple[tuple[float, float, float, float], float, int]) -> Detections:
     boxes = torch.tensor([list(box) for box, _, _ in rows], dtype=torch.float32).reshape(-1, 4)
-    scores, labels = (
-        torch.tensor([score for _, score, _ in rows], dtype=torch.float32),
-        torch.tensor([label for _, _, label in rows]),
-    )
+    scores = torch.tensor([score for _, score, _ in rows], dtype=torch.float32)
+    labels = torch.tensor([label for _, _, label in rows])
     return Detections(boxes=boxes, scores=scores, labels=labels.long(), names=("cell", "leaf"))
 
 
@@ -105,7 +103,7 @@ def test_cells_of_a_large_image_are_found_once_each() -> None:
     assert prediction.detections is not None
     sure = prediction.detections.scores > 0.5
     boxes = prediction.detections.boxes[sure]
-    expected = torch.tensor([cell.box for cell in cells])
+    expected = torch.tensor([cell.box for cell in cells], dtype=torch.float32)
     overlaps = paired_iou(boxes[:, None].expand(-1, len(cells), -1), expected[None].expand(len(boxes), -1, -1)) > 0.6
     assert overlaps.any(0).float().mean() >= 0.95  # of the cells are found
     assert overlaps.sum(0).max() <= 2  # red and white at most

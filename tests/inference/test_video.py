@@ -37,7 +37,7 @@ def write_video(path: Path, frames: list[np.ndarray], rate: float = 20.0) -> Pat
 
 def moving_cells(step: int) -> list[Cell]:
     """Three cells: one crosses the image, one goes up, one stands still."""
-    return [Cell(60 + 8 * step, 80, 46), Cell(380, 420 - 5 * step, 46), Cell(130, 320, 75, white=True)]
+    return [Cell(60 + 8 * step, 80, 46), Cell(380, 350 - 4 * step, 46), Cell(130, 320, 75, white=True)]
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:

@@ -65,7 +65,7 @@ def kept(browser: Browser, name: str) -> Image.Image:
     """The window as an image; written for the documentation if that is asked for."""
     image = Image.open(io.BytesIO(browser.screenshot())).convert("RGB")
     if SCREENSHOTS:
-        image.quantize(128, dither=Image.Dither.NONE).save(ROOT / SCREENSHOTS / name, optimize=True)
+        image.save(ROOT / SCREENSHOTS / name, quality=80, optimize=True)
     return image
 
 
@@ -83,10 +83,11 @@ def test_an_image_is_chosen_names_are_typed_and_boxes_appear(shipped: Served, br
     assert {name for name, _ in listed} == {"RBC", "WBC"}
     whole = browser.run(DRAWN)
     assert whole > 5000
-    kept(browser, "serve.png")
+    kept(browser, "serve.jpg")
     browser.run("document.querySelector('#list li').focus()")
     assert 0 < browser.run(DRAWN.replace("draw();", "")) < whole / 4
-    assert browser.complaints() == []
+    # that the test reads the canvas is no fault of the page
+    assert [line for line in browser.complaints() if "getImageData" not in line] == []
 
 
 def test_an_image_is_dropped_and_names_are_typed_later(shipped: Served, browser: Browser, smear: Path) -> None:
