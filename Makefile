@@ -35,7 +35,7 @@ help:
 	@echo "Building the environment in .venv (a few minutes the first time)"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch -c constraints.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bundled,tensorboard,supervision,docs,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bundled,tensorboard,supervision,serve,docs,dev]'
 	@touch $@
 
 demo: .venv/.ready

@@ -23,6 +23,7 @@ PAGES = {
     "metr.inspection": ("metr.inspection",),
     "metr.conversion": ("metr.conversion", "metr.conversion.transfer"),
     "metr.export": ("metr.export.export", "metr.export.request", "metr.deploy"),
+    "metr.serving": ("metr.serving", "metr.serving.app", "metr.serving.config"),
     "metr.sharing": ("metr.sharing.push", "metr.sharing.model_card"),
 }
 # Of the package itself only what it exports: its parts have pages of their own.

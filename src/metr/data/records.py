@@ -156,6 +156,22 @@ class ImageBytes(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class InMemoryBytes:
+    """The bytes of an image that are held in memory, as `ImageBytes`."""
+
+    data: bytes
+
+    @property
+    def size(self) -> int:
+        """How many bytes there are."""
+        return len(self.data)
+
+    def open(self) -> io.BytesIO:
+        """The bytes, to be read from the first on."""
+        return io.BytesIO(self.data)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageRecord:
     """The annotations of one image.

@@ -135,7 +135,9 @@ def _without_norm(layer: ConvNorm) -> nn.Module:
     if isinstance(norm, ChannelScale):  # it was folded before this layer
         kernel, bias = source.weight * norm.scale.unsqueeze(-1), norm.shift.flatten()
     else:
-        fused = fuse_conv_bn_eval(source, norm)  # type: ignore[type-var]
+        assert isinstance(norm, nn.BatchNorm2d)
+        fused = fuse_conv_bn_eval(source, norm)
+        assert fused.bias is not None
         kernel, bias = fused.weight, fused.bias
     same = source.kernel_size[0] // 2 if layer.stride == 1 else 0
     kind = nn.Conv2d if layer.stride == 1 else SameConvolution

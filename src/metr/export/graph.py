@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -102,6 +103,7 @@ class ExportedDetector(nn.Module):
         height, width = pixels.shape[-2:]
         rows, columns = torch.arange(height), torch.arange(width)
         if sizes is None:
+            assert self.size is not None
             below, right = (rows >= self.size[0])[None], (columns >= self.size[1])[None]
         else:
             below, right = rows >= sizes[:, :1], columns >= sizes[:, 1:]
@@ -111,8 +113,9 @@ class ExportedDetector(nn.Module):
         if "text" not in given:
             text = ProjectedText(text=self.text, tokens=self.tokens, weights=(), precision=None)
             return text, NameLimits(presence=self.presence, queries=self.queries)
-        if isinstance(self.network.category_extraction.shortlist, RealNamesFirst):
-            self.network.category_extraction.shortlist.real = given["presence"] <= 1
+        shortlist: nn.Module | None = self.network.category_extraction.shortlist
+        if isinstance(shortlist, RealNamesFirst):
+            shortlist.real = given["presence"] <= 1
         return given["text"], NameLimits(presence=given["presence"], queries=self.queries)
 
     def _open(self, names: int) -> None:
@@ -124,7 +127,7 @@ class ExportedDetector(nn.Module):
         self.register_buffer("queries", torch.full((names,), config.queries.number))
         extraction = self.network.category_extraction
         if extraction.shortlist is not None:
-            extraction.shortlist = RealNamesFirst(extraction.shortlist)
+            extraction.shortlist = cast("Shortlist", RealNamesFirst(extraction.shortlist))
 
 
 class RealNamesFirst(nn.Module):

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from metr.data.collate import stack_images
 from metr.errors import DataError, ModelError
 from metr.export.graph import Interface, padded_names
 from metr.inference.predictor import Predictor
@@ -84,9 +85,10 @@ _UNQUANTIZED = [
 def _prepared(image: Path, predictor: Predictor, interface: Interface) -> dict[str, np.ndarray] | None:
     """The inputs for an image; None if it cannot be read."""
     try:
-        pixels, size = predictor.prepared(image)
+        one = predictor.prepare(image)
     except DataError:
         return None
+    pixels, size = stack_images([one.pixels], predictor.multiple), (one.pixels.shape[1], one.pixels.shape[2])
     given = {"images": pixels if interface.pixels == "uint8" else pixels / 255, "sizes": torch.tensor([size])}
     if interface.names is not None:
         least = [0.0] * len(predictor.names)
