@@ -161,6 +161,7 @@ class ImageRecord:
     annotated exhaustively in this image; None means all of the dataset's. `unknown` are those of boxes that were
     dropped while the dataset was read (`UNNAMED`: perhaps any); the index removes them from `annotated` and leaves this
     empty. `source` is where the bytes of the image are; None: in the file at `path`, which else is a name alone.
+    `scores` are those of boxes that a detector found, NaN for the others; None: no box is a detector's.
     """
 
     image_id: int | str
@@ -174,6 +175,7 @@ class ImageRecord:
     annotated: tuple[int, ...] | None = None
     unknown: tuple[int, ...] = ()
     source: ImageBytes | None = None
+    scores: Float[np.ndarray, "m"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
