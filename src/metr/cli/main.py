@@ -9,6 +9,7 @@ from rich.console import Console
 from typer.core import TyperCommand, TyperGroup
 
 import metr
+from metr.cli.complete import complete
 from metr.cli.inspect import inspect
 from metr.cli.launch import start_processes_of_accelerate, wait_for_main_process
 from metr.cli.output import SafeConsole, show_log
@@ -67,7 +68,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for verb in (inspect, train, finetune, evaluate, detect, transfer, push, demo):
+for verb in (inspect, train, finetune, evaluate, detect, complete, transfer, push, demo):
     app.command(cls=_Verb)(verb)
 
 

@@ -50,7 +50,7 @@ def written_image(record: ImageRecord, name: str, categories: Sequence[str]) -> 
     return WrittenImage(name=text_of(name), width=record.width, height=record.height, boxes=tuple(boxes))
 
 
-def rounded(value: float) -> float | int:
+def rounded(value: float | int) -> float | int:
     """A coordinate to a thousandth, as a whole number where it is one: many tools expect those."""
     short = round(value, _DIGITS)
     return int(short) if short == int(short) else short
