@@ -104,38 +104,44 @@ def append_to_csv(work: Appending) -> None:
         if dialect is None or "name" not in dialect.columns:
             raise CannotAppendError(f"{file} has no column of categories")
         rows = [row for _, row in dialect.lines(text.removeprefix("\ufeff"))]
-        kind = (Written.asked(work.reader.options.boxes) or Written(kind=dialect.boxes)).kind
+        kind = work.reader.written.get(file, Written(kind=dialect.boxes)).kind
         out = io.StringIO(newline="")
         ends = "\r\n" if "\r\n" in text else "\n"
         writer = csv.writer(out, delimiter=dialect.delimiter, lineterminator=ends)
         owners = _owners(rows, dialect)
         for one in listed:
-            like = _row_of(one.path, owners, file)
+            like = _row_of(one.path, owners, dialect)
             writer.writerows(_csv_row(like, box, dialect, kind, one.size) for box in one.boxes)
         missing = "" if text.endswith(("\n", "\r")) else ends
         write_text(work.root / file, text, encoding, [(len(text), missing + out.getvalue())])
 
 
 def _owners(rows: Sequence[Sequence[str]], dialect: Dialect) -> Mapping[str, list[Sequence[str]]]:
-    """The rows by the name of the file of their image."""
+    """The rows by the name of the file of their image, which may lack its suffix."""
     owners: dict[str, list[Sequence[str]]] = defaultdict(list)
     for row in rows:
         owners[posixpath.basename(dialect.cell(row, "path").replace("\\", "/"))].append(row)
     return owners
 
 
-def _row_of(path: str, owners: Mapping[str, list[Sequence[str]]], file: str) -> Sequence[str]:
-    """A row of the image at `path`; its column of the image names no other one."""
-    rows = owners.get(posixpath.basename(path), [])
+def _row_of(path: str, owners: Mapping[str, list[Sequence[str]]], dialect: Dialect) -> Sequence[str]:
+    """The row of an image whose name shares the longest end with its path."""
+    name = posixpath.basename(path)
+    rows = owners.get(name) or owners.get(posixpath.splitext(name)[0]) or []
     if not rows:
-        raise CannotAppendError(f"{file} has no line of {path}")
-    parts = path.split("/")
+        raise CannotAppendError(f"no line names {path}")
+    whole, without = path.split("/"), posixpath.splitext(path)[0].split("/")
 
     def shared(row: Sequence[str]) -> int:
-        named = " ".join(row).replace("\\", "/")
-        return max(n for n in range(len(parts) + 1) if n == 0 or "/".join(parts[-n:]) in named)
+        named = dialect.cell(row, "path").replace("\\", "/").split("/")
+        return max(_common_end(named, parts) for parts in (whole, without))
 
     return max(rows, key=shared)
+
+
+def _common_end(one: Sequence[str], two: Sequence[str]) -> int:
+    pairs = zip(reversed(one), reversed(two), strict=False)
+    return next((n for n, (first, second) in enumerate(pairs) if first != second), min(len(one), len(two)))
 
 
 def _csv_row(like: Sequence[str], box: WrittenBox, dialect: Dialect, kind: str, size: tuple[int, int]) -> list[str]:

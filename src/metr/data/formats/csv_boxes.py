@@ -72,6 +72,8 @@ class CsvReader(Reader):
         # Where some name a split, the others are left out: they often repeat what is in those.
         super().__init__(root, {name: paths for name, paths in splits.items() if canonical_split(name)} or splits)
         self.unnamed = any("name" not in dialect.columns for dialect in files.values())
+        # how each file that was read writes its boxes
+        self.written: dict[str, Written] = {}
 
     @property
     def options_used(self) -> tuple[str | None, ...]:
@@ -99,7 +101,7 @@ class CsvReader(Reader):
         found = [locate(name, folders[where], where, reading) for where, name in rows.entries]
         table, lines, places = rows.table(), np.array(rows.line), list(rows.entries)
         sizes = sizes_of(rows.sizes, found, reading)
-        written: dict[str, Written] = {}
+        written = self.written
         for where, mine in rows.rows.items():
             written[where] = Written.asked(self.options.boxes) or judged(
                 table.boxes[mine], table.image[mine], sizes, rows.kinds[where], where, reading
