@@ -36,7 +36,7 @@ from metr.model import METR
 from metr.run_directory import explained_disk_errors, replaced_file
 
 BOXES, SUMMARY, DATA = "completed.json", "summary.json", "data.yaml"
-_KEPT = ("splits", "weight", "prompts", "renames", "boxes", "exhaustive", "format")
+_KEPT = ("splits", "weight", "prompts", "renames", "boxes", "exhaustive", "only", "drop", "ignore", "format")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,7 +226,8 @@ class _Work:
         config: CompletionConfig,
     ) -> None:
         self.source, self.original, self.config = source, original, config
-        in_files = (*(() if original is None else original.names), *source.config.renames)
+        told = (*source.config.renames, *source.config.drop, *source.config.ignore)
+        in_files = (*(() if original is None else original.names), *told)
         self.wanted: Wanted = wanted_names(source.categories, in_files, sure, names, model)
         chosen = [split for split in source.splits if split in config.splits] if self.wanted.rows else []
         self.images = [

@@ -131,7 +131,9 @@ def _in_own_format(
     new = [_addition(source, one, original.places) for one in added if len(one.names)]
     append(original.reader, building, new, original.places)
     inside = path.is_file() and path.is_relative_to(source.root)
+    names = dict.fromkeys(name for one in added for name in one.names)
     changes = {
+        "only": source.config.only and (*source.config.only, *names),
         "path": building / (path.relative_to(source.root) if inside else ""),
         "format": source.format,
         "exhaustive": tuple(source.config.exhaustive or source.categories),
@@ -238,8 +240,10 @@ def _names(index: AnnotationIndex, record: ImageRecord) -> list[str]:
 
 def merged_source(source: DatasetSource, added: Sequence[AddedBoxes]) -> MemorySource:
     """A dataset with boxes added, in memory; the names of these are not annotated exhaustively."""
-    fresh = dict.fromkeys(name for one in added for name in one.names if name not in source.categories)
-    categories = (*source.categories, *fresh)
+    names = [name for one in added for name in one.names]
+    # of names that are not read nothing is known, so they stay categories that no image annotates
+    unread = [name for split in source.splits.values() for name in split.unknown_names]
+    categories = tuple(dict.fromkeys([*source.categories, *names, *unread]))
     rows = {name: row for row, name in enumerate(categories)}
     new = {(one.split, one.index): one for one in added}
 

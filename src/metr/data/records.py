@@ -266,6 +266,16 @@ class ColumnarAnnotations(Annotations, Protocol):
         ...
 
 
+@runtime_checkable
+class PartlyRead(Protocol):
+    """Annotations that say which names of their files are not read: of these nothing is known in any image."""
+
+    @property
+    def unknown_names(self) -> tuple[str, ...]:
+        """The names that a user dropped or ignores."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class InMemoryAnnotations:
     """Annotations that are in memory: of small datasets, of tests, and of evaluation."""
