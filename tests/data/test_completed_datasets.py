@@ -110,11 +110,8 @@ def test_what_people_wrote_stays_byte_for_byte(tmp_path: Path, layout: str) -> N
     for name, path in old.items():
         if name.suffix in {".yaml", ".yml"}:
             continue
-        rest = iter(new[name].read_bytes().split())
-        # every word of the old file comes up in the new one, in its order
-        assert all(word in rest or word.rstrip(b"]},") for word in path.read_bytes().split()), name
-        if new[name].read_bytes() != path.read_bytes():
-            assert new[name].stat().st_size > path.stat().st_size
+        rest = iter(new[name].read_bytes())
+        assert all(byte in rest for byte in path.read_bytes()), name
 
 
 def test_unknown_keys_odd_numbers_and_layout_of_coco_stay(tmp_path: Path) -> None:
