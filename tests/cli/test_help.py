@@ -14,7 +14,19 @@ from metr.cli.main import app
 
 from tiny import CommandLine
 
-VERBS = ("inspect", "train", "finetune", "evaluate", "detect", "serve", "transfer", "export", "push", "demo")
+VERBS = (
+    "inspect",
+    "train",
+    "finetune",
+    "evaluate",
+    "detect",
+    "complete",
+    "serve",
+    "transfer",
+    "export",
+    "push",
+    "demo",
+)
 ALL_HELP = """
 import sys
 from contextlib import suppress

@@ -9,6 +9,7 @@ from rich.console import Console
 from typer.core import TyperCommand, TyperGroup
 
 import metr
+from metr.cli.complete import complete
 from metr.cli.detect import detect
 from metr.cli.export import export
 from metr.cli.inspect import inspect
@@ -70,7 +71,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for verb in (inspect, train, finetune, evaluate, detect, serve, transfer, export, push, demo):
+for verb in (inspect, train, finetune, evaluate, detect, complete, serve, transfer, export, push, demo):
     app.command(cls=_Verb)(verb)
 
 
