@@ -12,6 +12,7 @@ import metr
 from metr.cli.inspect import inspect
 from metr.cli.launch import start_processes_of_accelerate, wait_for_main_process
 from metr.cli.output import SafeConsole, show_log
+from metr.cli.report import report
 from metr.cli.training import finetune, train
 from metr.cli.verbs import demo, detect, evaluate, push, transfer
 from metr.errors import MetrError
@@ -67,7 +68,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for verb in (inspect, train, finetune, evaluate, detect, transfer, push, demo):
+for verb in (inspect, train, finetune, evaluate, report, detect, transfer, push, demo):
     app.command(cls=_Verb)(verb)
 
 

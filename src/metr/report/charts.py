@@ -102,12 +102,12 @@ class Axis:
 
 def across(low: float, high: float) -> Axis:
     """The horizontal axis of a chart."""
-    return Axis(low=low, high=high, start=_LEFT, end=WIDTH - _RIGHT)
+    return Axis(low=low, high=high, start=float(_LEFT), end=float(WIDTH - _RIGHT))
 
 
 def upwards(low: float, high: float, log: bool = False) -> Axis:
     """The vertical axis of a chart."""
-    return Axis(low=low, high=high, start=HEIGHT - _BOTTOM, end=_TOP, log=log)
+    return Axis(low=low, high=high, start=float(HEIGHT - _BOTTOM), end=float(_TOP), log=log)
 
 
 def short(value: float) -> str:
@@ -179,7 +179,7 @@ def precision_recall(title: str, names: Sequence[str], curves: np.ndarray) -> Ch
     rows = [row for row in range(len(names)) if not np.isnan(curves[row]).any()]
     if not rows:
         return None
-    x, y = across(0, 1), upwards(0, 1)
+    x, y = across(0.0, 1.0), upwards(0.0, 1.0)
     recalls = np.linspace(0, 1, curves.shape[1])
     few = len(rows) <= COLOURS
     every = 1 if few else 4 if len(rows) > 60 else 2
@@ -213,17 +213,17 @@ def reliability(title: str, bins: Sequence[tuple[float, float, int, float | None
         title: What it shows.
         bins: (lower, upper, count, mean score, fraction right) of each bin.
     """
-    x, y = across(0, 1), upwards(0, 1)
+    x, y = across(0.0, 1.0), upwards(0.0, 1.0)
     bars, marks = [], []
     for lower, upper, count, score, right in bins:
         if score is None or right is None:
             continue
         top, left = y.at(right), x.at(lower)
         told = f"scores {lower:g} to {upper:g}: {100 * right:.0f} % of {count:,} right, mean score {score:.2f}"
-        width = max(x.at(upper) - left - 2, 1)
-        bars.append(Bar(x=left + 1, y=top, width=round(width, 1), height=round(y.at(0) - top, 1), title=told))
+        width = max(x.at(upper) - left - 2, 1.0)
+        bars.append(Bar(x=left + 1, y=top, width=round(width, 1), height=round(y.at(0.0) - top, 1), title=told))
         marks.append((x.at(score), top))
-    diagonal = Line(name="perfect", points=drawn_points([(0, 0), (1, 1)], x, y), style=0, kind="line diagonal")
+    diagonal = Line(name="perfect", points=drawn_points([(0.0, 0.0), (1.0, 1.0)], x, y), style=0, kind="line diagonal")
     dots = Line(name="mean score of a bin", points="", style=0, marks=tuple(marks), kind="dots")
     return Chart(
         title=title,

@@ -106,18 +106,18 @@ def _inline(name: str) -> Markup:
     text = (_HERE / name).read_text(encoding="utf-8")
     if _SCRIPT_END.search(text):
         raise MetrError("must not hold </", where=_HERE / name)
-    return Markup(text)  # noqa: S704
+    return Markup(text)
 
 
-def _number(value: float | None, digits: int = 1) -> str:
+def _number(value: int | float | None, digits: int = 1) -> str:
     return "–" if value is None else f"{value:,.{digits}f}"
 
 
-def _percent(value: float | None) -> str:
+def _percent(value: int | float | None) -> str:
     return "–" if value is None else f"{100 * value:.0f} %"
 
 
-def _size(value: float) -> str:
+def _size(value: int | float) -> str:
     return f"{value:.1f}"
 
 
