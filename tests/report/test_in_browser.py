@@ -139,7 +139,10 @@ def test_the_worst_images_can_be_clicked_through(
 
 def test_names_are_sorted_and_found(browser: Browser, evaluation: Path, visit: Callable[..., None]) -> None:
     visit(evaluation, 1400)
-    column = "return Array.from(document.querySelectorAll('#name-table tbody tr:not([hidden])'), row => row.cells[2].dataset.value)"
+    column = """
+      const rows = document.querySelectorAll("#name-table tbody tr:not([hidden])");
+      return Array.from(rows, (row) => row.cells[2].dataset.value);
+    """
     click(browser, "#name-table thead button", 2)
     counts = [int(count) for count in browser.execute_script(column)]
     assert counts == sorted(counts, reverse=True)
@@ -194,4 +197,5 @@ def test_the_screenshot_of_the_documentation(browser: Browser, evaluation: Path,
         screenshot.thumbnail((1120, 1120), Image.Resampling.LANCZOS)
         screenshot.save(SCREENSHOT, quality=80, optimize=True)
     assert 20_000 < SCREENSHOT.stat().st_size < 200_000
-    assert Image.open(SCREENSHOT).width >= 1000
+    with Image.open(SCREENSHOT) as shown:
+        assert shown.width >= 1000

@@ -22,7 +22,8 @@ def run(tiny_run: TinyRun, tmp_path: Path) -> Path:
     for name in ("train_batch.jpg", "val_images.jpg"):
         Image.fromarray(np.full((40, 60, 3), 120, dtype=np.uint8)).save(tmp_path / "joint" / name)
     (tmp_path / "joint/log.txt").write_text(
-        "2026-01-02 03:04:05 command: metr train pond -o joint\n2026-01-02 04:04:05 command: metr train --resume -o joint\n"
+        "2026-01-02 03:04:05 command: metr train pond -o joint\n"
+        "2026-01-02 04:04:05 command: metr train --resume -o joint\n"
     )
     return tmp_path / "joint"
 
