@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from matplotlib.ticker import LogLocator, MaxNLocator
+from matplotlib.ticker import Locator, LogLocator, MaxNLocator
 
 WIDTH, HEIGHT = 460, 280
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 10, 10, 36
@@ -94,10 +94,19 @@ class Axis:
 
     def ticks(self, most: int = 6) -> tuple[Tick, ...]:
         """Round numbers along the axis."""
-        locator = LogLocator(numticks=most) if self.log else MaxNLocator(most, steps=[1, 2, 2.5, 5, 10])
-        values = [float(value) for value in locator.tick_values(self.low, self.high)]
-        inside = [value for value in values if self.low - 1e-12 <= value <= self.high * (1 + 1e-9) + 1e-12]
+        inside = self._inside(LogLocator(subs=(1.0, 2.0, 5.0), numticks=most)) if self.log else []
+        if len(inside) > 2 * most:  # many decades
+            inside = self._inside(LogLocator(numticks=most))
+        if len(inside) < 2:
+            inside = [
+                value for value in self._inside(MaxNLocator(most, steps=[1, 2, 2.5, 5, 10])) if value or not self.log
+            ]
         return tuple(Tick(at=self.at(value), label=short(value)) for value in inside)
+
+    def _inside(self, locator: Locator) -> list[float]:
+        """The numbers of a locator that lie on the axis."""
+        values = [float(value) for value in locator.tick_values(self.low, self.high)]
+        return [value for value in values if self.low - 1e-12 <= value <= self.high * (1 + 1e-9) + 1e-12]
 
 
 def across(low: float, high: float) -> Axis:
@@ -144,7 +153,7 @@ def line_chart(
         return None
     xs, ys = zip(*(point for points in clean.values() for point in points), strict=True)
     log = log and min(ys) > 0
-    low = min(ys) if log else min(0.0, *ys)
+    low = min(ys) / 1.1 if log else min(0.0, *ys)
     high = max(ys) if max(ys) > low else low + 1
     x, y = across(min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1), upwards(low, high, log)
     lines = tuple(

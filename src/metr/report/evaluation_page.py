@@ -30,7 +30,7 @@ ERRORS: dict[ErrorName, tuple[str, str]] = {
 """What each kind of error is called, and what it is."""
 _MOST_NAMES = 24  # rows of a table of confusion
 _MOST_PAIRS = 12  # confusions in a list
-_HEAT_IMAGES, _HEAT_NAMES, _HEAT_OTHERS = 24, 30, 8
+_HEAT_IMAGES, _HEAT_NAMES, _HEAT_OTHERS = 18, 30, 8
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -60,10 +60,10 @@ def write_page(path: Path, title: str, values: Mapping[str, Any]) -> Path:
     return path
 
 
-def said(text: str) -> str:
-    """A text from elsewhere as the page says it: in one line, without control characters, not endless."""
+def said(text: str, longest: int = _LONGEST) -> str:
+    """A text from elsewhere as the page says it: in one line, without control characters, at most so long."""
     line = " ".join(shown(str(text)).split())
-    return line if len(line) <= _LONGEST else line[: _LONGEST - 1] + "…"
+    return line if len(line) <= longest else line[: longest - 1] + "…"
 
 
 def picture(image: UInt8[np.ndarray, "h w 3"], longest: int, most: int) -> Picture:

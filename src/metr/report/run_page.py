@@ -274,7 +274,7 @@ def _environment(facts: TrainingFacts, folder: RunDirectory) -> Iterator[tuple[s
 
 def _commands(log: Path) -> list[str]:
     try:
-        return [said(line) for line in _COMMAND.findall(log.read_text(encoding="utf-8", errors="replace"))]
+        return [said(line, 4000) for line in _COMMAND.findall(log.read_text(encoding="utf-8", errors="replace"))]
     except OSError:
         return []
 
