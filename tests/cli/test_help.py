@@ -13,7 +13,7 @@ from metr.cli.main import app
 
 from tiny import CommandLine
 
-VERBS = ("inspect", "train", "finetune", "evaluate", "detect", "transfer", "push", "demo")
+VERBS = ("inspect", "train", "finetune", "evaluate", "report", "detect", "transfer", "push", "demo")
 ALL_HELP = """
 import sys
 from contextlib import suppress
