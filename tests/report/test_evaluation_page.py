@@ -24,6 +24,7 @@ from simulated_detector import Rates, simulated
 from tiny import CommandLine, TinyRun
 
 ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.slow  # they draw the demo's datasets
 HOSTILE = (
     "<script>alert(1)</script>",
     "</script><img src=x onerror=alert(1)>",
@@ -200,7 +201,6 @@ def test_without_objects_and_without_detections(tmp_path: Path) -> None:
     assert "–" in one(read_page(path), "table", id="dataset-table").text
 
 
-@pytest.mark.slow
 def test_many_names_and_many_images_stay_small(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     noise = tmp_path / "noise.png"
@@ -270,7 +270,6 @@ def test_wrong_labels_are_among_the_worst_images(
     assert len({image["name"] for image in shown} & images) >= 9
 
 
-@pytest.mark.slow
 def test_wrong_labels_are_found_with_a_trained_detector(shared: Path, tmp_path: Path) -> None:
     joint = open_joint([str(shared / "data" / "chess_pieces")])
     wrong, images = planted(joint.evaluation()["chess_pieces"], 0)
