@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from metr.cli.verbs import Data
+from metr.cli.verbs import Data, check_data
 from metr.errors import ConfigError, DataError, MetrError, counted, did_you_mean
 
 if TYPE_CHECKING:  # what the verb needs is imported when it runs, so that help comes at once
@@ -71,6 +71,8 @@ def inspect(
 
     A dataset that cannot be read is reported below the others; the exit code is then 1.
     """
+    if len(data) == 1:  # of several, those that can be read are shown
+        check_data(data)
     from metr.cli.inspect_tables import print_inspection
     from metr.config import parse_overrides
     from metr.inspection import InspectionConfig

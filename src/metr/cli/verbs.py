@@ -22,6 +22,7 @@ __all__ = [
     "Offline",
     "Overrides",
     "Prompts",
+    "check_data",
     "check_source",
     "demo",
     "detect",
@@ -123,6 +124,7 @@ def evaluate(
     compared = check_compared(compare, html)
     stay_offline(offline)
     check_source(source)
+    check_data(data)
     run, metr = Path(source), _is_metr_here(source)
     if store and not metr:
         what = "thresholds are kept in a METR on this machine, and this is none"
@@ -191,7 +193,7 @@ def detect(
 ) -> None:
     """Find objects in images. Any names can be asked for, trained or not."""
     from metr.inference.config import inference_config
-    from metr.inference.image_paths import images_to_draw, listed_images
+    from metr.inference.image_paths import check_images_there, images_to_draw, listed_images
     from metr.inference.request import check_labels, names_to_find
 
     # mistakes are found before torch is imported and the detector is loaded
@@ -204,6 +206,7 @@ def detect(
         raise ConfigError("expected images", where="IMAGE", hint="a file, a folder, or --images-from FILE")
     stay_offline(offline)
     check_source(source)
+    check_images_there(images or ())
     files = None if engine == "ray" else images_to_draw(paths, out)
     from metr.inference.detect_files import detect_files
     from metr.model import METR
@@ -229,6 +232,17 @@ def check_source(source: str) -> None:
     from metr.sources import look_here
 
     look_here(source)
+
+
+def check_data(data: Sequence[str]) -> None:
+    """Checks that datasets are there, as far as their paths tell, before torch is imported to read them.
+
+    Raises:
+        DataError: one is not.
+    """
+    from metr.data.formats.presence import check_datasets_there
+
+    check_datasets_there(data)
 
 
 def _check_engine(engine: str, drawing: Mapping[str, object], ray: Mapping[str, object]) -> None:

@@ -55,6 +55,17 @@ class ImagesToDraw:
     drawings: tuple[Path, ...]
 
 
+def check_images_there(images: Sequence[str | Path]) -> None:
+    """Checks that images, folders and patterns are there which are no addresses in stores.
+
+    Raises:
+        DataError: one is not.
+    """
+    for image in images:
+        if not is_url(image) and not Path(image).exists() and not has_magic(str(image)):
+            raise DataError("no such image or folder", where=image, hint="check the path")
+
+
 def images_to_draw(images: Sequence[str | Path], out: Path) -> ImagesToDraw:
     """The images that `expanded_paths` finds, each with a drawing in `out`; those that share a name are numbered.
 
