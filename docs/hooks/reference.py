@@ -19,6 +19,7 @@ PAGES = {
     "metr.data": ("metr.data", "metr.data.joint"),
     "metr.inference": ("metr.inference", "metr.inference.detect_files"),
     "metr.evaluation": ("metr.evaluation", "metr.evaluation.runner"),
+    "metr.report": ("metr.report.evaluation_page", "metr.report.run_page"),
     "metr.training": ("metr.training", "metr.training.train", "metr.training.finetune", "metr.training.finetune_data"),
     "metr.inspection": ("metr.inspection",),
     "metr.conversion": ("metr.conversion", "metr.conversion.transfer"),

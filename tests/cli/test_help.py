@@ -19,6 +19,7 @@ VERBS = (
     "train",
     "finetune",
     "evaluate",
+    "report",
     "detect",
     "complete",
     "serve",

@@ -175,3 +175,15 @@ def write_csv(root: Path, images: tuple[Path, ...]) -> Path:
     (root / "train.csv").write_text("a.jpg,1,2,60,50,leaf\nb.jpg,10,20,90,80,zebra\n", encoding="utf-8")
     (root / "val.csv").write_text("c.jpg,,,,,\n", encoding="utf-8")
     return root
+
+
+def test_evaluation_json_tells_what_is_wrong(report: EvaluationReport, out: Path) -> None:
+    written = json.loads((out / "e/evaluation.json").read_text())
+    for one, values in zip(report.datasets, written["datasets"], strict=True):
+        assert one.diagnosis is not None
+        assert [error["kind"] for error in values["diagnosis"]["errors"]] == [
+            "name", "place", "both", "duplicate", "background", "missed",
+        ]  # fmt: skip
+        assert [name.name for name in one.diagnosis.names] == list(NAMES[one.name])
+        assert sum(name.objects for name in one.diagnosis.names) == one.joint.coco.objects
+        assert sum(bin_.count for bin_ in one.diagnosis.calibration.bins) > 0

@@ -14,10 +14,11 @@ from played import Answer, Images, ScriptedNetwork, annotations, record
 
 from metr.data.config import LoaderConfig, ResizeConfig
 from metr.data.records import InMemoryAnnotations
+from metr.evaluation.answers import Observation
 from metr.evaluation.evaluator import EvaluationSet, Evaluator
 from metr.evaluation.results import EvaluationConfig, EvaluationReport, as_dict
-from metr.evaluation.runner import EvaluationRunner
-from metr.processes import process_count, process_index
+from metr.evaluation.runner import EvaluationRunner, diagnosed
+from metr.processes import in_main_process, process_count, process_index
 from metr.text.vocabulary import Vocabulary
 from small_runs import NAMES as SMALL
 from small_runs import make_description
@@ -82,11 +83,23 @@ class Share(Images):
 
 
 def scripted(progress: Any = None) -> Iterator[EvaluationReport]:
-    """Reports on all three datasets, on a dataset with an image that cannot be read, and on a single image."""
+    """Reports on all three datasets, on a dataset with an image that cannot be read, and on a single image.
+
+    They have the diagnosis, for which the main process has the answers of all.
+    """
     whole = [(PETS, Share(PETS, range(7))), (CARDS, Share(CARDS, (7, 8))), (ONE, Share(ONE, (9,)))]
     for some in (whole, [(PETS, Share(PETS, range(7), lost=(1, 2)))], whole[2:]):
         sets = [EvaluationSet(annotations=held, batches=batches) for held, batches in some]
-        yield Evaluator(torch.eye(4), VOCABULARY, progress=progress).evaluate(ScriptedNetwork(NAMES, SCRIPTED), sets)
+        seen: list[Observation] = []
+        evaluator = Evaluator(torch.eye(4), VOCABULARY, progress=progress, observe=seen.append)
+        report = evaluator.evaluate(ScriptedNetwork(NAMES, SCRIPTED), sets)
+        assert len(seen) == (len(sets) if in_main_process() else 0)
+        for one in seen:
+            assert one.presence.keys() == one.detections.keys()
+            for image_id, chances in one.presence.items():
+                found = {one.detections[image_id].labels[row].item() for row in range(len(one.detections[image_id]))}
+                assert {column for column, chance in enumerate(chances.tolist()) if chance > 0.01} == found
+        yield diagnosed(report, seen)
 
 
 def real(folder: Path) -> Iterator[EvaluationReport]:

@@ -15,6 +15,7 @@ from metr.cli.export import export
 from metr.cli.inspect import inspect
 from metr.cli.launch import start_processes_of_accelerate, wait_for_main_process
 from metr.cli.output import SafeConsole, show_log
+from metr.cli.report import report
 from metr.cli.serve import serve
 from metr.cli.training import finetune, train
 from metr.cli.verbs import demo, evaluate, push, transfer
@@ -71,7 +72,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for verb in (inspect, train, finetune, evaluate, detect, complete, serve, transfer, export, push, demo):
+for verb in (inspect, train, finetune, evaluate, report, detect, complete, serve, transfer, export, push, demo):
     app.command(cls=_Verb)(verb)
 
 

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from metr.cli.output import output_console
+from metr.cli.report import Compare, Html, check_compared, read_arms, write_page_of
 from metr.errors import ConfigError
 from metr.processes import in_main_process
 
@@ -88,12 +89,15 @@ def evaluate(
     store: Annotated[
         bool, typer.Option("--store", help="Keep each name's best threshold in the checkpoint, for detect.")
     ] = False,
+    html: Html = False,
+    compare: Compare = None,
     allow_empty: AllowEmpty = False,
     offline: Offline = False,
 ) -> None:
     """Measure average precision on datasets. Own names, the joint vocabulary, confusion between datasets."""
     from metr.inference.config import inference_config
 
+    compared = check_compared(compare, html)
     stay_offline(offline)
     check_source(source)
     check_data(data)
@@ -104,18 +108,21 @@ def evaluate(
         raise ConfigError(what, where="--store", hint=hint)
     values = {"prompts": prompts, "inference": inference_config(set_ or (), batch_size=batch_size)}
     from metr.evaluation.results import EvaluationConfig, store_thresholds
-    from metr.evaluation.runner import evaluate as run_evaluation
+    from metr.evaluation.runner import evaluate_in_detail
 
+    arms = read_arms(compared)
     config = EvaluationConfig.checked(values, where="evaluate")
     # what is no run is not written into
     folder = "evaluation" if split is None else f"evaluation-{split}"
     out = out or (run / folder if metr else Path(folder))
     console = output_console()
-    report = run_evaluation(
+    detailed = evaluate_in_detail(
         source, data, out, split=split, device=device, config=config, allow_empty=allow_empty, console=console
     )
+    if html:
+        write_page_of(detailed, out, source, arms)
     if store and in_main_process():
-        store_thresholds(report, run, console)
+        store_thresholds(detailed.report, run, console)
         if split == "test":
             note = "these thresholds were chosen on test: precision and recall there now look better than they are"
             console.print(note, highlight=False, soft_wrap=True)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from metr.data.records import Annotations, ImageRecord, InMemoryAnnotations
 from metr.errors import DataError
-from metr.evaluation.results import PresenceRecall, presence_recall
+from metr.evaluation.coco import CocoScorer
+from metr.evaluation.results import Mode, PresenceRecall, presence_recall
 from metr.inference.config import PostprocessConfig
 from metr.inference.postprocess import ImageId, postprocess
 from metr.process_group import gathered
@@ -26,17 +27,37 @@ class Question:
     columns: tuple[int, ...]
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Observation:
+    """What a detector answered about the images of one dataset, to the question `DatasetReport.asked`.
+
+    `annotations` are those of the images that could be read, which `scorer` knows as well; `names` is the vocabulary.
+    `presence` has the probability (0 to 1) of each name of the vocabulary in some of the images.
+    """
+
+    dataset: str
+    mode: Mode
+    annotations: Annotations
+    scorer: CocoScorer
+    names: tuple[str, ...]
+    detections: Mapping[ImageId, Detections]
+    presence: Mapping[ImageId, Float[Tensor, "v"]]
+
+
 @dataclass
 class Answers:
     """The network's answers so far to one question.
 
-    `detections` has an entry for each image that was seen. `recall` counts at each K of `recall_at`.
+    `detections` has an entry for each image that was seen. `recall` counts at each K of `recall_at`. `presence` has the
+    probability of each name in those of the images `looked_into` that were seen.
     """
 
     question: Question
     recall_at: tuple[int, ...]
     detections: dict[ImageId, Detections] = field(default_factory=dict)
     recall: PresenceRecall = field(default_factory=PresenceRecall)
+    looked_into: frozenset[ImageId] = frozenset()
+    presence: dict[ImageId, Float[Tensor, "v"]] = field(default_factory=dict)
 
     def add(
         self, output: DetectorOutput, batch: Batch, shown: Sequence[ImageRecord], config: PostprocessConfig | None
@@ -47,6 +68,9 @@ class Answers:
         logits = output.categories.presence_logits[-1]
         present = _present(shown, self.question.columns, len(self.question.names)).to(logits.device)
         self.recall += presence_recall(logits, present, self.recall_at)
+        for row, image_id in enumerate(batch.image_ids):
+            if image_id in self.looked_into:
+                self.presence[image_id] = logits[row].float().sigmoid().cpu()
 
     def of_all_processes(self, image_ids: Sequence[ImageId], dataset: str) -> "Answers":
         """The answers that all processes have collected, in the main process; in the others nothing.
@@ -70,6 +94,9 @@ class Answers:
         scores = gathered(torch.cat([torch.zeros(0), *(found.scores for _, found in own)]))
         labels = gathered(torch.cat([torch.zeros(0, dtype=torch.int64), *(found.labels for _, found in own)]))
         hits = [self.recall.hits.get(k, 0) for k in self.recall_at]
+        own_presence = list(self.presence.items())
+        looked = gathered(torch.tensor([position[image_id] for image_id, _ in own_presence], dtype=torch.int64))
+        chances = gathered(torch.stack([torch.zeros(len(self.question.names)), *(row for _, row in own_presence)])[1:])
         pairs, *kept = gathered(torch.tensor([[self.recall.pairs, *hits]])).sum(0).tolist()
 
         recall = PresenceRecall(pairs=pairs, hits=dict(zip(self.recall_at, kept, strict=True)))
@@ -81,6 +108,7 @@ class Answers:
                 raise DataError(f"two processes have evaluated the image {image_ids[number]!r}", where=dataset)
             found = Detections(boxes=box, scores=score, labels=label, names=self.question.names)
             everyone.detections[image_ids[number]] = found
+        everyone.presence = {image_ids[number]: row for number, row in zip(looked.tolist(), chances, strict=True)}
         return everyone
 
 

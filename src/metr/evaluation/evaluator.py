@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from metr.data.records import Annotations, ImageRecord
+from metr.data.records import Annotations, ImageRecord, seeded_order
 from metr.errors import DataError, ModelError
-from metr.evaluation.answers import Answers, Question, records_of, seen_annotations
+from metr.evaluation.answers import Answers, Observation, Question, records_of, seen_annotations
 from metr.evaluation.coco import CocoScorer
 from metr.evaluation.results import (
     CrossDatasetConfusion,
@@ -22,6 +22,7 @@ from metr.evaluation.results import (
     count_best_names,
     cross_dataset_confusion,
 )
+from metr.inference.postprocess import ImageId
 from metr.inference.predictor import answers, device_of, inference, project
 from metr.inference.selection import name_limits
 from metr.models.detector import Detector
@@ -29,6 +30,9 @@ from metr.process_group import from_main
 from metr.processes import process_count
 from metr.structures import Batch, NameLimits
 from metr.text.vocabulary import Vocabulary
+
+LOOKED_INTO = 40
+"""Images of a dataset of which an `Observation` has the presence of each name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +67,7 @@ class Evaluator:
         progress: Called after each batch with the dataset's name, and its number of images done (about as many times
             this process's as there are processes) and in all.
         trained: The names of training, and which dataset has which; by default all of `vocabulary`.
+        observe: Called in the main process with the answers about each dataset, for whoever wants more than numbers.
 
     Raises:
         ModelError: `text` does not have a row for each name.
@@ -75,12 +80,13 @@ class Evaluator:
         config: EvaluationConfig | None = None,
         progress: Callable[[str, int, int], None] | None = None,
         trained: Vocabulary | None = None,
+        observe: Callable[[Observation], None] | None = None,
     ) -> None:
         if len(text) != len(vocabulary):
             raise ModelError(f"expected a text embedding for each of {len(vocabulary)} names, found {len(text)}")
         self.text, self.vocabulary = text, vocabulary
         self.config, self.progress = config or EvaluationConfig(), progress
-        self.trained = trained or vocabulary
+        self.trained, self.observe = trained or vocabulary, observe
 
     def evaluate(
         self, network: nn.Module, sets: Sequence[EvaluationSet], unannotated: str | None = None
@@ -153,6 +159,8 @@ class Evaluator:
             joint=parts[questions["joint"]] if "joint" in questions else None,
             default=parts[questions["default"]] if "default" in questions else None,
         )
+        if self.observe is not None:
+            self.observe(_observation(annotations.name, seen, scorer, questions, answered))
         found = next((one.detections for one in answered if one.question is questions.get("joint")), {})
         return _Scored(report=report, best_names=count_best_names(seen, found))
 
@@ -185,7 +193,10 @@ class Evaluator:
         """The network's answers to each question about the images of this process; each is read and encoded once."""
         dataset, device = item.annotations.name, device_of(network)
         by_id = {record.image_id: record for record in records}
-        answered = [Answers(question=question, recall_at=self.config.recall_at) for question in questions]
+        looked = _looked_into(records) if self.observe is not None else frozenset[ImageId]()
+        answered = [
+            Answers(question=question, recall_at=self.config.recall_at, looked_into=looked) for question in questions
+        ]
         precision = self.config.inference.precision
         with inference(network, device, precision):
             asked = [
@@ -221,6 +232,34 @@ class Evaluator:
         if not named or len(set(domains.values())) < 2:
             return None
         return cross_dataset_confusion(named, categories, domains)
+
+
+def _observation(
+    dataset: str,
+    seen: Annotations,
+    scorer: CocoScorer,
+    questions: Mapping[Mode, Question],
+    answered: Sequence[Answers],
+) -> Observation:
+    """The answers to the question that detection is nearest to (`DatasetReport.asked`)."""
+    order: tuple[Mode, ...] = ("default", "joint", "own")
+    mode = next(one for one in order if one in questions)
+    (answer,) = (one for one in answered if one.question is questions[mode])
+    return Observation(
+        dataset=dataset,
+        mode=mode,
+        annotations=seen,
+        scorer=scorer,
+        names=answer.question.names,
+        detections=answer.detections,
+        presence=answer.presence,
+    )
+
+
+def _looked_into(records: Sequence[ImageRecord]) -> frozenset[ImageId]:
+    """Some images of a dataset, which their ids alone decide."""
+    order = seeded_order([str(record.image_id) for record in records])
+    return frozenset(records[number].image_id for number in order[:LOOKED_INTO].tolist())
 
 
 def _check_names(names: Sequence[str]) -> None:

@@ -18,6 +18,7 @@ from metr.config import Config
 from metr.data.records import Annotations
 from metr.errors import DataError, counted
 from metr.evaluation.coco import CocoResult
+from metr.evaluation.diagnosis import Diagnosis
 from metr.inference.config import InferenceConfig
 from metr.inference.postprocess import ImageId
 from metr.structures import Detections
@@ -188,7 +189,10 @@ class ModeReport:
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetReport:
-    """The results on one dataset. `missing` images could not be read, and are not in any number."""
+    """The results on one dataset. `missing` images could not be read, and are not in any number.
+
+    `diagnosis` says what is wrong with the detections of `asked`; None where nobody looked.
+    """
 
     name: str
     split: str
@@ -199,6 +203,7 @@ class DatasetReport:
     own: ModeReport | None = None
     joint: ModeReport | None = None
     default: ModeReport | None = None
+    diagnosis: Diagnosis | None = None
 
     def part(self, mode: Mode) -> ModeReport | None:
         """The report with one vocabulary; None where that was not evaluated."""

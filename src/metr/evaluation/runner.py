@@ -2,8 +2,8 @@
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -32,6 +32,8 @@ from metr.data.loading import build_evaluation_loader, explained_loss_of_workers
 from metr.data.records import ALL, Annotations
 from metr.data.transforms import build_transforms
 from metr.errors import counted
+from metr.evaluation.answers import Observation
+from metr.evaluation.diagnosis import Judged, diagnose
 from metr.evaluation.evaluator import EvaluationSet, Evaluator
 from metr.evaluation.report import main_console, show, write_report
 from metr.evaluation.results import (
@@ -40,14 +42,28 @@ from metr.evaluation.results import (
     EvaluationConfig,
     EvaluationReport,
 )
+from metr.inference.postprocess import ScoreThresholds
 from metr.inference.predictor import device_of
 from metr.model import METR
-from metr.process_group import joined_device
+from metr.process_group import from_main, joined_device
 from metr.processes import in_main_process, process_count, process_index
 from metr.text.same_names import told_aliases, with_training
 from metr.text.vocabulary import Vocabulary
 
 _logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Detailed:
+    """A report, and the answers that it was made of. The answers are there in the main process only."""
+
+    report: EvaluationReport
+    observations: tuple[Observation, ...]
+
+    @property
+    def thresholds(self) -> ScoreThresholds:
+        """From which scores detections were looked at as people see them."""
+        return ScoreThresholds(names=self.report.thresholds())
 
 
 def evaluate(
@@ -84,6 +100,23 @@ def evaluate(
     Raises:
         DataError, CheckpointError: something is missing or does not fit.
     """
+    return evaluate_in_detail(
+        source, data, out, split=split, device=device, config=config, allow_empty=allow_empty, console=console
+    ).report
+
+
+def evaluate_in_detail(
+    source: METR | str | Path,
+    data: str | Path | Sequence[str | Path],
+    out: str | Path | None = None,
+    *,
+    split: str | None = None,
+    device: str | torch.device = "auto",
+    config: EvaluationConfig | None = None,
+    allow_empty: bool = False,
+    console: Console | None = None,
+) -> Detailed:
+    """Does what `evaluate` does, and keeps the answers for whoever looks further, such as `metr.report`."""
     console, config = main_console(console), config or EvaluationConfig()
     given = [data] if isinstance(data, str | Path) else data
     joint = open_joint([str(one) for one in given], together=split == ALL)
@@ -102,14 +135,29 @@ def evaluate(
     text, sets = model.embed(vocabulary), joint.evaluation(split)
     runner = EvaluationRunner(vocabulary, text, sets, model.resize, loader, config, model.vocabulary)
     unannotated = model.checkpoint.training.get("unannotated")
-    report = runner.report(model.network, console, None if unannotated is None else str(unannotated))
-    report = replace(report, weights=model.stored_as)
+    told, observations = None if unannotated is None else str(unannotated), list[Observation]()
+    report = runner.report(model.network, console, told, observations.append)
+    report = diagnosed(replace(report, weights=model.stored_as), observations)
     paths = write_report(report, Path(out)) if out is not None and in_main_process() else ()
     show(report, console)
     if paths:
         table, page, chart = (path.name for path in paths)
         console.print(f"{table}, {page} and {chart} are in {out}", markup=False, soft_wrap=True)
-    return report
+    return Detailed(report=report, observations=tuple(observations))
+
+
+def diagnosed(report: EvaluationReport, observations: Sequence[Observation]) -> EvaluationReport:
+    """The report with a diagnosis of each dataset. Several processes call it together; the main one has observed."""
+
+    def with_diagnosis() -> EvaluationReport:
+        thresholds = ScoreThresholds(names=report.thresholds())
+        found = {
+            one.dataset: diagnose(Judged.of(one.scorer, one.detections, one.names, thresholds), thresholds)
+            for one in observations
+        }
+        return replace(report, datasets=tuple(replace(one, diagnosis=found[one.name]) for one in report.datasets))
+
+    return from_main(with_diagnosis, EvaluationReport)
 
 
 def _tell_held_out(sources: Sequence[DatasetSource]) -> None:
@@ -156,7 +204,11 @@ class EvaluationRunner:
         self.datasets = [DetectionDataset(exif_oriented(one), vocabulary, transforms) for one in sets.values()]
 
     def report(
-        self, network: nn.Module, console: Console | None = None, unannotated: str | None = None
+        self,
+        network: nn.Module,
+        console: Console | None = None,
+        unannotated: str | None = None,
+        observe: Callable[[Observation], None] | None = None,
     ) -> EvaluationReport:
         """The report on all datasets; shows a progress bar for each on the console.
 
@@ -191,6 +243,7 @@ class EvaluationRunner:
                 self.config,
                 lambda name, done, _: progress.update(tasks[name], completed=done),
                 self.trained,
+                observe,
             )
             report = evaluator.evaluate(network, sets, unannotated)
         _log_speed(report, time.perf_counter() - started)
