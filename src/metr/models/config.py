@@ -190,10 +190,29 @@ class DetectorConfig(Config):
     @model_validator(mode="after")
     def _positions_suit_the_decoder(self) -> "DetectorConfig":
         positions, kind = self.decoder.positions, self.decoder.kind
-        if positions == "first" and kind != "deformable":
-            raise ValueError(f"decoder.positions 'first' is for decoder.kind 'deformable', not {kind!r}")
+        if positions in ("first", "learned") and kind != "deformable":
+            raise ValueError(f"decoder.positions {positions!r} is for decoder.kind 'deformable', not {kind!r}")
+        if self.decoder.first_samples == "cells" and kind != "deformable":
+            raise ValueError(f"decoder.first_samples 'cells' is for decoder.kind 'deformable', not {kind!r}")
         if self.queries.content == "box_only" and positions != "first":
             raise ValueError(f"queries.content 'box_only' needs decoder.positions 'first', found {positions!r}")
+        return self
+
+    @model_validator(mode="after")
+    def _learned_places(self) -> "DetectorConfig":
+        queries, found = self.queries, self.decoder.positions
+        if (queries.places == "learned") != (found == "learned"):
+            what = f"found {queries.places!r} and {found!r}, expected both 'learned' or none"
+            raise ValueError(f"queries.places and decoder.positions belong together: {what}")
+        if queries.places == "learned":
+            wanted = {"layout": "places", "content": "learned_only", "start": "proposal"}
+            for option, value in wanted.items():
+                if getattr(queries, option) != value:
+                    what = f"queries.places 'learned' needs queries.{option} {value!r}"
+                    raise ValueError(f"{what}, found {getattr(queries, option)!r}")
+            if self.denoising.number:
+                what = f"queries.places 'learned' needs denoising.number 0, found {self.denoising.number}"
+                raise ValueError(f"{what}: noised boxes have no learned position")
         return self
 
     @model_validator(mode="after")

@@ -63,10 +63,15 @@ class DecoderConfig(Config):
     `deformable`)."""
     padded_positions: bool = False
     """Encode a query's box in units of the padded image, as DINO and the authors (`deformable`)."""
-    positions: Literal["sine", "plain", "first"] = "sine"
+    positions: Literal["sine", "plain", "first", "learned"] = "sine"
     """`sine`: a query's box is encoded as sines and cosines (DINO). `plain`: it is used as four numbers (RT-DETR;
     `deformable` and `distribution`). `first`: a query keeps the position of its first box, which is encoded as sines
-    and cosines, and which its content contains too (Deformable DETR; `deformable`)."""
+    and cosines, and which its content contains too (Deformable DETR; `deformable`). `learned`: it is
+    learned for each query, whose place follows from it (`queries.places: learned`; `deformable`)."""
+    first_samples: Literal["box", "cells"] = "box"
+    """How far from a query's own box points are sampled. `box`: by multiples of its sides. `cells`: by cells of each
+    level around its centre, whatever its sides, until a layer has refined it (Deformable DETR of one stage;
+    `deformable`)."""
     position_layers: Literal[2, 3] = 2
     """With `positions: plain`, the linear layers from the four numbers: 2 (RT-DETR) or 3 (DEIMv2)."""
     position_activation: Literal["relu", "silu"] = "relu"

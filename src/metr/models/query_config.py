@@ -42,6 +42,10 @@ class QueryConfig(Config):
     how likely the pairs of category and place are. `shared`: all categories have the same places (the authors' way).
     `places`: the same, and what the decoder finds at a place is compared with every category, so that more categories
     cost a dot product each; queries contain no category then (`content`)."""
+    places: Literal["proposed", "learned"] = "proposed"
+    """Where queries start. `proposed`: where the encoder's memory promises objects. `learned`: at points that are
+    learned, the same for every image, without proposals and their losses (Deformable DETR of one stage; with `layout:
+    places`, `content: learned_only`, `decoder.positions: learned` and no denoising)."""
     number: int = Field(300, ge=1, le=100_000)
     """Q, queries an image, whatever the vocabulary. With `places`, a query stands for one place."""
     floor: int = Field(5, ge=0)
