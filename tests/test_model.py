@@ -1,6 +1,7 @@
 """METR as its users hold it: loaded from a folder alone, asked for any names, saved again."""
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ from metr.inference.config import InferenceConfig, PostprocessConfig
 from metr.model import METR
 from metr.structures import Detections
 from metr.text.encoder import TextEncoder, TextEncoderConfig
+from metr.text.same_names import in_another_case
 from metr.text.vocabulary import Vocabulary
 
 from tiny import NAMES, TinyRun, tiny_run, write_text_model
@@ -323,6 +325,28 @@ def test_an_alias_has_the_threshold_and_the_limits_of_its_name(tiny_run: TinyRun
     least = predictor.limits.presence.tolist()
     assert least[0] == pytest.approx(checkpoint.model.categories.threshold)
     assert least[1] == pytest.approx(0.02)
+
+
+def test_a_trained_name_in_another_case_is_that_name(tiny_run: TinyRun, caplog: pytest.LogCaptureFixture) -> None:
+    loaded = METR.from_pretrained(tiny_run.best, device="cpu")
+    detection = DetectionDefaults(thresholds={"cup": 0.01, "leaf": 0.02})
+    model = METR(loaded.network, replace(loaded.checkpoint, detection=detection))
+    caplog.set_level(logging.INFO)
+    found, expected = (
+        model.detect(tiny_run.unseen[1], ["CUP", "leaf"]),
+        model.detect(tiny_run.unseen[1], ["cup", "leaf"]),
+    )
+    assert found.names == ("CUP", "leaf")
+    assert len(found.labels)
+    assert torch.equal(found.boxes, expected.boxes)
+    assert torch.equal(found.labels, expected.labels)
+    assert caplog.text.count('"CUP" is taken as "cup"') == 1
+    assert "was not trained" not in caplog.text
+    assert model.thresholds(names=["CUP", "Zebra"]).names == {"CUP": 0.01, "cup": 0.01, "leaf": 0.02}
+    # where both are asked for, or two are the same but for the case, each is itself
+    assert in_another_case(["CUP", "cup"], ["cup"]) == in_another_case(["CUP", "Cup"], ["cup"]) == {}
+    assert in_another_case(["rbc"], ["RBC", "Rbc"]) == in_another_case(["zebra"], ["RBC"]) == {}
+    assert in_another_case(["rbc", "Wbc"], ["RBC", "WBC"]) == {"rbc": "RBC", "Wbc": "WBC"}
 
 
 def test_a_start_says_that_it_was_not_trained(tiny_run: TinyRun, caplog: pytest.LogCaptureFixture) -> None:

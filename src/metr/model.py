@@ -11,14 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from metr.checkpoint import (
-    Checkpoint,
-    find_checkpoint,
-    found_nothing,
-    load_checkpoint,
-    renames_of,
-    save_checkpoint,
-)
+from metr.checkpoint import Checkpoint, find_checkpoint, found_nothing, load_checkpoint, renames_of, save_checkpoint
 from metr.data.config import ResizeConfig
 from metr.data.images import ImageSource
 from metr.devices import resolved_device
@@ -33,7 +26,7 @@ from metr.sources import DetectorSource, find_source
 from metr.structures import Detections
 from metr.text.config import TextEncoderConfig
 from metr.text.encoder import TextEncoder
-from metr.text.same_names import Untrained, told, untrained
+from metr.text.same_names import Untrained, in_another_case, told, untrained
 from metr.text.vocabulary import Vocabulary
 
 __all__ = ["METR", "Names"]
@@ -181,12 +174,16 @@ class METR:
         """
         if isinstance(names, Mapping):
             return self._embed_phrases(names)
-        wanted = names if isinstance(names, Vocabulary) else Vocabulary.of(_listed(names))
-        trained = {name: self._trained_name(name, wanted.prompts.get(name)) for name in wanted.names}
+        return self._embed(names if isinstance(names, Vocabulary) else Vocabulary.of(_listed(names)), tell)
+
+    def _embed(self, wanted: Vocabulary, tell: bool = True, meant: Mapping[str, str] | None = None) -> Tensor:
+        """The same. `meant`: the trained names that others mean; by default the checkpoint's aliases."""
+        aliases = self.checkpoint.detection.aliases if meant is None else meant
+        trained = {name: self._trained_name(name, wanted.prompts.get(name), aliases) for name in wanted.names}
         for name, own in trained.items() if tell else ():
             if own not in {None, name}:
                 self._log_once(logging.INFO, f'"{name}" is taken as "{own}"')
-        fresh = self._fresh(wanted)
+        fresh = _only(wanted, [name for name, own in trained.items() if own is None])
         rows = {
             name: self.checkpoint.text_embeddings[self.vocabulary.index_of(own)]
             for name, own in trained.items()
@@ -205,7 +202,9 @@ class METR:
         Raises:
             ModelError: there are such names and the text encoder cannot be loaded.
         """
-        fresh = self._fresh(names)
+        aliases, prompts = self.checkpoint.detection.aliases, names.prompts
+        unknown = [name for name in names.names if self._trained_name(name, prompts.get(name), aliases) is None]
+        fresh = _only(names, unknown)
         if fresh is None:
             return ()
         return self._untrained(fresh, self._text_encoder().embed(fresh))
@@ -214,16 +213,14 @@ class METR:
         renames = renames_of(self.checkpoint.training)
         return untrained(fresh, text, self.names, self.checkpoint.text_embeddings, renames)
 
-    def _fresh(self, wanted: Vocabulary) -> Vocabulary | None:
-        """Those of the names that training did not embed, with their prompts; None where there are none."""
-        fresh = [name for name in wanted.names if self._trained_name(name, wanted.prompts.get(name)) is None]
-        prompts = {name: wanted.prompts[name] for name in fresh if name in wanted.prompts}
-        return Vocabulary.of(fresh, prompts) if fresh else None
-
-    def _trained_name(self, name: str, prompt: str | None) -> str | None:
+    def _trained_name(self, name: str, prompt: str | None, aliases: Mapping[str, str]) -> str | None:
         """The trained name that a name means, if training embedded it by the same prompt; else None."""
-        own = name if name in self.vocabulary else self.checkpoint.detection.aliases.get(name)
+        own = name if name in self.vocabulary else aliases.get(name)
         return own if own is not None and prompt in {None, self.vocabulary.prompts.get(own)} else None
+
+    def _meant(self, names: Sequence[str]) -> dict[str, str]:
+        """The trained names that others of these mean: their aliases, and the same in another case, if it is one."""
+        return in_another_case(names, self.names) | self.checkpoint.detection.aliases
 
     def _warn(self, found: Sequence[Untrained]) -> None:
         """Logs names that were not trained, each once."""
@@ -278,21 +275,28 @@ class METR:
         self._warn_of_nothing_found()
         config = self.inference(config)
         wanted = self.default_names if names is None else Vocabulary.of(_listed(names)).names
-        text = self.embed(wanted if names is None else names)
+        meant = self._meant(wanted)
+        text = self.embed(names) if isinstance(names, Mapping) else self._embed(Vocabulary.of(wanted), meant=meant)
         # an alias has the limits of the trained name that it stands for
-        meant = [self.checkpoint.detection.aliases.get(name, name) for name in wanted]
-        limits = name_limits(meant, self.vocabulary, self.checkpoint.model, config.selection)
+        limits = name_limits(
+            [meant.get(name, name) for name in wanted], self.vocabulary, self.checkpoint.model, config.selection
+        )
         return Predictor(self.network, text, wanted, self.resize, config, limits=limits)
 
-    def thresholds(self, threshold: float | None = None) -> ScoreThresholds:
+    def thresholds(self, threshold: float | None = None, names: Names | None = None) -> ScoreThresholds:
         """The score from which detections are shown: those stored with the names, or `threshold` for all names.
+
+        Args:
+            threshold: The score for all names.
+            names: What is looked for, as `predictor` takes it.
 
         Raises:
             ConfigError: the threshold is not in 0..1.
         """
         if threshold is None:
-            kept, aliases = self.checkpoint.detection.thresholds, self.checkpoint.detection.aliases
-            same = {alias: kept[name] for alias, name in aliases.items() if name in kept}
+            kept = self.checkpoint.detection.thresholds
+            meant = self._meant(() if names is None else Vocabulary.of(_listed(names)).names)
+            same = {alias: kept[name] for alias, name in meant.items() if name in kept}
             return ScoreThresholds(names={**same, **kept})
         return ScoreThresholds.checked({"default": threshold}, where="threshold")
 
@@ -326,7 +330,7 @@ class METR:
             DataError: an image is missing or unreadable.
             ConfigError: a name is empty or given twice, or the threshold is not in 0..1.
         """
-        thresholds = self.thresholds(threshold)
+        thresholds = self.thresholds(threshold, names)
         predictor = self.predictor(names)
         if not isinstance(images, list):
             return thresholds.shown(predictor.detect(images))
@@ -375,6 +379,12 @@ def _listed(names: Names) -> Sequence[str]:
     if isinstance(names, str):
         raise ConfigError(f"expected a list of names, found the text {names!r}", where="names", hint=f"[{names!r}]")
     return list(names)
+
+
+def _only(wanted: Vocabulary, names: Sequence[str]) -> Vocabulary | None:
+    """Some names of a vocabulary, with their prompts; None where there are none."""
+    prompts = {name: wanted.prompts[name] for name in names if name in wanted.prompts}
+    return Vocabulary.of(names, prompts) if names else None
 
 
 def _found(prediction: Prediction) -> Detections:

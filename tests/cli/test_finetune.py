@@ -95,7 +95,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(metr: CommandLine, tiny_run
     out = tmp_path / "mine"
     ended = metr(*arguments(tiny_run, out, "--shots", 1, "--rehearse", tiny_run.data[1], "--dry-run"))
     assert ended.code == 0, ended
-    assert "It differs from the defaults in:" in ended.words
+    assert "configuration: the defaults, but for" in ended.words
     for part in ("lake", "desk", "steps: 2 of 2 images", "train.loop.steps: 300 -> 2"):
         assert part in ended.words, part
     assert "--rehearse mixes old datasets in" in ended.words

@@ -148,6 +148,13 @@ def test_names_are_unique() -> None:
     assert len(parse_data_arguments(["a/cells", "more=b/cells"])) == 2
 
 
+def test_a_dataset_that_is_named_twice_gets_no_second_name() -> None:
+    with pytest.raises(DataError, match="2 datasets are called 'cells'") as caught:
+        parse_data_arguments(["a/cells", "fish", "a/cells"])
+    assert "try: name it once" in str(caught.value)
+    assert "other_name" not in str(caught.value)
+
+
 def test_nothing_is_named() -> None:
     with pytest.raises(DataError, match="no dataset is named"):
         parse_data_arguments([])
@@ -246,6 +253,27 @@ def test_a_val_split_comes_from_train_where_there_is_only_test(
     assert not ids["val"] & (ids["train"] | ids["test"])
     again = open_dataset(DatasetConfig(name="made", path=tmp_path / "cells"), tmp_path / "other cache")
     assert {record.path for record in again.split("val")} == ids["val"], "the same images every time"
+
+
+@pytest.mark.parametrize(
+    ("own", "wanted", "images"),
+    [
+        ({"train": 8}, None, 8),
+        ({"train": 8, "val": 2, "test": 5}, None, 15),
+        ({"train": 8, "val": 2, "test": 5}, {"train": "train", "val": "train"}, 8),
+        ({"train": 8, "val": 2, "test": 5}, {"test": "test"}, 5),
+    ],
+)
+def test_all_images_as_one_split(
+    own: dict[str, int], wanted: dict[str, str] | None, images: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    coco_plain(tmp_path / "cells", made_up(splits=own))
+    config = DatasetConfig(name="made", path=tmp_path / "cells", splits=wanted)
+    with caplog.at_level(logging.WARNING):
+        source = open_dataset(config, tmp_path / "cache", together=True)
+    assert list(source.splits) == ["all"]
+    assert len({record.path for record in source.split("all")}) == len(source.split("all")) == images
+    assert (source.held_out, caplog.text) == (False, "")
 
 
 def test_an_empty_val_split_is_as_good_as_none(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from reader_trees import save_image, write_json, write_text
@@ -45,6 +46,19 @@ def test_issues_are_told_of_a_dataset_that_is_used_and_of_no_other(
         with pytest.raises(DataError, match=r"split of 'made' is not used: .*unknown category"):
             verb(tmp_path)
     assert "issues in its files" not in caplog.text, "the error says it all"
+
+
+def test_datasets_that_read_the_same_files_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first = yolo(tmp_path, train=[SOUND], val=[SOUND])
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+
+    def named(name: str, path: Path, **options: Any) -> DatasetSource:
+        return open_dataset(DatasetConfig(name=name, path=path, **options), tmp_path / "cache")
+
+    log_issues([first, named("half", tmp_path / "data", splits={"train": "val", "val": "train"})])
+    assert "the same files" not in caplog.text
+    log_issues([first, named("again", tmp_path / "link")])
+    assert caplog.text.count("made and again read the same files") == 1
 
 
 def train(place: Path) -> None:
@@ -157,6 +171,28 @@ def test_a_train_split_that_came_to_nothing_says_why(tmp_path: Path) -> None:
         source.split("train")
 
 
+def test_the_advice_for_a_split_without_a_box_is_that_of_its_files(tmp_path: Path) -> None:
+    """Text files are asked for where a YOLO dataset has none; not where they are empty, and of no other format."""
+    missing, empty, coco = tmp_path / "missing", tmp_path / "empty", tmp_path / "coco"
+    for root in (missing, empty):
+        yolo(root, train=["", ""], val=[SOUND])
+    for file in (missing / "data" / "labels" / "train").iterdir():
+        file.unlink()
+    for split, boxes in (("train", []), ("val", [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 9, 9]}])):
+        save_image(coco / "data" / split / "a.jpg")
+        images, categories = [{"id": 1, "file_name": "a.jpg"}], [{"id": 1, "name": "cat"}]
+        tree = {"images": images, "categories": categories, "annotations": boxes}
+        write_json(coco / "data" / split / "_annotations.coco.json", tree)
+    for root, advice in (
+        (missing, "put the text files"),
+        (empty, "annotate some of its images"),
+        (coco, "annotate some of its images"),
+    ):
+        with pytest.raises(DataError, match="the train split of 'made' is not used: no box in") as caught:
+            check_usable(opened(root), "train")
+        assert f"shows all; {advice}" in str(caught.value)
+
+
 def test_chosen_images_without_a_box(tmp_path: Path) -> None:
     source = yolo(tmp_path, train=["", "", "", "", SOUND], val=[SOUND])
     parts = [subset_of(source.split("train"), SubsetConfig(fraction=0.2, seed=seed)) for seed in range(10)]
@@ -164,3 +200,15 @@ def test_chosen_images_without_a_box(tmp_path: Path) -> None:
     check_usable(source, "train", next(part for part in parts if len(part[0].boxes)))
     with pytest.raises(DataError, match="no box in the 1 image chosen"):
         check_usable(source, "train", empty)
+
+
+def test_what_to_do_about_a_split_that_nobody_annotated(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no box in 1 image\n.*; annotate some of its images; --allow-empty"):
+        check_usable(yolo(tmp_path / "yolo", train=[SOUND], val=[""]), "val")
+    root = tmp_path / "csv" / "data"
+    for number in range(3):
+        save_image(root / f"{number}.jpg")
+    for split, rows in (("train", "0.jpg,1,1,9,9,cat\n1.jpg,1,1,9,9,cat"), ("val", "2.jpg,,,,,")):
+        write_text(root / f"{split}.csv", f"image,xmin,ymin,xmax,ymax,label\n{rows}\n")
+    with pytest.raises(DataError, match="annotate some of its images"):
+        check_usable(opened(tmp_path / "csv"), "val")

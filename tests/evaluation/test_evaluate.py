@@ -1,6 +1,7 @@
 """The verb evaluate: own names and the joint vocabulary, on datasets that training saw and on others."""
 
 import json
+import logging
 import math
 import shutil
 from collections.abc import Iterator
@@ -145,6 +146,20 @@ def test_a_broken_image_is_in_no_number(tiny_run: TinyRun, tmp_path: Path) -> No
     next(iter(sorted((pond / "val").glob("*.jpg")))).write_bytes(b"")
     (one,) = evaluate(tiny_run.folder, [str(pond)], tmp_path / "e").datasets
     assert (one.images, one.missing) == (2, 1)
+
+
+def test_all_images_of_a_dataset_without_splits(
+    tiny_run: TinyRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    strange = write_csv(tmp_path / "strange", tiny_run.unseen)
+    (strange / "val.csv").unlink()
+    caplog.set_level(logging.INFO)
+    (part,) = evaluate(tiny_run.folder, [str(strange)], tmp_path / "e", allow_empty=True).datasets
+    assert "strange: evaluated on the held-out images alone; --split all takes all images" in caplog.text
+    caplog.clear()
+    (whole,) = evaluate(tiny_run.folder, [str(strange)], tmp_path / "e", split="all").datasets
+    assert (part.split, part.images, whole.split, whole.images) == ("val", 1, "all", 2)
+    assert "held" not in caplog.text
 
 
 def test_a_split_that_is_not_there(tiny_run: TinyRun, tmp_path: Path) -> None:

@@ -16,9 +16,12 @@ from rich.console import Console
 from metr.config import merge, read_yaml, unflattened
 from metr.errors import ConfigError, MetrError
 from metr.run_directory import RunDirectory
+from metr.text.vocabulary import Vocabulary
+from metr.training.finetune import finetune
 from metr.training.resumed_recipe import resumed_recipe
 from metr.training.run_log import RunLog
 from metr.training.train import train
+from metr.training.train_request import check_same
 
 from tiny import TinyRun
 
@@ -74,6 +77,28 @@ def test_a_changed_setting_is_told_once(tiny_run: TinyRun, tmp_path: Path, caplo
     for change in ("augmentation.flip: 0.5 -> 0.25", "train.loop.steps: 3 -> 5", "loader.batch_size: 2 -> 4"):
         assert said.count(change.partition(":")[0]) == 1, change
         assert f"  {change}\n" in said
+
+
+def test_a_run_of_the_other_command_is_said_with_the_command_that_goes_on(tiny_run: TinyRun, tmp_path: Path) -> None:
+    run = began(tiny_run, tmp_path)
+    with pytest.raises(ConfigError, match="the run was begun with metr train, and metr finetune cannot") as caught:
+        finetune(None, None, run, resume=True)
+    assert f"try: metr train --resume -o {run}" in str(caught.value)
+    (run / "training.json").rename(run / "finetuning.json")
+    with pytest.raises(ConfigError, match="the run was begun with metr finetune, and metr train cannot") as caught:
+        train(None, run, resume=True)
+    assert f"try: metr finetune --resume -o {run}" in str(caught.value)
+
+
+def test_what_was_not_asked_for_at_first_is_said(tiny_run: TinyRun, tmp_path: Path) -> None:
+    run = began(tiny_run, tmp_path)
+    with pytest.raises(ConfigError, match="the run was begun with no shots, now 5"):
+        train(None, run, resume=True, shots=5)
+    with pytest.raises(ConfigError, match="the run was begun with no detector, now --from names one"):
+        train(None, run, resume=True, start=tiny_run.folder)
+    names = [f"thing {number}" for number in range(80)]
+    with pytest.raises(ConfigError, match="only here: thing 0, thing 1, thing 10, thing 11, thing 12 and 75 more"):
+        check_same(RunDirectory(run), Vocabulary.union({"many": names}))
 
 
 def test_a_dataset_under_another_name_is_said(

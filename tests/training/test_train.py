@@ -21,6 +21,7 @@ from metr.evaluation.runner import EvaluationRunner
 from metr.model import METR
 from metr.serialization import read_json
 from metr.training.config import RunConfig, load_recipe
+from metr.training.finetune import finetune
 from metr.training.logger import read_metrics
 from metr.training.train import plan, train
 from small_runs import interrupt_at
@@ -77,6 +78,18 @@ def test_a_run_is_not_overwritten_and_that_is_said_first(tiny_run: TinyRun, tmp_
     (tmp_path / "file").touch()
     with pytest.raises(MetrError, match="expected a folder for the run, found a file"):
         train(["no/such/dataset"], tmp_path / "file", recipe)
+
+
+@pytest.mark.parametrize("given", ["{0}", "pets={0}", "{0}/../other.yaml"])
+def test_a_run_is_not_written_into_a_dataset(given: str, tiny_run: TinyRun, tmp_path: Path) -> None:
+    pond, recipe = shutil.copytree(tiny_run.data[0], tmp_path / "pond"), load_recipe("nano", tiny_run.recipe)
+    (tmp_path / "other.yaml").write_text("datasets: [pond]")
+    files = sorted(pond.rglob("*"))
+    with pytest.raises(ConfigError, match=r"this is the dataset (pond|pets), not a folder for a run"):
+        train([given.format(pond), tiny_run.data[1]], tmp_path / "other" / ".." / "pond", recipe)
+    with pytest.raises(ConfigError, match=r"this is the dataset (pond|pets), not a folder for a run"):
+        finetune(given.format(pond), tiny_run.folder, pond, overrides=("train.loop.steps=1",))
+    assert sorted(pond.rglob("*")) == files
 
 
 def test_resuming_with_other_datasets_is_refused(tiny_run: TinyRun, tmp_path: Path) -> None:
@@ -355,10 +368,17 @@ def test_a_plan_shows_what_training_would_do(tiny_run: TinyRun) -> None:
         "warm-up: all steps; weights averaged over about 1 step; checkpoints at evaluations and at the end",
         "device: cpu, fp32, processes: 1",
         "64 x 64 pixels (stretch)", "hybrid encoder, 1 decoder layer, width 32, 24 queries",
-        "It differs from the recipe nano in:", "train.loop.steps: 10000 -> 30", "loader.mixture: sqrt -> equal",
+        "configuration: the recipe nano, but for", "train.loop.steps: 10000 -> 30", "loader.mixture: sqrt -> equal",
     ):  # fmt: skip
         assert part in shown, part
-    assert "It is the recipe small, unchanged." in page(plan(tiny_run.datasets[0], size="small"))
+    assert "configuration: the recipe small, unchanged" in page(plan(tiny_run.datasets[0], size="small"))
+    assert "spelt alike" not in shown
+
+
+def test_a_plan_names_what_is_spelt_alike(tiny_run: TinyRun, tmp_path: Path) -> None:
+    lines = f"[{tiny_run.data[0]}, {{path: {tiny_run.data[1]}, renames: {{cup: Frogs}}}}]"
+    (tmp_path / "all.yaml").write_text(f"datasets: {lines}")
+    assert 'learnt apart and spelt alike: "frog" and "Frogs";' in page(plan(str(tmp_path / "all.yaml"), size="small"))
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,10 @@ def evaluate(
         ),
     ] = None,
     split: Annotated[
-        str | None, typer.Option(help="The split; by default val (test where there is nothing to train on).")
+        str | None,
+        typer.Option(
+            help="The split, or all for every image; by default val (test where there is nothing to train on)."
+        ),
     ] = None,
     prompts: Prompts = "trained",
     batch_size: _BatchSize = 8,
@@ -205,7 +208,7 @@ def detect(
         options = {"device": device, "actors": actors, "part_size": part_size}
         _detect_with_ray(model, asked, config, paths, out, options)
     else:
-        thresholds, console = model.thresholds(threshold), output_console()
+        thresholds, console = model.thresholds(threshold, asked), output_console()
         detect_files(model.predictor(asked, config), files, out, thresholds=thresholds, labels=style, console=console)
     say_names("looked for", tuple(asked), len(model.names))
 

@@ -184,15 +184,18 @@ def check_names(configs: Sequence[DatasetConfig]) -> None:
         if counts[config.name] > 1:
             paths = " and ".join(str(other.path) for other in configs if other.name == config.name)
             hint = f"give each a name of its own: other_name={config.path}"
+            if len({str(other.path) for other in configs if other.name == config.name}) == 1:
+                hint = "name it once; `weight` in a datasets file takes more of it"
             raise DataError(f"{counts[config.name]} datasets are called {config.name!r}: {paths}", hint=hint)
 
 
-def open_dataset(config: DatasetConfig, cache_dir: Path | None = None) -> DatasetSource:
+def open_dataset(config: DatasetConfig, cache_dir: Path | None = None, *, together: bool = False) -> DatasetSource:
     """Recognises and reads a dataset, or opens its index where it has been read before and is unchanged.
 
     Args:
         config: The dataset.
         cache_dir: The folder of indices; None means `index` in METR_CACHE or in `~/.cache/metr`.
+        together: Whether all images are one split, "all".
 
     Raises:
         DataError: the folder is missing, fits no known format, holds no image, or lacks what `config` names.
@@ -204,6 +207,7 @@ def open_dataset(config: DatasetConfig, cache_dir: Path | None = None) -> Datase
     reader.options = ReadOptions(boxes=config.boxes, name=config.name)
     wanted = None if config.splits is None else {str(key): _as_tuple(value) for key, value in config.splits.items()}
     plan = plan_splits(list(reader.splits), wanted, config.path)
+    plan = plan.together() if together else plan
     cache = cache_dir or default_cache()
     dataset = stored(reader, plan, cache)
     if config.format is None:

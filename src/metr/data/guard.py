@@ -1,6 +1,7 @@
 """The guard against training or measuring on nothing: splits without a box, or of which most was lost while reading."""
 
 import logging
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -96,7 +97,9 @@ def check_usable(source: DatasetSource, split: str, chosen: Annotations | None =
     if not told:
         return
     kinds = _main_kinds(source, faults[0].where if faults else split)
-    todo = next((_TO_DO[kind] for kind in kinds if kind in _TO_DO), "mend the files")
+    todo = next(
+        (_TO_DO[kind] for kind in kinds if kind in _TO_DO), "mend the files" if kinds else "annotate some of its images"
+    )
     first = next((issue for kind in kinds for issue in source.issues if issue.kind == kind), None)
     if first is not None:
         example = " ".join(f"{first.where}: {first.detail}".split())
@@ -107,11 +110,16 @@ def check_usable(source: DatasetSource, split: str, chosen: Annotations | None =
 
 
 def log_issues(sources: Iterable[DatasetSource]) -> None:
-    """Logs how many issues of each kind were found in datasets that are going to be used.
+    """Logs how many issues of each kind were found in datasets that are going to be used, and which are the same.
 
     Not before it is known that they are: an error about a dataset names its own issues.
     """
+    names: dict[tuple[str, str], str] = {}
     for source in sources:
+        same = os.path.realpath(source.config.path), str(source.config.splits)
+        if (first := names.setdefault(same, source.name)) != source.name:
+            what = "%s and %s read the same files, %s: they count twice; `weight` in a datasets file takes more of them"
+            _logger.warning(what, first, source.name, source.config.path)
         if source.issue_counts:
             listed = ", ".join(f"{count:,} x {kind}" for kind, count in source.issue_counts.items())
             path = source.config.path
@@ -122,4 +130,6 @@ def _main_kinds(source: DatasetSource, split: str) -> list[str]:
     """The kinds of issues by which a split lost most, most frequent first; else those that may say why it is empty."""
     dropped = source.dropped.get(split) or Dropped()
     counts = {**dropped.images, **dropped.boxes}
-    return sorted(counts, key=lambda kind: -counts[kind]) or ["no label files"]
+    return sorted(counts, key=lambda kind: -counts[kind]) or [
+        kind for kind in ("no label files",) if kind in source.issue_counts
+    ]

@@ -204,18 +204,19 @@ class JointData:
             check_usable(source, source.evaluation_split()[0])
 
 
-def open_joint(data: Sequence[str], subset: SubsetConfig | None = None) -> JointData:
+def open_joint(data: Sequence[str], subset: SubsetConfig | None = None, *, together: bool = False) -> JointData:
     """Opens every dataset and joins their names.
 
     Args:
         data: Datasets, as arguments of a command.
         subset: Which part of each dataset's training images is used; None uses all.
+        together: Whether all images of a dataset are one split, "all".
 
     Raises:
         DataError: a dataset is missing, of unknown format, or without images.
         ConfigError: a list of datasets has an unknown key, or names two datasets alike.
     """
-    sources = tuple(open_dataset(spec) for spec in parse_data_arguments(data))
+    sources = tuple(open_dataset(spec, together=together) for spec in parse_data_arguments(data))
     chosen = {} if subset is None or subset.whole else chosen_parts(sources, subset)
     return JointData(sources=sources, vocabulary=vocabulary_of(sources), chosen=chosen)
 

@@ -17,6 +17,7 @@ from metr.errors import DataError, did_you_mean
 logger = logging.getLogger(__name__)
 
 TRAIN, VAL, TEST = "train", "val", "test"
+ALL = "all"  # the three as one
 
 # In `unknown`: the category of a dropped box has no name here. It may be any, so nothing is known to be absent.
 UNNAMED = -1
@@ -50,6 +51,10 @@ class SplitPlan:
 
     parts: Mapping[str, tuple[str, ...]]
     seeded: bool = False
+
+    def together(self) -> "SplitPlan":
+        """Train, val and test as one split, "all"."""
+        return SplitPlan(parts={ALL: tuple(dict.fromkeys(own for part in self.parts.values() for own in part))})
 
 
 def canonical_split(name: str) -> str | None:

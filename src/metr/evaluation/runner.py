@@ -24,11 +24,12 @@ from torch import Tensor, nn
 
 from metr.data.config import AugmentationConfig, LoaderConfig, ResizeConfig
 from metr.data.dataset import DetectionDataset
+from metr.data.datasets_file import DatasetSource
 from metr.data.guard import check_usable, log_issues
 from metr.data.images import exif_oriented
 from metr.data.joint import open_joint
 from metr.data.loading import build_evaluation_loader, explained_loss_of_workers
-from metr.data.records import Annotations
+from metr.data.records import ALL, Annotations
 from metr.data.transforms import build_transforms
 from metr.errors import counted
 from metr.evaluation.evaluator import EvaluationSet, Evaluator
@@ -73,7 +74,8 @@ def evaluate(
         data: One dataset or several: folders, name=folder, or YAML files that list some; training need not have seen
             them.
         out: The folder where the report goes as JSON, Markdown and a chart, made if missing; None writes nothing.
-        split: The split of each dataset; by default val, or test where a dataset has neither train nor val.
+        split: The split of each dataset; by default val, or test where a dataset has neither train nor val. "all" means
+            all images of a dataset, which tells something only where training has seen none of them.
         device: Where the network runs, if it is loaded here.
         config: Modes, prompts, domains, batch size and post-processing.
         allow_empty: Whether splits without a box are evaluated on, and splits of which most was lost while reading.
@@ -83,10 +85,12 @@ def evaluate(
         DataError, CheckpointError: something is missing or does not fit.
     """
     console, config = main_console(console), config or EvaluationConfig()
-    joint = open_joint([str(data)] if isinstance(data, str | Path) else [str(one) for one in data])
+    given = [data] if isinstance(data, str | Path) else data
+    joint = open_joint([str(one) for one in given], together=split == ALL)
     for one in () if allow_empty else joint.sources:
         check_usable(one, split or one.evaluation_split()[0])
     log_issues(joint.sources)
+    _tell_held_out(joint.sources if split is None else ())
     device = joined_device(device_of(source.network) if isinstance(source, METR) else device)
     model = source if isinstance(source, METR) else METR.from_pretrained(source, device=device)
     aliases = model.checkpoint.detection.aliases
@@ -106,6 +110,13 @@ def evaluate(
         table, page, chart = (path.name for path in paths)
         console.print(f"{table}, {page} and {chart} are in {out}", markup=False, soft_wrap=True)
     return report
+
+
+def _tell_held_out(sources: Sequence[DatasetSource]) -> None:
+    """Says how to evaluate on all images of datasets of which a part was held out."""
+    if held_out := [source.name for source in sources if source.held_out]:
+        what = "evaluated on the held-out images alone; --split all takes all images, if training has seen none of them"
+        _logger.info("%s: %s", ", ".join(held_out), what)
 
 
 def _with_default_names(config: EvaluationConfig, names: tuple[str, ...]) -> EvaluationConfig:

@@ -240,6 +240,15 @@ def known_aliases(names: Sequence[str], aliases: Mapping[str, str]) -> dict[str,
     }
 
 
+def in_another_case(names: Sequence[str], trained: Sequence[str]) -> dict[str, str]:
+    """The trained name of each name that is one but for capital letters, where no other is meant, asked or spelt so."""
+    spelt: dict[str, list[str]] = {}
+    for name in trained:
+        spelt.setdefault(name.casefold(), []).append(name)
+    candidates = {name: spelt.get(name.casefold(), []) for name in set(names).difference(trained)}
+    return known_aliases(names, {name: found[0] for name, found in candidates.items() if len(found) == 1})
+
+
 def with_trained_prompts(given: Vocabulary, trained: Vocabulary) -> Vocabulary:
     """A vocabulary without those prompts for trained names that were not trained; a warning names them.
 

@@ -28,12 +28,12 @@ from metr.training.finetune_request import REQUEST, Prepared, begun, resumed
 from metr.training.parts import Outcome, TrainingParts
 from metr.training.plan import advice, header, page, tell_end
 from metr.training.provenance import provenance
-from metr.training.resumption import save_request
+from metr.training.resumption import check_apart, save_request
 from metr.training.run_log import RunLog, log_page, tell
 from metr.training.start import forgotten, history, kept_network, presence_is_taught, say_new_names, with_text_encoder
 from metr.training.state import check_place, has_state
 from metr.training.train import fit, plain, rebuildable, teacher_of
-from metr.training.train_request import Data, check_recipe, check_same
+from metr.training.train_request import Data, arguments, check_recipe, check_same
 
 # what keeps the network, and what to do about it
 _KEEPS = "fine-tuning", "make a network of that shape with metr train"
@@ -93,6 +93,7 @@ def finetune(
     console, run = main_console(console), RunDirectory(Path(out))
     with RunLog(run.path) as log:
         check_place(run, resume)
+        check_apart(run, arguments(data))
         check_epochs(options.epochs, options.overrides)
         prepared = (resumed if resume else begun)(data, source, run, options, console)
         return _finetuned(prepared, run, resume, evaluation, console, log)

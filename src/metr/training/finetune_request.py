@@ -18,6 +18,7 @@ from metr.training.plan import RunPlan, steps_of
 from metr.training.resumed_recipe import resumed_recipe
 from metr.training.resumption import (
     EVALUATED,
+    FINETUNING,
     NOTHING,
     REHEARSED,
     Made,
@@ -32,7 +33,7 @@ from metr.training.start import open_detector, pinned
 from metr.training.taken_names import taken_names
 from metr.training.train_request import Data, arguments
 
-REQUEST = "finetuning.json"
+REQUEST = FINETUNING
 """The file of the run folder that says what was asked for, besides the configuration."""
 _KEPT = {"rehearse_fraction", "shots", "fraction", "seed", "decorrelate_names", "prompts"}
 _ALLOWED = "allow_empty"

@@ -76,7 +76,7 @@ class RunPlan:
 def page(plan: RunPlan) -> RenderableType:
     """What a run would do: a table of the datasets, lines on steps, device and sizes, and all that differs."""
     table = Fitting(_tables(plan, None, SIMPLE_HEAD))
-    title = f"It differs from {plan.name} in:" if plan.changes else f"It is {plan.name}, unchanged."
+    title = f"configuration: {plan.name}, {'but for' if plan.changes else 'unchanged'}"
     lines = [*_lines(plan), "", title, *(f"  {change}" for change in plan.changes)]
     return Group(table, *map(Hanging, lines))
 

@@ -19,6 +19,9 @@ from metr.serialization import read_json, write_json
 
 DATASETS, REHEARSED, EVALUATED = "datasets.yaml", "rehearsed.yaml", "evaluated.yaml"
 """The files of the run folder that list its datasets, rehearsed ones and those that are only evaluated."""
+TRAINING, FINETUNING = "training.json", "finetuning.json"
+"""The files of the run folder that say what was asked for, by `metr train` and by `metr finetune`."""
+_VERBS = {TRAINING: "metr train", FINETUNING: "metr finetune"}
 _HEAD = "# Datasets of this run. The file may itself be given as DATA. If a folder is moved, change its path here.\n"
 _logger = logging.getLogger(__name__)
 
@@ -74,9 +77,20 @@ def made_so_far(run: RunDirectory) -> Made:
 
 
 def kept_request(run: RunDirectory, name: str) -> Tree:
-    """What was asked for when the run was begun; empty if it was not kept."""
+    """What was asked for when the run was begun; empty if it was not kept.
+
+    Raises:
+        ConfigError: the other command began the run.
+    """
     path = run.path / name
-    return read_json(path) if path.is_file() else {}
+    if path.is_file():
+        return read_json(path)
+    for verb in (verb for file, verb in _VERBS.items() if (run.path / file).is_file()):
+        hint = f"{verb} --resume -o {run.path}"
+        raise ConfigError(
+            f"the run was begun with {verb}, and {_VERBS[name]} cannot go on with it", where=run.path, hint=hint
+        )
+    return {}
 
 
 def kept_datasets(run: RunDirectory, given: Sequence[str], file: str = DATASETS) -> list[str]:
@@ -155,9 +169,26 @@ def check_same_request(run: RunDirectory, began: Mapping[str, Any], given: Mappi
     """
     changed = [key for key in given if key in began and began[key] != given[key]]
     if changed:
-        differing = ", ".join(f"{key} {began[key]!r}, now {given[key]!r}" for key in changed)
+        before = {key: f"no {key}" if began[key] is None else f"{key} {began[key]!r}" for key in changed}
+        differing = ", ".join(f"{before[key]}, now {given[key]!r}" for key in changed)
         hint = "give the same as at first or leave it out, or start a new run"
         raise ConfigError(f"the run was begun with {differing}", where=run.path, hint=hint)
+
+
+def check_apart(run: RunDirectory, given: Sequence[str]) -> None:
+    """Checks that a new run is not written into the folder of one of its datasets.
+
+    Args:
+        run: The run folder.
+        given: Its datasets, as arguments of a command.
+
+    Raises:
+        MetrError: it would be, or a datasets file does not fit.
+    """
+    for config in parse_data_arguments(given) if given else ():
+        if not is_url(config.path) and run.path.resolve() == Path(config.path).resolve():
+            hint = "name another folder for the run after -o"
+            raise ConfigError(f"this is the dataset {config.name}, not a folder for a run", where=run.path, hint=hint)
 
 
 def _entry(config: DatasetConfig) -> Tree:

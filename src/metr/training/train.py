@@ -33,7 +33,7 @@ from metr.training.images import ValImages
 from metr.training.parts import Evaluated, Outcome, TrainingParts
 from metr.training.plan import advice, header, page, tell_end
 from metr.training.provenance import provenance
-from metr.training.resumption import DATASETS, save_request
+from metr.training.resumption import DATASETS, check_apart, save_request
 from metr.training.run_log import RunLog, log_page, tell
 from metr.training.start import (
     Start,
@@ -52,6 +52,7 @@ from metr.training.train_request import (
     Asked,
     Data,
     Prepared,
+    arguments,
     check_recipe,
     check_same,
     options_of,
@@ -103,12 +104,13 @@ def train(
     asked = Asked(config=config, size=size, overrides=tuple(overrides), options=options_of(more))
     with RunLog(run.path) as log:
         check_place(run, resume)
+        check_apart(run, arguments(data))
         begun = prepared(data, asked, run, resume, console)
         joint, recipe = begun.plan.joint, begun.plan.recipe
         tell(console, *_notes_of_start(begun), header(begun.plan), *_advice(begun, resume))
         if begun.start is not None:
             say_new_names(begun.start.model, joint.vocabulary, console)
-        _hint_at_names_spelt_alike(joint, console)
+        tell(console, *_names_spelt_alike(joint))
         parts = training_parts(joint, recipe, console, begun.start)
         if resume:
             check_same(run, joint.vocabulary, parts.checkpoint.text_encoder)
@@ -146,7 +148,8 @@ def plan(
     asked = Asked(config=config, size=size, overrides=tuple(overrides), options=options_of(more))
     run = RunDirectory(Path("" if resumed is None else resumed))
     begun = prepared(data, asked, run, resumed is not None, Console(quiet=True))
-    return Group(*_notes_of_start(begun), page(begun.plan), *_advice(begun, resumed is not None))
+    notes = *_advice(begun, resumed is not None), *_names_spelt_alike(begun.plan.joint)
+    return Group(*_notes_of_start(begun), page(begun.plan), *notes)
 
 
 def _advice(begun: Prepared, resume: bool) -> list[Hanging]:
@@ -162,14 +165,12 @@ def _notes_of_start(begun: Prepared) -> list[Hanging]:
     return [Hanging(note) for note in notes if note]
 
 
-def _hint_at_names_spelt_alike(joint: JointData, console: Console) -> None:
-    """Names the pairs that are learnt apart though they differ in case or separators alone."""
-    if alike := spelt_alike(joint.vocabulary.datasets):
-        pairs = listed([f'"{one}" and "{two}"' for one, two in alike])
-        hint = (
-            f"names that are learnt apart and spelt alike: {pairs}; metr inspect --write makes a file that joins them"
-        )
-        tell(console, Hanging(hint))
+def _names_spelt_alike(joint: JointData) -> list[Hanging]:
+    """The pairs that are learnt apart though they differ in case, separators or the plural alone."""
+    alike = spelt_alike(joint.vocabulary.datasets)
+    pairs = listed([f'"{one}" and "{two}"' for one, two in alike])
+    hint = f"names that are learnt apart and spelt alike: {pairs}; metr inspect --write makes a file that joins them"
+    return [Hanging(hint)] if alike else []
 
 
 def fit(

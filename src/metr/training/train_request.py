@@ -16,12 +16,14 @@ from metr.data.joint import JointData, open_joint
 from metr.errors import ConfigError
 from metr.model import METR
 from metr.run_directory import RunDirectory, existing_folder
+from metr.text.same_names import listed
 from metr.text.vocabulary import Vocabulary
 from metr.training.config import RunConfig, check_epochs, load_recipe
 from metr.training.logger import check_trackers
 from metr.training.plan import RunPlan, steps_of
 from metr.training.resumed_recipe import resumed_recipe
 from metr.training.resumption import (
+    TRAINING,
     check_same_request,
     dataset_facts,
     kept_datasets,
@@ -36,7 +38,7 @@ Data = str | Path | Sequence[str | Path]
 """One dataset or several, as arguments of a command: a folder, name=folder, or a YAML file that lists some."""
 
 
-REQUEST = "training.json"
+REQUEST = TRAINING
 """The file of the run folder that says what was asked for, besides the configuration and the datasets."""
 KEEPS = "training that begins with a detector", "leave --from out, which makes a network of any shape"
 """What keeps a network, and what to do about it."""
@@ -144,6 +146,9 @@ def _resumed(data: Data | None, asked: Asked, run: RunDirectory, console: Consol
     check_recipe(recipe)
     request = kept_request(run, REQUEST)
     check_same_request(run, request, asked.given)
+    if asked.options.start is not None and request and _FROM not in request:
+        hint = "leave --from out, or start a new run in another folder"
+        raise ConfigError("the run was begun with no detector, now --from names one", where=run.path, hint=hint)
     chosen = {key: value for key, value in (request or asked.given).items() if key in SubsetConfig.model_fields}
     subset = SubsetConfig.checked(chosen, where=run.path / REQUEST)
     given, source = kept_datasets(run, arguments(data)), asked.options.start or request.get(_FROM)
@@ -240,7 +245,7 @@ def check_same(run: RunDirectory, vocabulary: Vocabulary, text_encoder: Mapping[
     hint = "resume with the datasets and the text encoder that it began with, or start a new run"
     if began.vocabulary != vocabulary:
         before, now = set(began.vocabulary.names), set(vocabulary.names)
-        lost, new = ", ".join(sorted(before - now)) or "none", ", ".join(sorted(now - before)) or "none"
+        lost, new = listed(sorted(before - now)) or "none", listed(sorted(now - before)) or "none"
         what = f"the run has other datasets, names or prompts; names only there: {lost}; only here: {new}"
         raise ConfigError(what, where=run.path, hint=hint)
     if text_encoder is None:
