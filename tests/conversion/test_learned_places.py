@@ -169,10 +169,10 @@ def test_it_trains_from_scratch(refine: str) -> None:
     [
         ({"denoising": {"number": 6}}, "needs denoising.number 0, found 6"),
         ({"queries": {"layout": "uniform"}}, "needs queries.layout 'places', found 'uniform'"),
-        ({"queries": {"content": "place_only"}}, "needs queries.content 'learned_only', found 'place_only'"),
+        ({"queries": {"content": "place_only"}}, "needs queries.content 'learned_only' or 'none', found 'place_only'"),
         ({"queries": {"places": "proposed"}}, "found 'proposed' and 'learned'"),
         ({"decoder": {"positions": "sine"}}, "found 'learned' and 'sine'"),
-        ({"decoder": {"kind": "distribution"}}, "'learned' is for decoder.kind 'deformable'"),
+        ({"decoder": {"kind": "distribution"}}, "'learned' is for decoder.kind 'deformable' and"),
     ],
 )
 def test_options_that_do_not_fit_are_named(changes: dict[str, Any], message: str) -> None:

@@ -183,15 +183,17 @@ class DetectorConfig(Config):
     @model_validator(mode="after")
     def _boxes_suit_the_decoder(self) -> "DetectorConfig":
         decoder = self.decoder
-        if decoder.kind == "conditional" and (decoder.boxes, decoder.refine) != ("logit", "each"):
-            raise ValueError("decoder.boxes and decoder.refine are for decoder.kind 'deformable'")
+        if decoder.kind == "conditional" and decoder.boxes != "logit":
+            raise ValueError("decoder.boxes is for decoder.kind 'deformable'")
         return self
 
     @model_validator(mode="after")
     def _positions_suit_the_decoder(self) -> "DetectorConfig":
         positions, kind = self.decoder.positions, self.decoder.kind
-        if positions in ("first", "learned") and kind != "deformable":
-            raise ValueError(f"decoder.positions {positions!r} is for decoder.kind 'deformable', not {kind!r}")
+        if positions == "first" and kind != "deformable":
+            raise ValueError(f"decoder.positions 'first' is for decoder.kind 'deformable', not {kind!r}")
+        if positions == "learned" and kind == "distribution":
+            raise ValueError("decoder.positions 'learned' is for decoder.kind 'deformable' and 'conditional'")
         if self.decoder.first_samples == "cells" and kind != "deformable":
             raise ValueError(f"decoder.first_samples 'cells' is for decoder.kind 'deformable', not {kind!r}")
         if self.queries.content == "box_only" and positions != "first":
@@ -205,14 +207,16 @@ class DetectorConfig(Config):
             what = f"found {queries.places!r} and {found!r}, expected both 'learned' or none"
             raise ValueError(f"queries.places and decoder.positions belong together: {what}")
         if queries.places == "learned":
-            wanted = {"layout": "places", "content": "learned_only", "start": "proposal"}
-            for option, value in wanted.items():
-                if getattr(queries, option) != value:
-                    what = f"queries.places 'learned' needs queries.{option} {value!r}"
+            wanted = {"layout": ("places",), "content": ("learned_only", "none"), "start": ("proposal",)}
+            for option, values in wanted.items():
+                if getattr(queries, option) not in values:
+                    what = f"queries.places 'learned' needs queries.{option} {' or '.join(map(repr, values))}"
                     raise ValueError(f"{what}, found {getattr(queries, option)!r}")
             if self.denoising.number:
                 what = f"queries.places 'learned' needs denoising.number 0, found {self.denoising.number}"
                 raise ValueError(f"{what}: noised boxes have no learned position")
+        elif queries.content == "none" or queries.point_layers != 1:
+            raise ValueError("queries.content 'none' and queries.point_layers are for queries.places 'learned'")
         return self
 
     @model_validator(mode="after")

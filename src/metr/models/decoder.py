@@ -232,7 +232,8 @@ class ConditionalDecoder(LayeredDecoder):
     """Layers with iterative box refinement, whose queries attend near their boxes (DAB-DETR, Liu et al., 2022).
 
     Attention compares the encoded centre of a query's box with the encoded place of every token. Along each axis
-    attention falls off more sharply if the box is small relative to a size that is predicted from the content.
+    attention falls off more sharply if the box is small relative to a size that is predicted from the content, unless
+    `extents` is off (Conditional DETR).
     """
 
     def __init__(
@@ -244,9 +245,10 @@ class ConditionalDecoder(LayeredDecoder):
         similarity: SimilarityConfig | None = None,
     ) -> None:
         super().__init__(width, text_width, config, prior, similarity or SimilarityConfig())
-        self.position = MLP((2 * width, width, width))
+        self.learned = config.positions == "learned"
+        self.position: nn.Module = nn.Identity() if self.learned else MLP((2 * width, width, width))
         self.scale = _scale(width) if config.layers > 1 else None
-        self.extent = MLP((width, width, 2))
+        self.extent = MLP((width, width, 2)) if config.extents else None
         self.layers = nn.ModuleList(ConditionalDecoderLayer(width, config, n == 0) for n in range(config.layers))
 
     def forward(self, queries: Queries, memory: Memory) -> Decoded:
@@ -260,14 +262,19 @@ class ConditionalDecoder(LayeredDecoder):
             place = encoded[..., : self.width] * self._sharpness(content, boxes)
             if index and self.scale is not None:
                 place = place * self.scale(content)
-            content = layer(content, self.position(encoded), place, allowed, memory, places)
+            position = queries.position if self.learned else self.position(encoded)
+            content = layer(content, position, place, allowed, memory, places)
             feature, found, boxes = self.refined(index, content, boxes)
             features.append(feature)
             reported.append(found)
         return Decoded(features=torch.stack(features), boxes=torch.stack(reported))
 
-    def _sharpness(self, content: Float[Tensor, "b q d"], boxes: Float[Tensor, "b q 4"]) -> Float[Tensor, "b q d"]:
-        """Factors of the encoded centre: predicted size / box size, first for y and then for x."""
+    def _sharpness(
+        self, content: Float[Tensor, "b q d"], boxes: Float[Tensor, "b q 4"]
+    ) -> Float[Tensor, "b q d"] | float:
+        """Factors of the encoded centre: predicted size / box size, first for y and then for x; 1 without extents."""
+        if self.extent is None:
+            return 1.0
         predicted = self.extent(content).sigmoid()
         ratio: Tensor = predicted / boxes[..., 2:].clamp(min=_SMALLEST_SIDE)
         return ratio.flip(-1).repeat_interleave(self.width // 2, dim=-1)

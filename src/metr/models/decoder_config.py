@@ -67,7 +67,11 @@ class DecoderConfig(Config):
     """`sine`: a query's box is encoded as sines and cosines (DINO). `plain`: it is used as four numbers (RT-DETR;
     `deformable` and `distribution`). `first`: a query keeps the position of its first box, which is encoded as sines
     and cosines, and which its content contains too (Deformable DETR; `deformable`). `learned`: it is
-    learned for each query, whose place follows from it (`queries.places: learned`; `deformable`)."""
+    learned for each query, whose place follows from it (`queries.places: learned`; `deformable` and
+    `conditional`)."""
+    extents: bool = True
+    """Attention to the memory falls off more sharply around smaller boxes (DAB-DETR); without it, it knows centres only
+    (Conditional DETR; `conditional`)."""
     first_samples: Literal["box", "cells"] = "box"
     """How far from a query's own box points are sampled. `box`: by multiples of its sides. `cells`: by cells of each
     level around its centre, whatever its sides, until a layer has refined it (Deformable DETR of one stage;
@@ -98,4 +102,6 @@ class DecoderConfig(Config):
                 if getattr(self, option) != value:
                     what = f"{option} is for kind 'distribution'; with {self.kind!r} leave it at {value!r}"
                     raise ValueError(what)
+        if self.kind != "conditional" and not self.extents:
+            raise ValueError(f"extents is for kind 'conditional'; with {self.kind!r} leave it at True")
         return self

@@ -1,10 +1,14 @@
-"""Queries whose places are learned: the same for every image, without proposals (Deformable DETR of one stage)."""
+"""Queries whose places are learned: the same for every image, without proposals.
+
+So are those of Deformable DETR of one stage and of Conditional DETR.
+"""
 
 import torch
 from einops import repeat
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
+from metr.layers.mlp import MLP
 from metr.models.config import QueryConfig
 from metr.structures import Categories, Queries
 
@@ -13,7 +17,7 @@ _SIDE = 0.5
 
 
 class LearnedPlaces(nn.Module):
-    """A position embedding and a content for each query; its point is a linear layer of the position.
+    """A position embedding and a content for each query; one or two layers make its point of the position.
 
     A query's first box has the point as its centre and sides of half the image, of which a decoder with
     `first_samples: cells` sees nothing. It stands for a place, at which every category with a slot is asked.
@@ -26,18 +30,21 @@ class LearnedPlaces(nn.Module):
     def __init__(self, width: int, config: QueryConfig) -> None:
         super().__init__()
         self.position = nn.Embedding(config.number, width)
-        self.content = nn.Embedding(config.number, width)
-        self.point = nn.Linear(width, 2)
-        nn.init.xavier_uniform_(self.point.weight)
-        nn.init.zeros_(self.point.bias)
+        self.content = None if config.content == "none" else nn.Embedding(config.number, width)
+        self.point = MLP((width, *[width] * (config.point_layers - 1), 2))
+        for layer in self.point:
+            if isinstance(layer, nn.Linear):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
 
     def forward(self, categories: Categories) -> Queries:
         """The queries of each image; all of them attend to each other."""
         images = len(categories.ids)
         points = self.point(self.position.weight).float().sigmoid()
         boxes = torch.cat([points, torch.full_like(points, _SIDE)], dim=-1)
+        known = torch.zeros_like(self.position.weight) if self.content is None else self.content.weight
         content, position, boxes = (
-            repeat(rows, "q d -> b q d", b=images) for rows in (self.content.weight, self.position.weight, boxes)
+            repeat(rows, "q d -> b q d", b=images) for rows in (known, self.position.weight, boxes)
         )
         first = torch.zeros(content.shape[:2], dtype=torch.int64, device=content.device)
         valid = repeat(categories.valid.any(1), "b -> b q", q=content.shape[1])

@@ -44,8 +44,11 @@ class QueryConfig(Config):
     cost a dot product each; queries contain no category then (`content`)."""
     places: Literal["proposed", "learned"] = "proposed"
     """Where queries start. `proposed`: where the encoder's memory promises objects. `learned`: at points that are
-    learned, the same for every image, without proposals and their losses (Deformable DETR of one stage; with `layout:
-    places`, `content: learned_only`, `decoder.positions: learned` and no denoising)."""
+    learned, the same for every image, without proposals and their losses (Deformable DETR of one stage, Conditional
+    DETR; with `layout: places`, `content: learned_only` or `none`, `decoder.positions: learned` and no denoising)."""
+    point_layers: Literal[1, 2] = 1
+    """Linear layers from a learned position to its point: 1 (Deformable DETR) or 2 (Conditional DETR; `places:
+    learned`)."""
     number: int = Field(300, ge=1, le=100_000)
     """Q, queries an image, whatever the vocabulary. With `places`, a query stands for one place."""
     floor: int = Field(5, ge=0)
@@ -54,10 +57,10 @@ class QueryConfig(Config):
     """Largest number of queries of a category."""
     attention: Literal["group", "image"] = "group"
     """A query attends to the queries of its category, or to all queries of its image."""
-    content: Literal["learned", "place", "place_only", "learned_only", "box_only"] = "learned"
+    content: Literal["learned", "place", "place_only", "learned_only", "box_only", "none"] = "learned"
     """`learned`: a learned query and the category's token. `place`: the same and the feature of the query's place.
     `place_only`, `learned_only`: that feature, or the learned query, without the category's token. `box_only`: only
-    what the decoder adds for the query's box (`decoder.positions: first`)."""
+    what the decoder adds for the query's box (`decoder.positions: first`). `none`: zeros (`places: learned`)."""
     start: Literal["proposal", "shifted"] = "proposal"
     """The box that a query starts from: its proposal's, or that moved by a learned shift of its rank (LW-DETR)."""
 

@@ -87,7 +87,7 @@ def table(config: Any, metr: DetectorConfig) -> KeyTable:
     encoder, decoder = "model.encoder.layers.{i}", "model.decoder.layers.{i}"
     ours, last = "decoder.layers.{i}", config.decoder_layers - 1
     heads, copies = box_heads("bbox_embed", config.decoder_layers, metr)
-    proposals = linear("model", "learned_places", {"reference_points": "point"})
+    proposals = linear("model", "learned_places", {"reference_points": "point.0"})
     if config.two_stage:
         proposals = joined(
             linear("model", "proposals", {"enc_output": "feature", "enc_output_norm": "norm"}),
@@ -123,7 +123,7 @@ def derive(context: Context) -> Mapping[str, Derived]:
     becomes the mean of all names'. With one stage there are none, and queries are METR's.
     """
     learned = context.network.learned_places
-    if learned is not None:
+    if learned is not None and learned.content is not None:
         halves = [learned.position.weight.detach(), learned.content.weight.detach()]
         source = tuple(f"learned_places.{half}.weight" for half in _HALVES)
         queries = {_QUERIES: Derived(tensor=torch.cat(halves, dim=1), how="side by side", source=source)}
