@@ -14,13 +14,14 @@ FUZZ_SEED ?= 0
 KILLS ?= 1000
 SOAK_SEED ?= 0
 
-.PHONY: help demo test quick check wheel processors fuzz soak docs format clean
+.PHONY: help demo test quick check stores wheel processors fuzz soak docs format clean
 
 help:
 	@echo "make demo    build the environment, train on three made datasets, show the result (five minutes, and a few for the environment)"
 	@echo "make test    build the environment, run every test"
 	@echo "make quick   the tests that take seconds"
 	@echo "make check   formatting, lints, types, layers of imports, every test"
+	@echo "make stores  the tests of S3 and Google Cloud Storage, with S3's packages in build/stores"
 	@echo "make wheel   build the wheel into dist/"
 	@echo "make docs    build the documentation into site/; a broken link fails"
 	@echo "make processors  the tests that train, as other processors would run them (SEEDS=5 of each)"
@@ -34,7 +35,7 @@ help:
 	@echo "Building the environment in .venv (a few minutes the first time)"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch -c constraints.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bundled,tensorboard,supervision,docs,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bundled,tensorboard,supervision,serve,docs,dev]'
 	@touch $@
 
 demo: .venv/.ready
@@ -52,6 +53,19 @@ check: .venv/.ready
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(MAKE) --no-print-directory test
+
+# botocore, which s3fs and moto rest on, wants a python-dateutil below 3: these packages lie beside the environment
+STORES := build/stores
+$(STORES)/.ready: .venv/.ready
+	rm -rf $(STORES)
+	mkdir -p $(STORES)
+	grep -v '^python-dateutil==' constraints.txt > $(STORES)/constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $(STORES) -c $(STORES)/constraints.txt \
+	  s3fs==2026.9.0 'moto[s3]==5.2.5' flask==3.1.3 flask-cors==6.0.5
+	@touch $@
+
+stores: $(STORES)/.ready
+	PYTHONPATH=$(STORES) OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/data/test_shards_buckets.py
 
 # without isolation: the build backend is the pinned one, and nothing is fetched
 wheel: .venv/.ready

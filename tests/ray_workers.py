@@ -32,9 +32,9 @@ class Dying(Predictor):
 
     marks: Path
 
-    def _load(self, index: int, image: Any) -> Any:
+    def prepare(self, image: Any, index: int = 0) -> Any:
         width = image.shape[1]
         if width == 78 or (width == 77 and not list(self.marks.glob("77-*"))):
             (self.marks / f"{width}-{time.monotonic_ns()}").touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        return super()._load(index, image)
+        return super().prepare(image, index)

@@ -97,6 +97,7 @@ except SystemExit as end:
         ["detect", "no/run/here", "a.jpg"],
         ["detect", SHIPPED, "a.jpg", "--labels", "name"],
         ["evaluate", "no/run/here", "data"],
+        ["complete", "data", "--model", "no/run/here", "-o", "out"],
         ["finetune", "data", "--from", "no/run/here", "-o", "run"],
         ["transfer", "no/run/here", "--to", "detr", "-o", "out"],
         ["push", "no/run/here", "user/name"],

@@ -22,6 +22,8 @@ PAGES = {
     "metr.training": ("metr.training", "metr.training.train", "metr.training.finetune", "metr.training.finetune_data"),
     "metr.inspection": ("metr.inspection",),
     "metr.conversion": ("metr.conversion", "metr.conversion.transfer"),
+    "metr.export": ("metr.export.export", "metr.export.request", "metr.deploy"),
+    "metr.serving": ("metr.serving", "metr.serving.app", "metr.serving.config"),
     "metr.sharing": ("metr.sharing.push", "metr.sharing.model_card"),
 }
 # Of the package itself only what it exports: its parts have pages of their own.

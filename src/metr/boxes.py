@@ -117,5 +117,5 @@ def pairwise_coverage(a: Float[Tensor, "*n 4"], b: Float[Tensor, "*m 4"]) -> Flo
 
 def clip(boxes: Float[Tensor, "*n 4"], height: float, width: float) -> Float[Tensor, "*n 4"]:
     """xyxy boxes clipped to the image."""
-    x, y = boxes[..., 0::2].clamp(0, width), boxes[..., 1::2].clamp(0, height)
+    x, y = boxes[..., 0::2].clamp(0.0, width), boxes[..., 1::2].clamp(0.0, height)
     return torch.stack([x, y], dim=-1).flatten(-2)

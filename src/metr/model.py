@@ -51,6 +51,7 @@ class METR:
         stored_as: The type of the weights on disk ("float16"); None where there were none, or several types.
         folder: The checkpoint folder that it was loaded from; None where it was made in another way.
         source: Where it, or the detector that it was made of, was found; None where it was made in another way.
+        keeps: Whether new names are logged and their embeddings cached; else nothing grows, whatever it is asked for.
     """
 
     def __init__(self, network: Detector, checkpoint: Checkpoint, where: object = None) -> None:
@@ -65,6 +66,7 @@ class METR:
             self._encoder_config = TextEncoderConfig.checked(described, where=f"{where} (text_encoder)")
         self.folder: Path | None = None
         self.source: DetectorSource | None = None
+        self.keeps = True
         self._encoder: TextEncoder | None = None
         self._told: set[str] = set()
 
@@ -178,7 +180,7 @@ class METR:
 
     def _embed(self, wanted: Vocabulary, tell: bool = True, meant: Mapping[str, str] | None = None) -> Tensor:
         """The same. `meant`: the trained names that others mean; by default the checkpoint's aliases."""
-        aliases = self.checkpoint.detection.aliases if meant is None else meant
+        aliases, tell = self.checkpoint.detection.aliases if meant is None else meant, tell and self.keeps
         trained = {name: self._trained_name(name, wanted.prompts.get(name), aliases) for name in wanted.names}
         for name, own in trained.items() if tell else ():
             if own not in {None, name}:
@@ -343,7 +345,7 @@ class METR:
             CheckpointError: it is another model than that of training.
         """
         if self._encoder is None:
-            encoder = TextEncoder(self._encoder_config)
+            encoder = TextEncoder(self._encoder_config, keep=self.keeps)
             expected = self._encoder_identity or encoder.identity
             if encoder.identity != expected or encoder.width != self.checkpoint.text_width:
                 what = f"not the text encoder of training: expected {expected}, found {encoder.identity}"

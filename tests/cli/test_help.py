@@ -2,6 +2,7 @@
 
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,19 @@ from metr.cli.main import app
 
 from tiny import CommandLine
 
-VERBS = ("inspect", "train", "finetune", "evaluate", "detect", "transfer", "push", "demo")
+VERBS = (
+    "inspect",
+    "train",
+    "finetune",
+    "evaluate",
+    "detect",
+    "complete",
+    "serve",
+    "transfer",
+    "export",
+    "push",
+    "demo",
+)
 ALL_HELP = """
 import sys
 from contextlib import suppress
@@ -86,6 +99,29 @@ MISTAKES = {
     "a value of fine-tuning": (["finetune", "no", "--from", "no", "-o", "run", "--freeze", "all"], "'train.freeze'"),
     "no run of fine-tuning": (["finetune", "-o", "nowhere", "--resume"], "nowhere: there is nothing to resume"),
 }
+MISSING = {
+    "train": (["train", "nowhere", "-o", "run"], "nowhere: no such dataset"),
+    "train, named": (["train", "mine=nowhere", "-o", "run"], "nowhere: no such dataset"),
+    "train, the second": (["train", "here", "nowhere", "-o", "run"], "nowhere: no such dataset"),
+    "train, a dry run": (["train", "nowhere", "-o", "run", "--dry-run"], "nowhere: no such dataset"),
+    "train --from": (["train", "here", "--from", "nowhere", "-o", "run"], "nowhere: no such checkpoint"),
+    "inspect": (["inspect", "nowhere"], "nowhere: no such dataset"),
+    "evaluate": (["evaluate", "detector", "nowhere"], "nowhere: no such dataset"),
+    "evaluate, a checkpoint": (["evaluate", "nowhere", "here"], "nowhere: no such checkpoint"),
+    "finetune": (["finetune", "nowhere", "--from", "detector", "-o", "run"], "nowhere: no such dataset"),
+    "finetune, rehearsed": (
+        ["finetune", "here", "--from", "detector", "-o", "run", "--rehearse", "nowhere"],
+        "nowhere: no such dataset",
+    ),
+    "finetune, a checkpoint": (["finetune", "here", "--from", "nowhere", "-o", "run"], "nowhere: no such checkpoint"),
+    "detect": (["detect", "detector", "nowhere.jpg"], "nowhere.jpg: no such image or folder"),
+    "detect with ray": (
+        ["detect", "detector", "nowhere.jpg", "--engine", "ray"],
+        "nowhere.jpg: no such image or folder",
+    ),
+    "detect, a checkpoint": (["detect", "nowhere", "here"], "nowhere: no such checkpoint"),
+    "transfer": (["transfer", "nowhere", "--to", "rt_detr", "-o", "out"], "nowhere: no such checkpoint"),
+}
 MISTAKEN = """
 import atexit, sys, time
 from metr.cli.main import run
@@ -108,6 +144,26 @@ def test_a_mistake_in_the_configuration_is_told_at_once(mistake: str, tmp_path: 
     # half a second on an idle core
     assert float(seconds) < 2
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("missing", MISSING)
+def test_a_missing_path_is_told_at_once(missing: str, tmp_path: Path) -> None:
+    """Before torch and transformers are imported; nothing is written."""
+    arguments, told = MISSING[missing]
+    (tmp_path / "here").mkdir()
+    # a checkpoint as far as is looked at before it is loaded
+    shutil.copytree(Path(__file__).parents[2] / "checkpoints" / "metr-nano", tmp_path / "detector")
+    command = [sys.executable, "-c", MISTAKEN, *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert told in done.stderr
+    assert len(done.stderr.splitlines()) == 2
+    seconds, *imported = done.stdout.split()
+    assert not imported
+    # less than a second on an idle core
+    assert float(seconds) < 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["detector", "here"]
 
 
 def test_without_arguments_there_is_help(metr: CommandLine) -> None:

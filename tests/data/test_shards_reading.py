@@ -3,6 +3,7 @@
 import gzip
 import json
 import logging
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -317,15 +318,27 @@ def test_errors_of_addresses(tmp_path: Path) -> None:
         opened("memory://d/o/*.tar", format="coco")
 
 
-@pytest.mark.parametrize(("address", "package"), [("s3://b/*.tar", "s3fs"), ("gs://b/*.tar", "gcsfs")])
-def test_a_missing_package_is_named(address: str, package: str) -> None:
-    try:
-        __import__(package)
-    except ImportError:
-        with pytest.raises(DependencyError, match=f"needs the package {package}.*\n.*pip install {package}"):
-            opened(address)
-    else:
-        pytest.skip(f"{package} is installed")
+@pytest.mark.parametrize(
+    ("address", "package", "extra"), [("s3://b/*.tar", "s3fs", "s3"), ("gs://b/*.tar", "gcsfs", "gcs")]
+)
+def test_a_missing_package_is_named(address: str, package: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where it is installed here: its import fails as if it were not."""
+    monkeypatch.setitem(sys.modules, package, None)
+    for scheme in ("s3", "s3a", "gs", "gcs"):
+        monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, scheme, raising=False)
+    told = f"needs the package {package}, which is not installed\n  try: pip install 'metr.{extra}.', or pip install "
+    with pytest.raises(DependencyError, match=told):
+        opened(address)
+
+
+def test_a_package_that_cannot_be_imported_is_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_text(tmp_path / "s3fs.py", "import a_package_that_is_nowhere")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "s3fs", raising=False)
+    monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, "s3", raising=False)
+    told = "s3fs, which cannot be imported: No module named 'a_package_that_is_nowhere'"
+    with pytest.raises(DependencyError, match=told):
+        opened("s3://b/*.tar")
 
 
 def test_data_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

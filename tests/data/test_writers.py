@@ -1,4 +1,4 @@
-"""A dataset written as COCO or YOLO and read again is the same; what a format has no place for is counted."""
+"""A dataset written in any format and read again is the same; what a format has no place for is counted."""
 
 import errno
 import json
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -16,13 +17,18 @@ from PIL import Image
 from reader_trees import LAYOUTS, NAMES, coco_content, made_up, save_image, write_json
 
 from metr.data.datasets_file import DatasetConfig, DatasetSource, open_dataset
-from metr.data.export import ExportReport, ImageFolder, write_coco, write_yolo
+from metr.data.export import ExportReport, ImageFolder, MemorySource, write_coco, write_yolo
+from metr.data.export_tools import WRITERS as ALL_WRITERS
+from metr.data.export_tools import write_label_studio
 from metr.data.images import exif_oriented_record
-from metr.data.records import ImageRecord
+from metr.data.records import ImageRecord, InMemoryAnnotations
 from metr.errors import DataError
 
 Writer = Callable[..., ExportReport]
-WRITERS: dict[str, Writer] = {"coco": write_coco, "yolo": write_yolo}
+WRITERS: dict[str, Writer] = {kind: write for kind, write in ALL_WRITERS.items() if kind != "webdataset"}
+# formats that have no place for ignored boxes, and those that declare their categories
+WITHOUT_IGNORED = {"yolo", "cvat", "label_studio"}
+DECLARING = {"coco", "yolo", "cvat"}
 
 
 def opened(root: Path, **options: object) -> DatasetSource:
@@ -97,12 +103,121 @@ def test_round_trips_of_other_formats(tmp_path: Path, layout: str, kind: str) ->
     report = WRITERS[kind](source, tmp_path / "out")
     found = opened(tmp_path / "out")
     assert (report.images, report.boxes, report.left_out) == (*counts(source), {})
-    assert (found.format, found.categories, found.issue_counts) == (kind, source.categories, {})
+    names = source.categories if kind in DECLARING else tuple(sorted(source.categories))
+    assert (found.format, found.categories, found.issue_counts) == (kind, names, {})
     for split in source.splits:
         mine, written = by_name(source, split), by_name(found, split)
         assert mine.keys() == written.keys()
         for name, record in mine.items():
             assert_same(record, written[name])
+
+
+ODD_NAMES = (
+    "a,b;c",
+    "<b> & \"d\" 'e'",
+    "=1+1",
+    "no",
+    "007",
+    "null",
+    "пятно / 斑点",
+    "tab and [x]{y}: #1 %",
+    "\\n\\",
+    "é" * 80,
+)
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_odd_names_splits_and_ignored_boxes(tmp_path: Path, kind: str) -> None:
+    """Each format is read again with the names, sizes, boxes and ignored boxes that it has a place for."""
+    content = coco_content(made_up()["train"])
+    content["categories"] = [{"id": number, "name": name} for number, name in enumerate(ODD_NAMES, start=1)]
+    content["annotations"] = [
+        {"id": n, "image_id": item["id"], "category_id": 1 + n % len(ODD_NAMES), "bbox": box, "iscrowd": int(n == 3)}
+        for n, (item, box) in enumerate(
+            (item, [1.25, 2.5, 9.125, 7.0]) for item in content["images"][1:] for _ in range(4)
+        )
+    ]
+    root = tmp_path / "data"
+    for number, item in enumerate(content["images"]):
+        item["file_name"] = f"{'ab'[number % 2]} & 'c' <d> №{number}%20.jpg"
+        save_image(root / "images" / item["file_name"], item["width"], item["height"])
+    write_json(root / "annotations" / "train.json", content)
+    source = opened(root)
+    assert list(source.splits) == ["train", "val"]
+    report = WRITERS[kind](source, tmp_path / "out")
+    found = opened(tmp_path / "out")
+    assert (found.format, found.issue_counts, list(found.splits)) == (kind, {}, list(source.splits))
+    assert report.left_out == ({"ignored box": 1} if kind in WITHOUT_IGNORED else {})
+    assert set(found.categories) == set(ODD_NAMES)
+    for split in source.splits:
+        mine, written = by_name(source, split), by_name(found, split)
+        assert mine.keys() == written.keys()
+        for name, record in mine.items():
+            kept = ~record.ignore if kind in WITHOUT_IGNORED else np.ones(len(record.boxes), dtype=bool)
+            other = written[name]
+            assert (record.width, record.height) == (other.width, other.height)
+            np.testing.assert_allclose(record.boxes[kept], other.boxes, atol=0.01)
+            np.testing.assert_array_equal(record.ignore[kept], other.ignore)
+            own, again = (
+                [one.categories[label] for label in labels]
+                for one, labels in ((source, record.labels[kept]), (found, other.labels))
+            )
+            assert own == again
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_names_without_a_box_are_counted_where_nothing_declares_them(tmp_path: Path, kind: str) -> None:
+    source = odd(tmp_path / "data")
+    report = WRITERS[kind](source, tmp_path / "out")
+    assert report.left_out.get("name without a box", 0) == (0 if kind in DECLARING else 1)
+
+
+@pytest.mark.parametrize("kind", ["voc", "cvat"])
+def test_control_characters_are_no_xml(tmp_path: Path, kind: str) -> None:
+    source = made(tmp_path / "data", renames={NAMES[0]: "cell \x01"})
+    report = WRITERS[kind](source, tmp_path / "out")
+    assert report.left_out == {"old name": 1, "name with control characters": 1}
+    assert "cell \ufffd" in opened(tmp_path / "out").categories
+
+
+def test_boxes_of_a_detector_have_their_score(tmp_path: Path) -> None:
+    """COCO, CSV, labelme, CVAT and Label Studio say which boxes are a detector's; YOLO and VOC have no place for it."""
+    source = made(tmp_path / "data")
+    records = tuple(
+        replace(record, scores=np.where(np.arange(len(record.boxes)) == 0, 0.5, np.nan))
+        for record in source.split("val")
+    )
+    boxes = sum(len(record.boxes) > 0 for record in records)
+    scored = InMemoryAnnotations(name="made", split="val", categories=source.categories, records=records)
+    scored_source = MemorySource(
+        name="made", root=source.root, config=source.config, categories=source.categories, splits={"val": scored}
+    )
+    marks = {
+        "coco": '"score":0.5',
+        "csv": ",0.50000",
+        "labelme": '"score": 0.5',
+        "cvat": 'source="auto"',
+        "label_studio": '"score":0.5',
+    }
+    for kind, write in WRITERS.items():
+        write(scored_source, tmp_path / kind)
+        texts = [path.read_text() for path in (tmp_path / kind).rglob("*") if path.suffix in {".json", ".xml", ".csv"}]
+        assert sum(text.count(marks.get(kind, "score")) for text in texts) == (boxes if kind in marks else 0)
+        assert counts(opened(tmp_path / kind)) == (len(records), sum(len(record.boxes) for record in records))
+
+
+def test_predictions_of_label_studio(tmp_path: Path) -> None:
+    """They are tasks that nobody has annotated yet, as Label Studio imports them."""
+    source = made(tmp_path / "data")
+    write_label_studio(source, tmp_path / "out", model_version="run 7")
+    tasks = json.loads((tmp_path / "out" / "train.json").read_text())
+    assert [task["id"] for task in tasks] == list(range(1, 6))
+    for task, record in zip(tasks, source.split("train"), strict=True):
+        (prediction,) = task["predictions"]
+        assert "annotations" not in task
+        assert (prediction["model_version"], len(prediction["result"])) == ("run 7", len(record.boxes))
+    config = ElementTree.parse(tmp_path / "out" / "label_config.xml")
+    assert [label.get("value") for label in config.iter("Label")] == list(source.categories)
 
 
 @pytest.mark.parametrize(("name", "kind"), [("coco_mini", "coco"), ("aquarium", "yolo"), ("doc_tables", "coco")])
@@ -123,7 +238,7 @@ def test_renamed_categories_are_written_as_they_are_called(tmp_path: Path) -> No
     source = made(tmp_path / "data", renames={NAMES[0]: "cell", NAMES[1]: "cell"})
     for kind, write in WRITERS.items():
         write(source, tmp_path / kind)
-        assert opened(tmp_path / kind).categories == ("cell", NAMES[2])
+        assert set(opened(tmp_path / kind).categories) == {"cell", NAMES[2]}
 
 
 def test_what_yolo_has_no_place_for_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -280,7 +395,8 @@ def test_images_are_linked_or_copied(tmp_path: Path, kind: str, monkeypatch: pyt
     reports["refused"] = WRITERS[kind](source, tmp_path / "refused")
     assert {name: report.copied for name, report in reports.items()} == {"link": 0, "copy": 10, "refused": 10}
     for name in reports:
-        image = tmp_path / name / "images" / "train" / record.path.name
+        folder = tmp_path / name / ("JPEGImages" if kind == "voc" else "images/train")
+        image = folder / record.path.name
         assert image.read_bytes() == record.path.read_bytes()
         assert not image.is_symlink()
         assert image.samefile(record.path) == (name == "link")
@@ -330,8 +446,8 @@ def test_nothing_is_left_of_a_broken_export(
     source = made(tmp_path / "data")
     put = ImageFolder.put
 
-    def breaking(self: ImageFolder, image: Path) -> Any:
-        if self.folder.name == "test":
+    def breaking(self: ImageFolder, image: ImageRecord) -> Any:
+        if image.path.name.startswith("test"):
             raise error
         return put(self, image)
 

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from metr.cli.verbs import Data
+from metr.cli.verbs import Data, check_data
 from metr.errors import ConfigError, DataError, MetrError, counted, did_you_mean
 
 if TYPE_CHECKING:  # what the verb needs is imported when it runs, so that help comes at once
@@ -22,7 +22,7 @@ __all__ = ["inspect"]
 
 # A table that is piped into a file is as wide as it needs to be.
 _PIPED_WIDTH = 160
-_WRITERS = ("coco", "yolo", "webdataset")
+_WRITERS = ("coco", "yolo", "voc", "csv", "labelme", "cvat", "label_studio", "webdataset")
 
 Verbose = Annotated[
     bool, typer.Option("--verbose", "-v", help="Leave nothing out; list every category with its boxes.")
@@ -40,7 +40,9 @@ Force = Annotated[bool, typer.Option("--force", help="Write over a datasets file
 Export = Annotated[
     tuple[str, Path] | None,
     typer.Option(
-        help="Write each dataset as coco, yolo or webdataset, into a folder of its own in OUT.", metavar="FORMAT OUT"
+        help="Write each dataset as coco, yolo, voc, csv, labelme, cvat, label_studio or webdataset, into a folder of "
+        "its own in OUT.",
+        metavar="FORMAT OUT",
     ),
 ]
 Draw = Annotated[
@@ -71,6 +73,8 @@ def inspect(
 
     A dataset that cannot be read is reported below the others; the exit code is then 1.
     """
+    if len(data) == 1:  # of several, those that can be read are shown
+        check_data(data)
     from metr.cli.inspect_tables import print_inspection
     from metr.config import parse_overrides
     from metr.inspection import InspectionConfig
@@ -178,15 +182,14 @@ def _check_format(name: str) -> None:
 
 def _export(sources: "Sequence[DatasetSource]", name: str, out: Path, console: Console) -> None:
     """Writes each dataset into its own folder."""
-    from metr.data.export import write_coco, write_yolo
-    from metr.data.export_shards import write_webdataset
+    from metr.data.export_tools import WRITERS
     from metr.inspection.sheets import file_stem
 
-    write = {"coco": write_coco, "yolo": write_yolo, "webdataset": write_webdataset}[name]
+    write = WRITERS[name]
     for source in sources:
         folder = out / file_stem(source.name)
         with console.status(f"writing {escape(source.name)}"):
-            report = write(source, folder)
+            report = write(source, folder, "link")
         size = f"{counted(report.images, 'image')}, {counted(report.boxes, 'box', 'boxes')}"
         told = f"{source.name}: {size} as {name} in {folder}"
         console.print(told, markup=False, highlight=False, soft_wrap=True)

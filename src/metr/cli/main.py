@@ -9,11 +9,15 @@ from rich.console import Console
 from typer.core import TyperCommand, TyperGroup
 
 import metr
+from metr.cli.complete import complete
+from metr.cli.detect import detect
+from metr.cli.export import export
 from metr.cli.inspect import inspect
 from metr.cli.launch import start_processes_of_accelerate, wait_for_main_process
 from metr.cli.output import SafeConsole, show_log
+from metr.cli.serve import serve
 from metr.cli.training import finetune, train
-from metr.cli.verbs import demo, detect, evaluate, push, transfer
+from metr.cli.verbs import demo, evaluate, push, transfer
 from metr.errors import MetrError
 from metr.processes import in_main_process, process_index
 from metr.training.signals import Stopped, StopSignals
@@ -67,7 +71,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for verb in (inspect, train, finetune, evaluate, detect, transfer, push, demo):
+for verb in (inspect, train, finetune, evaluate, detect, complete, serve, transfer, export, push, demo):
     app.command(cls=_Verb)(verb)
 
 
@@ -83,7 +87,7 @@ def run() -> None:
     """The console script: runs a verb and ends the process.
 
     A mistake ends in one message: exit code 2 where the command line has it, 1 elsewhere. Ctrl-C ends in 130, SIGTERM
-    in 143, SIGHUP in 129. With METR_DEBUG=1 in the environment errors show their traceback.
+    in 143, SIGHUP in 129; `metr serve` they end in 0. With METR_DEBUG=1 in the environment errors show their traceback.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         # idle threads of torch sleep sooner: on cores that others use too they took most of the time

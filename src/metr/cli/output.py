@@ -88,7 +88,7 @@ def show_log() -> None:
         handler.addFilter(_concerns_this_process)
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
     logging.captureWarnings(True)
-    for noisy in ("httpx", "PIL", "matplotlib", "accelerate"):
+    for noisy in ("httpx", "PIL", "matplotlib", "accelerate", "botocore", "aiobotocore"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from metr.cli.output import output_console, say_names
-from metr.cli.verbs import AllowEmpty, Offline, Overrides, Prompts, check_source, stay_offline
+from metr.cli.verbs import AllowEmpty, Offline, Overrides, Prompts, check_data, check_source, stay_offline
 from metr.training.signals import Stopped
 
 if TYPE_CHECKING:
@@ -104,6 +104,7 @@ def train(
         else:
             recipe_layers("metr train", config, overrides) if source else load_recipe(size or "nano", config, overrides)
             _check_named(data, "DATA", "name a dataset: metr train DATA -o RUN")
+            check_data(data or ())
             if source is not None:
                 check_source(source)
         from metr.training.train import plan
@@ -200,7 +201,7 @@ def finetune(
         if resume:
             resumed_recipe(RunDirectory(out), config, overrides)
         else:
-            _check_start(data, source)
+            _check_start(data, source, [*(rehearse or ()), *(rehearse_evaluate or ())])
         from metr.training import finetune as run
 
         if dry_run:
@@ -217,16 +218,18 @@ def _overrides(given: list[str] | None, **options: object) -> list[str]:
     return [*(given or []), *(f"{key}={value}" for key, value in options.items() if value is not None)]
 
 
-def _check_start(data: list[str] | None, source: str | None) -> None:
-    """Checks that a fine-tuning says on what it trains and from what it begins, and that the latter exists.
+def _check_start(data: list[str] | None, source: str | None, rehearsed: list[str]) -> None:
+    """Checks that a fine-tuning says on what it trains and from what it begins, and that all of that exists.
 
     Raises:
         typer.BadParameter: one of them is missing.
         CheckpointError, ModelError: there is no such detector.
+        DataError: there is no such dataset.
     """
     _check_named(data, "DATA", "name a dataset: metr finetune DATA --from SOURCE -o OUT")
     _check_named(source, "--from", "name a detector to begin with: metr finetune DATA --from SOURCE -o OUT")
     check_source(source or "")
+    check_data([*(data or ()), *rehearsed])
 
 
 def _check_named(value: object, what: str, hint: str) -> None:

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from metr.boxes import xyxy_to_cxcywh
 from metr.data.config import Unannotated
 from metr.data.images import read_annotated
-from metr.data.records import Annotations, DataIssue, ImageRecord
+from metr.data.records import Annotations, DataIssue, ImageRecord, PartlyRead
 from metr.data.sampling import SampleKey
 from metr.data.transforms import Sample, Transforms
 from metr.errors import ConfigError, DataError, StoreError
@@ -61,8 +61,8 @@ class DetectionDataset(Dataset[Example | Missing]):
         annotations: Where records come from; the worker processes share it.
         vocabulary: Lists this dataset under `annotations.name`.
         transforms: Resize and augment.
-        unannotated: How to treat a category that the dataset does not annotate: "negative" assumes that it is absent;
-            otherwise nothing is known of it.
+        unannotated: How to treat a category that the dataset does not annotate: "negative" assumes that it is absent,
+            unless the user dropped or ignores it; otherwise nothing is known of it.
         covered_names: True at the names that at least one dataset of the run annotates; "negative" assumes only these
             to be absent. By default all names.
     """
@@ -81,6 +81,9 @@ class DetectionDataset(Dataset[Example | Missing]):
         self.assumed_negative = ~self.annotated & (unannotated == "negative")
         if covered_names is not None:
             self.assumed_negative &= covered_names
+        names = annotations.unknown_names if isinstance(annotations, PartlyRead) else ()
+        unknown = [row for row, name in enumerate(vocabulary.names) if name in names]
+        self.assumed_negative[unknown] = False
 
     @property
     def name(self) -> str:

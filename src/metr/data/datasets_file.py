@@ -7,72 +7,42 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-import numpy as np
 import yaml
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
 from metr.bounded_yaml import parse_yaml, with_line, yaml_text
 from metr.config import Config, read_yaml
+from metr.data.category_names import kept_names, label_map
 from metr.data.containers.archives import archive_stem
-from metr.data.formats.base import ReadOptions, plain_name
-from metr.data.formats.box_kinds import BoxKind
+from metr.data.dataset_config import DatasetConfig, SplitName
+from metr.data.formats.base import ReadOptions
 from metr.data.formats.files import expanded, there
-from metr.data.formats.registry import READERS, recognise
-from metr.data.index.annotation_index import AnnotationIndex, LabelMap
+from metr.data.formats.registry import recognise
+from metr.data.index.annotation_index import AnnotationIndex
 from metr.data.index.cache import default_cache, stored
-from metr.data.index.manifest import Manifest
 from metr.data.other_formats import tell_other_formats
 from metr.data.records import TEST, TRAIN, VAL, Annotations, DataIssue, Dropped, plan_splits
-from metr.data.shards.addresses import is_pattern, name_of_pattern, path_or_url
+from metr.data.shards.addresses import is_pattern, name_of_pattern
 from metr.data.shards.stores import is_url
-from metr.errors import ConfigError, DataError, counted, did_you_mean
+from metr.errors import ConfigError, DataError
+
+__all__ = [
+    "DatasetConfig",
+    "DatasetSource",
+    "DatasetsFile",
+    "SplitName",
+    "check_names",
+    "open_dataset",
+    "parse_data_arguments",
+]
 
 logger = logging.getLogger(__name__)
 
-SplitName = Literal["train", "val", "test"]
-
 _SUFFIXES = frozenset({".yaml", ".yml"})
-# Names, in lower case and with blanks between words, of regions where objects of any category may lie unlabelled.
-_DO_NOT_CARE = frozenset(
-    {"dontcare", "dont care", "don't care", "don\u2019t care", "do not care", "ignore"}
-    | {f"{verb} {noun}" for verb in ("ignore", "ignored") for noun in ("region", "regions")}
-)
 # The keys of a dataset whose values are words, as they are written: a category may be called `no` or `007`.
-_WORDS = frozenset({"name", "path", "splits", "prompts", "renames", "exhaustive"})
-
-
-def _known_format(name: str) -> str:
-    formats = [reader.format for reader in READERS]
-    if name not in formats:
-        raise ValueError(f"expected one of {', '.join(formats)}; {did_you_mean(name, formats)}".removesuffix("; "))
-    return name
-
-
-class DatasetConfig(Config):
-    """One dataset of a run: where it is and how it is read. Category names are meant after `renames`."""
-
-    name: Annotated[str, Field(min_length=1)]
-    """The dataset's name in messages, results and vocabularies."""
-    path: Annotated[Path | str, AfterValidator(path_or_url)]
-    """Its folder, its one annotation file, an archive of the folder (zip, tar, tar.gz, tar.bz2, tar.xz), or shards: a
-    URL or a path with braces or a glob, such as `s3://bucket/train-{000..127}.tar`."""
-    format: Annotated[str, AfterValidator(_known_format)] | None = None
-    """The format of its files. None: it is recognised."""
-    splits: dict[SplitName, tuple[str, ...] | str] | None = None
-    """Which of the dataset's own splits are train, val and test. None: by the convention of the format."""
-    weight: Annotated[float, Field(gt=0)] = 1.0
-    """Sampling weight of the dataset, relative to the others."""
-    prompts: dict[str, Annotated[str, Field(min_length=1)]] = Field(default_factory=dict)
-    """Category name -> the phrase that the text encoder reads instead of it."""
-    renames: dict[str, Annotated[str, Field(min_length=1)]] = Field(default_factory=dict)
-    """Category name in the files -> category name here. Several may become one."""
-    boxes: BoxKind | None = None
-    """How coco, csv, imagefolder and huggingface write boxes; with n as fractions of the image, with % as per cent.
-    None: recognised."""
-    exhaustive: tuple[str, ...] | None = None
-    """The categories annotated exhaustively, in every image. None: as the format says, mostly all."""
+_WORDS = frozenset({"name", "path", "splits", "prompts", "renames", "exhaustive", "only", "drop", "ignore"})
 
 
 class DatasetsFile(Config):
@@ -137,10 +107,12 @@ class DatasetSource:
         renames = {old: names.get(new, new) for old, new in config.renames.items()}
         renames |= {old: new for old, new in names.items() if old not in config.renames.values()}
         exhaustive = config.exhaustive and tuple(names.get(name, name) for name in config.exhaustive)
+        only = config.only and tuple(names.get(name, name) for name in config.only)
         prompts = {names.get(name, name): phrase for name, phrase in config.prompts.items()}
+        changes = {"renames": renames, "exhaustive": exhaustive, "only": only, "prompts": prompts}
         return replace(
             self,
-            config=config.model_copy(update={"renames": renames, "exhaustive": exhaustive, "prompts": prompts}),
+            config=config.model_copy(update=changes),
             categories=tuple(names.get(name, name) for name in self.categories),
             splits={split: index.renamed(names) for split, index in self.splits.items()},
         )
@@ -213,8 +185,8 @@ def open_dataset(config: DatasetConfig, cache_dir: Path | None = None, *, togeth
     if config.format is None:
         tell_other_formats(reader, config.path, dataset, cache)
     notes: list[DataIssue] = []
-    kept = _kept_names(dataset.manifest, config, notes)
-    labels = _label_map(dataset.manifest, kept, config, sort=not reader.declares_categories)
+    kept = kept_names(dataset.manifest, config, notes)
+    labels = label_map(dataset.manifest, kept, config, sort=not reader.declares_categories)
     counts: Counter[str] = Counter(issue.kind for issue in notes)
     for summary in dataset.manifest.issues.values():
         counts.update(summary.counts)
@@ -336,61 +308,3 @@ def _dataset_config(values: Mapping[str, Any], base: Path, where: object) -> Dat
 
 def _as_tuple(value: tuple[str, ...] | str) -> tuple[str, ...]:
     return (value,) if isinstance(value, str) else value
-
-
-def _says_nothing(name: str, config: DatasetConfig) -> bool:
-    """Whether a category's name says that nothing is known where its boxes are. A user may rename it to a real one."""
-    return re.sub(r"[ _-]+", " ", name.casefold()) in _DO_NOT_CARE and name not in config.renames
-
-
-def _kept_names(manifest: Manifest, config: DatasetConfig, notes: list[DataIssue]) -> list[str]:
-    """The names of categories that can be detected.
-
-    Left out are supercategories of others that have no box (category 0 of Roboflow's COCO files), names of points and
-    lines alone, and names of regions where nothing is known.
-    """
-    heads = {parent for name, parent in manifest.parents.items() if parent != name}
-    kept = []
-    for name, count in zip(manifest.names, manifest.counts, strict=True):
-        if count == 0 and name in heads:
-            detail = f"{name!r} has no box and is only the supercategory of others: dropped"
-            notes.append(DataIssue(kind="unused parent category", where="categories", detail=detail))
-        elif _says_nothing(name, config):
-            ignored = counted(count, "box is an ignored box", "boxes are ignored boxes")
-            detail = f"{name!r} is no category: its {ignored} of every category"
-            notes.append(DataIssue(kind="do-not-care regions", where="categories", detail=detail))
-        elif name not in manifest.mentioned:
-            kept.append(name)
-    return kept
-
-
-def _label_map(manifest: Manifest, kept: Sequence[str], config: DatasetConfig, *, sort: bool) -> LabelMap:
-    """The dataset's categories: the kept names after `renames`, equal ones joined.
-
-    Raises:
-        DataError: there is no category, or `config` names one that is not there.
-    """
-    if not kept:
-        raise DataError("no category: nothing is declared and no box has a name", where=config.path)
-    _check_known(config.renames, kept, "renames", config)
-    renamed = {name: plain_name(config.renames.get(name, name)) for name in kept}
-    categories = tuple(dict.fromkeys(renamed[name] for name in (sorted(kept) if sort else kept)))
-    places = {name: place for place, name in enumerate(categories)}
-    rows = np.array([places[renamed[name]] if name in renamed else -1 for name in manifest.names], dtype=np.int64)
-    _check_known(config.prompts, categories, "prompts", config)
-    _check_known(config.exhaustive or (), categories, "exhaustive", config)
-    annotated = None if config.exhaustive is None else tuple(sorted(places[name] for name in set(config.exhaustive)))
-    regions = tuple(row for row, name in enumerate(manifest.names) if _says_nothing(name, config))
-    return LabelMap(categories=categories, rows=rows, annotated=annotated, regions=regions)
-
-
-def _check_known(
-    names: Sequence[str] | Mapping[str, str], known: Sequence[str], key: str, config: DatasetConfig
-) -> None:
-    for name in names:
-        if name not in known:
-            what, hint = f"`{key}` names {name!r}, which is no category of this dataset", did_you_mean(name, known)
-            if key != "renames" and (new := plain_name(config.renames.get(name, ""))):
-                what = f"`{key}` names {name!r}, which `renames` of this dataset has renamed to {new!r}"
-                hint = f"write {new!r} in its place: categories are meant after `renames`"
-            raise DataError(what, where=config.path, hint=hint)

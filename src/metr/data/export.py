@@ -1,7 +1,8 @@
-"""Writes a dataset as COCO, YOLO or WebDataset, into a folder that is complete or not there; counts what is lost."""
+"""Writes a dataset into a folder that is complete or not there; counts what is lost."""
 
 import contextlib
 import logging
+import math
 import os
 import secrets
 import shutil
@@ -9,20 +10,72 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, Protocol, runtime_checkable
 
 import msgspec
 import numpy as np
 import yaml
 
 from metr.boxes import converted, xyxy_to_cxcywh, xyxy_to_xywh
-from metr.data.datasets_file import DatasetSource
+from metr.data.datasets_file import DatasetConfig
 from metr.data.formats.files import fold, there
 from metr.data.images import exif_oriented_record
 from metr.data.records import TEST, TRAIN, VAL, Annotations, ImageRecord
 from metr.errors import DataError, counted
 
 logger = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class ExportSource(Protocol):
+    """What is written: an opened `DatasetSource`, or images and boxes in memory."""
+
+    @property
+    def name(self) -> str:
+        """The dataset's name."""
+        ...
+
+    @property
+    def root(self) -> Path:
+        """Its folder, which is not written into."""
+        ...
+
+    @property
+    def place(self) -> Path | str:
+        """Where it is, for messages."""
+        ...
+
+    @property
+    def config(self) -> DatasetConfig:
+        """The options that it was opened with."""
+        ...
+
+    @property
+    def categories(self) -> tuple[str, ...]:
+        """Its names in the order of the labels."""
+        ...
+
+    @property
+    def splits(self) -> Mapping[str, Annotations]:
+        """Its annotations by split."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemorySource:
+    """An `ExportSource` that is in memory; `root` is the folder of its images."""
+
+    name: str
+    root: Path
+    config: DatasetConfig
+    categories: tuple[str, ...]
+    splits: Mapping[str, Annotations]
+
+    @property
+    def place(self) -> Path | str:
+        """Where it is, for messages."""
+        return self.root
+
 
 # How images get into the new folder: as hard links, where the file system can, or as copies.
 Placement = Literal["link", "copy"]
@@ -129,7 +182,7 @@ class ImageFolder:
 
 
 @contextlib.contextmanager
-def new_export(source: DatasetSource, out: Path, placement: Placement) -> Iterator[Export]:
+def new_export(source: ExportSource, out: Path, placement: Placement) -> Iterator[Export]:
     """A dataset's export into a folder that is moved to `out` when all is written.
 
     Where writing fails, the folder is removed, so that a part of a dataset is never taken for all of it. Options that
@@ -171,7 +224,7 @@ def in_order(annotations: Annotations) -> Iterator[ImageRecord]:
     return (annotations[index] for index in range(len(annotations)))
 
 
-def write_yolo(source: DatasetSource, out: Path, placement: Placement = "link") -> ExportReport:
+def write_yolo(source: ExportSource, out: Path, placement: Placement = "link") -> ExportReport:
     """Writes a dataset as YOLO text files, as Ultralytics reads them.
 
     Args:
@@ -222,7 +275,7 @@ def _lines(record: ImageRecord) -> list[str]:
 _DIGITS = 3
 
 
-def write_coco(source: DatasetSource, out: Path, placement: Placement = "link") -> ExportReport:
+def write_coco(source: ExportSource, out: Path, placement: Placement = "link") -> ExportReport:
     """Writes a dataset as COCO JSON.
 
     Image ids stay where a split has nothing but numbers, else images are numbered from 1. Category ids count from 1
@@ -295,9 +348,10 @@ def _boxes(images: Iterable[tuple[int, ImageRecord]]) -> Iterator[dict[str, Any]
     for image_id, record in images:
         boxes = converted(record.boxes.astype(np.float64), xyxy_to_xywh).round(_DIGITS)
         areas = record.areas.astype(np.float64).round(_DIGITS)
-        for box, label, area, ignored in zip(boxes, record.labels, areas, record.ignore, strict=True):
+        scores = np.full(len(boxes), math.nan) if record.scores is None else record.scores
+        for box, label, area, ignored, score in zip(boxes, record.labels, areas, record.ignore, scores, strict=True):
             number += 1
-            yield {
+            item = {
                 "id": number,
                 "image_id": image_id,
                 "category_id": int(label) + 1,
@@ -305,6 +359,7 @@ def _boxes(images: Iterable[tuple[int, ImageRecord]]) -> Iterator[dict[str, Any]
                 "area": float(area),
                 "iscrowd": int(ignored),
             }
+            yield item if math.isnan(score) else item | {"score": round(float(score), 5)}
 
 
 def _write_items(file: BinaryIO, items: Iterable[dict[str, Any]]) -> int:

@@ -10,8 +10,7 @@ import msgspec
 import numpy as np
 
 from metr.boxes import converted, xyxy_to_xywh
-from metr.data.datasets_file import DatasetSource
-from metr.data.export import Export, ExportReport, Placement, in_order, new_export
+from metr.data.export import Export, ExportReport, ExportSource, Placement, in_order, new_export
 from metr.data.images import image_bytes
 from metr.data.records import Annotations, ImageRecord
 
@@ -20,7 +19,7 @@ IMAGES_A_SHARD, BYTES_A_SHARD = 10_000, 256 << 20
 
 
 def write_webdataset(
-    source: DatasetSource, out: Path, placement: Placement = "copy", *, images_a_shard: int = IMAGES_A_SHARD
+    source: ExportSource, out: Path, placement: Placement = "copy", *, images_a_shard: int = IMAGES_A_SHARD
 ) -> ExportReport:
     """Writes a dataset as tars, `SPLIT-000000.tar` and so on, and the names of its categories in `classes.txt`.
 

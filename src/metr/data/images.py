@@ -69,7 +69,7 @@ _DAMAGED = (
 _WIDTH, _HEIGHT, _ORIENTATION = 256, 257, 274  # tags of TIFF, the last one of EXIF too
 _SIDEWAYS = frozenset({5, 6, 7, 8})  # orientations that swap width and height
 # The EXIF orientations that flip rows or columns, after a sideways image has been transposed.
-_FLIP_ROWS, _FLIP_COLUMNS = frozenset({3, 4, 7, 8}), frozenset({2, 3, 6, 7})
+FLIP_ROWS, FLIP_COLUMNS = frozenset({3, 4, 7, 8}), frozenset({2, 3, 6, 7})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -384,9 +384,9 @@ def _turned_record(record: ImageRecord, header: Header) -> ImageRecord:
         return record
     height, width = header.shown_size
     left, top, right, bottom = record.boxes[:, [1, 0, 3, 2]].T  # the sides differ, so rows and columns change places
-    if header.orientation in _FLIP_ROWS:
+    if header.orientation in FLIP_ROWS:
         top, bottom = height - bottom, height - top
-    if header.orientation in _FLIP_COLUMNS:
+    if header.orientation in FLIP_COLUMNS:
         left, right = width - right, width - left
     boxes = np.stack([left, top, right, bottom], axis=1).astype(record.boxes.dtype)
     return replace(record, width=width, height=height, boxes=boxes)
@@ -396,5 +396,5 @@ def _turned(image: UInt8[np.ndarray, "h w 3"], orientation: int) -> UInt8[np.nda
     """The image as its EXIF orientation wants it shown."""
     if orientation in _SIDEWAYS:
         image = image.transpose(1, 0, 2)
-    flip_rows, flip_columns = orientation in _FLIP_ROWS, orientation in _FLIP_COLUMNS
+    flip_rows, flip_columns = orientation in FLIP_ROWS, orientation in FLIP_COLUMNS
     return image[:: -1 if flip_rows else 1, :: -1 if flip_columns else 1]

@@ -14,7 +14,7 @@ from metr.data.dataset import DetectionDataset
 from metr.data.datasets_file import DatasetSource, open_dataset, parse_data_arguments
 from metr.data.guard import check_usable
 from metr.data.index.annotation_index import AnnotationIndex
-from metr.data.records import TRAIN, Annotations, DataIssue, ImageRecord, seeded_order
+from metr.data.records import TRAIN, Annotations, DataIssue, ImageRecord, PartlyRead, seeded_order
 from metr.data.sampling import mixture_weights, objects_of
 from metr.data.transforms import build_transforms
 from metr.errors import DataError, counted
@@ -59,6 +59,11 @@ class Subset:
     def issues(self) -> Sequence[DataIssue]:
         """The issues found while the whole split was read."""
         return self.whole.issues
+
+    @property
+    def unknown_names(self) -> tuple[str, ...]:
+        """The names that a user dropped or ignores."""
+        return self.whole.unknown_names if isinstance(self.whole, PartlyRead) else ()
 
     def __len__(self) -> int:
         return len(self.images)

@@ -156,6 +156,22 @@ class ImageBytes(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class InMemoryBytes:
+    """The bytes of an image that are held in memory, as `ImageBytes`."""
+
+    data: bytes
+
+    @property
+    def size(self) -> int:
+        """How many bytes there are."""
+        return len(self.data)
+
+    def open(self) -> io.BytesIO:
+        """The bytes, to be read from the first on."""
+        return io.BytesIO(self.data)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageRecord:
     """The annotations of one image.
@@ -166,6 +182,7 @@ class ImageRecord:
     annotated exhaustively in this image; None means all of the dataset's. `unknown` are those of boxes that were
     dropped while the dataset was read (`UNNAMED`: perhaps any); the index removes them from `annotated` and leaves this
     empty. `source` is where the bytes of the image are; None: in the file at `path`, which else is a name alone.
+    `scores` are those of boxes that a detector found, NaN for the others; None: no box is a detector's.
     """
 
     image_id: int | str
@@ -179,6 +196,7 @@ class ImageRecord:
     annotated: tuple[int, ...] | None = None
     unknown: tuple[int, ...] = ()
     source: ImageBytes | None = None
+    scores: Float[np.ndarray, "m"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -266,6 +284,16 @@ class ColumnarAnnotations(Annotations, Protocol):
 
     def objects(self) -> Iterator[tuple[Int[np.ndarray, "p"], Int[np.ndarray, "p"]]]:
         """Image and category of every object, in pieces, in the order of the images; without ignored boxes."""
+        ...
+
+
+@runtime_checkable
+class PartlyRead(Protocol):
+    """Annotations that say which names of their files are not read: of these nothing is known in any image."""
+
+    @property
+    def unknown_names(self) -> tuple[str, ...]:
+        """The names that a user dropped or ignores."""
         ...
 
 

@@ -11,6 +11,8 @@ from metr.errors import ConfigError
 Precision = Literal["fp32", "bf16", "fp16"]
 Labels = Literal["names", "scores", "none"]
 """What is written at drawn boxes."""
+Form = Literal["crops", "csv", "coco", "yolo"]
+"""crops: each object as an image, in a folder for its name; csv: a table; coco, yolo: a dataset with the images."""
 Probability = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -53,6 +55,23 @@ class InferenceConfig(Config):
     """Which names get a slot, and how many queries."""
     postprocess: PostprocessConfig = PostprocessConfig()
     """Which of the outputs become detections."""
+
+
+class TilesConfig(Config):
+    """How an image is cut into tiles, and how their detections become those of the image."""
+
+    width: Annotated[int, Field(ge=16, le=16_384)] = 640
+    """Pixels of a tile. The shape of training images suits the network best."""
+    height: Annotated[int, Field(ge=16, le=16_384)] = 640
+    """Pixels of a tile."""
+    overlap: Annotated[float, Field(ge=0, lt=0.9)] = 0.25
+    """Least overlap of neighbours as a fraction of a tile. An object that is smaller is whole in one of them."""
+    whole: bool = True
+    """Whether the whole image is looked at as well, for objects that are larger than tiles."""
+    nms_iou: Annotated[float, Field(ge=0, le=1)] = 0.6
+    """IoU above which the weaker of two boxes of one name is dropped."""
+    contained: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """A box that ends where its tile is cut goes if another of its name covers more of it than this."""
 
 
 def without_presence(config: InferenceConfig) -> InferenceConfig:

@@ -11,12 +11,14 @@ from rich.progress import track
 
 from metr.data.images import read_image
 from metr.errors import DataError
-from metr.inference.config import Labels
+from metr.inference.config import Form, Labels
 from metr.inference.draw import Style, draw_detections, palette, save_image
 from metr.inference.image_paths import ImagesToDraw, images_to_draw
 from metr.inference.postprocess import ScoreThresholds
 from metr.inference.predictor import Prediction, Predictor
 from metr.inference.result_files import IMAGES, RESULTS, ResultFiles
+from metr.inference.saving import SavedForms
+from metr.inference.tiles import TiledPredictor
 from metr.structures import Detections
 
 # images that are summed up in a line of their own
@@ -26,12 +28,13 @@ _LEAST_SIDE = 640
 
 
 def detect_files(
-    predictor: Predictor,
+    predictor: Predictor | TiledPredictor,
     images: Sequence[str | Path] | ImagesToDraw,
     out: Path,
     *,
     thresholds: ScoreThresholds | None = None,
     labels: Labels = "names",
+    forms: Sequence[Form] = (),
     console: Console | None = None,
 ) -> list[Prediction]:
     """Detects objects in every image, draws them into `out`, and writes them there as COCO results.
@@ -50,6 +53,7 @@ def detect_files(
         out: The folder to write; made if missing.
         thresholds: The score from which detections are drawn and counted; `METR.thresholds` gives those of a model.
         labels: What is written at each drawn box. Images with sides under 640 pixels are enlarged for that.
+        forms: What else is written of the detections that are drawn; see `SavedForms`.
         console: Where progress and a summary are shown.
 
     Raises:
@@ -59,20 +63,26 @@ def detect_files(
     files = images if isinstance(images, ImagesToDraw) else images_to_draw(images, out)
     thresholds, style = thresholds or ScoreThresholds(), Style(labels=labels, colours=palette(predictor.names))
     confident = []
-    with ResultFiles(out, predictor.names, len(files.paths), console) as results:
+    with (
+        ResultFiles(out, predictor.names, len(files.paths), console) as results,
+        SavedForms(out, predictor.names, forms) as saved,
+    ):
         predictions = predictor.detect_many(_shown(files.paths, console))
         for path, target, prediction in zip(files.paths, files.drawings, predictions, strict=True):
             results.add(prediction)
             if prediction.detections is not None:
-                shown = thresholds.shown(prediction.detections)
-                confident.append(replace(prediction, detections=shown))
-                _draw(read_image(path), shown, style, target)
+                shown = replace(prediction, detections=thresholds.shown(prediction.detections))
+                confident.append(shown)
+                image = read_image(path)
+                _draw(image, shown.detections, style, target)
+                saved.add(image, shown, target.stem)
     _report(results.done, confident, out, console)
     return results.done
 
 
-def _draw(image: np.ndarray, detections: Detections, style: Style, target: Path) -> None:
+def _draw(image: np.ndarray, detections: Detections | None, style: Style, target: Path) -> None:
     """Draws detections, on an enlarged image if it is small."""
+    assert detections is not None
     longest = max(*image.shape[:2], _LEAST_SIDE)
     save_image(draw_detections(image, detections, 0.0, longest, style), target)
 

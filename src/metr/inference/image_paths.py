@@ -1,6 +1,5 @@
 """Which images a command names: files, folders, patterns, lists of paths, and addresses of other file systems."""
 
-import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,16 +10,22 @@ import numpy as np
 from jaxtyping import UInt8
 
 from metr.data.images import SUFFIXES, read_image
+from metr.data.records import InMemoryBytes
 from metr.data.shards.stores import filesystem, is_url, read_whole, tried
 from metr.errors import ConfigError, DataError, StoreError
 
+VIDEO_SUFFIXES = frozenset(
+    {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".wmv", ".flv", ".ts", ".mts", ".3gp", ".ogv"}
+)
+CAMERA = "camera:"
+"""What the address of a camera begins with; its number follows."""
 # paths of a list that are looked up before a run begins
 _LOOKED_UP = 100
 # that a store may take to list a folder, which may hold millions of images
 _SECONDS_TO_LIST = 3600.0
 
 
-def expanded_paths(images: Sequence[str | Path], out: Path) -> list[Path]:
+def expanded_paths(images: Sequence[str | Path], out: Path, *, recursive: bool = True) -> list[Path]:
     """Every image that is named, lies in a named folder or fits a pattern, each once.
 
     Images in `out` are left out, because earlier calls may have drawn them.
@@ -28,6 +33,7 @@ def expanded_paths(images: Sequence[str | Path], out: Path) -> list[Path]:
     Args:
         images: Files; folders, whose images are taken, those of their subfolders too; patterns such as `**/*.jpg`.
         out: The folder that the command writes.
+        recursive: Whether subfolders of a folder count.
 
     Raises:
         DataError: one of them does not exist, or gives no image.
@@ -36,7 +42,7 @@ def expanded_paths(images: Sequence[str | Path], out: Path) -> list[Path]:
     for image in images:
         path = Path(image)
         if path.is_dir():
-            found += _images_in(path, out)
+            found += _images_in(path, out, recursive)
         elif path.is_file():
             found.append(path)
         elif has_magic(str(image)):
@@ -55,13 +61,24 @@ class ImagesToDraw:
     drawings: tuple[Path, ...]
 
 
-def images_to_draw(images: Sequence[str | Path], out: Path) -> ImagesToDraw:
+def check_images_there(images: Sequence[str | Path]) -> None:
+    """Checks that images, folders and patterns are there which are no addresses in stores.
+
+    Raises:
+        DataError: one is not.
+    """
+    for image in images:
+        if not is_url(image) and not Path(image).exists() and not has_magic(str(image)):
+            raise DataError("no such image or folder", where=image, hint="check the path")
+
+
+def images_to_draw(images: Sequence[str | Path], out: Path, *, recursive: bool = True) -> ImagesToDraw:
     """The images that `expanded_paths` finds, each with a drawing in `out`; those that share a name are numbered.
 
     Raises:
         DataError: as `expanded_paths`, or an image would be drawn over one of the given images.
     """
-    paths = expanded_paths(images, out)
+    paths = expanded_paths(images, out, recursive=recursive)
     names: dict[str, None] = {}
     for path in paths:
         name, number = f"{path.stem}.jpg", 2
@@ -73,6 +90,29 @@ def images_to_draw(images: Sequence[str | Path], out: Path) -> ImagesToDraw:
         if real_path(out / name) in originals:
             raise DataError("a drawing would take the place of this image", where=out / name, hint="another -o")
     return ImagesToDraw(paths=tuple(paths), drawings=tuple(out / name for name in names))
+
+
+def as_videos(images: Sequence[str | Path]) -> list[str] | None:
+    """The videos and cameras (`camera:0`) that are named; None if images are.
+
+    Raises:
+        ConfigError: both are named, or a camera has no number.
+        DataError: a video is missing.
+    """
+    texts = [str(image) for image in images]
+    videos = [one for one in texts if one.startswith(CAMERA) or Path(one).suffix.lower() in VIDEO_SUFFIXES]
+    videos = [one for one in videos if not Path(one).is_dir()]
+    if not videos:
+        return None
+    if len(videos) < len(texts):
+        raise ConfigError("expected images or videos, found both", where="IMAGE", hint="a call for each")
+    for one in videos:
+        if one.startswith(CAMERA):
+            if not one.removeprefix(CAMERA).isdecimal():
+                raise ConfigError(f"expected a number, found {one!r}", where="IMAGE", hint="camera:0 is the first one")
+        elif not Path(one).is_file():
+            raise DataError("no such video", where=one, hint="check the path")
+    return videos
 
 
 def expanded_images(images: Sequence[str | Path], out: Path) -> list[str]:
@@ -125,7 +165,7 @@ def read_named_image(image: str) -> UInt8[np.ndarray, "h w 3"]:
     if not is_url(image):
         return read_image(Path(image))
     try:
-        return read_image(Path(PurePosixPath(image).name), _Fetched(read_whole(image)))
+        return read_image(Path(PurePosixPath(image).name), InMemoryBytes(read_whole(image)))
     except StoreError as error:
         if not isinstance(error.__cause__, (FileNotFoundError, PermissionError)):
             raise
@@ -134,27 +174,14 @@ def read_named_image(image: str) -> UInt8[np.ndarray, "h w 3"]:
         raise DataError(error.what, where=image, hint=error.hint) from None
 
 
-@dataclass(frozen=True)
-class _Fetched:
-    """The bytes of an image, as `read_image` takes them."""
-
-    data: bytes
-
-    @property
-    def size(self) -> int:
-        return len(self.data)
-
-    def open(self) -> io.BytesIO:
-        return io.BytesIO(self.data)
-
-
 def real_path(path: Path) -> Path:
     """A path without links; `Path.resolve` raises an error for a link to itself."""
     return Path(os.path.realpath(path))
 
 
-def _images_in(folder: Path, out: Path) -> list[Path]:
+def _images_in(folder: Path, out: Path, recursive: bool) -> list[Path]:
     inside, written = _images_within(folder), real_path(out)
+    inside = inside if recursive else [path for path in inside if path.parent == folder]
     if written != real_path(folder):
         inside = [item for item in inside if written not in real_path(item).parents]
     if not inside:

@@ -109,13 +109,10 @@ def postprocess(
     config = config or PostprocessConfig()
     vocabulary = tuple(names)
     _check(output, original_sizes, vocabulary)
-    labels = output.categories.ids.gather(1, output.slot)
-    scores = _scores(output, labels, config.presence_power)
-    # Clipped while the image is the unit square: then the whole batch has one border.
-    boxes = geometry.clip(geometry.cxcywh_to_xyxy(output.boxes[-1].float()), 1.0, 1.0)
+    boxes, scores, labels, keep = candidates(output, config.presence_power)
     boxes = boxes * _pixels(boxes, original_sizes)
-    keep = output.valid & output.categories.valid.gather(1, output.slot) & (geometry.area(boxes) > 0)
-    keep = keep & scores.isfinite() & (scores >= config.score_threshold)
+    keep = keep & (geometry.area(boxes) > 0)
+    keep = keep & (scores >= config.score_threshold)
 
     order = scores.masked_fill(~keep, -1).sort(dim=1, descending=True, stable=True).indices
     boxes = boxes.gather(1, order.unsqueeze(-1).expand(-1, -1, 4))
@@ -133,6 +130,24 @@ def postprocess(
         Detections(boxes=b[:n], scores=s[:n], labels=k[:n], names=vocabulary)
         for b, s, k, n in zip(boxes, scores, labels, counts, strict=True)
     )
+
+
+def candidates(
+    output: DetectorOutput, presence_power: float
+) -> tuple[Float[Tensor, "b q 4"], Float[Tensor, "b q"], Int[Tensor, "b q"], Bool[Tensor, "b q"]]:
+    """Box (xyxy in 0..1 of the image, clipped to it), score and label of each query, and whether it may be a detection.
+
+    Invalid queries, those of empty slots and those whose score is not finite may not.
+
+    Args:
+        output: The network's answer; its last decoder layer counts.
+        presence_power: See `PostprocessConfig`.
+    """
+    labels = output.categories.ids.gather(1, output.slot)
+    scores = _scores(output, labels, presence_power)
+    # clipped while the image is the unit square: then the whole batch has one border
+    boxes = geometry.clip(geometry.cxcywh_to_xyxy(output.boxes[-1].float()), 1.0, 1.0)
+    return boxes, scores, labels, output.valid & output.categories.valid.gather(1, output.slot) & scores.isfinite()
 
 
 def _check(output: DetectorOutput, original_sizes: Sequence[tuple[int, int]], names: tuple[str, ...]) -> None:

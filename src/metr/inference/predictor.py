@@ -43,10 +43,9 @@ class Prediction:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Loaded:
-    """An image prepared for the network."""
+class PreparedImage:
+    """An image in the shape in which it enters the network, RGB; `source` and `size` are those of its `Prediction`."""
 
-    index: int
     source: str
     size: tuple[int, int]
     pixels: UInt8[Tensor, "3 h w"]
@@ -91,13 +90,18 @@ class Predictor:
         self.limits = None if limits is None else limits.to(self.device)
         self._projected: ProjectedText | None = None
 
+    @property
+    def batch_size(self) -> int:
+        """Maximum number of images per step."""
+        return self.config.batch_size
+
     def detect(self, image: ImageSource) -> Detections:
         """The detections of one image: a path, an RGB array [h w 3] of bytes, or a PIL image.
 
         Raises:
             DataError: the image is missing or unreadable.
         """
-        return self._infer([self._load(0, image)])[0]
+        return self._infer([self.prepare(image)])[0]
 
     def detect_many(self, images: Iterable[ImageSource]) -> Iterator[Prediction]:
         """The detections of each image, in the order of the images, which are read as they are needed.
@@ -108,37 +112,44 @@ class Predictor:
         numbered = enumerate(images)
         while chunk := list(islice(numbered, _BATCHES_AHEAD * self.config.batch_size)):
             done: dict[int, Prediction] = {}
-            groups: dict[tuple[int, int], list[_Loaded]] = {}
+            prepared: dict[int, PreparedImage] = {}
             for index, image in chunk:
                 try:
-                    loaded = self._load(index, image)
+                    prepared[index] = self.prepare(image, index)
                 except DataError as error:
                     source = _source(index, image)
                     issue = DataIssue(kind="unreadable image", where=source, detail=error.what)
                     done[index] = Prediction(source=source, issue=issue)
-                else:
-                    shape = padded_shape(loaded.pixels.shape[1], loaded.pixels.shape[2], self.multiple)
-                    groups.setdefault(shape, []).append(loaded)
-            for group in groups.values():
-                done.update(self._predictions(group))
+            done |= zip(prepared, self.detect_prepared([*prepared.values()]), strict=True)
             yield from (done[index] for index, _ in chunk)
 
-    def _load(self, index: int, image: ImageSource) -> _Loaded:
+    def prepare(self, image: ImageSource, index: int = 0) -> PreparedImage:
+        """An image as it enters the network, whatever the names are; `index` counts images that have no path.
+
+        Raises:
+            DataError: the image is missing or unreadable.
+        """
         source = _source(index, image)
         array = load_image(image, source)
         size = (int(array.shape[0]), int(array.shape[1]))
         resized = resize_image(array, *output_shape(*size, self.resize), self.resize.filter)
-        pixels = torch.from_numpy(resized).permute(2, 0, 1)
-        return _Loaded(index=index, source=source, size=size, pixels=pixels)
+        return PreparedImage(source=source, size=size, pixels=torch.from_numpy(resized).permute(2, 0, 1))
 
-    def _predictions(self, group: Sequence[_Loaded]) -> Iterator[tuple[int, Prediction]]:
+    def detect_prepared(self, images: Sequence[PreparedImage]) -> list[Prediction]:
+        """The detections of images that `prepare` made, in their order; those of one padded shape share a step."""
+        groups: dict[tuple[int, int], list[int]] = {}
+        for row, one in enumerate(images):
+            shape = padded_shape(one.pixels.shape[1], one.pixels.shape[2], self.multiple)
+            groups.setdefault(shape, []).append(row)
+        found: dict[int, Detections] = {}
         step = self.config.batch_size
-        for start in range(0, len(group), step):
-            loaded = group[start : start + step]
-            for one, found in zip(loaded, self._infer(loaded), strict=True):
-                yield one.index, Prediction(source=one.source, size=one.size, detections=found)
+        for rows in groups.values():
+            for start in range(0, len(rows), step):
+                some = rows[start : start + step]
+                found |= zip(some, self._infer([images[row] for row in some]), strict=True)
+        return [Prediction(source=one.source, size=one.size, detections=found[row]) for row, one in enumerate(images)]
 
-    def _infer(self, loaded: Sequence[_Loaded]) -> list[Detections]:
+    def _infer(self, loaded: Sequence[PreparedImage]) -> list[Detections]:
         """The detections, on the CPU, of images that share a padded shape."""
         pixels = stack_images([one.pixels for one in loaded], self.multiple)
         shapes = [(one.pixels.shape[1], one.pixels.shape[2]) for one in loaded]

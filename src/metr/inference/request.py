@@ -1,16 +1,17 @@
 """What a command asks a detector for, checked before torch is imported and the detector is loaded."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast, get_args
 
 import yaml
 
 from metr.bounded_yaml import load_yaml_file, yaml_fault
-from metr.errors import ConfigError, did_you_mean
-from metr.inference.config import Labels
+from metr.errors import ConfigError, DataError, did_you_mean
+from metr.inference.config import Form, Labels, TilesConfig
 
-__all__ = ["check_labels", "names_to_find"]
+__all__ = ["check_forms", "check_labels", "names_to_find", "parsed_tiles"]
 
 _YAML = {".yaml", ".yml"}
 _PHRASES = re.compile(r":\s*\[")
@@ -72,3 +73,32 @@ def check_labels(labels: str) -> Labels:
     if labels not in known:
         raise ConfigError(f"no kind of labels {labels!r}", where="--labels", hint=did_you_mean(labels, known))
     return cast("Labels", labels)
+
+
+def check_forms(forms: Sequence[str], out: Path) -> tuple[Form, ...]:
+    """The forms that a command asks for, each once.
+
+    Raises:
+        ConfigError: there is no such form.
+        DataError: a dataset would be written into a folder that is not empty.
+    """
+    for form in forms:
+        if form not in get_args(Form):
+            raise ConfigError(f"no form {form!r}", where="--save", hint=did_you_mean(form, get_args(Form)))
+        folder = out / form
+        if form in {"coco", "yolo"} and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise DataError("there is something of an earlier call", where=folder, hint="remove it, or take another -o")
+    return cast("tuple[Form, ...]", tuple(dict.fromkeys(forms)))
+
+
+def parsed_tiles(text: str) -> TilesConfig:
+    """The tiles that a command asks for: `640`, or `640x480` (width and height in pixels).
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    sides = re.fullmatch(r"(\d{1,6})(?:[xX](\d{1,6}))?", text.strip())
+    if sides is None:
+        raise ConfigError(f"expected pixels, found {text!r}", where="--tiles", hint="--tiles 640, or 640x480")
+    width = int(sides[1])
+    return TilesConfig.checked({"width": width, "height": int(sides[2] or width)}, where="--tiles")

@@ -22,16 +22,26 @@ def name_limits(
         config: What differs from the defaults.
     """
     config = config or SelectionConfig()
-    least = config.presence_threshold
-    if least is None and (len(names) <= model.categories.kept or model.queries.layout == "places"):
-        least = 0.0
-    known = {*trained.names}
-    by_name = (model.categories.threshold if name in known else config.untrained_threshold for name in names)
-    presence = [least] * len(names) if least is not None else list(by_name)
+    few = config.presence_threshold is None and len(names) <= model.categories.kept
+    presence = [0.0] * len(names) if few else presence_thresholds(names, trained, model, config)
     shares = config.trained_queries and model.queries.layout != "places"  # which has no shares
     queries = _trained_queries(trained, model) if shares else {}
     most = [queries.get(name, model.queries.number) for name in names]
     return NameLimits(presence=torch.tensor(presence), queries=torch.tensor(most))
+
+
+def presence_thresholds(
+    names: Sequence[str], trained: Vocabulary, model: DetectorConfig, config: SelectionConfig | None = None
+) -> list[float]:
+    """The presence probability from which each name gets a slot where names are more than slots.
+
+    Arguments are those of `name_limits`.
+    """
+    config = config or SelectionConfig()
+    if config.presence_threshold is not None or model.queries.layout == "places":
+        return [config.presence_threshold or 0.0] * len(names)
+    known = {*trained.names}
+    return [model.categories.threshold if name in known else config.untrained_threshold for name in names]
 
 
 def _trained_queries(trained: Vocabulary, model: DetectorConfig) -> dict[str, int]:

@@ -218,6 +218,8 @@ def _entry(source: DatasetSource, suggestions: Sequence[Suggestion], folder: Pat
     prompts = [(one.name, one) for one in suggestions if one.kind == "prompt"]
     lines += _mapping("renames", spec.renames, renames)
     lines += _mapping("prompts", spec.prompts, prompts)
+    for key, names in (("only", spec.only), ("drop", spec.drop), ("ignore", spec.ignore)):
+        lines += _list(key, names, "") if names else []
     if spec.exhaustive is not None:
         return [*lines, *_list("exhaustive", spec.exhaustive, "")]
     return lines if _told_by_image(source) else [*lines, *_list("exhaustive", source.categories, "# ")]

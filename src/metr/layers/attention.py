@@ -145,9 +145,19 @@ class ConditionalAttention(nn.Module):
             queries, keys = queries + self.query_position(position), keys + where
         queries = self._beside(queries, self.query_place(place))
         keys = self._beside(keys, where)
-        gathered = attend(queries, keys, _heads(self.value(tokens), self.heads), allowed.unsqueeze(1))
+        gathered = self.attended(queries, keys, _heads(self.value(tokens), self.heads), allowed)
         out: Tensor = self.out(rearrange(gathered, "b heads q c -> b q (heads c)"))
         return out
+
+    def attended(
+        self,
+        queries: Float[Tensor, "b heads q c"],
+        keys: Float[Tensor, "b heads s c"],
+        values: Float[Tensor, "b heads s e"],
+        allowed: Bool[Tensor, "b #q s"],
+    ) -> Float[Tensor, "b heads q e"]:
+        """The weighted sums of the values, head by head."""
+        return attend(queries, keys, values, allowed.unsqueeze(1))
 
     def _beside(self, content: Tensor, place: Tensor) -> Tensor:
         """Each head's parts of the content and of the place, concatenated."""

@@ -21,7 +21,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int32
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import embedding_bag, grid_sample
+from torch.nn.functional import embedding, embedding_bag, grid_sample
 
 LevelShapes = tuple[tuple[int, int], ...]
 _logger = logging.getLogger(__name__)
@@ -136,7 +136,7 @@ def sample_levels(
     fusible = value.device.type == "cuda" and value.dtype in _FUSED_TYPES and places.dtype == torch.float32
     if fusible and kernel_is_used():
         return sample_fused(value, places, weights, level_shapes)
-    by_rows = value.device.type == "cpu" and not torch.compiler.is_compiling()
+    by_rows = torch.compiler.is_exporting() or (value.device.type == "cpu" and not torch.compiler.is_compiling())
     sample = sample_rows if by_rows else sample_grids
     exact = places.dtype
     return sample(value.to(exact), places, weights.to(exact), level_shapes).to(value.dtype)
@@ -290,6 +290,9 @@ def _weighted_row_sums(
     table: Float[Tensor, "t c"], rows: Int32[Tensor, "g n"], shares: Float[Tensor, "g n"]
 ) -> Float[Tensor, "g c"]:
     """For each of g groups the sum of n rows of the table, each multiplied by its factor in `shares`."""
+    if torch.compiler.is_exporting():
+        # what every runtime has; their samplers of maps are slower on CPUs
+        return (shares.unsqueeze(1) @ embedding(rows, table)).squeeze(1)
     if not torch.is_grad_enabled():
         return embedding_bag(rows, table, mode="sum", per_sample_weights=shares)
     summed: Tensor = _WeightedRowSums.apply(table, rows, shares)  # type: ignore[no-untyped-call]

@@ -253,7 +253,8 @@ def share_out(
         priority = torch.where(rank < config.floor, top + (config.floor - rank) + likely, best)
     else:
         count = valid.sum(dim=1).clamp(min=1)
-        share = (config.number // count).clamp(min=1)[:, None, None]
+        # both sides tensors: ONNX has no number divided by a tensor
+        share = (torch.full_like(count, config.number) // count).clamp(min=1)[:, None, None]
         priority = (likely - rank).masked_fill(rank >= share, -torch.inf)
     never = ~valid.unsqueeze(-1) | best.isneginf()
     if limit is not None:

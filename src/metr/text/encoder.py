@@ -41,6 +41,7 @@ class TextEncoder:
         config: Which language model and templates.
         cache_root: The folder of cached embeddings; by default `~/.cache/metr/text`, or `text` under `METR_CACHE`.
         device: The language model's device; embeddings are always on the CPU.
+        keep: Whether what is embedded goes into the cache, which is never emptied.
 
     Raises:
         ModelError: there is no such model, or the hub is out of reach.
@@ -53,12 +54,13 @@ class TextEncoder:
         *,
         cache_root: Path | None = None,
         device: torch.device | str = "cpu",
+        keep: bool = True,
     ) -> None:
         from metr.text.language_model import LanguageModelSource  # transformers takes seconds to import
 
         self.config = config or TextEncoderConfig()
         self.source = LanguageModelSource.find(self.config.source, self.config.revision, self.config.pooling)
-        self.device = device
+        self.device, self.keep = device, keep
         self._cache = EmbeddingCache(self.identity, cache_root)
         self._model: "LanguageModel | None" = None
 
@@ -95,10 +97,10 @@ class TextEncoder:
         for start in range(0, len(missing), _AT_ONCE):
             some = missing[start : start + _AT_ONCE]
             known |= dict(zip(some, self._embed_phrases(some), strict=True))
-            if len(missing) > _AT_ONCE:  # takes minutes: what is done is kept
+            if self.keep and len(missing) > _AT_ONCE:  # takes minutes: what is done is kept
                 self._cache.put(some, torch.stack([known[phrase] for phrase in some]))
         vectors = torch.stack([known[phrase] for phrase in phrases])
-        if 0 < len(missing) <= _AT_ONCE:
+        if self.keep and 0 < len(missing) <= _AT_ONCE:
             self._cache.put(phrases, vectors)
         return vectors
 

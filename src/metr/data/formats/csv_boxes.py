@@ -19,6 +19,7 @@ from metr.data.formats.box_kinds import BoxKind, Written, judged, sizes_of, to_c
 from metr.data.formats.csv_columns import Dialect, dialect_of, finite, header_faults
 from metr.data.formats.files import Files, decoded, files_in, folders_within
 from metr.data.formats.locating import dataset_root, grouped, image_folders, locate, resolve_conflicts, split_of_file
+from metr.data.formats.written import WrittenImage, rounded
 from metr.data.records import UNNAMED, canonical_split
 from metr.errors import DataError, counted
 
@@ -71,6 +72,8 @@ class CsvReader(Reader):
         # Where some name a split, the others are left out: they often repeat what is in those.
         super().__init__(root, {name: paths for name, paths in splits.items() if canonical_split(name)} or splits)
         self.unnamed = any("name" not in dialect.columns for dialect in files.values())
+        # how each file that was read writes its boxes
+        self.written: dict[str, Written] = {}
 
     @property
     def options_used(self) -> tuple[str | None, ...]:
@@ -98,7 +101,7 @@ class CsvReader(Reader):
         found = [locate(name, folders[where], where, reading) for where, name in rows.entries]
         table, lines, places = rows.table(), np.array(rows.line), list(rows.entries)
         sizes = sizes_of(rows.sizes, found, reading)
-        written: dict[str, Written] = {}
+        written = self.written
         for where, mine in rows.rows.items():
             written[where] = Written.asked(self.options.boxes) or judged(
                 table.boxes[mine], table.image[mine], sizes, rows.kinds[where], where, reading
@@ -260,3 +263,17 @@ def _lines(text: str, dialect: Dialect, where: str, reading: Reading) -> Iterato
         yield from dialect.lines(text)
     except csv.Error as error:
         reading.issues.add("unreadable annotation", where, f"{error}; the rest is left out")
+
+
+CSV_HEADER = ("filename", "width", "height", "class", "xmin", "ymin", "xmax", "ymax", "iscrowd", "confidence")
+"""The columns of written files; the last two stand there where they are needed."""
+
+
+def csv_rows(image: WrittenImage) -> Iterator[list[str]]:
+    """A line for each box in the columns of `CSV_HEADER`, or one without a box."""
+    start = [image.name, str(image.width), str(image.height)]
+    if not image.boxes:
+        yield [*start, *[""] * (len(CSV_HEADER) - len(start))]
+    for box in image.boxes:
+        score = "" if box.score is None else f"{box.score:.5f}"
+        yield [*start, box.name, *(str(rounded(value)) for value in box.box), str(int(box.ignore)), score]

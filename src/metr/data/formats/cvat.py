@@ -5,9 +5,10 @@ skeletons have no extent. Subsets are splits. Tags describe an image as a whole 
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from xml.etree import ElementTree as ET
+from xml.sax.saxutils import escape, quoteattr
 
 from metr.data.formats.base import BoxList, RawImage, Reading, plain_name, whole_size
 from metr.data.formats.files import text_start_of, utf_8
@@ -15,6 +16,7 @@ from metr.data.formats.json_lines import numbers
 from metr.data.formats.locating import grouped, locate, split_of_file
 from metr.data.formats.many_images import ManyImagesReader
 from metr.data.formats.shapes import around, around_ellipse, around_rectangle, pairs
+from metr.data.formats.written import WrittenBox, WrittenImage, xml_text
 from metr.data.images import read_regular
 from metr.errors import DataError
 
@@ -164,3 +166,37 @@ _SHAPES: Mapping[str, Callable[[ET.Element], list[float] | None]] = {
     "mask": _mask,
     "cuboid": _cuboid,
 }
+
+
+def cvat_start(categories: Sequence[str]) -> str:
+    """What stands before the images of a file: the labels of its project."""
+    labels = "".join(map(cvat_label, categories))
+    opened = '<?xml version="1.0" encoding="utf-8"?>\n<annotations>\n  <version>1.1</version>\n'
+    return f"{opened}  <meta>\n    <project>\n      <labels>\n{labels}      </labels>\n    </project>\n  </meta>\n"
+
+
+CVAT_END = "</annotations>\n"
+
+
+def cvat_label(name: str) -> str:
+    """The declaration of a category."""
+    return (
+        f"        <label>\n          <name>{escape(xml_text(name))}</name>\n          <type>any</type>\n"
+        "          <attributes></attributes>\n        </label>\n"
+    )
+
+
+def cvat_image(image: WrittenImage, number: int, subset: str | None) -> str:
+    """An image with its boxes; without a subset it belongs to none."""
+    part = "" if subset is None else f" subset={quoteattr(xml_text(subset))}"
+    name, boxes = quoteattr(xml_text(image.name)), "".join(map(cvat_box, image.boxes))
+    size = f'width="{image.width}" height="{image.height}"'
+    return f'  <image id="{number}" name={name}{part} {size}>\n{boxes}  </image>\n'
+
+
+def cvat_box(box: WrittenBox) -> str:
+    """A box, whose source is `auto` where a detector found it."""
+    corners = " ".join(f'{key}="{value:.3f}"' for key, value in zip(("xtl", "ytl", "xbr", "ybr"), box.box, strict=True))
+    source = "manual" if box.score is None else "auto"
+    label = quoteattr(xml_text(box.name))
+    return f'    <box label={label} source="{source}" occluded="0" {corners} z_order="0">\n    </box>\n'

@@ -11,7 +11,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, quote, unquote, urlsplit
+from xml.sax.saxutils import quoteattr
 
 import msgspec
 import numpy as np
@@ -22,12 +23,15 @@ from metr.data.formats.json_lines import json_items, numbers, starts_like
 from metr.data.formats.locating import locate
 from metr.data.formats.many_images import ManyImagesReader
 from metr.data.formats.shapes import around, around_ellipse, around_rectangle
+from metr.data.formats.written import WrittenBox, WrittenImage, xml_text
 
 # Brush masks of larger images are not decoded: they take four bytes a value and four values a pixel.
 _LARGEST_MASK = 1 << 28
 _GEOMETRIES = ("rectangle", "polygon", "ellipse", "brush", "keypoint")
 # What Label Studio puts before the names of uploaded files.
 _UPLOADED = re.compile(r"[0-9a-f]{8}-")
+# What the control and the image are called in written files, as in Label Studio's own templates.
+_LABELS, _IMAGE = "label", "image"
 
 
 class _Annotation(msgspec.Struct):
@@ -225,3 +229,61 @@ def _around_mask(code: Any, height: int, width: int) -> list[float] | None:
     if not len(rows):
         return None
     return [float(value) for value in (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)]
+
+
+def label_studio_task(image: WrittenImage, number: int, model_version: str | None = None) -> dict[str, Any]:
+    """A task of an image that lies where Label Studio's storage of local files serves it.
+
+    Args:
+        image: The image with its boxes; its name is its path below the folder that is served.
+        number: The number of the task.
+        model_version: What found the boxes, which are then predictions; None: they are an annotation.
+    """
+    task: dict[str, Any] = {"id": number, "data": {"image": f"/data/local-files/?d={quote(image.name)}"}}
+    regions = [
+        label_studio_region(box, (image.height, image.width), f"{number}-{place}")
+        for place, box in enumerate(image.boxes, start=1)
+    ]
+    if model_version is None:
+        return task | {"annotations": [{"result": regions}]}
+    scores = [box.score for box in image.boxes if box.score is not None]
+    mean = round(sum(scores) / len(scores), 5) if scores else 0.0
+    return task | {"predictions": [{"model_version": model_version, "score": mean, "result": regions}]}
+
+
+def label_studio_region(
+    box: WrittenBox, size: tuple[int, int], region_id: str, names: tuple[str, str] = (_LABELS, _IMAGE)
+) -> dict[str, Any]:
+    """A rectangle in per cent of an image of `size` (height, width); one of a detector has its score.
+
+    `names` are those of the control and of the image in the labelling configuration.
+    """
+    height, width = size
+    left, top, right, bottom = box.box
+    region: dict[str, Any] = {
+        "id": region_id,
+        "type": "rectanglelabels",
+        "from_name": names[0],
+        "to_name": names[1],
+        "original_width": width,
+        "original_height": height,
+        "image_rotation": 0,
+        "value": {
+            "x": 100 * left / width,
+            "y": 100 * top / height,
+            "width": 100 * (right - left) / width,
+            "height": 100 * (bottom - top) / height,
+            "rotation": 0,
+            "rectanglelabels": [box.name],
+        },
+    }
+    return region if box.score is None else {**region, "origin": "prediction", "score": round(box.score, 5)}
+
+
+def label_studio_config(categories: Sequence[str]) -> str:
+    """The labelling configuration of a project for such tasks."""
+    labels = "".join(f"    <Label value={quoteattr(xml_text(name))}/>\n" for name in categories)
+    return (
+        f'<View>\n  <Image name="{_IMAGE}" value="$image"/>\n'
+        f'  <RectangleLabels name="{_LABELS}" toName="{_IMAGE}">\n{labels}  </RectangleLabels>\n</View>\n'
+    )

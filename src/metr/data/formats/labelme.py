@@ -20,6 +20,7 @@ from metr.data.formats.base import BoxList, RawImage, Reading, plain_name, whole
 from metr.data.formats.file_per_image import AnnotationFolder, FilePerImageReader
 from metr.data.formats.files import ends_of, utf_8
 from metr.data.formats.json_lines import numbers
+from metr.data.formats.written import WrittenBox, WrittenImage, rounded
 from metr.errors import DataError
 
 # The keys that identify a file stand before and after the image in it.
@@ -30,6 +31,8 @@ _SHAPES = {"rectangle": 2, "circle": 2, "mask": 2, "polygon": 3, "rotation": 3, 
 _IGNORING_FLAGS = frozenset({"difficult", "ignore", "ignored", "crowd", "iscrowd", "is_crowd"})
 # What labelme's lists of labels call pixels that belong to nothing.
 _NO_OBJECT = frozenset({"__ignore__", "_background_"})
+# The version of labelme whose files the written ones are like.
+_WRITTEN_AS = "5.5.0"
 
 
 class _Shape(msgspec.Struct):
@@ -137,3 +140,30 @@ def _around(points: Any, kind: str) -> Float[np.ndarray, "4"] | None:
         radius = np.hypot(*(corners[1] - corners[0]))
         return np.concatenate([corners[0] - radius, corners[0] + radius])
     return np.concatenate([corners.min(axis=0), corners.max(axis=0)])
+
+
+def labelme_file(image: WrittenImage) -> dict[str, Any]:
+    """The JSON of an image that lies beside it, without the image itself."""
+    return {
+        "version": _WRITTEN_AS,
+        "flags": {},
+        "shapes": [labelme_shape(box) for box in image.boxes],
+        "imagePath": image.name,
+        "imageData": None,
+        "imageHeight": image.height,
+        "imageWidth": image.width,
+    }
+
+
+def labelme_shape(box: WrittenBox) -> dict[str, Any]:
+    """A rectangle. One that a detector found has its `score`, as X-AnyLabeling writes it, and a description."""
+    left, top, right, bottom = map(rounded, box.box)
+    shape: dict[str, Any] = {
+        "label": box.name,
+        "points": [[left, top], [right, bottom]],
+        "group_id": None,
+        "description": "" if box.score is None else f"found by METR, score {box.score:.3f}",
+        "shape_type": "rectangle",
+        "flags": {"ignore": True} if box.ignore else {},
+    }
+    return shape if box.score is None else {**shape, "score": round(box.score, 5)}

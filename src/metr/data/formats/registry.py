@@ -27,6 +27,7 @@ from metr.data.formats.labelme_xml import LabelMeXmlReader
 from metr.data.formats.mot import MotReader
 from metr.data.formats.odvg import OdvgReader
 from metr.data.formats.open_images import OpenImagesReader
+from metr.data.formats.presence import no_such_dataset
 from metr.data.formats.unread import find_unread
 from metr.data.formats.via import ViaReader
 from metr.data.formats.visdrone import VisDroneReader
@@ -87,8 +88,7 @@ def recognise(path: Path | str, format_name: str | None = None) -> Reader:
     if not there(path) and is_pattern(path):
         return open_pattern(path, format_name).prepared()
     if not there(path):
-        near = did_you_mean(path.name, [entry.name for entry in glance(path.parent)])
-        raise DataError("no such dataset", where=path, hint=near if near.startswith("did") else "check the path")
+        raise no_such_dataset(path)
     readers = [reader for reader in READERS if format_name in {None, reader.format}]
     if not readers:
         hint = did_you_mean(str(format_name), [reader.format for reader in READERS])

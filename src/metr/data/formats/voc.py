@@ -9,12 +9,14 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from xml.etree import ElementTree as ET
+from xml.sax.saxutils import escape
 
 from metr.data.formats.base import BoxList, RawImage, Reader, Reading, whole_size, without_repeats
 from metr.data.formats.file_per_image import ANNOTATION_WORDS, AnnotationFolder, FilePerImageReader, called_like
 from metr.data.formats.files import files_in, fold, folders_in, folders_within, is_image, start_of
 from metr.data.formats.labelme_xml import looks_like_labelme_xml
 from metr.data.formats.locating import grouped
+from metr.data.formats.written import WrittenBox, WrittenImage, rounded, xml_text
 from metr.data.records import canonical_split
 from metr.errors import DataError
 
@@ -218,3 +220,28 @@ def _number(element: ET.Element, path: str) -> float | None:
         return float(_text(element, path))
     except ValueError:
         return None
+
+
+def voc_file(image: WrittenImage, folder: str) -> str:
+    """The XML of an image, whose corners count from 0; `folder` is the name of that of the images."""
+    return (
+        f"<annotation>\n\t<folder>{_escaped(folder)}</folder>\n\t<filename>{_escaped(image.name)}</filename>\n"
+        f"\t<size>\n\t\t<width>{image.width}</width>\n\t\t<height>{image.height}</height>\n"
+        "\t\t<depth>3</depth>\n\t</size>\n\t<segmented>0</segmented>\n"
+        f"{''.join(map(voc_object, image.boxes))}</annotation>\n"
+    )
+
+
+def voc_object(box: WrittenBox, first: int = 0) -> str:
+    """The XML of an object; ignored ones are difficult. `first` is the number of the first pixel of a row."""
+    values = zip(("xmin", "ymin", "xmax", "ymax"), box.box, strict=True)
+    corners = "".join(f"\t\t\t<{corner}>{rounded(value + first)}</{corner}>\n" for corner, value in values)
+    return (
+        f"\t<object>\n\t\t<name>{_escaped(box.name)}</name>\n\t\t<pose>Unspecified</pose>\n"
+        f"\t\t<truncated>0</truncated>\n\t\t<difficult>{int(box.ignore)}</difficult>\n"
+        f"\t\t<bndbox>\n{corners}\t\t</bndbox>\n\t</object>\n"
+    )
+
+
+def _escaped(text: str) -> str:
+    return escape(xml_text(text))

@@ -15,7 +15,8 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Float, Int, UInt8
 
-from metr.data.records import UNNAMED, DataIssue, ImageRecord
+from metr.data.index.label_map import LabelMap
+from metr.data.records import DataIssue, ImageRecord
 from metr.data.shards.ranges import (
     SOURCE_COLUMNS,
     Shard,
@@ -28,6 +29,8 @@ from metr.data.shards.ranges import (
     source_columns,
 )
 from metr.errors import DataError
+
+__all__ = ["VERSION", "AnnotationIndex", "LabelMap", "SplitCounts", "divide_index", "write_index"]
 
 # Raised whenever the columns change: indices of other versions are built again.
 VERSION = 4
@@ -57,53 +60,6 @@ _SCHEMA = pa.schema(
         *SOURCE_COLUMNS,
     ]
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class LabelMap:
-    """Maps the labels in a file to the dataset's `categories`.
-
-    `rows[label]` is the category's index, -1 for a name that was dropped. `annotated` are the categories that are
-    annotated exhaustively in every image, whatever the file says; None leaves this to the file. `regions` are the
-    labels whose boxes are regions where nothing is known: they become ignored boxes of every category.
-    """
-
-    categories: tuple[str, ...]
-    rows: Int[np.ndarray, "n"]
-    annotated: tuple[int, ...] | None = None
-    regions: tuple[int, ...] = ()
-
-    @classmethod
-    def identity(cls, categories: Sequence[str]) -> "LabelMap":
-        """The labels are the categories' indices already."""
-        return cls(categories=tuple(categories), rows=np.arange(len(categories)))
-
-    def annotated_by(self, labels: Sequence[int] | None, unknown: Sequence[int] = ()) -> tuple[int, ...] | None:
-        """The categories that are annotated exhaustively in one image.
-
-        A category that several labels were merged into is annotated if all of them are and none is unknown. None is
-        where an unknown label has no name.
-
-        Args:
-            labels: The labels that the file says are annotated exhaustively in the image; None means all.
-            unknown: The labels of boxes that were dropped from the image.
-        """
-        if UNNAMED in unknown:
-            return ()
-        annotated = self._declared(labels)
-        doubtful = {int(self.rows[label]) for label in unknown} - {-1}
-        if not doubtful:
-            return annotated
-        every = range(len(self.categories)) if annotated is None else annotated
-        return tuple(row for row in every if row not in doubtful)
-
-    def _declared(self, labels: Sequence[int] | None) -> tuple[int, ...] | None:
-        if self.annotated is not None or labels is None:
-            return self.annotated
-        merged = np.bincount(self.rows[self.rows >= 0], minlength=len(self.categories))
-        rows = self.rows[list(labels)]
-        found = np.bincount(rows[rows >= 0], minlength=len(self.categories))
-        return tuple(np.flatnonzero((found == merged) & (merged > 0)).tolist())
 
 
 @dataclass(frozen=True)
@@ -229,7 +185,7 @@ class AnnotationIndex:
             height=piece.batch.column(3)[row].as_py(),
             width=piece.batch.column(4)[row].as_py(),
             boxes=piece.boxes[its_boxes].copy(),
-            labels=self.labels.rows[labels] if mapped else labels.astype(np.int64),
+            labels=labels.astype(np.int64),
             areas=piece.areas[its_boxes].copy(),
             ignore=piece.ignore[its_boxes].astype(bool),
             annotated=self.labels.annotated_by(annotated, unknown or ()) if mapped else _tuple(annotated),
@@ -237,12 +193,19 @@ class AnnotationIndex:
             source=source_at(piece.batch, piece.shards, row),
         )
 
+    @property
+    def unknown_names(self) -> tuple[str, ...]:
+        """Names of which nothing is known in any image, although other datasets may annotate them."""
+        return self.labels.unknown_names
+
     def _everywhere(self, record: ImageRecord) -> ImageRecord:
-        """The record with each region where nothing is known as an ignored box of every category annotated there."""
-        if not self.labels.regions or (record.labels >= 0).all():
+        """The record without boxes of dropped names, and with regions as ignored boxes of what is annotated there."""
+        labels, is_region = record.labels, self.labels.is_region[record.labels]
+        record = replace(record, labels=self.labels.rows[labels])
+        if (record.labels >= 0).all():
             return record
         rows = range(len(self.categories)) if record.annotated is None else record.annotated
-        known, regions = np.flatnonzero(record.labels >= 0), np.flatnonzero(record.labels < 0)
+        known, regions = np.flatnonzero(record.labels >= 0), np.flatnonzero(is_region)
         order = np.concatenate([known, np.repeat(regions, len(rows))])
         labels = np.concatenate([record.labels[known], np.tile(np.array(rows, dtype=np.int64), len(regions))])
         return replace(
@@ -283,8 +246,9 @@ class AnnotationIndex:
             piece = self._piece(number)
             rows = self.labels.rows[piece.labels]
             counted, named = (piece.ignore == 0) & (rows >= 0), rows >= 0
+            regions = int(self.labels.is_region[piece.labels].sum())
             boxes += np.bincount(rows[counted], minlength=len(boxes))
-            ignored += np.bincount(rows[~counted & named], minlength=len(boxes)) + int((~named).sum())
+            ignored += np.bincount(rows[~counted & named], minlength=len(boxes)) + regions
             before = np.concatenate([[0], np.cumsum(counted)])
             empty += int((before[piece.starts[1:]] == before[piece.starts[:-1]]).sum())
         return SplitCounts(images=len(self), empty=empty, boxes=boxes, ignored=ignored)

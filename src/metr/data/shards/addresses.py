@@ -15,6 +15,7 @@ import fsspec
 
 from metr.data.formats.files import expanded, signature, there
 from metr.data.records import canonical_split
+from metr.data.shards.refusals import bucket_of, is_denied
 from metr.data.shards.stores import WEB, NoRangesError, StoredFile, filesystem, is_url, read_range, scheme, tried
 from metr.errors import DataError, StoreError
 
@@ -84,9 +85,28 @@ def find_files(pattern: str | Path, suffixes: Sequence[str]) -> Found:
         else:
             files |= _described(one, (entry for entry in _listed(one) if str(entry["name"]).endswith(tuple(suffixes))))
     if not files:
-        what = f"no file is there; the first that was looked for: {missing[0]}" if missing else "no file fits"
-        raise DataError(what, where=pattern, hint="check the address, and that you may list what is there")
+        raise _nothing_there(pattern, missing)
     return Found(files=tuple(files[address] for address in sorted(files)), missing=tuple(missing))
+
+
+def _nothing_there(pattern: str | Path, missing: Sequence[str]) -> DataError:
+    """Why a pattern means no file: there is no bucket, or nothing in it fits.
+
+    Raises:
+        StoreError: what is there may not be listed, which a glob passes over in silence.
+    """
+    what = f"no file is there; the first that was looked for: {missing[0]}" if missing else "no file fits"
+    hint = "check the address, and that you may list what is there"
+    bucket = bucket_of(first := next(_braces_expanded(_plain(pattern))))
+    if bucket is not None:
+        folder = re.split(r"[*?\[]", first, maxsplit=1)[0].rpartition("/")[0]
+        files, _ = filesystem(first)
+        if not _listed(folder) and not tried(first, lambda: files.exists(bucket)):
+            what, hint = (
+                f"there is no bucket {bucket!r} that these credentials may see",
+                "check its name and the endpoint",
+            )
+    return DataError(what, where=pattern, hint=hint)
 
 
 def read_small(address: str, most: int) -> bytes:
@@ -158,7 +178,12 @@ def _globbed(pattern: str) -> Iterable[Mapping[str, Any]]:
         return [{"name": name} for name in names if there(Path(name), Path.is_file)]
     files, path = filesystem(pattern)
     files.invalidate_cache()
-    found: Mapping[str, Mapping[str, Any]] = tried(pattern, lambda: files.glob(path, detail=True))
+    try:
+        found: Mapping[str, Mapping[str, Any]] = tried(pattern, lambda: files.glob(path, detail=True))
+    except StoreError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return []
+        raise
     return [{**info, "name": name} for name, info in found.items() if info.get("type") != "directory"]
 
 
@@ -176,6 +201,16 @@ def _listed(folder: str) -> list[Mapping[str, Any]]:
             return []
         raise
     return [info for info in found if info.get("type") != "directory"]
+
+
+def _listed_if_allowed(folder: str) -> list[Mapping[str, Any]] | None:
+    """The files right in a folder; None where they may not be listed, which says nothing of reading them."""
+    try:
+        return _listed(folder)
+    except StoreError as error:
+        if error.__cause__ is not None and is_denied(error.__cause__):
+            return None
+        raise
 
 
 def _described(asked: str, entries: Iterable[Mapping[str, Any]]) -> dict[str, StoredFile]:
@@ -201,8 +236,8 @@ def _spelt_out(addresses: Sequence[str]) -> dict[str, StoredFile | None]:
         else:
             found[address] = _local(address) if there(Path(address)) else None
     for folder, inside in folders.items():
-        if len(inside) > 1 and scheme(folder) not in WEB:
-            known = _described(folder, _listed(folder))
+        if len(inside) > 1 and scheme(folder) not in WEB and (entries := _listed_if_allowed(folder)) is not None:
+            known = _described(folder, entries)
             found |= {address: known.get(address) for address in inside}
             continue
         filesystem(inside[0])

@@ -5,6 +5,7 @@ then, so each request has a time limit and is tried a few times. What still fail
 """
 
 import io
+import logging
 import os
 import queue
 import re
@@ -17,6 +18,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from metr.data.images import open_regular
+from metr.data.shards.refusals import check_endpoint, is_final, what_to_try
 from metr.errors import DataError, DependencyError, MetrError, StoreError
 
 # Seconds that one request may take, and the pauses before the next attempts.
@@ -37,12 +39,14 @@ _PACKAGES = {
     **dict.fromkeys(WEB, "aiohttp"),
     **dict.fromkeys(("abfs", "abfss", "az", "adl"), "adlfs"),
 }
-# What no further attempt would change.
-_FINAL = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError)
+# The extras of METR that bring some of them.
+_EXTRAS = {"s3fs": "metr[s3]", "gcsfs": "metr[gcs]"}
 
 Result = TypeVar("Result")
 # The file system of each process, store and host. One must not be used after a fork: its thread is not there any more.
 _filesystems: dict[tuple[int, str], Any] = {}
+# Stores that were there when they were first asked. Processes that are forked know them too.
+_met: set[str] = set()
 
 
 class NoRangesError(Exception):
@@ -187,24 +191,50 @@ def filesystem(address: str) -> tuple[Any, str]:
     Raises:
         DependencyError: the package for this kind of store is not installed.
         DataError: there is no such kind of store.
+        StoreError: nothing listens at the store's endpoint.
     """
     import fsspec  # most commands need no store, and do not wait for it
-    from fsspec.registry import known_implementations
 
-    scheme, _, rest = address.partition("://")
-    key = os.getpid(), f"{scheme.lower()}://{rest.partition('/')[0]}"
+    kind, _, rest = address.partition("://")
+    host = f"{kind.lower()}://{rest.partition('/')[0]}"
+    key = os.getpid(), host
     try:
         if key not in _filesystems:
-            _filesystems[key] = fsspec.core.url_to_fs(address, skip_instance_cache=True)[0]
+            _quiet("gcsfs", "google.auth")
+            files = fsspec.core.url_to_fs(address, skip_instance_cache=True)[0]
+            if host not in _met:
+                check_endpoint(address, files)
+                _met.add(host)
+            _filesystems[key] = files
     except ImportError as error:
-        package = _PACKAGES.get(scheme.lower())
-        known = known_implementations.get(scheme.lower(), {}).get("err", str(error))
-        hint = f"pip install {package}" if package else known
-        what = f"{scheme}:// needs the package {package or 'that fsspec names'}, which is not installed"
-        raise DependencyError(what, where=address, hint=hint) from None
+        raise _not_installed(address, error) from None
     except ValueError as error:
         raise DataError(f"no such kind of store: {error}", where=address, hint="s3://, gs://, https://") from None
     return _filesystems[key], _filesystems[key]._strip_protocol(address)
+
+
+def _not_installed(address: str, error: ImportError) -> DependencyError:
+    from fsspec.registry import known_implementations
+
+    kind = scheme(address)
+    package = _PACKAGES.get(kind)
+    hint = known_implementations.get(kind, {}).get("err", str(error))
+    if package in _EXTRAS:
+        hint = f"pip install '{_EXTRAS[package]}', or pip install {package}"
+    elif package:
+        hint = f"pip install {package}"
+    missing = getattr(error.__cause__, "name", None)
+    why = f"which cannot be imported: {error.__cause__}" if missing not in {None, package} else "which is not installed"
+    return DependencyError(
+        f"{kind}:// needs the package {package or 'that fsspec names'}, {why}", where=address, hint=hint
+    )
+
+
+def _quiet(*libraries: str) -> None:
+    """Keeps libraries from logging the tracebacks of requests that failed: METR tells what became of them."""
+    for log in map(logging.getLogger, libraries):
+        if log.level == logging.NOTSET:
+            log.setLevel(logging.CRITICAL)
 
 
 def tried(address: str, call: Callable[[], Result], seconds: float | None = None) -> Result:
@@ -218,10 +248,8 @@ def tried(address: str, call: Callable[[], Result], seconds: float | None = None
             return call() if scheme(address) in _AT_HAND else _in_time(call, seconds or TIMEOUT)
         except (NoRangesError, MetrError):
             raise
-        except _FINAL as error:
-            raise _unreachable(address, error, attempt) from error
         except Exception as error:  # each store raises errors of its own library
-            if pause is None:
+            if pause is None or is_final(error):
                 raise _unreachable(address, error, attempt) from error
             time.sleep(pause)
     raise AssertionError
@@ -256,5 +284,6 @@ def _unreachable(address: str, error: BaseException, attempts: int) -> StoreErro
     if isinstance(error, FileNotFoundError):
         told = "no such file"
     tried = f" after {attempts} attempts" if attempts > 1 else ""
-    hint = "check that it is there and may be read, then run the same command again: what is done is kept"
+    hint = "check that it is there and may be read"
+    hint = f"{what_to_try(error, scheme(address)) or hint}; then run the same command again: what is done is kept"
     return StoreError(f"cannot be read{tried}: {told}", where=address, hint=hint)

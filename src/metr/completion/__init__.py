@@ -1,0 +1,1 @@
+"""Completes datasets with the names that others annotate, where a detector is sure of them."""

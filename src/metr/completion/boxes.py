@@ -1,0 +1,131 @@
+"""Which of the boxes that a detector found are added to an image, and which names a dataset may get."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from metr.completion.thresholds import Found, NameThreshold, iou_of
+from metr.data.images import FLIP_COLUMNS, FLIP_ROWS, read_header
+from metr.data.records import ImageRecord
+from metr.errors import DataError, MetrError
+from metr.model import METR
+from metr.text.config import BUNDLED
+from metr.text.same_names import same_names
+from metr.text.similar_names import EmbeddingSimilarity
+from metr.text.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """The names that a dataset may get: `rows` of the detector's names with their thresholds.
+
+    `same` gives for a name the dataset's own name that seems to mean the same.
+    """
+
+    names: tuple[str, ...]
+    rows: Mapping[int, float]
+    same: Mapping[int, str]
+
+
+def wanted_names(
+    own: Sequence[str], in_files: Sequence[str], sure: Mapping[str, NameThreshold], names: Sequence[str], model: METR
+) -> Wanted:
+    """The names that a dataset may get: those that it annotates in no spelling.
+
+    Args:
+        own: The dataset's names.
+        in_files: Those of its files, which the user may have renamed or left out.
+        sure: The threshold of each name.
+        names: What the detector is asked for.
+        model: Knows names that are taken as others, and which embeddings tell names of one meaning.
+    """
+    aliases = model.checkpoint.detection.aliases
+    annotated = {*own, *in_files, *(aliases[name] for name in own if name in aliases)}
+    new = [name for name in names if name not in annotated and aliases.get(name) not in annotated]
+    alike = same_names(new, tuple(own), _embeddings((*own, *new), model))
+    spelt = {one.name for one in alike if one.by_spelling}
+    same = {one.name: one.trained for one in alike if not one.by_spelling}
+    rows = {
+        row: threshold
+        for row, name in enumerate(names)
+        if name in new and name not in spelt and (threshold := sure[name].threshold) is not None
+    }
+    return Wanted(names=tuple(names), rows=rows, same={row: same[names[row]] for row in rows if names[row] in same})
+
+
+def _embeddings(names: Sequence[str], model: METR) -> EmbeddingSimilarity | None:
+    """Embeddings by the bundled language model, for which the bound of one meaning was chosen; None without it."""
+    if model.checkpoint.text_encoder.get("source") != BUNDLED:
+        return None
+    distinct = tuple(dict.fromkeys(names))
+    try:
+        return EmbeddingSimilarity(
+            source=BUNDLED, names=distinct, vectors=model.embed(Vocabulary.of(distinct), tell=False).cpu()
+        )
+    except MetrError:  # spelling alone is compared
+        return None
+
+
+def completed_record(
+    record: ImageRecord, upright: ImageRecord, categories: Sequence[str], found: Found, wanted: Wanted, iou: float
+) -> tuple[ImageRecord, tuple[str, ...]]:
+    """The boxes to add to an image, as a record of these alone with their scores, and the name of each.
+
+    Args:
+        record: What people annotated.
+        upright: The same, its boxes turned with the image.
+        categories: The dataset's names.
+        found: What the detector found.
+        wanted: The names that it may get.
+        iou: From which a box repeats one of a name that means the same.
+    """
+    least = np.array([wanted.rows.get(label, np.inf) for label in found.labels.tolist()])
+    keep = found.scores >= least
+    boxes = _in_pixels_of(upright, found)
+    keep &= (boxes[:, 2:] - boxes[:, :2] >= 1).all(axis=1)
+    for row, own in wanted.same.items():
+        theirs = upright.boxes[upright.labels == list(categories).index(own)]
+        keep &= ~((found.labels == row) & _on_one_of(boxes, theirs, iou))
+    stored = _as_stored(boxes[keep], record, upright)
+    names = tuple(wanted.names[label] for label in found.labels[keep].tolist())
+    sides = stored[:, 2:] - stored[:, :2]
+    added = replace(
+        record,
+        boxes=stored.astype(np.float32),
+        labels=found.labels[keep],
+        areas=(sides[:, 0] * sides[:, 1]).astype(np.float32),
+        ignore=np.zeros(len(names), dtype=bool),
+        scores=found.scores[keep].astype(np.float32),
+    )
+    return added, names
+
+
+def _in_pixels_of(record: ImageRecord, found: Found) -> Float[np.ndarray, "n 4"]:
+    """What was found, in the pixels that a record declares and inside of the image."""
+    sides = np.array([record.width, record.height] * 2, dtype=np.float64)
+    scaled = found.boxes * sides / np.array([found.size[1], found.size[0]] * 2)
+    return np.asarray(np.minimum(np.maximum(scaled, 0), sides))
+
+
+def _on_one_of(boxes: Float[np.ndarray, "n 4"], theirs: Float[np.ndarray, "m 4"], iou: float) -> Bool[np.ndarray, "n"]:
+    if not len(theirs):
+        return np.zeros(len(boxes), dtype=bool)
+    return np.asarray(iou_of(boxes, theirs).max(axis=1) >= iou)
+
+
+def _as_stored(boxes: Float[np.ndarray, "n 4"], record: ImageRecord, upright: ImageRecord) -> Float[np.ndarray, "n 4"]:
+    """Boxes of an image as shown, in its pixels as stored where the record means those."""
+    if (record.width, record.height) == (upright.width, upright.height):
+        return boxes
+    try:
+        orientation = read_header(record.path, record.source).orientation
+    except DataError:
+        return boxes
+    left, top, right, bottom = boxes.T
+    if orientation in FLIP_ROWS:
+        top, bottom = upright.height - bottom, upright.height - top
+    if orientation in FLIP_COLUMNS:
+        left, right = upright.width - right, upright.width - left
+    return np.stack([top, left, bottom, right], axis=1)

@@ -1,0 +1,365 @@
+"""Completes datasets: every one comes out in its own format with the names of the others added (`metr complete`)."""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from metr.completion.boxes import Wanted, completed_record, wanted_names
+from metr.completion.datasets import AddedBoxes, Original, WrittenDataset, original_of, write_completed
+from metr.completion.journal import Journal, ToDetect, fingerprint, key_of
+from metr.completion.prelabels import PreLabels, new_images, write_prelabels
+from metr.completion.thresholds import (
+    LEAST_SCORE,
+    CompletionConfig,
+    Judged,
+    NameThreshold,
+    given_thresholds,
+    thresholds,
+)
+from metr.data.datasets_file import DatasetConfig, DatasetSource
+from metr.data.export import Placement
+from metr.data.images import exif_oriented_record
+from metr.data.joint import open_joint
+from metr.data.records import Annotations
+from metr.errors import ConfigError, DataError, counted, did_you_mean
+from metr.model import METR
+from metr.run_directory import explained_disk_errors, replaced_file
+
+BOXES, SUMMARY, DATA = "completed.json", "summary.json", "data.yaml"
+_KEPT = ("splits", "weight", "prompts", "renames", "boxes", "exhaustive", "only", "drop", "ignore", "format")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompletionRequest:
+    """What is completed, besides how (`CompletionConfig`).
+
+    `only` are the names that may be added; empty: all. `given` are thresholds of one's own by name, also of names that
+    no dataset annotates. `new` are images without labels, which are labelled in place of the datasets.
+    """
+
+    data: tuple[str, ...]
+    out: Path
+    only: tuple[str, ...] = ()
+    given: Mapping[str, float] | None = None
+    new: PreLabels | None = None
+    placement: Placement = "link"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompletedDataset:
+    """What became of one dataset: the boxes added by name, its format, and why that is not its own."""
+
+    name: str
+    path: str
+    format: str
+    images: int
+    added: Mapping[str, int]
+    unread: int = 0
+    why_coco: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompletionReport:
+    """Thresholds of all names, and what became of each dataset."""
+
+    model: str
+    thresholds: tuple[NameThreshold, ...]
+    datasets: tuple[CompletedDataset, ...]
+
+
+def complete(
+    source: METR | str | Path,
+    request: CompletionRequest,
+    *,
+    config: CompletionConfig | None = None,
+    device: str | torch.device = "auto",
+    console: Console | None = None,
+) -> CompletionReport:
+    """Adds the names of other datasets to each of some datasets, where a detector is sure of them.
+
+    The threshold of a name is set on the val split of the datasets that annotate it. A dataset never gets a box of a
+    name that it annotates. Nothing is written into the datasets: each one goes into a folder of its own in
+    `request.out`, beside `completed.json` (every added box), `summary.json` and `data.yaml`, which lists them for
+    training with the added names as not exhaustively annotated. What was found is kept on the way: the same call goes
+    on where an earlier one was stopped.
+
+    Args:
+        source: A model, a checkpoint folder, a run folder, or a name on the hub.
+        request: The datasets, where they go, and which names.
+        config: The precision that is asked for, and how images go through the network.
+        device: Where the network runs, if it is loaded here.
+        console: Where progress and the table are shown.
+
+    Raises:
+        DataError, ConfigError, CheckpointError: something is missing or does not fit.
+    """
+    config, console = config or CompletionConfig(), console or Console(quiet=True)
+    sources = open_joint(request.data).sources if request.data else ()
+    names = _names(sources, request)
+    new = () if request.new is None else new_images(request.new, request.out)
+    model = source if isinstance(source, METR) else METR.from_pretrained(source, device=device)
+    called = "METR" if isinstance(source, METR) else str(source)
+    weights = fingerprint(model)
+    journal = Journal(request.out, _task(sources, names, request, config, weights))
+    if journal.done:
+        console.print(f"goes on after {counted(journal.done, 'image')}", highlight=False)
+    predictor = model.predictor(list(names), config.inference)
+    homes = _homes(sources, {name for name in names if name not in (request.given or {})})
+    journal.detect(predictor, [one for images in homes.values() for one, _ in images], console)
+    sure = thresholds(_judged(homes, journal), names, config) | given_thresholds(request.given or {})
+    if request.new is not None:
+        journal.detect(predictor, new, console)
+        done = [_prelabelled(request.new, new, journal, names, sure, f"{called} {weights[:8]}", request)]
+        boxes: list[dict[str, Any]] = []
+    else:
+        work = [_Work(one, original_of(one), model, sure, names, config) for one in sources]
+        journal.detect(predictor, [one for item in work for _, _, one in item.images], console)
+        written = [(item, *item.write(journal, request)) for item in work]
+        boxes = [row for item, added, _ in written for row in item.rows(added)]
+        done = [item.summary(added, result, journal) for item, added, result in written]
+        _write_data(request.out, [result.config for _, _, result in written])
+    report = CompletionReport(model=f"{called} {weights[:8]}", thresholds=tuple(sure.values()), datasets=tuple(done))
+    _write(request.out, report, boxes)
+    journal.close()
+    _show(report, request.out, console)
+    return report
+
+
+def _names(sources: Sequence[DatasetSource], request: CompletionRequest) -> tuple[str, ...]:
+    """The names that may be added.
+
+    Raises:
+        ConfigError: a wanted name is in no dataset, a threshold is none, or there is nothing to add.
+    """
+    given = request.given or {}
+    for name, threshold in given.items():
+        if not LEAST_SCORE <= threshold <= 1:
+            what = f"expected a score of {LEAST_SCORE} to 1 for {name!r}, found {threshold:g}"
+            raise ConfigError(what, where="--names", hint=f'"{name}=0.5"')
+    known = list(dict.fromkeys(name for one in sources for name in one.categories))
+    for name in request.only:
+        if name not in known and name not in given:
+            hint = did_you_mean(name, known) or 'a name of no dataset needs a threshold: --names "NAME=0.5"'
+            raise ConfigError(f"{name!r} is a name of no dataset", where="--only", hint=hint)
+    if request.new is None and len(sources) < 2 and not given:
+        hint = 'name several, or a name with a threshold of your own: --names "NAME=0.5"'
+        raise ConfigError("one dataset has no names of others to add", where="DATA", hint=hint)
+    names = tuple(dict.fromkeys([*known, *given]))
+    return tuple(name for name in names if not request.only or name in request.only or name in given)
+
+
+def _task(
+    sources: Sequence[DatasetSource],
+    names: Sequence[str],
+    request: CompletionRequest,
+    config: CompletionConfig,
+    weights: str,
+) -> dict[str, Any]:
+    """What detections depend on, and which images they are of: a completion goes on if all of it is as it was."""
+    return {
+        "names": list(names),
+        "weights": weights,
+        "inference": config.inference.model_dump(mode="json", exclude={"batch_size"}),
+        "datasets": {one.name: [str(one.place), sum(map(len, one.splits.values()))] for one in sources},
+        "new": None if request.new is None else str(request.new.folder),
+    }
+
+
+Home = list[tuple[ToDetect, DatasetSource]]
+
+
+def _homes(sources: Sequence[DatasetSource], names: set[str]) -> dict[str, Home]:
+    """The val images of each dataset that annotates one of the names."""
+    homes: dict[str, Home] = {}
+    for source in sources:
+        if names.isdisjoint(source.categories):
+            continue
+        try:
+            _, annotations = source.evaluation_split()
+        except DataError:
+            continue  # its names have no val
+        homes[source.name] = [(one, source) for one in _upright(source, annotations)]
+    return homes
+
+
+def _upright(source: DatasetSource, annotations: Annotations) -> list[ToDetect]:
+    records = (exif_oriented_record(annotations[index]) for index in range(len(annotations)))
+    return [ToDetect(key=key_of(source.name, source.root, record), record=record) for record in records]
+
+
+def _judged(homes: Mapping[str, Home], journal: Journal) -> Iterator[Judged]:
+    """The val images that could be read, with what was found in the pixels that their boxes are in."""
+    for images in homes.values():
+        for one, source in images:
+            found = journal[one.key]
+            if found is not None:
+                sides = np.array([one.record.width / found.size[1], one.record.height / found.size[0]] * 2)
+                scaled = type(found)(
+                    size=(one.record.height, one.record.width),
+                    boxes=found.boxes * sides,
+                    scores=found.scores,
+                    labels=found.labels,
+                )
+                yield Judged(record=one.record, categories=source.categories, found=scaled)
+
+
+class _Work:
+    """A dataset on its way to be completed."""
+
+    def __init__(
+        self,
+        source: DatasetSource,
+        original: Original | None,
+        model: METR,
+        sure: Mapping[str, NameThreshold],
+        names: Sequence[str],
+        config: CompletionConfig,
+    ) -> None:
+        self.source, self.original, self.config = source, original, config
+        told = (*source.config.renames, *source.config.drop, *source.config.ignore)
+        in_files = (*(() if original is None else original.names), *told)
+        self.wanted: Wanted = wanted_names(source.categories, in_files, sure, names, model)
+        chosen = [split for split in source.splits if split in config.splits] if self.wanted.rows else []
+        self.images = [
+            (split, index, one) for split in chosen for index, one in enumerate(_upright(source, source.splits[split]))
+        ]
+
+    def write(self, journal: Journal, request: CompletionRequest) -> tuple[list[AddedBoxes], WrittenDataset]:
+        """Writes the dataset unless an earlier call has, and gives what was added."""
+        added = []
+        for split, index, one in self.images:
+            found = journal[one.key]
+            if found is not None:
+                record = self.source.splits[split][index]
+                more, names = completed_record(
+                    record, one.record, self.source.categories, found, self.wanted, self.config.iou
+                )
+                added.append(AddedBoxes(split=split, index=index, record=more, names=names))
+        folder = request.out / _folder_name(self.source.name)
+        note = folder.with_name(f".{folder.name}.json")
+        if folder.is_dir() and note.is_file():
+            values = json.loads(note.read_text(encoding="utf-8"))
+            config = DatasetConfig.checked({**values["config"], "path": request.out / values["config"]["path"]})
+            return added, WrittenDataset(config=config, format=values["format"], why_coco=values["why_coco"])
+        if folder.is_dir():
+            raise DataError("there is a folder of this name", where=folder, hint="remove it, or name another -o")
+        result = write_completed(self.source, self.original, added, folder, request.placement)
+        values = {"config": _entry(result.config, request.out), "format": result.format, "why_coco": result.why_coco}
+        note.write_text(json.dumps(values), encoding="utf-8")
+        return added, result
+
+    def rows(self, added: Sequence[AddedBoxes]) -> Iterator[dict[str, Any]]:
+        """The rows of `completed.json`."""
+        for one in added:
+            path = one.record.path
+            image = path.relative_to(self.source.root) if path.is_relative_to(self.source.root) else path
+            scores = one.record.scores
+            assert scores is not None
+            for name, box, score in zip(one.names, one.record.boxes.tolist(), scores.tolist(), strict=True):
+                yield {
+                    "dataset": self.source.name,
+                    "split": one.split,
+                    "image": image.as_posix().encode(errors="replace").decode(),
+                    "name": name,
+                    "box": [round(side, 2) for side in box],
+                    "score": round(score, 5),
+                }
+
+    def summary(self, added: Sequence[AddedBoxes], written: WrittenDataset, journal: Journal) -> CompletedDataset:
+        """What became of the dataset."""
+        return CompletedDataset(
+            name=self.source.name,
+            path=str(written.config.path),
+            format=written.format,
+            images=len(added),
+            added=dict(Counter(name for one in added for name in one.names)),
+            unread=sum(journal[one.key] is None for _, _, one in self.images),
+            why_coco=written.why_coco,
+        )
+
+
+def _prelabelled(
+    new: PreLabels,
+    images: Sequence[ToDetect],
+    journal: Journal,
+    names: Sequence[str],
+    sure: Mapping[str, NameThreshold],
+    model_version: str,
+    request: CompletionRequest,
+) -> CompletedDataset:
+    """Writes labels of new images."""
+    out = request.out / _folder_name(new.name)
+    found = {one.key: journal[one.key] for one in images}
+    added = write_prelabels(new, images, found, names, sure, out, model_version)
+    unread = sum(one is None for one in found.values())
+    count = len(images) - unread
+    return CompletedDataset(name=new.name, path=str(out), format=new.format, images=count, added=added, unread=unread)
+
+
+def _folder_name(dataset: str) -> str:
+    """The folder of a dataset: its name without what no file system takes."""
+    plain = "".join("_" if sign in '<>:"/\\|?*' or ord(sign) < 32 else sign for sign in dataset).strip(". ")
+    return plain or "dataset"
+
+
+def _entry(config: DatasetConfig, out: Path) -> dict[str, Any]:
+    """A dataset as `data.yaml` lists it, with its path relative to that file."""
+    values = config.model_dump(mode="json", exclude_defaults=True)
+    path = os.path.relpath(config.path, out)
+    return {"name": config.name, "path": path, **{key: values[key] for key in _KEPT if key in values}}
+
+
+def _write_data(out: Path, configs: Sequence[DatasetConfig]) -> None:
+    told = "# Names that were added are not in `exhaustive`: where an image has none of them, nothing is known.\n"
+    text = yaml.safe_dump(
+        {"datasets": [_entry(one, out) for one in configs]}, allow_unicode=True, sort_keys=False, width=10_000
+    )
+    with explained_disk_errors(out), replaced_file(out / DATA) as fresh:
+        fresh.write_text(told + text, encoding="utf-8")
+
+
+def _write(out: Path, report: CompletionReport, boxes: Sequence[Mapping[str, Any]]) -> None:
+    """Writes the summary and, where datasets were completed, every box that was added."""
+    with explained_disk_errors(out), replaced_file(out / SUMMARY) as fresh:
+        fresh.write_text(json.dumps(asdict(report), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    with explained_disk_errors(out), replaced_file(out / BOXES) as fresh:
+        lines = ",\n".join(json.dumps(row, ensure_ascii=False) for row in boxes)
+        head = json.dumps(report.model, ensure_ascii=False)
+        fresh.write_text(f'{{"model": {head}, "boxes": [\n{lines}\n]}}\n', encoding="utf-8")
+    for note in out.glob(".*.json"):
+        note.unlink()
+
+
+def _show(report: CompletionReport, out: Path, console: Console) -> None:
+    """Prints a line for each name, and one for each dataset."""
+    table = Table("name", "threshold", "precision", "found in val", "boxes added", box=None, header_style="bold")
+    totals = Counter[str]()
+    for one in report.datasets:
+        totals.update(one.added)
+    for name in report.thresholds:
+        if name.threshold is not None:
+            precision = "given" if name.precision is None else f"{name.precision:.3f}"
+            found = "" if name.precision is None else f"{name.found} of {name.objects}"
+            table.add_row(name.name, f"{name.threshold:.3f}", precision, found, str(totals[name.name]))
+    if table.rows:
+        console.print(table)
+    for name in report.thresholds:
+        if name.threshold is None:
+            console.print(f"left out: {name.name}: {name.why}", markup=False, highlight=False, soft_wrap=True)
+    for one in report.datasets:
+        boxes = counted(sum(one.added.values()), "box", "boxes")
+        told = f"{one.name}: {boxes} added in {counted(one.images, 'image')}, as {one.format} in {one.path}"
+        told += f" (not in its own format: {one.why_coco})" if one.why_coco else ""
+        told += f"; {counted(one.unread, 'image')} could not be read" if one.unread else ""
+        console.print(told, markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{SUMMARY} and {BOXES} are in {out}", markup=False, highlight=False, soft_wrap=True)

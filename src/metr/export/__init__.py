@@ -1,0 +1,1 @@
+"""Export: a METR as a file that runs without METR and without torch."""

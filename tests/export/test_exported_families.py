@@ -1,0 +1,155 @@
+"""Real exports: every family as ONNX, the other formats, and a process in which torch cannot be imported."""
+
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import jaxtyping
+import numpy as np
+import pytest
+import torch
+from export_cases import FAMILIES, FIT, STRETCH, assert_same, predictor_of
+
+from metr import deploy
+from metr.export.export import export, write_names
+from metr.export.graph import ExportedDetector, Interface, example_inputs, interface_of, padded_names
+from metr.export.programs import exported_program, write_onnx
+from metr.export.request import ExportConfig
+from metr.model import METR
+
+from tiny import TinyRun
+
+NANO = Path(__file__).resolve().parents[2] / "checkpoints" / "metr-nano"
+WITHOUT_TORCH = """
+import sys
+class Refused:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"torch", "transformers", "pydantic", "cv2", "metr"}:
+            raise ImportError(name)
+sys.meta_path.insert(0, Refused())
+sys.path.insert(0, sys.argv[1])
+import numpy, deploy
+detector = deploy.Detector(sys.argv[1], threads=1)
+for box, score, name in detector.detect(sys.argv[2], threshold=0.0):
+    print(name, round(score, 3))
+assert not {"torch", "metr", "cv2"} & set(sys.modules)
+"""
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(autouse=True)
+def _unchecked() -> Iterator[None]:
+    """Annotations are not executed here: tracers take the sizes that these compare for constants."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def needs(*packages: str) -> None:
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"needs {package}, which is not installed here")
+
+
+def given_to(interface: Interface, predictor) -> dict[str, torch.Tensor]:
+    inputs = dict(zip(interface.inputs, example_inputs(interface, 3), strict=True))
+    if interface.names is not None:
+        rows = padded_names(predictor.text, predictor.limits.presence.tolist(), interface.names)
+        inputs |= dict(zip(("text", "presence"), rows, strict=True))
+    return inputs
+
+
+def same_in_onnx(predictor, interface: Interface, path: Path) -> None:
+    """The model on three images, exported with two, against the function itself."""
+    import onnxruntime
+
+    graph = ExportedDetector(predictor, interface).eval()
+    write_onnx(exported_program(graph), interface, path)
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    inputs = given_to(interface, predictor)
+    with torch.inference_mode():
+        expected = [one.numpy() for one in graph(*inputs.values())]
+    found = session.run(None, {name: value.numpy() for name, value in inputs.items()})
+    real = expected[1] >= 0
+    assert np.array_equal(found[1] >= 0, real)
+    np.testing.assert_allclose(found[1], expected[1], atol=1e-4)
+    np.testing.assert_allclose(found[0][real], expected[0][real], atol=1e-4)
+    assert np.array_equal(found[2][real], expected[2][real])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_as_onnx(family, tmp_path: Path) -> None:
+    needs("onnx", "onnxscript", "onnxruntime")
+    predictor = predictor_of(FAMILIES[family], STRETCH)
+    same_in_onnx(predictor, interface_of(predictor, "uint8"), tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize("family", ["shipped", "deformable", "places"])
+def test_free_shapes_and_open_names_as_onnx(family, tmp_path: Path) -> None:
+    needs("onnx", "onnxscript", "onnxruntime")
+    predictor = predictor_of(FAMILIES[family], FIT)
+    same_in_onnx(predictor, interface_of(predictor, "float32", 9), tmp_path / "model.onnx")
+
+
+def test_onnx_finds_what_metr_finds_and_without_torch(tiny_run: TinyRun, tmp_path: Path) -> None:
+    needs("onnx", "onnxscript", "onnxruntime")
+    model = METR.from_pretrained(tiny_run.folder, device="cpu")
+    export(model, tmp_path / "out")
+    detector = deploy.Detector(tmp_path / "out", threads=1)
+    images = list(tiny_run.unseen)
+    for found, expected in zip(detector.predict(images), model.predictor().detect_many(images), strict=True):
+        assert_same(found, expected.detections, detector.names)
+    command = [sys.executable, "-c", WITHOUT_TORCH, str(tmp_path / "out"), str(images[0])]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    assert len(ended.stdout.splitlines()) == len(detector.detect(images[0], threshold=0.0))
+
+
+def test_open_names_in_openvino(tiny_run: TinyRun, tmp_path: Path) -> None:
+    needs("openvino", "nncf", "onnx", "onnxscript")
+    model = METR.from_pretrained(tiny_run.folder, device="cpu")
+    images = list(tiny_run.unseen)
+    export(model, tmp_path / "out", config=ExportConfig(format="openvino", open_names=12))
+    for names in (None, ["newt", "leaf"]):
+        write_names(model, tmp_path / "names.npz", names)
+        detector = deploy.Detector(tmp_path / "out", tmp_path / "names.npz", threads=1)
+        for found, expected in zip(detector.predict(images), model.predictor(names).detect_many(images), strict=True):
+            assert_same(found, expected.detections, detector.names)
+    whole = (tmp_path / "out" / "model.bin").stat().st_size
+    export(model, tmp_path / "int8", ["leaf"], config=ExportConfig(format="openvino", int8=(images[0].parent,)))
+    small = deploy.Detector(tmp_path / "int8", threads=1)
+    assert small.description["precision"] == "int8"
+    assert (tmp_path / "int8" / "model.bin").stat().st_size < whole
+    assert len(small.predict(images)[0]) > 5
+
+
+def test_torch_runs_its_own_format(tiny_run: TinyRun, tmp_path: Path) -> None:
+    model = METR.from_pretrained(tiny_run.folder, device="cpu")
+    export(model, tmp_path / "out", config=ExportConfig(format="torch"))
+    with pytest.raises(ValueError, match="runs in PyTorch"):
+        deploy.Detector(tmp_path / "out")
+    program = torch.export.load(str(tmp_path / "out" / "model.pt2")).module()
+
+    def run(given):
+        return [one.numpy() for one in program(torch.from_numpy(given["images"]))]
+
+    images = list(tiny_run.unseen)
+    detector = deploy.Detector(tmp_path / "out", run=run)
+    for found, expected in zip(detector.predict(images), model.predictor().detect_many(images), strict=True):
+        assert_same(found, expected.detections, detector.names)
+
+
+def test_the_shipped_detector_on_real_images(shared: Path, tmp_path: Path) -> None:
+    needs("onnx", "onnxscript", "onnxruntime")
+    model = METR.from_pretrained(NANO, device="cpu")
+    export(model, tmp_path / "out")
+    detector = deploy.Detector(tmp_path / "out", threads=1)
+    patterns = ("bccd/JPEGImages/*.jpg", "chess_pieces/test/*.jpg", "playing_cards/images/test/*", "coco_mini/**/*.jpg")
+    images = [path for pattern in patterns for path in sorted((shared / "data").glob(pattern))[:3]]
+    images = [path for path in images if path.suffix.lower() in {".jpg", ".jpeg", ".png"}]
+    assert len(images) >= 6
+    for found, expected in zip(detector.detect(images), model.detect(images), strict=True):
+        assert_same(found, expected, detector.names)
