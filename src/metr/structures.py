@@ -237,7 +237,7 @@ class Queries(_Movable):
     """What the decoder refines. A query detects the category in its `slot`; it attends to queries of its `group`.
 
     In the layout `places` a query stands for a place, at which every category with a slot is asked: `slot` is 0 and
-    means nothing.
+    means nothing. `position` is learned; None where the decoder makes it of the box.
     """
 
     content: Float[Tensor, "b q d"]
@@ -245,6 +245,7 @@ class Queries(_Movable):
     slot: Int[Tensor, "b q"]
     group: Int[Tensor, "b q"]
     valid: Bool[Tensor, "b q"]
+    position: Float[Tensor, "b q d"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,14 +286,17 @@ class DenoisingOutput(_Movable):
 
 @dataclass(frozen=True, kw_only=True)
 class DetectorOutput(_Movable):
-    """The network's predictions: one logit and one box for each query after each decoder layer, last layer last."""
+    """The network's predictions: one logit and one box for each query after each decoder layer, last layer last.
+
+    `proposals` is None where the places of queries are learned.
+    """
 
     logits: Float[Tensor, "r b q"]
     boxes: Float[Tensor, "r b q 4"]
     slot: Int[Tensor, "b q"]
     valid: Bool[Tensor, "b q"]
     categories: Categories
-    proposals: Proposals
+    proposals: Proposals | None
     denoising: DenoisingOutput | None = None
 
 
@@ -300,7 +304,8 @@ class DetectorOutput(_Movable):
 class Matches(_Movable):
     """Which query is matched to which object, one row a pair.
 
-    `target` is the object's index in its image. Layer 0 is the proposals, layer j + 1 is decoder layer j.
+    `target` is the object's index in its image. Layer 0 is the proposals, layer j + 1 is decoder layer j;
+    without proposals layer j is decoder layer j.
     """
 
     layer: Int[Tensor, "p"]

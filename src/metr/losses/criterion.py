@@ -21,9 +21,9 @@ class SetCriterion(nn.Module):
     """Presence, classification and box losses of one batch, each a named term, already weighted.
 
     Terms are called `presence/E` for extraction block E, `presence/shortlist` if the detector has a shortlist, and
-    `LAYER/classification`, `LAYER/l1`, `LAYER/giou` for the layers `proposals`, `decoder.R` and, if the detector
-    denoises, `denoising.R`; blocks and layers count from 0. A batch without objects has all of these terms too,
-    each with gradients to the outputs.
+    `LAYER/classification`, `LAYER/l1`, `LAYER/giou` for the layers `proposals` (unless places are learned), `decoder.R`
+    and, if the detector denoises, `denoising.R`; blocks and layers count from 0. A batch without objects has all of
+    these terms too, each with gradients to the outputs.
     """
 
     def __init__(self, config: CriterionConfig) -> None:
@@ -47,7 +47,7 @@ class SetCriterion(nn.Module):
         objects, noised_objects = average_over_ranks(_counts(targets, noised)).unbind()
 
         terms = self._presence(output.categories, targets)
-        terms |= self._proposals_and_decoder(predictions, targets, objects)
+        terms |= self._proposals_and_decoder(predictions, targets, objects, output.proposals is not None)
         if noised is not None:
             terms |= self._denoising(noised, targets, noised_objects)
         return Losses(terms=terms)
@@ -61,11 +61,13 @@ class SetCriterion(nn.Module):
         return terms
 
     def _proposals_and_decoder(
-        self, predictions: QueryPredictions, targets: Targets, objects: Float[Tensor, ""]
+        self, predictions: QueryPredictions, targets: Targets, objects: Float[Tensor, ""], proposed: bool = True
     ) -> Terms:
-        layers = ["proposals", *(f"decoder.{layer}" for layer in range(len(predictions.logits) - 1))]
-        scale = (1 / objects).repeat(len(layers))
-        scale[0] *= self.config.weights.proposals
+        layers = [f"decoder.{layer}" for layer in range(len(predictions.logits) - proposed)]
+        scale = (1 / objects).repeat(len(predictions.logits))
+        if proposed:
+            layers = ["proposals", *layers]
+            scale[0] *= self.config.weights.proposals
         return self._layer_terms(layers, predictions, targets, scale)
 
     def _denoising(self, predictions: QueryPredictions, targets: Targets, objects: Float[Tensor, ""]) -> Terms:

@@ -161,7 +161,8 @@ class MatchStatistics:
 def match_statistics(output: DetectorOutput, targets: Targets, matches: Matches) -> MatchStatistics:
     """Statistics of a batch's matches."""
     # all layers have the same number of matches, and the last layer's come last
-    first = matches.layer.shape[0] // (len(output.logits) + 1) * len(output.logits)
+    layers = len(output.logits) + (output.proposals is not None)
+    first = matches.layer.shape[0] // layers * (layers - 1)
     image, query, target = matches.image[first:], matches.query[first:], matches.target[first:]
     boxes, wanted = output.boxes[-1, image, query].float(), targets.boxes[image, target]
     iou = paired_iou(cxcywh_to_xyxy(boxes), cxcywh_to_xyxy(wanted))

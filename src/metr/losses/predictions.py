@@ -35,11 +35,15 @@ class QueryPredictions:
 
 
 def query_predictions(output: DetectorOutput) -> QueryPredictions:
-    """The predictions of the proposals (layer 0) and of every decoder layer, not yet matched to any object."""
-    logits = torch.cat([output.proposals.logits.unsqueeze(0), output.logits]).float()
+    """The predictions of every decoder layer, not yet matched to any object; those of proposals come first."""
+    logits, boxes = output.logits, output.boxes
+    if output.proposals is not None:
+        logits = torch.cat([output.proposals.logits.unsqueeze(0), logits])
+        boxes = torch.cat([output.proposals.boxes.unsqueeze(0), boxes])
+    logits = logits.float()
     return QueryPredictions(
         logits=logits,
-        boxes=torch.cat([output.proposals.boxes.unsqueeze(0), output.boxes]).float(),
+        boxes=boxes.float(),
         category=query_categories(output.slot, output.valid, output.categories),
         target=torch.full(logits.shape, NO_OBJECT, device=logits.device),
     )

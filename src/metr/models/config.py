@@ -5,6 +5,20 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from metr.config import Config
+from metr.models.decoder_config import DecoderConfig, DistributionConfig
+from metr.models.query_config import CategoryConfig, DenoisingConfig, QueryConfig, SimilarityConfig
+
+__all__ = [
+    "BackboneConfig",
+    "CategoryConfig",
+    "DecoderConfig",
+    "DenoisingConfig",
+    "DetectorConfig",
+    "DistributionConfig",
+    "EncoderConfig",
+    "QueryConfig",
+    "SimilarityConfig",
+]
 
 _STRIDES = (4, 8, 16, 32)
 _ADAPTED = (8, 16, 32)
@@ -119,196 +133,6 @@ class EncoderConfig(Config):
         return scales
 
 
-class CategoryConfig(Config):
-    """Category extraction, and how many categories get a slot."""
-
-    blocks: int = Field(2, ge=1, le=100)
-    """Cross-attention blocks."""
-    heads: int = Field(8, ge=1, le=256)
-    feed_forward: int = Field(1024, ge=1, le=65_536)
-    self_attention: bool = False
-    """Categories attend to each other. Without it the prediction for a category does not depend on the other names."""
-    kept: int = Field(20, ge=1, le=10_000)
-    """K, category slots an image. With `queries.layout: places`, in training only: when detecting, every category that
-    reaches the threshold has one."""
-    threshold: float = Field(0.0, ge=0, lt=1)
-    """Smallest presence probability with which a category gets a slot when detecting. Categories below it leave their
-    queries to the others and do not affect them otherwise."""
-    negative_slots: int = Field(0, ge=0, le=10_000)
-    """Largest number of slots an image, in training, for categories that are assumed to be absent."""
-    shortlist: int = Field(0, ge=0)
-    """Largest number of names an image that category extraction looks at, chosen by a few dot products a name. 0 builds
-    no shortlist: category extraction looks at all names."""
-    whitening: float = Field(0.0, ge=0)
-    """Ridge, in units of the mean variance, of the whitening that initialises the text projection. Whitening separates
-    names that the language model embeds almost alike. 0 initialises at random."""
-    prior: float = Field(0.02, gt=0, lt=1)
-    """The presence probability that the untrained network predicts."""
-
-
-class QueryConfig(Config):
-    """Class-specific queries: how many, and how they are divided among the categories that have a slot."""
-
-    layout: Literal["budget", "uniform", "shared", "places"] = "uniform"
-    """`uniform`: every category has the same number of queries, at its own best places. `budget`: the number depends on
-    how likely the pairs of category and place are. `shared`: all categories have the same places (the authors' way).
-    `places`: the same, and what the decoder finds at a place is compared with every category, so that more categories
-    cost a dot product each; queries contain no category then (`content`)."""
-    number: int = Field(300, ge=1, le=100_000)
-    """Q, queries an image, whatever the vocabulary. With `places`, a query stands for one place."""
-    floor: int = Field(5, ge=0)
-    """Smallest number of queries of a category (`budget`)."""
-    ceiling: int = Field(100, ge=1, le=100_000)
-    """Largest number of queries of a category."""
-    attention: Literal["group", "image"] = "group"
-    """A query attends to the queries of its category, or to all queries of its image."""
-    content: Literal["learned", "place", "place_only", "learned_only", "box_only"] = "learned"
-    """`learned`: a learned query and the category's token. `place`: the same and the feature of the query's place.
-    `place_only`, `learned_only`: that feature, or the learned query, without the category's token. `box_only`: only
-    what the decoder adds for the query's box (`decoder.positions: first`)."""
-    start: Literal["proposal", "shifted"] = "proposal"
-    """The box that a query starts from: its proposal's, or that moved by a learned shift of its rank (LW-DETR)."""
-
-
-class SimilarityConfig(Config):
-    """How places and queries are compared with their categories; the result is one logit each."""
-
-    form: Literal["product", "classifier"] = "product"
-    """`product`: the dot product of feature and token, both after a network of their own. `classifier`: a linear
-    classifier of the feature, whose weight and bias are linear in the category's text embedding; so are the
-    classifiers of other detectors taken over. `token`, `factor` and `objectness` are for `product`."""
-    token: Literal["refined", "text"] = "refined"
-    """Compare with the category's token as refined by the image (the authors' way), or with its projected text,
-    which keeps the categories of one image further apart."""
-    factor: float = Field(1.0, gt=0)
-    """Factor of the dot product / sqrt(width). The larger it is, the sooner similar categories are separated."""
-    objectness: bool = False
-    """Adds a logit for "is there an object of any category?", predicted from the feature alone. Dot products then only
-    have to separate categories."""
-
-    @model_validator(mode="after")
-    def _options_of_the_form(self) -> "SimilarityConfig":
-        if self.form == "classifier":
-            plain = {"token": "refined", "factor": 1.0, "objectness": False}
-            for option, value in plain.items():
-                if getattr(self, option) != value:
-                    raise ValueError(f"{option} is for form 'product'; with 'classifier' leave it at {value!r}")
-        return self
-
-
-class DenoisingConfig(Config):
-    """Contrastive and category-flipped denoising, in training only."""
-
-    number: int = Field(100, ge=0, le=10_000)
-    """Largest number of denoising queries an image; 0 switches denoising off."""
-    groups: int = Field(5, ge=1, le=1_000)
-    """Largest number of noised versions of one object."""
-    box_noise: float = Field(1.0, gt=0)
-    """Largest shift of a corner of a positive, in half sizes of its box."""
-    flips: bool = True
-    """Adds copies with the right box and another annotated category, for which the query should say "no"."""
-
-    @property
-    def kinds(self) -> int:
-        """Copies of an object in one version: moved, moved too far and, with `flips`, under another category."""
-        return 3 if self.flips else 2
-
-    @model_validator(mode="after")
-    def _holds_an_object(self) -> "DenoisingConfig":
-        if 0 < self.number < self.kinds:
-            raise ValueError(f"number {self.number} holds no object: expected 0, or at least {self.kinds}")
-        return self
-
-
-class DistributionConfig(Config):
-    """How a box is refined by distributions of its edges (D-FINE)."""
-
-    bins: int = Field(32, ge=4, le=1_024, multiple_of=2)
-    """An edge has `bins` + 1 possible shifts, each with a probability; their mean counts."""
-    reach: float = Field(0.5, gt=0, le=16)
-    """The largest shift in sides of the box, apart from the two outermost, which are twice as large (D-FINE's `up`)."""
-    flatness: float = Field(4.0, gt=0, le=1_024)
-    """The larger, the closer the small shifts lie together (D-FINE's `reg_scale`)."""
-    quality_bins: int = Field(4, ge=1, le=1_024)
-    """How many of the largest probabilities of each edge tell the quality of the box."""
-    quality_width: int = Field(64, ge=1, le=65_536)
-    """Hidden width of the network that reads them."""
-    quality_layers: int = Field(2, ge=1, le=16)
-    """Its linear layers."""
-    shared: bool = False
-    """All layers have one head for distributions (the small DEIMv2), instead of one each."""
-
-    @model_validator(mode="after")
-    def _as_many_probabilities(self) -> "DistributionConfig":
-        if self.quality_bins > self.bins + 1:
-            raise ValueError(f"quality_bins {self.quality_bins} is above the {self.bins + 1} values of an edge")
-        return self
-
-
-class DecoderConfig(Config):
-    """From queries to predictions."""
-
-    kind: Literal["deformable", "conditional", "distribution"] = "deformable"
-    """`deformable`: queries sample a few places of every level, as in DINO. `conditional`: they attend to the whole
-    memory, as in DAB-DETR; this is meant for the memory of a `plain` encoder. `distribution`: they sample as in
-    `deformable`, and each layer refines distributions of the edges of a box, as in D-FINE."""
-    layers: int = Field(6, ge=1, le=100)
-    heads: int = Field(8, ge=1, le=256)
-    cross_heads: Annotated[int, Field(ge=1, le=256)] | None = None
-    """Heads of the attention to the memory; None: as many as `heads` (`deformable`)."""
-    points: int = Field(4, ge=1, le=64)
-    """Sampling points a head and level (`deformable`, `distribution`)."""
-    feed_forward: int = Field(2048, ge=1, le=65_536)
-    """Hidden width of the feed-forward parts."""
-    activation: Literal["relu", "swiglu"] = "relu"
-    """Inside the feed-forward parts. `swiglu`: the hidden channels are multiplied by the SiLU of a gate (DEIMv2;
-    `distribution`)."""
-    norm: Literal["layer", "rms"] = "layer"
-    """What the layers normalise by: mean and variance, or the root mean square alone (DEIMv2; `distribution`)."""
-    gate: bool = True
-    """Weighs what a query was and what it sees in the memory; without it the two are added (`distribution`)."""
-    boxes: Literal["logit", "reparametrised"] = "logit"
-    """How boxes are refined, those of proposals too. `logit`: changes are added to the inverse sigmoid of each
-    coordinate. `reparametrised`: a centre moves by multiples of the box's sides, and the sides are multiplied by
-    exponentials; boxes may leave the image (LW-DETR, RF-DETR; `deformable`)."""
-    refine: Literal["each", "none"] = "each"
-    """Each layer starts from the box that the layer before found, or all start from the query's own (LW-DETR, RF-DETR;
-    `deformable`)."""
-    padded_positions: bool = False
-    """Encode a query's box in units of the padded image, as DINO and the authors (`deformable`)."""
-    positions: Literal["sine", "plain", "first"] = "sine"
-    """`sine`: a query's box is encoded as sines and cosines (DINO). `plain`: it is used as four numbers (RT-DETR;
-    `deformable` and `distribution`). `first`: a query keeps the position of its first box, which is encoded as sines
-    and cosines, and which its content contains too (Deformable DETR; `deformable`)."""
-    position_layers: Literal[2, 3] = 2
-    """With `positions: plain`, the linear layers from the four numbers: 2 (RT-DETR) or 3 (DEIMv2)."""
-    position_activation: Literal["relu", "silu"] = "relu"
-    """What is between them."""
-    predictors: Literal["shared", "layer", "normed_layer"] = "shared"
-    """`shared`: all layers have one class head and one box head, which read the layer's output after one more norm
-    (DINO). `layer`: each layer has its own, which read its output as it is (RT-DETR; `deformable` and `distribution`).
-    `normed_layer`: each has its own after that norm (a DINO whose layers share nothing; `deformable`). In
-    `distribution` each layer refines boxes by itself, whatever is set."""
-    box_margin: float = Field(1e-3, gt=0, lt=0.1)
-    """The least distance from 0 and 1 of a coordinate that is refined: 1e-3 (DINO) or 1e-5 (RT-DETR)."""
-    distribution: DistributionConfig = DistributionConfig()
-
-    @model_validator(mode="after")
-    def _options_of_the_kind(self) -> "DecoderConfig":
-        plain: dict[str, Any] = {"position_layers": 2, "position_activation": "relu"}
-        if self.positions != "plain" or self.kind == "conditional":
-            for option, value in plain.items():
-                if getattr(self, option) != value:
-                    raise ValueError(f"{option} is for positions 'plain'; otherwise leave it at {value!r}")
-        gated: dict[str, Any] = {"activation": "relu", "norm": "layer", "gate": True}
-        if self.kind != "distribution":
-            for option, value in gated.items():
-                if getattr(self, option) != value:
-                    what = f"{option} is for kind 'distribution'; with {self.kind!r} leave it at {value!r}"
-                    raise ValueError(what)
-        return self
-
-
 class DetectorConfig(Config):
     """The whole network."""
 
@@ -359,8 +183,8 @@ class DetectorConfig(Config):
     @model_validator(mode="after")
     def _boxes_suit_the_decoder(self) -> "DetectorConfig":
         decoder = self.decoder
-        if decoder.kind == "conditional" and (decoder.boxes, decoder.refine) != ("logit", "each"):
-            raise ValueError("decoder.boxes and decoder.refine are for decoder.kind 'deformable'")
+        if decoder.kind == "conditional" and decoder.boxes != "logit":
+            raise ValueError("decoder.boxes is for decoder.kind 'deformable'")
         return self
 
     @model_validator(mode="after")
@@ -368,8 +192,31 @@ class DetectorConfig(Config):
         positions, kind = self.decoder.positions, self.decoder.kind
         if positions == "first" and kind != "deformable":
             raise ValueError(f"decoder.positions 'first' is for decoder.kind 'deformable', not {kind!r}")
+        if positions == "learned" and kind == "distribution":
+            raise ValueError("decoder.positions 'learned' is for decoder.kind 'deformable' and 'conditional'")
+        if self.decoder.first_samples == "cells" and kind != "deformable":
+            raise ValueError(f"decoder.first_samples 'cells' is for decoder.kind 'deformable', not {kind!r}")
         if self.queries.content == "box_only" and positions != "first":
             raise ValueError(f"queries.content 'box_only' needs decoder.positions 'first', found {positions!r}")
+        return self
+
+    @model_validator(mode="after")
+    def _learned_places(self) -> "DetectorConfig":
+        queries, found = self.queries, self.decoder.positions
+        if (queries.places == "learned") != (found == "learned"):
+            what = f"found {queries.places!r} and {found!r}, expected both 'learned' or none"
+            raise ValueError(f"queries.places and decoder.positions belong together: {what}")
+        if queries.places == "learned":
+            wanted = {"layout": ("places",), "content": ("learned_only", "none"), "start": ("proposal",)}
+            for option, values in wanted.items():
+                if getattr(queries, option) not in values:
+                    what = f"queries.places 'learned' needs queries.{option} {' or '.join(map(repr, values))}"
+                    raise ValueError(f"{what}, found {getattr(queries, option)!r}")
+            if self.denoising.number:
+                what = f"queries.places 'learned' needs denoising.number 0, found {self.denoising.number}"
+                raise ValueError(f"{what}: noised boxes have no learned position")
+        elif queries.content == "none" or queries.point_layers != 1:
+            raise ValueError("queries.content 'none' and queries.point_layers are for queries.places 'learned'")
         return self
 
     @model_validator(mode="after")

@@ -39,7 +39,7 @@ class DecoderLayer(nn.Module):
         self,
         content: Float[Tensor, "b q d"],
         position: Float[Tensor, "b q d"],
-        reference: Float[Tensor, "b q l 4"],
+        reference: Float[Tensor, "b q l xywh"],
         allowed: Bool[Tensor, "b q q"],
         memory: Memory,
     ) -> Float[Tensor, "b q d"]:
@@ -127,7 +127,7 @@ class Decoder(LayeredDecoder):
     """Deformable decoder layers with iterative box refinement.
 
     With `positions: first` one layer makes of a query's first box its position, for all layers, and a part of its
-    content (Deformable DETR).
+    content (Deformable DETR). With `positions: learned` queries bring their positions.
     """
 
     layer_type: type[nn.Module] = DecoderLayer
@@ -144,9 +144,11 @@ class Decoder(LayeredDecoder):
         super().__init__(width, text_width, config, prior, similarity or SimilarityConfig())
         self.padded_positions = config.padded_positions
         self.plain = config.positions == "plain"
-        self.keeps = config.positions == "first"
-        if self.keeps:
-            self.position: nn.Module = nn.Sequential(nn.Linear(2 * width, 2 * width), nn.LayerNorm(2 * width))
+        self.keeps, self.cells = config.positions == "first", config.first_samples == "cells"
+        if config.positions == "learned":
+            self.position: nn.Module = nn.Identity()
+        elif self.keeps:
+            self.position = nn.Sequential(nn.Linear(2 * width, 2 * width), nn.LayerNorm(2 * width))
         else:
             self.position = _position_head(width, config) if self.plain else MLP((2 * width, width, width))
         self.layers = nn.ModuleList(self.layer_type(width, levels, config) for _ in range(config.layers))
@@ -158,6 +160,8 @@ class Decoder(LayeredDecoder):
         features, reported = [], []
         for number, layer in enumerate(self.layers):
             position, reference = self.placed(boxes, memory, kept)
+            if self.cells and not (number and self.refines):
+                reference = reference[..., :2]
             content = layer(content, position, reference, allowed, memory)
             feature, found, boxes = self.refined(number, content, boxes)
             features.append(feature)
@@ -183,7 +187,7 @@ class Decoder(LayeredDecoder):
     def _first(self, queries: Queries, memory: Memory) -> tuple[Float[Tensor, "b q d"], Float[Tensor, "b q d"] | None]:
         """The queries' content before the first layer, and the positions of their first boxes if they keep them."""
         if not self.keeps:
-            return queries.content, None
+            return queries.content, queries.position
         position, content = self.placed(queries.reference_boxes, memory)[0].chunk(2, dim=-1)
         return queries.content + content, position
 
@@ -228,7 +232,8 @@ class ConditionalDecoder(LayeredDecoder):
     """Layers with iterative box refinement, whose queries attend near their boxes (DAB-DETR, Liu et al., 2022).
 
     Attention compares the encoded centre of a query's box with the encoded place of every token. Along each axis
-    attention falls off more sharply if the box is small relative to a size that is predicted from the content.
+    attention falls off more sharply if the box is small relative to a size that is predicted from the content, unless
+    `extents` is off (Conditional DETR).
     """
 
     def __init__(
@@ -240,9 +245,10 @@ class ConditionalDecoder(LayeredDecoder):
         similarity: SimilarityConfig | None = None,
     ) -> None:
         super().__init__(width, text_width, config, prior, similarity or SimilarityConfig())
-        self.position = MLP((2 * width, width, width))
+        self.learned = config.positions == "learned"
+        self.position: nn.Module = nn.Identity() if self.learned else MLP((2 * width, width, width))
         self.scale = _scale(width) if config.layers > 1 else None
-        self.extent = MLP((width, width, 2))
+        self.extent = MLP((width, width, 2)) if config.extents else None
         self.layers = nn.ModuleList(ConditionalDecoderLayer(width, config, n == 0) for n in range(config.layers))
 
     def forward(self, queries: Queries, memory: Memory) -> Decoded:
@@ -256,14 +262,19 @@ class ConditionalDecoder(LayeredDecoder):
             place = encoded[..., : self.width] * self._sharpness(content, boxes)
             if index and self.scale is not None:
                 place = place * self.scale(content)
-            content = layer(content, self.position(encoded), place, allowed, memory, places)
+            position = queries.position if self.learned else self.position(encoded)
+            content = layer(content, position, place, allowed, memory, places)
             feature, found, boxes = self.refined(index, content, boxes)
             features.append(feature)
             reported.append(found)
         return Decoded(features=torch.stack(features), boxes=torch.stack(reported))
 
-    def _sharpness(self, content: Float[Tensor, "b q d"], boxes: Float[Tensor, "b q 4"]) -> Float[Tensor, "b q d"]:
-        """Factors of the encoded centre: predicted size / box size, first for y and then for x."""
+    def _sharpness(
+        self, content: Float[Tensor, "b q d"], boxes: Float[Tensor, "b q 4"]
+    ) -> Float[Tensor, "b q d"] | float:
+        """Factors of the encoded centre: predicted size / box size, first for y and then for x; 1 without extents."""
+        if self.extent is None:
+            return 1.0
         predicted = self.extent(content).sigmoid()
         ratio: Tensor = predicted / boxes[..., 2:].clamp(min=_SMALLEST_SIDE)
         return ratio.flip(-1).repeat_interleave(self.width // 2, dim=-1)

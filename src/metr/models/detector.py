@@ -19,6 +19,7 @@ from metr.models.denoising import Denoising
 from metr.models.distribution_decoder import DistributionDecoder
 from metr.models.encoders import build_encoder
 from metr.models.heads import similarity_tokens
+from metr.models.learned_places import LearnedPlaces, every_pair
 from metr.models.proposals import ClassQueries, ProposalHead, side_by_side
 from metr.structures import (
     Categories,
@@ -52,10 +53,12 @@ class Detector(nn.Module):
         self.backbone = build_backbone(config.backbone)
         self.encoder = build_encoder(self.backbone.channels, width, config.encoder)
         self.category_extraction = CategoryExtraction(text_width, width, config.categories)
-        self.proposals = ProposalHead(
-            width, config.queries, _OBJECT_PRIOR, text_width, config.similarity, config.decoder.boxes
-        )
-        self.class_queries = ClassQueries(width, config.queries)
+        self.learned_places = LearnedPlaces(width, config.queries) if config.queries.places == "learned" else None
+        if self.learned_places is None:
+            self.proposals = ProposalHead(
+                width, config.queries, _OBJECT_PRIOR, text_width, config.similarity, config.decoder.boxes
+            )
+            self.class_queries = ClassQueries(width, config.queries)
         self.denoising = Denoising(width, config.denoising) if config.denoising.number else None
         self.decoder = _build_decoder(config, self.encoder.levels, text_width)
 
@@ -94,14 +97,18 @@ class Detector(nn.Module):
         """Runs the network after its encoder for one vocabulary. Arguments are those of `forward`."""
         categories = self.category_extraction(memory, text, targets)
         categories = select_categories(categories, self.config, targets, limits)
-        proposals, places = self.proposals(memory, categories, limits)
-        queries = self.class_queries(proposals, places, categories)
+        if self.learned_places is not None:
+            proposals, queries = None, self.learned_places(categories)
+            slot, valid = every_pair(categories, queries.slot.shape[1])
+        else:
+            proposals, places = self.proposals(memory, categories, limits)
+            queries, slot, valid = self.class_queries(proposals, places, categories), proposals.slot, proposals.valid
         logits, boxes, denoising = self._decode(queries, memory, categories, targets)
         return DetectorOutput(
             logits=logits,
             boxes=boxes,
-            slot=proposals.slot,
-            valid=proposals.valid,
+            slot=slot,
+            valid=valid,
             categories=categories,
             proposals=proposals,
             denoising=denoising,

@@ -146,6 +146,7 @@ class Target:
         other_encoders: Further encoder kinds of METR whose weights fit.
         decoder: METR's decoder kind whose weights fit.
         similar_decoders: METR's decoder kinds of which some weights fit.
+        learned_places: It also has a form whose queries are METR's learned places.
         backbone: The prefix of its backbone's keys.
         processor: Its image processor's class, without the suffix of a backend.
         configure: Its configuration.
@@ -167,6 +168,7 @@ class Target:
     other_encoders: tuple[str, ...] = ()
     decoder: str = "deformable"
     similar_decoders: tuple[str, ...] = ()
+    learned_places: bool = False
     backbone: str = "model.backbone.model."
     processor: str
     configure: Callable[[BuildSpec], Any]
@@ -183,7 +185,8 @@ class Target:
     def fits(self, config: DetectorConfig) -> bool:
         """Whether more than the backbone of such a METR has a place here."""
         encoders, decoders = (self.encoder, *self.other_encoders), (self.decoder, *self.similar_decoders)
-        return config.encoder.kind in encoders and config.decoder.kind in decoders
+        placed = self.learned_places or config.queries.places == "proposed"
+        return placed and config.encoder.kind in encoders and config.decoder.kind in decoders
 
     def resizes_otherwise(self, resize: ResizeConfig, pad_to: int = 1) -> tuple[str, ...]:
         """What its image processor does to an image's shape that METR does not, in sentences.
@@ -281,9 +284,11 @@ def around(
         "points": max(level_points(config)),
         "feed_forward": config.decoder_ffn_dim,
     }
+    learned = (queries or {}).get("places") == "learned"
     return DetectorConfig(
         width=config.d_model,
         backbone=backbone,
+        denoising=base.denoising.model_copy(update={"number": 0}) if learned else base.denoising,
         encoder=encoder,
         decoder=DecoderConfig.model_validate(sizes | dict(decoder or {})),
         categories=categories,

@@ -1,6 +1,10 @@
-"""Conditional DETR: METR's `plain` family has its layers; it moves points instead of boxes, and only at the end."""
+"""Conditional DETR: METR's `plain` family has its layers; it moves points instead of boxes, and only at the end.
+
+A METR with learned places is one.
+"""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -8,21 +12,25 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import ConditionalDetrConfig
 
-from metr.conversion.activation_statistics import of_head
-from metr.conversion.classifier import Linear
-from metr.conversion.table import Row
+from metr.conversion.activation_statistics import of_head, of_normed_head
+from metr.conversion.classifier import Linear, normed_classifier
+from metr.conversion.table import Row, State
 from metr.conversion.targets.base import (
+    ADOPTED_QUERIES,
     FOLDED,
+    Adopted,
     BuildSpec,
     Context,
     Derived,
     KeyTable,
     Target,
+    equal_presence,
     feed_forward,
     given_layer,
     joined,
     linear,
     mlp,
+    need_options,
 )
 from metr.conversion.targets.single_scale import (
     ASK_FOR_ALL,
@@ -35,12 +43,22 @@ from metr.conversion.targets.single_scale import (
     spread_logits,
     with_backbone,
 )
+from metr.models.config import (
+    BackboneConfig,
+    DecoderConfig,
+    DetectorConfig,
+    EncoderConfig,
+    QueryConfig,
+    SimilarityConfig,
+)
 
 _DIFFERENCES = (
     "queries start from learnt points, the same for every image; METR's from places that it proposes for a category",
     ASK_FOR_ALL,
     "where a query looks follows neither its box's size nor what earlier layers found; METR's follows both",
 )
+# the least distance from 0 and 1 of a point's numbers from which boxes start
+_MARGIN = 1e-5
 # how large points' logits are written into queries
 _FAINT = 0.1
 _LAYER = {
@@ -74,6 +92,20 @@ _TABLE = KeyTable(
         (Row("bbox_predictor.layers.2.weight", "decoder.box.change.4.weight"),),
     ),
 )
+# of a METR with learned places, whose boxes start as Conditional DETR's
+_LEARNED = replace(
+    _TABLE,
+    heads=joined(
+        mlp("bbox_predictor", "decoder.box.change", 3),
+        mlp("model.decoder.ref_point_head", "learned_places.point", 2),
+        (Row("model.query_position_embeddings.weight", "learned_places.position.weight"),),
+    ),
+)
+
+
+def _table(config: Any, metr: DetectorConfig) -> KeyTable:
+    """Its table for such a METR."""
+    return with_backbone(_LEARNED if metr.queries.places == "learned" else _TABLE)(config, metr)
 
 
 def _configure(spec: BuildSpec) -> Any:
@@ -83,7 +115,10 @@ def _configure(spec: BuildSpec) -> Any:
 
 @torch.no_grad()
 def _derive(context: Context) -> Mapping[str, Derived]:
-    """The classifier, the learnt queries, the points that they stand for, and the size from which boxes start."""
+    """The classifier; unless METR has them, the learnt queries, their points, and the size from which boxes start."""
+    if context.network.learned_places is not None:
+        names = normed_classifier(context.network, context.text, context.tokens)
+        return given_layer("class_labels_classifier", names, FOLDED, of_normed_head(context.network))
     start = spread_logits(context.config.num_queries)
     queries, first, last = _queries_and_points(query_positions(context), start[:, :2])
     bias = context.network.decoder.box.change.last.bias
@@ -118,6 +153,58 @@ def _queries_and_points(
     return queries, first, Linear(weight=read, bias=-read @ (mean + raise_by))
 
 
+def _differences(config: DetectorConfig) -> tuple[str, ...]:
+    """What Conditional DETR computes otherwise."""
+    if config.queries.places == "proposed":
+        return _DIFFERENCES
+    wanted = {"queries.content": "none", "queries.point_layers": 2, "decoder.extents": False, "decoder.refine": "none"}
+    found = config.model_dump()
+    parts = ((key, value, found[key.split(".")[0]][key.split(".")[1]]) for key, value in wanted.items())
+    return tuple(f"it has {key} {value!r}; this METR has {own!r}" for key, value, own in parts if own != value)
+
+
+def _adopt(config: Any, backbone: BackboneConfig, _: State) -> Adopted:
+    """A METR with learned places that computes all that it does.
+
+    Raises:
+        ModelError: an option is set for which METR has no counterpart.
+    """
+    # with auxiliary losses transformers' layers normalise what they pass on
+    need_options(config, {"position_embedding_type": "sine", "activation_function": "relu", "auxiliary_loss": False})
+    base, heads = DetectorConfig(), config.decoder_attention_heads
+    ours = DetectorConfig(
+        width=config.d_model,
+        backbone=backbone,
+        encoder=EncoderConfig(
+            kind="plain",
+            layers=config.encoder_layers,
+            heads=config.encoder_attention_heads,
+            feed_forward=config.encoder_ffn_dim,
+        ),
+        decoder=DecoderConfig(
+            kind="conditional",
+            layers=config.decoder_layers,
+            heads=heads,
+            feed_forward=config.decoder_ffn_dim,
+            positions="learned",
+            extents=False,
+            refine="none",
+            box_margin=_MARGIN,
+        ),
+        categories=base.categories.model_copy(update={"heads": heads}),
+        queries=QueryConfig.model_validate(
+            ADOPTED_QUERIES | {"places": "learned", "content": "none", "point_layers": 2, "number": config.num_queries}
+        ),
+        similarity=SimilarityConfig(form="classifier"),
+        denoising=base.denoising.model_copy(update={"number": 0}),
+    )
+    return Adopted(
+        config=ours,
+        derived=equal_presence(config.d_model),
+        class_heads={"decoder.similarity": "class_labels_classifier"},
+    )
+
+
 TARGET = Target(
     name="conditional_detr",
     title="Conditional DETR",
@@ -125,8 +212,10 @@ TARGET = Target(
     decoder="conditional",
     processor="ConditionalDetrImageProcessor",
     configure=_configure,
-    table=with_backbone(_TABLE),
+    table=_table,
     derive=_derive,
-    differences=lambda _: _DIFFERENCES,
+    differences=_differences,
+    adopt=_adopt,
+    learned_places=True,
     single_map=True,
 )

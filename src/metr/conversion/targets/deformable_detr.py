@@ -1,4 +1,4 @@
-"""Deformable DETR (Zhu et al., 2021): two stages, with iterative refinement of boxes."""
+"""Deformable DETR (Zhu et al., 2021): of two stages, or of one stage with or without refinement of boxes."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -38,6 +38,7 @@ from metr.errors import ModelError
 from metr.models.config import BackboneConfig, DetectorConfig, EncoderConfig, SimilarityConfig
 
 _PLACES, _SWAPPED = "proposals.classifier", "x before y"
+_QUERIES, _HALVES = "model.query_position_embeddings.weight", ("position", "content")
 # the least distance from 0 and 1 of a box's numbers that it refines
 _MARGIN = 1e-5
 # the channels of each of its group norms must be a whole number
@@ -45,7 +46,7 @@ _GROUPS = 32
 
 
 def configure(spec: BuildSpec) -> Any:
-    """A DeformableDetrConfig of two stages.
+    """A DeformableDetrConfig of two stages, or of one stage where METR's places are learned.
 
     Raises:
         ModelError: the width does not divide into its groups.
@@ -57,6 +58,7 @@ def configure(spec: BuildSpec) -> Any:
         what = f"needs a width that {_GROUPS} divides, found {config.width}"
         raise ModelError(what, where="model.width", hint="transfer from a METR of another width")
     labels: dict[str, Any] = spec.labels
+    two_stages = config.queries.places == "proposed" or not spec.fits
     return DeformableDetrConfig(
         backbone_config=spec.backbone,
         d_model=config.width,
@@ -69,8 +71,8 @@ def configure(spec: BuildSpec) -> Any:
         decoder_ffn_dim=config.decoder.feed_forward,
         decoder_attention_heads=config.decoder.heads,
         decoder_n_points=config.decoder.points,
-        two_stage=True,
-        with_box_refine=True,
+        two_stage=two_stages,
+        with_box_refine=two_stages or config.decoder.refine == "each",
         num_queries=config.queries.number,
         two_stage_num_proposals=config.queries.number,
         auxiliary_loss=True,
@@ -85,7 +87,7 @@ def table(config: Any, metr: DetectorConfig) -> KeyTable:
     encoder, decoder = "model.encoder.layers.{i}", "model.decoder.layers.{i}"
     ours, last = "decoder.layers.{i}", config.decoder_layers - 1
     heads, copies = box_heads("bbox_embed", config.decoder_layers, metr)
-    proposals: tuple[Row, ...] = ()
+    proposals = linear("model", "learned_places", {"reference_points": "point.0"})
     if config.two_stage:
         proposals = joined(
             linear("model", "proposals", {"enc_output": "feature", "enc_output_norm": "norm"}),
@@ -109,7 +111,7 @@ def table(config: Any, metr: DetectorConfig) -> KeyTable:
             deformable_attention(f"{decoder}.encoder_attn", f"{ours}.cross"),
             feed_forward(decoder, f"{ours}.feed_forward"),
         ),
-        heads=joined(proposals, heads if config.with_box_refine else ()),
+        heads=joined(proposals, heads),
         copies=copies,
     )
 
@@ -118,8 +120,14 @@ def derive(context: Context) -> Mapping[str, Derived]:
     """The classification heads, and what queries start from.
 
     Places are chosen by the first label's score, whatever the label, and transformers never trains that score: it
-    becomes the mean of all names'.
+    becomes the mean of all names'. With one stage there are none, and queries are METR's.
     """
+    learned = context.network.learned_places
+    if learned is not None and learned.content is not None:
+        halves = [learned.position.weight.detach(), learned.content.weight.detach()]
+        source = tuple(f"learned_places.{half}.weight" for half in _HALVES)
+        queries = {_QUERIES: Derived(tensor=torch.cat(halves, dim=1), how="side by side", source=source)}
+        return layer_heads(context, "class_embed") | queries
     places = place_classifier(context.network, context.text, context.tokens)
     places.weight[0], places.bias[0] = places.weight.mean(0), places.bias.mean(0)
     key = f"class_embed.{context.config.decoder_layers}"
@@ -182,7 +190,9 @@ def _x_before_y(weight: Float[Tensor, "o c"]) -> Float[Tensor, "o c"]:
 def differences(config: DetectorConfig) -> tuple[str, ...]:
     """What Deformable DETR computes otherwise."""
     said = []
-    if config.decoder.positions != "first":
+    if config.queries.places == "learned" and config.decoder.first_samples != "cells":
+        said.append("the first layer samples by cells around points; this METR's by sides of boxes")
+    if config.decoder.positions not in ("first", "learned"):
         said.append("a query keeps the position of its first box; METR's follows the box from layer to layer")
     if config.encoder.positions != "centred":
         said.append(f"the encoder's positions are those of cells' centres; this METR's are {config.encoder.positions}")
@@ -192,9 +202,7 @@ def differences(config: DetectorConfig) -> tuple[str, ...]:
 
 
 def adopt(config: Any, backbone: BackboneConfig, state: State) -> Adopted:
-    """A METR with Deformable DETR's positions; of two stages one that computes all that it does.
-
-    With one stage queries are learned points, which METR's cannot be: backbone, encoder and layers move.
+    """A METR that computes all that it does: with proposals for two stages, with learned places for one.
 
     Raises:
         ModelError: an option is set for which METR has no counterpart.
@@ -203,11 +211,19 @@ def adopt(config: Any, backbone: BackboneConfig, state: State) -> Adopted:
     encoder = EncoderConfig(
         kind="deformable", positions="centred", points=config.encoder_n_points, **encoder_values(config)
     )
-    if not config.two_stage:
-        return Adopted(config=around(encoder, config, backbone))
-    decoder = {"positions": "first", "predictors": "layer", "box_margin": _MARGIN}
-    queries = ADOPTED_QUERIES | {"content": "box_only", "number": config.two_stage_num_proposals}
     layers = {f"decoder.similarity.{n}": f"class_embed.{n}" for n in range(config.decoder_layers)}
+    decoder = {"predictors": "layer", "box_margin": _MARGIN}
+    if not config.two_stage:
+        refine = "each" if config.with_box_refine else "none"
+        decoder |= {"positions": "learned", "first_samples": "cells", "refine": refine}
+        queries = ADOPTED_QUERIES | {"content": "learned_only", "places": "learned"}
+        return Adopted(
+            config=around(encoder, config, backbone, decoder, queries, SimilarityConfig(form="classifier")),
+            derived=_learned(state) | equal_presence(config.d_model),
+            class_heads=layers,
+        )
+    decoder |= {"positions": "first"}
+    queries = ADOPTED_QUERIES | {"content": "box_only", "number": config.two_stage_num_proposals}
     return Adopted(
         config=around(encoder, config, backbone, decoder, queries, SimilarityConfig(form="classifier")),
         derived=_positions(state) | equal_presence(config.d_model),
@@ -215,6 +231,15 @@ def adopt(config: Any, backbone: BackboneConfig, state: State) -> Adopted:
         # places are chosen by the first label's score, whatever the label
         first_label=frozenset({_PLACES}),
     )
+
+
+def _learned(state: State) -> dict[str, Derived]:
+    """Positions and contents of the queries of one stage, which stand side by side."""
+    parts = zip(_HALVES, state[_QUERIES].chunk(2, dim=1), strict=True)
+    return {
+        f"learned_places.{half}.weight": Derived(tensor=part.contiguous(), how="unstacked", source=(_QUERIES,))
+        for half, part in parts
+    }
 
 
 def _positions(state: State) -> dict[str, Derived]:
@@ -231,6 +256,7 @@ TARGET = Target(
     name="deformable_detr",
     title="Deformable DETR",
     encoder="deformable",
+    learned_places=True,
     processor="DeformableDetrImageProcessor",
     configure=configure,
     table=table,

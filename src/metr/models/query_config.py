@@ -1,0 +1,115 @@
+"""Configuration from memory to queries: categories, queries, how both are compared, denoising."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from metr.config import Config
+
+
+class CategoryConfig(Config):
+    """Category extraction, and how many categories get a slot."""
+
+    blocks: int = Field(2, ge=1, le=100)
+    """Cross-attention blocks."""
+    heads: int = Field(8, ge=1, le=256)
+    feed_forward: int = Field(1024, ge=1, le=65_536)
+    self_attention: bool = False
+    """Categories attend to each other. Without it the prediction for a category does not depend on the other names."""
+    kept: int = Field(20, ge=1, le=10_000)
+    """K, category slots an image. With `queries.layout: places`, in training only: when detecting, every category that
+    reaches the threshold has one."""
+    threshold: float = Field(0.0, ge=0, lt=1)
+    """Smallest presence probability with which a category gets a slot when detecting. Categories below it leave their
+    queries to the others and do not affect them otherwise."""
+    negative_slots: int = Field(0, ge=0, le=10_000)
+    """Largest number of slots an image, in training, for categories that are assumed to be absent."""
+    shortlist: int = Field(0, ge=0)
+    """Largest number of names an image that category extraction looks at, chosen by a few dot products a name. 0 builds
+    no shortlist: category extraction looks at all names."""
+    whitening: float = Field(0.0, ge=0)
+    """Ridge, in units of the mean variance, of the whitening that initialises the text projection. Whitening separates
+    names that the language model embeds almost alike. 0 initialises at random."""
+    prior: float = Field(0.02, gt=0, lt=1)
+    """The presence probability that the untrained network predicts."""
+
+
+class QueryConfig(Config):
+    """Class-specific queries: how many, and how they are divided among the categories that have a slot."""
+
+    layout: Literal["budget", "uniform", "shared", "places"] = "uniform"
+    """`uniform`: every category has the same number of queries, at its own best places. `budget`: the number depends on
+    how likely the pairs of category and place are. `shared`: all categories have the same places (the authors' way).
+    `places`: the same, and what the decoder finds at a place is compared with every category, so that more categories
+    cost a dot product each; queries contain no category then (`content`)."""
+    places: Literal["proposed", "learned"] = "proposed"
+    """Where queries start. `proposed`: where the encoder's memory promises objects. `learned`: at points that are
+    learned, the same for every image, without proposals and their losses (Deformable DETR of one stage, Conditional
+    DETR; with `layout: places`, `content: learned_only` or `none`, `decoder.positions: learned` and no denoising)."""
+    point_layers: Literal[1, 2] = 1
+    """Linear layers from a learned position to its point: 1 (Deformable DETR) or 2 (Conditional DETR; `places:
+    learned`)."""
+    number: int = Field(300, ge=1, le=100_000)
+    """Q, queries an image, whatever the vocabulary. With `places`, a query stands for one place."""
+    floor: int = Field(5, ge=0)
+    """Smallest number of queries of a category (`budget`)."""
+    ceiling: int = Field(100, ge=1, le=100_000)
+    """Largest number of queries of a category."""
+    attention: Literal["group", "image"] = "group"
+    """A query attends to the queries of its category, or to all queries of its image."""
+    content: Literal["learned", "place", "place_only", "learned_only", "box_only", "none"] = "learned"
+    """`learned`: a learned query and the category's token. `place`: the same and the feature of the query's place.
+    `place_only`, `learned_only`: that feature, or the learned query, without the category's token. `box_only`: only
+    what the decoder adds for the query's box (`decoder.positions: first`). `none`: zeros (`places: learned`)."""
+    start: Literal["proposal", "shifted"] = "proposal"
+    """The box that a query starts from: its proposal's, or that moved by a learned shift of its rank (LW-DETR)."""
+
+
+class SimilarityConfig(Config):
+    """How places and queries are compared with their categories; the result is one logit each."""
+
+    form: Literal["product", "classifier"] = "product"
+    """`product`: the dot product of feature and token, both after a network of their own. `classifier`: a linear
+    classifier of the feature, whose weight and bias are linear in the category's text embedding; so are the
+    classifiers of other detectors taken over. `token`, `factor` and `objectness` are for `product`."""
+    token: Literal["refined", "text"] = "refined"
+    """Compare with the category's token as refined by the image (the authors' way), or with its projected text,
+    which keeps the categories of one image further apart."""
+    factor: float = Field(1.0, gt=0)
+    """Factor of the dot product / sqrt(width). The larger it is, the sooner similar categories are separated."""
+    objectness: bool = False
+    """Adds a logit for "is there an object of any category?", predicted from the feature alone. Dot products then only
+    have to separate categories."""
+
+    @model_validator(mode="after")
+    def _options_of_the_form(self) -> "SimilarityConfig":
+        if self.form == "classifier":
+            plain = {"token": "refined", "factor": 1.0, "objectness": False}
+            for option, value in plain.items():
+                if getattr(self, option) != value:
+                    raise ValueError(f"{option} is for form 'product'; with 'classifier' leave it at {value!r}")
+        return self
+
+
+class DenoisingConfig(Config):
+    """Contrastive and category-flipped denoising, in training only."""
+
+    number: int = Field(100, ge=0, le=10_000)
+    """Largest number of denoising queries an image; 0 switches denoising off."""
+    groups: int = Field(5, ge=1, le=1_000)
+    """Largest number of noised versions of one object."""
+    box_noise: float = Field(1.0, gt=0)
+    """Largest shift of a corner of a positive, in half sizes of its box."""
+    flips: bool = True
+    """Adds copies with the right box and another annotated category, for which the query should say "no"."""
+
+    @property
+    def kinds(self) -> int:
+        """Copies of an object in one version: moved, moved too far and, with `flips`, under another category."""
+        return 3 if self.flips else 2
+
+    @model_validator(mode="after")
+    def _holds_an_object(self) -> "DenoisingConfig":
+        if 0 < self.number < self.kinds:
+            raise ValueError(f"number {self.number} holds no object: expected 0, or at least {self.kinds}")
+        return self
