@@ -23,7 +23,7 @@ _LEAST_LETTERS = 2
 _LEAST_FOR_SLIPS = 6
 _NEAREST = 2
 # Below this similarity the nearest trained name is something else.
-_FAR = 0.5
+_FAR = 0.6
 _TOLD = 5
 
 PromptChoice = Literal["trained", "given"]
