@@ -120,8 +120,11 @@ def evaluate_in_detail(
     console, config = main_console(console), config or EvaluationConfig()
     given = [data] if isinstance(data, str | Path) else data
     joint = open_joint([str(one) for one in given], together=split == ALL)
-    for one in () if allow_empty else joint.sources:
-        check_usable(one, split or one.evaluation_split()[0])
+    for one in joint.sources:
+        name = split or one.evaluation_split()[0]
+        if not allow_empty:
+            check_usable(one, name)
+        one.split(name)  # is told before the detector is loaded
     log_issues(joint.sources)
     _tell_held_out(joint.sources if split is None else ())
     device = joined_device(device_of(source.network) if isinstance(source, METR) else device)
