@@ -157,7 +157,7 @@ def test_cells_of_a_video_keep_their_numbers(tmp_path: Path, metr: CommandLine) 
 MEMORY = """
 import resource, sys
 from pathlib import Path
-sys.path.insert(0, sys.argv[3])
+sys.path[:0] = sys.argv[3:]
 from test_video import FindsBright, detect_video
 peaks = []
 for frames in (500, 5000):
@@ -173,7 +173,9 @@ def test_five_thousand_frames_take_no_more_memory_than_five_hundred(tmp_path: Pa
     # back and forth, so that it is one object
     steps = [step % 80 if step % 80 < 40 else 80 - step % 80 for step in range(5000)]
     source = write_video(tmp_path / "lamp.mp4", [lamp(min(step, 39)) for step in steps])
-    command = [sys.executable, "-c", MEMORY, str(source), str(tmp_path / "out"), str(Path(__file__).parent)]
+    command = [sys.executable, "-c", MEMORY, str(source), str(tmp_path / "out")]
+    here = Path(__file__).parent
+    command += [str(here), str(here.parent)]
     ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
     assert ran.returncode == 0, ran.stderr
     few, many = map(int, ran.stdout.split())
