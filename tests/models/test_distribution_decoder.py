@@ -109,7 +109,7 @@ def test_another_image_of_the_batch_and_padding_change_nothing() -> None:
     for image in range(2):
         one = slice(image, image + 1)
         alone = decoder(
-            Queries(**{name: part[one] for name, part in vars(queries).items()}),
+            Queries(**{name: part[one] for name, part in vars(queries).items() if part is not None}),
             Memory(
                 tokens=memory.tokens[one].masked_fill(memory.padding_mask[one].unsqueeze(-1), 7.0),
                 padding_mask=memory.padding_mask[one],

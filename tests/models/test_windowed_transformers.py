@@ -116,7 +116,6 @@ def test_layers_that_there_are_not() -> None:
         ({"encoder": {"scales": [0.5, 2.0]}}, "some of 2, 1 and 0.5 in this order"),
         ({"encoder": {"scales": [3.0]}}, "some of 2, 1 and 0.5 in this order"),
         ({"decoder": {"cross_heads": 7}}, "not divisible by 7 heads"),
-        ({"encoder": {"kind": "plain"}, "decoder": {"kind": "conditional", "refine": "none"}}, "'deformable'"),
         ({"encoder": {"kind": "plain"}, "decoder": {"kind": "conditional", "boxes": "reparametrised"}}, "'deformable'"),
     ],
 )
