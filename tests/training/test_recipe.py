@@ -55,11 +55,20 @@ NARROW = {
     "augmentation.crop_aspect": 2.0,
     "model.backbone.adapter": 16,
     "model.decoder.position_layers": 3,
+    "model.queries.point_layers": 2,
 }
 # numbers that mean something only beside other settings
 COMPANY = {
     "model.backbone.adapter": ["model.backbone.layers=[2,4,6]", "model.backbone.adapter=8"],
     "model.decoder.position_layers": ["model.decoder.positions=plain"],
+    "model.queries.point_layers": [
+        "model.queries.places=learned",
+        "model.queries.layout=places",
+        "model.queries.content=none",
+        "model.queries.attention=image",
+        "model.decoder.positions=learned",
+        "model.denoising.number=0",
+    ],
 }
 FOLLOWING = (
     "train.schedule.warmup_steps",
