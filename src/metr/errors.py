@@ -1,7 +1,9 @@
 """Errors for people: what was expected, what was found, where, and what to try."""
 
+import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 
 # words that a hint lists when none is near
@@ -103,3 +105,15 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
         return "did you mean " + " or ".join(repr(name) for name in near) + "?"
     more = f" and {len(known) - _LISTED} more" if len(known) > _LISTED else ""
     return "one of " + ", ".join(repr(name) for name in known[:_LISTED]) + more
+
+
+@contextmanager
+def quiet_log(name: str, level: int = logging.ERROR) -> Iterator[None]:
+    """Hides what a logger says below a level, where it was said before or is about to be."""
+    logger = logging.getLogger(name)
+    before = logger.level
+    logger.setLevel(level)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)

@@ -1,8 +1,7 @@
 """`metr inspect`: what is in these datasets, and the label assistant."""
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from metr.cli.verbs import Data, check_data
-from metr.errors import ConfigError, DataError, MetrError, counted, did_you_mean
+from metr.errors import ConfigError, DataError, MetrError, counted, did_you_mean, quiet_log
 
 if TYPE_CHECKING:  # what the verb needs is imported when it runs, so that help comes at once
     from metr.data.datasets_file import DatasetConfig, DatasetSource
@@ -133,7 +132,7 @@ def _opened(data: Sequence[str], console: Console) -> "tuple[list[DatasetSource]
         except MetrError as error:
             failures.append(error)
     check_names(specs)
-    with _without_hints_to_this_verb():
+    with quiet_log("metr.data.datasets_file", logging.WARNING):
         for spec in specs:
             with console.status(f"reading {escape(spec.name)}"):
                 try:
@@ -155,18 +154,6 @@ def _unread(failures: Sequence[MetrError], sources: "Sequence[DatasetSource]") -
         return DataError(f"{told}: {failures[0].where}: {failures[0].what}", hint=failures[0].hint)
     lines = "".join(f"\n  {error.where}: {' '.join(error.what.split())}" for error in failures)
     return DataError(f"{told}:{lines}", hint="inspect one of them alone, to read what may help")
-
-
-@contextmanager
-def _without_hints_to_this_verb() -> Iterator[None]:
-    """Opening a dataset logs that `metr inspect` tells more of its issues, which is now about to happen."""
-    logger = logging.getLogger("metr.data.datasets_file")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _loaded(model: str, device: str) -> "METR":

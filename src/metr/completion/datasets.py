@@ -1,11 +1,10 @@
 """Writes completed datasets: a copy in the dataset's own format with boxes added, or COCO where that cannot be."""
 
-import contextlib
 import logging
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from metr.data.formats.registry import recognise
 from metr.data.formats.written import WrittenBox
 from metr.data.index.annotation_index import AnnotationIndex
 from metr.data.records import Annotations, ImageRecord, InMemoryAnnotations
-from metr.errors import DataError, MetrError
+from metr.errors import DataError, MetrError, quiet_log
 
 _logger = logging.getLogger(__name__)
 # How far, in pixels, a box may move by being written.
@@ -141,23 +140,11 @@ def _in_own_format(
     config = source.config.model_copy(update=changes)
     cache = building.with_name(f"{building.name}-cache")
     try:
-        with _quiet():
+        with quiet_log("metr.data"):  # it was said when the original was opened
             _check(source, added, open_dataset(config, cache))
     finally:
         shutil.rmtree(cache, ignore_errors=True)
     return config
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """What is said of a dataset that is opened was said when the original was."""
-    logger = logging.getLogger("metr.data")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _addition(source: DatasetSource, one: AddedBoxes, places: Mapping[str, str]) -> Addition:

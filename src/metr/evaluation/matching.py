@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float, Int
 
-from metr.boxes import xyxy_to_xywh
+from metr.boxes import pairwise_coverage, pairwise_iou, xywh_to_xyxy, xyxy_to_xywh
 from metr.evaluation.coco import MAX_DETECTIONS, CocoScorer
 from metr.inference.postprocess import ImageId
 from metr.structures import Detections
@@ -114,14 +115,9 @@ def cases(scorer: CocoScorer, detections: Mapping[ImageId, Detections], names: t
 
 def overlaps(case: Case) -> Float[np.ndarray, "n m"]:
     """IoU of each detection and each object; of a crowd, the share of the detection inside it."""
-    corner, size = case.boxes[:, None, :2], case.boxes[:, None, 2:]
-    low = np.maximum(corner, case.objects[None, :, :2])
-    high = np.minimum(corner + size, case.objects[None, :, :2] + case.objects[None, :, 2:])
-    shared = np.maximum(high - low, 0.0).prod(-1)
-    own = size.prod(-1)
-    whole = np.where(case.crowd[None], own, own + case.objects[None, :, 2:].prod(-1) - shared)
-    result: np.ndarray = shared / np.maximum(whole, 1e-12)
-    return result
+    boxes, objects = (xywh_to_xyxy(torch.from_numpy(one)) for one in (case.boxes, case.objects))
+    inside = pairwise_coverage(boxes, objects).numpy()
+    return np.where(case.crowd[None], inside, pairwise_iou(boxes, objects).numpy())
 
 
 def judge(case: Case) -> Verdict:

@@ -120,11 +120,11 @@ def evaluate_in_detail(
     console, config = main_console(console), config or EvaluationConfig()
     given = [data] if isinstance(data, str | Path) else data
     joint = open_joint([str(one) for one in given], together=split == ALL)
+    splits = {one.name: split or one.evaluation_split()[0] for one in joint.sources}
+    for one in () if allow_empty else joint.sources:
+        check_usable(one, splits[one.name])
     for one in joint.sources:
-        name = split or one.evaluation_split()[0]
-        if not allow_empty:
-            check_usable(one, name)
-        one.split(name)  # is told before the detector is loaded
+        one.split(splits[one.name])  # what is not there is told before the detector is loaded
     log_issues(joint.sources)
     _tell_held_out(joint.sources if split is None else ())
     device = joined_device(device_of(source.network) if isinstance(source, METR) else device)
@@ -135,7 +135,7 @@ def evaluate_in_detail(
     config = config.model_copy(update={"inference": model.inference(config.inference)})
     config = _with_default_names(config, model.checkpoint.detection.names)
     loader = LoaderConfig(batch_size=config.inference.batch_size, multiple=model.network.backbone.multiple)
-    text, sets = model.embed(vocabulary), joint.evaluation(split)
+    text, sets = model.embed(vocabulary), {one.name: one.split(splits[one.name]) for one in joint.sources}
     runner = EvaluationRunner(vocabulary, text, sets, model.resize, loader, config, model.vocabulary)
     unannotated = model.checkpoint.training.get("unannotated")
     told, observations = None if unannotated is None else str(unannotated), list[Observation]()

@@ -1,15 +1,13 @@
 """Models of OpenVINO, and their 8-bit versions."""
 
-import contextlib
-import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from metr.data.collate import stack_images
-from metr.errors import DataError, ModelError
+from metr.errors import DataError, ModelError, quiet_log
 from metr.export.graph import Interface, padded_names
 from metr.inference.predictor import Predictor
 
@@ -55,7 +53,7 @@ def quantize(path: Path, images: Sequence[Path], predictor: Predictor, interface
     prepared = [batch for image in steps if (batch := _prepared(image, predictor, interface)) is not None]
     if not prepared:
         raise DataError("no image here can be read", where="--int8", hint="images of the dataset, such as its folder")
-    with _quiet():
+    with quiet_log("nncf"):
         ignored = nncf.IgnoredScope(types=_UNQUANTIZED, validate=False)
         small = nncf.quantize(
             model, nncf.Dataset(prepared), subset_size=len(prepared), ignored_scope=ignored, fast_bias_correction=True
@@ -94,14 +92,3 @@ def _prepared(image: Path, predictor: Predictor, interface: Interface) -> dict[s
         least = [0.0] * len(predictor.names)
         given["text"], given["presence"] = padded_names(predictor.text.cpu(), least, interface.names)
     return {name: given[name].numpy() for name in interface.inputs}
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    logger = logging.getLogger("nncf")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

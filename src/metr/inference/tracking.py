@@ -4,10 +4,12 @@ from dataclasses import dataclass, field
 from typing import Annotated
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from scipy.optimize import linear_sum_assignment
 
+from metr.boxes import pairwise_iou
 from metr.config import Config
 from metr.structures import Detections
 
@@ -125,7 +127,7 @@ class Tracker:
         """Continues tracks with the chosen detections, begins others if these are confident; the tracks left over."""
         rows = np.flatnonzero(chosen)
         expected = np.array([track.box for track in tracks]).reshape(-1, 4)
-        overlaps = _ious(expected, boxes[rows])
+        overlaps = pairwise_iou(torch.from_numpy(expected), torch.from_numpy(boxes[rows])).numpy()
         overlaps[np.array([track.label for track in tracks], dtype=int)[:, None] != labels[rows][None]] = 0
         matched, taken = set[int](), set[int]()
         for at, column in zip(*linear_sum_assignment(overlaps, maximize=True), strict=True):
@@ -169,11 +171,3 @@ def _centred(box: Float[np.ndarray, "4"]) -> Float[np.ndarray, "4"]:
 
 def _side(box: Float[np.ndarray, "4"]) -> float:
     return max(1.0, float(box[2] - box[0] + box[3] - box[1]) / 2)
-
-
-def _ious(first: Float[np.ndarray, "n 4"], second: Float[np.ndarray, "m 4"]) -> Float[np.ndarray, "n m"]:
-    corners = np.maximum(first[:, None, :2], second[None, :, :2]), np.minimum(first[:, None, 2:], second[None, :, 2:])
-    shared: Float[np.ndarray, "n m"] = (corners[1] - corners[0]).clip(min=0).prod(2)
-    areas = [(boxes[:, 2:] - boxes[:, :2]).clip(min=0).prod(1) for boxes in (first, second)]
-    overlaps: Float[np.ndarray, "n m"] = shared / np.maximum(areas[0][:, None] + areas[1][None] - shared, 1e-9)
-    return overlaps
