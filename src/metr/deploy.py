@@ -349,18 +349,39 @@ def _survivors(boxes: Array, rivals: Array, iou: float | None, limit: int) -> Ar
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Prints what is in images: `python deploy.py [FOLDER] IMAGE...`; FOLDER is where this file lies by default."""
+    """Prints what is in images: `python deploy.py [FOLDER] IMAGE...`; FOLDER is where this file lies by default.
+
+    An image that cannot be read is told and left out; the exit code is 1 then, or where the detector cannot be loaded.
+    """
     here = bool(arguments) and Path(arguments[0]).is_dir()
     folder, images = (Path(arguments[0]), arguments[1:]) if here else (Path(__file__).parent, arguments)
     if not images:
         sys.stderr.write("python deploy.py [FOLDER] IMAGE...\n")
         return 2
-    detector = Detector(folder)
+    try:
+        detector = Detector(folder)
+    except (ImportError, OSError, ValueError) as error:
+        return _told(str(error))
+    failed = 0
     for image in images:
-        for box, score, name in detector.detect(image):
+        try:
+            found = detector.detect(image)
+        except ImportError as error:
+            return _told(f"{error}; image files are read with Pillow")
+        except (OSError, ValueError) as error:
+            failed = _told(f"{image}: {error}")
+            continue
+        for box, score, name in found:
             corners = " ".join(f"{side:.1f}" for side in box)
             sys.stdout.write(f"{image}: {name} {score:.2f} at {corners}\n")
-    return 0
+        if not len(found):
+            sys.stdout.write(f"{image}: nothing found\n")
+    return failed
+
+
+def _told(error: str) -> int:
+    sys.stderr.write(f"error: {error}\n")
+    return 1
 
 
 if __name__ == "__main__":

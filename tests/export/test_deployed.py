@@ -130,6 +130,32 @@ def test_it_says_what_is_wrong_with_a_folder(exported, model: METR, tmp_path: Pa
             deploy.Detector(detector.folder)
 
 
+def test_its_command_says_what_is_in_each_image_and_goes_on_after_a_broken_one(
+    exported, model: METR, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    detector = exported(model)
+    (tmp_path / "broken.jpg").write_text("no image")
+    missing, empty = tmp_path / "missing.jpg", tmp_path / "empty.png"
+    Image.new("RGB", (50, 40)).save(empty)
+    assert deploy.main([str(tmp_path), str(empty)]) == 1
+    assert capsys.readouterr() == ("", f"error: {tmp_path}: expected a folder of metr export, found no export.json\n")
+    monkeypatch.setattr(deploy, "Detector", lambda folder: detector)
+    found = detector.predict([str(empty)])[0]
+    for shown in (found, found.where(found.scores > 2)):
+        monkeypatch.setattr(detector, "detect", lambda image, shown=shown: detector.predict([image]) and shown)
+        assert deploy.main([str(tmp_path / "broken.jpg"), str(missing), str(empty)]) == 1
+        out, errors = capsys.readouterr()
+        assert len(out.splitlines()) == max(len(shown), 1)
+        assert all(line.startswith(f"{empty}: ") for line in out.splitlines())
+        assert ("nothing found" in out) == (not len(shown))
+        assert [line.split(": ")[:2] for line in errors.splitlines()] == [
+            ["error", str(tmp_path / "broken.jpg")],
+            ["error", str(missing)],
+        ]
+    assert len(found)
+    assert deploy.main([str(empty)]) == 0
+
+
 def test_an_export_is_replaced_and_nothing_else(exported, model: METR, tmp_path: Path) -> None:
     exported(model)
     exported(model, ["leaf"])

@@ -1,6 +1,7 @@
 """Exports a detector: the model, what a program must know about it, and the one file that runs both."""
 
 import json
+import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -62,6 +63,7 @@ def export(
         return
     predictor = model.predictor(names)
     _check_number(predictor, config)
+    _say(console, "the network is traced and written, which takes a minute or two")
     interface = interface_of(predictor, config.pixels, config.open_names)
     graph = ExportedDetector(predictor, interface)
     program = exported_program(graph)
@@ -80,6 +82,8 @@ def export(
     size = sum(path.stat().st_size for path in out.glob("model.*")) / 1e6
     what = "names open" if config.open_names else counted(len(predictor.names), "name")
     _say(console, f"{out}: {file}, {what}, {size:.1f} MB")
+    if config.format != "torch":
+        _say(console, f"Next:\n  python {shlex.quote(str(out / 'deploy.py'))} IMAGE")
 
 
 def write_names(model: METR, path: Path, names: Names | None = None) -> None:
