@@ -112,10 +112,14 @@ def test_a_call_that_is_broken_off_leaves_whole_files(tmp_path: Path) -> None:
     capture.release()
 
 
-def test_mistakes_are_told(tmp_path: Path, tiny_run: TinyRun, metr: CommandLine) -> None:
+def test_a_file_that_is_no_video_is_told_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "notes.mp4").write_text("no video")
     with pytest.raises(DataError, match="not a video that OpenCV reads"):
         detect_video(FindsBright(), tmp_path / "notes.mp4", tmp_path / "out")
+    assert capfd.readouterr() == ("", "")  # FFmpeg is quiet
+
+
+def test_mistakes_are_told(tmp_path: Path, tiny_run: TinyRun, metr: CommandLine) -> None:
     source = write_video(tmp_path / "lamp.mp4", [lamp(0)])
     with pytest.raises(DataError, match="would take the place"):
         detect_video(FindsBright(), source, tmp_path)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -161,6 +162,7 @@ def _opened(source: str | Path) -> Iterator[_Video]:
     """
     text = str(source)
     camera = int(text.removeprefix(CAMERA)) if text.startswith(CAMERA) else None
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # what is wrong is told by an error, not by FFmpeg as well
     capture = cv2.VideoCapture(text if camera is None else camera)
     try:
         if not capture.isOpened():
