@@ -120,6 +120,7 @@ def test_a_file_that_is_no_video_is_told_once(tmp_path: Path, capfd: pytest.Capt
 
 
 def test_mistakes_are_told(tmp_path: Path, tiny_run: TinyRun, metr: CommandLine) -> None:
+    (tmp_path / "notes.mp4").write_text("no video")
     source = write_video(tmp_path / "lamp.mp4", [lamp(0)])
     with pytest.raises(DataError, match="would take the place"):
         detect_video(FindsBright(), source, tmp_path)
