@@ -144,9 +144,10 @@ def _bare(network: Detector) -> Any:
 def _only_the_backbone(target: Target, network: Detector) -> str:
     own, decoder = network.config.encoder.kind, network.config.decoder.kind
     what = f"{target.title} has a {target.encoder} encoder and a {target.decoder} decoder, this METR has a {own} and a"
-    places, fits = "", own in (target.encoder, *target.other_encoders)
+    places, kind, fits = "", network.config.queries.places, own in (target.encoder, *target.other_encoders)
     wanted = [] if fits else [f"model.encoder.kind={target.encoder}"]
     wanted += [f"model.decoder.kind={target.decoder}"] if decoder != target.decoder else []
-    if network.config.queries.places == "learned" and not target.learned_places:
-        places, wanted = " with learned places", [*wanted, "model.queries.places=proposed"]
+    if kind not in target.places:
+        places = {"proposed": "", "learned": " with learned places", "learned_boxes": " with learned boxes"}[kind]
+        wanted = [*wanted, "model.queries.places=proposed"]
     return f"{what} {decoder} one{places}: only the backbone moves. Train with {' and '.join(wanted)} to move more"

@@ -19,7 +19,7 @@ from metr.models.denoising import Denoising
 from metr.models.distribution_decoder import DistributionDecoder
 from metr.models.encoders import build_encoder
 from metr.models.heads import similarity_tokens
-from metr.models.learned_places import LearnedPlaces, every_pair
+from metr.models.learned_places import build_learned_places, every_pair
 from metr.models.proposals import ClassQueries, ProposalHead, side_by_side
 from metr.structures import (
     Categories,
@@ -53,7 +53,7 @@ class Detector(nn.Module):
         self.backbone = build_backbone(config.backbone)
         self.encoder = build_encoder(self.backbone.channels, width, config.encoder)
         self.category_extraction = CategoryExtraction(text_width, width, config.categories)
-        self.learned_places = LearnedPlaces(width, config.queries) if config.queries.places == "learned" else None
+        self.learned_places = build_learned_places(width, config.queries)
         if self.learned_places is None:
             self.proposals = ProposalHead(
                 width, config.queries, _OBJECT_PRIOR, text_width, config.similarity, config.decoder.boxes

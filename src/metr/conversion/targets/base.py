@@ -146,7 +146,7 @@ class Target:
         other_encoders: Further encoder kinds of METR whose weights fit.
         decoder: METR's decoder kind whose weights fit.
         similar_decoders: METR's decoder kinds of which some weights fit.
-        learned_places: It also has a form whose queries are METR's learned places.
+        places: The kinds of METR's places of queries that it has a form for.
         backbone: The prefix of its backbone's keys.
         processor: Its image processor's class, without the suffix of a backend.
         configure: Its configuration.
@@ -168,7 +168,7 @@ class Target:
     other_encoders: tuple[str, ...] = ()
     decoder: str = "deformable"
     similar_decoders: tuple[str, ...] = ()
-    learned_places: bool = False
+    places: tuple[str, ...] = ("proposed",)
     backbone: str = "model.backbone.model."
     processor: str
     configure: Callable[[BuildSpec], Any]
@@ -185,7 +185,7 @@ class Target:
     def fits(self, config: DetectorConfig) -> bool:
         """Whether more than the backbone of such a METR has a place here."""
         encoders, decoders = (self.encoder, *self.other_encoders), (self.decoder, *self.similar_decoders)
-        placed = self.learned_places or config.queries.places == "proposed"
+        placed = config.queries.places in self.places
         return placed and config.encoder.kind in encoders and config.decoder.kind in decoders
 
     def resizes_otherwise(self, resize: ResizeConfig, pad_to: int = 1) -> tuple[str, ...]:
