@@ -127,9 +127,10 @@ def leave_options(config: Config, options: Sequence[str], why: str) -> None:
     Raises:
         ValueError: one is set otherwise.
     """
+    found = dict(config)
     for option in options:
         default = type(config).model_fields[option].default
-        if getattr(config, option) != default:
+        if found[option] != default:
             raise ValueError(f"{option} {why} {default!r}")
 
 

@@ -1,7 +1,7 @@
 """What the tests of DETR, Conditional DETR and DAB-DETR becoming METR share."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ FACTS: dict[str, Any] = yaml.safe_load(Path(__file__).with_name("single_scale_de
 def written(name: str, config: DetectorConfig, folder: Path) -> Any:
     """A folder of the detector with such a METR's layers and random weights, and the detector."""
     network = stirred(config)
-    model = stir(build(find_target(name), network, LABELS, seed=3)).eval()
+    model = stir(build(find_target(name), network, LABELS, seed=3), by=0.3).eval()
     save_folder(model, name, network, folder)
     return model
 
@@ -46,7 +46,7 @@ def as_published(name: str, folder: Path) -> Any:
         **facts["values"], id2label=labels, backbone_config=backbone(out_features=["stage4"])
     )
     torch.manual_seed(0)
-    model = stir(AutoModelForObjectDetection.from_config(config), by=0.01).eval()
+    model = stir(AutoModelForObjectDetection.from_config(config), by=0.03).eval()
     model.save_pretrained(folder)
     rewritten(folder, facts["backbone"], wrapped=facts.get("wrapped", False))
     (folder / "preprocessor_config.json").write_text(json.dumps(facts["preprocessor"]))
@@ -62,36 +62,35 @@ def padded_images(model: METR) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def same_answers(
-    model: METR, theirs: Any, wanted_logits: Any, *, again: str = "", places: Mapping[str, Any] | None = None
-) -> None:
+def same_answers(model: METR, theirs: Any, logits_of: Callable[[Tensor], Tensor], again: str = "") -> None:
     """Memory, boxes of the last layer and logits are the detector's; with `again` also those of what METR becomes.
 
     Args:
         model: METR.
         theirs: The detector.
-        wanted_logits: From the detector's logits to those of METR's names.
+        logits_of: From the detector's logits to those of METR's names.
         again: The detector's name.
-        places: More arguments for the detector.
     """
     images, padding = padded_images(model)
-    pixels = {"pixel_values": normalised(model.network, images), "pixel_mask": (~padding).long(), **(places or {})}
+    pixels = {"pixel_values": normalised(model.network, images), "pixel_mask": (~padding).long()}
     wanted = theirs(**pixels, output_hidden_states=True)
     memory, names = model.network.encode(images, padding), model.names
     seen = (~memory.padding_mask).unsqueeze(-1)
-    torch.testing.assert_close(memory.tokens * seen, wanted.encoder_last_hidden_state * seen, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(memory.tokens * seen, wanted.encoder_last_hidden_state * seen, atol=5e-5, rtol=1e-4)
     output = model.network.detect(memory, model.embed(names), limits=model.predictor(names).limits)
     logits, boxes = output.logits[-1].reshape(2, len(names), -1), output.boxes[-1].reshape(2, len(names), -1, 4)
-    torch.testing.assert_close(boxes[:, 0], wanted.pred_boxes, atol=1e-4, rtol=0)
-    torch.testing.assert_close(logits.transpose(1, 2), wanted_logits(wanted.logits), atol=1e-3, rtol=0)
-    assert logits.std() > 0.01
+    torch.testing.assert_close(boxes[:, 0], wanted.pred_boxes, atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits.transpose(1, 2), logits_of(wanted.logits), atol=1e-4, rtol=0)
     if again:
+        # queries differ by more than what is allowed
+        assert wanted.pred_boxes.std(1).max() > 1e-3
+        assert logits.std(2).max() > 1e-3
         back = to_detector(model, again, names)
         assert back.report.notes == ()
         assert back.report.afresh == ()
         found = back.model(**pixels)
-        torch.testing.assert_close(found.pred_boxes, wanted.pred_boxes, atol=1e-4, rtol=0)
-        torch.testing.assert_close(found.logits, wanted.logits, atol=1e-3, rtol=0)
+        torch.testing.assert_close(found.pred_boxes, wanted.pred_boxes, atol=1e-5, rtol=0)
+        torch.testing.assert_close(found.logits, wanted.logits, atol=1e-4, rtol=0)
 
 
 def trains(config: DetectorConfig) -> None:

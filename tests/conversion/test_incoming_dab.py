@@ -126,7 +126,7 @@ def test_what_metr_has_no_counterpart_of_is_named(option: str, value: object) ->
         ({"queries": {"point_layers": 2}}, "point_layers is for places 'learned'; otherwise leave it at 1"),
         ({"decoder": {"positions": "learned"}}, "found 'learned_boxes' and 'learned'"),
         ({"decoder": {"extents": False}}, "smallest_side is for extents; without them leave it at 0.001"),
-        ({"decoder": {"kind": "deformable"}}, "smallest_side is for kind 'conditional'; with 'deformable'"),
+        ({"decoder": {"kind": "deformable"}}, "temperature is for kind 'conditional' and 'plain'; with 'deformable'"),
         ({"decoder": {"activation": "swiglu"}}, "activation 'swiglu' is for kind 'distribution'"),
         ({"encoder": {"kind": "deformable"}}, "activation is for kind 'plain'; with 'deformable' leave it at 'relu'"),
     ],

@@ -197,7 +197,7 @@ class DetectorConfig(Config):
     @model_validator(mode="after")
     def _boxes_suit_the_decoder(self) -> "DetectorConfig":
         decoder = self.decoder
-        if decoder.kind == "conditional" and decoder.boxes != "logit":
+        if decoder.kind in ("conditional", "plain") and decoder.boxes != "logit":
             raise ValueError("decoder.boxes is for decoder.kind 'deformable'")
         return self
 
@@ -207,7 +207,14 @@ class DetectorConfig(Config):
         if positions == "first" and kind != "deformable":
             raise ValueError(f"decoder.positions 'first' is for decoder.kind 'deformable', not {kind!r}")
         if positions == "learned" and kind == "distribution":
-            raise ValueError("decoder.positions 'learned' is for decoder.kind 'deformable' and 'conditional'")
+            raise ValueError("decoder.positions 'learned' is for decoder.kind 'deformable', 'conditional' and 'plain'")
+        if kind == "plain" and positions != "learned":
+            what = f"decoder.kind 'plain' needs decoder.positions 'learned', found {positions!r}"
+            raise ValueError(f"{what}: it looks at no boxes")
+        if kind != "plain" and not self.queries.point_layers:
+            raise ValueError(f"queries.point_layers 0 is for decoder.kind 'plain', not {kind!r}, which looks at points")
+        if kind != "plain" and self.similarity.rivals:
+            raise ValueError(f"similarity.rivals is for decoder.kind 'plain', not {kind!r}: leave it at 0")
         if self.decoder.first_samples == "cells" and kind != "deformable":
             raise ValueError(f"decoder.first_samples 'cells' is for decoder.kind 'deformable', not {kind!r}")
         if self.queries.content == "box_only" and positions != "first":
@@ -259,7 +266,7 @@ class DetectorConfig(Config):
         if self.queries.layout == "places" and self.queries.content in ("learned", "place"):
             what = f"queries.content {self.queries.content!r} contains a category; queries.layout 'places' needs one of"
             raise ValueError(f"{what} 'place_only', 'learned_only', 'box_only', 'none' and 'patterns'")
-        if self.decoder.kind == "conditional" and self.decoder.predictors != "shared":
+        if self.decoder.kind in ("conditional", "plain") and self.decoder.predictors != "shared":
             raise ValueError(f"decoder.predictors {self.decoder.predictors!r} is for decoder.kind 'deformable'")
         if self.decoder.kind == "distribution" and self.decoder.predictors == "normed_layer":
             raise ValueError("decoder.predictors 'normed_layer' is for decoder.kind 'deformable'")

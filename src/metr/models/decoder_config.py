@@ -35,10 +35,12 @@ class DistributionConfig(Config):
 class DecoderConfig(Config):
     """From queries to predictions."""
 
-    kind: Literal["deformable", "conditional", "distribution"] = "deformable"
+    kind: Literal["deformable", "conditional", "plain", "distribution"] = "deformable"
     """`deformable`: queries sample a few places of every level, as in DINO. `conditional`: they attend to the whole
-    memory, as in DAB-DETR; this is meant for the memory of a `plain` encoder. `distribution`: they sample as in
-    `deformable`, and each layer refines distributions of the edges of a box, as in D-FINE."""
+    memory, around their boxes, as in DAB-DETR; this is meant for the memory of a `plain` encoder. `plain`: they attend
+    to the whole memory by content and learned position, whatever their boxes are, as in DETR (`queries.places:
+    learned`). `distribution`: they sample as in `deformable`, and each layer refines distributions of the edges of a
+    box, as in D-FINE."""
     layers: int = Field(6, ge=1, le=100)
     heads: int = Field(8, ge=1, le=256)
     cross_heads: Annotated[int, Field(ge=1, le=256)] | None = None
@@ -68,8 +70,8 @@ class DecoderConfig(Config):
     """`sine`: a query's box is encoded as sines and cosines (DINO). `plain`: it is used as four numbers (RT-DETR;
     `deformable` and `distribution`). `first`: a query keeps the position of its first box, which is encoded as sines
     and cosines, and which its content contains too (Deformable DETR; `deformable`). `learned`: it is
-    learned for each query, whose place follows from it (`queries.places: learned`; `deformable` and
-    `conditional`)."""
+    learned for each query, whose place follows from it (`queries.places: learned`; `deformable`,
+    `conditional` and `plain`)."""
     extents: bool = True
     """Attention to the memory falls off more sharply around smaller boxes (DAB-DETR); without it, it knows centres only
     (Conditional DETR; `conditional`)."""
@@ -77,8 +79,8 @@ class DecoderConfig(Config):
     """The smallest side of a box, in 0..1 of the image, that this attention distinguishes: 1e-6 is as good as none
     (DAB-DETR; `conditional` with `extents`)."""
     temperature: int = Field(10_000, ge=1, le=1_000_000)
-    """The longest wave of the encoded places of the memory, in units of the shortest: 10,000 (Conditional DETR) or 20
-    (DAB-DETR). The places of queries have 10,000 (`conditional`)."""
+    """The longest wave of the encoded places of the memory, in units of the shortest: 10,000 (DETR) or 20 (DAB-DETR).
+    The places of queries have 10,000 (`conditional` and `plain`)."""
     first_samples: Literal["box", "cells"] = "box"
     """How far from a query's own box points are sampled. `box`: by multiples of its sides. `cells`: by cells of each
     level around its centre, whatever its sides, until a layer has refined it (Deformable DETR of one stage;
@@ -99,14 +101,17 @@ class DecoderConfig(Config):
     @model_validator(mode="after")
     def _options_of_the_kind(self) -> "DecoderConfig":
         plain: dict[str, Any] = {"position_layers": 2, "position_activation": "relu"}
-        if self.positions != "plain" or self.kind == "conditional":
+        if self.positions != "plain" or self.kind in ("conditional", "plain"):
             for option, value in plain.items():
                 if getattr(self, option) != value:
                     raise ValueError(f"{option} is for positions 'plain'; otherwise leave it at {value!r}")
         if self.kind != "distribution":
             leave_options(self, ("norm", "gate"), f"is for kind 'distribution'; with {self.kind!r} leave it at")
+        if self.kind not in ("conditional", "plain"):
+            why = f"is for kind 'conditional' and 'plain'; with {self.kind!r} leave it at"
+            leave_options(self, ("temperature",), why)
         if self.kind != "conditional":
-            options = ("extents", "smallest_side", "temperature")
+            options = ("extents", "smallest_side")
             leave_options(self, options, f"is for kind 'conditional'; with {self.kind!r} leave it at")
         elif not self.extents:
             leave_options(self, ("smallest_side",), "is for extents; without them leave it at")

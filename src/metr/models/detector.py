@@ -20,6 +20,7 @@ from metr.models.distribution_decoder import DistributionDecoder
 from metr.models.encoders import build_encoder
 from metr.models.heads import similarity_tokens
 from metr.models.learned_places import build_learned_places, every_pair
+from metr.models.plain_decoder import PlainDecoder
 from metr.models.proposals import ClassQueries, ProposalHead, side_by_side
 from metr.structures import (
     Categories,
@@ -222,8 +223,9 @@ _FILLING = frozenset(
 )
 
 
-def _build_decoder(config: DetectorConfig, levels: int, text_width: int) -> Decoder | ConditionalDecoder:
-    if config.decoder.kind == "conditional":
-        return ConditionalDecoder(config.width, config.decoder, _OBJECT_PRIOR, text_width, config.similarity)
+def _build_decoder(config: DetectorConfig, levels: int, text_width: int) -> Decoder | ConditionalDecoder | PlainDecoder:
+    if config.decoder.kind in ("conditional", "plain"):
+        whole = ConditionalDecoder if config.decoder.kind == "conditional" else PlainDecoder
+        return whole(config.width, config.decoder, _OBJECT_PRIOR, text_width, config.similarity)
     kind = DistributionDecoder if config.decoder.kind == "distribution" else Decoder
     return kind(config.width, levels, config.decoder, _OBJECT_PRIOR, text_width, config.similarity)

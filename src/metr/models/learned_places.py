@@ -1,6 +1,6 @@
 """Queries whose places are learned: the same for every image, without proposals.
 
-So are the points of Deformable DETR of one stage and of Conditional DETR, and the boxes of DAB-DETR.
+So are the points of Deformable DETR of one stage and of Conditional DETR, the boxes of DAB-DETR, and DETR's queries.
 """
 
 import torch
@@ -20,7 +20,8 @@ class LearnedPlaces(nn.Module):
     """A position embedding and a content for each query; one or two layers make its point of the position.
 
     A query's first box has the point as its centre and sides of half the image, of which a decoder with
-    `first_samples: cells` sees nothing. It stands for a place, at which every category with a slot is asked.
+    `first_samples: cells` sees nothing. Without layers it is the middle of the image, where all logits are 0. A query
+    stands for a place, at which every category with a slot is asked.
 
     Args:
         width: d.
@@ -31,16 +32,18 @@ class LearnedPlaces(nn.Module):
         super().__init__()
         self.position = nn.Embedding(config.number, width)
         self.content = None if config.content == "none" else nn.Embedding(config.number, width)
-        self.point = MLP((width, *[width] * (config.point_layers - 1), 2))
-        for layer in self.point:
+        layers = config.point_layers
+        self.point = MLP((width, *[width] * (layers - 1), 2)) if layers else None
+        for layer in self.point or ():
             if isinstance(layer, nn.Linear):
                 nn.init.xavier_uniform_(layer.weight)
                 nn.init.zeros_(layer.bias)
 
     def forward(self, categories: Categories) -> Queries:
         """The queries of each image; all of them attend to each other."""
-        points = self.point(self.position.weight).float().sigmoid()
-        boxes = torch.cat([points, torch.full_like(points, _SIDE)], dim=-1)
+        sides = torch.full((self.position.num_embeddings, 2), _SIDE, device=self.position.weight.device)
+        points = sides if self.point is None else self.point(self.position.weight).float().sigmoid()
+        boxes = torch.cat([points, sides], dim=-1)
         known = torch.zeros_like(self.position.weight) if self.content is None else self.content.weight
         return _in_every_image(categories, known, boxes, self.position.weight)
 

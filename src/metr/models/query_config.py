@@ -45,12 +45,13 @@ class QueryConfig(Config):
     places: Literal["proposed", "learned", "learned_boxes"] = "proposed"
     """Where queries start. `proposed`: where the encoder's memory promises objects. `learned`: at points that are
     learned, the same for every image, without proposals and their losses (Deformable DETR of one stage, Conditional
-    DETR; with `layout: places`, `content: learned_only` or `none`, `decoder.positions: learned` and no denoising).
+    DETR, and DETR, which has no points; with `layout: places`, `content: learned_only` or `none`, `decoder.positions:
+    learned` and no denoising).
     `learned_boxes`: the same with boxes, of which the decoder makes positions as it does of proposed ones (DAB-DETR;
     also with `content: patterns`, and with denoising)."""
-    point_layers: Literal[1, 2] = 1
+    point_layers: Literal[0, 1, 2] = 1
     """Linear layers from a learned position to its point: 1 (Deformable DETR) or 2 (Conditional DETR; `places:
-    learned`)."""
+    learned`). 0: there are no points, and all boxes start as the middle of the image (DETR; `decoder.kind: plain`)."""
     number: int = Field(300, ge=1, le=100_000)
     """Q, queries an image, whatever the vocabulary. With `places`, a query stands for one place."""
     floor: int = Field(5, ge=0)
@@ -93,6 +94,10 @@ class SimilarityConfig(Config):
     which keeps the categories of one image further apart."""
     factor: float = Field(1.0, gt=0)
     """Factor of the dot product / sqrt(width). The larger it is, the sooner similar categories are separated."""
+    rivals: int = Field(0, ge=0, le=100_000)
+    """Linear classifiers with which every name competes in a softmax, as with the other labels and "no object" of DETR:
+    a name's logit is lowered by the logarithm of the sum of their exponentials. Of those that stand for a name of the
+    detector that was taken over, its own does not count (`classifier` with `decoder.kind: plain`)."""
     objectness: bool = False
     """Adds a logit for "is there an object of any category?", predicted from the feature alone. Dot products then only
     have to separate categories."""
@@ -100,10 +105,10 @@ class SimilarityConfig(Config):
     @model_validator(mode="after")
     def _options_of_the_form(self) -> "SimilarityConfig":
         if self.form == "classifier":
-            plain = {"token": "refined", "factor": 1.0, "objectness": False}
-            for option, value in plain.items():
-                if getattr(self, option) != value:
-                    raise ValueError(f"{option} is for form 'product'; with 'classifier' leave it at {value!r}")
+            options = ("token", "factor", "objectness")
+            leave_options(self, options, "is for form 'product'; with 'classifier' leave it at")
+        else:
+            leave_options(self, ("rivals",), "is for form 'classifier'; with 'product' leave it at")
         return self
 
 

@@ -89,7 +89,8 @@ _SMALLEST_SIDE = 1e-6
 
 def _table(config: Any, metr: DetectorConfig) -> KeyTable:
     """Its table for such a METR."""
-    slopes = {part: (row,) if _is_prelu(metr, part) else () for part, row in _SLOPES.items()}
+    learned = _learned_slopes(metr)
+    slopes = {part: (row,) if learned[part] else () for part, row in _SLOPES.items()}
     scale = mlp("model.encoder.query_scale", "encoder.scale", 2) if metr.encoder.position_scale else ()
     boxes = (Row(_BOXES, "learned_places.box.weight"),) if metr.queries.places == "learned_boxes" else ()
     patterns = (Row(_PATTERNS, "learned_places.pattern.weight"),) if metr.queries.content == "patterns" else ()
@@ -102,10 +103,9 @@ def _table(config: Any, metr: DetectorConfig) -> KeyTable:
     return with_backbone(table, _BACKBONE)(config, metr)
 
 
-def _is_prelu(config: DetectorConfig, part: str) -> bool:
-    """Whether METR's encoder or decoder learns the slopes of its activations."""
-    activation: str = getattr(config, part).activation
-    return activation == "prelu"
+def _learned_slopes(config: DetectorConfig) -> dict[str, bool]:
+    """Whether METR's encoder and decoder learn the slopes of their activations."""
+    return {"encoder": config.encoder.activation == "prelu", "decoder": config.decoder.activation == "prelu"}
 
 
 def _configure(spec: BuildSpec) -> Any:
@@ -120,7 +120,7 @@ def _configure(spec: BuildSpec) -> Any:
             "temperature_width": temperature,
             "num_patterns": patterns,
             "num_queries": config.queries.number // config.queries.patterns,
-            "activation_function": "prelu" if _is_prelu(config, "encoder") or _is_prelu(config, "decoder") else "relu",
+            "activation_function": "prelu" if any(_learned_slopes(config).values()) else "relu",
         }
     return DabDetrConfig(**options)
 
@@ -135,10 +135,14 @@ def _derive(context: Context) -> Mapping[str, Derived]:
     if not network.config.encoder.position_scale:
         scale = Linear(weight=torch.zeros(config.hidden_size, config.hidden_size), bias=torch.ones(config.hidden_size))
         derived |= given_layer("model.encoder.query_scale.layers.1", scale, still, ())
+    layers, learned = (
+        {"encoder": config.encoder_layers, "decoder": config.decoder_layers},
+        _learned_slopes(network.config),
+    )
     for part, row in _SLOPES.items():
-        if config.activation_function == "prelu" and not _is_prelu(network.config, part):
-            layers = range(getattr(config, f"{part}_layers"))
-            derived |= {row.theirs.format(i=n): Derived(tensor=torch.zeros(1), how=still) for n in layers}
+        if config.activation_function == "prelu" and not learned[part]:
+            keys = (row.theirs.format(i=n) for n in range(layers[part]))
+            derived |= {key: Derived(tensor=torch.zeros(1), how=still) for key in keys}
     return derived
 
 
