@@ -183,7 +183,7 @@ def from_detector(
     """A METR that starts from the weights of another detector, and where it can, finds what the other finds.
 
     Args:
-        source: A folder of transformers (Deformable, DAB or Conditional DETR, RT-DETR, D-FINE, DEIMv2, LW-DETR,
+        source: A folder of transformers (DETR, Deformable, DAB or Conditional DETR, RT-DETR, D-FINE, DEIMv2, LW-DETR,
             RF-DETR), its name on the hub ("user/name", "user/name@revision"), or a `.pth` file of DINO or of METR's
             authors.
             Nothing in it is executed.

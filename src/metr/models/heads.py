@@ -1,6 +1,7 @@
 """The heads: a logit for "is this my category?", and a box that refines a reference box."""
 
 import math
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
@@ -80,7 +81,8 @@ class ClassifierHead(nn.Module):
         logit: Tensor = (features * self.weight(embeddings)).sum(-1) + self.bias(embeddings).squeeze(-1)
         if self.rivals is None:
             return logit
-        return logit.float() - self.rivals(features.unsqueeze(-2), embeddings.unsqueeze(-2)).flatten(-2).squeeze(-1)
+        rivals: Tensor = self.rivals(features.unsqueeze(-2), embeddings.unsqueeze(-2))
+        return logit.float() - rivals.flatten(-2).squeeze(-1)
 
     def all_pairs(self, features: Float[Tensor, "b p d"], embeddings: Float[Tensor, "b k t"]) -> Float[Tensor, "b p k"]:
         """One logit for each feature and each name."""
@@ -118,18 +120,17 @@ class Rivals(nn.Module):
         shares = (logits - largest).exp()
         device = shares.device.type
         counts = (~self.stand_for(embeddings)).to(shares).transpose(-1, -2)
-        if torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                total = shares @ counts
-        else:
-            total = shares @ counts
-        return largest + total.clamp(min=_LEAST_SHARE).log()
+        whole = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+        with whole:
+            total: Tensor = shares @ counts
+        together: Tensor = largest + total.clamp(min=_LEAST_SHARE).log()
+        return together
 
     @torch.no_grad()
     def stand_for(self, embeddings: Float[Tensor, "*n k t"]) -> Bool[Tensor, "*n k r"]:
         """Which rival stands for which name."""
         # by differences, as products of embeddings are too coarse on some devices
-        apart = torch.cdist(embeddings.float(), self.text, compute_mode="donot_use_mm_for_euclid_dist")
+        apart = torch.cdist(embeddings.float(), self.text.float(), compute_mode="donot_use_mm_for_euclid_dist")
         return apart < _SAME_TEXT
 
 

@@ -65,6 +65,7 @@ class PlainDecoder(LayeredDecoder):
     ) -> None:
         super().__init__(width, text_width, config, prior, similarity or SimilarityConfig())
         self.temperature = float(config.temperature)
+        self.position: nn.Module = nn.Identity()
         self.layers = nn.ModuleList(PlainDecoderLayer(width, config) for _ in range(config.layers))
 
     def forward(self, queries: Queries, memory: Memory) -> Decoded:
@@ -74,7 +75,7 @@ class PlainDecoder(LayeredDecoder):
         places = token_places(memory, self.width, self.temperature)
         features, reported = [], []
         for index, layer in enumerate(self.layers):
-            content = layer(content, queries.position, allowed, memory, places)
+            content = layer(content, self.position(queries.position), allowed, memory, places)
             feature, found, boxes = self.refined(index, content, boxes)
             features.append(feature)
             reported.append(found)

@@ -149,11 +149,11 @@ def _derive(context: Context) -> Mapping[str, Derived]:
 def _queries(context: Context) -> dict[str, Derived]:
     """Learnt boxes and the content of all queries, for a METR that proposes places or has a content for each query."""
     network, derived = context.network, dict[str, Derived]()
-    learned = network.learned_places
+    learned, source = network.learned_places, tuple[str, ...]()
     if isinstance(learned, LearnedBoxes):
         if learned.content is None:
             return {}
-        content, source = learned.content.weight.mean(0), ("learned_places.content.weight",)
+        content, source = learned.content.weight.mean(0), inside(network, "learned_places.content")
     else:
         spread = spread_logits(context.config.num_queries)
         derived[_BOXES] = Derived(tensor=spread, how="computed: boxes spread over the image")
