@@ -78,7 +78,8 @@ def _in_every_image(
     position: Float[Tensor, "q d"] | None = None,
 ) -> Queries:
     """The same queries in all images that ask for a category; they attend to each other."""
-    images = len(categories.ids)
+    # not its length, which would become a constant of an exported network
+    images = categories.ids.shape[0]
     first = torch.zeros(images, len(content), dtype=torch.int64, device=content.device)
     valid = repeat(categories.valid.any(1), "b -> b q", q=len(content))
     return Queries(
