@@ -16,7 +16,9 @@ def complete(
     data: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Datasets: folders, name=folder, or YAML files that list some.", metavar="DATA", show_default=False
+            help="Datasets: folders, name=folder, hf:user/name on the hub, or YAML files that list some.",
+            metavar="DATA",
+            show_default=False,
         ),
     ] = None,
     *,

@@ -21,7 +21,9 @@ _INTERRUPTED = 130
 _RunsData = Annotated[
     list[str] | None,
     typer.Argument(
-        help="Datasets: a folder, name=folder, or a YAML file that lists some. --resume needs none.", metavar="DATA"
+        help="Datasets: a folder, name=folder, hf:user/name on the hub, or a YAML file that lists some. "
+        "--resume needs none.",
+        metavar="DATA",
     ),
 ]
 _RunToWrite = Annotated[Path, typer.Option("-o", "--out", help="The run folder to write.")]

@@ -35,7 +35,9 @@ _TARGETS = "deformable_detr, dab_detr, conditional_detr, detr, rt_detr, rt_detr_
 
 Data = Annotated[
     list[str],
-    typer.Argument(help="Datasets: a folder, name=folder, or a YAML file that lists some.", metavar="DATA"),
+    typer.Argument(
+        help="Datasets: a folder, name=folder, hf:user/name on the hub, or a YAML file that lists some.", metavar="DATA"
+    ),
 ]
 Run = Annotated[str, typer.Argument(help="A run folder, a checkpoint folder, or a name on the hub.", metavar="RUN")]
 Source = Annotated[
