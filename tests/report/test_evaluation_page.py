@@ -13,6 +13,8 @@ from PIL import Image
 from metr.data.joint import JointData, open_joint
 from metr.data.records import Annotations, ImageRecord, InMemoryAnnotations
 from metr.errors import MetrError
+from metr.evaluation import diagnosis
+from metr.evaluation.matching import Case, Verdict, judge
 from metr.evaluation.report import write_report
 from metr.evaluation.results import as_dict
 from metr.evaluation.runner import Detailed, evaluate_in_detail
@@ -255,6 +257,20 @@ def planted(annotations: Annotations, seed: int, count: int = 10) -> tuple[InMem
         name=annotations.name, split=annotations.split, categories=annotations.categories, records=tuple(records)
     )
     return changed, {records[row].path.name for row in chosen.tolist()}
+
+
+def test_detections_are_judged_once_for_numbers_and_page(
+    demo_sets: Mapping[str, Annotations], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[Case] = []
+
+    def counted(case: Case) -> Verdict:
+        looked.append(case)
+        return judge(case)
+
+    monkeypatch.setattr(diagnosis, "judge", counted)
+    write_evaluation_page(simulated(demo_sets), tmp_path / "p.html", "once")
+    assert len(looked) == 2 * sum(map(len, demo_sets.values()))  # all detections of an image, and the shown ones
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -116,11 +116,7 @@ def write_evaluation_page(
         CheckpointError: the disk refuses.
         MetrError: the page would be too large.
     """
-    thresholds = detailed.thresholds
-    judged = {
-        one.dataset: Judged.of(one.scorer, one.detections, one.names, thresholds) for one in detailed.observations
-    }
-    view = evaluation_view(detailed.report, detailed.observations, judged, arms or {})
+    view = evaluation_view(detailed.report, detailed.observations, detailed.judged, arms or {})
     return write_page(path, title, {"evaluation": view})
 
 
