@@ -19,7 +19,6 @@ from metr.errors import DependencyError, MetrError, ModelError
 from metr.hub_refusals import HUB_FAILURES, RepositoryKind, asking, causes_of
 
 __all__ = [
-    "HUB_PREFIX",
     "BundledFile",
     "built",
     "configuration",
@@ -108,8 +107,8 @@ def _folder(file: BundledFile) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-HUB_PREFIX = "hf:"
-"""What the name of a dataset on the hub begins with, where a dataset is named."""
+# what people write before the name of a dataset, as `metr.data.hub_datasets.address` has it
+_DATASET = "hf:"
 # of a configuration of transformers: how many layers, and every other number
 _MOST_LAYERS, _LARGEST_SIZE = 1_000, 10_000_000
 _REPEATED = re.compile(r"layers|depths|blocks|num_stages|repeats|_num_levels|num_feature_levels")
@@ -246,7 +245,7 @@ def fetch(
 
     options |= {"revision": revision, "allow_patterns": list(files), "repo_type": kind}
     found = "; there is no folder or file of this name here" if kind == "model" else ""
-    called = f"{HUB_PREFIX if kind == 'dataset' else ''}{repository}"
+    called = f"{_DATASET if kind == 'dataset' else ''}{repository}"
     with asking(called, revision, kind=kind, found=found), _bars_on_terminals():
         return Path(snapshot_download(repository, **options))
 
@@ -274,7 +273,7 @@ def listed_sizes(repository: str, revision: str) -> dict[str, int]:
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import RepoFile
 
-    with asking(f"{HUB_PREFIX}{repository}", revision, kind="dataset"):
+    with asking(f"{_DATASET}{repository}", revision, kind="dataset"):
         tree = HfApi().list_repo_tree(repository, recursive=True, revision=revision, repo_type="dataset")
         return {one.path: one.size for one in tree if isinstance(one, RepoFile)}
 

@@ -5,10 +5,11 @@ from dataclasses import dataclass, replace
 from urllib.parse import quote, unquote
 
 from metr.errors import ConfigError
-from metr.hub import HUB_PREFIX
 
-__all__ = ["HubAddress", "is_hub_dataset", "same_dataset"]
+__all__ = ["HUB_PREFIX", "HubAddress", "is_hub_dataset", "same_dataset"]
 
+HUB_PREFIX = "hf:"
+"""What an address begins with."""
 _FORM = "hf:user/name, hf:user/name@revision, hf:user/name/configuration/split"
 _NAME = r"\w[\w.-]*"
 # branches of the hub itself have slashes in their names; of others a slash is written %2F

@@ -11,10 +11,9 @@ from metr.data.containers.huggingface import is_table_name
 from metr.data.containers.shards import shards_by_split
 from metr.data.formats.files import is_image
 from metr.data.formats.imagefolder import METADATA_NAMES, NAMES_OF_NUMBERS
-from metr.data.hub_datasets.address import HubAddress
+from metr.data.hub_datasets.address import HUB_PREFIX, HubAddress
 from metr.data.records import canonical_split
 from metr.errors import DataError, did_you_mean
-from metr.hub import HUB_PREFIX
 
 __all__ = ["Chosen", "choose"]
 
