@@ -139,7 +139,8 @@ def evaluate_in_detail(
     unannotated = model.checkpoint.training.get("unannotated")
     told, observations = None if unannotated is None else str(unannotated), list[Observation]()
     report = runner.report(model.network, console, told, observations.append)
-    detailed = diagnosed(replace(report, weights=model.stored_as), observations)
+    report = replace(report, weights=model.stored_as, trained_on=tuple(model.vocabulary.datasets))
+    detailed = diagnosed(report, observations)
     report = detailed.report
     paths = write_report(report, Path(out)) if out is not None and in_main_process() else ()
     show(report, console)
