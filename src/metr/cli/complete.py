@@ -68,9 +68,9 @@ def complete(
     inference = inference_config(set_ or (), batch_size=batch_size, postprocess={"max_detections": 300})
     stay_offline(offline)
     check_source(model)
-    from metr.completion.complete import CompletionRequest
-    from metr.completion.complete import complete as run_completion
+    from metr.completion.complete import run_completion
     from metr.completion.prelabels import PreLabels, check_format
+    from metr.completion.request import CompletionRequest
     from metr.completion.thresholds import CompletionConfig
 
     values = {"precision": precision, "least_objects": least_objects, "splits": _listed(splits), "inference": inference}
