@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from metr.cli.output import output_console
-from metr.cli.verbs import Offline, check_source, stay_offline
+from metr.cli.verbs import Offline, check_data, check_source, stay_offline
 from metr.errors import ConfigError
 
 __all__ = ["complete"]
@@ -68,6 +68,7 @@ def complete(
     inference = inference_config(set_ or (), batch_size=batch_size, postprocess={"max_detections": 300})
     stay_offline(offline)
     check_source(model)
+    check_data(data or ())
     from metr.completion.complete import run_completion
     from metr.completion.prelabels import PreLabels, check_format
     from metr.completion.request import CompletionRequest

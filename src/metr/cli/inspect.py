@@ -75,7 +75,7 @@ def inspect(
     """
     stay_offline(offline)
     if len(data) == 1:  # of several, those that can be read are shown
-        check_data(data)
+        check_data(data, listed=False)
     from metr.cli.inspect_tables import print_inspection
     from metr.config import parse_overrides
     from metr.inspection import InspectionConfig

@@ -103,6 +103,8 @@ def train(
         check_epochs(epochs, overrides)
         if resume:
             resumed_recipe(RunDirectory(out), config, overrides)
+            if not dry_run:
+                RunDirectory(out).check_free()
         else:
             recipe_layers("metr train", config, overrides) if source else load_recipe(size or "nano", config, overrides)
             _check_named(data, "DATA", "name a dataset: metr train DATA -o RUN")
@@ -202,6 +204,8 @@ def finetune(
         finetune_layers(config, overrides)
         if resume:
             resumed_recipe(RunDirectory(out), config, overrides)
+            if not dry_run:
+                RunDirectory(out).check_free()
         else:
             _check_start(data, source, [*(rehearse or ()), *(rehearse_evaluate or ())])
         from metr.training import finetune as run

@@ -141,15 +141,19 @@ def check_source(source: str) -> None:
     look_here(source)
 
 
-def check_data(data: Sequence[str]) -> None:
+def check_data(data: Sequence[str], *, listed: bool = True) -> None:
     """Checks that datasets are there, as far as their paths tell, before torch is imported to read them.
+
+    Args:
+        data: The datasets of a command line.
+        listed: Whether to look for those too that datasets files list.
 
     Raises:
         DataError: one is not.
     """
     from metr.data.formats.presence import check_datasets_there
 
-    check_datasets_there(data)
+    check_datasets_there(data, listed=listed)
 
 
 def transfer(

@@ -19,6 +19,7 @@ from metr.data.containers.archives import archive_stem
 from metr.data.dataset_config import DatasetConfig, SplitName
 from metr.data.formats.base import ReadOptions
 from metr.data.formats.files import expanded, there
+from metr.data.formats.presence import LISTS
 from metr.data.formats.registry import recognise
 from metr.data.hub_datasets.address import HubAddress, is_hub_dataset
 from metr.data.hub_datasets.fetched import fetch_dataset
@@ -42,7 +43,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-_SUFFIXES = frozenset({".yaml", ".yml"})
 # The keys of a dataset whose values are words, as they are written: a category may be called `no` or `007`.
 _WORDS = frozenset({"name", "path", "splits", "prompts", "renames", "exhaustive", "only", "drop", "ignore"})
 
@@ -246,7 +246,7 @@ def _parse_argument(argument: str) -> list[DatasetConfig]:
     path = expanded(argument)
     if equals and name and not re.search(r"[\\/]", name) and not there(path):
         return [_dataset_config({"name": name, "path": rest}, Path(), argument)]
-    if path.suffix.lower() in _SUFFIXES:
+    if path.suffix.lower() in LISTS:
         written = read_yaml(path, as_written=True)
         if "datasets" in written or "names" not in written:  # with names it is the description of a YOLO dataset
             return _listed_datasets(path, written)
