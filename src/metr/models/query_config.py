@@ -102,6 +102,9 @@ class DenoisingConfig(Config):
     """Largest shift of a corner of a positive, in half sizes of its box."""
     flips: bool = True
     """Adds copies with the right box and another annotated category, for which the query should say "no"."""
+    flip_noise: float = Field(0.2, ge=0, le=2)
+    """Largest shift of a corner of such a copy / `box_noise`. Below 1 a box that fits its object says "no" by itself;
+    with 1 the box does not tell such a copy from a positive."""
 
     @property
     def kinds(self) -> int:
