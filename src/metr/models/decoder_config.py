@@ -61,6 +61,9 @@ class DecoderConfig(Config):
     refine: Literal["each", "none"] = "each"
     """Each layer starts from the box that the layer before found, or all start from the query's own (LW-DETR, RF-DETR;
     `deformable`)."""
+    look_forward: Literal["once", "twice"] = "once"
+    """`once`: the box loss of a layer teaches this layer's refinement alone. `twice`: also that of the layer before, from
+    whose box it starts (DINO, RT-DETR; `deformable` and `conditional`, with `refine: each`). Detection is the same."""
     padded_positions: bool = False
     """Encode a query's box in units of the padded image, as DINO and the authors (`deformable`)."""
     positions: Literal["sine", "plain", "first", "learned"] = "sine"
@@ -102,6 +105,9 @@ class DecoderConfig(Config):
                 if getattr(self, option) != value:
                     what = f"{option} is for kind 'distribution'; with {self.kind!r} leave it at {value!r}"
                     raise ValueError(what)
+        if self.look_forward == "twice" and (self.kind == "distribution" or self.refine == "none"):
+            what = "kind 'deformable' and 'conditional' with refine 'each'"
+            raise ValueError(f"look_forward 'twice' is for {what}; found {self.kind!r} and {self.refine!r}")
         if self.kind != "conditional" and not self.extents:
             raise ValueError(f"extents is for kind 'conditional'; with {self.kind!r} leave it at True")
         return self
