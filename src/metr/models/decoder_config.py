@@ -62,8 +62,8 @@ class DecoderConfig(Config):
     """Each layer starts from the box that the layer before found, or all start from the query's own (LW-DETR, RF-DETR;
     `deformable`)."""
     look_forward: Literal["once", "twice"] = "once"
-    """`once`: the box loss of a layer teaches this layer's refinement alone. `twice`: also that of the layer before, from
-    whose box it starts (DINO, RT-DETR; `deformable` and `conditional`, with `refine: each`). Detection is the same."""
+    """`once`: the box loss of a layer teaches this layer's refinement alone. `twice`: also that of the layer before,
+    from whose box it starts (DINO, RT-DETR; `deformable` and `conditional`, with `refine: each`)."""
     padded_positions: bool = False
     """Encode a query's box in units of the padded image, as DINO and the authors (`deformable`)."""
     positions: Literal["sine", "plain", "first", "learned"] = "sine"
