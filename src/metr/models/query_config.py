@@ -34,6 +34,16 @@ class CategoryConfig(Config):
     """The presence probability that the untrained network predicts."""
 
 
+class OneToManyConfig(Config):
+    """Further queries in training, of which several are taught one object (the hybrid branch of H-DETR)."""
+
+    number: int = Field(0, ge=0, le=100_000)
+    """Further queries an image, at the next best places of its names; they and the other queries do not see each other.
+    0: none. (Not with `layout: shared` and `places: learned`.)"""
+    repeats: int = Field(6, ge=1, le=1_000)
+    """How many of them are matched to an object."""
+
+
 class QueryConfig(Config):
     """Class-specific queries: how many, and how they are divided among the categories that have a slot."""
 
@@ -63,6 +73,15 @@ class QueryConfig(Config):
     what the decoder adds for the query's box (`decoder.positions: first`). `none`: zeros (`places: learned`)."""
     start: Literal["proposal", "shifted"] = "proposal"
     """The box that a query starts from: its proposal's, or that moved by a learned shift of its rank (LW-DETR)."""
+    one_to_many: OneToManyConfig = OneToManyConfig()
+
+    @model_validator(mode="after")
+    def _has_next_best_places(self) -> "QueryConfig":
+        for option, value in {"layout": "shared", "places": "learned"}.items():
+            if self.one_to_many.number and getattr(self, option) == value:
+                what = f"one_to_many.number {self.one_to_many.number} takes each name's next best places"
+                raise ValueError(f"{what}; {option} {value!r} has none: leave it at 0")
+        return self
 
 
 class SimilarityConfig(Config):
