@@ -74,6 +74,8 @@ def copies(targets: Targets, categories: Categories, **values: Any) -> list[list
             assert not (copy.flipped and copy.positive)
             found.append(copy)
         assert len(found) <= config.number
+        if {*targets.labels[image].tolist()} - {-1} <= {*categories.ids[image][categories.valid[image]].tolist()}:
+            assert sum(copy.positive for copy in found) == int(module.positives(targets)[image])
         images.append(found)
     return images
 

@@ -36,21 +36,35 @@ class SetCriterion(nn.Module):
         super().__init__()
         self.config = config
 
-    def forward(self, output: DetectorOutput, targets: Targets) -> tuple[Losses, Matches]:
-        """The loss terms, in float32 whatever the precision of the network, and the matches they rest on."""
+    def forward(
+        self, output: DetectorOutput, targets: Targets, counts: "LossCounts | None" = None
+    ) -> tuple[Losses, Matches]:
+        """The loss terms, in float32 whatever the precision of the network, and the matches they rest on.
+
+        Args:
+            output: Of the detector.
+            targets: What it should have been.
+            counts: What sums over queries are divided by; by default by the objects of this batch, of all processes.
+        """
         predictions = query_predictions(output)
         matches = self.match(predictions, targets)
-        return self.losses(output, predictions.matched(matches), targets), matches
+        return self.losses(output, predictions.matched(matches), targets, counts), matches
 
     def match(self, predictions: QueryPredictions, targets: Targets) -> Matches:
         """Which query is matched to which object, in every layer."""
         logits, boxes, category = predictions.logits, predictions.boxes, predictions.category
         return match_groups(logits, boxes, category, targets.boxes, targets.labels, self.config)
 
-    def losses(self, output: DetectorOutput, predictions: QueryPredictions, targets: Targets) -> Losses:
+    def losses(
+        self,
+        output: DetectorOutput,
+        predictions: QueryPredictions,
+        targets: Targets,
+        counts: "LossCounts | None" = None,
+    ) -> Losses:
         """The loss terms, given the matched predictions of proposals and decoder."""
         noised = None if output.denoising is None else denoising_predictions(output.denoising, output.categories)
-        objects, noised_objects = average_over_ranks(_counts(targets, noised)).unbind()
+        objects, noised_objects = counts or LossCounts(*average_over_ranks(_counts(targets, noised)).unbind())
 
         terms = self._presence(output.categories, targets)
         terms |= self._proposals_and_decoder(predictions, targets, objects, output.proposals is not None)
@@ -115,6 +129,13 @@ class SetCriterion(nn.Module):
 def repeated(targets: Targets, times: int) -> Targets:
     """The same with all objects again and again: object m comes back as m + (their number), and so on."""
     return replace(targets, boxes=targets.boxes.repeat(1, times, 1), labels=targets.labels.repeat(1, times))
+
+
+class LossCounts(NamedTuple):
+    """What sums over queries are divided by: a number of objects, and of positive denoising queries."""
+
+    objects: Float[Tensor, ""]
+    noised_objects: Float[Tensor, ""]
 
 
 class BoxLosses(NamedTuple):

@@ -67,6 +67,12 @@ class Denoising(nn.Module):
         return queries, plan
 
     @torch.no_grad()
+    def positives(self, targets: Targets) -> Int[Tensor, "b"]:
+        """How many copies of each image will be positives, provided that the names of all objects get slots."""
+        shown = targets.is_object.sum(1).clamp(max=self._most)
+        return shown * self._versions(shown)
+
+    @torch.no_grad()
     def _copies(self, targets: Targets, categories: Categories) -> _Copies:
         """The copies of each image's objects: in every version each object is moved, moved too far, and flipped.
 
@@ -117,10 +123,13 @@ class Denoising(nn.Module):
         width = max(kinds * count * max(1, min(number // (kinds * count), self.config.groups)) for count in counts)
         index = torch.arange(width, device=objects.device)
         shown = objects.clamp(max=self._most)
-        count = shown.clamp(min=1)
-        versions = (number // (kinds * count)).clamp(1, self.config.groups)
+        count, versions = shown.clamp(min=1), self._versions(shown)
         version, rest = index // (kinds * count), index % (kinds * count)
         return version, rest // count, rest % count, (version < versions) & (shown > 0)
+
+    def _versions(self, shown: Int[Tensor, "*b"]) -> Int[Tensor, "*b"]:
+        """How often each object is shown where so many are."""
+        return (self.config.number // (self.config.kinds * shown.clamp(min=1))).clamp(1, self.config.groups)
 
     def _noised(self, boxes: Float[Tensor, "b n 4"], kind: Int[Tensor, "b n"], drawn: _Drawn) -> Float[Tensor, "b n 4"]:
         """Boxes whose corners are moved at random, by up to `box_noise` half sides of the box.
