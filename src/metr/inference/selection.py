@@ -26,7 +26,8 @@ def name_limits(
     presence = [0.0] * len(names) if few else presence_thresholds(names, trained, model, config)
     shares = config.trained_queries and model.queries.layout != "places"  # which has no shares
     queries = _trained_queries(trained, model) if shares else {}
-    most = [queries.get(name, model.queries.number) for name in names]
+    ceiling = model.queries.number if config.most_queries is None else config.most_queries
+    most = [min(queries.get(name, ceiling), ceiling) for name in names]
     return NameLimits(presence=torch.tensor(presence), queries=torch.tensor(most))
 
 

@@ -13,7 +13,7 @@ from metr.errors import ModelError
 from metr.layers.deformable_attention import kernel_is_used
 from metr.models.backbones import build_backbone
 from metr.models.category_extraction import CategoryExtraction, ProjectedText
-from metr.models.category_selection import select_categories
+from metr.models.category_selection import drawn_sizes, select_categories
 from metr.models.config import DetectorConfig
 from metr.models.decoder import ConditionalDecoder, Decoder
 from metr.models.denoising import Denoising
@@ -101,12 +101,13 @@ class Detector(nn.Module):
     ) -> DetectorOutput:
         """Runs the network after its encoder for one vocabulary. Arguments are those of `forward`."""
         categories = self.category_extraction(memory, text, targets)
-        categories = select_categories(categories, self.config, targets, limits)
+        sizes = drawn_sizes(targets, self.config)
+        categories = select_categories(categories, self.config, targets, limits, sizes)
         if self.learned_places is not None:
             proposals, queries = None, self.learned_places(categories)
             slot, valid = every_pair(categories, queries.slot.shape[1])
         else:
-            proposals, places = self.proposals(memory, categories, limits)
+            proposals, places = self.proposals(memory, categories, _most(categories, limits, sizes))
             queries, slot, valid = self.class_queries(proposals, places, categories), proposals.slot, proposals.valid
         tokens = similarity_tokens(categories, self.config.similarity)
         further = self._further(memory, categories, proposals) if targets is not None else None
@@ -163,6 +164,15 @@ class Detector(nn.Module):
         if self.config.queries.layout == "places":
             return self.decoder.ask_everywhere(decoded, tokens)
         return self.decoder.ask(decoded, tokens, slot), decoded.boxes
+
+
+def _most(
+    categories: Categories, limits: NameLimits | None, sizes: Int[Tensor, "b"] | None
+) -> Int[Tensor, "b k"] | None:
+    """The largest number of queries of each slot: what training draws, or what limits the names when detecting."""
+    if sizes is not None:
+        return sizes.unsqueeze(1).expand_as(categories.ids)
+    return None if limits is None else limits.queries[categories.ids]
 
 
 @dataclass(frozen=True, kw_only=True)

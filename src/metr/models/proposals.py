@@ -13,7 +13,7 @@ from metr.boxes import moved
 from metr.models.config import QueryConfig, SimilarityConfig
 from metr.models.encoders.pyramid import cell_centres
 from metr.models.heads import BoxHead, ClassifierHead, similarity_tokens
-from metr.structures import Categories, Memory, NameLimits, Proposals, Queries, gather_rows
+from metr.structures import Categories, Memory, Proposals, Queries, gather_rows
 
 
 class ProposalHead(nn.Module):
@@ -49,9 +49,9 @@ class ProposalHead(nn.Module):
                 parameter.div_(self.similarity_config.factor)
 
     def forward(
-        self, memory: Memory, categories: Categories, limits: NameLimits | None = None
+        self, memory: Memory, categories: Categories, most: Int[Tensor, "b k"] | None = None
     ) -> tuple[Proposals, Float[Tensor, "b _n d"]]:
-        """The chosen pairs, at most `limits.queries` for each name, and the features of their places.
+        """The chosen pairs, at most so many for each slot, and the features of their places.
 
         In the layout `places` all pairs of a chosen place and a slot are chosen, slot by slot, without limits; the
         features are those of the places, each once.
@@ -60,8 +60,7 @@ class ProposalHead(nn.Module):
         number = self.config.number
         if self.config.layout == "places":
             return self._everywhere(anchors, usable, features, categories, number)
-        limit = None if limits is None else limits.queries[categories.ids]
-        pairs = self._choose(features, usable.unsqueeze(-1), categories, number, limit)
+        pairs = self._choose(features, usable.unsqueeze(-1), categories, number, most)
         return self._proposed(anchors, features, categories, pairs)
 
     @torch.no_grad()

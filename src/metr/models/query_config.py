@@ -1,6 +1,6 @@
 """Configuration from memory to queries: categories, queries, how both are compared, denoising."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -65,6 +65,10 @@ class QueryConfig(Config):
     """Smallest number of queries of a category (`budget`)."""
     ceiling: int = Field(100, ge=1, le=100_000)
     """Largest number of queries of a category."""
+    varied: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = None
+    """Smallest and largest number of queries of a name in training, drawn for each image on a logarithmic scale; never
+    fewer than the most objects of a name in the image. Where not all names then fit in `number`, the least likely ones
+    without objects get none, as in detection. None: what the names of the image share, always (`uniform`)."""
     attention: Literal["group", "image"] = "group"
     """A query attends to the queries of its category, or to all queries of its image."""
     content: Literal["learned", "place", "place_only", "learned_only", "box_only", "none"] = "learned"
@@ -74,6 +78,16 @@ class QueryConfig(Config):
     start: Literal["proposal", "shifted"] = "proposal"
     """The box that a query starts from: its proposal's, or that moved by a learned shift of its rank (LW-DETR)."""
     one_to_many: OneToManyConfig = OneToManyConfig()
+
+    @model_validator(mode="after")
+    def _varies_shares(self) -> "QueryConfig":
+        if self.varied is not None:
+            if self.layout != "uniform":
+                raise ValueError(f"varied is for layout 'uniform'; with {self.layout!r} leave it at None")
+            if not self.varied[0] <= self.varied[1] <= self.ceiling:
+                what = f"varied {list(self.varied)} is no range up to the ceiling, {self.ceiling}"
+                raise ValueError(f"{what}: expected [smallest, largest]")
+        return self
 
     @model_validator(mode="after")
     def _has_next_best_places(self) -> "QueryConfig":
