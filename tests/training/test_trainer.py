@@ -128,7 +128,7 @@ def test_a_step_is_what_it_says(tmp_path: Path) -> None:
 
 def test_two_batches_have_the_gradient_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One has three times the objects of the other: their losses are divided by all objects, not twice by some."""
-    parts = make_parts(tmp_path, one_to_many={"number": 6, "repeats": 2})
+    parts = make_parts(tmp_path, one_to_many={"number": 6, "repeats": 2}, varied=(2, 10))
     trainer = Trainer(parts, make_config(10, ema={"enabled": False}), tmp_path / "run")
     trainer.network.train()
     stream = iter(parts.loader(seed=0, start=0, rank=0, world=1, device=torch.device("cpu")))
