@@ -12,6 +12,7 @@ it was given.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, TypeVar
 
 import numpy as np
@@ -264,6 +265,11 @@ class Decoded(_Movable):
         quality = None if self.quality is None else self.quality[:, :, first:last]
         return Decoded(features=self.features[:, :, first:last], boxes=self.boxes[:, :, first:last], quality=quality)
 
+    def split(self, numbers: Sequence[int]) -> Iterator["Decoded"]:
+        """Those of the first queries, as many as the first number says, then those of the next."""
+        ends = [*accumulate(numbers)]
+        return (self.rows(end - number, end) for number, end in zip(numbers, ends, strict=True))
+
 
 @dataclass(frozen=True, kw_only=True)
 class DenoisingPlan(_Movable):
@@ -285,10 +291,24 @@ class DenoisingOutput(_Movable):
 
 
 @dataclass(frozen=True, kw_only=True)
+class OneToManyOutput(_Movable):
+    """The decoder's predictions for further queries, in training only, after each layer.
+
+    `repeats` is how many of them are matched to an object. `slot` and `valid` are as in `DetectorOutput`.
+    """
+
+    logits: Float[Tensor, "r b n"]
+    boxes: Float[Tensor, "r b n 4"]
+    slot: Int[Tensor, "b n"]
+    valid: Bool[Tensor, "b n"]
+    repeats: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class DetectorOutput(_Movable):
     """The network's predictions: one logit and one box for each query after each decoder layer, last layer last.
 
-    `proposals` is None where the places of queries are learned.
+    `proposals` is None where the places of queries are learned. `denoising` and `one_to_many` are there in training.
     """
 
     logits: Float[Tensor, "r b q"]
@@ -298,6 +318,7 @@ class DetectorOutput(_Movable):
     categories: Categories
     proposals: Proposals | None
     denoising: DenoisingOutput | None = None
+    one_to_many: OneToManyOutput | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

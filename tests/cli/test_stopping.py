@@ -166,7 +166,7 @@ BEFORE_THE_FIRST_STEP = {
     "reading the data": ("metr.training.train_request", "open_joint", "train"),
     "embedding the names": ("metr.training.train", "training_parts", "train"),
     "the evaluation before": ("metr.training.finetune", "_evaluated", "finetune"),
-    "evaluating": ("metr.evaluation.runner", "evaluate", "evaluate"),
+    "evaluating": ("metr.evaluation.runner", "evaluate_in_detail", "evaluate"),
     "detecting": ("metr.inference.detect_files", "detect_files", "detect"),
     "drawing": ("metr.demo.run", "run_demo", "demo"),
 }

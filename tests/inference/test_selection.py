@@ -42,6 +42,13 @@ def test_queries_as_in_training() -> None:
     assert limits.queries.tolist() == [30, 20, 40, 60]
 
 
+def test_a_ceiling_of_ones_own_holds_for_all() -> None:
+    own = SelectionConfig(most_queries=25)
+    assert name_limits(["red", "zebra"], TRAINED, MODEL, own).queries.tolist() == [25, 25]
+    both = SelectionConfig(most_queries=25, trained_queries=True)
+    assert name_limits(["red", "shark", "table", "zebra"], TRAINED, MODEL, both).queries.tolist() == [25, 20, 25, 25]
+
+
 @pytest.mark.parametrize("layout", ["uniform", "budget", "shared"])
 def test_no_name_has_more_queries_than_its_limit(layout: str) -> None:
     config = small_config()

@@ -15,7 +15,7 @@ from metr.errors import ConfigError
 from metr.losses.config import CriterionConfig, LossWeights
 from metr.losses.criterion import SetCriterion, average_over_ranks, box_losses
 from metr.losses.predictions import QueryPredictions
-from metr.structures import DetectorOutput, Losses, Targets
+from metr.structures import DetectorOutput, Losses, OneToManyOutput, Targets
 
 UNWEIGHTED = LossWeights(classification=1, l1=1, giou=1, presence=1, proposals=1, denoising=1)
 KEPT = [[0, 2, 5], [1, 2]]
@@ -217,6 +217,56 @@ def test_one_empty_image_beside_a_full_one() -> None:
     losses, _ = criterion()(output, targets)
     assert losses.total.isfinite()
     assert gradients(losses, output)["boxes"][:, 1].abs().sum() == 0
+
+
+def further_output(repeats: int) -> OneToManyOutput:
+    """Predictions of further queries for the names of `small_output`."""
+    slots = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2, 2], [0, 1, 1, 1, 1, 1, 0, 0, 0]])
+    valid = torch.tensor([[True] * 9, [True] * 6 + [False] * 3])
+    logits, boxes = torch.randn(2, 2, 9).requires_grad_(), random_boxes(2, 2, 9).requires_grad_()
+    return OneToManyOutput(logits=logits, boxes=boxes, slot=slots, valid=valid, repeats=repeats)
+
+
+@pytest.mark.parametrize("repeats", [1, 3, 50])
+def test_further_queries_have_the_loss_of_objects_that_are_there_several_times(repeats: int) -> None:
+    """As if the decoder's own queries were these, and each object stood in the image several times."""
+    further, targets, judge = further_output(repeats), small_targets(), criterion("quality")
+    losses, matches = judge(replace(small_output(denoising=False), one_to_many=further), targets)
+    plain, _ = judge(small_output(denoising=False), targets)
+    own = {name: value for name, value in losses.terms.items() if not name.startswith("one_to_many")}
+    assert own.keys() == plain.terms.keys()
+    assert int(matches.query.max()) < 7, "only the other queries are told of"
+
+    boxes, labels = ([part[image] for image in range(2)] for part in (targets.boxes, targets.labels))
+    many = Targets.stack(
+        [
+            replace(
+                image_targets([], 6, annotated=annotated),
+                boxes=torch.cat([each] * repeats).unsqueeze(0),
+                labels=torch.cat([label] * repeats).unsqueeze(0),
+            )
+            for each, label, annotated in zip(boxes, labels, ([0, 3, 5], None), strict=True)
+        ]
+    )
+    as_decoder = random_output(KEPT, [[0] * 9, [0] * 9], vocabulary=6)
+    as_decoder = replace(as_decoder, logits=further.logits, boxes=further.boxes, slot=further.slot, valid=further.valid)
+    expected = judge(replace(as_decoder, proposals=None), many)[0].terms
+    for layer in range(2):
+        for kind in ("classification", "l1", "giou"):
+            found = losses.terms[f"one_to_many.{layer}/{kind}"]
+            torch.testing.assert_close(found, expected[f"decoder.{layer}/{kind}"], msg=f"{layer}/{kind}")
+    halved = criterion("quality", UNWEIGHTED.model_copy(update={"one_to_many": 0.5}))
+    terms = halved(replace(small_output(denoising=False), one_to_many=further), targets)[0].terms
+    torch.testing.assert_close(terms["one_to_many.1/l1"], losses.terms["one_to_many.1/l1"] / 2)
+
+
+def test_further_queries_of_images_without_objects_say_no() -> None:
+    further, targets = further_output(4), Targets.stack([image_targets([], 6) for _ in range(2)])
+    losses, _ = criterion()(replace(small_output(denoising=False), one_to_many=further), targets)
+    logits, boxes = torch.autograd.grad(losses.total, [further.logits, further.boxes])
+    assert (logits[:, further.valid] > 0).all()
+    assert (logits[:, ~further.valid] == 0).all()
+    assert (boxes == 0).all()
 
 
 def misses(output: DetectorOutput, targets: Targets) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from metr.boxes import cxcywh_to_xyxy
+from metr.boxes import cxcywh_to_xyxy, paired_iou, pairwise_coverage
 from metr.errors import ConfigError
 from metr.models.config import DenoisingConfig
 from metr.models.denoising import Denoising
@@ -74,6 +74,8 @@ def copies(targets: Targets, categories: Categories, **values: Any) -> list[list
             assert not (copy.flipped and copy.positive)
             found.append(copy)
         assert len(found) <= config.number
+        if {*targets.labels[image].tolist()} - {-1} <= {*categories.ids[image][categories.valid[image]].tolist()}:
+            assert sum(copy.positive for copy in found) == int(module.positives(targets)[image])
         images.append(found)
     return images
 
@@ -96,22 +98,38 @@ def middle(labels: Sequence[int], **values: Any) -> Targets:
     return targets_of(boxes, labels, words=WORDS, **values)
 
 
-@pytest.mark.parametrize("noise", [1.0, 0.4])
-def test_positives_move_at_most_the_noise_and_flipped_copies_a_fifth(noise: float) -> None:
+@pytest.mark.parametrize(("noise", "flip"), [(1.0, 0.2), (0.4, 1.0), (0.5, 1.6)])
+def test_positives_move_at_most_the_noise_and_flipped_copies_their_share_of_it(noise: float, flip: float) -> None:
     target, categories = middle([0, 1, 2, 3]), categories_of(range(5))
     positive, flipped = [], []
     for _ in range(20):
-        for copy in copies(target, categories, box_noise=noise, number=200)[0]:
+        for copy in copies(target, categories, box_noise=noise, flip_noise=flip, number=200)[0]:
             if copy.positive:
                 positive.append(moves(copy, target))
             elif copy.flipped:
                 flipped.append(moves(copy, target))
-    for found, limit in ((torch.stack(positive), noise), (torch.stack(flipped), 0.2 * noise)):
+    for found, limit in ((torch.stack(positive), noise), (torch.stack(flipped), flip * noise)):
         assert found.max() <= limit + 1e-4
         # the whole range is used, on all four sides
         assert (found.amax(0) > 0.95 * limit).all()
         assert (found.amin(0) < 0.05 * limit).all()
         torch.testing.assert_close(found.mean(), torch.tensor(limit / 2), atol=0.05 * limit, rtol=0)
+
+
+def test_with_a_flip_noise_of_one_the_box_tells_nothing_of_the_answer() -> None:
+    """The shifts of positives and of flipped copies have one distribution, which 0.2 keeps apart."""
+
+    def quantiles(flip: float) -> tuple[Tensor, Tensor]:
+        found = [copy for _ in range(20) for copy in copies(target, categories, flip_noise=flip, number=200)[0]]
+        both = [[moves(c, target) for c in found if kind(c)] for kind in (lambda c: c.positive, lambda c: c.flipped)]
+        first, second = (torch.stack(each).quantile(torch.linspace(0.1, 0.9, 5), dim=0) for each in both)
+        return first, second
+
+    target, categories = middle([0, 1, 2, 3]), categories_of(range(5))
+    positive, flipped = quantiles(1.0)
+    torch.testing.assert_close(positive, flipped, atol=0.08, rtol=0)
+    positive, flipped = quantiles(0.2)
+    assert (positive[-1] > 3 * flipped[-1]).all()
 
 
 @pytest.mark.parametrize("noise", [1.0, 0.4])
@@ -258,6 +276,25 @@ def test_flipped_copies_never_claim_a_category_that_is_there() -> None:
     assert flipped_labels(target, categories_of(range(5))) == {2, 3, 4}
     assert flipped_labels(target, categories_of(range(5)), index=1) == {2, 3, 4}
     assert flipped_labels(target, categories_of(range(5)), index=2) == {0, 1, 3, 4}
+
+
+def test_a_flipped_copy_that_moves_to_an_object_of_its_category_is_left_out() -> None:
+    """Against boxes one by one: neighbours with so much noise that copies of one reach the other, and a crowd."""
+    row = targets_of([[0.3 + 0.1 * n, 0.5, 0.1, 0.1] for n in range(3)], [0, 1, 2], words=WORDS)
+    target = replace(row, ignore_boxes=torch.tensor([[[0.4, 0.7, 0.4, 0.2]]]), ignore_labels=torch.tensor([[3]]))
+    places = [*zip(target.boxes[0], target.labels[0].tolist(), strict=True)]
+    claimed = set()
+    for _ in range(20):
+        found = copies(target, categories_of(range(5)), flip_noise=1.0, number=45)[0]
+        for copy in (copy for copy in found if copy.flipped):
+            corners = cxcywh_to_xyxy(copy.box)
+            for box, label in places:
+                assert label != copy.label or paired_iou(corners, cxcywh_to_xyxy(box)) <= 0.3
+            crowd = pairwise_coverage(corners[None], cxcywh_to_xyxy(target.ignore_boxes[0]))
+            assert copy.label != 3 or crowd <= 0.3
+            claimed.add((copy.target, copy.label))
+        assert sum(copy.positive for copy in found) == 15, "positives stay where they are"
+    assert claimed >= {(0, 1), (1, 0), (0, 3), (0, 4)}, "those that stay clear are there"
 
 
 def test_flipped_copies_never_claim_the_category_of_a_crowd_there() -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from small_disk import SmallDisk
+
 from tiny import metr, tiny_run
 
 __all__ = ["metr", "tiny_run"]
@@ -36,23 +38,6 @@ def mounted(tmp_path: Path) -> Iterator[Callable[..., Path]]:
     yield mount
     for place in places:
         subprocess.run(["umount", "-l", str(place)], check=True)
-
-
-class SmallDisk:
-    """A file system of a few megabytes."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self._ballast = path, path / "ballast"
-
-    def leave(self, room: int) -> None:
-        """Fills it up but for so many bytes."""
-        self._ballast.unlink(missing_ok=True)
-        status = os.statvfs(self.path)
-        with self._ballast.open("wb") as file:
-            file.write(b"\0" * max(0, status.f_bavail * status.f_frsize - room))
-
-    def free(self) -> None:
-        self._ballast.unlink()
 
 
 @pytest.fixture

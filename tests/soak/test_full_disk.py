@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from conftest import SmallDisk
 from metr.checkpoint import load_checkpoint
 from metr.training.logger import read_metrics
 from metr.training.train import train
+from small_disk import SmallDisk
 
 from tiny import CommandLine, TinyRun, read_coco, train_arguments
 

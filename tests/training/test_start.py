@@ -129,7 +129,12 @@ def test_what_contradicts_the_start(options: dict, told: str, tiny_run: TinyRun,
 
 
 def test_settings_that_leave_the_network_as_it_was(start: METR) -> None:
-    free = ["model.denoising.groups=1", "model.backbone.freeze_stages=2", "model.categories.threshold=0.3"]
+    free = [
+        "model.denoising.groups=1",
+        "model.decoder.look_forward=twice",
+        "model.backbone.freeze_stages=2",
+        "model.categories.threshold=0.3",
+    ]
     check_kept(start, start_recipe(start.checkpoint, overrides=free).model, "training", "stop")
 
 

@@ -17,7 +17,7 @@ from metr.checkpoint import load_checkpoint
 from metr.config import read_yaml
 from metr.errors import CheckpointError, MetrError
 from metr.losses.config import CriterionConfig
-from metr.losses.criterion import SetCriterion
+from metr.losses.criterion import LossCounts, SetCriterion
 from metr.structures import DetectorOutput, Losses, Matches, Targets
 from metr.training.config import RunConfig, TrainConfig
 from metr.training.logger import read_metrics
@@ -51,8 +51,10 @@ class Sick(SetCriterion):
         super().__init__(CriterionConfig())
         self.sick, self.calls = calls, 0
 
-    def forward(self, output: DetectorOutput, targets: Targets) -> tuple[Losses, Matches]:
-        losses, matches = super().forward(output, targets)
+    def forward(
+        self, output: DetectorOutput, targets: Targets, counts: LossCounts | None = None
+    ) -> tuple[Losses, Matches]:
+        losses, matches = super().forward(output, targets, counts)
         self.calls += 1
         if self.calls - 1 not in self.sick:
             return losses, matches
@@ -75,7 +77,7 @@ def test_it_learns(tmp_path: Path) -> None:
 
 @pytest.mark.trains
 def test_a_step_is_what_it_says(tmp_path: Path) -> None:
-    """Against the same step by hand: mean gradient of two batches, clipped, AdamW at the scheduled rate."""
+    """Against the same step by hand: gradient of two batches together, clipped, AdamW at the scheduled rate."""
     changes = {"optimizer": {"clip_norm": 0.5, "weight_decay": 0.1}, "loop": {"accumulation": 2}}
     config = make_config(10, **changes)
     parts = make_parts(tmp_path)
@@ -100,10 +102,14 @@ def test_a_step_is_what_it_says(tmp_path: Path) -> None:
     ]
     optimizer = torch.optim.AdamW(groups, fused=False, foreach=False)
     total = torch.zeros(())
-    for first, batch in zip((0, 2), batches, strict=True):
-        text, targets = trainer.step_targets(batch, None, first)
-        output = network(batch.images, batch.padding_mask, text, targets)
-        total = total + trainer.criterion(output, targets)[0].total / 2
+    asked = [trainer.step_targets(batch, None, first) for first, batch in zip((0, 2), batches, strict=True)]
+    outputs = [network(batch.images, batch.padding_mask, *wanted) for batch, wanted in zip(batches, asked, strict=True)]
+    counts = LossCounts(
+        objects=torch.stack([targets.is_object.sum() for _, targets in asked]).sum() / 2,
+        noised_objects=torch.stack([output.denoising.plan.positive.sum() for output in outputs]).sum() / 2,
+    )
+    for output, (_, targets) in zip(outputs, asked, strict=True):
+        total = total + trainer.criterion(output, targets, counts)[0].total / 2
     total.backward()
     norm = torch.sqrt(sum(p.grad.square().sum() for p in network.parameters() if p.grad is not None))
     for parameter in network.parameters():
@@ -118,6 +124,38 @@ def test_a_step_is_what_it_says(tmp_path: Path) -> None:
     assert report.learning_rate == {"backbone": pytest.approx(5e-5), "rest": pytest.approx(5e-4)}
     for (name, ours), theirs in zip(trainer.plain_network.named_parameters(), network.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_two_batches_have_the_gradient_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One has three times the objects of the other: their losses are divided by all objects, not twice by some."""
+    parts = make_parts(tmp_path, one_to_many={"number": 6, "repeats": 2}, varied=(2, 10))
+    trainer = Trainer(parts, make_config(10, ema={"enabled": False}), tmp_path / "run")
+    trainer.network.train()
+    stream = iter(parts.loader(seed=0, start=0, rank=0, world=1, device=torch.device("cpu")))
+    halves = [next(stream), next(stream)]
+    crowd = halves[0].targets
+    crowd = replace(crowd, boxes=crowd.boxes.repeat(1, 3, 1) * 0.9, labels=crowd.labels.repeat(1, 3))
+    halves[0] = replace(halves[0], targets=crowd)
+    first, second = (half.targets.is_object.sum() for half in halves)
+    assert first > second > 0
+    whole = replace(
+        halves[0],
+        targets=Targets.stack([half.targets for half in halves]),
+        **{name: torch.cat([getattr(half, name) for half in halves]) for name in ("images", "padding_mask")},
+        **{name: halves[0].__dict__[name] + halves[1].__dict__[name] for name in ("image_ids", "datasets", "sizes")},
+    )
+    gradients: list[list[torch.Tensor]] = []
+
+    def recorded(optimizer: torch.optim.Optimizer, limit: float) -> torch.Tensor:
+        gradients.append([p.grad.clone() for p in trainer.plain_network.parameters() if p.grad is not None])
+        return torch.tensor(math.nan)  # so that the step changes nothing
+
+    monkeypatch.setattr(trainer.engine, "clip_gradient", recorded)
+    for batches in (halves, [whole]):
+        trainer.train_step(batches)
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
+    assert max(gradient.abs().max() for gradient in gradients[0]) > 0.1
 
 
 def test_what_a_run_leaves_behind(tmp_path: Path) -> None:

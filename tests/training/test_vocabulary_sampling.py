@@ -150,9 +150,9 @@ def test_names_that_were_left_out_get_no_gradient(tmp_path: Path) -> None:
     trainer = Trainer(make_parts(tmp_path), make_config(loop={"vocabulary_sample": 2}), tmp_path / "run")
     text = trainer.step_targets.text = trainer.step_targets.text.clone().requires_grad_()
     batch = next(iter(trainer.parts.loader(seed=0, start=0, rank=0, world=1, device=trainer.device)))
-    sampled, _ = trainer.step_targets(batch, None, 8)
+    sampled, targets = trainer.step_targets(batch, None, 8)
     assert len(sampled) < len(text)
-    losses, _ = trainer._losses(batch, 8)
+    losses, _ = trainer._losses(batch, (sampled, targets), None)
     losses.total.backward()
     gradient: Tensor | None = text.grad
     assert gradient is not None

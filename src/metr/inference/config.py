@@ -24,6 +24,9 @@ class SelectionConfig(Config):
     are slots; otherwise `model.categories.threshold` of training, and `untrained_threshold` for untrained names."""
     untrained_threshold: Probability = 0.02
     """`presence_threshold` of names that were not trained, where it is None and names are more than slots."""
+    most_queries: Annotated[int, Field(ge=1)] | None = None
+    """Largest number of queries of a name in an image: more than in training disturb each other, fewer lose crowds.
+    None: what names share, up to `model.queries.ceiling`. Without effect in `model.queries.layout: places`."""
     trained_queries: bool = False
     """Whether a trained name gets at most as many queries as its datasets gave it in training. Then images with more
     objects than that lose some."""

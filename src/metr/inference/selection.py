@@ -26,7 +26,8 @@ def name_limits(
     presence = [0.0] * len(names) if few else presence_thresholds(names, trained, model, config)
     shares = config.trained_queries and model.queries.layout != "places"  # which has no shares
     queries = _trained_queries(trained, model) if shares else {}
-    most = [queries.get(name, model.queries.number) for name in names]
+    ceiling = model.queries.number if config.most_queries is None else config.most_queries
+    most = [min(queries.get(name, ceiling), ceiling) for name in names]
     return NameLimits(presence=torch.tensor(presence), queries=torch.tensor(most))
 
 
@@ -44,12 +45,21 @@ def presence_thresholds(
     return [model.categories.threshold if name in known else config.untrained_threshold for name in names]
 
 
+def queries_a_name(names: int, model: DetectorConfig) -> int:
+    """The largest number of queries that training gives each name of an image whose dataset has so many names."""
+    queries = model.queries
+    if queries.layout == "places":
+        return queries.number
+    if queries.layout == "budget" or queries.varied is not None:
+        return min(queries.ceiling, queries.number)
+    return max(1, min(queries.ceiling, queries.number // min(model.categories.kept, max(1, names))))
+
+
 def _trained_queries(trained: Vocabulary, model: DetectorConfig) -> dict[str, int]:
     """How many queries training gave each name: its share of an image whose dataset has the fewest names."""
-    queries, slots = model.queries, model.categories.kept
     most: dict[str, int] = {}
     for names in trained.datasets.values():
-        share = max(1, min(queries.ceiling, queries.number // min(slots, max(1, len({*names})))))
+        share = queries_a_name(len({*names}), model)
         for name in names:
             most[name] = max(most.get(name, 0), share)
     return most

@@ -11,7 +11,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class LossWeights(Config):
-    """Factors of the loss terms. `proposals` and `denoising` multiply the other factors of their queries."""
+    """Factors of the loss terms. `proposals`, `denoising` and `one_to_many` multiply the others for their queries."""
 
     classification: Weight = 2.0
     """Of the classification of queries."""
@@ -25,6 +25,8 @@ class LossWeights(Config):
     """Multiplies the terms of the proposals."""
     denoising: Weight = 1.0
     """Multiplies the terms of the denoising queries."""
+    one_to_many: Weight = 1.0
+    """Multiplies the terms of the queries of `model.queries.one_to_many`."""
 
 
 class MatchingCosts(Config):

@@ -1,6 +1,7 @@
 """The loss of one step: the detector's predictions against the targets."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -11,8 +12,13 @@ from metr.boxes import cxcywh_to_xyxy, paired_giou, paired_iou
 from metr.losses.classification import presence_losses, query_losses
 from metr.losses.config import CriterionConfig
 from metr.losses.matcher import match_groups
-from metr.losses.predictions import QueryPredictions, denoising_predictions, query_predictions
-from metr.structures import Categories, DetectorOutput, Losses, Matches, Targets
+from metr.losses.predictions import (
+    QueryPredictions,
+    denoising_predictions,
+    one_to_many_predictions,
+    query_predictions,
+)
+from metr.structures import Categories, DetectorOutput, Losses, Matches, OneToManyOutput, Targets
 
 Terms = dict[str, Tensor]
 
@@ -22,34 +28,50 @@ class SetCriterion(nn.Module):
 
     Terms are called `presence/E` for extraction block E, `presence/shortlist` if the detector has a shortlist, and
     `LAYER/classification`, `LAYER/l1`, `LAYER/giou` for the layers `proposals` (unless places are learned), `decoder.R`
-    and, if the detector denoises, `denoising.R`; blocks and layers count from 0. A batch without objects has all of
-    these terms too, each with gradients to the outputs.
+    and, if the detector denoises, `denoising.R`, if it has further queries, `one_to_many.R`; blocks and layers count
+    from 0. A batch without objects has all of these terms too, each with gradients to the outputs.
     """
 
     def __init__(self, config: CriterionConfig) -> None:
         super().__init__()
         self.config = config
 
-    def forward(self, output: DetectorOutput, targets: Targets) -> tuple[Losses, Matches]:
-        """The loss terms, in float32 whatever the precision of the network, and the matches they rest on."""
+    def forward(
+        self, output: DetectorOutput, targets: Targets, counts: "LossCounts | None" = None
+    ) -> tuple[Losses, Matches]:
+        """The loss terms, in float32 whatever the precision of the network, and the matches they rest on.
+
+        Args:
+            output: Of the detector.
+            targets: What it should have been.
+            counts: What sums over queries are divided by; by default by the objects of this batch, of all processes.
+        """
         predictions = query_predictions(output)
         matches = self.match(predictions, targets)
-        return self.losses(output, predictions.matched(matches), targets), matches
+        return self.losses(output, predictions.matched(matches), targets, counts), matches
 
     def match(self, predictions: QueryPredictions, targets: Targets) -> Matches:
         """Which query is matched to which object, in every layer."""
         logits, boxes, category = predictions.logits, predictions.boxes, predictions.category
         return match_groups(logits, boxes, category, targets.boxes, targets.labels, self.config)
 
-    def losses(self, output: DetectorOutput, predictions: QueryPredictions, targets: Targets) -> Losses:
+    def losses(
+        self,
+        output: DetectorOutput,
+        predictions: QueryPredictions,
+        targets: Targets,
+        counts: "LossCounts | None" = None,
+    ) -> Losses:
         """The loss terms, given the matched predictions of proposals and decoder."""
         noised = None if output.denoising is None else denoising_predictions(output.denoising, output.categories)
-        objects, noised_objects = average_over_ranks(_counts(targets, noised)).unbind()
+        objects, noised_objects = counts or LossCounts(*average_over_ranks(_counts(targets, noised)).unbind())
 
         terms = self._presence(output.categories, targets)
         terms |= self._proposals_and_decoder(predictions, targets, objects, output.proposals is not None)
         if noised is not None:
             terms |= self._denoising(noised, targets, noised_objects)
+        if output.one_to_many is not None:
+            terms |= self._one_to_many(output.one_to_many, output.categories, targets, objects)
         return Losses(terms=terms)
 
     def _presence(self, categories: Categories, targets: Targets) -> Terms:
@@ -76,6 +98,16 @@ class SetCriterion(nn.Module):
         scale = (self.config.weights.denoising / objects).repeat(len(layers))
         return self._layer_terms(layers, predictions, targets, scale)
 
+    def _one_to_many(
+        self, output: OneToManyOutput, categories: Categories, targets: Targets, objects: Float[Tensor, ""]
+    ) -> Terms:
+        predictions = one_to_many_predictions(output, categories)
+        matches = self.match(predictions, repeated(targets, output.repeats))
+        own = replace(matches, target=matches.target % max(targets.labels.shape[1], 1))
+        layers = [f"one_to_many.{layer}" for layer in range(len(predictions.logits))]
+        scale = (self.config.weights.one_to_many / (objects * output.repeats)).repeat(len(layers))
+        return self._layer_terms(layers, predictions.matched(own), targets, scale)
+
     def _layer_terms(
         self, layers: Sequence[str], predictions: QueryPredictions, targets: Targets, scale: Float[Tensor, "r"]
     ) -> Terms:
@@ -92,6 +124,18 @@ class SetCriterion(nn.Module):
             for kind, loss in losses.items()
             for layer, term in zip(layers, (scale * loss).unbind(), strict=True)
         }
+
+
+def repeated(targets: Targets, times: int) -> Targets:
+    """The same with all objects again and again: object m comes back as m + (their number), and so on."""
+    return replace(targets, boxes=targets.boxes.repeat(1, times, 1), labels=targets.labels.repeat(1, times))
+
+
+class LossCounts(NamedTuple):
+    """What sums over queries are divided by: a number of objects, and of positive denoising queries."""
+
+    objects: Float[Tensor, ""]
+    noised_objects: Float[Tensor, ""]
 
 
 class BoxLosses(NamedTuple):

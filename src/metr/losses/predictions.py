@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from metr.structures import NO_OBJECT, Categories, DenoisingOutput, DetectorOutput, Matches
+from metr.structures import NO_OBJECT, Categories, DenoisingOutput, DetectorOutput, Matches, OneToManyOutput
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +59,16 @@ def denoising_predictions(denoising: DenoisingOutput, categories: Categories) ->
         boxes=denoising.boxes.float(),
         category=category,
         target=target.expand(denoising.logits.shape),
+    )
+
+
+def one_to_many_predictions(output: OneToManyOutput, categories: Categories) -> QueryPredictions:
+    """The predictions of the queries of which several are matched to one object, not yet matched to any."""
+    return QueryPredictions(
+        logits=output.logits.float(),
+        boxes=output.boxes.float(),
+        category=query_categories(output.slot, output.valid, categories),
+        target=torch.full(output.logits.shape, NO_OBJECT, device=output.logits.device),
     )
 
 

@@ -17,6 +17,8 @@ from metr.layers.mlp import MLP, FeedForward
 from metr.models.config import CategoryConfig, DetectorConfig
 from metr.structures import Categories, Memory, NameLimits, Targets
 
+# Tells the random numbers of group sizes from those of denoising.
+_SIZES = 0x517E
 # Vectors that sum an image up; each costs every name one dot product.
 _SUMMARIES = 16
 
@@ -75,18 +77,52 @@ class Shortlist(nn.Module):
             return similarity.logsumexp(dim=1) - math.log(_SUMMARIES) + self.bias
 
 
+@torch.no_grad()
+def drawn_sizes(targets: Targets | None, config: DetectorConfig) -> Int[Tensor, "b"] | None:
+    """How many queries each name of an image gets in this step; None where that is not drawn (`queries.varied`).
+
+    An image's number follows from its own seed where there are seeds. It is drawn from the range, evenly on a
+    logarithmic scale. Then it is raised to the most objects of a name in the image, as far as the ceiling allows, and
+    lowered to what all names with objects can have.
+    """
+    queries = config.queries
+    if targets is None or queries.varied is None:
+        return None
+    images, vocabulary_size = targets.annotated.shape
+    low, high = (math.log(bound) for bound in (queries.varied[0], queries.varied[1] + 1))
+    drawn = (low + _lots(targets) * (high - low)).exp().floor().long().clamp(max=queries.varied[1])
+    counts = torch.zeros(images, vocabulary_size + 1, dtype=torch.int64, device=drawn.device)
+    labels = targets.labels.where(targets.is_object, vocabulary_size)
+    counts = counts.scatter_add(1, labels, torch.ones_like(labels))[:, :vocabulary_size]
+    present = (counts > 0).sum(1).clamp(1, config.categories.kept)
+    wanted = torch.maximum(drawn, counts.amax(1).clamp(max=queries.ceiling))
+    return torch.minimum(wanted, (queries.number // present).clamp(min=1))
+
+
+def _lots(targets: Targets) -> Float[Tensor, "b"]:
+    """A random number in 0..1 for each image, on the device of the targets."""
+    if not targets.noise_seeds:
+        return torch.rand(len(targets.boxes), device=targets.boxes.device)
+    # of another stream than the noise, which begins with the seed itself
+    generators = [torch.Generator().manual_seed(seed ^ _SIZES) for seed in targets.noise_seeds]
+    lots = torch.cat([torch.rand(1, generator=one) for one in generators])
+    return lots.to(targets.boxes.device, non_blocking=True)
+
+
 def select_categories(
     categories: Categories,
     config: DetectorConfig,
     targets: Targets | None = None,
     limits: NameLimits | None = None,
+    sizes: Int[Tensor, "b"] | None = None,
 ) -> Categories:
     """The categories with at most `categories.kept` slots an image, in ascending order of their ids, empty slots last.
 
     Without targets, a category takes no slot if its presence probability is below that of its `limits`, or below
     `categories.threshold` if there are none; in the layout `places` any number has slots. With targets,
     present categories come first, then the most likely ones that are annotated; categories that are assumed to be
-    absent take at most `categories.negative_slots` slots; other categories give no loss and take none.
+    absent take at most `categories.negative_slots` slots; other categories give no loss and take none. Where the
+    `sizes` of their groups are drawn, only as many categories have slots as fit in all queries.
     """
     scores, own, kept = categories.presence_logits[-1].detach().float(), config.categories, config.categories.kept
     if targets is None:
@@ -101,6 +137,8 @@ def select_categories(
         scores = _present_first(scores, targets.present).masked_fill(~allowed, -torch.inf)
     best, ids = scores.topk(min(kept, scores.shape[1]), dim=1)
     valid = best > -torch.inf
+    if sizes is not None:
+        valid = valid & (torch.arange(valid.shape[1], device=valid.device) < (config.queries.number // sizes)[:, None])
     order = ids.masked_fill(~valid, scores.shape[1]).argsort(dim=1)
     valid = valid.gather(1, order)
     return replace(categories, ids=ids.gather(1, order).masked_fill(~valid, 0), valid=valid)

@@ -6,7 +6,13 @@ from pydantic import Field, field_validator, model_validator
 
 from metr.config import Config, leave_options
 from metr.models.decoder_config import DecoderConfig, DistributionConfig
-from metr.models.query_config import CategoryConfig, DenoisingConfig, QueryConfig, SimilarityConfig
+from metr.models.query_config import (
+    CategoryConfig,
+    DenoisingConfig,
+    OneToManyConfig,
+    QueryConfig,
+    SimilarityConfig,
+)
 
 __all__ = [
     "BackboneConfig",
@@ -16,6 +22,7 @@ __all__ = [
     "DetectorConfig",
     "DistributionConfig",
     "EncoderConfig",
+    "OneToManyConfig",
     "QueryConfig",
     "SimilarityConfig",
 ]

@@ -4,7 +4,7 @@
 whole memory, near the box of the query (DAB-DETR).
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange, repeat
@@ -49,6 +49,19 @@ class DecoderLayer(nn.Module):
         return refined
 
 
+class Refined(NamedTuple):
+    """After a layer: the feature for class heads, the reported box, and where the next layer starts.
+
+    The next layer refines `start`, and sees `boxes`: the same boxes, to which no gradient flows. To `start` one flows
+    if the decoder looks forward twice: then the loss of the next layer teaches this layer's refinement too.
+    """
+
+    feature: Float[Tensor, "b q d"]
+    found: Float[Tensor, "b q 4"]
+    start: Float[Tensor, "b q 4"]
+    boxes: Float[Tensor, "b q 4"]
+
+
 class LayeredDecoder(nn.Module):
     """What the decoders share: heads, one of each for all layers or one for each layer, and how they are asked.
 
@@ -66,6 +79,7 @@ class LayeredDecoder(nn.Module):
         super().__init__()
         self.width, self.margin = width, config.box_margin
         self.refines, self.normed = config.refine == "each", config.predictors != "layer"
+        self.looks_twice = config.look_forward == "twice"
         self.norm: nn.Module = nn.LayerNorm(width) if self.normed else nn.Identity()
         if config.predictors == "shared":
             # of one type here, of another with heads of each layer
@@ -76,21 +90,28 @@ class LayeredDecoder(nn.Module):
         self.similarity = nn.ModuleList(build_class_head(width, text_width, prior, similarity) for _ in heads)
         self.box = nn.ModuleList(BoxHead(width, config.boxes) for _ in heads)
 
-    def refined(
-        self, layer: int, content: Float[Tensor, "b q d"], boxes: Float[Tensor, "b q 4"]
-    ) -> tuple[Float[Tensor, "b q d"], Float[Tensor, "b q 4"], Float[Tensor, "b q 4"]]:
-        """After a layer: the feature for class heads, the reported box, and where the next layer starts.
+    def refined(self, layer: int, content: Float[Tensor, "b q d"], start: Float[Tensor, "b q 4"]) -> "Refined":
+        """What a layer found, and where the next one starts.
 
-        The next layer starts without gradient. With a norm before the heads it starts from a box that comes from the
-        layer's raw output, while the reported one comes from the normalised output, as in DINO. With `refine: none` it
-        starts from the queries' own boxes.
+        With a norm before the heads the next layer starts from a box that comes from the layer's raw output, while the
+        reported one comes from the normalised output, as in DINO. With `refine: none` it starts from the queries' own
+        boxes.
+
+        Args:
+            layer: Its number.
+            content: What the queries are after it.
+            start: The boxes that it refines.
         """
         normed, head = self.norm(content), self._head(self.box, layer)
-        start = head.start(boxes, self.margin)
-        found = head(normed, start)
+        reference = head.start(start, self.margin)
+        found = head(normed, reference)
         if not self.refines:
-            return normed, found, boxes
-        return normed, found, (head(content, start) if self.normed else found).detach()
+            return Refined(normed, found, start, start)
+        if self.looks_twice:
+            following = head(content, reference.detach())
+            return Refined(normed, found, following, following.detach())
+        following = (head(content, reference) if self.normed else found).detach()
+        return Refined(normed, found, following, following)
 
     def ask(self, decoded: Decoded, tokens: Float[Tensor, "b k c"], slot: Int[Tensor, "b q"]) -> Float[Tensor, "r b q"]:
         """Each query's logit for the category in its slot, after each layer.
@@ -152,7 +173,8 @@ class Decoder(LayeredDecoder):
 
     def forward(self, queries: Queries, memory: Memory) -> Decoded:
         """Features and boxes after every layer; each layer starts from the box that the layer before found."""
-        boxes, allowed = queries.reference_boxes, same_group(queries)
+        boxes = start = queries.reference_boxes
+        allowed = same_group(queries)
         content, kept = self._first(queries, memory)
         features, reported = [], []
         for number, layer in enumerate(self.layers):
@@ -160,7 +182,7 @@ class Decoder(LayeredDecoder):
             if self.cells and not (number and self.refines):
                 reference = reference[..., :2]
             content = layer(content, position, reference, allowed, memory)
-            feature, found, boxes = self.refined(number, content, boxes)
+            feature, found, start, boxes = self.refined(number, content, start)
             features.append(feature)
             reported.append(found)
         return Decoded(features=torch.stack(features), boxes=torch.stack(reported))
@@ -251,7 +273,8 @@ class ConditionalDecoder(LayeredDecoder):
 
     def forward(self, queries: Queries, memory: Memory) -> Decoded:
         """Features and boxes after every layer; boxes are refined as in `Decoder`."""
-        content, boxes = queries.content, queries.reference_boxes
+        content = queries.content
+        boxes = start = queries.reference_boxes
         allowed = same_group(queries)
         places = token_places(memory, self.width, self.temperature)
         features, reported = [], []
@@ -262,7 +285,7 @@ class ConditionalDecoder(LayeredDecoder):
                 place = place * self.scale(content)
             position = queries.position if self.learned else self.position(encoded)
             content = layer(content, position, place, allowed, memory, places)
-            feature, found, boxes = self.refined(index, content, boxes)
+            feature, found, start, boxes = self.refined(index, content, start)
             features.append(feature)
             reported.append(found)
         return Decoded(features=torch.stack(features), boxes=torch.stack(reported))

@@ -64,6 +64,9 @@ class DecoderConfig(Config):
     refine: Literal["each", "none"] = "each"
     """Each layer starts from the box that the layer before found, or all start from the query's own (LW-DETR, RF-DETR;
     `deformable`)."""
+    look_forward: Literal["once", "twice"] = "once"
+    """`once`: the box loss of a layer teaches this layer's refinement alone. `twice`: also that of the layer before,
+    from whose box it starts (DINO, RT-DETR; `deformable` and `conditional`, with `refine: each`)."""
     padded_positions: bool = False
     """Encode a query's box in units of the padded image, as DINO and the authors (`deformable`)."""
     positions: Literal["sine", "plain", "first", "learned"] = "sine"
@@ -119,4 +122,7 @@ class DecoderConfig(Config):
         if self.kind != kinds.get(self.activation, self.kind):
             what = f"activation {self.activation!r} is for kind {kinds[self.activation]!r}"
             raise ValueError(f"{what}; with {self.kind!r} leave it at 'relu'")
+        if self.look_forward == "twice" and (self.kind not in ("deformable", "conditional") or self.refine == "none"):
+            what = "kind 'deformable' and 'conditional' with refine 'each'"
+            raise ValueError(f"look_forward 'twice' is for {what}; found {self.kind!r} and {self.refine!r}")
         return self

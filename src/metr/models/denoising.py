@@ -1,8 +1,8 @@
 """Contrastive denoising (DINO) inside category groups, with copies that carry a wrong category on purpose.
 
 The decoder is shown each object three times: as a slightly moved box, for which it should say "yes" and find the
-object; as a box moved too far, for which it should say "no"; and as the right box under another annotated category that
-has no object there, for which it should also say "no".
+object; as a box moved too far, for which it should say "no"; and as a slightly moved box under another annotated
+category that has no object there, for which it should also say "no".
 """
 
 from typing import NamedTuple
@@ -67,6 +67,12 @@ class Denoising(nn.Module):
         return queries, plan
 
     @torch.no_grad()
+    def positives(self, targets: Targets) -> Int[Tensor, "b"]:
+        """How many copies of each image will be positives, provided that the names of all objects get slots."""
+        shown = targets.is_object.sum(1).clamp(max=self._most)
+        return shown * self._versions(shown)
+
+    @torch.no_grad()
     def _copies(self, targets: Targets, categories: Categories) -> _Copies:
         """The copies of each image's objects: in every version each object is moved, moved too far, and flipped.
 
@@ -86,9 +92,11 @@ class Denoising(nn.Module):
         lots = drawn.slots[:, : shown.shape[1]].masked_fill(~free, -1.0)
         flipped = kind == _FLIPPED
         slot = lots.argmax(2).gather(1, place).where(flipped, own.int().argmax(2).gather(1, target))
-        valid = valid & (free.any(2).gather(1, place) | ~flipped)
+        boxes = self._noised(gather_rows(targets.boxes, target), kind, drawn)
+        free_there = free.any(2).gather(1, place) & ~_has_category(boxes, categories.ids.gather(1, slot), targets)
+        valid = valid & (free_there | ~flipped)
         return _Copies(
-            boxes=self._noised(gather_rows(targets.boxes, target), kind, drawn),
+            boxes=boxes,
             slot=slot,
             group=(1 + version) * own.shape[2] + slot,
             target=target,
@@ -115,19 +123,22 @@ class Denoising(nn.Module):
         width = max(kinds * count * max(1, min(number // (kinds * count), self.config.groups)) for count in counts)
         index = torch.arange(width, device=objects.device)
         shown = objects.clamp(max=self._most)
-        count = shown.clamp(min=1)
-        versions = (number // (kinds * count)).clamp(1, self.config.groups)
+        count, versions = shown.clamp(min=1), self._versions(shown)
         version, rest = index // (kinds * count), index % (kinds * count)
         return version, rest // count, rest % count, (version < versions) & (shown > 0)
+
+    def _versions(self, shown: Int[Tensor, "*b"]) -> Int[Tensor, "*b"]:
+        """How often each object is shown where so many are."""
+        return (self.config.number // (self.config.kinds * shown.clamp(min=1))).clamp(1, self.config.groups)
 
     def _noised(self, boxes: Float[Tensor, "b n 4"], kind: Int[Tensor, "b n"], drawn: _Drawn) -> Float[Tensor, "b n 4"]:
         """Boxes whose corners are moved at random, by up to `box_noise` half sides of the box.
 
-        Boxes that are moved too far get one to two times that noise, flipped ones a fifth of it.
+        Boxes that are moved too far get one to two times that noise, flipped ones `flip_noise` times it.
         """
         number = boxes.shape[1]
         size = drawn.size[:, :number] + (kind == _TOO_FAR).unsqueeze(2)
-        size = size * torch.where(kind == _FLIPPED, 0.2, 1.0).unsqueeze(2)
+        size = size * torch.where(kind == _FLIPPED, self.config.flip_noise, 1.0).unsqueeze(2)
         sign = torch.where(drawn.direction[:, :number] < 0.5, -1.0, 1.0)
         half = (boxes[..., 2:] / 2).repeat(1, 1, 2)
         corners = cxcywh_to_xyxy(boxes) + size * sign * half * self.config.box_noise
@@ -169,6 +180,15 @@ def _free_slots(targets: Targets, categories: Categories) -> Bool[Tensor, "b m k
     # A box without area has IoU 0 with itself, so the object's own category is excluded too.
     occupied = own | _any_of(near, own) | _any_of(crowded, targets.ignore_labels.unsqueeze(2) == ids)
     return (categories.valid & targets.annotated.gather(1, categories.ids)).unsqueeze(1) & ~occupied
+
+
+def _has_category(boxes: Float[Tensor, "b n 4"], label: Int[Tensor, "b n"], targets: Targets) -> Bool[Tensor, "b n"]:
+    """True where a box has moved to an object, or into a crowd, of the category that it claims."""
+    corners = cxcywh_to_xyxy(boxes)
+    near = pairwise_iou(corners, cxcywh_to_xyxy(targets.boxes)) > _SAME_PLACE
+    crowded = pairwise_coverage(corners, cxcywh_to_xyxy(targets.ignore_boxes)) > _SAME_PLACE
+    same, ignored = (label.unsqueeze(2) == rows.unsqueeze(1) for rows in (targets.labels, targets.ignore_labels))
+    return (near & same).any(2) | (crowded & ignored).any(2)
 
 
 def _any_of(there: Bool[Tensor, "b m o"], carries: Bool[Tensor, "b o k"]) -> Bool[Tensor, "b m k"]:

@@ -1,10 +1,11 @@
 """The network: images and text embeddings of categories in, one logit and one box a query out."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -12,7 +13,7 @@ from metr.errors import ModelError
 from metr.layers.deformable_attention import kernel_is_used
 from metr.models.backbones import build_backbone
 from metr.models.category_extraction import CategoryExtraction, ProjectedText
-from metr.models.category_selection import select_categories
+from metr.models.category_selection import drawn_sizes, select_categories
 from metr.models.config import DetectorConfig
 from metr.models.decoder import ConditionalDecoder, Decoder
 from metr.models.denoising import Denoising
@@ -21,14 +22,17 @@ from metr.models.encoders import build_encoder
 from metr.models.heads import similarity_tokens
 from metr.models.learned_places import build_learned_places, every_pair
 from metr.models.plain_decoder import PlainDecoder
-from metr.models.proposals import ClassQueries, ProposalHead, side_by_side
+from metr.models.proposals import ClassQueries, ProposalHead, apart, side_by_side
 from metr.structures import (
     Categories,
     Decoded,
     DenoisingOutput,
+    DenoisingPlan,
     DetectorOutput,
     Memory,
     NameLimits,
+    OneToManyOutput,
+    Proposals,
     Queries,
     Targets,
 )
@@ -77,7 +81,8 @@ class Detector(nn.Module):
             images: RGB in 0..1, padded at the right and bottom to one shape.
             padding_mask: True on padding.
             text: One L2-normalised embedding a category, or what `project` made of them; labels are its rows.
-            targets: In training only: present categories get slots first; denoising uses the objects.
+            targets: In training only: present categories get slots first; denoising uses the objects; and there are the
+                queries of `queries.one_to_many`.
             limits: In detection only: which presence gives each name a slot, and how many queries it gets at most.
                 By default `categories.threshold`, and as many as the layout gives.
         """
@@ -97,14 +102,20 @@ class Detector(nn.Module):
     ) -> DetectorOutput:
         """Runs the network after its encoder for one vocabulary. Arguments are those of `forward`."""
         categories = self.category_extraction(memory, text, targets)
-        categories = select_categories(categories, self.config, targets, limits)
+        sizes = drawn_sizes(targets, self.config)
+        categories = select_categories(categories, self.config, targets, limits, sizes)
         if self.learned_places is not None:
             proposals, queries = None, self.learned_places(categories)
             slot, valid = every_pair(categories, queries.slot.shape[1])
         else:
-            proposals, places = self.proposals(memory, categories, limits)
+            proposals, places = self.proposals(memory, categories, _most(categories, limits, sizes))
             queries, slot, valid = self.class_queries(proposals, places, categories), proposals.slot, proposals.valid
-        logits, boxes, denoising = self._decode(queries, memory, categories, targets)
+        tokens = similarity_tokens(categories, self.config.similarity)
+        further = self._further(memory, categories, proposals) if targets is not None else None
+        noised = self.denoising(targets, categories) if targets is not None and self.denoising is not None else None
+        extra = (None if further is None else further.queries, None if noised is None else noised[0])
+        found = self._decoded(memory, queries, *extra)
+        logits, boxes = self._answers(next(found), tokens, queries.slot)
         return DetectorOutput(
             logits=logits,
             boxes=boxes,
@@ -112,7 +123,8 @@ class Detector(nn.Module):
             valid=valid,
             categories=categories,
             proposals=proposals,
-            denoising=denoising,
+            one_to_many=None if further is None else self._one_to_many(next(found), tokens, further),
+            denoising=None if noised is None else self._denoised(next(found), tokens, noised[1]),
         )
 
     def project(self, text: Float[Tensor, "v t"], earlier: ProjectedText | None = None) -> ProjectedText:
@@ -124,26 +136,53 @@ class Detector(nn.Module):
         """
         return self.category_extraction.project(text, earlier)
 
-    def _decode(
-        self, queries: Queries, memory: Memory, categories: Categories, targets: Targets | None
-    ) -> tuple[Tensor, Tensor, DenoisingOutput | None]:
-        """The decoder's logits and boxes. Denoising queries go through it too, in groups of their own."""
-        tokens = similarity_tokens(categories, self.config.similarity)
-        if targets is None or self.denoising is None:
-            return *self._answers(self.decoder(queries, memory), tokens, queries.slot), None
-        noised, plan = self.denoising(targets, categories)
-        number = queries.slot.shape[1]
-        decoded = self.decoder(side_by_side(queries, noised), memory)
-        copies = decoded.rows(number)
-        logits = self.decoder.ask(copies, tokens, noised.slot)
-        denoised = DenoisingOutput(logits=logits, boxes=copies.boxes, plan=plan)
-        return *self._answers(decoded.rows(0, number), tokens, queries.slot), denoised
+    def _further(self, memory: Memory, categories: Categories, taken: Proposals | None) -> "_Further | None":
+        """In training, queries of which several are taught one object, if there are to be any."""
+        if taken is None or not self.config.queries.one_to_many.number:
+            return None
+        proposals, places = self.proposals.next_best(memory, categories, taken)
+        queries = apart(self.class_queries(proposals, places, categories))
+        return _Further(queries=queries, slot=proposals.slot, valid=proposals.valid)
+
+    def _decoded(self, memory: Memory, *parts: Queries | None) -> Iterator[Decoded]:
+        """What the decoder found for each of the sets of queries, of which none sees anything of the others."""
+        asked = [part for part in parts if part is not None]
+        if len(asked) == 1:
+            return iter([self.decoder(asked[0], memory)])
+        together: Decoded = self.decoder(side_by_side(*asked), memory)
+        return together.split([part.slot.shape[1] for part in asked])
+
+    def _one_to_many(self, decoded: Decoded, tokens: Tensor, further: "_Further") -> OneToManyOutput:
+        logits, boxes = self._answers(decoded, tokens, further.slot)
+        repeats = self.config.queries.one_to_many.repeats
+        return OneToManyOutput(logits=logits, boxes=boxes, slot=further.slot, valid=further.valid, repeats=repeats)
+
+    def _denoised(self, decoded: Decoded, tokens: Tensor, plan: DenoisingPlan) -> DenoisingOutput:
+        return DenoisingOutput(logits=self.decoder.ask(decoded, tokens, plan.slot), boxes=decoded.boxes, plan=plan)
 
     def _answers(self, decoded: Decoded, tokens: Tensor, slot: Tensor) -> tuple[Tensor, Tensor]:
         """Logits and boxes: of each query for its own category, or of each place for every category."""
         if self.config.queries.layout == "places":
             return self.decoder.ask_everywhere(decoded, tokens)
         return self.decoder.ask(decoded, tokens, slot), decoded.boxes
+
+
+def _most(
+    categories: Categories, limits: NameLimits | None, sizes: Int[Tensor, "b"] | None
+) -> Int[Tensor, "b k"] | None:
+    """The largest number of queries of each slot: what training draws, or what limits the names when detecting."""
+    if sizes is not None:
+        return sizes.unsqueeze(1).expand_as(categories.ids)
+    return None if limits is None else limits.queries[categories.ids]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Further:
+    """Queries beside the proposals' own; slot and validity are those of their answers (in `places`, of all pairs)."""
+
+    queries: Queries
+    slot: Int[Tensor, "b n"]
+    valid: Bool[Tensor, "b n"]
 
 
 def compile_parts(network: Detector, backend: str = "inductor") -> None:

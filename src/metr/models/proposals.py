@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from einops import rearrange, repeat
@@ -13,7 +13,7 @@ from metr.boxes import moved
 from metr.models.config import QueryConfig, SimilarityConfig
 from metr.models.encoders.pyramid import cell_centres
 from metr.models.heads import BoxHead, ClassifierHead, similarity_tokens
-from metr.structures import Categories, Memory, NameLimits, Proposals, Queries, gather_rows
+from metr.structures import Categories, Memory, Proposals, Queries, gather_rows
 
 
 class ProposalHead(nn.Module):
@@ -49,18 +49,43 @@ class ProposalHead(nn.Module):
                 parameter.div_(self.similarity_config.factor)
 
     def forward(
-        self, memory: Memory, categories: Categories, limits: NameLimits | None = None
+        self, memory: Memory, categories: Categories, most: Int[Tensor, "b k"] | None = None
     ) -> tuple[Proposals, Float[Tensor, "b _n d"]]:
-        """The chosen pairs, at most `limits.queries` for each name, and the features of their places.
+        """The chosen pairs, at most so many for each slot, and the features of their places.
 
         In the layout `places` all pairs of a chosen place and a slot are chosen, slot by slot, without limits; the
         features are those of the places, each once.
         """
         anchors, usable, features = memory.once(self, lambda: self._places(memory))
+        number = self.config.number
         if self.config.layout == "places":
-            return self._everywhere(anchors, usable, features, categories)
-        limit = None if limits is None else limits.queries[categories.ids]
-        places, ranks, slots, valid = self._choose(features, usable, categories, limit)
+            return self._everywhere(anchors, usable, features, categories, number)
+        pairs = self._choose(features, usable.unsqueeze(-1), categories, number, most)
+        return self._proposed(anchors, features, categories, pairs)
+
+    @torch.no_grad()
+    def next_best(self, memory: Memory, categories: Categories, taken: Proposals) -> tuple[Proposals, Tensor]:
+        """The best pairs beside those that are taken, `one_to_many.number` of them, and the features of their places.
+
+        They are shared out as the others are. Nothing is taught by way of them: they have no gradient.
+        """
+        anchors, usable, features = memory.once(self, lambda: self._places(memory))
+        number = self.config.one_to_many.number
+        if self.config.layout == "places":
+            others = usable.scatter(1, taken.place, False)
+            proposals, chosen = self._everywhere(anchors, others, features, categories, number)
+            return replace(proposals, rank=proposals.rank % self.config.number), chosen
+        slots = categories.ids.shape[1]
+        index = taken.place * slots + taken.slot
+        used = torch.zeros_like(usable, dtype=torch.float32).repeat(1, slots).scatter_add(1, index, taken.valid.float())
+        others = usable.unsqueeze(-1) & (rearrange(used, "b (s k) -> b s k", k=slots) == 0)
+        return self._proposed(anchors, features, categories, self._choose(features, others, categories, number))
+
+    def _proposed(
+        self, anchors: Tensor, features: Tensor, categories: Categories, pairs: "_Pairs"
+    ) -> tuple[Proposals, Tensor]:
+        """Logits and boxes of the chosen pairs, and the features of their places."""
+        places, ranks, slots, valid = pairs
         chosen = gather_rows(features, places)
         tokens = gather_rows(similarity_tokens(categories, self.similarity_config), slots)
         logits = self._similarity(chosen, tokens)
@@ -75,12 +100,12 @@ class ProposalHead(nn.Module):
         return proposals, chosen
 
     def _everywhere(
-        self, anchors: Tensor, usable: Tensor, features: Tensor, categories: Categories
+        self, anchors: Tensor, usable: Tensor, features: Tensor, categories: Categories, number: int
     ) -> tuple[Proposals, Tensor]:
         """The pairs of the best places with every slot, and the features of these places."""
         tokens = similarity_tokens(categories, self.similarity_config)
         with torch.no_grad():
-            best, places = self._best_places(self.scores(features, tokens), usable, categories.valid)
+            best, places = self._best_places(self.scores(features, tokens), usable, categories.valid, number)
         chosen, slots = gather_rows(features, places), categories.ids.shape[1]
         boxes = self.box(chosen, gather_rows(anchors, places))
         pairs = rearrange(self.scores(chosen, tokens), "b p k -> b (k p)")
@@ -96,11 +121,11 @@ class ProposalHead(nn.Module):
         return proposals, chosen
 
     def _best_places(
-        self, scores: Float[Tensor, "b s k"], usable: Bool[Tensor, "b s"], valid: Bool[Tensor, "b k"]
+        self, scores: Float[Tensor, "b s k"], usable: Bool[Tensor, "b s"], valid: Bool[Tensor, "b k"], number: int
     ) -> tuple[Float[Tensor, "b p"], Int[Tensor, "b p"]]:
         """Score and index of the places that score best for any category with a slot, best first."""
         scores = scores.masked_fill(~valid.unsqueeze(1), -torch.inf).amax(-1).masked_fill(~usable, -torch.inf)
-        return scores.topk(min(self.config.number, scores.shape[1]), dim=1)
+        return scores.topk(min(number, scores.shape[1]), dim=1)
 
     def _places(self, memory: Memory) -> tuple[Tensor, Tensor, Tensor]:
         """Anchor, as the box head takes it, usability and feature of each place."""
@@ -138,24 +163,34 @@ class ProposalHead(nn.Module):
 
     @torch.no_grad()
     def _choose(
-        self, features: Tensor, usable: Tensor, categories: Categories, limit: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Place, rank, slot and validity of each query."""
+        self, features: Tensor, usable: Tensor, categories: Categories, number: int, limit: Tensor | None = None
+    ) -> "_Pairs":
+        """The pairs of `number` queries; `usable` [b s k], or [b s 1], says which there are."""
         if self.config.layout == "shared":
-            scores = self.scores(features, categories.tokens).amax(-1).masked_fill(~usable, -torch.inf)
-            share = max(1, min(self.config.number // categories.ids.shape[1], self.config.ceiling, scores.shape[1]))
+            scores = self.scores(features, categories.tokens).amax(-1).masked_fill(~usable[..., 0], -torch.inf)
+            share = max(1, min(number // categories.ids.shape[1], self.config.ceiling, scores.shape[1]))
             best, places = scores.topk(share, dim=1)
             every = categories.ids.shape[1]
             best, places = (repeat(x, "b c -> b k c", k=every) for x in (best, places))
         else:
             tokens = similarity_tokens(categories, self.similarity_config)
-            scores = self.scores(features, tokens).masked_fill(~usable.unsqueeze(-1), -torch.inf)
-            most = min(self.config.ceiling, self.config.number, scores.shape[1])
+            scores = self.scores(features, tokens).masked_fill(~usable, -torch.inf)
+            most = min(self.config.ceiling, number, scores.shape[1])
             best, places = rearrange(scores, "b s k -> b k s").topk(most, dim=-1)
-        priority = share_out(best.float(), categories.valid, self.config, limit)
-        slots, ranks, valid = take_pairs(priority, self.config.number)
+        config = self.config.model_copy(update={"number": number})
+        priority = share_out(best.float(), categories.valid, config, limit)
+        slots, ranks, valid = take_pairs(priority, number)
         places = rearrange(places, "b k c -> b (k c)").gather(1, slots * priority.shape[2] + ranks)
-        return places, ranks, slots, valid
+        return _Pairs(places, ranks, slots, valid)
+
+
+class _Pairs(NamedTuple):
+    """The chosen pairs as in `Proposals`."""
+
+    places: Int[Tensor, "b q"]
+    ranks: Int[Tensor, "b q"]
+    slots: Int[Tensor, "b q"]
+    valid: Bool[Tensor, "b q"]
 
 
 class ClassQueries(nn.Module):
@@ -219,16 +254,20 @@ def _no_shifts(number: int) -> nn.Embedding:
     return shifts
 
 
-def side_by_side(first: Queries, second: Queries) -> Queries:
-    """The queries of `first`, then those of `second`."""
-    return replace(
-        first,
-        content=torch.cat([first.content, second.content], dim=1),
-        reference_boxes=torch.cat([first.reference_boxes, second.reference_boxes], dim=1),
-        slot=torch.cat([first.slot, second.slot], dim=1),
-        group=torch.cat([first.group, second.group], dim=1),
-        valid=torch.cat([first.valid, second.valid], dim=1),
+def side_by_side(*parts: Queries) -> Queries:
+    """The queries of the first part, then those of the second, and so on. None of them has a learned position."""
+    return Queries(
+        content=torch.cat([part.content for part in parts], dim=1),
+        reference_boxes=torch.cat([part.reference_boxes for part in parts], dim=1),
+        slot=torch.cat([part.slot for part in parts], dim=1),
+        group=torch.cat([part.group for part in parts], dim=1),
+        valid=torch.cat([part.valid for part in parts], dim=1),
     )
+
+
+def apart(queries: Queries) -> Queries:
+    """The same in other groups, so that they see nothing of queries beside them: negative ones, below that of none."""
+    return replace(queries, group=(-2 - queries.group).where(queries.valid, -1))
 
 
 def share_out(

@@ -1,6 +1,6 @@
 """Configuration from memory to queries: categories, queries, how both are compared, denoising."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -34,6 +34,16 @@ class CategoryConfig(Config):
     """The presence probability that the untrained network predicts."""
 
 
+class OneToManyConfig(Config):
+    """Further queries in training, of which several are taught one object (the hybrid branch of H-DETR)."""
+
+    number: int = Field(0, ge=0, le=100_000)
+    """Further queries an image, at the next best places of its names; they and the other queries do not see each other.
+    0: none. (Not with `layout: shared` and `places: learned`.)"""
+    repeats: int = Field(6, ge=1, le=1_000)
+    """How many of them are matched to an object."""
+
+
 class QueryConfig(Config):
     """Class-specific queries: how many, and how they are divided among the categories that have a slot."""
 
@@ -58,6 +68,10 @@ class QueryConfig(Config):
     """Smallest number of queries of a category (`budget`)."""
     ceiling: int = Field(100, ge=1, le=100_000)
     """Largest number of queries of a category."""
+    varied: tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]] | None = None
+    """Smallest and largest number of queries of a name in training, drawn for each image on a logarithmic scale; never
+    fewer than the most objects of a name in the image. Where not all names then fit in `number`, the least likely ones
+    without objects get none, as in detection. None: what the names of the image share, always (`uniform`)."""
     attention: Literal["group", "image"] = "group"
     """A query attends to the queries of its category, or to all queries of its image."""
     patterns: int = Field(1, ge=1, le=1_000)
@@ -70,6 +84,25 @@ class QueryConfig(Config):
     `learned_boxes`). `patterns`: a learned one that many queries share (`places: learned_boxes`)."""
     start: Literal["proposal", "shifted"] = "proposal"
     """The box that a query starts from: its proposal's, or that moved by a learned shift of its rank (LW-DETR)."""
+    one_to_many: OneToManyConfig = OneToManyConfig()
+
+    @model_validator(mode="after")
+    def _varies_shares(self) -> "QueryConfig":
+        if self.varied is not None:
+            if self.layout != "uniform":
+                raise ValueError(f"varied is for layout 'uniform'; with {self.layout!r} leave it at None")
+            if not self.varied[0] <= self.varied[1] <= self.ceiling:
+                what = f"varied {list(self.varied)} is no range up to the ceiling, {self.ceiling}"
+                raise ValueError(f"{what}: expected [smallest, largest]")
+        return self
+
+    @model_validator(mode="after")
+    def _has_next_best_places(self) -> "QueryConfig":
+        for option, value in {"layout": "shared", "places": "learned"}.items():
+            if self.one_to_many.number and getattr(self, option) == value:
+                what = f"one_to_many.number {self.one_to_many.number} takes each name's next best places"
+                raise ValueError(f"{what}; {option} {value!r} has none: leave it at 0")
+        return self
 
     @model_validator(mode="after")
     def _options_of_learned_places(self) -> "QueryConfig":
@@ -123,6 +156,9 @@ class DenoisingConfig(Config):
     """Largest shift of a corner of a positive, in half sizes of its box."""
     flips: bool = True
     """Adds copies with the right box and another annotated category, for which the query should say "no"."""
+    flip_noise: float = Field(0.2, ge=0, le=2)
+    """Largest shift of a corner of such a copy / `box_noise`. Below 1 a box that fits its object says "no" by itself;
+    with 1 the box does not tell such a copy from a positive."""
 
     @property
     def kinds(self) -> int:

@@ -99,7 +99,7 @@ class LoopConfig(Config):
     steps: PositiveCount = 10_000
     """Updates of the weights."""
     accumulation: PositiveCount = 1
-    """Batches whose gradients are averaged for one step."""
+    """Batches of a step, whose gradient is that of all their images together: losses are divided by all objects."""
     vocabulary_sample: Count = 0
     """Maximum number of names that a step uses: all those present in the batch, even if more, then sampled negatives.
     0 uses the whole vocabulary."""

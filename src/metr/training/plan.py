@@ -25,6 +25,7 @@ from metr.processes import process_count
 from metr.run_directory import RunDirectory
 from metr.training.comparison import COMPARISON
 from metr.training.config import RunConfig, averaged_over, changed_lines
+from metr.training.crowds import crowd_advice
 from metr.training.parts import Outcome
 from metr.training.resumption import NOTHING, Made
 from metr.training.run_log import tell
@@ -108,6 +109,7 @@ def advice(plan: RunPlan, *, from_nothing: bool) -> list[Hanging]:
         such = "" if shipped is None else f", such as {shipped}"
         what = f"{counted(images, 'training image is', 'training images are')} few to train a detector from the start"
         found.append(f"{what}; metr finetune DATA --from CHECKPOINT begins with a trained one{such}")
+    found += crowd_advice(plan.joint, plan.recipe.model, from_nothing=from_nothing)
     return [Hanging(f"advice: {one}") for one in found]
 
 

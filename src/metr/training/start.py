@@ -28,6 +28,8 @@ from metr.training.taken_names import NameChoice, Renames, aliases_of, taken_nam
 
 # where the backbone's pretrained weights came from: changing these does not change the network
 _ORIGINS = {"backbone.pretrained", "backbone.revision"}
+# how a network is taught, which is not what it is
+_TEACHING = {"decoder.look_forward"}
 # what the weights were trained with, though other values would leave their shapes as they are
 _TRAINED_WITH = (
     "backbone.name",
@@ -177,7 +179,7 @@ def check_kept(model: METR, config: DetectorConfig, doing: str, way_out: str) ->
     Raises:
         ConfigError: it describes another one; the message names the keys.
     """
-    changed = [one for one in differences(model.checkpoint.model, config) if one[0] not in _ORIGINS]
+    changed = [one for one in differences(model.checkpoint.model, config) if one[0] not in _ORIGINS | _TEACHING]
     try:
         check_weights(skeleton(config, model.checkpoint.text_width), model.network.state_dict())
         changed, why = [one for one in changed if _contradicts(*one)], ""

@@ -1,6 +1,6 @@
 """The targets of a training step: pseudo-labels, a sample of a large vocabulary, the seeds of denoising noise."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -12,8 +12,13 @@ from metr.boxes import cxcywh_to_xyxy, pairwise_iou, xyxy_to_cxcywh
 from metr.data.sampling import RandomStream, generator
 from metr.inference.config import PostprocessConfig
 from metr.inference.postprocess import postprocess
+from metr.losses.criterion import LossCounts, average_over_ranks
+from metr.models.detector import Detector
 from metr.structures import NO_OBJECT, Batch, DetectorOutput, Targets
 from metr.training.config import LoopConfig, PseudoLabelConfig
+
+Asked = tuple[Tensor, Targets]
+"""The text embeddings of the names that a batch is asked for, and the targets indexed by those names."""
 
 
 class PseudoLabeler:
@@ -93,7 +98,7 @@ class StepTargets:
         self.text, self.loop, self.teacher = text, loop, teacher
         self.rank, self.world = rank, world
 
-    def __call__(self, batch: Batch, average: nn.Module | None, first: int) -> tuple[Tensor, Targets]:
+    def __call__(self, batch: Batch, average: nn.Module | None, first: int) -> Asked:
         """The text embeddings of the names that the batch is asked for, and the targets indexed by those names.
 
         Args:
@@ -112,10 +117,41 @@ class StepTargets:
         rows = sample_vocabulary(targets, limit, torch.Generator().manual_seed(seed))
         return self.text[rows], narrowed(targets, rows)
 
+    def of_all(self, batches: Sequence[Batch], average: nn.Module | None, first: int) -> list[Asked]:
+        """The same for all batches of a step, of which `first` begins the first one."""
+        asked = []
+        for batch in batches:
+            asked.append(self(batch, average, first))
+            first += len(batch.images) * self.world
+        return asked
+
     def _noise_seeds(self, first: int, images: int) -> tuple[int, ...]:
         numbers = range(first + self.rank, first + images * self.world, self.world)
         streams = (generator(self.loop.seed, RandomStream.NOISE, number) for number in numbers)
         return tuple(int(stream.integers(2**63)) for stream in streams)
+
+
+def shared_counts(targets: Sequence[Targets], network: nn.Module) -> LossCounts | None:
+    """What the losses of a step's batches are divided by, so that their mean is the loss of all their images together.
+
+    It is known before the network has seen any of them, as each batch is forgotten before the next. So positive
+    denoising queries are counted as if all names with objects had slots: too many in an image that has fewer slots.
+
+    Args:
+        targets: Of each batch.
+        network: Whose denoising queries they are.
+
+    Returns:
+        The mean counts of a batch, of all processes; None for a single batch, which counts its own.
+    """
+    if len(targets) == 1:
+        return None
+    denoising = network.denoising if isinstance(network, Detector) else None
+    objects = torch.stack([one.is_object.sum() for one in targets]).sum()
+    noised = torch.zeros_like(objects)
+    if denoising is not None:
+        noised = torch.stack([denoising.positives(one).sum() for one in targets]).sum()
+    return LossCounts(*(average_over_ranks(torch.stack([objects, noised])) / len(targets)).unbind())
 
 
 # Greater than any round: a name that is never sampled.

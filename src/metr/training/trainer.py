@@ -15,6 +15,7 @@ from metr.config import Config
 from metr.data.loading import TrainLoader, explained_loss_of_workers
 from metr.devices import autocast, peak_memory, resolved_precision
 from metr.layers.batch_norm import synchronize_batch_norms
+from metr.losses.criterion import LossCounts
 from metr.losses.matcher import match_statistics
 from metr.models.detector import Detector, compile_parts, lay_out_for_gpu
 from metr.process_group import explained_loss_of_processes
@@ -53,7 +54,7 @@ from metr.training.state import (
     undisturbed_random_state,
 )
 from metr.training.step_report import StepCost, StepReport, UnreadReport, read_reports
-from metr.training.step_targets import StepTargets
+from metr.training.step_targets import Asked, StepTargets, shared_counts
 
 _logger = logging.getLogger(__name__)
 
@@ -113,20 +114,20 @@ class Trainer:
         self._run_logger = RunLogger(self.folder, config.loop, console, self.accelerator)
 
     def train_step(self, batches: Sequence[Batch]) -> UnreadReport:
-        """Updates the weights once, by the gradients averaged over all `batches`.
+        """Updates the weights once, by the gradient that all images of `batches` have together.
 
         If a loss term or the gradient is not finite, nothing changes. The device sees to that by itself: the numbers
         of the step stay there until they are read, and the host goes on.
         """
         factor = learning_rate_factor(self.counters.step, self.config.loop.steps, self.config.schedule)
         rates = set_learning_rates(self.optimizer, factor)
-        names: list[tuple[str, ...]] = []
-        values: list[Tensor] = []
-        first = self.counters.images
-        for number, batch in enumerate(batches, 1):
+        names, values = list[tuple[str, ...]](), list[Tensor]()
+        batches = [batch.to(self.device, non_blocking=True) for batch in batches]
+        asked = self._asked(batches)
+        counts = shared_counts([targets for _, targets in asked], self.plain_network)
+        for number, (batch, wanted) in enumerate(zip(batches, asked, strict=True), 1):
             with self.engine.exchanging_gradients(number == len(batches)):
-                losses, figures = self._losses(batch.to(self.device, non_blocking=True), first)
-                first += len(batch.images) * self.accelerator.num_processes
+                losses, figures = self._losses(batch, wanted, counts)
                 self.accelerator.backward(losses.total / len(batches))
             names.append(tuple(figures))
             values.append(self._averaged(figures))
@@ -167,15 +168,18 @@ class Trainer:
 
     # the parts of a step
 
-    def _losses(self, batch: Batch, first: int) -> tuple[Losses, dict[str, Tensor]]:
-        """The losses of a batch; and its loss terms and matching statistics.
-
-        `first` is the number of the first sample of all processes' batches.
-        """
+    def _asked(self, batches: Sequence[Batch]) -> list[Asked]:
+        """The text embeddings of the names that each batch is asked for, and its targets."""
         with autocast(self.precision, self.device):
-            text, targets = self.step_targets(batch, None if self.ema is None else self.ema.network, first)
+            average = None if self.ema is None else self.ema.network
+            return self.step_targets.of_all(batches, average, self.counters.images)
+
+    def _losses(self, batch: Batch, wanted: Asked, counts: LossCounts | None) -> tuple[Losses, dict[str, Tensor]]:
+        """The losses of a batch; and its loss terms and matching statistics."""
+        text, targets = wanted
+        with autocast(self.precision, self.device):
             output = self.network(batch.images, batch.padding_mask, text, targets)
-        losses, matches = self.criterion(output, targets)
+        losses, matches = self.criterion(output, targets, counts)
         statistics = match_statistics(output, targets, matches)
         matching = {MATCHING + name: value for name, value in vars(statistics).items()}
         return losses, {**losses.terms, **matching}
