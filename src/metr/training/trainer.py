@@ -200,7 +200,8 @@ class Trainer:
         elif resume and accelerator.is_main_process:
             _logger.info("nothing to resume in %s: training starts afresh", self.folder.path)
         start = self.counters.images
-        self._loader = self.parts.loader(seed=loop.seed, start=start, rank=rank, world=world, device=self.device)
+        place = {"seed": loop.seed, "start": start, "rank": rank, "world": world, "device": self.device}
+        self._loader = self.parts.loader(**place, batches=loop.steps * loop.accumulation)
         self._loader.restore_issues(self.counters.unreadable)
         self._run_logger.begin(self._resolved, self.counters)
         self._to_training_mode()
