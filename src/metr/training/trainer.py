@@ -293,21 +293,22 @@ class Trainer:
             self._evaluate(self.evaluate, self.engine.whole_network(self._inference_network))
             self._save(again=True)
 
-    def _settle_average(self) -> None:
-        """Estimates the statistics of the average's batch norms; the next step makes them those of the network again.
+    def _settle_average(self) -> bool:
+        """Estimates the statistics of the average's batch norms, if that is wanted; whether it was.
 
-        The images are those that would follow the last ones of the run.
+        The images are those that would follow the last ones of the run. The next step undoes it.
         """
         network, images, loop = self.plain_network, self.config.ema.batch_norm_images, self.config.loop
         names = learned_batch_norms(network) if images and isinstance(network, Detector) else ()
         if self.ema is None or self._loader is None or not names:
-            return
+            return False
         each = self._loader.sampler.batch_size * self._loader.sampler.world
         batches = islice(self._new_loader(loop.steps * loop.accumulation * each), math.ceil(images / each))
         average = self.engine.whole_network(self.ema.network)
         with undisturbed_random_state(self.device), autocast(self.precision, self.device):
             found = estimated_statistics(average, names, batches, self.accelerator)
         take_statistics(self.ema.network, found)
+        return True
 
     @torch.no_grad()
     def _evaluate(self, evaluate: Evaluate, network: nn.Module) -> None:
@@ -381,9 +382,9 @@ class Trainer:
     def _end(self) -> Outcome:
         """Saves, draws the curves, and logs it if this is not the last step."""
         counters, steps = self.counters, self.config.loop.steps
-        if self.evaluate is None and counters.step >= steps:
-            self._settle_average()
-        self._save(again=self.evaluate is None)
+        # where there are evaluations, the last one has done so
+        settled = self.evaluate is None and counters.step >= steps and self._settle_average()
+        self._save(again=settled)
         stalled = counters.step < steps and counters.has_stalled(self.config.loop)
         # a run that was stopped before or in its last evaluation still has to make it
         unfinished = (counters.step < steps and not stalled) or (
