@@ -89,9 +89,8 @@ def ended(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", [TORCHRUN, ACCELERATE], ids=["torchrun", "accelerate"])
-def test_two_processes_train_one_network_and_speak_once(launcher: list[str], tmp_path: Path, tiny_run: TinyRun) -> None:
-    code, out, err = ended(start(launcher, tmp_path, *training(tiny_run)))
+def test_two_processes_train_one_network_and_speak_once(tmp_path: Path, tiny_run: TinyRun) -> None:
+    code, out, err = ended(start(TORCHRUN, tmp_path, *training(tiny_run)))
     assert code == 0, err
     assert out.count("processes: 2") == 1
     assert out.count("Done: 3 steps") == 1
@@ -226,9 +225,7 @@ def test_an_error_of_one_process_ends_all_and_is_said_first(tmp_path: Path, tiny
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("launcher", "parallel"),
-    [(TORCHRUN, "ddp"), (ACCELERATE, "ddp"), (TORCHRUN, "fsdp")],
-    ids=["torchrun", "accelerate", "sharded"],
+    ("launcher", "parallel"), [(ACCELERATE, "ddp"), (TORCHRUN, "fsdp")], ids=["accelerate", "torchrun, sharded"]
 )
 def test_a_process_that_is_killed_ends_all(
     launcher: list[str], parallel: str, tmp_path: Path, tiny_run: TinyRun

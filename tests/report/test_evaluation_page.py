@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from metr.data.joint import JointData, open_joint
+from metr.data.datasets_file import DatasetSource
+from metr.data.joint import open_joint
 from metr.data.records import Annotations, ImageRecord, InMemoryAnnotations
 from metr.errors import MetrError
 from metr.evaluation.report import write_report
@@ -274,7 +275,7 @@ def test_wrong_labels_are_found_with_a_trained_detector(shared: Path, tmp_path: 
     joint = open_joint([str(shared / "data" / "chess_pieces")])
     wrong, images = planted(joint.evaluation()["chess_pieces"], 0)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(JointData, "evaluation", lambda *_: {"chess_pieces": wrong})
+        patch.setattr(DatasetSource, "split", lambda *_: wrong)
         found = evaluate_in_detail(
             ROOT / "checkpoints" / "metr-nano", str(shared / "data" / "chess_pieces"), device="cpu"
         )

@@ -7,9 +7,11 @@ import posixpath
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
+from metr.bounded_yaml import parse_yaml, yaml_fault
 from metr.data.appending.base import Addition, Appending, CannotAppendError, names_of, read_text, write_text
 from metr.data.formats.base import plain_name
 from metr.data.formats.box_kinds import Written
@@ -64,9 +66,9 @@ def _declare_in_yaml(description: Path, root: Path, names: Mapping[int, str]) ->
     """Puts the names into a `data.yaml`, their number, and its folder where that was named by its place on the disk."""
     text, encoding = read_text(description)
     try:
-        node = yaml.compose(text.removeprefix("\ufeff"), Loader=yaml.SafeLoader)
+        node: Any = parse_yaml(text.removeprefix("\ufeff"))
     except yaml.YAMLError as error:
-        raise CannotAppendError(f"{description.name} is no YAML: {error}") from None
+        raise CannotAppendError(f"{description.name} is no YAML: {yaml_fault(error)}") from None
     shift = len(text) - len(text.removeprefix("\ufeff"))
     in_order = sorted(names) == list(range(len(names)))
     said = [json.dumps(names[number], ensure_ascii=False) for number in sorted(names)]
