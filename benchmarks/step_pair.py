@@ -86,7 +86,7 @@ class Contender:
         losses, matches = self.criterion(output, self.targets)
         match_statistics(output, self.targets, matches)
         marks.append(time.process_time())
-        losses.total.backward()  # type: ignore[no-untyped-call]
+        losses.total.backward()
         marks.append(time.process_time())
         weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
         finite = torch.nn.utils.clip_grad_norm_(weights, self.limit).isfinite()

@@ -305,6 +305,7 @@ class Trainer:
         each = self._loader.sampler.batch_size * self._loader.sampler.world
         batches = islice(self._new_loader(loop.steps * loop.accumulation * each), math.ceil(images / each))
         average = self.engine.whole_network(self.ema.network)
+        assert isinstance(average, Detector)
         with undisturbed_random_state(self.device), autocast(self.precision, self.device):
             found = estimated_statistics(average, names, batches, self.accelerator)
         take_statistics(self.ema.network, found)
