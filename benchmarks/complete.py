@@ -27,7 +27,8 @@ from pydantic import Field
 
 import report
 import runner
-from metr.completion.complete import BOXES, DATA, CompletionRequest, complete
+from metr.completion.complete import BOXES, DATA, run_completion
+from metr.completion.request import CompletionRequest
 from metr.completion.thresholds import CompletionConfig, iou_of
 from metr.config import Config, Tree, merge
 from metr.data.config import Unannotated
@@ -196,7 +197,7 @@ def completing_run(
         out, config = folder / "data", CompletionConfig(precision=profile.precision)
         if not (out / DATA).is_file() or not (out / BOXES).is_file():
             request = CompletionRequest(data=tuple(data), out=out)
-            complete(study.out / "ignore" / "last", request, config=config, console=study.console)
+            run_completion(study.out / "ignore" / "last", request, config=config, console=study.console)
         boxes = json.loads((out / BOXES).read_text(encoding="utf-8"))["boxes"]
         each = {one.name: quality(sources[name], one, boxes) for name, parts in cuts.items() for one in parts}
         return {"parts": each}

@@ -17,12 +17,14 @@ results/multifield-comparison.json), mean AP with own / all names: separate 45.3
 So joint training is 8.8 ahead of separate detectors and better on every dataset; a closed head is level with it.
 Profile `gpu` has not been run.
 
-Results: `results/multifield-PROFILE.json` and `.md`, with a sheet of detections and curves or bars. Runs: `--out`,
+Results: `results/multifield-PROFILE.json` and `.md`, with a sheet of detections and curves or bars. The page
+`OUT/arms.html` compares the best joint arm with the others, and says what the datasets gave each other. Runs: `--out`,
 resumable; finished arms are not run again, so several processes may share the work.
 """
 
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,7 @@ from metr.evaluation.report import as_markdown, show
 from metr.evaluation.results import EvaluationConfig, EvaluationReport, as_dict, from_dict
 from metr.evaluation.runner import EvaluationRunner, evaluate
 from metr.inference.draw import save_image
+from metr.report import write_evaluation_page
 from metr.training.config import RunConfig
 from metr.training.curves import plot_curves
 from metr.training.logger import read_metrics
@@ -124,6 +127,7 @@ def compare(study: Study, arms: Sequence[str]) -> bool:
     results = {arm: {key: one[key] for key in kept} for arm, one in found.items()}
     result = circumstances(study, recipe, report.all_commits(results.values())) | {"arms": results}
     if best := best_joint(result):
+        write_arms(result, study.out / "arms.html")
         report.draw_sheet(data, study.out / best / "last", beside(study, "detections.jpg"))
     report.draw_bars(beside(study, "bars.png"), bars(results), {arm: TITLES[arm] for arm in results})
     report.write_result(study.stem, result, page(result))
@@ -218,6 +222,18 @@ def best_joint(result: Mapping[str, Any]) -> str | None:
     """Of the joint arms the one with the highest mean AP, all names asked for."""
     joint = [arm for arm in JOINT if arm in result["arms"]]
     return max(joint, key=lambda arm: mean_ap(result["arms"][arm], "joint") or 0.0, default=None)
+
+
+def write_arms(result: Mapping[str, Any], path: Path) -> Path:
+    """The page of the best joint arm, with the other arms beside it; each separate METR is an arm of its own."""
+    reports = {arm: from_dict(one["report"]) for arm, one in result["arms"].items()}
+    names = tuple(one.name for one in next(iter(reports.values())).datasets)
+    alone = reports.pop("separate", EvaluationReport(datasets=(), names=0))
+    reports = {arm: replace(one, trained_on=names) for arm, one in reports.items()}
+    best = best_joint(result) or next(iter(reports))
+    arms = {f"{one.name} alone": replace(alone, datasets=(one,), trained_on=(one.name,)) for one in alone.datasets}
+    arms |= {TITLES[arm]: one for arm, one in reports.items() if arm != best}
+    return write_evaluation_page(reports[best], path, f"MultiField, {result['profile']}: {TITLES[best]}", arms)
 
 
 def mean_ap(arm: Mapping[str, Any], mode: str) -> float | None:

@@ -1,4 +1,7 @@
-"""A stand-in for the hub: as much of its HTTP as huggingface-hub speaks to make, fill and read model repositories."""
+"""A stand-in for the hub: as much of its HTTP as huggingface-hub speaks to make, fill and read repositories.
+
+Those of datasets are called `datasets/` and their name.
+"""
 
 import base64
 import hashlib
@@ -16,7 +19,7 @@ import pytest
 from huggingface_hub import close_session, constants
 
 TOKEN = "hf_may_write"
-_LFS = (".safetensors", ".bin", ".pkl")
+_LFS = (".safetensors", ".bin", ".pkl", ".parquet")
 
 
 @dataclass
@@ -239,11 +242,11 @@ class _Answers(BaseHTTPRequestHandler):
         self._json({"commitUrl": f"{self.hub.url}/{name}/commit/{commit}", "commitOid": commit, "success": True})
 
 
-_NAME, _REVISION = r"(?P<name>[^/]+/[^/]+)", r"(?P<revision>[^/]+)"
+_NAME, _REVISION = r"(?P<name>(?:datasets/)?[^/]+/[^/]+)", r"(?P<revision>[^/]+)"
 _ROUTES = (
-    ("GET", f"/api/models/{_NAME}", _Answers.info),
-    ("GET", f"/api/models/{_NAME}/revision/{_REVISION}", _Answers.info),
-    ("GET", f"/api/models/{_NAME}/tree/{_REVISION}", _Answers.tree),
+    ("GET", f"/api/(?:models/)?{_NAME}", _Answers.info),
+    ("GET", f"/api/(?:models/)?{_NAME}/revision/(?P<revision>.+)", _Answers.info),
+    ("GET", f"/api/(?:models/)?{_NAME}/tree/{_REVISION}", _Answers.tree),
     ("GET HEAD", f"/{_NAME}/resolve/{_REVISION}/(?P<file>.+)", _Answers.file),
     ("GET", f"/cdn/{_NAME}/resolve/{_REVISION}/(?P<file>.+)", _Answers.large_file),
     ("POST", "/api/repos/create", _Answers.create),

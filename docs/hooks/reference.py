@@ -22,6 +22,12 @@ PAGES = {
     "metr.report": ("metr.report.evaluation_page", "metr.report.run_page"),
     "metr.training": ("metr.training", "metr.training.train", "metr.training.finetune", "metr.training.finetune_data"),
     "metr.inspection": ("metr.inspection",),
+    "metr.completion": (
+        "metr.completion.complete",
+        "metr.completion.request",
+        "metr.completion.prelabels",
+        "metr.completion.thresholds",
+    ),
     "metr.conversion": ("metr.conversion", "metr.conversion.transfer"),
     "metr.export": ("metr.export.export", "metr.export.request", "metr.deploy"),
     "metr.serving": ("metr.serving", "metr.serving.app", "metr.serving.config"),

@@ -14,6 +14,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from metr.completion.complete import complete
     from metr.conversion.transfer import from_detector, transfer
     from metr.evaluation.runner import evaluate
     from metr.inspection.label_report import inspect
@@ -28,6 +29,7 @@ __version__ = "0.1.0"
 __all__ = [
     "METR",
     "__version__",
+    "complete",
     "evaluate",
     "finetune",
     "from_detector",
@@ -42,6 +44,7 @@ __all__ = [
 
 _HOMES = {
     "METR": "metr.model",
+    "complete": "metr.completion.complete",
     "evaluate": "metr.evaluation.runner",
     "finetune": "metr.training.finetune",
     "from_detector": "metr.conversion.transfer",

@@ -119,6 +119,24 @@ class Config(BaseModel):
                 raise _explained(cls, issues, where) from None
 
 
+def leave_options(config: Config, options: Sequence[str], why: str) -> None:
+    """Refuses options that mean nothing beside others of the same part, unless they are as they are by default.
+
+    Args:
+        config: The part.
+        options: Their names.
+        why: What the message says between an option's name and its default.
+
+    Raises:
+        ValueError: one is set otherwise.
+    """
+    found = dict(config)
+    for option in options:
+        default = type(config).model_fields[option].default
+        if found[option] != default:
+            raise ValueError(f"{option} {why} {default!r}")
+
+
 def read_yaml(path: Path, *, as_written: bool = False) -> Tree:
     """The mapping that a YAML file holds; `as_written` leaves every scalar the text that is written there.
 

@@ -1,6 +1,5 @@
 """The Hugging Face hub and weights that ship in packages: found, verified, loaded quietly; errors explained."""
 
-import errno
 import importlib.util
 import os
 import re
@@ -12,24 +11,15 @@ from dataclasses import dataclass
 from functools import cache
 from hashlib import file_digest
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    LocalTokenNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
-from metr.errors import CheckpointError, DependencyError, MetrError, ModelError
+from metr.errors import DependencyError, MetrError, ModelError
+from metr.hub_refusals import HUB_FAILURES, RepositoryKind, asking, causes_of
 
 __all__ = [
     "BundledFile",
-    "asking",
     "built",
     "configuration",
     "efficientnet_lite0_weights",
@@ -37,6 +27,7 @@ __all__ = [
     "go_offline",
     "is_fetched",
     "listed_files",
+    "listed_sizes",
     "loading",
     "may_be_a_hub_name",
     "minilm_folder",
@@ -116,15 +107,12 @@ def _folder(file: BundledFile) -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
+# what people write before the name of a dataset, as `metr.data.hub_datasets.address` has it
+_DATASET = "hf:"
 # of a configuration of transformers: how many layers, and every other number
 _MOST_LAYERS, _LARGEST_SIZE = 1_000, 10_000_000
 _REPEATED = re.compile(r"layers|depths|blocks|num_stages|repeats|_num_levels|num_feature_levels")
 _NO_SIZE = re.compile(r"rope|theta|token_id|seed|max_length")
-# the root of what the HTTP library raises, whichever the hub's library uses
-_HTTP_ERROR = cast("type[Exception]", HfHubHTTPError.__bases__[0])
-_HUB_FAILURES = (_HTTP_ERROR, OSError, ValueError, RuntimeError)
-_REFUSED = (401, 403)
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def may_be_a_hub_name(source: str) -> bool:
@@ -227,7 +215,14 @@ def go_offline() -> None:
     constants.HF_HUB_OFFLINE = True
 
 
-def fetch(repository: str, files: Sequence[str], *, revision: str | None = None, **options: Any) -> Path:
+def fetch(
+    repository: str,
+    files: Sequence[str],
+    *,
+    revision: str | None = None,
+    kind: RepositoryKind = "model",
+    **options: Any,
+) -> Path:
     """Downloads files of a repository, all of one commit, into the hub's cache. What is there already stays there.
 
     A terminal shows the progress. A file arrives whole or not at all.
@@ -236,6 +231,7 @@ def fetch(repository: str, files: Sequence[str], *, revision: str | None = None,
         repository: Its name, "user/name".
         files: Names of files, or patterns of names; what the repository lacks is left out.
         revision: A branch, a tag or a commit; by default the newest of `main`.
+        kind: What the repository holds.
         options: `token`, `cache_dir`, `local_files_only` and `force_download` of huggingface-hub.
 
     Returns:
@@ -243,11 +239,15 @@ def fetch(repository: str, files: Sequence[str], *, revision: str | None = None,
 
     Raises:
         CheckpointError: the hub cannot be reached or refuses, or the disk is full.
+        DataError, StoreError: the same of a dataset.
     """
     from huggingface_hub import snapshot_download  # it takes a while to import, and only downloads need it
 
-    with asking(repository, revision, found="; there is no folder or file of this name here"), _bars_on_terminals():
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(files), **options))
+    options |= {"revision": revision, "allow_patterns": list(files), "repo_type": kind}
+    found = "; there is no folder or file of this name here" if kind == "model" else ""
+    called = f"{_DATASET if kind == 'dataset' else ''}{repository}"
+    with asking(called, revision, kind=kind, found=found), _bars_on_terminals():
+        return Path(snapshot_download(repository, **options))
 
 
 def is_fetched(repository: str, files: Sequence[str], revision: str | None, options: Mapping[str, Any]) -> bool:
@@ -259,13 +259,32 @@ def is_fetched(repository: str, files: Sequence[str], revision: str | None, opti
     return any(isinstance(path, str) for path in found)
 
 
+def listed_sizes(repository: str, revision: str) -> dict[str, int]:
+    """The files of a dataset's repository, with their bytes.
+
+    Args:
+        repository: Its name, "user/name".
+        revision: A commit.
+
+    Raises:
+        DataError: the hub refuses.
+        StoreError: the hub cannot be reached.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
+
+    with asking(f"{_DATASET}{repository}", revision, kind="dataset"):
+        tree = HfApi().list_repo_tree(repository, recursive=True, revision=revision, repo_type="dataset")
+        return {one.path: one.size for one in tree if isinstance(one, RepoFile)}
+
+
 def listed_files(repository: str, revision: str | None, options: Mapping[str, Any]) -> list[str]:
     """The names of the files in a repository; none where the hub does not tell."""
     from huggingface_hub import HfApi
 
     try:
         return HfApi(token=options.get("token")).list_repo_files(repository, revision=revision)
-    except _HUB_FAILURES:
+    except HUB_FAILURES:
         return []
 
 
@@ -289,25 +308,6 @@ def _bars_on_terminals() -> Iterator[None]:
 
 
 @contextmanager
-def asking(repository: str, revision: str | None = None, *, found: str = "") -> Iterator[None]:
-    """Wraps calls of the hub's library about a repository.
-
-    Args:
-        repository: Its name.
-        revision: What of it is asked for.
-        found: What to add where the hub says nothing about the name, because nobody can ask it.
-
-    Raises:
-        CheckpointError: the hub cannot be reached, or refuses; the message says why and what to try.
-    """
-    try:
-        yield
-    except _HUB_FAILURES as error:
-        what, hint, answered = _refusal(error, revision)
-        raise CheckpointError(what if answered else what + found, where=repository, hint=hint) from error
-
-
-@contextmanager
 def quiet() -> Iterator[None]:
     """Hides the progress bars and warnings of transformers."""
     from transformers.utils import logging as transformers_logging  # transformers takes seconds to import
@@ -326,58 +326,8 @@ def quiet() -> Iterator[None]:
             log.enable_progress_bar()
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An error, what it was raised from, and so on."""
-    cause: BaseException | None = error
-    while cause is not None:
-        yield cause
-        cause = cause.__cause__
-
-
-def _refusal(error: Exception, revision: str | None) -> tuple[str, str, bool]:
-    """What went wrong between here and the hub, what to try, and whether the hub has answered."""
-    causes = list(_causes(error))
-    kinds = {kind for cause in causes for kind in type(cause).__mro__}
-    codes = {cause.response.status_code for cause in causes if isinstance(cause, HfHubHTTPError)}
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    if GatedRepoError in kinds:
-        what, hint = "its owner grants access one by one", "ask for access on its page, then `hf auth login`, or token="
-    elif RevisionNotFoundError in kinds:
-        what, hint = f"no revision {revision or 'main'!r}", "a branch, a tag or a commit that its page lists"
-    elif RepositoryNotFoundError in kinds:
-        what = "neither a folder here nor a model on the hub that may be seen"
-        hint = "check the path or the name; for a private model, `hf auth login`, or token="
-    elif LocalTokenNotFoundError in kinds or codes & {*_REFUSED}:
-        what = f"the hub does not allow this: {first}"
-        hint = "`hf auth login` with a token that may, or token="
-    elif codes:
-        what, hint = f"the hub answers with an error: {first}", "try again later"
-    else:
-        return *_without_answer(causes, kinds, first), False
-    return what, hint, True
-
-
-def _without_answer(causes: Sequence[BaseException], kinds: set[type], first: str) -> tuple[str, str]:
-    """What went wrong where the hub has refused nothing, and what to try."""
-    if HFValidationError in kinds:
-        return f"not a name on the hub: {first}", "user/name"
-    if any(getattr(cause, "errno", None) in _FULL for cause in causes):
-        what = "the disk is full, so it cannot be downloaded"
-        return what, "make room, or name another disk: HF_HOME=FOLDER, or cache_dir="
-    if OfflineModeIsEnabled in kinds or (LocalEntryNotFoundError in kinds and len(causes) == 1):
-        what = "not among what was fetched before, and nothing is to be fetched"
-        return what, "leave local_files_only and HF_HUB_OFFLINE (--offline) out once"
-    if "Consistency check" in first or any("peer closed connection" in str(cause) for cause in causes):
-        return f"the download broke off ({first})", "give the same command again: files that have arrived are kept"
-    if {LocalEntryNotFoundError, _HTTP_ERROR} & kinds:
-        return f"the hub cannot be reached ({first})", "check the connection, and HF_ENDPOINT if it is set"
-    last = (str(causes[-1]).strip().splitlines() or [type(causes[-1]).__name__])[0]
-    what = first if last == first else f"{first} {last}"
-    return what, "check the name, the connection and the room on the disk"
-
-
 def _hint(source: str, error: Exception) -> str:
-    causes = {kind for cause in _causes(error) for kind in type(cause).__mro__}
+    causes = {kind for cause in causes_of(error) for kind in type(cause).__mro__}
     if Path(source).is_dir():
         return "the folder must hold config.json and model.safetensors, as save_pretrained writes them"
     if GatedRepoError in causes:

@@ -11,7 +11,8 @@ from uuid import uuid4
 
 from filelock import FileLock, Timeout
 
-from metr.errors import CheckpointError
+from metr.errors import CheckpointError, MetrError
+from metr.processes import in_main_process
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 """Files of every checkpoint."""
@@ -72,6 +73,20 @@ class RunDirectory:
             return True
         except (NotImplementedError, OSError):  # a file system without locks, or one that cannot be written
             return False
+
+    def check_free(self) -> None:
+        """Checks in the main process that nobody trains here, before anything is opened or told.
+
+        Raises:
+            MetrError: another process does.
+        """
+        if in_main_process() and self.taken:
+            raise self.taken_error()
+
+    def taken_error(self) -> MetrError:
+        """The error that another process trains here."""
+        what = "another process trains in this folder"
+        return MetrError(what, where=self.path, hint="wait for it, or name another folder")
 
     def how_to_go_on(self, verb: str) -> str:
         """The command that resumes the run, in a line; `verb` is train or finetune."""

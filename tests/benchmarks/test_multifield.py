@@ -55,6 +55,14 @@ def test_it_writes_settings_numbers_and_images(
     assert "the run was made with train.loop.steps 2, now 3" in " ".join(capsys.readouterr().out.split())
 
 
+def test_arms_go_to_a_page_of_metr(multifield: ModuleType, tmp_path: Path) -> None:
+    result = json.loads((Path(multifield.__file__).parent / "results/multifield-comparison.json").read_text())
+    text = multifield.write_arms(result, tmp_path / "arms.html").read_text()
+    assert "What the datasets gave each other" in text
+    for name in multifield.PROFILES["comparison"][0]:
+        assert f"{name} alone" in text
+
+
 def test_stopped_it_writes_no_result(
     run: Callable[..., int],
     study_of: Callable[[str], ModuleType],

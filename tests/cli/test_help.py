@@ -105,6 +105,8 @@ MISSING = {
     "train, named": (["train", "mine=nowhere", "-o", "run"], "nowhere: no such dataset"),
     "train, the second": (["train", "here", "nowhere", "-o", "run"], "nowhere: no such dataset"),
     "train, a dry run": (["train", "nowhere", "-o", "run", "--dry-run"], "nowhere: no such dataset"),
+    "train, of a list": (["train", "list.yaml", "-o", "run"], "nowhere: no such dataset"),
+    "complete": (["complete", "here", "nowhere", "--model", "detector", "-o", "out"], "nowhere: no such dataset"),
     "train --from": (["train", "here", "--from", "nowhere", "-o", "run"], "nowhere: no such checkpoint"),
     "inspect": (["inspect", "nowhere"], "nowhere: no such dataset"),
     "evaluate": (["evaluate", "detector", "nowhere"], "nowhere: no such dataset"),
@@ -152,6 +154,7 @@ def test_a_missing_path_is_told_at_once(missing: str, tmp_path: Path) -> None:
     """Before torch and transformers are imported; nothing is written."""
     arguments, told = MISSING[missing]
     (tmp_path / "here").mkdir()
+    (tmp_path / "list.yaml").write_text("datasets: [{path: here}, one=here, two=nowhere]")
     # a checkpoint as far as is looked at before it is loaded
     shutil.copytree(Path(__file__).parents[2] / "checkpoints" / "metr-nano", tmp_path / "detector")
     command = [sys.executable, "-c", MISTAKEN, *arguments]
@@ -164,7 +167,7 @@ def test_a_missing_path_is_told_at_once(missing: str, tmp_path: Path) -> None:
     assert not imported
     # less than a second on an idle core
     assert float(seconds) < 2
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["detector", "here"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["detector", "here", "list.yaml"]
 
 
 def test_without_arguments_there_is_help(metr: CommandLine) -> None:

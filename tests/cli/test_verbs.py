@@ -129,21 +129,21 @@ def test_detect_says_which_names_it_looked_for(metr: CommandLine, tiny_run: Tiny
     assert looked_for("--categories", "book")[1] == ["book"]
 
 
-def test_names_that_were_not_trained_are_told(metr: CommandLine, tiny_run: TinyRun, tmp_path: Path) -> None:
-    process = metr_process(
-        tmp_path, "detect", tiny_run.folder, tiny_run.unseen[0], "--categories", "Books, leaf", "-o", tmp_path / "out"
-    )
-    assert process.returncode == 0, process.stderr
-    assert '"Books" was not trained; nearest: "book"' in " ".join(process.stderr.split())
+def test_names_that_were_not_trained_are_told(
+    metr: CommandLine, tiny_run: TinyRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ended = metr("detect", tiny_run.folder, tiny_run.unseen[0], "--categories", "Books, leaf", "-o", tmp_path / "out")
+    assert ended.code == 0, ended.err
+    assert '"Books" was not trained; nearest: "book"' in caplog.text
     listing = tmp_path / "desk.yaml"
     listing.write_text(f"datasets: [{{name: desk, path: {tiny_run.datasets[1]}, prompts: {{cup: a tea cup}}}}]")
     for more, told in (
         ([], '"a tea cup" for "cup"; --prompts given'),
         (["--prompts", "given"], '"cup" as "a tea cup"'),
     ):
-        process = metr_process(tmp_path, "evaluate", tiny_run.folder, listing, "-o", tmp_path / "judged", *more)
-        assert process.returncode == 0, process.stderr
-        assert told in " ".join(process.stderr.split())
+        ended = metr("evaluate", tiny_run.folder, listing, "-o", tmp_path / "judged", *more)
+        assert ended.code == 0, ended.err
+        assert told in " ".join(caplog.text.split())
 
 
 def test_ctrl_c_tells_how_to_go_on(

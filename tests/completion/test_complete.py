@@ -14,9 +14,11 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from metr.completion.complete import CompletionRequest, complete
+import metr
+from metr.completion.complete import run_completion
 from metr.completion.journal import JOURNAL
 from metr.completion.prelabels import FORMATS, PreLabels
+from metr.completion.request import CompletionRequest
 from metr.completion.thresholds import CompletionConfig, Found, Judged, thresholds
 from metr.data.datasets_file import DatasetConfig, DatasetSource, open_dataset, parse_data_arguments
 from metr.data.export import MemorySource
@@ -145,7 +147,7 @@ def test_each_dataset_gets_the_names_of_the_other(
     arguments = data(farm=kind)
     before = hashes(tmp_path)
     with (tmp_path / "said").open("w") as said:
-        report = complete(
+        report = run_completion(
             model, CompletionRequest(data=arguments, out=tmp_path / "out"), console=Console(file=said, width=120)
         )
     assert hashes(tmp_path) | before == hashes(tmp_path)
@@ -182,11 +184,11 @@ def test_names_that_are_never_sure_are_left_out(
     model: METR, oracle: Oracle, data: Callable[..., tuple[str, ...]], tmp_path: Path
 ) -> None:
     oracle.scores |= {"cat": 0.2}
-    report = complete(model, CompletionRequest(data=data(), out=tmp_path / "out"))
+    report = run_completion(model, CompletionRequest(data=data(), out=tmp_path / "out"))
     why = {one.name: one.why for one in report.thresholds if one.threshold is None}
     assert why == {"cat": "precision 0.9 is never reached (best: 0.50)"}
     config = CompletionConfig(least_objects=13)
-    report = complete(model, CompletionRequest(data=data_again(tmp_path), out=tmp_path / "few"), config=config)
+    report = run_completion(model, CompletionRequest(data=data_again(tmp_path), out=tmp_path / "few"), config=config)
     assert {one.why for one in report.thresholds} == {"12 objects in val, 13 are needed"}
     assert [dict(one.added) for one in report.datasets] == [{}, {}]
     assert names_of(opened(tmp_path / "few" / "data.yaml")["farm"], "train") == [["cat", "cow"]] * 12
@@ -201,8 +203,7 @@ def test_only_some_names_and_thresholds_of_ones_own(
 ) -> None:
     OBJECTS["bird"] = (30, 20, 38, 28)
     oracle.scores |= {"bird": 0.5}
-    request = CompletionRequest(data=data(), out=tmp_path / "out", only=("cow",), given={"bird": 0.4})
-    report = complete(model, request)
+    report = metr.complete(model, data(), str(tmp_path / "out"), only=("cow",), given={"bird": 0.4})
     assert {one.name: one.threshold for one in report.thresholds} == pytest.approx({"cow": 0.6, "bird": 0.4}, abs=1e-4)
     assert [dict(one.added) for one in report.datasets] == [{"bird": 12}, {"cow": 12, "bird": 12}]
 
@@ -213,7 +214,7 @@ def test_spellings_are_annotated_already(
     """A dataset of cats gets no box of `cat`: that is what it annotates."""
     arguments = data(parts={"farm": ("cat", "cow"), "town": ("cats", "dog")})
     oracle.scores |= {"cats": 0.9}
-    report = complete(model, CompletionRequest(data=arguments, out=tmp_path / "out"))
+    report = run_completion(model, CompletionRequest(data=arguments, out=tmp_path / "out"))
     assert [dict(one.added) for one in report.datasets] == [{"dog": 12}, {"cow": 12}]
 
 
@@ -235,17 +236,17 @@ def test_it_goes_on_where_it_was_stopped(
     request = CompletionRequest(data=arguments, out=tmp_path / "out")
     oracle.stop_after = 30
     with pytest.raises(KeyboardInterrupt):
-        complete(model, request)
+        run_completion(model, request)
     assert [path.name for path in (tmp_path / "out").iterdir()] == [JOURNAL]
     with (tmp_path / "out" / JOURNAL).open("a") as file:
         file.write('{"image": "farm/cut o')
     with pytest.raises(DataError, match="unfinished completion of other data"):
-        complete(model, replace(request, only=("cow",)))
+        run_completion(model, replace(request, only=("cow",)))
     oracle.stop_after = 10_000
-    resumed = complete(model, request)
+    resumed = run_completion(model, request)
     assert len(oracle.seen) == 48
     oracle.seen.clear()
-    whole = complete(model, replace(request, out=tmp_path / "whole"))
+    whole = run_completion(model, replace(request, out=tmp_path / "whole"))
     assert [dict(one.added) for one in resumed.datasets] == [dict(one.added) for one in whole.datasets]
     relative = [
         {Path(path).relative_to(root): digest for path, digest in hashes(root).items()}
@@ -255,7 +256,7 @@ def test_it_goes_on_where_it_was_stopped(
         key: one for key, one in relative[1].items() if key.name != "summary.json"
     }
     with pytest.raises(DataError, match="not empty"):
-        complete(model, request)
+        run_completion(model, request)
 
 
 def test_a_dataset_that_was_written_is_not_written_twice(
@@ -273,8 +274,8 @@ def test_a_dataset_that_was_written_is_not_written_twice(
 
     monkeypatch.setattr(module, "write_completed", stopping)
     with pytest.raises(KeyboardInterrupt):
-        complete(model, request)
-    report = complete(model, request)
+        run_completion(model, request)
+    report = run_completion(model, request)
     assert calls == ["farm", "town", "town"]
     assert [dict(one.added) for one in report.datasets] == [{"dog": 12}, {"cat": 12, "cow": 12}]
     assert names_of(opened(tmp_path / "out" / "data.yaml")["farm"], "train") == [["cat", "cow", "dog"]] * 12
@@ -291,7 +292,7 @@ def test_labels_for_new_images(
         Image.new("RGB", (40, 30)).save(new / name)
     before = hashes(new)
     request = CompletionRequest(data=arguments, out=tmp_path / "out", new=PreLabels(folder=new, format=kind))
-    report = complete(model, request)
+    report = run_completion(model, request)
     assert hashes(new) == before
     assert [(one.name, one.format, one.images, dict(one.added)) for one in report.datasets] == [
         ("new images", kind, 3, {"cat": 3, "dog": 3, "cow": 3})
@@ -363,7 +364,9 @@ def test_mistakes(
     model: METR, data: Callable[..., tuple[str, ...]], tmp_path: Path, changes: dict[str, Any], what: str
 ) -> None:
     with pytest.raises(ConfigError, match=re.escape(what)):
-        complete(model, CompletionRequest(data=data(), out=tmp_path / "out", **changes))
+        run_completion(model, CompletionRequest(data=data(), out=tmp_path / "out", **changes))
+    with pytest.raises(ConfigError, match=r"no option 'olny'\n.*did you mean 'only'"):
+        metr.complete(model, data_again(tmp_path), tmp_path / "out", olny=("cat",))
     assert not (tmp_path / "out").exists()
     with pytest.raises(ConfigError, match="one dataset has no names of others"):
-        complete(model, CompletionRequest(data=data_again(tmp_path)[:1], out=tmp_path / "out"))
+        metr.complete(model, data_again(tmp_path)[0], tmp_path / "out")

@@ -1,8 +1,6 @@
 """Folders whose detector carries timm's ResNet, as published ones do: adopted without timm, or refused plainly."""
 
 import json
-import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +8,7 @@ import pytest
 import torch
 from conversion_cases import NAMES, alike, save_folder, stir, stirred, texts
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from timm_cases import reconfigured, rewritten, timm_state
 
 from metr.conversion.export import build
 from metr.conversion.import_ import adopt, read_published
@@ -19,16 +17,8 @@ from metr.errors import CheckpointError, ModelError
 from metr.models.backbones.base import BackboneConfig
 from metr.models.config import DetectorConfig
 from metr.models.detector import Detector
+from metr.sources import find_source
 
-# what each part of transformers' names is with timm
-_RENAMED = (
-    (r"embedder\.embedder\.convolution", "conv1"),
-    (r"embedder\.embedder\.normalization", "bn1"),
-    (r"encoder\.stages\.(\d)\.layers\.(\d+)\.layer\.(\d)\.convolution", r"layer[\1+1].\2.conv[\3+1]"),
-    (r"encoder\.stages\.(\d)\.layers\.(\d+)\.layer\.(\d)\.normalization", r"layer[\1+1].\2.bn[\3+1]"),
-    (r"encoder\.stages\.(\d)\.layers\.(\d+)\.shortcut\.convolution", r"layer[\1+1].\2.downsample.0"),
-    (r"encoder\.stages\.(\d)\.layers\.(\d+)\.shortcut\.normalization", r"layer[\1+1].\2.downsample.1"),
-)
 OLD = {
     "backbone": "resnet50",
     "backbone_config": None,
@@ -59,35 +49,6 @@ def written(name: str, kind: str, folder: Path) -> None:
     network = stirred(with_resnet(name, kind))
     model: Any = stir(build(find_target(name), network, NAMES, seed=3)).eval()
     save_folder(model, name, network, folder)
-
-
-def timm_name(key: str) -> str:
-    """timm's name of a weight, from transformers'."""
-    for pattern, name in _RENAMED:
-        key = re.sub(pattern, name, key)
-    return re.sub(r"\[(\d)\+1\]", lambda found: str(int(found[1]) + 1), key)
-
-
-def timm_state(folder: Path, wrapped: bool = False) -> dict[str, Tensor]:
-    """A folder's weights with the names that its backbone has as one of timm."""
-    state = {}
-    for key, tensor in load_file(folder / "model.safetensors").items():
-        before, found, own = key.partition(".model.") if ".backbone." in key else ("", "", "")
-        inner = f"_backbone.{timm_name(own)}" if wrapped else timm_name(own)
-        state[f"{before}{found}{inner}" if found else key] = tensor
-    return state
-
-
-def rewritten(folder: Path, changes: Mapping[str, object], wrapped: bool = False) -> None:
-    """Makes a folder of one with transformers' ResNet that has timm's."""
-    save_file(timm_state(folder, wrapped), folder / "model.safetensors", metadata={"format": "pt"})
-    reconfigured(folder, changes)
-
-
-def reconfigured(folder: Path, changes: Mapping[str, object]) -> None:
-    values = json.loads((folder / "config.json").read_text())
-    del values["backbone_config"]
-    (folder / "config.json").write_text(json.dumps(values | changes))
 
 
 def adopted(folder: Path) -> Detector:
@@ -160,6 +121,25 @@ def test_other_networks_of_timm_are_named(changes: dict[str, Any], message: str,
         read_published(tmp_path)
     assert "timm's resnet50" in str(error.value.hint)
     assert "use_timm_backbone=False" in str(error.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("dab-detr", {"backbone": "resnet50", "backbone_config": None, "dilation": True}),
+        ("dab_detr", {"backbone_config": NEW["backbone_config"] | {"output_stride": 16}}),
+        ("conditional_detr", {"backbone": "resnet50", "dilation": True}),
+        ("detr", {"backbone": "resnet101", "use_timm_backbone": True, "dilation": True}),
+        ("detr", {"dilation": True}),
+    ],
+)
+def test_dilated_backbones_are_refused_before_weights_are_read(
+    name: str, changes: dict[str, Any], tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": name, **changes}))
+    with pytest.raises(ModelError, match=r"with maps of stride 16, by dilation \(a variant dc5\); of timm's") as error:
+        read_published(find_source(tmp_path))
+    assert "timm's resnet50" in str(error.value.hint)
 
 
 def test_weights_that_are_not_a_resnets(tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def scripted(progress: Any = None) -> Iterator[EvaluationReport]:
             for image_id, chances in one.presence.items():
                 found = {one.detections[image_id].labels[row].item() for row in range(len(one.detections[image_id]))}
                 assert {column for column, chance in enumerate(chances.tolist()) if chance > 0.01} == found
-        yield diagnosed(report, seen)
+        yield diagnosed(report, seen).report
 
 
 def real(folder: Path) -> Iterator[EvaluationReport]:

@@ -87,7 +87,7 @@ def simulated(
     report = EvaluationReport(
         datasets=tuple(reports), names=len(vocabulary), confusion=confusion, unannotated="negative"
     )
-    return Detailed(report=diagnosed(report, observations), observations=tuple(observations))
+    return diagnosed(report, observations)
 
 
 def _found(

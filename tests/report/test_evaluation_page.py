@@ -14,6 +14,8 @@ from metr.data.datasets_file import DatasetSource
 from metr.data.joint import open_joint
 from metr.data.records import Annotations, ImageRecord, InMemoryAnnotations
 from metr.errors import MetrError
+from metr.evaluation import diagnosis
+from metr.evaluation.matching import Case, Verdict, judge
 from metr.evaluation.report import write_report
 from metr.evaluation.results import as_dict
 from metr.evaluation.runner import Detailed, evaluate_in_detail
@@ -114,6 +116,33 @@ def test_what_an_arm_lacks_is_not_compared(page: Element) -> None:
     (table,) = card.every("table")
     assert [row[0].text for row in table.rows] == ["pond", "desk", "mean"]
     assert [row[3].text for row in table.rows] == ["+0.0", "+0.0", "+0.0"]
+
+
+def test_what_the_datasets_gave_each_other(detailed: Detailed, tmp_path: Path) -> None:
+    """Known where another detector was trained on some of the same datasets alone, and only for what both know."""
+    whole = replace(detailed.report, trained_on=("pond", "desk", "meadow"))
+    pond, desk, meadow = (replace(one, diagnosis=None) for one in whole.datasets)
+    assert pond.own is not None
+    worse = replace(pond, own=replace(pond.own, coco=replace(pond.own.coco, ap=1.0)))
+    arms = {
+        "without meadow": replace(whole, datasets=(worse, desk, meadow), trained_on=("pond", "desk")),
+        "pond <alone>": replace(whole, datasets=(worse,), trained_on=("pond",)),
+        "test": replace(whole, datasets=(replace(worse, split="test"), desk), trained_on=("pond",)),
+        "more": replace(whole, trained_on=("pond", "other")),
+        "same": whole,
+        "unknown": replace(whole, trained_on=()),
+    }
+    page = read_page(write_evaluation_page(whole, tmp_path / "p.html", "arms", arms))
+    gain = f"{pond.own.coco.ap - 1:+.1f}" if pond.own.coco.ap else ""
+    rows = [[cell.text for cell in row] for row in one(page, "table", id="gifts").rows]
+    assert rows == [["meadow", "without meadow", gain, "+0.0", "–"], ["desk, meadow", "pond <alone>", gain, "–", "–"]]
+    cards = {next(card.every("h3")).text: card for card in page.every("div") if card.attributes.get("class") == "card"}
+    means = {name: next(cards[name].every("table")).rows[-1][3].text for name in arms}
+    assert means["pond <alone>"] == gain
+    assert means["same"] == means["unknown"] == "+0.0"
+    assert "Measured on other splits there" in cards["test"].text
+    plain = read_page(write_evaluation_page(whole, tmp_path / "q.html", "none", {"same": whole}))
+    assert not [table for table in plain.every("table") if table.attributes.get("id") == "gifts"]
 
 
 def test_it_asks_no_network(written: Path, page: Element) -> None:
@@ -256,6 +285,20 @@ def planted(annotations: Annotations, seed: int, count: int = 10) -> tuple[InMem
         name=annotations.name, split=annotations.split, categories=annotations.categories, records=tuple(records)
     )
     return changed, {records[row].path.name for row in chosen.tolist()}
+
+
+def test_detections_are_judged_once_for_numbers_and_page(
+    demo_sets: Mapping[str, Annotations], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[Case] = []
+
+    def counted(case: Case) -> Verdict:
+        looked.append(case)
+        return judge(case)
+
+    monkeypatch.setattr(diagnosis, "judge", counted)
+    write_evaluation_page(simulated(demo_sets), tmp_path / "p.html", "once")
+    assert len(looked) == 2 * sum(map(len, demo_sets.values()))  # all detections of an image, and the shown ones
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -66,6 +66,25 @@ def test_an_evaluation_in_the_folder_is_part_of_it(metr: CommandLine, run: Path,
     assert "#worst" not in links
 
 
+def test_other_evaluations_are_beside_it(metr: CommandLine, run: Path, tiny_run: TinyRun, tmp_path: Path) -> None:
+    assert metr("evaluate", run, tiny_run.data[0], "-o", tmp_path / "pond").code == 0
+    values = json.loads((tmp_path / "pond/evaluation.json").read_text())
+    assert values["trained_on"] == ["pond", "desk", "meadow"]
+    bare = metr("report", run, "--compare", f"pond={tmp_path / 'pond'}")
+    assert "expected an evaluation.json" in bare.err, "the run itself has not been evaluated"
+    shutil.copytree(tmp_path / "pond", run / "evaluation")
+    (tmp_path / "alone.json").write_text(json.dumps({**values, "trained_on": ["pond"]}))
+    ended = metr("report", run, "--compare", f"pond alone={tmp_path / 'alone.json'}")
+    assert ended.code == 0, ended.err
+    (row,) = one(read_page(run / "report.html"), "table", id="gifts").rows
+    assert [cell.text for cell in row] == ["desk, meadow", "pond alone", "+0.0"]
+    values["datasets"][0]["split"] = "test"
+    (tmp_path / "alone.json").write_text(json.dumps(values))
+    apart = metr("report", run, "--compare", f"a={tmp_path / 'alone.json'}", "-o", tmp_path / "none.html")
+    assert "none of the splits that this run was evaluated on: pond (val)" in apart.err
+    assert not (tmp_path / "none.html").exists()
+
+
 def test_a_comparison_in_the_folder_is_part_of_it(run: Path) -> None:
     changes = [
         {

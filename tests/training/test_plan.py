@@ -131,7 +131,7 @@ def test_the_end_names_what_is_there(tiny_run: TinyRun) -> None:
     lines = ended(tiny_run.folder, tiny_run, tiny_run.data)
     assert lines[0] == f"Done: 1,200 steps, best AP 31.2 on val, of step 1,000. Everything is in {tiny_run.folder}:"
     assert [line.split()[0] for line in lines[1 : lines.index("Next:")]] == ["best", "last", "metrics.jsonl", "log.txt"]
-    assert lines[-1] == f"  metr detect {tiny_run.folder} IMAGE"
+    assert lines[-2:] == [f"  metr report {tiny_run.folder}", f"  metr detect {tiny_run.folder} IMAGE"]
     stalled = ended(tiny_run.folder, tiny_run, tiny_run.data, stalled=True)
     assert stalled[0].startswith("Done: 1,200 steps (stopped early), best")
     assert ended(tiny_run.folder, tiny_run, tiny_run.data, interrupted=True) == [
@@ -147,7 +147,7 @@ def test_the_next_command_measures_on_test_where_there_is_one(tiny_run: TinyRun,
     file.write_text(f"datasets:\n  - {{name: tested, path: {other}, splits: {splits}}}\n", encoding="utf-8")
     lines = ended(tiny_run.folder, tiny_run, [plain, str(file)])
     expected = f"'{file}' --split test" if tested else f"{plain} '{file}'"
-    assert lines[-2] == f"  metr evaluate {tiny_run.folder} {expected}"
+    assert lines[-3] == f"  metr evaluate {tiny_run.folder} {expected}"
 
 
 @pytest.mark.parametrize(

@@ -56,6 +56,7 @@ NARROW = {
     "model.backbone.adapter": 16,
     "model.decoder.position_layers": 3,
     "model.queries.point_layers": 2,
+    "model.queries.patterns": 3,
 }
 # numbers that mean something only beside other settings
 COMPANY = {
@@ -69,6 +70,26 @@ COMPANY = {
         "model.decoder.positions=learned",
         "model.denoising.number=0",
     ],
+    "model.queries.patterns": [
+        "model.queries.places=learned_boxes",
+        "model.queries.layout=places",
+        "model.queries.content=patterns",
+    ],
+    "model.similarity.rivals": [
+        "model.similarity.form=classifier",
+        "model.similarity.token=refined",
+        "model.similarity.factor=1",
+        "model.similarity.objectness=false",
+        "model.queries.places=learned",
+        "model.queries.layout=places",
+        "model.queries.content=none",
+        "model.decoder.kind=plain",
+        "model.decoder.positions=learned",
+        "model.denoising.number=0",
+    ],
+    "model.encoder.temperature": ["model.encoder.kind=plain"],
+    "model.decoder.temperature": ["model.decoder.kind=conditional"],
+    "model.decoder.smallest_side": ["model.decoder.kind=conditional"],
 }
 FOLLOWING = (
     "train.schedule.warmup_steps",

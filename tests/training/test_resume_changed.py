@@ -13,6 +13,7 @@ import yaml
 from huggingface_hub import constants
 from rich.console import Console
 
+from metr.cli import training as command_line
 from metr.config import merge, read_yaml, unflattened
 from metr.errors import ConfigError, MetrError
 from metr.run_directory import RunDirectory
@@ -230,3 +231,15 @@ def test_one_process_at_a_time_trains_in_a_folder(tiny_run: TinyRun, tmp_path: P
         holder.wait()
     with RunLog(run) as log:
         log.begin("cpu")
+
+
+def test_a_run_that_is_being_trained_is_not_opened_a_second_time(tiny_run: TinyRun, tmp_path: Path) -> None:
+    """It is told before the plan, which takes long to make."""
+    run, console = began(tiny_run, tmp_path), Console(file=StringIO())
+    with RunLog(run) as log:
+        log.begin("cpu")
+        with pytest.raises(MetrError, match="another process trains in this folder"):
+            train(None, run, resume=True, console=console)
+        with pytest.raises(MetrError, match="another process trains in this folder"):
+            command_line.train(out=run, resume=True)
+    assert console.file.getvalue() == ""  # type: ignore[attr-defined]

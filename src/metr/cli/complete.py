@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from metr.cli.output import output_console
-from metr.cli.verbs import Offline, check_source, stay_offline
+from metr.cli.verbs import Offline, check_data, check_source, stay_offline
 from metr.errors import ConfigError
 
 __all__ = ["complete"]
@@ -16,7 +16,9 @@ def complete(
     data: Annotated[
         list[str] | None,
         typer.Argument(
-            help="Datasets: folders, name=folder, or YAML files that list some.", metavar="DATA", show_default=False
+            help="Datasets: folders, name=folder, hf:user/name on the hub, or YAML files that list some.",
+            metavar="DATA",
+            show_default=False,
         ),
     ] = None,
     *,
@@ -66,9 +68,10 @@ def complete(
     inference = inference_config(set_ or (), batch_size=batch_size, postprocess={"max_detections": 300})
     stay_offline(offline)
     check_source(model)
-    from metr.completion.complete import CompletionRequest
-    from metr.completion.complete import complete as run_completion
+    check_data(data or ())
+    from metr.completion.complete import run_completion
     from metr.completion.prelabels import PreLabels, check_format
+    from metr.completion.request import CompletionRequest
     from metr.completion.thresholds import CompletionConfig
 
     values = {"precision": precision, "least_objects": least_objects, "splits": _listed(splits), "inference": inference}

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from metr.cli.verbs import Data, check_data
+from metr.cli.verbs import Data, Offline, check_data, stay_offline
 from metr.errors import ConfigError, DataError, MetrError, counted, did_you_mean, quiet_log
 
 if TYPE_CHECKING:  # what the verb needs is imported when it runs, so that help comes at once
@@ -67,13 +67,15 @@ def inspect(
     export: Export = None,
     draw: Draw = None,
     set_: Settings = None,
+    offline: Offline = False,
 ) -> None:
     """Show what is in datasets: issues, labels that agree or clash, objects that perhaps stand unlabelled.
 
     A dataset that cannot be read is reported below the others; the exit code is then 1.
     """
+    stay_offline(offline)
     if len(data) == 1:  # of several, those that can be read are shown
-        check_data(data)
+        check_data(data, listed=False)
     from metr.cli.inspect_tables import print_inspection
     from metr.config import parse_overrides
     from metr.inspection import InspectionConfig

@@ -32,11 +32,21 @@ Compare = Annotated[
 def report(
     run: Annotated[Path, typer.Argument(help="The folder of a training run.", metavar="RUN")],
     out: Annotated[Path | None, typer.Option("-o", "--out", help="The HTML file; by default RUN/report.html.")] = None,
+    compare: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--compare",
+            help="Another evaluation of the datasets, NAME=PATH of its folder, run or evaluation.json: shows what the "
+            "datasets gave each other; repeatable.",
+            metavar="NAME=PATH",
+        ),
+    ] = None,
 ) -> None:
     """Show a training run as one page. Curves, data seen, configuration, environment, examples, evaluation."""
+    compared = check_compared(compare, html=True)
     from metr.report import write_run_page
 
-    _say(write_run_page(run, out))
+    _say(write_run_page(run, out, read_arms(compared)))
 
 
 def check_compared(compare: Sequence[str] | None, html: bool) -> dict[str, Path]:

@@ -21,7 +21,9 @@ _INTERRUPTED = 130
 _RunsData = Annotated[
     list[str] | None,
     typer.Argument(
-        help="Datasets: a folder, name=folder, or a YAML file that lists some. --resume needs none.", metavar="DATA"
+        help="Datasets: a folder, name=folder, hf:user/name on the hub, or a YAML file that lists some. "
+        "--resume needs none.",
+        metavar="DATA",
     ),
 ]
 _RunToWrite = Annotated[Path, typer.Option("-o", "--out", help="The run folder to write.")]
@@ -90,9 +92,7 @@ def train(
     dry_run: _DryRun = False,
 ) -> None:
     """Train one detector on many datasets. Their labels are never merged by hand."""
-    from metr.run_directory import RunDirectory
     from metr.training.config import check_epochs, load_recipe, recipe_layers
-    from metr.training.resumed_recipe import resumed_recipe
 
     stay_offline(offline)
     overrides = _overrides(set_, **{"train.loop.steps": steps})
@@ -100,7 +100,7 @@ def train(
         # mistakes are found before torch is imported and data are opened
         check_epochs(epochs, overrides)
         if resume:
-            resumed_recipe(RunDirectory(out), config, overrides)
+            _check_resumable(out, config, overrides, dry_run=dry_run)
         else:
             recipe_layers("metr train", config, overrides) if source else load_recipe(size or "nano", config, overrides)
             _check_named(data, "DATA", "name a dataset: metr train DATA -o RUN")
@@ -172,9 +172,7 @@ def finetune(
     dry_run: _DryRun = False,
 ) -> None:
     """Train a detector further on new data. Its names are new strings: nothing is begun anew."""
-    from metr.run_directory import RunDirectory
     from metr.training.config import check_epochs, finetune_layers
-    from metr.training.resumed_recipe import resumed_recipe
 
     stay_offline(offline)
     overrides = _overrides(set_, **{"train.loop.steps": steps, "train.freeze": freeze})
@@ -199,7 +197,7 @@ def finetune(
         check_epochs(epochs, overrides)
         finetune_layers(config, overrides)
         if resume:
-            resumed_recipe(RunDirectory(out), config, overrides)
+            _check_resumable(out, config, overrides, dry_run=dry_run)
         else:
             _check_start(data, source, [*(rehearse or ()), *(rehearse_evaluate or ())])
         from metr.training import finetune as run
@@ -216,6 +214,21 @@ def finetune(
 def _overrides(given: list[str] | None, **options: object) -> list[str]:
     """What `--set` says, then what options of their own say of the same configuration."""
     return [*(given or []), *(f"{key}={value}" for key, value in options.items() if value is not None)]
+
+
+def _check_resumable(out: Path, config: Path | None, overrides: list[str], *, dry_run: bool) -> None:
+    """Checks that there is a run to go on with, and that nobody trains it; its plan may be looked at all the same.
+
+    Raises:
+        MetrError: there is none, its configuration does not fit, or another process trains it.
+    """
+    from metr.run_directory import RunDirectory
+    from metr.training.resumed_recipe import resumed_recipe
+
+    run = RunDirectory(out)
+    resumed_recipe(run, config, overrides)
+    if not dry_run:
+        run.check_free()
 
 
 def _check_start(data: list[str] | None, source: str | None, rehearsed: list[str]) -> None:

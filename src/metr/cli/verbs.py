@@ -35,7 +35,9 @@ _TARGETS = "deformable_detr, dab_detr, conditional_detr, detr, rt_detr, rt_detr_
 
 Data = Annotated[
     list[str],
-    typer.Argument(help="Datasets: a folder, name=folder, or a YAML file that lists some.", metavar="DATA"),
+    typer.Argument(
+        help="Datasets: a folder, name=folder, hf:user/name on the hub, or a YAML file that lists some.", metavar="DATA"
+    ),
 ]
 Run = Annotated[str, typer.Argument(help="A run folder, a checkpoint folder, or a name on the hub.", metavar="RUN")]
 Source = Annotated[
@@ -139,15 +141,19 @@ def check_source(source: str) -> None:
     look_here(source)
 
 
-def check_data(data: Sequence[str]) -> None:
+def check_data(data: Sequence[str], *, listed: bool = True) -> None:
     """Checks that datasets are there, as far as their paths tell, before torch is imported to read them.
+
+    Args:
+        data: The datasets of a command line.
+        listed: Whether to look for those too that datasets files list.
 
     Raises:
         DataError: one is not.
     """
     from metr.data.formats.presence import check_datasets_there
 
-    check_datasets_there(data)
+    check_datasets_there(data, listed=listed)
 
 
 def transfer(

@@ -4,7 +4,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from metr.completion.boxes import Wanted, completed_record, wanted_names
 from metr.completion.datasets import AddedBoxes, Original, WrittenDataset, original_of, write_completed
 from metr.completion.journal import Journal, ToDetect, fingerprint, key_of
 from metr.completion.prelabels import PreLabels, new_images, write_prelabels
+from metr.completion.request import CompletedDataset, CompletionReport, CompletionRequest
 from metr.completion.thresholds import (
     LEAST_SCORE,
     CompletionConfig,
@@ -27,7 +28,6 @@ from metr.completion.thresholds import (
     thresholds,
 )
 from metr.data.datasets_file import DatasetConfig, DatasetSource
-from metr.data.export import Placement
 from metr.data.images import exif_oriented_record
 from metr.data.joint import open_joint
 from metr.data.records import Annotations
@@ -39,45 +39,48 @@ BOXES, SUMMARY, DATA = "completed.json", "summary.json", "data.yaml"
 _KEPT = ("splits", "weight", "prompts", "renames", "boxes", "exhaustive", "only", "drop", "ignore", "format")
 
 
-@dataclass(frozen=True, kw_only=True)
-class CompletionRequest:
-    """What is completed, besides how (`CompletionConfig`).
-
-    `only` are the names that may be added; empty: all. `given` are thresholds of one's own by name, also of names that
-    no dataset annotates. `new` are images without labels, which are labelled in place of the datasets.
-    """
-
-    data: tuple[str, ...]
-    out: Path
-    only: tuple[str, ...] = ()
-    given: Mapping[str, float] | None = None
-    new: PreLabels | None = None
-    placement: Placement = "link"
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompletedDataset:
-    """What became of one dataset: the boxes added by name, its format, and why that is not its own."""
-
-    name: str
-    path: str
-    format: str
-    images: int
-    added: Mapping[str, int]
-    unread: int = 0
-    why_coco: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompletionReport:
-    """Thresholds of all names, and what became of each dataset."""
-
-    model: str
-    thresholds: tuple[NameThreshold, ...]
-    datasets: tuple[CompletedDataset, ...]
-
-
 def complete(
+    source: METR | str | Path,
+    data: str | Path | Sequence[str | Path],
+    out: str | Path,
+    *,
+    config: CompletionConfig | None = None,
+    device: str | torch.device = "auto",
+    console: Console | None = None,
+    **more: Any,
+) -> CompletionReport:
+    """Adds the names of other datasets to each of some datasets, where a detector is sure of them.
+
+        complete("runs/joint", ["photos/", "cells=old/voc"], "completed")
+        complete("runs/joint", ["photos/", "cells=old/voc"], "completed", only=("red cell",), given={"rust": 0.5})
+        complete("runs/joint", ["photos/"], "labelled", new=PreLabels(folder=Path("unlabelled"), format="cvat"))
+
+    The threshold of a name is set on the val split of the datasets that annotate it. A dataset never gets a box of a
+    name that it annotates. Nothing is written into the datasets: each one goes into a folder of its own in `out`,
+    beside `completed.json` (every added box), `summary.json` and `data.yaml`, which lists them for training with the
+    added names as not exhaustively annotated. What was found is kept on the way: the same call goes on where an earlier
+    one was stopped.
+
+    Args:
+        source: A model, a checkpoint folder, a run folder, or a name on the hub.
+        data: One dataset or several: folders, name=folder, or YAML files that list some.
+        out: The folder where everything goes.
+        config: The precision that is asked for, and how images go through the network.
+        device: Where the network runs, if it is loaded here.
+        console: Where progress and the table are shown; None shows none.
+        **more: Fields of `CompletionRequest` by name: only, given, new, placement.
+
+    Returns:
+        The thresholds of all names, and what became of each dataset.
+
+    Raises:
+        DataError, ConfigError, CheckpointError: something is missing or does not fit.
+    """
+    request = CompletionRequest.of(data, out, more)
+    return run_completion(source, request, config=config, device=device, console=console)
+
+
+def run_completion(
     source: METR | str | Path,
     request: CompletionRequest,
     *,
@@ -85,13 +88,7 @@ def complete(
     device: str | torch.device = "auto",
     console: Console | None = None,
 ) -> CompletionReport:
-    """Adds the names of other datasets to each of some datasets, where a detector is sure of them.
-
-    The threshold of a name is set on the val split of the datasets that annotate it. A dataset never gets a box of a
-    name that it annotates. Nothing is written into the datasets: each one goes into a folder of its own in
-    `request.out`, beside `completed.json` (every added box), `summary.json` and `data.yaml`, which lists them for
-    training with the added names as not exhaustively annotated. What was found is kept on the way: the same call goes
-    on where an earlier one was stopped.
+    """Does what `complete` does, for a request that is made already.
 
     Args:
         source: A model, a checkpoint folder, a run folder, or a name on the hub.

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float
@@ -41,12 +41,16 @@ class ClassHeads:
         heads: By the prefix of METR's head (`proposals.classifier`): logits of all labels from a feature.
         sources: By the same prefix, the detector's keys.
         assumed: The detector does not say the names; they are those that its number of labels suggests.
+        rivals: By the same prefix, the logits of everything that the detector's softmax compares, labels first.
+        numbers: The label of each row of `heads`.
     """
 
     names: tuple[str, ...]
     heads: Mapping[str, Linear]
     sources: Mapping[str, tuple[str, ...]]
     assumed: bool = False
+    rivals: Mapping[str, Linear] = field(default_factory=dict)
+    numbers: tuple[int, ...] = ()
 
     @property
     def labels(self) -> int:
@@ -57,7 +61,8 @@ class ClassHeads:
         """The heads of labels with these names, without those that stand for no category."""
         kept = [row for row, name in enumerate(names) if not stands_for_none(name)]
         heads = {prefix: Linear(weight=head.weight[kept], bias=head.bias[kept]) for prefix, head in self.heads.items()}
-        return replace(self, names=tuple(names[row] for row in kept), heads=heads)
+        numbers = tuple(self.numbers[row] for row in kept)
+        return replace(self, names=tuple(names[row] for row in kept), heads=heads, numbers=numbers)
 
 
 def class_heads(
@@ -78,15 +83,18 @@ def class_heads(
     """
     if not adopted.class_heads:
         return None
-    heads, sources = dict[str, Linear](), dict[str, tuple[str, ...]]()
+    heads, rivals, sources = dict[str, Linear](), dict[str, Linear](), dict[str, tuple[str, ...]]()
+    numbers = tuple[int, ...]()
     for ours, theirs in adopted.class_heads.items():
         weight, bias = state[f"{theirs}.weight"], state[f"{theirs}.bias"]
         head = Linear(weight=weight[rows], bias=bias[rows])
         if ours in adopted.first_label:
             head = Linear(weight=weight[:1].expand_as(head.weight), bias=bias[:1].expand_as(head.bias))
-        heads[ours] = head
+        heads[ours], numbers = head, tuple(range(len(bias))[rows] if isinstance(rows, slice) else rows)
+        if ours in adopted.softmax:
+            rivals[ours] = Linear(weight=weight, bias=bias)
         sources[ours] = tuple(key for key, tensor in state.items() if tensor is weight or tensor is bias)
-    return ClassHeads(names=tuple(names), heads=heads, sources=sources, assumed=assumed)
+    return ClassHeads(names=tuple(names), heads=heads, sources=sources, assumed=assumed, rivals=rivals, numbers=numbers)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -137,6 +145,20 @@ def solve(given: ClassHeads, text: Float[Tensor, "n t"]) -> SolvedHeads:
             derived[f"{prefix}.{name}"] = Derived(
                 tensor=tensor.to(head.weight), how="solved: class head and names", source=given.sources[prefix]
             )
+        if rivals := given.rivals.get(prefix):
+            derived |= _rivals(prefix, rivals, text, given)
         missed = (text.double() @ slope.T + start - wanted).square().sum(1).sqrt()
         errors.append(float(missed.max()))
     return SolvedHeads(derived=derived, error=max(errors), rank=int(kept.sum()) + 1)
+
+
+def _rivals(prefix: str, rivals: Linear, text: Float[Tensor, "n t"], given: ClassHeads) -> dict[str, Derived]:
+    """What every name competes with: all labels of the detector, those with a name under its text embedding."""
+    texts = text.new_zeros(len(rivals.bias), text.shape[1])
+    texts[list(given.numbers)] = text
+    source = given.sources[prefix]
+    return {
+        f"{prefix}.rivals.logits.weight": Derived(tensor=rivals.weight, how="", source=source),
+        f"{prefix}.rivals.logits.bias": Derived(tensor=rivals.bias, how="", source=source),
+        f"{prefix}.rivals.text": Derived(tensor=texts, how="names of the labels", source=source),
+    }

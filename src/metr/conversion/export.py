@@ -90,6 +90,7 @@ def transfer(
         tokens, contents = name_tokens(own, text), refined_tokens(own, text)
         context = Context(network=own, text=text.cpu(), tokens=tokens, contents=contents, config=model.config)
         derived |= target.derive(context)
+        notes += target.told(context)
     else:
         rows, notes = table.backbone, [_only_the_backbone(target, network)]
     given = giving_to_theirs(ours, rows, derived)
@@ -144,9 +145,11 @@ def _bare(network: Detector) -> Any:
 def _only_the_backbone(target: Target, network: Detector) -> str:
     own, decoder = network.config.encoder.kind, network.config.decoder.kind
     what = f"{target.title} has a {target.encoder} encoder and a {target.decoder} decoder, this METR has a {own} and a"
-    places, fits = "", own in (target.encoder, *target.other_encoders)
+    places, kind, fits = "", network.config.queries.places, own in (target.encoder, *target.other_encoders)
     wanted = [] if fits else [f"model.encoder.kind={target.encoder}"]
-    wanted += [f"model.decoder.kind={target.decoder}"] if decoder != target.decoder else []
-    if network.config.queries.places == "learned" and not target.learned_places:
-        places, wanted = " with learned places", [*wanted, "model.queries.places=proposed"]
+    other = target.learned_decoder if kind == "learned" else ""
+    wanted += [f"model.decoder.kind={other or target.decoder}"] if decoder != (other or target.decoder) else []
+    if kind not in target.places:
+        places = {"proposed": "", "learned": " with learned places", "learned_boxes": " with learned boxes"}[kind]
+        wanted = [*wanted, "model.queries.places=proposed"]
     return f"{what} {decoder} one{places}: only the backbone moves. Train with {' and '.join(wanted)} to move more"

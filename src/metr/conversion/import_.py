@@ -16,7 +16,7 @@ from metr.conversion.convert import StateTransfer, TransferReport, and_derived, 
 from metr.conversion.published import read_restricted
 from metr.conversion.published.dino import read_dino
 from metr.conversion.published.folders import check_kind, check_size
-from metr.conversion.published.timm import TimmNetwork, timm_network, without_timm
+from metr.conversion.published.timm import TimmNetwork, check_network, timm_network, without_timm
 from metr.conversion.table import State, adopted_backbone
 from metr.conversion.targets import NAMES, find_target
 from metr.conversion.targets.base import Adopted
@@ -91,7 +91,9 @@ def _check_before_fetching(source: DetectorSource) -> None:
     """
     values = source.config
     check_kind(values, source.called, _adoptable())
-    if source.repository is not None and timm_network(values) is None:
+    if (network := timm_network(values)) is not None:
+        check_network(network, source.called)
+    elif source.repository is not None:
         register()
         with loading(source.called):
             check_size(configuration(source.path), source.called)
@@ -158,7 +160,7 @@ def _from_folder(folder: Path) -> PublishedDetector:
     # a tensor that is kept under several names stays one
     state = {key: tensor.requires_grad_(False) for key, tensor in state.items()}
     preprocessing = _preprocessing(folder)
-    backbone = _coloured(_backbone(config), preprocessing)
+    backbone = _coloured(_backbone(config, target.single_map), preprocessing)
     adopted = target.adopt(config, backbone, state)
     return PublishedDetector(
         title=target.title,
@@ -223,11 +225,11 @@ def _adoptable() -> list[str]:
     return [name for name in NAMES if find_target(name).adopt is not None]
 
 
-def _backbone(config: Any) -> BackboneConfig:
-    """METR's configuration of a detector's backbone."""
+def _backbone(config: Any, single_map: bool) -> BackboneConfig:
+    """METR's configuration of a detector's backbone, of which it may read the last map only."""
     found, options = config.backbone_config, config.to_dict()
     # RT-DETR and its successors say so; the others have no such options, and freeze the norms always
-    maps = len(found.out_features)
+    maps = 1 if single_map else len(found.out_features)
     strides = (options.get("feat_strides") or _STRIDES[-maps:])[:maps]
     return adopted_backbone(found, tuple(strides), options.get("freeze_backbone_batch_norms", True))
 

@@ -183,8 +183,8 @@ def from_detector(
     """A METR that starts from the weights of another detector, and where it can, finds what the other finds.
 
     Args:
-        source: A folder of transformers (Deformable or Conditional DETR, RT-DETR, D-FINE, DEIMv2, LW-DETR, RF-DETR),
-            its name on the hub ("user/name", "user/name@revision"), or a `.pth` file of DINO or of METR's
+        source: A folder of transformers (DETR, Deformable, DAB or Conditional DETR, RT-DETR, D-FINE, DEIMv2, LW-DETR,
+            RF-DETR), its name on the hub ("user/name", "user/name@revision"), or a `.pth` file of DINO or of METR's
             authors.
             Nothing in it is executed.
         names: The vocabulary; by default the detector's labels. A file of DINO has no names: give one a label, "N/A"

@@ -8,7 +8,7 @@ from pydantic import AfterValidator, Field, model_validator
 from metr.config import Config
 from metr.data.formats.box_kinds import BoxKind
 from metr.data.formats.registry import READERS
-from metr.data.shards.addresses import path_or_url
+from metr.data.shards.addresses import path_or_address
 from metr.errors import did_you_mean
 
 SplitName = Literal["train", "val", "test"]
@@ -26,9 +26,10 @@ class DatasetConfig(Config):
 
     name: Annotated[str, Field(min_length=1)]
     """The dataset's name in messages, results and vocabularies."""
-    path: Annotated[Path | str, AfterValidator(path_or_url)]
-    """Its folder, its one annotation file, an archive of the folder (zip, tar, tar.gz, tar.bz2, tar.xz), or shards: a
-    URL or a path with braces or a glob, such as `s3://bucket/train-{000..127}.tar`."""
+    path: Annotated[Path | str, AfterValidator(path_or_address)]
+    """Its folder, its one annotation file, an archive of the folder (zip, tar, tar.gz, tar.bz2, tar.xz), a dataset
+    on the Hugging Face hub, such as `hf:user/name`, or shards: a URL or a path with braces or a glob, such as
+    `s3://bucket/train-{000..127}.tar`."""
     format: Annotated[str, AfterValidator(_known_format)] | None = None
     """The format of its files. None: it is recognised."""
     splits: dict[SplitName, tuple[str, ...] | str] | None = None

@@ -19,12 +19,15 @@ from metr.data.containers.archives import archive_stem
 from metr.data.dataset_config import DatasetConfig, SplitName
 from metr.data.formats.base import ReadOptions
 from metr.data.formats.files import expanded, there
+from metr.data.formats.presence import LISTS
 from metr.data.formats.registry import recognise
+from metr.data.hub_datasets.address import HubAddress, is_hub_dataset
+from metr.data.hub_datasets.fetched import fetch_dataset
 from metr.data.index.annotation_index import AnnotationIndex
 from metr.data.index.cache import default_cache, stored
 from metr.data.other_formats import tell_other_formats
 from metr.data.records import TEST, TRAIN, VAL, Annotations, DataIssue, Dropped, plan_splits
-from metr.data.shards.addresses import is_pattern, name_of_pattern
+from metr.data.shards.addresses import is_address, is_pattern, name_of_pattern
 from metr.data.shards.stores import is_url
 from metr.errors import ConfigError, DataError
 
@@ -40,7 +43,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-_SUFFIXES = frozenset({".yaml", ".yml"})
 # The keys of a dataset whose values are words, as they are written: a category may be called `no` or `007`.
 _WORDS = frozenset({"name", "path", "splits", "prompts", "renames", "exhaustive", "only", "drop", "ignore"})
 
@@ -84,7 +86,7 @@ class DatasetSource:
     def place(self) -> Path | str:
         """Where the dataset is, for messages: its folder, or the URL or path of its shards."""
         path = self.config.path
-        return path if is_url(path) or is_pattern(path) or self.format == "webdataset" else self.root
+        return path if is_address(path) or is_pattern(path) or self.format == "webdataset" else self.root
 
     def split(self, name: str) -> AnnotationIndex:
         """The annotations of one split.
@@ -171,7 +173,9 @@ def open_dataset(config: DatasetConfig, cache_dir: Path | None = None, *, togeth
 
     Raises:
         DataError: the folder is missing, fits no known format, holds no image, or lacks what `config` names.
+        StoreError: it is on the hub or in a store that cannot be reached.
     """
+    config = _at_commit(config)
     reader = recognise(config.path, config.format)
     if config.boxes is not None and not reader.takes_boxes:
         what = f"`boxes` says how boxes are written, which is settled in the format {reader.format}"
@@ -215,6 +219,18 @@ def open_dataset(config: DatasetConfig, cache_dir: Path | None = None, *, togeth
     return source
 
 
+def _at_commit(config: DatasetConfig) -> DatasetConfig:
+    """The same, of a dataset on the hub with the commit that its address means now; its files are fetched.
+
+    Raises:
+        DataError, StoreError: it cannot be fetched.
+    """
+    if not is_hub_dataset(config.path):
+        return config
+    address = fetch_dataset(HubAddress.parsed(str(config.path))).address
+    return config.model_copy(update={"path": str(address)})
+
+
 def _tell_held_out(source: DatasetSource) -> None:
     """Logs that val is a part of train, and that test, where there is one, is left for the last word."""
     val, train = len(source.splits[VAL]), len(source.splits[TRAIN])
@@ -225,12 +241,12 @@ def _tell_held_out(source: DatasetSource) -> None:
 
 def _parse_argument(argument: str) -> list[DatasetConfig]:
     name, equals, rest = argument.partition("=")
-    if is_url(argument):
+    if is_address(argument):
         return [_dataset_config({"path": argument}, Path(), argument)]
     path = expanded(argument)
     if equals and name and not re.search(r"[\\/]", name) and not there(path):
         return [_dataset_config({"name": name, "path": rest}, Path(), argument)]
-    if path.suffix.lower() in _SUFFIXES:
+    if path.suffix.lower() in LISTS:
         written = read_yaml(path, as_written=True)
         if "datasets" in written or "names" not in written:  # with names it is the description of a YOLO dataset
             return _listed_datasets(path, written)
@@ -271,8 +287,8 @@ def _listed_dataset(item: Mapping[str, Any] | str, file: Path, node: yaml.Node) 
     """
     called = ""
     if isinstance(item, str):
-        name, equals, path = ("", "", item) if is_url(item) else item.rpartition("=")
-        if is_url(item.partition("=")[2]):
+        name, equals, path = ("", "", item) if is_address(item) else item.rpartition("=")
+        if is_address(item.partition("=")[2]):
             name, equals, path = item.partition("=")
         item = {"name": name, "path": path} if equals else {"path": path}
     elif "path" in item or "name" in item:
@@ -294,6 +310,9 @@ def _dataset_config(values: Mapping[str, Any], base: Path, where: object) -> Dat
         raise ConfigError("a dataset without a path", where=where, hint="write path: and the dataset's folder")
     if "\0" in path:
         raise ConfigError(f"a path with a zero byte: {path!r}", where=where, hint="take it out")
+    if is_hub_dataset(path):
+        address = HubAddress.parsed(path, where)
+        return DatasetConfig.checked({"name": address.name, **values, "path": str(address)}, where=where)
     if is_url(path):
         return DatasetConfig.checked({"name": name_of_pattern(path), **values}, where=where)
     full = base / expanded(path)

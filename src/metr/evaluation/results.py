@@ -225,6 +225,7 @@ class EvaluationReport:
     """The results on each dataset.
 
     `unannotated` says how training treated unannotated categories, `weights` is their type on disk ("float16").
+    `trained_on` are the datasets of training; empty where they are not known.
     """
 
     datasets: tuple[DatasetReport, ...]
@@ -232,6 +233,7 @@ class EvaluationReport:
     confusion: CrossDatasetConfusion | None = None
     unannotated: str | None = None
     weights: str | None = None
+    trained_on: tuple[str, ...] = ()
 
     @property
     def modes(self) -> list[Mode]:

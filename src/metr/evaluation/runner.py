@@ -55,15 +55,14 @@ _logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Detailed:
-    """A report, and the answers that it was made of. The answers are there in the main process only."""
+    """A report, and the answers that it was made of, with the verdicts on them by dataset.
+
+    Answers and verdicts are there in the main process only.
+    """
 
     report: EvaluationReport
     observations: tuple[Observation, ...]
-
-    @property
-    def thresholds(self) -> ScoreThresholds:
-        """From which scores detections were looked at as people see them."""
-        return ScoreThresholds(names=self.report.thresholds())
+    judged: Mapping[str, Judged]
 
 
 def evaluate(
@@ -140,27 +139,30 @@ def evaluate_in_detail(
     unannotated = model.checkpoint.training.get("unannotated")
     told, observations = None if unannotated is None else str(unannotated), list[Observation]()
     report = runner.report(model.network, console, told, observations.append)
-    report = diagnosed(replace(report, weights=model.stored_as), observations)
+    report = replace(report, weights=model.stored_as, trained_on=tuple(model.vocabulary.datasets))
+    detailed = diagnosed(report, observations)
+    report = detailed.report
     paths = write_report(report, Path(out)) if out is not None and in_main_process() else ()
     show(report, console)
     if paths:
         table, page, chart = (path.name for path in paths)
         console.print(f"{table}, {page} and {chart} are in {out}", markup=False, soft_wrap=True)
-    return Detailed(report=report, observations=tuple(observations))
+    return detailed
 
 
-def diagnosed(report: EvaluationReport, observations: Sequence[Observation]) -> EvaluationReport:
+def diagnosed(report: EvaluationReport, observations: Sequence[Observation]) -> Detailed:
     """The report with a diagnosis of each dataset. Several processes call it together; the main one has observed."""
+    judged: dict[str, Judged] = {}  # they stay where they were made
 
     def with_diagnosis() -> EvaluationReport:
         thresholds = ScoreThresholds(names=report.thresholds())
-        found = {
-            one.dataset: diagnose(Judged.of(one.scorer, one.detections, one.names, thresholds), thresholds)
-            for one in observations
-        }
+        for one in observations:
+            judged[one.dataset] = Judged.of(one.scorer, one.detections, one.names, thresholds)
+        found = {name: diagnose(one, thresholds) for name, one in judged.items()}
         return replace(report, datasets=tuple(replace(one, diagnosis=found[one.name]) for one in report.datasets))
 
-    return from_main(with_diagnosis, EvaluationReport)
+    whole = from_main(with_diagnosis, EvaluationReport)
+    return Detailed(report=whole, observations=tuple(observations), judged=judged)
 
 
 def _tell_held_out(sources: Sequence[DatasetSource]) -> None:

@@ -18,6 +18,7 @@ from metr.models.decoder import ConditionalDecoderLayer
 from metr.models.detector import Detector
 from metr.models.encoders.hybrid import RepVggBlock
 from metr.models.encoders.pyramid import SelfAttentionLayer
+from metr.models.plain_decoder import PlainDecoderLayer
 
 
 def folded(network: Detector, *, padded: bool = True) -> Detector:
@@ -65,6 +66,7 @@ _TO_THE_IMAGE: dict[type[nn.Module], str] = {
     Shortlist: "attention",
     SelfAttentionLayer: "attention",
     ConditionalDecoderLayer: "cross",
+    PlainDecoderLayer: "cross",
 }
 
 

@@ -30,6 +30,9 @@ from metr.structures import Detections
 
 __all__ = ["Detector", "VideoReport", "detect_video"]
 
+# what is wrong with a file is told by an error, not by FFmpeg as well; OpenCV reads this once, at the first video
+os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+
 # frames a second where a video or a camera does not say
 _RATE = 25.0
 # the longer side, in pixels, below which frames are enlarged before they are drawn on
@@ -162,7 +165,6 @@ def _opened(source: str | Path) -> Iterator[_Video]:
     """
     text = str(source)
     camera = int(text.removeprefix(CAMERA)) if text.startswith(CAMERA) else None
-    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # what is wrong is told by an error, not by FFmpeg as well
     capture = cv2.VideoCapture(text if camera is None else camera)
     try:
         if not capture.isOpened():

@@ -15,7 +15,7 @@ from metr.data.datasets_file import DatasetSource
 from metr.data.formats.base import plain_name
 from metr.data.formats.registry import recognise
 from metr.data.records import TEST, TRAIN, VAL, canonical_split
-from metr.data.shards.stores import is_url
+from metr.data.shards.addresses import is_address
 from metr.errors import ConfigError, counted
 from metr.inspection.coverage import Coverage, Homonym
 from metr.inspection.facts import DatasetFacts
@@ -272,8 +272,8 @@ def _flow(value: object) -> str:
 
 
 def _relative(path: Path | str, folder: Path) -> str:
-    """A path as seen from a folder, with slashes; the whole path where there is no way there, and a URL as it is."""
-    if is_url(path):
+    """A path as seen from a folder, with slashes; the whole path where there is no way there; an address as it is."""
+    if is_address(path):
         return str(path)
     whole = Path(os.path.abspath(path))  # noqa: PTH100  (`..` goes, symbolic links stay)
     try:

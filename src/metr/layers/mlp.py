@@ -29,6 +29,19 @@ class MLP(nn.Sequential):
         return layer
 
 
+def unit_scale(width: int) -> MLP:
+    """Predicts factors of encoded places from tokens of the same width; all of them are 1 at the start."""
+    scale = MLP((width, width, width))
+    nn.init.zeros_(scale.last.weight)
+    nn.init.ones_(scale.last.bias)
+    return scale
+
+
+def activation_named(name: str) -> type[nn.Module]:
+    """The activation that a configuration names: `relu` or `prelu`."""
+    return {"relu": nn.ReLU, "prelu": nn.PReLU}[name]
+
+
 class FeedForward(nn.Module):
     """Two linear layers around a non-linearity, added to their input and normalised (post-norm)."""
 

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from metr.config import Config
+from metr.config import Config, leave_options
 from metr.models.decoder_config import DecoderConfig, DistributionConfig
 from metr.models.query_config import CategoryConfig, DenoisingConfig, QueryConfig, SimilarityConfig
 
@@ -97,11 +97,18 @@ class EncoderConfig(Config):
     points: int = Field(4, ge=1, le=64)
     """Sampling points a head and level (`deformable`)."""
     feed_forward: int = Field(2048, ge=1, le=65_536)
+    activation: Literal["relu", "prelu"] = "relu"
+    """Inside the feed-forward parts. `prelu`: what is below zero is multiplied by a number that each layer learns
+    (DAB-DETR; `plain`)."""
     """Hidden width of the feed-forward parts."""
     positions: Literal["scaled", "centred", "counted", "none"] = "scaled"
     """What is encoded. `scaled`: rows and columns counted from 1, scaled so that the last is 2 pi (DINO). `centred`:
     cell centres, scaled alike (Deformable DETR; for `deformable`). `counted`: unscaled (RT-DETR; for `hybrid`). `none`:
     nothing, as transformers' detectors with an `eval_size` detect (for `hybrid`)."""
+    temperature: int = Field(10_000, ge=1, le=1_000_000)
+    """The longest wave of the encoded positions, in units of the shortest: 10,000 (DETR) or 20 (DAB-DETR; `plain`)."""
+    position_scale: bool = False
+    """Each layer multiplies the encoded positions by factors that are predicted from the tokens (DAB-DETR; `plain`)."""
     fusion: Literal["csp", "elan"] = "csp"
     """How two levels are fused: as in RT-DETR, or as in D-FINE (`hybrid`, `lite`)."""
     fusion_inputs: Literal["cat", "sum"] = "cat"
@@ -131,6 +138,13 @@ class EncoderConfig(Config):
         if not scales or list(scales) != sorted(set(scales) & {2.0, 1.0, 0.5}, reverse=True):
             raise ValueError("expected some of 2, 1 and 0.5 in this order")
         return scales
+
+    @model_validator(mode="after")
+    def _options_of_the_plain_kind(self) -> "EncoderConfig":
+        if self.kind != "plain":
+            options = ("activation", "temperature", "position_scale")
+            leave_options(self, options, f"is for kind 'plain'; with {self.kind!r} leave it at")
+        return self
 
 
 class DetectorConfig(Config):
@@ -183,7 +197,7 @@ class DetectorConfig(Config):
     @model_validator(mode="after")
     def _boxes_suit_the_decoder(self) -> "DetectorConfig":
         decoder = self.decoder
-        if decoder.kind == "conditional" and decoder.boxes != "logit":
+        if decoder.kind in ("conditional", "plain") and decoder.boxes != "logit":
             raise ValueError("decoder.boxes is for decoder.kind 'deformable'")
         return self
 
@@ -193,7 +207,14 @@ class DetectorConfig(Config):
         if positions == "first" and kind != "deformable":
             raise ValueError(f"decoder.positions 'first' is for decoder.kind 'deformable', not {kind!r}")
         if positions == "learned" and kind == "distribution":
-            raise ValueError("decoder.positions 'learned' is for decoder.kind 'deformable' and 'conditional'")
+            raise ValueError("decoder.positions 'learned' is for decoder.kind 'deformable', 'conditional' and 'plain'")
+        if kind == "plain" and positions != "learned":
+            what = f"decoder.kind 'plain' needs decoder.positions 'learned', found {positions!r}"
+            raise ValueError(f"{what}: it looks at no boxes")
+        if kind != "plain" and not self.queries.point_layers:
+            raise ValueError(f"queries.point_layers 0 is for decoder.kind 'plain', not {kind!r}, which looks at points")
+        if kind != "plain" and self.similarity.rivals:
+            raise ValueError(f"similarity.rivals is for decoder.kind 'plain', not {kind!r}: leave it at 0")
         if self.decoder.first_samples == "cells" and kind != "deformable":
             raise ValueError(f"decoder.first_samples 'cells' is for decoder.kind 'deformable', not {kind!r}")
         if self.queries.content == "box_only" and positions != "first":
@@ -206,17 +227,25 @@ class DetectorConfig(Config):
         if (queries.places == "learned") != (found == "learned"):
             what = f"found {queries.places!r} and {found!r}, expected both 'learned' or none"
             raise ValueError(f"queries.places and decoder.positions belong together: {what}")
-        if queries.places == "learned":
-            wanted = {"layout": ("places",), "content": ("learned_only", "none"), "start": ("proposal",)}
-            for option, values in wanted.items():
-                if getattr(queries, option) not in values:
-                    what = f"queries.places 'learned' needs queries.{option} {' or '.join(map(repr, values))}"
-                    raise ValueError(f"{what}, found {getattr(queries, option)!r}")
-            if self.denoising.number:
-                what = f"queries.places 'learned' needs denoising.number 0, found {self.denoising.number}"
-                raise ValueError(f"{what}: noised boxes have no learned position")
-        elif queries.content == "none" or queries.point_layers != 1:
-            raise ValueError("queries.content 'none' and queries.point_layers are for queries.places 'learned'")
+        if queries.places == "learned" and self.denoising.number:
+            what = f"queries.places 'learned' needs denoising.number 0, found {self.denoising.number}"
+            raise ValueError(f"{what}: noised boxes have no learned position")
+        return self
+
+    @model_validator(mode="after")
+    def _queries_of_learned_places(self) -> "DetectorConfig":
+        queries = self.queries
+        if queries.places == "proposed":
+            if queries.content in ("none", "patterns"):
+                what = f"queries.content {queries.content!r} is for queries.places 'learned' and 'learned_boxes'"
+                raise ValueError(what)
+            return self
+        contents = {"learned": ("learned_only", "none"), "learned_boxes": ("learned_only", "none", "patterns")}
+        wanted = {"layout": ("places",), "content": contents[queries.places], "start": ("proposal",)}
+        for option, values in wanted.items():
+            if getattr(queries, option) not in values:
+                what = f"queries.places {queries.places!r} needs queries.{option} {' or '.join(map(repr, values))}"
+                raise ValueError(f"{what}, found {getattr(queries, option)!r}")
         return self
 
     @model_validator(mode="after")
@@ -236,8 +265,8 @@ class DetectorConfig(Config):
             raise ValueError(f"{what}: expected 0, or at least that")
         if self.queries.layout == "places" and self.queries.content in ("learned", "place"):
             what = f"queries.content {self.queries.content!r} contains a category; queries.layout 'places' needs one of"
-            raise ValueError(f"{what} 'place_only', 'learned_only' and 'box_only'")
-        if self.decoder.kind == "conditional" and self.decoder.predictors != "shared":
+            raise ValueError(f"{what} 'place_only', 'learned_only', 'box_only', 'none' and 'patterns'")
+        if self.decoder.kind in ("conditional", "plain") and self.decoder.predictors != "shared":
             raise ValueError(f"decoder.predictors {self.decoder.predictors!r} is for decoder.kind 'deformable'")
         if self.decoder.kind == "distribution" and self.decoder.predictors == "normed_layer":
             raise ValueError("decoder.predictors 'normed_layer' is for decoder.kind 'deformable'")

@@ -14,15 +14,12 @@ from torch import Tensor, nn
 from metr.layers.attention import Attention, ConditionalAttention, PlacedSelfAttention
 from metr.layers.deformable_attention import DeformableAttention
 from metr.layers.groups import QueryGroups, query_groups
-from metr.layers.mlp import MLP, FeedForward
+from metr.layers.mlp import MLP, FeedForward, activation_named, unit_scale
 from metr.layers.position_encoding import box_encoding
 from metr.models.config import DecoderConfig, SimilarityConfig
 from metr.models.encoders.pyramid import token_places
 from metr.models.heads import BoxHead, build_class_head
 from metr.structures import Decoded, Memory, Queries, gather_rows
-
-# The smallest box side, in 0..1 of the image, that conditional attention distinguishes.
-_SMALLEST_SIDE = 1e-3
 
 
 class DecoderLayer(nn.Module):
@@ -202,7 +199,7 @@ class ConditionalDecoderLayer(nn.Module):
         self.among_norm = nn.LayerNorm(width)
         self.cross = ConditionalAttention(width, config.heads, joins_position=first)
         self.cross_norm = nn.LayerNorm(width)
-        self.feed_forward = FeedForward(width, config.feed_forward)
+        self.feed_forward = FeedForward(width, config.feed_forward, activation_named(config.activation))
 
     def forward(
         self,
@@ -246,9 +243,10 @@ class ConditionalDecoder(LayeredDecoder):
         similarity: SimilarityConfig | None = None,
     ) -> None:
         super().__init__(width, text_width, config, prior, similarity or SimilarityConfig())
-        self.learned = config.positions == "learned"
+        self.learned, self.temperature = config.positions == "learned", float(config.temperature)
+        self.smallest_side = config.smallest_side
         self.position: nn.Module = nn.Identity() if self.learned else MLP((2 * width, width, width))
-        self.scale = _scale(width) if config.layers > 1 else None
+        self.scale = unit_scale(width) if config.layers > 1 else None
         self.extent = MLP((width, width, 2)) if config.extents else None
         self.layers = nn.ModuleList(ConditionalDecoderLayer(width, config, n == 0) for n in range(config.layers))
 
@@ -256,7 +254,7 @@ class ConditionalDecoder(LayeredDecoder):
         """Features and boxes after every layer; boxes are refined as in `Decoder`."""
         content, boxes = queries.content, queries.reference_boxes
         allowed = query_groups(queries.group)
-        places = token_places(memory, self.width)
+        places = token_places(memory, self.width, self.temperature)
         features, reported = [], []
         for index, layer in enumerate(self.layers):
             encoded = box_encoding(boxes, self.width)
@@ -277,7 +275,7 @@ class ConditionalDecoder(LayeredDecoder):
         if self.extent is None:
             return 1.0
         predicted = self.extent(content).sigmoid()
-        ratio: Tensor = predicted / boxes[..., 2:].clamp(min=_SMALLEST_SIDE)
+        ratio: Tensor = predicted / boxes[..., 2:].clamp(min=self.smallest_side)
         return ratio.flip(-1).repeat_interleave(self.width // 2, dim=-1)
 
 
@@ -285,11 +283,3 @@ def _position_head(width: int, config: DecoderConfig) -> MLP:
     """From a box's four numbers to a query's position: RT-DETR's two layers, or DEIMv2's three."""
     widths = (4, 2 * width, width) if config.position_layers == 2 else (4, width, width, width)
     return MLP(widths, nn.SiLU if config.position_activation == "silu" else nn.ReLU)
-
-
-def _scale(width: int) -> MLP:
-    """Predicts factors of the encoded centres from the content; all of them are 1 at the start."""
-    scale = MLP((width, width, width))
-    nn.init.zeros_(scale.last.weight)
-    nn.init.ones_(scale.last.bias)
-    return scale

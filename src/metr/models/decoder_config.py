@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from metr.config import Config
+from metr.config import Config, leave_options
 
 
 class DistributionConfig(Config):
@@ -35,10 +35,12 @@ class DistributionConfig(Config):
 class DecoderConfig(Config):
     """From queries to predictions."""
 
-    kind: Literal["deformable", "conditional", "distribution"] = "deformable"
+    kind: Literal["deformable", "conditional", "plain", "distribution"] = "deformable"
     """`deformable`: queries sample a few places of every level, as in DINO. `conditional`: they attend to the whole
-    memory, as in DAB-DETR; this is meant for the memory of a `plain` encoder. `distribution`: they sample as in
-    `deformable`, and each layer refines distributions of the edges of a box, as in D-FINE."""
+    memory, around their boxes, as in DAB-DETR; this is meant for the memory of a `plain` encoder. `plain`: they attend
+    to the whole memory by content and learned position, whatever their boxes are, as in DETR (`queries.places:
+    learned`). `distribution`: they sample as in `deformable`, and each layer refines distributions of the edges of a
+    box, as in D-FINE."""
     layers: int = Field(6, ge=1, le=100)
     heads: int = Field(8, ge=1, le=256)
     cross_heads: Annotated[int, Field(ge=1, le=256)] | None = None
@@ -47,9 +49,10 @@ class DecoderConfig(Config):
     """Sampling points a head and level (`deformable`, `distribution`)."""
     feed_forward: int = Field(2048, ge=1, le=65_536)
     """Hidden width of the feed-forward parts."""
-    activation: Literal["relu", "swiglu"] = "relu"
+    activation: Literal["relu", "swiglu", "prelu"] = "relu"
     """Inside the feed-forward parts. `swiglu`: the hidden channels are multiplied by the SiLU of a gate (DEIMv2;
-    `distribution`)."""
+    `distribution`). `prelu`: what is below zero is multiplied by a number that each layer learns (DAB-DETR;
+    `conditional`)."""
     norm: Literal["layer", "rms"] = "layer"
     """What the layers normalise by: mean and variance, or the root mean square alone (DEIMv2; `distribution`)."""
     gate: bool = True
@@ -67,11 +70,17 @@ class DecoderConfig(Config):
     """`sine`: a query's box is encoded as sines and cosines (DINO). `plain`: it is used as four numbers (RT-DETR;
     `deformable` and `distribution`). `first`: a query keeps the position of its first box, which is encoded as sines
     and cosines, and which its content contains too (Deformable DETR; `deformable`). `learned`: it is
-    learned for each query, whose place follows from it (`queries.places: learned`; `deformable` and
-    `conditional`)."""
+    learned for each query, whose place follows from it (`queries.places: learned`; `deformable`,
+    `conditional` and `plain`)."""
     extents: bool = True
     """Attention to the memory falls off more sharply around smaller boxes (DAB-DETR); without it, it knows centres only
     (Conditional DETR; `conditional`)."""
+    smallest_side: float = Field(1e-3, gt=0, lt=0.1)
+    """The smallest side of a box, in 0..1 of the image, that this attention distinguishes: 1e-6 is as good as none
+    (DAB-DETR; `conditional` with `extents`)."""
+    temperature: int = Field(10_000, ge=1, le=1_000_000)
+    """The longest wave of the encoded places of the memory, in units of the shortest: 10,000 (DETR) or 20 (DAB-DETR).
+    The places of queries have 10,000 (`conditional` and `plain`)."""
     first_samples: Literal["box", "cells"] = "box"
     """How far from a query's own box points are sampled. `box`: by multiples of its sides. `cells`: by cells of each
     level around its centre, whatever its sides, until a layer has refined it (Deformable DETR of one stage;
@@ -92,16 +101,22 @@ class DecoderConfig(Config):
     @model_validator(mode="after")
     def _options_of_the_kind(self) -> "DecoderConfig":
         plain: dict[str, Any] = {"position_layers": 2, "position_activation": "relu"}
-        if self.positions != "plain" or self.kind == "conditional":
+        if self.positions != "plain" or self.kind in ("conditional", "plain"):
             for option, value in plain.items():
                 if getattr(self, option) != value:
                     raise ValueError(f"{option} is for positions 'plain'; otherwise leave it at {value!r}")
-        gated: dict[str, Any] = {"activation": "relu", "norm": "layer", "gate": True}
         if self.kind != "distribution":
-            for option, value in gated.items():
-                if getattr(self, option) != value:
-                    what = f"{option} is for kind 'distribution'; with {self.kind!r} leave it at {value!r}"
-                    raise ValueError(what)
-        if self.kind != "conditional" and not self.extents:
-            raise ValueError(f"extents is for kind 'conditional'; with {self.kind!r} leave it at True")
+            leave_options(self, ("norm", "gate"), f"is for kind 'distribution'; with {self.kind!r} leave it at")
+        if self.kind not in ("conditional", "plain"):
+            why = f"is for kind 'conditional' and 'plain'; with {self.kind!r} leave it at"
+            leave_options(self, ("temperature",), why)
+        if self.kind != "conditional":
+            options = ("extents", "smallest_side")
+            leave_options(self, options, f"is for kind 'conditional'; with {self.kind!r} leave it at")
+        elif not self.extents:
+            leave_options(self, ("smallest_side",), "is for extents; without them leave it at")
+        kinds = {"swiglu": "distribution", "prelu": "conditional"}
+        if self.kind != kinds.get(self.activation, self.kind):
+            what = f"activation {self.activation!r} is for kind {kinds[self.activation]!r}"
+            raise ValueError(f"{what}; with {self.kind!r} leave it at 'relu'")
         return self

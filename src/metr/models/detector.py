@@ -19,7 +19,8 @@ from metr.models.denoising import Denoising
 from metr.models.distribution_decoder import DistributionDecoder
 from metr.models.encoders import build_encoder
 from metr.models.heads import similarity_tokens
-from metr.models.learned_places import LearnedPlaces, every_pair
+from metr.models.learned_places import build_learned_places, every_pair
+from metr.models.plain_decoder import PlainDecoder
 from metr.models.proposals import ClassQueries, ProposalHead, side_by_side
 from metr.structures import (
     Categories,
@@ -53,7 +54,7 @@ class Detector(nn.Module):
         self.backbone = build_backbone(config.backbone)
         self.encoder = build_encoder(self.backbone.channels, width, config.encoder)
         self.category_extraction = CategoryExtraction(text_width, width, config.categories)
-        self.learned_places = LearnedPlaces(width, config.queries) if config.queries.places == "learned" else None
+        self.learned_places = build_learned_places(width, config.queries)
         if self.learned_places is None:
             self.proposals = ProposalHead(
                 width, config.queries, _OBJECT_PRIOR, text_width, config.similarity, config.decoder.boxes
@@ -222,8 +223,9 @@ _FILLING = frozenset(
 )
 
 
-def _build_decoder(config: DetectorConfig, levels: int, text_width: int) -> Decoder | ConditionalDecoder:
-    if config.decoder.kind == "conditional":
-        return ConditionalDecoder(config.width, config.decoder, _OBJECT_PRIOR, text_width, config.similarity)
+def _build_decoder(config: DetectorConfig, levels: int, text_width: int) -> Decoder | ConditionalDecoder | PlainDecoder:
+    if config.decoder.kind in ("conditional", "plain"):
+        whole = ConditionalDecoder if config.decoder.kind == "conditional" else PlainDecoder
+        return whole(config.width, config.decoder, _OBJECT_PRIOR, text_width, config.similarity)
     kind = DistributionDecoder if config.decoder.kind == "distribution" else Decoder
     return kind(config.width, levels, config.decoder, _OBJECT_PRIOR, text_width, config.similarity)

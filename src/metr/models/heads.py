@@ -1,16 +1,22 @@
 """The heads: a logit for "is this my category?", and a box that refines a reference box."""
 
 import math
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from metr.boxes import moved
 from metr.layers.mlp import MLP
 from metr.models.config import SimilarityConfig
 from metr.structures import Categories
+
+# Embeddings (of length 1) that are nearer than this are of one text.
+_SAME_TEXT = 1e-2
+# The sum of all rivals that count is at least this fraction of the largest rival, which bounds logits near 69.
+_LEAST_SHARE = 1e-30
 
 
 class SimilarityHead(nn.Module):
@@ -53,28 +59,79 @@ class ClassifierHead(nn.Module):
     P and p, which have biases, make weight and bias of a name's classifier from its text embedding e. Every set of
     classifiers of a detector with fixed classes has this form, up to as many classes as an embedding has numbers.
 
+    With rivals it is the logit of a name's probability in a softmax of the name and the rivals.
+
     Args:
         width: d.
         text_width: Size of a text embedding, t.
         prior: The probability that the untrained head predicts.
+        rivals: How many classifiers a name competes with.
     """
 
-    def __init__(self, width: int, text_width: int, prior: float) -> None:
+    def __init__(self, width: int, text_width: int, prior: float, rivals: int = 0) -> None:
         super().__init__()
         self.weight = nn.Linear(text_width, width)
         self.bias = nn.Linear(text_width, 1)
+        self.rivals = Rivals(width, text_width, rivals) if rivals else None
         nn.init.zeros_(self.bias.weight)
         nn.init.constant_(self.bias.bias, math.log(prior / (1 - prior)))
 
     def forward(self, features: Float[Tensor, "*n d"], embeddings: Float[Tensor, "*#n t"]) -> Float[Tensor, "*n"]:
         """One logit for each feature and its name."""
         logit: Tensor = (features * self.weight(embeddings)).sum(-1) + self.bias(embeddings).squeeze(-1)
-        return logit
+        if self.rivals is None:
+            return logit
+        rivals: Tensor = self.rivals(features.unsqueeze(-2), embeddings.unsqueeze(-2))
+        return logit.float() - rivals.flatten(-2).squeeze(-1)
 
     def all_pairs(self, features: Float[Tensor, "b p d"], embeddings: Float[Tensor, "b k t"]) -> Float[Tensor, "b p k"]:
         """One logit for each feature and each name."""
         logits: Tensor = features @ self.weight(embeddings).transpose(1, 2) + self.bias(embeddings).transpose(1, 2)
-        return logits
+        return logits if self.rivals is None else logits.float() - self.rivals(features, embeddings)
+
+
+class Rivals(nn.Module):
+    """Linear classifiers that names compete with (DETR's labels and "no object").
+
+    Those that stand for a name keep its text embedding in `text`, and do not count against that name; the others have
+    zeros there.
+
+    Args:
+        width: d.
+        text_width: Size of a text embedding, t.
+        number: How many, n.
+    """
+
+    text: Tensor
+
+    def __init__(self, width: int, text_width: int, number: int) -> None:
+        super().__init__()
+        self.logits = nn.Linear(width, number)
+        # all together they are worth a logit of about 0
+        nn.init.constant_(self.logits.bias, -math.log(number))
+        self.register_buffer("text", torch.zeros(number, text_width))
+
+    def forward(
+        self, features: Float[Tensor, "*n p d"], embeddings: Float[Tensor, "*#n k t"]
+    ) -> Float[Tensor, "*n p k"]:
+        """The logarithm of the sum of the exponentials of the logits of those that count, for each feature and name."""
+        logits = self.logits(features).float()
+        largest = logits.detach().amax(-1, keepdim=True)
+        shares = (logits - largest).exp()
+        device = shares.device.type
+        counts = (~self.stand_for(embeddings)).to(shares).transpose(-1, -2)
+        whole = torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+        with whole:
+            total: Tensor = shares @ counts
+        together: Tensor = largest + total.clamp(min=_LEAST_SHARE).log()
+        return together
+
+    @torch.no_grad()
+    def stand_for(self, embeddings: Float[Tensor, "*n k t"]) -> Bool[Tensor, "*n k r"]:
+        """Which rival stands for which name."""
+        # by differences, as products of embeddings are too coarse on some devices
+        apart = torch.cdist(embeddings.float(), self.text.float(), compute_mode="donot_use_mm_for_euclid_dist")
+        return apart < _SAME_TEXT
 
 
 def build_class_head(
@@ -82,7 +139,7 @@ def build_class_head(
 ) -> SimilarityHead | ClassifierHead:
     """The class head of the configured form."""
     if config.form == "classifier":
-        return ClassifierHead(width, text_width, prior)
+        return ClassifierHead(width, text_width, prior, config.rivals)
     return SimilarityHead(width, prior, config)
 
 

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from metr.config import Config
+from metr.config import Config, leave_options
 
 
 class CategoryConfig(Config):
@@ -42,13 +42,16 @@ class QueryConfig(Config):
     how likely the pairs of category and place are. `shared`: all categories have the same places (the authors' way).
     `places`: the same, and what the decoder finds at a place is compared with every category, so that more categories
     cost a dot product each; queries contain no category then (`content`)."""
-    places: Literal["proposed", "learned"] = "proposed"
+    places: Literal["proposed", "learned", "learned_boxes"] = "proposed"
     """Where queries start. `proposed`: where the encoder's memory promises objects. `learned`: at points that are
     learned, the same for every image, without proposals and their losses (Deformable DETR of one stage, Conditional
-    DETR; with `layout: places`, `content: learned_only` or `none`, `decoder.positions: learned` and no denoising)."""
-    point_layers: Literal[1, 2] = 1
+    DETR, and DETR, which has no points; with `layout: places`, `content: learned_only` or `none`, `decoder.positions:
+    learned` and no denoising).
+    `learned_boxes`: the same with boxes, of which the decoder makes positions as it does of proposed ones (DAB-DETR;
+    also with `content: patterns`, and with denoising)."""
+    point_layers: Literal[0, 1, 2] = 1
     """Linear layers from a learned position to its point: 1 (Deformable DETR) or 2 (Conditional DETR; `places:
-    learned`)."""
+    learned`). 0: there are no points, and all boxes start as the middle of the image (DETR; `decoder.kind: plain`)."""
     number: int = Field(300, ge=1, le=100_000)
     """Q, queries an image, whatever the vocabulary. With `places`, a query stands for one place."""
     floor: int = Field(5, ge=0)
@@ -57,12 +60,26 @@ class QueryConfig(Config):
     """Largest number of queries of a category."""
     attention: Literal["group", "image"] = "group"
     """A query attends to the queries of its category, or to all queries of its image."""
-    content: Literal["learned", "place", "place_only", "learned_only", "box_only", "none"] = "learned"
+    patterns: int = Field(1, ge=1, le=1_000)
+    """How many queries start from each learned box, each with another learned content, which it shares with one query
+    of every other box (DAB-DETR; `content: patterns`)."""
+    content: Literal["learned", "place", "place_only", "learned_only", "box_only", "none", "patterns"] = "learned"
     """`learned`: a learned query and the category's token. `place`: the same and the feature of the query's place.
     `place_only`, `learned_only`: that feature, or the learned query, without the category's token. `box_only`: only
-    what the decoder adds for the query's box (`decoder.positions: first`). `none`: zeros (`places: learned`)."""
+    what the decoder adds for the query's box (`decoder.positions: first`). `none`: zeros (`places: learned` and
+    `learned_boxes`). `patterns`: a learned one that many queries share (`places: learned_boxes`)."""
     start: Literal["proposal", "shifted"] = "proposal"
     """The box that a query starts from: its proposal's, or that moved by a learned shift of its rank (LW-DETR)."""
+
+    @model_validator(mode="after")
+    def _options_of_learned_places(self) -> "QueryConfig":
+        if self.places != "learned":
+            leave_options(self, ("point_layers",), "is for places 'learned'; otherwise leave it at")
+        if self.content != "patterns":
+            leave_options(self, ("patterns",), "is for content 'patterns'; otherwise leave it at")
+        if self.number % self.patterns:
+            raise ValueError(f"number {self.number} is not divisible by {self.patterns} patterns")
+        return self
 
 
 class SimilarityConfig(Config):
@@ -77,6 +94,10 @@ class SimilarityConfig(Config):
     which keeps the categories of one image further apart."""
     factor: float = Field(1.0, gt=0)
     """Factor of the dot product / sqrt(width). The larger it is, the sooner similar categories are separated."""
+    rivals: int = Field(0, ge=0, le=100_000)
+    """Linear classifiers with which every name competes in a softmax, as with the other labels and "no object" of DETR:
+    a name's logit is lowered by the logarithm of the sum of their exponentials. Of those that stand for a name of the
+    detector that was taken over, its own does not count (`classifier` with `decoder.kind: plain`)."""
     objectness: bool = False
     """Adds a logit for "is there an object of any category?", predicted from the feature alone. Dot products then only
     have to separate categories."""
@@ -84,10 +105,10 @@ class SimilarityConfig(Config):
     @model_validator(mode="after")
     def _options_of_the_form(self) -> "SimilarityConfig":
         if self.form == "classifier":
-            plain = {"token": "refined", "factor": 1.0, "objectness": False}
-            for option, value in plain.items():
-                if getattr(self, option) != value:
-                    raise ValueError(f"{option} is for form 'product'; with 'classifier' leave it at {value!r}")
+            options = ("token", "factor", "objectness")
+            leave_options(self, options, "is for form 'product'; with 'classifier' leave it at")
+        else:
+            leave_options(self, ("rivals",), "is for form 'classifier'; with 'product' leave it at")
         return self
 
 

@@ -12,6 +12,7 @@ from metr.evaluation.diagnosis import Calibration, Confusion, Diagnosis, ErrorNa
 from metr.evaluation.report import TITLES, UNANNOTATED
 from metr.evaluation.results import DatasetReport, EvaluationReport, Mode, ModeReport, from_dict
 from metr.evaluation.runner import Detailed
+from metr.report.arms import Arm, Gift, arms_of, gifts_of
 from metr.report.charts import Chart, HeatMap, heat_map, precision_recall, reliability
 from metr.report.page import said, write_page
 from metr.report.worst import WorstImage, by_id, worst_images
@@ -77,15 +78,6 @@ class DatasetView:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arm:
-    """Another evaluation of the same datasets: AP of this one, of the other, and the difference, for each dataset."""
-
-    name: str
-    rows: tuple[tuple[str, float | None, float | None, float | None], ...]
-    mean: float | None
-
-
-@dataclass(frozen=True, kw_only=True)
 class EvaluationView:
     """All that the page says of an evaluation."""
 
@@ -99,15 +91,16 @@ class EvaluationView:
     unannotated: str | None
     worst: tuple[WorstImage, ...]
     arms: tuple[Arm, ...]
+    gifts: tuple[Gift, ...]
 
 
 def write_evaluation_page(
-    detailed: Detailed, path: Path, title: str, arms: Mapping[str, EvaluationReport] | None = None
+    found: Detailed | EvaluationReport, path: Path, title: str, arms: Mapping[str, EvaluationReport] | None = None
 ) -> Path:
     """Writes the page of an evaluation and gives its path; in the main process.
 
     Args:
-        detailed: What `evaluate_in_detail` gave.
+        found: What `evaluate_in_detail` gave; or a report alone, whose page has no images and curves.
         path: The HTML file.
         title: Of the page.
         arms: Other evaluations to compare with, by what they are called.
@@ -116,11 +109,10 @@ def write_evaluation_page(
         CheckpointError: the disk refuses.
         MetrError: the page would be too large.
     """
-    thresholds = detailed.thresholds
-    judged = {
-        one.dataset: Judged.of(one.scorer, one.detections, one.names, thresholds) for one in detailed.observations
-    }
-    view = evaluation_view(detailed.report, detailed.observations, judged, arms or {})
+    if isinstance(found, EvaluationReport):
+        view = evaluation_view(found, arms=arms)
+    else:
+        view = evaluation_view(found.report, found.observations, found.judged, arms)
     return write_page(path, title, {"evaluation": view})
 
 
@@ -147,6 +139,7 @@ def evaluation_view(
     """What the page says of a report, and of the answers behind it where they are at hand."""
     judged, by_name = judged or {}, {one.dataset: one for one in observations}
     datasets = tuple(_dataset(one, by_name.get(one.name), judged.get(one.name)) for one in report.datasets)
+    beside = arms_of(report, arms or {})
     lost = [error.lost for one in datasets if one.diagnosis for error in one.diagnosis.errors]
     return EvaluationView(
         report=report,
@@ -158,7 +151,8 @@ def evaluation_view(
         most_lost=max(lost, default=0.0),
         unannotated=None if report.unannotated is None else UNANNOTATED.get(report.unannotated, report.unannotated),
         worst=tuple(worst_images(observations, judged)),
-        arms=tuple(_arm(name, report, other) for name, other in (arms or {}).items()),
+        arms=beside,
+        gifts=gifts_of(report, beside),
     )
 
 
@@ -254,15 +248,3 @@ def _presence(seen: Observation, own: Sequence[str]) -> HeatMap | None:
     names = [said(seen.names[row]) for row in mine] + [f"({said(seen.names[row])})" for row in others]
     files = [said(records[image_id].path.name or str(image_id)) for image_id in shown]
     return heat_map(names, files, values[rows], there[rows])
-
-
-def _arm(name: str, report: EvaluationReport, other: EvaluationReport) -> Arm:
-    """The two side by side on the datasets that both have, each asked for the dataset's own names."""
-    theirs = {one.name: one.ap("own") for one in other.datasets}
-    rows = []
-    for one in report.datasets:
-        if one.name in theirs:
-            mine, there = one.ap("own"), theirs[one.name]
-            rows.append((one.name, mine, there, None if mine is None or there is None else mine - there))
-    gains = [gain for _, _, _, gain in rows if gain is not None]
-    return Arm(name=name, rows=tuple(rows), mean=sum(gains) / len(gains) if gains else None)

@@ -10,6 +10,7 @@ import msgspec
 from metr.data.images import read_image
 from metr.errors import CheckpointError, DataError, MetrError, counted
 from metr.evaluation.report import TITLES
+from metr.evaluation.results import EvaluationReport
 from metr.report.charts import Chart, Point, line_chart
 from metr.report.evaluation_page import EvaluationView, evaluation_view, read_report
 from metr.report.page import Picture, picture, said, write_page
@@ -82,15 +83,17 @@ class _Compared(msgspec.Struct, frozen=True):
     after: dict[str, float | None]
 
 
-def write_run_page(run: Path, path: Path | None = None) -> Path:
+def write_run_page(run: Path, path: Path | None = None, arms: Mapping[str, EvaluationReport] | None = None) -> Path:
     """Writes the page of a training run and gives its path.
 
     Args:
         run: The run folder; training may still go on.
         path: The HTML file; by default report.html in the run folder.
+        arms: Other evaluations to compare the run's with, by what they are called.
 
     Raises:
         CheckpointError: this is no run folder, or the disk refuses.
+        DataError: there is something to compare with, but the run has not been evaluated, or on other splits.
         MetrError: a file of the run is damaged, or the page would be too large.
     """
     folder = RunDirectory(run)
@@ -99,12 +102,26 @@ def write_run_page(run: Path, path: Path | None = None) -> Path:
         raise CheckpointError(what, where=run, hint="the folder that metr train or metr finetune got with -o")
     evaluation: EvaluationView | None = None
     try:
-        evaluation = evaluation_view(read_report(run))
+        evaluation = evaluation_view(read_report(run), arms=arms)
     except DataError:
-        if any((run / place).is_file() for place in ("evaluation.json", "evaluation/evaluation.json")):
+        if arms or any((run / place).is_file() for place in ("evaluation.json", "evaluation/evaluation.json")):
             raise
+    if evaluation is not None:
+        _check_comparable(evaluation, run)
     title = f"Training run {run.resolve().name}"
     return write_page(path or run / PAGE, title, {"run": _run(folder), "evaluation": evaluation})
+
+
+def _check_comparable(evaluation: EvaluationView, run: Path) -> None:
+    """Checks that each other evaluation has a split of this one.
+
+    Raises:
+        DataError: one has none.
+    """
+    if strange := next((arm for arm in evaluation.arms if not arm.rows), None):
+        names = ", ".join(f"{one.report.name} ({one.report.split})" for one in evaluation.datasets)
+        what = f"the evaluation {strange.name!r} has none of the splits that this run was evaluated on: {names}"
+        raise DataError(what, where=run, hint="evaluate both on the same datasets, with the same --split")
 
 
 def _run(folder: RunDirectory) -> RunView:

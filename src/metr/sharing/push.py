@@ -12,7 +12,7 @@ from huggingface_hub import HfApi, hf_hub_download
 from metr.checkpoint import CARD, EVALUATION, FILES, is_untouched, persons_card, save_checkpoint
 from metr.errors import ConfigError
 from metr.evaluation.results import as_dict
-from metr.hub import asking
+from metr.hub_refusals import asking
 from metr.model import METR
 from metr.sharing.model_card import CardFacts, write_card
 

@@ -93,6 +93,8 @@ def finetune(
     console, run = main_console(console), RunDirectory(Path(out))
     with RunLog(run.path) as log:
         check_place(run, resume)
+        if run.resumable or not resume:
+            run.check_free()
         check_apart(run, arguments(data))
         check_epochs(options.epochs, options.overrides)
         prepared = (resumed if resume else begun)(data, source, run, options, console)

@@ -289,11 +289,12 @@ def _what_to_try(run: RunDirectory, from_nothing: bool) -> str:
 
 
 def _next(run: RunDirectory, data: Sequence[str], sources: Sequence[DatasetSource]) -> Iterator[str]:
-    """Commands for what mostly follows: the last word on test where there is one, and detection."""
+    """Commands for what mostly follows: the last word on test where there is one, the run as a page, and detection."""
     tested = {source.name for source in sources if TEST in source.splits}
     wholly = [one for one in data if {spec.name for spec in parse_data_arguments([one])} <= tested]
     if wholly:
         yield shlex.join(["metr", "evaluate", str(run.path), *wholly, "--split", TEST])
     else:
         yield shlex.join(["metr", "evaluate", str(run.path), *data])
+    yield shlex.join(["metr", "report", str(run.path)])
     yield f"metr detect {shlex.quote(str(run.path))} IMAGE"

@@ -11,8 +11,8 @@ import yaml
 
 from metr.config import Tree, differences
 from metr.data.datasets_file import DatasetConfig, DatasetSource, parse_data_arguments
-from metr.data.shards.addresses import is_pattern
-from metr.data.shards.stores import is_url
+from metr.data.hub_datasets.address import same_dataset
+from metr.data.shards.addresses import is_address, is_pattern
 from metr.errors import ConfigError, DataError, counted
 from metr.run_directory import COUNTERS, RunDirectory, existing_folder, explained_disk_errors, replaced_file
 from metr.serialization import read_json, write_json
@@ -127,7 +127,7 @@ def _check_there(listing: Path) -> None:
         DataError: one is not.
     """
     for config in parse_data_arguments([str(listing)]):
-        if not is_url(config.path) and not is_pattern(config.path) and not Path(config.path).exists():
+        if not is_address(config.path) and not is_pattern(config.path) and not Path(config.path).exists():
             hint = f"if it was moved, change its path in {listing}"
             raise DataError(f"the dataset {config.name} of this run is no longer here", where=config.path, hint=hint)
 
@@ -186,7 +186,7 @@ def check_apart(run: RunDirectory, given: Sequence[str]) -> None:
         MetrError: it would be, or a datasets file does not fit.
     """
     for config in parse_data_arguments(given) if given else ():
-        if not is_url(config.path) and run.path.resolve() == Path(config.path).resolve():
+        if not is_address(config.path) and run.path.resolve() == Path(config.path).resolve():
             hint = "name another folder for the run after -o"
             raise ConfigError(f"this is the dataset {config.name}, not a folder for a run", where=run.path, hint=hint)
 
@@ -198,8 +198,8 @@ def _entry(config: DatasetConfig) -> Tree:
 
 
 def _located(config: DatasetConfig) -> DatasetConfig:
-    """The same with an absolute path; a URL is one."""
-    if is_url(config.path):
+    """The same with an absolute path; an address is one."""
+    if is_address(config.path):
         return config
     return config.model_copy(update={"path": Path(os.path.abspath(config.path))})  # noqa: PTH100 (keeps links)
 
@@ -210,6 +210,9 @@ def _differing(began: Sequence[DatasetConfig], given: Sequence[DatasetConfig]) -
     found = [f"{name} ({before[name].path}) is not given" for name in before.keys() - now.keys()]
     found += [f"{name} ({now[name].path}) is new" for name in now.keys() - before.keys()]
     for name in before.keys() & now.keys():
-        changes = differences(before[name], now[name])
+        again = now[name]
+        if same_dataset(before[name].path, again.path):
+            again = again.model_copy(update={"path": before[name].path})
+        changes = differences(before[name], again)
         found += [f"{name}: {key} {old!r}, now {new!r}" for key, old, new in changes]
     return sorted(found)

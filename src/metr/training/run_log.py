@@ -97,12 +97,12 @@ class RunLog(logging.Handler):
 
     def _take_folder(self) -> None:
         """Locks the run folder until the log is closed, or this process ends, however it does."""
-        lock = FileLock(RunDirectory(self.path.parent).lock)
+        run = RunDirectory(self.path.parent)
+        lock = FileLock(run.lock)
         try:
             lock.acquire(blocking=False)
         except Timeout:
-            what = "another process trains in this folder"
-            raise MetrError(what, where=self.path.parent, hint="wait for it, or name another folder") from None
+            raise run.taken_error() from None
         except NotImplementedError:  # a file system without locks
             return
         self._lock = lock

@@ -104,6 +104,8 @@ def train(
     asked = Asked(config=config, size=size, overrides=tuple(overrides), options=options_of(more))
     with RunLog(run.path) as log:
         check_place(run, resume)
+        if run.resumable or not resume:
+            run.check_free()
         check_apart(run, arguments(data))
         begun = prepared(data, asked, run, resume, console)
         joint, recipe = begun.plan.joint, begun.plan.recipe

@@ -19,7 +19,7 @@ _TIMES_AS_MANY, _MORE = 2, 1_000_000
 
 
 def check_kind(values: Mapping[str, Any], where: object, known: Sequence[str]) -> str:
-    """The detector that a configuration is of: its model_type.
+    """The detector that a configuration is of: its model_type, in which hyphens do not count.
 
     Args:
         values: What config.json says.
@@ -34,7 +34,7 @@ def check_kind(values: Mapping[str, Any], where: object, known: Sequence[str]) -
     if values.get("auto_map"):
         what = "this model brings code of its own (auto_map), which METR never runs; it was not loaded"
         raise ModelError(what, where=where, hint=f"a detector that transformers knows itself: {hint}")
-    if kind not in known:
+    if kind.replace("-", "_") not in known:
         named = values.get("architectures")
         more = f" ({named[0]})" if isinstance(named, list) and named else ""
         what = f"METR takes no weights from a {kind} model{more}" if kind else "config.json names no model_type"

@@ -1,6 +1,6 @@
 """Folders of transformers whose detector carries a ResNet of timm: read without timm, as if it were transformers' own.
 
-Deformable DETR's folders, published ones too, are of this kind.
+Those of DETR and its successors up to DAB-DETR, published ones too, are of this kind.
 """
 
 import re
@@ -74,6 +74,8 @@ _PLAIN = re.compile(r"(tv_)?resnet\d+(\.\w+)?")
 _FIRST = re.compile(r"((?:model\.)?backbone\.(?:conv_encoder\.)?model\.)(_backbone\.)?conv1\.weight")
 # how configurations named a backbone before they all held its own configuration
 _OLDER = ("backbone", "use_timm_backbone", "use_pretrained_backbone", "backbone_kwargs", "dilation")
+# detectors whose backbone has been a ResNet-50 of timm where nothing else is said; all but one read its last map only
+_SEVERAL_MAPS, _ONE_MAP = "deformable_detr", ("conditional_detr", "dab_detr", "detr")
 # a ResNet's, of whatever makes no map of it
 _COARSEST = 32
 _READ = "of timm's networks METR reads plain ResNets"
@@ -104,12 +106,12 @@ def timm_network(values: Mapping[str, Any]) -> TimmNetwork | None:
     """
     own = values.get("backbone_config")
     if own is None:
-        # Deformable DETR's has been a ResNet-50 of timm where nothing else is said
-        default = values.get("model_type") == "deformable_detr"
+        kind = str(values.get("model_type")).replace("-", "_")
+        default = kind in (_SEVERAL_MAPS, *_ONE_MAP)
         name = values.get("backbone") or ("resnet50" if default else None)
         if name is None or not values.get("use_timm_backbone", default):
             return None
-        maps = [2, 3, 4] if values.get("num_feature_levels", 4) > 1 else [4]
+        maps = [2, 3, 4] if kind not in _ONE_MAP and values.get("num_feature_levels", 4) > 1 else [4]
         stride = {"output_stride": 16} if values.get("dilation") else {}
         own = {"model_type": _KIND, "backbone": name, "out_indices": maps, **stride}
         own |= {key: value for key, value in (values.get("backbone_kwargs") or {}).items() if value is not None}
@@ -123,6 +125,16 @@ def timm_network(values: Mapping[str, Any]) -> TimmNetwork | None:
     return TimmNetwork(name=str(own.get("backbone")), stages=stages, stride=own.get("output_stride") or _COARSEST)
 
 
+def check_network(network: TimmNetwork, where: object) -> None:
+    """Checks that METR has a counterpart of a network of timm.
+
+    Raises:
+        ModelError: it is no plain ResNet.
+    """
+    if not _PLAIN.fullmatch(network.name) or network.stride != _COARSEST or 0 in network.stages:
+        raise ModelError(f"carries timm's {_described(network)}; {_READ}", where=where, hint=_HINT)
+
+
 def without_timm(values: Mapping[str, Any], network: TimmNetwork, folder: Path) -> tuple[dict[str, Any], State]:
     """The configuration's values and the weights with transformers' ResNet in place of timm's.
 
@@ -132,8 +144,7 @@ def without_timm(values: Mapping[str, Any], network: TimmNetwork, folder: Path) 
     """
     from transformers import ResNetConfig
 
-    if not _PLAIN.fullmatch(network.name) or network.stride != _COARSEST or 0 in network.stages:
-        raise ModelError(f"carries timm's {_described(network)}; {_READ}", where=folder, hint=_HINT)
+    check_network(network, folder)
     state = _read_state(folder)
     first = next((found for key in state if (found := _FIRST.fullmatch(key))), None)
     prefix, inner = (first[1], first[2] or "") if first else ("", "")
@@ -152,7 +163,8 @@ def without_timm(values: Mapping[str, Any], network: TimmNetwork, folder: Path) 
 
 def _described(network: TimmNetwork) -> str:
     """Its name, and what is unusual about it."""
-    stride = f" with maps of stride {network.stride}" if network.stride != _COARSEST else ""
+    dilated = f" with maps of stride {network.stride}, by dilation (a variant dc5)"
+    stride = dilated if network.stride != _COARSEST else ""
     return f"{network.name}{stride}" + (" with a map of its stem" if 0 in network.stages else "")
 
 

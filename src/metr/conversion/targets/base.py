@@ -119,12 +119,14 @@ class Adopted:
         class_heads: The prefixes of METR's class heads, each with that of the target's linear layer whose logits it is
             to give; none where they start afresh.
         first_label: Those of METR's class heads that are to give every name the logit of the target's first label.
+        softmax: Those of METR's class heads whose names compete with all that the target's linear layer gives.
     """
 
     config: DetectorConfig
     derived: Mapping[str, Derived] = field(default_factory=dict)
     class_heads: Mapping[str, str] = field(default_factory=dict)
     first_label: frozenset[str] = frozenset()
+    softmax: frozenset[str] = frozenset()
 
 
 Derivation = Callable[[Context], Mapping[str, Derived]]
@@ -146,13 +148,15 @@ class Target:
         other_encoders: Further encoder kinds of METR whose weights fit.
         decoder: METR's decoder kind whose weights fit.
         similar_decoders: METR's decoder kinds of which some weights fit.
-        learned_places: It also has a form whose queries are METR's learned places.
+        places: The kinds of METR's places of queries that it has a form for.
+        learned_decoder: METR's decoder kind whose weights fit where places are learned; as elsewhere, if empty.
         backbone: The prefix of its backbone's keys.
         processor: Its image processor's class, without the suffix of a backend.
         configure: Its configuration.
         table: Its key table, for a configuration of its own and METR's.
         derive: The tensors that no row gives, by its keys; asked only where the families fit.
         differences: What it computes otherwise than such a METR in spite of equal weights, in sentences.
+        told: The same of what these weights decide.
         adopt: The METR that its weights fit, from its configuration, METR's configuration of its backbone, and its
             weights; None where that direction is not offered.
         multiple: Its images' sides must be multiples of this.
@@ -168,13 +172,15 @@ class Target:
     other_encoders: tuple[str, ...] = ()
     decoder: str = "deformable"
     similar_decoders: tuple[str, ...] = ()
-    learned_places: bool = False
+    places: tuple[str, ...] = ("proposed",)
+    learned_decoder: str = ""
     backbone: str = "model.backbone.model."
     processor: str
     configure: Callable[[BuildSpec], Any]
     table: Callable[[Any, DetectorConfig], KeyTable]
     derive: Derivation = nothing_derived
     differences: Callable[[DetectorConfig], tuple[str, ...]] = lambda _: ()
+    told: Callable[[Context], tuple[str, ...]] = lambda _: ()
     adopt: Callable[[Any, BackboneConfig, State], Adopted] | None = None
     multiple: int = 1
     windowed: bool = False
@@ -185,7 +191,9 @@ class Target:
     def fits(self, config: DetectorConfig) -> bool:
         """Whether more than the backbone of such a METR has a place here."""
         encoders, decoders = (self.encoder, *self.other_encoders), (self.decoder, *self.similar_decoders)
-        placed = self.learned_places or config.queries.places == "proposed"
+        if self.learned_decoder and config.queries.places == "learned":
+            decoders = (self.learned_decoder,)
+        placed = config.queries.places in self.places
         return placed and config.encoder.kind in encoders and config.decoder.kind in decoders
 
     def resizes_otherwise(self, resize: ResizeConfig, pad_to: int = 1) -> tuple[str, ...]:

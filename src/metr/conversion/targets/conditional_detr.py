@@ -16,7 +16,6 @@ from metr.conversion.activation_statistics import of_head, of_normed_head
 from metr.conversion.classifier import Linear, normed_classifier
 from metr.conversion.table import Row, State
 from metr.conversion.targets.base import (
-    ADOPTED_QUERIES,
     FOLDED,
     Adopted,
     BuildSpec,
@@ -35,30 +34,24 @@ from metr.conversion.targets.base import (
 from metr.conversion.targets.single_scale import (
     ASK_FOR_ALL,
     DECODER,
+    PLAIN_OPTIONS,
+    adopted,
     common_options,
     encoder_rows,
     name_logits,
+    other_options,
     position_keys,
     query_positions,
     spread_logits,
     with_backbone,
 )
-from metr.models.config import (
-    BackboneConfig,
-    DecoderConfig,
-    DetectorConfig,
-    EncoderConfig,
-    QueryConfig,
-    SimilarityConfig,
-)
+from metr.models.config import BackboneConfig, DetectorConfig
 
 _DIFFERENCES = (
     "queries start from learnt points, the same for every image; METR's from places that it proposes for a category",
     ASK_FOR_ALL,
     "where a query looks follows neither its box's size nor what earlier layers found; METR's follows both",
 )
-# the least distance from 0 and 1 of a point's numbers from which boxes start
-_MARGIN = 1e-5
 # how large points' logits are written into queries
 _FAINT = 0.1
 _LAYER = {
@@ -156,11 +149,9 @@ def _queries_and_points(
 def _differences(config: DetectorConfig) -> tuple[str, ...]:
     """What Conditional DETR computes otherwise."""
     if config.queries.places == "proposed":
-        return _DIFFERENCES
+        return _DIFFERENCES + other_options(config, PLAIN_OPTIONS)
     wanted = {"queries.content": "none", "queries.point_layers": 2, "decoder.extents": False, "decoder.refine": "none"}
-    found = config.model_dump()
-    parts = ((key, value, found[key.split(".")[0]][key.split(".")[1]]) for key, value in wanted.items())
-    return tuple(f"it has {key} {value!r}; this METR has {own!r}" for key, value, own in parts if own != value)
+    return other_options(config, wanted | PLAIN_OPTIONS)
 
 
 def _adopt(config: Any, backbone: BackboneConfig, _: State) -> Adopted:
@@ -171,32 +162,13 @@ def _adopt(config: Any, backbone: BackboneConfig, _: State) -> Adopted:
     """
     # with auxiliary losses transformers' layers normalise what they pass on
     need_options(config, {"position_embedding_type": "sine", "activation_function": "relu", "auxiliary_loss": False})
-    base, heads = DetectorConfig(), config.decoder_attention_heads
-    ours = DetectorConfig(
-        width=config.d_model,
-        backbone=backbone,
-        encoder=EncoderConfig(
-            kind="plain",
-            layers=config.encoder_layers,
-            heads=config.encoder_attention_heads,
-            feed_forward=config.encoder_ffn_dim,
-        ),
-        decoder=DecoderConfig(
-            kind="conditional",
-            layers=config.decoder_layers,
-            heads=heads,
-            feed_forward=config.decoder_ffn_dim,
-            positions="learned",
-            extents=False,
-            refine="none",
-            box_margin=_MARGIN,
-        ),
-        categories=base.categories.model_copy(update={"heads": heads}),
-        queries=QueryConfig.model_validate(
-            ADOPTED_QUERIES | {"places": "learned", "content": "none", "point_layers": 2, "number": config.num_queries}
-        ),
-        similarity=SimilarityConfig(form="classifier"),
-        denoising=base.denoising.model_copy(update={"number": 0}),
+    ours = adopted(
+        config,
+        config.d_model,
+        backbone,
+        decoder={"positions": "learned", "extents": False, "refine": "none"},
+        queries={"places": "learned", "content": "none", "point_layers": 2},
+        denoising={"number": 0},
     )
     return Adopted(
         config=ours,
@@ -216,6 +188,6 @@ TARGET = Target(
     derive=_derive,
     differences=_differences,
     adopt=_adopt,
-    learned_places=True,
+    places=("proposed", "learned"),
     single_map=True,
 )

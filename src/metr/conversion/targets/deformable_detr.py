@@ -36,6 +36,7 @@ from metr.conversion.targets.base import (
 )
 from metr.errors import ModelError
 from metr.models.config import BackboneConfig, DetectorConfig, EncoderConfig, SimilarityConfig
+from metr.models.learned_places import LearnedPlaces
 
 _PLACES, _SWAPPED = "proposals.classifier", "x before y"
 _QUERIES, _HALVES = "model.query_position_embeddings.weight", ("position", "content")
@@ -123,7 +124,7 @@ def derive(context: Context) -> Mapping[str, Derived]:
     becomes the mean of all names'. With one stage there are none, and queries are METR's.
     """
     learned = context.network.learned_places
-    if learned is not None and learned.content is not None:
+    if isinstance(learned, LearnedPlaces) and learned.content is not None:
         halves = [learned.position.weight.detach(), learned.content.weight.detach()]
         source = tuple(f"learned_places.{half}.weight" for half in _HALVES)
         queries = {_QUERIES: Derived(tensor=torch.cat(halves, dim=1), how="side by side", source=source)}
@@ -256,7 +257,7 @@ TARGET = Target(
     name="deformable_detr",
     title="Deformable DETR",
     encoder="deformable",
-    learned_places=True,
+    places=("proposed", "learned"),
     processor="DeformableDetrImageProcessor",
     configure=configure,
     table=table,

@@ -1,6 +1,6 @@
 """What the targets of one scale have in common: METR's `plain` family in the words of DETR and its successors."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from dataclasses import replace
 from typing import Any
@@ -13,6 +13,7 @@ from metr.conversion.activation_statistics import after_norm, inside
 from metr.conversion.classifier import Linear, classifier
 from metr.conversion.table import Row, backbone_rows
 from metr.conversion.targets.base import (
+    ADOPTED_QUERIES,
     BuildSpec,
     Context,
     KeyTable,
@@ -24,7 +25,7 @@ from metr.conversion.targets.base import (
 )
 from metr.layers.position_encoding import box_encoding
 from metr.models.backbones.registered import EfficientNetLiteConfig
-from metr.models.config import DetectorConfig, EncoderConfig
+from metr.models.config import BackboneConfig, DetectorConfig, EncoderConfig
 from metr.models.decoder import ConditionalDecoder
 
 DECODER = ("model.decoder.layers.{i}", "decoder.layers.{i}")
@@ -34,6 +35,16 @@ ASK_FOR_ALL = "every query asks for every name; METR's each ask for one, and att
 
 # the side of the boxes from which learnt queries start, as a share of the image
 SIDE = 0.2
+PLAIN_OPTIONS = {
+    "encoder.temperature": 10_000,
+    "encoder.position_scale": False,
+    "encoder.activation": "relu",
+    "decoder.temperature": 10_000,
+    "decoder.activation": "relu",
+}
+"""What all of them but DAB-DETR have."""
+BOX_MARGIN = 1e-5
+"""The least distance from 0 and 1 of a coordinate from which their boxes start."""
 # the steps of the most even sequence of points in a square: powers of the inverse of the plastic number (Roberts, 2018)
 _STEPS = (0.7548776662466927, 0.5698402909980532)
 
@@ -85,6 +96,49 @@ def encoder_rows(out: str = "o_proj", first: str = "mlp.fc1", second: str = "mlp
         linear(theirs, ours, {"self_attn_layer_norm": "norm"}),
         feed_forward(theirs, f"{ours}.feed_forward", first, second),
     )
+
+
+def other_options(config: DetectorConfig, wanted: Mapping[str, Any]) -> tuple[str, ...]:
+    """Sentences about options of a METR for which a detector has one value."""
+    found = config.model_dump()
+    parts = ((key, value, found[key.split(".")[0]][key.split(".")[1]]) for key, value in wanted.items())
+    return tuple(f"it has {key} {value!r}; this METR has {own!r}" for key, value, own in parts if own != value)
+
+
+def adopted_parts(config: Any, width: int) -> dict[str, Any]:
+    """What the METRs of all these detectors share, part by part; further options of encoder and decoder may be added.
+
+    Args:
+        config: The detector's, which gives the sizes.
+        width: d.
+    """
+    heads = config.decoder_attention_heads
+    return {
+        "width": width,
+        "encoder": {
+            "kind": "plain",
+            "layers": config.encoder_layers,
+            "heads": config.encoder_attention_heads,
+            "feed_forward": config.encoder_ffn_dim,
+        },
+        "decoder": {
+            "kind": "conditional",
+            "layers": config.decoder_layers,
+            "heads": heads,
+            "feed_forward": config.decoder_ffn_dim,
+            "box_margin": BOX_MARGIN,
+        },
+        "categories": {"heads": heads},
+        "queries": ADOPTED_QUERIES | {"number": config.num_queries},
+        "similarity": {"form": "classifier"},
+    }
+
+
+def adopted(config: Any, width: int, backbone: BackboneConfig, **parts: Mapping[str, Any]) -> DetectorConfig:
+    """The METR around a detector's weights: `parts` go over what all have (`adopted_parts`)."""
+    common = adopted_parts(config, width)
+    values = common | {part: common.get(part, {}) | options for part, options in parts.items()}
+    return DetectorConfig.model_validate(values | {"backbone": backbone})
 
 
 def spread_boxes(number: int) -> Float[Tensor, "n 4"]:

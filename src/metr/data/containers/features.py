@@ -78,7 +78,7 @@ def class_labels(schema: pa.Schema, root: Path, folder: Path, columns: Columns) 
     for features in (
         _of_table(schema),
         *(_of_info(_read(place / "dataset_info.json")) for place in places),
-        _of_card(_card(root)),
+        _of_card(card_values(root)),
     ):
         found = dict(pair for column in columns.objects for pair in _labels(_of_column(features, column), column, 0))
         if found:
@@ -91,18 +91,33 @@ def data_files(root: Path, files: Sequence[Path]) -> tuple[dict[str, tuple[Path,
 
     Nothing where the card does not say, or names none of the files.
     """
-    configs = [one for one in _as_list(_card(root).get("configs")) if isinstance(one, dict)]
+    card = card_values(root)
+    places = {file.relative_to(root).as_posix(): file for file in files}
+    for name, splits in configs_of(card, list(places)).items():
+        chosen = {split: tuple(places[name] for name in names) for split, names in splits.items()}
+        return chosen, name if len(_as_list(card.get("configs"))) > 1 else ""
+    return {}, ""
+
+
+def configs_of(card: Mapping[str, Any], names: Sequence[str]) -> dict[str, dict[str, tuple[str, ...]]]:
+    """The files of each split of each configuration that a card describes, its default configuration first.
+
+    Args:
+        card: What the card says.
+        names: The files, relative to the dataset's folder. A configuration that names none of them is left out.
+    """
+    configs = [one for one in _as_list(card.get("configs")) if isinstance(one, dict)]
     default = [one for one in configs if one.get("default") or one.get("config_name") == "default"]
+    found: dict[str, dict[str, tuple[str, ...]]] = {}
     for config in [*default, *configs]:
-        splits: dict[str, tuple[Path, ...]] = {}
+        splits: dict[str, tuple[str, ...]] = {}
         for split, patterns in _patterns(config):
             fits = [re.compile(_as_regex(pattern)) for pattern in patterns]
-            found = (file for file in files if any(fit.fullmatch(file.relative_to(root).as_posix()) for fit in fits))
-            if chosen := tuple(found):
+            if chosen := tuple(name for name in names if any(fit.fullmatch(name) for fit in fits)):
                 splits[split] = chosen
         if splits:
-            return splits, str(config.get("config_name", "")) if len(configs) > 1 else ""
-    return {}, ""
+            found.setdefault(str(config.get("config_name", "")), splits)
+    return found
 
 
 def _patterns(config: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
@@ -142,7 +157,8 @@ def _of_card(card: Mapping[str, Any]) -> Any:
     return next((one.get("features") for one in infos if one.get("features")), None)
 
 
-def _card(root: Path) -> dict[str, Any]:
+def card_values(root: Path) -> dict[str, Any]:
+    """What the header of a dataset's card says; nothing where there is no card, or no such header."""
     try:
         header = card_header(decoded(_read(root / "README.md")))
     except (yaml.YAMLError, ValueError, RecursionError):

@@ -15,6 +15,7 @@ from typing import Any
 import msgspec
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pyarrow.types as pt
 
 from metr.data.containers.features import Columns, class_labels, columns_of, data_files
 from metr.data.containers.shards import (
@@ -42,6 +43,11 @@ _ROWS_A_BATCH = 16
 # Tables that recognising looks at.
 _SNIFFED = 5
 _DAMAGED = (OSError, ValueError, KeyError, pa.ArrowException)
+
+
+def is_table_name(name: str) -> bool:
+    """Whether a file is called like a table of a dataset: Parquet or Arrow, and no metadata of an imagefolder."""
+    return _TABLES.search(name) is not None
 
 
 class DamagedShardError(DataError):
@@ -233,6 +239,16 @@ def annotated_columns(table: Path) -> tuple[pa.Schema, Columns]:
         what = f"no images with boxes in this table (columns: {', '.join(schema.names[:12])})"
         raise DamagedShardError(what, where=table, hint="leave it out of the dataset, or name the others in its card")
     return schema, columns
+
+
+def names_files(table: Path) -> bool:
+    """Whether the images of a table are names of files beside it, and not inside.
+
+    Raises:
+        DamagedShardError: it is damaged, or has no images with boxes.
+    """
+    schema, columns = annotated_columns(table)
+    return bool(pt.is_string(kind := schema.field(columns.image).type) or pt.is_large_string(kind))
 
 
 def table_rows(table: Path, columns: Columns) -> Iterator[dict[str, Any]]:

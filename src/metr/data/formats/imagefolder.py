@@ -38,9 +38,10 @@ from metr.data.records import canonical_split
 from metr.errors import DataError
 
 _DEPTH = 2
-_FILES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 _NAME_LISTS = ("classes.txt", "labels.txt", "names.txt")
 _NAME_MAPS = ("id2label.json", "label_map.json", "classes.json")
+NAMES_OF_NUMBERS = (*_NAME_LISTS, *_NAME_MAPS)
 _CARD = "README.md"
 _IMAGES = ("file_name", "image", "filename", "image_path", "path", "image_file", "file")
 # The keys of an object that hold its box, and its category: the first that is there counts.
@@ -272,7 +273,7 @@ def _file_name(row: Row) -> str | None:
 
 
 def _metadata(folder: Path) -> Path | None:
-    return next((folder / name for name in _FILES if there(folder / name, Path.is_file)), None)
+    return next((folder / name for name in METADATA_NAMES if there(folder / name, Path.is_file)), None)
 
 
 def _sample(metadata: Path) -> list[Row]:
@@ -341,7 +342,7 @@ def _parquet_rows(metadata: Path, where: str) -> Iterator[tuple[str, Row]]:
 def declared_names(folder: str, reading: Reading) -> Mapping[str, str]:
     """The names by number that a folder's files declare; none where they declare none."""
     present = reading.files.listing(folder)
-    for name in (*_NAME_LISTS, *_NAME_MAPS, _CARD):
+    for name in (*NAMES_OF_NUMBERS, _CARD):
         if name not in present:
             continue
         where = posixpath.join(folder, name)

@@ -34,6 +34,8 @@ from metr.data.formats.visdrone import VisDroneReader
 from metr.data.formats.voc import VocReader
 from metr.data.formats.wider_face import WiderFaceReader
 from metr.data.formats.yolo import YoloReader
+from metr.data.hub_datasets.address import HubAddress, is_hub_dataset
+from metr.data.hub_datasets.fetched import fetch_dataset
 from metr.data.shards.addresses import is_pattern
 from metr.data.shards.reader import ShardReader, WebDatasetReader, open_pattern
 from metr.data.shards.stores import is_url
@@ -75,20 +77,46 @@ def recognise(path: Path | str, format_name: str | None = None) -> Reader:
     """The reader of a dataset's folder, its one annotation file, or an archive of it, which is unpacked once.
 
     Args:
-        path: The folder or file; or the shards that a URL means, or a path with braces or a glob.
+        path: The folder or file; a dataset on the Hugging Face hub, which is fetched; or the shards that a URL, or a
+            path with braces or a glob, means.
         format_name: The format, where it is known; else it is recognised.
 
     Raises:
         DataError: there is no such path, it fits no format, or it is an archive that cannot be unpacked.
-        StoreError: it is in a store that cannot be reached.
+        StoreError: it is in a store or on the hub, which cannot be reached.
     """
+    if is_hub_dataset(path):
+        return _recognise_on_the_hub(str(path), format_name)
     if is_url(path):
         return open_pattern(path, format_name).prepared()
     path = _absolute(Path(path))
-    if not there(path) and is_pattern(path):
+    if there(path):
+        return _recognise_here(path, format_name)
+    if is_pattern(path):
         return open_pattern(path, format_name).prepared()
-    if not there(path):
-        raise no_such_dataset(path)
+    raise no_such_dataset(path)
+
+
+def _recognise_on_the_hub(address: str, format_name: str | None) -> Reader:
+    """The reader of a dataset on the hub, whose files are fetched.
+
+    Raises:
+        DataError, StoreError: it cannot be fetched, or fits no format.
+    """
+    fetched = fetch_dataset(HubAddress.parsed(address))
+    try:
+        return _recognise_here(fetched.folder, format_name)
+    except DataError as error:  # about the folder of links, which people have not named
+        where = address if error.where == fetched.folder else error.where
+        raise DataError(error.what, where=where, hint=error.hint) from None
+
+
+def _recognise_here(path: Path, format_name: str | None) -> Reader:
+    """The reader of a folder or file of this machine.
+
+    Raises:
+        DataError: it fits no format, or is an archive that cannot be unpacked.
+    """
     readers = [reader for reader in READERS if format_name in {None, reader.format}]
     if not readers:
         hint = did_you_mean(str(format_name), [reader.format for reader in READERS])
@@ -125,7 +153,7 @@ def _layouts(readers: Sequence[type[Reader]]) -> str:
 
 def other_formats(reader: Reader, path: Path | str) -> list[str]:
     """The formats after the reader's own that a dataset fits as well. All folders are looked into: it takes a while."""
-    if isinstance(reader, ShardReader):
+    if isinstance(reader, ShardReader) or is_hub_dataset(path):
         return []
     after = [other.format for other in READERS].index(reader.format) + 1
     return [other.format for other in READERS[after:] if _fits(other, _absolute(Path(path)))]

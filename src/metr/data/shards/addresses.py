@@ -14,6 +14,7 @@ from typing import Any
 import fsspec
 
 from metr.data.formats.files import expanded, signature, there
+from metr.data.hub_datasets.address import is_hub_dataset
 from metr.data.records import canonical_split
 from metr.data.shards.refusals import bucket_of, is_denied
 from metr.data.shards.stores import WEB, NoRangesError, StoredFile, filesystem, is_url, read_range, scheme, tried
@@ -43,9 +44,14 @@ def is_pattern(path: str | Path) -> bool:
     return re.search(r"\{.*\}|[*?\[]", str(path)) is not None
 
 
-def path_or_url(path: Path | str) -> Path | str:
-    """A path as a `Path`, a URL as it is written."""
-    return path if is_url(path) else Path(path)
+def is_address(path: object) -> bool:
+    """Whether this is a URL or a dataset on the Hugging Face hub, and no path of this machine."""
+    return is_url(path) or is_hub_dataset(path)
+
+
+def path_or_address(path: Path | str) -> Path | str:
+    """A path as a `Path`, an address as it is written."""
+    return path if is_address(path) else Path(path)
 
 
 def name_of_pattern(path: str) -> str:

@@ -11,13 +11,10 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from metr.layers.attention import Attention
-from metr.layers.mlp import FeedForward
+from metr.layers.mlp import FeedForward, activation_named, unit_scale
 from metr.layers.position_encoding import grid_encoding
 from metr.models.config import EncoderConfig
 from metr.structures import Memory
-
-# As in DETR and Conditional DETR. DAB-DETR's is configurable.
-TEMPERATURE = 10_000.0
 
 
 class PlainEncoder(nn.Module):
@@ -33,7 +30,10 @@ class PlainEncoder(nn.Module):
         super().__init__()
         self.width = width
         self.projection = nn.Conv2d(channels[-1], width, kernel_size=1)
-        self.layers = nn.ModuleList(SelfAttentionLayer(width, config) for _ in range(config.layers))
+        self.temperature = float(config.temperature)
+        self.scale = unit_scale(width) if config.position_scale and config.layers else None
+        activation = activation_named(config.activation)
+        self.layers = nn.ModuleList(SelfAttentionLayer(width, config, activation) for _ in range(config.layers))
 
     def forward(self, features: Sequence[Tensor], padding_mask: Bool[Tensor, "b h w"]) -> Memory:
         """Backbone maps (finest first) to a memory of one level."""
@@ -41,20 +41,21 @@ class PlainEncoder(nn.Module):
 
     def refine(self, memory: Memory) -> Memory:
         """The attention layers alone, on projected tokens."""
-        tokens, places = memory.tokens, token_places(memory, self.width)
+        tokens, places = memory.tokens, token_places(memory, self.width, self.temperature)
         allowed = ~memory.padding_mask.unsqueeze(1)
         for layer in self.layers:
-            tokens = layer(tokens, places, allowed)
+            scaled = places if self.scale is None else places * self.scale(tokens)
+            tokens = layer(tokens, scaled, allowed)
         return replace(memory, tokens=tokens)
 
 
-def token_places(memory: Memory, width: int) -> Float[Tensor, "b s d"]:
+def token_places(memory: Memory, width: int, temperature: float = 10_000.0) -> Float[Tensor, "b s d"]:
     """The position encoding of each token in its image, of size `width`. Padding does not affect it."""
     sizes = [height * width for height, width in memory.level_shapes]
     levels = []
     for (height, _), mask in zip(memory.level_shapes, torch.split(memory.padding_mask, sizes, dim=1), strict=True):
         cells = rearrange(mask, "b (h w) -> b h w", h=height)
-        levels.append(rearrange(grid_encoding(cells, width, TEMPERATURE), "b h w d -> b (h w) d"))
+        levels.append(rearrange(grid_encoding(cells, width, temperature), "b h w d -> b (h w) d"))
     return torch.cat(levels, dim=1)
 
 
