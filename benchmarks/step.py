@@ -44,13 +44,13 @@ from metr.losses.predictions import query_predictions
 from metr.models.detector import Detector
 from metr.structures import Targets
 from metr.training.config import load_recipe
+from noise_objects import objects
 
 RATIO_BAR, MATCHING_BAR = 1.25, 0.05
 METR, REFERENCE, DENOISING = "METR", "Deformable DETR", "METR with denoising"
 # parts of the forward pass that are modules of their own; what is left of it is selection, proposals and queries
 MODULES, REST = ("backbone", "encoder", "category_extraction", "decoder"), "selection_and_proposals"
 TEXT_WIDTH = 512
-CATEGORIES_SHOWN = 6  # in an image
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,27 +90,12 @@ class Contender:
         self.images = torch.rand(settings.batch, 3, settings.size, settings.size, generator=random).to(self.device)
         text = nn.functional.normalize(torch.randn(settings.names, TEXT_WIDTH, generator=random), dim=-1)
         self.text = text.to(self.device)
-        self.targets = Targets.stack([objects(settings, random) for _ in range(settings.batch)]).to(self.device)
+        self.targets = Targets.stack(
+            [objects(settings.objects, settings.names, random) for _ in range(settings.batch)]
+        ).to(self.device)
         self.mask = torch.zeros(len(self.images), *self.images.shape[2:], dtype=torch.bool, device=self.device)
         self.network = network.to(self.device)
         self.optimizer = optim.AdamW(self.network.parameters(), lr=1e-6, fused=True)
-
-
-def objects(settings: Settings, random: torch.Generator) -> Targets:
-    """About as many objects as asked for, of six categories; their sides' logarithms spread evenly, 1/60 to 1/2."""
-    mean = settings.objects
-    number = int(torch.randint(mean * 2 // 3, mean * 4 // 3 + 1, (1,), generator=random))
-    shown = torch.randperm(settings.names, generator=random)[:CATEGORIES_SHOWN]
-    sides = (1 / 30) ** torch.rand(number, 2, generator=random) / 2
-    centres = sides / 2 + torch.rand(number, 2, generator=random) * (1 - sides)
-    return Targets(
-        boxes=torch.cat([centres, sides], dim=1).unsqueeze(0),
-        labels=shown[torch.randint(len(shown), (1, number), generator=random)],
-        ignore_boxes=torch.zeros(1, 0, 4),
-        ignore_labels=torch.zeros(1, 0, dtype=torch.int64),
-        annotated=torch.ones(1, settings.names, dtype=torch.bool),
-        assumed_negative=torch.zeros(1, settings.names, dtype=torch.bool),
-    )
 
 
 class Metr(Contender):

@@ -140,6 +140,11 @@ class Batch(_Movable):
     sizes: tuple[tuple[int, int], ...]
     datasets: tuple[str, ...]
 
+    @property
+    def image_names(self) -> tuple[str, ...]:
+        """The dataset and the id of each image."""
+        return tuple(f"{name} {one}" for name, one in zip(self.datasets, self.image_ids, strict=True))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Memory(_Movable):

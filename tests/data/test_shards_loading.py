@@ -14,7 +14,7 @@ from PIL import Image
 from reader_trees import write_json
 from shard_trees import CountingFileSystem, put, served
 
-from metr.data.config import AugmentationConfig, LoaderConfig, ResizeConfig
+from metr.data.config import AugmentationConfig, LoaderConfig, MosaicConfig, ResizeConfig
 from metr.data.dataset import DetectionDataset
 from metr.data.datasets_file import DatasetConfig, DatasetSource, open_dataset
 from metr.data.export_shards import write_webdataset
@@ -71,13 +71,14 @@ def written(source: DatasetSource, folder: Path) -> Path:
     return folder
 
 
-def dataset(source: DatasetSource) -> DetectionDataset:
-    transforms = build_transforms(AugmentationConfig(resize=ResizeConfig(size=32)), training=True)
+def dataset(source: DatasetSource, mosaic: float = 0.0) -> DetectionDataset:
+    config = AugmentationConfig(resize=ResizeConfig(size=32), mosaic=MosaicConfig(probability=mosaic))
+    transforms = build_transforms(config, training=True)
     return DetectionDataset(source.split("train"), Vocabulary.union({"made": source.categories}), transforms)
 
 
-def batches(source: DatasetSource, count: int, *, workers: int = 0, **options: Any) -> list[Batch]:
-    loader = build_train_loader([dataset(source)], LoaderConfig(batch_size=2, workers=workers), **options)
+def batches(source: DatasetSource, count: int, *, workers: int = 0, mosaic: float = 0.0, **options: Any) -> list[Batch]:
+    loader = build_train_loader([dataset(source, mosaic)], LoaderConfig(batch_size=2, workers=workers), **options)
     stream = iter(loader)
     return [next(stream) for _ in range(count)]
 
@@ -104,6 +105,7 @@ def test_batches_are_those_of_the_folder(folder: DatasetSource, tmp_path: Path) 
     assert_equal(batches(opened(in_memory(tars, "loading")), 20), wanted)
     assert_equal(batches(shards, 7, start=26), wanted[13:])
     assert_equal(batches(shards, 7, start=26, workers=2), wanted[13:])
+    assert_equal(batches(shards, 4, mosaic=0.5), batches(folder, 4, mosaic=0.5))
 
 
 def test_two_processes_share_the_images(folder: DatasetSource, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from metr.config import Config
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Strength = Annotated[float, Field(ge=0, lt=1)]
 Channel = Annotated[int, Field(ge=0, le=255)]
+MosaicScale = Annotated[float, Field(ge=0.5, le=2)]
 Side = Annotated[int, Field(ge=1, le=16_384)]
 Colour = tuple[Channel, Channel, Channel]
 Unannotated = Literal["ignore", "negative", "pseudo_label"]
@@ -32,6 +33,23 @@ class ResizeConfig(Config):
     `bicubic`: Pillow's, with which public detectors were trained."""
 
 
+class MosaicConfig(Config):
+    """Training samples that are four images of one dataset (Bochkovskiy et al., 2020: YOLOv4)."""
+
+    probability: Fraction = 0.0
+    """Fraction of samples that are mosaics. Each reads four images, at random places of its dataset."""
+    until: Fraction = 0.8
+    """Fraction of the run's steps after which no sample is a mosaic any more."""
+    scale: tuple[MosaicScale, MosaicScale] = (0.5, 1.0)
+    """Size of an image in a mosaic, relative to that image alone: minimum and maximum. 0.5 shows all four whole."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "MosaicConfig":
+        if self.scale[0] > self.scale[1]:
+            raise ValueError("scale must be (least, most) with least <= most")
+        return self
+
+
 class AugmentationConfig(Config):
     """Random changes of training images. Evaluation only resizes."""
 
@@ -39,6 +57,8 @@ class AugmentationConfig(Config):
     """The shape in which images enter the network, in training and in evaluation."""
     sizes: tuple[Side, ...] = ()
     """Pixels: sizes to choose from for each training batch, in place of `resize.size`. Empty: that size alone."""
+    mosaic: MosaicConfig = MosaicConfig()
+    """Samples that are four images. They are flipped and recoloured, neither cropped nor zoomed out."""
     flip: Fraction = 0.5
     """Fraction of images that are mirrored."""
     crop: Fraction = 0.5

@@ -159,6 +159,7 @@ def build_train_loader(
     rank: int = 0,
     world: int = 1,
     device: torch.device = CPU,
+    batches: int | None = None,
 ) -> TrainLoader:
     """The loader of a training run.
 
@@ -170,15 +171,16 @@ def build_train_loader(
         rank: This process's number.
         world: The number of processes.
         device: Where batches go.
+        batches: Of each process in the whole run, after a fraction of which mosaics end. None: they never end.
 
     Raises:
         DataError: a dataset has no image.
         ConfigError: the mixture does not fit the datasets, or two datasets have one name.
     """
-    mixed = MixedDataset(datasets)
+    mixed = MixedDataset(datasets, None if batches is None else batches * config.batch_size * world)
     weights = mixture_weights(mixed.lengths, config.mixture)
-    sizes = datasets[0].transforms.config.sizes
     images = {one.name: _images(one, config) for one in datasets}
+    sizes = datasets[0].transforms.config.sizes
     sampler = MixedSampler(images, weights, config.batch_size, seed, rank, world, sizes, start)
     workers = spare_cores() if config.workers is None else config.workers
     loader = _loader(mixed, sampler, config.multiple, workers, config.prefetch, device)
@@ -394,7 +396,5 @@ def explained_loss_of_workers() -> Iterator[None]:
         if not str(error).startswith("DataLoader worker"):
             raise
         what = f"a process that reads images died: {str(error).rstrip()}"
-        hint = (
-            "there may be too little memory: use fewer workers (loader.workers), or 0; a run that trains can be resumed"
-        )
+        hint = "perhaps too little memory: use fewer workers (loader.workers), or 0; a run that trains can be resumed"
         raise DataError(what, where="data loader", hint=hint) from error

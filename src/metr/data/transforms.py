@@ -1,9 +1,10 @@
-"""Transforms of an image and its boxes, in this order: window and resize, flip, colour jitter.
+"""Transforms of an image and its boxes, in this order: window and resize, flip, colour jitter; and mosaics of four.
 
 Colour jitter is one matrix: brightness, contrast, saturation and hue are all linear in RGB.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -41,6 +42,8 @@ _PILLOW = {"bilinear": PillowImage.Resampling.BILINEAR, "bicubic": PillowImage.R
 
 # Added to fractions that are compared with a threshold, so that rounding does not decide if they are equal.
 TOLERANCE = 1e-6
+# Images in a mosaic (Bochkovskiy et al., 2020: YOLOv4).
+MOSAIC_PARTS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,6 +205,57 @@ def _area(boxes: Float[np.ndarray, "m 4"]) -> Float[np.ndarray, "m"]:
     return np.asarray(np.maximum(boxes[:, 2:] - boxes[:, :2], 0).prod(axis=1))
 
 
+def side_by_side(parts: Sequence[Sample], fill: Colour) -> tuple[Sample, tuple[int, int]]:
+    """Four samples as one: at the upper left, upper right, lower left and lower right of a point that all four touch.
+
+    Args:
+        parts: Four samples of one dataset, of any sizes.
+        fill: RGB, 0 to 255, where none of them reaches.
+
+    Returns:
+        The image with all boxes; and the point, (x, y) in its pixels.
+    """
+    left, right = (max(parts[place].width for place in column) for column in ((0, 2), (1, 3)))
+    above, below = (max(parts[place].height for place in row) for row in ((0, 1), (2, 3)))
+    canvas = np.empty((above + below, left + right, 3), dtype=np.uint8)
+    canvas[:] = fill
+    boxes: list[Float[np.ndarray, "m 4"]] = []
+    for place, part in enumerate(parts):
+        x = left if place % 2 else left - part.width
+        y = above if place >= MOSAIC_PARTS // 2 else above - part.height
+        canvas[y : y + part.height, x : x + part.width] = part.image
+        boxes.append(part.boxes + np.array([x, y, x, y]))
+    joined = Sample(
+        image=canvas,
+        boxes=np.concatenate(boxes),
+        labels=np.concatenate([part.labels for part in parts]),
+        ignore=np.concatenate([part.ignore for part in parts]),
+    )
+    return joined, (left, above)
+
+
+def draw_mosaic_window(
+    canvas: Sample, point: tuple[int, int], scale: tuple[float, float], rng: np.random.Generator
+) -> Window:
+    """A random window inside a canvas of four images that contains the point where they meet, so that it shows all.
+
+    Args:
+        canvas: What `side_by_side` gives.
+        point: The point, (x, y) in pixels.
+        scale: Smallest and largest size of an image's pixels in the window, relative to that image alone: at 0.5 the
+            window is the whole canvas.
+        rng: Source of the random numbers.
+    """
+    fraction = 0.5 / rng.uniform(*scale)
+    sides = [max(2, round(side * fraction)) for side in (canvas.width, canvas.height)]
+    starts = [
+        # at least a pixel of what lies before the point, and one of what lies after it
+        int(rng.integers(max(0, middle + 1 - side), min(whole - side, middle - 1) + 1))
+        for middle, side, whole in zip(point, sides, (canvas.width, canvas.height), strict=True)
+    ]
+    return Window(left=starts[0], top=starts[1], width=sides[0], height=sides[1])
+
+
 # Luma and the two axes of colour (YIQ, NTSC 1953). Rotating the two axes changes the hue and keeps the luma.
 LUMA = np.array([0.299, 0.587, 0.114])
 RGB_TO_YIQ = np.array([LUMA, [0.5959, -0.2746, -0.3213], [0.2115, -0.5227, 0.3112]])
@@ -261,9 +315,23 @@ class Transforms:
             return self._look(sample, whole(sample), size)
         if rng is None:
             raise ValueError("training transforms need a random generator")
-        sample = self._look(sample, self._draw_window(sample, rng), size)
-        if rng.random() < self.config.flip:
-            sample = flip(sample)
+        sample = self._flipped(self._look(sample, self._draw_window(sample, rng), size), rng)
+        return self._recoloured(sample, rng)
+
+    def mosaic(self, parts: Sequence[Sample], rng: np.random.Generator, size: int | None = None) -> Sample:
+        """Four samples of one dataset as one; other arguments are those of a call.
+
+        What a box loses at the window's border counts as what it loses to a crop (`min_visible`).
+        """
+        seen = [self._flipped(self._look(part, whole(part), size), rng) for part in parts]
+        canvas, point = side_by_side(seen, self.config.fill)
+        window = draw_mosaic_window(canvas, point, self.config.mosaic.scale, rng)
+        return self._recoloured(self._look(canvas, window, size), rng)
+
+    def _flipped(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        return flip(sample) if rng.random() < self.config.flip else sample
+
+    def _recoloured(self, sample: Sample, rng: np.random.Generator) -> Sample:
         # After resizing, as there are fewer pixels.
         if rng.random() < self.config.colour:
             sample = recolour(sample, draw_jitter(self.config, rng))

@@ -9,6 +9,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from metr.layers.attention import Attention, ConditionalAttention, attend
+from metr.layers.groups import QueryGroups
 from metr.models.backbones.base import FoldedBatchNorm, FoldedConvolution, FrozenBatchNorm
 from metr.models.backbones.efficientnet_lite import ConvNorm
 from metr.models.category_extraction import ExtractionBlock
@@ -41,7 +42,9 @@ def folded(network: Detector, *, padded: bool = True) -> Detector:
 class _Unmasked(Attention):
     """Attention to all keys, whatever is allowed."""
 
-    def gather(self, query: Tensor, keys: Tensor, values: Tensor, allowed: Tensor | None = None) -> Tensor:
+    def gather(
+        self, query: Tensor, keys: Tensor, values: Tensor, allowed: Tensor | QueryGroups | None = None
+    ) -> Tensor:
         """As `Attention.gather`, without a mask."""
         del allowed
         return super().gather(query, keys, values)

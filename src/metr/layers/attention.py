@@ -6,6 +6,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from metr.layers.groups import QueryGroups, attend_in_groups
+
 
 class Attention(nn.Module):
     """Multi-head attention (Vaswani et al., 2017).
@@ -30,7 +32,7 @@ class Attention(nn.Module):
         query: Float[Tensor, "b q d"],
         key: Float[Tensor, "b s d"],
         value: Float[Tensor, "b s d"],
-        allowed: Bool[Tensor, "b #q s"] | None = None,
+        allowed: Bool[Tensor, "b #q s"] | QueryGroups | None = None,
     ) -> Float[Tensor, "b q d"]:
         """The attention output for each query. `allowed` says which keys it attends to; None means all."""
         return self.gather(query, self.key(key), self.value(value), allowed)
@@ -40,15 +42,14 @@ class Attention(nn.Module):
         query: Float[Tensor, "b q d"],
         keys: Float[Tensor, "b s d"],
         values: Float[Tensor, "b s d"],
-        allowed: Bool[Tensor, "b #q s"] | None = None,
+        allowed: Bool[Tensor, "b #q s"] | QueryGroups | None = None,
     ) -> Float[Tensor, "b q d"]:
         """`forward` with keys and values that are already projected."""
         queries, keys, values = (
             rearrange(projected, "b n (heads c) -> b heads n c", heads=self.heads)
             for projected in (self.query(query), keys, values)
         )
-        mask = None if allowed is None else allowed.unsqueeze(1)
-        gathered = attend(queries, keys, values, mask)
+        gathered = attend(queries, keys, values, allowed)
         out: Tensor = self.out(rearrange(gathered, "b heads n c -> b n (heads c)"))
         return out
 
@@ -57,9 +58,14 @@ def attend(
     queries: Float[Tensor, "b heads q c"],
     keys: Float[Tensor, "b heads s c"],
     values: Float[Tensor, "b heads s e"],
-    mask: Bool[Tensor, "b 1 #q s"] | None,
+    allowed: Bool[Tensor, "b #q s"] | QueryGroups | None,
 ) -> Float[Tensor, "b heads q e"]:
     """Fused attention. On CPUs autocast is off: their backward pass is faster in float32 than in bfloat16."""
+    if isinstance(allowed, QueryGroups):
+        if allowed.layout is not None:
+            return attend_in_groups(queries, keys, values, allowed.layout)
+        allowed = allowed.mask
+    mask = None if allowed is None else allowed.unsqueeze(1)
     if queries.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         with torch.autocast("cpu", enabled=False):
             return scaled_dot_product_attention(queries.float(), keys.float(), values.float(), attn_mask=mask)
@@ -86,13 +92,13 @@ class PlacedSelfAttention(nn.Module):
         self,
         content: Float[Tensor, "b q d"],
         position: Float[Tensor, "b q d"],
-        allowed: Bool[Tensor, "b #q q"] | None = None,
+        allowed: Bool[Tensor, "b #q q"] | QueryGroups | None = None,
     ) -> Float[Tensor, "b q d"]:
         """The attention output for each token. `allowed` says to which tokens it attends; None means all."""
         queries = self.query_content(content) + self.query_position(position)
         keys = self.key_content(content) + self.key_position(position)
         queries, keys, values = (_heads(part, self.heads) for part in (queries, keys, self.value(content)))
-        gathered = attend(queries, keys, values, None if allowed is None else allowed.unsqueeze(1))
+        gathered = attend(queries, keys, values, allowed)
         out: Tensor = self.out(rearrange(gathered, "b heads q c -> b q (heads c)"))
         return out
 
@@ -157,7 +163,7 @@ class ConditionalAttention(nn.Module):
         allowed: Bool[Tensor, "b #q s"],
     ) -> Float[Tensor, "b heads q e"]:
         """The weighted sums of the values, head by head."""
-        return attend(queries, keys, values, allowed.unsqueeze(1))
+        return attend(queries, keys, values, allowed)
 
     def _beside(self, content: Tensor, place: Tensor) -> Tensor:
         """Each head's parts of the content and of the place, concatenated."""

@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Int32
@@ -322,14 +323,17 @@ class _WeightedRowSums(torch.autograd.Function):
 def _table_gradient(
     grad: Float[Tensor, "g c"], rows: Int32[Tensor, "g n"], shares: Float[Tensor, "g n"], number: int
 ) -> Float[Tensor, "t c"]:
-    """The gradient of a row is the weighted sum of the gradients of all groups that use it: uses are sorted by row."""
-    uses = rows.flatten()
-    order = uses.argsort()
-    last = uses.bincount(minlength=number).cumsum(0)
-    groups = torch.div(order, rows.shape[1], rounding_mode="floor")
-    starts = torch.cat([last.new_zeros(1), last[:-1]])
-    sorted_shares = shares.flatten().index_select(0, order)
-    return embedding_bag(groups, grad, starts, mode="sum", per_sample_weights=sorted_shares)
+    """The gradient of a row is the weighted sum of the gradients of all groups that use it.
+
+    That is a product with a sparse matrix of groups and rows, transposed. SciPy multiplies it as it is; torch would
+    have to sort it first, or store each summand.
+    """
+    from scipy.sparse import csr_matrix  # here, as detection needs none of it
+
+    ends = np.arange(0, rows.numel() + 1, rows.shape[1], dtype=np.int32)
+    entries = (shares.numpy().reshape(-1), rows.numpy().reshape(-1), ends)
+    uses = csr_matrix(entries, shape=(len(grad), number), copy=False)
+    return torch.from_numpy(uses.T @ grad.numpy())
 
 
 def _share_gradient(

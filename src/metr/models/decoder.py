@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from metr.layers.attention import Attention, ConditionalAttention, PlacedSelfAttention
 from metr.layers.deformable_attention import DeformableAttention
+from metr.layers.groups import QueryGroups, query_groups
 from metr.layers.mlp import MLP, FeedForward, activation_named, unit_scale
 from metr.layers.position_encoding import box_encoding
 from metr.models.config import DecoderConfig, SimilarityConfig
@@ -37,7 +38,7 @@ class DecoderLayer(nn.Module):
         content: Float[Tensor, "b q d"],
         position: Float[Tensor, "b q d"],
         reference: Float[Tensor, "b q l xywh"],
-        allowed: Bool[Tensor, "b q q"],
+        allowed: Bool[Tensor, "b q q"] | QueryGroups,
         memory: Memory,
     ) -> Float[Tensor, "b q d"]:
         """The queries' content, refined once. `allowed` says which queries attend to which."""
@@ -174,7 +175,7 @@ class Decoder(LayeredDecoder):
     def forward(self, queries: Queries, memory: Memory) -> Decoded:
         """Features and boxes after every layer; each layer starts from the box that the layer before found."""
         boxes = start = queries.reference_boxes
-        allowed = same_group(queries)
+        allowed = query_groups(queries.group)
         content, kept = self._first(queries, memory)
         features, reported = [], []
         for number, layer in enumerate(self.layers):
@@ -227,7 +228,7 @@ class ConditionalDecoderLayer(nn.Module):
         content: Float[Tensor, "b q d"],
         position: Float[Tensor, "b q d"],
         place: Float[Tensor, "b q d"],
-        allowed: Bool[Tensor, "b q q"],
+        allowed: Bool[Tensor, "b q q"] | QueryGroups,
         memory: Memory,
         places: Float[Tensor, "b s d"],
     ) -> Float[Tensor, "b q d"]:
@@ -275,7 +276,7 @@ class ConditionalDecoder(LayeredDecoder):
         """Features and boxes after every layer; boxes are refined as in `Decoder`."""
         content = queries.content
         boxes = start = queries.reference_boxes
-        allowed = same_group(queries)
+        allowed = query_groups(queries.group)
         places = token_places(memory, self.width, self.temperature)
         features, reported = [], []
         for index, layer in enumerate(self.layers):
@@ -299,11 +300,6 @@ class ConditionalDecoder(LayeredDecoder):
         predicted = self.extent(content).sigmoid()
         ratio: Tensor = predicted / boxes[..., 2:].clamp(min=self.smallest_side)
         return ratio.flip(-1).repeat_interleave(self.width // 2, dim=-1)
-
-
-def same_group(queries: Queries) -> Bool[Tensor, "b q q"]:
-    """Which queries attend to which."""
-    return queries.group.unsqueeze(2) == queries.group.unsqueeze(1)
 
 
 def _position_head(width: int, config: DecoderConfig) -> MLP:

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from metr.boxes import xyxy_to_cxcywh
 from metr.layers.attention import Attention
 from metr.layers.deformable_attention import DeformableAttention
+from metr.layers.groups import QueryGroups, query_groups
 from metr.layers.mlp import MLP, FeedForward, GatedFeedForward, build_norm
 from metr.models.config import DecoderConfig, DistributionConfig, SimilarityConfig
-from metr.models.decoder import Decoder, same_group
+from metr.models.decoder import Decoder
 from metr.models.heads import BoxHead, box_logits
 from metr.structures import Decoded, Memory, Queries
 
@@ -52,7 +53,7 @@ class GatedDecoderLayer(nn.Module):
         content: Float[Tensor, "b q d"],
         position: Float[Tensor, "b q d"],
         reference: Float[Tensor, "b q l 4"],
-        allowed: Bool[Tensor, "b q q"],
+        allowed: Bool[Tensor, "b q q"] | QueryGroups,
         memory: Memory,
     ) -> Float[Tensor, "b q d"]:
         """The queries' content, refined once. `allowed` says which queries attend to which."""
@@ -158,7 +159,7 @@ class DistributionDecoder(Decoder):
         Each layer starts from the box that the layer before found, without gradient. Distributions are passed on with
         it, so that a loss of a later layer also teaches the heads of earlier ones.
         """
-        content, boxes, allowed = queries.content, queries.reference_boxes, same_group(queries)
+        content, boxes, allowed = queries.content, queries.reference_boxes, query_groups(queries.group)
         before, logits = torch.zeros_like(content), boxes.new_zeros(())
         first: Tensor | None = None
         outputs: list[tuple[Tensor, Tensor, Tensor]] = []

@@ -5,9 +5,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from metr.layers.attention import Attention
+from metr.layers.groups import QueryGroups, query_groups
 from metr.layers.mlp import FeedForward
 from metr.models.config import DecoderConfig, SimilarityConfig
-from metr.models.decoder import LayeredDecoder, same_group
+from metr.models.decoder import LayeredDecoder
 from metr.models.encoders.pyramid import token_places
 from metr.structures import Decoded, Memory, Queries
 
@@ -27,7 +28,7 @@ class PlainDecoderLayer(nn.Module):
         self,
         content: Float[Tensor, "b q d"],
         position: Float[Tensor, "b q d"],
-        allowed: Bool[Tensor, "b q q"],
+        allowed: Bool[Tensor, "b q q"] | QueryGroups,
         memory: Memory,
         places: Float[Tensor, "b s d"],
     ) -> Float[Tensor, "b q d"]:
@@ -71,12 +72,13 @@ class PlainDecoder(LayeredDecoder):
     def forward(self, queries: Queries, memory: Memory) -> Decoded:
         """Features and boxes after every layer; boxes are refined as in `Decoder`."""
         assert queries.position is not None
-        content, boxes, allowed = queries.content, queries.reference_boxes, same_group(queries)
+        content, boxes, allowed = queries.content, queries.reference_boxes, query_groups(queries.group)
         places = token_places(memory, self.width, self.temperature)
         features, reported = [], []
         for index, layer in enumerate(self.layers):
             content = layer(content, self.position(queries.position), allowed, memory, places)
-            feature, found, boxes = self.refined(index, content, boxes)
-            features.append(feature)
-            reported.append(found)
+            now = self.refined(index, content, boxes)
+            boxes = now.boxes
+            features.append(now.feature)
+            reported.append(now.found)
         return Decoded(features=torch.stack(features), boxes=torch.stack(reported))

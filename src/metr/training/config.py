@@ -76,6 +76,9 @@ class EmaConfig(Config):
     """Fraction of the old average that a step keeps, after the warm-up of the decay."""
     tau: Annotated[float, Field(gt=0)] = 2000.0
     """Time constant of the decay's warm-up, in steps: after n steps it is decay * (1 - exp(-n / tau))."""
+    batch_norm_images: Count = 0
+    """Training images from which the statistics of the average's batch norms are estimated, before each evaluation and
+    at the end; frozen norms keep theirs. 0: they are the running statistics of the network that is trained."""
 
 
 class PseudoLabelConfig(Config):

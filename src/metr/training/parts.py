@@ -15,9 +15,10 @@ from metr.training.step_targets import PseudoLabeler
 class TrainingParts:
     """What is trained, on what, and all that goes into its checkpoints besides the weights.
 
-    `loader` is called once with the keywords `seed`, `start` (samples already taken by all processes), `rank`, `world`
-    and `device`; use `partial(build_train_loader, datasets, config)`. `checkpoint` lacks its weights; the network is
-    trained with its text embeddings. `teacher` adds pseudo-labels to the targets.
+    `loader` is called once with the keywords `seed`, `start` (samples already taken by all processes), `rank`, `world`,
+    `device` and `batches` (of each process in the whole run); use `partial(build_train_loader, datasets, config)`.
+    `checkpoint` lacks its weights; the network is trained with its text embeddings. `teacher` adds pseudo-labels to the
+    targets.
     """
 
     network: nn.Module

@@ -5,7 +5,7 @@ import math
 import random
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn, optim
 
+from metr.checkpoint import Checkpoint
 from metr.config import Config, leaves
 from metr.data.records import DataIssue
 from metr.errors import CheckpointError, ConfigError, MetrError, counted, did_you_mean
@@ -21,6 +22,7 @@ from metr.run_directory import COUNTERS, RunDirectory, existing_folder, replaced
 from metr.serialization import load_weights, read_json, read_tensors, write_json, write_tensors
 from metr.training.config import LoopConfig
 from metr.training.engine import Engine, parameters_of
+from metr.training.parts import Evaluated, Outcome
 from metr.training.resumed_recipe import SETTINGS
 from metr.training.step_report import StepCost, StepReport
 
@@ -116,6 +118,35 @@ class Counters:
         """Whether this step is one to evaluate at, the last one included, and has not been evaluated yet."""
         at_turn = self.step == loop.steps or (loop.evaluate_every and self.step % loop.evaluate_every == 0)
         return bool(at_turn) and self.step > self.evaluated_step
+
+    def take_evaluation(self, found: Evaluated) -> None:
+        """Notes what the evaluation of this step gave."""
+        self.evaluated_step = self.step
+        self.metrics = {name: float(value) for name, value in found.metrics.items() if value is not None}
+        self.thresholds = dict(found.thresholds)
+
+    def outcome(self, *, interrupted: bool, stalled: bool, signal: int | None) -> Outcome:
+        """How training ended; see `Outcome`."""
+        return Outcome(
+            step=self.step,
+            interrupted=interrupted,
+            metrics=self.metrics,
+            best=self.best,
+            best_step=self.best_step,
+            stalled=stalled,
+            signal=signal,
+        )
+
+    def checkpoint(
+        self, described: Checkpoint, weights: Mapping[str, Tensor], epochs: Mapping[str, float]
+    ) -> Checkpoint:
+        """`described` with these weights; it says how long they were trained, and what the last evaluation gave."""
+        rounded = {name: round(times, 3) for name, times in epochs.items()}
+        counted = {"step": self.step, "images": self.images, "epochs": rounded, "metrics": self.metrics}
+        thresholds = {**described.detection.thresholds, **self.thresholds}
+        detection = described.detection.model_copy(update={"thresholds": thresholds})
+        training = {**described.training, **counted}
+        return replace(described, weights=weights, training=training, detection=detection)
 
     def has_stalled(self, loop: LoopConfig) -> bool:
         """Whether the last `loop.patience` evaluations brought no higher value.

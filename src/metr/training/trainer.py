@@ -1,9 +1,11 @@
 """The training loop: steps, evaluations, checkpoints, and exact resumption."""
 
 import logging
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -21,6 +23,7 @@ from metr.models.detector import Detector, compile_parts, lay_out_for_gpu
 from metr.process_group import explained_loss_of_processes
 from metr.run_directory import RunDirectory
 from metr.structures import Batch, Losses
+from metr.training.batch_statistics import estimated_statistics, learned_batch_norms, take_statistics
 from metr.training.config import TrainConfig
 from metr.training.curves import redraw_curves
 from metr.training.distribution import build_accelerator
@@ -190,25 +193,27 @@ class Trainer:
         averages: Tensor = self.accelerator.reduce(flat, "mean")
         return averages
 
-    # the parts of a run
-
     def _begin(self, resume: bool) -> Iterator[Batch]:
         """Loads the saved state, or starts anew; returns the batches from there on."""
-        accelerator, loop = self.accelerator, self.config.loop
-        rank, world = accelerator.process_index, accelerator.num_processes
-        seed_everything(loop.seed + rank)
+        accelerator, rank = self.accelerator, self.accelerator.process_index
+        seed_everything(self.config.loop.seed + rank)
         check_place(self.folder, resume)
         accelerator.wait_for_everyone()  # the logger of the main process has settled the folder
         if has_state(self.folder.state):
             self._load(rank)
         elif resume and accelerator.is_main_process:
             _logger.info("nothing to resume in %s: training starts afresh", self.folder.path)
-        start = self.counters.images
-        self._loader = self.parts.loader(seed=loop.seed, start=start, rank=rank, world=world, device=self.device)
+        self._loader = self._new_loader(self.counters.images)
         self._loader.restore_issues(self.counters.unreadable)
         self._run_logger.begin(self._resolved, self.counters)
         self._to_training_mode()
         return iter(self._loader)
+
+    def _new_loader(self, start: int) -> TrainLoader:
+        """The batches of this process from a sample on."""
+        loop, rank, world = self.config.loop, self.accelerator.process_index, self.accelerator.num_processes
+        place = {"seed": loop.seed, "start": start, "rank": rank, "world": world, "device": self.device}
+        return self.parts.loader(**place, batches=loop.steps * loop.accumulation)
 
     def _to_training_mode(self) -> None:
         """Puts the network into training mode, but for frozen parts: they stay in evaluation mode."""
@@ -225,9 +230,7 @@ class Trainer:
             draw_train_batch(batches[0], self.parts.checkpoint.vocabulary.names, self.folder.train_batch)
             started = time.perf_counter() - waiting
         unread = self.train_step(batches)
-        names = [
-            f"{name} {one}" for batch in batches for name, one in zip(batch.datasets, batch.image_ids, strict=True)
-        ]
+        names = [name for batch in batches for name in batch.image_names]
         self._unread.append(replace(unread, step=self.counters.step + 1, images=tuple(names)))
         reports = self._read_reports() if self._reading_is_due() else []
         images = len(names) * self.accelerator.num_processes
@@ -261,25 +264,19 @@ class Trainer:
         return {} if self._loader is None else self._loader.sampler.epochs(self.counters.images)
 
     def _runtime_stats(self) -> RuntimeStats:
-        unreadable = 0 if self._loader is None else len(self._loader.issues)
-        return RuntimeStats(memory=peak_memory(self.device), epochs=self._epochs, unreadable=unreadable)
+        lost = 0 if self._loader is None else len(self._loader.issues)
+        return RuntimeStats(memory=peak_memory(self.device), epochs=self._epochs, unreadable=lost)
 
     def _shall_stop(self) -> bool:
         """Whether any process was asked to stop, or evaluations have stopped improving; all stop after the same step.
 
-        Several processes with accelerators look only where the host waits anyway: every `log_every` steps, and after
-        evaluations.
+        Several processes look only where the host waits anyway: every `log_every` steps, and after evaluations.
         """
         step, loop = self.counters.step, self.config.loop
         at_turn = step % loop.log_every == 0 or (loop.evaluate_every and step % loop.evaluate_every == 0)
         if self.accelerator.num_processes > 1 and not (self._reads_every_step or at_turn):
             return False
-        return self._has_stalled or self._asked_to_stop()
-
-    @property
-    def _has_stalled(self) -> bool:
-        """Whether evaluations have stopped improving. All processes know the same of them."""
-        return self.counters.has_stalled(self.config.loop)
+        return self.counters.has_stalled(loop) or self._asked_to_stop()
 
     def _asked_to_stop(self) -> bool:
         """Whether any process was asked to stop."""
@@ -293,8 +290,27 @@ class Trainer:
             return
         self._save()  # an evaluation is long, and may fail
         if not self._asked_to_stop():
+            self._settle_average()
             self._evaluate(self.evaluate, self.engine.whole_network(self._inference_network))
             self._save(again=True)
+
+    def _settle_average(self) -> bool:
+        """Estimates the statistics of the average's batch norms, if that is wanted; whether it was.
+
+        The images are those that would follow the last ones of the run. The next step undoes it.
+        """
+        network, images, loop = self.plain_network, self.config.ema.batch_norm_images, self.config.loop
+        names = learned_batch_norms(network) if images and isinstance(network, Detector) else ()
+        if self.ema is None or self._loader is None or not names:
+            return False
+        each = self._loader.sampler.batch_size * self._loader.sampler.world
+        batches = islice(self._new_loader(loop.steps * loop.accumulation * each), math.ceil(images / each))
+        average = self.engine.whole_network(self.ema.network)
+        assert isinstance(average, Detector)
+        with undisturbed_random_state(self.device), autocast(self.precision, self.device):
+            found = estimated_statistics(average, names, batches, self.accelerator)
+        take_statistics(self.ema.network, found)
+        return True
 
     @torch.no_grad()
     def _evaluate(self, evaluate: Evaluate, network: nn.Module) -> None:
@@ -309,9 +325,7 @@ class Trainer:
                 found = evaluate(network.eval())
         finally:
             self._to_training_mode()
-        counters.evaluated_step = counters.step
-        counters.metrics = {name: float(value) for name, value in found.metrics.items() if value is not None}
-        counters.thresholds = dict(found.thresholds)
+        counters.take_evaluation(found)
         logger.evaluated(counters, self._epochs)
         self._redraw_curves()
         if counters.is_best(best_metric := self.config.loop.best_metric):
@@ -331,14 +345,7 @@ class Trainer:
         return self.plain_network if self.ema is None else self.ema.network
 
     def _checkpoint(self, weights: Mapping[str, Tensor]) -> Checkpoint:
-        counters = self.counters
-        epochs = {name: round(times, 3) for name, times in self._epochs.items()}
-        counted = {"step": counters.step, "images": counters.images, "epochs": epochs, "metrics": counters.metrics}
-        training = {**self.parts.checkpoint.training, **counted}
-        own = self.parts.checkpoint
-        thresholds = {**own.detection.thresholds, **counters.thresholds}
-        detection = own.detection.model_copy(update={"thresholds": thresholds})
-        return replace(own, weights=weights, training=training, detection=detection)
+        return self.counters.checkpoint(self.parts.checkpoint, weights, self._epochs)
 
     def _trained(self) -> Trained:
         average = None if self.ema is None else self.ema.network
@@ -376,9 +383,11 @@ class Trainer:
 
     def _end(self) -> Outcome:
         """Saves, draws the curves, and logs it if this is not the last step."""
-        self._save()
         counters, steps = self.counters, self.config.loop.steps
-        stalled = counters.step < steps and self._has_stalled
+        # where there are evaluations, the last one has done so
+        settled = self.evaluate is None and counters.step >= steps and self._settle_average()
+        self._save(again=settled)
+        stalled = counters.step < steps and counters.has_stalled(self.config.loop)
         # a run that was stopped before or in its last evaluation still has to make it
         unfinished = (counters.step < steps and not stalled) or (
             self.evaluate is not None and counters.evaluated_step < counters.step
@@ -388,12 +397,4 @@ class Trainer:
             self._run_logger.seen(self._epochs)
         if unfinished or stalled:
             self._run_logger.stopped(counters, stalled)
-        return Outcome(
-            step=counters.step,
-            interrupted=unfinished,
-            metrics=counters.metrics,
-            best=counters.best,
-            best_step=counters.best_step,
-            stalled=stalled,
-            signal=self._stop_signals.number,
-        )
+        return counters.outcome(interrupted=unfinished, stalled=stalled, signal=self._stop_signals.number)

@@ -1,7 +1,7 @@
 """EfficientNet-Lite (Google, 2020): EfficientNet without squeeze-and-excitation and with ReLU6, made for CPUs."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import ceil
 
 import torch
@@ -12,6 +12,7 @@ from torch.nn.functional import conv2d, pad
 
 from metr.errors import ConfigError, DependencyError
 from metr.hub import efficientnet_lite0_weights
+from metr.layers.convolution import fused_convolution, fuses
 from metr.models.backbones.base import Backbone, FrozenBatchNorm, freeze_batch_norms
 from metr.models.config import BackboneConfig
 
@@ -46,17 +47,24 @@ def same_convolution(
     Where the padding is odd, the kernel gets a leading row of zeros and the image an equal padding on both sides. This
     gives the same result without a padded copy of the image.
     """
-    size = kernel.shape[-1]
-    total = [max((ceil(side / stride) - 1) * stride + size - side, 0) for side in features.shape[-2:]]
-    odd_rows, odd_columns = (padding % 2 for padding in total)
-    if odd_rows or odd_columns:
-        kernel = pad(kernel, (odd_columns, 0, odd_rows, 0))
-    padding = ((total[0] + 1) // 2, (total[1] + 1) // 2)
+    kernel, padding = _even(kernel, features.shape[-2:], stride)
     if groups > 1 and features.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         # CPUs differentiate depthwise convolutions several times faster in float32 than in bfloat16.
         with torch.autocast("cpu", enabled=False):
             return conv2d(features.float(), kernel, bias, stride, padding, 1, groups)
     return conv2d(features, kernel, bias, stride, padding, 1, groups)
+
+
+def _even(
+    kernel: Float[Tensor, "d _i k k"], sides: Sequence[int], stride: int
+) -> tuple[Float[Tensor, "d _i _rows _columns"], tuple[int, int]]:
+    """A kernel and the equal paddings of both sides with which it gives "same" padding of `sides` (height, width)."""
+    size = kernel.shape[-1]
+    total = [max((ceil(side / stride) - 1) * stride + size - side, 0) for side in sides]
+    odd_rows, odd_columns = (padding % 2 for padding in total)
+    if odd_rows or odd_columns:
+        kernel = pad(kernel, (odd_columns, 0, odd_rows, 0))
+    return kernel, ((total[0] + 1) // 2, (total[1] + 1) // 2)
 
 
 class ConvNorm(nn.Module):
@@ -77,6 +85,11 @@ class ConvNorm(nn.Module):
         frozen = isinstance(self.normalization, FrozenBatchNorm)
         if isinstance(self.normalization, FrozenBatchNorm):
             kernel, bias = self.normalization.fold(kernel)
+            if fuses(features, kernel):
+                kernel, padding = _even(kernel, features.shape[-2:], self.stride)
+                return fused_convolution(
+                    features, kernel, bias, stride=self.stride, padding=padding, groups=self.groups, relu6=self.activate
+                )
         features = same_convolution(features, kernel, bias, stride=self.stride, groups=self.groups)
         if not frozen:
             features = self.normalization(features)
