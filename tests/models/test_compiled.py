@@ -16,9 +16,12 @@ from small import shipped_config, small_config
 
 TESTS = Path(__file__).parents[1]
 CONFIGS = {
-    "shipped": shipped_config(),
-    "hybrid": small_config(encoder="hybrid"),
-    "plain": small_config(encoder="plain"),
+    name: config.model_copy(update={"decoder": config.decoder.model_copy(update={"layers": 1})})
+    for name, config in {
+        "shipped": shipped_config(),
+        "hybrid": small_config(encoder="hybrid"),
+        "plain": small_config(encoder="plain"),
+    }.items()
 }
 
 

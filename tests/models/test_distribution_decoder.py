@@ -169,7 +169,7 @@ def test_boxes_keep_their_precision_in_half_of_it() -> None:
     [
         ({"kind": "deformable", "gate": False}, "gate is for kind 'distribution'; with 'deformable' leave it at True"),
         ({"kind": "conditional", "norm": "rms"}, "norm is for kind 'distribution'"),
-        ({"kind": "deformable", "activation": "swiglu"}, "activation is for kind 'distribution'"),
+        ({"kind": "deformable", "activation": "swiglu"}, "activation 'swiglu' is for kind 'distribution'"),
         ({"position_layers": 3}, "position_layers is for positions 'plain'; otherwise leave it at 2"),
         ({"position_activation": "silu"}, "position_activation is for positions 'plain'"),
     ],
