@@ -316,8 +316,11 @@ def test_what_is_no_checkpoint(tiny_run: TinyRun, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(MetrError, match="expected a folder for the run"):
         finetune(data, tmp_path / "nowhere", tmp_path / "file")
-    with pytest.raises(ConfigError, match="a run cannot begin with itself"):
+    with pytest.raises(ConfigError, match="begun with metr train, and metr finetune cannot go on with it"):
         finetune(data, tiny_run.folder, tiny_run.folder, resume=True)
+    tuned(tiny_run, tmp_path)
+    with pytest.raises(ConfigError, match="a run cannot begin with itself"):
+        finetune(data, tmp_path / "mine", tmp_path / "mine", resume=True)
     with pytest.raises(CheckpointError, match="nowhere: no such checkpoint"):
         finetune(data, tmp_path / "nowhere", tmp_path / "out")
 
