@@ -172,7 +172,7 @@ def test_it_trains_from_scratch(refine: str) -> None:
         ({"queries": {"content": "place_only"}}, "needs queries.content 'learned_only' or 'none', found 'place_only'"),
         ({"queries": {"places": "proposed"}}, "found 'proposed' and 'learned'"),
         ({"decoder": {"positions": "sine"}}, "found 'learned' and 'sine'"),
-        ({"decoder": {"kind": "distribution"}}, "'learned' is for decoder.kind 'deformable' and"),
+        ({"decoder": {"kind": "distribution"}}, "'learned' is for decoder.kind 'deformable', 'conditional' and"),
     ],
 )
 def test_options_that_do_not_fit_are_named(changes: dict[str, Any], message: str) -> None:
