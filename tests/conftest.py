@@ -1,10 +1,11 @@
-"""Shared fixtures. Every jaxtyping annotation of the package is executed while the tests run."""
+"""Shared fixtures. Every jaxtyping annotation of the package is executed while the quick tests run."""
 
 import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 
+import jaxtyping
 from jaxtyping import install_import_hook
 
 _hook = install_import_hook("metr", "beartype.beartype")
@@ -55,3 +56,12 @@ def _seeded() -> None:
     """Every test starts from the same random state and thread count."""
     torch.manual_seed(SEED)
     torch.set_num_threads(THREADS)
+
+
+@pytest.fixture(autouse=True)
+def _annotations_in_quick_tests(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Slow tests do not execute annotations: that would take a third of their time, and quick ones have done so."""
+    slow = request.node.get_closest_marker("slow") is not None
+    jaxtyping.config.update("jaxtyping_disable", slow)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -224,13 +224,8 @@ def test_an_error_of_one_process_ends_all_and_is_said_first(tmp_path: Path, tiny
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("launcher", "parallel"), [(ACCELERATE, "ddp"), (TORCHRUN, "fsdp")], ids=["accelerate", "torchrun, sharded"]
-)
-def test_a_process_that_is_killed_ends_all(
-    launcher: list[str], parallel: str, tmp_path: Path, tiny_run: TinyRun
-) -> None:
-    process = start(launcher, tmp_path, *training(tiny_run, "--set", f"train.parallel={parallel}"), DIES="1")
+def test_a_process_that_is_killed_ends_all(tmp_path: Path, tiny_run: TinyRun) -> None:
+    process = start(TORCHRUN, tmp_path, *training(tiny_run, "--set", "train.parallel=fsdp"), DIES="1")
     while not (tmp_path / "run" / "metrics.jsonl").is_file() and process.poll() is None:
         time.sleep(0.1)
     began = time.monotonic()
