@@ -184,7 +184,7 @@ def test_five_thousand_frames_take_no_more_memory_than_five_hundred(tmp_path: Pa
     ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
     assert ran.returncode == 0, ran.stderr
     few, many = map(int, ran.stdout.split())
-    assert many - few < 20  # MB
+    assert many - few < 35  # MB: the frames alone, if they were kept, would take 41
 
 
 def test_names_have_their_own_thresholds(tmp_path: Path) -> None:
