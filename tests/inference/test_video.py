@@ -163,10 +163,13 @@ MEMORY = """
 import resource, sys
 from pathlib import Path
 sys.path[:0] = sys.argv[3:]
-from test_video import FindsBright, detect_video
+from test_video import FindsBright, detect_video, lamp, write_video
+# back and forth, so that it is one object
+steps = [step % 80 if step % 80 < 40 else 80 - step % 80 for step in range(5000)]
+source = write_video(Path(sys.argv[1]), [lamp(min(step, 39)) for step in steps])
 peaks = []
 for frames in (500, 5000):
-    report = detect_video(FindsBright(), sys.argv[1], Path(sys.argv[2]), tracked=True, frames=frames)
+    report = detect_video(FindsBright(), source, Path(sys.argv[2]), tracked=True, frames=frames)
     assert (report.frames, report.objects) == (frames, 1), report
     peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 print(*peaks)
@@ -175,10 +178,7 @@ print(*peaks)
 
 @pytest.mark.slow
 def test_five_thousand_frames_take_no_more_memory_than_five_hundred(tmp_path: Path) -> None:
-    # back and forth, so that it is one object
-    steps = [step % 80 if step % 80 < 40 else 80 - step % 80 for step in range(5000)]
-    source = write_video(tmp_path / "lamp.mp4", [lamp(min(step, 39)) for step in steps])
-    command = [sys.executable, "-c", MEMORY, str(source), str(tmp_path / "out")]
+    command = [sys.executable, "-c", MEMORY, str(tmp_path / "lamp.mp4"), str(tmp_path / "out")]
     here = Path(__file__).parent
     command += [str(here), str(here.parent)]
     ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)

@@ -1,4 +1,7 @@
-"""Real exports: every family as ONNX, the other formats, and a process in which torch cannot be imported."""
+"""Real exports: every family as ONNX, the other formats, and a process in which torch cannot be imported.
+
+`test_exporters.py` runs this file in a process of its own.
+"""
 
 import importlib.util
 import subprocess
