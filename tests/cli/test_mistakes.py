@@ -258,8 +258,8 @@ def that_is_not_json(run: TinyRun, place: Path) -> list[object]:
 
 def of_somebody_else(run: TinyRun, place: Path) -> list[object]:
     folder = copied_run(run, place) / "best"
-    (folder / "config.json").write_text('{"model_type": "detr"}')
-    return [folder, "METR takes no weights from a detr model"]
+    (folder / "config.json").write_text('{"model_type": "yolos"}')
+    return [folder, "METR takes no weights from a yolos model"]
 
 
 def with_other_preprocessing(run: TinyRun, place: Path) -> list[object]:

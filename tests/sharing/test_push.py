@@ -186,11 +186,11 @@ def test_pushing_without_leave(model: METR, hub: Hub) -> None:
 
 
 def test_other_repositories_are_recognised_before_their_weights_are_fetched(hub: Hub) -> None:
-    hub.repositories["user/detr"], hub.repositories["user/empty"] = Repository(), Repository()
-    hub.repositories["user/detr"].commit({"config.json": b'{"model_type": "detr"}', "model.safetensors": b"large"})
+    hub.repositories["user/yolos"], hub.repositories["user/empty"] = Repository(), Repository()
+    hub.repositories["user/yolos"].commit({"config.json": b'{"model_type": "yolos"}', "model.safetensors": b"large"})
     hub.repositories["user/empty"].commit({"README.md": b"# soon"})
-    with pytest.raises(ModelError, match=r"(?s)user/detr: METR takes no weights from a detr.*try: one of .*rt_detr"):
-        METR.from_pretrained("user/detr")
+    with pytest.raises(ModelError, match=r"(?s)user/yolos: METR takes no weights from a yolos.*try: one of .*rt_detr"):
+        METR.from_pretrained("user/yolos")
     with pytest.raises(CheckpointError, match=r"user/empty: this repository holds no METR checkpoint and no detector"):
         METR.from_pretrained("user/empty")
     assert set(hub.got()) == {"config.json"}
