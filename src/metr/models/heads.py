@@ -130,7 +130,11 @@ class Rivals(nn.Module):
     def stand_for(self, embeddings: Float[Tensor, "*n k t"]) -> Bool[Tensor, "*n k r"]:
         """Which rival stands for which name."""
         # by differences, as products of embeddings are too coarse on some devices
-        apart = torch.cdist(embeddings.float(), self.text.float(), compute_mode="donot_use_mm_for_euclid_dist")
+        names, rivals = embeddings.float(), self.text.float()
+        if torch.compiler.is_exporting():  # ONNX has no counterpart of cdist
+            apart = (names.unsqueeze(-2) - rivals).square().sum(-1).sqrt()
+        else:
+            apart = torch.cdist(names, rivals, compute_mode="donot_use_mm_for_euclid_dist")
         return apart < _SAME_TEXT
 
 
