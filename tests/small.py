@@ -71,6 +71,15 @@ def adopted_config(**options: Any) -> DetectorConfig:
     return config.model_copy(update={"similarity": SimilarityConfig(form="classifier"), "decoder": decoder})
 
 
+def softmax_config() -> DetectorConfig:
+    """The small network in the form that takes over DETR: learned places, layers without boxes, names that compete."""
+    values = small_config(encoder="plain", denoising=0).model_dump()
+    values["queries"] |= {"places": "learned", "layout": "places", "content": "none", "point_layers": 0}
+    values["decoder"] |= {"kind": "plain", "positions": "learned", "refine": "none", "box_margin": 1e-5}
+    values["similarity"] |= {"form": "classifier", "rivals": 6}
+    return DetectorConfig.model_validate(values)
+
+
 def shipped_config(**options: Any) -> DetectorConfig:
     """The small network with what every recipe sets so that categories are told apart from the first step."""
     config = small_config(content="place", **options)
@@ -85,7 +94,8 @@ def small_detector(config: DetectorConfig | None = None) -> Detector:
     detector = Detector(config or small_config(), TEXT_WIDTH)
     with torch.no_grad():
         decoder = detector.decoder.box
-        for head in (detector.proposals.box, *(decoder if isinstance(decoder, nn.ModuleList) else [decoder])):
+        proposals = [detector.proposals.box] if detector.config.queries.places == "proposed" else []
+        for head in (*proposals, *(decoder if isinstance(decoder, nn.ModuleList) else [decoder])):
             head.change.last.weight.normal_(std=0.05)
     return detector
 

@@ -20,7 +20,7 @@ from metr.models.config import DetectorConfig
 from metr.models.heads import ClassifierHead
 from metr.text.encoder import TextEncoderConfig
 
-from small import TEXT_WIDTH, small_config
+from small import TEXT_WIDTH, small_config, softmax_config
 from tiny import write_text_model
 
 
@@ -33,11 +33,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> TextEncoderConfig:
 
 def plain(rivals: int = 6, **changes: dict[str, Any]) -> DetectorConfig:
     """A METR with DETR's layers."""
-    values = small_config(encoder="plain", denoising=0).model_dump()
-    values["queries"] |= {"places": "learned", "layout": "places", "content": "none", "point_layers": 0}
-    values["decoder"] |= {"kind": "plain", "positions": "learned", "refine": "none", "box_margin": 1e-5}
-    values["similarity"] |= {"form": "classifier", "rivals": rivals}
-    for part, options in changes.items():
+    values = softmax_config().model_dump()
+    for part, options in {"similarity": {"rivals": rivals}, **changes}.items():
         values[part] |= options
     return DetectorConfig.model_validate(values)
 

@@ -21,7 +21,7 @@ from metr.export.request import ExportConfig
 from metr.model import METR
 from metr.models.config import DetectorConfig
 
-from small import adopted_config, small_config
+from small import adopted_config, small_config, softmax_config
 from tiny import TinyRun
 
 NANO = Path(__file__).resolve().parents[2] / "checkpoints" / "metr-nano"
@@ -86,6 +86,7 @@ EXPORTED = {
     "hybrid, places, distribution": (adopted_config(decoder="distribution"), STRETCH),
     "plain, conditional, shared": (small_config(encoder="plain", layout="shared"), STRETCH),
     "projector": (FAMILIES["projector"], STRETCH),
+    "softmax": (softmax_config(), STRETCH),
 }
 
 

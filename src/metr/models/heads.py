@@ -189,5 +189,4 @@ class BoxHead(nn.Module):
 
 def box_logits(boxes: Float[Tensor, "*n 4"], margin: float = 1e-3) -> Float[Tensor, "*n 4"]:
     """The inverse sigmoid of boxes; coordinates and their distances from 1 are at least `margin`."""
-    boxes = boxes.clamp(0, 1)
-    return (boxes.clamp(min=margin) / (1 - boxes).clamp(min=margin)).log()
+    return (boxes.clamp(margin, 1.0) / (1 - boxes).clamp(margin, 1.0)).log()
