@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from metr.boxes import cxcywh_to_xyxy, paired_giou
 from metr.losses.classification import focal_cost
-from metr.losses.criterion import SetCriterion
+from metr.losses.criterion import LossCounts, SetCriterion
 from metr.losses.predictions import QueryPredictions
 from metr.models.backbones import build_backbone
 from metr.models.config import DetectorConfig
@@ -194,7 +194,7 @@ class ClosedSetCriterion(SetCriterion):
     """METR's losses, each pair of query and label being one binary question; matched over the whole image."""
 
     def forward(  # type: ignore[override]
-        self, output: ClosedSetOutput, targets: Targets
+        self, output: ClosedSetOutput, targets: Targets, counts: LossCounts | None = None
     ) -> tuple[Losses, Matches]:
         """The loss terms of METR's criterion without those of presence, and the matches that they rest on."""
         # every label is annotated everywhere
@@ -203,13 +203,14 @@ class ClosedSetCriterion(SetCriterion):
         target = torch.full(output.every_logits.shape[:3], NO_OBJECT, device=output.every_boxes.device)
         target[matches.layer, matches.image, matches.query] = matches.target
         answers = _questions(output.every_logits, output.every_boxes, target, targets)
-        terms = self._proposals_and_decoder(answers, targets, targets.is_object.sum().clamp(min=1).float())
+        objects = targets.is_object.sum().clamp(min=1).float() if counts is None else counts.objects
+        terms = self._proposals_and_decoder(answers, targets, objects)
         if output.denoised is not None:
             logits, boxes, plan = output.denoised
             wanted = plan.target.where(plan.positive & plan.valid, NO_OBJECT).expand(logits.shape[:3])
             copies = _questions(logits, boxes, wanted, targets, asked=plan.valid)
             copied = (wanted[0] != NO_OBJECT).sum().clamp(min=1).float()
-            terms |= self._denoising(copies, targets, copied)
+            terms |= self._denoising(copies, targets, copied)  # `counts` knows of METR's copies only
         return Losses(terms=terms), matches
 
     @torch.no_grad()
