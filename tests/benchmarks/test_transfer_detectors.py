@@ -11,7 +11,6 @@ import pytest
 import torch
 from rich.console import Console
 
-from metr.conversion.targets.single_scale import spread_logits
 from metr.data.images import read_image
 from metr.model import METR
 
@@ -26,7 +25,13 @@ TINY = (
     "train.loop.checkpoint_every=1",
     "model.encoder.layers=1",
     "model.encoder.fusion_blocks=1",
+    "model.decoder.layers=2",
 )
+# RF-DETR has no other backbone
+WINDOWED = {
+    "layers": [1, 2],
+    "options": {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "window_block_indexes": [0]},
+}
 
 
 @pytest.fixture
@@ -54,13 +59,18 @@ def short(bench: ModuleType) -> Any:
     return profile_of(bench, steps=2, detectors=alike)
 
 
-def study_in(bench: ModuleType, tiny_run: TinyRun, home: Path) -> Any:
+def study_in(bench: ModuleType, tiny_run: TinyRun, home: Path, detector: str = "") -> Any:
+    tiny = [*as_overrides(tiny_run), *TINY]
+    if detector == "rf_detr":
+        model = json.loads(next(one for one in tiny if one.startswith("model={")).removeprefix("model="))
+        model |= {"backbone": WINDOWED, "queries": model["queries"] | {"number": 12}}  # it has 16 places
+        tiny = [f"model={json.dumps(model)}", *(one for one in tiny if "model={" not in one)]
     return bench.Study(
         name="transfer-detectors",
         profile="trial",
         data=home / "data",
         out=home / "runs",
-        overrides=(*as_overrides(tiny_run), *TINY),
+        overrides=tuple(tiny),
         console=Console(quiet=True),
     )
 
@@ -94,10 +104,10 @@ def test_backbone_alone_is_the_backbone_and_nothing_else(bench_of: Callable[[str
         # frozen norms count no batches
         assert key.endswith("num_batches_tracked") if found is None else torch.equal(found, value), key
     assert same(own, untrained, target.backbone)
-    # queries: nearly all in the centre, and spread
+    # queries: nearly all in the centre, and METR's
     queries = own.model.query_refpoint_embeddings.weight
     assert queries.sigmoid().sub(0.5).abs().max() < 0.1
-    torch.testing.assert_close(untrained.model.query_refpoint_embeddings.weight.detach(), spread_logits(len(queries)))
+    assert torch.equal(untrained.model.query_refpoint_embeddings.weight, network.learned_places.box.weight)
     assert own.config.to_dict() == untrained.config.to_dict()
 
 
@@ -265,9 +275,9 @@ def test_stopped_it_says_how_to_go_on(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("detector", ["deformable_detr", "rt_detr"])
+@pytest.mark.parametrize("detector", ["deformable_detr", "rt_detr", "d_fine", "rf_detr"])
 def test_every_detector_runs(bench: ModuleType, tiny_run: TinyRun, home: Path, detector: str) -> None:
-    one = bench.Bench(detector, study_in(bench, tiny_run, home), short(bench))
+    one = bench.Bench(detector, study_in(bench, tiny_run, home, detector), short(bench))
     assert bench.runner.run_all(one.study, one.runs)
     found = bench.runner.reports(list(one.arms.values()))
     assert [run["arm"] for run in found] == ["own", "untrained", "joint", "metr"]
@@ -289,8 +299,9 @@ def test_profiles_are_whole(bench: ModuleType, name: str) -> None:
         target = find_target(detector)
         assert target.fits(recipe.model), "all of METR moves"
         assert recipe.augmentation.resize.size % 32 == 0
-        wanted = {"rt_detr": "counted", "deformable_detr": "centred"}.get(detector, recipe.model.encoder.positions)
-        assert recipe.model.encoder.positions == wanted
+        positions = recipe.model.encoder.positions
+        wanted = {"rt_detr": "counted", "d_fine": "counted", "deformable_detr": "centred"}
+        assert positions == wanted.get(detector, positions)
 
 
 @pytest.mark.filterwarnings("ignore:'pin_memory':UserWarning")  # Trainer's default, also without a GPU
@@ -355,12 +366,13 @@ def test_aims_are_against_the_better_backbone(bench: ModuleType, tmp_path: Path)
         "dab_detr": {"own": 1.0, "untrained": 4.0, "joint": 2.0, "metr": 6.5},
     }
     before = pretrained(rt_detr=(120.0, 60.0), dab_detr=(7.0,))
-    result = result_of(bench, results(found, (0, 1)), bench.DETECTORS, before)
+    result = result_of(bench, results(found, (0, 1)), tuple(found), before)
     assert [(bar["found"], bar["reached"]) for bar in result["bars"]] == [
         (pytest.approx(8.0), True),
         (pytest.approx(-0.5), False),
         (pytest.approx(2.5), True),
         (pytest.approx(10 / 3), True),
+        (pytest.approx(1.0), True),
     ]
     page = bench.page(result)
     assert "| DAB-DETR | 6.0 (1.0 to 11.0) | 9.0 (4.0 to 14.0) |" in page

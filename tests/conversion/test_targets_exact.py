@@ -11,6 +11,7 @@ from metr.conversion.classifier import name_tokens
 from metr.conversion.convert import giving_to_ours, giving_to_theirs
 from metr.conversion.export import Transferred, build, transfer
 from metr.conversion.targets import find_target
+from metr.models.config import DetectorConfig
 from metr.models.detector import Detector
 from metr.models.proposals import anchor_logits
 from metr.structures import Memory
@@ -115,6 +116,28 @@ def test_proposals(case: Case) -> None:
         close(scores.mean(-1)[usable], theirs.enc_outputs_class[..., 0][usable])
     else:
         close(scores[usable], theirs.enc_outputs_class[usable])
+
+
+@pytest.mark.parametrize("name", TARGETS[1:])
+@torch.no_grad()
+def test_a_metr_that_queries_places_goes_out_whole(name: str) -> None:
+    """Its own training, not an adoption, gave it weights: all its answers are the target's, and nothing is left out."""
+    values = alike(name).model_dump()
+    values["queries"] |= {"layout": "places", "content": "place_only"}
+    values["similarity"] |= {"form": "classifier"}
+    values["decoder"] |= {"predictors": "layer", "box_margin": 1e-5}
+    network, images = stirred(DetectorConfig.model_validate(values)), random_images()
+    done = transfer(find_target(name), network, NAMES, texts())
+    assert done.report.notes == ()
+    assert all(key.startswith(("category_extraction.", "denoising.")) for key in done.report.left_over)
+    output = network(images, torch.zeros(2, SIDE, SIDE + 32, dtype=torch.bool), texts())
+    theirs = done.model(pixel_values=normalised(network, images))
+    logits = output.logits[-1].unflatten(1, (len(NAMES), -1)).transpose(1, 2)
+    boxes = output.boxes[-1].unflatten(1, (len(NAMES), -1))[:, 0]
+    assert float(logits.std()) > 1e-2
+    assert float(boxes.std()) > 1e-2
+    torch.testing.assert_close(logits, theirs.logits, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(boxes, theirs.pred_boxes, atol=1e-4, rtol=0)
 
 
 @torch.no_grad()

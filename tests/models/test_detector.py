@@ -228,7 +228,7 @@ def test_places_answer_as_if_each_category_had_queries_of_its_own(words: int) ->
     memory = once.encode(random_images(2), mask_of(2))
     features = once.proposals.features(memory, anchor_logits(memory)[1])
     queries = Queries(
-        content=once.class_queries.place(gather_rows(features, output.proposals.place)),
+        content=gather_rows(features, output.proposals.place),
         reference_boxes=output.proposals.boxes,
         slot=output.slot,
         group=output.slot,

@@ -120,6 +120,16 @@ def inside(network: nn.Module, *parts: str) -> tuple[str, ...]:
     return tuple(key for key in network.state_dict() if key in parts or key.startswith(modules))
 
 
+def mean_feature(network: Detector) -> tuple[Float[Tensor, "d"], tuple[str, ...]]:
+    """What a query contains of its place's feature, averaged over places; and the keys that it is made of."""
+    mean, place = network.proposals.norm.bias.detach(), network.class_queries.place
+    if place is not None:
+        return place(mean), (*inside(network, "class_queries.place"), "proposals.norm.bias")
+    if network.config.queries.content == "place_only":
+        return mean, ("proposals.norm.bias",)
+    return torch.zeros_like(mean), ()
+
+
 def of_norms(network: nn.Module, *statistics: ActivationStatistics) -> tuple[str, ...]:
     """The scales and shifts of norms that these statistics were read from."""
     names = {norm: name for name, norm in network.named_modules()}

@@ -104,10 +104,10 @@ class EncoderConfig(Config):
     points: int = Field(4, ge=1, le=64)
     """Sampling points a head and level (`deformable`)."""
     feed_forward: int = Field(2048, ge=1, le=65_536)
+    """Hidden width of the feed-forward parts."""
     activation: Literal["relu", "prelu"] = "relu"
     """Inside the feed-forward parts. `prelu`: what is below zero is multiplied by a number that each layer learns
     (DAB-DETR; `plain`)."""
-    """Hidden width of the feed-forward parts."""
     positions: Literal["scaled", "centred", "counted", "none"] = "scaled"
     """What is encoded. `scaled`: rows and columns counted from 1, scaled so that the last is 2 pi (DINO). `centred`:
     cell centres, scaled alike (Deformable DETR; for `deformable`). `counted`: unscaled (RT-DETR; for `hybrid`). `none`:

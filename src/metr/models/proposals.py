@@ -197,9 +197,9 @@ class ClassQueries(nn.Module):
     """Queries of proposals. Content = learned query (by rank in its category's group) + the category's refined token.
 
     With `content: place` a linear layer of the feature of the query's place is added, without gradient to the feature
-    (as in DINO and RT-DETR). With `place_only` it is all the content, with `learned_only` the learned query is, with
-    `box_only` the decoder makes the content (`decoder.positions: first`). With `start: shifted` a query starts from its
-    proposal's box, moved by a learned shift of its rank.
+    (as in DINO). With `place_only` the feature itself is all the content (as in RT-DETR), with `learned_only` the
+    learned query is, with `box_only` the decoder makes the content (`decoder.positions: first`). With `start: shifted`
+    a query starts from its proposal's box, moved by a learned shift of its rank.
     """
 
     def __init__(self, width: int, config: QueryConfig) -> None:
@@ -207,7 +207,7 @@ class ClassQueries(nn.Module):
         self.config = config
         ranks = config.number if config.layout == "places" else config.ceiling
         self.learned = None if config.content in ("place_only", "box_only") else nn.Embedding(ranks, width)
-        self.place = nn.Linear(width, width) if config.content in ("place", "place_only") else None
+        self.place = nn.Linear(width, width) if config.content == "place" else None
         self.shift = _no_shifts(ranks) if config.start == "shifted" else None
         self.together = config.attention == "image"
 
@@ -234,6 +234,8 @@ class ClassQueries(nn.Module):
         )
 
     def _content(self, rank: Tensor, slot: Tensor, features: Tensor, categories: Categories) -> Float[Tensor, "b n d"]:
+        if self.config.content == "place_only":
+            return features.detach()
         parts = []
         if self.learned is not None:
             parts.append(self.learned(rank))

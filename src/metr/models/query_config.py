@@ -78,10 +78,10 @@ class QueryConfig(Config):
     """How many queries start from each learned box, each with another learned content, which it shares with one query
     of every other box (DAB-DETR; `content: patterns`)."""
     content: Literal["learned", "place", "place_only", "learned_only", "box_only", "none", "patterns"] = "learned"
-    """`learned`: a learned query and the category's token. `place`: the same and the feature of the query's place.
-    `place_only`, `learned_only`: that feature, or the learned query, without the category's token. `box_only`: only
-    what the decoder adds for the query's box (`decoder.positions: first`). `none`: zeros (`places: learned` and
-    `learned_boxes`). `patterns`: a learned one that many queries share (`places: learned_boxes`)."""
+    """`learned`: a learned query and the category's token. `place`: the same and a linear layer of the feature of the
+    query's place. `place_only`, `learned_only`: that feature itself, or the learned query, and nothing else.
+    `box_only`: only what the decoder adds for the query's box (`decoder.positions: first`). `none`: zeros (`places:
+    learned` and `learned_boxes`). `patterns`: a learned one that many queries share (`places: learned_boxes`)."""
     start: Literal["proposal", "shifted"] = "proposal"
     """The box that a query starts from: its proposal's, or that moved by a learned shift of its rank (LW-DETR)."""
     one_to_many: OneToManyConfig = OneToManyConfig()

@@ -12,7 +12,7 @@ from torch import Tensor
 from metr.conversion.published import PickledCheckpoint
 from metr.conversion.published.timm import numbered, resnet_options, resnet_rows
 from metr.conversion.table import Row
-from metr.conversion.targets.base import ADOPTED_QUERIES, Adopted, equal_presence, unmoved_content
+from metr.conversion.targets.base import ADOPTED_QUERIES, Adopted, equal_presence
 from metr.data.config import ResizeConfig
 from metr.errors import ModelError
 from metr.models.config import (
@@ -154,7 +154,7 @@ def read_dino(checkpoint: PickledCheckpoint, where: object = None) -> DinoFile:
     rows = (*(AUTHORS if authors else _dino_rows(config)), *resnet_rows(_BODY, "backbone.network."))
     return DinoFile(
         title="METR of its authors" if authors else "DINO",
-        adopted=Adopted(config=config) if authors else _adopted(config, state),
+        adopted=Adopted(config=config) if authors else _adopted(config),
         rows=rows,
         state=state,
         names=() if authors or len(state.get(f"{_CLASS}.0.bias", ())) != len(COCO) else COCO,
@@ -183,7 +183,7 @@ def _dino_rows(config: DetectorConfig) -> tuple[Row, ...]:
     return (*(row for row in rows if not row.theirs.startswith(f"{_BOX}.")), *chain(*heads))
 
 
-def _adopted(config: DetectorConfig, state: Mapping[str, Tensor]) -> Adopted:
+def _adopted(config: DetectorConfig) -> Adopted:
     """What METR must be beside its configuration to find what DINO finds; a file without class heads gives none."""
     if config.similarity.form != "classifier":
         return Adopted(config=config)
@@ -192,8 +192,7 @@ def _adopted(config: DetectorConfig, state: Mapping[str, Tensor]) -> Adopted:
         heads["decoder.similarity"] = f"{_CLASS}.0"
     else:
         heads |= {f"decoder.similarity.{n}": f"{_CLASS}.{n}" for n in range(config.decoder.layers)}
-    content = {} if _QUERIES in state else unmoved_content(config.width)
-    return Adopted(config=config, derived=content | equal_presence(config.width), class_heads=heads)
+    return Adopted(config=config, derived=equal_presence(config.width), class_heads=heads)
 
 
 def _config(state: Mapping[str, Tensor], options: Mapping[str, Any], authors: bool, where: object) -> DetectorConfig:

@@ -324,15 +324,6 @@ ADOPTED_QUERIES = {"layout": "places", "content": "place_only", "attention": "im
 """Queries of a METR that looks where another detector looks: at its best places, whatever the category."""
 
 
-def unmoved_content(width: int) -> dict[str, Derived]:
-    """A query contains the feature of its place as it is."""
-    key, how = "class_queries.place", "identity"
-    return {
-        f"{key}.weight": Derived(tensor=torch.eye(width), how=how),
-        f"{key}.bias": Derived(tensor=torch.zeros(width), how=how),
-    }
-
-
 def equal_presence(width: int) -> dict[str, Derived]:
     """Presence is the same for every name, as nobody has taught it yet."""
     key, how = "category_extraction.presence.feature.2", "nothing: presence was never taught"

@@ -128,7 +128,7 @@ def box_rows(quality_layers: int) -> tuple[Row, ...]:
 
 def differences(config: DetectorConfig) -> tuple[str, ...]:
     """What D-FINE computes otherwise."""
-    said = [rt_detr.PLACES]
+    said = [*rt_detr.queries_differ(config)]
     if config.decoder.kind != TARGET.decoder:
         said += [
             "attention to the memory has no values and outputs of its own, and a gate: these start afresh",

@@ -8,7 +8,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from metr.conversion.activation_statistics import box_position, four_encodings, inside, of_contents, of_places
+from metr.conversion.activation_statistics import (
+    box_position,
+    four_encodings,
+    inside,
+    mean_feature,
+    of_contents,
+    of_places,
+)
 from metr.conversion.classifier import Linear, fit_stacked_norm, place_classifier
 from metr.conversion.table import Row, State, backbone_rows
 from metr.conversion.targets.base import (
@@ -146,13 +153,11 @@ def _queries(context: Context) -> dict[str, Derived]:
     content = context.contents.mean(0)
     if network.class_queries.learned is not None:
         content = content + network.class_queries.learned.weight.mean(0)
-    if network.class_queries.place is not None:
-        content = content + network.class_queries.place(network.proposals.norm.bias)
+    feature, of_feature = mean_feature(network)
+    content = content + feature
     fit = fit_stacked_norm(position, content, partial(four_encodings, width=width))
     stacked, norm = fit.layers
-    source = inside(network, "decoder.position", "class_queries") + of_contents(network)
-    if network.class_queries.place is not None:
-        source += ("proposals.norm.bias",)
+    source = (*inside(network, "decoder.position", "class_queries"), *of_contents(network), *of_feature)
     scale = {"weight": norm.weight.diagonal().clone(), "bias": norm.bias}
     return given_layer("model.pos_trans", stacked, str(fit), source) | {
         f"model.pos_trans_norm.{name}": Derived(tensor=value, how=str(fit), source=source)
@@ -171,8 +176,8 @@ def _kept_queries(context: Context) -> dict[str, Derived]:
         content, source = content + context.contents.mean(0), source + of_contents(network)
     if queries.learned is not None:
         content = content + queries.learned.weight.mean(0)
-    if queries.place is not None:
-        content, source = content + queries.place(network.proposals.norm.bias), (*source, "proposals.norm.bias")
+    feature, of_feature = mean_feature(network)
+    content, source = content + feature, (*source, *of_feature)
     how = "" if network.config.queries.content == "box_only" else "shifted by contents"
     norms = {"weight": scale, "bias": shift + torch.cat([torch.zeros_like(content), content])}
     exact = Linear(weight=_x_before_y(weight), bias=made.get_parameter("0.bias"))

@@ -182,7 +182,7 @@ def _same_positions(config: DetectorConfig) -> bool:
 def differences(config: DetectorConfig) -> tuple[str, ...]:
     """What DEIMv2 computes otherwise."""
     encoder, decoder = config.encoder, config.decoder
-    said = [rt_detr.PLACES, *rt_detr.positions_differ(config)]
+    said = [*rt_detr.queries_differ(config), *rt_detr.positions_differ(config)]
     if (encoder.fusion, encoder.fusion_inputs) != ("elan", "sum"):
         said.append("its fusions add two levels and aggregate all stages; this METR's do not, and start afresh")
     if (decoder.norm, decoder.activation) != ("rms", "swiglu"):

@@ -7,7 +7,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from metr.conversion.activation_statistics import inside, of_contents, of_layer_head, of_normed_head, of_places
+from metr.conversion.activation_statistics import (
+    mean_feature,
+    of_contents,
+    of_layer_head,
+    of_normed_head,
+    of_places,
+)
 from metr.conversion.classifier import layer_classifier, normed_classifier, place_classifier
 from metr.conversion.table import Row, State, backbone_rows
 from metr.conversion.targets.base import (
@@ -178,9 +184,9 @@ def _queries(context: Context) -> dict[str, Derived]:
     if network.config.queries.content in ("learned", "place"):
         content = content + context.contents.mean(0)
         source += of_contents(network)
-    if own.place is not None:
-        content = content + own.place(network.proposals.norm.bias)
-        source += [*inside(network, "class_queries.place"), "proposals.norm.bias"]
+    feature, of_feature = mean_feature(network)
+    content = content + feature
+    source += of_feature
     whole = own.learned is not None and own.learned.num_embeddings == number and len(source) == 1
     how = "" if whole else "computed: learned queries, names and places"
     queries = {QUERIES: Derived(tensor=content, how=how, source=tuple(source))}

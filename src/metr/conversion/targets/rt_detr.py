@@ -36,7 +36,6 @@ from metr.conversion.targets.base import (
     linear,
     mlp,
     need_options,
-    unmoved_content,
 )
 from metr.conversion.targets.identity_layers import BLOCKS, memory_projection, passing_blocks
 from metr.conversion.targets.sampling_points import even_sampling
@@ -45,8 +44,6 @@ from metr.models.config import BackboneConfig, DetectorConfig, EncoderConfig, Si
 from metr.models.detector import Detector
 from metr.models.encoders.hybrid import HybridEncoder
 
-PLACES = "queries start from the features of places; METR's from learned ones and the category's token"
-"""What distinguishes the queries of RT-DETR and its successors from METR's."""
 ADDED = "its fusions concatenate two levels; this METR's add them, and the convolutions before them start afresh"
 # the least distance from 0 and 1 of a box's numbers that it refines
 _MARGIN = 1e-5
@@ -243,7 +240,7 @@ def _positions(network: Detector) -> dict[str, Derived]:
 
 def differences(config: DetectorConfig) -> tuple[str, ...]:
     """What RT-DETR computes otherwise."""
-    said = [PLACES, *positions_differ(config)]
+    said = [*queries_differ(config), *positions_differ(config)]
     if config.decoder.kind == "distribution":
         said += [
             "attention to the memory has values and outputs of its own, and no gate: these start afresh",
@@ -268,6 +265,18 @@ def decoder_differs(config: DetectorConfig) -> tuple[str, ...]:
     if (config.decoder.norm, config.decoder.activation) == ("layer", "relu"):
         return ()
     return ("its decoder has layer norms and feed-forward parts without a gate, which this METR's has not",)
+
+
+def queries_differ(config: DetectorConfig) -> tuple[str, ...]:
+    """What is said of queries that neither start nor end as those of RT-DETR and its successors."""
+    content, said = config.queries.content, list[str]()
+    if content != "place_only":
+        said.append(
+            f"queries start from the features of places alone; this METR's otherwise (queries.content {content!r})"
+        )
+    elif config.decoder.predictors != "layer":
+        said.append("heads read a layer's output as it is; this METR's read it after a norm (decoder.predictors layer)")
+    return tuple(said)
 
 
 def positions_differ(config: DetectorConfig) -> tuple[str, ...]:
@@ -322,7 +331,7 @@ def adopted(
     layers = {f"decoder.similarity.{n}": f"{_DECODER}.class_embed.{n}" for n in range(config.decoder_layers)}
     return Adopted(
         config=around(encoder, config, backbone, exact, ADOPTED_QUERIES, similarity),
-        derived=even_sampling(config, state) | unmoved_content(width) | equal_presence(width),
+        derived=even_sampling(config, state) | equal_presence(width),
         class_heads={"proposals.classifier": "model.enc_score_head"} | layers,
     )
 
