@@ -1,12 +1,13 @@
 """What a reader of piped output gets: no line wrapped, nothing padded, no level names before information."""
 
+import io
 import logging
 import sys
 from pathlib import Path
 
 import pytest
 
-from metr.cli.output import LogHandler
+from metr.cli.output import LogHandler, SafeConsole
 
 from tiny import CommandLine, TinyRun, train_arguments
 
@@ -65,3 +66,16 @@ def test_piped_tables_are_not_wrapped_at_80_columns(metr: CommandLine, tiny_run:
 def test_detect_and_transfer_begin_at_once(metr: CommandLine, tiny_run: TinyRun, tmp_path: Path) -> None:
     check_lines(metr("detect", tiny_run.folder, tiny_run.unseen[0], "-o", tmp_path / "found").out)
     check_lines(metr("transfer", tiny_run.folder, "--to", "rt_detr", "-o", tmp_path / "detector").out)
+
+
+@pytest.mark.parametrize(("terminal", "wide"), [(False, 80), (True, 120)])
+def test_a_title_is_a_line_of_the_terminal_or_of_eighty_characters(terminal: bool, wide: int) -> None:
+    """Where there is no terminal lines have no limit, and this one filled hundreds of screens."""
+    page = io.StringIO()
+    console = SafeConsole(file=page, width=120 if terminal else 100_000, force_terminal=terminal, color_system=None)
+    console.rule("how good is it?")
+    console.print("word " * 30, soft_wrap=True)
+    first, second, *_ = page.getvalue().splitlines()
+    assert len(first) == wide
+    assert " how good is it? " in first
+    assert len(second) == 150, "other lines have no limit"

@@ -19,6 +19,8 @@ PIPED_WIDTH = 10_000
 
 # where it is logged that an image cannot be read
 _READS_IMAGES = "metr.data.loading"
+# characters of a line across, where there is no terminal
+_RULE = 80
 # names that a line tells
 _NAMES = 12
 
@@ -30,6 +32,14 @@ class SafeConsole(Console):
         """The segments of what is printed; styles and what moves the cursor are the console's own, and stay."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=shown(segment.text))
+
+    def rule(self, title: Any = "", **options: Any) -> None:
+        """A title in a line across the terminal; of 80 characters where there is none."""
+        wide, self.width = self.width, self.width if self.is_terminal else min(self.width, _RULE)
+        try:
+            super().rule(title, **options)
+        finally:
+            self.width = wide
 
 
 def output_console(*, stderr: bool = False) -> Console:
