@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from rich.console import Console
 
 from metr.checkpoint import load_checkpoint
@@ -40,7 +41,7 @@ from metr.training.train import train
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
 DATASETS = ("aquarium", "bccd", "chess_pieces", "coco_mini", "doc_tables", "endangered_animals", "playing_cards")
-REPORT, BEGUN = "report.json", "run.json"
+REPORT, BEGUN, LOCK = "report.json", "run.json", "run.lock"
 
 # last words of settings that decide how a run is logged, saved and fed, and nothing of its result
 _DECIDE_NOTHING = frozenset(
@@ -183,7 +184,20 @@ class Run:
             raise ConfigError(f"the run was made with {', '.join(other[:_LISTED])}{more}", where=self.folder, hint=hint)
 
     def execute(self, console: Console) -> bool:
-        """Does what is left to do; False where it was interrupted."""
+        """Does what is left to do, or waits for another process that does it; False where it was interrupted."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.folder / LOCK)
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            console.print(f"another process is at it, waiting: {self.title}", markup=False)
+            lock.acquire()
+        try:
+            return self._execute(console)
+        finally:
+            lock.release()
+
+    def _execute(self, console: Console) -> bool:
         if self.finished:
             return True
         console.rule(self.title)

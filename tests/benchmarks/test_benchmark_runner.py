@@ -1,7 +1,11 @@
 """What all studies run on: runs are resumable, say what made them, and runs of different settings are never mixed."""
 
+import io
 import json
+import threading
+import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -93,6 +97,33 @@ def test_a_file_that_was_cut_short_is_named(runner: ModuleType, tmp_path: Path) 
     (run.folder / "run.json").write_text('{"settings"')
     with pytest.raises(CheckpointError, match=r"run\.json"):
         run.check()
+
+
+def test_a_run_that_another_process_does_is_waited_for(runner: ModuleType, tmp_path: Path) -> None:
+    """It is not done twice, and nobody else writes into its folder meanwhile."""
+    done: list[str] = []
+    began, go_on = threading.Event(), threading.Event()
+
+    def work() -> dict[str, int]:
+        done.append("work")
+        began.set()
+        assert go_on.wait(60)
+        return {"ap": 9}
+
+    page = io.StringIO()
+    run = runner.Run(folder=tmp_path / "run", title="a run", settings={}, work=work)
+    with ThreadPoolExecutor(2) as both:  # each with a lock of its own, as two processes
+        first = both.submit(run.execute, QUIET)
+        assert began.wait(60)
+        second = both.submit(run.execute, Console(file=page))
+        while "another process is at it, waiting: a run" not in page.getvalue():
+            time.sleep(0.01)
+        assert not second.done()
+        go_on.set()
+        assert first.result(60)
+        assert second.result(60)
+    assert done == ["work"]
+    assert run.report()["ap"] == 9
 
 
 def test_a_study_ends_where_a_run_was_stopped(runner: ModuleType, tmp_path: Path) -> None:
