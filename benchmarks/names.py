@@ -182,7 +182,7 @@ def aps(scorer: CocoScorer, found: Mapping[int | str, Detections]) -> dict[str, 
 def ask(
     model: METR, one: Encoded, names: Sequence[str], called: Sequence[str] | None = None
 ) -> dict[int | str, Detections]:
-    """What is found in each image when it is asked for these names, as a predictor asks; `called`: what they stand for."""
+    """What is found in each image when it is asked for these names, as a predictor asks; `called`: what they mean."""
     predictor = model.predictor(names)
     text = model.network.project(predictor.text)
     found: dict[int | str, Detections] = {}
