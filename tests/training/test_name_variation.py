@@ -43,7 +43,7 @@ def embed(words: Vocabulary) -> Tensor:
 
 
 def words() -> OtherWords:
-    sources = (source("blood", "cell fish", synonyms=BLOOD), source("blocks", "cone cube", absent=("ball",)))
+    sources = (source("blood", "cell fish", synonyms=BLOOD), source("blocks", "cone cube", absent=("ball", "fish")))
     found = other_words(sources, VOCABULARY, embed)
     assert found is not None
     return found
@@ -60,14 +60,21 @@ def test_words_are_read_and_known_by_dataset() -> None:
     assert torch.equal(found.synonyms, TEXT[4:7])
     assert torch.equal(found.absent, TEXT[7:8])
     assert {name: known.tolist() for name, known in found.absent_from.items()} == {"blood": [False], "blocks": [True]}
+    assert {name: known.nonzero().flatten().tolist() for name, known in found.absent_names.items()} == {
+        "blood": [],
+        "blocks": [3],
+    }
     assert other_words((source("blood", "cell"),), VOCABULARY, embed) is None
+    names = other_words((source("blood", "cell", absent=("cone",)),), VOCABULARY, embed)
+    assert names is not None
+    assert NameVariation(TEXT[:4], names, NameVariationConfig(), 0).named(3).equal(TEXT[:4]), "names alone are known"
 
 
 @pytest.mark.parametrize(
     ("first", "second", "said"),
     [
         ({"synonyms": {"cell": ("cube",)}}, {}, "blood: `synonyms` has 'cube', which is a category"),
-        ({"absent": ("cube",)}, {}, "blood: `absent` has 'cube', which is a category"),
+        ({"absent": ("fish",)}, {}, "blood: `absent` has 'fish', which is its category"),
         ({"absent": (" ",)}, {}, "blood: `absent` has an empty word"),
         (
             {"synonyms": {"cell": ("a thing",)}},
@@ -77,7 +84,7 @@ def test_words_are_read_and_known_by_dataset() -> None:
         (
             {"synonyms": {"cell": ("corpuscle",)}, "absent": ("corpuscle",)},
             {},
-            "blood: 'corpuscle' is in `absent`, and a synonym of 'cell', which the dataset has",
+            "blood: `absent` has 'corpuscle', which is a synonym of its category 'cell'",
         ),
     ],
 )
@@ -143,7 +150,11 @@ def test_absent_words_are_asked_for_and_known_where_the_dataset_says_so() -> Non
         assert [text[label].argmax().item() for label in asked.labels[asked.is_object]] == [3, 1, 2]
         assert torch.equal(asked.boxes, targets.boxes)
     without = StepTargets(TEXT[:4], LoopConfig(), None, variation=variation(absent=0))
-    assert without.variation is None, "nothing is drawn where nothing changes"
+    text, asked = without(batch(targets, "blood", "blocks"), None, 0)
+    assert torch.equal(text, TEXT[:4])
+    assert asked.annotated.tolist() == [[True, False, False, True], [False, True, True, True]], "no fish is a block"
+    nothing = NameVariation(TEXT[:4], None, NameVariationConfig(), 0)
+    assert StepTargets(TEXT[:4], LoopConfig(), None, variation=nothing).variation is None
 
 
 def test_a_run_is_trained_by_its_words_and_knows_them_afterwards(

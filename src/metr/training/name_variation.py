@@ -25,19 +25,21 @@ Embed = Callable[[Vocabulary], Float[Tensor, "n t"]]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class OtherWords:
-    """Embeddings of words that are no names of the vocabulary.
+    """Embeddings of words that are no names of the vocabulary, and which words are absent where.
 
     Attributes:
         synonyms: The text of each synonym.
         meant: The row of the vocabulary that each of them means.
         absent: The text of each word for what some dataset never shows.
         absent_from: For each dataset, which of these words.
+        absent_names: For each dataset, which names of the vocabulary are none of its own, and absent.
     """
 
     synonyms: Float[Tensor, "s t"]
     meant: Int[Tensor, "s"]
     absent: Float[Tensor, "a t"]
     absent_from: Mapping[str, Bool[Tensor, "a"]]
+    absent_names: Mapping[str, Bool[Tensor, "v"]]
 
 
 def other_words(sources: Sequence[DatasetSource], vocabulary: Vocabulary, embed: Embed) -> OtherWords | None:
@@ -49,45 +51,59 @@ def other_words(sources: Sequence[DatasetSource], vocabulary: Vocabulary, embed:
         embed: The text encoder.
 
     Raises:
-        DataError: a word is a name of the vocabulary, means two names, or is both a synonym and absent in one dataset.
+        DataError: a synonym is a name of the vocabulary or means two names, or an absent word is one of its dataset's.
     """
-    meant: dict[str, str] = {}
-    for source in sources:
-        for name, words in source.config.synonyms.items():
-            for word in map(str.strip, words):
-                _check_word(word, "synonyms", source, vocabulary)
-                if meant.setdefault(word, name) != name:
-                    what = f"`synonyms` gives {word!r} for {name!r} and for {meant[word]!r}"
-                    raise DataError(
-                        what, where=source.name, hint="give a word for one name; for both, rename them alike"
-                    )
-    absent = {source.name: tuple(map(str.strip, source.config.absent)) for source in sources}
-    for source in sources:
-        for word in absent[source.name]:
-            _check_word(word, "absent", source, vocabulary)
-            if meant.get(word) in source.categories:
-                what = f"{word!r} is in `absent`, and a synonym of {meant[word]!r}, which the dataset has"
-                raise DataError(what, where=source.name, hint="take it out of one of the two")
-    never = tuple(dict.fromkeys(word for words in absent.values() for word in words))
-    if not meant and not never:
+    meant = _meant(sources, vocabulary)
+    absent = {source.name: _absent(source, meant) for source in sources}
+    never = tuple(dict.fromkeys(word for words in absent.values() for word in words if word not in vocabulary))
+    if not meant and not any(absent.values()):
         return None
-    text = embed(Vocabulary.of(tuple(dict.fromkeys((*meant, *never)))))
-    rows = {word: row for row, word in enumerate(dict.fromkeys((*meant, *never)))}
+    every = tuple(dict.fromkeys((*meant, *never)))
+    text = embed(Vocabulary.of(every)) if every else torch.zeros(0, 0)
+    rows = {word: row for row, word in enumerate(every)}
     return OtherWords(
         synonyms=text[[rows[word] for word in meant]],
         meant=torch.tensor([vocabulary.index_of(name) for name in meant.values()], dtype=torch.int64),
         absent=text[[rows[word] for word in never]],
-        absent_from={name: torch.tensor([word in words for word in never]) for name, words in absent.items()},
+        absent_from={
+            name: torch.tensor([word in words for word in never], dtype=torch.bool) for name, words in absent.items()
+        },
+        absent_names={name: torch.tensor([one in words for one in vocabulary.names]) for name, words in absent.items()},
     )
 
 
-def _check_word(word: str, key: str, source: DatasetSource, vocabulary: Vocabulary) -> None:
-    if not word:
+def _meant(sources: Sequence[DatasetSource], vocabulary: Vocabulary) -> dict[str, str]:
+    """The name that each synonym means."""
+    meant: dict[str, str] = {}
+    for source in sources:
+        for name, words in source.config.synonyms.items():
+            for word in _words(words, "synonyms", source):
+                if word in vocabulary:
+                    what, hint = f"`synonyms` has {word!r}, which is a category", "`renames` makes one of two names"
+                    raise DataError(what, where=source.name, hint=f"take it out; {hint}")
+                if meant.setdefault(word, name) != name:
+                    what = f"`synonyms` gives {word!r} for {name!r} and for {meant[word]!r}"
+                    hint = "give a word for one name; `renames` makes one of two names"
+                    raise DataError(what, where=source.name, hint=hint)
+    return meant
+
+
+def _absent(source: DatasetSource, meant: Mapping[str, str]) -> frozenset[str]:
+    """What a dataset never shows."""
+    words = frozenset(_words(source.config.absent, "absent", source))
+    for word in sorted(words):
+        name = meant.get(word, word)
+        if name in source.categories:
+            kind = "is its category" if name == word else f"is a synonym of its category {name!r}"
+            raise DataError(f"`absent` has {word!r}, which {kind}", where=source.name, hint="take it out")
+    return words
+
+
+def _words(words: Sequence[str], key: str, source: DatasetSource) -> list[str]:
+    stripped = [word.strip() for word in words]
+    if not all(stripped):
         raise DataError(f"`{key}` has an empty word", where=source.name, hint="write a word, or take it out")
-    if word in vocabulary:
-        what = f"`{key}` has {word!r}, which is a category"
-        hint = "take it out; `renames` makes one category of two names"
-        raise DataError(what, where=source.name, hint=hint)
+    return stripped
 
 
 class NameVariation:
@@ -105,13 +121,10 @@ class NameVariation:
     def __init__(
         self, text: Float[Tensor, "v t"], words: OtherWords | None, config: NameVariationConfig, seed: int
     ) -> None:
-        none = text[:0].cpu()
-        self.words = words or OtherWords(
-            synonyms=none, meant=torch.zeros(0, dtype=torch.int64), absent=none, absent_from={}
-        )
-        self.text, self.config, self.seed = text, config, seed
-        self._choices = torch.cat([text, self.words.synonyms.to(text)])
-        meant = self.words.meant
+        none, self.words, self.text, self.config, self.seed = text[:0], words, text, config, seed
+        meant = torch.zeros(0, dtype=torch.int64) if words is None else words.meant
+        self.absent = none if words is None else words.absent.reshape(-1, text.shape[1]).to(text)
+        self._choices = text if words is None else torch.cat([text, words.synonyms.reshape(-1, text.shape[1]).to(text)])
         self._count = torch.bincount(meant, minlength=len(text))
         order = torch.argsort(meant, stable=True)
         self._first = self._count.cumsum(0) - self._count  # where a name's synonyms begin in this order
@@ -120,8 +133,7 @@ class NameVariation:
     @property
     def changes_nothing(self) -> bool:
         """Whether all steps are asked for the names as they are."""
-        varied = self.config.synonyms > 0 and len(self.words.synonyms) > 0
-        return not (varied or self.config.noise > 0 or (self.config.absent > 0 and len(self.words.absent) > 0))
+        return self.words is None and not self.config.noise
 
     def named(self, first: int) -> Float[Tensor, "v t"]:
         """The text of the whole vocabulary in the step whose samples begin with number `first`."""
@@ -138,7 +150,19 @@ class NameVariation:
         noise = torch.from_numpy(random.standard_normal(tuple(text.shape))).to(text)
         return normalize(text + noise * (self.config.noise / text.shape[1] ** 0.5), dim=-1)
 
-    def with_absent(
+    def with_absent_names(self, targets: Targets, datasets: Sequence[str]) -> Targets:
+        """The targets of the whole vocabulary, with what each image's dataset says never to show.
+
+        Args:
+            targets: Indexed by the vocabulary.
+            datasets: The dataset of each image.
+        """
+        if self.words is None:
+            return targets
+        known = torch.stack([self.words.absent_names[dataset] for dataset in datasets]).to(targets.annotated)
+        return replace(targets, annotated=targets.annotated | known)
+
+    def with_absent_words(
         self, text: Float[Tensor, "n t"], targets: Targets, datasets: Sequence[str], first: int
     ) -> tuple[Float[Tensor, "m t"], Targets]:
         """The same with some words, as categories that are annotated, and absent, where a dataset never shows them.
@@ -149,13 +173,15 @@ class NameVariation:
             datasets: The dataset of each image.
             first: The number of the step's first sample.
         """
-        number = min(self.config.absent, len(self.words.absent))
-        if not number:
+        number = min(self.config.absent, len(self.absent))
+        if self.words is None or not number:
             return text, targets
         random = generator(self.seed, RandomStream.ABSENT, first)
-        chosen = torch.from_numpy(random.choice(len(self.words.absent), number, replace=False))
-        known = torch.stack([self.words.absent_from[dataset][chosen] for dataset in datasets])
-        annotated = torch.cat([targets.annotated, known.to(targets.annotated)], dim=1)
-        assumed = torch.cat([targets.assumed_negative, torch.zeros_like(known).to(targets.annotated)], dim=1)
-        wider = replace(targets, annotated=annotated, assumed_negative=assumed)
-        return torch.cat([text, self.words.absent[chosen].to(text)]), wider
+        chosen = torch.from_numpy(random.choice(len(self.absent), number, replace=False))
+        known = torch.stack([self.words.absent_from[dataset][chosen] for dataset in datasets]).to(targets.annotated)
+        wider = replace(
+            targets,
+            annotated=torch.cat([targets.annotated, known], dim=1),
+            assumed_negative=torch.cat([targets.assumed_negative, torch.zeros_like(known)], dim=1),
+        )
+        return torch.cat([text, self.absent[chosen.to(text.device)]]), wider
