@@ -278,16 +278,20 @@ def training_run(
     data: Sequence[str],
     title: str,
     quick: EvaluationConfig | None = None,
+    allow_empty: bool = False,
 ) -> Run:
-    """A run that trains METR on datasets (name=folder); `quick` says how evaluations during training are made.
+    """A run that trains METR on datasets (name=folder); `quick` says how evaluations during training are made,
+    `allow_empty` that a split may have lost most of its boxes.
 
     The checkpoint to use is `folder / "last"`, not the best: choosing by the images that are reported would flatter.
     """
 
     def work() -> Tree | None:
         resume = RunDirectory(folder).resumable
-        stopped = train(data, folder, recipe, resume=resume, console=study.console, evaluation=quick).interrupted
-        return None if stopped else {"data": list(data), **training_cost(folder)}
+        outcome = train(
+            data, folder, recipe, resume=resume, console=study.console, evaluation=quick, allow_empty=allow_empty
+        )
+        return None if outcome.interrupted else {"data": list(data), **training_cost(folder)}
 
     names = [one.partition("=")[0] for one in data]
     return Run(folder=folder, title=title, settings={"datasets": names, "configuration": recipe}, work=work)
