@@ -24,6 +24,7 @@ from rich.console import Console
 from metr.checkpoint import load_checkpoint
 from metr.cli.output import show_log
 from metr.config import Config, Tree, merge, parse_overrides, read_yaml
+from metr.data.dataset_config import DatasetConfig
 from metr.data.datasets_file import DatasetSource
 from metr.data.formats.registry import recognise
 from metr.data.joint import open_joint
@@ -124,13 +125,36 @@ def distinct_datasets(study: Study, names: Sequence[str]) -> list[str]:
 def _renamed(study: Study, argument: str, source: DatasetSource, often: Mapping[str, int]) -> str:
     """A dataset with other names for those that others have too, as a datasets file in the folder of runs."""
     renames = {name: f"{source.name} {name}" for name in source.categories if often[name] > 1}
-    if not renames:
-        return argument
-    config = source.renamed(renames).config.model_dump(mode="json", exclude_defaults=True)
-    config["path"] = str(Path(source.config.path).resolve())
-    file = study.out / "datasets" / f"{source.name}.yaml"
+    return datasets_file(study, source.renamed(renames).config) if renames else argument
+
+
+def with_words(study: Study, arguments: Sequence[str], words: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Datasets as METR's verbs take them, with the `synonyms` and `absent` words that `words` has for some of them.
+
+    Synonyms that are a category of one of the datasets are left out: such names are different things to METR.
+    """
+    sources = open_joint(arguments).sources
+    names = {name for source in sources for name in source.categories}
+    result = []
+    for argument, source in zip(arguments, sources, strict=True):
+        own = words.get(source.name, {})
+        synonyms = {
+            name: tuple(word for word in several if word not in names)
+            for name, several in own.get("synonyms", {}).items()
+        }
+        absent = tuple(word for word in own.get("absent", ()) if word not in source.categories)
+        config = source.config.model_copy(update={"synonyms": synonyms, "absent": absent})
+        result.append(datasets_file(study, config) if own else argument)
+    return result
+
+
+def datasets_file(study: Study, config: DatasetConfig) -> str:
+    """A dataset with these options as a datasets file in the folder of runs; gives the file's path."""
+    values = config.model_dump(mode="json", exclude_defaults=True)
+    values["path"] = str(Path(config.path).resolve())
+    file = study.out.with_name(f"{study.out.name}-datasets") / f"{config.name}.yaml"
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({"datasets": [config]}, indent=1), encoding="utf-8")
+    file.write_text(json.dumps({"datasets": [values]}, indent=1), encoding="utf-8")
     return str(file)
 
 
@@ -254,16 +278,20 @@ def training_run(
     data: Sequence[str],
     title: str,
     quick: EvaluationConfig | None = None,
+    allow_empty: bool = False,
 ) -> Run:
-    """A run that trains METR on datasets (name=folder); `quick` says how evaluations during training are made.
+    """A run that trains METR on datasets (name=folder); `quick` says how evaluations during training are made,
+    `allow_empty` that a split may have lost most of its boxes.
 
     The checkpoint to use is `folder / "last"`, not the best: choosing by the images that are reported would flatter.
     """
 
     def work() -> Tree | None:
         resume = RunDirectory(folder).resumable
-        stopped = train(data, folder, recipe, resume=resume, console=study.console, evaluation=quick).interrupted
-        return None if stopped else {"data": list(data), **training_cost(folder)}
+        outcome = train(
+            data, folder, recipe, resume=resume, console=study.console, evaluation=quick, allow_empty=allow_empty
+        )
+        return None if outcome.interrupted else {"data": list(data), **training_cost(folder)}
 
     names = [one.partition("=")[0] for one in data]
     return Run(folder=folder, title=title, settings={"datasets": names, "configuration": recipe}, work=work)

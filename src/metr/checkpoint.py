@@ -17,6 +17,7 @@ from metr.errors import CheckpointError, ConfigError
 from metr.models.config import DetectorConfig
 from metr.run_directory import CONFIG, WEIGHTS, existing_folder, find_checkpoint, replaced_file, replaced_folder
 from metr.serialization import read_json, read_tensors, write_json, write_tensors
+from metr.text.same_names import TrainedWords
 from metr.text.vocabulary import Vocabulary
 
 __all__ = [
@@ -87,22 +88,29 @@ class Checkpoint:
         return self.text_embeddings.shape[1]
 
 
-def renames_of(training: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-    """Names that categories had in the files of training's datasets, each with those that they were renamed to.
+def words_of(training: Mapping[str, Any]) -> TrainedWords:
+    """What the datasets of training called their categories beside names.
 
     Args:
         training: Facts about training (`Checkpoint.training`); those of earlier training lie within.
     """
-    found: dict[str, dict[str, None]] = {}
+    renames: dict[str, dict[str, None]] = {}
+    synonyms = set[str]()
     stage: Any = training
     while isinstance(stage, Mapping):
         datasets = stage.get("data")
         for facts in datasets.values() if isinstance(datasets, Mapping) else ():
-            renames = facts.get("renames") if isinstance(facts, Mapping) else None
-            for old, new in renames.items() if isinstance(renames, Mapping) else ():
-                found.setdefault(str(old), {})[str(new)] = None
+            for old, new in _mapping(facts, "renames").items():
+                renames.setdefault(str(old), {})[str(new)] = None
+            for words in _mapping(facts, "synonyms").values():
+                synonyms |= {str(word).strip() for word in words} if isinstance(words, (list, tuple)) else set()
         stage = stage.get("finetuned_from")
-    return {old: tuple(new) for old, new in found.items()}
+    return TrainedWords(renames={old: tuple(new) for old, new in renames.items()}, synonyms=frozenset(synonyms))
+
+
+def _mapping(facts: object, key: str) -> Mapping[Any, Any]:
+    value = facts.get(key) if isinstance(facts, Mapping) else None
+    return value if isinstance(value, Mapping) else {}
 
 
 def found_nothing(metrics: Mapping[str, Any]) -> bool:

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from metr.checkpoint import Checkpoint, find_checkpoint, found_nothing, load_checkpoint, renames_of, save_checkpoint
+from metr.checkpoint import Checkpoint, find_checkpoint, found_nothing, load_checkpoint, save_checkpoint, words_of
 from metr.data.config import ResizeConfig
 from metr.data.images import ImageSource
 from metr.devices import resolved_device
@@ -212,8 +212,8 @@ class METR:
         return self._untrained(fresh, self._text_encoder().embed(fresh))
 
     def _untrained(self, fresh: Vocabulary, text: Float[Tensor, "n t"]) -> tuple[Untrained, ...]:
-        renames = renames_of(self.checkpoint.training)
-        return untrained(fresh, text, self.names, self.checkpoint.text_embeddings, renames)
+        words = words_of(self.checkpoint.training)
+        return untrained(fresh, text, self.names, self.checkpoint.text_embeddings, words)
 
     def _trained_name(self, name: str, prompt: str | None, aliases: Mapping[str, str]) -> str | None:
         """The trained name that a name means, if training embedded it by the same prompt; else None."""

@@ -15,8 +15,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from metr.config import read_yaml
 from metr.data.joint import open_joint
 from metr.errors import CheckpointError, ConfigError
+
+from tiny import TinyRun
 
 CONFIGURATION = {"train": {"optimizer": {"learning_rate": 6e-4}, "loop": {"steps": 200, "log_every": 20}}}
 QUIET = Console(quiet=True)
@@ -191,3 +194,24 @@ def test_the_protocol_trains_on_all_of_train_where_there_is_no_val(
         "cards",
         {"train": 3, "val": 3},
     )
+
+
+def test_words_go_with_datasets_but_for_names_of_others(runner: ModuleType, tiny_run: TinyRun, tmp_path: Path) -> None:
+    study = runner.Study(name="any", profile="trial", data=tmp_path, out=tmp_path / "run", console=QUIET)
+    words = {"pond": {"synonyms": {"fish": ["trout", "book"]}, "absent": ["book", "ostrich", "frog"]}}
+    first, second, third = runner.with_words(study, tiny_run.data, words)
+    assert [second, third] == tiny_run.data[1:]
+    pond, desk, _ = open_joint([first, second, third]).sources
+    assert pond.config.synonyms == {"fish": ("trout",)}, "a book is something else on the desk"
+    assert pond.config.absent == ("book", "ostrich")
+    assert desk.config.absent == ()
+
+
+def test_every_dataset_of_words_has_names_and_none_is_absent_and_meant() -> None:
+    words = read_yaml(Path(__file__).resolve().parents[2] / "benchmarks/words.yaml")
+    assert len(words) == 24
+    for dataset, own in words.items():
+        meant = [word for several in own.get("synonyms", {}).values() for word in several]
+        assert len(meant) == len(set(meant)), dataset
+        assert not {*meant, *own.get("synonyms", {})} & set(own["absent"]), dataset
+        assert all(isinstance(word, str) and word.strip() == word for word in (*meant, *own["absent"])), dataset

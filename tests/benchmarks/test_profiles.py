@@ -9,7 +9,7 @@ import pytest
 from metr.config import leaves, merge, read_yaml
 from metr.training.config import RunConfig, load_recipe, packaged
 
-PROFILES = sorted((Path(__file__).resolve().parents[2] / "benchmarks/profiles").glob("*-*.yaml"))
+PROFILES = sorted((Path(__file__).resolve().parents[2] / "benchmarks/profiles").glob("*.yaml"))
 FOLLOWING = {
     "train.schedule.warmup_steps",
     "train.ema.decay",

@@ -45,9 +45,16 @@ OPTIONS = {
     "weight": 0.123456789,
     "splits": {"train": ("train", "valid")},
     "prompts": {"Platelets": "a platelet: small #1"},
+    "synonyms": {"red cell": ("erythrocyte", "no: 7")},
+    "absent": ("worm", "'odd: #word'"),
     "renames": {"RBC": "red cell"},
     "exhaustive": ("red cell", "Platelets"),
 }
+
+
+def test_no_key_is_forgotten() -> None:
+    """A key that is added has to be written too; `only`, `drop` and `ignore` have a test of their own."""
+    assert DatasetConfig.model_fields.keys() == OPTIONS.keys() | {"name", "path", "format", "only", "drop", "ignore"}
 
 
 @pytest.mark.parametrize("options", [{}, OPTIONS])

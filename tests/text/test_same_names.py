@@ -9,7 +9,15 @@ import torch
 from torch.nn.functional import normalize
 
 from metr.text.encoder import TextEncoderConfig
-from metr.text.same_names import known_aliases, same_names, spelt_alike, told, untrained, with_trained_prompts
+from metr.text.same_names import (
+    TrainedWords,
+    known_aliases,
+    same_names,
+    spelt_alike,
+    told,
+    untrained,
+    with_trained_prompts,
+)
 from metr.text.similar_names import EmbeddingSimilarity, embed_names
 from metr.text.vocabulary import Vocabulary
 
@@ -103,7 +111,7 @@ def test_a_name_that_training_renamed_is_told_what_it_is_called_now() -> None:
     asked = Vocabulary.of(["RBC", "head", "tail", "fish"], {"fish": "a wet fish"})
     text = normalize(torch.tensor([[0.0, 1.0], [1.0, 0.1], [0.5, 0.5], [1.0, 0.2]]), dim=-1)
     renames = {"RBC": ["red cell"], "head": ["fish", "red cell", "gone"], "tail": ["gone"], "fish": ["red cell"]}
-    lines = told(untrained(asked, text, ("fish", "red cell"), torch.eye(2), renames)).splitlines()
+    lines = told(untrained(asked, text, ("fish", "red cell"), torch.eye(2), TrainedWords(renames=renames))).splitlines()
     assert lines[0] == '"RBC" was renamed to "red cell" in the datasets file of training: use "red cell"'
     assert lines[1].endswith(
         'renamed to "fish" or "red cell" in the datasets file of training: use "fish" or "red cell"'

@@ -66,6 +66,7 @@ def label_map(manifest: Manifest, kept: Sequence[str], config: DatasetConfig, *,
     places = {name: place for place, name in enumerate(categories)}
     rows = np.array([places.get(renamed.get(name, ""), -1) for name in manifest.names], dtype=np.int64)
     _check_known(config.prompts, categories, "prompts", config)
+    _check_known(config.synonyms, categories, "synonyms", config)
     _check_known(config.exhaustive or (), categories, "exhaustive", config)
     annotated = None if config.exhaustive is None else tuple(sorted(places[name] for name in set(config.exhaustive)))
     regions = tuple(
@@ -78,7 +79,7 @@ def label_map(manifest: Manifest, kept: Sequence[str], config: DatasetConfig, *,
 
 
 def _check_known(
-    names: Sequence[str] | Mapping[str, str], known: Sequence[str], key: str, config: DatasetConfig
+    names: Sequence[str] | Mapping[str, object], known: Sequence[str], key: str, config: DatasetConfig
 ) -> None:
     for name in names:
         if name not in known:
@@ -86,6 +87,6 @@ def _check_known(
             if key != "renames" and (new := plain_name(config.renames.get(name, ""))):
                 what = f"`{key}` names {name!r}, which `renames` of this dataset has renamed to {new!r}"
                 hint = f"write {new!r} in its place: categories are meant after `renames`"
-            elif key in {"prompts", "exhaustive"} and not config.reads(name):
+            elif key in {"prompts", "synonyms", "exhaustive"} and not config.reads(name):
                 what, hint = f"`{key}` names {name!r}, which is not read here", "take it out, or read it"
             raise DataError(what, where=config.path, hint=hint)

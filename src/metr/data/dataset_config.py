@@ -38,6 +38,10 @@ class DatasetConfig(Config):
     """Sampling weight of the dataset, relative to the others."""
     prompts: dict[str, Annotated[str, Field(min_length=1)]] = Field(default_factory=dict)
     """Category name -> the phrase that the text encoder reads instead of it."""
+    synonyms: dict[str, tuple[Annotated[str, Field(min_length=1)], ...]] = Field(default_factory=dict)
+    """Category name -> other words for it, by which training calls it now and then (`train.names`), and users may."""
+    absent: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Words for what none of its images shows: training asks for some of them, and learns that the answer is no."""
     renames: dict[str, Annotated[str, Field(min_length=1)]] = Field(default_factory=dict)
     """Category name in the files -> category name here. Several may become one."""
     boxes: BoxKind | None = None

@@ -44,7 +44,9 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 # The keys of a dataset whose values are words, as they are written: a category may be called `no` or `007`.
-_WORDS = frozenset({"name", "path", "splits", "prompts", "renames", "exhaustive", "only", "drop", "ignore"})
+_WORDS = frozenset(
+    {"name", "path", "splits", "prompts", "synonyms", "absent", "renames", "exhaustive", "only", "drop", "ignore"}
+)
 
 
 class DatasetsFile(Config):
@@ -111,7 +113,8 @@ class DatasetSource:
         exhaustive = config.exhaustive and tuple(names.get(name, name) for name in config.exhaustive)
         only = config.only and tuple(names.get(name, name) for name in config.only)
         prompts = {names.get(name, name): phrase for name, phrase in config.prompts.items()}
-        changes = {"renames": renames, "exhaustive": exhaustive, "only": only, "prompts": prompts}
+        synonyms = {names.get(name, name): words for name, words in config.synonyms.items()}
+        changes = {"renames": renames, "exhaustive": exhaustive, "only": only, "prompts": prompts, "synonyms": synonyms}
         return replace(
             self,
             config=config.model_copy(update=changes),

@@ -32,6 +32,8 @@ class RandomStream(IntEnum):
     REPEATS = 4
     NOISE = 5
     NAMES = 6
+    WORDS = 7
+    ABSENT = 8
 
 
 def generator(seed: int, stream: RandomStream, *key: int) -> np.random.Generator:

@@ -140,6 +140,8 @@ _HEAD = """\
 #   weight      how much of a batch it gets, relative to the others: with 2, twice as much as with 1
 #   renames     name in the dataset's files: name here. Names that become equal are one category, in all datasets
 #   prompts     name here: what the language model reads instead of it, such as   crane: a wading bird
+#   synonyms    name here: [other words for it], by which training calls it now and then
+#   absent      words for what none of its images shows: training learns to say no to them
 #   exhaustive  the names (as they are here) that are annotated wherever they are to be seen. Take out those that were
 #               annotated now and then: their absence is no longer taught. By default, what the format says, mostly all
 
@@ -218,7 +220,9 @@ def _entry(source: DatasetSource, suggestions: Sequence[Suggestion], folder: Pat
     prompts = [(one.name, one) for one in suggestions if one.kind == "prompt"]
     lines += _mapping("renames", spec.renames, renames)
     lines += _mapping("prompts", spec.prompts, prompts)
-    for key, names in (("only", spec.only), ("drop", spec.drop), ("ignore", spec.ignore)):
+    if spec.synonyms:
+        lines.append(f"    synonyms: {_flow({name: list(words) for name, words in spec.synonyms.items()})}")
+    for key, names in (("absent", spec.absent), ("only", spec.only), ("drop", spec.drop), ("ignore", spec.ignore)):
         lines += _list(key, names, "") if names else []
     if spec.exhaustive is not None:
         return [*lines, *_list("exhaustive", spec.exhaustive, "")]

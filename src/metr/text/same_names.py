@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -132,6 +132,18 @@ def _share_a_word(one: str, two: str) -> bool:
     return not set(words(one)).isdisjoint(words(two))
 
 
+class TrainedWords(NamedTuple):
+    """What the datasets of training called their categories beside names.
+
+    Attributes:
+        renames: Names in their files, each with those that they were renamed to.
+        synonyms: Words by which training called names now and then.
+    """
+
+    renames: Mapping[str, Sequence[str]] = {}
+    synonyms: frozenset[str] = frozenset()
+
+
 @dataclass(frozen=True, kw_only=True)
 class Untrained:
     """A name that was not trained, the phrase it was embedded by if that is another, and the nearest trained names.
@@ -185,7 +197,7 @@ def untrained(
     text: Float[Tensor, "n t"],
     trained: Sequence[str],
     trained_text: Float[Tensor, "v t"],
-    renames: Mapping[str, Sequence[str]] | None = None,
+    taught: TrainedWords | None = None,
 ) -> tuple[Untrained, ...]:
     """Each of some names that were not trained, with the trained ones that are nearest.
 
@@ -196,14 +208,16 @@ def untrained(
         text: Their embeddings.
         trained: The trained names.
         trained_text: Theirs.
-        renames: Other names that categories of training had in their files, and what they are called now.
+        taught: What else categories of training were called. Their synonyms were trained.
     """
     if not len(asked) or not trained:
         return ()
-    known = set(trained)
+    known, (renames, synonyms) = set(trained), taught or TrainedWords()
     spelt = {(pair.first, pair.second) for pair in spelling_matches(tuple(dict.fromkeys((*asked.names, *trained))))}
     found = []
     for name, row in zip(asked.names, text @ trained_text.T.to(text), strict=True):
+        if asked.prompts.get(name, name) in synonyms:
+            continue
         near = torch.topk(row, min(_NEAREST, len(trained))).indices.tolist()
         alike = [column for column, other in enumerate(trained) if (name, other) in spelt]
         same = [trained.index(name)] if name in known else []
@@ -211,7 +225,7 @@ def untrained(
         kept = {*same, *alike, columns[0]}
         nearest = tuple((trained[c], float(row[c])) for c in columns if c in kept or float(row[c]) >= _FAR)
         close = bool(same or alike) or nearest[0][1] >= _FAR
-        now = () if name in known else tuple(one for one in (renames or {}).get(name, ()) if one in known)
+        now = () if name in known else tuple(one for one in renames.get(name, ()) if one in known)
         found.append(Untrained(name=name, prompt=asked.prompts.get(name), nearest=nearest, alike=close, renamed=now))
     return tuple(found)
 

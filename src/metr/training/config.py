@@ -138,6 +138,17 @@ class LoopConfig(Config):
     """Seconds between lines of progress where there is no terminal."""
 
 
+class NameVariationConfig(Config):
+    """What a training step calls the names, and what else it asks for, so that other words are understood later."""
+
+    synonyms: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """How often a name is called by one of the `synonyms` that its dataset gives for it."""
+    noise: Annotated[float, Field(ge=0, le=2)] = 0.0
+    """Length of the noise on a name's embedding, whose own length is 1."""
+    absent: Count = 8
+    """Words that a step is asked for besides, from what datasets list as `absent`, so that it learns to say no."""
+
+
 class TrainConfig(Config):
     """Everything that configures the trainer itself."""
 
@@ -153,6 +164,8 @@ class TrainConfig(Config):
     mode."""
     pseudo_labels: PseudoLabelConfig = PseudoLabelConfig()
     """Thresholds of `unannotated: pseudo_label`."""
+    names: NameVariationConfig = NameVariationConfig()
+    """Other words for names."""
     parallel: Parallel = "ddp"
     """What each of several processes keeps: `ddp`, the whole network; `fsdp`, a part of every weight, gradient and
     moment of the optimizer, for networks that are too large otherwise. A single process keeps everything."""

@@ -25,6 +25,7 @@ from metr.training.config import RunConfig, check_epochs
 from metr.training.finetune_data import FinetuneData, FinetuneOptions
 from metr.training.finetune_recipe import RECIPE, described
 from metr.training.finetune_request import REQUEST, Prepared, begun, resumed
+from metr.training.name_variation import other_words
 from metr.training.parts import Outcome, TrainingParts
 from metr.training.plan import advice, header, page, tell_end
 from metr.training.provenance import provenance
@@ -196,6 +197,7 @@ def _parts(model: METR, opened: FinetuneData, recipe: RunConfig, decorrelate: bo
         loader=partial(build_train_loader, datasets, loader),
         checkpoint=checkpoint,
         teacher=teacher_of(joint, recipe),
+        words=other_words(joint.sources, joint.vocabulary, partial(model.embed, tell=False)),
     )
     return parts, model
 

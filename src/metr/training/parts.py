@@ -3,12 +3,15 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
 from metr.checkpoint import Checkpoint
 from metr.data.loading import TrainLoader
 from metr.losses.criterion import SetCriterion
-from metr.training.step_targets import PseudoLabeler
+from metr.training.config import TrainConfig
+from metr.training.name_variation import NameVariation, OtherWords
+from metr.training.step_targets import PseudoLabeler, StepTargets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,8 +20,8 @@ class TrainingParts:
 
     `loader` is called once with the keywords `seed`, `start` (samples already taken by all processes), `rank`, `world`,
     `device` and `batches` (of each process in the whole run); use `partial(build_train_loader, datasets, config)`.
-    `checkpoint` lacks its weights; the network is trained with its text embeddings. `teacher` adds pseudo-labels to the
-    targets.
+    `checkpoint` lacks its weights; the network is trained with its text embeddings, and now and then with `words`.
+    `teacher` adds pseudo-labels to the targets.
     """
 
     network: nn.Module
@@ -26,6 +29,13 @@ class TrainingParts:
     loader: Callable[..., TrainLoader]
     checkpoint: Checkpoint
     teacher: PseudoLabeler | None = None
+    words: OtherWords | None = None
+
+    def step_targets(self, config: TrainConfig, device: torch.device, rank: int, world: int) -> StepTargets:
+        """What makes the targets of the steps of process `rank` of `world`."""
+        text = self.checkpoint.text_embeddings.to(device)
+        variation = NameVariation(text, self.words, config.names, config.loop.seed)
+        return StepTargets(text, config.loop, self.teacher, rank, world, variation)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ _logger = logging.getLogger(__name__)
 class DataFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One dataset: images by split, images trained on (fewer where a part was chosen), names, licences as given.
 
-    `renames` holds names in its files that have another name in the vocabulary.
+    `renames` holds names in its files that have another name in the vocabulary, `synonyms` other words for its names.
     """
 
     format: str
@@ -34,6 +34,7 @@ class DataFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     licences: tuple[Licence, ...] = ()
     origin: str | None = None
     renames: dict[str, str] = {}
+    synonyms: dict[str, tuple[str, ...]] = {}
 
 
 class TrainingFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
@@ -79,7 +80,7 @@ def provenance(joint: JointData, recipe: RunConfig) -> Tree:
     """
     loop = recipe.train.loop
     facts = TrainingFacts(
-        data={source.name: _data(source, joint) for source in joint.sources},
+        data={source.name: _data(source, joint, recipe) for source in joint.sources},
         seed=loop.seed,
         batch=recipe.loader.batch_size * loop.accumulation * process_count(),
         learning_rate=recipe.train.optimizer.learning_rate,
@@ -90,7 +91,7 @@ def provenance(joint: JointData, recipe: RunConfig) -> Tree:
     return values
 
 
-def _data(source: DatasetSource, joint: JointData) -> DataFacts:
+def _data(source: DatasetSource, joint: JointData, recipe: RunConfig) -> DataFacts:
     used = joint.train_split(source)
     return DataFacts(
         format=source.format,
@@ -100,6 +101,7 @@ def _data(source: DatasetSource, joint: JointData) -> DataFacts:
         licences=licences_of(source, used),
         origin=origin_of(source),
         renames={old: new for old, new in source.config.renames.items() if old != new and new in source.categories},
+        synonyms=source.config.synonyms if recipe.train.names.synonyms else {},
     )
 
 

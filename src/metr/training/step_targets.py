@@ -16,6 +16,7 @@ from metr.losses.criterion import LossCounts, average_over_ranks
 from metr.models.detector import Detector
 from metr.structures import NO_OBJECT, Batch, DetectorOutput, Targets
 from metr.training.config import LoopConfig, PseudoLabelConfig
+from metr.training.name_variation import NameVariation
 
 Asked = tuple[Tensor, Targets]
 """The text embeddings of the names that a batch is asked for, and the targets indexed by those names."""
@@ -88,14 +89,22 @@ class StepTargets:
         text: The embeddings of the whole vocabulary [v t], on the device.
         loop: The seed, and how many names a step uses.
         teacher: Adds pseudo-labels; None adds none.
+        variation: Calls names by other words; None leaves them.
         rank: This process's number.
         world: The number of processes.
     """
 
     def __init__(
-        self, text: Tensor, loop: LoopConfig, teacher: PseudoLabeler | None, rank: int = 0, world: int = 1
+        self,
+        text: Tensor,
+        loop: LoopConfig,
+        teacher: PseudoLabeler | None,
+        rank: int = 0,
+        world: int = 1,
+        variation: NameVariation | None = None,
     ) -> None:
         self.text, self.loop, self.teacher = text, loop, teacher
+        self.variation = None if variation is None or variation.changes_nothing else variation
         self.rank, self.world = rank, world
 
     def __call__(self, batch: Batch, average: nn.Module | None, first: int) -> Asked:
@@ -110,12 +119,16 @@ class StepTargets:
         if self.teacher is not None and average is not None:
             targets = self.teacher(average, batch, self.text)
         targets = replace(targets, noise_seeds=self._noise_seeds(first, len(targets.boxes)))
-        limit = self.loop.vocabulary_sample
-        if not 0 < limit < len(self.text):
-            return self.text, targets
-        seed = int(generator(self.loop.seed, RandomStream.NAMES, first).integers(2**63))
-        rows = sample_vocabulary(targets, limit, torch.Generator().manual_seed(seed))
-        return self.text[rows], narrowed(targets, rows)
+        text = self.text
+        if self.variation is not None:
+            text, targets = self.variation.named(first), self.variation.with_absent_names(targets, batch.datasets)
+        if 0 < self.loop.vocabulary_sample < len(text):
+            seed = int(generator(self.loop.seed, RandomStream.NAMES, first).integers(2**63))
+            rows = sample_vocabulary(targets, self.loop.vocabulary_sample, torch.Generator().manual_seed(seed))
+            text, targets = text[rows], narrowed(targets, rows)
+        if self.variation is None:
+            return text, targets
+        return self.variation.with_absent_words(text, targets, batch.datasets, first)
 
     def of_all(self, batches: Sequence[Batch], average: nn.Module | None, first: int) -> list[Asked]:
         """The same for all batches of a step, of which `first` begins the first one."""

@@ -30,6 +30,7 @@ from metr.text.same_names import listed, spelt_alike
 from metr.training.config import RunConfig
 from metr.training.finetune_recipe import RECIPE, left_to_finetuning
 from metr.training.images import ValImages
+from metr.training.name_variation import OtherWords, other_words
 from metr.training.parts import Evaluated, Outcome, TrainingParts
 from metr.training.plan import advice, header, page, tell_end
 from metr.training.provenance import provenance
@@ -234,7 +235,7 @@ def training_parts(joint: JointData, recipe: RunConfig, console: Console, start:
     check_recipe(recipe)
     build = partial(_fresh, joint) if start is None else partial(_begun_with, start)
     with console.status("embedding the names"):
-        network, checkpoint = build(recipe)
+        network, checkpoint, words = build(recipe)
     datasets = joint.training(recipe.augmentation, recipe.unannotated)
     loader = recipe.loader.model_copy(update={"mixture": joint.mixture(recipe.loader.mixture)})
     facts = {"unannotated": recipe.unannotated, RECIPE: left_to_finetuning(recipe), **provenance(joint, recipe)}
@@ -244,35 +245,39 @@ def training_parts(joint: JointData, recipe: RunConfig, console: Console, start:
         loader=partial(build_train_loader, datasets, loader),
         checkpoint=replace(checkpoint, training={**facts, **checkpoint.training}),
         teacher=teacher_of(joint, recipe),
+        words=words,
     )
 
 
-def _fresh(joint: JointData, recipe: RunConfig) -> tuple[Detector, Checkpoint]:
-    """A network that begins with its backbone's weights, and its checkpoint but for facts about training."""
+def _fresh(joint: JointData, recipe: RunConfig) -> tuple[Detector, Checkpoint, OtherWords | None]:
+    """A network that begins with its backbone's weights, its checkpoint but for facts about training, and words."""
     encoder = TextEncoder(recipe.text)
     embeddings = encoder.embed(joint.vocabulary)
+    words = other_words(joint.sources, joint.vocabulary, encoder.embed)
     encoder.release()
     seed_everything(recipe.train.loop.seed)
     skeleton(recipe.model, encoder.width)  # refuses a network of an absurd size before memory is taken for it
     network = Detector(recipe.model, encoder.width)
     if recipe.model.categories.whitening and len(embeddings) > 1:
         network.category_extraction.whiten(embeddings, recipe.model.categories.whitening)
-    return network, Checkpoint(
+    checkpoint = Checkpoint(
         model=rebuildable(recipe.model, network),
         vocabulary=joint.vocabulary,
         text_embeddings=embeddings,
         text_encoder=plain(encoder.pinned_config) | {"identity": encoder.identity},
         preprocessing=plain(recipe.augmentation.resize),
     )
+    return network, checkpoint, words
 
 
-def _begun_with(start: Start, recipe: RunConfig) -> tuple[Detector, Checkpoint]:
-    """The network of a detector, and its checkpoint with the names of the data, but for facts about training."""
+def _begun_with(start: Start, recipe: RunConfig) -> tuple[Detector, Checkpoint, OtherWords | None]:
+    """The network of a detector, its checkpoint with the names of the data, but for facts about training, and words."""
     model = with_text_encoder(start.model, recipe.text)
     embeddings = model.embed(start.joint.vocabulary, tell=False)
+    words = other_words(start.joint.sources, start.joint.vocabulary, partial(model.embed, tell=False))
     seed_everything(recipe.train.loop.seed)
     network = kept_network(model, recipe.model, *KEEPS)
-    return network, Checkpoint(
+    checkpoint = Checkpoint(
         model=rebuildable(recipe.model, network),
         vocabulary=start.joint.vocabulary,
         text_embeddings=embeddings,
@@ -281,6 +286,7 @@ def _begun_with(start: Start, recipe: RunConfig) -> tuple[Detector, Checkpoint]:
         training={"finetuned_from": history(model.checkpoint)},
         detection=start.detection,
     )
+    return network, checkpoint, words
 
 
 def teacher_of(joint: JointData, recipe: RunConfig) -> PseudoLabeler | None:

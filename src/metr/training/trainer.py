@@ -57,7 +57,7 @@ from metr.training.state import (
     undisturbed_random_state,
 )
 from metr.training.step_report import StepCost, StepReport, UnreadReport, read_reports
-from metr.training.step_targets import Asked, StepTargets, shared_counts
+from metr.training.step_targets import Asked, shared_counts
 
 _logger = logging.getLogger(__name__)
 
@@ -105,8 +105,7 @@ class Trainer:
         self._buffers = KeptBuffers(self.plain_network)
         self.criterion = parts.criterion.to(self.device)
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        text = parts.checkpoint.text_embeddings.to(self.device)
-        self.step_targets = StepTargets(text, config.loop, parts.teacher, rank, world)
+        self.step_targets = parts.step_targets(config, self.device, rank, world)
         self.counters = Counters()
         self._loader: TrainLoader | None = None
         self._resolved = config if resolved is None else resolved
