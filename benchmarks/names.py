@@ -91,7 +91,7 @@ def measured(
         kinds[kind] = [
             {"name": name, "word": word, "taught": word in taught, "own": own[name], "ap": after[name]}
             for name, word in called.items()
-            if own.get(name) is not None
+            if own.get(name) is not None and word not in one.names
         ]
     return {"images": len(one.annotations), "kinds": kinds, "absent": firing(model, one, absent)}
 
@@ -108,18 +108,14 @@ def by_name(model: METR, one: Encoded, called: Mapping[str, str]) -> dict[str, f
 def firing(model: METR, one: Encoded, absent: Mapping[str, Sequence[str]]) -> Tree:
     """For each absent word, in how many percent of the images `metr detect` would show it beside the own names."""
     result: Tree = {}
-    thresholds = model.thresholds()
     for kind, words in absent.items():
         strange = [word for word in words if word not in one.names]
-        found = ask(model, one, (*one.names, *strange), InferenceConfig()) if strange else {}
+        asked = (*one.names, *strange)
+        found = ask(model, one, asked, InferenceConfig()) if strange else {}
+        thresholds = model.thresholds(None, asked)
         shown = dict.fromkeys(strange, 0)
-        for each in found.values():
-            over = (
-                each.names[label]
-                for label, score in zip(each.labels.tolist(), each.scores.tolist(), strict=True)
-                if score >= thresholds.names.get(each.names[label], thresholds.default)
-            )
-            for word in set(over) & shown.keys():
+        for each in map(thresholds.shown, found.values()):
+            for word in {each.names[label] for label in each.labels.tolist()} & shown.keys():
                 shown[word] += 1
         result[kind] = {word: 100 * number / max(len(found), 1) for word, number in shown.items()}
     return result

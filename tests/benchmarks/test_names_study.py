@@ -1,4 +1,4 @@
-"""The study of names that were not trained at a tiny scale, and the words that it asks for."""
+"""The study of names that were not trained at a tiny scale."""
 
 import json
 from collections.abc import Callable
@@ -7,27 +7,29 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
-from metr.errors import ConfigError
 from metr.model import METR
+from metr.structures import Detections
 
 from tiny import NAMES, TinyRun
 
 WORDS: dict[str, Any] = {
     "datasets": {
         "pond": {
-            "names": {
-                "fish": {"synonym": ["carp", "trout"], "plural": "fishes"},
-                "frog": {"synonym": "toad", "language": ["Frosch", "grenouille"]},
+            "words": {
+                "fish": {"synonym": "carp", "plural": "fishes", "hypernym": "frog"},
+                "frog": {"synonym": "toad", "language": "Frosch"},
+                "whale": {"synonym": "orca"},
             },
-            "absent_related": ["heron", "newt"],
+            "absent": ["heron", "turtle"],
         },
-        "desk": {"names": {"cup": {"synonym": "mug"}}, "absent_related": ["lamp"]},
-        "not trained": {"names": {"fish": {"synonym": "carp"}}, "absent_related": []},
+        "desk": {"words": {"cup": {"synonym": "mug"}}, "absent": []},
+        "not trained": {"words": {"fish": {"synonym": "carp"}}, "absent": ["heron"]},
     },
-    "absent_unrelated": ["volcano"],
-    "absent_nonsense": ["zxqvw"],
+    "unrelated": ["volcano"],
+    "nonsense": ["zxqvw"],
 }
 
 
@@ -36,111 +38,85 @@ def study(study_of: Callable[[str], ModuleType]) -> ModuleType:
     return study_of("names")
 
 
-@pytest.fixture
-def words(tmp_path: Path) -> Path:
-    path = tmp_path / "words.yaml"
-    path.write_text(yaml.safe_dump(WORDS), encoding="utf-8")
-    return path
-
-
-def test_words_and_absent_names_are_measured(study: ModuleType, tiny_run: TinyRun, words: Path, tmp_path: Path) -> None:
+def test_words_and_absent_names_are_measured(
+    study: ModuleType, tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study, "WORDS", tmp_path / "words.yaml")
+    study.WORDS.write_text(yaml.safe_dump(WORDS), encoding="utf-8")
     folders = ["--out", str(tmp_path / "runs"), "--results", str(tmp_path / "results")]
-    data = ["--data", str(tiny_run.datasets[0].parent), "--words", str(words), "--profile", "tiny"]
-    assert study.main(["--model", str(tiny_run.best), *data, *folders]) == 0
-    result = json.loads((tmp_path / "results/names-tiny.json").read_text())
-    assert {"hardware", "torch", "commit", "aims", "steps"} <= result.keys()
-    assert list(result["datasets"]) == ["desk", "pond"]
+    assert study.main(["--run", str(tiny_run.best), "--data", str(tiny_run.datasets[0].parent), *folders]) == 0
+    result = json.loads((tmp_path / "results/names.json").read_text())
+    assert {"hardware", "torch", "commit", "bars", "kept", "fires"} <= result.keys()
+    assert set(result["datasets"]) == {"pond", "desk"}
     pond = result["datasets"]["pond"]
-    asked = {(one["kind"], one["name"], one["word"]) for one in pond["words"]}
-    every = {("synonym", "fish", "carp"), ("synonym", "fish", "trout"), ("synonym", "frog", "toad")}
-    every |= {("plural", "fish", "fishes"), ("language", "frog", "Frosch"), ("language", "frog", "grenouille")}
-    assert asked <= every  # those without objects are not scored
-    before: dict[str, set[float]] = {}
-    for one in pond["words"]:
-        before.setdefault(one["name"], set()).add(one["before"])
-    assert all(len(values) == 1 for values in before.values())
-    assert {kind: set(rates) for kind, rates in pond["absent"].items()} == {
-        "related": {"heron", "newt"},
+    assert set(pond["kinds"]) == set(study.KINDS)
+    asked = {row["word"] for rows in pond["kinds"].values() for row in rows}
+    assert asked <= {"carp", "fishes", "toad", "Frosch"}  # "frog" is another name, and whales are not the dataset's
+    assert {kind: set(words) for kind, words in pond["absent"].items()} == {
+        "related": {"heron"},
         "unrelated": {"volcano"},
         "nonsense": {"zxqvw"},
     }
-    assert all(0 <= rate <= 100 for rates in pond["absent"].values() for rate in rates.values())
-    assert result["commit"] in (tmp_path / "results/names-tiny.md").read_text()
+    assert all(0 <= share <= 100 for words in pond["absent"].values() for share in words.values())
+    assert result["commit"] in (tmp_path / "results/names.md").read_text()
 
 
-def test_a_word_in_the_place_of_a_name_is_scored_as_the_name(study: ModuleType, tiny_run: TinyRun) -> None:
+def test_a_word_is_scored_as_the_name(study: ModuleType, tiny_run: TinyRun) -> None:
     model = METR.from_pretrained(tiny_run.best, device="cpu")
     one = study.encoded(model, str(tiny_run.datasets[0]))
-    # the same word in another case is the trained name: nothing changes
-    same = [name.upper() for name in one.names]
-    (plain, renamed) = (study.ask(model, one, one.names), study.ask(model, one, same, one.names))
-    assert plain.keys() == renamed.keys()
-    for image, found in plain.items():
-        assert renamed[image].names == found.names == one.names
-        assert renamed[image].scores.tolist() == found.scores.tolist()
-    rounds = [("plural", {name: name.upper() for name in one.names})]
-    assert all(word["before"] == word["after"] for word in study.by_word(model, one, rounds))
-    # what is shown of a name is a percentage of the images that show it
-    shown = [
-        model.thresholds(None, (*one.names, "zxqvw")).shown(found)
-        for found in study.ask(model, one, (*one.names, "zxqvw")).values()
-    ]
-    firing = sum("zxqvw" in {found.names[label] for label in found.labels.tolist()} for found in shown)
-    assert study.fires(model, one, ["zxqvw"]) == {"zxqvw": 100 * firing / len(shown)}
+    assert one.names == NAMES["pond"]
+    own = study.by_name(model, one, {})
+    assert set(own) == set(one.names)
+    assert study.by_name(model, one, {"fish": "frog"}) == own
+    assert set(study.by_name(model, one, {"fish": "carp"})) == set(one.names)
 
 
-def test_words_take_turns(study: ModuleType, words: Path, tiny_run: TinyRun) -> None:
-    found = study.read_words(words, METR.from_pretrained(tiny_run.best, device="cpu"))
-    assert list(found["datasets"]) == ["desk", "pond"]
-    assert found["datasets"]["pond"]["rounds"] == [
-        ("synonym", {"fish": "carp", "frog": "toad"}),
-        ("synonym", {"fish": "trout"}),
-        ("plural", {"fish": "fishes"}),
-        ("language", {"frog": "Frosch"}),
-        ("language", {"frog": "grenouille"}),
-    ]
+def test_an_absent_word_fires_where_it_would_be_shown(
+    study: ModuleType, tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = METR.from_pretrained(tiny_run.best, device="cpu")
+    one = study.encoded(model, str(tiny_run.datasets[0]))
+    names = (*one.names, "heron", "newt")
+    boxes = torch.tensor([[0.0, 0.0, 10.0, 10.0], [0.0, 0.0, 10.0, 10.0], [20.0, 20.0, 30.0, 30.0]])
 
+    def found(*labels: str) -> Detections:
+        numbers = torch.tensor([names.index(label) for label in labels])
+        return Detections(boxes=boxes, scores=torch.tensor([0.95, 0.9, 0.2]), labels=numbers, names=names)
 
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        ({"whale": {"synonym": "orca"}}, "expected names of training"),
-        ({"fish": {"meaning": "carp"}}, "expected kinds"),
-        ({"fish": {"hypernym": "frog"}}, r"found \['frog'\] twice"),
-        ({"fish": {"plural": "animals"}, "frog": {"plural": "animals"}}, "plural.*found .*'animals'"),
-    ],
-)
-def test_words_that_cannot_be_asked_are_refused(study: ModuleType, names: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        study.rounds(names, NAMES["pond"], "words.yaml (datasets.pond)")
-
-
-def test_absent_names_are_not_those_of_the_dataset(study: ModuleType, tiny_run: TinyRun, tmp_path: Path) -> None:
-    model, path = METR.from_pretrained(tiny_run.best, device="cpu"), tmp_path / "words.yaml"
-    for absent, message in ((["frog"], "names of the dataset"), (["heron", "heron"], "once")):
-        path.write_text(yaml.safe_dump({"datasets": {"pond": {"names": {}, "absent_related": absent}}}))
-        with pytest.raises(ConfigError, match=message):
-            study.read_words(path, model)
-    path.write_text(yaml.safe_dump({"datasets": {"sea": {"names": {}, "absent_related": []}}}))
-    with pytest.raises(ConfigError, match="expected datasets of training"):
-        study.read_words(path, model)
+    # the frog hides the heron at its place; the last one is too weak to be shown
+    answers = {1: found("frog", "heron", "newt"), 2: found("newt", "frog", "heron")}
+    monkeypatch.setattr(study, "ask", lambda *_: answers)
+    assert study.firing(model, one, {"related": ["heron", "newt", "frog"]}) == {"related": {"heron": 0.0, "newt": 50.0}}
 
 
 def test_the_share_kept_is_of_the_sums(study: ModuleType) -> None:
-    words = [
-        {"kind": "synonym", "name": "a", "word": "b", "before": 60.0, "after": 30.0},
-        {"kind": "synonym", "name": "c", "word": "d", "before": 20.0, "after": 30.0},
-        {"kind": "plural", "name": "a", "word": "as", "before": 0.0, "after": 10.0},
+    rows = [
+        {"name": "a", "word": "b", "taught": True, "own": 60.0, "ap": 30.0},
+        {"name": "c", "word": "d", "taught": False, "own": 20.0, "ap": 30.0},
     ]
-    absent = {"related": {"x": 20.0, "y": 0.0}, "unrelated": {"z": 8.0}, "nonsense": {}}
-    found = study.summary([{"dataset": "one", "images": 5, "words": words, "absent": absent}])
-    assert found["kinds"]["synonym"] == {"words": 2, "before": 40.0, "after": 30.0, "kept": 75.0}
-    assert found["kinds"]["plural"]["kept"] is None
-    assert found["kinds"]["language"] == {"words": 0, "before": None, "after": None, "kept": None}
-    assert found["absent"] == {"related": 10.0, "unrelated": 8.0, "nonsense": None}
-    assert [(one["found"], one["reached"]) for one in found["aims"]] == [(75.0, False), (90.0, True), (92.0, False)]
-    facts = {"profile": "p", "steps": 3, "hardware": "none", "torch": "2", "commit": "c"}
-    page = study.page({**facts, **found})
-    assert "| one | a | synonym | b | 60.0 | 30.0 |" in page
-    assert "| one | related | x | 20.0 |" in page
-    assert "| one | related | y |" not in page
+    kinds = {kind: rows if kind == "synonym" else [] for kind in study.KINDS}
+    absent = {"related": {"x": 20.0, "y": 0.0}, "unrelated": {"z": 8.0}, "nonsense": {"q": 0.0}}
+    one = {"images": 5, "kinds": kinds, "absent": absent}
+    kept, fires = study.kept([one]), study.fires([one])
+    assert kept["synonym"] == {"all": 75.0, "taught": 50.0, "new": 150.0, "names": 2}
+    assert kept["plural"] == {"all": None, "taught": None, "new": None, "names": 0}
+    assert fires == {"related": 10.0, "unrelated": 8.0, "nonsense": 0.0}
+    goals = study.goals({"kept": kept, "fires": fires})
+    assert [goal["reached"] for goal in goals] == [False, True, False, True]
+    facts = {"hardware": "none", "torch": "2", "commit": "c"}
+    page = study.page({**facts, "datasets": {"sea": one}, "kept": kept, "fires": fires, "bars": goals})
+    assert '"b" for a (60.0 to 30.0)' in page
+    assert '"x" in sea (20 %)' in page
+
+
+def test_every_word_of_the_study_can_be_asked(study: ModuleType) -> None:
+    words = yaml.safe_load(study.WORDS.read_text(encoding="utf-8"))
+    for name, own in words["datasets"].items():
+        asked = own["words"]
+        assert {kind for kinds in asked.values() for kind in kinds} <= {*study.KINDS}, name
+        for kind in study.KINDS:
+            called = [kinds.get(kind, trained) for trained, kinds in asked.items()]
+            assert len({*called}) == len(called), (name, kind)
+        for absent in (own["absent"], words["unrelated"], words["nonsense"]):
+            assert len({*absent}) == len(absent), name
+            assert not {*absent} & asked.keys(), name
