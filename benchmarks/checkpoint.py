@@ -5,8 +5,8 @@
 A `nano` METR of bccd, aquarium, playing_cards, chess_pieces, doc_tables, and those photographs of coco_mini whose
 licences allow it. What is measured is what is shipped: the last weights, in float16.
 
-Profile `thirty` is of all datasets whose licence is stated (24 more fields in `words.yaml`, with other words for their
-names): 150,000 images, in segments. It has not been run.
+Profile `thirty` is of these and 19 more whose licence is stated, with other words for their names (words.yaml):
+150,000 images; it can be stopped and goes on where it was. It has not been run.
 
 Profile `cpu`, one thread of an AMD EPYC: 40,000 images seen in 173 minutes of training steps
 (results/checkpoint-cpu.json). Mean AP of five datasets: 60.5 with own names, 60.3 with all 110 names. Profile `gpu` has
@@ -40,7 +40,7 @@ from runner import Study
 
 DATASETS = ("aquarium", "bccd", "chess_pieces", "coco_mini", "doc_tables", "playing_cards")
 WORDS = runner.HERE / "words.yaml"
-"""Other words for the names of datasets. Profile `thirty` is of these datasets."""
+"""Other words for the names of datasets; profile `thirty` is of these beside `DATASETS`."""
 PHOTOGRAPHS = "coco_mini"
 NON_COMMERCIAL = frozenset({1, 2, 3})
 """COCO's numbers of the NonCommercial licences: their photographs stay out."""

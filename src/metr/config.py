@@ -308,11 +308,19 @@ def _hint_for_value(issue: ErrorDetails) -> str | None:
     return None
 
 
+# what people call kinds of values that have another name in Python
+_KINDS = {
+    "model_type": "expected keys and values",
+    "tuple_type": "expected a list, as [this, that]",
+    "list_type": "expected a list, as [this, that]",
+}
+
+
 def _issue(issue: ErrorDetails) -> str:
     """What is wrong with a value, and what was found (a rule of ours says so itself)."""
     if issue["type"] == "value_error":
         return str(issue["ctx"]["error"])
-    wanted = "expected keys and values" if issue["type"] == "model_type" else issue["msg"]
+    wanted = _KINDS.get(issue["type"], issue["msg"])
     found = repr(issue["input"])
     found = found if len(found) <= _LONGEST else f"{found[:_LONGEST]}..."
     return f"{wanted[0].lower()}{wanted[1:]}, found {found}"

@@ -11,9 +11,13 @@ import torch
 from torch import Tensor
 
 from metr.checkpoint import load_checkpoint, words_of
+from metr.data.config import AugmentationConfig, ResizeConfig
+from metr.data.dataset import Example
 from metr.data.dataset_config import DatasetConfig
 from metr.data.datasets_file import DatasetSource
-from metr.errors import DataError
+from metr.data.joint import open_joint
+from metr.data.sampling import SampleKey
+from metr.errors import DataError, MetrError
 from metr.model import METR
 from metr.structures import Batch, Targets
 from metr.text.vocabulary import Vocabulary
@@ -60,39 +64,67 @@ def test_words_are_read_and_known_by_dataset() -> None:
     assert torch.equal(found.synonyms, TEXT[4:7])
     assert torch.equal(found.absent, TEXT[7:8])
     assert {name: known.tolist() for name, known in found.absent_from.items()} == {"blood": [False], "blocks": [True]}
-    assert {name: known.nonzero().flatten().tolist() for name, known in found.absent_names.items()} == {
-        "blood": [],
-        "blocks": [3],
-    }
-    assert other_words((source("blood", "cell"),), VOCABULARY, embed) is None
-    names = other_words((source("blood", "cell", absent=("cone",)),), VOCABULARY, embed)
-    assert names is not None
-    assert NameVariation(TEXT[:4], names, NameVariationConfig(), 0).named(3).equal(TEXT[:4]), "names alone are known"
+    for known in ({}, {"absent": ("cone",)}):
+        assert other_words((source("blood", "cell", **known),), VOCABULARY, embed) is None, "the data knows of names"
 
 
 @pytest.mark.parametrize(
     ("first", "second", "said"),
     [
-        ({"synonyms": {"cell": ("cube",)}}, {}, "blood: `synonyms` has 'cube', which is a category"),
-        ({"absent": ("fish",)}, {}, "blood: `absent` has 'fish', which is its category"),
-        ({"absent": (" ",)}, {}, "blood: `absent` has an empty word"),
+        ({"cell": ("cube",)}, {}, "blood: `synonyms` has 'cube' for 'cell', which is a category of another dataset"),
         (
-            {"synonyms": {"cell": ("a thing",)}},
-            {"synonyms": {"cube": ("a thing ",)}},
-            "blocks: `synonyms` gives 'a thing' for 'cube' and for 'cell'",
-        ),
-        (
-            {"synonyms": {"cell": ("corpuscle",)}, "absent": ("corpuscle",)},
-            {},
-            "blood: `absent` has 'corpuscle', which is a synonym of its category 'cell'",
+            {"cell": ("a thing",)},
+            {"cube": ("a thing ",)},
+            "blocks: `synonyms` has 'a thing' for 'cube', which means 'cell' in another dataset",
         ),
     ],
 )
-def test_words_that_contradict_names_are_refused(first: Any, second: Any, said: str) -> None:
+def test_words_that_contradict_other_datasets_are_refused(first: Any, second: Any, said: str) -> None:
+    sources = (source("blood", "cell fish", synonyms=first), source("blocks", "cone cube", synonyms=second))
     with pytest.raises(DataError) as error:
-        other_words((source("blood", "cell fish", **first), source("blocks", "cone cube", **second)), VOCABULARY, embed)
+        other_words(sources, VOCABULARY, embed)
     assert said in str(error.value)
-    assert "try:" in str(error.value)
+    assert "try: take it out, or make one category of two names with `renames`" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ({"synonyms": {"fish": ["frog"]}}, "`synonyms` has 'frog' for 'fish', which is a category"),
+        ({"synonyms": {"fish": ["a", "a "], "frog": ["a"]}}, "`synonyms` has 'a' for 'frog', which means 'fish' too"),
+        ({"synonyms": {"Fish": ["trout"]}}, "`synonyms` names 'Fish', which is no category of this dataset"),
+        ({"absent": ["fish"]}, "`absent` has 'fish', which is a category of this dataset"),
+        (
+            {"synonyms": {"fish": ["trout"]}, "absent": [" trout"]},
+            "`absent` has 'trout', which is a synonym of 'fish' of this dataset",
+        ),
+        ({"synonyms": {"fish": "trout"}}, "'synonyms.fish': expected a list, as [this, that], found 'trout'"),
+        ({"absent": "ostrich"}, "'absent': expected a list, as [this, that], found 'ostrich'"),
+        ({"absent": [" "]}, "'absent.0': string should have at least 1 character"),
+    ],
+)
+def test_words_that_contradict_their_own_dataset_are_told_as_soon_as_it_is_opened(
+    tiny_run: TinyRun, tmp_path: Path, words: Any, said: str
+) -> None:
+    file = tmp_path / "data.yaml"
+    file.write_text(json.dumps({"datasets": [{"path": str(tiny_run.datasets[0]), **words}]}))
+    with pytest.raises(MetrError) as error:
+        open_joint([str(file)])
+    assert said in str(error.value)
+
+
+def test_names_of_other_datasets_are_absent_in_the_data_itself(tiny_run: TinyRun, tmp_path: Path) -> None:
+    file = tmp_path / "data.yaml"
+    pond = {"name": "pond", "path": str(tiny_run.datasets[0]), "absent": ["cup", "ostrich"]}
+    file.write_text(json.dumps({"datasets": [pond, str(tiny_run.datasets[1])]}))
+    joint = open_joint([str(file)])
+    cup, book = (joint.vocabulary.index_of(name) for name in ("cup", "book"))
+    training, _ = joint.training(AugmentationConfig(resize=ResizeConfig(size=64)), "pseudo_label")
+    example = training.sample(SampleKey(number=0, dataset=0, index=0, seed=1))
+    assert isinstance(example, Example)
+    assert example.targets.absent[0, [cup, book]].tolist() == [True, False]
+    # so no pseudo-label of a name that is known to be absent is added
+    assert joint.unannotated()["pond"][[cup, book]].tolist() == [False, True]
 
 
 def test_names_are_called_by_synonyms_as_often_as_asked() -> None:
@@ -152,7 +184,7 @@ def test_absent_words_are_asked_for_and_known_where_the_dataset_says_so() -> Non
     without = StepTargets(TEXT[:4], LoopConfig(), None, variation=variation(absent=0))
     text, asked = without(batch(targets, "blood", "blocks"), None, 0)
     assert torch.equal(text, TEXT[:4])
-    assert asked.annotated.tolist() == [[True, False, False, True], [False, True, True, True]], "no fish is a block"
+    assert torch.equal(asked.annotated, targets.annotated)
     nothing = NameVariation(TEXT[:4], None, NameVariationConfig(), 0)
     assert StepTargets(TEXT[:4], LoopConfig(), None, variation=nothing).variation is None
 

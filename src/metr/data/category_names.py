@@ -67,6 +67,7 @@ def label_map(manifest: Manifest, kept: Sequence[str], config: DatasetConfig, *,
     rows = np.array([places.get(renamed.get(name, ""), -1) for name in manifest.names], dtype=np.int64)
     _check_known(config.prompts, categories, "prompts", config)
     _check_known(config.synonyms, categories, "synonyms", config)
+    _check_words(categories, config)
     _check_known(config.exhaustive or (), categories, "exhaustive", config)
     annotated = None if config.exhaustive is None else tuple(sorted(places[name] for name in set(config.exhaustive)))
     regions = tuple(
@@ -76,6 +77,23 @@ def label_map(manifest: Manifest, kept: Sequence[str], config: DatasetConfig, *,
     )
     unknown = tuple(name for name in every if name not in places)
     return LabelMap(categories=categories, rows=rows, annotated=annotated, regions=regions, unknown_names=unknown)
+
+
+def _check_words(categories: Sequence[str], config: DatasetConfig) -> None:
+    """Stops where `synonyms` and `absent` contradict the names, each other or themselves."""
+    meant: dict[str, str] = {name: name for name in categories}
+    for name, words in config.synonyms.items():
+        for word in words:
+            if meant.setdefault(word, name) != name:
+                kind = "which is a category" if word in categories else f"which means {meant[word]!r} too"
+                hint = "take it out, or make one category of two names with `renames`"
+                raise DataError(f"`synonyms` has {word!r} for {name!r}, {kind}", where=config.path, hint=hint)
+    for word in config.absent:
+        if word in meant:
+            kind = "is a category" if word in categories else f"is a synonym of {meant[word]!r}"
+            raise DataError(
+                f"`absent` has {word!r}, which {kind} of this dataset", where=config.path, hint="take it out"
+            )
 
 
 def _check_known(

@@ -83,6 +83,7 @@ class DetectionDataset(Dataset[Example | Missing]):
             unless the user dropped or ignores it; otherwise nothing is known of it.
         covered_names: True at the names that at least one dataset of the run annotates; "negative" assumes only these
             to be absent. By default all names.
+        absent: True at names of other datasets that none of its images shows, which is as good as annotated.
     """
 
     def __init__(
@@ -92,10 +93,13 @@ class DetectionDataset(Dataset[Example | Missing]):
         transforms: Transforms,
         unannotated: Unannotated = "ignore",
         covered_names: Bool[Tensor, "v"] | None = None,
+        absent: Bool[Tensor, "v"] | None = None,
     ) -> None:
         self.annotations, self.transforms = annotations, transforms
         self.rows = vocabulary.rows(annotations.name)
-        self.annotated = vocabulary.annotated(annotations.name)
+        own = vocabulary.annotated(annotations.name)
+        self.absent = torch.zeros_like(own) if absent is None else absent
+        self.annotated = own | self.absent
         self.assumed_negative = ~self.annotated & (unannotated == "negative")
         if covered_names is not None:
             self.assumed_negative &= covered_names
@@ -205,7 +209,7 @@ class DetectionDataset(Dataset[Example | Missing]):
             return self.annotated
         here = torch.zeros_like(self.annotated)
         here[self.rows[list(record.annotated)]] = True
-        return here & self.annotated
+        return (here & self.annotated) | self.absent
 
     def _unreachable(self, index: int, error: StoreError) -> Missing:
         issue = DataIssue(kind=UNREACHABLE, where=str(error.where), detail=error.what)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
 from metr.config import Config
 from metr.data.formats.box_kinds import BoxKind
@@ -19,6 +19,9 @@ def _known_format(name: str) -> str:
     if name not in formats:
         raise ValueError(f"expected one of {', '.join(formats)}; {did_you_mean(name, formats)}".removesuffix("; "))
     return name
+
+
+Word = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 
 
 class DatasetConfig(Config):
@@ -38,9 +41,9 @@ class DatasetConfig(Config):
     """Sampling weight of the dataset, relative to the others."""
     prompts: dict[str, Annotated[str, Field(min_length=1)]] = Field(default_factory=dict)
     """Category name -> the phrase that the text encoder reads instead of it."""
-    synonyms: dict[str, tuple[Annotated[str, Field(min_length=1)], ...]] = Field(default_factory=dict)
+    synonyms: dict[str, tuple[Word, ...]] = Field(default_factory=dict)
     """Category name -> other words for it, by which training calls it now and then (`train.names`), and users may."""
-    absent: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    absent: tuple[Word, ...] = ()
     """Words for what none of its images shows: training asks for some of them, and learns that the answer is no."""
     renames: dict[str, Annotated[str, Field(min_length=1)]] = Field(default_factory=dict)
     """Category name in the files -> category name here. Several may become one."""

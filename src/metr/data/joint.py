@@ -167,9 +167,16 @@ class JointData:
         """The training splits, augmented."""
         transforms, covered_names = build_transforms(augmentation, training=True), self.covered_names
         return [
-            DetectionDataset(self.train_split(source), self.vocabulary, transforms, unannotated, covered_names)
+            DetectionDataset(
+                self.train_split(source), self.vocabulary, transforms, unannotated, covered_names, self.absent(source)
+            )
             for source in self.sources
         ]
+
+    def absent(self, source: DatasetSource) -> Bool[Tensor, "v"]:
+        """The names of other datasets here that a dataset says never to show."""
+        words = frozenset(source.config.absent)
+        return torch.tensor([name in words for name in self.vocabulary.names]) & self.covered_names
 
     @property
     def covered_names(self) -> Bool[Tensor, "v"]:
@@ -180,8 +187,11 @@ class JointData:
         return torch.stack([self.vocabulary.annotated(source.name) for source in self.sources]).any(0)
 
     def unannotated(self) -> dict[str, Bool[Tensor, "v"]]:
-        """By dataset, the names that it does not annotate and another one does."""
-        return {source.name: self.covered_names & ~self.vocabulary.annotated(source.name) for source in self.sources}
+        """By dataset, the names that it does not annotate and another one does, and that may be there."""
+        return {
+            source.name: self.covered_names & ~self.vocabulary.annotated(source.name) & ~self.absent(source)
+            for source in self.sources
+        }
 
     def mixture(self, base: Mixture) -> Mixture:
         """The mixture, multiplied by the weights that the datasets file gives; unchanged where it gives none."""

@@ -25,21 +25,19 @@ Embed = Callable[[Vocabulary], Float[Tensor, "n t"]]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class OtherWords:
-    """Embeddings of words that are no names of the vocabulary, and which words are absent where.
+    """Embeddings of words that are no names of the vocabulary.
 
     Attributes:
         synonyms: The text of each synonym.
         meant: The row of the vocabulary that each of them means.
         absent: The text of each word for what some dataset never shows.
         absent_from: For each dataset, which of these words.
-        absent_names: For each dataset, which names of the vocabulary are none of its own, and absent.
     """
 
     synonyms: Float[Tensor, "s t"]
     meant: Int[Tensor, "s"]
     absent: Float[Tensor, "a t"]
     absent_from: Mapping[str, Bool[Tensor, "a"]]
-    absent_names: Mapping[str, Bool[Tensor, "v"]]
 
 
 def other_words(sources: Sequence[DatasetSource], vocabulary: Vocabulary, embed: Embed) -> OtherWords | None:
@@ -51,16 +49,18 @@ def other_words(sources: Sequence[DatasetSource], vocabulary: Vocabulary, embed:
         embed: The text encoder.
 
     Raises:
-        DataError: a synonym is a name of the vocabulary or means two names, or an absent word is one of its dataset's.
+        DataError: a synonym is a name of the vocabulary, or means two names.
     """
     meant = _meant(sources, vocabulary)
-    absent = {source.name: _absent(source, meant) for source in sources}
-    never = tuple(dict.fromkeys(word for words in absent.values() for word in words if word not in vocabulary))
-    if not meant and not any(absent.values()):
+    # what is a name of another dataset is known to be absent by the data itself
+    absent = {source.name: set(source.config.absent).difference(vocabulary.names) for source in sources}
+    never = tuple(
+        dict.fromkeys(word for source in sources for word in source.config.absent if word in absent[source.name])
+    )
+    if not meant and not never:
         return None
     every = tuple(dict.fromkeys((*meant, *never)))
-    text = embed(Vocabulary.of(every)) if every else torch.zeros(0, 0)
-    rows = {word: row for row, word in enumerate(every)}
+    rows, text = {word: row for row, word in enumerate(every)}, embed(Vocabulary.of(every))
     return OtherWords(
         synonyms=text[[rows[word] for word in meant]],
         meant=torch.tensor([vocabulary.index_of(name) for name in meant.values()], dtype=torch.int64),
@@ -68,42 +68,23 @@ def other_words(sources: Sequence[DatasetSource], vocabulary: Vocabulary, embed:
         absent_from={
             name: torch.tensor([word in words for word in never], dtype=torch.bool) for name, words in absent.items()
         },
-        absent_names={name: torch.tensor([one in words for one in vocabulary.names]) for name, words in absent.items()},
     )
 
 
 def _meant(sources: Sequence[DatasetSource], vocabulary: Vocabulary) -> dict[str, str]:
     """The name that each synonym means."""
     meant: dict[str, str] = {}
+    hint = "take it out, or make one category of two names with `renames`"
     for source in sources:
         for name, words in source.config.synonyms.items():
-            for word in _words(words, "synonyms", source):
+            for word in words:
                 if word in vocabulary:
-                    what, hint = f"`synonyms` has {word!r}, which is a category", "`renames` makes one of two names"
-                    raise DataError(what, where=source.name, hint=f"take it out; {hint}")
+                    what = f"`synonyms` has {word!r} for {name!r}, which is a category of another dataset or detector"
+                    raise DataError(what, where=source.name, hint=hint)
                 if meant.setdefault(word, name) != name:
-                    what = f"`synonyms` gives {word!r} for {name!r} and for {meant[word]!r}"
-                    hint = "give a word for one name; `renames` makes one of two names"
+                    what = f"`synonyms` has {word!r} for {name!r}, which means {meant[word]!r} in another dataset"
                     raise DataError(what, where=source.name, hint=hint)
     return meant
-
-
-def _absent(source: DatasetSource, meant: Mapping[str, str]) -> frozenset[str]:
-    """What a dataset never shows."""
-    words = frozenset(_words(source.config.absent, "absent", source))
-    for word in sorted(words):
-        name = meant.get(word, word)
-        if name in source.categories:
-            kind = "is its category" if name == word else f"is a synonym of its category {name!r}"
-            raise DataError(f"`absent` has {word!r}, which {kind}", where=source.name, hint="take it out")
-    return words
-
-
-def _words(words: Sequence[str], key: str, source: DatasetSource) -> list[str]:
-    stripped = [word.strip() for word in words]
-    if not all(stripped):
-        raise DataError(f"`{key}` has an empty word", where=source.name, hint="write a word, or take it out")
-    return stripped
 
 
 class NameVariation:
@@ -123,8 +104,8 @@ class NameVariation:
     ) -> None:
         none, self.words, self.text, self.config, self.seed = text[:0], words, text, config, seed
         meant = torch.zeros(0, dtype=torch.int64) if words is None else words.meant
-        self.absent = none if words is None else words.absent.reshape(-1, text.shape[1]).to(text)
-        self._choices = text if words is None else torch.cat([text, words.synonyms.reshape(-1, text.shape[1]).to(text)])
+        self.absent = none if words is None else words.absent.to(text)
+        self._choices = text if words is None else torch.cat([text, words.synonyms.to(text)])
         self._count = torch.bincount(meant, minlength=len(text))
         order = torch.argsort(meant, stable=True)
         self._first = self._count.cumsum(0) - self._count  # where a name's synonyms begin in this order
@@ -150,19 +131,7 @@ class NameVariation:
         noise = torch.from_numpy(random.standard_normal(tuple(text.shape))).to(text)
         return normalize(text + noise * (self.config.noise / text.shape[1] ** 0.5), dim=-1)
 
-    def with_absent_names(self, targets: Targets, datasets: Sequence[str]) -> Targets:
-        """The targets of the whole vocabulary, with what each image's dataset says never to show.
-
-        Args:
-            targets: Indexed by the vocabulary.
-            datasets: The dataset of each image.
-        """
-        if self.words is None:
-            return targets
-        known = torch.stack([self.words.absent_names[dataset] for dataset in datasets]).to(targets.annotated)
-        return replace(targets, annotated=targets.annotated | known)
-
-    def with_absent_words(
+    def with_absent(
         self, text: Float[Tensor, "n t"], targets: Targets, datasets: Sequence[str], first: int
     ) -> tuple[Float[Tensor, "m t"], Targets]:
         """The same with some words, as categories that are annotated, and absent, where a dataset never shows them.

@@ -121,14 +121,14 @@ class StepTargets:
         targets = replace(targets, noise_seeds=self._noise_seeds(first, len(targets.boxes)))
         text = self.text
         if self.variation is not None:
-            text, targets = self.variation.named(first), self.variation.with_absent_names(targets, batch.datasets)
+            text = self.variation.named(first)
         if 0 < self.loop.vocabulary_sample < len(text):
             seed = int(generator(self.loop.seed, RandomStream.NAMES, first).integers(2**63))
             rows = sample_vocabulary(targets, self.loop.vocabulary_sample, torch.Generator().manual_seed(seed))
             text, targets = text[rows], narrowed(targets, rows)
         if self.variation is None:
             return text, targets
-        return self.variation.with_absent_words(text, targets, batch.datasets, first)
+        return self.variation.with_absent(text, targets, batch.datasets, first)
 
     def of_all(self, batches: Sequence[Batch], average: nn.Module | None, first: int) -> list[Asked]:
         """The same for all batches of a step, of which `first` begins the first one."""
