@@ -64,7 +64,7 @@ def test_to_rt_detr_and_back(metr: CommandLine, tiny_run: TinyRun, tmp_path: Pat
     text = ["--text", tiny_run.text_model]
     back = metr("transfer", "--from", out, "-o", tmp_path / "back", "--names", tiny_run.datasets[0], *text)
     assert back.code == 0, back.words
-    assert "It finds the labels of RT-DETR already" in back.out
+    assert "It finds what RT-DETR finds, before any training" in back.out
     assert f"go on with: metr finetune DATA --from {tmp_path / 'back'} -o RUN" in back.out
     assert set(METR.from_pretrained(tmp_path / "back", device="cpu").names) == {"fish", "frog", "leaf", "turtle"}
 

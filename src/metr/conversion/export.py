@@ -24,10 +24,14 @@ _FROZEN_EPS = 1e-5
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Transferred:
-    """A detector of transformers with METR's weights, and what became of each."""
+    """A detector of transformers with METR's weights, and what became of each.
+
+    `same_answers`: it answers what METR answers for the names given, and not only nearly so.
+    """
 
     model: Any
     report: TransferReport
+    same_answers: bool = False
 
 
 def build(target: Target, network: Detector, names: Sequence[str], seed: int = 0) -> Any:
@@ -82,20 +86,22 @@ def transfer(
     """
     model = build(target, network, names, seed)
     ours = {key: tensor.detach().cpu() for key, tensor in network.state_dict().items()}
-    table, notes = target.table(model.config, network.config), [*target.differences(network.config)]
+    table, said = target.table(model.config, network.config), [*target.differences(network.config)]
     derived = dict(variances(network.backbone, model, target.backbone))
-    rows = (*table.rows(), *table.copies)
-    if target.fits(network.config):
+    rows, fits = (*table.rows(), *table.copies), target.fits(network.config)
+    if fits:
         own = _on_cpu(network)
         tokens, contents = name_tokens(own, text), refined_tokens(own, text)
         context = Context(network=own, text=text.cpu(), tokens=tokens, contents=contents, config=model.config)
         derived |= target.derive(context)
-        notes += target.told(context)
+        said += target.told(context)
+        notes = [*said, *target.in_training]
     else:
         rows, notes = table.backbone, [_only_the_backbone(target, network)]
     given = giving_to_theirs(ours, rows, derived)
     report = receive(model, given, source="METR", name=target.title, notes=notes)
-    return Transferred(model=model, report=report)
+    by_place = network.config.queries.layout == "places"
+    return Transferred(model=model, report=report, same_answers=fits and by_place and not said)
 
 
 def variances(backbone: Backbone, model: Any, prefix: str) -> dict[str, Derived]:

@@ -33,7 +33,7 @@ from metr.sharing.push import save
 from metr.sources import DetectorSource, find_source
 from metr.text.config import TextEncoderConfig
 from metr.text.encoder import TextEncoder
-from metr.text.same_names import listed, told, with_trained_prompts
+from metr.text.same_names import Untrained, listed, told, with_trained_prompts
 from metr.text.vocabulary import Vocabulary
 from metr.training.config import load_recipe
 from metr.training.finetune_recipe import RECIPE, left_to_finetuning
@@ -79,11 +79,15 @@ def to_detector(model: METR, target: str, names: Sequence[str] | Vocabulary | No
         *found.resizes_otherwise(model.resize, model.network.backbone.pad_to),
         *filter(None, [told(new)]),
     )
-    head = "its classification head was computed from the names" if found.fits(model.network.config) else _BACKBONE
     keep_aliases(done.model, model.checkpoint.detection.aliases)
-    never = f"; never trained: {listed([one.called for one in new])}" if new else ""
-    start = f"{head}: no image was seen with it{never}"
+    start = "" if done.same_answers else _why_a_start(found.fits(model.network.config), new)
     return replace(done, report=replace(done.report, notes=notes, start=start))
+
+
+def _why_a_start(fits: bool, new: Sequence[Untrained]) -> str:
+    head = "its classification head was computed from the names" if fits else _BACKBONE
+    never = f"; never trained: {listed([one.called for one in new])}" if new else ""
+    return f"{head}: no image was seen with it{never}"
 
 
 def _wanted(model: METR, names: Sequence[str] | Vocabulary | None) -> Vocabulary:
@@ -355,5 +359,5 @@ def show(report: TransferReport, out: Path, console: Console, go_on: str) -> Non
     if report.start:
         start = f"It is a start for training, no detector yet: {report.start}.\n{go_on}"
     else:
-        start = f"It finds the labels of {report.source} already, before any training.\n{go_on}"
+        start = f"It finds what {report.source} finds, before any training.\n{go_on}"
     console.print(start, highlight=False, markup=False, soft_wrap=True)

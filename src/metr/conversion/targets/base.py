@@ -157,6 +157,7 @@ class Target:
         derive: The tensors that no row gives, by its keys; asked only where the families fit.
         differences: What it computes otherwise than such a METR in spite of equal weights, in sentences.
         told: The same of what these weights decide.
+        in_training: What it does otherwise only while it is trained.
         adopt: The METR that its weights fit, from its configuration, METR's configuration of its backbone, and its
             weights; None where that direction is not offered.
         multiple: Its images' sides must be multiples of this.
@@ -181,6 +182,7 @@ class Target:
     derive: Derivation = nothing_derived
     differences: Callable[[DetectorConfig], tuple[str, ...]] = lambda _: ()
     told: Callable[[Context], tuple[str, ...]] = lambda _: ()
+    in_training: tuple[str, ...] = ()
     adopt: Callable[[Any, BackboneConfig, State], Adopted] | None = None
     multiple: int = 1
     windowed: bool = False

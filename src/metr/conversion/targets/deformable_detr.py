@@ -46,6 +46,7 @@ from metr.models.config import BackboneConfig, DetectorConfig, EncoderConfig, Si
 from metr.models.learned_places import LearnedPlaces
 
 _PLACES, _SWAPPED = "proposals.classifier", "x before y"
+_SAME_ROW = 1e-4
 _QUERIES, _HALVES = "model.query_position_embeddings.weight", ("position", "content")
 # the least distance from 0 and 1 of a box's numbers that it refines
 _MARGIN = 1e-5
@@ -207,6 +208,18 @@ def differences(config: DetectorConfig) -> tuple[str, ...]:
     return tuple(said)
 
 
+@torch.no_grad()
+def told(context: Context) -> tuple[str, ...]:
+    """Whether its first label's score, which chooses the places, is that of METR's best name."""
+    if context.network.learned_places is not None:
+        return ()
+    places = place_classifier(context.network, context.text, context.tokens)
+    rows = torch.cat([places.weight, places.bias.unsqueeze(1)], dim=1)
+    if bool((rows - rows[0]).abs().max() < _SAME_ROW):
+        return ()
+    return ("places are chosen by one score, the mean of the labels'; METR's by that of the best name",)
+
+
 def adopt(config: Any, backbone: BackboneConfig, state: State) -> Adopted:
     """A METR that computes all that it does: with proposals for two stages, with learned places for one.
 
@@ -268,5 +281,6 @@ TARGET = Target(
     table=table,
     derive=derive,
     differences=differences,
+    told=told,
     adopt=adopt,
 )

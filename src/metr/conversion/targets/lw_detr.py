@@ -213,9 +213,6 @@ def differences(config: DetectorConfig) -> tuple[str, ...]:
 def projector_differences(config: DetectorConfig) -> tuple[str, ...]:
     """What LW-DETR and RF-DETR compute otherwise."""
     said = [] if config.queries.content == "learned_only" else [_CONTENTS]
-    said += [
-        "in training it has one group of queries (group_detr); published ones have 13",
-    ]
     if config.decoder.boxes != "reparametrised":
         said.append("boxes are reparametrised; this METR's are refined as logits, and their heads have to learn anew")
     if config.decoder.predictors == "layer":
@@ -303,6 +300,7 @@ TARGET = Target(
     table=table,
     derive=derive,
     differences=differences,
+    in_training=("in training it has one group of queries (group_detr); published ones have 13",),
     adopt=adopt,
     windowed=True,
 )
