@@ -28,7 +28,6 @@ from detection_defaults import Encoded, ask, encoded
 from metr.checkpoint import words_of
 from metr.config import Tree, read_yaml
 from metr.evaluation.coco import CocoScorer
-from metr.inference.config import InferenceConfig
 from metr.model import METR
 from runner import Run, Study
 
@@ -99,7 +98,7 @@ def measured(
 def by_name(model: METR, one: Encoded, called: Mapping[str, str]) -> dict[str, float | None]:
     """The AP of each name when some are called by other words; a word that is one of the names is left out."""
     asked = tuple(word if (word := called.get(name, name)) not in one.names else name for name in one.names)
-    found = ask(model, one, asked, InferenceConfig())
+    found = ask(model, one, asked, model.inference(names=asked))
     meant = {image: replace(each, names=one.names) for image, each in found.items()}
     scored = CocoScorer(one.annotations, [name.strip() for name in one.annotations.categories]).score(meant)
     return {each.name: each.ap for each in scored.categories}
@@ -111,7 +110,7 @@ def firing(model: METR, one: Encoded, absent: Mapping[str, Sequence[str]]) -> Tr
     for kind, words in absent.items():
         strange = [word for word in words if word not in one.names]
         asked = (*one.names, *strange)
-        found = ask(model, one, asked, InferenceConfig()) if strange else {}
+        found = ask(model, one, asked, model.inference(names=asked)) if strange else {}
         thresholds = model.thresholds(None, asked)
         shown = dict.fromkeys(strange, 0)
         for each in map(thresholds.shown, found.values()):
