@@ -9,7 +9,8 @@ and judged on the other, with the dataset's own names:
     shown       precision, recall and F1 of what `metr detect` shows by default, at IoU 0.5, all objects alike
     best        F1 from the one score for all names that is best for the very images that are judged
 
-metr-nano, five datasets, 256 images, five cuts (results/calibration.json): the error falls from CHANGE.
+metr-nano, five datasets, 256 images, five cuts (results/calibration.json): the error falls from 0.020 to 0.046 down to
+0.004 to 0.017; F1 of what is shown is 0.4 to 2.0 below the best on four datasets, and 3.8 on doc_tables (28 images).
 
 Results: `results/calibration.json` and `.md`. Runs: `--out`; a dataset that was measured is not measured again.
 """

@@ -55,7 +55,13 @@ def conduct(study: Study, options: Mapping[str, Any]) -> bool:
     """Measures the datasets that are not measured yet, and writes the result."""
     torch.set_num_threads(options["threads"])
     model, words = METR.from_pretrained(options["run"], device="cpu"), read_yaml(WORDS)
-    datasets = {name: own for name, own in words["datasets"].items() if name in model.vocabulary.datasets}
+    # of an adopted detector nobody knows which dataset has which name
+    known, names = model.vocabulary.datasets, {*model.names}
+    datasets = {
+        name: own
+        for name, own in words["datasets"].items()
+        if name in known or (not known and own["words"].keys() <= names)
+    }
     everywhere = {kind: words[kind] for kind in ABSENT[1:]}
     runs = [
         Run(
