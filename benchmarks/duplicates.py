@@ -5,43 +5,63 @@
 METR is trained as the recipe says, with each cure of the profile, and with all of them: the same images for the same
 steps, several seeds. The last weights are asked for each dataset's own names and for all names:
 
-    bare       mean AP without suppression (NMS), own names
-    with NMS   the same with suppression at 0.7 IoU within a name; *adds*: the difference
-    all names  mean AP with suppression, all names asked for
-    repeats    of the best detections without suppression, as many an image as it has objects: the share that overlaps
-               a better one of its name by 0.5 IoU or more
+    bare        mean AP without suppression (NMS), own names
+    with NMS    the same with suppression at 0.7 IoU within a name
+    NMS adds    the difference
+    all names   the same two with all names of training asked for
+    repeats     of the best detections without suppression, own names, as many an image as it has objects: the share
+                that overlaps a better one of its name by 0.5 IoU or more
 
-Differences to the recipe of the same seeds have a paired bootstrap over the images: the middle 95 % of `RESAMPLES`
-draws. Profile `trial` has not been run.
+A cure that changes only the statistics of the average's batch norms is not trained: they are estimated, as training
+would at its end, for the recipe's weights. Differences to the recipe of the same seeds have a paired bootstrap over the
+images: the middle 95 % of `RESAMPLES` draws. It says nothing of the seeds: their range does.
+
+Profile `trial` has not been run.
 
 Results: `results/duplicates-PROFILE.json` and `.md`, written whenever the command ends, with what is finished until
 then. Runs: `--out`, resumable; several processes may share the work.
 """
 
+import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from accelerate import Accelerator
+from jaxtyping import Float
 from pydantic import Field
 
 import report
 import runner
 from detection_defaults import ask, difference, encoded, joined, resampled
 from metr.boxes import pairwise_iou
-from metr.config import Config, Tree, merge
+from metr.config import Config, Tree, leaves, merge
+from metr.data.joint import open_joint
 from metr.data.records import InMemoryAnnotations
 from metr.inference.config import InferenceConfig, PostprocessConfig
 from metr.model import METR
 from metr.structures import Detections
+from metr.training.batch_statistics import estimated_statistics, learned_batch_norms, take_statistics
+from metr.training.config import RunConfig
+from metr.training.train import training_parts
 from runner import Run, Study
 
 RECIPE, TOGETHER = "recipe", "together"
 RESAMPLES, NMS, SAME_PLACE = 50, 0.7, 0.5
 ADDS = 0.3
 """AP that suppression may add in the mean."""
-FIGURES = ("bare", "suppressed", "joint")
+FIGURES = {
+    "bare": "bare",
+    "suppressed": "with NMS",
+    "adds": "NMS adds",
+    "joint_bare": "all names, bare",
+    "joint": "all names, with NMS",
+}
+STATISTICS = "train.ema.batch_norm_images"
 
 
 class Profile(Config):
@@ -66,18 +86,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def conduct(study: Study) -> bool:
     """Does the runs that are not finished, writes what is; False where it was stopped."""
     profile = Profile.checked(study.read_profile(), where=study.profile)
-    data = study.datasets(profile.datasets)
+    data, arms = study.datasets(profile.datasets), profile.arms()
     runs = {
-        (arm, seed): arm_run(study, data, study.recipe(with_seed(merge(profile.recipe, tree), seed)), arm, seed)
+        (arm, seed): arm_run(study, data, study.recipe(with_seed(merge(profile.recipe, tree), seed)), arm, seed, tree)
         for seed in profile.seeds
-        for arm, tree in profile.arms().items()
+        for arm, tree in arms.items()
     }
     done = runner.run_all(study, list(runs.values()))
     found = {key: one for key, run in runs.items() for one in runner.reports([run])}
     if found:
-        commits = report.all_commits(found.values())
-        result = {**runner.circumstances("duplicates", commits), "profile": study.profile, "complete": done}
-        result |= {"arms": summary(profile, found)}
+        result = {
+            **runner.circumstances("duplicates", report.all_commits(found.values()), "cpu"),
+            "profile": study.profile,
+            "complete": done,
+            "written_by": runner.commit(),
+            "settings": profile.model_dump(mode="json") | {"set": list(study.overrides)},
+            "training_seconds": round(sum(one["training_seconds"] for one in found.values())),
+            "runs": [
+                {"arm": arm, "seed": seed, **{key: value for key, value in one.items() if key != "means"}}
+                for (arm, seed), one in found.items()
+            ],
+            "arms": summary(arms, profile.seeds, found),
+        }
         result["bars"] = goals(result)
         report.write_result(study.stem, result, page(result))
     return done
@@ -88,34 +118,54 @@ def with_seed(tree: Tree, seed: int) -> Tree:
     return merge(tree, {"train": {"loop": {"seed": seed}}})
 
 
-def arm_run(study: Study, data: Sequence[str], recipe: Any, arm: str, seed: int) -> Run:
-    """The training and the judgement of one arm with one seed."""
+def arm_run(study: Study, data: Sequence[str], recipe: RunConfig, arm: str, seed: int, changes: Tree) -> Run:
+    """The training, where `changes` of the recipe need one, and the judgement of one arm with one seed."""
+    untrained = leaves(changes).keys() == {STATISTICS}
     folder = study.out / f"{arm.replace(' ', '-')}-{seed}"
+    weights = study.out / f"{RECIPE}-{seed}" if untrained else folder
     training = runner.training_run(study, folder, recipe, data, arm)
 
     def work() -> Tree | None:
-        took = training.work()
-        return None if took is None else {**took, **judged(folder / "last", data)}
+        took = {**runner.training_cost(weights), "training_seconds": 0.0} if untrained else training.work()
+        if took is None:
+            return None
+        model = METR.from_pretrained(weights / "last", device="cpu")
+        if untrained:
+            settle(model, recipe, data, study)
+        return {**took, **judged(model, data)}
 
-    return Run(folder=folder, title=f"{arm}, seed {seed}", settings={**training.settings, "arm": arm}, work=work)
+    settings = {**training.settings, "arm": arm, "resamples": RESAMPLES}
+    return Run(folder=folder, title=f"{arm}, seed {seed}", settings=settings, work=work)
 
 
-def judged(checkpoint: Path, data: Sequence[str]) -> Tree:
+def settle(model: METR, recipe: RunConfig, data: Sequence[str], study: Study) -> None:
+    """Estimates the statistics of the model's learned batch norms, from the images that training would take for it."""
+    parts, loop, batch = training_parts(open_joint(data), recipe, study.console), recipe.train.loop, recipe.loader
+    number = loop.steps * loop.accumulation
+    place = {"seed": loop.seed, "start": number * batch.batch_size, "rank": 0, "world": 1}
+    loader = parts.loader(**place, device=torch.device("cpu"), batches=number)
+    batches = islice(loader, math.ceil(recipe.train.ema.batch_norm_images / batch.batch_size))
+    norms = learned_batch_norms(parts.network.train())
+    take_statistics(model.network, estimated_statistics(model.network, norms, batches, Accelerator(cpu=True)))
+
+
+def judged(model: METR, data: Sequence[str]) -> Tree:
     """The mean AP of each figure, first of the images as they are and then of images drawn anew, and the repeats.
 
-    Draws are the same for every checkpoint.
+    Draws are the same for every model.
     """
-    model = METR.from_pretrained(checkpoint, device="cpu")
     sets = [encoded(model, path) for path in data]
     bare, suppressed = (InferenceConfig(postprocess=PostprocessConfig(nms_iou=iou)) for iou in (None, NMS))
     asked = {
         "bare": [ask(model, one, one.names, bare) for one in sets],
         "suppressed": [ask(model, one, one.names, suppressed) for one in sets],
+        "joint_bare": [ask(model, one, joined(one.names, model.names), bare) for one in sets],
         "joint": [ask(model, one, joined(one.names, model.names), suppressed) for one in sets],
     }
     means = {figure: resampled(sets, found, RESAMPLES).tolist() for figure, found in asked.items()}
     repeats = [repeated(one.annotations, found) for one, found in zip(sets, asked["bare"], strict=True)]
-    return {"means": means, "repeats": report.mean(repeats)}
+    images = sum(len(one.annotations) for one in sets)
+    return {"images": images, "means": means, "repeats": report.mean(repeats)}
 
 
 def repeated(annotations: InMemoryAnnotations, found: Mapping[int | str, Detections]) -> float | None:
@@ -130,77 +180,87 @@ def repeated(annotations: InMemoryAnnotations, found: Mapping[int | str, Detecti
     return 100 * again / total if total else None
 
 
-def summary(profile: Profile, found: Mapping[tuple[str, int], Mapping[str, Any]]) -> Tree:
+def summary(arms: Iterable[str], seeds: Sequence[int], found: Mapping[tuple[str, int], Mapping[str, Any]]) -> Tree:
     """Each arm's figures by seed, their means, and differences to the recipe over the seeds that both have finished."""
     result: Tree = {}
-    for arm in profile.arms():
-        seeds = [seed for seed in profile.seeds if (arm, seed) in found]
-        if not seeds:
+    for arm in arms:
+        own = {seed: found[arm, seed] for seed in seeds if (arm, seed) in found}
+        if not own:
             continue
-        own = [found[arm, seed] for seed in seeds]
-        each = {figure: [one["means"][figure][0] for one in own] for figure in FIGURES}
-        pairs = [(found[RECIPE, seed], found[arm, seed]) for seed in seeds if (RECIPE, seed) in found]
+        each = {figure: [float(values(one, figure)[0]) for one in own.values()] for figure in FIGURES}
+        pairs = [(found[RECIPE, seed], one) for seed, one in own.items() if (RECIPE, seed) in found]
+        bare, suppressed = (over_seeds(own.values(), figure) for figure in ("bare", "suppressed"))
         result[arm] = {
-            "seeds": seeds,
+            "seeds": list(own),
             "each": each,
-            "mean": {figure: report.mean(values) for figure, values in each.items()},
-            "adds": report.mean(one["means"]["suppressed"][0] - one["means"]["bare"][0] for one in own),
-            "repeats": report.mean(one["repeats"] for one in own),
+            "mean": {figure: report.mean(several) for figure, several in each.items()},
+            "adds": difference(bare, suppressed),
+            "repeats": [one["repeats"] for one in own.values()],
             "gains": {figure: gained(pairs, figure) for figure in FIGURES} if pairs and arm != RECIPE else None,
         }
     return result
 
 
+def values(one: Mapping[str, Any], figure: str) -> Float[np.ndarray, "n"]:
+    """A figure of a run, first of the images as they are and then of each draw."""
+    means = one["means"]
+    return np.subtract(means["suppressed"], means["bare"]) if figure == "adds" else np.array(means[figure])
+
+
+def over_seeds(several: Iterable[Mapping[str, Any]], figure: str) -> Float[np.ndarray, "n"]:
+    """The mean of a figure over the runs of several seeds, draw by draw."""
+    return np.asarray(np.mean([values(one, figure) for one in several], axis=0))
+
+
 def gained(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], figure: str) -> Tree:
     """The mean difference over seeds, with the bootstrap's limits."""
-    before, after = (np.mean([one[side]["means"][figure] for one in pairs], axis=0) for side in (0, 1))
+    before, after = (over_seeds([pair[side] for pair in pairs], figure) for side in (0, 1))
     return difference(before, after)
 
 
 def goals(result: Mapping[str, Any]) -> list[Tree]:
-    """What suppression adds to each arm."""
-    return [{"what": arm, **report.bar(one["adds"], ADDS)} for arm, one in result["arms"].items()]
+    """What suppression adds to each arm, own names."""
+    return [{"what": arm, **report.bar(one["adds"]["mean"], ADDS)} for arm, one in result["arms"].items()]
 
 
 def page(result: Mapping[str, Any]) -> str:
-    """The page of a result: a row an arm."""
-    rows = []
-    for arm, one in result["arms"].items():
-        spread = [f"{min(values):.1f} to {max(values):.1f}" for values in (one["each"]["suppressed"],)]
-        gains = [
-            "-" if one["gains"] is None else "{mean:+.1f} ({low:+.1f} to {high:+.1f})".format(**one["gains"][figure])
-            for figure in FIGURES
-        ]
-        cells = [
-            part
-            for figure, gain in zip(FIGURES, gains, strict=True)
-            for part in (report.number(one["mean"][figure]), gain)
-        ]
-        rows.append(
-            [arm, str(len(one["seeds"])), *cells, *spread, f"{one['adds']:+.2f}", report.number(one["repeats"])]
-        )
-    head = [
-        "arm",
-        "seeds",
-        "bare",
-        "gain",
-        "with NMS",
-        "gain",
-        "all names",
-        "gain",
-        "seeds' range",
-        "NMS adds",
-        "repeats, %",
+    """The page of a result: the figures, the differences to the recipe, the goal; a row an arm."""
+    arms, runs = result["arms"], result["runs"]
+    rows = [
+        [arm, str(len(one["seeds"])), *(of_seeds(one["each"][figure]) for figure in FIGURES), of_seeds(one["repeats"])]
+        for arm, one in arms.items()
+    ]
+    gains = [[arm, *(limits(one["gains"][figure]) for figure in FIGURES)] for arm, one in arms.items() if one["gains"]]
+    met = [
+        f"- {one['what']}: suppression adds {limits(arms[one['what']]['adds'])} AP ({report.bar_text(one)})"
+        for one in result["bars"]
     ]
     return report.joined(
         "# Duplicates",
-        f"{report.profile_of(result)}. {report.facts(result)}.",
-        report.table(head, rows),
-        "\n".join(
-            f"- {one['what']}: suppression adds {one['value']:+.2f} AP ({report.bar_text(one)})"
-            for one in result["bars"]
-        ),
+        f"{report.profile_of(result)}: {result['training_seconds'] / 60:.0f} minutes of training steps, on "
+        f"{report.facts(result)}.",
+        f"Mean AP (0 to 100) of {len(result['settings']['datasets'])} datasets, {runs[0]['images']} images of their "
+        f"evaluation splits, last weights, runs of {report.number_range(one['steps'] for one in runs)} steps. In "
+        "brackets: the range of the seeds.",
+        report.table(["arm", "seeds", *FIGURES.values(), "repeats, %"], rows),
+        "Differences to the recipe of the same seeds. In brackets, here and below: the middle 95 % when the images are "
+        "drawn anew.",
+        report.table(["arm", *FIGURES.values()], gains),
+        "\n".join(met),
+        report.runs_by_commit((f"{one['arm']}, seed {one['seed']}", one["commit"]) for one in runs),
     )
+
+
+def of_seeds(each: Iterable[float | None]) -> str:
+    """The mean over seeds, and their range where there are several."""
+    known = [value for value in each if value is not None]
+    spread = f" ({min(known):.1f} to {max(known):.1f})" if len(known) > 1 else ""
+    return report.number(report.mean(known)) + spread
+
+
+def limits(one: Mapping[str, float]) -> str:
+    """A difference and its limits."""
+    return f"{one['mean']:+.2f} ({one['low']:+.2f} to {one['high']:+.2f})"
 
 
 if __name__ == "__main__":

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 
+from metr.config import read_yaml
 from metr.data.records import ImageRecord, InMemoryAnnotations
 from metr.models.config import DetectorConfig
+from metr.model import METR
 from metr.structures import Detections
 from metr.training.config import load_recipe
 
@@ -18,6 +20,11 @@ from metr.training.config import load_recipe
 @pytest.fixture
 def study(study_of: Callable[[str], ModuleType]) -> ModuleType:
     return study_of("duplicates")
+
+
+def same_weights(first: METR, second: METR) -> bool:
+    ours, theirs = first.network.state_dict(), second.network.state_dict()
+    return all(torch.allclose(value, theirs[key], rtol=1e-4, atol=1e-6) for key, value in ours.items())
 
 
 def test_the_profile_is_whole(study: ModuleType) -> None:
@@ -31,6 +38,10 @@ def test_the_profile_is_whole(study: ModuleType) -> None:
     assert together.denoising.flip_noise == 1
     assert together.decoder.look_forward == "twice"
     assert together.queries.one_to_many.number == 100
+    assert recipes["together"].train.ema.batch_norm_images == 96
+    # one run an arm and seed, the first seed of all arms first; each arm sees the same images
+    assert len({recipe.train.loop.model_dump_json() for recipe in recipes.values()}) == 1
+    assert len({recipe.loader.model_dump_json() for recipe in recipes.values()}) == 1
 
 
 def test_arms_are_compared_seed_by_seed(
@@ -42,23 +53,36 @@ def test_arms_are_compared_seed_by_seed(
     profile = study.Study(name="duplicates", profile="trial", data=Path(), out=Path()).read_profile()
     profile |= {"datasets": ["bccd"], "seeds": [0, 1]}
     profile["recipe"]["loader"]["mixture"] = "equal"
-    profile["cures"] = {"noise": profile["cures"]["noise of flipped copies"]}
+    ema = {"ema": {"batch_norm_images": 4}}
+    trained = {"train": {**ema, "loop": {"log_every": 1}}}  # the same by training
+    profile["cures"] = {"statistics": {"train": ema}, "trained": trained}
     monkeypatch.setattr(study.Study, "read_profile", lambda _: profile)
     monkeypatch.setattr(study, "RESAMPLES", 1)
     assert command_of(study)("--set", "train.loop.steps=1") == 0
     result = json.loads((tmp_path / "results/duplicates-trial.json").read_text())
     assert result["complete"]
-    assert list(result["arms"]) == ["recipe", "noise", "together"]
+    assert list(result["arms"]) == ["recipe", "statistics", "trained", "together"]
     assert result["arms"]["recipe"]["gains"] is None
-    for arm in ("noise", "together"):
+    for arm in ("statistics", "trained", "together"):
         one = result["arms"][arm]
         assert one["seeds"] == [0, 1]
         for figure in study.FIGURES:
             plain = np.mean(one["each"][figure]) - np.mean(result["arms"]["recipe"]["each"][figure])
             assert one["gains"][figure]["mean"] == pytest.approx(plain)
-    assert result["arms"]["noise"]["each"] == result["arms"]["together"]["each"], "the same configuration"
+    assert result["arms"]["trained"]["each"] == result["arms"]["together"]["each"], "the same configuration"
+    assert [(one["seed"], one["arm"]) for one in result["runs"]] == [(n, arm) for n in (0, 1) for arm in result["arms"]]
+    assert not (tmp_path / "runs/statistics-0/last").exists()
+    before, wanted = (study.METR.from_pretrained(tmp_path / f"runs/{arm}-0/last") for arm in ("recipe", "trained"))
+    assert not same_weights(before, wanted)
+    recipe = study.RunConfig.checked(read_yaml(tmp_path / "runs/trained-0/config.yaml"))
+    whole = study.Study(name="duplicates", profile="trial", data=Path(), out=Path())
+    study.settle(before, recipe, json.loads((tmp_path / "runs/trained-0/report.json").read_text())["data"], whole)
+    assert same_weights(before, wanted), "what is not trained is what training gives"
     assert [one["what"] for one in result["bars"]] == list(result["arms"])
-    assert "NMS adds" in (tmp_path / "results/duplicates-trial.md").read_text()
+    page = (tmp_path / "results/duplicates-trial.md").read_text()
+    assert "NMS adds" in page
+    assert "- together: suppression adds" in page
+    assert "runs of 1 steps" in page
 
 
 def test_repeats_are_counted_among_as_many_as_there_are_objects(study: ModuleType) -> None:
