@@ -26,7 +26,6 @@ import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -87,11 +86,7 @@ def conduct(study: Study) -> bool:
     """Does the runs that are not finished, writes what is; False where it was stopped."""
     profile = Profile.checked(study.read_profile(), where=study.profile)
     data, arms = study.datasets(profile.datasets), profile.arms()
-    runs = {
-        (arm, seed): arm_run(study, data, study.recipe(with_seed(merge(profile.recipe, tree), seed)), arm, seed, tree)
-        for seed in profile.seeds
-        for arm, tree in arms.items()
-    }
+    runs = {(arm, seed): arm_run(study, profile, data, arm, seed) for seed in profile.seeds for arm in arms}
     done = runner.run_all(study, list(runs.values()))
     found = {key: one for key, run in runs.items() for one in runner.reports([run])}
     if found:
@@ -106,20 +101,17 @@ def conduct(study: Study) -> bool:
                 {"arm": arm, "seed": seed, **{key: value for key, value in one.items() if key != "means"}}
                 for (arm, seed), one in found.items()
             ],
-            "arms": summary(arms, profile.seeds, found),
+            "arms": (figures := summary(arms, profile.seeds, found)),
+            "bars": [{"what": arm, **report.bar(one["adds"]["mean"], ADDS)} for arm, one in figures.items()],
         }
-        result["bars"] = goals(result)
         report.write_result(study.stem, result, page(result))
     return done
 
 
-def with_seed(tree: Tree, seed: int) -> Tree:
-    """The configuration with a seed."""
-    return merge(tree, {"train": {"loop": {"seed": seed}}})
-
-
-def arm_run(study: Study, data: Sequence[str], recipe: RunConfig, arm: str, seed: int, changes: Tree) -> Run:
-    """The training, where `changes` of the recipe need one, and the judgement of one arm with one seed."""
+def arm_run(study: Study, profile: Profile, data: Sequence[str], arm: str, seed: int) -> Run:
+    """The training, where the arm needs one of its own, and the judgement of one arm with one seed."""
+    changes = profile.arms()[arm]
+    recipe = study.recipe(merge(profile.recipe, changes), f"train.loop.seed={seed}")
     untrained = leaves(changes).keys() == {STATISTICS}
     folder = study.out / f"{arm.replace(' ', '-')}-{seed}"
     weights = study.out / f"{RECIPE}-{seed}" if untrained else folder
@@ -188,16 +180,19 @@ def summary(arms: Iterable[str], seeds: Sequence[int], found: Mapping[tuple[str,
         if not own:
             continue
         each = {figure: [float(values(one, figure)[0]) for one in own.values()] for figure in FIGURES}
-        pairs = [(found[RECIPE, seed], one) for seed, one in own.items() if (RECIPE, seed) in found]
-        bare, suppressed = (over_seeds(own.values(), figure) for figure in ("bare", "suppressed"))
         result[arm] = {
             "seeds": list(own),
             "each": each,
             "mean": {figure: report.mean(several) for figure, several in each.items()},
-            "adds": difference(bare, suppressed),
+            "adds": difference(*(over_seeds(own.values(), figure) for figure in ("bare", "suppressed"))),
             "repeats": [one["repeats"] for one in own.values()],
-            "gains": {figure: gained(pairs, figure) for figure in FIGURES} if pairs and arm != RECIPE else None,
+            "gains": None,
         }
+        pairs = [(found[RECIPE, seed], one) for seed, one in own.items() if (RECIPE, seed) in found]
+        if pairs and arm != RECIPE:
+            sides = list(zip(*pairs, strict=True))
+            gains = {figure: difference(*(over_seeds(side, figure) for side in sides)) for figure in FIGURES}
+            result[arm]["gains"] = gains
     return result
 
 
@@ -212,22 +207,11 @@ def over_seeds(several: Iterable[Mapping[str, Any]], figure: str) -> Float[np.nd
     return np.asarray(np.mean([values(one, figure) for one in several], axis=0))
 
 
-def gained(pairs: Sequence[tuple[Mapping[str, Any], Mapping[str, Any]]], figure: str) -> Tree:
-    """The mean difference over seeds, with the bootstrap's limits."""
-    before, after = (over_seeds([pair[side] for pair in pairs], figure) for side in (0, 1))
-    return difference(before, after)
-
-
-def goals(result: Mapping[str, Any]) -> list[Tree]:
-    """What suppression adds to each arm, own names."""
-    return [{"what": arm, **report.bar(one["adds"]["mean"], ADDS)} for arm, one in result["arms"].items()]
-
-
 def page(result: Mapping[str, Any]) -> str:
     """The page of a result: the figures, the differences to the recipe, the goal; a row an arm."""
     arms, runs = result["arms"], result["runs"]
     rows = [
-        [arm, str(len(one["seeds"])), *(of_seeds(one["each"][figure]) for figure in FIGURES), of_seeds(one["repeats"])]
+        [arm, str(len(one["seeds"])), *map(of_seeds, [*one["each"].values(), one["repeats"]])]
         for arm, one in arms.items()
     ]
     gains = [[arm, *(limits(one["gains"][figure]) for figure in FIGURES)] for arm, one in arms.items() if one["gains"]]
@@ -243,9 +227,9 @@ def page(result: Mapping[str, Any]) -> str:
         f"evaluation splits, last weights, runs of {report.number_range(one['steps'] for one in runs)} steps. In "
         "brackets: the range of the seeds.",
         report.table(["arm", "seeds", *FIGURES.values(), "repeats, %"], rows),
-        "Differences to the recipe of the same seeds. In brackets, here and below: the middle 95 % when the images are "
-        "drawn anew.",
-        report.table(["arm", *FIGURES.values()], gains),
+        "Differences to the recipe of the same seeds, and what suppression adds. In brackets: the middle 95 % when the "
+        "images are drawn anew.",
+        report.table(["arm", *FIGURES.values()], gains) if gains else "",
         "\n".join(met),
         report.runs_by_commit((f"{one['arm']}, seed {one['seed']}", one["commit"]) for one in runs),
     )
