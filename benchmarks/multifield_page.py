@@ -25,7 +25,7 @@ RECALL_AT = 10
 WIDE = 8
 """The most datasets that a table has as columns; of more, they are its rows."""
 AHEAD = {"closed_set": 2.0, "separate": 5.0}
-"""How far ahead in mean AP the best joint arm is to be: of the closed head with all names, of separate METRs with own."""
+"""How far ahead in mean AP the best joint arm is to be: of the closed head (all names), of separate METRs (own)."""
 CONFUSION = 2.0
 """The most, in %, of the best detections that are to name another field."""
 
