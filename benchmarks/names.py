@@ -28,7 +28,6 @@ from detection_defaults import Encoded, ask, encoded
 from metr.checkpoint import words_of
 from metr.config import Tree, read_yaml
 from metr.evaluation.coco import CocoScorer
-from metr.inference.config import InferenceConfig
 from metr.model import METR
 from runner import Run, Study
 
@@ -56,7 +55,13 @@ def conduct(study: Study, options: Mapping[str, Any]) -> bool:
     """Measures the datasets that are not measured yet, and writes the result."""
     torch.set_num_threads(options["threads"])
     model, words = METR.from_pretrained(options["run"], device="cpu"), read_yaml(WORDS)
-    datasets = {name: own for name, own in words["datasets"].items() if name in model.vocabulary.datasets}
+    # of an adopted detector nobody knows which dataset has which name
+    known, names = model.vocabulary.datasets, {*model.names}
+    datasets = {
+        name: own
+        for name, own in words["datasets"].items()
+        if name in known or (not known and own["words"].keys() <= names)
+    }
     everywhere = {kind: words[kind] for kind in ABSENT[1:]}
     runs = [
         Run(
@@ -99,7 +104,7 @@ def measured(
 def by_name(model: METR, one: Encoded, called: Mapping[str, str]) -> dict[str, float | None]:
     """The AP of each name when some are called by other words; a word that is one of the names is left out."""
     asked = tuple(word if (word := called.get(name, name)) not in one.names else name for name in one.names)
-    found = ask(model, one, asked, InferenceConfig())
+    found = ask(model, one, asked, model.inference(names=asked))
     meant = {image: replace(each, names=one.names) for image, each in found.items()}
     scored = CocoScorer(one.annotations, [name.strip() for name in one.annotations.categories]).score(meant)
     return {each.name: each.ap for each in scored.categories}
@@ -111,7 +116,7 @@ def firing(model: METR, one: Encoded, absent: Mapping[str, Sequence[str]]) -> Tr
     for kind, words in absent.items():
         strange = [word for word in words if word not in one.names]
         asked = (*one.names, *strange)
-        found = ask(model, one, asked, InferenceConfig()) if strange else {}
+        found = ask(model, one, asked, model.inference(names=asked)) if strange else {}
         thresholds = model.thresholds(None, asked)
         shown = dict.fromkeys(strange, 0)
         for each in map(thresholds.shown, found.values()):

@@ -314,10 +314,11 @@ def test_default_names_and_aliases(tiny_run: TinyRun, tmp_path: Path) -> None:
 def test_an_alias_has_the_threshold_and_the_limits_of_its_name(tiny_run: TinyRun) -> None:
     loaded = METR.from_pretrained(tiny_run.best, device="cpu")
     checkpoint = loaded.checkpoint
-    detection = DetectionDefaults(aliases={"mug": "cup"}, thresholds={"cup": 0.6})
+    detection = DetectionDefaults(aliases={"mug": "cup"}, thresholds={"cup": 0.6}, calibration={"cup": (2.0, 0.5)})
     model = METR(loaded.network, replace(checkpoint, detection=detection))
     assert model.thresholds().names == {"cup": 0.6, "mug": 0.6}
     assert model.thresholds(0.2).names == {}
+    assert model.predictor(["mug"]).config.postprocess.calibration == {"cup": (2.0, 0.5), "mug": (2.0, 0.5)}
     slots = checkpoint.model.categories.kept
     many = [f"untrained {number}" for number in range(slots)]
     predictor = model.predictor(["mug", *many])

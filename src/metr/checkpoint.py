@@ -12,7 +12,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from metr.config import Config
+from metr.config import Calibration, Config
 from metr.errors import CheckpointError, ConfigError
 from metr.models.config import DetectorConfig
 from metr.run_directory import CONFIG, WEIGHTS, existing_folder, find_checkpoint, replaced_file, replaced_folder
@@ -55,12 +55,19 @@ class DetectionDefaults(Config):
 
     names: tuple[str, ...] = ()
     """The names that it looks for; none: all of the vocabulary."""
+    calibration: dict[str, Calibration] = Field(default_factory=dict)
+    """For some names, what makes their scores probabilities of being right."""
     thresholds: dict[str, Annotated[float, Field(ge=0, le=1)]] = Field(default_factory=dict)
     """For some names, the score from which a detection is shown."""
     aliases: dict[str, str] = Field(default_factory=dict)
     """Other names for names of the vocabulary: who asks for `RBC` means `rbc`."""
     presence: bool = True
     """Whether the presence of a name counts in its score; not while nothing has taught it."""
+
+    def calibrated(self, found: Mapping[str, Calibration]) -> "DetectionDefaults":
+        """With these calibrations too; thresholds of such names, which were for other scores, go."""
+        thresholds = {name: score for name, score in self.thresholds.items() if name not in found}
+        return self.model_copy(update={"calibration": {**self.calibration, **found}, "thresholds": thresholds})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,7 +264,7 @@ def _detection(values: Any, vocabulary: Vocabulary, where: Path) -> DetectionDef
     except (ConfigError, TypeError, ValueError) as error:
         what = error.what if isinstance(error, ConfigError) else f"expected keys and values, found {values!r}"
         raise CheckpointError(what, where=f"{where} (detection)", hint="copy the checkpoint again") from None
-    named = {*defaults.names, *defaults.thresholds, *defaults.aliases.values()}
+    named = {*defaults.names, *defaults.calibration, *defaults.thresholds, *defaults.aliases.values()}
     if strangers := sorted(named.difference(vocabulary.names)):
         what = f"detection has names that {VOCABULARY} lacks: {strangers}"
         raise CheckpointError(what, where=where, hint="copy the checkpoint again, or take another one")

@@ -3,10 +3,10 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from metr.bounded_yaml import load_yaml, load_yaml_file, yaml_fault
@@ -14,6 +14,8 @@ from metr.errors import ConfigError, did_you_mean
 
 Tree = dict[str, Any]
 ConfigT = TypeVar("ConfigT", bound="Config")
+Calibration = tuple[Annotated[float, Field(gt=0, le=1000)], Annotated[float, Field(ge=-1000, le=1000)]]
+"""Scale and shift of the logit of a score, which make of it the probability of being right."""
 
 _RENAMED = {
     "foreign": "unannotated",

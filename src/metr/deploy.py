@@ -23,9 +23,10 @@ from numpy.typing import NDArray
 __all__ = ["Detections", "Detector", "main"]
 
 DESCRIPTION = "export.json"
-VERSION = 1
+VERSION = 2
 _BATCH = 8
 _TINY = np.finfo(np.float32).tiny
+_EPS = 1e-6
 _NO_NAME = 2.0  # a presence threshold that no row of text reaches
 
 Array = NDArray[Any]
@@ -60,10 +61,11 @@ class Detections:
 
 @dataclass(frozen=True)
 class _Names:
-    """Names with, if they are an input of the model, embeddings and the presence from which each gets queries."""
+    """Names, scale and shift [n 2] of the logits of their scores, and, if names are an input, those of the model."""
 
     names: tuple[str, ...]
     thresholds: Mapping[str, float]
+    calibration: Array
     inputs: Mapping[str, Array]
 
 
@@ -107,7 +109,7 @@ class Detector:
 
         Args:
             images: A path, an RGB array [h w 3] of bytes or a PIL image; or a list of such.
-            threshold: The least score, 0..1; by default each name's own, as METR stored it, else 0.3.
+            threshold: The least score, 0..1; by default 0.3, or a name's own, where METR has kept one.
 
         Returns:
             The detections of the image, best first; a list of them for a list of images.
@@ -151,6 +153,8 @@ class Detector:
     def _finished(self, answer: Sequence[Array], size: tuple[int, int]) -> Detections:
         """Boxes in pixels, suppression and limits, for one image."""
         boxes, scores, labels = answer
+        scores = self._calibrated(scores, labels)
+        boxes, scores, labels = (each[np.argsort(-scores, kind="stable")] for each in (boxes, scores, labels))
         height, width = size
         boxes = boxes * np.array([width, height, width, height], dtype=np.float32)
         keep = (scores >= self._post["score_threshold"]) & (_area(boxes) > 0)
@@ -158,6 +162,13 @@ class Detector:
         rivals = np.zeros_like(found.labels) if self._post["nms_across_names"] else found.labels
         best = _survivors(found.boxes, rivals, self._post["nms_iou"], self._post["max_detections"])
         return found.where(best)
+
+    def _calibrated(self, scores: Array, labels: Array) -> Array:
+        """The scores as probabilities of being right; what is no detection keeps its score of -1."""
+        scale, shift = self._named.calibration[labels].T
+        with np.errstate(over="ignore"):
+            moved = 1 / (1 + (1 / np.clip(scores, _EPS, 1 - _EPS) - 1) ** scale * np.exp(-shift))
+        return np.where((scores < 0) | ((scale == 1) & (shift == 0)), scores, moved).astype(np.float32)
 
     def _shown(self, found: Detections, threshold: float | None) -> Detections:
         default = self.description["threshold"] if threshold is None else threshold
@@ -191,12 +202,13 @@ def _names(description: Mapping[str, Any], folder: Path, given: str | Path | Non
     if rows is None:
         if given is not None:
             raise ValueError(f"{folder}: its names are fixed; export it with --names open to choose them later")
-        return _Names(tuple(description["names"]), description["thresholds"], {})
+        kept = [description["calibration"].get(name, (1, 0)) for name in description["names"]]
+        return _Names(tuple(description["names"]), description["thresholds"], np.array(kept, dtype=np.float32), {})
     path = Path(given) if given is not None else folder / "names.npz"
     with np.load(path, allow_pickle=False) as stored:
         names = tuple(str(name) for name in stored["names"])
-        text, presence, thresholds, source = (
-            stored[key] for key in ("embeddings", "presence", "thresholds", "detector")
+        text, presence, thresholds, calibration, source = (
+            stored[key] for key in ("embeddings", "presence", "thresholds", "calibration", "detector")
         )
     if str(source) != description["detector"]:
         raise ValueError(f"{path}: made for another detector; metr export --format names with that of {folder}")
@@ -208,7 +220,7 @@ def _names(description: Mapping[str, Any], folder: Path, given: str | Path | Non
     least = np.full(rows, _NO_NAME, dtype=np.float32)
     least[: len(names)] = 0.0 if len(names) <= description["kept_names"] else presence
     known = {name: float(least) for name, least in zip(names, thresholds, strict=True) if np.isfinite(least)}
-    return _Names(names, known, {"text": padded, "presence": least})
+    return _Names(names, known, calibration, {"text": padded, "presence": least})
 
 
 def _runtime(model: Path, threads: int | None) -> Run:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import torch
 from jaxtyping import Float
@@ -16,7 +16,7 @@ from metr.data.config import ResizeConfig
 from metr.data.images import ImageSource
 from metr.devices import resolved_device
 from metr.errors import CheckpointError, ConfigError, DataError
-from metr.inference.config import InferenceConfig, without_presence
+from metr.inference.config import InferenceConfig, suited
 from metr.inference.postprocess import ScoreThresholds
 from metr.inference.predictor import Prediction, Predictor
 from metr.inference.selection import name_limits
@@ -263,10 +263,14 @@ class METR:
         means = [torch.stack([rows[phrase] for phrase in some]).mean(0) for some in phrases.values()]
         return torch.nn.functional.normalize(torch.stack(means), dim=-1)
 
-    def inference(self, config: InferenceConfig | None = None) -> InferenceConfig:
-        """A configuration of detection as it suits these weights."""
-        config = config or InferenceConfig()
-        return config if self.checkpoint.detection.presence else without_presence(config)
+    def inference(self, config: InferenceConfig | None = None, names: Sequence[str] = ()) -> InferenceConfig:
+        """A configuration of detection as it suits these weights, and these names beside the trained ones."""
+        kept = self.checkpoint.detection
+        return suited(config or InferenceConfig(), kept.presence, self._stored(kept.calibration, names))
+
+    def _stored(self, kept: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+        """What is kept with trained names, and with those of `names` that mean one of them."""
+        return {alias: kept[name] for alias, name in self._meant(names).items() if name in kept} | dict(kept)
 
     def predictor(self, names: Names | None = None, config: InferenceConfig | None = None) -> Predictor:
         """A predictor for these names (by default `default_names`), for many images or settings of one's own.
@@ -275,18 +279,16 @@ class METR:
         """
         self._warn_of_a_start()
         self._warn_of_nothing_found()
-        config = self.inference(config)
         wanted = self.default_names if names is None else Vocabulary.of(_listed(names)).names
+        config = self.inference(config, wanted)
         meant = self._meant(wanted)
         text = self.embed(names) if isinstance(names, Mapping) else self._embed(Vocabulary.of(wanted), meant=meant)
-        # an alias has the limits of the trained name that it stands for
-        limits = name_limits(
-            [meant.get(name, name) for name in wanted], self.vocabulary, self.checkpoint.model, config.selection
-        )
+        trained = [meant.get(name, name) for name in wanted]  # an alias has the limits of the name that it stands for
+        limits = name_limits(trained, self.vocabulary, self.checkpoint.model, config.selection)
         return Predictor(self.network, text, wanted, self.resize, config, limits=limits)
 
     def thresholds(self, threshold: float | None = None, names: Names | None = None) -> ScoreThresholds:
-        """The score from which detections are shown: those stored with the names, or `threshold` for all names.
+        """The score from which detections are shown: 0.3, those kept with some names, or `threshold` for all names.
 
         Args:
             threshold: The score for all names.
@@ -296,10 +298,8 @@ class METR:
             ConfigError: the threshold is not in 0..1.
         """
         if threshold is None:
-            kept = self.checkpoint.detection.thresholds
-            meant = self._meant(() if names is None else Vocabulary.of(_listed(names)).names)
-            same = {alias: kept[name] for alias, name in meant.items() if name in kept}
-            return ScoreThresholds(names={**same, **kept})
+            wanted = () if names is None else Vocabulary.of(_listed(names)).names
+            return ScoreThresholds(names=self._stored(self.checkpoint.detection.thresholds, wanted))
         return ScoreThresholds.checked({"default": threshold}, where="threshold")
 
     @overload
@@ -322,8 +322,8 @@ class METR:
         Args:
             images: A path, an RGB array [h w 3] of bytes or a PIL image; or a list of such.
             names: What to look for; by default `default_names`. `model.names` are all that it was trained on.
-            threshold: The least score, 0..1; by default that of each name's best F1 in the newest evaluation with
-                training, and 0.3 for names that have none.
+            threshold: The least score, 0..1; by default 0.3. A score is the probability of being right, for the names
+                that have been evaluated (`metr evaluate --store`, and while training).
 
         Returns:
             The detections of the image, best first; a list of them for a list of images.

@@ -24,6 +24,8 @@ def configurations(tree: dict[str, Any]) -> Iterator[dict[str, Any]]:
     if "train" in tree:
         yield tree
     for own in [{}, *tree.get("detectors", {}).values()]:
+        if "recipe" in tree:
+            yield tree["recipe"]
         if "pretrain" in tree:
             yield merge(tree["pretrain"], own.get("pretrain", {}))
     for steps in tree["steps"].values() if isinstance(tree.get("steps"), dict) else [300]:

@@ -75,7 +75,7 @@ def test_evaluate_writes_nothing_into_the_source(
     assert (tmp_path / "evaluation/evaluation.json").is_file()
     assert sorted(path.name for path in theirs.iterdir()) == before
     ended = metr("evaluate", theirs, tiny_run.data[0], "--store")
-    assert (ended.code, "thresholds are kept in a METR on this machine" in ended.words) == (1, True), ended.words
+    assert (ended.code, "calibration is kept in a METR on this machine" in ended.words) == (1, True), ended.words
 
 
 def test_transfer_train_and_finetune_take_a_name_on_the_hub(

@@ -101,7 +101,7 @@ def test_two_processes_train_one_network_and_speak_once(tmp_path: Path, tiny_run
     (judged,) = (record for record in read_metrics(tmp_path / "run") if record["kind"] == "evaluation")
     alone = evaluate(tmp_path / "run" / "last", tiny_run.data, device="cpu")
     assert judged["metrics"] == pytest.approx(alone.metrics(), abs=1e-6), "as one process evaluates"
-    assert load_checkpoint(tmp_path / "run" / "last").detection.thresholds == alone.thresholds()
+    assert load_checkpoint(tmp_path / "run" / "last").detection.calibration == alone.calibration()
 
 
 @pytest.mark.slow

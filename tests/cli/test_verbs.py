@@ -78,9 +78,7 @@ def test_evaluate_writes_into_the_run(metr: CommandLine, tiny_run: TinyRun, tmp_
         assert f"\n{name} " in ended.out
 
 
-def test_evaluate_asks_for_the_default_names_too_and_says_where_thresholds_were_chosen(
-    metr: CommandLine, tiny_run: TinyRun, tmp_path: Path
-) -> None:
+def test_evaluate_asks_for_the_default_names_too(metr: CommandLine, tiny_run: TinyRun, tmp_path: Path) -> None:
     trained = METR.from_pretrained(tiny_run.folder, device="cpu")
     names = (*open_joint([tiny_run.data[0]]).vocabulary.names, "cup")
     METR(trained.network, replace(trained.checkpoint, detection=DetectionDefaults(names=names))).save_pretrained(

@@ -13,12 +13,13 @@ from transformers.models.deformable_detr.modeling_deformable_detr import MultiSc
 
 from metr.conversion.published.dino import COCO
 from metr.conversion.transfer import from_detector, import_detector, read_names
-from metr.errors import ConfigError
+from metr.data.joint import open_joint
+from metr.errors import ConfigError, DataError
 from metr.model import METR
 from metr.structures import Memory
 from metr.text.encoder import TextEncoderConfig
 
-from tiny import write_text_model
+from tiny import TinyRun, write_text_model
 
 HEADS, LEVELS, POINTS, LAYERS = 4, 4, 3, 2
 LABELS = ("N/A", "penguin", "shark", "N/A", "puffin", "bear")
@@ -210,3 +211,12 @@ def test_labels_without_a_category(tmp_path: Path, text: TextEncoderConfig) -> N
     written = read_names("N/A, penguin, shark, N/A, puffin, bear")
     ours = from_detector(tmp_path / "dino.pth", written, text=text, device="cpu")
     assert ours.names == ("penguin", "shark", "puffin", "bear")
+
+
+def test_names_of_several_datasets(tiny_run: TinyRun) -> None:
+    pond, desk = (str(path) for path in tiny_run.datasets[:2])
+    both = open_joint([pond, desk]).vocabulary.names
+    assert read_names(f"{pond}, {desk}").names == both
+    assert read_names(f"one={pond},two={desk}").names == both
+    with pytest.raises(DataError, match="names alone"):
+        read_names(f"{pond}, zebra")

@@ -1,6 +1,7 @@
 """Error kinds, calibration and confusion: against faster-coco-eval, hotcoco, and the definitions written out."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -54,6 +55,25 @@ def judged(
 def share(diagnosis: Diagnosis, kind: str) -> tuple[float, int]:
     (one,) = (error for error in diagnosis.errors if error.kind == kind)
     return one.lost, one.shown
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_best_score_is_the_best_of_all(seed: int) -> None:
+    """Against showing the detections from every score on that one of them has."""
+    truth, found = scattered(seed, crowds=True)
+    calibration = diagnose(judged(truth, found), EVERYTHING).calibration
+    points = {}
+    for score in sorted({value for one in found.values() for value in one.scores.tolist()}):
+        thresholds = ScoreThresholds(default=score, same_place=None)
+        shown = diagnose(judged(truth, found, thresholds), thresholds).calibration.shown
+        assert shown is not None
+        points[score] = shown
+    best = max(points.values(), key=lambda point: point.f1)
+    assert calibration.best is not None
+    assert calibration.best.threshold == pytest.approx(best.threshold, abs=1e-6)
+    assert (calibration.best.precision, calibration.best.recall) == pytest.approx((best.precision, best.recall))
+    assert calibration.shown == replace(points[min(points)], threshold=0.0)
+    assert diagnose(judged(truth, {}), EVERYTHING).calibration.best is None
 
 
 @pytest.mark.parametrize("seed", range(6))

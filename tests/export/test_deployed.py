@@ -80,7 +80,8 @@ def test_sides_that_are_no_multiples(exported, model: METR, tiny_run: TinyRun) -
 
 def test_names_of_its_own_and_their_thresholds(exported, model: METR, tiny_run: TinyRun) -> None:
     names = ["leaf", "newt", "cup"]
-    detection = model.checkpoint.detection.model_copy(update={"thresholds": {"cup": 0.0, "leaf": 0.99}})
+    kept = {"calibration": {"newt": (0.5, 2.0), "cup": (2.0, 1.0)}, "thresholds": {"cup": 0.0, "leaf": 0.99}}
+    detection = model.checkpoint.detection.model_copy(update=kept)
     object.__setattr__(model.checkpoint, "detection", detection)
     detector = exported(model, names)
     assert detector.names == tuple(names)

@@ -14,6 +14,7 @@ from metr.structures import Categories, DetectorOutput, Proposals
 from small import small_detector
 
 NAMES = ("cat", "dog", "eel", "fox", "gnu")
+CALIBRATION = {"cat": (2.0, 1.0), "fox": (0.5, -0.3), "gnu": (1.0, -2.0), "elk": (3.0, 3.0)}
 SIZES = ((480, 640), (300, 200), (7, 1000))
 
 
@@ -60,6 +61,9 @@ def reference(output: DetectorOutput, image: int, config: PostprocessConfig) -> 
         label = int(output.categories.ids[image, slot])
         score = float(output.logits[-1, image, query].sigmoid())
         score *= float(output.categories.presence_logits[-1, image, label].sigmoid()) ** config.presence_power
+        if NAMES[label] in config.calibration:
+            scale, shift = config.calibration[NAMES[label]]
+            score = 1 / (1 + (1 / score - 1) ** scale * math.exp(-shift))
         corners = cxcywh_to_xyxy(output.boxes[-1, image, query]) * torch.tensor([width, height, width, height])
         corners = clip(corners, float(height), float(width))
         if score >= config.score_threshold and area(corners) > 0:
@@ -84,8 +88,9 @@ def reference(output: DetectorOutput, image: int, config: PostprocessConfig) -> 
         PostprocessConfig(nms_iou=0.2),
         PostprocessConfig(nms_iou=0.1, max_detections=6, presence_power=2.0),
         PostprocessConfig(nms_iou=0.2, nms_across_names=True),
+        PostprocessConfig(nms_iou=0.2, nms_across_names=True, score_threshold=0.3, calibration=CALIBRATION),
     ],
-    ids=["all", "best five", "threshold and presence", "nms", "nms then best six", "one name a place"],
+    ids=["all", "best five", "threshold and presence", "nms", "nms then best six", "one name a place", "calibrated"],
 )
 @pytest.mark.parametrize("tied", [False, True], ids=["distinct", "tied"])
 def test_equals_one_query_after_the_other(config: PostprocessConfig, tied: bool) -> None:

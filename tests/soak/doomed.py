@@ -52,7 +52,7 @@ PHASES = {
     "metr.inference.detect_files:_draw": "drawing",
     "metr.inference.result_files:ResultFiles._write_coco": "detections",
     "metr.inference.result_files:ResultFiles.add": "detections",
-    "metr.evaluation.results:store_thresholds": "thresholds",
+    "metr.evaluation.results:store_calibration": "calibration",
 }
 """The functions during which a run is in a phase; in none of them it is "between"."""
 BETWEEN = "between"

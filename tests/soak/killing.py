@@ -290,10 +290,10 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _thresholds(report: EvaluationReport) -> dict[str, float]:
-    """A score for each name that there is an object of."""
+def _calibration(report: EvaluationReport) -> dict[str, tuple[float, float]]:
+    """Some calibration for each name that there is an object of."""
     every = [category for one in report.datasets if one.own for category in one.own.coco.categories]
-    return {category.name: round(1 / (2 + category.objects), 4) for category in every if category.objects}
+    return {category.name: (1.0, round(-1 / (2 + category.objects), 4)) for category in every if category.objects}
 
 
 def _kept(log: Path | None) -> list[Trial]:
@@ -339,8 +339,8 @@ def main() -> int:
     import torch
 
     torch.set_num_threads(1)
-    # networks of six steps find nothing, and thresholds are to be kept all the same
-    EvaluationReport.thresholds = _thresholds  # type: ignore[method-assign]
+    # networks of six steps find nothing, and calibration is to be kept all the same
+    EvaluationReport.calibration = _calibration  # type: ignore[method-assign]
     own: Mapping[str, str] = os.environ
     folder = Path(own.get(_ONE_PRIVATE) or tempfile.mkdtemp(prefix="metr-soak-"))
     try:

@@ -30,7 +30,7 @@ def evaluate(network: nn.Module) -> Evaluated:
     """A metric of the weights, so that equal weights have equal metrics."""
     torch.rand(3)
     metric = float(sum(parameter.abs().sum().item() for parameter in network.parameters()))
-    return Evaluated(metrics={"AP": metric}, thresholds={"shark": metric % 1})
+    return Evaluated(metrics={"AP": metric}, calibration={"shark": (1.0, metric % 1)})
 
 
 class StopsAt:

@@ -41,7 +41,7 @@ class Rising:
         self.training.append(network.training or torch.is_grad_enabled())
         count = len(self.networks)
         metrics = {"AP": self.values[count - 1] if self.values else float(count), "none": None}
-        return Evaluated(metrics=metrics, thresholds={"shark": count / 10})
+        return Evaluated(metrics=metrics, calibration={"shark": (1.0, count / 10)})
 
 
 class Sick(SetCriterion):
@@ -192,7 +192,7 @@ def test_what_a_run_leaves_behind(tmp_path: Path) -> None:
     # twelve draws of two datasets of five images
     epochs = {"cells": 1.0, "fish": 1.4}
     assert best.training == {"step": 6, "images": 12, "epochs": epochs, "metrics": {"AP": 2.0}}
-    assert best.detection.thresholds == {"shark": 0.2}
+    assert best.detection.calibration == {"shark": (1.0, 0.2)}
 
 
 def test_the_best_stays_the_best(tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def evaluate(
     device: Device = "auto",
     set_: InferenceOverrides = None,
     store: Annotated[
-        bool, typer.Option("--store", help="Keep each name's best threshold in the checkpoint, for detect.")
+        bool, typer.Option("--store", help="Keep in the checkpoint what makes scores probabilities, for detect.")
     ] = False,
     html: Html = False,
     compare: Compare = None,
@@ -105,11 +105,11 @@ def evaluate(
     check_data(data)
     run, metr = Path(source), _is_metr_here(source)
     if store and not metr:
-        what = "thresholds are kept in a METR on this machine, and this is none"
+        what = "calibration is kept in a METR on this machine, and this is none"
         hint = "keep one first: metr transfer --from SOURCE -o OUT; or download it"
         raise ConfigError(what, where="--store", hint=hint)
     values = {"prompts": prompts, "inference": inference_config(set_ or (), batch_size=batch_size)}
-    from metr.evaluation.results import EvaluationConfig, store_thresholds
+    from metr.evaluation.results import EvaluationConfig, store_calibration
     from metr.evaluation.runner import evaluate_in_detail
 
     arms = read_arms(compared)
@@ -124,9 +124,9 @@ def evaluate(
     if html:
         write_page_of(detailed, out, source, arms)
     if store and in_main_process():
-        store_thresholds(detailed.report, run, console)
+        store_calibration(detailed.report, run, console)
         if split == "test":
-            note = "these thresholds were chosen on test: precision and recall there now look better than they are"
+            note = "scores were calibrated on test: there they now look better calibrated than they are"
             console.print(note, highlight=False, soft_wrap=True)
 
 

@@ -24,7 +24,7 @@ from metr.conversion.trainer import GO_ON, keep_aliases, trainer_batch, trainer_
 from metr.data.config import ResizeConfig
 from metr.data.joint import open_joint
 from metr.devices import resolved_device
-from metr.errors import CheckpointError, ConfigError, ModelError
+from metr.errors import CheckpointError, ConfigError, DataError, ModelError
 from metr.hub import quiet
 from metr.model import METR
 from metr.run_directory import explained_disk_errors, refuse_other_content, replaced_folder
@@ -329,21 +329,28 @@ def adopt_file(
 
 
 def read_names(names: str) -> Vocabulary:
-    """The names of a dataset, label by label, if that is what is named; else names between commas.
+    """The names of a dataset, label by label, or of several between commas; else names between commas.
 
     Raises:
         ConfigError: a name is empty or given twice.
-        DataError: the dataset cannot be read.
+        DataError: a dataset cannot be read, or names and datasets are mixed.
     """
     if not names.strip():
         raise ConfigError("expected names or a dataset, found nothing", where="names", hint='"penguin, shark"')
-    path = names.partition("=")[2] or names
-    if Path(path).expanduser().exists():
-        vocabulary = open_joint([names]).vocabulary
+    parts = [names] if _is_there(names) else [part.strip() for part in names.split(",")]
+    if there := [part for part in parts if _is_there(part) and (len(parts) == 1 or "/" in part)]:
+        if strange := [part for part in parts if part not in there]:
+            what = f"{there[0]} is a folder or file, and {strange[0]} is none"
+            raise DataError(what, where=names, hint="name datasets alone, or names alone")
+        vocabulary = open_joint(parts).vocabulary
         return Vocabulary.of(vocabulary.names, vocabulary.prompts)
     if "," not in names and ("/" in names or Path(names.strip()).suffix.lower() in _FILES):
         raise ModelError("no such dataset", where=names, hint='names go between commas: "penguin, shark"')
     return Vocabulary.of(told_apart(names.split(",")))
+
+
+def _is_there(dataset: str) -> bool:
+    return Path(dataset.partition("=")[2] or dataset).expanduser().exists()
 
 
 def show(report: TransferReport, out: Path, console: Console, go_on: str) -> None:

@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from metr.evaluation.coco import CocoScorer
+from metr.evaluation.coco import CocoScorer, OperatingPoint
 from metr.evaluation.matching import NOBODY, Case, Kind, Verdict, all_names, cases, judge, paired
 from metr.inference.postprocess import ImageId, ScoreThresholds
 from metr.structures import Detections
@@ -62,11 +62,14 @@ class Calibration:
     """How scores and hits agree, over all detections.
 
     `error` is the expected calibration error (Guo et al., ICML 2017; 0 to 1): the mean over detections of the distance
-    between mean score and fraction of hits in their bin. None without detections.
+    between mean score and fraction of hits in their bin. `shown` is what people see; `best` the one score for all names
+    from which F1 is highest. None without detections.
     """
 
     bins: tuple[Bin, ...]
     error: float | None
+    shown: OperatingPoint | None = None
+    best: OperatingPoint | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +200,7 @@ def diagnose(judged: Judged, thresholds: ScoreThresholds) -> Diagnosis:
     """The diagnosis of the detections on one dataset."""
     return Diagnosis(
         errors=_errors(judged),
-        calibration=_calibration(_Pool.of(judged.every, judged.verdicts)),
+        calibration=_calibration(judged, thresholds),
         confusion=_confusion(judged),
         names=_name_errors(judged, thresholds),
     )
@@ -281,7 +284,8 @@ def _best_mended(pool: _Pool) -> Bool[np.ndarray, "n"]:
     return chosen
 
 
-def _calibration(pool: _Pool) -> Calibration:
+def _calibration(judged: Judged, thresholds: ScoreThresholds) -> Calibration:
+    pool = _Pool.of(judged.every, judged.verdicts)
     edges = np.linspace(0.0, 1.0, BINS + 1)
     place = np.minimum((pool.scores * BINS).astype(np.int64), BINS - 1)
     right = pool.kinds == Kind.FOUND
@@ -296,7 +300,28 @@ def _calibration(pool: _Pool) -> Calibration:
         if score is not None and hits is not None:
             error += count * abs(score - hits)
     total = len(pool.scores)
-    return Calibration(bins=tuple(bins), error=error / total if total else None)
+    if not total:
+        return Calibration(bins=tuple(bins), error=None)
+    shown = _point(_Pool.of(judged.shown, judged.shown_verdicts), thresholds.default)
+    return Calibration(bins=tuple(bins), error=error / total, shown=shown, best=_best_point(pool))
+
+
+def _point(pool: _Pool, threshold: float) -> OperatingPoint:
+    """Precision and recall of all detections together; both are 0 where nothing is found."""
+    hits, objects = int((pool.kinds == Kind.FOUND).sum()), int(pool.real.sum())
+    precision, recall = 100 * hits / max(len(pool.kinds), 1), 100 * hits / max(objects, 1)
+    return OperatingPoint(threshold=threshold, precision=precision, recall=recall)
+
+
+def _best_point(pool: _Pool) -> OperatingPoint:
+    """The score, one for all names, from which F1 of all detections is highest."""
+    order = np.argsort(-pool.scores, kind="stable")
+    scores, hits = pool.scores[order], np.cumsum(pool.kinds[order] == Kind.FOUND)
+    number, objects = np.arange(1, len(scores) + 1), int(pool.real.sum())
+    f1 = np.where(np.append(scores[1:] < scores[:-1], True), 2 * hits / (number + objects), -1.0)
+    at = int(f1.argmax())
+    precision, recall = 100 * hits[at] / number[at], 100 * hits[at] / max(objects, 1)
+    return OperatingPoint(threshold=float(scores[at]), precision=float(precision), recall=float(recall))
 
 
 def _confusion(judged: Judged) -> Confusion:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from metr.data.records import Annotations, ImageRecord, seeded_order
 from metr.errors import DataError, ModelError
 from metr.evaluation.answers import Answers, Observation, Question, records_of, seen_annotations
+from metr.evaluation.calibration import fit_calibration
 from metr.evaluation.coco import CocoScorer
 from metr.evaluation.results import (
     CrossDatasetConfusion,
@@ -148,6 +149,7 @@ class Evaluator:
             )
             for one in answered
         }
+        observation = _observation(annotations.name, seen, scorer, questions, answered)
         report = DatasetReport(
             name=annotations.name,
             split=annotations.split,
@@ -158,9 +160,10 @@ class Evaluator:
             own=parts[questions["own"]] if "own" in questions else None,
             joint=parts[questions["joint"]] if "joint" in questions else None,
             default=parts[questions["default"]] if "default" in questions else None,
+            calibration=fit_calibration(scorer, observation.detections, observation.names),
         )
         if self.observe is not None:
-            self.observe(_observation(annotations.name, seen, scorer, questions, answered))
+            self.observe(observation)
         found = next((one.detections for one in answered if one.question is questions.get("joint")), {})
         return _Scored(report=report, best_names=count_best_names(seen, found))
 

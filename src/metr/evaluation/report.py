@@ -37,6 +37,12 @@ UNANNOTATED = {
     "of the average of the weights (`unannotated = pseudo_label`).",
 }
 
+_SCORES = (
+    "What `metr detect` shows, at IoU 0.5, all objects alike. Scores are probabilities of being right as far as names "
+    "are calibrated, on average over all detections but for the *calibration error* (0 to 1). *Best F1*: of one score "
+    "for all names, chosen on these images."
+)
+
 # Colours that readers with any colour vision tell apart.
 _COLOURS = {"own": "#3b6fb6", "default": "#7a9a4d", "joint": "#e08a2e"}
 # Columns of a dataset's name on a console where not all columns have room.
@@ -71,6 +77,8 @@ def as_markdown(report: EvaluationReport) -> str:
     parts = ["# Evaluation", _preface(report), dataset_table(report)]
     if report.confusion is not None:
         parts += ["## Cross-dataset confusion", _confusion_note(report), _confusion_table(report.confusion)]
+    if any(one.diagnosis for one in report.datasets):
+        parts += ["## Scores", _SCORES, scores_table(report)]
     parts.append("## Categories")
     parts += [part for one in report.datasets for part in (f"### {_cell(one.name)}", category_table(one))]
     return "\n\n".join(parts) + "\n"
@@ -113,6 +121,19 @@ def category_table(dataset: DatasetReport) -> str:
         scores = [score for category in same for score in (category.ap, category.ap50)]
         point = ["–"] * 3 if best is None else [f"{best.threshold:.2f}", best.precision, best.recall]
         rows.append([_cell(same[0].name), same[0].objects, *scores, *point])
+    return _table(head, rows)
+
+
+def scores_table(report: EvaluationReport) -> str:
+    """One row per dataset, in Markdown: what is shown, the best that one score for all names could show, the error."""
+    head = ["dataset", "shown from", "precision", "recall", "F1", "best F1", "from", "calibration error"]
+    rows = []
+    for one in report.datasets:
+        found = one.diagnosis.calibration if one.diagnosis is not None else None
+        if found is not None and found.shown is not None and found.best is not None:
+            shown, best = found.shown, found.best
+            row = [f"{shown.threshold:.2f}", shown.precision, shown.recall, shown.f1, best.f1, f"{best.threshold:.2f}"]
+            rows.append([_cell(one.name), *row, f"{found.error:.3f}"])
     return _table(head, rows)
 
 

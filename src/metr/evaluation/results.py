@@ -14,9 +14,10 @@ from rich.console import Console
 from torch import Tensor
 
 from metr.checkpoint import find_checkpoint, load_checkpoint, update_detection
-from metr.config import Config
+from metr.config import Calibration, Config
 from metr.data.records import Annotations
 from metr.errors import DataError, counted
+from metr.evaluation.calibration import chained, mean_calibration
 from metr.evaluation.coco import CocoResult
 from metr.evaluation.diagnosis import Diagnosis
 from metr.inference.config import InferenceConfig
@@ -26,8 +27,6 @@ from metr.text.same_names import PromptChoice
 
 DEFAULT_KEPT = (1, 5, 10, 20)
 NO_DOMAIN = "no domain"
-_LEAST_F1 = 20.0
-_FEWEST_OBJECTS = 10  # of a split: with fewer, the score that its best F1 chooses is chance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +190,8 @@ class ModeReport:
 class DatasetReport:
     """The results on one dataset. `missing` images could not be read, and are not in any number.
 
-    `diagnosis` says what is wrong with the detections of `asked`; None where nobody looked.
+    `diagnosis` says what is wrong with the detections of `asked`; None where nobody looked. `calibration` makes their
+    scores probabilities of being right; no name has one where none is.
     """
 
     name: str
@@ -204,6 +204,7 @@ class DatasetReport:
     joint: ModeReport | None = None
     default: ModeReport | None = None
     diagnosis: Diagnosis | None = None
+    calibration: Mapping[str, Calibration] = field(default_factory=dict)
 
     def part(self, mode: Mode) -> ModeReport | None:
         """The report with one vocabulary; None where that was not evaluated."""
@@ -254,34 +255,18 @@ class EvaluationReport:
         known = [share for one in self.datasets if one.in_mean and (share := shares.get(one.name)) is not None]
         return sum(known) / len(known) if known else None
 
-    def thresholds(self) -> dict[str, float]:
-        """The score from which detections of each name are shown: where F1 is highest, 0 to 1.
+    def calibration(self) -> dict[str, Calibration]:
+        """What makes the scores of this evaluation probabilities of being right, by name.
 
         They are those of the question that detection asks (`DatasetReport.asked`): the more names are asked for, the
-        fewer objects are found at the same score. A name of several datasets has their mean, weighted by its objects.
-        Names that are hardly found (F1 under 20) have none: nearly all that is shown would be wrong.
-
-        In a split with fewer than 10 objects the best F1 says nothing. Names that occur in such splits alone have the
-        mean of all others, weighted by objects, or none where there are no others.
+        less the same score says. A name of several datasets has their mean, weighted by its objects.
         """
-        sums: dict[str, tuple[float, int]] = {}
-        guessed: dict[str, None] = {}
+        several: dict[str, list[tuple[Calibration, int]]] = {}
         for dataset in self.datasets:
-            part = dataset.asked
-            for category in () if part is None else part.coco.categories:
-                if category.best is None or category.best.f1 < _LEAST_F1:
-                    continue
-                if part is not None and part.coco.objects < _FEWEST_OBJECTS:
-                    guessed[category.name] = None
-                    continue
-                total, objects = sums.get(category.name, (0.0, 0))
-                total += category.objects * category.best.threshold
-                sums[category.name] = (total, objects + category.objects)
-        chosen = {name: round(total / objects, 4) for name, (total, objects) in sums.items()}
-        if not sums:
-            return {}
-        pooled = sum(total for total, _ in sums.values()) / sum(objects for _, objects in sums.values())
-        return {**{name: round(pooled, 4) for name in guessed}, **chosen}
+            objects = {} if dataset.asked is None else {one.name: one.objects for one in dataset.asked.coco.categories}
+            for name, own in dataset.calibration.items():
+                several.setdefault(name, []).append((own, objects.get(name, 0)))
+        return {name: mean_calibration(pairs) for name, pairs in several.items()}
 
     def metrics(self) -> dict[str, float]:
         """The report as flat numbers for curves: "AP" is the mean with own names, or else with the joint vocabulary."""
@@ -298,8 +283,8 @@ class EvaluationReport:
         return {name: value for name, value in values.items() if value is not None}
 
 
-def store_thresholds(report: EvaluationReport, run: Path, console: Console | None = None) -> None:
-    """Keeps each name's threshold in a checkpoint, or in the best one of a run: detection shows scores from there on.
+def store_calibration(report: EvaluationReport, run: Path, console: Console | None = None) -> None:
+    """Keeps with a checkpoint, or the best one of a run, what makes scores probabilities; detection gives these.
 
     Raises:
         CheckpointError: there is no checkpoint, or it cannot be written.
@@ -307,15 +292,20 @@ def store_thresholds(report: EvaluationReport, run: Path, console: Console | Non
     """
     folder = find_checkpoint(run)
     checkpoint = load_checkpoint(folder)
-    found = {name: score for name, score in report.thresholds().items() if name in checkpoint.vocabulary.names}
+    kept, fitted = checkpoint.detection.calibration, report.calibration()
+    # the evaluation's scores went through what was kept already
+    found = {
+        name: chained(kept[name], one) if name in kept else one
+        for name, one in fitted.items()
+        if name in checkpoint.vocabulary.names
+    }
     if not found:
-        raise DataError("no object of a trained name was found, so there is no threshold to keep", where=run)
-    kept = {**checkpoint.detection.thresholds, **found}
-    update_detection(folder, checkpoint.detection.model_copy(update={"thresholds": kept}))
+        raise DataError("no object of a trained name was found, so scores cannot be calibrated", where=run)
+    update_detection(folder, checkpoint.detection.calibrated(found))
     if console is not None:
-        span = f"{min(found.values()):.2f} to {max(found.values()):.2f}"
-        kept_for = f"thresholds of {counted(len(found), 'name')}, {span}"
-        line = f"{kept_for}, are kept in {folder}: metr detect shows scores from there on"
+        line = (
+            f"calibration of {counted(len(found), 'name')} is kept in {folder}: scores are probabilities from there on"
+        )
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 

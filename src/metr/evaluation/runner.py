@@ -140,7 +140,7 @@ def evaluate_in_detail(
     told, observations = None if unannotated is None else str(unannotated), list[Observation]()
     report = runner.report(model.network, console, told, observations.append)
     report = replace(report, weights=model.stored_as, trained_on=tuple(model.vocabulary.datasets))
-    detailed = diagnosed(report, observations)
+    detailed = diagnosed(report, observations, model.thresholds())
     report = detailed.report
     paths = write_report(report, Path(out)) if out is not None and in_main_process() else ()
     show(report, console)
@@ -150,15 +150,17 @@ def evaluate_in_detail(
     return detailed
 
 
-def diagnosed(report: EvaluationReport, observations: Sequence[Observation]) -> Detailed:
+def diagnosed(
+    report: EvaluationReport, observations: Sequence[Observation], thresholds: ScoreThresholds | None = None
+) -> Detailed:
     """The report with a diagnosis of each dataset. Several processes call it together; the main one has observed."""
+    shown = thresholds or ScoreThresholds()
     judged: dict[str, Judged] = {}  # they stay where they were made
 
     def with_diagnosis() -> EvaluationReport:
-        thresholds = ScoreThresholds(names=report.thresholds())
         for one in observations:
-            judged[one.dataset] = Judged.of(one.scorer, one.detections, one.names, thresholds)
-        found = {name: diagnose(one, thresholds) for name, one in judged.items()}
+            judged[one.dataset] = Judged.of(one.scorer, one.detections, one.names, shown)
+        found = {name: diagnose(one, shown) for name, one in judged.items()}
         return replace(report, datasets=tuple(replace(one, diagnosis=found[one.name]) for one in report.datasets))
 
     whole = from_main(with_diagnosis, EvaluationReport)

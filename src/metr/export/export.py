@@ -87,7 +87,7 @@ def export(
 
 
 def write_names(model: METR, path: Path, names: Names | None = None) -> None:
-    """Writes names as a model with open names takes them: embeddings, presence and score thresholds, in one `.npz`.
+    """Writes names as a model with open names takes them: one `.npz` of all that is kept with each name.
 
     Args:
         model: The detector that was exported.
@@ -104,7 +104,7 @@ def write_names(model: METR, path: Path, names: Names | None = None) -> None:
     trained = [model.checkpoint.detection.aliases.get(name, name) for name in wanted]
     selection = model.inference().selection
     presence = presence_thresholds(trained, model.vocabulary, model.checkpoint.model, selection)
-    known = model.thresholds().names
+    known, calibration = model.thresholds().names, model.inference(names=wanted).postprocess.calibration
     with explained_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     with replaced_file(path) as fresh, fresh.open("wb") as file:
@@ -114,6 +114,7 @@ def write_names(model: METR, path: Path, names: Names | None = None) -> None:
             embeddings=text.cpu().numpy().astype(np.float32),
             presence=np.array(presence, dtype=np.float32),
             thresholds=np.array([known.get(name, np.nan) for name in wanted], dtype=np.float32),
+            calibration=np.array([calibration.get(name, (1.0, 0.0)) for name in wanted], dtype=np.float32),
             detector=np.array(_text_identity(model)),
         )
 
@@ -147,6 +148,9 @@ def _description(model: METR, predictor: Predictor, interface: Interface, config
         "inputs": list(interface.inputs),
         "names": list(predictor.names) if is_fixed else None,
         "thresholds": {name: shown.names[name] for name in predictor.names if name in shown.names} if is_fixed else {},
+        "calibration": {name: post.calibration[name] for name in predictor.names if name in post.calibration}
+        if is_fixed
+        else {},
         "threshold": shown.default,
         "same_place": shown.same_place,
         "postprocess": {

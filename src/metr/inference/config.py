@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from metr.config import Config, merge, parse_overrides
+from metr.config import Calibration, Config, merge, parse_overrides
 from metr.errors import ConfigError
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -41,6 +41,8 @@ class PostprocessConfig(Config):
     """Lowest score of a detection. 0 keeps everything, as average precision needs."""
     presence_power: Annotated[float, Field(ge=0)] = 0.25
     """Exponent of the category's presence probability as a factor of the score; 0 leaves presence out."""
+    calibration: dict[str, Calibration] = Field(default_factory=dict)
+    """For some names, scale and shift of the logit of the score; those that a detector keeps need not be named."""
     nms_iou: Annotated[float, Field(ge=0, le=1)] | None = 0.7
     """NMS: IoU above which the weaker of two boxes of one category is dropped; None keeps both."""
     nms_across_names: bool = False
@@ -85,6 +87,18 @@ def without_presence(config: InferenceConfig) -> InferenceConfig:
             "postprocess": config.postprocess.model_copy(update={"presence_power": 0.0}),
         }
     )
+
+
+def suited(config: InferenceConfig, presence: bool, kept: Mapping[str, Calibration]) -> InferenceConfig:
+    """The configuration for a network by what is kept with it: was presence taught, which names are calibrated."""
+    return with_calibration(config if presence else without_presence(config), kept)
+
+
+def with_calibration(config: InferenceConfig, kept: Mapping[str, Calibration]) -> InferenceConfig:
+    """The configuration with these calibrations of names for which it has none of its own."""
+    calibration = {**kept, **config.postprocess.calibration}
+    postprocess = config.postprocess.model_copy(update={"calibration": calibration})
+    return config.model_copy(update={"postprocess": postprocess})
 
 
 def inference_config(

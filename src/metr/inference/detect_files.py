@@ -1,5 +1,6 @@
 """Detection in image files (`metr detect`): writes drawn images and COCO results."""
 
+import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -25,6 +26,8 @@ from metr.structures import Detections
 _LISTED = 20
 # the longer side, in pixels, below which an image is enlarged before it is drawn on
 _LEAST_SIDE = 640
+# the steps in which a lower threshold is suggested
+_SUGGESTED = 0.05
 
 
 def detect_files(
@@ -62,7 +65,8 @@ def detect_files(
     console = console or Console(quiet=True)
     files = images if isinstance(images, ImagesToDraw) else images_to_draw(images, out)
     thresholds, style = thresholds or ScoreThresholds(), Style(labels=labels, colours=palette(predictor.names))
-    confident = []
+    confident: list[Prediction] = []
+    strongest = 0.0
     with (
         ResultFiles(out, predictor.names, len(files.paths), console) as results,
         SavedForms(out, predictor.names, forms) as saved,
@@ -73,11 +77,21 @@ def detect_files(
             if prediction.detections is not None:
                 shown = replace(prediction, detections=thresholds.shown(prediction.detections))
                 confident.append(shown)
+                strongest = max([strongest, *prediction.detections.scores[:1].tolist()])
                 image = read_image(path)
                 _draw(image, shown.detections, style, target)
                 saved.add(image, shown, target.stem)
     _report(results.done, confident, out, console)
+    if not any(map(_found, confident)) and strongest >= _SUGGESTED:
+        lower = math.floor(strongest / _SUGGESTED) * _SUGGESTED
+        what = f"the surest detection has a score of {strongest:.2f}: --threshold {lower:.2f} would show it"
+        console.print(what, highlight=False, soft_wrap=True)
     return results.done
+
+
+def _found(prediction: Prediction) -> int:
+    """The number of detections."""
+    return 0 if prediction.detections is None else len(prediction.detections)
 
 
 def _draw(image: np.ndarray, detections: Detections | None, style: Style, target: Path) -> None:

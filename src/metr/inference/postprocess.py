@@ -13,13 +13,15 @@ from torch import Tensor
 
 from metr import boxes as geometry
 from metr.boxes import xyxy_to_xywh
-from metr.config import Config
+from metr.config import Calibration, Config
 from metr.errors import ModelError
 from metr.inference.config import PostprocessConfig
 from metr.run_directory import explained_disk_errors, replaced_file
 from metr.structures import Detections, DetectorOutput
 
 ImageId = int | str
+# the distance of a score from 0 and 1 from which its logit is finite
+_EPS = 1e-6
 Row = dict[str, Any]
 
 
@@ -110,6 +112,7 @@ def postprocess(
     vocabulary = tuple(names)
     _check(output, original_sizes, vocabulary)
     boxes, scores, labels, keep = candidates(output, config.presence_power)
+    scores = _calibrated(scores, labels, vocabulary, config.calibration)
     boxes = boxes * _pixels(boxes, original_sizes)
     keep = keep & (geometry.area(boxes) > 0)
     keep = keep & (scores >= config.score_threshold)
@@ -164,6 +167,21 @@ def _scores(output: DetectorOutput, labels: Int[Tensor, "b q"], presence_power: 
         return scores
     presence = output.categories.presence_logits[-1].float().sigmoid()
     return scores * presence.gather(1, labels).pow(presence_power)
+
+
+def _calibrated(
+    scores: Float[Tensor, "b q"],
+    labels: Int[Tensor, "b q"],
+    names: tuple[str, ...],
+    calibration: Mapping[str, Calibration],
+) -> Float[Tensor, "b q"]:
+    """The probability of being right where a name's is known, else the score as it is."""
+    if not any(name in calibration for name in names):
+        return scores
+    known = torch.tensor([name in calibration for name in names]).to(scores.device)[labels]
+    rows = torch.tensor([calibration.get(name, (1.0, 0.0)) for name in names], dtype=scores.dtype)
+    scale, shift = rows.to(scores.device)[labels].unbind(-1)
+    return torch.where(known, (scale * scores.logit(_EPS) + shift).sigmoid(), scores)
 
 
 def _pixels(boxes: Float[Tensor, "b q 4"], sizes: Sequence[tuple[int, int]]) -> Float[Tensor, "b 1 4"]:

@@ -1,7 +1,7 @@
 """What a person looks at while a run trains: its first batch, and some val images with what is detected in them."""
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,12 +9,13 @@ import numpy as np
 from torch import nn
 
 from metr.boxes import cxcywh_to_xyxy
+from metr.config import Calibration
 from metr.data.dataset import DetectionDataset
 from metr.data.images import read_annotated
 from metr.data.records import ImageRecord, seeded_order
 from metr.errors import DataError, MetrError, counted
 from metr.evaluation.runner import EvaluationRunner
-from metr.inference.config import InferenceConfig
+from metr.inference.config import InferenceConfig, with_calibration
 from metr.inference.draw import (
     Mark,
     Style,
@@ -93,7 +94,9 @@ class ValImages:
         self.runner, self.config = runner, config
         self.samples = _spread([list(_candidates(row, one)) for row, one in enumerate(runner.datasets)])
 
-    def draw(self, network: nn.Module, step: int, path: Path, thresholds: ScoreThresholds | None = None) -> None:
+    def draw(
+        self, network: nn.Module, step: int, path: Path, calibration: Mapping[str, Calibration] | None = None
+    ) -> None:
         """Draws the sheet: annotations at the left, at the right what the network detects with a dataset's own names.
 
         What cannot be read is left out, and what cannot be written becomes a warning.
@@ -102,10 +105,10 @@ class ValImages:
             network: The network as it is evaluated.
             step: The step that the captions name.
             path: The image to write.
-            thresholds: Which detections are drawn; where there are none, the best ones are.
+            calibration: Of the scores. Those that detection shows are drawn; where there are none, the best ones are.
         """
-        thresholds = thresholds or ScoreThresholds()
-        predictors = {row: self._predictor(network, row) for row in {one.dataset for one in self.samples}}
+        config = with_calibration(self.config, calibration or {})
+        predictors = {row: self._predictor(network, row, config) for row in {one.dataset for one in self.samples}}
         drawn: list[np.ndarray] = []
         captions: list[str] = []
         for sample in self.samples:
@@ -114,7 +117,7 @@ class ValImages:
                 image, record, _ = read_annotated(sample.record)
             except DataError:
                 continue
-            found, caption = _found(predictors[sample.dataset].detect(image), thresholds)
+            found, caption = _found(predictors[sample.dataset].detect(image))
             truth = record_marks(record, dataset.annotations.categories)
             style = Style(colours=palette(dataset.annotations.categories))
             drawn += [draw(image, truth, _CELL, style), draw(image, found, _CELL, style)]
@@ -123,7 +126,7 @@ class ValImages:
         if drawn:
             _save(contact_sheet(drawn, captions, _COLUMNS, _CELL), path)
 
-    def _predictor(self, network: nn.Module, row: int) -> Predictor:
+    def _predictor(self, network: nn.Module, row: int, config: InferenceConfig) -> Predictor:
         """Asks the network for the names of one dataset."""
         runner = self.runner
         names = tuple(dict.fromkeys(name.strip() for name in runner.datasets[row].annotations.categories))
@@ -131,8 +134,8 @@ class ValImages:
         resize = runner.datasets[row].transforms.config.resize
         limits = None
         if isinstance(network, Detector):
-            limits = name_limits(names, runner.trained, network.config, self.config.selection)
-        return Predictor(network, text, names, resize, self.config, multiple=runner.loader.multiple, limits=limits)
+            limits = name_limits(names, runner.trained, network.config, config.selection)
+        return Predictor(network, text, names, resize, config, multiple=runner.loader.multiple, limits=limits)
 
 
 def _candidates(row: int, dataset: DetectionDataset) -> Iterator[_Sample]:
@@ -150,12 +153,12 @@ def _spread(candidates: Sequence[Sequence[_Sample]]) -> list[_Sample]:
     return sorted(turns[:VAL_IMAGES], key=lambda sample: sample.dataset)
 
 
-def _found(detections: Detections, thresholds: ScoreThresholds) -> tuple[list[Mark], str]:
+def _found(detections: Detections) -> tuple[list[Mark], str]:
     """The detections that are drawn, and how many they are in words."""
-    if marks := detection_marks(thresholds.shown(detections)):
+    if marks := detection_marks(ScoreThresholds().shown(detections)):
         return marks, counted(len(marks), "detection")
     best = detection_marks(detections, limit=_BELOW)
-    return best, f"none over its threshold; the best {len(best)}"
+    return best, f"none that detection shows; the best {len(best)}"
 
 
 def _save(sheet: np.ndarray, path: Path) -> None:

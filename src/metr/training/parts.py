@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from metr.checkpoint import Checkpoint
+from metr.config import Calibration
 from metr.data.loading import TrainLoader
 from metr.losses.criterion import SetCriterion
 from metr.training.config import TrainConfig
@@ -40,10 +41,10 @@ class TrainingParts:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluated:
-    """What an evaluation gives: metrics by name, and for some names the score from which detections are shown."""
+    """What an evaluation gives: metrics by name, and for some names what makes their scores probabilities."""
 
     metrics: Mapping[str, float | None]
-    thresholds: Mapping[str, float] = field(default_factory=dict)
+    calibration: Mapping[str, Calibration] = field(default_factory=dict)
 
 
 Evaluate = Callable[[nn.Module], Evaluated]

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn, optim
 
 from metr.checkpoint import Checkpoint
-from metr.config import Config, leaves
+from metr.config import Calibration, Config, leaves
 from metr.data.records import DataIssue
 from metr.errors import CheckpointError, ConfigError, MetrError, counted, did_you_mean
 from metr.run_directory import COUNTERS, RunDirectory, existing_folder, replaced_folder
@@ -56,7 +56,7 @@ class Counters:
 
     `images` counts those of all processes together, which is the position of the sampler; `seconds` is the time
     spent in steps. `evaluated_step` is the step of the newest evaluation, whose result is `metrics` and
-    `thresholds`; `best` is the highest value so far of the metric that chooses the best checkpoint, `best_step` the
+    `calibration`; `best` is the highest value so far of the metric that chooses the best checkpoint, `best_step` the
     last step that had it and `rose_step` the first. `smoothed` are the losses that progress shows, `unreadable` says
     which images could not be read so far.
     """
@@ -71,7 +71,7 @@ class Counters:
     best: float | None = None
     best_step: int = 0
     rose_step: int = 0
-    thresholds: dict[str, float] = field(default_factory=dict)
+    calibration: dict[str, Calibration] = field(default_factory=dict)
     window: Window = field(default_factory=Window)
     smoothed: dict[str, float] = field(default_factory=dict)
     unreadable: list[DataIssue] = field(default_factory=list)
@@ -123,7 +123,7 @@ class Counters:
         """Notes what the evaluation of this step gave."""
         self.evaluated_step = self.step
         self.metrics = {name: float(value) for name, value in found.metrics.items() if value is not None}
-        self.thresholds = dict(found.thresholds)
+        self.calibration = dict(found.calibration)
 
     def outcome(self, *, interrupted: bool, stalled: bool, signal: int | None) -> Outcome:
         """How training ended; see `Outcome`."""
@@ -143,8 +143,7 @@ class Counters:
         """`described` with these weights; it says how long they were trained, and what the last evaluation gave."""
         rounded = {name: round(times, 3) for name, times in epochs.items()}
         counted = {"step": self.step, "images": self.images, "epochs": rounded, "metrics": self.metrics}
-        thresholds = {**described.detection.thresholds, **self.thresholds}
-        detection = described.detection.model_copy(update={"thresholds": thresholds})
+        detection = described.detection.calibrated(self.calibration)
         training = {**described.training, **counted}
         return replace(described, weights=weights, training=training, detection=detection)
 
@@ -165,15 +164,16 @@ class Counters:
         Raises:
             CheckpointError: a key is missing or unknown.
         """
-        names = {item.name for item in fields(cls)}
-        if set(values) | {"smoothed", "unreadable", "rose_step"} != names or set(values["window"]) != {
-            item.name for item in fields(Window)
-        }:
-            what = f"expected the keys {sorted(names)}, found {sorted(values)}"
+        names, optional = {item.name for item in fields(cls)}, {"smoothed", "unreadable", "rose_step", "calibration"}
+        found = {**values}
+        found.pop("thresholds", None)  # of a version without calibration
+        if {*found} | optional != names or {*found["window"]} != {item.name for item in fields(Window)}:
+            what = f"expected the keys {sorted(names)}, found {sorted(found)}"
             raise CheckpointError(what, where=where, hint="start a new run: this state is of another version")
-        unreadable = [DataIssue(**issue) for issue in values.get("unreadable", ())]
-        values = {"rose_step": values["best_step"], **values}  # of a version where the first of equal ones was the best
-        return cls(**{**values, "window": Window(**values["window"]), "unreadable": unreadable})
+        found.setdefault("rose_step", found["best_step"])  # of a version where the first of equal ones was the best
+        found["unreadable"] = [DataIssue(**issue) for issue in found.get("unreadable", ())]
+        found["calibration"] = {name: tuple(pair) for name, pair in found.get("calibration", {}).items()}
+        return cls(**{**found, "window": Window(**found["window"])})
 
 
 @dataclass(frozen=True, kw_only=True)

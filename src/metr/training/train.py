@@ -19,7 +19,6 @@ from metr.evaluation.results import EvaluationConfig
 from metr.evaluation.runner import EvaluationRunner
 from metr.fitting import Hanging
 from metr.inference.config import InferenceConfig, without_presence
-from metr.inference.postprocess import ScoreThresholds
 from metr.losses.criterion import SetCriterion
 from metr.models.config import DetectorConfig
 from metr.models.detector import Detector, skeleton
@@ -215,14 +214,13 @@ def fit(
 
     def evaluate(network: nn.Module) -> Evaluated:
         report = runner.report(network, unannotated=recipe.unannotated)
-        thresholds = report.thresholds()
+        calibration = report.calibration()
         show(report, console)
         with log_page() as paper:
             show(report, paper)
         if images is not None:
-            shown = ScoreThresholds(names=thresholds)
-            images.draw(network, trainer.counters.step, trainer.folder.val_images, shown)
-        return Evaluated(metrics=report.metrics(), thresholds=thresholds)
+            images.draw(network, trainer.counters.step, trainer.folder.val_images, calibration)
+        return Evaluated(metrics=report.metrics(), calibration=calibration)
 
     if resume and console.quiet:  # else the header has told them
         log_changed_settings(RunDirectory(out).state, recipe)
