@@ -72,7 +72,8 @@ def conduct(study: Study, source: str | None) -> bool:
     if source is not None and not profile.old:
         profile = profile.model_copy(update={"old": starts.datasets_of(source)})
     study.datasets([*profile.old, profile.new])  # whether all are there
-    before = []
+    before: list[Run] = []
+    begun: Tree
     if source is None:
         folder, title = study.out / "pretrained", f"pretraining on {', '.join(profile.old)}"
         recipe = study.recipe(profile.pretrain or {})
