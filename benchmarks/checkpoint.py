@@ -16,11 +16,9 @@ Results: `results/checkpoint-PROFILE.json`, `.md` and a sheet of detections; the
 `--target`. Run: `--out`, resumable.
 """
 
-import json
-import os
 import shutil
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -30,22 +28,16 @@ import report
 import runner
 from metr.checkpoint import EVALUATION as CARD_FILE
 from metr.config import read_yaml
-from metr.errors import DataError
 from metr.evaluation.report import as_markdown
 from metr.evaluation.results import as_dict
 from metr.evaluation.runner import evaluate
 from metr.model import METR
-from multifield import EVALUATION, training_facts
+from multifield import EVALUATION
+from multifield_page import training_facts
 from runner import Study
+from study_data import DATASETS, WORDS, every_licensed, licensed_datasets
 
-DATASETS = ("aquarium", "bccd", "chess_pieces", "coco_mini", "doc_tables", "playing_cards")
-WORDS = runner.HERE / "words.yaml"
-"""Other words for the names of datasets; profile `thirty` is of these beside `DATASETS`."""
-PHOTOGRAPHS = "coco_mini"
-NON_COMMERCIAL = frozenset({1, 2, 3})
-"""COCO's numbers of the NonCommercial licences: their photographs stay out."""
 LICENCE = "apache-2.0"
-ANNOTATIONS = "annotations/instances_*.json"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,11 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def conduct(study: Study, target: Path) -> bool:
     """Trains, evaluates, writes results and checkpoint; False where training was stopped."""
     words = read_yaml(WORDS) if study.profile == "thirty" else {}
-    names, recipe = tuple(dict.fromkeys((*DATASETS, *words))), study.recipe(study.read_profile())
-    data = dict(zip(names, study.datasets(names), strict=True))
-    photographs = study.out.with_name(f"{study.out.name}-{PHOTOGRAPHS}")
-    licensed_copy(study.data / PHOTOGRAPHS, photographs)
-    arguments = [*(data | {PHOTOGRAPHS: f"{PHOTOGRAPHS}={photographs}"}).values()]
+    recipe = study.recipe(study.read_profile())
+    arguments = licensed_datasets(study, every_licensed() if words else DATASETS)
     if words:
         arguments = runner.with_words(study, arguments, words)
     # most val boxes of ships are of classes without a name
@@ -93,45 +82,6 @@ def conduct(study: Study, target: Path) -> bool:
 def save(source: Path, target: Path) -> None:
     """Writes a checkpoint in float16 with its model card."""
     metr.save(METR.from_pretrained(source), target, dtype=torch.float16, licence=LICENCE)
-
-
-def licensed_copy(source: Path, target: Path, left_out: Collection[int] = NON_COMMERCIAL) -> int:
-    """Copies a COCO folder without the images of some licences; gives how many images are left.
-
-    Args:
-        source: A folder with `annotations/instances_SPLIT.json` and the images in `SPLIT`.
-        target: Where to; images are hard links where the disk allows it. What is there is written over.
-        left_out: `license` numbers of images that stay out.
-
-    Raises:
-        DataError: there are no annotations.
-    """
-    files = sorted(source.glob(ANNOTATIONS))
-    if not files:
-        raise DataError(f"expected {ANNOTATIONS}", where=source)
-    kept = 0
-    for file in files:
-        tree = json.loads(file.read_text(encoding="utf-8"))
-        tree["images"] = [image for image in tree["images"] if image["license"] not in left_out]
-        ids = {image["id"] for image in tree["images"]}
-        tree["annotations"] = [one for one in tree["annotations"] if one["image_id"] in ids]
-        split = file.stem.removeprefix("instances_")
-        for folder in (target / "annotations", target / split):
-            folder.mkdir(parents=True, exist_ok=True)
-        for image in tree["images"]:
-            link(source / split / image["file_name"], target / split / image["file_name"])
-        (target / "annotations" / file.name).write_text(json.dumps(tree), encoding="utf-8")
-        kept += len(ids)
-    return kept
-
-
-def link(source: Path, target: Path) -> None:
-    """Puts a file at another path of the same disk without copying it, or else copies it."""
-    target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:  # another disk
-        shutil.copy2(source, target)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ from metr.model import METR
 
 SHOWN = 2  # images of each dataset on a sheet of detections
 THRESHOLD = 0.35
+COLUMNS = 4  # curves beside each other
+UPRIGHT = 10  # the most groups of bars whose names stand upright
 COLOURS = ("#9a9a9a", "#e08a2e", "#9dbfe3", "#5c93cf", "#1f5a9e")  # of arms; the last arm has the last one
 
 
@@ -157,7 +159,8 @@ def runs_by_commit(runs: Iterable[tuple[str, str]]) -> str:
 
 def draw_bars(path: Path, panels: Mapping[str, Mapping[str, Mapping[str, float]]], titles: Mapping[str, str]) -> None:
     """Writes a bar chart: a panel for each label, a group of bars for each name in it, the height of each arm's bar."""
-    figure = Figure(figsize=(10, 1.4 + 2.6 * len(panels)), layout="constrained")
+    most = max(map(len, panels.values()))
+    figure = Figure(figsize=(max(10, 0.8 * most), 1.4 + 2.6 * len(panels)), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, (label, groups) in zip(figure.subplots(len(panels), 1, squeeze=False)[:, 0], panels.items(), strict=True):
         width = 0.84 / len(titles)
@@ -168,7 +171,8 @@ def draw_bars(path: Path, panels: Mapping[str, Mapping[str, Mapping[str, float]]
             axes.bar_label(
                 bars, [f"{it[arm]:.1f}" if arm in it else "" for it in groups.values()], fontsize=7, padding=1
             )
-        axes.set_xticks(range(len(groups)), list(groups))
+        slanted = {"rotation": 30, "ha": "right", "rotation_mode": "anchor"} if most > UPRIGHT else {}
+        axes.set_xticks(range(len(groups)), list(groups), **slanted)
         axes.margins(y=0.14)
         _finish(axes, label)
     _save(figure, path)
@@ -176,9 +180,14 @@ def draw_bars(path: Path, panels: Mapping[str, Mapping[str, Mapping[str, float]]
 
 def draw_curves(path: Path, panels: Mapping[str, Sequence[Mapping[str, Any]]], titles: Mapping[str, str]) -> None:
     """Writes curves of AP over the fraction of the images: a panel for each name, from points with `share` and `ap`."""
-    figure = Figure(figsize=(3.4 * len(panels), 3.6), layout="constrained")
+    columns = min(len(panels), COLUMNS)
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(3.4 * columns, 0.6 + 3 * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    for axes, (name, points) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+    places = figure.subplots(rows, columns, squeeze=False).flat
+    for axes in places[len(panels) :]:
+        axes.set_axis_off()
+    for axes, (name, points) in zip(places, panels.items(), strict=False):
         fractions = [point["share"] for point in points]
         for arm, colour in _colours(titles).items():
             axes.plot(fractions, [point["ap"][arm] for point in points], "o-", ms=4, color=colour, label=titles[arm])
@@ -215,8 +224,9 @@ def draw_sheet(data: Sequence[str], checkpoint: Path, path: Path) -> None:
     """Writes a sheet of detections: images of every val split through one detector that is asked for all names."""
     predictor = METR.from_pretrained(checkpoint).predictor()
     images, captions = [], []
-    for name, annotations in open_joint(data).evaluation().items():
-        for index in evenly_spread(len(annotations), SHOWN):
+    splits = open_joint(data).evaluation()
+    for name, annotations in splits.items():
+        for index in evenly_spread(len(annotations), SHOWN if len(splits) <= UPRIGHT else 1):
             record = annotations[index]
             found = predictor.detect(record.path)
             images.append(draw_detections(read_image(record.path), found, THRESHOLD))

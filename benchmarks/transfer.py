@@ -1,15 +1,18 @@
 """Is a METR that was pretrained on other datasets a better beginning than an ImageNet backbone alone?
 
     python benchmarks/transfer.py --profile trial --data FOLDER
+    python benchmarks/transfer.py --profile fields --data FOLDER [--from RUN]
 
 Leaves a dataset out, pretrains METR on the others, and fine-tunes it on a fraction of the left-out dataset's training
 images. The other arm is the same network with the ImageNet backbone alone, trained on the same images for the same
-steps. AP on the left-out dataset's val split, own names, last weights.
+steps. AP on the left-out dataset's val split (its test split, where it has no val), own names, last weights.
 
 Profile `trial`, one thread of an AMD EPYC: 50 minutes of training steps besides 62 of pretraining, one seed
 (results/transfer-trial.json). Mean AP of chess_pieces and playing_cards: 42.3 to 44.1 with a tenth of the images
 (+1.8; the goal of +5.0 is missed), 54.2 to 60.2 with all of them (+6.0). Profile `gpu` (four left-out datasets, four
-fractions, three seeds for the small ones) has not been run.
+fractions, three seeds for the small ones) has not been run. Profile `fields` pretrains nothing: it begins with a given
+checkpoint, the project's own by default, and takes seven datasets that this has never seen; five to six hours of one
+core. It has not been run.
 
 Results: `results/transfer-PROFILE.json`, `.md` and `.png`, written whenever the command ends, with what is finished
 until then. Runs: `--out`, resumable.
@@ -17,27 +20,30 @@ until then. Runs: `--out`, resumable.
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
 
 import report
 import runner
+import starts
+from metr.checkpoint import load_checkpoint
 from metr.config import Config, Tree, merge
 from metr.data.config import SubsetConfig
 from metr.data.joint import open_joint, subset_of
 from metr.errors import ConfigError
-from metr.run_directory import RunDirectory
+from metr.models.config import DetectorConfig
+from metr.run_directory import RunDirectory, find_checkpoint
 from metr.training.finetune import finetune
 from metr.training.finetune_data import FinetuneOptions
 from metr.training.train import fit, training_parts
 from runner import DATASETS, Run, Study
+from study_data import name_of
 
 TITLES = {"imagenet": "ImageNet backbone alone", "pretrained": "pretrained on the other datasets"}
 ARMS = tuple(TITLES)
-# gains in mean AP that are aimed at, by fraction of the images; and what no dataset may lose with all of them
-AIMS, WORST = {0.1: 5.0, 1.0: 1.5}, -1.0
 Fraction = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -45,13 +51,15 @@ class Profile(Config):
     """What is run; training configurations are laid over the defaults of `metr train` and `metr finetune`."""
 
     left_out: tuple[str, ...]  # datasets that take turns being left out
-    shared: bool  # whether one pretraining without all of them serves all, instead of one for each
+    shared: bool = False  # whether one pretraining without all of them serves all, instead of one for each
     seeds: dict[Fraction, tuple[int, ...]]  # for each fraction of the images those that choose them and train
     steps: dict[Fraction, int]  # of both arms for each fraction
-    pretrain: dict[str, Any]  # the pretrainings
+    pretrain: dict[str, Any] | None = None  # the pretrainings; without them a given checkpoint is the beginning
     tuning: dict[str, Any]  # both arms
     pretrained: dict[str, Any]  # the arm that begins with the pretrained METR
     imagenet: dict[str, Any]  # the arm that begins with the backbone alone
+    aims: dict[Fraction, float] = Field(default={0.1: 5.0, 1.0: 1.5})  # gains in mean AP that are aimed at
+    least: dict[Fraction, float] = Field(default={1.0: -1.0})  # the least gain that any dataset is to have
 
     def tree(self, arm: str, share: float) -> Tree:
         """The configuration of an arm, without what its verb adds by default."""
@@ -61,40 +69,87 @@ class Profile(Config):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the study; see `runner.exit_status`."""
-    study, _ = runner.parse_study(runner.option_parser(__doc__, ("trial", "gpu")), "transfer", arguments)
-    return runner.exit_status(lambda: conduct(study))
+    parser = runner.option_parser(__doc__, ("trial", "gpu", "fields"))
+    parser.add_argument(
+        "--from", dest="source", metavar="RUN", help="begin with this run or checkpoint of other datasets"
+    )
+    study, given = runner.parse_study(parser, "transfer", arguments)
+    return runner.exit_status(lambda: conduct(study, given["source"]))
 
 
-def conduct(study: Study) -> bool:
+def conduct(study: Study, source: str | None = None) -> bool:
     """Does the runs that are not finished, writes what is; False where it was stopped."""
     profile = Profile.checked(study.read_profile(), where=study.profile)
-    study.datasets()
-    before, arms = plan(study, profile)
+    if source is None and profile.pretrain is None:
+        source = str(starts.SHIPPED)
+    study.datasets(DATASETS if source is None else profile.left_out)
+    before, arms = plan(study, profile, source)
+    if source is not None and not all(run.finished for run in arms):
+        starts.check_source(source, (), profile.left_out)
     done = runner.run_all(study, [*before, *arms])
     result = summary(study, profile, runner.reports(before), runner.reports(arms), done)
+    if source is not None:  # the path to a checkpoint is of this machine alone
+        result["start"] = {"name": Path(source).name, "weights": starts.weights_digest(source)}
     if result["points"]:
         report.draw_curves(study.stem.with_suffix(".png"), curves(result), TITLES)
         report.write_result(study.stem, result, page(result))
     return done
 
 
-def plan(study: Study, profile: Profile) -> tuple[list[Run], list[Run]]:
+@dataclass(frozen=True, kw_only=True)
+class Beginning:
+    """Where the pretrained arm begins: a checkpoint folder, what decides its weights, and its network's configuration.
+
+    `model` is empty where the profile itself says it.
+    """
+
+    source: str
+    settings: Tree
+    model: Tree = field(default_factory=dict)
+
+
+def given_beginning(source: str) -> Beginning:
+    """The checkpoint that is given.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    model = network_of(load_checkpoint(find_checkpoint(Path(source))).model)
+    return Beginning(source=source, settings={"start": starts.weights_digest(source)}, model=model)
+
+
+def network_of(model: DetectorConfig) -> Tree:
+    """The network of a checkpoint, to be made with the backbone's first weights."""
+    tree = model.model_dump(mode="json")
+    for key in ("pretrained", "revision", "options"):
+        tree["backbone"].pop(key)
+    return tree
+
+
+def plan(study: Study, profile: Profile, source: str | None = None) -> tuple[list[Run], list[Run]]:
     """The pretrainings, and both arms of one comparison after each other, the smallest fractions first.
+
+    Args:
+        study: The study.
+        profile: Its profile.
+        source: The checkpoint to begin with, in place of pretrainings.
 
     Raises:
         ConfigError: a fraction has no steps.
+        CheckpointError: there is no such checkpoint.
     """
     if missing := sorted(profile.seeds.keys() - profile.steps.keys()):
         raise ConfigError(
             f"no steps for the fraction {missing[0]:g}", where="steps", hint="give each fraction its steps"
         )
-    before: dict[str, Run] = {}
-    for left_out in profile.left_out:
-        without = profile.left_out if profile.shared else (left_out,)
-        names, folder = [name for name in DATASETS if name not in without], f"without-{'-'.join(without)}"
-        title = f"pretraining without {' and '.join(without)}"
-        recipe, data = study.recipe(profile.pretrain), study.datasets(names)
-        before[left_out] = runner.training_run(study, study.out / folder, recipe, data, title)
+    if source is None:
+        before = {left_out: pretraining_run(study, profile, left_out) for left_out in profile.left_out}
+        begun = {
+            left_out: Beginning(source=str(run.folder / "last"), settings={"pretraining": run.settings})
+            for left_out, run in before.items()
+        }
+    else:
+        before, begun = {}, dict.fromkeys(profile.left_out, given_beginning(source))
     cells = [
         {"left_out": left_out, "share": share, "seed": seed, "arm": arm}
         for left_out in profile.left_out
@@ -103,17 +158,28 @@ def plan(study: Study, profile: Profile) -> tuple[list[Run], list[Run]]:
         for arm in ARMS
     ]
     once = {run.folder: run for run in before.values()}
-    return list(once.values()), [arm_run(study, profile, cell, before[str(cell["left_out"])]) for cell in cells]
+    return list(once.values()), [arm_run(study, profile, cell, begun[str(cell["left_out"])]) for cell in cells]
 
 
-def arm_run(study: Study, profile: Profile, cell: Tree, before: Run) -> Run:
+def pretraining_run(study: Study, profile: Profile, left_out: str) -> Run:
+    """The pretraining that a left-out dataset is learned from."""
+    without = profile.left_out if profile.shared else (left_out,)
+    names, folder = [name for name in DATASETS if name not in without], f"without-{'-'.join(without)}"
+    title = f"pretraining without {' and '.join(without)}"
+    recipe, data = study.recipe(profile.pretrain or {}), study.datasets(names)
+    return runner.training_run(study, study.out / folder, recipe, data, title)
+
+
+def arm_run(study: Study, profile: Profile, cell: Tree, begun: Beginning) -> Run:
     """The run of one arm, on one fraction of a left-out dataset, with one seed."""
     left_out, share, seed, arm = cell.values()
     folder, tree = study.out / left_out / f"{share:g}-{seed}-{arm}", profile.tree(arm, share)
     subset, data = SubsetConfig(fraction=share, seed=seed), study.datasets([left_out])
     settings = {**cell, "configuration": study.configuration(tree)}
     if arm == "pretrained":
-        settings["pretraining"] = before.settings
+        settings |= begun.settings
+    elif begun.model:
+        settings["model"] = begun.model
 
     def work() -> Tree | None:
         joint = open_joint(data)
@@ -121,12 +187,11 @@ def arm_run(study: Study, profile: Profile, cell: Tree, before: Run) -> Run:
         if arm == "pretrained":
             overrides = (*runner.as_overrides(tree), *study.overrides)
             options = FinetuneOptions(overrides=overrides, fraction=share, seed=seed, compare=False)
-            begun = before.folder / "last"
             outcome = finetune(
-                data, begun, folder, options, resume=RunDirectory(folder).resumable, console=study.console
+                data, begun.source, folder, options, resume=RunDirectory(folder).resumable, console=study.console
             ).training
         else:
-            recipe = study.recipe(tree, f"train.loop.seed={seed}")
+            recipe = study.recipe(merge({"model": begun.model}, tree), f"train.loop.seed={seed}")
             parts = training_parts(joint, recipe, study.console)
             outcome = fit(parts, joint.evaluation(), recipe, folder, resume=True, console=study.console)
         if outcome.interrupted:
@@ -155,7 +220,7 @@ def summary(study: Study, profile: Profile, before: Sequence[Tree], arms: Sequen
         "training_seconds": round(sum(one["training_seconds"] for one in arms)),
         "pretraining": [
             {
-                "without": [name for name in DATASETS if name not in {item.partition("=")[0] for item in one["data"]}],
+                "without": [name for name in DATASETS if name not in set(map(name_of, one["data"]))],
                 "commit": one["commit"],
                 "training_seconds": one["training_seconds"],
             }
@@ -163,7 +228,7 @@ def summary(study: Study, profile: Profile, before: Sequence[Tree], arms: Sequen
         ],
         "runs": list(arms),
         "points": points,
-        "bars": goals(points, profile.left_out),
+        "bars": goals(points, profile),
     }
 
 
@@ -184,17 +249,18 @@ def gain(ap: Mapping[str, float]) -> float:
     return ap["pretrained"] - ap["imagenet"]
 
 
-def goals(points: Sequence[Tree], left_out: Sequence[str]) -> list[Tree]:
+def goals(points: Sequence[Tree], profile: Profile) -> list[Tree]:
     """The goals whose fraction is complete."""
-    mean = means(points, left_out)
+    mean = means(points, profile.left_out)
     found = [
-        report.aim(f"gain in mean AP at {share:.0%}", AIMS[share], gain(ap))
+        report.aim(f"gain in mean AP at {share:.0%}", profile.aims[share], gain(ap))
         for share, ap in mean.items()
-        if share in AIMS
+        if share in profile.aims
     ]
-    if 1.0 in mean:
-        worst = min(gain(point["ap"]) for point in points if point["share"] == 1.0)
-        found.append(report.aim("least gain of a dataset at 100%", WORST, worst))
+    for share in mean:
+        if share in profile.least:
+            worst = min(gain(point["ap"]) for point in points if point["share"] == share)
+            found.append(report.aim(f"least gain of a dataset at {share:.0%}", profile.least[share], worst))
     return found
 
 
@@ -219,15 +285,20 @@ def page(result: Mapping[str, Any]) -> str:
     named = {f"{point['left_out']} at {point['share']:.0%}": point for point in points}
     worse = [f"{name} ({gain(point['ap']):+.1f})" for name, point in named.items() if gain(point["ap"]) < 0]
     minutes, earlier = (sum(one["training_seconds"] for one in several) / 60 for several in (result["runs"], before))
+    if start := result.get("start"):
+        beginning = f"from the checkpoint {start['name']} (weights {start['weights']})"
+        left_out = "a dataset without one is judged on its test split; the checkpoint has seen none of them"
+    else:
+        beginning = f"besides {earlier:.0f} of pretraining"
+        left_out = f"left out: {'all of them at once' if settings['shared'] else 'one at a time'}"
     made = [(f"pretraining without {' and '.join(one['without'])}", one["commit"]) for one in before]
     made += [(run_title(one), one["commit"]) for one in result["runs"]]
     return report.joined(
         f"# Transfer: {result['profile']}",
-        f"{report.profile_of(result)}: {minutes:.0f} minutes of training steps, besides {earlier:.0f} of pretraining, "
+        f"{report.profile_of(result)}: {minutes:.0f} minutes of training steps, {beginning}, "
         f"on {report.facts(result)}.",
-        "AP (0 to 100) on the val split of the left-out dataset, own names, last weights; left out: "
-        f"{'all of them at once' if settings['shared'] else 'one at a time'}. Both arms see the same images in the "
-        f"same order, {report.same_steps(named)}. In brackets: the range of the seeds.",
+        f"AP (0 to 100) on the val split of the left-out dataset, own names, last weights; {left_out}. Both arms see "
+        f"the same images in the same order, {report.same_steps(named)}. In brackets: the range of the seeds.",
         report.table(["left out", "share", "images", "steps", "seeds", *TITLES.values(), "gain"], rows),
         report.aims_list(result["bars"]),
         f"Worse with pretraining: {', '.join(worse) or 'nothing'}.",

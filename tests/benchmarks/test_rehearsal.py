@@ -12,11 +12,10 @@ from typing import Any
 import pytest
 import yaml
 
-from metr.training.config import RunConfig, load_recipe
-from metr.training.train import train
+from metr.training.config import RunConfig
 from metr.training.trainer import Trainer
 
-from tiny import TinyRun, as_overrides
+from tiny import TinyRun
 
 OLD, NEW = ("bccd", "chess_pieces", "playing_cards"), "aquarium"
 
@@ -95,6 +94,10 @@ def test_what_is_lost_is_named(rehearsal: ModuleType, profile: Any) -> None:
     assert result["lost"] == {"without": {"bccd": ["own", "joint"], "chess_pieces": ["joint"]}, "with": {}}
     assert result["datasets"]["bccd"]["change"]["without"]["own"] == pytest.approx(-28.0)
     json.dumps(result, allow_nan=False)
+    assert [(goal["aim"], round(goal["found"], 1), goal["reached"]) for goal in result["bars"]] == [
+        (92.0, 98.4, True), (92.0, 98.3, True)
+    ]  # fmt: skip
+    assert "- mean AP of the old datasets that is left with rehearsal, own names, %: +98.4 (aim +92.0), reached" in page
 
 
 def test_a_dataset_that_rehearsal_loses_is_named_too(rehearsal: ModuleType, profile: Any) -> None:
@@ -181,17 +184,21 @@ def test_stopped_in_every_run_it_goes_on(
 
 @pytest.mark.slow
 def test_it_begins_with_a_checkpoint_that_is_given(
-    run: Callable[..., int], rehearsal: ModuleType, tiny_run: TinyRun, seven: Path, tmp_path: Path
+    run: Callable[..., int], rehearsal: ModuleType, tiny_run: TinyRun, tmp_path: Path
 ) -> None:
-    old = profile_of(rehearsal, "trial").old
-    joint = tmp_path / "joint"
-    overrides = (*as_overrides(tiny_run), "train.loop.steps=1")
-    train([f"{name}={seven / name}" for name in old], joint, load_recipe("nano", None, overrides))
-    assert run("--from", str(joint), "--set", "train.loop.steps=1") == 0
+    """All datasets of the checkpoint are the old ones, where the profile names none."""
+    for name, folder in zip(
+        ("pond", "desk", "meadow", "tomato"), (*tiny_run.datasets, tiny_run.datasets[0]), strict=True
+    ):
+        (tmp_path / "data" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "data" / name).symlink_to(folder, target_is_directory=True)
+    fields = ("--profile", "fields", "--data", str(tmp_path / "data"), "--from", str(tiny_run.folder))
+    assert run(*fields, "--set", "train.loop.steps=1") == 0
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {"without", "with"}
-    told = json.loads((tmp_path / "results/rehearsal-trial.json").read_text())
-    assert (told["settings"]["from"], told["pretraining_seconds"]) == ("joint", None)
-    assert str(tmp_path) not in (tmp_path / "results/rehearsal-trial.json").read_text()
+    told = json.loads((tmp_path / "results/rehearsal-fields.json").read_text())
+    assert (told["settings"]["from"], told["pretraining_seconds"]) == (tiny_run.folder.name, None)
+    assert list(told["datasets"]) == ["pond", "desk", "meadow", "tomato", "mean of 3 old"]
+    assert str(tmp_path) not in (tmp_path / "results/rehearsal-fields.json").read_text()
 
 
 def test_a_checkpoint_that_does_not_fit_is_refused(

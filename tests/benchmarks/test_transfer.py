@@ -12,12 +12,14 @@ import yaml
 from safetensors.torch import load_file
 
 from metr.checkpoint import Checkpoint
-from metr.config import Tree
+from metr.config import Tree, merge, read_yaml
 from metr.data.images import read_image
 from metr.errors import ConfigError
 from metr.text.vocabulary import Vocabulary
 from metr.training.config import RunConfig, load_recipe
 from metr.training.finetune_recipe import RECIPE, finetune_recipe, left_to_finetuning
+
+from tiny import TinyRun
 
 # in what the arms may differ: what is frozen, the rates, and where the backbone's first weights came from
 MAY_DIFFER = {
@@ -201,11 +203,13 @@ def test_steps_that_differ_are_said(transfer: ModuleType, profile: Any) -> None:
     assert "for the same steps." not in page
 
 
-@pytest.mark.parametrize("name", ["trial", "gpu"])
+@pytest.mark.parametrize("name", ["trial", "gpu", "fields"])
 def test_both_arms_of_a_profile_are_alike(transfer: ModuleType, tmp_path: Path, name: str) -> None:
     """Whatever the verbs' defaults are: nothing of them comes through but the rates."""
     profile = profile_of(transfer, name)
-    pretraining = load_recipe("nano", changes=profile.pretrain)
+    given = read_yaml(transfer.runner.HERE / "profiles/checkpoint-thirty.yaml")
+    pretraining = load_recipe("nano", changes=profile.pretrain or given)
+    model = {} if profile.pretrain else transfer.network_of(pretraining.model)
     checkpoint = Checkpoint(
         model=pretraining.model,
         vocabulary=Vocabulary(names=("fish",)),
@@ -217,7 +221,7 @@ def test_both_arms_of_a_profile_are_alike(transfer: ModuleType, tmp_path: Path, 
     found: set[str] = set()
     for share in profile.seeds:
         seed = ("train.loop.seed=1",)
-        alone = study(transfer, name, tmp_path).recipe(profile.tree("imagenet", share), *seed)
+        alone = study(transfer, name, tmp_path).recipe(merge({"model": model}, profile.tree("imagenet", share)), *seed)
         overrides = (*seed, *transfer.runner.as_overrides(profile.tree("pretrained", share)))
         for images in (round(190 * share), 2_000):
             tuned = finetune_recipe(checkpoint, images, None, overrides)
@@ -244,3 +248,69 @@ def test_profiles_are_whole(transfer: ModuleType, name: str, seven: Path) -> Non
     assert len(arms) == 2 * len(profile.left_out) * sum(map(len, profile.seeds.values()))
     with pytest.raises(ConfigError, match="no steps for the fraction 1"):
         transfer.plan(study(transfer, name, seven), profile.model_copy(update={"steps": {}, "seeds": {1.0: (0,)}}))
+
+
+def test_the_profile_of_unseen_fields_is_whole(
+    transfer: ModuleType, study_of: Callable[[str], ModuleType], tiny_run: TinyRun, tmp_path: Path
+) -> None:
+    profile = profile_of(transfer, "fields")
+    assert not set(profile.left_out) & set(study_of("study_data").every_licensed())
+    assert profile.seeds == {0.05: (0,), 0.1: (0, 1, 2), 0.25: (0,), 1.0: (0,)}
+    assert profile.seeds.keys() == profile.steps.keys() == profile.least.keys()
+    for name in profile.left_out:
+        (tmp_path / name).symlink_to(tiny_run.datasets[0], target_is_directory=True)
+    before, arms = transfer.plan(study(transfer, "fields", tmp_path), profile, str(tiny_run.folder))
+    assert (before, len(arms)) == ([], 84)
+    for arm in transfer.ARMS:
+        recipe = RunConfig.checked(profile.tree(arm, 1.0))
+        assert recipe.augmentation.sizes == (), "of the profile, not of the checkpoint"
+    # goals at each fraction, of the mean over seeds
+    gains = {(name, share): 12.5 for name in ("a", "b") for share in profile.seeds} | {("a", 0.25): -3.5}
+    three = [one for one in results(gains, seeds=(0, 1, 2)) if one["share"] == 0.1 or one["seed"] == 0]
+    goals = transfer.goals(
+        transfer.report.compare_arms(three, ("left_out", "share"), transfer.ARMS),
+        profile.model_copy(update={"left_out": ("a", "b")}),
+    )
+    assert {goal["what"]: (goal["aim"], goal["reached"]) for goal in goals} == {
+        "gain in mean AP at 10%": (12.0, True),
+        "gain in mean AP at 100%": (5.0, True),
+        "least gain of a dataset at 5%": (-3.0, True),
+        "least gain of a dataset at 10%": (-1.0, True),
+        "least gain of a dataset at 25%": (-3.0, False),
+        "least gain of a dataset at 100%": (-3.0, True),
+    }
+
+
+@pytest.mark.slow
+def test_it_begins_with_a_checkpoint_that_is_given(
+    run: Callable[..., int], transfer: ModuleType, tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    changes = {"left_out": ("tomato",), "seeds": {0.5: (0,), 1.0: (0,)}, "steps": {0.5: 1, 1.0: 1}}
+    short = profile_of(transfer, "fields").model_copy(update=changes)
+    monkeypatch.setattr(transfer.Study, "read_profile", lambda _: short.model_dump(mode="json"))
+    for name in ("tomato", "pond"):
+        (tmp_path / "data" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "data" / name).symlink_to(tiny_run.datasets[0], target_is_directory=True)
+    fields = ("--profile", "fields", "--data", str(tmp_path / "data"), "--set", "train.loop.steps=1")
+    assert run(*fields, "--from", str(tiny_run.folder)) == 0
+    stem = tmp_path / "results/transfer-fields"
+    told = json.loads(stem.with_suffix(".json").read_text(), parse_constant=pytest.fail)
+    assert [(one["share"], one["arm"], one["images"]) for one in told["runs"]] == [
+        (0.5, "imagenet", 2), (0.5, "pretrained", 2), (1.0, "imagenet", 4), (1.0, "pretrained", 4)
+    ]  # fmt: skip
+    assert (told["pretraining"], told["start"]["name"]) == ([], tiny_run.folder.name)
+    assert f"from the checkpoint {tiny_run.folder.name} (weights " in stem.with_suffix(".md").read_text()
+    assert str(tmp_path) not in stem.with_suffix(".json").read_text()
+    folders = [tmp_path / "runs/tomato" / f"0.5-0-{arm}" for arm in transfer.ARMS]
+    first, second = (yaml.safe_load((folder / "config.yaml").read_text()) for folder in folders)
+    assert {key for key in differences(first, second) if not key.startswith("model.backbone.options.")} <= MAY_DIFFER
+    # another checkpoint, even in the same folder, is not taken for this one; nor one that knows the dataset
+    capsys.readouterr()
+    monkeypatch.setattr(transfer.starts, "weights_digest", lambda _: "another")
+    assert run(*fields, "--from", str(tiny_run.folder)) == 1
+    assert "now 'another'" in " ".join(capsys.readouterr().out.split())
+    seen = short.model_copy(update={"left_out": ("pond",)})
+    monkeypatch.setattr(transfer.Study, "read_profile", lambda _: seen.model_dump(mode="json"))
+    assert run(*fields, "--from", str(tiny_run.folder)) == 1
+    assert "has seen pond already, which is to be new" in " ".join(capsys.readouterr().out.split())
