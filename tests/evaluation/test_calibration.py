@@ -12,7 +12,7 @@ from metr.checkpoint import DetectionDefaults, load_checkpoint, save_checkpoint
 from metr.config import Calibration
 from metr.data.records import InMemoryAnnotations
 from metr.errors import DataError
-from metr.evaluation.calibration import chained, fit_calibration, mean_calibration
+from metr.evaluation.calibration import fit_calibration, mean_calibration
 from metr.evaluation.coco import CategoryResult, CocoResult, CocoScorer, OperatingPoint
 from metr.evaluation.diagnosis import Judged, diagnose
 from metr.evaluation.report import category_table
@@ -105,11 +105,17 @@ def test_nothing_right_calibrates_nothing() -> None:
     assert fit_calibration(CocoScorer(truth), {0: elsewhere}, NAMES) == {}
 
 
-def test_calibrations_follow_one_another_and_have_means() -> None:
-    logit = 0.7
+def test_what_was_applied_is_undone() -> None:
+    """However often a detector is calibrated on the same images, the result is the same."""
+    truth, found = played(3, images=20)
+    once = fit_calibration(CocoScorer(truth), found, NAMES)
+    again = fit_calibration(CocoScorer(truth), calibrated(found, once), NAMES, once)
+    for name in NAMES:
+        assert again[name] == pytest.approx(once[name], abs=0.02)
+
+
+def test_the_mean_is_weighted_by_objects() -> None:
     one, two = (2.0, -1.0), (0.5, 0.25)
-    both = chained(one, two)
-    assert both[0] * logit + both[1] == pytest.approx(two[0] * (one[0] * logit + one[1]) + two[1])
     assert mean_calibration([(one, 30), (two, 10)]) == pytest.approx((1.625, -0.6875))
     assert mean_calibration([(one, 0), (two, 0)]) == pytest.approx((1.25, -0.375))
 
@@ -142,7 +148,7 @@ def test_the_table_tells_the_best_score_of_the_question_that_detection_asks() ->
         assert "| 0.50 |" in row
 
 
-def test_what_is_kept_follows_what_was_kept_and_ends_old_thresholds(tiny_run: TinyRun, tmp_path: Path) -> None:
+def test_what_is_kept_replaces_what_was_kept_and_ends_old_thresholds(tiny_run: TinyRun, tmp_path: Path) -> None:
     checkpoint = load_checkpoint(tiny_run.best)
     before = DetectionDefaults(calibration={"cup": (2.0, -1.0)}, thresholds={"cup": 0.4, "leaf": 0.2, "fish": 0.1})
     save_checkpoint(tmp_path / "own", replace(checkpoint, detection=before))
@@ -151,7 +157,7 @@ def test_what_is_kept_follows_what_was_kept_and_ends_old_thresholds(tiny_run: Ti
     )
     store_calibration(report, tmp_path / "own")
     after = load_checkpoint(tmp_path / "own").detection
-    assert after.calibration == {"cup": (1.0, -0.25), "leaf": (3.0, 1.0)}
+    assert after.calibration == {"cup": (0.5, 0.25), "leaf": (3.0, 1.0)}
     assert after.thresholds == {"fish": 0.1}
     with pytest.raises(DataError, match="no object of a trained name"):
         store_calibration(EvaluationReport(datasets=(dataset("desk", {}),), names=1), tmp_path / "own")

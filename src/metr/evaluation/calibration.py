@@ -24,7 +24,10 @@ _EPS = 1e-6
 
 
 def fit_calibration(
-    scorer: CocoScorer, detections: Mapping[ImageId, Detections], vocabulary: tuple[str, ...]
+    scorer: CocoScorer,
+    detections: Mapping[ImageId, Detections],
+    vocabulary: tuple[str, ...],
+    applied: Mapping[str, Calibration] | None = None,
 ) -> dict[str, Calibration]:
     """Scale and shift of each name of a dataset; nothing where no detection is right.
 
@@ -34,19 +37,19 @@ def fit_calibration(
         scorer: Knows the objects.
         detections: By image id.
         vocabulary: The names that were asked for.
+        applied: What the scores have gone through already. It is undone, so that the result stands in its place.
     """
-    logits, labels, right = _answers(scorer, detections, all_names(scorer, vocabulary))
+    names = all_names(scorer, vocabulary)
+    logits, labels, right = _answers(scorer, detections, names)
+    if len(logits):
+        scale, shift = np.array([(applied or {}).get(name, _AS_IT_IS) for name in names])[labels].T
+        logits = (logits - shift) / scale
     if not right.any():
         return {}
     every = _fitted(logits, right, _AS_IT_IS)
     present = {one["category_id"] - 1 for one in scorer.truth["annotations"] if not one["iscrowd"]}
     own = {row: _fitted(logits[labels == row], right[labels == row], every) for row in present}
     return {name: own.get(row, every) for row, name in enumerate(scorer.categories)}
-
-
-def chained(first: Calibration, then: Calibration) -> Calibration:
-    """One calibration that does what two do one after the other."""
-    return first[0] * then[0], first[1] * then[0] + then[1]
 
 
 def mean_calibration(several: Iterable[tuple[Calibration, int]]) -> Calibration:

@@ -160,7 +160,12 @@ class Evaluator:
             own=parts[questions["own"]] if "own" in questions else None,
             joint=parts[questions["joint"]] if "joint" in questions else None,
             default=parts[questions["default"]] if "default" in questions else None,
-            calibration=fit_calibration(scorer, observation.detections, observation.names),
+            calibration=fit_calibration(
+                scorer,
+                observation.detections,
+                observation.names,
+                self.config.inference.postprocess.calibration,
+            ),
         )
         if self.observe is not None:
             self.observe(observation)

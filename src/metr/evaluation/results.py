@@ -17,7 +17,7 @@ from metr.checkpoint import find_checkpoint, load_checkpoint, update_detection
 from metr.config import Calibration, Config
 from metr.data.records import Annotations
 from metr.errors import DataError, counted
-from metr.evaluation.calibration import chained, mean_calibration
+from metr.evaluation.calibration import mean_calibration
 from metr.evaluation.coco import CocoResult
 from metr.evaluation.diagnosis import Diagnosis
 from metr.inference.config import InferenceConfig
@@ -190,8 +190,8 @@ class ModeReport:
 class DatasetReport:
     """The results on one dataset. `missing` images could not be read, and are not in any number.
 
-    `diagnosis` says what is wrong with the detections of `asked`; None where nobody looked. `calibration` makes their
-    scores probabilities of being right; no name has one where none is.
+    `diagnosis` says what is wrong with the detections of `asked`; None where nobody looked. `calibration` makes
+    scores, as the network gives them, probabilities of being right; no name has one where none is.
     """
 
     name: str
@@ -256,7 +256,7 @@ class EvaluationReport:
         return sum(known) / len(known) if known else None
 
     def calibration(self) -> dict[str, Calibration]:
-        """What makes the scores of this evaluation probabilities of being right, by name.
+        """What makes scores, as the network gives them, probabilities of being right, by name.
 
         They are those of the question that detection asks (`DatasetReport.asked`): the more names are asked for, the
         less the same score says. A name of several datasets has their mean, weighted by its objects.
@@ -292,13 +292,7 @@ def store_calibration(report: EvaluationReport, run: Path, console: Console | No
     """
     folder = find_checkpoint(run)
     checkpoint = load_checkpoint(folder)
-    kept, fitted = checkpoint.detection.calibration, report.calibration()
-    # the evaluation's scores went through what was kept already
-    found = {
-        name: chained(kept[name], one) if name in kept else one
-        for name, one in fitted.items()
-        if name in checkpoint.vocabulary.names
-    }
+    found = {name: one for name, one in report.calibration().items() if name in checkpoint.vocabulary.names}
     if not found:
         raise DataError("no object of a trained name was found, so scores cannot be calibrated", where=run)
     update_detection(folder, checkpoint.detection.calibrated(found))
