@@ -69,6 +69,35 @@ def test_to_rt_detr_and_back(metr: CommandLine, tiny_run: TinyRun, tmp_path: Pat
     assert set(METR.from_pretrained(tmp_path / "back", device="cpu").names) == {"fish", "frog", "leaf", "turtle"}
 
 
+def test_it_is_fitted_to_images(
+    metr: CommandLine, tiny_run: TinyRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Those of the dataset whose names it gets, or photos; one that cannot be read is left out and told."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for number in range(3):
+        pixels = np.random.default_rng(number).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(photos / f"{number}.png")
+    (photos / "broken.png").write_bytes(b"no image")
+    given = ["--names", "fish, frog", "--images", photos]
+    for more, number in ((["--names", tiny_run.datasets[0]], 0), (given, 3)):
+        ended = metr("transfer", tiny_run.folder, "--to", "rt_detr", "-o", tmp_path / "out", *more)
+        assert ended.code == 0, ended.words
+        report = json.loads((tmp_path / "out/transfer.json").read_text())
+        images = report["fitted to images"]
+        assert f"it was fitted to {images} images" in ended.words
+        assert "no detector yet" not in ended.words
+        assert images == number if number else images > 3
+    assert "left out of the fit" in caplog.text
+    assert "broken.png: not an image" in caplog.text
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for place, message in ((empty, "no image"), (tmp_path / "nowhere", "no such image or folder")):
+        ended = metr("transfer", tiny_run.folder, "--to", "rt_detr", "-o", tmp_path / "other", "--images", place)
+        assert (ended.code, message in ended.words) == (1, True), ended.words
+        assert not (tmp_path / "other").exists()
+
+
 def test_a_fine_tuned_checkpoint_gives_its_default_names(metr: CommandLine, tiny_run: TinyRun, tmp_path: Path) -> None:
     trained = METR.from_pretrained(tiny_run.folder, device="cpu")
     tuned = replace(trained.checkpoint, detection=DetectionDefaults(names=("cup", "leaf")))
@@ -102,6 +131,9 @@ def test_another_family_is_told_of(metr: CommandLine, tiny_run: TinyRun, tmp_pat
         (["RUN", "--to", "rt_detr", "--names", "no_such_file.ZIP"], "no_such_file.ZIP: no such dataset"),
         (["--from", "no/such/folder"], "no such checkpoint, folder or file here, and no name on the hub either"),
         (["--from", "RUN"], "is a METR already"),
+        (["--from", "RUN", "--images", "."], "goes with --to only"),
+        (["RUN", "--to", "deformable_detr", "--images", "."], "has no part that images of this METR fit"),
+        (["RUN", "--to", "d_fine", "--images", "."], "differs more than a fit makes up for"),
     ],
 )
 def test_mistakes(metr: CommandLine, tiny_run: TinyRun, tmp_path: Path, arguments: list[str], message: str) -> None:

@@ -178,6 +178,13 @@ def transfer(
         str | None,
         typer.Option(help="With --from: the text encoder's folder or hub name; by default the bundled one."),
     ] = None,
+    images: Annotated[
+        str | None,
+        typer.Option(
+            help="Images of such things, without labels, that the result is fitted to: a folder, or a file that lists "
+            "datasets; by default the training images of the dataset in --names."
+        ),
+    ] = None,
     offline: Offline = False,
 ) -> None:
     """Move weights to a detector of transformers, or from other detectors. Reports what becomes of every weight."""
@@ -186,6 +193,9 @@ def transfer(
         if run is not None or to is not None:
             hint = "metr transfer --from SOURCE -o OUT"
             raise ConfigError("expected --from alone, without RUN and --to", where="--from", hint=hint)
+        if images is not None:
+            what = "goes with --to only: what METR takes over needs no images"
+            raise ConfigError(what, where="--images", hint="leave it out")
         from metr.conversion.transfer import adopt_file
 
         adopt_file(source, out, names=names, text=text, console=output_console())
@@ -198,7 +208,7 @@ def transfer(
     check_source(run)
     from metr.conversion.transfer import transfer as transfer_run
 
-    transfer_run(run, to, out, names=names, console=output_console())
+    transfer_run(run, to, out, names=names, images=images, console=output_console())
 
 
 def stay_offline(offline: bool) -> None:

@@ -175,13 +175,17 @@ def sample_boxes(number: int = _SAMPLES, seed: int = 0) -> Float[Tensor, "n 4"]:
 
 
 @torch.no_grad()
-def least_squares(inputs: Float[Tensor, "n i"], wanted: Float[Tensor, "n o"]) -> Linear:
-    """The linear layer of least squared error, with a little ridge regularisation."""
-    mean, goal = inputs.mean(0), wanted.mean(0)
+def least_squares(
+    inputs: Float[Tensor, "n i"], wanted: Float[Tensor, "n o"], weights: Float[Tensor, "n"] | None = None
+) -> Linear:
+    """The linear layer of least squared error, with a little ridge regularisation; rows count by their weights."""
+    counts = (torch.ones(len(inputs)) if weights is None else weights).to(inputs).unsqueeze(1)
+    mean, goal = ((counts * rows).sum(0) / counts.sum() for rows in (inputs, wanted))
     centred = (inputs - mean).double()
-    gram = centred.T @ centred
+    counted = (counts * centred).T
+    gram = counted @ centred
     gram.diagonal().add_(_RIDGE * gram.diagonal().mean())
-    weight = torch.linalg.solve(gram, centred.T @ (wanted - goal).double()).T.to(wanted)
+    weight = torch.linalg.solve(gram, counted @ (wanted - goal).double()).T.to(wanted)
     return Linear(weight=weight, bias=goal - weight @ mean)
 
 

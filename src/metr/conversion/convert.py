@@ -4,10 +4,12 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -46,6 +48,7 @@ class TransferReport:
         left_over: The giver's tensors that were not used.
         notes: What a reader should know: what differs in spite of equal weights, what did not fit and why.
         start: Why the result is a start for training and no detector yet; empty where it is one.
+        fitted_to: How many images it was fitted to, so that it finds nearly what the giver finds.
     """
 
     source: str
@@ -56,6 +59,7 @@ class TransferReport:
     left_over: tuple[str, ...]
     notes: tuple[str, ...] = field(default=())
     start: str = ""
+    fitted_to: int = 0
 
     @property
     def counts(self) -> dict[str, int]:
@@ -70,6 +74,7 @@ class TransferReport:
             "counts": self.counts,
             "notes": list(self.notes),
             "start": self.start,
+            "fitted to images": self.fitted_to,
             "copied": {moved.key: list(moved.source) for moved in self.copied},
             "reshaped": {moved.key: {"from": list(moved.source), "how": moved.how} for moved in self.reshaped},
             "afresh": list(self.afresh),
@@ -228,3 +233,25 @@ def _sources(ours: Mapping[str, Tensor], rows: Sequence[Row]) -> dict[str, tuple
             if match is not None:
                 found[row.theirs.format(**match)] = tuple(part.format(**match) for part in row.parts)
     return found
+
+
+def show(report: TransferReport, out: Path, console: Console, go_on: str) -> None:
+    """The table of the report, what a reader should know, where everything is, and how to go on from a start."""
+    console.print(f"{report.source} to {report.receiver}: tensors", style="italic", markup=False, highlight=False)
+    console.print(report.table())
+    for note in report.notes:
+        console.print(f"- {note}", highlight=False, markup=False)
+    ways = ", ".join(f"{how} ({number})" for how, number in report.reshapings().items())
+    if ways:
+        console.print(f"- reshaped: {ways}", highlight=False, markup=False)
+    console.print(f"the detector is in {out}", highlight=False, markup=False, soft_wrap=True)
+    if report.fitted_to:
+        start = (
+            f"It finds nearly what {report.source} finds: it was fitted to {report.fitted_to} images. "
+            f"To see how nearly: metr evaluate {out} DATA\n{go_on}"
+        )
+    elif report.start:
+        start = f"It is a start for training, no detector yet: {report.start}.\n{go_on}"
+    else:
+        start = f"It finds what {report.source} finds, before any training.\n{go_on}"
+    console.print(start, highlight=False, markup=False, soft_wrap=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from metr.conversion.classifier import name_tokens, refined_tokens
 from metr.conversion.convert import TransferReport, giving_to_theirs, receive
+from metr.conversion.image_fits import ImageFits
 from metr.conversion.table import backbone_config
 from metr.conversion.targets.base import BuildSpec, Colours, Context, Derived, Target
 from metr.errors import ConfigError
@@ -69,7 +70,12 @@ def build_spec_for(target: Target, network: Detector, names: Sequence[str]) -> B
 
 
 def transfer(
-    target: Target, network: Detector, names: Sequence[str], text: Float[Tensor, "v t"], seed: int = 0
+    target: Target,
+    network: Detector,
+    names: Sequence[str],
+    text: Float[Tensor, "v t"],
+    seed: int = 0,
+    fits: ImageFits | None = None,
 ) -> Transferred:
     """METR's weights in a detector of transformers.
 
@@ -79,6 +85,7 @@ def transfer(
         names: The detector's categories, in the order of its labels.
         text: Their text embeddings.
         seed: Seed of the weights that start afresh.
+        fits: What was fitted to images, if there were any.
 
     Raises:
         ConfigError: there is no name, or one is given twice.
@@ -88,11 +95,13 @@ def transfer(
     ours = {key: tensor.detach().cpu() for key, tensor in network.state_dict().items()}
     table, said = target.table(model.config, network.config), [*target.differences(network.config)]
     derived = dict(variances(network.backbone, model, target.backbone))
-    rows, fits = (*table.rows(), *table.copies), target.fits(network.config)
-    if fits:
+    rows, fitting = (*table.rows(), *table.copies), target.fits(network.config)
+    if fitting:
         own = _on_cpu(network)
         tokens, contents = name_tokens(own, text), refined_tokens(own, text)
-        context = Context(network=own, text=text.cpu(), tokens=tokens, contents=contents, config=model.config)
+        context = Context(
+            network=own, text=text.cpu(), tokens=tokens, contents=contents, config=model.config, fits=fits
+        )
         derived |= target.derive(context)
         said += target.told(context)
         notes = [*said, *target.in_training]
@@ -101,7 +110,7 @@ def transfer(
     given = giving_to_theirs(ours, rows, derived)
     report = receive(model, given, source="METR", name=target.title, notes=notes)
     by_place = network.config.queries.layout == "places"
-    return Transferred(model=model, report=report, same_answers=fits and by_place and not said)
+    return Transferred(model=model, report=report, same_answers=fitting and by_place and not said)
 
 
 def variances(backbone: Backbone, model: Any, prefix: str) -> dict[str, Derived]:

@@ -15,9 +15,10 @@ from torch import Tensor
 from metr.checkpoint import Checkpoint, DetectionDefaults
 from metr.config import Tree
 from metr.conversion.class_heads import stands_for_none, told_apart
-from metr.conversion.convert import TransferReport
+from metr.conversion.convert import TransferReport, show
 from metr.conversion.export import Transferred, colours_of
 from metr.conversion.export import transfer as transfer_weights
+from metr.conversion.images_to_fit import Picture, fitted, need_use, pictures_at, pictures_of
 from metr.conversion.import_ import PublishedDetector, adopt, read_published
 from metr.conversion.targets import find_target
 from metr.conversion.trainer import GO_ON, keep_aliases, trainer_batch, trainer_images, trainer_result
@@ -58,30 +59,43 @@ _FILES = frozenset({".yaml", ".yml", ".json", ".csv", ".xml", ".parquet", ".zip"
 _BACKBONE = "all but its backbone starts afresh"
 
 
-def to_detector(model: METR, target: str, names: Sequence[str] | Vocabulary | None = None) -> Transferred:
+def to_detector(
+    model: METR,
+    target: str,
+    names: Sequence[str] | Vocabulary | None = None,
+    *,
+    images: Sequence[Picture] = (),
+    console: Console | None = None,
+) -> Transferred:
     """A METR's weights in a detector of transformers, for any list of names.
 
     Args:
         model: The METR.
         target: The detector: deformable_detr, rt_detr, ...
         names: What it is to find, label by label; by default what the METR looks for by default.
+        images: Images of such things, some dozens; labels are not needed. Where queries of METR have no exact
+            counterpart (`queries.layout` other than `places`), their start and the class heads are fitted to them.
+        console: Where progress is shown.
 
     Raises:
         ConfigError: there is no such detector, or a name is empty or given twice.
+        DataError: there are images, and none can be read.
         ModelError: the detector cannot be built for this METR, or a name is new and there is no text encoder.
     """
     found = find_target(target)
     wanted = _wanted(model, names)
-    new = model.untrained(wanted)
-    done = transfer_weights(found, model.network, wanted.names, model.embed(wanted, tell=False))
+    new, text = model.untrained(wanted), model.embed(wanted, tell=False)
+    fits = fitted(model, found, wanted, text, images, console)
+    done = transfer_weights(found, model.network, wanted.names, text, fits=fits)
     notes = (
         *done.report.notes,
         *found.resizes_otherwise(model.resize, model.network.backbone.pad_to),
         *filter(None, [told(new)]),
     )
     keep_aliases(done.model, model.checkpoint.detection.aliases)
-    start = "" if done.same_answers else _why_a_start(found.fits(model.network.config), new)
-    return replace(done, report=replace(done.report, notes=notes, start=start))
+    number = 0 if fits is None else fits.images
+    start = "" if done.same_answers or number else _why_a_start(found.fits(model.network.config), new)
+    return replace(done, report=replace(done.report, notes=notes, start=start, fitted_to=number))
 
 
 def _why_a_start(fits: bool, new: Sequence[Untrained]) -> str:
@@ -105,6 +119,7 @@ def transfer(
     out: str | Path,
     *,
     names: str | Sequence[str] | Vocabulary | None = None,
+    images: str | Path | None = None,
     console: Console | None = None,
 ) -> TransferReport:
     """Writes a folder that `AutoModelForObjectDetection` and `AutoImageProcessor` of transformers load as it is.
@@ -117,6 +132,9 @@ def transfer(
         out: Where to; it may hold what an earlier transfer wrote, if nothing was changed or added since.
         names: What the detector is to find, label by label. As one text: names between commas, or a dataset, whose
             names they are, or "all" for every name of training. By default what the METR looks for by default.
+        images: A folder of images, a pattern, or a file that lists datasets: what the start of queries and the class
+            heads are fitted to where METR's have no exact counterpart. By default the training images of the dataset
+            in `names`.
         console: Where the report is shown.
 
     Raises:
@@ -128,7 +146,12 @@ def transfer(
     found, out = find_target(target), Path(out)
     _keep_what_was_changed(out)
     model = source if isinstance(source, METR) else METR.from_pretrained(source, device="cpu")
-    done = to_detector(model, target, _read_for(model, names) if isinstance(names, str) else names)
+    wanted = _read_for(model, names) if isinstance(names, str) else names
+    pictures = pictures_of(_datasets(names)) if isinstance(names, str) else []
+    if images is not None:
+        need_use(found, model)
+        pictures = pictures_at(images, out)
+    done = to_detector(model, target, wanted, images=pictures, console=console)
     processor = found.image_processor(model.resize, colours_of(model.network), model.network.backbone.pad_to)
     with explained_disk_errors(out), replaced_folder(out, REPORT) as fresh, quiet():
         try:
@@ -337,11 +360,7 @@ def read_names(names: str) -> Vocabulary:
     """
     if not names.strip():
         raise ConfigError("expected names or a dataset, found nothing", where="names", hint='"penguin, shark"')
-    parts = [names] if _is_there(names) else [part.strip() for part in names.split(",")]
-    if there := [part for part in parts if _is_there(part) and (len(parts) == 1 or "/" in part)]:
-        if strange := [part for part in parts if part not in there]:
-            what = f"{there[0]} is a folder or file, and {strange[0]} is none"
-            raise DataError(what, where=names, hint="name datasets alone, or names alone")
+    if parts := _datasets(names):
         vocabulary = open_joint(parts).vocabulary
         return Vocabulary.of(vocabulary.names, vocabulary.prompts)
     if "," not in names and ("/" in names or Path(names.strip()).suffix.lower() in _FILES):
@@ -349,22 +368,19 @@ def read_names(names: str) -> Vocabulary:
     return Vocabulary.of(told_apart(names.split(",")))
 
 
+def _datasets(names: str) -> list[str]:
+    """The datasets that a text names, if it names datasets.
+
+    Raises:
+        DataError: names and datasets are mixed.
+    """
+    parts = [names] if _is_there(names) else [part.strip() for part in names.split(",")]
+    there = [part for part in parts if _is_there(part) and (len(parts) == 1 or "/" in part)]
+    if there and (strange := [part for part in parts if part not in there]):
+        what = f"{there[0]} is a folder or file, and {strange[0]} is none"
+        raise DataError(what, where=names, hint="name datasets alone, or names alone")
+    return there
+
+
 def _is_there(dataset: str) -> bool:
     return Path(dataset.partition("=")[2] or dataset).expanduser().exists()
-
-
-def show(report: TransferReport, out: Path, console: Console, go_on: str) -> None:
-    """The table of the report, what a reader should know, where everything is, and how to go on from a start."""
-    console.print(f"{report.source} to {report.receiver}: tensors", style="italic", markup=False, highlight=False)
-    console.print(report.table())
-    for note in report.notes:
-        console.print(f"- {note}", highlight=False, markup=False)
-    ways = ", ".join(f"{how} ({number})" for how, number in report.reshapings().items())
-    if ways:
-        console.print(f"- reshaped: {ways}", highlight=False, markup=False)
-    console.print(f"the detector is in {out}", highlight=False, markup=False, soft_wrap=True)
-    if report.start:
-        start = f"It is a start for training, no detector yet: {report.start}.\n{go_on}"
-    else:
-        start = f"It finds what {report.source} finds, before any training.\n{go_on}"
-    console.print(start, highlight=False, markup=False, soft_wrap=True)

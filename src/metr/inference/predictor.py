@@ -149,12 +149,16 @@ class Predictor:
                 found |= zip(some, self._infer([images[row] for row in some]), strict=True)
         return [Prediction(source=one.source, size=one.size, detections=found[row]) for row, one in enumerate(images)]
 
-    def _infer(self, loaded: Sequence[PreparedImage]) -> list[Detections]:
-        """The detections, on the CPU, of images that share a padded shape."""
+    def batch(self, loaded: Sequence[PreparedImage]) -> tuple[Float[Tensor, "b 3 h w"], Bool[Tensor, "b h w"]]:
+        """Images and their padding mask as the network takes them, on its device."""
         pixels = stack_images([one.pixels for one in loaded], self.multiple)
         shapes = [(one.pixels.shape[1], one.pixels.shape[2]) for one in loaded]
         padding = padding_mask(shapes, pixels.shape[-2], pixels.shape[-1]).to(self.device)
-        images = pixels.to(self.device).to(torch.float32).div_(255)
+        return pixels.to(self.device).to(torch.float32).div_(255), padding
+
+    def _infer(self, loaded: Sequence[PreparedImage]) -> list[Detections]:
+        """The detections, on the CPU, of images that share a padded shape."""
+        images, padding = self.batch(loaded)
         with inference(self.network, self.device, self.config.precision):
             (output,) = answers(self.network, images, padding, [(self._text_to_ask(), self.limits)])
         # Outside inference mode, so that the detections are ordinary tensors, which callers may change.

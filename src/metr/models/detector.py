@@ -108,7 +108,7 @@ class Detector(nn.Module):
             proposals, queries = None, self.learned_places(categories)
             slot, valid = every_pair(categories, queries.slot.shape[1])
         else:
-            proposals, places = self.proposals(memory, categories, _most(categories, limits, sizes))
+            proposals, places = self.proposals(memory, categories, most_queries(categories, limits, sizes))
             queries, slot, valid = self.class_queries(proposals, places, categories), proposals.slot, proposals.valid
         tokens = similarity_tokens(categories, self.config.similarity)
         further = self._further(memory, categories, proposals) if targets is not None else None
@@ -167,8 +167,8 @@ class Detector(nn.Module):
         return self.decoder.ask(decoded, tokens, slot), decoded.boxes
 
 
-def _most(
-    categories: Categories, limits: NameLimits | None, sizes: Int[Tensor, "b"] | None
+def most_queries(
+    categories: Categories, limits: NameLimits | None, sizes: Int[Tensor, "b"] | None = None
 ) -> Int[Tensor, "b k"] | None:
     """The largest number of queries of each slot: what training draws, or what limits the names when detecting."""
     if sizes is not None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from metr.conversion.activation_statistics import of_layer_head
 from metr.conversion.classifier import Linear, layer_classifier
+from metr.conversion.image_fits import ImageFits
 from metr.conversion.table import Row, State
 from metr.data.config import ResizeConfig
 from metr.errors import ModelError
@@ -91,6 +92,7 @@ class Context:
         tokens: Of each name, as its queries are compared with them.
         contents: Of each name, as its queries contain them.
         config: The target's.
+        fits: What was fitted to images, if there were any.
     """
 
     network: Detector
@@ -98,6 +100,7 @@ class Context:
     tokens: Float[Tensor, "v d"]
     contents: Float[Tensor, "v d"]
     config: Any
+    fits: ImageFits | None = None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -164,6 +167,7 @@ class Target:
         windowed: Its images' sides must also be multiples of what METR pads images to for the same backbone.
         single_map: It reads the backbone's last map only.
         square: Its images have one fixed size, as it looks at no padding mask.
+        made_up_for: Those of `differences` that a fit to images makes up for; None where there is no such fit.
         adapted: It has METR's adapter where its backbone is a DINOv3.
     """
 
@@ -188,6 +192,7 @@ class Target:
     windowed: bool = False
     single_map: bool = False
     square: bool = False
+    made_up_for: Callable[[DetectorConfig], tuple[str, ...]] | None = None
     adapted: bool = False
 
     def fits(self, config: DetectorConfig) -> bool:
@@ -337,10 +342,13 @@ def equal_presence(width: int) -> dict[str, Derived]:
 
 def layer_heads(context: Context, theirs: str) -> dict[str, Derived]:
     """The classification head of each of the decoder's layers, whose keys begin with `theirs` and its number."""
-    fresh: dict[str, Derived] = {}
+    fresh, how = dict[str, Derived](), FOLDED if context.fits is None else str(context.fits)
     for layer in range(context.config.decoder_layers):
-        classes = layer_classifier(context.network, context.text, context.tokens, layer)
-        fresh |= given_layer(f"{theirs}.{layer}", classes, FOLDED, of_layer_head(context.network, layer))
+        if context.fits is None:
+            classes = layer_classifier(context.network, context.text, context.tokens, layer)
+        else:
+            classes = context.fits.heads[layer]
+        fresh |= given_layer(f"{theirs}.{layer}", classes, how, of_layer_head(context.network, layer))
     return fresh
 
 

@@ -23,6 +23,7 @@ from metr.conversion.targets.base import (
     need_options,
 )
 from metr.conversion.targets.identity_layers import BLOCKS
+from metr.conversion.targets.place_starts import places_and_names
 from metr.conversion.targets.rt_detr import convolution
 from metr.errors import ModelError
 from metr.models.backbones.base import SpatialAdapter
@@ -156,7 +157,7 @@ def _decoder_rows(gated: bool) -> tuple[Row, ...]:
 def derive(context: Context) -> dict[str, Derived]:
     """The classification heads, and the positions and contents of queries."""
     heads = layer_heads(context, f"{_DECODER}.class_embed")
-    return heads | rt_detr.places_and_names(context) | _positions(context.network)
+    return heads | places_and_names(context) | _positions(context.network)
 
 
 def _positions(network: Detector) -> dict[str, Derived]:

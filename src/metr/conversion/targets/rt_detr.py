@@ -4,19 +4,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from metr.conversion.activation_statistics import (
     box_position,
     inside,
-    of_contents,
-    of_places,
 )
-from metr.conversion.classifier import fit_box_mlp, place_classifier
+from metr.conversion.classifier import fit_box_mlp
 from metr.conversion.table import Row, State, backbone_rows
 from metr.conversion.targets.base import (
     ADOPTED_QUERIES,
-    FOLDED_PLACES,
     Adopted,
     BuildSpec,
     Context,
@@ -38,6 +33,7 @@ from metr.conversion.targets.base import (
     need_options,
 )
 from metr.conversion.targets.identity_layers import BLOCKS, memory_projection, passing_blocks
+from metr.conversion.targets.place_starts import places_and_names
 from metr.conversion.targets.sampling_points import even_sampling
 from metr.errors import ModelError
 from metr.models.config import BackboneConfig, DetectorConfig, EncoderConfig, SimilarityConfig
@@ -210,19 +206,6 @@ def queries_and_heads(context: Context) -> dict[str, Derived]:
     return heads | places_and_names(context) | _positions(context.network)
 
 
-def places_and_names(context: Context) -> dict[str, Derived]:
-    """The head that scores places, and the content of denoising queries."""
-    network, contents = context.network, context.contents
-    places = place_classifier(network, context.text, context.tokens)
-    fresh = given_layer("model.enc_score_head", places, FOLDED_PLACES, of_places(network))
-    if context.config.num_denoising:
-        learned = torch.zeros_like(contents[0]) if network.denoising is None else network.denoising.learned.detach()
-        content = torch.cat([contents + learned, torch.zeros_like(contents[:1])])
-        source = inside(network, "denoising.learned") + of_contents(network)
-        fresh["model.denoising_class_embed.weight"] = Derived(tensor=content, how="computed: names", source=source)
-    return fresh
-
-
 def _positions(network: Detector) -> dict[str, Derived]:
     """A network that turns a box's four numbers into a query's position, as METR does from its encoding.
 
@@ -254,10 +237,24 @@ def differences(config: DetectorConfig) -> tuple[str, ...]:
     elif config.encoder.fusion_blocks > BLOCKS:
         said.append(f"a fusion has {BLOCKS} blocks; this METR's others have no place")
     elif config.encoder.fusion_blocks < BLOCKS:
-        passing = int(config.width * config.encoder.fusion_expansion) != config.width
-        state = "let everything pass at first" if passing else "start afresh"
-        said.append(f"a fusion has {BLOCKS} blocks, this METR's {config.encoder.fusion_blocks}: the others {state}")
+        state = "let everything pass at first" if _lets_pass(config) else "start afresh"
+        said.append(f"{_few_blocks(config)}: the others {state}")
     return tuple(said)
+
+
+def made_up_for(config: DetectorConfig) -> tuple[str, ...]:
+    """Those of the differences that hardly change an answer once the start of queries is fitted to images."""
+    passing = (f"{_few_blocks(config)}: the others let everything pass at first",)
+    return (*queries_differ(config), *positions_differ(config), *passing)
+
+
+def _few_blocks(config: DetectorConfig) -> str:
+    return f"a fusion has {BLOCKS} blocks, this METR's {config.encoder.fusion_blocks}"
+
+
+def _lets_pass(config: DetectorConfig) -> bool:
+    """Whether a fusion's blocks have a way around them."""
+    return int(config.width * config.encoder.fusion_expansion) != config.width
 
 
 def decoder_differs(config: DetectorConfig) -> tuple[str, ...]:
@@ -377,6 +374,7 @@ TARGET = Target(
     adopt=adopt,
     multiple=32,
     square=True,
+    made_up_for=made_up_for,
 )
 
 
