@@ -14,8 +14,8 @@ from metr.conversion.classifier import Linear, layer_classifier, least_squares, 
 from metr.conversion.export import transfer
 from metr.conversion.image_fits import ImageFits, can_fit, fit_to_images, normed_start
 from metr.conversion.targets import find_target
-from metr.conversion.transfer import transfer as transfer_folder
 from metr.conversion.transfer import trainer_result
+from metr.conversion.transfer import transfer as transfer_folder
 from metr.evaluation.runner import evaluate
 from metr.model import METR
 from metr.models.config import SimilarityConfig
