@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from metr.cli.output import LogHandler, SafeConsole
+from metr.cli.output import LogHandler, Once, SafeConsole
 
 from tiny import CommandLine, TinyRun, train_arguments
 
@@ -41,6 +41,18 @@ def test_a_warning_is_yellow_on_a_terminal_alone(
     monkeypatch.setenv("NO_COLOR", "1")
     logger_to(LogHandler()).warning("odd")
     assert capsys.readouterr().err == "warning: odd\n"
+
+
+def test_what_reading_data_says_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    """A command may open a dataset several times. What others say may be news each time."""
+    handler = LogHandler()
+    handler.addFilter(Once())
+    for name, times in (("metr.data.other_formats", 1), ("metr.training.train", 2)):
+        logger = logging.Logger(name)
+        logger.addHandler(handler)
+        for _ in range(2):
+            logger.warning("%s: it also fits csv", "cards")
+        assert capsys.readouterr().err == "warning: cards: it also fits csv\n" * times
 
 
 def check_lines(said: str) -> None:

@@ -12,13 +12,15 @@ from rich.segment import Segment
 from metr.errors import counted, shown
 from metr.processes import in_main_process, process_index
 
-__all__ = ["PIPED_WIDTH", "LogHandler", "SafeConsole", "output_console", "say_names", "show_log"]
+__all__ = ["PIPED_WIDTH", "LogHandler", "Once", "SafeConsole", "output_console", "say_names", "show_log"]
 
 PIPED_WIDTH = 10_000
 """Columns where the output is piped: nobody's terminal is narrower than that, so no table and no line is wrapped."""
 
 # where it is logged that an image cannot be read
 _READS_IMAGES = "metr.data.loading"
+# loggers of what reads datasets
+_READING = "metr.data."
 # characters of a line across, where there is no terminal
 _RULE = 80
 # names that a line tells
@@ -94,12 +96,30 @@ def show_log() -> None:
     alone could not read.
     """
     handler = LogHandler()
+    handler.addFilter(Once())
     if not in_main_process():
         handler.addFilter(_concerns_this_process)
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
     logging.captureWarnings(True)
     for noisy in ("httpx", "PIL", "matplotlib", "accelerate", "botocore", "aiobotocore"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+class Once(logging.Filter):
+    """Leaves out what reading data has said already: a command may open a dataset several times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said = set[str]()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether a record is shown."""
+        if not record.name.startswith(_READING):
+            return True
+        text = record.getMessage()
+        new = text not in self._said
+        self._said.add(text)
+        return new
 
 
 def _concerns_this_process(record: logging.LogRecord) -> bool:
