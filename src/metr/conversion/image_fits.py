@@ -121,7 +121,8 @@ class _Watch:
         queries, valid = network.class_queries(proposals, features, categories), proposals.valid
         if content is not None:
             group = torch.zeros_like(queries.group).masked_fill(~valid, -1)
-            queries = replace(queries, content=content(features), group=group)
+            start = Linear(weight=content.weight.to(features), bias=content.bias.to(features))
+            queries = replace(queries, content=start(features), group=group)
         with _outputs(network.decoder.layers) as outputs:
             decoded = network.decoder(queries, memory)
         images, number = valid.shape
