@@ -88,6 +88,7 @@ def test_it_is_fitted_to_images(
         assert f"it was fitted to {images} images" in ended.words
         assert "no detector yet" not in ended.words
         assert images == number if number else images > 3
+    assert "3 images to fit to are few" in ended.words
     assert "left out of the fit" in caplog.text
     assert "broken.png: not an image" in caplog.text
     empty = tmp_path / "empty"
@@ -132,6 +133,7 @@ def test_another_family_is_told_of(metr: CommandLine, tiny_run: TinyRun, tmp_pat
         (["--from", "no/such/folder"], "no such checkpoint, folder or file here, and no name on the hub either"),
         (["--from", "RUN"], "is a METR already"),
         (["--from", "RUN", "--images", "."], "goes with --to only"),
+        (["RUN", "--to", "rt_detr", "--images", ""], "expected a folder or images"),
         (["RUN", "--to", "deformable_detr", "--images", "."], "has no part that images of this METR fit"),
         (["RUN", "--to", "d_fine", "--images", "."], "differs more than a fit makes up for"),
     ],

@@ -25,6 +25,8 @@ _logger = logging.getLogger(__name__)
 
 MOST_IMAGES = 48
 """More do not make a better fit."""
+FEW_IMAGES = 16
+"""With fewer the fit is worse."""
 _LISTS = frozenset({".yaml", ".yml", ".json", ".csv", ".parquet"})
 
 Picture = ImageSource | ImageRecord
@@ -53,8 +55,13 @@ def pictures_at(images: str | Path, out: Path) -> list[Picture]:
         out: A folder whose images do not count.
 
     Raises:
+        ConfigError: no place is named.
         DataError: there are none.
     """
+    if not str(images).strip():
+        raise ConfigError(
+            "expected a folder or images, found nothing", where="images", hint="name one, or leave it out"
+        )
     if Path(images).suffix.lower() in _LISTS:
         return pictures_of([str(images)])
     paths = expanded_paths([images], out)

@@ -18,14 +18,14 @@ from metr.conversion.class_heads import stands_for_none, told_apart
 from metr.conversion.convert import TransferReport, show
 from metr.conversion.export import Transferred, colours_of
 from metr.conversion.export import transfer as transfer_weights
-from metr.conversion.images_to_fit import Picture, fitted, need_use, pictures_at, pictures_of
+from metr.conversion.images_to_fit import FEW_IMAGES, Picture, fitted, need_use, pictures_at, pictures_of
 from metr.conversion.import_ import PublishedDetector, adopt, read_published
 from metr.conversion.targets import find_target
 from metr.conversion.trainer import GO_ON, keep_aliases, trainer_batch, trainer_images, trainer_result
 from metr.data.config import ResizeConfig
 from metr.data.joint import open_joint
 from metr.devices import resolved_device
-from metr.errors import CheckpointError, ConfigError, DataError, ModelError
+from metr.errors import CheckpointError, ConfigError, DataError, ModelError, counted
 from metr.hub import quiet
 from metr.model import METR
 from metr.run_directory import explained_disk_errors, refuse_other_content, replaced_folder
@@ -87,13 +87,15 @@ def to_detector(
     new, text = model.untrained(wanted), model.embed(wanted, tell=False)
     fits = fitted(model, found, wanted, text, images, console)
     done = transfer_weights(found, model.network, wanted.names, text, fits=fits)
+    number = 0 if fits is None else fits.images
+    few = f"{counted(number, 'image')} to fit to are few: {FEW_IMAGES} or more make a better fit"
     notes = (
         *done.report.notes,
+        *([few] if 0 < number < FEW_IMAGES else []),
         *found.resizes_otherwise(model.resize, model.network.backbone.pad_to),
         *filter(None, [told(new)]),
     )
     keep_aliases(done.model, model.checkpoint.detection.aliases)
-    number = 0 if fits is None else fits.images
     start = "" if done.same_answers or number else _why_a_start(found.fits(model.network.config), new)
     return replace(done, report=replace(done.report, notes=notes, start=start, fitted_to=number))
 
