@@ -4,6 +4,7 @@ Pages and charts are drawn from the values of the JSON file alone, so a result t
 """
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> 
 
 
 def number(value: float | None, form: str = ".1f") -> str:
-    """A number with one decimal; "-" where there is none."""
-    return "-" if value is None else f"{value:{form}}"
+    """A number with one decimal; "-" where there is none. What rounds to nothing has no sign."""
+    return "-" if value is None else re.sub(r"^[-+](?=[0.,]+$)", "", f"{value:{form}}")
 
 
 def facts(result: Mapping[str, Any]) -> str:
@@ -126,7 +127,7 @@ def aims_list(aims: Iterable[Mapping[str, Any]]) -> str:
     for one in aims:
         wanted = f"aim {one['aim']:+.1f}" if one["aim"] else "aim: above 0"
         verdict = "reached" if one["reached"] else "**not reached**"
-        lines.append(f"- {one['what']}: {one['found']:+.1f} ({wanted}), {verdict}")
+        lines.append(f"- {one['what']}: {number(one['found'], '+.1f')} ({wanted}), {verdict}")
     return "\n".join(lines)
 
 

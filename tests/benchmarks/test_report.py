@@ -67,6 +67,8 @@ def test_commits_are_told_once(report: ModuleType) -> None:
         report.runs_by_commit(made).strip() == "Not all runs are of one commit:\n\n- abc: first; third\n- def: second"
     )
     assert report.runs_by_commit(made[:1]) == ""
+    shown = [report.number(value, "+.1f") for value in (-0.04, 0.04, -0.06, 0.06, None)]
+    assert shown == ["0.0", "0.0", "-0.1", "+0.1", "-"]
     assert (report.number_range([5]), report.number_range([1500, 5, 70])) == ("5", "5 to 1,500")
 
 
