@@ -48,7 +48,7 @@ class TransferReport:
         left_over: The giver's tensors that were not used.
         notes: What a reader should know: what differs in spite of equal weights, what did not fit and why.
         start: Why the result is a start for training and no detector yet; empty where it is one.
-        fitted_to: How many images it was fitted to, so that it finds nearly what the giver finds.
+        fitted_to: How many images it was fitted to, so that it finds most of what the giver finds.
     """
 
     source: str
@@ -247,8 +247,8 @@ def show(report: TransferReport, out: Path, console: Console, go_on: str) -> Non
     console.print(f"the detector is in {out}", highlight=False, markup=False, soft_wrap=True)
     if report.fitted_to:
         start = (
-            f"It finds nearly what {report.source} finds: it was fitted to {report.fitted_to} images. "
-            f"To see how nearly: metr evaluate {out} DATA\n{go_on}"
+            f"It finds most of what {report.source} finds: it was fitted to {report.fitted_to} images. "
+            f"To see how much: metr evaluate {out} DATA\n{go_on}"
         )
     elif report.start:
         start = f"It is a start for training, no detector yet: {report.start}.\n{go_on}"

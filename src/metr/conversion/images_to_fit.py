@@ -82,7 +82,7 @@ def need_use(target: Target, model: METR) -> None:
     Raises:
         ConfigError: the target or the METR is of another form.
     """
-    if _has_use(target, model):
+    if has_use(target, model):
         return
     config = model.checkpoint.model
     if not can_fit(config):
@@ -96,7 +96,8 @@ def need_use(target: Target, model: METR) -> None:
     raise ConfigError(what, where="images", hint=hint)
 
 
-def _has_use(target: Target, model: METR) -> bool:
+def has_use(target: Target, model: METR) -> bool:
+    """Whether a fit to images makes up for all in which the target differs from such a METR."""
     config = model.checkpoint.model
     if target.made_up_for is None or not target.fits(config) or not can_fit(config):
         return False
@@ -124,7 +125,7 @@ def fitted(
     Raises:
         DataError: none of the images can be read.
     """
-    if not pictures or not _has_use(target, model):
+    if not pictures or not has_use(target, model):
         return None
     predictor = model.predictor(list(wanted.names))
     prepared = list[PreparedImage]()

@@ -18,7 +18,7 @@ from metr.conversion.class_heads import stands_for_none, told_apart
 from metr.conversion.convert import TransferReport, show
 from metr.conversion.export import Transferred, colours_of
 from metr.conversion.export import transfer as transfer_weights
-from metr.conversion.images_to_fit import FEW_IMAGES, Picture, fitted, need_use, pictures_at, pictures_of
+from metr.conversion.images_to_fit import FEW_IMAGES, Picture, fitted, has_use, need_use, pictures_at, pictures_of
 from metr.conversion.import_ import PublishedDetector, adopt, read_published
 from metr.conversion.targets import find_target
 from metr.conversion.trainer import GO_ON, keep_aliases, trainer_batch, trainer_images, trainer_result
@@ -149,10 +149,12 @@ def transfer(
     _keep_what_was_changed(out)
     model = source if isinstance(source, METR) else METR.from_pretrained(source, device="cpu")
     wanted = _read_for(model, names) if isinstance(names, str) else names
-    pictures = pictures_of(_datasets(names)) if isinstance(names, str) else []
+    pictures = list[Picture]()
     if images is not None:
         need_use(found, model)
         pictures = pictures_at(images, out)
+    elif isinstance(names, str) and has_use(found, model):
+        pictures = pictures_of(_datasets(names))
     done = to_detector(model, target, wanted, images=pictures, console=console)
     processor = found.image_processor(model.resize, colours_of(model.network), model.network.backbone.pad_to)
     with explained_disk_errors(out), replaced_folder(out, REPORT) as fresh, quiet():
