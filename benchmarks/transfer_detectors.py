@@ -323,13 +323,16 @@ def page(result: Mapping[str, Any]) -> str:
         [
             title(row),
             *(report.ap_of_seeds(row, arm) for arm in ARMS),
-            *(f"{row[key]:+.1f}" for key in gains),
+            *(report.number(row[key], "+.1f") for key in gains),
             report.number(row["before"]),
         ]
         for row in rows
     ]
     if len(rows) > 1:
-        values = [*(f"{ap:.1f}" for ap in mean_ap(rows).values()), *(f"{mean_of(rows, key):+.1f}" for key in gains)]
+        values = [
+            *(f"{ap:.1f}" for ap in mean_ap(rows).values()),
+            *(report.number(mean_of(rows, key), "+.1f") for key in gains),
+        ]
         lines.append(["**mean**", *(f"**{value}**" for value in values), ""])
     behind = [
         f"{title(row)} behind {TITLES[arm]} ({row['ap']['metr'] - row['ap'][arm]:+.1f})"
