@@ -41,6 +41,7 @@ def same_convolution(
     *,
     stride: int,
     groups: int,
+    relu6: bool = False,
 ) -> Float[Tensor, "b d _h _w"]:
     """A convolution with TensorFlow's "same" padding: ceil(h / stride) output rows; extra zeros go to the bottom.
 
@@ -48,11 +49,10 @@ def same_convolution(
     gives the same result without a padded copy of the image.
     """
     kernel, padding = _even(kernel, features.shape[-2:], stride)
-    if groups > 1 and features.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-        # CPUs differentiate depthwise convolutions several times faster in float32 than in bfloat16.
-        with torch.autocast("cpu", enabled=False):
-            return conv2d(features.float(), kernel, bias, stride, padding, 1, groups)
-    return conv2d(features, kernel, bias, stride, padding, 1, groups)
+    if fuses(features, kernel):
+        return fused_convolution(features, kernel, bias, stride=stride, padding=padding, groups=groups, relu6=relu6)
+    convolved = conv2d(features, kernel, bias, stride, padding, 1, groups)
+    return nn.functional.relu6(convolved, inplace=True) if relu6 else convolved
 
 
 def _even(
@@ -81,18 +81,16 @@ class ConvNorm(nn.Module):
 
     def forward(self, features: Float[Tensor, "b _c h w"]) -> Float[Tensor, "b _d _h _w"]:
         """Features of ceil(h / stride) x ceil(w / stride) cells."""
-        kernel, bias = self.convolution.weight, None
-        frozen = isinstance(self.normalization, FrozenBatchNorm)
-        if isinstance(self.normalization, FrozenBatchNorm):
-            kernel, bias = self.normalization.fold(kernel)
-            if fuses(features, kernel):
-                kernel, padding = _even(kernel, features.shape[-2:], self.stride)
-                return fused_convolution(
-                    features, kernel, bias, stride=self.stride, padding=padding, groups=self.groups, relu6=self.activate
-                )
-        features = same_convolution(features, kernel, bias, stride=self.stride, groups=self.groups)
-        if not frozen:
-            features = self.normalization(features)
+        kernel, bias, norm = self.convolution.weight, None, self.normalization
+        frozen = isinstance(norm, FrozenBatchNorm)
+        if isinstance(norm, FrozenBatchNorm):
+            kernel, bias = norm.fold(kernel)
+        features = same_convolution(
+            features, kernel, bias, stride=self.stride, groups=self.groups, relu6=self.activate and frozen
+        )
+        if frozen:
+            return features
+        features = norm(features)
         return nn.functional.relu6(features, inplace=True) if self.activate else features
 
 
