@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -94,14 +95,38 @@ class _Fused(torch.autograd.Function):
             features_gradient, kernel_gradient = _gradients(gradient, features, kernel, *settings, wanted=wanted)
         else:
             features_gradient, kernel_gradient = None, None
-            low = torch.float32 if context.stride > 1 else gradient.dtype  # oneDNN is slow at strides in bf16
-            gradient, features = gradient.to(low), features.to(low)
-            if for_features:
-                features_gradient, _ = _gradients(gradient, features, kernel, *settings, wanted=(True, False))
+            if for_features:  # oneDNN is slow at it in bf16 where there are strides
+                exact = gradient.float() if context.stride > 1 else gradient
+                features_gradient, _ = _gradients(exact, features, kernel, *settings, wanted=(True, False))
             if for_kernel:
                 kernel_gradient = _kernel_gradient(gradient, features, kernel, *settings)
         bias_gradient = gradient.sum((0, 2, 3), dtype=torch.float32) if for_bias else None
         return features_gradient, kernel_gradient, bias_gradient, None, None, None, None
+
+
+def dense_gradient(features: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    """The features themselves, whose gradient comes in one piece of memory on CPUs.
+
+    There a norm takes several times as long over a gradient that is a part of a larger one.
+    """
+    if features.device.type != "cpu" or not features.requires_grad or torch.compiler.is_compiling():
+        return features
+    dense: Tensor = _Dense.apply(features)  # type: ignore[no-untyped-call]
+    return dense
+
+
+class _Dense(torch.autograd.Function):
+    """`dense_gradient`."""
+
+    @staticmethod
+    def forward(_context: object, features: Tensor) -> Tensor:
+        """A view."""
+        return features.view_as(features)
+
+    @staticmethod
+    def backward(_context: object, gradient: Tensor) -> Tensor:
+        """The same numbers, channels last."""
+        return gradient.contiguous(memory_format=torch.channels_last)
 
 
 def _gradients(
@@ -117,7 +142,7 @@ def _gradients(
     """Those gradients of a convolution, of its features and of its kernel, that are wanted."""
     of_features, of_kernel, _ = torch.ops.aten.convolution_backward(
         gradient,
-        features,
+        features.to(gradient.dtype) if wanted[1] else torch.empty_like(features, dtype=gradient.dtype),
         kernel.to(gradient.dtype),
         None,
         [stride] * 2,
@@ -159,7 +184,7 @@ def _runs(columns: int) -> Iterator[range]:
     """Runs of columns, about as long as each other and none longer than `_COLUMNS`."""
     number = -(-columns // _COLUMNS)
     ends = [columns * n // number for n in range(number + 1)]
-    return (range(start, stop) for start, stop in zip(ends, ends[1:], strict=False))
+    return (range(start, stop) for start, stop in pairwise(ends))
 
 
 def _precision(features: Tensor) -> torch.dtype:

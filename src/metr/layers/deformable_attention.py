@@ -24,6 +24,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding, embedding_bag, grid_sample
 
+from metr.layers.groups import softmax_of_few
+
 LevelShapes = tuple[tuple[int, int], ...]
 _logger = logging.getLogger(__name__)
 _FUSED_TYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -104,7 +106,7 @@ class DeformableAttention(nn.Module):
     ) -> Float[Tensor, "b q d"]:
         """`forward` with precomputed `values`."""
         offsets = rearrange(self.offsets(query), "b q (m l p x) -> b q m l p x", m=self.heads, l=self.levels, x=2)
-        weights = rearrange(self.weights(query), "b q (m n) -> b q m n", m=self.heads).softmax(-1)
+        weights = softmax_of_few(rearrange(self.weights(query), "b q (m n) -> b q m n", m=self.heads))
         weights = rearrange(weights, "b q m (l p) -> b q m l p", l=self.levels)
         places = self._places(offsets, reference, level_shapes)
         gathered: Tensor = self.out(sample_levels(value, places, weights, level_shapes))

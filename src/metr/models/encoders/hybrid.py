@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
+from metr.layers.convolution import dense_gradient
 from metr.layers.position_encoding import counted_encoding, grid_encoding
 from metr.models.config import EncoderConfig
 from metr.models.encoders.pyramid import SelfAttentionLayer, flatten, level_mask
@@ -141,6 +142,10 @@ class ConvNorm(nn.Sequential):
         convolution = nn.Conv2d(inner, outer, kernel, stride, padding=kernel // 2, groups=groups, bias=False)
         activation = nn.SiLU(inplace=True) if activate else nn.Identity()
         super().__init__(convolution, nn.BatchNorm2d(outer), activation)
+
+    def forward(self, level: Tensor) -> Tensor:
+        """[b inner h w] to [b outer h2 w2]."""
+        return dense_gradient(super().forward(level))
 
 
 class RepVggBlock(nn.Module):
