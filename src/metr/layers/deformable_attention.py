@@ -241,43 +241,41 @@ def sample_rows(
     cells, shares = corner_cells(places, weights, level_shapes)
     image = torch.arange(batch, dtype=torch.int32, device=value.device) * value.shape[1]
     head = torch.arange(heads, dtype=torch.int32, device=value.device)
-    rows = (cells + image[:, None, None, None]) * heads + head[:, None]
-    summed = _weighted_row_sums(
-        rearrange(value, "b s (m c) -> (b s m) c", m=heads),
-        rearrange(rows, "b q m n -> (b q m) n"),
-        rearrange(shares, "b q m n -> (b q m) n"),
-    )
+    first = (image[:, None, None] * heads + head).expand(-1, queries, -1)
+    rows = cells * heads + first.reshape(-1)
+    table = rearrange(value, "b s (m c) -> (b s m) c", m=heads)
+    summed = _weighted_row_sums(table, rows.t().contiguous(), shares.t().contiguous())
     return rearrange(summed, "(b q m) c -> b q (m c)", b=batch, q=queries)
 
 
 def corner_cells(
     places: Float[Tensor, "b q m l p 2"], weights: Float[Tensor, "b q m l p"], level_shapes: LevelShapes
-) -> tuple[Int32[Tensor, "b q m n"], Float[Tensor, "b q m n"]]:
+) -> tuple[Int32[Tensor, "n g"], Float[Tensor, "n g"]]:
     """The four cells around each place as indices of tokens, and their factors: weight times bilinear weight.
 
-    Cells outside the level have a factor of zero, and the index of a cell inside.
+    Cells outside the level have a factor of zero, and the index of a cell inside. There is a column for each image,
+    query and head: processors are quick at long rows, and the places of one query and head are few.
     """
     points = places.shape[4]
 
-    def of_points(numbers: list[int]) -> Int32[Tensor, "lp"]:
-        return torch.tensor(numbers, dtype=torch.int32, device=places.device).repeat_interleave(points)
+    def of_points(numbers: list[int]) -> Int32[Tensor, "lp 1"]:
+        return torch.tensor(numbers, dtype=torch.int32, device=places.device).repeat_interleave(points).unsqueeze(1)
 
     sizes = [height * width for height, width in level_shapes]
     start = of_points(list(accumulate(sizes[:-1], initial=0)))
     height, width = (of_points(list(sides)) for sides in zip(*level_shapes, strict=True))
-    x, y = (rearrange(part, "b q m l p -> b q m (l p)") for part in places.unbind(-1))
+    x, y = rearrange(places, "b q m l p xy -> xy (l p) (b q m)").contiguous().unbind()
+    weight = rearrange(weights, "b q m l p -> (l p) (b q m)").contiguous()
     columns = _neighbours(x * width - 0.5, width)
-    rows = _neighbours(y * height - 0.5, height)
-    weight = rearrange(weights, "b q m l p -> b q m (l p)")
-    rows = [(start + row * width, weight * near) for row, near in rows]
-    cells = torch.cat([first + column for first, _ in rows for column, _ in columns], dim=-1)
-    shares = torch.cat([high * wide for _, high in rows for _, wide in columns], dim=-1)
+    rows = [(start + row * width, weight * near) for row, near in _neighbours(y * height - 0.5, height)]
+    cells = torch.cat([first + column for first, _ in rows for column, _ in columns])
+    shares = torch.cat([high * wide for _, high in rows for _, wide in columns])
     return cells, shares
 
 
 def _neighbours(
-    position: Float[Tensor, "*n"], size: Int32[Tensor, "_n"]
-) -> list[tuple[Int32[Tensor, "*n"], Float[Tensor, "*n"]]]:
+    position: Float[Tensor, "n g"], size: Int32[Tensor, "n 1"]
+) -> list[tuple[Int32[Tensor, "n g"], Float[Tensor, "n g"]]]:
     """The cells before and after a position along one axis, and their bilinear weights; zero for cells outside."""
     before = position.detach().floor()
     ahead = position - before
