@@ -265,11 +265,11 @@ def test_shares_of_the_corners_sum_to_the_weight_inside_and_to_nothing_outside()
     inside = torch.full((1, 1, GRID_HEADS, len(GRID_SHAPES), 1, 2), 0.5)
     weights = torch.rand(1, 1, GRID_HEADS, len(GRID_SHAPES), 1)
     for places, total in (
-        (inside, weights.squeeze(-1)),
-        (inside + 2, torch.zeros(1, 1, GRID_HEADS, len(GRID_SHAPES))),
+        (inside, weights.reshape(GRID_HEADS, len(GRID_SHAPES)).T),
+        (inside + 2, torch.zeros(len(GRID_SHAPES), GRID_HEADS)),
     ):
         cells, shares = corner_cells(places, weights, GRID_SHAPES)
-        torch.testing.assert_close(shares.unflatten(-1, (4, len(GRID_SHAPES))).sum(-2), total)
+        torch.testing.assert_close(shares.unflatten(0, (4, len(GRID_SHAPES))).sum(0), total)
         assert int(cells.min()) >= 0
         assert int(cells.max()) < GRID_TOKENS
 
