@@ -12,6 +12,9 @@ Profile `cpu`, one thread of an AMD EPYC: 40,000 images seen in 173 minutes of t
 (results/checkpoint-cpu.json). Mean AP of five datasets: 60.5 with own names, 60.3 with all 110 names. Profile `gpu` has
 not been run.
 
+Where a run is lost, averaged weights that were kept of it go on: `--start FOLDER --done STEPS` trains for the steps
+that are left, on the rest of the same schedule, with a fresh optimiser and a warm-up.
+
 Results: `results/checkpoint-PROFILE.json`, `.md` and a sheet of detections; the checkpoint with its model card goes to
 `--target`. Run: `--out`, resumable.
 """
@@ -27,11 +30,12 @@ import metr
 import report
 import runner
 from metr.checkpoint import EVALUATION as CARD_FILE
-from metr.config import read_yaml
+from metr.config import merge, read_yaml
 from metr.evaluation.report import as_markdown
 from metr.evaluation.results import as_dict
 from metr.evaluation.runner import evaluate
 from metr.model import METR
+from metr.training.config import RunConfig
 from multifield import EVALUATION
 from multifield_page import training_facts
 from runner import Study
@@ -44,19 +48,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the study; see `runner.exit_status`."""
     parser = runner.option_parser(__doc__, ("cpu", "gpu", "thirty"))
     parser.add_argument("--target", type=Path, default=runner.HERE.parent / "checkpoints" / "metr-nano")
+    parser.add_argument("--start", type=Path, help="averaged weights of an earlier run of this profile")
+    parser.add_argument("--done", type=int, default=0, metavar="STEPS", help="how many steps that run had made")
     study, given = runner.parse_study(parser, "checkpoint", arguments)
-    return runner.exit_status(lambda: conduct(study, given["target"]))
+    return runner.exit_status(lambda: conduct(study, given["target"], given["start"], given["done"]))
 
 
-def conduct(study: Study, target: Path) -> bool:
+def conduct(study: Study, target: Path, start: Path | None = None, done: int = 0) -> bool:
     """Trains, evaluates, writes results and checkpoint; False where training was stopped."""
     words = read_yaml(WORDS) if study.profile == "thirty" else {}
-    recipe = study.recipe(study.read_profile())
+    recipe = what_is_left(study, done)
     arguments = licensed_datasets(study, every_licensed() if words else DATASETS)
     if words:
         arguments = runner.with_words(study, arguments, words)
     # most val boxes of ships are of classes without a name
-    run = runner.training_run(study, study.out, recipe, arguments, "the checkpoint", allow_empty=bool(words))
+    more = {"allow_empty": bool(words)} | ({} if start is None else {"start": str(start)})
+    run = runner.training_run(study, study.out, recipe, arguments, "the checkpoint", **more)
     if not runner.run_all(study, [run]):
         return False
     save(study.out / "last", target)
@@ -68,6 +75,7 @@ def conduct(study: Study, target: Path) -> bool:
         "profile": study.profile,
         "seed": recipe.train.loop.seed,
         **{key: round(took[key]) for key in ("steps", "images_seen", "training_seconds")},
+        "steps_before": done,  # of the run whose averaged weights this one began with
         "recipe": recipe.model_dump(mode="json"),
         "report": as_dict(found),
     }
@@ -77,6 +85,14 @@ def conduct(study: Study, target: Path) -> bool:
     shutil.copyfile(evaluation / CARD_FILE, target / CARD_FILE)
     save(target, target)  # once more, with the results in its card
     return True
+
+
+def what_is_left(study: Study, done: int) -> RunConfig:
+    """The profile's recipe; behind an earlier run's steps, the rest of its schedule with other draws of the images."""
+    profile = study.read_profile()
+    loop = profile["train"]["loop"]
+    steps, seed = loop["steps"] - done, loop["seed"] + done
+    return study.recipe(merge(profile, {"train": {"loop": {"steps": steps, "seed": seed}, "schedule": {"done": done}}}))
 
 
 def save(source: Path, target: Path) -> None:

@@ -278,19 +278,18 @@ def training_run(
     data: Sequence[str],
     title: str,
     quick: EvaluationConfig | None = None,
-    allow_empty: bool = False,
+    **more: Any,
 ) -> Run:
-    """A run that trains METR on datasets (name=folder); `quick` says how evaluations during training are made,
-    `allow_empty` that a split may have lost most of its boxes.
+    """A run that trains METR on datasets (name=folder); `quick` says how evaluations during training are made.
+    `more` goes to `metr.train`: `allow_empty` where a split may have lost most of its boxes, a `start`.
 
     The checkpoint to use is `folder / "last"`, not the best: choosing by the images that are reported would flatter.
     """
 
     def work() -> Tree | None:
         resume = RunDirectory(folder).resumable
-        outcome = train(
-            data, folder, recipe, resume=resume, console=study.console, evaluation=quick, allow_empty=allow_empty
-        )
+        asked = more if not resume else {key: value for key, value in more.items() if key != "start"}
+        outcome = train(data, folder, recipe, resume=resume, console=study.console, evaluation=quick, **asked)
         return None if outcome.interrupted else {"data": list(data), **training_cost(folder)}
 
     names = [one.partition("=")[0] for one in data]

@@ -184,6 +184,15 @@ def test_constant_never_falls() -> None:
 
 
 @pytest.mark.parametrize("kind", ["cosine", "flat_cosine", "constant"])
+@pytest.mark.parametrize("done", [30, 80])
+def test_what_an_earlier_training_made_of_a_schedule_is_not_made_again(kind: str, done: int) -> None:
+    whole = factors(100, kind=kind, warmup_steps=5, flat_fraction=0.6, floor=0.1)
+    rest = factors(100 - done, kind=kind, warmup_steps=5, flat_fraction=0.6, floor=0.1, done=done)
+    assert rest[5:] == pytest.approx(whole[done + 5 :])
+    assert rest[:5] == pytest.approx([rate * n / 5 for n, rate in enumerate(whole[done : done + 5], 1)])
+
+
+@pytest.mark.parametrize("kind", ["cosine", "flat_cosine", "constant"])
 @pytest.mark.parametrize("warmup_steps", [0, 1, 3, 10])
 @pytest.mark.parametrize("steps", [1, 3])
 def test_short_runs_stay_in_range(kind: str, warmup_steps: int, steps: int) -> None:

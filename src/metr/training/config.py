@@ -61,6 +61,9 @@ class ScheduleConfig(Config):
     """What follows the warm-up: cosine decay, a constant stretch and then cosine decay, or a constant rate."""
     warmup_steps: Count = 500
     """Steps of linear warm-up, at most all of them."""
+    done: Count = 0
+    """Steps of the schedule that an earlier training made, whose weights this one begins with: all that it was meant to
+    make are these and `loop.steps`. The warm-up is this training's own."""
     flat_fraction: Fraction = 0.5
     """Fraction of all steps that the warm-up and the flat stretch take together (`flat_cosine`)."""
     floor: Fraction = 0.01

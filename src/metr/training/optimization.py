@@ -113,18 +113,19 @@ def learning_rate_factor(step: int, steps: int, config: ScheduleConfig) -> float
         config: Warm-up, shape and floor.
 
     Returns:
-        A number in 0..1: rising to 1 in the last step of the warm-up, `floor` in the last step of a cosine.
+        A number in 0..1: rising to 1 in the last step of the warm-up, `floor` in the last step of a cosine. Where an
+        earlier training made part of the schedule, it rises to what that part has left.
     """
     warmup = min(config.warmup_steps, steps)
-    if step < warmup:
-        return (step + 1) / warmup
+    risen = min((step + 1) / warmup, 1.0) if warmup else 1.0
     if config.kind == "constant":
-        return 1.0
+        return risen
+    step, steps = step + config.done, steps + config.done
     start = warmup if config.kind == "cosine" else max(warmup, round(config.flat_fraction * steps))
     if step < start:
-        return 1.0
+        return risen
     fraction = min((step - start + 1) / (steps - start), 1.0)
-    return config.floor + (1 - config.floor) * 0.5 * (1 + math.cos(math.pi * fraction))
+    return risen * (config.floor + (1 - config.floor) * 0.5 * (1 + math.cos(math.pi * fraction)))
 
 
 def still_copy(network: nn.Module) -> nn.Module:
