@@ -8,7 +8,7 @@ of a recipe with random weights, on noise with a natural image's objects. Both b
 same batch, so their losses agree as far as their arithmetic does. Times are processor seconds; a ratio is the median of
 the rounds' ratios, and who begins changes from round to round, so that whatever else the machine does hits both.
 
-Results: `results/step-pair-cpu.json` and `.md`.
+Results: `results/step-pair-cpu.json` and `.md`, `step-pair-RECIPE-cpu` for another recipe than `nano`.
 """
 
 import json
@@ -27,6 +27,7 @@ import torch
 import report
 import runner
 from metr.config import Tree
+from metr.devices import autocast, resolved_precision
 from metr.errors import MetrError
 from metr.losses.criterion import SetCriterion
 from metr.losses.matcher import match_statistics
@@ -53,6 +54,7 @@ class Settings:
     objects: int = 10  # an image, on average
     rounds: int = 9  # counted; one more warms up
     threads: int = 1
+    precision: str = "auto"  # each checkout decides for itself what that is
     pretrained: bool = False
 
 
@@ -76,12 +78,14 @@ class Contender:
         self.text = torch.nn.functional.normalize(text, dim=-1)
         shown = [objects(settings.objects, settings.names, random) for _ in range(settings.batch)]
         self.targets = Targets.stack(shown)
+        self.precision = resolved_precision(settings.precision, torch.device("cpu"))
         self.steps = 0
 
     def step(self) -> Tree:
         """Makes a step: its processor seconds by part, and its loss before it."""
         marks = [time.process_time()]
-        output = self.network(self.images, self.mask, self.text, self.targets)
+        with autocast(self.precision, self.images.device):
+            output = self.network(self.images, self.mask, self.text, self.targets)
         marks.append(time.process_time())
         losses, matches = self.criterion(output, self.targets)
         match_statistics(output, self.targets, matches)
@@ -97,7 +101,8 @@ class Contender:
         self.average.update(self.steps, finite)
         marks.append(time.process_time())
         parts = {name: marks[n + 1] - marks[n] for n, name in enumerate(PARTS)}
-        return {"seconds": marks[-1] - marks[0], "loss": float(losses.total.detach()), "parts": parts}
+        loss = float(losses.total.detach())
+        return {"seconds": marks[-1] - marks[0], "loss": loss, "parts": parts, "precision": self.precision}
 
 
 PARTS = ("forward", "matching and losses", "backward", "optimizer and average")
@@ -165,6 +170,7 @@ def measure(settings: Settings, against: Path) -> Tree:
             part: {name: median(one["parts"][part] for one in several) for name, several in counted.items()}
             for part in PARTS
         },
+        "precision": {name: several[0]["precision"] for name, several in counted.items()},
         "losses": losses,
         "rounds": seconds,
     }
@@ -178,7 +184,7 @@ def page(result: Mapping[str, Any]) -> str:
     apart = max(abs(a / b - 1) for a, b in zip(losses[AFTER], losses[BEFORE], strict=True))
     return report.joined(
         f"# A training step before and after: processor seconds on {report.facts(result)}",
-        report.table(["", BEFORE, AFTER], rows),
+        report.table(["", *(f"{name}, {result['precision'][name]}" for name in (BEFORE, AFTER))], rows),
         f"Ratio of the steps, median of the rounds' ratios: {ratio['value']:.2f} ({report.bar_text(ratio)}).",
         f"The losses of {len(losses[AFTER])} steps differ by at most {apart:.1e} of their value.",
     )
@@ -200,7 +206,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def work() -> bool:
         result = measure(Settings(**given), against)
-        report.write_result(results / "step-pair-cpu", result, page(result))
+        recipe = "" if given["recipe"] == Settings.recipe else f"-{given['recipe']}"
+        report.write_result(results / f"step-pair{recipe}-cpu", result, page(result))
         return True
 
     return runner.exit_status(work)

@@ -173,9 +173,10 @@ def _kernel_gradient(
     parts = []
     for columns in _runs(kernel.shape[-1]):
         first, last = columns.start - right, columns.stop - right + across
-        seen = pad(features[..., max(first, 0) : last], (max(-first, 0), max(last - width, 0)))
+        # oneDNN is slow at paddings that are large beside the features: they are made here
+        seen = pad(features[..., max(first, 0) : last], (max(-first, 0), max(last - width, 0), down, down))
         part = kernel[..., columns.start : columns.stop]
-        _, of_part = _gradients(gradient, seen, part, stride, (down, 0), groups, wanted=(False, True))
+        _, of_part = _gradients(gradient, seen, part, stride, (0, 0), groups, wanted=(False, True))
         parts.append(of_part)
     return torch.cat(parts, -1)
 
