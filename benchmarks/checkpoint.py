@@ -30,7 +30,7 @@ import metr
 import report
 import runner
 from metr.checkpoint import EVALUATION as CARD_FILE
-from metr.config import merge, read_yaml
+from metr.config import Tree, merge, read_yaml
 from metr.evaluation.report import as_markdown
 from metr.evaluation.results import as_dict
 from metr.evaluation.runner import evaluate
@@ -62,7 +62,7 @@ def conduct(study: Study, target: Path, start: Path | None = None, done: int = 0
     if words:
         arguments = runner.with_words(study, arguments, words)
     # most val boxes of ships are of classes without a name
-    more = {"allow_empty": bool(words)} | ({} if start is None else {"start": str(start)})
+    more: Tree = {"allow_empty": bool(words)} | ({} if start is None else {"start": str(start)})
     run = runner.training_run(study, study.out, recipe, arguments, "the checkpoint", **more)
     if not runner.run_all(study, [run]):
         return False

@@ -21,7 +21,8 @@ from typing import Any
 import report
 import runner
 from metr.config import Config, Tree, merge
-from metr.evaluation.runner import EvaluationConfig, evaluate
+from metr.evaluation.results import EvaluationConfig
+from metr.evaluation.runner import evaluate
 from metr.training.logger import read_metrics
 from runner import Run, Study
 

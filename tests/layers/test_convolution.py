@@ -85,8 +85,21 @@ def test_gradients_are_those_of_plain_convolutions(
     size: int, stride: int, groups: int, biased: bool, relu6_follows: bool
 ) -> None:
     """Depthwise kernels of every width: their columns are done a few at a time."""
+    check_gradients((9, 11), size, stride, groups, biased, relu6_follows)
+
+
+@fused
+@pytest.mark.parametrize("sides", [(1, 1), (2, 1), (1, 2), (3, 2)])
+@pytest.mark.parametrize("size", [3, 5, 7, 9])
+def test_kernels_may_be_larger_than_the_features(sides: tuple[int, int], size: int) -> None:
+    check_gradients(sides, size, 1, 6, True, True)
+
+
+def check_gradients(
+    sides: tuple[int, int], size: int, stride: int, groups: int, biased: bool, relu6_follows: bool
+) -> None:
     random = torch.Generator().manual_seed(size)
-    features = torch.randn(2, 6, 9, 11, generator=random).mul_(3).requires_grad_()
+    features = torch.randn(2, 6, *sides, generator=random).mul_(3).requires_grad_()
     kernel = torch.randn(6, 6 // groups, size, size, generator=random).requires_grad_()
     bias = torch.randn(6, generator=random).requires_grad_() if biased else None
     padding = ((size - 1) // 2, size // 2)

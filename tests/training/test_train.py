@@ -361,7 +361,8 @@ def page(renderable: RenderableType) -> str:
 
 
 def test_a_plan_shows_what_training_would_do(tiny_run: TinyRun) -> None:
-    shown = page(plan(tiny_run.data, tiny_run.recipe, overrides=["train.loop.steps=30", "loader.mixture=equal"]))
+    asked = ["train.loop.steps=30", "loader.mixture=equal", "train.loop.precision=fp32"]
+    shown = page(plan(tiny_run.data, tiny_run.recipe, overrides=asked))
     for part in (
         "pond", "desk", "meadow", "4 4 val 3 33% 5.0", "3 4 val 3 33% 5.0", "names: 10, 1 of them in several datasets",
         "unannotated: negative", "steps: 30 of 2 images, 60 images in all, 5 epochs; evaluated at the end",

@@ -174,9 +174,11 @@ def _kernel_gradient(
     for columns in _runs(kernel.shape[-1]):
         first, last = columns.start - right, columns.stop - right + across
         # oneDNN is slow at paddings that are large beside the features: they are made here
-        seen = pad(features[..., max(first, 0) : last], (max(-first, 0), max(last - width, 0), down, down))
+        before, behind = (min(max(beyond, 0), last - first) for beyond in (-first, last - width))
+        seen = pad(features[..., max(first, 0) : max(last, 0)], (before, behind, down, down))
         part = kernel[..., columns.start : columns.stop]
         _, of_part = _gradients(gradient, seen, part, stride, (0, 0), groups, wanted=(False, True))
+        assert of_part is not None
         parts.append(of_part)
     return torch.cat(parts, -1)
 

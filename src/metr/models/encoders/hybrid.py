@@ -145,7 +145,9 @@ class ConvNorm(nn.Sequential):
 
     def forward(self, level: Tensor) -> Tensor:
         """[b inner h w] to [b outer h2 w2]."""
-        return dense_gradient(super().forward(level))
+        convolution, norm, activation = self
+        convolved: Tensor = activation(norm(convolution(level)))
+        return dense_gradient(convolved)
 
 
 class RepVggBlock(nn.Module):
