@@ -40,6 +40,8 @@ from metr.structures import Detections
 
 TORCH, INT8 = "torch", "openvino int8"
 FORMATS = {"onnx": "onnx", "openvino": "openvino", INT8: "openvino"}
+LOW = {"openvino bf16": "openvino", "openvino int8 bf16": INT8}
+"""The same models in bfloat16, on processors that have it."""
 LOST_BAR, INT8_LOST_BAR, SPEED_AIM = 0.1, 1.0, 2.2
 Image = UInt8[np.ndarray, "h w 3"]
 
@@ -73,10 +75,12 @@ def measure(options: Mapping[str, Any]) -> Tree:
     folders = exported(model, options["work"], calibration(joint, options["ranges"]))
     predictor = model.predictor()
     detectors = {arm: deploy.Detector(folder, threads=1) for arm, folder in folders.items()}
+    if multiplies_bf16():
+        detectors |= {arm: deploy.Detector(folders[of], threads=1, bf16=True) for arm, of in LOW.items()}
     first = [read_image(one[0].path, one[0].source) for one in splits.values()]
     seconds = timed(contenders(predictor, detectors), first, options["rounds"])
     scores = {name: scored(predictor, detectors, one, options["most"]) for name, one in splits.items()}
-    lost = {arm: max(one[TORCH]["ap"] - one[arm]["ap"] for one in scores.values()) for arm in folders}
+    lost = {arm: max(one[TORCH]["ap"] - one[arm]["ap"] for one in scores.values()) for arm in detectors}
     speed = {arm: seconds[TORCH] / one for arm, one in seconds.items()}
     return {
         **runner.circumstances("export", commit, "cpu"),
@@ -90,9 +94,18 @@ def measure(options: Mapping[str, Any]) -> Tree:
         "speed": speed,
         "sizes": {arm: sum(one.stat().st_size for one in folder.glob("model.*")) for arm, folder in folders.items()},
         "sets": scores,
-        "bars": {arm: report.bar(lost[arm], INT8_LOST_BAR if arm == INT8 else LOST_BAR) for arm in folders},
+        "bars": {
+            arm: report.bar(lost[arm], LOST_BAR if arm in ("onnx", "openvino") else INT8_LOST_BAR) for arm in lost
+        },
         "aim": report.aim("times as fast as torch", SPEED_AIM, max(speed.values())),
     }
+
+
+def multiplies_bf16() -> bool:
+    """Whether OpenVINO computes in bfloat16 on this processor."""
+    import openvino
+
+    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def exported(model: METR, work: Path, images: Sequence[Path]) -> dict[str, Path]:

@@ -77,6 +77,7 @@ class Detector:
         names: For a model with open names: an `.npz` of names as `metr export --format names` writes it; by default
             the one beside the model.
         threads: How many threads the runtime uses; by default as many as it likes.
+        bf16: OpenVINO computes in bfloat16 where the processor does (AMX): faster, scores differ by about 0.01.
         run: Runs the model in place of ONNX Runtime and OpenVINO.
 
     Raises:
@@ -90,6 +91,7 @@ class Detector:
         names: str | Path | None = None,
         *,
         threads: int | None = None,
+        bf16: bool = False,
         run: Run | None = None,
     ) -> None:
         self.folder = Path(folder)
@@ -97,7 +99,7 @@ class Detector:
         self._resize: dict[str, Any] = self.description["resize"]
         self._post: dict[str, Any] = self.description["postprocess"]
         self._named = _names(self.description, self.folder, names)
-        self._run = run or _runtime(self.folder / self.description["model"], threads)
+        self._run = run or _runtime(self.folder / self.description["model"], threads, bf16)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -223,14 +225,13 @@ def _names(description: Mapping[str, Any], folder: Path, given: str | Path | Non
     return _Names(names, known, calibration, {"text": padded, "presence": least})
 
 
-def _runtime(model: Path, threads: int | None) -> Run:
-    """Runs the model with the runtime of its kind."""
+def _runtime(model: Path, threads: int | None, bf16: bool) -> Run:
     if not model.is_file():
         raise ValueError(f"{model}: no such model; export the detector again")
     if model.suffix == ".onnx":
         return _onnx_runtime(model, threads)
     if model.suffix == ".xml":
-        return _openvino(model, threads)
+        return _openvino(model, threads, bf16)
     raise ValueError(f"{model}: runs in PyTorch; pass run=, or export with --format onnx or openvino")
 
 
@@ -245,20 +246,20 @@ def _onnx_runtime(model: Path, threads: int | None) -> Run:
     session = onnxruntime.InferenceSession(str(model), options, providers=providers)
 
     def run(given: Mapping[str, Array]) -> Sequence[Array]:
-        answers: Sequence[Array] = session.run(None, dict(given))
-        return answers
+        return list(session.run(None, dict(given)))
 
     return run
 
 
-def _openvino(model: Path, threads: int | None) -> Run:
+def _openvino(model: Path, threads: int | None, bf16: bool) -> Run:
     import openvino
 
-    # full precision: some processors would else round to bfloat16
-    options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
-    if threads is not None:
-        options["INFERENCE_NUM_THREADS"] = threads
-    compiled = openvino.Core().compile_model(str(model), "CPU", options)
+    core = openvino.Core()
+    has = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    # said aloud, as some processors would else round to bfloat16
+    options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "bf16" if bf16 and has else "f32"}
+    limit = {} if threads is None else {"INFERENCE_NUM_THREADS": threads}
+    compiled = core.compile_model(str(model), "CPU", {**options, **limit})
 
     def run(given: Mapping[str, Array]) -> Sequence[Array]:
         answers = compiled(dict(given))
@@ -284,8 +285,7 @@ def _rgb(image: Any) -> Array:
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     if image.mode in {"LA", "PA", "RGBA", "RGBa"} or "transparency" in image.info:
         rgba = np.asarray(image.convert("RGBA")).astype(np.uint16)
-        laid: Array = ((rgba[..., :3] * rgba[..., 3:] + 127) // 255 + 255 - rgba[..., 3:]).astype(np.uint8)
-        return laid
+        return np.asarray((rgba[..., :3] * rgba[..., 3:] + 127) // 255 + 255 - rgba[..., 3:], dtype=np.uint8)
     return np.asarray(image.convert("RGB"))
 
 

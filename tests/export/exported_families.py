@@ -130,6 +130,10 @@ def test_open_names_in_openvino(tiny_run: TinyRun, tmp_path: Path) -> None:
         detector = deploy.Detector(tmp_path / "out", tmp_path / "names.npz", threads=1)
         for found, expected in zip(detector.predict(images), model.predictor(names).detect_many(images), strict=True):
             assert_same(found, expected.detections, detector.names)
+    # in bfloat16, where this processor has it
+    low = deploy.Detector(tmp_path / "out", tmp_path / "names.npz", threads=1, bf16=True)
+    for found, expected in zip(low.predict(images), detector.predict(images), strict=True):
+        assert abs(float(found.scores[0] - expected.scores[0])) < 0.05
     whole = (tmp_path / "out" / "model.bin").stat().st_size
     export(model, tmp_path / "int8", ["leaf"], config=ExportConfig(format="openvino", int8=(images[0].parent,)))
     small = deploy.Detector(tmp_path / "int8", threads=1)
