@@ -190,6 +190,8 @@ class Run:
     def check(self) -> None:
         """Refuses to mix runs of different settings; does nothing where it was not begun yet.
 
+        Options that METR has had only since then were as they are by default.
+
         Raises:
             ConfigError: it was begun with other settings than those asked for now.
             CheckpointError: what it keeps cannot be read.
@@ -197,6 +199,7 @@ class Run:
         if not (begun := self._begun()):
             return
         before, now = dict(_leaves(begun["settings"])), dict(_leaves(_plain(self.settings)))
+        before = {key: value for key, value in _leaves(_plain({"configuration": RunConfig()})) if key in now} | before
         other = [
             f"{key.removeprefix('configuration.')} {before.get(key)!r}, now {now.get(key)!r}"
             for key in sorted(before.keys() | now.keys())

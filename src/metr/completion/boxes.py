@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Bool, Float
 
-from metr.completion.thresholds import Found, NameThreshold, iou_of
+from metr.completion.thresholds import Found, NameThreshold, best_of_places, iou_of
 from metr.data.images import FLIP_COLUMNS, FLIP_ROWS, read_header
 from metr.data.records import ImageRecord
 from metr.errors import DataError, MetrError
@@ -19,14 +19,17 @@ from metr.text.vocabulary import Vocabulary
 
 @dataclass(frozen=True, kw_only=True)
 class Wanted:
-    """The names that a dataset may get: `rows` of the detector's names with their thresholds.
+    """The names that a dataset with `own` ones may get: `rows` of the detector's names with their thresholds.
 
-    `same` gives for a name the dataset's own name that seems to mean the same.
+    `same` gives for a name the dataset's own name that seems to mean the same. Thresholds of `given` names were chosen
+    by hand: these are added whatever else is at their place.
     """
 
+    own: tuple[str, ...]
     names: tuple[str, ...]
     rows: Mapping[int, float]
     same: Mapping[int, str]
+    given: frozenset[int] = frozenset()
 
 
 def wanted_names(
@@ -52,7 +55,22 @@ def wanted_names(
         for row, name in enumerate(names)
         if name in new and name not in spelt and (threshold := sure[name].threshold) is not None
     }
-    return Wanted(names=tuple(names), rows=rows, same={row: same[names[row]] for row in rows if names[row] in same})
+    return Wanted(
+        own=tuple(own),
+        names=tuple(names),
+        rows=rows,
+        same={row: same[names[row]] for row in rows if names[row] in same},
+        given=frozenset(row for row in rows if sure[names[row]].precision is None),
+    )
+
+
+def counterparts(own: Sequence[str], names: Sequence[str], model: METR) -> dict[str, str]:
+    """The names that seem to mean one of a dataset's own, in other letters or another word, and that one."""
+    aliases = model.checkpoint.detection.aliases
+    new = [name for name in names if name not in own]
+    alike = same_names(new, tuple(own), _embeddings((*own, *new), model))
+    taken = {name: aliases[name] for name in new if aliases.get(name) in own}
+    return {one.name: one.trained for one in alike} | taken
 
 
 def _embeddings(names: Sequence[str], model: METR) -> EmbeddingSimilarity | None:
@@ -69,25 +87,27 @@ def _embeddings(names: Sequence[str], model: METR) -> EmbeddingSimilarity | None
 
 
 def completed_record(
-    record: ImageRecord, upright: ImageRecord, categories: Sequence[str], found: Found, wanted: Wanted, iou: float
+    record: ImageRecord, upright: ImageRecord, found: Found, wanted: Wanted, iou: float
 ) -> tuple[ImageRecord, tuple[str, ...]]:
     """The boxes to add to an image, as a record of these alone with their scores, and the name of each.
 
     Args:
         record: What people annotated.
         upright: The same, its boxes turned with the image.
-        categories: The dataset's names.
         found: What the detector found.
         wanted: The names that it may get.
-        iou: From which a box repeats one of a name that means the same.
+        iou: From which two boxes are at one place.
     """
-    least = np.array([wanted.rows.get(label, np.inf) for label in found.labels.tolist()])
-    keep = found.scores >= least
+    found = best_of_places(found, iou, wanted.given)
+    keep = found.scores >= np.array([wanted.rows.get(label, np.inf) for label in found.labels.tolist()])
     boxes = _in_pixels_of(upright, found)
     keep &= (boxes[:, 2:] - boxes[:, :2] >= 1).all(axis=1)
+    # a person has named what is there: by a word of the same meaning, or it is something else
+    named = _on_one_of(boxes, upright.boxes[~upright.ignore], iou)
     for row, own in wanted.same.items():
-        theirs = upright.boxes[upright.labels == list(categories).index(own)]
+        theirs = upright.boxes[upright.labels == list(wanted.own).index(own)]
         keep &= ~((found.labels == row) & _on_one_of(boxes, theirs, iou))
+    keep &= ~named | np.isin(found.labels, list(wanted.given))
     stored = _as_stored(boxes[keep], record, upright)
     names = tuple(wanted.names[label] for label in found.labels[keep].tolist())
     sides = stored[:, 2:] - stored[:, :2]

@@ -14,7 +14,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from metr.completion.boxes import Wanted, completed_record, wanted_names
+from metr.completion.boxes import Wanted, completed_record, counterparts, wanted_names
 from metr.completion.datasets import AddedBoxes, Original, WrittenDataset, original_of, write_completed
 from metr.completion.journal import Journal, ToDetect, fingerprint, key_of
 from metr.completion.prelabels import PreLabels, new_images, write_prelabels
@@ -24,6 +24,7 @@ from metr.completion.thresholds import (
     CompletionConfig,
     Judged,
     NameThreshold,
+    best_of_places,
     given_thresholds,
     thresholds,
 )
@@ -111,9 +112,10 @@ def run_completion(
     if journal.done:
         console.print(f"goes on after {counted(journal.done, 'image')}", highlight=False)
     predictor = model.predictor(list(names), config.inference)
-    homes = _homes(sources, {name for name in names if name not in (request.given or {})})
+    homes = _homes(sources) if any(name not in (request.given or {}) for name in names) else {}
     journal.detect(predictor, [one for images in homes.values() for one, _ in images], console)
-    sure = thresholds(_judged(homes, journal), names, config) | given_thresholds(request.given or {})
+    alike = {one.name: counterparts(one.categories, names, model) for one in sources if one.name in homes}
+    sure = thresholds(_judged(homes, alike, journal, config), names, config) | given_thresholds(request.given or {})
     if request.new is not None:
         journal.detect(predictor, new, console)
         done = [_prelabelled(request.new, new, journal, names, sure, f"{called} {weights[:8]}", request)]
@@ -175,12 +177,10 @@ def _task(
 Home = list[tuple[ToDetect, DatasetSource]]
 
 
-def _homes(sources: Sequence[DatasetSource], names: set[str]) -> dict[str, Home]:
-    """The val images of each dataset that annotates one of the names."""
+def _homes(sources: Sequence[DatasetSource]) -> dict[str, Home]:
+    """The val images of each dataset: where a name is annotated, and where its boxes may lie on what is none."""
     homes: dict[str, Home] = {}
     for source in sources:
-        if names.isdisjoint(source.categories):
-            continue
         try:
             _, annotations = source.evaluation_split()
         except DataError:
@@ -194,9 +194,11 @@ def _upright(source: DatasetSource, annotations: Annotations) -> list[ToDetect]:
     return [ToDetect(key=key_of(source.name, source.root, record), record=record) for record in records]
 
 
-def _judged(homes: Mapping[str, Home], journal: Journal) -> Iterator[Judged]:
+def _judged(
+    homes: Mapping[str, Home], alike: Mapping[str, Mapping[str, str]], journal: Journal, config: CompletionConfig
+) -> Iterator[Judged]:
     """The val images that could be read, with what was found in the pixels that their boxes are in."""
-    for images in homes.values():
+    for name, images in homes.items():
         for one, source in images:
             found = journal[one.key]
             if found is not None:
@@ -207,7 +209,8 @@ def _judged(homes: Mapping[str, Home], journal: Journal) -> Iterator[Judged]:
                     scores=found.scores,
                     labels=found.labels,
                 )
-                yield Judged(record=one.record, categories=source.categories, found=scaled)
+                best = best_of_places(scaled, config.iou)
+                yield Judged(record=one.record, categories=source.categories, found=best, alike=alike[name])
 
 
 class _Work:
@@ -238,9 +241,7 @@ class _Work:
             found = journal[one.key]
             if found is not None:
                 record = self.source.splits[split][index]
-                more, names = completed_record(
-                    record, one.record, self.source.categories, found, self.wanted, self.config.iou
-                )
+                more, names = completed_record(record, one.record, found, self.wanted, self.config.iou)
                 added.append(AddedBoxes(split=split, index=index, record=more, names=names))
         folder = request.out / _folder_name(self.source.name)
         note = folder.with_name(f".{folder.name}.json")
@@ -355,7 +356,7 @@ def _show(report: CompletionReport, out: Path, console: Console) -> None:
             console.print(f"left out: {name.name}: {name.why}", markup=False, highlight=False, soft_wrap=True)
     for one in report.datasets:
         boxes = counted(sum(one.added.values()), "box", "boxes")
-        told = f"{one.name}: {boxes} added in {counted(one.images, 'image')}, as {one.format} in {one.path}"
+        told = f"{one.name}: {boxes} added to {counted(one.images, 'image')}, as {one.format} in {one.path}"
         told += f" (not in its own format: {one.why_coco})" if one.why_coco else ""
         told += f"; {counted(one.unread, 'image')} could not be read" if one.unread else ""
         console.print(told, markup=False, highlight=False, soft_wrap=True)

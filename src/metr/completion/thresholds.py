@@ -1,13 +1,14 @@
 """The score from which a detector is sure of a name, measured where the name is annotated."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from pydantic import Field
+from scipy.optimize import isotonic_regression
 
 from metr.boxes import pairwise_coverage, pairwise_iou
 from metr.config import Config
@@ -48,12 +49,29 @@ class Found:
     labels: Int[np.ndarray, "n"]
 
 
+def best_of_places(found: Found, iou: float, free: Collection[int] = ()) -> Found:
+    """What was found, but at each place only what the detector is surest of: of two names, the other is in doubt.
+
+    Args:
+        found: What was found.
+        iou: From which two boxes are at one place.
+        free: Labels that are kept beside others.
+    """
+    if not len(found.scores):
+        return found
+    at_one_place = iou_of(found.boxes, found.boxes) >= iou
+    better = found.scores[None, :] > found.scores[:, None]
+    rival = at_one_place & better & (found.labels[None, :] != found.labels[:, None])
+    keep = ~rival.any(axis=1) | np.isin(found.labels, list(free))
+    return replace(found, boxes=found.boxes[keep], scores=found.scores[keep], labels=found.labels[keep])
+
+
 @dataclass(frozen=True, kw_only=True)
 class NameThreshold:
     """From which score a detector is sure of a name; None, and why, where it is of no score.
 
     `precision` is that at the threshold, on `objects` objects of val, of which `found` were found; None where the
-    threshold was given by hand.
+    threshold was given by hand. `elsewhere` boxes of the name lay on objects that other datasets call otherwise.
     """
 
     name: str
@@ -61,16 +79,21 @@ class NameThreshold:
     precision: float | None = None
     objects: int = 0
     found: int = 0
+    elsewhere: int = 0
     why: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Judged:
-    """An image with its annotations, upright, the names of its labels, and what was found in it."""
+    """An image with its annotations, upright, the names of its labels, and what was found in it.
+
+    `alike` gives for names of other datasets the dataset's own name that seems to mean the same.
+    """
 
     record: ImageRecord
     categories: tuple[str, ...]
     found: Found
+    alike: Mapping[str, str] = field(default_factory=dict)
 
 
 def thresholds(images: Iterable[Judged], names: Sequence[str], config: CompletionConfig) -> dict[str, NameThreshold]:
@@ -78,19 +101,23 @@ def thresholds(images: Iterable[Judged], names: Sequence[str], config: Completio
 
     An image counts for the names that are annotated exhaustively in it. Where objects of others were drawn all the
     same, a detection on one of them counts and one elsewhere does not. Ignored boxes count neither for nor against.
+    Where a name is not annotated nothing is known of it but this: on an object that people call otherwise it is wrong.
 
     Args:
-        images: Images of val splits; `Found.labels` are rows of `names`.
+        images: Images of val splits of all datasets; `Found.labels` are rows of `names`.
         names: The names.
         config: The precision, the IoU, and how many objects a name needs.
     """
     scores: dict[str, list[tuple[float, bool]]] = {name: [] for name in names}
-    objects = dict.fromkeys(names, 0)
+    objects, elsewhere = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
     for one in images:
         rows = {name: row for row, name in enumerate(one.categories)}
         annotated = range(len(rows)) if one.record.annotated is None else one.record.annotated
         for label, name in enumerate(names):
             if name not in rows:
+                wrong = _on_others(one, label, rows.get(one.alike.get(name, "")), config.iou)
+                scores[name] += [(score, False) for score in wrong]
+                elsewhere[name] += len(wrong)
                 continue
             mine = one.record.labels == rows[name]
             objects[name] += int((mine & ~one.record.ignore).sum())
@@ -98,7 +125,18 @@ def thresholds(images: Iterable[Judged], names: Sequence[str], config: Completio
             counts &= right | (rows[name] in annotated)
             values = one.found.scores[one.found.labels == label]
             scores[name] += zip(values[counts].tolist(), right[counts].tolist(), strict=True)
-    return {name: _threshold(name, scores[name], objects[name], config) for name in names}
+    told = {name: _threshold(name, scores[name], objects[name], config) for name in names}
+    return {name: replace(one, elsewhere=elsewhere[name]) for name, one in told.items()}
+
+
+def _on_others(one: Judged, label: int, alike: int | None, iou: float) -> list[float]:
+    """The scores of a name's detections on objects of other names; objects of `alike` may be of this one."""
+    asked = one.found.labels == label
+    objects = one.record.boxes[~one.record.ignore & (one.record.labels != (-1 if alike is None else alike))]
+    if not asked.any() or not len(objects):
+        return []
+    scores: list[float] = one.found.scores[asked][iou_of(one.found.boxes[asked], objects).max(axis=1) >= iou].tolist()
+    return scores
 
 
 def _judged(
@@ -136,7 +174,7 @@ def _threshold(
     values, right = np.array([score for score, _ in in_order]), np.cumsum([one for _, one in in_order])
     precision = right / np.arange(1, len(values) + 1)
     last_of_equals = np.append(values[1:] < values[:-1], True)[: len(values)]
-    reached = np.flatnonzero((precision >= config.precision) & last_of_equals)
+    reached = np.flatnonzero((precision >= config.precision) & (_here(in_order) >= config.precision) & last_of_equals)
     if not len(reached):
         best = f"{float(precision[last_of_equals].max()):.2f}" if len(values) else "nothing is found"
         why = f"precision {config.precision:g} is never reached (best: {best})"
@@ -152,6 +190,15 @@ def _threshold(
         found=found,
         why="" if enough else f"sure of {counted(found, 'object')} in val alone, {_LEAST_FOUND} are needed",
     )
+
+
+def _here(in_order: Sequence[tuple[float, bool]]) -> Float[np.ndarray, "n"]:
+    """How many of the detections near each score are right, which never falls with the score: isotonic regression.
+
+    What is above a score may be right in the mean while what is near it is not; in another field most boxes are near.
+    """
+    right = np.array([one for _, one in in_order], dtype=np.float64)
+    return np.asarray(isotonic_regression(right, increasing=False).x) if len(right) else right
 
 
 def given_thresholds(values: Mapping[str, float]) -> dict[str, NameThreshold]:
