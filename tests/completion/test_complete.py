@@ -19,7 +19,7 @@ from metr.completion.complete import run_completion
 from metr.completion.journal import JOURNAL
 from metr.completion.prelabels import FORMATS, PreLabels
 from metr.completion.request import CompletionRequest
-from metr.completion.thresholds import CompletionConfig, Found, Judged, thresholds
+from metr.completion.thresholds import CompletionConfig, Found, Judged, best_of_places, thresholds
 from metr.data.datasets_file import DatasetConfig, DatasetSource, open_dataset, parse_data_arguments
 from metr.data.export import MemorySource
 from metr.data.export_tools import WRITERS
@@ -34,6 +34,7 @@ from small import small_detector
 
 # What there is in every image of both datasets; each annotates a part of it.
 OBJECTS = {"cat": (2, 3, 14, 15), "dog": (20, 4, 35, 16), "cow": (3, 18, 16, 29), "cats": (2, 3, 15, 15)}
+OBJECTS["fox"] = OBJECTS["cat"]
 PARTS = {"farm": ("cat", "cow"), "town": ("dog",)}
 
 
@@ -177,7 +178,7 @@ def test_each_dataset_gets_the_names_of_the_other(
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
     text = (tmp_path / "said").read_text()
     assert re.search(r"dog +0\.700 +1\.000 +12 of 12 +12", text)
-    assert f"farm: 12 boxes added in 12 images, as {kind} in" in text
+    assert f"farm: 12 boxes added, 12 images looked at; as {kind} in" in text
 
 
 def test_names_that_are_never_sure_are_left_out(
@@ -297,6 +298,11 @@ def test_labels_for_new_images(
     assert [(one.name, one.format, one.images, dict(one.added)) for one in report.datasets] == [
         ("new images", kind, 3, {"cat": 3, "dog": 3, "cow": 3})
     ]
+    rows = json.loads((tmp_path / "out" / "completed.json").read_text())["boxes"]
+    assert sorted({row["image"] for row in rows}) == ["a.png", "more/a.png", "more/b.png"]
+    assert {(row["dataset"], row["name"], row["score"]) for row in rows} == {
+        ("new images", "cat", 0.8), ("new images", "dog", 0.7), ("new images", "cow", 0.6)
+    }  # fmt: skip
     out = tmp_path / "out" / "new images"
     if kind == "label_studio":
         tasks = json.loads((out / "train.json").read_text())
@@ -311,15 +317,73 @@ def test_labels_for_new_images(
     assert len(found.split("train")) == 3
 
 
+def test_what_people_named_gets_no_second_name(
+    model: METR, oracle: Oracle, data: Callable[..., tuple[str, ...]], tmp_path: Path
+) -> None:
+    """Where farm has a cat, the detector sees what town calls a fox. A threshold of one's own adds it all the same."""
+    arguments = data(parts={"farm": ("cat", "cow"), "town": ("fox",)})
+    oracle.scores = {"fox": 0.75, "cow": 0.6}
+    report = run_completion(model, CompletionRequest(data=arguments, out=tmp_path / "out"))
+    assert [dict(one.added) for one in report.datasets] == [{}, {"cow": 12}]
+    (fox,) = (one for one in report.thresholds if one.name == "fox")
+    assert (fox.threshold, fox.objects, fox.elsewhere) == (None, 12, 12)
+    report = run_completion(model, CompletionRequest(data=arguments, out=tmp_path / "own", given={"fox": 0.5}))
+    assert [dict(one.added) for one in report.datasets] == [{"fox": 12}, {"cow": 12}]
+
+
+def test_nothing_is_written_into_a_dataset(
+    model: METR, oracle: Oracle, data: Callable[..., tuple[str, ...]], tmp_path: Path
+) -> None:
+    arguments = data()
+    before, folder = hashes(tmp_path), Path(arguments[0].partition("=")[2])
+    with pytest.raises(DataError, match="own folder"):
+        run_completion(model, CompletionRequest(data=arguments, out=folder / "sub"))
+    assert hashes(tmp_path) == before
+    assert not (folder / "sub").exists()
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="is a file"):
+        run_completion(model, CompletionRequest(data=arguments, out=tmp_path / "file"))
+    assert oracle.seen == []
+
+
 def test_thresholds_are_the_lowest_that_are_precise() -> None:
-    """Ten right ones, then a wrong one, then more right ones until precision is 0.9 again; the last ones are below."""
-    right = [True] * 10 + [False] + [True] * 3 + [False] * 3
+    """Ten right ones, a wrong one, right ones until nine of ten around there are right; the last ones are below."""
+    right = [True] * 10 + [False] + [True] * 12 + [False] * 3
     scores = np.linspace(0.9, 0.1, len(right))
     judged = [image(score, is_right) for score, is_right in zip(scores.tolist(), right, strict=True)]
     (one,) = thresholds(judged, ["cat"], CompletionConfig()).values()
-    assert (one.threshold, one.precision, one.found) == (pytest.approx(scores[13]), pytest.approx(13 / 14), 13)
+    assert (one.threshold, one.precision, one.found) == (pytest.approx(scores[22]), pytest.approx(22 / 23), 22)
     (one,) = thresholds(judged, ["cat"], CompletionConfig(precision=1.0)).values()
     assert one.threshold == pytest.approx(scores[9])
+
+
+def test_precision_is_asked_for_at_the_threshold_itself() -> None:
+    """Many sure ones above do not make up for doubtful ones below."""
+    scores = [0.9] * 30 + [0.3, 0.29, 0.28]
+    judged = [image(score, right) for score, right in zip(scores, [True] * 30 + [False, True, False], strict=True)]
+    (one,) = thresholds(judged, ["cat"], CompletionConfig()).values()
+    assert (one.threshold, one.precision) == (0.9, 1.0)
+
+
+def test_a_name_is_wrong_on_what_other_datasets_call_otherwise() -> None:
+    home = [image(0.5, True) for _ in range(12)]
+    elsewhere = [replace(image(0.8, True), categories=("dog",)) for _ in range(4)]
+    beside = [replace(image(0.8, False), categories=("dog",)) for _ in range(4)]  # nothing is known there
+    (one,) = thresholds([*home, *beside], ["cat"], CompletionConfig()).values()
+    assert (one.threshold, one.elsewhere) == (0.5, 0)
+    (one,) = thresholds([*home, *elsewhere], ["cat"], CompletionConfig()).values()
+    assert (one.threshold, one.elsewhere) == (None, 4)
+    alike = [replace(one, alike={"cat": "dog"}) for one in elsewhere]
+    (one,) = thresholds([*home, *alike], ["cat"], CompletionConfig()).values()
+    assert (one.threshold, one.elsewhere) == (0.5, 0)
+
+
+def test_of_two_names_at_one_place_the_surer_one_stays() -> None:
+    boxes = np.array([[0, 0, 10, 10], [0, 0, 10, 9], [0, 0, 9, 10], [30, 0, 40, 10]], dtype=np.float64)
+    found = Found(size=(30, 40), boxes=boxes, scores=np.array([0.6, 0.8, 0.7, 0.5]), labels=np.array([0, 1, 1, 0]))
+    assert best_of_places(found, 0.5).scores.tolist() == [0.8, 0.7, 0.5]
+    assert best_of_places(found, 0.5, {0}).scores.tolist() == [0.6, 0.8, 0.7, 0.5]
+    assert best_of_places(found, 0.95).scores.tolist() == [0.6, 0.8, 0.7, 0.5]
 
 
 def image(score: float, right: bool, *, annotated: tuple[int, ...] | None = None, ignored: bool = False) -> Judged:

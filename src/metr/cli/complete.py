@@ -1,13 +1,13 @@
 """`metr complete`: datasets with the names of the others added. What the verb needs is imported when it runs."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
 from metr.cli.output import output_console
 from metr.cli.verbs import Offline, check_data, check_source, stay_offline
-from metr.errors import ConfigError
+from metr.errors import ConfigError, did_you_mean
 
 __all__ = ["complete"]
 
@@ -64,7 +64,10 @@ def complete(
         raise ConfigError("goes with --for-new only: datasets keep their format", where="--format", hint="leave it out")
     given = _given(names)
     if not data and (for_new is None or not given):
-        raise ConfigError("expected datasets", where="DATA", hint="metr complete DATA... --model RUN -o OUT")
+        hint = "metr complete DATA... --model RUN -o OUT"
+        if for_new is not None:
+            hint = 'datasets, which tell when a name is sure, or thresholds of your own: --names "rust=0.5"'
+        raise ConfigError("expected datasets", where="DATA", hint=hint)
     inference = inference_config(set_ or (), batch_size=batch_size, postprocess={"max_detections": 300})
     stay_offline(offline)
     check_source(model)
@@ -72,8 +75,12 @@ def complete(
     from metr.completion.complete import run_completion
     from metr.completion.prelabels import PreLabels, check_format
     from metr.completion.request import CompletionRequest
-    from metr.completion.thresholds import CompletionConfig
+    from metr.completion.thresholds import CompletionConfig, SplitChoice
 
+    known = get_args(SplitChoice)
+    if unknown := next((one for one in _listed(splits) if one not in known), None):
+        hint = did_you_mean(unknown, known)
+        raise ConfigError(f"expected train, val or test, found {unknown!r}", where="--splits", hint=hint)
     values = {"precision": precision, "least_objects": least_objects, "splits": _listed(splits), "inference": inference}
     config = CompletionConfig.checked(values, where="complete")
     check_format(format_ or "coco")

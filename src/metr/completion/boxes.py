@@ -1,7 +1,9 @@
 """Which of the boxes that a detector found are added to an image, and which names a dataset may get."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -120,6 +122,22 @@ def completed_record(
         scores=found.scores[keep].astype(np.float32),
     )
     return added, names
+
+
+def box_rows(
+    dataset: str, split: str, image: Path, record: ImageRecord, names: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    """The rows of `completed.json` for the boxes of an image, a name for each; `image` as its dataset has it."""
+    assert record.scores is not None
+    for name, box, score in zip(names, record.boxes.tolist(), record.scores.tolist(), strict=True):
+        yield {
+            "dataset": dataset,
+            "split": split,
+            "image": image.as_posix().encode(errors="replace").decode(),
+            "name": name,
+            "box": [round(side, 2) for side in box],
+            "score": round(score, 5),
+        }
 
 
 def _in_pixels_of(record: ImageRecord, found: Found) -> Float[np.ndarray, "n 4"]:

@@ -14,9 +14,9 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from metr.completion.boxes import Wanted, completed_record, counterparts, wanted_names
-from metr.completion.datasets import AddedBoxes, Original, WrittenDataset, original_of, write_completed
-from metr.completion.journal import Journal, ToDetect, fingerprint, key_of
+from metr.completion.boxes import Wanted, box_rows, completed_record, counterparts, wanted_names
+from metr.completion.datasets import AddedBoxes, Original, WrittenDataset, check_outside, original_of, write_completed
+from metr.completion.journal import Journal, ToDetect, check_out, fingerprint, key_of
 from metr.completion.prelabels import PreLabels, new_images, write_prelabels
 from metr.completion.request import CompletedDataset, CompletionReport, CompletionRequest
 from metr.completion.thresholds import (
@@ -102,8 +102,10 @@ def run_completion(
         DataError, ConfigError, CheckpointError: something is missing or does not fit.
     """
     config, console = config or CompletionConfig(), console or Console(quiet=True)
+    check_out(request.out)
     sources = open_joint(request.data).sources if request.data else ()
     names = _names(sources, request)
+    check_outside(request.out, [one.root for one in sources])
     new = () if request.new is None else new_images(request.new, request.out)
     model = source if isinstance(source, METR) else METR.from_pretrained(source, device=device)
     called = "METR" if isinstance(source, METR) else str(source)
@@ -118,8 +120,9 @@ def run_completion(
     sure = thresholds(_judged(homes, alike, journal, config), names, config) | given_thresholds(request.given or {})
     if request.new is not None:
         journal.detect(predictor, new, console)
-        done = [_prelabelled(request.new, new, journal, names, sure, f"{called} {weights[:8]}", request)]
-        boxes: list[dict[str, Any]] = []
+        written_as = f"{called} {weights[:8]}"
+        boxes, labelled = _prelabelled(request.new, new, journal, sure, written_as, request, config)
+        done = [labelled]
     else:
         work = [_Work(one, original_of(one), model, sure, names, config) for one in sources]
         journal.detect(predictor, [one for item in work for _, _, one in item.images], console)
@@ -261,17 +264,7 @@ class _Work:
         for one in added:
             path = one.record.path
             image = path.relative_to(self.source.root) if path.is_relative_to(self.source.root) else path
-            scores = one.record.scores
-            assert scores is not None
-            for name, box, score in zip(one.names, one.record.boxes.tolist(), scores.tolist(), strict=True):
-                yield {
-                    "dataset": self.source.name,
-                    "split": one.split,
-                    "image": image.as_posix().encode(errors="replace").decode(),
-                    "name": name,
-                    "box": [round(side, 2) for side in box],
-                    "score": round(score, 5),
-                }
+            yield from box_rows(self.source.name, one.split, image, one.record, one.names)
 
     def summary(self, added: Sequence[AddedBoxes], written: WrittenDataset, journal: Journal) -> CompletedDataset:
         """What became of the dataset."""
@@ -290,18 +283,23 @@ def _prelabelled(
     new: PreLabels,
     images: Sequence[ToDetect],
     journal: Journal,
-    names: Sequence[str],
     sure: Mapping[str, NameThreshold],
     model_version: str,
     request: CompletionRequest,
-) -> CompletedDataset:
+    config: CompletionConfig,
+) -> tuple[list[dict[str, Any]], CompletedDataset]:
     """Writes labels of new images."""
-    out = request.out / _folder_name(new.name)
-    found = {one.key: journal[one.key] for one in images}
-    added = write_prelabels(new, images, found, names, sure, out, model_version)
+    out, names = request.out / _folder_name(new.name), list(sure)
+    given = {row for row, name in enumerate(names) if name in (request.given or {})}
+    seen = {one.key: journal[one.key] for one in images}
+    found = {key: None if one is None else best_of_places(one, config.iou, given) for key, one in seen.items()}
+    rows = write_prelabels(new, images, found, names, sure, out, model_version)
     unread = sum(one is None for one in found.values())
+    added = dict(Counter(row["name"] for row in rows))
     count = len(images) - unread
-    return CompletedDataset(name=new.name, path=str(out), format=new.format, images=count, added=added, unread=unread)
+    return rows, CompletedDataset(
+        name=new.name, path=str(out), format=new.format, images=count, added=added, unread=unread
+    )
 
 
 def _folder_name(dataset: str) -> str:
@@ -356,7 +354,7 @@ def _show(report: CompletionReport, out: Path, console: Console) -> None:
             console.print(f"left out: {name.name}: {name.why}", markup=False, highlight=False, soft_wrap=True)
     for one in report.datasets:
         boxes = counted(sum(one.added.values()), "box", "boxes")
-        told = f"{one.name}: {boxes} added to {counted(one.images, 'image')}, as {one.format} in {one.path}"
+        told = f"{one.name}: {boxes} added, {counted(one.images, 'image')} looked at; as {one.format} in {one.path}"
         told += f" (not in its own format: {one.why_coco})" if one.why_coco else ""
         told += f"; {counted(one.unread, 'image')} could not be read" if one.unread else ""
         console.print(told, markup=False, highlight=False, soft_wrap=True)

@@ -4,7 +4,7 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -65,6 +65,18 @@ def original_of(source: DatasetSource) -> Original | None:
     return Original(reader=reader, places=places, names=tuple(reading.names))
 
 
+def check_outside(out: Path, roots: Iterable[Path]) -> None:
+    """Checks that nothing would be written into a dataset, or a dataset lie in what is written.
+
+    Raises:
+        DataError: it would.
+    """
+    target = Path(os.path.realpath(out))
+    for root in (Path(os.path.realpath(one)) for one in roots):
+        if target.is_relative_to(root) or root.is_relative_to(target):
+            raise DataError("would be written into the dataset's own folder", where=out, hint="name a folder outside")
+
+
 def write_completed(
     source: DatasetSource,
     original: Original | None,
@@ -81,10 +93,7 @@ def write_completed(
     Raises:
         DataError: the folder cannot be written, or lies in the dataset's own.
     """
-    root = Path(os.path.realpath(source.root))
-    target = Path(os.path.realpath(out))
-    if target.is_relative_to(root) or root.is_relative_to(target):
-        raise DataError("would be written into the dataset's own folder", where=out, hint="name a folder outside")
+    check_outside(out, [source.root])
     building = out.with_name(f".{out.name}.writing-{secrets.token_hex(4)}")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -48,12 +48,10 @@ class Journal:
         self._found: dict[str, Found | None] = {}
         head = json.dumps(task, sort_keys=True)
         with explained_disk_errors(folder):
+            check_out(folder)
             folder.mkdir(parents=True, exist_ok=True)
             if self.path.exists():
                 self._resume(head)
-            elif any(folder.iterdir()):
-                hint = "name another folder, or remove what is there"
-                raise DataError("the folder is not empty", where=folder, hint=hint)
             else:
                 self.path.write_text(head + "\n", encoding="utf-8")
 
@@ -97,6 +95,9 @@ class Journal:
         with explained_disk_errors(self.path), self.path.open("a", encoding="utf-8") as file:
             for one, prediction in zip(left, shown, strict=True):
                 item = {"image": one.key, **_row(prediction)}
+                if why := item.get("issue"):
+                    told = f"skipped {prediction.source}: {why}"
+                    console.print(told, style="yellow", markup=False, highlight=False, soft_wrap=True)
                 file.write(json.dumps(item) + "\n")
                 file.flush()
                 self._found[one.key] = _found(item)
@@ -104,6 +105,19 @@ class Journal:
     def close(self) -> None:
         """Removes the file: the task is done."""
         self.path.unlink(missing_ok=True)
+
+
+def check_out(folder: Path) -> None:
+    """Checks that a folder is not there, empty, or holds an unfinished completion.
+
+    Raises:
+        DataError: it is a file, or holds something else.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise DataError("is a file", where=folder, hint="name a folder")
+    if folder.is_dir() and not (folder / JOURNAL).exists() and any(folder.iterdir()):
+        hint = "name another folder, or remove what is there"
+        raise DataError("the folder is not empty", where=folder, hint=hint)
 
 
 def _sources(images: Sequence[ToDetect]) -> Iterator[ImageSource]:

@@ -1,12 +1,13 @@
 """Labels for images that have none, for people to correct in an annotation tool."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from metr.completion.boxes import box_rows
 from metr.completion.journal import ToDetect
 from metr.completion.thresholds import Found, NameThreshold
 from metr.data.datasets_file import DatasetConfig
@@ -76,8 +77,8 @@ def write_prelabels(
     sure: Mapping[str, NameThreshold],
     out: Path,
     model_version: str,
-) -> dict[str, int]:
-    """Writes the detections that are sure, and gives their numbers by name. Images that cannot be read are left out.
+) -> list[dict[str, Any]]:
+    """Writes the detections that are sure, and gives their rows of `completed.json`. What cannot be read is left out.
 
     Label Studio gets them as predictions with `model_version`, which it shows beside annotations of people.
 
@@ -102,7 +103,11 @@ def write_prelabels(
         write_label_studio(source, out, new.placement, model_version=model_version)
     else:
         WRITERS[new.format](source, out, new.placement)
-    return dict(Counter(kept[label] for record in records for label in record.labels.tolist()))
+    rows: list[dict[str, Any]] = []
+    for record in records:
+        image = record.path.relative_to(new.folder)
+        rows += box_rows(new.name, TRAIN, image, record, [kept[label] for label in record.labels.tolist()])
+    return rows
 
 
 def _labelled(
