@@ -225,8 +225,11 @@ def test_duplicates_of_one_meaning_are_not_added() -> None:
     record = image(0.5, True).record
     boxes = np.array([[2, 3, 15, 15], [20, 4, 35, 16], [2, 3, 14, 15]], dtype=np.float64)
     found = Found(size=(30, 40), boxes=boxes, scores=np.array([0.9, 0.9, 0.9]), labels=np.array([0, 0, 1]))
-    wanted = Wanted(names=("kitty", "other"), rows={0: 0.5, 1: 0.5}, same={0: "cat"})
-    added, names = completed_record(record, record, ("cat",), found, wanted, 0.5)
+    wanted = Wanted(own=("cat",), names=("kitty", "other"), rows={0: 0.5, 1: 0.5}, same={0: "cat"})
+    added, names = completed_record(record, record, found, wanted, 0.5)
+    assert (names, added.boxes.tolist()) == (("kitty",), boxes[1:2].tolist())
+    by_hand = replace(wanted, given=frozenset({0, 1}))
+    added, names = completed_record(record, record, found, by_hand, 0.5)
     assert (names, added.boxes.tolist()) == (("kitty", "other"), boxes[1:].tolist())
 
 
