@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,7 +27,7 @@ import torch
 import report
 import runner
 from metr.config import Tree
-from metr.devices import autocast, resolved_precision
+from metr.devices import autocast
 from metr.errors import MetrError
 from metr.losses.criterion import SetCriterion
 from metr.losses.matcher import match_statistics
@@ -54,7 +54,8 @@ class Settings:
     objects: int = 10  # an image, on average
     rounds: int = 9  # counted; one more warms up
     threads: int = 1
-    precision: str = "auto"  # each checkout decides for itself what that is
+    precision: str = "fp32"
+    before: str = "fp32"  # the precision of the other checkout
     pretrained: bool = False
 
 
@@ -78,7 +79,7 @@ class Contender:
         self.text = torch.nn.functional.normalize(text, dim=-1)
         shown = [objects(settings.objects, settings.names, random) for _ in range(settings.batch)]
         self.targets = Targets.stack(shown)
-        self.precision = resolved_precision(settings.precision, torch.device("cpu"))
+        self.precision = settings.precision
         self.steps = 0
 
     def step(self) -> Tree:
@@ -150,7 +151,8 @@ def work_on_demand(settings: Settings) -> int:
 
 def measure(settings: Settings, against: Path) -> Tree:
     """The result as the JSON file has it."""
-    workers = {AFTER: Worker(ROOT, settings), BEFORE: Worker(against.resolve(), settings)}
+    other = replace(settings, precision=settings.before)
+    workers = {AFTER: Worker(ROOT, settings), BEFORE: Worker(against.resolve(), other)}
     answers: dict[str, list[Tree]] = {AFTER: [], BEFORE: []}
     for turn in range(settings.rounds + 1):
         for name in (AFTER, BEFORE) if turn % 2 else (BEFORE, AFTER):
