@@ -1,5 +1,6 @@
 """`metr complete`: datasets with the names of the others added. What the verb needs is imported when it runs."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, get_args
 
@@ -76,27 +77,36 @@ def complete(
     from metr.completion.prelabels import PreLabels, check_format
     from metr.completion.request import CompletionRequest
     from metr.completion.thresholds import CompletionConfig, SplitChoice
+    from metr.data.export import Placement
 
-    known = get_args(SplitChoice)
-    if unknown := next((one for one in _listed(splits) if one not in known), None):
-        hint = did_you_mean(unknown, known)
-        raise ConfigError(f"expected train, val or test, found {unknown!r}", where="--splits", hint=hint)
-    values = {"precision": precision, "least_objects": least_objects, "splits": _listed(splits), "inference": inference}
+    chosen = _splits(splits, get_args(SplitChoice))
+    values = {"precision": precision, "least_objects": least_objects, "splits": chosen, "inference": inference}
     config = CompletionConfig.checked(values, where="complete")
-    check_format(format_ or "coco")
-    placement = "copy" if copy else "link"
-    new = None
-    if for_new is not None:
-        new = PreLabels(folder=for_new, format=format_ or "coco", placement="copy" if copy else "link")
+    placement: Placement = "copy" if copy else "link"
+    check_format(form := format_ or "coco")
+    new = None if for_new is None else PreLabels(folder=for_new, format=form, placement=placement)
     request = CompletionRequest(
         data=tuple(data or ()),
         out=out,
         only=_listed(only or ""),
         given=given,
         new=new,
-        placement="copy" if placement == "copy" else "link",
+        placement=placement,
     )
     run_completion(model, request, config=config, device=device, console=output_console())
+
+
+def _splits(asked: str, known: Sequence[str]) -> tuple[str, ...]:
+    """The splits of a command line.
+
+    Raises:
+        ConfigError: one of them is none.
+    """
+    chosen = _listed(asked)
+    if unknown := next((one for one in chosen if one not in known), None):
+        what = f"expected train, val or test, found {unknown!r}"
+        raise ConfigError(what, where="--splits", hint=did_you_mean(unknown, known))
+    return chosen
 
 
 def _listed(names: str) -> tuple[str, ...]:
