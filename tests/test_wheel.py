@@ -60,6 +60,7 @@ def test_everything_of_the_package_is_in_it_and_nothing_else(wheel: Path) -> Non
     assert inside == {f"metr/{path.relative_to(PACKAGE).as_posix()}" for path in files}
     assert {"metr/py.typed", "metr/recipes/nano.yaml", "metr/sharing/model_card.md.jinja"} <= inside
     assert {f"metr/report/page.{ending}" for ending in ("html.jinja", "css", "js")} <= inside
+    assert {"metr/serving/page.html", "metr/serving/interface.html.jinja"} <= inside
     assert f"metr-{metr.__version__}.dist-info/licenses/LICENSE" in names
     assert wheel.stat().st_size < 2e6
     assert wheel.name == f"metr-{metr.__version__}-py3-none-any.whl"

@@ -291,7 +291,15 @@ def test_the_description_has_both_kinds_of_requests_and_nothing_is_loaded_from_e
     code, page = served.get("/")
     assert code == 200
     assert "://" not in page
-    assert served.get("/docs")[0] == served.get("/redoc")[0] == 404
+    assert served.get("/redoc")[0] == 404
+    code, page = served.get("/docs")
+    assert code == 200
+    assert "://" not in page
+    for word in (*described["paths"], "application/json", "multipart/form-data", "threshold", "504", "list of string"):
+        assert word in page
+    for name, schema in described["components"]["schemas"].items():
+        assert f'id="{name}"' in page
+        assert all(f"<td>{field}</td>" in page for field in schema.get("properties", {}))
     assert set(served.get("/names")[1]) == {"default", "trained"}
 
 

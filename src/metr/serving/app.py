@@ -1,4 +1,4 @@
-"""The web application: `POST /detect` for programs, `/` for people, `/openapi.json` for generators of clients."""
+"""The web application: `POST /detect` for programs, `/` for people, `/docs` and `/openapi.json` for programmers."""
 
 import asyncio
 import base64
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import HTMLResponse, JSONResponse
+from jinja2 import Environment
 from pydantic import BaseModel, Field
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException
@@ -153,6 +154,10 @@ def _add_routes(app: FastAPI, service: Service, config: ServeConfig) -> None:
     async def show_page() -> HTMLResponse:
         return HTMLResponse(page, headers={"Content-Security-Policy": _POLICY, "X-Content-Type-Options": "nosniff"})
 
+    @app.get("/docs", include_in_schema=False)
+    async def show_interface() -> HTMLResponse:
+        return HTMLResponse(_interface(app.openapi()), headers={"Content-Security-Policy": _POLICY})
+
     @app.get("/health")
     async def health() -> dict[str, str]:
         """Says that the server runs, also while it is busy."""
@@ -180,6 +185,12 @@ def _add_routes(app: FastAPI, service: Service, config: ServeConfig) -> None:
             raise HTTPException(504, f"no answer within {config.timeout:g} seconds") from None
         except ClientDisconnect:  # nobody reads this answer
             raise HTTPException(400, "the request was broken off") from None
+
+
+def _interface(described: dict[str, Any]) -> str:
+    """The page about the interface, from its description in OpenAPI."""
+    text = files("metr.serving").joinpath("interface.html.jinja").read_text(encoding="utf-8")
+    return Environment(autoescape=True).from_string(text).render(described=described)
 
 
 class _Gate:
