@@ -13,6 +13,7 @@ RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 PAGES = {
     "added-names": "added_names",
     "added-names-attention": "added_names",
+    "complete-trial": "complete",
     "detection-defaults": "detection_defaults",
     "index-cpu": "index",
     "multifield-comparison": "multifield",
