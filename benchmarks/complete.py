@@ -11,8 +11,8 @@ the completed ones, for the same steps with the same seed.
     AP          of the names that are hidden in a part, on whole images that no training and no threshold saw (test,
                 or val where a dataset has no test)
 
-Profile `trial`, one seed (results/complete-trial.json): precision 91.8 %, recall 14.3 %; AP of hidden names 45.6, against
-43.2 with negatives and 44.4 without a loss.
+Profile `trial`, one seed (results/complete-trial.json): precision 91.8 %, recall 14.3 %; AP of hidden names 45.6,
+against 43.2 with negatives and 44.4 without a loss.
 
 Results, once all runs are finished: `results/complete-PROFILE.json` and `.md`. Runs: `--out`, resumable. Profile `tiny`
 is for tests.
