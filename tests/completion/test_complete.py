@@ -330,6 +330,7 @@ def test_what_people_named_gets_no_second_name(
     assert [dict(one.added) for one in report.datasets] == [{}, {"cow": 12}]
     (fox,) = (one for one in report.thresholds if one.name == "fox")
     assert (fox.threshold, fox.objects, fox.elsewhere) == (None, 12, 12)
+    assert fox.why.endswith("; 12 boxes on what other datasets call otherwise")
     report = run_completion(model, CompletionRequest(data=arguments, out=tmp_path / "own", given={"fox": 0.5}))
     assert [dict(one.added) for one in report.datasets] == [{"fox": 12}, {"cow": 12}]
 

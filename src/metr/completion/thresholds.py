@@ -126,7 +126,13 @@ def thresholds(images: Iterable[Judged], names: Sequence[str], config: Completio
             values = one.found.scores[one.found.labels == label]
             scores[name] += zip(values[counts].tolist(), right[counts].tolist(), strict=True)
     told = {name: _threshold(name, scores[name], objects[name], config) for name in names}
-    return {name: replace(one, elsewhere=elsewhere[name]) for name, one in told.items()}
+    return {name: _with_those_elsewhere(one, elsewhere[name]) for name, one in told.items()}
+
+
+def _with_those_elsewhere(one: NameThreshold, count: int) -> NameThreshold:
+    """With the number of boxes that were wrong in other datasets, which is a reason where the name is left out."""
+    why = f"; {counted(count, 'box', 'boxes')} on what other datasets call otherwise" if one.why and count else ""
+    return replace(one, elsewhere=count, why=one.why + why)
 
 
 def _on_others(one: Judged, label: int, alike: int | None, iou: float) -> list[float]:
