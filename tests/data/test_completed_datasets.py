@@ -196,8 +196,9 @@ def test_boxes_of_turned_images_are_turned_back(tmp_path: Path) -> None:
             scores=np.array([0.9, 0.8]),
             labels=np.array([0, 1]),
         )
-        wanted = Wanted(names=NEW, rows={0: 0.5, 1: 0.5}, same={})
-        added, names = completed_record(record, upright, ("cat",), found, wanted, 0.5)
+        rows = {0: 0.5, 1: 0.5}
+        wanted = Wanted(own=("cat",), names=NEW, rows=rows, same={}, given=frozenset(rows))  # people's boxes lie there
+        added, names = completed_record(record, upright, found, wanted, 0.5)
         np.testing.assert_allclose(added.boxes, record.boxes, atol=1e-4)
         assert names == NEW
 
