@@ -6,7 +6,7 @@ The same recipe, images and seeds in both precisions, one thread of a processor 
 
     loss    mean of all steps, and of the last third of them
     AP      mean of the datasets' val splits by the last weights, own names
-    time    seconds of training steps; other work on the machine hits it, so read the ratio
+    speed   images a second, the median over the parts of a run; other work on the machine hits it, so read the ratio
 
 Profile `trial` has not been run.
 
@@ -15,7 +15,7 @@ Results, once all runs are finished: `results/precision-PROFILE.json` and `.md`.
 
 import sys
 from collections.abc import Mapping, Sequence
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 import report
@@ -52,8 +52,8 @@ def conduct(study: Study) -> bool:
     if not runner.run_all(study, runs):
         return False
     found = [
-        {"seed": seed, "precision": precision, **one}
-        for (seed, precision), one in zip(keys, runner.reports(runs), strict=True)
+        {"seed": seed, "precision": precision, "images_per_second": speed_of(run), **one}
+        for (seed, precision), run, one in zip(keys, runs, runner.reports(runs), strict=True)
     ]
     result = {
         **runner.circumstances("precision", report.all_commits(found), "cpu"),
@@ -86,9 +86,14 @@ def arm_run(study: Study, profile: Profile, data: Sequence[str], seed: int, prec
     return Run(folder=folder, title=f"{precision}, seed {seed}", settings=training.settings, work=work)
 
 
+def speed_of(run: Run) -> float:
+    """Images a second, whatever held up a part of the training."""
+    return median(one["images_per_second"] for one in read_metrics(run.folder) if one["kind"] == "train")
+
+
 def page(result: Mapping[str, Any]) -> str:
     """The page of a result: both precisions by seed, and their means."""
-    figures = {"loss": ".2f", "late_loss": ".2f", "ap": ".1f", "training_seconds": ".0f"}
+    figures = {"loss": ".2f", "late_loss": ".2f", "ap": ".1f", "images_per_second": ".1f"}
     runs = result["runs"]
     rows = [
         [
@@ -108,14 +113,14 @@ def page(result: Mapping[str, Any]) -> str:
             *(f"**{means[key, precision]:{form}}**" for key, form in figures.items() for precision in (FULL, LOW)),
         ]
     )
-    titles = {"loss": "loss", "late_loss": "loss, last third", "ap": "AP", "training_seconds": "seconds"}
+    titles = {"loss": "loss", "late_loss": "loss, last third", "ap": "AP", "images_per_second": "images/s"}
     head = ["seed", *(f"{title}, {precision}" for title in titles.values() for precision in (FULL, LOW))]
-    ratio = means["training_seconds", LOW] / means["training_seconds", FULL]
+    ratio = means["images_per_second", LOW] / means["images_per_second", FULL]
     return report.joined(
         f"# Training in two precisions: {report.facts(result)}",
         report.table(head, rows),
-        f"{runs[0]['steps']:,} steps, {runs[0]['images_seen']:,} images each. In bf16 a training takes {ratio:.2f} of "
-        "the time.",
+        f"{runs[0]['steps']:,} steps, {runs[0]['images_seen']:,} images each. In bf16 a second has {ratio:.2f} "
+        "times the images.",
     )
 
 

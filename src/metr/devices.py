@@ -1,5 +1,6 @@
 """What the hardware offers: device, precision and memory, alike for all vendors."""
 
+import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from inspect import signature
@@ -36,13 +37,20 @@ def resolved_precision(wanted: str, device: torch.device) -> str:
     if wanted != "auto":
         return wanted
     if device.type == "cpu":
-        return "fp32"
+        return "bf16" if _multiplies_tiles() else "fp32"
     supported = getattr(torch.get_device_module(device), "is_bf16_supported", None)
     if supported is None:
         return "fp32"
     # emulated bf16 is slower than fp32: only support in hardware counts
     own = {"including_emulation": False} if "including_emulation" in signature(supported).parameters else {}
     return "bf16" if supported(**own) else "fp32"
+
+
+def _multiplies_tiles() -> bool:
+    """Whether this processor has AMX, whose bf16 is several times as fast as float32, and oneDNN may use it."""
+    has = getattr(torch.cpu, "_is_amx_tile_supported", None)  # since torch 2.4
+    most = os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT").upper()
+    return has is not None and bool(has()) and (most in {"", "ALL", "DEFAULT"} or "AMX" in most)
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
