@@ -88,7 +88,8 @@ def arm_run(study: Study, profile: Profile, data: Sequence[str], seed: int, prec
 
 def speed_of(run: Run) -> float:
     """Images a second, whatever held up a part of the training."""
-    return median(one["images_per_second"] for one in read_metrics(run.folder) if one["kind"] == "train")
+    speeds = [float(one["images_per_second"]) for one in read_metrics(run.folder) if one["kind"] == "train"]
+    return median(speeds)
 
 
 def page(result: Mapping[str, Any]) -> str:
