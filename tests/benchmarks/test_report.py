@@ -18,6 +18,7 @@ PAGES = {
     "index-cpu": "index",
     "multifield-comparison": "multifield",
     "multifield-trial": "multifield",
+    "precision-trial": "precision",
     "rehearsal-trial": "rehearsal",
     "step-cpu": "step",
     "transfer-detectors-trial": "transfer_detectors",
