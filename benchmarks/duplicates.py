@@ -40,6 +40,7 @@ from metr.boxes import pairwise_iou
 from metr.config import Config, Tree, leaves, merge
 from metr.data.joint import open_joint
 from metr.data.records import InMemoryAnnotations
+from metr.devices import autocast, resolved_precision
 from metr.inference.config import InferenceConfig, PostprocessConfig
 from metr.model import METR
 from metr.structures import Detections
@@ -134,10 +135,13 @@ def settle(model: METR, recipe: RunConfig, data: Sequence[str], study: Study) ->
     parts, loop, batch = training_parts(open_joint(data), recipe, study.console), recipe.train.loop, recipe.loader
     number = loop.steps * loop.accumulation
     place = {"seed": loop.seed, "start": number * batch.batch_size, "rank": 0, "world": 1}
-    loader = parts.loader(**place, device=torch.device("cpu"), batches=number)
+    device = torch.device("cpu")
+    loader = parts.loader(**place, device=device, batches=number)
     batches = islice(loader, math.ceil(recipe.train.ema.batch_norm_images / batch.batch_size))
     norms = learned_batch_norms(parts.network.train())
-    take_statistics(model.network, estimated_statistics(model.network, norms, batches, Accelerator(cpu=True)))
+    with autocast(resolved_precision(loop.precision, device), device):
+        found = estimated_statistics(model.network, norms, batches, Accelerator(cpu=True))
+    take_statistics(model.network, found)
 
 
 def judged(model: METR, data: Sequence[str]) -> Tree:
