@@ -177,15 +177,15 @@ class Detector:
         own = {} if threshold is not None else self._named.thresholds
         least = np.array([own.get(name, default) for name in self.names], dtype=np.float32)
         found = found.where(found.scores >= least[found.labels])
-        nothing = np.zeros_like(found.labels)
-        return found.where(_survivors(found.boxes, nothing, self.description["same_place"], len(found)))
+        same = np.zeros_like(found.labels)
+        return found.where(_survivors(found.boxes, same, self.description["same_place"], len(found)))
 
 
 def _description(folder: Path) -> dict[str, Any]:
     path = folder / DESCRIPTION
     try:
         values: Any = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{folder}: expected a folder of metr export, found no {DESCRIPTION}") from None
     except ValueError as error:
         raise ValueError(f"{path}: damaged ({error}); export the detector again") from None
@@ -194,8 +194,7 @@ def _description(folder: Path) -> dict[str, Any]:
     if values.get("format_version") != VERSION:
         what = f"format version {values.get('format_version')!r}, this file reads {VERSION}"
         raise ValueError(f"{path}: {what}; take the deploy.py beside the model")
-    description: dict[str, Any] = values
-    return description
+    return dict(values)
 
 
 def _names(description: Mapping[str, Any], folder: Path, given: str | Path | None) -> _Names:
@@ -206,7 +205,9 @@ def _names(description: Mapping[str, Any], folder: Path, given: str | Path | Non
             raise ValueError(f"{folder}: its names are fixed; export it with --names open to choose them later")
         kept = [description["calibration"].get(name, (1, 0)) for name in description["names"]]
         return _Names(tuple(description["names"]), description["thresholds"], np.array(kept, dtype=np.float32), {})
-    path = Path(given) if given is not None else folder / "names.npz"
+    path = folder / "names.npz" if given is None else Path(str(given))
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; names are in an .npz of metr export --format names")
     with np.load(path, allow_pickle=False) as stored:
         names = tuple(str(name) for name in stored["names"])
         text, presence, thresholds, calibration, source = (
@@ -228,11 +229,15 @@ def _names(description: Mapping[str, Any], folder: Path, given: str | Path | Non
 def _runtime(model: Path, threads: int | None, bf16: bool) -> Run:
     if not model.is_file():
         raise ValueError(f"{model}: no such model; export the detector again")
-    if model.suffix == ".onnx":
-        return _onnx_runtime(model, threads)
-    if model.suffix == ".xml":
-        return _openvino(model, threads, bf16)
-    raise ValueError(f"{model}: runs in PyTorch; pass run=, or export with --format onnx or openvino")
+    if model.suffix not in {".onnx", ".xml"}:
+        raise ValueError(f"{model}: runs in PyTorch; pass run=, or export with --format onnx or openvino")
+    try:
+        return _onnx_runtime(model, threads) if model.suffix == ".onnx" else _openvino(model, threads, bf16)
+    except ImportError:
+        raise
+    except Exception as error:  # each runtime has its own
+        why = " ".join(str(error).split()[-20:])
+        raise ValueError(f"{model}: cannot be loaded ({why}); export the detector again") from error
 
 
 def _onnx_runtime(model: Path, threads: int | None) -> Run:
@@ -240,15 +245,11 @@ def _onnx_runtime(model: Path, threads: int | None) -> Run:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    if threads is not None:
-        options.intra_op_num_threads = options.inter_op_num_threads = threads
+    options.intra_op_num_threads = options.inter_op_num_threads = threads or 0  # 0: as many as it likes
     providers = [one for one in onnxruntime.get_available_providers() if one.startswith(("CUDA", "CPU"))]
     session = onnxruntime.InferenceSession(str(model), options, providers=providers)
 
-    def run(given: Mapping[str, Array]) -> Sequence[Array]:
-        return list(session.run(None, dict(given)))
-
-    return run
+    return lambda given: list(session.run(None, dict(given)))
 
 
 def _openvino(model: Path, threads: int | None, bf16: bool) -> Run:
@@ -258,8 +259,7 @@ def _openvino(model: Path, threads: int | None, bf16: bool) -> Run:
     has = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     # said aloud, as some processors would else round to bfloat16
     options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "bf16" if bf16 and has else "f32"}
-    limit = {} if threads is None else {"INFERENCE_NUM_THREADS": threads}
-    compiled = core.compile_model(str(model), "CPU", {**options, **limit})
+    compiled = core.compile_model(str(model), "CPU", {**options, "INFERENCE_NUM_THREADS": threads or 0})
 
     def run(given: Mapping[str, Array]) -> Sequence[Array]:
         answers = compiled(dict(given))
@@ -280,6 +280,8 @@ def _rgb(image: Any) -> Array:
         with Image.open(image) as opened:
             opened.load()
             return _rgb(opened)
+    if not isinstance(image, Image.Image):
+        raise TypeError(f"expected a path, an RGB array or a PIL image, found {type(image).__name__}")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
@@ -336,9 +338,7 @@ def _neighbours(given: int, wanted: int) -> Array:
 
 
 def _area(boxes: Array) -> Array:
-    sides = (boxes[..., 2:] - boxes[..., :2]).clip(0)
-    area: Array = sides[..., 0] * sides[..., 1]
-    return area
+    return np.asarray(np.prod((boxes[..., 2:] - boxes[..., :2]).clip(0), axis=-1))
 
 
 def _survivors(boxes: Array, rivals: Array, iou: float | None, limit: int) -> Array:
@@ -367,9 +367,9 @@ def main(arguments: Sequence[str]) -> int:
     """
     here = bool(arguments) and Path(arguments[0]).is_dir()
     folder, images = (Path(arguments[0]), arguments[1:]) if here else (Path(__file__).parent, arguments)
-    if not images:
-        sys.stderr.write("python deploy.py [FOLDER] IMAGE...\n")
-        return 2
+    if not images or images[0] in {"-h", "--help"}:
+        sys.stderr.write("python deploy.py [FOLDER] IMAGE...: FOLDER is of metr export\n")
+        return 0 if images else 2
     try:
         detector = Detector(folder)
     except (ImportError, OSError, ValueError) as error:

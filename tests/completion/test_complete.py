@@ -23,7 +23,7 @@ from metr.completion.thresholds import CompletionConfig, Found, Judged, best_of_
 from metr.data.datasets_file import DatasetConfig, DatasetSource, open_dataset, parse_data_arguments
 from metr.data.export import MemorySource
 from metr.data.export_tools import WRITERS
-from metr.data.records import ImageRecord, InMemoryAnnotations
+from metr.data.records import DataIssue, ImageRecord, InMemoryAnnotations
 from metr.errors import ConfigError, DataError
 from metr.inference.predictor import Prediction, Predictor
 from metr.model import METR
@@ -51,6 +51,10 @@ class Oracle(Predictor):
             if len(self.seen) >= self.stop_after:
                 raise KeyboardInterrupt
             self.seen.append(Path(path).name)
+            if not Path(path).read_bytes():
+                issue = DataIssue(kind="unreadable image", where=str(path), detail="an empty file")
+                yield Prediction(source=str(path), issue=issue)
+                continue
             rows = [
                 (OBJECTS[name], score, self.names.index(name))
                 for name, score in self.scores.items()
@@ -318,6 +322,19 @@ def test_labels_for_new_images(
     assert found.format == kind
     assert sorted(names_of(found, "train")[0]) == ["cat", "cow", "dog"]
     assert len(found.split("train")) == 3
+
+
+def test_new_images_that_cannot_be_read_are_no_dataset(
+    model: METR, oracle: Oracle, data: Callable[..., tuple[str, ...]], tmp_path: Path
+) -> None:
+    arguments, new = data(), tmp_path / "new"
+    new.mkdir()
+    (new / "a.jpg").touch()
+    (new / "b.jpg").touch()
+    request = CompletionRequest(data=arguments, out=tmp_path / "out", new=PreLabels(folder=new))
+    with pytest.raises(DataError, match="none of its 2 images could be read"):
+        run_completion(model, request)
+    assert not (tmp_path / "out" / "new").exists()
 
 
 def test_what_people_named_gets_no_second_name(

@@ -139,7 +139,7 @@ def test_messages_point_to_file_and_row(tmp_path: Path, layout: str) -> None:
     name = "data/train-00001-of-00002.parquet" if layout == "repository" else "train/data-00001-of-00002.arrow"
     save(root / name, [row(truth["train"][2]), bad], schema(pa.int64()))
     (issue,) = opened(root).issues
-    assert issue.where.startswith(f"{name}/metadata.jsonl:2")
+    assert issue.where.startswith(f"{name}: row 2")
 
 
 def test_one_table_is_a_dataset(tmp_path: Path) -> None:
@@ -217,6 +217,7 @@ def test_images_that_are_missing_empty_or_outside_become_issues(tmp_path: Path) 
     )
     source = opened(tmp_path / "data")
     assert sum(source.issue_counts.values()) == len(images) - 1
+    assert {issue.where for issue in source.issues} >= {"train.parquet: row 2", "train.parquet: row 6"}
     found = [check_image(record) for split in source.splits.values() for record in split]
     assert sorted(issue.kind if issue else "" for issue in found) == ["", "unreadable image"]
 
@@ -248,6 +249,21 @@ def test_tables_without_images_or_boxes_are_no_dataset(tmp_path: Path) -> None:
     save(tmp_path / "data" / "a.parquet", [{"text": "a"}], pa.schema([("text", pa.string())]))
     with pytest.raises(DataError, match="no annotations of a known format"):
         opened(tmp_path / "data")
+
+
+def test_a_lone_table_that_is_cut_off(tmp_path: Path) -> None:
+    converted(tmp_path / "data", made_up())
+    for path in (tmp_path / "data").rglob("*.parquet"):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    for place in (tmp_path / "data", path):
+        with pytest.raises(DataError, match="a table that is damaged or cut off"):
+            opened(place)
+
+
+def test_a_row_without_objects_is_told_once(tmp_path: Path) -> None:
+    good = row(made_up()["train"][0], words=True)
+    save(tmp_path / "data" / "train.parquet", [good, good | {"objects": None}], schema(pa.string()))
+    assert opened(tmp_path / "data").issue_counts == {"unannotated image": 1}
 
 
 def test_a_card_that_contains_itself(tmp_path: Path) -> None:

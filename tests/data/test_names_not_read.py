@@ -53,7 +53,8 @@ def test_boxes_of_ignored_names_are_regions(tmp_path: Path) -> None:
     assert source.categories == ("cat", "cow")
     assert (record.labels.tolist(), record.ignore.tolist()) == ([0, 1, 0, 1], [False, False, True, True])
     np.testing.assert_array_equal(record.boxes[2:], [[20, 2, 30, 9]] * 2)
-    assert source.split("train").counts().ignored.tolist() == [2, 2]
+    counts = source.split("train").counts()
+    assert (counts.ignored.tolist(), counts.ignored_boxes) == ([2, 2], 2)
 
 
 def test_names_are_meant_after_renames(tmp_path: Path) -> None:

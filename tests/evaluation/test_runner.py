@@ -1,5 +1,5 @@
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
 
@@ -8,6 +8,7 @@ import torch
 from played import Answer, Images, ScriptedNetwork, annotations, detections, record
 from rich.console import Console
 
+from metr.data.records import InMemoryAnnotations
 from metr.errors import ConfigError, DataError, ModelError
 from metr.evaluation.coco import CocoResult, evaluate_detections
 from metr.evaluation.evaluator import EvaluationSet, Evaluator
@@ -95,6 +96,18 @@ def test_cross_dataset_confusion_counts_the_best_detections() -> None:
     together = run(EvaluationConfig(domains={"pets": "photographs", "cards": "photographs"}))
     assert together.confusion is None
     assert [one.domain for one in together.datasets] == ["photographs", "photographs"]
+
+
+def test_names_that_a_datasets_file_leaves_out_are_no_other_datasets() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class PartlyReadPets(InMemoryAnnotations):
+        unknown_names: tuple[str, ...] = ("king",)
+
+    pets, cards = make_sets()
+    part = replace(pets, annotations=PartlyReadPets(**vars(PETS)))
+    report = Evaluator(torch.eye(4), VOCABULARY).evaluate(make_network(), [part, cards])
+    assert report.confusion is not None
+    assert report.confusion.shares == pytest.approx({"pets": 0.0, "cards": 0.0})
 
 
 def test_foreign_names_count_among_the_detections_of_a_image() -> None:

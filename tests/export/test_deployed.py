@@ -131,6 +131,26 @@ def test_it_says_what_is_wrong_with_a_folder(exported, model: METR, tmp_path: Pa
             deploy.Detector(detector.folder)
 
 
+@pytest.mark.parametrize(("suffix", "runtime"), [("onnx", "onnxruntime"), ("xml", "openvino")])
+def test_a_damaged_model_ends_in_one_message(exported, model: METR, tmp_path: Path, suffix: str, runtime: str) -> None:
+    pytest.importorskip(runtime)
+    detector = exported(model)
+    path = detector.folder / f"model.{suffix}"
+    values = json.loads((detector.folder / "export.json").read_text())
+    (detector.folder / "export.json").write_text(json.dumps({**values, "model": path.name}))
+    path.write_bytes(b"not a model")
+    with pytest.raises(ValueError, match=rf"model\.{suffix}: cannot be loaded") as error:
+        deploy.Detector(detector.folder)
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_no_image_and_what_are_no_names(exported, model: METR, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="found NoneType"):
+        exported(model).detect(None)
+    with pytest.raises(ValueError, match=r"names\.npz: no such file; names are in an \.npz"):
+        exported(model, open_names=12, stored=tmp_path / "names.npz")
+
+
 def test_its_command_says_what_is_in_each_image_and_goes_on_after_a_broken_one(
     exported, model: METR, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

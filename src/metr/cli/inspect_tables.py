@@ -80,7 +80,10 @@ def _print_issues(console: Console, inspection: Inspection, verbose: bool) -> No
     for one in inspection.facts:
         if one.ignored:
             ignored = counted(one.ignored, "box besides is", "boxes besides are")
-            _line(console, f"{one.name}: {ignored} to be ignored (crowds, groups)")
+            _line(console, f"{one.name}: {ignored} to be ignored (crowds, groups, names in `ignore`)")
+        if one.unread:
+            left_out = f"{', '.join(one.unread[:_ISSUES])}{', ...' if len(one.unread) > _ISSUES else ''}"
+            _line(console, f"{one.name}: {counted(len(one.unread), 'name')} left out by its datasets file: {left_out}")
         issues = inspection.issues[one.name]
         if one.looked_at < issues.images:
             _line(console, f"{one.name}: sizes from {one.looked_at:,} of {counted(issues.images, 'image')}")

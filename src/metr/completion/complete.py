@@ -288,13 +288,20 @@ def _prelabelled(
     request: CompletionRequest,
     config: CompletionConfig,
 ) -> tuple[list[dict[str, Any]], CompletedDataset]:
-    """Writes labels of new images."""
+    """Writes labels of new images.
+
+    Raises:
+        DataError: none of them could be read.
+    """
     out, names = request.out / _folder_name(new.name), list(sure)
     given = {row for row, name in enumerate(names) if name in (request.given or {})}
     seen = {one.key: journal[one.key] for one in images}
     found = {key: None if one is None else best_of_places(one, config.iou, given) for key, one in seen.items()}
-    rows = write_prelabels(new, images, found, names, sure, out, model_version)
     unread = sum(one is None for one in found.values())
+    if unread == len(found):
+        what = f"none of its {counted(unread, 'image')} could be read: nothing was written"
+        raise DataError(what, where=new.folder, hint="the first ones are named above; open one in an image viewer")
+    rows = write_prelabels(new, images, found, names, sure, out, model_version)
     added = dict(Counter(row["name"] for row in rows))
     count = len(images) - unread
     return rows, CompletedDataset(

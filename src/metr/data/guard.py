@@ -71,7 +71,7 @@ def _faults(source: DatasetSource, parts: Iterable[str], dropped: Dropped | None
     if boxes.mostly_lost:
         found.append(("most boxes lost", boxes.told("boxes")))
     elif counts and not boxes.kept:
-        ignored = sum(int(count.ignored.sum()) for count in counts)
+        ignored = sum(count.ignored_boxes for count in counts)
         besides = f" but {ignored:,} to be ignored" if ignored else ""
         found.append(("split without a box", f"no box in {counted(images.kept, 'image')}{besides}"))
     return found

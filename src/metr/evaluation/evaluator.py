@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from metr.data.records import Annotations, ImageRecord, seeded_order
+from metr.data.records import Annotations, ImageRecord, PartlyRead, seeded_order
 from metr.errors import DataError, ModelError
 from metr.evaluation.answers import Answers, Observation, Question, records_of, seen_annotations
 from metr.evaluation.calibration import fit_calibration
@@ -234,12 +234,18 @@ class Evaluator:
         self, named: Mapping[str, Mapping[str, int]], sets: Sequence[EvaluationSet]
     ) -> CrossDatasetConfusion | None:
         """The confusion; None with a single domain, or without the joint vocabulary."""
-        evaluated = {item.annotations.name: tuple(map(str.strip, item.annotations.categories)) for item in sets}
+        evaluated = {item.annotations.name: _names_of_files(item.annotations) for item in sets}
         categories = {**self.vocabulary.datasets, **evaluated}
         domains = {dataset: self.config.domains.get(dataset, dataset) for dataset in categories}
         if not named or len(set(domains.values())) < 2:
             return None
         return cross_dataset_confusion(named, categories, domains)
+
+
+def _names_of_files(annotations: Annotations) -> tuple[str, ...]:
+    """The names of a dataset, those included that are not read: whoever finds these names no other dataset's."""
+    unread = annotations.unknown_names if isinstance(annotations, PartlyRead) else ()
+    return tuple(map(str.strip, (*annotations.categories, *unread)))
 
 
 def _observation(

@@ -55,7 +55,7 @@ class DatasetFacts:
     """One dataset, all splits together.
 
     `images` counts each split; `looked_at` of them were measured. A row (image, category) of `shown` says that a
-    measured image shows a category.
+    measured image shows a category. `unread` are names of the files that a datasets file leaves out.
     """
 
     name: str
@@ -67,6 +67,7 @@ class DatasetFacts:
     sizes: BoxSizes | None
     looked_at: int
     shown: Int[np.ndarray, "n 2"]
+    unread: tuple[str, ...] = ()
 
     @property
     def boxes(self) -> int:
@@ -105,11 +106,12 @@ def facts_of(source: DatasetSource, most: int) -> DatasetFacts:
         format=source.format,
         images={split: count.images for split, count in counts.items()},
         empty=sum(count.empty for count in counts.values()),
-        ignored=sum(int(count.ignored.sum()) for count in counts.values()),
+        ignored=sum(count.ignored_boxes for count in counts.values()),
         names=names,
         sizes=_sizes(measured),
         looked_at=measured.looked_at,
         shown=np.unique(np.stack([measured.images, measured.labels], axis=1), axis=0),
+        unread=tuple(dict.fromkeys(name for split in source.splits.values() for name in split.unknown_names)),
     )
 
 

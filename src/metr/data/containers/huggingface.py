@@ -81,6 +81,18 @@ class HuggingFaceReader(ShardedReader, ImageFolderReader):
             missing += [("dataset_dict.json", f"names the split {name!r}, which has no folder here") for name in lost]
         return cls(path, splits or shards_by_split(files, path), missing)
 
+    @classmethod
+    def why_not(cls, path: Path) -> str | None:
+        """None: what is missing in a table is told when it is recognised.
+
+        Raises:
+            DamagedShardError: the first tables are damaged or cut off.
+        """
+        for table in [path] if path.is_file() and is_table_name(path.name) else files_below(path, _TABLES)[:_SNIFFED]:
+            with _reading(table):
+                _schema(table)
+        return None
+
     def prepared(self) -> "HuggingFaceReader":
         """A reader of the unpacked dataset.
 
@@ -99,6 +111,11 @@ class HuggingFaceReader(ShardedReader, ImageFolderReader):
         """The images of a split in the order of the rows."""
         self.note_missing(reading)
         yield from super().read(split, reading)
+
+    def _place(self, line: str) -> str:
+        """A row of the table, which has become a line of the metadata."""
+        table, _, row = line.rpartition("/metadata.jsonl:")
+        return f"{table}: row {row}" if table else line
 
     def _unpack(self, tables: Sequence[Path], folder: Path) -> None:
         size = sum(table.stat().st_size for table in tables)

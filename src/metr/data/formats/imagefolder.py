@@ -120,10 +120,11 @@ class ImageFolderReader(Reader):
         names = self._names(home, reading)
         written = Written.asked(self.options.boxes) or self._kind_of_boxes(reading)
         prefix = "" if home == folder else f"{folder.name}/"
-        for place, row in _rows(self.within(metadata), reading):
-            name = _file_name(row)
+        left_out: set[str] = set()
+        for line, row in _rows(self.within(metadata), reading):
+            name, place = _file_name(row), self._place(line)
             if name is None:
-                reading.issues.add("unreadable annotation", place, "no file_name")
+                reading.issues.add("unreadable annotation", place, "names no image")
             elif name.startswith(prefix):
                 path = locate(name, [self.within(home)], place, reading)
                 if path is not None and folder in self._by_row and _split(row) != split:
@@ -132,6 +133,13 @@ class ImageFolderReader(Reader):
                 raw = None if path is None else raw_image(row, path, place, names, reading)
                 if raw is not None:
                     yield as_written(raw, written)
+                elif path is not None:
+                    left_out.add(path)
+        seen |= left_out  # they have been told of
+
+    def _place(self, line: str) -> str:
+        """A line of the metadata as the user has it."""
+        return line
 
     def _kind_of_boxes(self, reading: Reading) -> Written:
         """How the boxes of all files are written, for one writer wrote them: a small file alone may not show it."""
@@ -140,8 +148,8 @@ class ImageFolderReader(Reader):
             homes = dict.fromkeys(
                 folder if _metadata(folder) is not None or folder == self.root else folder.parent for folder in folders
             )
-            files = [(found, self.within(home)) for home in homes if (found := _metadata(home)) is not None]
-            self._boxes = _kind_of_boxes(files, reading)
+            files = ((_metadata(home), self.within(home)) for home in homes)
+            self._boxes = _kind_of_boxes([(found, home) for found, home in files if found is not None], reading)
         return self._boxes
 
     def _names(self, folder: Path, reading: Reading) -> Mapping[str, str]:
@@ -206,8 +214,8 @@ def raw_image(row: Row, path: str, place: str, names: Mapping[str, str], reading
 def as_written(raw: RawImage, written: Written) -> RawImage:
     """An image whose boxes are as its file writes them, with corners."""
     to_corners(raw.boxes, written.kind)
-    areas = None if written.as_fractions else raw.areas
-    return replace(raw, relative=written.as_fractions, areas=areas, corners=written.corners)
+    fractions = written.as_fractions
+    return replace(raw, relative=fractions, areas=None if fractions else raw.areas, corners=written.corners)
 
 
 def as_objects(value: Any) -> list[tuple[Any, Any, Any, Any]] | None:
@@ -215,8 +223,7 @@ def as_objects(value: Any) -> list[tuple[Any, Any, Any, Any]] | None:
 
     They come from lists side by side or from a list of objects; None if they are neither.
     """
-    if isinstance(value, str):
-        value = _literal(value)
+    value = _literal(value) if isinstance(value, str) else value
     if isinstance(value, list) and all(isinstance(item, dict) for item in value):
         keys = dict.fromkeys(key for item in value for key in item)
         value = {key: [item.get(key) for item in value] for key in keys} or {BOX_KEYS[0]: [], CATEGORY_KEYS[0]: []}
@@ -261,8 +268,7 @@ def _name(category: Any, names: Mapping[str, str], place: str, reading: Reading)
 
 def _number(value: Any) -> float:
     """A decoded value as a number; NaN if it is not one."""
-    found = numbers([value], 1)
-    return math.nan if found is None else found[0]
+    return (numbers([value], 1) or (math.nan,))[0]
 
 
 def _file_name(row: Row) -> str | None:
@@ -279,8 +285,7 @@ def _metadata(folder: Path) -> Path | None:
 def _sample(metadata: Path) -> list[Row]:
     """The first rows of a file, a cheap look."""
     try:
-        rows = _rows(metadata.name, Reading(files=Files(metadata.parent)))
-        return [row for _, row in islice(rows, _SAMPLED)]
+        return [row for _, row in islice(_rows(metadata.name, Reading(files=Files(metadata.parent))), _SAMPLED)]
     except DataError:
         return []
 
@@ -298,8 +303,7 @@ def _splits(folder: Path) -> list[str]:
     if metadata is None or not any(canonical_split(_split(row)) for row in _sample(metadata)):
         return []
     try:
-        rows = _rows(metadata.name, Reading(files=Files(folder)))
-        return sorted({_split(row) for _, row in rows})
+        return sorted({_split(row) for _, row in _rows(metadata.name, Reading(files=Files(folder)))})
     except DataError:
         return []
 
@@ -388,8 +392,7 @@ def _class_labels(card: Any) -> dict[str, str]:
             inside = inside or value.get("name") == "objects"
             label = value.get("class_label")
             names = label.get("names") if inside and isinstance(label, dict) else None
-            if isinstance(names, list):
-                names = dict(enumerate(names))
+            names = dict(enumerate(names)) if isinstance(names, list) else names
             if isinstance(names, dict):
                 return {str(number): str(name) for number, name in names.items()}
         children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()

@@ -82,12 +82,21 @@ class _Piece:
 
 @dataclass(frozen=True, kw_only=True)
 class SplitCounts:
-    """Counts of a split: images, images without an object, and objects and ignored boxes of each category."""
+    """Counts of a split: images, images without an object, and objects and ignored boxes of each category.
+
+    Of the ignored boxes, `regions` are of every category.
+    """
 
     images: int
     empty: int
     boxes: Int[np.ndarray, "c"]
     ignored: Int[np.ndarray, "c"]
+    regions: int = 0
+
+    @property
+    def ignored_boxes(self) -> int:
+        """How many boxes of the files are ignored, those of every category counted once."""
+        return int((self.ignored - self.regions).sum()) + self.regions
 
 
 class AnnotationIndex:
@@ -241,17 +250,17 @@ class AnnotationIndex:
     def counts(self) -> SplitCounts:
         """What the split holds, counted on the columns without making records."""
         boxes, ignored = (np.zeros(len(self.categories), dtype=np.int64) for _ in range(2))
-        empty = 0
+        empty = regions = 0
         for number in range(len(self._batches)):
             piece = self._piece(number)
             rows = self.labels.rows[piece.labels]
             counted, named = (piece.ignore == 0) & (rows >= 0), rows >= 0
-            regions = int(self.labels.is_region[piece.labels].sum())
+            regions += int(self.labels.is_region[piece.labels].sum())
             boxes += np.bincount(rows[counted], minlength=len(boxes))
-            ignored += np.bincount(rows[~counted & named], minlength=len(boxes)) + regions
+            ignored += np.bincount(rows[~counted & named], minlength=len(boxes))
             before = np.concatenate([[0], np.cumsum(counted)])
             empty += int((before[piece.starts[1:]] == before[piece.starts[:-1]]).sum())
-        return SplitCounts(images=len(self), empty=empty, boxes=boxes, ignored=ignored)
+        return SplitCounts(images=len(self), empty=empty, boxes=boxes, ignored=ignored + regions, regions=regions)
 
     def objects(self) -> Iterator[tuple[Int[np.ndarray, "p"], Int[np.ndarray, "p"]]]:
         """Image and category of every object, a few thousand images at a time, without making records."""
