@@ -70,7 +70,8 @@ def test_names_are_meant_after_renames(tmp_path: Path) -> None:
     [
         ({"only": ("cta",)}, "`only` names 'cta', which is no category of this dataset"),
         ({"ignore": ("cta",)}, "`ignore` names 'cta', which is no category of this dataset"),
-        ({"drop": ("cat", "dog", "cow")}, "no category is left by `drop` and `ignore`"),
+        ({"drop": ("cat", "dog", "cow")}, "no category is read: none is left by `drop`"),
+        ({"only": (), "ignore": ("cat",)}, "no category is read: `only` is empty"),
         ({"drop": ("dog",), "prompts": {"dog": "a dog"}}, "`prompts` names 'dog', which is not read here"),
     ],
 )

@@ -309,6 +309,26 @@ def test_a_server_of_this_machine_answers_to_its_names_alone(served: Served) -> 
     assert served.get("/health", host="elsewhere.example")[0] == 400
 
 
+def test_pages_of_other_sites_cannot_ask(served: Served) -> None:
+    for origin, code in (
+        (served.url, 400),
+        ("http://[::1]:8000", 400),
+        ("http://elsewhere.example", 403),
+        ("null", 403),
+        ("http://[", 403),
+    ):
+        assert served.post(b"{}", "application/json", origin=origin)[0] == code
+
+
+def test_all_is_every_trained_name(served: Served, tiny_run: TinyRun) -> None:
+    image = io.BytesIO()
+    Image.new("RGB", (40, 30)).save(image, "PNG")
+    trained = served.get("/names")[1]["trained"]
+    found = [served.form(image.getvalue(), names=names, threshold="0") for names in ("all", ", ".join(trained))]
+    assert found[0][0] == 200
+    assert found[0] == found[1]
+
+
 def test_a_port_that_is_taken_ends_in_one_message(tiny_run: TinyRun, metr: CommandLine) -> None:
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]

@@ -62,7 +62,9 @@ def label_map(manifest: Manifest, kept: Sequence[str], config: DatasetConfig, *,
         _check_known(names, every, key, config)
     categories = tuple(filter(config.reads, every))
     if not categories:
-        raise DataError("no category is left by `drop` and `ignore`", where=config.path, hint="leave one to be read")
+        keys = [key for key in ("only", "drop", "ignore") if getattr(config, key) not in {None, ()}]
+        what = "`only` is empty" if config.only == () else f"none is left by {' and '.join(f'`{key}`' for key in keys)}"
+        raise DataError(f"no category is read: {what}", where=config.path, hint="leave one to be read")
     places = {name: place for place, name in enumerate(categories)}
     rows = np.array([places.get(renamed.get(name, ""), -1) for name in manifest.names], dtype=np.int64)
     _check_known(config.prompts, categories, "prompts", config)

@@ -13,7 +13,8 @@ from torch.export import ExportedProgram
 
 from metr import deploy
 from metr.data.config import MEAN_COLOUR
-from metr.errors import ConfigError, counted
+from metr.data.images import read_header
+from metr.errors import ConfigError, DataError, counted
 from metr.export.graph import ExportedDetector, Interface, interface_of
 from metr.export.programs import exported_program, write_onnx, write_torch
 from metr.export.request import ExportConfig, check_request
@@ -49,6 +50,7 @@ def export(
         console: Where it is said what was written.
 
     Raises:
+        DataError: no image for `int8` can be read.
         ConfigError: an option is wrong, or there are more names than the model is to take.
         DependencyError: a package that the format needs is missing.
         ModelError: the network cannot be exported.
@@ -57,6 +59,8 @@ def export(
     config, out, console = config or ExportConfig(), Path(out), console or Console(quiet=True)
     check_request(config, out)
     images = expanded_paths(list(config.int8), out) if config.int8 else []
+    if images and not any(map(_is_image, images)):
+        raise DataError("no image here can be read", where="--int8", hint="images of the dataset, such as its folder")
     if config.format == "names":
         write_names(model, out, names)
         _say(console, f"{out}: {counted(len(model.default_names if names is None else names), 'name')}")
@@ -128,6 +132,14 @@ def _write(program: ExportedProgram, interface: Interface, path: Path, config: E
         from metr.export.quantization import to_openvino
 
         to_openvino(path.with_suffix(".onnx"), path)
+
+
+def _is_image(path: Path) -> bool:
+    try:
+        read_header(path)
+    except DataError:
+        return False
+    return True
 
 
 def _check_number(predictor: Predictor, config: ExportConfig) -> None:

@@ -33,6 +33,7 @@ __all__ = ["Detector", "VideoReport", "detect_video"]
 # what is wrong with a file is told by an error, not by FFmpeg as well; OpenCV reads this once, at the first video
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
 
+_CAMERAS = "another number, or close the program that uses it; a video file works as well"
 # frames a second where a video or a camera does not say
 _RATE = 25.0
 # the longer side, in pixels, below which frames are enlarged before they are drawn on
@@ -169,7 +170,7 @@ def _opened(source: str | Path) -> Iterator[_Video]:
     try:
         if not capture.isOpened():
             what = "not a video that OpenCV reads" if camera is None else "no such camera, or it may not be used"
-            raise DataError(what, where=source, hint="open it in a player" if camera is None else "camera:0")
+            raise DataError(what, where=source, hint="open it in a player" if camera is None else _CAMERAS)
         rate, count = capture.get(cv2.CAP_PROP_FPS), capture.get(cv2.CAP_PROP_FRAME_COUNT)
         rate = rate if math.isfinite(rate) and 0 < rate <= 1000 else _RATE
         yield _Video(capture=capture, rate=rate, count=int(count) if camera is None and count > 0 else None)

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Iterator
 from importlib.resources import files
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI, HTTPException, Request
 from fastapi.responses import HTMLResponse, JSONResponse
@@ -81,7 +82,8 @@ class Wanted(Config):
     image: str
     """The image file in base64; a data URL is taken too."""
     names: list[str] | dict[str, list[str]] | None = None
-    """What to look for, or for each name the phrases that describe it; by default the detector's default names."""
+    """What to look for, or for each name the phrases that describe it; `all` alone: every trained name. By default the
+    detector's default names."""
     threshold: Annotated[float, Field(ge=0, le=1)] | None = None
     """The least score; by default that of each name."""
 
@@ -91,7 +93,7 @@ _FORM = {
     "required": ["image"],
     "properties": {
         "image": {"type": "string", "format": "binary", "description": "The image file."},
-        "names": {"type": "string", "description": 'Names between commas: "a, b"; or a JSON list or object.'},
+        "names": {"type": "string", "description": 'Names between commas: "a, b"; or a JSON list or object; "all".'},
         "threshold": {"type": "number", "minimum": 0, "maximum": 1, "description": "The least score."},
     },
 }
@@ -106,6 +108,7 @@ _BODY = {
 }
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
     400: {"model": Problem, "description": "The image or another part of the request cannot be used."},
+    403: {"model": Problem, "description": "A browser asks for a page of another site."},
     413: {"model": Problem, "description": "The image is too large."},
     415: {"model": Problem, "description": "Neither JSON nor a form."},
     503: {"model": Problem, "description": "Too many requests are in progress; try again in a moment."},
@@ -171,6 +174,8 @@ def _add_routes(app: FastAPI, service: Service, config: ServeConfig) -> None:
     @app.post("/detect", openapi_extra=_BODY, responses=_PROBLEMS)
     async def detect(request: Request) -> Found:
         """Finds objects in an image; any names may be asked for. No address is fetched: the image is sent."""
+        if _is_of_another_site(request, config.host):
+            raise HTTPException(403, "asked by a page of another site")
         if gate.full:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(config.timeout):
@@ -352,3 +357,17 @@ def _own_hosts(host: str) -> list[str]:
     except ValueError:
         own = False
     return list(dict.fromkeys(["localhost", "127.0.0.1", "[::1]", f"[{host}]" if ":" in host else host])) if own else []
+
+
+def _is_of_another_site(request: Request, host: str) -> bool:
+    """Whether a browser asks for a page that comes from elsewhere, where only this machine is to ask.
+
+    Such a page could not read the answer, but could keep the server at work.
+    """
+    origin = request.headers.get("origin")
+    if origin is None or not (own := _own_hosts(host)):
+        return False
+    try:
+        return urlsplit(origin).hostname not in {one.strip("[]") for one in own}
+    except ValueError:
+        return True

@@ -102,7 +102,7 @@ class Service:
 
         Args:
             image: The bytes of an image file.
-            names: What to look for; by default the detector's default names.
+            names: What to look for, "all" alone for every trained name; by default the detector's default names.
             threshold: The least score; by default that of each name.
 
         Raises:
@@ -110,6 +110,7 @@ class Service:
             DataError: the image cannot be read.
             ConfigError: a name is empty, too long or given twice; there are too many; or the threshold is not in 0..1.
         """
+        names = tuple(self.model.names) if names is not None and list(names) == ["all"] else names
         self._check(names)
         thresholds = self.model.thresholds(threshold, names)
         if len(image) > self.config.max_bytes:
