@@ -236,9 +236,11 @@ def test_a_line_that_was_cut_short_and_an_empty_file_are_no_results(
     (out / "detections.partial-1.jsonl").write_text("of a call before\n")
     detect_files(predictor(tiny_run), [images], out, console=console)
     assert "cut off" not in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "results of an earlier call" not in console.file.getvalue()  # type: ignore[attr-defined]
     (out / "detections.partial.jsonl").write_text('{"file_name": "a.jpg"}\n{"file_na')
     detect_files(predictor(tiny_run), [images], out, console=console)
     assert "cut off after one image" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert f"{out} holds the results of an earlier call" in console.file.getvalue()  # type: ignore[attr-defined]
     assert (out / "detections.partial-1.jsonl").read_text() == "of a call before\n"
     assert (out / "detections.partial-2.jsonl").read_text() == '{"file_name": "a.jpg"}\n{"file_na'
 

@@ -55,6 +55,9 @@ class ResultFiles:
             count = "one image" if (lines := _lines(kept)) == 1 else f"{lines} images"
             what = f"an earlier call in {self.folder} was cut off after {count}"
             self._say(f"{what}; what it found, a line an image, is kept in {kept}")
+        if (self.folder / RESULTS).exists():
+            what = "what is called alike is replaced, other drawings, crops and labels stay"
+            self._say(f"{self.folder} holds the results of an earlier call: {what}")
         self._file = partial.open("w", encoding="utf-8")
         return self
 
