@@ -102,7 +102,7 @@ def _without_answer(causes: Sequence[BaseException], kinds: set[type], first: st
         return what, "make room, or name another disk: HF_HOME=FOLDER, or cache_dir="
     if OfflineModeIsEnabled in kinds or (LocalEntryNotFoundError in kinds and len(causes) == 1):
         what = "not among what was fetched before, and nothing is to be fetched"
-        return what, "leave local_files_only and HF_HUB_OFFLINE (--offline) out once"
+        return what, "leave --offline (local_files_only, HF_HUB_OFFLINE) out once"
     if "Consistency check" in first or any("peer closed connection" in str(cause) for cause in causes):
         return f"the download broke off ({first})", "give the same command again: files that have arrived are kept"
     if {LocalEntryNotFoundError, _HTTP_ERROR} & kinds:

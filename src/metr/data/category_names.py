@@ -58,11 +58,12 @@ def label_map(manifest: Manifest, kept: Sequence[str], config: DatasetConfig, *,
     _check_known(config.renames, kept, "renames", config)
     renamed = {name: plain_name(config.renames.get(name, name)) for name in kept}
     every = tuple(dict.fromkeys(renamed[name] for name in (sorted(kept) if sort else kept)))
-    for key, names in (("only", config.only or ()), ("drop", config.drop), ("ignore", config.ignore)):
+    given = {"only": config.only or (), "drop": config.drop, "ignore": config.ignore}
+    for key, names in given.items():
         _check_known(names, every, key, config)
     categories = tuple(filter(config.reads, every))
     if not categories:
-        keys = [key for key in ("only", "drop", "ignore") if getattr(config, key) not in {None, ()}]
+        keys = [key for key, names in given.items() if names]
         what = "`only` is empty" if config.only == () else f"none is left by {' and '.join(f'`{key}`' for key in keys)}"
         raise DataError(f"no category is read: {what}", where=config.path, hint="leave one to be read")
     places = {name: place for place, name in enumerate(categories)}

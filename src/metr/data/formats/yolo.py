@@ -116,7 +116,8 @@ class YoloReader(Reader):
             _tell_missing(description, entries, splits)
             names = _declared_names(values["names"], description)
             return cls(place, splits, description=description, names=names, keypoints="kpt_shape" in values)
-        found = ", ".join(f"{key}: {entry}" for key, entry in entries) or "there is none"
+        told = [("path", values["path"])] if values.get("path") else []
+        found = ", ".join(f"{key}: {entry}" for key, entry in told + entries) or "there is none"
         hint = "write `train:` and `val:` as folders below the file, or the dataset's folder as `path:`"
         raise DataError(f"none of its splits is a folder or list here ({found})", where=description, hint=hint)
 
