@@ -134,7 +134,7 @@ def test_what_was_fetched_needs_no_hub(
     hub.asked.clear()
     assert same_weights(METR.from_pretrained(NAME, cache_dir=place, local_files_only=True), first)
     assert hub.asked == []
-    with pytest.raises(CheckpointError, match=r"(?s)user/detector: not among what was fetched.*try: leave local_files"):
+    with pytest.raises(CheckpointError, match=r"(?s)user/detector: not among what was fetched.*try: leave --offline"):
         METR.from_pretrained(NAME, cache_dir=tmp_path / "other", local_files_only=True)
     point_to(f"http://127.0.0.1:{free_port()}", monkeypatch)
     assert same_weights(METR.from_pretrained(NAME, cache_dir=place), first)  # out of reach: what is here serves
