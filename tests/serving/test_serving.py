@@ -327,6 +327,10 @@ def test_all_is_every_trained_name(served: Served, tiny_run: TinyRun) -> None:
     found = [served.form(image.getvalue(), names=names, threshold="0") for names in ("all", ", ".join(trained))]
     assert found[0][0] == 200
     assert found[0] == found[1]
+    # a name of one's own, described by phrases
+    code, told = served.form(image.getvalue(), names='{"all": ["penguin"]}', threshold="0")
+    assert code == 200
+    assert {one["name"] for one in told["detections"]} == {"all"}
 
 
 def test_a_port_that_is_taken_ends_in_one_message(tiny_run: TinyRun, metr: CommandLine) -> None:

@@ -110,8 +110,9 @@ class Service:
             DataError: the image cannot be read.
             ConfigError: a name is empty, too long or given twice; there are too many; or the threshold is not in 0..1.
         """
-        names = tuple(self.model.names) if names is not None and list(names) == ["all"] else names
         self._check(names)
+        if not isinstance(names, Mapping | None) and [*names] == ["all"]:
+            names = self.model.names
         thresholds = self.model.thresholds(threshold, names)
         if len(image) > self.config.max_bytes:
             raise TooLargeError(f"expected at most {self.config.max_bytes:,} bytes, found {len(image):,}", where=_IMAGE)

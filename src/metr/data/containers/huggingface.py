@@ -83,7 +83,7 @@ class HuggingFaceReader(ShardedReader, ImageFolderReader):
 
     @classmethod
     def why_not(cls, path: Path) -> str | None:
-        """None: what is missing in a table is told when it is recognised.
+        """None: only damage is told, in place of saying that there is nothing to read.
 
         Raises:
             DamagedShardError: the first tables are damaged or cut off.
