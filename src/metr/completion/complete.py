@@ -299,7 +299,7 @@ def _prelabelled(
     found = {key: None if one is None else best_of_places(one, config.iou, given) for key, one in seen.items()}
     unread = sum(one is None for one in found.values())
     if unread == len(found):
-        what = f"none of its {counted(unread, 'image')} could be read: nothing was written"
+        what = "none of its images could be read: nothing was written"
         raise DataError(what, where=new.folder, hint="the first ones are named above; open one in an image viewer")
     rows = write_prelabels(new, images, found, names, sure, out, model_version)
     added = dict(Counter(row["name"] for row in rows))
