@@ -24,7 +24,15 @@ from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
 from metr.data.pixels import as_rgb, pixel_type
-from metr.data.records import Annotations, DataIssue, ImageBytes, ImageRecord, InMemoryAnnotations, ReadableBytes
+from metr.data.records import (
+    Annotations,
+    DataIssue,
+    ImageBytes,
+    ImageRecord,
+    InMemoryAnnotations,
+    PartlyRead,
+    ReadableBytes,
+)
 from metr.errors import DataError
 
 ImageSource = str | Path | np.ndarray | Image.Image
@@ -252,6 +260,7 @@ def exif_oriented(annotations: Annotations) -> InMemoryAnnotations:
         categories=annotations.categories,
         issues=tuple(annotations.issues),
         records=tuple(exif_oriented_record(annotations[index]) for index in range(len(annotations))),
+        unknown_names=annotations.unknown_names if isinstance(annotations, PartlyRead) else (),
     )
 
 

@@ -307,6 +307,7 @@ class InMemoryAnnotations:
     records: tuple[ImageRecord, ...]
     format: str = "memory"
     issues: tuple[DataIssue, ...] = field(default=())
+    unknown_names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.records)
