@@ -69,6 +69,20 @@ def write_text(path: Path, text: str) -> Path:
     return path
 
 
+def hidden_beside(root: Path) -> None:
+    """Puts into a folder what macOS leaves: `._NAME` beside each file, `.DS_Store` in each folder, `__MACOSX`."""
+    attributes = b"\x00\x05\x16\x07\x00\x02\x00\x00Mac OS X        " + bytes(99)
+    everything = sorted(root.rglob("*"))
+    for path in everything:
+        if path.is_file():
+            copy = root / "__MACOSX" / path.relative_to(root)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.with_name(f"._{path.name}").write_bytes(attributes)
+            path.with_name(f"._{path.name}").write_bytes(attributes)
+        else:
+            (path / ".DS_Store").write_bytes(attributes)
+
+
 def coco_content(images: Sequence[ExpectedImage], first_id: int = 3) -> dict[str, Any]:
     """The JSON of one split: ids with gaps, no `area`, no `iscrowd`."""
     ids = {name: 10 * (place + 1) for place, name in enumerate(NAMES)}

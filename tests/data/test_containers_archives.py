@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from reader_trees import save_image, write_json, write_text
+from reader_trees import hidden_beside, save_image, write_json, write_text
 
 from metr.data.containers import archives, store
 from metr.data.datasets_file import DatasetSource, open_dataset, parse_data_arguments
@@ -98,6 +98,14 @@ def test_an_archive_is_read_as_the_folder_in_it(
     opened(path)
     assert copies(cache)[0].stat().st_ino == before
     assert len([record for record in caplog.records if "unpacked once" in record.message]) == 1
+
+
+@pytest.mark.parametrize("top", ["", "my data/"])
+def test_what_macos_packs_beside_the_files_is_passed_over(tmp_path: Path, top: str) -> None:
+    hidden_beside(yolo(tmp_path / "plain" / top))
+    source = opened(packed(tmp_path / "plain", tmp_path / "cells.zip"))
+    assert source.issues == ()
+    assert {split: len(found) for split, found in source.splits.items()} == {"train": 1, "val": 1}
 
 
 @pytest.mark.parametrize("below", ["annotations", "train"])

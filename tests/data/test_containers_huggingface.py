@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
-from reader_trees import NAMES, ExpectedImage, Truth, made_up, write_json, write_text
+from reader_trees import NAMES, ExpectedImage, Truth, hidden_beside, made_up, write_json, write_text
 from table_trees import encoded, features, repository, row, save, schema, xywh
 
 from metr.data.containers.huggingface import HuggingFaceReader
@@ -114,10 +114,12 @@ def told(record: ImageRecord, source: DatasetSource) -> tuple[int, int, list[tup
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("seed", [0, 1])
-def test_every_layout_gives_back_what_was_written(tmp_path: Path, layout: str, seed: int) -> None:
+@pytest.mark.parametrize(("seed", "hidden"), [(0, False), (1, False), (0, True)])
+def test_every_layout_gives_back_what_was_written(tmp_path: Path, layout: str, seed: int, hidden: bool) -> None:
     truth = made_up(seed)
     LAYOUTS[layout](tmp_path / "my data", truth)
+    if hidden:
+        hidden_beside(tmp_path / "my data")
     source = opened(tmp_path / "my data")
     assert source.format == "huggingface"
     assert source.issues == ()

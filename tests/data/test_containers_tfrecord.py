@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from reader_trees import NAMES, ExpectedImage, Truth, made_up, write_text
+from reader_trees import NAMES, ExpectedImage, Truth, hidden_beside, made_up, write_text
 
 from metr.data.containers.tf_example import crc32c, parse_example
 from metr.data.datasets_file import DatasetConfig, DatasetSource, open_dataset
@@ -193,10 +193,12 @@ def told(record: ImageRecord, source: DatasetSource) -> tuple[int, int, list[tup
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("seed", [0, 1])
-def test_every_layout_gives_back_what_was_written(tmp_path: Path, layout: str, seed: int) -> None:
+@pytest.mark.parametrize(("seed", "hidden"), [(0, False), (1, False), (0, True)])
+def test_every_layout_gives_back_what_was_written(tmp_path: Path, layout: str, seed: int, hidden: bool) -> None:
     truth = made_up(seed)
     LAYOUTS[layout](tmp_path / "my data", truth)
+    if hidden:
+        hidden_beside(tmp_path / "my data")
     source = opened(tmp_path / "my data")
     assert source.format == "tfrecord"
     assert source.issues == ()

@@ -13,8 +13,9 @@ from reader_trees import coco_plain, made_up, yolo_plain
 from test_index import builds, opened
 
 from metr.data.formats.base import LONGEST_NAME, Names, plain_name
-from metr.data.images import open_regular, probe_size
+from metr.data.images import probe_size
 from metr.data.index.manifest import packed_name, unpacked_name
+from metr.data.regular_files import open_regular
 from metr.errors import DataError
 
 __all__ = ["builds"]

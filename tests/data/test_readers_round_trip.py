@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from line_trees import LINE_LAYOUTS
-from reader_trees import LAYOUTS, NAMES, ExpectedImage, Truth, made_up
+from reader_trees import LAYOUTS, NAMES, ExpectedImage, Truth, hidden_beside, made_up
 from tool_trees import TOOL_LAYOUTS
 
 from metr.data.datasets_file import DatasetConfig, DatasetSource, open_dataset
@@ -69,6 +69,19 @@ def test_round_trip(tmp_path: Path, layout: str, seed: int) -> None:
     assert as_truth(source) == in_order(truth)
     declared = expected_format in {"coco", "yolo", "cvat", "datumaro"}
     assert source.categories == (NAMES if declared else tuple(sorted(NAMES)))
+
+
+@pytest.mark.parametrize("layout", ALL)
+def test_what_macos_leaves_beside_files_is_passed_over(tmp_path: Path, layout: str) -> None:
+    """A file of attributes with the name and suffix of each file, one of settings a folder, and copies of them."""
+    expected_format, write = ALL[layout]
+    truth, root = made_up(), tmp_path / "data set"
+    write(root, truth)
+    hidden_beside(root)
+    source = opened(root, tmp_path)
+    assert source.format == expected_format
+    assert source.issues == ()
+    assert as_truth(source) == in_order(truth)
 
 
 @pytest.mark.parametrize("layout", ALL)

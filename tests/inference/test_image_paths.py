@@ -1,6 +1,7 @@
 """Which images a command names: folders, patterns, lists and addresses."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -34,6 +35,18 @@ def test_a_pattern_names_images_alone_and_each_once(images: Path) -> None:
     assert [path.name for path in expanded_paths([f"{images}/**/*.[pP][nN][gG]"], out)] == ["a.png", "b 1.PNG"]
     with pytest.raises(DataError, match="no image fits this pattern"):
         expanded_paths([f"{images}/*.txt"], Path("out"))
+
+
+def test_what_is_hidden_in_a_folder_is_passed_over(images: Path) -> None:
+    for name in (".b.png", "._a.png", ".thumbnails/a.png", "more/.cache/deep/a.png", "__MACOSX/._a.png"):
+        (images / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(images / "a.png", images / name)
+    shown = ["a.png", "b 1.PNG", "c%20d.png"]
+    assert [path.name for path in expanded_paths([images], Path("out"))] == shown
+    assert [Path(address).name for address in expanded_images([f"file://{images}"], Path("out"))] == shown
+    assert expanded_paths([images / ".thumbnails"], Path("out")) == [images / ".thumbnails/a.png"]
+    assert expanded_images([f"file://{images}/.thumbnails"], Path("out")) == [f"file://{images}/.thumbnails/a.png"]
+    assert expanded_paths([images / ".b.png"], Path("out")) == [images / ".b.png"]
 
 
 def test_a_file_whose_name_looks_like_a_pattern_is_a_file(images: Path) -> None:

@@ -1,9 +1,7 @@
 """Images: one decoder for files, PIL images and arrays; sizes without decoding; records fitted to their images."""
 
 import contextlib
-import errno
 import io
-import stat
 import struct
 import zlib
 from collections.abc import Iterator
@@ -33,6 +31,7 @@ from metr.data.records import (
     PartlyRead,
     ReadableBytes,
 )
+from metr.data.regular_files import open_regular
 from metr.errors import DataError
 
 ImageSource = str | Path | np.ndarray | Image.Image
@@ -48,8 +47,6 @@ SUFFIXES = COMMON_SUFFIXES | frozenset(
 
 # A file of a few kilobytes may unfold to gigabytes: 2^27 pixels take 400 MB as RGB.
 MAX_PIXELS = 1 << 27
-# The size in bytes from which it is looked whether a file is sparse.
-_SPARSE = 1 << 30
 
 # Pillow's readers by how a file starts. `Image.open` would refuse large images before it tells their size.
 _READERS: tuple[tuple[bytes, type[ImageFile]], ...] = (
@@ -92,28 +89,6 @@ class Header:
         """(height, width) as viewers show the image: they obey the EXIF orientation."""
         height, width = self.stored_size
         return (width, height) if self.orientation in _SIDEWAYS else (height, width)
-
-
-def open_regular(path: Path) -> io.BufferedReader:
-    """Opens a file of a dataset to read its bytes.
-
-    Raises:
-        OSError: it cannot be opened, or is a pipe, a socket or a device, whose reading might never end; or it is a
-            sparse file of gigabytes that holds next to nothing.
-    """
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):  # opening a directory tells its own error
-        raise OSError(errno.EINVAL, "a pipe, a socket or a device, not a file", str(path))
-    stored = 512 * getattr(status, "st_blocks", status.st_size)
-    if status.st_size > _SPARSE and stored * 1000 < status.st_size:  # file systems that compress save less
-        raise OSError(errno.EINVAL, f"{status.st_size:,} bytes of which nearly none are on the disk", str(path))
-    return path.open("rb")
-
-
-def read_regular(path: Path) -> bytes:
-    """The bytes of a file of a dataset; errors are those of `open_regular`."""
-    with open_regular(path) as file:
-        return file.read()
 
 
 def image_bytes(path: Path, source: ImageBytes | None) -> ReadableBytes:

@@ -11,6 +11,7 @@ from jaxtyping import UInt8
 
 from metr.data.images import SUFFIXES, read_image
 from metr.data.records import InMemoryBytes
+from metr.data.regular_files import is_hidden
 from metr.data.shards.stores import filesystem, is_url, read_whole, tried
 from metr.errors import ConfigError, DataError, StoreError
 
@@ -31,7 +32,8 @@ def expanded_paths(images: Sequence[str | Path], out: Path, *, recursive: bool =
     Images in `out` are left out, because earlier calls may have drawn them.
 
     Args:
-        images: Files; folders, whose images are taken, those of their subfolders too; patterns such as `**/*.jpg`.
+        images: Files; folders, whose images are taken, those of their subfolders too, but nothing hidden; patterns such
+            as `**/*.jpg`.
         out: The folder that the command writes.
         recursive: Whether subfolders of a folder count.
 
@@ -192,18 +194,20 @@ def _images_in(folder: Path, out: Path, recursive: bool) -> list[Path]:
 def _images_within(folder: Path) -> list[Path]:
     """The images in a folder and its subfolders, sorted. Links are followed; no folder is visited twice.
 
+    Hidden files and folders are left out.
     Broken links are included, so that they are reported.
     """
     found, known = [], {real_path(folder)}
     for place, folders, names in os.walk(folder, followlinks=True):
         fresh = []
-        for name in sorted(folders):
+        for name in sorted(name for name in folders if not is_hidden(name)):
             real = real_path(Path(place, name))
             if real not in known:
                 known.add(real)
                 fresh.append(name)
         folders[:] = fresh
-        images = [Path(place, name) for name in names if Path(name).suffix.lower() in SUFFIXES]
+        shown = (name for name in names if not is_hidden(name))
+        images = [Path(place, name) for name in shown if Path(name).suffix.lower() in SUFFIXES]
         found += [path for path in images if path.is_file() or not path.exists()]
     return sorted(found)
 
@@ -237,7 +241,9 @@ def _images_at(address: str) -> list[str]:
         if not isinstance(error.__cause__, FileNotFoundError):
             raise
         raise DataError("no such image or folder", where=address, hint="check the address") from None
-    found = sorted(one for one in inside if PurePosixPath(one).suffix.lower() in SUFFIXES)
+    below = ((one, one.removeprefix(path).split("/")) for one in inside)
+    shown = (one for one, parts in below if not any(map(is_hidden, parts)))
+    found = sorted(one for one in shown if PurePosixPath(one).suffix.lower() in SUFFIXES)
     if not found:
         raise DataError("no image in this folder", where=address, hint=_endings())
     return [files.unstrip_protocol(one) for one in found]

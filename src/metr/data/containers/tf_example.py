@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import UInt32
 
 from metr.data.formats.files import start_of
-from metr.data.images import open_regular
+from metr.data.regular_files import open_regular
 from metr.errors import DataError
 
 # No record of images is longer, in bytes; a length beyond it is damage.

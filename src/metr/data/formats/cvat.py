@@ -17,7 +17,7 @@ from metr.data.formats.locating import grouped, locate, split_of_file
 from metr.data.formats.many_images import ManyImagesReader
 from metr.data.formats.shapes import around, around_ellipse, around_rectangle, pairs
 from metr.data.formats.written import WrittenBox, WrittenImage, xml_text
-from metr.data.images import read_regular
+from metr.data.regular_files import read_regular
 from metr.errors import DataError
 
 # The labels of a project stand before its first image.

@@ -16,7 +16,8 @@ from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
-from metr.data.images import COMMON_SUFFIXES, SUFFIXES, open_regular, read_regular
+from metr.data.images import COMMON_SUFFIXES, SUFFIXES
+from metr.data.regular_files import is_hidden, open_regular, read_regular
 from metr.errors import DataError
 
 logger = logging.getLogger(__name__)
@@ -75,13 +76,13 @@ class Files:
         self.touched[path] = signature(self.root / path)
 
     def listing(self, folder: str) -> frozenset[str]:
-        """The names in a directory; none where there is no such directory."""
+        """The names in a directory but hidden ones; none where there is no such directory."""
         found = self._listings.get(folder)
         if found is None:
             self.touch(folder)
             try:
                 with os.scandir(self.root / folder) as entries:
-                    found = frozenset(entry.name for entry in entries)
+                    found = frozenset(entry.name for entry in entries if not is_hidden(entry.name))
             except (OSError, ValueError):
                 found = frozenset()
             self._listings[folder] = found
@@ -139,10 +140,10 @@ class Files:
                 return []
             images += self.images(folder)
             for entry in scan(self.root / folder) if depth < _DEPTH else ():
-                hidden = entry.name.startswith((".", "__")) or is_image(entry.name)
-                if not hidden and _can_be_asked(entry) and entry.is_dir() and not _leads_up(Path(entry.path)):
+                skipped = is_hidden(entry.name) or entry.name.startswith("__") or is_image(entry.name)
+                if not skipped and _can_be_asked(entry) and entry.is_dir() and not _leads_up(Path(entry.path)):
                     folders.append((posixpath.join(folder, entry.name), depth + 1))
-        return sorted(path for path in images if not posixpath.basename(path).startswith("."))
+        return sorted(images)
 
     def find_stem(self, stem: str, folders: Sequence[str], named: str = "") -> str | None:
         """The image of this name and any suffix in the first of `folders` that has it; None where none has it.
@@ -245,13 +246,14 @@ def scan(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def glance(folder: Path) -> list[os.DirEntry[str]]:
-    """The first entries of a directory, sorted by name; none where it cannot be listed.
+    """The first entries of a directory but hidden ones, sorted by name; none where it cannot be listed.
 
     Links whose target cannot be looked at are left out: asking what they are would be an error.
     """
     try:
         with os.scandir(folder) as entries:
-            return sorted(filter(_can_be_asked, islice(entries, _GLANCE)), key=lambda entry: entry.name)
+            shown = (entry for entry in entries if not is_hidden(entry.name))
+            return sorted(filter(_can_be_asked, islice(shown, _GLANCE)), key=lambda entry: entry.name)
     except OSError:
         return []
 
@@ -274,7 +276,7 @@ def folders_within(root: Path, depth: int) -> Iterator[Path]:
     yield root
     if depth > 0:
         for folder in folders_in(root):
-            if not folder.name.startswith((".", "__")) and not _leads_up(folder):
+            if not folder.name.startswith("__") and not _leads_up(folder):
                 yield from folders_within(folder, depth - 1)
 
 

@@ -33,8 +33,8 @@ from metr.data.formats.file_per_image import note_unannotated
 from metr.data.formats.files import Files, folders_in, folders_within, there
 from metr.data.formats.json_lines import json_lines, numbers, read_label_map
 from metr.data.formats.locating import grouped, locate, split_of_folder
-from metr.data.images import read_regular
 from metr.data.records import canonical_split
+from metr.data.regular_files import read_regular
 from metr.errors import DataError
 
 _DEPTH = 2

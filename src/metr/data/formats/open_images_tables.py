@@ -17,7 +17,7 @@ from pyarrow import csv as arrow_csv
 
 from metr.data.formats.base import BoxTable, Reading, RowsByImage
 from metr.data.formats.files import decoded, text_start_of
-from metr.data.images import open_regular, read_regular
+from metr.data.regular_files import open_regular, read_regular
 from metr.errors import DataError
 
 BOX_COLUMNS = ("ImageID", "LabelName", "XMin", "YMin", "XMax", "YMax")

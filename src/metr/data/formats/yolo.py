@@ -22,8 +22,8 @@ from metr.data.formats.files import Files, decoded, files_in, folders_in, folder
 from metr.data.formats.locating import grouped, locate
 from metr.data.formats.yolo_files import LabelFiles, folders_with_texts
 from metr.data.formats.yolo_lines import LineKinds, is_class, numbers_of, told
-from metr.data.images import open_regular
 from metr.data.records import UNNAMED, canonical_split
+from metr.data.regular_files import open_regular
 from metr.errors import DataError, counted
 
 logger = logging.getLogger(__name__)

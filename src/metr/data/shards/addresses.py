@@ -16,6 +16,7 @@ import fsspec
 from metr.data.formats.files import expanded, signature, there
 from metr.data.hub_datasets.address import is_hub_dataset
 from metr.data.records import canonical_split
+from metr.data.regular_files import is_hidden
 from metr.data.shards.refusals import bucket_of, is_denied
 from metr.data.shards.stores import WEB, NoRangesError, StoredFile, filesystem, is_url, read_range, scheme, tried
 from metr.errors import DataError, StoreError
@@ -220,10 +221,12 @@ def _listed_if_allowed(folder: str) -> list[Mapping[str, Any]] | None:
 
 
 def _described(asked: str, entries: Iterable[Mapping[str, Any]]) -> dict[str, StoredFile]:
-    """Files by their addresses, from what the store says of each."""
+    """Files but hidden ones by their addresses, from what the store says of each."""
     found = {}
     for info in entries:
         name = str(info["name"])
+        if is_hidden(posixpath.basename(name)):
+            continue
         address = name if not is_url(asked) or is_url(name) else f"{scheme(asked)}://{name.lstrip('/')}"
         found[address] = _local(address) if not is_url(asked) else _stored(address, info)
     return found

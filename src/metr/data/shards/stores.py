@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from metr.data.images import open_regular
+from metr.data.regular_files import open_regular
 from metr.data.shards.refusals import check_endpoint, is_final, what_to_try
 from metr.errors import DataError, DependencyError, MetrError, StoreError
 
