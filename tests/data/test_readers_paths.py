@@ -177,3 +177,9 @@ def test_a_new_image_of_the_same_name_is_noticed(tmp_path: Path) -> None:
     assert found(source) == {"one/a.jpg": [0], "one/b.jpg": [1]}
     save_image(tmp_path / "data" / "two" / "a.jpg")
     assert found(opened(tmp_path / "data")) == {"one/b.jpg": [1]}
+
+
+def test_a_hidden_image_is_taken_where_it_is_named(tmp_path: Path) -> None:
+    source = coco(tmp_path / "data", [".a.jpg", "in/.b.jpg"], [".a.jpg", "in/.b.jpg", ".c.jpg"])
+    assert source.issues == ()
+    assert found(source) == {".a.jpg": [0], "in/.b.jpg": [1]}

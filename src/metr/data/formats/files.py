@@ -100,7 +100,8 @@ class Files:
         for option in [name, name.replace("\\", "/")] if "\\" in name else [name]:
             places = []
             for folder, base in self._places(option, folders):
-                if base in self.listing(folder):
+                named = is_hidden(base) and there(self.root / folder / base, Path.is_file)  # only what is named itself
+                if named or base in self.listing(folder):
                     return posixpath.join(folder, base)
                 places.append((folder, base))
             for folder, base in places:

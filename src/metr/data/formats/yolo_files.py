@@ -63,7 +63,7 @@ class LabelFiles:
             for text in sorted(self.files.listing(place)):
                 stem, suffix = posixpath.splitext(text)
                 known = fold(stem) in images or fold(stem) in names or fold(stem) in _NO_LABELS
-                if suffix.lower() == ".txt" and not known and not stem.startswith("."):
+                if suffix.lower() == ".txt" and not known:
                     yield posixpath.join(place, text)
 
     def _choose(self, folder: str) -> str | None:
