@@ -134,6 +134,7 @@ def test_wrong_annotations_are_dropped_and_counted(tmp_path: Path, wrong: dict[s
     (issue,) = source.issues
     assert issue.kind == kind
     assert "instances_val.json" in issue.where
+    assert "nan" not in issue.detail
     assert source.split("val").issues == (issue,)
     np.testing.assert_allclose(source.split("val")[0].boxes, [[2, 3, 12, 23], [1, 1, 3, 3]])
 

@@ -139,7 +139,8 @@ def _usable(
     for row in np.flatnonzero(~fine & named).tolist():
         raw, (height, width) = sized[owner[row]]
         kind = _kind(boxes[row], thick=bool(thick[row]), visible=bool(visible[row]))
-        issues.add(kind, _place(raw, owner, row), f"[{_listed(boxes[row])}] in {width} x {height}")
+        found = "no four numbers" if np.isnan(boxes[row]).all() else f"[{_listed(boxes[row])}]"
+        issues.add(kind, _place(raw, owner, row), f"{found} in {width} x {height}")
     return keep
 
 

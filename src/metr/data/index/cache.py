@@ -33,7 +33,7 @@ from metr.text.cache import cache_root
 logger = logging.getLogger(__name__)
 
 # Raised whenever a reader's result for the same files changes.
-READER_VERSION = 13
+READER_VERSION = 14
 
 # Outdated indices are removed after this time, in seconds: other processes may still use them.
 _KEPT = 7 * 24 * 3600
