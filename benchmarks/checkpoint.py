@@ -6,7 +6,7 @@ A `nano` METR of bccd, aquarium, playing_cards, chess_pieces, doc_tables, and th
 licences allow it. What is measured is what is shipped: the last weights, in float16.
 
 Profile `thirty` is of these and 19 more whose licence is stated, with other words for their names (words.yaml):
-300,000 images; it can be stopped and goes on where it was. A third of it has been run.
+300,000 images; it can be stopped and goes on where it was. Two thirds of it have been run.
 
 Profile `cpu`, one thread of an AMD EPYC: 40,000 images seen in 173 minutes of training steps
 (results/checkpoint-cpu.json). Mean AP of five datasets: 60.5 with own names, 60.3 with all 110 names. Profile `gpu` has
