@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from metr.errors import ModelError
 from metr.models.backbones import build_backbone
@@ -209,24 +209,38 @@ def test_a_step_past_the_end_stays_at_the_floor() -> None:
 # the average of the weights
 
 
-def test_follows_the_recurrence_and_copies_buffers() -> None:
+@pytest.mark.parametrize("made", [None, torch.tensor(True)])
+def test_weights_and_running_statistics_follow_the_recurrence(made: Tensor | None) -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    network[0].register_buffer("mask", torch.full((3,), -math.inf))
+    followed = {key: value for key, value in network.state_dict().items() if key.split(".")[1].startswith(("w", "r"))}
+    assert {"0.weight", "1.running_mean", "1.running_var"} < followed.keys()
     ema = Ema(network, EmaConfig(decay=0.9, tau=5))
-    expected = network[0].weight.detach().clone()
+    expected = {key: value.clone() for key, value in followed.items()}
     for step in range(1, 6):
         with torch.no_grad():
             network[0].weight.add_(torch.randn(4, 3))
+            network[0].mask[step % 3] = step
         network(torch.randn(8, 3))
-        ema.update(step)
+        ema.update(step, made)
         decay = 0.9 * (1 - math.exp(-step / 5))
-        expected = decay * expected + (1 - decay) * network[0].weight.detach()
-    averaged, norm = ema.network[0], ema.network[1]
-    torch.testing.assert_close(averaged.weight, expected)
-    assert not torch.equal(averaged.weight, network[0].weight)
-    for name, buffer in network[1].named_buffers():
-        assert torch.equal(buffer, norm.get_buffer(name)), name
-    assert norm.num_batches_tracked == 5
+        expected = {key: decay * expected[key] + (1 - decay) * value for key, value in followed.items()}
+    averaged = ema.network.state_dict()
+    for key, value in expected.items():
+        torch.testing.assert_close(averaged[key], value)
+    assert not torch.equal(averaged["1.running_mean"], network[1].running_mean)
+    assert torch.equal(averaged["0.mask"], network[0].mask), "other buffers are as they are, infinite ones too"
+    assert averaged["1.num_batches_tracked"] == 5
+
+
+def test_a_step_that_was_not_made_moves_no_average() -> None:
+    network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    ema = Ema(network, EmaConfig(decay=0.9, tau=5))
+    before = copy.deepcopy(ema.network.state_dict())
+    network[1].running_mean.add_(1)
+    ema.update(1, torch.tensor(False))
+    assert torch.equal(ema.network[1].running_mean, before["1.running_mean"])
 
 
 def test_the_decay_warms_up() -> None:

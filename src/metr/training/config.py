@@ -81,7 +81,7 @@ class EmaConfig(Config):
     """Time constant of the decay's warm-up, in steps: after n steps it is decay * (1 - exp(-n / tau))."""
     batch_norm_images: Count = 0
     """Training images from which the statistics of the average's batch norms are estimated, before each evaluation and
-    at the end; frozen norms keep theirs. 0: they are the running statistics of the network that is trained."""
+    at the end; frozen norms keep theirs. 0: they are the average of the trained network's running statistics."""
 
 
 class PseudoLabelConfig(Config):

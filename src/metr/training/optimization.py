@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn, optim
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from metr.errors import ModelError
 from metr.training.config import EmaConfig, Freeze, OptimizerConfig, ScheduleConfig
@@ -134,7 +135,9 @@ def still_copy(network: nn.Module) -> nn.Module:
 
 
 class Ema:
-    """A copy of a network whose weights follow the original's slowly; buffers are copied as they are.
+    """A copy of a network whose weights, and running statistics of batch norms, follow the original's slowly.
+
+    Statistics of the newest batches alone would be those of few images. Other buffers are copied as they are.
 
     Args:
         network: The network to follow, already on its device: its parameters and buffers are looked up once only,
@@ -146,9 +149,9 @@ class Ema:
     def __init__(self, network: nn.Module, config: EmaConfig, average: nn.Module | None = None) -> None:
         self.config = config
         self.network = still_copy(network) if average is None else average
-        self._weights: list[Tensor] = [*network.parameters()]
-        self._averages: list[Tensor] = [*self.network.parameters()]
-        self._buffers, self._copies = list(network.buffers()), list(self.network.buffers())
+        self._followed: list[list[Tensor]] = [[*network.parameters()], _running_statistics(network)]
+        self._averages: list[list[Tensor]] = [[*self.network.parameters()], _running_statistics(self.network)]
+        self._buffers, self._copies = _other_buffers(network), _other_buffers(self.network)
 
     def decay(self, step: int) -> float:
         """The fraction of the old average that step `step`, counted from 1, keeps: small at first."""
@@ -160,14 +163,29 @@ class Ema:
 
         With `made`, a truth value on the device, it does so only if that is true, and the host does not wait for it.
         """
-        if made is None:
-            torch._foreach_lerp_(self._averages, self._weights, 1 - self.decay(step))
-        else:
-            moves = torch._foreach_sub(self._weights, self._averages)
-            torch._foreach_mul_(moves, made * (1 - self.decay(step)))
-            torch._foreach_add_(self._averages, moves)
+        for averages, followed in zip(self._averages, self._followed, strict=True):
+            if not averages:
+                continue
+            if made is None:
+                torch._foreach_lerp_(averages, followed, 1 - self.decay(step))
+            else:
+                moves = torch._foreach_sub(followed, averages)
+                torch._foreach_mul_(moves, made * (1 - self.decay(step)))
+                torch._foreach_add_(averages, moves)
         if self._buffers:
             torch._foreach_copy_(self._copies, self._buffers)
+
+
+def _running_statistics(network: nn.Module) -> list[Tensor]:
+    """Running means and variances of all batch norms."""
+    norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
+    return [kept for norm in norms for kept in (norm.running_mean, norm.running_var) if kept is not None]
+
+
+def _other_buffers(network: nn.Module) -> list[Tensor]:
+    """Buffers that are no running statistics."""
+    statistics = {id(kept) for kept in _running_statistics(network)}
+    return [buffer for buffer in network.buffers() if id(buffer) not in statistics]
 
 
 class KeptBuffers:
