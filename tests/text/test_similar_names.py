@@ -1,8 +1,11 @@
 """Names that are spelt alike, against cases worked out by hand."""
 
 import pytest
+import torch
 
-from metr.text.similar_names import has_head, spelling_matches, words
+from metr.text.config import TextEncoderConfig
+from metr.text.similar_names import embed_names, has_head, read_alike, spelling_matches, words
+from metr.text.vocabulary import Vocabulary
 
 
 def test_words_of_a_name() -> None:
@@ -61,3 +64,14 @@ def test_heads() -> None:
     assert not has_head("king of hearts", "king")
     assert not has_head("king", "king")
     assert not has_head("stone white-king", "white king")
+
+
+def test_names_that_the_language_model_does_not_tell_apart() -> None:
+    names = ("a", "cat", "A", "螺丝", "x", "螺母", "Cat", "x-", "垫圈")
+    vectors = embed_names(Vocabulary.of(names), TextEncoderConfig()).vectors
+    assert read_alike(names, vectors) == (("a", "A"), ("cat", "Cat"), ("螺丝", "螺母", "垫圈"))
+    assert read_alike((), torch.zeros(0, 4)) == ()
+    many = tuple(str(number) for number in range(600))
+    rows = torch.eye(600)
+    rows[599] = rows[3]
+    assert read_alike(many, rows) == (("3", "599"),)

@@ -382,6 +382,16 @@ def test_a_plan_names_what_is_spelt_alike(tiny_run: TinyRun, tmp_path: Path) -> 
     assert 'learnt apart and spelt alike: "frog" and "Frogs";' in page(plan(str(tmp_path / "all.yaml"), size="small"))
 
 
+def test_names_that_the_language_model_reads_alike_are_told(tiny_run: TinyRun, tmp_path: Path) -> None:
+    line = f"{{path: {tiny_run.data[1]}, renames: {{cup: 螺丝, book: 螺母}}}}"
+    (tmp_path / "all.yaml").write_text(f"datasets: [{line}]", encoding="utf-8")
+    for data, told in ((str(tmp_path / "all.yaml"), True), (tiny_run.data[1], False)):
+        console = Console(width=120, file=StringIO(), record=True)
+        train([data], tmp_path / f"run-{told}", tiny_run.recipe, overrides=["train.loop.steps=1"], console=console)
+        shown = " ".join(console.export_text().split())
+        assert ('cannot tell them apart: "螺母" = "螺丝".' in shown) is told
+
+
 @pytest.mark.parametrize(
     ("count", "parallel", "shown"),
     [

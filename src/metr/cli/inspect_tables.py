@@ -12,9 +12,8 @@ from metr.inspection.coverage import Cell, Coverage, Homonym
 from metr.inspection.datasets_file import prompts_line
 from metr.inspection.facts import BoxSizes, DatasetFacts
 from metr.inspection.label_report import Inspection
-from metr.inspection.languages import MULTILINGUAL
 from metr.inspection.similar_names import SimilarNames
-from metr.text.config import BUNDLED
+from metr.text.config import BUNDLED, MULTILINGUAL
 
 # How much of each list is shown without --verbose: issues of a kind, pairs of names, rows of the matrix, hints of a
 # dataset, names in a line.

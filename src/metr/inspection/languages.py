@@ -11,9 +11,6 @@ from metr.errors import DependencyError
 from metr.hub import minilm_folder
 from metr.text.similar_names import words
 
-# A hub encoder of about 50 languages, small enough for a laptop, as trained as the bundled one.
-MULTILINGUAL = "sentence-transformers/paraphrase-multilingual-MiniLM-L12-v2"
-
 # A dataset's names are foreign if at least so many of their words, and this fraction of them, are no English ones.
 # Fewer would accuse English datasets of rare words: species, diseases, dishes.
 _FEWEST, _FOREIGN = 2, 0.5

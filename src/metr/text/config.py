@@ -8,6 +8,8 @@ from metr.config import Config
 
 BUNDLED = "bundled:minilm"
 Pooling = Literal["auto", "projection", "mean", "cls"]
+MULTILINGUAL = "sentence-transformers/paraphrase-multilingual-MiniLM-L12-v2"
+"""A hub encoder of about 50 languages, small enough for a laptop, as trained as the bundled one."""
 # General on purpose: names come from photographs, microscopy, drawings and scanned pages alike.
 TEMPLATES = (
     "{}",

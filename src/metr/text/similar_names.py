@@ -172,6 +172,8 @@ def _numbers(word: str) -> set[str]:
     return {word, *_plurals(word)}
 
 
+# Of texts that are the same to the language model; batches of other lengths round otherwise.
+_SAME_TEXT = 1 - 1e-5
 # Names whose similarities are computed at once.
 _ROWS = 256
 
@@ -213,6 +215,19 @@ class EmbeddingSimilarity:
                 least = max(least, float(strengths.min()))
         found = zip(rows.tolist(), columns.tolist(), strengths.tolist(), strict=True)
         return [(self.names[row], self.names[column], strength) for row, column, strength in found]
+
+
+def read_alike(names: Sequence[str], vectors: Float[Tensor, "v t"]) -> tuple[tuple[str, ...], ...]:
+    """Groups of names with the same text embedding, which no detector can tell apart.
+
+    The language model does not see case (`a` and `A`), or none of the characters (a script that it was not taught).
+    """
+    groups: defaultdict[int, list[str]] = defaultdict(list)
+    for start in range(0, len(names), _ROWS):
+        same = (vectors[start : start + _ROWS] @ vectors.T >= _SAME_TEXT).numpy()
+        for name, first in zip(names[start : start + _ROWS], same.argmax(axis=1).tolist(), strict=True):
+            groups[first].append(name)
+    return tuple(tuple(group) for group in groups.values() if len(group) > 1)
 
 
 def embed_names(vocabulary: Vocabulary, config: TextEncoderConfig) -> EmbeddingSimilarity:

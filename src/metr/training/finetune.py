@@ -33,7 +33,7 @@ from metr.training.resumption import check_apart, save_request
 from metr.training.run_log import RunLog, log_page, tell
 from metr.training.start import forgotten, history, kept_network, presence_is_taught, say_new_names, with_text_encoder
 from metr.training.state import check_place, has_state
-from metr.training.train import fit, plain, rebuildable, teacher_of
+from metr.training.train import fit, names_read_alike, plain, rebuildable, teacher_of
 from metr.training.train_request import Data, arguments, check_recipe, check_same
 
 # what keeps the network, and what to do about it
@@ -155,6 +155,7 @@ def _finetuned(
     check_recipe(recipe)
     tell(console, header(prepared.plan), *_notes(prepared, resume))
     parts, model = _parts(model, opened, recipe, options.decorrelate_names)
+    tell(console, *names_read_alike(parts.checkpoint))
     if resume:
         check_same(run, opened.joint.vocabulary, parts.checkpoint.text_encoder)
     say_new_names(model, opened.joint.vocabulary, console)

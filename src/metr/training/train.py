@@ -24,8 +24,10 @@ from metr.models.config import DetectorConfig
 from metr.models.detector import Detector, skeleton
 from metr.processes import in_main_process
 from metr.run_directory import RunDirectory
+from metr.text.config import MULTILINGUAL
 from metr.text.encoder import TextEncoder
 from metr.text.same_names import listed, spelt_alike
+from metr.text.similar_names import read_alike
 from metr.training.config import RunConfig
 from metr.training.finetune_recipe import RECIPE, left_to_finetuning
 from metr.training.images import ValImages
@@ -59,6 +61,9 @@ from metr.training.train_request import (
     prepared,
 )
 from metr.training.trainer import Trainer
+
+# How many names of a group that is read alike are told.
+_ALIKE = 6
 
 
 def train(
@@ -114,6 +119,7 @@ def train(
             say_new_names(begun.start.model, joint.vocabulary, console)
         tell(console, *_names_spelt_alike(joint))
         parts = training_parts(joint, recipe, console, begun.start)
+        tell(console, *names_read_alike(parts.checkpoint, told=spelt_alike(joint.vocabulary.datasets)))
         if resume:
             check_same(run, joint.vocabulary, parts.checkpoint.text_encoder)
         log.begin(recipe.train.loop.device)
@@ -173,6 +179,21 @@ def _names_spelt_alike(joint: JointData) -> list[Hanging]:
     pairs = listed([f'"{one}" and "{two}"' for one, two in alike])
     hint = f"names that are learnt apart and spelt alike: {pairs}; metr inspect --write makes a file that joins them"
     return [Hanging(hint)] if alike else []
+
+
+def names_read_alike(checkpoint: Checkpoint, told: Sequence[tuple[str, ...]] = ()) -> list[Hanging]:
+    """A warning of names that are the same text to the language model, but for pairs that were told already."""
+    alike = read_alike(checkpoint.vocabulary.names, checkpoint.text_embeddings)
+    groups = [group for group in alike if group not in told]
+    if not groups:
+        return []
+    found = listed([" = ".join(f'"{name}"' for name in group[:_ALIKE]) for group in groups])
+    hint = (
+        f"warning: the language model reads these names alike, so the detector cannot tell them apart: {found}. What "
+        "to try: say in a datasets file what each means (prompts: {name: in other words}), give things that are one a "
+        f"single name (renames), or take a language model that reads them (--set text.source={MULTILINGUAL})"
+    )
+    return [Hanging(hint)]
 
 
 def fit(
