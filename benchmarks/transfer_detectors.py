@@ -14,11 +14,11 @@ Trainer, from
 
 All arms of a detector have one configuration: that of the METR whose weights it can take.
 
-Profile `trial`, one thread of an AMD EPYC: 168 minutes of training steps, one seed
-(results/transfer-detectors-trial.json). AP on bccd's val split, own / untrained / joint / metr: RT-DETR 9.0 / 32.2 /
-40.0 / 40.1, Deformable DETR 2.0 / 4.4 / 13.2 / 21.3, DAB-DETR 0.0 / 1.1 / 19.6 / 8.7. Over the better backbone: +10.8
-in the mean (goal: +3.0); against own pretraining: -0.9, as DAB-DETR's METR of one scale learns slowly. Profile `gpu`
-has not been run.
+Profile `trial`, one thread of an Intel Xeon: 364 minutes of training steps, one seed
+(results/transfer-detectors-trial.json). AP on bccd's val split, own / untrained / joint / metr: RT-DETR 10.6 / 32.2 /
+36.6 / 49.7, D-FINE 33.3 / 30.4 / 31.8 / 41.3, RF-DETR 1.1 / 14.1 / 31.2 / 20.7, Deformable DETR 2.1 / 8.0 / 16.6 /
+15.6, DAB-DETR 0.1 / 0.3 / 0.5 / 3.2. Over the better backbone: +8.5 in the mean (goal: +3.0); against own
+pretraining: +2.8. Profile `gpu` has not been run.
 
 Results: `results/transfer-detectors-PROFILE.json`, `.md` and `.png`, written whenever the command ends, with what is
 finished until then. Runs: `--out`, resumable; `--detectors` does only some.

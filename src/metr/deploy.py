@@ -292,10 +292,12 @@ def _rgb(image: Any) -> Array:
 
 
 def _output_shape(height: int, width: int, resize: Mapping[str, Any]) -> tuple[int, int]:
+    size, (short, long) = resize["size"], sorted((height, width))
     if resize["mode"] == "stretch":
-        return resize["size"], resize["size"]
-    scale = min(resize["size"] / min(height, width), resize["longest"] / max(height, width))
-    return max(1, round(height * scale)), max(1, round(width * scale))
+        return size, size
+    exact = resize["longest"] * short / long if long / short * size > resize["longest"] else size
+    shorter, longer = max(1, round(exact)), max(1, int(exact * long / short))
+    return (height, width) if short == shorter else (shorter, longer) if height <= width else (longer, shorter)
 
 
 def _resized(image: Array, height: int, width: int, method: str) -> Array:
@@ -317,8 +319,7 @@ def _resized(image: Array, height: int, width: int, method: str) -> Array:
         rows = np.tensordot(weights(image.shape[0], height), image.astype(np.float32), axes=1)
         both = np.tensordot(weights(image.shape[1], width), rows, axes=(1, 1)).transpose(1, 0, 2)
         return np.floor(both + 0.5).clip(0, 255).astype(np.uint8)
-    resized: Array = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
-    return resized
+    return np.asarray(cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR))
 
 
 def _areas(given: int, wanted: int) -> Array:
@@ -327,8 +328,7 @@ def _areas(given: int, wanted: int) -> Array:
     low, high = edges[:-1, None], edges[1:, None]
     pixels = np.arange(given)
     covered = np.minimum(high, pixels + 1) - np.maximum(low, pixels)
-    fractions: Array = (covered.clip(0) * (wanted / given)).astype(np.float32)
-    return fractions
+    return np.asarray(covered.clip(0) * (wanted / given), dtype=np.float32)
 
 
 def _neighbours(given: int, wanted: int) -> Array:

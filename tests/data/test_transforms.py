@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 import pytest
 from pydantic import ValidationError
+from transformers.image_transforms import get_size_with_aspect_ratio
 
 from metr.data.config import MEAN_COLOUR, AugmentationConfig, ResizeConfig
 from metr.data.transforms import (
@@ -220,8 +221,11 @@ def test_the_source_is_left_alone() -> None:
 
 def test_shapes() -> None:
     fit = ResizeConfig(mode="fit", size=800, longest=1333)
-    assert output_shape(480, 640, fit) == (800, 1067)
+    assert output_shape(480, 640, fit) == (800, 1066)
     assert output_shape(480, 1280, fit) == (500, 1333)
+    for height, width in np.random.default_rng(0).integers(2, 3000, (500, 2)).tolist():
+        if max(height, width) < 1333 * min(height, width):
+            assert output_shape(height, width, fit) == get_size_with_aspect_ratio((height, width), 800, 1333)
     assert output_shape(480, 640, fit, size=480) == (480, 640)
     assert output_shape(480, 640, ResizeConfig(size=320)) == (320, 320)
     assert output_shape(480, 640, ResizeConfig(size=320), size=256) == (256, 256)

@@ -49,6 +49,7 @@ class TransferReport:
         notes: What a reader should know: what differs in spite of equal weights, what did not fit and why.
         start: Why the result is a start for training and no detector yet; empty where it is one.
         fitted_to: How many images it was fitted to, so that it finds most of what the giver finds.
+        differences: Why it does not find exactly what the giver finds.
     """
 
     source: str
@@ -60,6 +61,7 @@ class TransferReport:
     notes: tuple[str, ...] = field(default=())
     start: str = ""
     fitted_to: int = 0
+    differences: tuple[str, ...] = ()
 
     @property
     def counts(self) -> dict[str, int]:
@@ -75,6 +77,7 @@ class TransferReport:
             "notes": list(self.notes),
             "start": self.start,
             "fitted to images": self.fitted_to,
+            "differences": list(self.differences),
             "copied": {moved.key: list(moved.source) for moved in self.copied},
             "reshaped": {moved.key: {"from": list(moved.source), "how": moved.how} for moved in self.reshaped},
             "afresh": list(self.afresh),
@@ -252,6 +255,9 @@ def show(report: TransferReport, out: Path, console: Console, go_on: str) -> Non
         )
     elif report.start:
         start = f"It is a start for training, no detector yet: {report.start}.\n{go_on}"
+    elif report.differences:
+        why = "".join(f"\n- {one}" for one in report.differences)
+        start = f"It finds much of what {report.source} finds, before any training, but not all alike:{why}\n{go_on}"
     else:
         start = f"It finds what {report.source} finds, before any training.\n{go_on}"
     console.print(start, highlight=False, markup=False, soft_wrap=True)

@@ -1,28 +1,26 @@
 """Imports a detector of transformers, DINO or the METR of its authors into METR."""
 
-import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from PIL.Image import Resampling
+from pydantic import ValidationError
 from torch import Tensor
 
 from metr.conversion.class_heads import ClassHeads, SolvedHeads, class_heads, solve, stands_for_none
 from metr.conversion.convert import StateTransfer, TransferReport, and_derived, giving_to_ours, receive
+from metr.conversion.preprocessing import read_preprocessing
 from metr.conversion.published import read_restricted
 from metr.conversion.published.dino import read_dino
 from metr.conversion.published.folders import check_kind, check_size
 from metr.conversion.published.timm import TimmNetwork, check_network, timm_network, without_timm
 from metr.conversion.table import State, adopted_backbone
 from metr.conversion.targets import NAMES, find_target
-from metr.conversion.targets.base import Adopted
 from metr.data.config import ResizeConfig
-from metr.data.transforms import Filter
-from metr.errors import ModelError
+from metr.errors import CheckpointError, ModelError
 from metr.hub import configuration, loading, pretrained
 from metr.models.backbones.registered import register
 from metr.models.config import BackboneConfig, DetectorConfig
@@ -30,15 +28,11 @@ from metr.models.detector import Detector
 from metr.serialization import read_json
 from metr.sources import DetectorSource, has_weights, refuse_without_weights
 
-logger = logging.getLogger(__name__)
-
 _STRIDES = (4, 8, 16, 32)
-_PREPROCESSING = "preprocessor_config.json"
-# transformers 5.23.0 builds these with torchvision only; what METR wants to know stands in the file
-_NEEDS_TORCHVISION = frozenset({"RfDetrImageProcessor"})
-_IMAGENET = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}
 # names that stand for no category in the labels of published detectors
 _NO_NAMES = ("LABEL_", "N/A")
+# a logit that differs by more is another one
+_MET = 1e-3
 _ASSUMED = "the file names no labels: they are taken for COCO's, as there are 91; if they are not, give 91 names"
 # ridge of the text projection's whitening, as a fraction of the embeddings' mean variance; as in the recipes
 _RIDGE = 0.1
@@ -56,6 +50,7 @@ class PublishedDetector:
         resize: How its images are resized, if that is known.
         prompts: Text embeddings that are kept with the weights, of unnamed categories.
         class_heads: Its class heads, if METR's give what they give.
+        differences: Why METR will not find exactly what it finds.
     """
 
     title: str
@@ -65,6 +60,7 @@ class PublishedDetector:
     resize: ResizeConfig | None = None
     prompts: Float[Tensor, "v t"] | None = None
     class_heads: ClassHeads | None = None
+    differences: tuple[str, ...] = ()
 
 
 def read_published(source: Path | DetectorSource) -> PublishedDetector:
@@ -119,15 +115,17 @@ def adopt(
         network = Detector(published.config, text.shape[1]).eval()
         if published.prompts is None and len(text) > 1:
             network.category_extraction.whiten(text, _RIDGE)
-    giving, notes = published.giving, []
+    giving, notes, differences = published.giving, [], list(published.differences)
     if labels is not None and published.class_heads is not None:
         solved = solve(published.class_heads, labels)
         giving = and_derived(giving, solved.derived)
         notes.append(_how_well(solved, len(labels)))
+        if solved.error > _MET:
+            differences.append(f"the logits of its labels are met within {solved.error:.1g} only")
         if published.class_heads.assumed:
             notes.append(_ASSUMED)
     report = receive(network, giving, source=published.title, name="METR", notes=notes)
-    return network, report
+    return network, replace(report, differences=tuple(differences))
 
 
 def _how_well(solved: SolvedHeads, labels: int) -> str:
@@ -159,17 +157,36 @@ def _from_folder(folder: Path) -> PublishedDetector:
     state: State = model.state_dict(keep_vars=True)
     # a tensor that is kept under several names stays one
     state = {key: tensor.requires_grad_(False) for key, tensor in state.items()}
-    preprocessing = _preprocessing(folder)
-    backbone = _coloured(_backbone(config, target.single_map), preprocessing)
-    adopted = target.adopt(config, backbone, state)
+    _check_numbers(state, folder)
+    labels, dropped = _labels(config, folder)
+    preprocessing = read_preprocessing(folder)
+    try:
+        backbone = preprocessing.coloured(_backbone(config, target.single_map))
+        adopted = target.adopt(config, backbone, state)
+    except ValidationError as error:
+        first = error.errors()[0]
+        what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}, found {str(first['input'])[:80]}"
+        raise ModelError(f"METR has no counterpart of its config.json: {what}", where=folder) from None
     return PublishedDetector(
         title=target.title,
         config=adopted.config,
         giving=giving_to_ours(state, target.table(config, adopted.config).rows(), adopted.derived),
-        names=_names(config),
-        resize=_resize(preprocessing),
-        class_heads=_class_heads(config, state, adopted),
+        names=tuple(labels),
+        resize=preprocessing.resize,
+        class_heads=class_heads(state, adopted, [*labels.values()] or slice(config.num_labels), tuple(labels)),
+        differences=(*preprocessing.differences, *dropped),
     )
+
+
+def _check_numbers(state: State, folder: Path) -> None:
+    """Checks that all weights are finite numbers.
+
+    Raises:
+        CheckpointError: some are not.
+    """
+    for key, tensor in state.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise CheckpointError(f"{key} holds numbers that are not finite", where=folder, hint="download it again")
 
 
 def _loaded(folder: Path) -> Any:
@@ -234,58 +251,23 @@ def _backbone(config: Any, single_map: bool) -> BackboneConfig:
     return adopted_backbone(found, tuple(strides), options.get("freeze_backbone_batch_norms", True))
 
 
-def _preprocessing(folder: Path) -> Mapping[str, Any]:
-    """What the image processor's file says; nothing where there is none."""
-    if not (folder / _PREPROCESSING).is_file():
-        logger.warning("%s has no %s: METR's own size and colours are taken", folder, _PREPROCESSING)
-        return {}
-    values: Mapping[str, Any] = read_json(folder / _PREPROCESSING)
-    if str(values.get("image_processor_type", "")).removesuffix("Fast") in _NEEDS_TORCHVISION:
-        return {**_IMAGENET, **values}
-    with loading(str(folder)):
-        told: Mapping[str, Any] = pretrained("AutoImageProcessor", folder).to_dict()
-        return told
+def _labels(config: Any, folder: Path) -> tuple[dict[str, int], tuple[str, ...]]:
+    """The first label of each name, without placeholders, and in words what of its labels is left out.
 
-
-def _coloured(backbone: BackboneConfig, preprocessing: Mapping[str, Any]) -> BackboneConfig:
-    """The backbone with the colours that the detector was trained with."""
-    if not preprocessing:
-        return backbone
-    colours: dict[str, Any] = {"pixel_mean": (0.0, 0.0, 0.0), "pixel_std": (1.0, 1.0, 1.0)}
-    if preprocessing.get("do_normalize", True):
-        colours = {f"pixel_{name}": tuple(preprocessing[f"image_{name}"]) for name in ("mean", "std")}
-    return backbone.model_copy(update=colours)
-
-
-def _resize(preprocessing: Mapping[str, Any]) -> ResizeConfig | None:
-    """METR's nearest equivalent of the detector's resizing."""
-    size = preprocessing.get("size") or {}
-    if size.get("shortest_edge"):
-        longest = size.get("longest_edge") or ResizeConfig().longest
-        return ResizeConfig(mode="fit", size=size["shortest_edge"], longest=longest, filter=_filter(preprocessing))
-    if size.get("height"):
-        return ResizeConfig(mode="stretch", size=max(size["height"], size["width"]), filter=_filter(preprocessing))
-    return None
-
-
-def _filter(preprocessing: Mapping[str, Any]) -> Filter:
-    """How its image processor resizes: 3 stands for Pillow's bicubic filter, anything else is near the bilinear one."""
-    return "bicubic" if preprocessing.get("resample") == Resampling.BICUBIC else "bilinear"
-
-
-def _names(config: Any) -> tuple[str, ...]:
-    """The names of its labels without placeholders, each once."""
-    return tuple(_named_labels(config))
-
-
-def _named_labels(config: Any) -> dict[str, int]:
-    """The first label of each name, without placeholders."""
-    labels = {str(name).strip(): int(number) for number, name in sorted(config.id2label.items(), reverse=True)}
-    named = sorted(labels.items(), key=lambda one: one[1])
-    return {name: number for name, number in named if name and not name.startswith(_NO_NAMES)}
-
-
-def _class_heads(config: Any, state: State, adopted: Adopted) -> ClassHeads | None:
-    """The class heads that METR's are to follow: of the labels with names, or of all where none has one."""
-    named = _named_labels(config)
-    return class_heads(state, adopted, [*named.values()] or slice(config.num_labels), tuple(named))
+    Raises:
+        ModelError: a label has no output.
+    """
+    numbered = {int(number): str(name).strip() for number, name in sorted(config.id2label.items())}
+    if unknown := [number for number in numbered if not 0 <= number < config.num_labels]:
+        what = f"id2label has a label {unknown[0]}, and there are outputs 0 to {config.num_labels - 1}"
+        raise ModelError(what, where=folder, hint="mend id2label in its config.json")
+    named = {number: name for number, name in numbered.items() if name and not name.startswith(_NO_NAMES)}
+    first = dict[str, int]()
+    for number, name in named.items():
+        first.setdefault(name, number)
+    left_out = []
+    if again := len(named) - len(first):
+        left_out.append(f"{again} of its labels have the name of another one, and are left out")
+    if named and (placeholders := sum(name.startswith("LABEL_") for name in numbered.values())):
+        left_out.append(f"{placeholders} of its labels have no name (LABEL_...), and are left out")
+    return first, tuple(left_out)

@@ -69,6 +69,8 @@ def whole(sample: Sample) -> Window:
 def output_shape(height: int, width: int, config: ResizeConfig, size: int | None = None) -> tuple[int, int]:
     """Height and width, in pixels, to which an image or window of `height` x `width` is resized.
 
+    With `fit` the longer side is cut to whole pixels, as DETR and its successors have it.
+
     Args:
         height: Rows of the image or window.
         width: Columns of the image or window.
@@ -78,8 +80,14 @@ def output_shape(height: int, width: int, config: ResizeConfig, size: int | None
     size = size or config.size
     if config.mode == "stretch":
         return size, size
-    scale = min(size / min(height, width), config.longest / max(height, width))
-    return max(1, round(height * scale)), max(1, round(width * scale))
+    short, long = min(height, width), max(height, width)
+    exact: float = size
+    if long / short * size > config.longest:
+        exact = config.longest * short / long
+    shorter, longer = max(1, round(exact)), max(1, int(exact * long / short))
+    if short == shorter:
+        return height, width
+    return (shorter, longer) if height <= width else (longer, shorter)
 
 
 def resize_image(image: Image, height: int, width: int, method: Filter = "area") -> Image:
