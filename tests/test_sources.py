@@ -298,3 +298,9 @@ def test_checkpoints_of_metr_come_whole(tiny_run: TinyRun, hub: Hub) -> None:
     shared(hub, files_of(tiny_run.best, vocabulary__json=None))
     with pytest.raises(CheckpointError, match=r"vocabulary\.json: no such file"):
         METR.from_pretrained(NAME)
+
+
+@pytest.mark.parametrize("name", ["", "  "])
+def test_an_empty_name_is_no_detector(name: str) -> None:
+    with pytest.raises(CheckpointError, match="found an empty name"):
+        find_source(name)

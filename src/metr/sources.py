@@ -113,6 +113,8 @@ def look_here(source: str | Path) -> Path | None:
     Raises:
         CheckpointError: there is no such path and it is no name on the hub, or what is there is no detector.
     """
+    if not str(source).strip():
+        raise CheckpointError("expected a folder, a file or a name on the hub, found an empty name", hint="name one")
     path = Path(source).expanduser()
     try:
         here = path.exists() or existing_folder(path).is_dir()
