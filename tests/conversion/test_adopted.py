@@ -1,5 +1,6 @@
 """A METR that adopts a detector finds what the detector finds, before any training."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,18 @@ def test_deformable_detr_of_two_stages(tmp_path: Path, text: TextEncoderConfig) 
 
 
 @torch.no_grad()
+def test_what_differs_is_said_wherever_a_detector_is_taken_over(
+    tmp_path: Path, text: TextEncoderConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    written("rt_detr", tmp_path / "theirs")
+    from_detector(tmp_path / "theirs", text=text, device="cpu")
+    assert "not all is found" not in caplog.text
+    file = tmp_path / "theirs" / "preprocessor_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "size": {"height": 64, "width": 96}}))
+    from_detector(tmp_path / "theirs", text=text, device="cpu")
+    assert "not all is found as RT-DETR finds it: its images have 64 x 96 pixels, here 96 x 96" in caplog.text
+
+
 def test_it_detects_what_the_detector_detects(tmp_path: Path, text: TextEncoderConfig) -> None:
     """Boxes, names, scores and their order, each by its own pipeline: files of METR, an image that is resized."""
     from transformers import AutoImageProcessor

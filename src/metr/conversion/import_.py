@@ -138,6 +138,7 @@ def _how_well(solved: SolvedHeads, labels: int) -> str:
 
 def _from_file(path: Path) -> PublishedDetector:
     found = read_dino(read_restricted(path), path)
+    _check_numbers(found.state, path)
     return PublishedDetector(
         title=found.title,
         config=found.adopted.config,
@@ -178,7 +179,7 @@ def _from_folder(folder: Path) -> PublishedDetector:
     )
 
 
-def _check_numbers(state: State, folder: Path) -> None:
+def _check_numbers(state: Mapping[str, Tensor], source: Path) -> None:
     """Checks that all weights are finite numbers.
 
     Raises:
@@ -186,7 +187,7 @@ def _check_numbers(state: State, folder: Path) -> None:
     """
     for key, tensor in state.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise CheckpointError(f"{key} holds numbers that are not finite", where=folder, hint="download it again")
+            raise CheckpointError(f"{key} holds numbers that are not finite", where=source, hint="download it again")
 
 
 def _loaded(folder: Path) -> Any:

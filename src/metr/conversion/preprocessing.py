@@ -1,6 +1,5 @@
 """What the image processor of a published detector does with images, in METR's terms."""
 
-import logging
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,8 +14,6 @@ from metr.errors import CheckpointError
 from metr.hub import loading, pretrained
 from metr.models.config import BackboneConfig
 from metr.serialization import read_json
-
-logger = logging.getLogger(__name__)
 
 FILE = "preprocessor_config.json"
 # transformers 5.23.0 builds these with torchvision only; what METR wants to know stands in the file
@@ -59,8 +56,7 @@ def read_preprocessing(folder: Path) -> Preprocessing:
     """
     file = folder / FILE
     if not file.is_file():
-        logger.warning("%s has no %s: METR's own size and colours are taken", folder, FILE)
-        return Preprocessing(differences=(f"without {FILE} nobody knows which size and colours of images it takes",))
+        return Preprocessing(differences=(f"it has no {FILE}: METR's own size and colours are taken",))
     values = _values(file, folder)
     factor = _number(values.get("rescale_factor", _RESCALED), "rescale_factor", file)
     times = factor / _RESCALED if values.get("do_rescale", True) else 1 / _RESCALED

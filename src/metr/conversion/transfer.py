@@ -1,6 +1,7 @@
 """`metr transfer`: METR becomes a detector of transformers, and other detectors become METR."""
 
 import hashlib
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -50,6 +51,8 @@ __all__ = [
     "trainer_result",
     "transfer",
 ]
+
+logger = logging.getLogger(__name__)
 
 REPORT = "transfer.json"
 """What became of every weight, in the folder of the detector."""
@@ -232,7 +235,10 @@ def from_detector(
         ConfigError: the detector names nothing and no names are given, or a name is empty or given twice.
         ModelError: METR has no counterpart of the detector, or the text encoder cannot be loaded.
     """
-    return import_detector(source, names, text=text, device=device, **options)[0]
+    model, report = import_detector(source, names, text=text, device=device, **options)
+    for difference in report.differences:
+        logger.warning("not all is found as %s finds it: %s", report.source, difference)
+    return model
 
 
 def import_detector(

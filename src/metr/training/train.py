@@ -184,7 +184,7 @@ def _names_spelt_alike(joint: JointData) -> list[Hanging]:
 def names_read_alike(checkpoint: Checkpoint, told: Sequence[tuple[str, ...]] = ()) -> list[Hanging]:
     """A warning of names that are the same text to the language model, but for pairs that were told already."""
     alike = read_alike(checkpoint.vocabulary.names, checkpoint.text_embeddings)
-    groups = [group for group in alike if group not in told]
+    groups = [group for group in alike if set(group) not in map(set, told)]
     if not groups:
         return []
     found = listed([" = ".join(f'"{name}"' for name in group[:_ALIKE]) for group in groups])

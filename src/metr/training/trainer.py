@@ -296,7 +296,7 @@ class Trainer:
     def _settle_average(self) -> bool:
         """Estimates the statistics of the average's batch norms, if that is wanted; whether it was.
 
-        The images are those that would follow the last ones of the run. The next step undoes it.
+        The images are those that would follow the last ones of the run. The next steps move them on, as ever.
         """
         network, images, loop = self.plain_network, self.config.ema.batch_norm_images, self.config.loop
         names = learned_batch_norms(network) if images and isinstance(network, Detector) else ()
