@@ -45,6 +45,30 @@ def test_the_same_request_comes_twice() -> None:
         assert interrupts.number == signal.SIGTERM
 
 
+def test_the_same_request_comes_again_after_training_has_obeyed_it() -> None:
+    """Around training, the command line has signals of its own, by which a verb is left at once."""
+    with StopSignals() as outer, outer.leaving_at_once():
+        with StopSignals() as inner:
+            signal.raise_signal(signal.SIGTERM)
+            assert not outer.requested
+        signal.raise_signal(signal.SIGTERM)
+        assert (inner.number, outer.number) == (signal.SIGTERM, signal.SIGTERM)
+    with StopSignals() as outer, outer.leaving_at_once():
+        with StopSignals():
+            pass
+        with pytest.raises(Abandoned):
+            signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.usefixtures("patient")
+def test_a_later_request_ends_what_follows_training() -> None:
+    with StopSignals() as outer, outer.leaving_at_once():
+        with StopSignals():
+            signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(Stopped):
+            signal.raise_signal(signal.SIGTERM)
+
+
 def test_an_ignored_signal_stays_ignored() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

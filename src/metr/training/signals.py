@@ -42,11 +42,14 @@ class StopSignals:
     """While entered, the first signal only sets `requested` and `number`; a later one raises `Stopped` at once.
 
     A signal that is ignored stays so, as SIGHUP under `nohup`. Python delivers signals to the main thread alone: in
-    another thread this does nothing.
+    another thread this does nothing. Entered inside another one, it hands on what it received when it is left: the
+    signal that `timeout` repeats may come when training has already saved.
 
     Args:
         announced: Log at once what the first signal brings about, also while torch is deep in a long computation.
     """
+
+    _innermost: "StopSignals | None" = None
 
     def __init__(self, *, announced: bool = False) -> None:
         self.requested = False
@@ -58,12 +61,14 @@ class StopSignals:
         self._insisted = False
         self._process = os.getpid()
         self._before: dict[signal.Signals, Any] = {}
+        self._enclosing: StopSignals | None = None
         self._listener: _Listener | None = None
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():
             heeded = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
             self._before = {number: signal.signal(number, self._receive) for number in heeded}
+            self._enclosing, StopSignals._innermost = StopSignals._innermost, self
             if self._announced:
                 self._listener = _Listener(self._hear)
         return self
@@ -125,9 +130,16 @@ class StopSignals:
         if self._listener is not None:
             self._listener.close()
             self._listener = None
+        if StopSignals._innermost is self:
+            StopSignals._innermost = self._enclosing
+            if self.requested and self._enclosing is not None:
+                self._enclosing._take_over(self)
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
+
+    def _take_over(self, inner: "StopSignals") -> None:
+        self.requested, self.number, self._received = True, inner.number, inner._received
 
 
 class _Listener:
