@@ -167,6 +167,26 @@ def refused(folder: Path, place: Path) -> dict[str, tuple[dict[str, bytes], type
             ModelError,
             r"brings code of its own \(auto_map\), which METR never runs",
         ),
+        "code inside": (
+            bare | {"config.json": config_with(folder, backbone_config={"auto_map": {"AutoBackbone": "code.Model"}})},
+            ModelError,
+            r"brings code of its own \(auto_map\), which METR never runs",
+        ),
+        "anchors": (
+            bare | {"config.json": config_with(folder, anchor_image_size=[60_000, 60_000])},
+            ModelError,
+            "anchor_image_size is 60000; METR builds no model with more than 16,384",
+        ),
+        "text": (
+            bare | {"config.json": config_with(folder, d_model="64")},
+            ModelError,
+            "cannot load .*'d_model': .*expected int, got str .*mend that value in its config.json",
+        ),
+        "labels": (
+            files_of(folder, config__json=config_with(folder, id2label={"0": "fish"}, label2id={"fish": 0})),
+            ModelError,
+            r"class_embed.*: expected the shape \[1\] by its config.json, found \[\d+\] .*the labels in id2label",
+        ),
         "no type": (bare | {"config.json": config_with(folder, model_type=None)}, ModelError, "names no model_type"),
         "huge": (
             bare | {"config.json": huge},
@@ -193,10 +213,23 @@ def refused(folder: Path, place: Path) -> dict[str, tuple[dict[str, bytes], type
     }
 
 
-KINDS = ("nothing", "neither", "damaged", "other", "code", "no type", "huge", "wide", "pickle", "no weights", "cut")
+KINDS = (
+    "nothing",
+    "neither",
+    "damaged",
+    "other",
+    "code",
+    "code inside",
+    "anchors",
+    "text",
+    "labels",
+    "no type",
+    "huge",
+)
+KINDS += ("wide", "pickle", "no weights", "cut", "no header")
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "no header"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_repositories_that_are_no_detector(kind: str, folder: Path, hub: Hub, tmp_path: Path) -> None:
     files, error, told = refused(folder, tmp_path)[kind]
     shared(hub, files)
@@ -204,7 +237,7 @@ def test_repositories_that_are_no_detector(kind: str, folder: Path, hub: Hub, tm
         METR.from_pretrained(NAME, device="cpu")
     assert "\n  try: " in str(caught.value)
     assert "Traceback" not in str(caught.value)
-    fetched = {"model.safetensors"} if kind in {"wide", "cut", "no header"} else set()
+    fetched = {"model.safetensors"} if kind in {"labels", "wide", "cut", "no header"} else set()
     assert set(hub.got()) & {"model.safetensors", "pytorch_model.bin", "code.py"} == fetched
     # and the same of a folder, but for a config.json that says nothing
     if kind not in {"nothing", "neither"}:
@@ -250,6 +283,17 @@ def test_weights_that_are_not_whole(folder: Path, tmp_path: Path) -> None:
     lost = next(key for key in state if "decoder.layers.1" in key)
     save_file({key: one for key, one in state.items() if key != lost}, place / "model.safetensors", {"format": "pt"})
     with pytest.raises(ModelError, match=f"the network is not whole: {lost} is missing"):
+        METR.from_pretrained(place, device="cpu")
+
+
+def test_quantized_weights_are_refused(folder: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    place = Path(shutil.copytree(folder, tmp_path / "quantized"))
+    state = load_file(place / "model.safetensors")
+    key = next(key for key, tensor in state.items() if tensor.ndim == 4)
+    save_file(state | {key: state[key].to(torch.int8)}, place / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"(?s)1 of its tensors are quantized, such as {key} \(I8\).*float32"):
         METR.from_pretrained(place, device="cpu")
 
 
@@ -304,3 +348,8 @@ def test_checkpoints_of_metr_come_whole(tiny_run: TinyRun, hub: Hub) -> None:
 def test_an_empty_name_is_no_detector(name: str) -> None:
     with pytest.raises(CheckpointError, match="found an empty name"):
         find_source(name)
+
+
+def test_nothing_after_the_at_sign(hub: Hub) -> None:
+    with pytest.raises(CheckpointError, match=r"(?s)expected a branch, a tag or a commit after @.*write lab/detector"):
+        find_source(f"{NAME}@")

@@ -13,7 +13,12 @@ from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    GatedRepoError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    StrictDataclassError,
+)
 
 from metr.errors import DependencyError, MetrError, ModelError
 from metr.hub_refusals import HUB_FAILURES, RepositoryKind, asking, causes_of
@@ -109,9 +114,10 @@ def _folder(file: BundledFile) -> Path:
 
 # what people write before the name of a dataset, as `metr.data.hub_datasets.address` has it
 _DATASET = "hf:"
-# of a configuration of transformers: how many layers, and every other number
-_MOST_LAYERS, _LARGEST_SIZE = 1_000, 10_000_000
+# of a configuration of transformers: how many layers, pixels a side, and every other number
+_MOST_LAYERS, _MOST_PIXELS, _LARGEST_SIZE = 1_000, 16_384, 10_000_000
 _REPEATED = re.compile(r"layers|depths|blocks|num_stages|repeats|_num_levels|num_feature_levels")
+_PIXELS = re.compile(r"image_size|eval_size")
 _NO_SIZE = re.compile(r"rope|theta|token_id|seed|max_length")
 
 
@@ -139,8 +145,9 @@ def loading(source: str) -> Iterator[None]:
         if "trust_remote_code" in str(error):
             what = "this model brings code of its own, which METR never runs; it was not loaded"
             raise ModelError(what, where=source, hint="name a model of a type that transformers knows itself") from None
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        what = f"cannot load this model: {lines[0]}"
+        lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
+        said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+        what = f"cannot load this model: {said}"
         raise ModelError(what, where=source, hint=_hint(source, error)) from error
 
 
@@ -171,10 +178,17 @@ def _check_sizes(values: Any, source: str | Path, section: str) -> None:
         if isinstance(value, dict):
             _check_sizes(value, source, f"{place}.")
         for number in value if isinstance(value, list | tuple) else [value]:
-            most = _MOST_LAYERS if _REPEATED.search(str(key)) else _LARGEST_SIZE
+            most = _most(str(key))
             if isinstance(number, int) and number > most and not _NO_SIZE.search(str(key)):
                 what = f"{place} is {str(number)[:20]}; METR builds no model with more than {most:,}"
                 raise ModelError(what, where=source, hint="check its config.json, or name another model")
+
+
+def _most(key: str) -> int:
+    """The largest number that an option of a configuration may have."""
+    if _REPEATED.search(key):
+        return _MOST_LAYERS
+    return _MOST_PIXELS if _PIXELS.search(key) else _LARGEST_SIZE
 
 
 def pretrained(kind: Any, source: str | Path | None, **options: Any) -> Any:
@@ -328,6 +342,8 @@ def quiet() -> Iterator[None]:
 
 def _hint(source: str, error: Exception) -> str:
     causes = {kind for cause in causes_of(error) for kind in type(cause).__mro__}
+    if StrictDataclassError in causes:
+        return "mend that value in its config.json"
     if Path(source).is_dir():
         return "the folder must hold config.json and model.safetensors, as save_pretrained writes them"
     if GatedRepoError in causes:

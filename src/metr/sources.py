@@ -99,7 +99,10 @@ def find_source(source: str | Path, *, revision: str | None = None, **options: A
     path = look_here(source)
     if path is not None:
         return _here(path, str(source))
-    name, _, given = str(source).partition("@")
+    name, at, given = str(source).partition("@")
+    if at and not given:
+        what = "expected a branch, a tag or a commit after @, found nothing"
+        raise CheckpointError(what, where=source, hint=f"name one, or write {name} for the newest of main")
     if given and revision not in {None, given}:
         raise ConfigError(f"two revisions: {given} and {revision}", where=source, hint="give one of them")
     return _on_the_hub(name, given or revision, options)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from metr.checkpoint import load_checkpoint
 from metr.conversion.export import build, colours_of
+from metr.conversion.import_ import read_published
 from metr.conversion.published import read_restricted
 from metr.conversion.targets import find_target
 from metr.conversion.transfer import REPORT, from_detector, import_detector, to_detector, transfer
@@ -136,6 +137,19 @@ def test_the_colours_of_a_detector_that_does_not_normalise(tmp_path: Path, text:
     assert colours_of(ours.network) == ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
 
 
+@pytest.mark.parametrize(
+    ("width", "told"), [(64, ("its group norms have 32 groups, METR's have fewer at a width of 64",)), (128, ())]
+)
+def test_narrow_group_norms_are_told(width: int, told: tuple[str, ...], tmp_path: Path) -> None:
+    network = stirred(alike("deformable_detr"))
+    target = find_target("deformable_detr")
+    model = build(target, network, NAMES, seed=3)
+    values = model.config.to_dict() | {"d_model": width, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    narrow = type(model)(type(model.config).from_dict(values))
+    save_folder(narrow, "deformable_detr", network, tmp_path)
+    assert read_published(tmp_path).differences == told
+
+
 def test_a_folder_without_names_or_preprocessing(tmp_path: Path, text: TextEncoderConfig) -> None:
     model = written("rt_detr", tmp_path)
     (tmp_path / "preprocessor_config.json").unlink()
@@ -247,6 +261,15 @@ def test_files_that_are_no_checkpoints(tmp_path: Path, text: TextEncoderConfig) 
     torch.save({key: tensor for key, tensor in state.items() if ".encoder.layers.0." not in key}, file)
     with pytest.raises(ModelError, match=r"not whole: transformer\.encoder\.layers\.0"):
         import_detector(file, ["a"], text=text, device="cpu")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_of_a_file_that_are_not_finite(value: float, tmp_path: Path, text: TextEncoderConfig) -> None:
+    _, state = dino_like(authors=False)
+    key = next(key for key in state if "encoder.layers.0" in key)
+    torch.save(state | {key: torch.full_like(state[key], value)}, tmp_path / "theirs.pth")
+    with pytest.raises(CheckpointError, match=f"{key} holds numbers that are not finite"):
+        import_detector(tmp_path / "theirs.pth", ["a"], text=text, device="cpu")
 
 
 @pytest.mark.parametrize("args", [["--nheads", "4"], "nheads=4", 7, None])

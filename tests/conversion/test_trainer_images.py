@@ -13,17 +13,19 @@ import torch
 from conversion_cases import SIDE, alike, stirred
 from PIL import Image
 from rich.console import Console
+from transformers import ResNetConfig
 
 from metr.checkpoint import DetectionDefaults
 from metr.conversion.export import colours_of
 from metr.conversion.targets import find_target
-from metr.conversion.trainer import _detected, keep_aliases, trainer_batch, trainer_images, trainer_result
+from metr.conversion.trainer import _detected, how_to_go_on, keep_aliases, trainer_batch, trainer_images, trainer_result
 from metr.conversion.transfer import transfer
 from metr.data.config import ResizeConfig
 from metr.data.joint import open_joint
 from metr.data.records import ImageRecord
 from metr.errors import DataError
 from metr.model import METR
+from metr.models.backbones.registered import EfficientNetLiteConfig
 
 from tiny import TinyRun
 
@@ -233,6 +235,7 @@ def test_the_lines_that_a_transfer_prints_run(
     console = Console(file=said, width=10_000)
     transfer(tiny_run.folder, "rt_detr", tmp_path / "detector", names=tiny_run.data[0], console=console)
     _, lines = said.getvalue().split("go on with transformers' Trainer")
+    assert "metr.register()" not in lines, "its backbone is transformers' own"
     code = [line.removeprefix("  ") for line in lines.splitlines()[1:]]
     assert all(line == line.lstrip() for line in code)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
@@ -242,3 +245,9 @@ def test_the_lines_that_a_transfer_prints_run(
     assert {"config.json", "preprocessor_config.json"} <= {
         path.name for path in (tmp_path / "detector-trained").iterdir()
     }
+
+
+@pytest.mark.parametrize(("backbone", "needed"), [(EfficientNetLiteConfig(), True), (ResNetConfig(), False)])
+def test_only_metrs_own_backbone_has_to_be_registered(backbone: Any, needed: bool) -> None:
+    model = SimpleNamespace(config=SimpleNamespace(backbone_config=backbone))
+    assert ("metr.register()" in how_to_go_on(model, Path("out"))) is needed

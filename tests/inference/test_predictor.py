@@ -102,6 +102,14 @@ def test_paths_arrays_and_pil_images_are_one(tmp_path: Path) -> None:
         assert_same(found, predictor.detect(other))
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_locked_array_of_the_right_size_is_no_warning() -> None:
+    image = np.asarray(Image.fromarray(noise_image(64, 64, 1)))
+    assert not image.flags.writeable
+    predictor = Predictor(small_detector(), torch.randn(2, TEXT_WIDTH), NAMES, STRETCH)
+    assert_same(predictor.detect(image), predictor.detect(image.copy()))
+
+
 @pytest.mark.parametrize("resize", [FIT, STRETCH], ids=["fit", "stretch"])
 def test_many_images_get_the_answers_they_get_alone_in_their_order(resize: ResizeConfig) -> None:
     shapes = [(60, 80), (80, 60), (30, 90), (61, 80), (60, 80), (90, 30), (60, 81)]

@@ -101,7 +101,7 @@ def show_log() -> None:
         handler.addFilter(_concerns_this_process)
     logging.basicConfig(level=logging.INFO, format="%(message)s", handlers=[handler])
     logging.captureWarnings(True)
-    for noisy in ("httpx", "PIL", "matplotlib", "accelerate", "botocore", "aiobotocore"):
+    for noisy in ("httpx", "httpx2", "PIL", "matplotlib", "accelerate", "botocore", "aiobotocore"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 

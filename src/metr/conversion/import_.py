@@ -1,6 +1,6 @@
 """Imports a detector of transformers, DINO or the METR of its authors into METR."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -175,7 +175,7 @@ def _from_folder(folder: Path) -> PublishedDetector:
         names=tuple(labels),
         resize=preprocessing.resize,
         class_heads=class_heads(state, adopted, [*labels.values()] or slice(config.num_labels), tuple(labels)),
-        differences=(*preprocessing.differences, *dropped),
+        differences=(*preprocessing.differences, *dropped, *adopted.differences),
     )
 
 
@@ -209,9 +209,26 @@ def _loaded(folder: Path) -> Any:
         if not has_weights(folder):
             refuse_without_weights([path.name for path in folder.iterdir()], folder)
         options = {"config": config, "dtype": torch.float32, "output_loading_info": True}
-        model, told = pretrained("AutoModelForObjectDetection", folder, **options)
+        model, told = pretrained("AutoModelForObjectDetection", folder, **options, ignore_mismatched_sizes=True)
+    _check_shapes(told["mismatched_keys"], folder)
     _check_whole(told["missing_keys"], folder)
     return model
+
+
+def _check_shapes(misfits: Iterable[tuple[str, Sequence[int], Sequence[int]]], folder: Path) -> None:
+    """Checks that all weights have the shape that the configuration gives them.
+
+    Args:
+        misfits: Of those that have not: key, shape in the file, and shape by the configuration.
+        folder: Where both lie, for messages.
+
+    Raises:
+        ModelError: some have not.
+    """
+    for key, found, expected in sorted(misfits):
+        what = f"{key}: expected the shape {list(expected)} by its config.json, found {list(found)} in its weights"
+        hint = "mend config.json (where a class head differs, the labels in id2label), or copy both files again"
+        raise ModelError(what, where=folder, hint=hint)
 
 
 def _check_whole(missing: Iterable[str], folder: Path, part: str = "") -> None:

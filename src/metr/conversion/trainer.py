@@ -19,18 +19,17 @@ from metr.data.records import TRAIN, VAL, ImageRecord
 from metr.errors import DataError
 from metr.evaluation.coco import MAX_DETECTIONS, CocoResult, evaluate_detections
 from metr.inference.postprocess import ImageId
+from metr.models.backbones.registered import EfficientNetLiteConfig
 from metr.structures import Detections
 from metr.text.same_names import known_aliases, listed
 
-__all__ = ["GO_ON", "keep_aliases", "trainer_batch", "trainer_images", "trainer_result"]
+__all__ = ["how_to_go_on", "keep_aliases", "trainer_batch", "trainer_images", "trainer_result"]
 
-GO_ON = """go on with transformers' Trainer; DATA is a dataset with names of the detector (--names DATA):
+_GO_ON = """go on with transformers' Trainer; DATA is a dataset with names of the detector (--names DATA):
   from functools import partial
-  import metr
   from metr.conversion.transfer import trainer_batch, trainer_images, trainer_result
   from transformers import AutoImageProcessor, AutoModelForObjectDetection, Trainer, TrainingArguments
-  metr.register()  # each program that loads the detector needs METR and this line
-  steps = TrainingArguments("{out}-training", max_steps=500, learning_rate=2e-4)
+{register}  steps = TrainingArguments("{out}-training", max_steps=500, learning_rate=2e-4)
   model = AutoModelForObjectDetection.from_pretrained("{out}").to(steps.device)
   processor = AutoImageProcessor.from_pretrained("{out}")
   batch, images = partial(trainer_batch, processor), trainer_images("DATA", model)
@@ -38,7 +37,9 @@ GO_ON = """go on with transformers' Trainer; DATA is a dataset with names of the
   Trainer(model, steps, batch, images, processing_class=processor).train()
   model.save_pretrained("{out}-trained"), processor.save_pretrained("{out}-trained")
   print("AP on val:", trainer_result("DATA", model, processor).ap)"""
-"""What a user does with a detector in the folder `out`."""
+_REGISTER = """  import metr
+  metr.register()  # each program that loads the detector needs METR and this line
+"""
 
 ALIASES = "metr_aliases"
 """The key of a detector's configuration that keeps which other names of datasets mean one of its labels."""
@@ -46,6 +47,12 @@ ALIASES = "metr_aliases"
 # of an object, as transformers' image processors read it
 _COCO = ("category_id", "bbox", "area", "iscrowd")
 _BATCH = 8
+
+
+def how_to_go_on(model: Any, out: Path) -> str:
+    """What a user does with a detector of transformers that was written to the folder `out`."""
+    registered = model.config.backbone_config.model_type == EfficientNetLiteConfig.model_type
+    return _GO_ON.format(out=out, register=_REGISTER if registered else "")
 
 
 def keep_aliases(model: Any, aliases: Mapping[str, str]) -> None:

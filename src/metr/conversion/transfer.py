@@ -22,7 +22,7 @@ from metr.conversion.export import transfer as transfer_weights
 from metr.conversion.images_to_fit import FEW_IMAGES, Picture, fitted, has_use, need_use, pictures_at, pictures_of
 from metr.conversion.import_ import PublishedDetector, adopt, read_published
 from metr.conversion.targets import find_target
-from metr.conversion.trainer import GO_ON, keep_aliases, trainer_batch, trainer_images, trainer_result
+from metr.conversion.trainer import how_to_go_on, keep_aliases, trainer_batch, trainer_images, trainer_result
 from metr.data.config import ResizeConfig
 from metr.data.joint import open_joint
 from metr.devices import resolved_device
@@ -167,7 +167,7 @@ def transfer(
             raise OSError(str(error)) from error
         processor.save_pretrained(fresh)
         write_json(fresh / REPORT, {**done.report.to_dict(), _WRITTEN: _digests(fresh)})
-    show(done.report, out, console or Console(quiet=True), GO_ON.format(out=out))
+    show(done.report, out, console or Console(quiet=True), how_to_go_on(done.model, out))
     return done.report
 
 

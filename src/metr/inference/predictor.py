@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
@@ -133,6 +134,7 @@ class Predictor:
         array = load_image(image, source)
         size = (int(array.shape[0]), int(array.shape[1]))
         resized = resize_image(array, *output_shape(*size, self.resize), self.resize.filter)
+        resized = np.require(resized, requirements="W")  # an array that was given may be of Pillow's, and locked
         return PreparedImage(source=source, size=size, pixels=torch.from_numpy(resized).permute(2, 0, 1))
 
     def detect_prepared(self, images: Sequence[PreparedImage]) -> list[Prediction]:

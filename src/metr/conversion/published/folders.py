@@ -16,6 +16,7 @@ WEIGHTS = "model.safetensors"
 _INDEX = f"{WEIGHTS}.index.json"
 # a network may have parts that the file has not, such as those of training; but not so many
 _TIMES_AS_MANY, _MORE = 2, 1_000_000
+_QUANTIZED = ("I8", "U8", "F8_E4M3", "F8_E5M2", "F4")
 
 
 def check_kind(values: Mapping[str, Any], where: object, known: Sequence[str]) -> str:
@@ -31,7 +32,7 @@ def check_kind(values: Mapping[str, Any], where: object, known: Sequence[str]) -
     """
     kind = str(values.get("model_type") or "")
     hint = f"one of {', '.join(known)}"
-    if values.get("auto_map"):
+    if _has_code(values):
         what = "this model brings code of its own (auto_map), which METR never runs; it was not loaded"
         raise ModelError(what, where=where, hint=f"a detector that transformers knows itself: {hint}")
     if kind.replace("-", "_") not in known:
@@ -40,6 +41,12 @@ def check_kind(values: Mapping[str, Any], where: object, known: Sequence[str]) -
         what = f"METR takes no weights from a {kind} model{more}" if kind else "config.json names no model_type"
         raise ModelError(what, where=where, hint=hint)
     return kind
+
+
+def _has_code(values: Mapping[str, Any]) -> bool:
+    """Whether a configuration, or a part of it, names code that lies beside it."""
+    parts = (value for value in values.values() if isinstance(value, Mapping))
+    return bool(values.get("auto_map")) or any(map(_has_code, parts))
 
 
 def check_size(config: Any, where: object, folder: Path | None = None) -> None:
@@ -70,7 +77,7 @@ def _stored(folder: Path) -> int | None:
     """How many numbers the safetensors of a folder hold; None where it has no such file.
 
     Raises:
-        CheckpointError: a file is missing or damaged.
+        CheckpointError: a file is missing or damaged, or holds quantized weights.
     """
     if (folder / WEIGHTS).is_file():
         return _numbers(folder / WEIGHTS)
@@ -88,9 +95,27 @@ def _numbers(path: Path) -> int:
         raise CheckpointError("no such file", where=path, hint="the folder is incomplete: copy it again")
     try:
         with safe_open(path, framework="pt") as file:
-            return sum(torch.Size(file.get_slice(key).get_shape()).numel() for key in file.keys())  # noqa: SIM118
+            tensors = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            _refuse_quantized({key: str(tensor.get_dtype()) for key, tensor in tensors.items()}, path)
+            return sum(torch.Size(tensor.get_shape()).numel() for tensor in tensors.values())
     except (SafetensorError, OSError, ValueError) as error:
         # a file of the hub's cache is a link to what was downloaded
         remove = path.resolve()
         what = f"damaged, or cut short: not readable as safetensors ({error})"
         raise CheckpointError(what, where=path, hint=f"remove {remove} and download or copy it again") from None
+
+
+def _refuse_quantized(types: Mapping[str, str], path: Path) -> None:
+    """Refuses tensors that are of no use without the factors they were quantized by.
+
+    Args:
+        types: The type of each tensor, in the words of safetensors.
+        path: Their file, for messages.
+
+    Raises:
+        CheckpointError: there are some.
+    """
+    if found := [key for key, kind in types.items() if kind in _QUANTIZED]:
+        what = f"{len(found)} of its tensors are quantized, such as {found[0]} ({types[found[0]]})"
+        hint = "take weights in float32, float16 or bfloat16"
+        raise CheckpointError(what, where=path, hint=hint)

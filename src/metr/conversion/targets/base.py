@@ -123,6 +123,7 @@ class Adopted:
             to give; none where they start afresh.
         first_label: Those of METR's class heads that are to give every name the logit of the target's first label.
         softmax: Those of METR's class heads whose names compete with all that the target's linear layer gives.
+        differences: What METR computes otherwise in spite of these weights, in sentences.
     """
 
     config: DetectorConfig
@@ -130,6 +131,7 @@ class Adopted:
     class_heads: Mapping[str, str] = field(default_factory=dict)
     first_label: frozenset[str] = frozenset()
     softmax: frozenset[str] = frozenset()
+    differences: tuple[str, ...] = ()
 
 
 Derivation = Callable[[Context], Mapping[str, Derived]]

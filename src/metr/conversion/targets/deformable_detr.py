@@ -203,7 +203,7 @@ def differences(config: DetectorConfig) -> tuple[str, ...]:
         said.append("a query keeps the position of its first box; METR's follows the box from layer to layer")
     if config.encoder.positions != "centred":
         said.append(f"the encoder's positions are those of cells' centres; this METR's are {config.encoder.positions}")
-    if config.width % (4 * _GROUPS):
+    if _has_fewer_groups(config.width):
         said.append(f"group norms have {_GROUPS} groups; this METR's have fewer")
     return tuple(said)
 
@@ -231,6 +231,8 @@ def adopt(config: Any, backbone: BackboneConfig, state: State) -> Adopted:
         kind="deformable", positions="centred", points=config.encoder_n_points, **encoder_values(config)
     )
     layers = {f"decoder.similarity.{n}": f"class_embed.{n}" for n in range(config.decoder_layers)}
+    fewer = (f"its group norms have {_GROUPS} groups, METR's have fewer at a width of {config.d_model}",)
+    differences = fewer if _has_fewer_groups(config.d_model) else ()
     decoder = {"predictors": "layer", "box_margin": _MARGIN}
     if not config.two_stage:
         refine = "each" if config.with_box_refine else "none"
@@ -240,6 +242,7 @@ def adopt(config: Any, backbone: BackboneConfig, state: State) -> Adopted:
             config=around(encoder, config, backbone, decoder, queries, SimilarityConfig(form="classifier")),
             derived=_learned(state) | equal_presence(config.d_model),
             class_heads=layers,
+            differences=differences,
         )
     decoder |= {"positions": "first"}
     queries = ADOPTED_QUERIES | {"content": "box_only", "number": config.two_stage_num_proposals}
@@ -249,7 +252,13 @@ def adopt(config: Any, backbone: BackboneConfig, state: State) -> Adopted:
         class_heads={_PLACES: f"class_embed.{config.decoder_layers}"} | layers,
         # places are chosen by the first label's score, whatever the label
         first_label=frozenset({_PLACES}),
+        differences=differences,
     )
+
+
+def _has_fewer_groups(width: int) -> bool:
+    """Whether METR's group norms have fewer groups than Deformable DETR's."""
+    return width % (4 * _GROUPS) != 0
 
 
 def _learned(state: State) -> dict[str, Derived]:
