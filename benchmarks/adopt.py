@@ -14,9 +14,8 @@ Trains detectors of transformers (the sources) on four datasets, labels side by 
 
 A source whose mean AP is under its profile's `least_ap` is told, and not fine-tuned.
 
-Profile `gpu` has not been run; what `trial` found: docs/results/adopted-detectors.md. Results:
-`results/adopt-PROFILE.json`, `.md` and `.png`, written whenever
-the command ends, with what is finished until then. Runs: `--out`, resumable.
+Profile `gpu` has not been run. Results: `results/adopt-PROFILE.json`, `.md` and `.png`, written whenever the command
+ends, with what is finished until then. Runs: `--out`, resumable.
 """
 
 import sys

@@ -29,6 +29,7 @@ from typing import Any, cast
 
 import torch
 import transformers
+from accelerate.state import AcceleratorState
 from pydantic import Field
 from transformers import AutoConfig, AutoModelForObjectDetection, PreTrainedModel, Trainer, TrainerCallback
 
@@ -118,6 +119,7 @@ class Bench:
 
         def work() -> Tree | None:
             begun = self.begun()
+            AcceleratorState._reset_state(reset_partial_state=True)
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
             found = self._by_trainer(begun, folder) if arm == "transformers" else self._by_metr(begun, folder)

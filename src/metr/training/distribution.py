@@ -3,9 +3,10 @@
 import warnings
 
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, is_initialized
 from accelerate.utils import ProjectConfiguration, parse_flag_from_env
 
-from metr.errors import ConfigError
+from metr.errors import ConfigError, MetrError
 from metr.process_group import joined_device
 from metr.run_directory import RunDirectory
 from metr.training.config import LoopConfig
@@ -24,7 +25,8 @@ def build_accelerator(loop: LoopConfig, folder: RunDirectory) -> Accelerator:
 
     Raises:
         ConfigError: a tracker is unknown, its package is not installed, or accelerate is to shard by itself.
-        MetrError: several processes were started that cannot work together.
+        MetrError: several processes were started that cannot work together, or another trainer of this process
+            (transformers') computes in another precision.
     """
     check_trackers(loop.trackers)
     for variable, option in _OPTIONS_OF_ACCELERATE.items():
@@ -32,6 +34,11 @@ def build_accelerator(loop: LoopConfig, folder: RunDirectory) -> Accelerator:
             hint = f"start it without {option} (or set that to false in accelerate's configuration)"
             what = f"accelerate launch was told to use {option}, but METR shards networks itself (train.parallel=fsdp)"
             raise ConfigError(what, where="train.parallel", hint=hint)
+    if is_initialized() and (theirs := AcceleratorState().mixed_precision) != "no":
+        what = f"another trainer of this process computes in {theirs}, and accelerate has one precision for a process"
+        raise MetrError(
+            what, hint="train in a process of its own, or after AcceleratorState._reset_state() of accelerate"
+        )
     device = joined_device(loop.device)
     # The gradient of a 1 x 1 kernel has strides of its own. DDP copies it then, which costs next to nothing.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view")
