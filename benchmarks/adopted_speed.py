@@ -42,6 +42,7 @@ from metr.data.dataset import DetectionDataset
 from metr.data.joint import JointData, open_joint
 from metr.data.transforms import build_transforms
 from metr.devices import peak_memory, resolved_device
+from metr.evaluation.results import EvaluationConfig
 from metr.hub import quiet
 from metr.training.config import RunConfig
 from metr.training.logger import read_metrics
@@ -162,7 +163,8 @@ class Bench:
         shutil.rmtree(run, ignore_errors=True)  # a run that was stopped: its steps are timed from the first one again
         kept = [one for one in self.study.overrides if not one.startswith(("model=", "model."))]
         overrides = (*runner.as_overrides(self.tree), *kept)
-        outcome = train(self.data, run, overrides=overrides, start=begun, allow_empty=True, console=self.study.console)
+        more: Tree = {"start": begun, "allow_empty": True, "evaluation": EvaluationConfig(modes=("own",))}
+        outcome = train(self.data, run, overrides=overrides, console=self.study.console, **more)
         if outcome.interrupted:
             return None
         records = [one for one in read_metrics(run) if one["kind"] == "train"]
