@@ -22,6 +22,8 @@ from metr.structures import Detections, DetectorOutput
 ImageId = int | str
 # the distance of a score from 0 and 1 from which its logit is finite
 _EPS = 1e-6
+# rows that suppression looks at together
+_BLOCK = 128
 Row = dict[str, Any]
 
 
@@ -122,7 +124,7 @@ def postprocess(
     scores, labels, keep = (values.gather(1, order) for values in (scores, labels, keep))
     if config.nms_iou is not None:
         rivals = torch.zeros_like(labels) if config.nms_across_names else labels
-        keep = keep & _survivors(boxes, rivals, keep, config.nms_iou)
+        keep = keep & _survivors(boxes, rivals, keep, config.nms_iou, config.max_detections)
     # Rows are sorted by score, so the best that suppression left are the first True values.
     keep = keep & (keep.cumsum(1) <= config.max_detections)
     first = keep.sort(dim=1, descending=True, stable=True).indices[:, : config.max_detections]
@@ -191,18 +193,42 @@ def _pixels(boxes: Float[Tensor, "b q 4"], sizes: Sequence[tuple[int, int]]) -> 
 
 
 def _survivors(
-    boxes: Float[Tensor, "b q 4"], rivals: Int[Tensor, "b q"], candidates: Bool[Tensor, "b q"], iou: float
+    boxes: Float[Tensor, "b q 4"],
+    rivals: Int[Tensor, "b q"],
+    candidates: Bool[Tensor, "b q"],
+    iou: float,
+    wanted: int | None = None,
 ) -> Bool[Tensor, "b q"]:
     """Greedy suppression among boxes with equal `rivals`; boxes are ordered with candidates first, best first.
 
-    A candidate survives if no better survivor overlaps it by more than `iou`.
+    A candidate survives if no better survivor overlaps it by more than `iou`. Only the best `wanted` survivors of each
+    image are sure to be true ones, if that is given.
     """
     alive = candidates.clone()
     queries = int(candidates.sum(1).max()) if candidates.numel() else 0
-    # One row of overlaps at a time, so that memory does not grow with the square of the queries.
-    for better in range(queries - 1):
-        head, rest = slice(better, better + 1), slice(better + 1, queries)
-        overlaps = geometry.paired_iou(boxes[:, head], boxes[:, rest]) > iou
-        beaten = overlaps & (rivals[:, rest] == rivals[:, head]) & alive[:, head]
-        alive[:, rest] &= ~beaten
+    # A block of rows at a time, so that memory does not grow with the square of the queries.
+    for start in range(0, queries, _BLOCK):
+        stop = min(start + _BLOCK, queries)
+        heads, rest = slice(start, stop), slice(start, queries)
+        overlaps = geometry.paired_iou(boxes[:, heads].unsqueeze(2), boxes[:, rest].unsqueeze(1)) > iou
+        beats = overlaps & (rivals[:, heads].unsqueeze(2) == rivals[:, rest].unsqueeze(1))
+        alive[:, heads] = _unbeaten(alive[:, heads], beats[:, :, : stop - start].triu(diagonal=1))
+        alive[:, stop:queries] &= ~_beaten(alive[:, heads], beats[:, :, stop - start :])
+        if wanted is not None and bool((alive[:, :stop].sum(1) >= wanted).all()):
+            break
     return alive
+
+
+def _unbeaten(candidates: Bool[Tensor, "b n"], beats: Bool[Tensor, "b n n"]) -> Bool[Tensor, "b n"]:
+    """The candidates that no better one of those that are left beats; `beats` is of better ones and worse ones.
+
+    Whatever is left of the first k is right after k rounds, so the rounds end at what one by one would give.
+    """
+    left, before = candidates, None
+    while before is None or not torch.equal(left, before):
+        left, before = candidates & ~_beaten(left, beats), left
+    return left
+
+
+def _beaten(alive: Bool[Tensor, "b n"], beats: Bool[Tensor, "b n m"]) -> Bool[Tensor, "b m"]:
+    return (beats & alive.unsqueeze(2)).any(1)
