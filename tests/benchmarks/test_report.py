@@ -12,6 +12,7 @@ import pytest
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 PAGES = {
     "added-names": "added_names",
+    "adopted-speed-trial": "adopted_speed",
     "added-names-attention": "added_names",
     "complete-trial": "complete",
     "detection-defaults": "detection_defaults",
