@@ -71,6 +71,9 @@ def test_a_folder_that_declares_nothing(yolo: Path) -> None:
         ("README.md", f"---\nlicence: {'long ' * 99}\n---\n", [f"{('long ' * 60)[:297].rstrip()}..."]),
         ("dataset.yaml", "license: AGPL-3.0\npath: x\n", ["AGPL-3.0"]),
         ("dataset_info.json", '{"license": "CC0", "features": {}}', ["CC0"]),
+        ("README.dataset.txt", "Letters > v1\nProvided by someone\nLicense: CC BY 4.0\n", ["CC BY 4.0"]),
+        ("README.md", "# Cells\n\n- **Licence:** MIT (see LICENSE)\nLicense: later\n", ["MIT (see LICENSE)"]),
+        ("README.md", "# Cells\nThe license: ask us. Licensed under MIT.\nlicense\n: none\n", []),
     ],
 )
 def test_metadata_that_declares_a_licence(yolo: Path, name: str, text: str, expected: list[str]) -> None:
@@ -81,7 +84,7 @@ def test_metadata_that_declares_a_licence(yolo: Path, name: str, text: str, expe
 @pytest.mark.parametrize(
     ("name", "text"),
     [
-        ("README.md", "# Fish\n\n- Licence: CC BY 4.0 (see below)\n"),
+        ("README.md", "# Fish\n\nThe license: as in the paper. Licensed under CC BY 4.0\n"),
         ("README.md", "---\n: [\n---\n"),
         ("README.md", "---\nlicense:\n---\n"),
         ("README.md", ""),
@@ -126,14 +129,15 @@ def test_odd_lists_of_licences(coco: Path, licenses: object) -> None:
 
 
 def test_real_datasets(shared: Path) -> None:
-    """The READMEs of the shared folders speak of licences in free text; only data.yaml and COCO files declare them."""
+    """Their READMEs have a line for it, with what it was taken from; data.yaml and COCO files declare it once more."""
     names = ("cones_cubes", "rubik", "chess_pieces", "turkish_road", "bccd")
     joint = open_joint([str(shared / "data" / name) for name in names])
     found = {one.name: [found.text for found in licences_of(one, joint.train_split(one))] for one in joint.sources}
-    assert found == {
-        "cones_cubes": ["CC BY 4.0"],
-        "rubik": ["MIT"],
-        "chess_pieces": ["Public Domain"],
-        "turkish_road": ["CC BY 4.0"],
-        "bccd": [],
+    assert {name: {text.partition(" (")[0] for text in texts} for name, texts in found.items()} == {
+        "cones_cubes": {"CC BY 4.0"},
+        "rubik": {"MIT"},
+        "chess_pieces": {"Public Domain"},
+        "turkish_road": {"CC BY 4.0"},
+        "bccd": {"MIT"},
     }
+    assert found["bccd"] == ["MIT (LICENSE in the source repository)"]

@@ -268,5 +268,15 @@ def test_results_of_other_weights_are_left_out(model: METR, tmp_path: Path, capl
     assert "no results in the model card" in caplog.text
 
 
+def test_a_small_split_may_move_more_than_the_mean(model: METR, tmp_path: Path) -> None:
+    """Rounding to float16 can cost a split of eleven boxes more than a whole AP."""
+    (tmp_path / "evaluation").mkdir()
+    report_of(tmp_path / "evaluation", {"pond": (40.0, 30.0), "desk": (12.0, 11.0)})
+    for desk, found in ((13.6, True), (16.0, False)):
+        metrics = {"AP pond": 40.1, "AP desk": desk}
+        checkpoint = replace(model.checkpoint, training={"metrics": metrics})
+        assert (find_report(tmp_path / "best", checkpoint) is not None) is found
+
+
 def told(model: METR, ap: float) -> Checkpoint:
     return replace(model.checkpoint, training={"metrics": {"AP": 1.0, "AP pond": ap}})

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterator
 from itertools import chain
@@ -26,6 +27,9 @@ _LARGEST = 1 << 20  # bytes of a metadata file that are read
 _PIECE_BYTES = 1 << 24
 # The hub's card, the description of a YOLO dataset, and what the library `datasets` writes.
 _METADATA = ("README.md", "data.yaml", "dataset.yaml", "dataset_info.json")
+# The texts in which a line of its own names the licence, such as those of Roboflow's exports.
+_TEXTS = ("README.md", "README.txt", "README.dataset.txt", "README.roboflow.txt")
+_LINE = re.compile(r"^[ \t>*_-]*licen[cs]e[*_]*[ \t]*:[*_]*[ \t]*(\S.*)$", re.IGNORECASE | re.MULTILINE)
 _COCO = frozenset({"coco", "lvis", "objects365"})
 
 
@@ -61,13 +65,14 @@ def licences_of(source: DatasetSource, images: Annotations) -> tuple[Licence, ..
     """The licences that a dataset's files declare; none where they declare none.
 
     Read are the key `license` of the dataset's card, of the description of a YOLO dataset (also as Roboflow writes it)
-    and of `dataset_info.json`, and the `licenses` of COCO files, which images refer to.
+    and of `dataset_info.json`, the first line "License: ..." of a README, and the `licenses` of COCO files, which
+    images refer to. Other text is not interpreted.
 
     Args:
         source: The dataset.
         images: Those that are used.
     """
-    return tuple(dict.fromkeys([*_in_metadata(source.root), *_in_coco(source, images)]))
+    return tuple(dict.fromkeys([*_in_metadata(source.root), *_in_texts(source.root), *_in_coco(source, images)]))
 
 
 def origin_of(source: DatasetSource) -> str | None:
@@ -93,6 +98,14 @@ def _in_metadata(root: Path) -> Iterator[Licence]:
             for one in declared if isinstance(declared, list) else [declared]:
                 if one:
                     yield Licence(text=_short(str(one)), stated_in=name)
+
+
+def _in_texts(root: Path) -> Iterator[Licence]:
+    for name in _TEXTS:
+        text = start_of(root / name, _LARGEST).decode("utf-8-sig", errors="replace")
+        header = text.startswith("---")  # of a dataset's card, whose key is read as such
+        if (line := None if header else _LINE.search(text)) is not None:
+            yield Licence(text=_short(line[1]), stated_in=name)
 
 
 def _in_coco(source: DatasetSource, images: Annotations) -> Iterator[Licence]:
