@@ -11,9 +11,21 @@ from typing import Any
 
 import pytest
 import torch
-from conversion_cases import NAMES, SIDE, alike, dino_like, normalised, random_images, save_folder, stir, stirred
+from conversion_cases import (
+    NAMES,
+    SIDE,
+    alike,
+    dino_like,
+    maps_of,
+    normalised,
+    random_images,
+    save_folder,
+    stir,
+    stirred,
+)
 from rich.console import Console
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForObjectDetection, ResNetConfig
 
 from metr.checkpoint import load_checkpoint
 from metr.conversion.export import build, colours_of
@@ -148,6 +160,39 @@ def test_narrow_group_norms_are_told(width: int, told: tuple[str, ...], tmp_path
     narrow = type(model)(type(model.config).from_dict(values))
     save_folder(narrow, "deformable_detr", network, tmp_path)
     assert read_published(tmp_path).differences == told
+
+
+@pytest.mark.parametrize(
+    ("name", "stages", "strides"),
+    [
+        ("detr", ["stage3"], (16,)),
+        ("detr", ["stage4"], (32,)),
+        ("deformable_detr", ["stage2", "stage3"], (8, 16)),
+        ("deformable_detr", ["stage1", "stage2", "stage3", "stage4"], (4, 8, 16, 32)),
+    ],
+)
+def test_strides_are_those_of_the_maps_that_are_read(
+    name: str, stages: list[str], strides: tuple[int, ...], tmp_path: Path, text: TextEncoderConfig
+) -> None:
+    backbone = ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 12, 16, 20], depths=[1] * 4, layer_type="basic", out_features=stages
+    )
+    sizes = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    layers = {"encoder_layers": 1, "decoder_layers": 2, "d_model": 128, "num_queries": 10, "auxiliary_loss": False}
+    config = AutoConfig.for_model(name, backbone_config=backbone, **sizes, **layers, id2label=dict(enumerate(NAMES)))
+    network: Any = AutoModelForObjectDetection
+    model = stir(network.from_config(config)).eval()
+    save_folder(model, name, stirred(alike("deformable_detr")), tmp_path)
+    made, report = import_detector(tmp_path, text=text, device="cpu")
+    assert made.network.backbone.strides == strides
+    assert report.differences == ()
+    pixels = normalised(made.network, random_images(2))
+    with torch.no_grad():
+        theirs = maps_of(model, pixels, torch.ones(2, *pixels.shape[2:], dtype=torch.long))
+        ours = made.network.backbone(random_images(2))
+    assert len(ours) == len(strides)
+    for one, other in zip(theirs, ours, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 def test_a_folder_without_names_or_preprocessing(tmp_path: Path, text: TextEncoderConfig) -> None:

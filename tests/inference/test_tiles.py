@@ -95,7 +95,7 @@ def test_what_a_command_may_not_say(text: str) -> None:
 def test_cells_of_a_large_image_are_found_once_each() -> None:
     predictor = METR.from_pretrained(SHIPPED, device="cpu").predictor(["RBC", "WBC"])
     # on a grid that tiles cut through, one cell exactly where four of them meet
-    cells = [Cell(x, y, 45, white=(x + y) % 600 == 0) for x in range(75, 1500, 150) for y in range(75, 1200, 150)]
+    cells = [Cell(x, y, 45) for x in range(75, 1500, 150) for y in range(75, 1200, 150)]
     image = np.asarray(drawn(cells, 1500, 1200))
     tiled = TiledPredictor(predictor, TilesConfig(width=480, height=480))
     (prediction,) = tiled.detect_many([image])
@@ -106,7 +106,7 @@ def test_cells_of_a_large_image_are_found_once_each() -> None:
     expected = torch.tensor([cell.box for cell in cells], dtype=torch.float32)
     overlaps = paired_iou(boxes[:, None].expand(-1, len(cells), -1), expected[None].expand(len(boxes), -1, -1)) > 0.6
     assert overlaps.any(0).float().mean() >= 0.95  # of the cells are found
-    assert overlaps.sum(0).max() <= 2  # red and white at most
+    assert overlaps.sum(0).max() <= 2  # whatever name they have
     assert len(boxes) < 1.1 * len(cells)
     alone = predictor.detect(image)
     assert (alone.scores > 0.5).sum() < len(boxes)

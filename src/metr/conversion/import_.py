@@ -20,17 +20,22 @@ from metr.conversion.published.timm import TimmNetwork, check_network, timm_netw
 from metr.conversion.table import State, adopted_backbone
 from metr.conversion.targets import NAMES, find_target
 from metr.data.config import ResizeConfig
-from metr.errors import CheckpointError, ModelError
+from metr.errors import CheckpointError, ModelError, counted
 from metr.hub import configuration, loading, pretrained
-from metr.models.backbones.registered import register
+from metr.models.backbones.efficientnet_lite import STAGE_OF_STRIDE
+from metr.models.backbones.hugging_face import strides_of
+from metr.models.backbones.registered import EfficientNetLiteConfig, register
 from metr.models.config import BackboneConfig, DetectorConfig
 from metr.models.detector import Detector
 from metr.serialization import read_json
 from metr.sources import DetectorSource, has_weights, refuse_without_weights
 
 _STRIDES = (4, 8, 16, 32)
+_STRIDE_OF_STAGE = {stage: stride for stride, stage in STAGE_OF_STRIDE.items()}
 # names that stand for no category in the labels of published detectors
 _NO_NAMES = ("LABEL_", "N/A")
+# what a detector is adopted for, and what of it depends on names
+_PARTS, _CLASSES = ("backbone.", "encoder.", "decoder.", "proposals."), ("decoder.similarity", "proposals.classifier")
 # a logit that differs by more is another one
 _MET = 1e-3
 _ASSUMED = "the file names no labels: they are taken for COCO's, as there are 91; if they are not, give 91 names"
@@ -125,6 +130,8 @@ def adopt(
         if published.class_heads.assumed:
             notes.append(_ASSUMED)
     report = receive(network, giving, source=published.title, name="METR", notes=notes)
+    if lost := [key for key in report.afresh if key.startswith(_PARTS) and not key.startswith(_CLASSES)]:
+        differences.append(f"{counted(len(lost), 'tensor')} start afresh, such as {lost[0]}")
     return network, replace(report, differences=tuple(differences))
 
 
@@ -263,10 +270,13 @@ def _adoptable() -> list[str]:
 def _backbone(config: Any, single_map: bool) -> BackboneConfig:
     """METR's configuration of a detector's backbone, of which it may read the last map only."""
     found, options = config.backbone_config, config.to_dict()
-    # RT-DETR and its successors say so; the others have no such options, and freeze the norms always
     maps = 1 if single_map else len(found.out_features)
-    strides = (options.get("feat_strides") or _STRIDES[-maps:])[:maps]
-    return adopted_backbone(found, tuple(strides), options.get("freeze_backbone_batch_norms", True))
+    own = found.model_type == EfficientNetLiteConfig.model_type
+    strides = tuple(_STRIDE_OF_STAGE[stage] for stage in found.out_features) if own else strides_of(found)
+    # of a plain vision transformer RT-DETR and its successors say it
+    strides = strides or tuple(options.get("feat_strides") or _STRIDES[-maps:])[:maps]
+    # the others have no such option, and freeze the norms always
+    return adopted_backbone(found, strides[-maps:], options.get("freeze_backbone_batch_norms", True))
 
 
 def _labels(config: Any, folder: Path) -> tuple[dict[str, int], tuple[str, ...]]:

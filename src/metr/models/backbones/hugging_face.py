@@ -1,6 +1,7 @@
 """Any backbone that transformers' AutoBackbone knows, hierarchical or a plain vision transformer."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,12 +109,8 @@ class _Survey:
             raise ModelError(what, where=config.name, hint="name a ResNet, Swin, ConvNeXt, DINOv2 or the like")
         names = list(architecture.stage_names)
         architecture.out_features = names
-        windows = _windows(architecture)
-        side = _PROBE if windows == 1 else architecture.patch_size * windows
-        with loading(config.name), torch.device("meta"):
-            skeleton = _initialised(architecture).eval()
-            maps = skeleton(torch.empty(1, 3, side, side)).feature_maps
-        strides = dict(zip(names, (side // int(level.shape[-1]) for level in maps), strict=True))
+        with loading(config.name):
+            skeleton, maps, strides = _probed(architecture)
         plain = len(set(strides.values())) == 1
         stages = _layers(strides, config) if config.layers else _stages(strides, config)
         levels = [maps[names.index(stage)] for stage in stages]
@@ -124,6 +121,39 @@ class _Survey:
             plain=plain,
             idle=_idle_parameters(skeleton, levels),
         )
+
+
+def _probed(architecture: Any) -> tuple[nn.Module, Sequence[Tensor], dict[str, int]]:
+    """The network of an architecture without weights, its maps of all stages, and their strides."""
+    windows = _windows(architecture)
+    side = _PROBE if windows == 1 else architecture.patch_size * windows
+    with torch.device("meta"):
+        skeleton = _initialised(architecture).eval()
+        maps = skeleton(torch.empty(1, 3, side, side)).feature_maps
+    names = architecture.out_features
+    return skeleton, maps, dict(zip(names, (side // int(level.shape[-1]) for level in maps), strict=True))
+
+
+def strides_of(architecture: Any) -> tuple[int, ...] | None:
+    """Pixels a cell of the maps that a configuration of transformers' backbones gives, in their order.
+
+    None for a plain vision transformer, all of whose maps have one stride.
+
+    Raises:
+        ModelError: it cannot be built, or a map is not the deepest one of its stride, which METR would read.
+    """
+    every = deepcopy(architecture)
+    every.out_features = list(every.stage_names)
+    with loading(architecture.model_type):
+        _, _, strides = _probed(every)
+    if len(set(strides.values())) == 1:
+        return None
+    deepest = {stride: stage for stage, stride in strides.items()}
+    wanted = list(architecture.out_features)
+    if other := [stage for stage in wanted if deepest[strides[stage]] != stage]:
+        what = f"reads {other[0]}; of the maps with {strides[other[0]]} pixels a cell METR reads the deepest one"
+        raise ModelError(what, where=architecture.model_type, hint=f"one that reads {deepest[strides[other[0]]]}")
+    return tuple(strides[stage] for stage in wanted)
 
 
 def _stages(strides: dict[str, int], config: BackboneConfig) -> tuple[str, ...]:
