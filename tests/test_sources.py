@@ -182,6 +182,11 @@ def refused(folder: Path, place: Path) -> dict[str, tuple[dict[str, bytes], type
             ModelError,
             "cannot load .*'d_model': .*expected int, got str .*mend that value in its config.json",
         ),
+        "old layout": (
+            bare | {"config.json": b'{"model_type": "deformable_detr", "num_feature_levels": "4"}'},
+            ModelError,
+            "cannot load this model: .*str",
+        ),
         "labels": (
             files_of(folder, config__json=config_with(folder, id2label={"0": "fish"}, label2id={"fish": 0})),
             ModelError,

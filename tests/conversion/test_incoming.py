@@ -195,6 +195,17 @@ def test_strides_are_those_of_the_maps_that_are_read(
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
+def test_calibration_that_stays_behind_is_told(tmp_path: Path, text: TextEncoderConfig) -> None:
+    written("rt_detr", tmp_path / "theirs")
+    made, _ = import_detector(tmp_path / "theirs", text=text, device="cpu")
+    assert to_detector(made, "rt_detr").report.differences == ()
+    detection = made.checkpoint.detection.calibrated({NAMES[0]: (2.0, -1.0), NAMES[1]: (0.5, 0.0)})
+    model = METR(made.network, replace(made.checkpoint, detection=detection))
+    (told,) = to_detector(model, "rt_detr").report.differences
+    assert "the calibration of 2 names stays with METR" in told
+    assert to_detector(model, "rt_detr", [NAMES[2]]).report.differences == ()
+
+
 def test_a_folder_without_names_or_preprocessing(tmp_path: Path, text: TextEncoderConfig) -> None:
     model = written("rt_detr", tmp_path)
     (tmp_path / "preprocessor_config.json").unlink()

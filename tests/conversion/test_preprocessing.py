@@ -51,6 +51,11 @@ def test_colours_are_those_of_the_processor(tmp_path: Path, values: dict[str, An
         ({"size": {"max_height": 96, "max_width": 160}}, "no counterpart"),
         ({"do_resize": False}, "not resized"),
         ({"resample": 1}, "filter lanczos"),
+        ({"resample": [2]}, "filter another one"),
+        ({"size": None}, "gives no size"),
+        ({"size": {}}, "gives no size"),
+        ({"do_center_crop": True, "crop_size": {"height": 64, "width": 64}}, "are cropped"),
+        ({"do_pad": True, "pad_size": {"height": 640, "width": 640}}, "padded to"),
     ],
 )
 def test_what_metr_does_otherwise_is_told(tmp_path: Path, values: dict[str, Any], said: str) -> None:

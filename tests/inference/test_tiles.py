@@ -95,7 +95,8 @@ def test_what_a_command_may_not_say(text: str) -> None:
 def test_cells_of_a_large_image_are_found_once_each() -> None:
     predictor = METR.from_pretrained(SHIPPED, device="cpu").predictor(["RBC", "WBC"])
     # on a grid that tiles cut through, one cell exactly where four of them meet
-    cells = [Cell(x, y, 45) for x in range(75, 1500, 150) for y in range(75, 1200, 150)]
+    places = [(x, y, (x + y) % 600 == 0) for x in range(75, 1500, 150) for y in range(75, 1200, 150)]
+    cells = [Cell(x, y, 60 if white else 45, white=white) for x, y, white in places]
     image = np.asarray(drawn(cells, 1500, 1200))
     tiled = TiledPredictor(predictor, TilesConfig(width=480, height=480))
     (prediction,) = tiled.detect_many([image])

@@ -248,15 +248,15 @@ def show(report: TransferReport, out: Path, console: Console, go_on: str) -> Non
     if ways:
         console.print(f"- reshaped: {ways}", highlight=False, markup=False)
     console.print(f"the detector is in {out}", highlight=False, markup=False, soft_wrap=True)
+    why = "".join(f"\n- {one}" for one in report.differences)
     if report.fitted_to:
         start = (
             f"It finds most of what {report.source} finds: it was fitted to {report.fitted_to} images. "
-            f"To see how much: metr evaluate {out} DATA\n{go_on}"
+            f"To see how much: metr evaluate {out} DATA{why}\n{go_on}"
         )
     elif report.start:
         start = f"It is a start for training, no detector yet: {report.start}.\n{go_on}"
     elif report.differences:
-        why = "".join(f"\n- {one}" for one in report.differences)
         start = f"It finds much of what {report.source} finds, before any training, but not all alike:{why}\n{go_on}"
     else:
         start = f"It finds what {report.source} finds, before any training.\n{go_on}"

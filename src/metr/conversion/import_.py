@@ -92,7 +92,9 @@ def _check_before_fetching(source: DetectorSource) -> None:
     """
     values = source.config
     check_kind(values, source.called, _adoptable())
-    if (network := timm_network(values)) is not None:
+    with loading(source.called):
+        network = timm_network(values)
+    if network is not None:
         check_network(network, source.called)
     elif source.repository is not None:
         register()

@@ -88,12 +88,7 @@ def _resize(values: Mapping[str, Any], file: Path) -> tuple[ResizeConfig | None,
     if not isinstance(size, Mapping):
         size = {"height": size, "width": size}
     sides = {key: _side(side, key, file) for key, side in size.items() if side is not None}
-    filtering, differences = _filter(values), list[str]()
-    if values.get("resample") not in {None, Resampling.BILINEAR, Resampling.BICUBIC}:
-        name = Resampling(values["resample"]).name.lower() if values["resample"] in set(Resampling) else "another one"
-        differences.append(f"its images are resized with the filter {name}, here with the bilinear one")
-    if not values.get("do_resize", True):
-        differences.append("its images are not resized, here they are")
+    filtering, differences = _filter(values), _otherwise(values)
     if "shortest_edge" in sides:
         longest = sides.get("longest_edge", ResizeConfig().longest)
         found = ResizeConfig(mode="fit", size=sides["shortest_edge"], longest=longest, filter=filtering)
@@ -104,10 +99,24 @@ def _resize(values: Mapping[str, Any], file: Path) -> tuple[ResizeConfig | None,
             square = max(height, width)
             differences.append(f"its images have {height} x {width} pixels, here {square} x {square}")
         return ResizeConfig(mode="stretch", size=max(height, width), filter=filtering), tuple(differences)
-    if sides:
-        asked = ", ".join(sides)
-        differences.append(f"its size ({asked}) has no counterpart: images are resized as METR does by default")
-    return None, tuple(differences)
+    asked = f"its size ({', '.join(sides)}) has no counterpart" if sides else "it gives no size"
+    return None, (*differences, f"{asked}: images are resized as METR does by default")
+
+
+def _otherwise(values: Mapping[str, Any]) -> list[str]:
+    """What METR does otherwise with images, whatever their size."""
+    differences = list[str]()
+    resample = values.get("resample")
+    if resample not in (None, Resampling.BILINEAR, Resampling.BICUBIC):
+        name = Resampling(resample).name.lower() if resample in list(Resampling) else "another one"
+        differences.append(f"its images are resized with the filter {name}, here with the bilinear one")
+    if not values.get("do_resize", True):
+        differences.append("its images are not resized, here they are")
+    if values.get("do_center_crop"):
+        differences.append("its images are cropped, here they are not")
+    if values.get("do_pad") and values.get("pad_size"):
+        differences.append(f"its images are padded to {values['pad_size']}, here to what the network needs")
+    return differences
 
 
 def _filter(values: Mapping[str, Any]) -> Filter:

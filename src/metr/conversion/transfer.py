@@ -57,7 +57,7 @@ logger = logging.getLogger(__name__)
 REPORT = "transfer.json"
 """What became of every weight, in the folder of the detector."""
 _WRITTEN = "files"  # the key of the report that says which files were written, and their digests
-_FILES = frozenset({".yaml", ".yml", ".json", ".csv", ".xml", ".parquet", ".zip", ".tar", ".tgz", ".gz"})
+_FILES = frozenset({".yaml", ".yml", ".json", ".csv", ".txt", ".xml", ".parquet", ".zip", ".tar", ".tgz", ".gz"})
 """How files of datasets end, which are no names."""
 _BACKBONE = "all but its backbone starts afresh"
 
@@ -100,7 +100,10 @@ def to_detector(
     )
     keep_aliases(done.model, model.checkpoint.detection.aliases)
     start = "" if done.same_answers or number else _why_a_start(found.fits(model.network.config), new)
-    return replace(done, report=replace(done.report, notes=notes, start=start, fitted_to=number))
+    known = [name for name in wanted.names if name in model.checkpoint.detection.calibration]
+    scores = (f"the calibration of {counted(len(known), 'name')} stays with METR: scores here are not probabilities",)
+    report = replace(done.report, notes=notes, differences=scores if known else (), start=start, fitted_to=number)
+    return replace(done, report=report)
 
 
 def _why_a_start(fits: bool, new: Sequence[Untrained]) -> str:
