@@ -70,7 +70,6 @@ class Profile(Config):
     """What is run; the configuration is laid over the defaults of `metr train`."""
 
     datasets: tuple[str, ...] = ()  # all whose licence is stated, if none
-    steps: int = Field(ge=2)
     first: int = Field(ge=1)  # steps that are not timed
     learning_rate: float
     detectors: dict[str, Published] = Field(min_length=1)
@@ -91,9 +90,10 @@ class Bench:
     def __init__(self, name: str, asked: Published, study: Study, profile: Profile, data: Sequence[str]) -> None:
         self.name, self.asked, self.study, self.profile, self.data = name, asked, study, profile, data
         size = {"augmentation": {"resize": {"mode": "stretch", "size": asked.side}}}
-        loop = {"train": {"loop": {"steps": profile.steps, "log_every": profile.first}}}
+        loop = {"train": {"loop": {"log_every": profile.first}}}
         self.tree = merge(profile.recipe, size, loop)
         self.recipe: RunConfig = study.recipe(self.tree)
+        self.steps = self.recipe.train.loop.steps
         self.home = study.out / name
         self.runs = [self._run(arm) for arm in ARMS]
 
@@ -142,8 +142,8 @@ class Bench:
         transforms = build_transforms(self.recipe.augmentation, training=True)
         datasets = [DetectionDataset(split, self.joint.vocabulary, transforms) for split in splits]
         loop, config = self.recipe.train.loop, TrainerConfig(learning_rate=self.profile.learning_rate)
-        images = SampledImages(datasets, self.recipe.loader, self.profile.steps, loop.seed)
-        told = training_arguments(folder, self.profile.steps, loop.seed, config, self.recipe)
+        images = SampledImages(datasets, self.recipe.loader, self.steps, loop.seed)
+        told = training_arguments(folder, self.steps, loop.seed, config, self.recipe)
         told = replace(told, bf16=loop.precision == "bf16", save_strategy="no")
         optimizer = detector_optimizer(model, config, find_target(self.asked.detector).backbone)
         watch = Stopwatch(self.profile.first)
@@ -157,7 +157,7 @@ class Bench:
         )
         with quiet():
             trainer.train()
-        timed = self.profile.steps - self.profile.first
+        timed = self.steps - self.profile.first
         return {"images_per_second": timed * self.recipe.loader.batch_size / watch.seconds}
 
     def _by_metr(self, begun: Path, folder: Path) -> Tree | None:

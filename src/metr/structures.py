@@ -201,7 +201,10 @@ class Categories(_Movable):
     @property
     def kept_tokens(self) -> Float[Tensor, "b k d"]:
         """The refined tokens of the categories in the slots; arbitrary ones for empty slots."""
-        places = self.ids if self.shortlist is None else torch.searchsorted(self.shortlist, self.ids)
+        if self.shortlist is None:
+            return gather_rows(self.tokens, self.ids)
+        # what searchsorted gives, which ONNX has not
+        places = (self.shortlist.unsqueeze(1) < self.ids.unsqueeze(2)).sum(dim=2)
         return gather_rows(self.tokens, places)
 
 
