@@ -70,7 +70,6 @@ class Profile(Config):
     """What is run; the configuration is laid over the defaults of `metr train`."""
 
     datasets: tuple[str, ...] = ()  # all whose licence is stated, if none
-    first: int = Field(ge=1)  # steps that are not timed
     learning_rate: float
     detectors: dict[str, Published] = Field(min_length=1)
     recipe: dict[str, Any]
@@ -90,10 +89,10 @@ class Bench:
     def __init__(self, name: str, asked: Published, study: Study, profile: Profile, data: Sequence[str]) -> None:
         self.name, self.asked, self.study, self.profile, self.data = name, asked, study, profile, data
         size = {"augmentation": {"resize": {"mode": "stretch", "size": asked.side}}}
-        loop = {"train": {"loop": {"log_every": profile.first}}}
-        self.tree = merge(profile.recipe, size, loop)
+        self.tree = merge(profile.recipe, size)
         self.recipe: RunConfig = study.recipe(self.tree)
-        self.steps = self.recipe.train.loop.steps
+        # up to its first record METR is not timed, and so is the Trainer not
+        self.steps, self.first = self.recipe.train.loop.steps, self.recipe.train.loop.log_every
         self.home = study.out / name
         self.runs = [self._run(arm) for arm in ARMS]
 
@@ -146,7 +145,7 @@ class Bench:
         told = training_arguments(folder, self.steps, loop.seed, config, self.recipe)
         told = replace(told, bf16=loop.precision == "bf16", save_strategy="no")
         optimizer = detector_optimizer(model, config, find_target(self.asked.detector).backbone)
-        watch = Stopwatch(self.profile.first)
+        watch = Stopwatch(self.first)
         trainer = Trainer(
             model=model,
             args=told,
@@ -157,7 +156,7 @@ class Bench:
         )
         with quiet():
             trainer.train()
-        timed = self.steps - self.profile.first
+        timed = self.steps - self.first
         return {"images_per_second": timed * self.recipe.loader.batch_size / watch.seconds}
 
     def _by_metr(self, begun: Path, folder: Path) -> Tree | None:
