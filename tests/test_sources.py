@@ -291,6 +291,36 @@ def test_weights_that_are_not_whole(folder: Path, tmp_path: Path) -> None:
         METR.from_pretrained(place, device="cpu")
 
 
+_HINT = "a value of its config.json or of another file there may be wrong"
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"encoder_attention_heads": 5}, r"counterpart of its config.json: width 32 is not divisible by 5 heads$"),
+        ({"activation_function": "nope"}, rf"(?s)KeyError: 'nope'.*{_HINT}"),
+        ({"backbone_config": {}}, rf"(?s)cannot load this model: \w+.*{_HINT}"),
+        ({"id2label": ["a", "b"]}, rf"(?s)cannot load this model.*{_HINT}"),
+        ({"decoder_attention_heads": 0}, rf"(?s)cannot load this model.*{_HINT}"),
+        ({"d_model": "32"}, r"(?s)d_model.*mend that value in its config.json"),
+    ],
+)
+def test_a_config_that_cannot_be_right(changed: dict[str, Any], told: str, folder: Path, tmp_path: Path) -> None:
+    place = Path(shutil.copytree(folder, tmp_path / "odd"))
+    values = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps(values | changed))
+    with pytest.raises(MetrError, match=told) as caught:
+        METR.from_pretrained(place, device="cpu")
+    assert str(place) in str(caught.value)
+
+
+def test_norms_that_were_frozen_have_counted_nothing(folder: Path, tmp_path: Path) -> None:
+    place = Path(shutil.copytree(folder, tmp_path / "freed"))
+    values = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps(values | {"freeze_backbone_batch_norms": False}))
+    METR.from_pretrained(place, device="cpu")
+
+
 def test_quantized_weights_are_refused(folder: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

@@ -147,6 +147,7 @@ def loading(source: str) -> Iterator[None]:
             raise ModelError(what, where=source, hint="name a model of a type that transformers knows itself") from None
         lines = [line.strip() for line in str(error).strip().splitlines()] or [type(error).__name__]
         said = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+        said = f"{type(error).__name__}: {said}" if isinstance(error, KeyError) or said == "None" else said
         what = f"cannot load this model: {said}"
         raise ModelError(what, where=source, hint=_hint(source, error)) from error
 
@@ -344,6 +345,8 @@ def _hint(source: str, error: Exception) -> str:
     causes = {kind for cause in causes_of(error) for kind in type(cause).__mro__}
     if StrictDataclassError in causes:
         return "mend that value in its config.json"
+    if Path(source).is_dir() and (Path(source) / "config.json").is_file() and OSError not in causes:
+        return "a value of its config.json or of another file there may be wrong: mend it, or copy them again"
     if Path(source).is_dir():
         return "the folder must hold config.json and model.safetensors, as save_pretrained writes them"
     if GatedRepoError in causes:

@@ -44,6 +44,13 @@ def test_colours_are_those_of_the_processor(tmp_path: Path, values: dict[str, An
     assert found.differences == ()
 
 
+def test_an_rf_detr_without_the_kind_of_its_processor(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "rf_detr"}))
+    facts = {key: value for key, value in FACTS.items() if key != "image_processor_type"}
+    (tmp_path / FILE).write_text(json.dumps(facts))
+    assert read_preprocessing(tmp_path) == read_preprocessing(written(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("values", "said"),
     [

@@ -41,6 +41,8 @@ _MET = 1e-3
 _ASSUMED = "the file names no labels: they are taken for COCO's, as there are 91; if they are not, give 91 names"
 # ridge of the text projection's whitening, as a fraction of the embeddings' mean variance; as in the recipes
 _RIDGE = 0.1
+# the batches that a norm has averaged over, which nothing reads
+_COUNTS = "num_batches_tracked"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -171,12 +173,10 @@ def _from_folder(folder: Path) -> PublishedDetector:
     labels, dropped = _labels(config, folder)
     preprocessing = read_preprocessing(folder)
     try:
-        backbone = preprocessing.coloured(_backbone(config, target.single_map))
+        backbone = preprocessing.coloured(_backbone(config, target.single_map, str(folder)))
         adopted = target.adopt(config, backbone, state)
     except ValidationError as error:
-        first = error.errors()[0]
-        what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}, found {str(first['input'])[:80]}"
-        raise ModelError(f"METR has no counterpart of its config.json: {what}", where=folder) from None
+        raise ModelError(f"METR has no counterpart of its config.json: {_first_of(error)}", where=folder) from None
     return PublishedDetector(
         title=target.title,
         config=adopted.config,
@@ -186,6 +186,15 @@ def _from_folder(folder: Path) -> PublishedDetector:
         class_heads=class_heads(state, adopted, [*labels.values()] or slice(config.num_labels), tuple(labels)),
         differences=(*preprocessing.differences, *dropped, *adopted.differences),
     )
+
+
+def _first_of(error: ValidationError) -> str:
+    """The first value that METR's configuration refuses, in words."""
+    first = error.errors()[0]
+    said = first["msg"].removeprefix("Value error, ")
+    if not first["loc"]:  # several values that do not go together
+        return said
+    return f"{'.'.join(map(str, first['loc']))}: {said}, found {str(first['input'])[:80]}"
 
 
 def _check_numbers(state: Mapping[str, Tensor], source: Path) -> None:
@@ -241,12 +250,12 @@ def _check_shapes(misfits: Iterable[tuple[str, Sequence[int], Sequence[int]]], f
 
 
 def _check_whole(missing: Iterable[str], folder: Path, part: str = "") -> None:
-    """Checks that all weights were there.
+    """Checks that all weights were there. Norms that were trained frozen have not counted their batches.
 
     Raises:
         ModelError: some were not.
     """
-    if lost := sorted(key for key in missing if key.startswith(part)):
+    if lost := sorted(key for key in missing if key.startswith(part) and not key.endswith(_COUNTS)):
         what = f"{'the backbone' if part else 'the network'} is not whole: {lost[0]} is missing"
         raise ModelError(what, where=folder, hint="download or copy it again")
 
@@ -269,12 +278,12 @@ def _adoptable() -> list[str]:
     return [name for name in NAMES if find_target(name).adopt is not None]
 
 
-def _backbone(config: Any, single_map: bool) -> BackboneConfig:
-    """METR's configuration of a detector's backbone, of which it may read the last map only."""
+def _backbone(config: Any, single_map: bool, called: str) -> BackboneConfig:
+    """METR's configuration of the backbone of the detector `called` so, which may read the last map only."""
     found, options = config.backbone_config, config.to_dict()
     maps = 1 if single_map else len(found.out_features)
     own = found.model_type == EfficientNetLiteConfig.model_type
-    strides = tuple(_STRIDE_OF_STAGE[stage] for stage in found.out_features) if own else strides_of(found)
+    strides = tuple(_STRIDE_OF_STAGE[stage] for stage in found.out_features) if own else strides_of(found, called)
     # of a plain vision transformer RT-DETR and its successors say it
     strides = strides or tuple(options.get("feat_strides") or _STRIDES[-maps:])[:maps]
     # the others have no such option, and freeze the norms always

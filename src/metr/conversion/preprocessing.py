@@ -17,7 +17,7 @@ from metr.serialization import read_json
 
 FILE = "preprocessor_config.json"
 # transformers 5.23.0 builds these with torchvision only; what METR wants to know stands in the file
-_NEEDS_TORCHVISION = frozenset({"RfDetrImageProcessor"})
+_NEEDS_TORCHVISION = {"rf_detr": "RfDetrImageProcessor"}
 _IMAGENET = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}
 # METR's networks take colours from 0 to 1, and subtract and divide themselves
 _RESCALED = 1 / 255
@@ -75,11 +75,18 @@ def _values(file: Path, folder: Path) -> Mapping[str, Any]:
     values = read_json(file)
     if not isinstance(values, dict):
         raise _wrong("the whole", "an object", file)
-    if str(values.get("image_processor_type", "")).removesuffix("Fast") in _NEEDS_TORCHVISION:
+    kind = values.get("image_processor_type") or _NEEDS_TORCHVISION.get(_model_type(folder), "")
+    if str(kind).removesuffix("Fast") in _NEEDS_TORCHVISION.values():
         return {**_IMAGENET, **values}
     with loading(str(folder)):
         told: Mapping[str, Any] = pretrained("AutoImageProcessor", folder).to_dict()
         return told
+
+
+def _model_type(folder: Path) -> str:
+    """The type of the model that the images are prepared for."""
+    config: Any = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
+    return str(config.get("model_type", "")) if isinstance(config, dict) else ""
 
 
 def _resize(values: Mapping[str, Any], file: Path) -> tuple[ResizeConfig | None, tuple[str, ...]]:

@@ -134,17 +134,21 @@ def _probed(architecture: Any) -> tuple[nn.Module, Sequence[Tensor], dict[str, i
     return skeleton, maps, dict(zip(names, (side // int(level.shape[-1]) for level in maps), strict=True))
 
 
-def strides_of(architecture: Any) -> tuple[int, ...] | None:
+def strides_of(architecture: Any, called: str) -> tuple[int, ...] | None:
     """Pixels a cell of the maps that a configuration of transformers' backbones gives, in their order.
 
     None for a plain vision transformer, all of whose maps have one stride.
+
+    Args:
+        architecture: The configuration.
+        called: What it comes from, for messages.
 
     Raises:
         ModelError: it cannot be built, or a map is not the deepest one of its stride, which METR would read.
     """
     every = deepcopy(architecture)
     every.out_features = list(every.stage_names)
-    with loading(architecture.model_type):
+    with loading(called):
         _, _, strides = _probed(every)
     if len(set(strides.values())) == 1:
         return None
@@ -152,7 +156,7 @@ def strides_of(architecture: Any) -> tuple[int, ...] | None:
     wanted = list(architecture.out_features)
     if other := [stage for stage in wanted if deepest[strides[stage]] != stage]:
         what = f"reads {other[0]}; of the maps with {strides[other[0]]} pixels a cell METR reads the deepest one"
-        raise ModelError(what, where=architecture.model_type, hint=f"one that reads {deepest[strides[other[0]]]}")
+        raise ModelError(what, where=called, hint=f"one that reads {deepest[strides[other[0]]]}")
     return tuple(strides[stage] for stage in wanted)
 
 
