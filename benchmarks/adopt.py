@@ -46,9 +46,10 @@ from detector_training import (
     training_arguments,
 )
 from metr.config import Config, Tree, merge
+from metr.conversion.adoption import import_detector
 from metr.conversion.export import colours_of
 from metr.conversion.targets import find_target
-from metr.conversion.transfer import import_detector, to_detector, trainer_result
+from metr.conversion.transfer import to_detector, trainer_result
 from metr.data.config import SubsetConfig
 from metr.data.dataset import DetectionDataset
 from metr.data.joint import JointData, open_joint, subset_of

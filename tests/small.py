@@ -68,7 +68,11 @@ def adopted_config(**options: Any) -> DetectorConfig:
     """The small network in the form that takes over RT-DETR and its like."""
     config = small_config(**{"encoder": "hybrid", "layout": "places", "attention": "image"} | options)
     decoder = config.decoder.model_copy(update={"positions": "plain", "predictors": "layer", "box_margin": 1e-5})
-    return config.model_copy(update={"similarity": SimilarityConfig(form="classifier"), "decoder": decoder})
+    encoder = config.encoder
+    if encoder.kind == "hybrid":
+        encoder = encoder.model_copy(update={"positions": "counted", "project_memory": decoder.kind == "deformable"})
+    similarity = SimilarityConfig(form="classifier")
+    return config.model_copy(update={"similarity": similarity, "decoder": decoder, "encoder": encoder})
 
 
 def softmax_config() -> DetectorConfig:

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import metr as package
+from metr.conversion.adoption import from_detector
 from metr.conversion.import_ import read_published
-from metr.conversion.transfer import from_detector
 from metr.errors import MetrError, ModelError
 from metr.models.backbones import build_backbone
 from metr.models.config import BackboneConfig

@@ -28,7 +28,7 @@ PAGES = {
         "metr.completion.prelabels",
         "metr.completion.thresholds",
     ),
-    "metr.conversion": ("metr.conversion", "metr.conversion.transfer"),
+    "metr.conversion": ("metr.conversion", "metr.conversion.adoption", "metr.conversion.transfer"),
     "metr.export": ("metr.export.export", "metr.export.request", "metr.deploy"),
     "metr.serving": ("metr.serving", "metr.serving.app", "metr.serving.config"),
     "metr.sharing": ("metr.sharing.push", "metr.sharing.model_card"),

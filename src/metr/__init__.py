@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from metr.completion.complete import complete
-    from metr.conversion.transfer import from_detector, transfer
+    from metr.conversion.adoption import from_detector
+    from metr.conversion.transfer import transfer
     from metr.evaluation.runner import evaluate
     from metr.inspection.label_report import inspect
     from metr.model import METR
@@ -47,7 +48,7 @@ _HOMES = {
     "complete": "metr.completion.complete",
     "evaluate": "metr.evaluation.runner",
     "finetune": "metr.training.finetune",
-    "from_detector": "metr.conversion.transfer",
+    "from_detector": "metr.conversion.adoption",
     "inspect": "metr.inspection.label_report",
     "model_card": "metr.sharing.model_card",
     "push": "metr.sharing.push",

@@ -217,6 +217,8 @@ def settle_folder(folder: Path) -> None:
 
 def existing_folder(folder: Path) -> Path:
     """`folder`, or the complete old version of it that a crash between two renames left beside it."""
+    if not folder.name:  # "." and "/", which nothing replaces
+        return folder
     previous = _previous(folder)
     return previous if previous.is_dir() and not folder.exists() else folder
 
@@ -245,8 +247,9 @@ def refuse_other_content(folder: Path, marker: str) -> None:
         marker: A file that every folder of this kind holds.
 
     Raises:
-        CheckpointError: `folder` is a file, or a folder that holds something else.
+        CheckpointError: `folder` is a file, a folder that holds something else, or the current one.
     """
+    _need_name(folder)
     if folder.is_dir() and (not any(folder.iterdir()) or (folder / marker).is_file()):
         return
     if folder.exists():
@@ -254,11 +257,23 @@ def refuse_other_content(folder: Path, marker: str) -> None:
         raise CheckpointError(what, where=folder, hint="name another folder, or move this one away")
 
 
+def _need_name(folder: Path) -> None:
+    """Refuses the current folder and the root, which nothing can take the place of.
+
+    Raises:
+        CheckpointError: it is one of the two.
+    """
+    if not folder.name:
+        what = "is the current folder or the root, whose place nothing can take"
+        raise CheckpointError(what, where=folder, hint="name a folder in it")
+
+
 def _previous(folder: Path) -> Path:
     return _sibling(folder, "previous")
 
 
 def _sibling(folder: Path, suffix: str) -> Path:
+    _need_name(folder)
     return folder.with_name(f".{folder.name}.{suffix}")
 
 

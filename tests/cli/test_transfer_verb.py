@@ -81,8 +81,11 @@ def test_it_is_fitted_to_images(
     (photos / "broken.png").write_bytes(b"no image")
     given = ["--names", "fish, frog", "--images", photos]
     for more, number in ((["--names", tiny_run.datasets[0]], 0), (given, 3)):
-        ended = metr("transfer", tiny_run.folder, "--to", "rt_detr", "-o", tmp_path / "out", *more)
+        taught = ["--steps", 0] if number else ["--steps", 2]
+        ended = metr("transfer", tiny_run.folder, "--to", "rt_detr", "-o", tmp_path / "out", *more, *taught)
         assert ended.code == 0, ended.words
+        assert ("taught in 2 steps" in ended.words) == (number == 0)
+        assert ("stays with METR" in ended.words) == (number > 0)
         report = json.loads((tmp_path / "out/transfer.json").read_text())
         images = report["fitted to images"]
         assert f"it was fitted to {images} images" in ended.words
@@ -133,6 +136,8 @@ def test_another_family_is_told_of(metr: CommandLine, tiny_run: TinyRun, tmp_pat
         (["--from", "no/such/folder"], "no such checkpoint, folder or file here, and no name on the hub either"),
         (["--from", "RUN"], "is a METR already"),
         (["--from", "RUN", "--images", "."], "goes with --to only"),
+        (["--from", "RUN", "--steps", "5"], "goes with --to only"),
+        (["RUN", "--to", "rt_detr", "--steps", "5"], "no images to teach the detector on"),
         (["RUN", "--to", "rt_detr", "--images", ""], "expected a folder or images"),
         (["RUN", "--to", "deformable_detr", "--images", "."], "has no part that images of this METR fit"),
         (["RUN", "--to", "d_fine", "--images", "."], "differs more than a fit makes up for"),

@@ -22,11 +22,12 @@ from conversion_cases import (
 from torch import Tensor
 
 from metr.boxes import clip
+from metr.conversion.adoption import from_detector, import_detector
 from metr.conversion.class_heads import ClassHeads, solve
 from metr.conversion.classifier import Linear
 from metr.conversion.export import build
 from metr.conversion.targets import find_target
-from metr.conversion.transfer import from_detector, import_detector, to_detector
+from metr.conversion.transfer import to_detector
 from metr.inference.config import InferenceConfig, PostprocessConfig
 from metr.model import METR
 from metr.structures import DetectorOutput

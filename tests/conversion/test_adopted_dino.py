@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn.functional import layer_norm, linear, multi_head_attention_forward, relu
 from transformers.models.deformable_detr.modeling_deformable_detr import MultiScaleDeformableAttention
 
+from metr.conversion.adoption import from_detector, import_detector
+from metr.conversion.asked_names import read_names
 from metr.conversion.published.dino import COCO
-from metr.conversion.transfer import from_detector, import_detector, read_names
 from metr.data.joint import open_joint
 from metr.errors import ConfigError, DataError
 from metr.model import METR

@@ -28,11 +28,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForObjectDetection, ResNetConfig
 
 from metr.checkpoint import load_checkpoint
+from metr.conversion.adoption import from_detector, import_detector
 from metr.conversion.export import build, colours_of
 from metr.conversion.import_ import read_published
 from metr.conversion.published import read_restricted
 from metr.conversion.targets import find_target
-from metr.conversion.transfer import REPORT, from_detector, import_detector, to_detector, transfer
+from metr.conversion.transfer import REPORT, to_detector, transfer
 from metr.data.config import ResizeConfig
 from metr.errors import CheckpointError, ConfigError, ModelError
 from metr.model import METR

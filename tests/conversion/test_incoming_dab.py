@@ -9,9 +9,9 @@ from conversion_cases import NAMES, stirred, texts
 from single_scale_cases import FACTS, LABELS, as_published, same_answers, trains, written
 
 from metr.boxes import clip
+from metr.conversion.adoption import from_detector, import_detector
 from metr.conversion.export import transfer
 from metr.conversion.targets import find_target
-from metr.conversion.transfer import from_detector, import_detector
 from metr.errors import ModelError
 from metr.inference.config import InferenceConfig, PostprocessConfig
 from metr.model import METR

@@ -10,9 +10,10 @@ from conversion_cases import NAMES, SIDE, alike, normalised, random_images, save
 from torch import Tensor
 
 from metr.boxes import clip
+from metr.conversion.adoption import from_detector, import_detector
 from metr.conversion.export import build, colours_of, transfer
 from metr.conversion.targets import find_target
-from metr.conversion.transfer import from_detector, import_detector, to_detector
+from metr.conversion.transfer import to_detector
 from metr.data.config import ResizeConfig
 from metr.errors import ModelError
 from metr.inference.config import InferenceConfig, PostprocessConfig

@@ -161,6 +161,7 @@ def transfer(
     run: Annotated[
         str | None, typer.Argument(help="A run folder, a checkpoint folder, or a name on the hub.", metavar="RUN")
     ] = None,
+    *,
     to: Annotated[str | None, typer.Option(help=f"A detector of transformers: {_TARGETS}.")] = None,
     source: Annotated[
         str | None,
@@ -185,6 +186,12 @@ def transfer(
             "datasets; by default the training images of the dataset in --names."
         ),
     ] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Steps that teach the result what RUN finds in these images; by default 300, 0 for none."
+        ),
+    ] = None,
     offline: Offline = False,
 ) -> None:
     """Move weights to a detector of transformers, or from other detectors. Reports what becomes of every weight."""
@@ -193,10 +200,11 @@ def transfer(
         if run is not None or to is not None:
             hint = "metr transfer --from SOURCE -o OUT"
             raise ConfigError("expected --from alone, without RUN and --to", where="--from", hint=hint)
-        if images is not None:
-            what = "goes with --to only: what METR takes over needs no images"
-            raise ConfigError(what, where="--images", hint="leave it out")
-        from metr.conversion.transfer import adopt_file
+        for option, value in {"--images": images, "--steps": steps}.items():
+            if value is not None:
+                what = "goes with --to only: what METR takes over needs no images"
+                raise ConfigError(what, where=option, hint="leave it out")
+        from metr.conversion.adoption import adopt_file
 
         adopt_file(source, out, names=names, text=text, console=output_console())
         return
@@ -208,7 +216,7 @@ def transfer(
     check_source(run)
     from metr.conversion.transfer import transfer as transfer_run
 
-    transfer_run(run, to, out, names=names, images=images, console=output_console())
+    transfer_run(run, to, out, names=names, images=images, steps=steps, console=output_console())
 
 
 def stay_offline(offline: bool) -> None:

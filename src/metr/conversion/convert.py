@@ -49,6 +49,7 @@ class TransferReport:
         notes: What a reader should know: what differs in spite of equal weights, what did not fit and why.
         start: Why the result is a start for training and no detector yet; empty where it is one.
         fitted_to: How many images it was fitted to, so that it finds most of what the giver finds.
+        taught: How many steps taught it what the giver finds in these.
         differences: Why it does not find exactly what the giver finds.
     """
 
@@ -61,6 +62,7 @@ class TransferReport:
     notes: tuple[str, ...] = field(default=())
     start: str = ""
     fitted_to: int = 0
+    taught: int = 0
     differences: tuple[str, ...] = ()
 
     @property
@@ -77,6 +79,7 @@ class TransferReport:
             "notes": list(self.notes),
             "start": self.start,
             "fitted to images": self.fitted_to,
+            "taught in steps": self.taught,
             "differences": list(self.differences),
             "copied": {moved.key: list(moved.source) for moved in self.copied},
             "reshaped": {moved.key: {"from": list(moved.source), "how": moved.how} for moved in self.reshaped},
@@ -250,8 +253,9 @@ def show(report: TransferReport, out: Path, console: Console, go_on: str) -> Non
     console.print(f"the detector is in {out}", highlight=False, markup=False, soft_wrap=True)
     why = "".join(f"\n- {one}" for one in report.differences)
     if report.fitted_to:
+        taught = f" and taught in {report.taught} steps" if report.taught else ""
         start = (
-            f"It finds most of what {report.source} finds: it was fitted to {report.fitted_to} images. "
+            f"It finds most of what {report.source} finds: it was fitted to {report.fitted_to} images{taught}. "
             f"To see how much: metr evaluate {out} DATA{why}\n{go_on}"
         )
     elif report.start:

@@ -138,8 +138,8 @@ def variances(backbone: Backbone, model: Any, prefix: str) -> dict[str, Derived]
 def colours_of(network: Detector) -> Colours:
     """Mean and deviation of the backbone's input normalisation, for images in 0..1."""
     backbone = network.backbone
-    mean, std = ([float(value) for value in colour.flatten()] for colour in (backbone.mean, backbone.std))
-    return tuple(mean), tuple(std)
+    (r, g, b), (r_std, g_std, b_std) = (map(float, colour.flatten()) for colour in (backbone.mean, backbone.std))
+    return (r, g, b), (r_std, g_std, b_std)
 
 
 def _on_cpu(network: Detector) -> Detector:

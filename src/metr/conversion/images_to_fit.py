@@ -12,19 +12,21 @@ from torch import Tensor
 from metr.conversion.image_fits import ImageFits, Images, can_fit, fit_to_images
 from metr.conversion.targets import NAMES, find_target
 from metr.conversion.targets.base import Target
-from metr.data.images import ImageSource, read_image
+from metr.data.images import ImageSource, load_image, read_image
 from metr.data.joint import open_joint
 from metr.data.records import TRAIN, ImageRecord
 from metr.errors import ConfigError, DataError
 from metr.inference.image_paths import expanded_paths
-from metr.inference.predictor import PreparedImage
+from metr.inference.predictor import Predictor
 from metr.model import METR
+from metr.models.detector import Detector
 from metr.text.vocabulary import Vocabulary
 
 _logger = logging.getLogger(__name__)
 
-MOST_IMAGES = 48
-"""More do not make a better fit."""
+MOST_IMAGES = 192
+"""More teach a detector little."""
+_MOST_TO_FIT = 48  # more do not make a better fit
 FEW_IMAGES = 16
 """With fewer the fit is worse."""
 _LISTS = frozenset({".yaml", ".yml", ".json", ".csv", ".parquet"})
@@ -104,43 +106,64 @@ def has_use(target: Target, model: METR) -> bool:
     return set(target.differences(config)) <= set(target.made_up_for(config))
 
 
-def fitted(
-    model: METR,
-    target: Target,
-    wanted: Vocabulary,
-    text: Float[Tensor, "v t"],
-    pictures: Sequence[Picture],
-    console: Console | None = None,
-) -> ImageFits | None:
-    """The fit to images; None if there are none or it has no use.
+def readable(pictures: Sequence[Picture]) -> list[Picture]:
+    """Those that can be read; the others are told.
+
+    Raises:
+        DataError: none can be read.
+    """
+    found = list[Picture]()
+    for picture in pictures:
+        try:
+            load(picture)
+        except DataError as error:
+            _logger.warning("left out of the fit: %s", error)
+        else:
+            found.append(picture)
+    if pictures and not found:
+        raise DataError("none of the images can be read", where="images", hint="see the warnings above")
+    return found
+
+
+def load(picture: Picture) -> ImageSource:
+    """An image that `Predictor.prepare` takes.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    if isinstance(picture, ImageRecord):
+        return read_image(picture.path, picture.source)
+    return load_image(picture, str(picture) if isinstance(picture, str | Path) else "image")
+
+
+def asking(model: METR, wanted: Vocabulary, text: Float[Tensor, "v t"]) -> Predictor:
+    """A METR that looks for names.
 
     Args:
         model: The METR.
-        target: What it becomes.
         wanted: The names.
         text: Their embeddings.
-        pictures: The images; those that cannot be read are told and left out.
-        console: Where progress is shown.
-
-    Raises:
-        DataError: none of the images can be read.
     """
-    if not pictures or not has_use(target, model):
+    own = model.predictor(list(wanted.names))
+    return Predictor(model.network, text, wanted.names, model.resize, own.config, limits=own.limits)
+
+
+def fitted(asked: Predictor, pictures: Sequence[Picture], console: Console | None = None) -> ImageFits | None:
+    """The fit to images; None if there are none.
+
+    Args:
+        asked: The METR, with the names that it is to find.
+        pictures: The images, all readable.
+        console: Where progress is shown.
+    """
+    if not pictures:
         return None
-    predictor = model.predictor(list(wanted.names))
-    prepared = list[PreparedImage]()
-    for picture in pictures:
-        try:
-            image = read_image(picture.path, picture.source) if isinstance(picture, ImageRecord) else picture
-            prepared.append(predictor.prepare(image))
-        except DataError as error:
-            _logger.warning("left out of the fit: %s", error)
-    if not prepared:
-        raise DataError("none of the images can be read", where="images", hint="see the warnings above")
+    assert isinstance(asked.network, Detector)
+    prepared = [asked.prepare(load(pictures[row])) for row in _spread(len(pictures), _MOST_TO_FIT)]
     console = console or Console(quiet=True)
 
     def batches() -> Images:
         for one in track(prepared, "fitting", console=console, transient=True, disable=not console.is_terminal):
-            yield predictor.batch([one])
+            yield asked.batch([one])
 
-    return fit_to_images(model.network, text.to(predictor.device), batches, predictor.limits)
+    return fit_to_images(asked.network, asked.text, batches, asked.limits)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from metr.conversion.class_heads import ClassHeads, SolvedHeads, class_heads, solve, stands_for_none
 from metr.conversion.convert import StateTransfer, TransferReport, and_derived, giving_to_ours, receive
-from metr.conversion.preprocessing import read_preprocessing
+from metr.conversion.preprocessing import Preprocessing, read_preprocessing
 from metr.conversion.published import read_restricted
 from metr.conversion.published.dino import read_dino
 from metr.conversion.published.folders import check_kind, check_size
@@ -163,20 +163,37 @@ def _from_file(path: Path) -> PublishedDetector:
 
 def _from_folder(folder: Path) -> PublishedDetector:
     model = _loaded(folder)
+    _check_numbers(model.state_dict(), folder)
+    labels, dropped = _labels(model.config, folder)
+    published = published_model(model, read_preprocessing(folder), str(folder), labels)
+    return replace(published, differences=(*dropped, *published.differences))
+
+
+def published_model(
+    model: Any, preprocessing: Preprocessing, called: str, labels: Mapping[str, int]
+) -> PublishedDetector:
+    """What METR takes from a detector that transformers has built, whose tensors these are then.
+
+    Args:
+        model: The detector.
+        preprocessing: How its images are prepared.
+        called: What it is called in messages.
+        labels: The label of each name.
+
+    Raises:
+        ModelError: METR has no counterpart of it.
+    """
     config = model.config
     target = find_target(config.model_type)
     assert target.adopt is not None
     state: State = model.state_dict(keep_vars=True)
     # a tensor that is kept under several names stays one
     state = {key: tensor.requires_grad_(False) for key, tensor in state.items()}
-    _check_numbers(state, folder)
-    labels, dropped = _labels(config, folder)
-    preprocessing = read_preprocessing(folder)
     try:
-        backbone = preprocessing.coloured(_backbone(config, target.single_map, str(folder)))
+        backbone = preprocessing.coloured(_backbone(config, target.single_map, called))
         adopted = target.adopt(config, backbone, state)
     except ValidationError as error:
-        raise ModelError(f"METR has no counterpart of its config.json: {_first_of(error)}", where=folder) from None
+        raise ModelError(f"METR has no counterpart of its config.json: {_first_of(error)}", where=called) from None
     return PublishedDetector(
         title=target.title,
         config=adopted.config,
@@ -184,7 +201,7 @@ def _from_folder(folder: Path) -> PublishedDetector:
         names=tuple(labels),
         resize=preprocessing.resize,
         class_heads=class_heads(state, adopted, [*labels.values()] or slice(config.num_labels), tuple(labels)),
-        differences=(*preprocessing.differences, *dropped, *adopted.differences),
+        differences=(*preprocessing.differences, *adopted.differences),
     )
 
 

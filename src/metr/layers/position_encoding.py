@@ -39,13 +39,13 @@ def grid_encoding(
 
 def counted_encoding(padding_mask: Bool[Tensor, "b h w"], width: int) -> Float[Tensor, "b h w d"]:
     """Rows and columns counted from 0, not scaled (RT-DETR): sines of y, cosines of y, sines of x, cosines of x."""
-    _, height, columns = padding_mask.shape
+    images, height, columns = padding_mask.shape  # len() would tie an exported network to one batch size
     y, x = (torch.arange(n, device=padding_mask.device, dtype=torch.float32) for n in (height, columns))
     rows, places = (
         rearrange(sine_encoding(axis, width // 2, 10_000.0), "n (c two) -> n (two c)", two=2) for axis in (y, x)
     )
     grid = torch.cat([rows[:, None].expand(-1, columns, -1), places[None].expand(height, -1, -1)], dim=-1)
-    return grid.expand(len(padding_mask), -1, -1, -1)
+    return grid.expand(images, -1, -1, -1)
 
 
 def box_encoding(boxes: Float[Tensor, "*n 4"], width: int) -> Float[Tensor, "*n c"]:

@@ -32,7 +32,7 @@ FOLDED = "folded: similarity head and names"
 FOLDED_PLACES = "folded: proposals' head and names"
 """How a head that scores places was made."""
 
-Colours = tuple[tuple[float, ...], tuple[float, ...]]
+Colours = tuple[tuple[float, float, float], tuple[float, float, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,14 +220,20 @@ class Target:
             return (f"images have {size} pixels, a multiple of {multiple}; this METR's have {resize.size}",)
         return ()
 
+    def resizes(self, resize: ResizeConfig, pad_to: int = 1) -> ResizeConfig:
+        """METR's equivalent of what its image processor does; arguments as for `resizes_otherwise`."""
+        if resize.mode == "fit" and not self.square:
+            return resize
+        return ResizeConfig(mode="stretch", size=self._size(resize, pad_to), filter=resize.filter)
+
     def image_processor(self, resize: ResizeConfig, colours: Colours, pad_to: int = 1) -> Any:
         """Its image processor: METR's size and colours; `pad_to` as for `resizes_otherwise`."""
         import transformers
 
-        size = self._size(resize, pad_to)
-        shape = {"height": size, "width": size}
-        if resize.mode == "fit" and not self.square:
-            shape = {"shortest_edge": resize.size, "longest_edge": resize.longest}
+        own = self.resizes(resize, pad_to)
+        shape = {"height": own.size, "width": own.size}
+        if own.mode == "fit":
+            shape = {"shortest_edge": own.size, "longest_edge": own.longest}
         mean, std = (list(map(float, colour)) for colour in colours)
         # without torchvision only this backend exists; what is saved names neither
         made: Any = getattr(transformers, f"{self.processor}Pil")
