@@ -104,3 +104,10 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(metr: CommandLine, tiny_run
     resumed = metr("finetune", "--resume", "-o", out, "--dry-run")
     assert resumed.code == 1
     assert "nothing to resume" in resumed.err
+
+
+def test_a_plan_refuses_what_the_run_would_refuse(metr: CommandLine, tiny_run: TinyRun, tmp_path: Path) -> None:
+    for more in ([], ["--dry-run"]):
+        ended = metr(*arguments(tiny_run, tmp_path / "out", "--set", "model.encoder.heads=8", *more))
+        assert ended.code == 1, ended.words
+        assert "fine-tuning keeps the checkpoint's network, which model.encoder.heads=8" in ended.words

@@ -165,3 +165,24 @@ def test_a_folder_that_holds_other_things_is_refused_before_anything_is_read(tmp
     for out in (tmp_path, tmp_path / "letter.txt"):
         with pytest.raises(CheckpointError, match=rf"{out}: exists and is not a folder with transfer.json"):
             transfer(tmp_path / "nowhere", "rt_detr", out)
+
+
+@pytest.mark.parametrize("out", [".", "/"])
+def test_the_current_folder_is_not_replaced(
+    out: str, metr: CommandLine, tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    ended = metr("transfer", tiny_run.folder, "--to", "rt_detr", "-o", out, "--names", "fish, frog")
+    assert ended.code == 1
+    assert "whose place nothing can take" in ended.words
+    ended = metr("detect", out, tiny_run.unseen[0], "-o", tmp_path / "found")
+    assert ended.code == 1
+    assert "expected a checkpoint" in ended.words
+
+
+def test_a_detector_in_the_current_folder(
+    metr: CommandLine, tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tiny_run.best)
+    ended = metr("detect", ".", tiny_run.unseen[0], "-o", tmp_path / "found")
+    assert ended.code == 0, ended.words

@@ -15,7 +15,7 @@ from metr.conversion.adoption import from_detector, import_detector
 from metr.conversion.asked_names import read_names
 from metr.conversion.published.dino import COCO
 from metr.data.joint import open_joint
-from metr.errors import ConfigError, DataError
+from metr.errors import ConfigError, DataError, ModelError
 from metr.model import METR
 from metr.structures import Memory
 from metr.text.encoder import TextEncoderConfig
@@ -212,6 +212,53 @@ def test_labels_without_a_category(tmp_path: Path, text: TextEncoderConfig) -> N
     written = read_names("N/A, penguin, shark, N/A, puffin, bear")
     ours = from_detector(tmp_path / "dino.pth", written, text=text, device="cpu")
     assert ours.names == ("penguin", "shark", "puffin", "bear")
+
+
+def saved(path: Path, without: str = "", reshaped: str = "", **args: object) -> Path:
+    """A file of DINO with these options, without one tensor, or with one of another shape."""
+    state = kinds_of_file("published")
+    state = {key: tensor for key, tensor in state.items() if key != without}
+    if reshaped:
+        state[reshaped] = torch.zeros(7, 3)
+    torch.save({"model": state, "args": Namespace(**({"nheads": HEADS} | args))}, path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        ({"without": "transformer.decoder.layers.1.norm3.weight"}, r"not whole: .*layers.1.norm3.weight is missing"),
+        ({"reshaped": "transformer.decoder.layers.1.linear1.weight"}, r"linear1.weight: expected .*found \[7, 3\]"),
+        ({"nheads": "four"}, r"args.nheads: expected a whole number .*found 'four'"),
+        ({"nheads": None}, r"args.nheads: expected a whole number .*found None"),
+        ({"nheads": 0}, r"args.nheads: expected a whole number above 0 that divides 32, found 0"),
+        ({"nheads": 5}, r"args.nheads: expected a whole number above 0 that divides 32, found 5"),
+        ({"nheads": 8}, r"expected the shape .* by the other tensors"),
+        ({"num_queries": "x"}, r"args.num_queries: expected a whole number above 0, found 'x'"),
+        ({"two_stage_type": "no"}, r"METR needs args.two_stage_type = 'standard', found 'no'"),
+        ({"num_patterns": 3}, r"METR needs args.num_patterns = 0, found 3"),
+        ({"num_feature_levels": 5}, r"METR needs args.num_feature_levels = 4, found 5"),
+        ({"dilation": True}, r"METR needs args.dilation = False, found True"),
+        ({"pe_temperatureH": 10000}, r"METR needs args.pe_temperatureH = 20, found 10000"),
+    ],
+)
+def test_a_file_that_metr_would_answer_otherwise_for(harm: dict[str, object], told: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=told):
+        from_detector(saved(tmp_path / "dino.pth", **harm), LABELS)
+
+
+def test_heads_that_a_file_does_not_tell_are_assumed(tmp_path: Path, text: TextEncoderConfig) -> None:
+    torch.save(kinds_of_file("published"), tmp_path / "dino.pth")
+    with pytest.raises(ModelError, match="it does not tell how many attention heads it has: 8 are assumed"):
+        from_detector(tmp_path / "dino.pth", LABELS, text=text)
+
+
+def test_names_that_are_longer_than_a_path_and_one_with_a_slash() -> None:
+    many = [f"kind {number} of fish" for number in range(90)]
+    assert read_names(", ".join(many)).names == tuple(many)
+    with pytest.raises(ModelError, match=r'(?s)and/or sign: no such dataset.*if it is a name: "and/or sign,"'):
+        read_names("and/or sign")
+    assert read_names("and/or sign,").names == ("and/or sign",)
 
 
 def test_names_of_several_datasets(tiny_run: TinyRun) -> None:

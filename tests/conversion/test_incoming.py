@@ -100,7 +100,7 @@ def test_fine_tuning_begins_with_the_rates_of_base(kind: str, tmp_path: Path, te
     if kind == "folder":
         written("rt_detr", source)
     else:
-        torch.save(dino_like(authors=False)[1], source)
+        torch.save({"model": dino_like(authors=False)[1], "args": Namespace(nheads=4)}, source)
     made, _ = import_detector(source, ["bear", "otter"], text=text, device="cpu")
     made.save_pretrained(tmp_path / "ours")
     checkpoint = load_checkpoint(tmp_path / "ours")
@@ -263,7 +263,7 @@ def test_the_authors_text_embeddings(tmp_path: Path, text: TextEncoderConfig) ->
     """Where the text encoder's width is theirs and the names are as many, the file's embeddings hold."""
     _, state = dino_like(authors=True)
     state["transformer.prompt_indicator.class_prompts"] = torch.randn(2, 16)
-    torch.save(state, tmp_path / "theirs.pth")
+    torch.save({"model": state, "args": Namespace(nheads=4)}, tmp_path / "theirs.pth")
     ours, _ = import_detector(tmp_path / "theirs.pth", ["a", "b"], text=text, device="cpu")
     prompts = state["transformer.prompt_indicator.class_prompts"]
     assert torch.equal(ours.checkpoint.text_embeddings, prompts)

@@ -14,7 +14,7 @@ from metr.conversion.class_heads import ClassHeads, SolvedHeads, class_heads, so
 from metr.conversion.convert import StateTransfer, TransferReport, and_derived, giving_to_ours, receive
 from metr.conversion.preprocessing import Preprocessing, read_preprocessing
 from metr.conversion.published import read_restricted
-from metr.conversion.published.dino import read_dino
+from metr.conversion.published.dino import DinoFile, read_dino
 from metr.conversion.published.folders import check_kind, check_size
 from metr.conversion.published.timm import TimmNetwork, check_network, timm_network, without_timm
 from metr.conversion.table import State, adopted_backbone
@@ -26,7 +26,7 @@ from metr.models.backbones.efficientnet_lite import STAGE_OF_STRIDE
 from metr.models.backbones.hugging_face import strides_of
 from metr.models.backbones.registered import EfficientNetLiteConfig, register
 from metr.models.config import BackboneConfig, DetectorConfig
-from metr.models.detector import Detector
+from metr.models.detector import Detector, skeleton
 from metr.serialization import read_json
 from metr.sources import DetectorSource, has_weights, refuse_without_weights
 
@@ -135,7 +135,9 @@ def adopt(
             notes.append(_ASSUMED)
     report = receive(network, giving, source=published.title, name="METR", notes=notes)
     if lost := [key for key in report.afresh if key.startswith(_PARTS) and not key.startswith(_CLASSES)]:
-        differences.append(f"{counted(len(lost), 'tensor')} start afresh, such as {lost[0]}")
+        differences.append(
+            f"{counted(len(lost), 'tensor')} {'starts' if len(lost) == 1 else 'start'} afresh, such as {lost[0]}"
+        )
     return network, replace(report, differences=tuple(differences))
 
 
@@ -150,15 +152,38 @@ def _how_well(solved: SolvedHeads, labels: int) -> str:
 def _from_file(path: Path) -> PublishedDetector:
     found = read_dino(read_restricted(path), path)
     _check_numbers(found.state, path)
+    giving = giving_to_ours(found.state, found.rows, found.adopted.derived)
+    _check_rows(found, giving.state, path)
     return PublishedDetector(
         title=found.title,
         config=found.adopted.config,
-        giving=giving_to_ours(found.state, found.rows, found.adopted.derived),
+        giving=giving,
         names=tuple(name for name in found.names if not stands_for_none(name)),
         resize=found.resize,
         prompts=found.prompts,
         class_heads=class_heads(found.state, found.adopted, slice(None), found.names, assumed=True),
+        differences=found.assumed,
     )
+
+
+def _check_rows(found: DinoFile, given: State, path: Path) -> None:
+    """Checks that the file has every tensor that it should have, in the shape that the others give it.
+
+    Raises:
+        ModelError: one is missing, or has another shape.
+    """
+    width = 1 if found.prompts is None else found.prompts.shape[-1]
+    own = skeleton(found.adopted.config, width).state_dict()
+    for key, tensor in own.items():
+        theirs = next((row.theirs.format(**match) for row in found.rows if (match := row.match(key))), None)
+        if theirs is None or not key.startswith(_PARTS) or key.endswith(_COUNTS):
+            continue
+        if key not in given:
+            _check_whole([theirs], path)
+        elif given[key].shape != tensor.shape:
+            what = f"{theirs}: expected the shape {list(tensor.shape)} by the other tensors"
+            hint = "; ".join(["download or copy it again", *found.assumed])
+            raise ModelError(f"{what}, found {list(given[key].shape)}", where=path, hint=hint)
 
 
 def _from_folder(folder: Path) -> PublishedDetector:

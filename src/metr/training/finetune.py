@@ -31,7 +31,15 @@ from metr.training.plan import advice, header, page, tell_end
 from metr.training.provenance import provenance
 from metr.training.resumption import check_apart, save_request
 from metr.training.run_log import RunLog, log_page, tell
-from metr.training.start import forgotten, history, kept_network, presence_is_taught, say_new_names, with_text_encoder
+from metr.training.start import (
+    check_kept,
+    forgotten,
+    history,
+    kept_network,
+    presence_is_taught,
+    say_new_names,
+    with_text_encoder,
+)
 from metr.training.state import check_place, has_state
 from metr.training.train import fit, names_read_alike, plain, rebuildable, teacher_of
 from metr.training.train_request import Data, arguments, check_recipe, check_same
@@ -130,6 +138,7 @@ def finetune_plan(
     run = RunDirectory(Path("" if resumed_run is None else resumed_run))
     prepared = (resumed if resume else begun)(data, source, run, options, Console(quiet=True))
     check_recipe(prepared.plan.recipe)
+    check_kept(prepared.model, prepared.plan.recipe.model, *_KEEPS)
     return Group(page(prepared.plan), *_notes(prepared, resume))
 
 

@@ -43,13 +43,12 @@ def read_restricted(path: Path) -> PickledCheckpoint:
     except pickle.UnpicklingError as error:
         raise CheckpointError(_refusal(error), where=path, hint=_HINT) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError, IndexError) as error:
-        what = (
-            f"not readable as a checkpoint of PyTorch: {str(error).splitlines()[0] if str(error) else 'it ends early'}"
-        )
+        said = str(error).splitlines()[0] if str(error) else "it ends early"
+        what = "not readable as a checkpoint of PyTorch" + ("" if isinstance(error, KeyError) else f": {said}")
         raise CheckpointError(what, where=path, hint="download or copy it again") from None
     if not isinstance(found, Mapping):
         what = f"expected a mapping with a network's state, found a {type(found).__name__}"
-        raise CheckpointError(what, where=path, hint="save the network's state_dict alone")
+        raise CheckpointError(what, where=path, hint="save the network's state_dict, and beside it its args")
     state = next((found[key] for key in _STATES if isinstance(found.get(key), Mapping)), found)
     tensors = {str(key).removeprefix("module."): value for key, value in state.items() if isinstance(value, Tensor)}
     if not tensors:

@@ -7,6 +7,7 @@ from itertools import chain
 from typing import Any, Literal
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from metr.conversion.published import PickledCheckpoint
@@ -104,6 +105,18 @@ _STRIDES = (4, 8, 16, 32)
 _BODY = "backbone.0.body."
 # queries of an image, and pixels of its shorter side, in what is published
 _PUBLISHED_QUERIES, _SHORTEST = 900, 800
+# attention heads of what is published
+_HEADS = 8
+# options that no tensor's shape tells, and what METR's equivalent has
+_NEEDED: Mapping[str, Any] = {
+    "dilation": False,
+    "num_patterns": 0,
+    "pe_temperatureH": 20,
+    "pe_temperatureW": 20,
+    "pre_norm": False,
+    "transformer_activation": "relu",
+    "two_stage_type": "standard",
+}
 _QUERIES = "transformer.tgt_embed.weight"
 _BOX, _CLASS, _PLACES = "bbox_embed", "class_embed", "transformer.enc_out_class_embed"
 # of what DINO and the authors call alike, what is not the same: heads for fixed classes
@@ -124,6 +137,7 @@ class DinoFile:
         names: What its labels are taken for, one a label; empty where nothing suggests names.
         resize: How its images are resized; None where that is left open.
         prompts: The text embeddings that METR's authors keep with their weights, if it is theirs.
+        assumed: What it does not tell, and is taken for what is published.
     """
 
     title: str
@@ -133,6 +147,7 @@ class DinoFile:
     names: tuple[str, ...]
     resize: ResizeConfig | None
     prompts: Tensor | None
+    assumed: tuple[str, ...] = ()
 
 
 def read_dino(checkpoint: PickledCheckpoint, where: object = None) -> DinoFile:
@@ -146,11 +161,16 @@ def read_dino(checkpoint: PickledCheckpoint, where: object = None) -> DinoFile:
         what = "expected the weights of DINO or of METR as their authors publish them, found other keys"
         raise ModelError(what, where=where, hint="for a detector of transformers name its folder, not a file in it")
     authors = any(key.startswith(f"{_EXTRACTION}.") for key in state)
+    _check_options(checkpoint.options, state, where)
     try:
         config = _config(state, checkpoint.options, authors, where)
     except KeyError as error:
         what = f"the network is not whole: {error.args[0]} is missing"
         raise ModelError(what, where=where, hint="download or copy it again") from None
+    except ValidationError as error:
+        what = f"METR has no counterpart of this network: {error.errors()[0]['msg'].removeprefix('Value error, ')}"
+        raise ModelError(what, where=where, hint="download or copy it again") from None
+    told = "nheads" in checkpoint.options
     rows = (*(AUTHORS if authors else _dino_rows(config)), *resnet_rows(_BODY, "backbone.network."))
     return DinoFile(
         title="METR of its authors" if authors else "DINO",
@@ -160,7 +180,28 @@ def read_dino(checkpoint: PickledCheckpoint, where: object = None) -> DinoFile:
         names=() if authors or len(state.get(f"{_CLASS}.0.bias", ())) != len(COCO) else COCO,
         resize=None if authors else ResizeConfig(mode="fit", size=_SHORTEST, filter="bilinear"),
         prompts=state.get(f"{_EXTRACTION}.class_prompts") if authors else None,
+        assumed=() if told else (f"it does not tell how many attention heads it has: {_HEADS} are assumed",),
     )
+
+
+def _check_options(options: Mapping[str, Any], state: Mapping[str, Tensor], where: object) -> None:
+    """Checks what the file says of its training: a METR of other options would answer otherwise without a word.
+
+    Raises:
+        ModelError: METR has no counterpart of an option, or one cannot be right.
+    """
+    levels, width = state["transformer.level_embed"].shape
+    for option, needed in {**_NEEDED, "num_feature_levels": levels}.items():
+        if option in options and options[option] != needed:
+            what = f"METR needs args.{option} = {needed!r}, found {options[option]!r}"
+            raise ModelError(what, where=where, hint=f"take one that was trained with {option} = {needed!r}")
+    for option, whole in (("nheads", width), ("num_queries", None)):
+        value = options.get(option, 1)
+        right = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        if not right or (whole is not None and whole % value):
+            divides = "" if whole is None else f" that divides {whole}"
+            what = f"args.{option}: expected a whole number above 0{divides}, found {value!r}"
+            raise ModelError(what, where=where, hint="download or copy it again")
 
 
 def _joined(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -198,7 +239,7 @@ def _adopted(config: DetectorConfig) -> Adopted:
 def _config(state: Mapping[str, Tensor], options: Mapping[str, Any], authors: bool, where: object) -> DetectorConfig:
     """METR's configuration from the shapes of their weights, and from options where shapes do not tell."""
     levels, width = state["transformer.level_embed"].shape
-    heads = int(options.get("nheads", 8))
+    heads = int(options.get("nheads", _HEADS))
     points = state["transformer.encoder.layers.0.self_attn.attention_weights.bias"].shape[0] // (heads * levels)
     seen = state["transformer.decoder.layers.0.cross_attn.attention_weights.bias"].shape[0] // (heads * levels)
     encoder = EncoderConfig(
