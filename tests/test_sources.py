@@ -346,11 +346,23 @@ def test_without_leave(how: dict[str, bool], told: str, folder: Path, hub: Hub) 
     assert find_source(NAME, token=TOKEN).kind == "transformers"
 
 
-def test_a_download_that_breaks_off(folder: Path, hub: Hub, tmp_path: Path) -> None:
+def test_faults_of_downloaded_files_tell_the_repository(folder: Path, hub: Hub, tmp_path: Path) -> None:
+    shared(hub, files_of(folder, preprocessor_config__json=b"[1]"))
+    with pytest.raises(CheckpointError, match=f"^{NAME}/preprocessor_config.json: expected") as caught:
+        METR.from_pretrained(NAME)
+    assert str(tmp_path) not in str(caught.value)
+
+
+def test_a_download_that_breaks_off(folder: Path, hub: Hub, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     shared(hub, files_of(folder))
     hub.breaks_after = 1000
-    with pytest.raises(CheckpointError, match=r"(?s)the download broke off.*the same command again"):
+    with (
+        caplog.at_level(0),
+        pytest.raises(CheckpointError, match=r"(?s)the download broke off.*same command") as caught,
+    ):
         find_source(NAME).fetched()
+    assert "no folder or file of this name here" not in str(caught.value)
+    assert not [one for one in caplog.records if one.name.startswith("huggingface_hub") and one.levelname != "DEBUG"]
     left = [path for path in (tmp_path / "cache").rglob("*.safetensors") if path.exists()]
     assert left == [], "no half of a file stands where a whole one is looked for"
     with pytest.raises(CheckpointError, match="not among what was fetched before"):

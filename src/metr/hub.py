@@ -1,6 +1,7 @@
 """The Hugging Face hub and weights that ship in packages: found, verified, loaded quietly; errors explained."""
 
 import importlib.util
+import logging
 import os
 import re
 import sys
@@ -261,7 +262,7 @@ def fetch(
     options |= {"revision": revision, "allow_patterns": list(files), "repo_type": kind}
     found = "; there is no folder or file of this name here" if kind == "model" else ""
     called = f"{_DATASET if kind == 'dataset' else ''}{repository}"
-    with asking(called, revision, kind=kind, found=found), _bars_on_terminals():
+    with asking(called, revision, kind=kind, found=found), _only_bars():
         return Path(snapshot_download(repository, **options))
 
 
@@ -301,6 +302,19 @@ def listed_files(repository: str, revision: str | None, options: Mapping[str, An
         return HfApi(token=options.get("token")).list_repo_files(repository, revision=revision)
     except HUB_FAILURES:
         return []
+
+
+@contextmanager
+def _only_bars() -> Iterator[None]:
+    """Shows the progress bars of the hub's library on terminals, and nothing else of it: METR says what went wrong."""
+    log = logging.getLogger("huggingface_hub")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        with _bars_on_terminals():
+            yield
+    finally:
+        log.setLevel(level)
 
 
 @contextmanager

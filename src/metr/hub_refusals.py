@@ -27,6 +27,9 @@ HUB_FAILURES = (_HTTP_ERROR, OSError, ValueError, RuntimeError)
 """What the hub's library raises where the hub cannot be asked, or refuses."""
 _REFUSED = (401, 403)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_BROKE_OFF, _NO_HUB, _NO_ROOM = "the download broke off", "what answers is not the hub", "the disk is full"
+# how messages begin that say that something of this name is there, or that the hub does not say
+_ASKED = (_BROKE_OFF, _NO_HUB, _NO_ROOM)
 
 
 @contextmanager
@@ -50,10 +53,11 @@ def asking(
         yield
     except HUB_FAILURES as error:
         what, hint, answered = _refusal(error, revision, kind)
+        asked = answered or what.startswith(_ASKED)
         wrong: type[MetrError] = CheckpointError
         if kind == "dataset":
             wrong = DataError if answered else StoreError
-        raise wrong(what if answered else what + found, where=repository, hint=hint) from error
+        raise wrong(what if asked else what + found, where=repository, hint=hint) from error
 
 
 def causes_of(error: BaseException) -> Iterator[BaseException]:
@@ -98,15 +102,20 @@ def _without_answer(causes: Sequence[BaseException], kinds: set[type], first: st
     if HFValidationError in kinds:
         return f"not a name on the hub: {first}", "user/name"
     if any(getattr(cause, "errno", None) in _FULL for cause in causes):
-        what = "the disk is full, so it cannot be downloaded"
+        what = f"{_NO_ROOM}, so it cannot be downloaded"
         return what, "make room, or name another disk: HF_HOME=FOLDER, or cache_dir="
     if OfflineModeIsEnabled in kinds or (LocalEntryNotFoundError in kinds and len(causes) == 1):
         what = "not among what was fetched before, and nothing is to be fetched"
         return what, "leave --offline (local_files_only, HF_HUB_OFFLINE) out once"
     if "Consistency check" in first or any("peer closed connection" in str(cause) for cause in causes):
-        return f"the download broke off ({first})", "give the same command again: files that have arrived are kept"
+        return f"{_BROKE_OFF} ({first})", "give the same command again: files that have arrived are kept"
     if {LocalEntryNotFoundError, _HTTP_ERROR} & kinds:
         return f"the hub cannot be reached ({first})", "check the connection, and HF_ENDPOINT if it is set"
+    if any(isinstance(cause, ValueError) and "line 1 column" in str(cause) for cause in causes):
+        return (
+            f"{_NO_HUB}, but some other page",
+            "log in to the network if it asks for that; check HF_ENDPOINT if it is set",
+        )
     last = (str(causes[-1]).strip().splitlines() or [type(causes[-1]).__name__])[0]
     what = first if last == first else f"{first} {last}"
     return what, "check the name, the connection and the room on the disk"

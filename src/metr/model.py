@@ -110,18 +110,18 @@ class METR:
             local_files_only=local_files_only,
             force_download=force_download,
         )
-        return _of_another(found, place) if found.kind != "metr" else cls._loaded(found, place)
+        with found.in_its_name():
+            return _of_another(found, place) if found.kind != "metr" else cls._loaded(found, place)
 
     @classmethod
     def _loaded(cls, found: DetectorSource, place: torch.device) -> "METR":
         """A METR from its own checkpoint."""
         folder = found.fetched()
         checkpoint = load_checkpoint(folder)
-        config, width = checkpoint.model, checkpoint.text_width
         hint = "config.json and model.safetensors are not of one checkpoint: copy the folder again"
         # before memory is taken for a network that the weights do not fit
-        check_weights(skeleton(config, width), checkpoint.weights, where=folder, hint=hint)
-        network = unfilled(config, width)
+        check_weights(skeleton(checkpoint.model, checkpoint.text_width), checkpoint.weights, where=folder, hint=hint)
+        network = unfilled(checkpoint.model, checkpoint.text_width)
         load_weights(network, checkpoint.weights, where=folder, hint=hint)
         model = cls(network.to(place), checkpoint, folder)
         model.folder, model.source = find_checkpoint(folder), found

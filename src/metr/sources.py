@@ -1,12 +1,13 @@
 """Where a detector lies: a folder or a file of this machine, or a repository of the hub; what it is; and its files."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from metr.errors import CheckpointError, ConfigError
+from metr.errors import CheckpointError, ConfigError, MetrError
 from metr.hub import fetch, is_fetched, listed_files, may_be_a_hub_name
 from metr.run_directory import CONFIG, WEIGHTS, RunDirectory, existing_folder, find_checkpoint
 
@@ -16,7 +17,14 @@ _logger = logging.getLogger(__name__)
 
 Kind = Literal["metr", "transformers", "file"]
 _INDEX = f"{WEIGHTS}.index.json"
-_TRANSFORMERS = (CONFIG, "preprocessor_config.json", WEIGHTS, _INDEX, "model-*-of-*.safetensors")
+_TRANSFORMERS = (
+    CONFIG,
+    "preprocessor_config.json",
+    "processor_config.json",
+    WEIGHTS,
+    _INDEX,
+    "model-*-of-*.safetensors",
+)
 _PICKLED = (".bin", ".pth", ".pt", ".ckpt", ".pkl", ".h5", ".msgpack")
 # what a config.json of transformers has at least one of
 _THEIR_KEYS = ("model_type", "architectures", "auto_map", "_name_or_path", "transformers_version")
@@ -81,6 +89,18 @@ class DetectorSource:
         elif not has_weights(folder):
             refuse_without_weights(listed_files(self.repository, self.commit, self.options), self.repository)
         return folder
+
+    @contextmanager
+    def in_its_name(self) -> Iterator[None]:
+        """Makes errors about files in the hub's cache tell the repository in place of the cache's folder."""
+        try:
+            yield
+        except MetrError as error:
+            folder, where = str(self.path), str(error.where)
+            if self.repository is None or not where.startswith(folder):
+                raise
+            name = f"{self.repository}{where.removeprefix(folder)}"
+            raise type(error)(error.what, where=name, hint=error.hint) from error
 
 
 def find_source(source: str | Path, *, revision: str | None = None, **options: Any) -> DetectorSource:

@@ -44,6 +44,21 @@ def test_colours_are_those_of_the_processor(tmp_path: Path, values: dict[str, An
     assert found.differences == ()
 
 
+def test_the_combined_file_goes_first(tmp_path: Path) -> None:
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": FACTS, "processor_class": "P"}))
+    alone = read_preprocessing(tmp_path)
+    assert alone.resize is not None
+    assert alone.resize.size == 96
+    assert read_preprocessing(written(tmp_path, size={"height": 64, "width": 64})) == alone
+    (tmp_path / "processor_config.json").write_text(json.dumps({"processor_class": "P"}))
+    other = read_preprocessing(tmp_path)
+    assert other.resize is not None
+    assert other.resize.size == 64
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": [1]}))
+    with pytest.raises(CheckpointError, match=r"processor_config\.json: the whole: expected an object"):
+        read_preprocessing(tmp_path)
+
+
 def test_an_rf_detr_without_the_kind_of_its_processor(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "rf_detr"}))
     facts = {key: value for key, value in FACTS.items() if key != "image_processor_type"}

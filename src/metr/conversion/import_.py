@@ -82,7 +82,8 @@ def read_published(source: Path | DetectorSource) -> PublishedDetector:
     if isinstance(source, DetectorSource):
         if source.kind == "transformers":
             _check_before_fetching(source)
-        source = source.fetched()
+        with source.in_its_name():
+            return read_published(source.fetched())
     return _from_folder(source) if source.is_dir() else _from_file(source)
 
 

@@ -16,6 +16,8 @@ from metr.models.config import BackboneConfig
 from metr.serialization import read_json
 
 FILE = "preprocessor_config.json"
+# where newer detectors keep the same among other things; it goes first
+_COMBINED, _OF_IMAGES = "processor_config.json", "image_processor"
 # transformers 5.23.0 builds these with torchvision only; what METR wants to know stands in the file
 _NEEDS_TORCHVISION = {"rf_detr": "RfDetrImageProcessor"}
 _IMAGENET = {"image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225)}
@@ -54,10 +56,11 @@ def read_preprocessing(folder: Path) -> Preprocessing:
     Raises:
         CheckpointError: the file is damaged, or has values that no image can be prepared with.
     """
-    file = folder / FILE
-    if not file.is_file():
+    found = _found(folder)
+    if found is None:
         return Preprocessing(differences=(f"it has no {FILE}: METR's own size and colours are taken",))
-    values = _values(file, folder)
+    file, given = found
+    values = _values(given, file, folder)
     factor = _number(values.get("rescale_factor", _RESCALED), "rescale_factor", file)
     times = factor / _RESCALED if values.get("do_rescale", True) else 1 / _RESCALED
     mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
@@ -71,8 +74,16 @@ def read_preprocessing(folder: Path) -> Preprocessing:
     return Preprocessing(mean=mean, std=std, resize=resize, differences=differences)
 
 
-def _values(file: Path, folder: Path) -> Mapping[str, Any]:
-    values = read_json(file)
+def _found(folder: Path) -> tuple[Path, Any] | None:
+    """The file that says how images are prepared, and what it says."""
+    combined, file = folder / _COMBINED, folder / FILE
+    together: Any = read_json(combined) if combined.is_file() else None
+    if isinstance(together, dict) and _OF_IMAGES in together:
+        return combined, together[_OF_IMAGES]
+    return (file, read_json(file)) if file.is_file() else None
+
+
+def _values(values: Any, file: Path, folder: Path) -> Mapping[str, Any]:
     if not isinstance(values, dict):
         raise _wrong("the whole", "an object", file)
     kind = values.get("image_processor_type") or _NEEDS_TORCHVISION.get(_model_type(folder), "")
