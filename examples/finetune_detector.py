@@ -29,7 +29,7 @@ training, trained = (f"{given.out}-{what}" for what in ("training", "trained"))
 if there := [folder for folder in (training, trained) if Path(folder).exists()]:
     sys.exit(f"error: {', '.join(there)}: already there, and not overwritten\n  try: another OUT, or move them away")
 try:
-    report = metr.transfer(given.run, given.to, given.out, names=given.data)
+    report = metr.transfer(given.run, given.to, given.out, names=given.data, steps=0)
     Console().print(report.table(), *report.notes, sep="\n", markup=False)
     every = max(1, given.steps // 5)
     asked = TrainingArguments(training, max_steps=given.steps, learning_rate=2e-4, save_steps=every, save_total_limit=2)

@@ -233,7 +233,7 @@ def test_the_lines_that_a_transfer_prints_run(
 ) -> None:
     said = StringIO()
     console = Console(file=said, width=10_000)
-    transfer(tiny_run.folder, "rt_detr", tmp_path / "detector", names=tiny_run.data[0], console=console)
+    transfer(tiny_run.folder, "rt_detr", tmp_path / "detector", names=tiny_run.data[0], steps=2, console=console)
     _, lines = said.getvalue().split("go on with transformers' Trainer")
     assert "metr.register()" not in lines, "its backbone is transformers' own"
     code = [line.removeprefix("  ") for line in lines.splitlines()[1:]]
