@@ -23,6 +23,7 @@ PAGES = {
     "rehearsal-trial": "rehearsal",
     "step-cpu": "step",
     "transfer-detectors-trial": "transfer_detectors",
+    "transfer-fields": "transfer",
     "transfer-trial": "transfer",
     "vocabulary-cpu": "vocabulary",
 }
