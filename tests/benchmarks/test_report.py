@@ -18,6 +18,7 @@ PAGES = {
     "detection-defaults": "detection_defaults",
     "index-cpu": "index",
     "multifield-comparison": "multifield",
+    "multifield-thirty": "multifield",
     "multifield-trial": "multifield",
     "precision-trial": "precision",
     "rehearsal-trial": "rehearsal",
