@@ -12,10 +12,9 @@ Trains detectors of transformers (the sources) on four datasets, labels side by 
   (`transformers`). All three see the same images in the same order for the same steps;
 - fine-tuned with rehearsal: how much of the AP on the source's own datasets remains.
 
-A source whose mean AP is under its profile's `least_ap` is told, and not fine-tuned.
-
-Profile `gpu` has not been run. Results: `results/adopt-PROFILE.json`, `.md` and `.png`, written whenever the command
-ends, with what is finished until then. Runs: `--out`, resumable.
+A source whose mean AP is under its profile's `least_ap` is told, and not fine-tuned. Profile `gpu` has not
+been run. Results: `results/adopt-PROFILE.json`, `.md` and `.png`, written whenever the command ends, with what is
+finished until then. Runs: `--out`, resumable.
 """
 
 import sys
