@@ -19,8 +19,8 @@ So joint training is 8.8 ahead of separate detectors and better on every dataset
 Profile `thirty` is of the 25 datasets of the checkpoint's profile `thirty`: 20,000 images seen by joint METR and by the
 closed head, about 90 minutes each on one core, and separate METRs for six of the datasets. Its page says where names
 mean the same (same_meaning.yaml) and what the closed head loses there. With own names METR is 2.2 behind the closed
-head and 5.7 behind separate detectors, and confusion is 44 % (results/multifield-thirty.json): all goals are missed. Profile
-`gpu` has not been run.
+head and 5.7 behind separate detectors, and confusion is 44 % (results/multifield-thirty.json): all goals are missed.
+Profile `gpu` has not been run.
 
 Results: `results/multifield-PROFILE.json` and `.md`, with a sheet of detections and curves or bars. The page
 `OUT/arms.html` compares the best joint arm with the others, and says what the datasets gave each other. Runs: `--out`,
