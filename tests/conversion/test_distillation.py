@@ -13,6 +13,7 @@ from conversion_cases import alike, stir
 from torch import Tensor
 
 from metr.boxes import cxcywh_to_xyxy, pairwise_iou
+from metr.conversion import distillation
 from metr.conversion.distillation import lesson_loss
 from metr.conversion.transfer import to_detector
 from metr.conversion.transfer import transfer as transfer_folder
@@ -117,6 +118,13 @@ def test_images_in_which_nothing_is_found() -> None:
     assert (logits.grad > 0).all(), "all are taught to say no"
 
 
+@pytest.fixture
+def sure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a network of random weights finds is enough to teach it."""
+    monkeypatch.setattr(distillation, "_SURE", 0.0)
+    monkeypatch.setattr(distillation, "_LEAST_SCORE", 0.0)
+
+
 def by_name(target: str, tiny_run: TinyRun) -> METR:
     """A METR of random weights whose queries contain their place, their name and their rank."""
     config = alike(target)
@@ -127,6 +135,7 @@ def by_name(target: str, tiny_run: TinyRun) -> METR:
     return METR(network, replace(made.checkpoint, model=config))
 
 
+@pytest.mark.usefixtures("sure")
 @pytest.mark.parametrize("target", ["rt_detr", "rt_detr_v2", "d_fine", "deimv2"])
 def test_all_but_backbone_and_encoder_learns(target: str, tiny_run: TinyRun) -> None:
     model = by_name(target, tiny_run)
@@ -155,10 +164,31 @@ def test_all_but_backbone_and_encoder_learns(target: str, tiny_run: TinyRun) -> 
     assert report.fitted_to == 3
 
 
+def test_names_that_metr_does_not_see_are_not_unlearned(tiny_run: TinyRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of such a name the images would teach that it is nowhere: only what all names share of a class head moves."""
+    model = METR.from_pretrained(tiny_run.folder, device="cpu")
+    monkeypatch.setattr(distillation, "_LEAST_SCORE", 0.0)
+    monkeypatch.setattr(distillation, "_seen", lambda *_: torch.tensor([True, False]))
+    fitted = to_detector(model, "rt_detr", NAMES, images=photos(), steps=0).model.state_dict()
+    done = to_detector(model, "rt_detr", NAMES, images=photos(), steps=8)
+    assert 'METR is sure of no "frog"' in " ".join(done.report.notes)
+    key = "model.decoder.class_embed.0.bias"
+    seen, unseen = (done.model.state_dict()[key] - fitted[key]).abs().tolist()
+    assert unseen == pytest.approx(seen / 2, rel=0.01), "the other half is the name's own"
+
+
+def test_images_that_show_nothing_teach_nothing(tiny_run: TinyRun) -> None:
+    model = by_name("rt_detr", tiny_run)
+    done = to_detector(model, "rt_detr", NAMES, images=photos(), steps=8)
+    assert done.report.start == "METR is sure of none of these names in the images, so they teach nothing"
+    assert (done.report.taught, done.report.fitted_to) == (0, 0)
+
+
+@pytest.mark.usefixtures("sure")
 def test_answers_come_nearer(tiny_run: TinyRun, caplog: pytest.LogCaptureFixture) -> None:
     """The loss of a hundred steps, which is told twice."""
     with caplog.at_level("INFO", logger="metr.conversion.distillation"):
-        to_detector(by_name("rt_detr", tiny_run), "rt_detr", NAMES, images=photos(), steps=100)
+        to_detector(METR.from_pretrained(tiny_run.folder, device="cpu"), "rt_detr", NAMES, images=photos(), steps=100)
     told = re.findall(r"step (\d+)/100, loss ([0-9.]+), 0:00:\d\d left", caplog.text)
     assert [step for step, _ in told] == ["50", "100"]
     first, second = (float(loss) for _, loss in told)

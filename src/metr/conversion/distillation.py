@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor
@@ -29,12 +29,15 @@ from metr.conversion.preprocessing import Preprocessing
 from metr.conversion.targets.base import Target
 from metr.data.images import ImageSource
 from metr.errors import counted
+from metr.inference.postprocess import ScoreThresholds
 from metr.inference.predictor import Predictor
+from metr.losses.classification import supervised
 from metr.losses.config import CriterionConfig
 from metr.losses.criterion import SetCriterion
 from metr.losses.predictions import query_predictions
 from metr.models.detector import Detector
 from metr.structures import NO_OBJECT, Detections, DetectorOutput, Memory, Targets
+from metr.text.same_names import listed
 from metr.training.progress import duration
 
 _logger = logging.getLogger(__name__)
@@ -46,6 +49,8 @@ _BATCH, _WARMUP, _FLOOR, _DECAY, _MOST_NORM = 8, 20, 0.02, 1e-4, 0.5
 _RATE, _RATE_WIDTH = 5e-4, 128
 # detections with a lower score are none
 _LEAST_SCORE = 0.03
+# of a name that no image shows with such a score METR is not sure
+_SURE = ScoreThresholds().default
 # what a tensor is changed by at the most on its way to METR and back
 _SAME = 1e-5
 # steps from one line of progress to the next
@@ -83,7 +88,7 @@ def distil(
         console: Where progress is shown.
 
     Returns:
-        The same model, with the report of what became of every weight.
+        The same model, with the report of what became of every weight; untaught if METR is sure of nothing there.
     """
     network: Detector = teacher.network  # type: ignore[assignment]
     resize = target.resizes(teacher.resize, network.backbone.pad_to)
@@ -91,22 +96,32 @@ def distil(
     preparing = Preprocessing(mean=mean, std=std, resize=resize)
     # no name is to be near another one: each has a direction of its own
     text = torch.eye(len(teacher.names))
-    published = published_model(
-        done.model, preparing, target.title, dict(zip(teacher.names, range(len(text)), strict=True))
-    )
-    student, _ = adopt(published, text, text)
+    labels = {name: label for label, name in enumerate(teacher.names)}
+    student, _ = adopt(published_model(done.model, preparing, target.title, labels), text, text)
     student = student.to(teacher.device).eval()
     pupil = Predictor(student, text, teacher.names, resize)
     lessons = [_lesson(teacher, pupil, load(picture)) for picture in pictures]
+    seen = _seen(lessons, len(text))
+    if not seen.any():
+        return done
+    lessons = [_without(one, ~seen) for one in lessons]
     _teach(student, pupil.text, lessons, steps, console or Console(quiet=True))
     taught = transfer_weights(target, student, teacher.names, text)
-    before = {key: tensor.clone() for key, tensor in done.model.state_dict().items()}
-    done.model.load_state_dict(taught.model.state_dict())
-    changed = [
-        key for key, tensor in done.model.state_dict().items() if not torch.allclose(tensor, before[key], atol=1e-5)
-    ]
+    before, after = done.model.state_dict(), taught.model.state_dict()
+    changed = [key for key, tensor in after.items() if not torch.allclose(tensor, before[key], atol=_SAME)]
+    done.model.load_state_dict(after)
     report = _with_taught(done.report, changed, f"taught on {counted(len(lessons), 'image')}", steps)
-    return replace(done, report=report)
+    unseen = [f'"{name}"' for name, label in labels.items() if not seen[label]]
+    told = f"METR is sure of no {listed(unseen)} in these images: how to find that was fitted, and not taught"
+    return replace(done, report=replace(report, notes=(*report.notes, *([told] if unseen else []))))
+
+
+def _seen(lessons: Sequence[Lesson], names: int) -> Bool[Tensor, "v"]:
+    """The names of which METR is sure in an image. Of another one these images would teach only that it is absent."""
+    sure = torch.zeros(names, dtype=torch.bool, device=lessons[0].scores.device)
+    for one in lessons:
+        sure[one.targets.labels[one.scores >= _SURE]] = True
+    return sure
 
 
 @torch.no_grad()
@@ -137,6 +152,17 @@ def _objects(found: Detections, size: tuple[int, int]) -> tuple[Targets, Float[T
     return targets, found.scores[kept].unsqueeze(0)
 
 
+def _without(lesson: Lesson, unseen: Bool[Tensor, "v"]) -> Lesson:
+    """The same, which says nothing about some names."""
+    targets = lesson.targets
+    out = unseen[targets.labels]
+    return Lesson(
+        memory=lesson.memory,
+        targets=replace(targets, labels=targets.labels.masked_fill(out, NO_OBJECT), annotated=~unseen.unsqueeze(0)),
+        scores=lesson.scores.masked_fill(out, 0.0),
+    )
+
+
 def _teach(
     student: Detector, text: Float[Tensor, "v v"], lessons: Sequence[Lesson], steps: int, console: Console
 ) -> None:
@@ -147,12 +173,8 @@ def _teach(
     rate = _RATE * min(1.0, _RATE_WIDTH / student.config.width)
     optimizer = torch.optim.AdamW(learning, lr=rate, weight_decay=_DECAY)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share_of_rate(step, steps))
-    criterion, draw, began, total = (
-        SetCriterion(CriterionConfig()),
-        torch.Generator().manual_seed(0),
-        time.monotonic(),
-        0.0,
-    )
+    criterion, draw = SetCriterion(CriterionConfig()), torch.Generator().manual_seed(0)
+    began, total = time.monotonic(), 0.0
     for step in track(range(steps), "teaching", console=console, transient=True, disable=not console.is_terminal):
         memory, targets, scores = _together(_drawn(lessons, draw))
         loss = lesson_loss(student.detect(memory, text), targets, scores, criterion)
@@ -188,7 +210,7 @@ def lesson_loss(
     predictions = predictions.matched(matches)
     wanted = torch.zeros_like(predictions.logits)
     wanted[matches.layer, matches.image, matches.query] = scores[matches.image, matches.target]
-    asked = (predictions.category != NO_OBJECT).unsqueeze(0)
+    asked = supervised(predictions, targets, criterion.config.ignore_coverage)
     entropy = functional.binary_cross_entropy_with_logits(predictions.logits, wanted, reduction="none")
     classification = (entropy * (predictions.logits.sigmoid() - wanted).square() * asked).sum()
     boxes = targets.boxes_of(predictions.target)

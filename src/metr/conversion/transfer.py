@@ -46,6 +46,7 @@ __all__ = [
 REPORT = "transfer.json"
 """What became of every weight, in the folder of the detector."""
 _WRITTEN = "files"  # the key of the report that says which files were written, and their digests
+_NOTHING_SEEN = "METR is sure of none of these names in the images, so they teach nothing"
 _BACKBONE = "all but its backbone starts afresh"
 
 
@@ -82,9 +83,10 @@ def to_detector(
     pictures = readable(images) if has_use(found, model) else []
     fits = fitted(asked, pictures, console)
     done = transfer_weights(found, model.network, wanted.names, text, fits=fits)
-    if taught := bool(pictures) and steps > 0:
-        done = distil(done, found, asked, pictures, steps, console)
     number = len(pictures)
+    if pictures and steps > 0:
+        done = distil(done, found, asked, pictures, steps, console)
+        number = number if done.report.taught else 0
     few = f"{counted(number, 'image')} to fit to are few: {FEW_IMAGES} or more make a better fit"
     notes = (
         *done.report.notes,
@@ -94,11 +96,11 @@ def to_detector(
     )
     keep_aliases(done.model, model.checkpoint.detection.aliases)
     start = "" if done.same_answers or number else _why_a_start(found.fits(model.network.config), new)
+    start = _NOTHING_SEEN if pictures and not number else start
     known = [name for name in wanted.names if name in model.checkpoint.detection.calibration]
     scores = (f"the calibration of {counted(len(known), 'name')} stays with METR: scores here are not probabilities",)
-    report = replace(
-        done.report, notes=notes, differences=scores if known and not taught else (), start=start, fitted_to=number
-    )
+    differences = scores if known and not done.report.taught else ()
+    report = replace(done.report, notes=notes, differences=differences, start=start, fitted_to=number)
     return replace(done, report=report)
 
 
