@@ -6,7 +6,9 @@ The evaluation split of each trained dataset is cut into two halves, `--cuts` ti
 and judged on the other, with the dataset's own names:
 
     error       expected calibration error of all detections, of scores as they are and calibrated
-    shown       precision, recall and F1 of what `metr detect` shows by default, at IoU 0.5, all objects alike
+    shown       precision, recall and F1 of what `metr detect` shows by default, at IoU 0.5, all objects alike: from a
+                threshold of the dataset, fitted with the scores
+    from 0.3    F1 with one threshold for all datasets, of scores as they are and calibrated
     best        F1 from the one score for all names that is best for the very images that are judged
 
 metr-nano, five datasets, 256 images, five cuts (results/calibration.json): the error falls from 0.020 to 0.046 down to
@@ -28,9 +30,9 @@ import torch
 import report
 import runner
 from detection_defaults import Encoded, ask, encoded
-from metr.config import Calibration, Tree
+from metr.config import Tree
 from metr.data.records import InMemoryAnnotations
-from metr.evaluation.calibration import fit_calibration
+from metr.evaluation.calibration import FittedScores, fit_scores
 from metr.evaluation.coco import CocoScorer
 from metr.evaluation.diagnosis import Judged, diagnose
 from metr.inference.config import InferenceConfig, with_calibration
@@ -41,8 +43,8 @@ from runner import Run, Study
 
 NEAR = 3.0
 """Points of F1 that what is shown may be below the best."""
-_SIDES = ("raw", "calibrated")
-_FIGURES = ("error", "precision", "recall", "f1", "best")
+_SIDES = ("raw", "from_default", "calibrated")
+_FIGURES = ("error", "threshold", "precision", "recall", "f1", "best")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -101,18 +103,19 @@ def measured(model: METR, path: str, cuts: int) -> Tree:
         order = np.random.default_rng(cut).permutation(len(one.annotations.records))
         for fitted_on, judged_on in ((order[::2], order[1::2]), (order[1::2], order[::2])):
             first, second = (part(one.annotations, half) for half in (fitted_on, judged_on))
-            kept = fit_calibration(CocoScorer(first), of(first, raw), one.names)
+            fitted = fit_scores(CocoScorer(first), of(first, raw), one.names)
+            after = of(second, moved(model, one, bare, fitted))
+            own = {} if fitted.threshold is None else dict.fromkeys(one.names, fitted.threshold)
             rows["raw"].append(figures(second, of(second, raw), one.names))
-            rows["calibrated"].append(figures(second, of(second, moved(model, one, bare, kept)), one.names))
+            rows["from_default"].append(figures(second, after, one.names))
+            rows["calibrated"].append(figures(second, after, one.names, ScoreThresholds(names=own)))
     means = {side: dict(zip(_FIGURES, np.mean(rows[side], axis=0).tolist(), strict=True)) for side in _SIDES}
     return {"images": len(one.annotations), **means}
 
 
-def moved(
-    model: METR, one: Encoded, config: InferenceConfig, kept: Mapping[str, Calibration]
-) -> dict[int | str, Detections]:
+def moved(model: METR, one: Encoded, config: InferenceConfig, fitted: FittedScores) -> dict[int | str, Detections]:
     """What is found with calibrated scores."""
-    return ask(model, one, one.names, with_calibration(config, kept))
+    return ask(model, one, one.names, with_calibration(config, fitted.calibration))
 
 
 def part(annotations: InMemoryAnnotations, rows: np.ndarray) -> InMemoryAnnotations:
@@ -127,29 +130,34 @@ def of(annotations: InMemoryAnnotations, found: Mapping[int | str, Detections]) 
 
 
 def figures(
-    annotations: InMemoryAnnotations, found: Mapping[int | str, Detections], names: Sequence[str]
+    annotations: InMemoryAnnotations,
+    found: Mapping[int | str, Detections],
+    names: Sequence[str],
+    shown: ScoreThresholds | None = None,
 ) -> list[float]:
     """`_FIGURES` of detections in some images."""
-    shown = ScoreThresholds()
+    shown = shown or ScoreThresholds()
     judged = diagnose(Judged.of(CocoScorer(annotations), found, names, shown), shown).calibration
     if judged.error is None or judged.shown is None or judged.best is None:
         return [0.0] * len(_FIGURES)
-    return [judged.error, judged.shown.precision, judged.shown.recall, judged.shown.f1, judged.best.f1]
+    point = judged.shown
+    return [judged.error, point.threshold, point.precision, point.recall, point.f1, judged.best.f1]
 
 
 def page(result: Mapping[str, Any]) -> str:
     """The page of a result: a row a dataset."""
     rows = []
     for name, one in result["datasets"].items():
-        raw, calibrated = (one[side] for side in _SIDES)
+        raw, from_default, calibrated = (one[side] for side in _SIDES)
         errors = [f"{each['error']:.3f}" for each in (raw, calibrated)]
         shown = [report.number(calibrated[key]) for key in ("precision", "recall", "f1")]
-        rows.append([name, *errors, report.number(raw["f1"]), *shown, report.number(raw["best"])])
-    head = ["dataset", "error", "calibrated", "F1 from 0.3, as they are", "precision", "recall", "F1", "best F1"]
+        one_score = [report.number(each["f1"]) for each in (raw, from_default)]
+        rows.append([name, *errors, *one_score, f"{calibrated['threshold']:.2f}", *shown, report.number(raw["best"])])
+    head = ["dataset", "error", "calibrated", "F1 from 0.3", "calibrated", "shown from", "precision", "recall", "F1"]
     return report.joined(
         "# Calibrated scores",
         f"{sum(one['images'] for one in result['datasets'].values())} images. {report.facts(result)}.",
-        report.table(head, rows),
+        report.table([*head, "best F1"], rows),
         report.aims_list(result["bars"]),
     )
 

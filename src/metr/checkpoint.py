@@ -64,10 +64,14 @@ class DetectionDefaults(Config):
     presence: bool = True
     """Whether the presence of a name counts in its score; not while nothing has taught it."""
 
-    def calibrated(self, found: Mapping[str, Calibration]) -> "DetectionDefaults":
-        """With these calibrations too; thresholds of such names, which were for other scores, go."""
-        thresholds = {name: score for name, score in self.thresholds.items() if name not in found}
-        return self.model_copy(update={"calibration": {**self.calibration, **found}, "thresholds": thresholds})
+    def calibrated(
+        self, found: Mapping[str, Calibration], thresholds: Mapping[str, float] | None = None
+    ) -> "DetectionDefaults":
+        """With these calibrations and thresholds too; older thresholds of such names, for other scores, go."""
+        kept = {name: score for name, score in self.thresholds.items() if name not in found}
+        return self.model_copy(
+            update={"calibration": {**self.calibration, **found}, "thresholds": {**kept, **(thresholds or {})}}
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from metr.checkpoint import DetectionDefaults, load_checkpoint, save_checkpoint
 from metr.config import Calibration
 from metr.data.records import InMemoryAnnotations
 from metr.errors import DataError
-from metr.evaluation.calibration import fit_calibration, mean_calibration
+from metr.evaluation.calibration import FittedScores, fit_scores, mean_by_objects
 from metr.evaluation.coco import CategoryResult, CocoResult, CocoScorer, OperatingPoint
 from metr.evaluation.diagnosis import Judged, diagnose
 from metr.evaluation.report import category_table
@@ -55,7 +55,7 @@ def calibrated(found: dict[int, Detections], kept: dict[str, Calibration]) -> di
 
 def test_what_was_planted_is_found_and_holds_on_other_images() -> None:
     truth, found = played(0)
-    fitted = fit_calibration(CocoScorer(truth), found, NAMES)
+    fitted = fit_scores(CocoScorer(truth), found, NAMES).calibration
     for name, planted in PLANTED.items():
         assert fitted[name] == pytest.approx(planted, abs=0.4)
     others, more = played(1)
@@ -74,7 +74,7 @@ def test_what_was_planted_is_found_and_holds_on_other_images() -> None:
 def test_a_fit_is_the_likeliest_near_that_of_all_names() -> None:
     """Against a search over a grid; the name without an object has the fit of all names."""
     truth, found = played(2, images=12)
-    fitted = fit_calibration(CocoScorer(truth), found, NAMES)
+    fitted = fit_scores(CocoScorer(truth), found, NAMES).calibration
     x: dict[str, list[float]] = {name: [] for name in NAMES}
     y: dict[str, list[float]] = {name: [] for name in NAMES}
     for at, one in zip(truth.records, found.values(), strict=True):
@@ -100,24 +100,53 @@ def test_a_fit_is_the_likeliest_near_that_of_all_names() -> None:
 
 def test_nothing_right_calibrates_nothing() -> None:
     truth = annotations("farm", NAMES, record(0, [(0, (0.0, 0.0, 10.0, 10.0))]))
-    assert fit_calibration(CocoScorer(truth), {}, NAMES) == {}
+    assert fit_scores(CocoScorer(truth), {}, NAMES) == FittedScores(calibration={})
     elsewhere = detections(NAMES, ("ant", 0.9, (50.0, 50.0, 60.0, 60.0)))
-    assert fit_calibration(CocoScorer(truth), {0: elsewhere}, NAMES) == {}
+    assert fit_scores(CocoScorer(truth), {0: elsewhere}, NAMES) == FittedScores(calibration={})
+
+
+def test_detections_are_shown_from_half_of_the_best_f1() -> None:
+    """What calibrated scores promise is near what is best on other images, and no score promises more."""
+    for seed in range(2):
+        truth, found = played(seed)
+        fitted = fit_scores(CocoScorer(truth), found, NAMES)
+        assert fitted.threshold is not None
+        others, more = played(seed + 10)
+        moved, scorer = calibrated(more, fitted.calibration), CocoScorer(others)
+
+        def shown(least: float, scorer: CocoScorer = scorer, moved: dict[int, Detections] = moved) -> OperatingPoint:
+            thresholds = ScoreThresholds(default=least, same_place=None)
+            point = diagnose(Judged.of(scorer, moved, NAMES, thresholds), thresholds).calibration.shown
+            assert point is not None
+            return point
+
+        best = max(shown(least / 50).f1 for least in range(5, 30, 4))
+        assert fitted.threshold == pytest.approx(best / 200, abs=0.04)
+        assert shown(fitted.threshold).f1 > best - 1.5
+
+
+def test_thresholds_stay_within_limits() -> None:
+    box, sure = (0.0, 0.0, 10.0, 10.0), detections(NAMES, ("ant", 0.99, (0.0, 0.0, 10.0, 10.0)))
+    records = [record(image, [(0, box)]) for image in range(200)]
+    everything = fit_scores(CocoScorer(annotations("farm", NAMES, *records)), dict.fromkeys(range(200), sure), NAMES)
+    assert everything.threshold == 0.5
+    next_to_nothing = fit_scores(CocoScorer(annotations("farm", NAMES, *records)), {0: sure}, NAMES)
+    assert next_to_nothing.threshold == 0.1
 
 
 def test_what_was_applied_is_undone() -> None:
     """However often a detector is calibrated on the same images, the result is the same."""
     truth, found = played(3, images=20)
-    once = fit_calibration(CocoScorer(truth), found, NAMES)
-    again = fit_calibration(CocoScorer(truth), calibrated(found, once), NAMES, once)
+    once = fit_scores(CocoScorer(truth), found, NAMES).calibration
+    again = fit_scores(CocoScorer(truth), calibrated(found, once), NAMES, once).calibration
     for name in NAMES:
         assert again[name] == pytest.approx(once[name], abs=0.02)
 
 
 def test_the_mean_is_weighted_by_objects() -> None:
     one, two = (2.0, -1.0), (0.5, 0.25)
-    assert mean_calibration([(one, 30), (two, 10)]) == pytest.approx((1.625, -0.6875))
-    assert mean_calibration([(one, 0), (two, 0)]) == pytest.approx((1.25, -0.375))
+    assert mean_by_objects([(one, 30), (two, 10)]) == pytest.approx((1.625, -0.6875))
+    assert mean_by_objects([(one, 0), (two, 0)]) == pytest.approx((1.25, -0.375))
 
 
 def part(threshold: float, objects: int = 10, name: str = "cup") -> ModeReport:
@@ -141,6 +170,13 @@ def test_a_name_of_several_datasets_has_the_mean_by_objects() -> None:
     assert found["lamp"] == pytest.approx((3.0, 1.0))
 
 
+def test_a_name_is_shown_from_the_mean_threshold_of_its_datasets() -> None:
+    desk = replace(dataset("desk", {"cup": (1.0, 0.0), "lamp": (3.0, 1.0)}, own=part(0.2, 30)), threshold=0.2)
+    pond = replace(dataset("pond", {"cup": (2.0, -1.0)}, own=part(0.6, 10)), threshold=0.4)
+    older = dataset("shelf", {"book": (1.0, 0.0)}, own=part(0.5, name="book"))
+    assert EvaluationReport(datasets=(desk, pond, older), names=3).thresholds() == {"cup": 0.25, "lamp": 0.2}
+
+
 def test_the_table_tells_the_best_score_of_the_question_that_detection_asks() -> None:
     for modes in ({"own": 0.5}, {"own": 0.4, "joint": 0.5}, {"own": 0.4, "joint": 0.3, "default": 0.5}):
         one = dataset("desk", {}, **{mode: part(score) for mode, score in modes.items()})
@@ -159,6 +195,9 @@ def test_what_is_kept_replaces_what_was_kept_and_ends_old_thresholds(tiny_run: T
     after = load_checkpoint(tmp_path / "own").detection
     assert after.calibration == {"cup": (0.5, 0.25), "leaf": (3.0, 1.0)}
     assert after.thresholds == {"fish": 0.1}
+    both = replace(report, datasets=tuple(replace(one, threshold=0.35) for one in report.datasets))
+    store_calibration(both, tmp_path / "own")
+    assert load_checkpoint(tmp_path / "own").detection.thresholds == {"fish": 0.1, "cup": 0.35, "leaf": 0.35}
     with pytest.raises(DataError, match="no object of a trained name"):
         store_calibration(EvaluationReport(datasets=(dataset("desk", {}),), names=1), tmp_path / "own")
 

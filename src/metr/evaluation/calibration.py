@@ -2,9 +2,13 @@
 
 A detection is right if the COCO protocol gives it an object at IoU 0.5. Each score s becomes
 sigmoid(scale * logit(s) + shift), which keeps the order of a name's detections and so its AP.
+
+From such scores follows the one from which a dataset's detections are shown: half of the best F1 that they promise
+(Lipton et al., 2014, arXiv 1402.1892).
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -21,15 +25,30 @@ _AS_IT_IS: Calibration = (1.0, 0.0)
 _LEANING = 5.0
 _LIMITS = ((0.05, 20.0), (-20.0, 20.0))
 _EPS = 1e-6
+# what a dataset's detections are shown from is not below this, however weak the detector is
+_LEAST_SHOWN = 0.1
 
 
-def fit_calibration(
+@dataclass(frozen=True, kw_only=True)
+class FittedScores:
+    """What makes the scores of a dataset's names probabilities, and the one from which detections are shown.
+
+    Attributes:
+        calibration: Scale and shift by name; empty where no detection is right.
+        threshold: The calibrated score, 0.1 to 0.5, one for all names; None where no detection is right.
+    """
+
+    calibration: Mapping[str, Calibration]
+    threshold: float | None = None
+
+
+def fit_scores(
     scorer: CocoScorer,
     detections: Mapping[ImageId, Detections],
     vocabulary: tuple[str, ...],
     applied: Mapping[str, Calibration] | None = None,
-) -> dict[str, Calibration]:
-    """Scale and shift of each name of a dataset; nothing where no detection is right.
+) -> FittedScores:
+    """Scale and shift of each name of a dataset, and the score from which its detections are shown.
 
     Those of all names together are fitted first. A name's own lean on them, and are them where it has no object.
 
@@ -45,19 +64,33 @@ def fit_calibration(
         scale, shift = np.array([(applied or {}).get(name, _AS_IT_IS) for name in names])[labels].T
         logits = (logits - shift) / scale
     if not right.any():
-        return {}
+        return FittedScores(calibration={})
     every = _fitted(logits, right, _AS_IT_IS)
     present = {one["category_id"] - 1 for one in scorer.truth["annotations"] if not one["iscrowd"]}
     own = {row: _fitted(logits[labels == row], right[labels == row], every) for row in present}
-    return {name: own.get(row, every) for row, name in enumerate(scorer.categories)}
+    scales, shifts = np.array([own.get(row, every) for row in range(len(names))])[labels].T
+    return FittedScores(
+        calibration={name: own.get(row, every) for row, name in enumerate(scorer.categories)},
+        threshold=_threshold(1 / (1 + np.exp(-(scales * logits + shifts))), scorer),
+    )
 
 
-def mean_calibration(several: Iterable[tuple[Calibration, int]]) -> Calibration:
-    """The mean of calibrations, weighted by these numbers of objects; where all are 0, each counts alike."""
+def _threshold(scores: Float[np.ndarray, "n"], scorer: CocoScorer) -> float:
+    """Half of the best F1 that calibrated scores promise, which is the score from which they promise it.
+
+    Unlike the score of the best F1 that was found, it rests on all detections and not on a few right ones.
+    """
+    objects = sum(not one["iscrowd"] for one in scorer.truth["annotations"])
+    hits = np.cumsum(np.sort(scores)[::-1])
+    best = float((2 * hits / (np.arange(1, len(scores) + 1) + objects)).max())
+    return round(min(max(best / 2, _LEAST_SHOWN), 0.5), 2)
+
+
+def mean_by_objects(several: Iterable[tuple[tuple[float, ...], int]]) -> tuple[float, ...]:
+    """The mean of calibrations or thresholds, weighted by numbers of objects; where all are 0, each counts alike."""
     pairs = list(several)
     weights = [number for _, number in pairs]
-    scale, shift = np.average([one for one, _ in pairs], axis=0, weights=weights if any(weights) else None).tolist()
-    return scale, shift
+    return tuple(np.average([one for one, _ in pairs], axis=0, weights=weights if any(weights) else None).tolist())
 
 
 def _answers(

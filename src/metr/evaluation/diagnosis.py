@@ -302,8 +302,14 @@ def _calibration(judged: Judged, thresholds: ScoreThresholds) -> Calibration:
     total = len(pool.scores)
     if not total:
         return Calibration(bins=tuple(bins), error=None)
-    shown = _point(_Pool.of(judged.shown, judged.shown_verdicts), thresholds.default)
+    shown = _point(_Pool.of(judged.shown, judged.shown_verdicts), _least_shown(judged, thresholds))
     return Calibration(bins=tuple(bins), error=error / total, shown=shown, best=_best_point(pool))
+
+
+def _least_shown(judged: Judged, thresholds: ScoreThresholds) -> float:
+    """The lowest of the thresholds of the dataset's own names; they are alike unless other datasets share a name."""
+    own = judged.names[: judged.own]
+    return min((thresholds.names.get(name, thresholds.default) for name in own), default=thresholds.default)
 
 
 def _point(pool: _Pool, threshold: float) -> OperatingPoint:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from metr.data.records import Annotations, ImageRecord, PartlyRead, seeded_order
 from metr.errors import DataError, ModelError
 from metr.evaluation.answers import Answers, Observation, Question, records_of, seen_annotations
-from metr.evaluation.calibration import fit_calibration
+from metr.evaluation.calibration import fit_scores
 from metr.evaluation.coco import CocoScorer
 from metr.evaluation.results import (
     CrossDatasetConfusion,
@@ -150,6 +150,8 @@ class Evaluator:
             for one in answered
         }
         observation = _observation(annotations.name, seen, scorer, questions, answered)
+        applied = self.config.inference.postprocess.calibration
+        fitted = fit_scores(scorer, observation.detections, observation.names, applied)
         report = DatasetReport(
             name=annotations.name,
             split=annotations.split,
@@ -160,12 +162,8 @@ class Evaluator:
             own=parts[questions["own"]] if "own" in questions else None,
             joint=parts[questions["joint"]] if "joint" in questions else None,
             default=parts[questions["default"]] if "default" in questions else None,
-            calibration=fit_calibration(
-                scorer,
-                observation.detections,
-                observation.names,
-                self.config.inference.postprocess.calibration,
-            ),
+            calibration=fitted.calibration,
+            threshold=fitted.threshold,
         )
         if self.observe is not None:
             self.observe(observation)

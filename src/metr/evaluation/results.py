@@ -1,7 +1,7 @@
 """Evaluation's configuration and results: reports, presence recall, cross-dataset confusion."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,7 +17,7 @@ from metr.checkpoint import find_checkpoint, load_checkpoint, update_detection
 from metr.config import Calibration, Config
 from metr.data.records import Annotations
 from metr.errors import DataError, counted
-from metr.evaluation.calibration import mean_calibration
+from metr.evaluation.calibration import mean_by_objects
 from metr.evaluation.coco import CocoResult
 from metr.evaluation.diagnosis import Diagnosis
 from metr.inference.config import InferenceConfig
@@ -191,7 +191,8 @@ class DatasetReport:
     """The results on one dataset. `missing` images could not be read, and are not in any number.
 
     `diagnosis` says what is wrong with the detections of `asked`; None where nobody looked. `calibration` makes
-    scores, as the network gives them, probabilities of being right; no name has one where none is.
+    scores, as the network gives them, probabilities of being right, and `threshold` is such a score, from which
+    detections are shown; no name has one where none is right.
     """
 
     name: str
@@ -205,6 +206,7 @@ class DatasetReport:
     default: ModeReport | None = None
     diagnosis: Diagnosis | None = None
     calibration: Mapping[str, Calibration] = field(default_factory=dict)
+    threshold: float | None = None
 
     def part(self, mode: Mode) -> ModeReport | None:
         """The report with one vocabulary; None where that was not evaluated."""
@@ -261,12 +263,25 @@ class EvaluationReport:
         They are those of the question that detection asks (`DatasetReport.asked`): the more names are asked for, the
         less the same score says. A name of several datasets has their mean, weighted by its objects.
         """
-        several: dict[str, list[tuple[Calibration, int]]] = {}
+        means = self._means({one.name: one.calibration for one in self.datasets})
+        return {name: (scale, shift) for name, (scale, shift) in means.items()}
+
+    def thresholds(self) -> dict[str, float]:
+        """The scores from which detections are shown, by name, once they are calibrated; means as of `calibration`."""
+        known = {one.name: one.threshold for one in self.datasets if one.threshold is not None}
+        own = {
+            one.name: dict.fromkeys(one.calibration, (known[one.name],)) for one in self.datasets if one.name in known
+        }
+        return {name: round(threshold, 2) for name, (threshold,) in self._means(own).items()}
+
+    def _means(self, values: Mapping[str, Mapping[str, tuple[float, ...]]]) -> dict[str, tuple[float, ...]]:
+        """The mean of each name's values, which are given by dataset, weighted by the objects of the name there."""
+        several: dict[str, list[tuple[tuple[float, ...], int]]] = {}
         for dataset in self.datasets:
             objects = {} if dataset.asked is None else {one.name: one.objects for one in dataset.asked.coco.categories}
-            for name, own in dataset.calibration.items():
+            for name, own in values.get(dataset.name, {}).items():
                 several.setdefault(name, []).append((own, objects.get(name, 0)))
-        return {name: mean_calibration(pairs) for name, pairs in several.items()}
+        return {name: mean_by_objects(parts) for name, parts in several.items()}
 
     def metrics(self) -> dict[str, float]:
         """The report as flat numbers for curves: "AP" is the mean with own names, or else with the joint vocabulary."""
@@ -284,7 +299,7 @@ class EvaluationReport:
 
 
 def store_calibration(report: EvaluationReport, run: Path, console: Console | None = None) -> None:
-    """Keeps with a checkpoint, or the best one of a run, what makes scores probabilities; detection gives these.
+    """Keeps with a checkpoint, or the best one of a run, what makes scores probabilities and from which they are shown.
 
     Raises:
         CheckpointError: there is no checkpoint, or it cannot be written.
@@ -295,12 +310,23 @@ def store_calibration(report: EvaluationReport, run: Path, console: Console | No
     found = {name: one for name, one in report.calibration().items() if name in checkpoint.vocabulary.names}
     if not found:
         raise DataError("no object of a trained name was found, so scores cannot be calibrated", where=run)
-    update_detection(folder, checkpoint.detection.calibrated(found))
+    thresholds = {name: score for name, score in report.thresholds().items() if name in found}
+    update_detection(folder, checkpoint.detection.calibrated(found, thresholds))
     if console is not None:
         line = (
             f"calibration of {counted(len(found), 'name')} is kept in {folder}: scores are probabilities from there on"
+            f"{_shown_from(thresholds.values())}"
         )
         console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _shown_from(thresholds: Collection[float]) -> str:
+    """From which scores detections are shown, in words."""
+    if not thresholds:
+        return ""
+    least, most = min(thresholds), max(thresholds)
+    where = f"a score of {least:.2f}" if least == most else f"scores of {least:.2f} to {most:.2f}, by name"
+    return f", and detections are shown from {where}"
 
 
 def as_dict(report: EvaluationReport) -> dict[str, Any]:

@@ -95,7 +95,12 @@ class ValImages:
         self.samples = _spread([list(_candidates(row, one)) for row, one in enumerate(runner.datasets)])
 
     def draw(
-        self, network: nn.Module, step: int, path: Path, calibration: Mapping[str, Calibration] | None = None
+        self,
+        network: nn.Module,
+        step: int,
+        path: Path,
+        calibration: Mapping[str, Calibration] | None = None,
+        thresholds: Mapping[str, float] | None = None,
     ) -> None:
         """Draws the sheet: annotations at the left, at the right what the network detects with a dataset's own names.
 
@@ -105,9 +110,12 @@ class ValImages:
             network: The network as it is evaluated.
             step: The step that the captions name.
             path: The image to write.
-            calibration: Of the scores. Those that detection shows are drawn; where there are none, the best ones are.
+            calibration: Of the scores.
+            thresholds: From which scores detection shows a name. What it shows is drawn; where that is nothing, the
+                best ones are.
         """
         config = with_calibration(self.config, calibration or {})
+        shown = ScoreThresholds(names=dict(thresholds or {}))
         predictors = {row: self._predictor(network, row, config) for row in {one.dataset for one in self.samples}}
         drawn: list[np.ndarray] = []
         captions: list[str] = []
@@ -117,7 +125,7 @@ class ValImages:
                 image, record, _ = read_annotated(sample.record)
             except DataError:
                 continue
-            found, caption = _found(predictors[sample.dataset].detect(image))
+            found, caption = _found(predictors[sample.dataset].detect(image), shown)
             truth = record_marks(record, dataset.annotations.categories)
             style = Style(colours=palette(dataset.annotations.categories))
             drawn += [draw(image, truth, _CELL, style), draw(image, found, _CELL, style)]
@@ -153,9 +161,9 @@ def _spread(candidates: Sequence[Sequence[_Sample]]) -> list[_Sample]:
     return sorted(turns[:VAL_IMAGES], key=lambda sample: sample.dataset)
 
 
-def _found(detections: Detections) -> tuple[list[Mark], str]:
+def _found(detections: Detections, shown: ScoreThresholds) -> tuple[list[Mark], str]:
     """The detections that are drawn, and how many they are in words."""
-    if marks := detection_marks(ScoreThresholds().shown(detections)):
+    if marks := detection_marks(shown.shown(detections)):
         return marks, counted(len(marks), "detection")
     best = detection_marks(detections, limit=_BELOW)
     return best, f"none that detection shows; the best {len(best)}"

@@ -41,10 +41,14 @@ class TrainingParts:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluated:
-    """What an evaluation gives: metrics by name, and for some names what makes their scores probabilities."""
+    """What an evaluation gives: metrics by name, and for some names what makes their scores probabilities.
+
+    `thresholds` are the scores, as probabilities, from which detections of these names are shown.
+    """
 
     metrics: Mapping[str, float | None]
     calibration: Mapping[str, Calibration] = field(default_factory=dict)
+    thresholds: Mapping[str, float] = field(default_factory=dict)
 
 
 Evaluate = Callable[[nn.Module], Evaluated]

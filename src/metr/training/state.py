@@ -55,8 +55,8 @@ class Counters:
     """How far training is.
 
     `images` counts those of all processes together, which is the position of the sampler; `seconds` is the time
-    spent in steps. `evaluated_step` is the step of the newest evaluation, whose result is `metrics` and
-    `calibration`; `best` is the highest value so far of the metric that chooses the best checkpoint, `best_step` the
+    spent in steps. `evaluated_step` is the step of the newest evaluation, whose result is `metrics`, `calibration` and
+    `thresholds`; `best` is the highest value so far of the metric that chooses the best checkpoint, `best_step` the
     last step that had it and `rose_step` the first. `smoothed` are the losses that progress shows, `unreadable` says
     which images could not be read so far.
     """
@@ -72,6 +72,7 @@ class Counters:
     best_step: int = 0
     rose_step: int = 0
     calibration: dict[str, Calibration] = field(default_factory=dict)
+    thresholds: dict[str, float] = field(default_factory=dict)
     window: Window = field(default_factory=Window)
     smoothed: dict[str, float] = field(default_factory=dict)
     unreadable: list[DataIssue] = field(default_factory=list)
@@ -123,7 +124,7 @@ class Counters:
         """Notes what the evaluation of this step gave."""
         self.evaluated_step = self.step
         self.metrics = {name: float(value) for name, value in found.metrics.items() if value is not None}
-        self.calibration = dict(found.calibration)
+        self.calibration, self.thresholds = dict(found.calibration), dict(found.thresholds)
 
     def outcome(self, *, interrupted: bool, stalled: bool, signal: int | None) -> Outcome:
         """How training ended; see `Outcome`."""
@@ -143,7 +144,7 @@ class Counters:
         """`described` with these weights; it says how long they were trained, and what the last evaluation gave."""
         rounded = {name: round(times, 3) for name, times in epochs.items()}
         counted = {"step": self.step, "images": self.images, "epochs": rounded, "metrics": self.metrics}
-        detection = described.detection.calibrated(self.calibration)
+        detection = described.detection.calibrated(self.calibration, self.thresholds)
         training = {**described.training, **counted}
         return replace(described, weights=weights, training=training, detection=detection)
 
@@ -164,9 +165,11 @@ class Counters:
         Raises:
             CheckpointError: a key is missing or unknown.
         """
-        names, optional = {item.name for item in fields(cls)}, {"smoothed", "unreadable", "rose_step", "calibration"}
+        names = {item.name for item in fields(cls)}
+        optional = {"smoothed", "unreadable", "rose_step", "calibration", "thresholds"}
         found = {**values}
-        found.pop("thresholds", None)  # of a version without calibration
+        if "calibration" not in found:
+            found.pop("thresholds", None)  # for scores of another kind
         if {*found} | optional != names or {*found["window"]} != {item.name for item in fields(Window)}:
             what = f"expected the keys {sorted(names)}, found {sorted(found)}"
             raise CheckpointError(what, where=where, hint="start a new run: this state is of another version")

@@ -235,13 +235,13 @@ def fit(
 
     def evaluate(network: nn.Module) -> Evaluated:
         report = runner.report(network, unannotated=recipe.unannotated)
-        calibration = report.calibration()
+        calibration, thresholds = report.calibration(), report.thresholds()
         show(report, console)
         with log_page() as paper:
             show(report, paper)
         if images is not None:
-            images.draw(network, trainer.counters.step, trainer.folder.val_images, calibration)
-        return Evaluated(metrics=report.metrics(), calibration=calibration)
+            images.draw(network, trainer.counters.step, trainer.folder.val_images, calibration, thresholds)
+        return Evaluated(metrics=report.metrics(), calibration=calibration, thresholds=thresholds)
 
     if resume and console.quiet:  # else the header has told them
         log_changed_settings(RunDirectory(out).state, recipe)
