@@ -288,7 +288,7 @@ class METR:
         return Predictor(self.network, text, wanted, self.resize, config, limits=limits)
 
     def thresholds(self, threshold: float | None = None, names: Names | None = None) -> ScoreThresholds:
-        """The score from which detections are shown: 0.3, those kept with some names, or `threshold` for all names.
+        """The scores from which detections are shown: those kept with names, 0.3 for others, or `threshold` for all.
 
         Args:
             threshold: The score for all names.
@@ -322,8 +322,8 @@ class METR:
         Args:
             images: A path, an RGB array [h w 3] of bytes or a PIL image; or a list of such.
             names: What to look for; by default `default_names`. `model.names` are all that it was trained on.
-            threshold: The least score, 0..1; by default 0.3. A score is the probability of being right, for the names
-                that have been evaluated (`metr evaluate --store`, and while training).
+            threshold: The least score, 0..1; by default that of `thresholds`. A score is the probability of being
+                right, for the names that have been evaluated (`metr evaluate --store`, and while training).
 
         Returns:
             The detections of the image, best first; a list of them for a list of images.
