@@ -11,9 +11,9 @@ and judged on the other, with the dataset's own names:
     from 0.3    F1 with one threshold for all datasets, of scores as they are and calibrated
     best        F1 from the one score for all names that is best for the very images that are judged
 
-metr-nano, 24 datasets, 923 images, five cuts (results/calibration.json): the mean error falls from 0.028 to 0.009; F1
-of what is shown is 2.3 below the best in the mean (3.9 with one threshold for all datasets), and within 3 points of it on
-18 datasets.
+metr-nano, 24 datasets, 923 images, five cuts (results/calibration.json): the mean error falls from 0.028 to 0.009.
+F1 of what is shown is 2.3 below the best in the mean, 3.9 with one threshold for all datasets; 18 datasets are within
+3 points.
 
 Results: `results/calibration.json` and `.md`. Runs: `--out`; a dataset that was measured is not measured again.
 """
