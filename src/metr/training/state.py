@@ -166,8 +166,7 @@ class Counters:
             CheckpointError: a key is missing or unknown.
         """
         names = {item.name for item in fields(cls)}
-        optional = {"smoothed", "unreadable", "rose_step", "calibration", "thresholds"}
-        found = {**values}
+        optional, found = {"smoothed", "unreadable", "rose_step", "calibration", "thresholds"}, {**values}
         if "calibration" not in found:
             found.pop("thresholds", None)  # for scores of another kind
         if {*found} | optional != names or {*found["window"]} != {item.name for item in fields(Window)}:
