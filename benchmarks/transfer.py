@@ -70,7 +70,7 @@ class Profile(Config):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the study; see `runner.exit_status`."""
-    parser = runner.option_parser(__doc__, ("trial", "gpu", "fields"))
+    parser = runner.option_parser(__doc__, ("trial", "gpu", "fields", "tenth"))
     parser.add_argument(
         "--from", dest="source", metavar="RUN", help="begin with this run or checkpoint of other datasets"
     )
