@@ -1,7 +1,8 @@
 """Profiles train with exactly the settings that their results were made with, whatever follows the steps elsewhere."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -40,3 +41,11 @@ def test_a_profile_names_all_that_would_follow_its_steps(profile: Path) -> None:
     for tree in found:
         assert leaves(tree).keys() >= FOLLOWING | {"train.loop.steps"}
         assert load_recipe("nano", changes=tree) == RunConfig.checked(merge(packaged("nano"), tree))
+
+
+@pytest.mark.parametrize("profile", PROFILES, ids=lambda path: path.stem)
+def test_a_profile_is_offered_by_its_study(profile: Path, study_of: Callable[[str], ModuleType]) -> None:
+    name, _, called = profile.stem.rpartition("-")
+    with pytest.raises(SystemExit) as ended:
+        study_of(name.replace("-", "_")).main(["--profile", called, "--help"])
+    assert ended.value.code == 0
