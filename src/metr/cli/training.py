@@ -155,7 +155,7 @@ def finetune(
         list[str] | None, typer.Option(help="Old datasets, mixed in; may be repeated.", metavar="DATA")
     ] = None,
     rehearse_fraction: Annotated[
-        float | None, typer.Option(help="Fraction of the training images that comes from them; by default 0.3.")
+        float | None, typer.Option(help="Fraction of the training images that comes from them; by default 0.5.")
     ] = None,
     rehearse_evaluate: Annotated[
         list[str] | None, typer.Option(help="Old datasets, only evaluated before and after.", metavar="DATA")

@@ -33,7 +33,7 @@ class FinetuneOptions(TrainOptions):
     """Laid over `config`: `section.key=value`."""
     rehearse: tuple[str, ...] = ()
     """Old datasets, as arguments of a command: mixed into training, and evaluated before and after."""
-    rehearse_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.3
+    rehearse_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Fraction of the samples that goes to rehearsed datasets, all together."""
     rehearse_evaluate: tuple[str, ...] = ()
     """Old datasets that are evaluated before and after, and not trained on."""
