@@ -59,7 +59,7 @@ def conduct(study: Study) -> bool:
     profile = Profile.checked(study.read_profile(), where=study.profile)
     data = licensed_datasets(study, every_licensed())
     runs = {(arm, seed): arm_run(study, profile, data, arm, seed) for arm, seed in profile.runs()}
-    done = runner.run_all(study, list(runs.values()))
+    done = runner.run_all(study, list(runs.values()), independent=True)
     found = [{"arm": arm, "seed": seed, **one} for (arm, seed), run in runs.items() for one in runner.reports([run])]
     if found:
         result = {

@@ -87,7 +87,7 @@ def conduct(study: Study) -> bool:
     profile = Profile.checked(study.read_profile(), where=study.profile)
     data, arms = study.datasets(profile.datasets), profile.arms()
     runs = {(arm, seed): arm_run(study, profile, data, arm, seed) for seed in profile.seeds for arm in arms}
-    done = runner.run_all(study, list(runs.values()))
+    done = runner.run_all(study, list(runs.values()), independent=True)
     found = {key: one for key, run in runs.items() for one in runner.reports([run])}
     if found:
         result = {

@@ -165,7 +165,7 @@ def compare(study: Study, arms: Sequence[str]) -> bool:
     """Does some arms, and writes what all finished ones found; False where one was stopped."""
     data, recipe = PROFILES[study.profile].arguments(study), study.recipe(study.read_profile())
     runs = {arm: arm_run(study, data, recipe, arm) for arm in ARMS}
-    if not runner.run_all(study, list(runs.values()), [runs[arm] for arm in arms]):
+    if not runner.run_all(study, list(runs.values()), [runs[arm] for arm in arms], independent=True):
         return False
     found = {arm: one for arm, run in runs.items() for one in runner.reports([run])}
     kept = ("images_seen", "training_seconds", "commit", "report")

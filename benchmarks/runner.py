@@ -210,13 +210,18 @@ class Run:
             hint = "name another --out, or remove this folder; or ask for the same settings as at first"
             raise ConfigError(f"the run was made with {', '.join(other[:_LISTED])}{more}", where=self.folder, hint=hint)
 
-    def execute(self, console: Console) -> bool:
-        """Does what is left to do, or waits for another process that does it; False where it was interrupted."""
+    def execute(self, console: Console, wait: bool = True) -> bool | None:
+        """Does what is left to do; False where it was interrupted.
+
+        Where another process does it, waits for it, or gives None at once.
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.folder / LOCK)
         try:
             lock.acquire(blocking=False)
         except Timeout:
+            if not wait:
+                return None
             console.print(f"another process is at it, waiting: {self.title}", markup=False)
             lock.acquire()
         try:
@@ -249,13 +254,18 @@ class Run:
         new.replace(self.folder / name)
 
 
-def run_all(study: Study, runs: Sequence[Run], chosen: Sequence[Run] | None = None) -> bool:
+def run_all(
+    study: Study, runs: Sequence[Run], chosen: Sequence[Run] | None = None, *, independent: bool = False
+) -> bool:
     """Does the runs in their order, as far as they are not finished; False where it was stopped.
+
+    A run that another process does is waited for before the next one begins, as that may need it.
 
     Args:
         study: Where progress is shown.
         runs: All runs of the study; every one is checked before the first begins.
         chosen: The ones to do, if not all.
+        independent: No run needs another one. Those that other processes do are then waited for at the end.
 
     Raises:
         MetrError: a run was begun with other settings, or data or configuration do not fit.
@@ -263,7 +273,14 @@ def run_all(study: Study, runs: Sequence[Run], chosen: Sequence[Run] | None = No
     for run in runs:
         run.check()
     try:
-        return all(run.execute(study.console) for run in (runs if chosen is None else chosen))
+        left = list(runs if chosen is None else chosen)
+        for run in tuple(left) if independent else ():
+            done = run.execute(study.console, wait=False)
+            if done is not None:
+                left.remove(run)
+            if done is False:
+                return False
+        return all(run.execute(study.console) for run in left)
     except KeyboardInterrupt:
         return False
 

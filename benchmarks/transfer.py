@@ -87,7 +87,8 @@ def conduct(study: Study, source: str | None = None) -> bool:
     before, arms = plan(study, profile, source)
     if source is not None and not all(run.finished for run in arms):
         starts.check_source(source, (), profile.left_out)
-    done = runner.run_all(study, [*before, *arms])
+    # each arm begins with what was there before; none needs another arm
+    done = runner.run_all(study, [*before, *arms], before) and runner.run_all(study, arms, independent=True)
     result = summary(study, profile, runner.reports(before), runner.reports(arms), done)
     if source is not None:  # the path to a checkpoint is of this machine alone
         result["start"] = {"name": Path(source).name, "weights": starts.weights_digest(source)}

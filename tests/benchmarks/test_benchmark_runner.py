@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -127,6 +128,39 @@ def test_a_run_that_another_process_does_is_waited_for(runner: ModuleType, tmp_p
         assert second.result(60)
     assert done == ["work"]
     assert run.report()["ap"] == 9
+
+
+def test_independent_runs_are_shared_by_processes(runner: ModuleType, tmp_path: Path) -> None:
+    """Whoever finds a run taken does the next one, and waits only at the end; in order, it would wait at once."""
+    made: list[tuple[str, str]] = []
+    began, go_on = threading.Event(), threading.Event()
+
+    def runs_of(process: str) -> list[Any]:
+        def work(name: str) -> dict[str, int]:
+            made.append((process, name))
+            if name == "first":
+                began.set()
+                assert go_on.wait(60)
+            return {"ap": 9}
+
+        names = ("first", "second", "third")
+        return [runner.Run(folder=tmp_path / name, title=name, settings={}, work=partial(work, name)) for name in names]
+
+    def shared(process: str) -> bool:
+        study = runner.Study(name="any", profile="trial", data=tmp_path, out=tmp_path, console=QUIET)
+        return bool(runner.run_all(study, runs_of(process), independent=True))
+
+    with ThreadPoolExecutor(2) as both:
+        one = both.submit(shared, "one")
+        assert began.wait(60)
+        two = both.submit(shared, "two")
+        while len(made) < 3:
+            time.sleep(0.01)
+        assert not two.done()
+        go_on.set()
+        assert one.result(60)
+        assert two.result(60)
+    assert made == [("one", "first"), ("two", "second"), ("two", "third")]
 
 
 def test_a_study_ends_where_a_run_was_stopped(runner: ModuleType, tmp_path: Path) -> None:
