@@ -14,7 +14,9 @@ datasets (endangered_animals, playing_cards) keep less than nine tenths of their
 
 Profile `fields` begins with a given checkpoint, the project's own by default, and asks whether all of its datasets
 together keep 92 % of their mean AP while it learns tomatoes; coco_mini goes without photographs of NonCommercial
-licences. Profiles `gpu` and `fields` have not been run.
+licences. One thread of an Intel Xeon, 16 minutes of training steps (results/rehearsal-fields.json): 46.5 before, 24.6
+without rehearsal, 43.2 (93 %) with half of the images from the old datasets; tomatoes come to 33.2 and 29.6. Profile
+`gpu` has not been run.
 
 Results, once both arms are finished: `results/rehearsal-PROFILE.json` and `.md`. Runs: `--out`, resumable.
 """

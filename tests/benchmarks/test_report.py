@@ -22,6 +22,7 @@ PAGES = {
     "multifield-trial": "multifield",
     "precision-trial": "precision",
     "rehearsal-trial": "rehearsal",
+    "rehearsal-fields": "rehearsal",
     "step-cpu": "step",
     "transfer-detectors-trial": "transfer_detectors",
     "transfer-fields": "transfer",
