@@ -220,7 +220,7 @@ class METR:
         own = name if name in self.vocabulary else aliases.get(name)
         return own if own is not None and prompt in {None, self.vocabulary.prompts.get(own)} else None
 
-    def _meant(self, names: Sequence[str]) -> dict[str, str]:
+    def meant(self, names: Sequence[str]) -> dict[str, str]:
         """The trained names that others of these mean: their aliases, and the same in another case, if it is one."""
         return in_another_case(names, self.names) | self.checkpoint.detection.aliases
 
@@ -270,7 +270,7 @@ class METR:
 
     def _stored(self, kept: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
         """What is kept with trained names, and with those of `names` that mean one of them."""
-        return {alias: kept[name] for alias, name in self._meant(names).items() if name in kept} | dict(kept)
+        return {alias: kept[name] for alias, name in self.meant(names).items() if name in kept} | dict(kept)
 
     def predictor(self, names: Names | None = None, config: InferenceConfig | None = None) -> Predictor:
         """A predictor for these names (by default `default_names`), for many images or settings of one's own.
@@ -281,7 +281,7 @@ class METR:
         self._warn_of_nothing_found()
         wanted = self.default_names if names is None else Vocabulary.of(_listed(names)).names
         config = self.inference(config, wanted)
-        meant = self._meant(wanted)
+        meant = self.meant(wanted)
         text = self.embed(names) if isinstance(names, Mapping) else self._embed(Vocabulary.of(wanted), meant=meant)
         trained = [meant.get(name, name) for name in wanted]  # an alias has the limits of the name that it stands for
         limits = name_limits(trained, self.vocabulary, self.checkpoint.model, config.selection)

@@ -91,6 +91,21 @@ def test_names_of_its_own_and_their_thresholds(exported, model: METR, tiny_run: 
     assert len(detector.detect(images(tiny_run)[0], threshold=0.0)) > len(found)
 
 
+@pytest.mark.parametrize("open_names", [None, 40])
+def test_names_in_another_case_mean_the_trained_ones(
+    exported, model: METR, tiny_run: TinyRun, tmp_path: Path, open_names: int | None
+) -> None:
+    names = ["LEAF", "Newt", "cup"]
+    kept = {"calibration": {"leaf": (0.5, 2.0)}, "thresholds": {"leaf": 0.45, "newt": 0.0, "cup": 0.99}}
+    object.__setattr__(model.checkpoint, "detection", model.checkpoint.detection.model_copy(update=kept))
+    if open_names is None:
+        detector = exported(model, names)
+    else:
+        write_names(model, tmp_path / "new.npz", names)
+        detector = exported(model, open_names=open_names, stored=tmp_path / "new.npz")
+    check(detector, model, images(tiny_run), names)
+
+
 def test_open_names_are_chosen_afterwards(exported, model: METR, tiny_run: TinyRun, tmp_path: Path) -> None:
     check(exported(model, open_names=40), model, images(tiny_run))
     for names in (["snail", "newt"], [*model.names, *(f"thing {letter}" for letter in "abcdefghijklmnop")]):

@@ -104,11 +104,11 @@ def write_names(model: METR, path: Path, names: Names | None = None) -> None:
         CheckpointError: the disk refuses.
     """
     wanted = tuple(model.default_names if names is None else names)
-    text = model.embed(wanted if names is None else names)
-    trained = [model.checkpoint.detection.aliases.get(name, name) for name in wanted]
-    selection = model.inference().selection
-    presence = presence_thresholds(trained, model.vocabulary, model.checkpoint.model, selection)
-    known, calibration = model.thresholds().names, model.inference(names=wanted).postprocess.calibration
+    predictor, meant = model.predictor(names), model.meant(wanted)
+    text, config = predictor.text, predictor.config
+    trained = [meant.get(name, name) for name in wanted]
+    presence = presence_thresholds(trained, model.vocabulary, model.checkpoint.model, config.selection)
+    known, calibration = model.thresholds(names=wanted).names, config.postprocess.calibration
     with explained_disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     with replaced_file(path) as fresh, fresh.open("wb") as file:
@@ -150,7 +150,7 @@ def _check_number(predictor: Predictor, config: ExportConfig) -> None:
 
 def _description(model: METR, predictor: Predictor, interface: Interface, config: ExportConfig) -> Mapping[str, Any]:
     """What a program must know about the model (`export.json`)."""
-    shown, post = model.thresholds(), predictor.config.postprocess
+    shown, post = model.thresholds(names=predictor.names), predictor.config.postprocess
     is_fixed = config.open_names is None
     return {
         "format": "metr export",
