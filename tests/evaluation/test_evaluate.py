@@ -110,6 +110,19 @@ def test_a_dataset_of_the_same_name_does_not_hide_names_of_training(tiny_run: Ti
     assert evaluate(tiny_run.folder, [f"pond={strange}"], tmp_path / "e", split="train").names == 11
 
 
+def test_names_in_another_case_are_the_trained_ones(
+    report: EvaluationReport, tiny_run: TinyRun, tmp_path: Path
+) -> None:
+    """As for detection: capital letters make no other name, and what was trained is what is asked."""
+    name, trained = next(iter(NAMES.items()))
+    dataset = {"path": str(tiny_run.datasets[0]), "name": name, "renames": {one: one.upper() for one in trained}}
+    (tmp_path / "loud.yaml").write_text(json.dumps({"datasets": [dataset]}))
+    found = evaluate(tiny_run.folder, [str(tmp_path / "loud.yaml"), *tiny_run.data[1:]])
+    assert found.names == report.names
+    assert found.datasets[0].own == report.datasets[0].own
+    assert found.datasets[0].joint == report.datasets[0].joint
+
+
 def test_prompts_of_a_listing_are_what_is_embedded(
     tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

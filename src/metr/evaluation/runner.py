@@ -128,8 +128,8 @@ def evaluate_in_detail(
     _tell_held_out(joint.sources if split is None else ())
     device = joined_device(device_of(source.network) if isinstance(source, METR) else device)
     model = source if isinstance(source, METR) else METR.from_pretrained(source, device=device)
-    aliases = model.checkpoint.detection.aliases
-    joint = joint.renamed({one.name: told_aliases(one.name, one.categories, aliases) for one in joint.sources})
+    meant = {one.name: model.meant(one.categories) for one in joint.sources}
+    joint = joint.renamed({one.name: told_aliases(one.name, one.categories, meant[one.name]) for one in joint.sources})
     vocabulary = with_training(joint.vocabulary, model.vocabulary, config.prompts)
     config = config.model_copy(update={"inference": model.inference(config.inference)})
     config = _with_default_names(config, model.checkpoint.detection.names)
