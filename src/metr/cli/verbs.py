@@ -89,7 +89,7 @@ def evaluate(
     device: Device = "auto",
     set_: InferenceOverrides = None,
     store: Annotated[
-        bool, typer.Option("--store", help="Keep in the checkpoint what makes scores probabilities, for detect.")
+        bool, typer.Option("--store", help="Keep what makes scores probabilities, and the scores shown from, for detect.")
     ] = False,
     html: Html = False,
     compare: Compare = None,

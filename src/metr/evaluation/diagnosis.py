@@ -307,7 +307,7 @@ def _calibration(judged: Judged, thresholds: ScoreThresholds) -> Calibration:
 
 
 def _least_shown(judged: Judged, thresholds: ScoreThresholds) -> float:
-    """The lowest of the thresholds of the dataset's own names; they are alike unless other datasets share a name."""
+    """The lowest of the thresholds of the dataset's own names; alike unless datasets share names or some are new."""
     own = judged.names[: judged.own]
     return min((thresholds.names.get(name, thresholds.default) for name in own), default=thresholds.default)
 
