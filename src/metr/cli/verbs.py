@@ -89,7 +89,7 @@ def evaluate(
     device: Device = "auto",
     set_: InferenceOverrides = None,
     store: Annotated[
-        bool, typer.Option("--store", help="Keep what makes scores probabilities, and the scores shown from, for detect.")
+        bool, typer.Option("--store", help="Keep calibration and thresholds of scores in the checkpoint, for detect.")
     ] = False,
     html: Html = False,
     compare: Compare = None,
