@@ -40,7 +40,7 @@ from metr.training.config import RunConfig
 from multifield import EVALUATION
 from multifield_page import training_facts
 from runner import Study
-from study_data import DATASETS, WORDS, every_licensed, licensed_datasets
+from study_data import DATASETS, WORDS, every_licensed, licensed_datasets, with_words
 
 LICENCE = "apache-2.0"
 
@@ -61,7 +61,7 @@ def conduct(study: Study, target: Path, start: Path | None = None, done: int = 0
     recipe = what_is_left(study, done)
     arguments = licensed_datasets(study, every_licensed() if words else DATASETS)
     if words:
-        arguments = runner.with_words(study, arguments, words)
+        arguments = with_words(study, arguments, words)
     # most val boxes of ships are of classes without a name
     more: Tree = {"allow_empty": bool(words)} | ({} if start is None else {"start": str(start)})
     run = runner.training_run(study, study.out, recipe, arguments, "the checkpoint", **more)

@@ -128,26 +128,6 @@ def _renamed(study: Study, argument: str, source: DatasetSource, often: Mapping[
     return datasets_file(study, source.renamed(renames).config) if renames else argument
 
 
-def with_words(study: Study, arguments: Sequence[str], words: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Datasets as METR's verbs take them, with the `synonyms` and `absent` words that `words` has for some of them.
-
-    Synonyms that are a category of one of the datasets are left out: such names are different things to METR.
-    """
-    sources = open_joint(arguments).sources
-    names = {name for source in sources for name in source.categories}
-    result = []
-    for argument, source in zip(arguments, sources, strict=True):
-        own = words.get(source.name, {})
-        synonyms = {
-            name: tuple(word for word in several if word not in names)
-            for name, several in own.get("synonyms", {}).items()
-        }
-        absent = tuple(word for word in own.get("absent", ()) if word not in source.categories)
-        config = source.config.model_copy(update={"synonyms": synonyms, "absent": absent})
-        result.append(datasets_file(study, config) if own else argument)
-    return result
-
-
 def datasets_file(study: Study, config: DatasetConfig) -> str:
     """A dataset with these options as a datasets file in the folder of runs; gives the file's path."""
     values = config.model_dump(mode="json", exclude_defaults=True)

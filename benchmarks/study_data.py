@@ -1,14 +1,16 @@
-"""The datasets whose licence lets their weights be published, and the copy of coco_mini that such weights may see."""
+"""The datasets whose licence lets their weights be published: their words, and what of coco_mini is used."""
 
 import json
 import os
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import runner
 from metr.config import read_yaml
 from metr.data.datasets_file import parse_data_arguments
+from metr.data.joint import open_joint
 from metr.errors import DataError
 from runner import Study
 
@@ -25,6 +27,26 @@ ANNOTATIONS = "annotations/instances_*.json"
 def every_licensed() -> tuple[str, ...]:
     """The names of all 25 datasets whose licence is stated."""
     return tuple(dict.fromkeys((*DATASETS, *read_yaml(WORDS))))
+
+
+def with_words(study: Study, arguments: Sequence[str], words: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Datasets as METR's verbs take them, with the `synonyms` and `absent` words that `words` has for some of them.
+
+    Synonyms that are a category of one of the datasets are left out: such names are different things to METR.
+    """
+    sources = open_joint(arguments).sources
+    names = {name for source in sources for name in source.categories}
+    result = []
+    for argument, source in zip(arguments, sources, strict=True):
+        own = words.get(source.name, {})
+        synonyms = {
+            name: tuple(word for word in several if word not in names)
+            for name, several in own.get("synonyms", {}).items()
+        }
+        absent = tuple(word for word in own.get("absent", ()) if word not in source.categories)
+        config = source.config.model_copy(update={"synonyms": synonyms, "absent": absent})
+        result.append(runner.datasets_file(study, config) if own else argument)
+    return result
 
 
 def licensed_datasets(study: Study, names: Sequence[str]) -> list[str]:

@@ -230,10 +230,12 @@ def test_the_protocol_trains_on_all_of_train_where_there_is_no_val(
     )
 
 
-def test_words_go_with_datasets_but_for_names_of_others(runner: ModuleType, tiny_run: TinyRun, tmp_path: Path) -> None:
+def test_words_go_with_datasets_but_for_names_of_others(
+    runner: ModuleType, study_of: Callable[[str], ModuleType], tiny_run: TinyRun, tmp_path: Path
+) -> None:
     study = runner.Study(name="any", profile="trial", data=tmp_path, out=tmp_path / "run", console=QUIET)
     words = {"pond": {"synonyms": {"fish": ["trout", "book"]}, "absent": ["book", "ostrich", "frog"]}}
-    first, second, third = runner.with_words(study, tiny_run.data, words)
+    first, second, third = study_of("study_data").with_words(study, tiny_run.data, words)
     assert [second, third] == tiny_run.data[1:]
     pond, desk, _ = open_joint([first, second, third]).sources
     assert pond.config.synonyms == {"fish": ("trout",)}, "a book is something else on the desk"
