@@ -202,6 +202,16 @@ def test_what_is_kept_replaces_what_was_kept_and_ends_old_thresholds(tiny_run: T
         store_calibration(EvaluationReport(datasets=(dataset("desk", {}),), names=1), tmp_path / "own")
 
 
+def test_scores_that_are_fitted_to_few_objects_are_told(
+    tiny_run: TinyRun, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_checkpoint(tmp_path / "own", load_checkpoint(tiny_run.best))
+    for objects in (200, 4):
+        one = dataset("desk", {"cup": (0.5, 0.25)}, own=part(0.5, objects))
+        store_calibration(EvaluationReport(datasets=(one,), names=1), tmp_path / "own")
+        assert ("fitted to 4 objects" in caplog.text) == (objects == 4)
+
+
 def test_calibration_of_ones_own_wins_over_what_is_kept() -> None:
     own = InferenceConfig(postprocess=PostprocessConfig(calibration={"cup": (1.0, 1.0)}))
     config = suited(own, True, {"cup": (2.0, 2.0), "leaf": (3.0, 3.0)})

@@ -1,5 +1,6 @@
 """Evaluation's configuration and results: reports, presence recall, cross-dataset confusion."""
 
+import logging
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +27,11 @@ from metr.structures import Detections
 from metr.text.same_names import PromptChoice
 
 DEFAULT_KEPT = (1, 5, 10, 20)
+# fewer objects of a dataset say little of its scores
+_FEW_OBJECTS = 30
 NO_DOMAIN = "no domain"
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -311,6 +316,10 @@ def store_calibration(report: EvaluationReport, run: Path, console: Console | No
     if not found:
         raise DataError("no object of a trained name was found, so scores cannot be calibrated", where=run)
     thresholds = {name: score for name, score in report.thresholds().items() if name in found}
+    for one in report.datasets:
+        if one.calibration and one.asked is not None and one.asked.coco.objects < _FEW_OBJECTS:
+            few = f"scores of {counted(len(one.calibration), 'name')} fitted to {counted(one.asked.coco.objects, 'object')}"
+            _logger.warning("%s: %s; evaluate on more images to be surer of them", one.name, few)
     update_detection(folder, checkpoint.detection.calibrated(found, thresholds))
     if console is not None:
         line = (
