@@ -318,8 +318,9 @@ def store_calibration(report: EvaluationReport, run: Path, console: Console | No
     thresholds = {name: score for name, score in report.thresholds().items() if name in found}
     for one in report.datasets:
         if one.calibration and one.asked is not None and one.asked.coco.objects < _FEW_OBJECTS:
-            few = f"scores of {counted(len(one.calibration), 'name')} fitted to {counted(one.asked.coco.objects, 'object')}"
-            _logger.warning("%s: %s; evaluate on more images to be surer of them", one.name, few)
+            names, objects = counted(len(one.calibration), "name"), counted(one.asked.coco.objects, "object")
+            message = "%s: scores of %s are fitted to %s; evaluate on more images to be surer of them"
+            _logger.warning(message, one.name, names, objects)
     update_detection(folder, checkpoint.detection.calibrated(found, thresholds))
     if console is not None:
         line = (
