@@ -41,6 +41,7 @@ BAR = 0.5
 TEXT_WIDTH = 384
 ROOT = Path(__file__).resolve().parents[1]
 AFTER, BEFORE = "after", "before"
+PRECISIONS = ("fp32", "bf16")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,6 +201,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, value in asdict(Settings()).items():
         flag, kind = f"--{name.replace('_', '-')}", type(value)
         told: dict[str, Any] = {"action": "store_true"} if kind is bool else {"type": kind, "default": value}
+        if name in {"precision", "before"}:
+            told["choices"] = PRECISIONS
         parser.add_argument(flag, help=f"default {value}", **told)
     given = vars(parser.parse_args(arguments))
     results, against, worker = given.pop("results"), given.pop("against"), given.pop("worker")

@@ -27,22 +27,29 @@ def test_bf16_is_chosen_where_the_device_has_it(
 
 
 @pytest.mark.parametrize(
-    ("tiles", "most", "precision"),
+    ("tiles", "products", "most", "precision"),
     [
-        (True, None, "bf16"),
-        (True, "avx512_core_amx", "bf16"),
-        (True, "AVX2", "fp32"),  # oneDNN was told to do without
-        (False, None, "fp32"),
-        (None, None, "fp32"),  # a torch that cannot say
+        (True, True, None, "bf16"),
+        (False, True, None, "bf16"),
+        (True, True, "avx512_core_amx", "bf16"),
+        (True, True, "avx512_core_bf16", "bf16"),
+        (True, True, "avx512_core_fp16", "bf16"),
+        (False, True, "AVX512_CORE_AMX", "bf16"),  # more than this processor has
+        (True, True, "AVX2", "fp32"),  # oneDNN was told to do without
+        (True, True, "AVX512_CORE_VNNI", "fp32"),
+        (True, None, None, "bf16"),  # a torch that cannot say of both
+        (False, False, None, "fp32"),
+        (None, None, None, "fp32"),
     ],
 )
-def test_processors_with_amx_take_bf16(
-    monkeypatch: pytest.MonkeyPatch, tiles: bool | None, most: str | None, precision: str
+def test_processors_that_multiply_bf16_take_it(
+    monkeypatch: pytest.MonkeyPatch, tiles: bool | None, products: bool | None, most: str | None, precision: str
 ) -> None:
-    if tiles is None:
-        monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported", raising=False)
-    else:
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles, raising=False)
+    for question, answer in (("_is_amx_tile_supported", tiles), ("_is_avx512_bf16_supported", products)):
+        if answer is None:
+            monkeypatch.delattr(torch.cpu, question, raising=False)
+        else:
+            monkeypatch.setattr(torch.cpu, question, lambda answer=answer: answer, raising=False)
     if most is None:
         monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     else:

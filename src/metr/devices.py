@@ -10,6 +10,8 @@ import torch
 from metr.errors import ConfigError
 from metr.processes import is_kept_to_cpu
 
+# torch's questions, since 2.4 and 2.6, and parts of oneDNN's names of what has these products
+_BF16_PRODUCTS = {"_is_amx_tile_supported": ("AMX",), "_is_avx512_bf16_supported": ("BF16", "FP16", "AVX10", "AMX")}
 _GIB = 2**30
 
 
@@ -37,7 +39,7 @@ def resolved_precision(wanted: str, device: torch.device) -> str:
     if wanted != "auto":
         return wanted
     if device.type == "cpu":
-        return "bf16" if _multiplies_tiles() else "fp32"
+        return "bf16" if _multiplies_bf16() else "fp32"
     supported = getattr(torch.get_device_module(device), "is_bf16_supported", None)
     if supported is None:
         return "fp32"
@@ -46,11 +48,14 @@ def resolved_precision(wanted: str, device: torch.device) -> str:
     return "bf16" if supported(**own) else "fp32"
 
 
-def _multiplies_tiles() -> bool:
-    """Whether this processor has AMX, whose bf16 is several times as fast as float32, and oneDNN may use it."""
-    has = getattr(torch.cpu, "_is_amx_tile_supported", None)  # since torch 2.4
+def _multiplies_bf16() -> bool:
+    """Whether this processor multiplies bf16 itself, faster than float32 (AMX, AVX512_BF16), and oneDNN may use it."""
     most = os.environ.get("ONEDNN_MAX_CPU_ISA", "DEFAULT").upper()
-    return has is not None and bool(has()) and (most in {"", "ALL", "DEFAULT"} or "AMX" in most)
+    for question, needed in _BF16_PRODUCTS.items():
+        has = getattr(torch.cpu, question, None)
+        if has is not None and has() and (most in {"", "ALL", "DEFAULT"} or any(part in most for part in needed)):
+            return True
+    return False
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:

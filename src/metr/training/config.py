@@ -110,8 +110,8 @@ class LoopConfig(Config):
     """Maximum number of names that a step uses: all those present in the batch, even if more, then sampled negatives.
     0 uses the whole vocabulary."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Arithmetic of the network (autocast); `auto` is bf16 on GPUs that have it and processors with AMX,
-    otherwise fp32. Losses are fp32."""
+    """Arithmetic of the network (autocast); `auto` is bf16 on GPUs that have it and processors with AMX or
+    AVX512_BF16, otherwise fp32. Losses are fp32."""
     compile: bool = False
     """Compile backbone, encoder and decoder (torch.compile). The first steps take minutes, the others less time. It
     needs a C++ compiler on CPUs, and Triton on GPUs."""
