@@ -333,6 +333,13 @@ def test_numbers_out_of_range(metr: CommandLine, tiny_run: TinyRun) -> None:
     assert metr("evaluate", tiny_run.folder, tiny_run.data[0], "--batch-size", "0").code == 2
 
 
+def test_scores_are_fitted_to_all_detections(metr: CommandLine, tiny_run: TinyRun, tmp_path: Path) -> None:
+    cut = ["--set", "inference.postprocess.score_threshold=0.3"]
+    ended = metr("evaluate", tiny_run.folder, tiny_run.data[0], "--store", "-o", tmp_path / "out", *cut)
+    fails(ended, "--store", "those below 0.3 are to be left out", "leave out --set")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_device_that_is_not_there(metr: CommandLine, tiny_run: TinyRun, tmp_path: Path) -> None:
     for device in ("cuda:77", "gpu"):
         fails(metr("detect", tiny_run.folder, tiny_run.unseen[0], "--device", device), f"no device '{device}'", "auto")

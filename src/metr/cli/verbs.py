@@ -108,7 +108,11 @@ def evaluate(
         what = "calibration is kept in a METR on this machine, and this is none"
         hint = "keep one first: metr transfer --from SOURCE -o OUT; or download it"
         raise ConfigError(what, where="--store", hint=hint)
-    values = {"prompts": prompts, "inference": inference_config(set_ or (), batch_size=batch_size)}
+    inference = inference_config(set_ or (), batch_size=batch_size)
+    if store and (cut := inference.postprocess.score_threshold):
+        what = f"scores are fitted to all detections, and those below {cut:g} are to be left out"
+        raise ConfigError(what, where="--store", hint="leave out --set inference.postprocess.score_threshold")
+    values = {"prompts": prompts, "inference": inference}
     from metr.evaluation.results import EvaluationConfig, store_calibration
     from metr.evaluation.runner import evaluate_in_detail
 
