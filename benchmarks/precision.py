@@ -2,13 +2,15 @@
 
     python benchmarks/precision.py --profile trial --data FOLDER
 
-The same recipe, images and seeds in both precisions, one thread of a processor that multiplies bf16 itself (AMX):
+The same recipe, images and seeds in both precisions, one thread of a processor that multiplies bf16 itself (AMX or
+AVX512_BF16):
 
     loss    mean of all steps, and of the last third of them
     AP      mean of the datasets' val splits by the last weights, own names
 
 Profile `trial`, three datasets of 128 pixels (results/precision-trial.json): loss of the last third 19.24 in fp32,
-19.17 in bf16; AP 26.6 and 27.4.
+19.17 in bf16; AP 26.6 and 27.4. With AVX512_BF16 in place of AMX (results/precision-avx512-bf16.json): 19.15 and 19.13,
+27.6 and 27.2.
 
 Results, once all runs are finished: `results/precision-PROFILE.json` and `.md`. Runs: `--out`, resumable.
 """
