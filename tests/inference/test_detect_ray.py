@@ -134,6 +134,39 @@ def test_a_killed_command_and_a_stopped_one_go_on(
     assert_as_plain(written(out), Loader(tiny_run.folder)("cpu"), sorted(folder.iterdir()))
 
 
+HOLDS_AND_STOPS = """
+from metr.inference.ray_session import imported_ray, ray_session
+
+ray = imported_ray()
+
+class Held:
+    def __del__(self):
+        print("ended while ray was", "there" if ray.is_initialized() else "gone")
+
+def work():
+    held = Held()
+    try:
+        raise ValueError
+    finally:
+        raise KeyboardInterrupt
+
+try:
+    with ray_session(ray, 1):
+        work()
+except KeyboardInterrupt:
+    print("stopped")
+"""
+
+
+@slow
+def test_what_a_stopped_command_held_of_ray_ends_before_ray() -> None:
+    """Ray's iterators ask ray when they end: where it is gone they start it again, or the process dies."""
+    command = [sys.executable, "-c", HOLDS_AND_STOPS]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert (ended.returncode, ended.stderr) == (0, ""), ended
+    assert ended.stdout == "ended while ray was there\nstopped\n"
+
+
 @pytest.fixture
 def no_actors(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray, of which nothing may be started."""

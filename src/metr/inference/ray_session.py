@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from traceback import clear_frames
 from types import ModuleType
 from typing import Any
 
@@ -33,6 +34,7 @@ _ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_BACKEND_LOG_LEVEL": "fatal",
     "RAY_LOG_TO_DRIVER": "0",
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # what ray still does when it has ended would start it again
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".*",  # what is said of workers that died: METR says it in its own words
 }
 
@@ -110,6 +112,9 @@ def _started(ray: ModuleType, cpus: int | None) -> Iterator[None]:
         finally:
             _restore(handlers)
         yield
+    except BaseException as error:
+        _forget(error)
+        raise
     finally:
         for child in set(_children()) - before:
             own.append(child)
@@ -120,6 +125,14 @@ def _started(ray: ModuleType, cpus: int | None) -> Iterator[None]:
         _end(own)
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _forget(error: BaseException) -> None:
+    """Lets go of what an error's frames hold: ray's iterators end with it, and where ray is gone that fails."""
+    cause: BaseException | None = error
+    while cause is not None:
+        clear_frames(cause.__traceback__)
+        cause = cause.__context__
 
 
 def _quieten(ray: ModuleType) -> None:
