@@ -14,6 +14,7 @@ PAGES = {
     "added-names": "added_names",
     "adopted-speed-trial": "adopted_speed",
     "added-names-attention": "added_names",
+    "choices-thirty": "choices",
     "complete-trial": "complete",
     "detection-defaults": "detection_defaults",
     "index-cpu": "index",
