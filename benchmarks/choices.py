@@ -12,8 +12,8 @@ changed in each arm, for the same number of images. By the last weights, on each
 Every seed of an arm is compared with the recipe's run of that seed; the seeds of the recipe alone say how far two equal
 runs are apart.
 
-Profile `thirty`, one thread, bf16 (results/choices-thirty.json): own names 23.4 and 24.9 by the recipe's two seeds, 22.2
-to 25.9 by the arms. The best are those without crops, and with six decoder layers.
+Profile `thirty`, one thread, bf16 (results/choices-thirty.json): own names 23.4 and 24.9 by the recipe's two seeds,
+22.2 to 25.9 by the arms. The best are those without crops, and with six decoder layers.
 
 Results: `results/choices-PROFILE.json` and `.md`, written whenever the command ends, with what is finished until then.
 Runs: `--out`, resumable; several processes may share the work.
