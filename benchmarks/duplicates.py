@@ -98,7 +98,12 @@ def conduct(study: Study) -> bool:
             "settings": profile.model_dump(mode="json") | {"set": list(study.overrides)},
             "training_seconds": round(sum(one["training_seconds"] for one in found.values())),
             "runs": [
-                {"arm": arm, "seed": seed, **{key: value for key, value in one.items() if key != "means"}}
+                {
+                    "arm": arm,
+                    "seed": seed,
+                    **one,
+                    "means": {key: np.round(each, 3).tolist() for key, each in one["means"].items()},
+                }
                 for (arm, seed), one in found.items()
             ],
             "arms": (figures := summary(arms, profile.seeds, found)),

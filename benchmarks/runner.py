@@ -290,7 +290,9 @@ def training_run(
         resume = RunDirectory(folder).resumable
         asked = more if not resume else {key: value for key, value in more.items() if key != "start"}
         outcome = train(data, folder, recipe, resume=resume, console=study.console, evaluation=quick, **asked)
-        return None if outcome.interrupted else {"data": list(data), **training_cost(folder)}
+        if outcome.interrupted:
+            return None
+        return {"data": list(load_checkpoint(folder / "last").vocabulary.datasets), **training_cost(folder)}
 
     names = [one.partition("=")[0] for one in data]
     return Run(folder=folder, title=title, settings={"datasets": names, "configuration": recipe}, work=work)

@@ -9,7 +9,6 @@ from typing import Any
 
 import runner
 from metr.config import read_yaml
-from metr.data.datasets_file import parse_data_arguments
 from metr.data.joint import open_joint
 from metr.errors import DataError
 from runner import Study
@@ -61,12 +60,6 @@ def licensed_datasets(study: Study, names: Sequence[str]) -> list[str]:
         licensed_copy(study.data / PHOTOGRAPHS, copy)
         data[PHOTOGRAPHS] = f"{PHOTOGRAPHS}={copy}"
     return list(data.values())
-
-
-def name_of(argument: str) -> str:
-    """The name of the one dataset that an argument of METR's verbs is, name=folder or a datasets file."""
-    (dataset,) = parse_data_arguments([argument])
-    return dataset.name
 
 
 def licensed_copy(source: Path, target: Path, left_out: Collection[int] = NON_COMMERCIAL) -> int:

@@ -41,7 +41,6 @@ from metr.training.finetune import finetune
 from metr.training.finetune_data import FinetuneOptions
 from metr.training.train import fit, training_parts
 from runner import DATASETS, Run, Study
-from study_data import name_of
 
 TITLES = {"imagenet": "ImageNet backbone alone", "pretrained": "pretrained on the other datasets"}
 ARMS = tuple(TITLES)
@@ -222,7 +221,7 @@ def summary(study: Study, profile: Profile, before: Sequence[Tree], arms: Sequen
         "training_seconds": round(sum(one["training_seconds"] for one in arms)),
         "pretraining": [
             {
-                "without": [name for name in DATASETS if name not in set(map(name_of, one["data"]))],
+                "without": [name for name in DATASETS if name not in set(one["data"])],
                 "commit": one["commit"],
                 "training_seconds": one["training_seconds"],
             }

@@ -48,6 +48,7 @@ def test_the_profile_is_whole(study: ModuleType) -> None:
 def test_what_is_not_trained_is_what_training_gives(
     study: ModuleType,
     command_of: Callable[[ModuleType], Callable[..., int]],
+    seven: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -71,7 +72,7 @@ def test_what_is_not_trained_is_what_training_gives(
     recipe = study.RunConfig.checked(read_yaml(runs / "trained-0/config.yaml"))
     found, wanted = (METR.from_pretrained(runs / f"{arm}-0/last", device="cpu") for arm in ("recipe", "trained"))
     assert not same_weights(found, wanted)
-    study.settle(found, recipe, reports["trained"]["data"], whole)
+    study.settle(found, recipe, [f"bccd={seven / 'bccd'}"], whole)
     assert same_weights(found, wanted)
 
 

@@ -54,6 +54,13 @@ def test_results_are_read_and_their_pages_are_theirs(study_of: Callable[[str], M
     assert result["commit"] in page
 
 
+def test_results_know_nothing_of_the_machine_that_made_them() -> None:
+    paths = re.compile(r'"(?:[^"=]*=)?(?:/|~|[A-Z]:\\\\)[\w.-][^"]*"')
+    found = {path.name: paths.findall(path.read_text()) for path in RESULTS.glob("*.json")}
+    assert len(found) > 20
+    assert {name: several for name, several in found.items() if several} == {}
+
+
 def test_arms_are_compared_over_the_seeds_that_all_have_finished(report: ModuleType) -> None:
     runs = [
         {"name": name, "seed": seed, "arm": arm, "ap": ap + 10 * seed, "steps": 5, "images": 20}
