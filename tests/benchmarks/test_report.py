@@ -17,6 +17,7 @@ PAGES = {
     "choices-thirty": "choices",
     "complete-trial": "complete",
     "detection-defaults": "detection_defaults",
+    "duplicates-trial": "duplicates",
     "index-cpu": "index",
     "multifield-comparison": "multifield",
     "multifield-thirty": "multifield",
