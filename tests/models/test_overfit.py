@@ -14,8 +14,8 @@ from small import TEXT_WIDTH, shipped_config, small_detector, targets_of
 
 SIZE = 96
 # a vision transformer with random weights learns more slowly
-STEPS = {"deformable": 300, "hybrid": 180, "plain": 180, "projector": 400}
-RATES = {"deformable": 3e-3, "hybrid": 3e-3, "plain": 2e-3, "projector": 1e-3}  # full attention wants a lower one
+STEPS = {"deformable": 500, "hybrid": 180, "plain": 180, "projector": 600}
+RATES = {"deformable": 3e-3, "hybrid": 3e-3, "plain": 2e-3, "projector": 1.5e-3}  # full attention wants a lower one
 COLOURS = torch.tensor([[1.0, 0.1, 0.1], [0.1, 0.9, 0.1], [0.2, 0.2, 1.0]])
 WORDS = 4  # rectangle, ellipse, triangle, and one that is nowhere
 Scene = list[tuple[int, list[float]]]
