@@ -197,7 +197,7 @@ def page(result: Mapping[str, Any]) -> str:
     ]
     return report.joined(
         report.table(["run", "threshold", "names added", *TITLES.values()], rows),
-        f"Images: {result['images']}. {report.facts(result)}, seed {result['seed']}.",
+        f"Images: {result['images']} of each dataset. {report.facts(result)}, seed {result['seed']}.",
     )
 
 
