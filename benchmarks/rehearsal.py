@@ -104,8 +104,7 @@ def arm_run(study: Study, profile: Profile, arm: str, source: str, begun: Mappin
         options = FinetuneOptions(
             overrides=overrides,
             seed=profile.seed,
-            rehearse=old if arm == "with" else (),
-            rehearse_fraction=profile.share,
+            **({"rehearse": old, "rehearse_fraction": profile.share} if arm == "with" else {}),
             rehearse_evaluate=() if arm == "with" else old,
             allow_empty=given,  # most val boxes of ships have no name
         )

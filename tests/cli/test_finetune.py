@@ -67,7 +67,8 @@ def test_ctrl_c_and_resume(
     [
         (["--shots", 1, "--fraction", 0.5], ["finetune: shots and fraction exclude each other"]),
         (["--fraction", 2], ["'fraction'", "found 2"]),
-        (["--rehearse-fraction", 1], ["'rehearse_fraction'", "found 1"]),
+        (["--rehearse-fraction", 1, "--rehearse", "."], ["'rehearse_fraction'", "found 1"]),
+        (["--rehearse-fraction", 0.3], ["--rehearse-fraction: ", "nothing is rehearsed", "--rehearse DATA"]),
         (["--freeze", "bakbone"], ["'train.freeze'", "found 'bakbone'"]),
         (["--set", "model.decoder.layers=2"], ["model: fine-tuning keeps", "model.decoder.layers=2", "metr train"]),
         (["--rehearse", "nowhere"], ["nowhere", "no such"]),

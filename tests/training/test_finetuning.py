@@ -20,7 +20,7 @@ from metr.evaluation.runner import evaluate
 from metr.model import METR
 from metr.text.encoder import TextEncoder
 from metr.training.config import RunConfig, load_recipe
-from metr.training.finetune import FinetuneOutcome, finetune
+from metr.training.finetune import FinetuneOutcome, finetune, finetune_plan
 from metr.training.finetune_data import FinetuneData, FinetuneOptions, open_finetune_data
 from metr.training.finetune_recipe import RECIPE, finetune_recipe
 from metr.training.logger import read_metrics
@@ -347,7 +347,9 @@ def test_data_that_does_not_fit(tiny_run: TinyRun, tmp_path: Path, caplog: pytes
     trained = load_checkpoint(tiny_run.folder).vocabulary
     desk = tiny_run.data[1]
     with pytest.raises(DataError, match="2 datasets are called 'desk'"):
-        open_finetune_data([desk], trained, FinetuneOptions(rehearse=(desk,)))
+        open_finetune_data([desk, desk], trained)
+    with pytest.raises(DataError, match="2 datasets are called 'desk'"):
+        open_finetune_data([f"desk={tiny_run.data[2]}"], trained, FinetuneOptions(rehearse=(desk,)))
     with pytest.raises(DataError, match="no dataset is named"):
         open_finetune_data([], trained)
     with pytest.raises(ConfigError, match=r"finetune: 'rehearse_fraction': .*less than 1, found 1"):
@@ -358,6 +360,44 @@ def test_data_that_does_not_fit(tiny_run: TinyRun, tmp_path: Path, caplog: pytes
     assert "pond: the checkpoint knows a dataset of this name with other categories" in caplog.text
     open_finetune_data([desk], trained, FinetuneOptions(shots=50))
     assert "desk: categories with fewer than 50 objects: " in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("new", "options", "told"),
+    [
+        (["desk"], {"rehearse": ("desk",)}, "both as new and with --rehearse"),
+        (["lake", "desk"], {"rehearse": ("lake", "desk")}, "both as new and with --rehearse"),
+        (["desk"], {"rehearse_evaluate": ("desk",)}, "both as new and with --rehearse-evaluate"),
+        (
+            ["lake"],
+            {"rehearse": ("desk",), "rehearse_evaluate": ("desk",)},
+            "both with --rehearse and with --rehearse-evaluate",
+        ),
+    ],
+)
+def test_a_dataset_has_one_part_in_a_fine_tuning(
+    tiny_run: TinyRun, new: list[str], options: dict[str, tuple[str, ...]], told: str
+) -> None:
+    trained, places = load_checkpoint(tiny_run.folder).vocabulary, {"lake": tiny_run.data[0], "desk": tiny_run.data[1]}
+    given = FinetuneOptions(**{key: tuple(places[name] for name in names) for key, names in options.items()})
+    with pytest.raises(DataError) as refused:
+        open_finetune_data([places[name] for name in new], trained, given)
+    assert f"is given {told}" in str(refused.value)
+    assert "weight" not in str(refused.value), "the way to take more of a dataset does not help here"
+
+
+@pytest.mark.parametrize("more", [{}, {"rehearse_evaluate": True}])
+@pytest.mark.parametrize("fraction", [0.3, 0.5])
+def test_a_fraction_of_rehearsal_needs_something_to_rehearse(
+    tiny_run: TinyRun, tmp_path: Path, more: dict[str, Any], fraction: float
+) -> None:
+    old = dict.fromkeys(more, (tiny_run.data[1],))
+    for call in (
+        lambda options: finetune(new_data(tiny_run, tmp_path), tiny_run.folder, tmp_path / "out", options),
+        lambda options: finetune_plan(new_data(tiny_run, tmp_path), tiny_run.folder, options),
+    ):
+        with pytest.raises(ConfigError, match=r"--rehearse-fraction: .* nothing is rehearsed\n  try: --rehearse DATA"):
+            call(FinetuneOptions(rehearse_fraction=fraction, overrides=SHORT, **old))
 
 
 def respelt(run: TinyRun, place: Path) -> list[str]:

@@ -172,7 +172,7 @@ def finetune(
     dry_run: _DryRun = False,
 ) -> None:
     """Train a detector further on new data. Its names are new strings: nothing is begun anew."""
-    from metr.training.config import check_epochs, finetune_layers
+    from metr.training.config import check_epochs, check_rehearsal, finetune_layers
 
     stay_offline(offline)
     overrides = _overrides(set_, **{"train.loop.steps": steps, "train.freeze": freeze})
@@ -200,6 +200,7 @@ def finetune(
             _check_resumable(out, config, overrides, dry_run=dry_run)
         else:
             _check_start(data, source, [*(rehearse or ()), *(rehearse_evaluate or ())])
+            check_rehearsal(rehearse_fraction, rehearse or ())
         from metr.training import finetune as run
 
         if dry_run:

@@ -317,6 +317,22 @@ def check_epochs(epochs: float | None, overrides: Sequence[str]) -> None:
         raise ConfigError(what, where="--epochs", hint="give one of --epochs and --steps (train.loop.steps)")
 
 
+def check_rehearsal(fraction: float | None, rehearsed: Sequence[str]) -> None:
+    """Checks that a fraction of the samples is asked for only where something is rehearsed.
+
+    Args:
+        fraction: What is asked for; None asks for nothing.
+        rehearsed: The old datasets that are mixed into training.
+
+    Raises:
+        ConfigError: nothing is.
+    """
+    if fraction is not None and not rehearsed:
+        what = f"{fraction:g} of the images would come from old datasets, but nothing is rehearsed"
+        hint = "--rehearse DATA mixes an old dataset in; or leave the fraction out"
+        raise ConfigError(what, where="--rehearse-fraction", hint=hint)
+
+
 def finetune_layers(file: Path | None = None, overrides: Sequence[str] = ()) -> tuple[list[Tree], str]:
     """What a user lays over the defaults of fine-tuning, and how messages call it. See `recipe_layers`."""
     return recipe_layers("fine-tuning", file, overrides)

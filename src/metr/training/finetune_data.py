@@ -1,19 +1,23 @@
 """The datasets of a fine-tuning run: new ones, rehearsed old ones, old ones that are only evaluated."""
 
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from metr.data.config import Mixture
-from metr.data.datasets_file import DatasetSource, open_dataset, parse_data_arguments
+from metr.data.datasets_file import DatasetConfig, DatasetSource, open_dataset, parse_data_arguments
 from metr.data.guard import check_usable, log_issues
+from metr.data.hub_datasets.address import same_dataset
 from metr.data.joint import JointData, chosen_parts, vocabulary_of
 from metr.data.records import TRAIN, Annotations
 from metr.data.sampling import mixture_weights
+from metr.errors import DataError
 from metr.text.same_names import PromptChoice, with_trained_prompts
 from metr.text.vocabulary import Vocabulary
 from metr.training.config import TrainOptions
@@ -21,6 +25,7 @@ from metr.training.resumption import DATASETS, EVALUATED, REHEARSED
 from metr.training.taken_names import NameChoice, Renames, aliases_of
 
 Role = Literal["new", "rehearsed", "evaluated"]
+_NEW = "as new"
 _logger = logging.getLogger(__name__)
 
 
@@ -159,8 +164,11 @@ def open_finetune_data(
         ConfigError: a list of datasets has an unknown key.
     """
     options = options or FinetuneOptions()
+    parts = {_NEW: data, "with --rehearse": options.rehearse, "with --rehearse-evaluate": options.rehearse_evaluate}
+    listed = {part: parse_data_arguments(each) if each else () for part, each in parts.items()}
+    _check_one_part_each(listed)
     specs = parse_data_arguments([*data, *options.rehearse, *options.rehearse_evaluate])
-    new, old = (len(parse_data_arguments(each)) if each else 0 for each in (data, options.rehearse))
+    new, old, _ = map(len, listed.values())
     opened = tuple(open_dataset(spec) for spec in specs)
     taken = {} if take is None else take(opened, new)
     sources = tuple(source.renamed(taken.get(source.name, {})) for source in opened)
@@ -187,3 +195,26 @@ def open_finetune_data(
         taken=taken,
         given=opened,
     )
+
+
+def _check_one_part_each(listed: Mapping[str, Sequence[DatasetConfig]]) -> None:
+    """Checks that no dataset is given in two ways.
+
+    Args:
+        listed: The datasets by how they are given.
+
+    Raises:
+        DataError: one is.
+    """
+    for (one, first), (other, second) in combinations(listed.items(), 2):
+        for config in first:
+            if any(config.name == also.name and _same_place(config.path, also.path) for also in second):
+                hint = "give it once: new datasets are learnt, rehearsed ones kept" if one == _NEW else "give it once"
+                raise DataError(f"{config.name!r} is given both {one} and {other}", where=config.path, hint=hint)
+
+
+def _same_place(one: Path | str, other: Path | str) -> bool:
+    """Whether two paths are of one dataset."""
+    if isinstance(one, Path) and isinstance(other, Path):
+        return os.path.realpath(one) == os.path.realpath(other)
+    return same_dataset(one, other) or same_dataset(other, one)

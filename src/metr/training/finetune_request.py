@@ -1,7 +1,7 @@
 """What a fine-tuning run is made of: checkpoint, data and configuration, for a new run or one to resume."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,7 @@ from rich.console import Console
 from metr.config import Tree
 from metr.model import METR
 from metr.run_directory import RunDirectory
-from metr.training.config import RunConfig
+from metr.training.config import RunConfig, check_rehearsal
 from metr.training.finetune_data import FinetuneData, FinetuneOptions, open_finetune_data
 from metr.training.finetune_recipe import finetune_recipe
 from metr.training.plan import RunPlan, steps_of
@@ -59,6 +59,7 @@ def begun(
     Raises:
         MetrError: checkpoint, data or configuration do not fit.
     """
+    _check_rehearsal(options, options.model_fields_set)
     model = open_detector(source, run)
     given, take = arguments(data), partial(taken_names, model=model, choice=options.same_names, console=console)
     opened = open_finetune_data(given, model.vocabulary, options, take)
@@ -94,6 +95,7 @@ def resumed(
         "rehearse": tuple(kept_datasets(run, options.rehearse, REHEARSED)),
         "rehearse_evaluate": tuple(kept_datasets(run, options.rehearse_evaluate, EVALUATED)),
     }
+    _check_rehearsal(options.model_copy(update=listings), options.model_fields_set)
     allowed = {_ALLOWED: options.allow_empty or kept.get(_ALLOWED, False)}
     options = options.model_copy(update={key: kept[key] for key in _KEPT & kept.keys()} | listings | allowed)
     model = open_detector(kept.get("from") if source is None else source, run)
@@ -107,6 +109,11 @@ def resumed(
     request = _request(pinned(model, source), opened, options)
     log_changed_datasets(kept.get("datasets", {}), request["datasets"])
     return Prepared(data=given, model=model, opened=opened, options=options, plan=plan, request=request)
+
+
+def _check_rehearsal(options: FinetuneOptions, asked: Set[str]) -> None:
+    """Checks that a fraction of rehearsal that is asked for has something to rehearse."""
+    check_rehearsal(options.rehearse_fraction if "rehearse_fraction" in asked else None, options.rehearse)
 
 
 def _steps(options: FinetuneOptions, opened: FinetuneData, recipe: RunConfig, made: Made) -> list[str]:
