@@ -10,6 +10,8 @@ import pytest
 from safetensors import safe_open
 
 from metr.checkpoint import is_untouched, load_checkpoint
+from metr.data.datasets_file import DatasetConfig, open_dataset
+from metr.evaluation.seen import seen_in_training
 from metr.model import METR
 from metr.training.provenance import TrainingFacts
 
@@ -76,3 +78,14 @@ def test_detecting_trained_names_imports_no_transformers() -> None:
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert ended.stdout.strip() == "[]"
+
+
+def test_it_has_seen_what_is_held_out_of_playing_cards(shared: Path) -> None:
+    """Its training took the dataset's test split as val, and so all images of train."""
+    checkpoint = load_checkpoint(FOLDER)
+    source = open_dataset(DatasetConfig(name="playing_cards", path=shared / "data/playing_cards"))
+    seen = seen_in_training(checkpoint.training, source, "val", checkpoint.vocabulary)
+    assert seen is not None
+    assert "trained on 212 images of playing_cards, these 42 images of val among them" in seen.fact
+    assert seen.untouched == 47
+    assert seen_in_training(checkpoint.training, source, "test", checkpoint.vocabulary) is None

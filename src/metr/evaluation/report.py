@@ -23,6 +23,7 @@ from metr.evaluation.results import (
     ModeReport,
     as_dict,
 )
+from metr.evaluation.seen import MEANING
 from metr.fitting import Fitting
 from metr.inference.draw import font_file, legible
 from metr.processes import in_main_process
@@ -249,6 +250,7 @@ def _preface(report: EvaluationReport) -> str:
         )
     splits = [f"{one.split} of {_cell(one.name)}" for one in report.datasets]
     lines.append(f"Splits: {', '.join(splits)}.")
+    lines += [f"**{_cell(one.name)}**: {markdown(one.seen)}; {MEANING}." for one in report.datasets if one.seen]
     missing = [f"{one.missing} of {_cell(one.name)}" for one in report.datasets if one.missing]
     if missing:
         lines.append(f"Images that could not be read, and are in no number: {', '.join(missing)}.")

@@ -3,7 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -197,7 +197,8 @@ class DatasetReport:
 
     `diagnosis` says what is wrong with the detections of `asked`; None where nobody looked. `calibration` makes
     scores, as the network gives them, probabilities of being right, and `threshold` is such a score, from which
-    detections are shown; no name has one where none is right.
+    detections are shown; no name has one where none is right. `seen` says that training has seen these images, as far
+    as that is known.
     """
 
     name: str
@@ -212,6 +213,7 @@ class DatasetReport:
     diagnosis: Diagnosis | None = None
     calibration: Mapping[str, Calibration] = field(default_factory=dict)
     threshold: float | None = None
+    seen: str = ""
 
     def part(self, mode: Mode) -> ModeReport | None:
         """The report with one vocabulary; None where that was not evaluated."""
@@ -288,6 +290,10 @@ class EvaluationReport:
                 several.setdefault(name, []).append((own, objects.get(name, 0)))
         return {name: mean_by_objects(parts) for name, parts in several.items()}
 
+    def with_seen(self, facts: Mapping[str, str]) -> "EvaluationReport":
+        """The report with what is known, by dataset, of images that training has seen."""
+        return replace(self, datasets=tuple(replace(one, seen=facts.get(one.name, "")) for one in self.datasets))
+
     def metrics(self) -> dict[str, float]:
         """The report as flat numbers for curves: "AP" is the mean with own names, or else with the joint vocabulary."""
         own_run = any(one.own is not None for one in self.datasets)
@@ -321,6 +327,9 @@ def store_calibration(report: EvaluationReport, run: Path, console: Console | No
             names, objects = counted(len(one.calibration), "name"), counted(one.asked.coco.objects, "object")
             message = "%s: scores of %s are fitted to %s; evaluate on more images to be surer of them"
             _logger.warning(message, one.name, names, objects)
+        if one.calibration and one.seen:
+            message = "%s: scores are fitted to images that training has seen, and promise too much on others"
+            _logger.warning(message, one.name)
     update_detection(folder, checkpoint.detection.calibrated(found, thresholds))
     if console is not None:
         line = (

@@ -42,6 +42,7 @@ from metr.evaluation.results import (
     EvaluationConfig,
     EvaluationReport,
 )
+from metr.evaluation.seen import known_seen, tell_seen
 from metr.inference.postprocess import ScoreThresholds
 from metr.inference.predictor import device_of
 from metr.model import METR
@@ -125,11 +126,11 @@ def evaluate_in_detail(
     for one in joint.sources:
         one.split(splits[one.name])  # what is not there is told before the detector is loaded
     log_issues(joint.sources)
-    _tell_held_out(joint.sources if split is None else ())
     device = joined_device(device_of(source.network) if isinstance(source, METR) else device)
     model = source if isinstance(source, METR) else METR.from_pretrained(source, device=device)
     meant = {one.name: model.meant(one.categories) for one in joint.sources}
     joint = joint.renamed({one.name: told_aliases(one.name, one.categories, meant[one.name]) for one in joint.sources})
+    seen = _told_seen(joint.sources, splits, model, asked=split)
     vocabulary = with_training(joint.vocabulary, model.vocabulary, config.prompts)
     config = config.model_copy(update={"inference": model.inference(config.inference)})
     config = _with_default_names(config, model.checkpoint.detection.names)
@@ -139,7 +140,7 @@ def evaluate_in_detail(
     unannotated = model.checkpoint.training.get("unannotated")
     told, observations = None if unannotated is None else str(unannotated), list[Observation]()
     report = runner.report(model.network, console, told, observations.append)
-    report = replace(report, weights=model.stored_as, trained_on=tuple(model.vocabulary.datasets))
+    report = replace(report.with_seen(seen), weights=model.stored_as, trained_on=tuple(model.vocabulary.datasets))
     detailed = diagnosed(report, observations, model.thresholds())
     report = detailed.report
     paths = write_report(report, Path(out)) if out is not None and in_main_process() else ()
@@ -165,6 +166,17 @@ def diagnosed(
 
     whole = from_main(with_diagnosis, EvaluationReport)
     return Detailed(report=whole, observations=tuple(observations), judged=judged)
+
+
+def _told_seen(
+    sources: Sequence[DatasetSource], splits: Mapping[str, str], model: METR, asked: str | None
+) -> dict[str, str]:
+    """By dataset, what is known of its images having been trained on. It is told; so is what is held out elsewhere."""
+    found = known_seen(model.checkpoint.training, sources, splits, model.vocabulary)
+    tell_seen(found)
+    facts = {one.dataset: one.fact for one in found}
+    _tell_held_out([one for one in sources if one.name not in facts] if asked is None else ())
+    return facts
 
 
 def _tell_held_out(sources: Sequence[DatasetSource]) -> None:

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from metr.evaluation.results import EvaluationReport, Mode, as_dict, from_dict
+from metr.evaluation.seen import MEANING
 from metr.run_directory import explained_disk_errors, replaced_file
 from metr.serialization import read_json, write_json
 from metr.training.finetune_data import Role
@@ -123,6 +124,10 @@ def show_comparison(comparison: Comparison, console: Console) -> None:
     note = "After: the best checkpoint of the run, chosen by the new datasets' own numbers. Default names: those that\n"
     note += "metr detect looks for with it."
     console.print(note, highlight=False, soft_wrap=True)
+    for one in comparison.before.datasets:
+        if one.seen:
+            line = f"{one.name}: {one.seen}; {MEANING}."
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
     for change in comparison.changes:
         before, after = (one["own"] for one in (change.before, change.after))
         if change.role == "new" and before is not None and after is not None and after < before:

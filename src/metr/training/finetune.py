@@ -31,6 +31,7 @@ from metr.training.plan import advice, header, page, tell_end
 from metr.training.provenance import provenance
 from metr.training.resumption import check_apart, save_request
 from metr.training.run_log import RunLog, log_page, tell
+from metr.training.seen import seen_before, seen_notes
 from metr.training.start import (
     check_kept,
     forgotten,
@@ -148,7 +149,7 @@ def _notes(prepared: Prepared, resume: bool) -> list[RenderableType]:
     notes += [] if resume else advice(prepared.plan, from_nothing=False)
     if lost := forgotten(prepared.model, prepared.opened.joint, "--rehearse mixes old datasets in"):
         notes.append(Hanging(lost))
-    return [*notes]
+    return [*notes, *seen_notes(prepared.model, prepared.opened.sources)]
 
 
 def _finetuned(
@@ -273,4 +274,5 @@ def _evaluated(
     runner = EvaluationRunner(
         vocabulary, text, opened.splits, resize, recipe.evaluation_loader, config, trained=model.vocabulary
     )
-    return runner.report(model.network, console, recipe.unannotated)
+    seen = {one.dataset: one.fact for one in seen_before(model, opened.sources)}
+    return runner.report(model.network, console, recipe.unannotated).with_seen(seen)

@@ -77,6 +77,11 @@ class FinetuneData:
     given: tuple[DatasetSource, ...] = ()
 
     @property
+    def sources(self) -> tuple[DatasetSource, ...]:
+        """All datasets: new, rehearsed and evaluated ones."""
+        return (*self.joint.sources, *self.evaluated)
+
+    @property
     def default_names(self) -> tuple[str, ...]:
         """What the fine-tuned detector looks for by default: the names that it is trained on, those of new datasets
         first.

@@ -24,7 +24,8 @@ _logger = logging.getLogger(__name__)
 class DataFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """One dataset: images by split, images trained on (fewer where a part was chosen), names, licences as given.
 
-    `renames` holds names in its files that have another name in the vocabulary, `synonyms` other words for its names.
+    `held_out` says whether val was a seeded part of train; older checkpoints do not say it. `renames` holds names in
+    its files that have another name in the vocabulary, `synonyms` other words for its names.
     """
 
     format: str
@@ -32,6 +33,7 @@ class DataFacts(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     trained_on: int
     names: int
     licences: tuple[Licence, ...] = ()
+    held_out: bool | None = None
     origin: str | None = None
     renames: dict[str, str] = {}
     synonyms: dict[str, tuple[str, ...]] = {}
@@ -99,6 +101,7 @@ def _data(source: DatasetSource, joint: JointData, recipe: RunConfig) -> DataFac
         trained_on=len(used),
         names=len(source.categories),
         licences=licences_of(source, used),
+        held_out=source.held_out,
         origin=origin_of(source),
         renames={old: new for old, new in source.config.renames.items() if old != new and new in source.categories},
         synonyms=source.config.synonyms if recipe.train.names.synonyms else {},

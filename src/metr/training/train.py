@@ -37,6 +37,7 @@ from metr.training.plan import advice, header, page, tell_end
 from metr.training.provenance import provenance
 from metr.training.resumption import DATASETS, check_apart, save_request
 from metr.training.run_log import RunLog, log_page, tell
+from metr.training.seen import seen_notes
 from metr.training.start import (
     Start,
     described_start,
@@ -170,7 +171,7 @@ def _notes_of_start(begun: Prepared) -> list[Hanging]:
         return []
     model = begun.start.model
     notes = described_start(model, begun.plan.recipe), forgotten(model, begun.plan.joint, "add a dataset that has them")
-    return [Hanging(note) for note in notes if note]
+    return [Hanging(note) for note in notes if note] + seen_notes(model, begun.plan.joint.sources)
 
 
 def _names_spelt_alike(joint: JointData) -> list[Hanging]:
