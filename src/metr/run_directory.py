@@ -13,6 +13,7 @@ from filelock import FileLock, Timeout
 
 from metr.errors import CheckpointError, MetrError
 from metr.processes import in_main_process
+from metr.writable import disk_error
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 """Files of every checkpoint."""
@@ -133,8 +134,7 @@ def explained_disk_errors(where: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        hint = "check that the disk has room and that the folder may be written"
-        raise CheckpointError(f"cannot be written: {error}", where=where, hint=hint) from None
+        raise disk_error(error, where) from None
 
 
 @contextmanager

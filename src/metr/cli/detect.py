@@ -104,6 +104,7 @@ def detect(
     from metr.inference.config import inference_config
     from metr.inference.image_paths import as_videos, check_images_there, images_to_draw
     from metr.inference.request import check_forms, check_labels, names_to_find, parsed_tiles
+    from metr.writable import check_folder_to_write
 
     # mistakes are found before torch is imported and the detector is loaded
     moving: dict[str, object] = {"--track": track or None, "--frames": frames}
@@ -120,6 +121,7 @@ def detect(
     stay_offline(offline)
     check_source(source)
     check_images_there(() if videos is not None else images or ())
+    check_folder_to_write(out)
     files = None if engine == "ray" or videos is not None else images_to_draw(paths, out, recursive=recursive)
     from metr.model import METR
 

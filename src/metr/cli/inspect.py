@@ -95,6 +95,8 @@ def inspect(
     sources, failures = _opened(data, console)
     if draw is not None:
         check_folder(draw, sources)
+    if export is not None:
+        _check_exports(sources, export[1])
     with console.status("looking") as status:
         inspection = inspect_datasets(
             sources,
@@ -167,6 +169,17 @@ def _loaded(model: str, device: str) -> "METR":
 def _check_format(name: str) -> None:
     if name not in _WRITERS:
         raise ConfigError(f"no format {name!r} to write", where="--export", hint=did_you_mean(name, _WRITERS))
+
+
+def _check_exports(sources: "Sequence[DatasetSource]", out: Path) -> None:
+    """Checks that each dataset can be written into its own folder, before all are looked at."""
+    from metr.data.export import check_new_export
+    from metr.inspection.sheets import file_stem
+    from metr.writable import check_folder_to_write
+
+    check_folder_to_write(out)
+    for source in sources:
+        check_new_export(source, out / file_stem(source.name))
 
 
 def _export(sources: "Sequence[DatasetSource]", name: str, out: Path, console: Console) -> None:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from metr.evaluation.results import EvaluationReport
     from metr.evaluation.runner import Detailed
 
-__all__ = ["Compare", "Html", "check_compared", "read_arms", "report", "write_page_of"]
+__all__ = ["Compare", "Html", "check_compared", "check_page_of", "read_arms", "report", "write_page_of"]
 
 Html = Annotated[
     bool, typer.Option("--html", help="Write evaluation.html too: one page, offline, with errors and worst images.")
@@ -79,6 +79,18 @@ def read_arms(compared: Mapping[str, Path]) -> "dict[str, EvaluationReport]":
     from metr.report import read_report
 
     return {name: read_report(path) for name, path in compared.items()}
+
+
+def check_page_of(out: Path) -> None:
+    """Checks that evaluation.html can be written into a folder, before the evaluation is made.
+
+    Raises:
+        CheckpointError: it cannot.
+    """
+    from metr.report.evaluation_page import PAGE
+    from metr.writable import check_file_to_write
+
+    check_file_to_write(out / PAGE)
 
 
 def write_page_of(detailed: "Detailed", out: Path, source: str, arms: "dict[str, EvaluationReport]") -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from metr.cli.output import output_console
-from metr.cli.report import Compare, Html, check_compared, read_arms, write_page_of
+from metr.cli.report import Compare, Html, check_compared, check_page_of, read_arms, write_page_of
 from metr.errors import ConfigError
 from metr.processes import in_main_process
 
@@ -98,6 +98,8 @@ def evaluate(
 ) -> None:
     """Measure average precision on datasets. Own names, the joint vocabulary, confusion between datasets."""
     from metr.inference.config import inference_config
+    from metr.run_directory import find_checkpoint
+    from metr.writable import check_folder_to_write
 
     compared = check_compared(compare, html)
     stay_offline(offline)
@@ -113,14 +115,19 @@ def evaluate(
         what = f"scores are fitted to all detections, and those below {cut:g} are to be left out"
         raise ConfigError(what, where="--store", hint="leave out --set inference.postprocess.score_threshold")
     values = {"prompts": prompts, "inference": inference}
+    # what is no run is not written into
+    folder = "evaluation" if split is None else f"evaluation-{split}"
+    out = out or (run / folder if metr else Path(folder))
+    check_folder_to_write(out)
     from metr.evaluation.results import EvaluationConfig, store_calibration
     from metr.evaluation.runner import evaluate_in_detail
 
     arms = read_arms(compared)
+    if html:
+        check_page_of(out)
+    if store:
+        check_folder_to_write(find_checkpoint(run))
     config = EvaluationConfig.checked(values, where="evaluate")
-    # what is no run is not written into
-    folder = "evaluation" if split is None else f"evaluation-{split}"
-    out = out or (run / folder if metr else Path(folder))
     console = output_console()
     detailed = evaluate_in_detail(
         source, data, out, split=split, device=device, config=config, allow_empty=allow_empty, console=console

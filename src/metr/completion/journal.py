@@ -20,6 +20,7 @@ from metr.errors import DataError
 from metr.inference.predictor import Prediction, Predictor
 from metr.model import METR
 from metr.run_directory import explained_disk_errors
+from metr.writable import check_folder_to_write
 
 JOURNAL = "completing.partial.jsonl"
 
@@ -112,12 +113,14 @@ def check_out(folder: Path) -> None:
 
     Raises:
         DataError: it is a file, or holds something else.
+        CheckpointError: it cannot be written.
     """
     if folder.exists() and not folder.is_dir():
         raise DataError("is a file", where=folder, hint="name a folder")
     if folder.is_dir() and not (folder / JOURNAL).exists() and any(folder.iterdir()):
         hint = "name another folder, or remove what is there"
         raise DataError("the folder is not empty", where=folder, hint=hint)
+    check_folder_to_write(folder)
 
 
 def _sources(images: Sequence[ToDetect]) -> Iterator[ImageSource]:

@@ -28,6 +28,7 @@ from metr.text.encoder import TextEncoder
 from metr.text.vocabulary import Vocabulary
 from metr.training.config import load_recipe
 from metr.training.finetune_recipe import RECIPE, left_to_finetuning
+from metr.writable import check_folder_to_replace
 
 logger = logging.getLogger(__name__)
 
@@ -171,7 +172,7 @@ def adopt_file(
         console: Where the report goes.
 
     Raises:
-        CheckpointError: as `from_detector`, or `out` holds something.
+        CheckpointError: as `from_detector`, or `out` holds something or cannot be written.
         ConfigError: as `from_detector`.
         DataError: the dataset cannot be read.
         ModelError: as `from_detector`.
@@ -179,6 +180,7 @@ def adopt_file(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         what = "exists already, and is not overwritten"
         raise CheckpointError(what, where=out, hint="name another folder, or move this one away")
+    check_folder_to_replace(out)
     wanted = None if names is None else read_names(names)
     encoder = None if text is None else TextEncoderConfig(source=text)
     model, report = import_detector(source, wanted, text=encoder, device="cpu")

@@ -33,6 +33,7 @@ from metr.run_directory import explained_disk_errors, refuse_other_content, repl
 from metr.serialization import read_json, write_json
 from metr.text.same_names import Untrained, listed, told, with_trained_prompts
 from metr.text.vocabulary import Vocabulary
+from metr.writable import check_folder_to_replace
 
 __all__ = [
     "REPORT",
@@ -191,9 +192,10 @@ def _keep_what_was_changed(out: Path) -> None:
     """Refuses a folder that no transfer wrote, or in which a detector was trained since, or that holds more.
 
     Raises:
-        CheckpointError: it is such a folder.
+        CheckpointError: it is such a folder, or it cannot be written.
     """
     refuse_other_content(out, REPORT)
+    check_folder_to_replace(out)
     if not (out / REPORT).is_file():
         return
     written = read_json(out / REPORT).get(_WRITTEN)

@@ -181,6 +181,21 @@ class ImageFolder:
         return stem + suffix
 
 
+def check_new_export(source: ExportSource, out: Path) -> Path:
+    """The absolute path of a folder into which a dataset may be exported; symbolic links stay.
+
+    Raises:
+        DataError: `out` is a file, is not empty, or lies in the dataset's folder.
+    """
+    target = Path(os.path.abspath(out.expanduser()))  # noqa: PTH100  (symbolic links stay)
+    if any(target.is_relative_to(own) for own in (source.root, source.place) if isinstance(own, Path)):
+        raise DataError("would be written into the dataset's own folder", where=target, hint="name a folder outside")
+    if there(target) and (not target.is_dir() or any(target.iterdir())):
+        what = "the folder is not empty" if target.is_dir() else "there is a file of that name"
+        raise DataError(what, where=target, hint="name another folder, or remove what is there")
+    return target
+
+
 @contextlib.contextmanager
 def new_export(source: ExportSource, out: Path, placement: Placement) -> Iterator[Export]:
     """A dataset's export into a folder that is moved to `out` when all is written.
@@ -199,14 +214,9 @@ def new_export(source: ExportSource, out: Path, placement: Placement) -> Iterato
     """
     spec = source.config
     options = {"prompt": len(spec.prompts), "weight": int(spec.weight != 1), "old name": len(spec.renames)}
-    target = Path(os.path.abspath(out.expanduser()))  # noqa: PTH100  (symbolic links stay)
-    if any(target.is_relative_to(own) for own in (source.root, source.place) if isinstance(own, Path)):
-        raise DataError("would be written into the dataset's own folder", where=target, hint="name a folder outside")
+    target = check_new_export(source, out)
     building = target.with_name(f".{target.name}.writing-{secrets.token_hex(4)}")
     try:
-        if there(target) and (not target.is_dir() or any(target.iterdir())):
-            what = "the folder is not empty" if target.is_dir() else "there is a file of that name"
-            raise DataError(what, where=target, hint="name another folder, or remove what is there")
         building.mkdir(parents=True)
         yield Export(building, placement, Counter(options))
         if target.is_dir():

@@ -27,6 +27,7 @@ from metr.run_directory import RunDirectory
 from metr.training.config import RunConfig, laid_over, packaged
 from metr.training.signals import Stopped
 from metr.training.train import train
+from metr.writable import check_folder_to_write
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +111,7 @@ def run_demo(
     """
     recipe = demo_recipe(overrides)
     _refuse_other_content(folder)
+    check_folder_to_write(folder)
     console.rule("1. three datasets that nobody merged")
     data = _draw(folder, train_images, console)
     console.rule("2. one detector for all of them")

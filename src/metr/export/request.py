@@ -8,6 +8,7 @@ from typing import Literal, get_args
 from metr import deploy
 from metr.errors import ConfigError, DependencyError, did_you_mean
 from metr.run_directory import refuse_other_content
+from metr.writable import check_file_to_write, check_folder_to_replace
 
 Format = Literal["onnx", "openvino", "torch", "names"]
 Pixels = Literal["uint8", "float32"]
@@ -42,7 +43,7 @@ def check_request(config: ExportConfig, out: Path) -> None:
     Raises:
         ConfigError: an unknown format or type of pixels, or options that do not go together.
         DependencyError: a package that the format needs is missing.
-        CheckpointError: `out` holds something else.
+        CheckpointError: `out` holds something else, or cannot be written.
     """
     for value, known, where in (
         (config.format, get_args(Format), "--format"),
@@ -62,6 +63,7 @@ def check_request(config: ExportConfig, out: Path) -> None:
         return
     check_packages("int8" if config.int8 else config.format)
     refuse_other_content(out, deploy.DESCRIPTION)
+    check_folder_to_replace(out)
 
 
 def check_packages(extra: str) -> None:
@@ -81,3 +83,4 @@ def check_packages(extra: str) -> None:
 def _check_file(out: Path) -> None:
     if out.suffix != ".npz" or out.is_dir():
         raise ConfigError(f"expected a file that ends in .npz, found {out}", where="-o", hint=f"{out}.npz")
+    check_file_to_write(out)

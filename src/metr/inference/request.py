@@ -10,6 +10,7 @@ import yaml
 from metr.bounded_yaml import load_yaml_file, yaml_fault
 from metr.errors import ConfigError, DataError, did_you_mean
 from metr.inference.config import Form, Labels, TilesConfig
+from metr.writable import check_folder_to_write
 
 __all__ = ["check_forms", "check_labels", "names_to_find", "parsed_tiles"]
 
@@ -81,6 +82,7 @@ def check_forms(forms: Sequence[str], out: Path) -> tuple[Form, ...]:
     Raises:
         ConfigError: there is no such form.
         DataError: a dataset would be written into a folder that is not empty.
+        CheckpointError: crops cannot be written.
     """
     for form in forms:
         if form not in get_args(Form):
@@ -88,6 +90,8 @@ def check_forms(forms: Sequence[str], out: Path) -> tuple[Form, ...]:
         folder = out / form
         if form in {"coco", "yolo"} and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise DataError("there is something of an earlier call", where=folder, hint="remove it, or take another -o")
+        if form == "crops":
+            check_folder_to_write(folder)
     return cast("tuple[Form, ...]", tuple(dict.fromkeys(forms)))
 
 

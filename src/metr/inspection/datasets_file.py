@@ -22,6 +22,7 @@ from metr.inspection.facts import DatasetFacts
 from metr.inspection.languages import ForeignNames
 from metr.inspection.similar_names import SimilarNames
 from metr.text.similar_names import is_abbreviation, words
+from metr.writable import check_file_to_write
 
 # Contains a vowel, or has at most two letters (tv).
 _SPEAKABLE = re.compile(r"[aeiouy]|^[a-z]{1,2}$")
@@ -154,9 +155,11 @@ def check_target(path: Path, force: bool) -> None:
 
     Raises:
         ConfigError: `path` is no YAML file, or exists (with `force`: exists and is no datasets file).
+        CheckpointError: it cannot be written.
     """
     if path.suffix.lower() not in _SUFFIXES:
         raise ConfigError("a datasets file ends in .yaml", where=path, hint=f"{path.with_suffix('.yaml')}")
+    check_file_to_write(path)
     if not path.exists():
         return
     if not force:

@@ -13,6 +13,7 @@ from metr.data.records import ImageRecord
 from metr.errors import ConfigError, DataError
 from metr.inference.draw import Style, contact_sheet, draw, palette, record_marks, save_image
 from metr.inspection.facts import DatasetFacts, record_at, spread_places
+from metr.writable import check_folder_to_write
 
 # Images of a sheet: at least so many where there are as many, and more only to show further categories.
 _FEWEST, _MOST = 12, 48
@@ -43,6 +44,7 @@ def check_folder(folder: Path, sources: Sequence[DatasetSource]) -> None:
 
     Raises:
         ConfigError: it is a file, or lies inside a dataset, whose next reading would find the sheets among its images.
+        CheckpointError: it cannot be written.
     """
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"expected a folder, found the file {folder}", where="--draw", hint="name another folder")
@@ -50,6 +52,7 @@ def check_folder(folder: Path, sources: Sequence[DatasetSource]) -> None:
         if folder.resolve().is_relative_to(source.root.resolve()):
             what = f"the folder {folder} lies inside the dataset {source.name}, among whose images no sheet should be"
             raise ConfigError(what, where="--draw", hint="name a folder outside of the dataset")
+    check_folder_to_write(folder, tuple(f"{file_stem(source.name)}.jpg" for source in sources))
 
 
 def draw_sheet(source: DatasetSource, facts: DatasetFacts, folder: Path) -> Sheet:

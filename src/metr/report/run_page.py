@@ -20,6 +20,7 @@ from metr.training.comparison import COMPARISON
 from metr.training.logger import Record, read_metrics
 from metr.training.progress import duration, grouped_terms
 from metr.training.provenance import TrainingFacts
+from metr.writable import check_file_to_write
 
 PAGE = "report.html"
 """The file of the page."""
@@ -100,6 +101,7 @@ def write_run_page(run: Path, path: Path | None = None, arms: Mapping[str, Evalu
     if not folder.config.is_file() and not folder.metrics.is_file():
         what = "expected the folder of a training run, which has a config.yaml and a metrics.jsonl"
         raise CheckpointError(what, where=run, hint="the folder that metr train or metr finetune got with -o")
+    check_file_to_write(path := path or run / PAGE)
     evaluation: EvaluationView | None = None
     try:
         evaluation = evaluation_view(read_report(run), arms=arms)
@@ -109,7 +111,7 @@ def write_run_page(run: Path, path: Path | None = None, arms: Mapping[str, Evalu
     if evaluation is not None:
         _check_comparable(evaluation, run)
     title = f"Training run {run.resolve().name}"
-    return write_page(path or run / PAGE, title, {"run": _run(folder), "evaluation": evaluation})
+    return write_page(path, title, {"run": _run(folder), "evaluation": evaluation})
 
 
 def _check_comparable(evaluation: EvaluationView, run: Path) -> None:
