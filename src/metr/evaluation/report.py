@@ -29,6 +29,8 @@ from metr.inference.draw import font_file, legible
 from metr.processes import in_main_process
 from metr.run_directory import explained_disk_errors, replaced_file
 
+FILES = ("evaluation.json", "evaluation.md", "evaluation.png")
+"""What `write_report` writes."""
 TITLES: dict[Mode, str] = {"own": "own names", "joint": "joint vocabulary", "default": "default names"}
 UNANNOTATED = {
     "ignore": "Categories that an image's dataset does not annotate gave no loss in training (`unannotated = ignore`).",
@@ -64,7 +66,7 @@ def write_report(report: EvaluationReport, folder: Path) -> tuple[Path, Path, Pa
     """
     with explained_disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    table, text, chart = (folder / f"evaluation.{ending}" for ending in ("json", "md", "png"))
+    table, text, chart = (folder / name for name in FILES)
     with replaced_file(table) as fresh:
         fresh.write_text(json.dumps(as_dict(report), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     with replaced_file(text) as fresh:

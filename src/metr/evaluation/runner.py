@@ -35,7 +35,7 @@ from metr.errors import counted
 from metr.evaluation.answers import Observation
 from metr.evaluation.diagnosis import Judged, diagnose
 from metr.evaluation.evaluator import EvaluationSet, Evaluator
-from metr.evaluation.report import main_console, show, write_report
+from metr.evaluation.report import FILES, main_console, show, write_report
 from metr.evaluation.results import (
     EVERY_MODE,
     MODES,
@@ -50,6 +50,7 @@ from metr.process_group import from_main, joined_device
 from metr.processes import in_main_process, process_count, process_index
 from metr.text.same_names import told_aliases, with_training
 from metr.text.vocabulary import Vocabulary
+from metr.writable import check_folder_to_write
 
 _logger = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ def evaluate(
         console: Where progress and the table are shown.
 
     Raises:
-        DataError, CheckpointError: something is missing or does not fit.
+        DataError, CheckpointError: something is missing or does not fit, or `out` cannot be written.
     """
     return evaluate_in_detail(
         source, data, out, split=split, device=device, config=config, allow_empty=allow_empty, console=console
@@ -118,6 +119,8 @@ def evaluate_in_detail(
 ) -> Detailed:
     """Does what `evaluate` does, and keeps the answers for whoever looks further, such as `metr.report`."""
     console, config = main_console(console), config or EvaluationConfig()
+    if out is not None:
+        check_folder_to_write(Path(out), FILES)
     given = [data] if isinstance(data, str | Path) else data
     joint = open_joint([str(one) for one in given], together=split == ALL)
     splits = {one.name: split or one.evaluation_split()[0] for one in joint.sources}
@@ -142,13 +145,20 @@ def evaluate_in_detail(
     report = runner.report(model.network, console, told, observations.append)
     report = replace(report.with_seen(seen), weights=model.stored_as, trained_on=tuple(model.vocabulary.datasets))
     detailed = diagnosed(report, observations, model.thresholds())
-    report = detailed.report
-    paths = write_report(report, Path(out)) if out is not None and in_main_process() else ()
-    show(report, console)
-    if paths:
-        table, page, chart = (path.name for path in paths)
-        console.print(f"{table}, {page} and {chart} are in {out}", markup=False, soft_wrap=True)
+    _kept_and_shown(detailed.report, None if out is None else Path(out), console)
     return detailed
+
+
+def _kept_and_shown(report: EvaluationReport, out: Path | None, console: Console) -> None:
+    """Writes the report and shows it: neither a disk that refuses nor a pipe that is closed takes both."""
+    try:
+        if out is not None and in_main_process():
+            write_report(report, out)
+    finally:
+        show(report, console)
+    if out is not None:
+        table, page, chart = FILES
+        console.print(f"{table}, {page} and {chart} are in {out}", markup=False, soft_wrap=True)
 
 
 def diagnosed(
