@@ -44,6 +44,7 @@ from metr.training.start import (
 from metr.training.state import check_place, has_state
 from metr.training.train import fit, names_read_alike, plain, rebuildable, teacher_of
 from metr.training.train_request import Data, arguments, check_recipe, check_same
+from metr.writable import check_folder_to_write
 
 # what keeps the network, and what to do about it
 _KEEPS = "fine-tuning", "make a network of that shape with metr train"
@@ -103,6 +104,7 @@ def finetune(
     console, run = main_console(console), RunDirectory(Path(out))
     with RunLog(run.path) as log:
         check_place(run, resume)
+        check_folder_to_write(run.path)
         if run.resumable or not resume:
             run.check_free()
         check_apart(run, arguments(data))

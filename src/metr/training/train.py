@@ -62,6 +62,7 @@ from metr.training.train_request import (
     prepared,
 )
 from metr.training.trainer import Trainer
+from metr.writable import check_folder_to_write
 
 # How many names of a group that is read alike are told.
 _ALIKE = 6
@@ -110,6 +111,7 @@ def train(
     asked = Asked(config=config, size=size, overrides=tuple(overrides), options=options_of(more))
     with RunLog(run.path) as log:
         check_place(run, resume)
+        check_folder_to_write(run.path)
         if run.resumable or not resume:
             run.check_free()
         check_apart(run, arguments(data))
