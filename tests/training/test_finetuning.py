@@ -309,6 +309,49 @@ def test_settings_that_would_make_another_network(tiny_run: TinyRun, tmp_path: P
     assert load_checkpoint(tmp_path / "mine").model.denoising.groups == 1
 
 
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        (
+            "text.source=bundled:foo",
+            r"text\.source=bundled:foo \(the checkpoint's: .*\) would change: no such bundled model",
+        ),
+        ("text.source=nowhere", r"text\.source=nowhere \(the checkpoint's: .*\)"),
+        ("text.templates=['a {}']", r"text\.templates=\['a \{\}'\] \(the checkpoint's: "),
+        ("text.pooling=cls", r"text\.pooling=cls \(the checkpoint's: auto\)"),
+    ],
+)
+def test_settings_that_would_make_another_text_encoder(
+    tiny_run: TinyRun, tmp_path: Path, setting: str, told: str
+) -> None:
+    data, what = [tiny_run.data[1]], rf"text: fine-tuning keeps the checkpoint's text encoder, which {told}"
+    with pytest.raises(ConfigError, match=what):  # whose names need no encoder
+        finetune(data, tiny_run.folder, tmp_path / "out", overrides=[*SHORT, setting], compare=False)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ConfigError, match=what):
+        finetune_plan(data, tiny_run.folder, overrides=[*SHORT, setting])
+
+
+def test_the_same_text_encoder_may_be_named_otherwise(tiny_run: TinyRun) -> None:
+    finetune_plan([tiny_run.data[1]], tiny_run.folder, overrides=[*SHORT, "text.pooling=mean"])
+
+
+def test_names_that_are_read_alike_are_told_of_the_data_at_hand(tiny_run: TinyRun, tmp_path: Path) -> None:
+    frog = f"datasets: [{{name: lake, path: {tiny_run.datasets[0]}, renames: {{frog: frog_}}}}]"
+    (tmp_path / "lake.yaml").write_text(frog)
+    options: dict[str, Any] = {"overrides": SHORT, "compare": False, "same_names": "no"}
+    said = []
+    for number, data in enumerate([tmp_path / "lake.yaml", tiny_run.data[1]]):
+        console = Console(width=2000, record=True, file=StringIO())
+        source = [tiny_run.folder, tmp_path / "0"][number]
+        finetune(str(data), source, tmp_path / str(number), console=console, **options)
+        said.append(console.export_text())
+    assert 'reads these names alike, so the detector cannot tell them apart: "frog_" = "frog". What to try' in said[0]
+    assert "prompts: {name: in other words}" in said[0]
+    assert "text.source" not in said[0], "it stays the checkpoint's"
+    assert "reads these names alike" not in said[1], "old names of datasets that do not take part"
+
+
 def test_what_is_no_checkpoint(tiny_run: TinyRun, tmp_path: Path) -> None:
     data = new_data(tiny_run, tmp_path)
     with pytest.raises(CheckpointError, match=r"expected a checkpoint \(config.json and model.safetensors\) or a run"):

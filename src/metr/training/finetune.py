@@ -167,7 +167,7 @@ def _finetuned(
     check_recipe(recipe)
     tell(console, header(prepared.plan), *_notes(prepared, resume))
     parts, model = _parts(model, opened, recipe, options.decorrelate_names)
-    tell(console, *names_read_alike(parts.checkpoint))
+    tell(console, *names_read_alike(parts.checkpoint, opened.joint, kept=True))
     if resume:
         check_same(run, opened.joint.vocabulary, parts.checkpoint.text_encoder)
     say_new_names(model, opened.joint.vocabulary, console)

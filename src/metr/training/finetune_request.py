@@ -29,7 +29,7 @@ from metr.training.resumption import (
     log_changed_datasets,
     made_so_far,
 )
-from metr.training.start import open_detector, pinned
+from metr.training.start import check_same_text, open_detector, pinned
 from metr.training.taken_names import taken_names
 from metr.training.train_request import Data, arguments
 
@@ -37,6 +37,8 @@ REQUEST = FINETUNING
 """The file of the run folder that says what was asked for, besides the configuration."""
 _KEPT = {"rehearse_fraction", "shots", "fraction", "seed", "decorrelate_names", "prompts"}
 _ALLOWED = "allow_empty"
+# what keeps the text encoder, and what to do about it
+_KEEPS = "fine-tuning", "train a new detector with it: metr train"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +71,7 @@ def begun(
         return finetune_recipe(model.checkpoint, opened.images, options.config, [*seed, *options.overrides, *more])
 
     recipe = resolve([])
+    check_same_text(model, recipe.text, *_KEEPS)
     recipe = resolve(_steps(options, opened, recipe, NOTHING))
     base = finetune_recipe(model.checkpoint, opened.images, overrides=seed)
     plan = _plan(opened, recipe, base, "the defaults", NOTHING)
@@ -99,6 +102,7 @@ def resumed(
     allowed = {_ALLOWED: options.allow_empty or kept.get(_ALLOWED, False)}
     options = options.model_copy(update={key: kept[key] for key in _KEPT & kept.keys()} | listings | allowed)
     model = open_detector(kept.get("from") if source is None else source, run)
+    check_same_text(model, recipe.text, *_KEEPS)
     given, names = kept_datasets(run, arguments(data)), kept.get("same_names", {})
     take = partial(taken_names, model=model, choice=options.same_names, console=console, kept=names)
     opened = open_finetune_data(given, model.vocabulary, options, take)

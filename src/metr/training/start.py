@@ -11,7 +11,7 @@ from metr.config import Tree, differences, merge
 from metr.data.config import SubsetConfig
 from metr.data.datasets_file import DatasetSource
 from metr.data.joint import JointData, chosen_parts, vocabulary_of
-from metr.errors import CheckpointError, ConfigError, counted
+from metr.errors import CheckpointError, ConfigError, MetrError, counted
 from metr.fitting import Hanging
 from metr.model import METR
 from metr.models.config import DetectorConfig
@@ -19,6 +19,7 @@ from metr.models.detector import Detector, skeleton
 from metr.run_directory import RunDirectory
 from metr.serialization import check_weights, load_weights
 from metr.text.config import TextEncoderConfig
+from metr.text.encoder import TextEncoder
 from metr.text.same_names import PromptChoice, listed, with_trained_prompts
 from metr.text.vocabulary import Vocabulary
 from metr.training.config import RunConfig, TrainOptions, laid_over, packaged, recipe_layers
@@ -28,6 +29,8 @@ from metr.training.taken_names import NameChoice, Renames, aliases_of, taken_nam
 
 # where the backbone's pretrained weights came from: changing these does not change the network
 _ORIGINS = {"backbone.pretrained", "backbone.revision"}
+# the key of what a text encoder is, beside where it lies
+_IDENTITY = "identity"
 # how a network is taught, which is not what it is
 _TEACHING = {"decoder.look_forward"}
 # what the weights were trained with, though other values would leave their shapes as they are
@@ -38,7 +41,9 @@ _TRAINED_WITH = (
     "backbone.pixel_std",
     "backbone.strides",
     "categories.heads",
+    "categories.prior",
     "categories.self_attention",
+    "categories.whitening",
     "decoder.",
     "encoder.",
     "queries.content",
@@ -103,7 +108,7 @@ def with_text_encoder(model: METR, text: TextEncoderConfig) -> METR:
     """The same detector with a text encoder that may lie elsewhere; whether it is the same is found when it is used."""
     own = model.checkpoint
     encoder = text.model_dump(mode="json") | {
-        key: own.text_encoder[key] for key in ("identity",) if key in own.text_encoder
+        key: own.text_encoder[key] for key in (_IDENTITY,) if key in own.text_encoder
     }
     moved = METR(model.network, replace(own, text_encoder=encoder))
     moved.source = model.source
@@ -191,6 +196,34 @@ def check_kept(model: METR, config: DetectorConfig, doing: str, way_out: str) ->
             f"{doing} keeps the checkpoint's network, which {', '.join(settings) or 'this configuration'} would change"
         )
         raise ConfigError(what + why, where="model", hint=f"leave these settings as they are, or {way_out}")
+
+
+def check_same_text(model: METR, text: TextEncoderConfig, doing: str, way_out: str) -> None:
+    """Checks that a configuration describes the detector's text encoder, which may lie elsewhere.
+
+    Args:
+        model: The detector.
+        text: The text encoder that the run's configuration describes.
+        doing: What keeps the text encoder, for messages.
+        way_out: What else may be tried, for messages.
+
+    Raises:
+        ConfigError: it describes another one, or one that is not there.
+    """
+    described = {key: value for key, value in model.checkpoint.text_encoder.items() if key != _IDENTITY}
+    changed, why = differences(TextEncoderConfig.checked(described), text), ""
+    if not changed:
+        return
+    try:
+        found, expected = TextEncoder(text).identity, model.checkpoint.text_encoder.get(_IDENTITY)
+        if expected in {None, found}:
+            return
+        why = f"expected {expected}, found {found}"
+    except MetrError as error:
+        why = str(error.what)
+    settings = ", ".join(f"text.{key}={new} (the checkpoint's: {old})" for key, old, new in changed)
+    what = f"{doing} keeps the checkpoint's text encoder, which {settings} would change: {why}"
+    raise ConfigError(what, where="text", hint=f"leave these settings as they are, or {way_out}")
 
 
 def history(own: Checkpoint) -> Tree:

@@ -122,7 +122,8 @@ def train(
             say_new_names(begun.start.model, joint.vocabulary, console)
         tell(console, *_names_spelt_alike(joint))
         parts = training_parts(joint, recipe, console, begun.start)
-        tell(console, *names_read_alike(parts.checkpoint, told=spelt_alike(joint.vocabulary.datasets)))
+        told = spelt_alike(joint.vocabulary.datasets)
+        tell(console, *names_read_alike(parts.checkpoint, joint, told=told, kept=begun.start is not None))
         if resume:
             check_same(run, joint.vocabulary, parts.checkpoint.text_encoder)
         log.begin(recipe.train.loop.device)
@@ -184,19 +185,30 @@ def _names_spelt_alike(joint: JointData) -> list[Hanging]:
     return [Hanging(hint)] if alike else []
 
 
-def names_read_alike(checkpoint: Checkpoint, told: Sequence[tuple[str, ...]] = ()) -> list[Hanging]:
-    """A warning of names that are the same text to the language model, but for pairs that were told already."""
+def names_read_alike(
+    checkpoint: Checkpoint, joint: JointData, told: Sequence[tuple[str, ...]] = (), *, kept: bool
+) -> list[Hanging]:
+    """A warning of names that are the same text to the language model, where one of them is in the data at hand.
+
+    Args:
+        checkpoint: The names, which may be of earlier trainings too, and their embeddings.
+        joint: The data at hand.
+        told: Pairs that were told already.
+        kept: Whether the language model is that of a detector to begin with, and stays.
+    """
+    here = {name for source in joint.sources for name in source.categories}
     alike = read_alike(checkpoint.vocabulary.names, checkpoint.text_embeddings)
-    groups = [group for group in alike if set(group) not in map(set, told)]
+    groups = [group for group in alike if here.intersection(group) and set(group) not in map(set, told)]
     if not groups:
         return []
-    found = listed([" = ".join(f'"{name}"' for name in group[:_ALIKE]) for group in groups])
-    hint = (
-        f"warning: the language model reads these names alike, so the detector cannot tell them apart: {found}. What "
-        "to try: say in a datasets file what each means (prompts: {name: in other words}), give things that are one a "
-        f"single name (renames), or take a language model that reads them (--set text.source={MULTILINGUAL})"
-    )
-    return [Hanging(hint)]
+    ordered = [sorted(group, key=lambda name: name not in here) for group in groups]  # what is at hand is named first
+    found = listed([" = ".join(f'"{name}"' for name in group[:_ALIKE]) for group in ordered])
+    meant = "say in a datasets file what each means (prompts: {name: in other words})"
+    one = "give things that are one a single name (renames)"
+    other = f"take a language model that reads them (--set text.source={MULTILINGUAL})"
+    what = "warning: the language model reads these names alike, so the detector cannot tell them apart"
+    hint = f"{meant}, or {one}" if kept else f"{meant}, {one}, or {other}"
+    return [Hanging(f"{what}: {found}. What to try: {hint}")]
 
 
 def fit(

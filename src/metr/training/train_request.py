@@ -31,7 +31,16 @@ from metr.training.resumption import (
     log_changed_datasets,
     made_so_far,
 )
-from metr.training.start import JointOptions, Start, begin_with, check_kept, open_detector, pinned, start_recipe
+from metr.training.start import (
+    JointOptions,
+    Start,
+    begin_with,
+    check_kept,
+    check_same_text,
+    open_detector,
+    pinned,
+    start_recipe,
+)
 from metr.training.taken_names import Renames
 
 Data = str | Path | Sequence[str | Path]
@@ -41,6 +50,8 @@ Data = str | Path | Sequence[str | Path]
 REQUEST = TRAINING
 """The file of the run folder that says what was asked for, besides the configuration and the datasets."""
 KEEPS = "training that begins with a detector", "leave --from out, which makes a network of any shape"
+"""What keeps the network of a detector to begin with, and what to do about it, for messages."""
+_KEEPS_TEXT = KEEPS[0], "leave --from out, which takes any text encoder"
 """What keeps a network, and what to do about it."""
 _FROM = "from"
 # what a command may ask again or otherwise when a run is resumed
@@ -122,6 +133,7 @@ def _begun(data: Data | None, asked: Asked, run: RunDirectory, console: Console)
     check_recipe(recipe := resolve(asked.config, overrides))
     if model is not None:
         check_kept(model, recipe.model, *KEEPS)
+        check_same_text(model, recipe.text, *_KEEPS_TEXT)
     joint, start = _opened(given, options, options, model, console)
     if not options.allow_empty:
         joint.check_usable()
@@ -153,6 +165,8 @@ def _resumed(data: Data | None, asked: Asked, run: RunDirectory, console: Consol
     subset = SubsetConfig.checked(chosen, where=run.path / REQUEST)
     given, source = kept_datasets(run, arguments(data)), asked.options.start or request.get(_FROM)
     model = None if source is None else open_detector(source, run)
+    if model is not None:
+        check_same_text(model, recipe.text, *_KEEPS_TEXT)
     options = asked.options.model_copy(update={"prompts": request.get("prompts")})
     joint, start = _opened(given, subset, options, model, console, request.get("same_names", {}))
     allow_empty = asked.options.allow_empty or request.get("allow_empty", False)
