@@ -1,7 +1,7 @@
 """Configuration: merging, overriding, and messages that name the key."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 import yaml
@@ -37,6 +37,9 @@ class Machine(Config):
     row: tuple[Part, ...] = ()
     named: dict[str, Part] = Field(default_factory=dict)
     sizes: tuple[int, ...] = (1, 2)
+    mixed: Literal["all", "none"] | dict[str, Annotated[float, Field(ge=0)]] = "all"
+    either: dict[str, tuple[str, ...] | str] | None = None
+    listed: tuple[Part | int, ...] = ()
 
     @model_validator(mode="after")
     def _has_sizes(self) -> "Machine":
@@ -107,6 +110,39 @@ def test_a_wrong_value_is_named_with_what_was_found(values: dict[str, Any], part
     text = message(values)
     for part in parts:
         assert part in text
+
+
+@pytest.mark.parametrize(
+    ("values", "told"),
+    [
+        ({"mixed": "some"}, "'mixed': expected 'all' or 'none', or keys and values, found 'some'"),
+        ({"mixed": 3}, "'mixed': expected 'all' or 'none', or keys and values, found 3"),
+        ({"mixed": {"a": -1}}, "'mixed.a': input should be greater than or equal to 0, found -1"),
+        ({"mixed": {"a": "b"}}, "'mixed.a': input should be a valid number"),
+        ({"either": {"a": 3}}, "'either.a': expected a list, as [this, that], or a text, found 3"),
+        ({"either": {"a": ["b", 3]}}, "'either.a.1': expected a text, found 3"),
+        ({"either": 3}, "'either': expected keys and values, found 3"),
+        ({"listed": [1, "b"]}, "'listed.1': expected keys and values, or a valid integer"),
+        ({"listed": [1, {"width": 0}]}, "'listed.1.width': input should be greater than or equal to 1, found 0"),
+        ({"listed": [1, {"widht": 8}]}, "unknown key 'listed.1.widht'\n  try: did you mean 'width'?"),
+        ({"listed": [{"width": 30}]}, "'listed.0': width 30 is not divisible by 4 heads"),
+    ],
+)
+def test_a_value_of_several_kinds_has_the_key_that_was_written(values: dict[str, Any], told: str) -> None:
+    text = message(values)
+    assert text.startswith(f"Machine: {told}"), text
+    assert ";" not in text, "one fault, one line"
+
+
+def test_a_mixture_that_is_none_says_what_one_is() -> None:
+    for value in ("foo", "3"):
+        with pytest.raises(ConfigError) as refused:
+            load_recipe("nano", overrides=[f"loader.mixture={value}"])
+        text = str(refused.value)
+        assert "'loader.mixture': expected 'proportional', 'sqrt' or 'equal', or keys and values, found" in text
+        assert "try: proportional, sqrt, equal, or a weight for each dataset, as {photos: 2, cells: 1}" in text
+    with pytest.raises(ConfigError, match=r"'loader\.mixture\.a': .* found -1"):
+        load_recipe("nano", overrides=["loader.mixture={a: -1}"])
 
 
 def test_contradicting_keys_are_explained_without_the_whole_tree() -> None:

@@ -11,6 +11,7 @@ from pydantic_core import ErrorDetails
 
 from metr.bounded_yaml import load_yaml, load_yaml_file, yaml_fault
 from metr.errors import ConfigError, did_you_mean
+from metr.union_issues import by_key
 
 Tree = dict[str, Any]
 ConfigT = TypeVar("ConfigT", bound="Config")
@@ -82,6 +83,8 @@ _OPTIONS = {
     **dict.fromkeys(("shots", "fraction"), "an option of its own: --shots K or --fraction F"),
 }
 """What is an option of the command line and no key, by what it may be called."""
+_FORMS = {"mixture": "proportional, sqrt, equal, or a weight for each dataset, as {photos: 2, cells: 1}"}
+"""Keys whose values have more than one form, and these."""
 # what YAML 1.1 takes for a word for want of a dot or a sign: 1e-4, 2E5
 _POWER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 # characters of a faulty value that a message repeats
@@ -239,15 +242,15 @@ def _scalar(text: str) -> Any:
 
 def _explained(cls: type[BaseModel], issues: Sequence[ErrorDetails], where: object) -> ConfigError:
     lines, hint = [], None
-    for issue in issues:
-        key = ".".join(str(part) for part in issue["loc"])
+    for key, (issue, *others) in by_key(cls, issues):
         if issue["type"] == "extra_forbidden":
             lines.append(f"unknown key {key!r}")
             hint = hint or _hint_for_key(key, issue["input"], _fields_at(cls, issue), [*_keys_of(cls)])
         else:
+            what = _none_of([issue, *others]) if others else _issue(issue)
             # what a whole configuration contradicts has no key of its own
-            lines.append(f"{key!r}: {_issue(issue)}" if key else _issue(issue))
-            hint = hint or _hint_for_value(issue)
+            lines.append(f"{key!r}: {what}" if key else what)
+            hint = hint or _hint_for_value(issue, key)
     return ConfigError("; ".join(lines), where=where or cls.__name__, hint=hint)
 
 
@@ -298,16 +301,16 @@ def _keys_of(cls: type[BaseModel]) -> Iterator[str]:
             yield name
 
 
-def _hint_for_value(issue: ErrorDetails) -> str | None:
-    """What to write in place of a value that had another name once, or is gone."""
+def _hint_for_value(issue: ErrorDetails, key: str) -> str | None:
+    """What to write in place of a value that had another name once, is gone, or has an uncommon form."""
     value = issue["input"]
     if issue["type"] != "literal_error" or not isinstance(value, str):
-        return None
+        return _FORMS.get(key.rpartition(".")[2])
     if (new := _RENAMED_VALUES.get(value)) and repr(new) in issue["msg"]:
         return f"{value!r} is called {new!r} now"
     if (left := _REMOVED.get(value)) and left[0] in issue["loc"]:
         return f"{value!r} was removed; {left[0]!r} is {left[1]}"
-    return None
+    return _FORMS.get(key.rpartition(".")[2])
 
 
 # what people call kinds of values that have another name in Python
@@ -315,7 +318,10 @@ _KINDS = {
     "model_type": "expected keys and values",
     "tuple_type": "expected a list, as [this, that]",
     "list_type": "expected a list, as [this, that]",
+    "dict_type": "expected keys and values",
+    "string_type": "expected a text",
 }
+_SHOULD_BE = ("Input should be ", "expected ")
 
 
 def _issue(issue: ErrorDetails) -> str:
@@ -323,9 +329,21 @@ def _issue(issue: ErrorDetails) -> str:
     if issue["type"] == "value_error":
         return str(issue["ctx"]["error"])
     wanted = _KINDS.get(issue["type"], issue["msg"])
+    return f"{wanted[0].lower()}{wanted[1:]}, found {_found(issue)}"
+
+
+def _none_of(issues: Sequence[ErrorDetails]) -> str:
+    """What a value may be that is none of several kinds, and what was found."""
+    wanted = [_KINDS.get(issue["type"], issue["msg"]) for issue in issues]
+    for begin in _SHOULD_BE:
+        wanted = [text.removeprefix(begin) for text in wanted]
+    return f"expected {', or '.join(dict.fromkeys(wanted))}, found {_found(issues[0])}"
+
+
+def _found(issue: ErrorDetails) -> str:
+    """A faulty value, shortened."""
     found = repr(issue["input"])
-    found = found if len(found) <= _LONGEST else f"{found[:_LONGEST]}..."
-    return f"{wanted[0].lower()}{wanted[1:]}, found {found}"
+    return found if len(found) <= _LONGEST else f"{found[:_LONGEST]}..."
 
 
 def _fields_at(cls: type[BaseModel], issue: ErrorDetails) -> list[str]:
