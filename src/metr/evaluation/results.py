@@ -309,6 +309,19 @@ class EvaluationReport:
         return {name: value for name, value in values.items() if value is not None}
 
 
+def fitted_scores(report: EvaluationReport, names: Collection[str]) -> tuple[dict[str, Calibration], dict[str, float]]:
+    """The calibration of each of these names that the report has one of, and the thresholds of such names.
+
+    Warns of those that are fitted to images of training.
+    """
+    for one in report.datasets:
+        if one.calibration and one.seen:
+            message = "%s: scores are fitted to images that training has seen, and promise too much on others"
+            _logger.warning(message, one.name)
+    found = {name: one for name, one in report.calibration().items() if name in names}
+    return found, {name: score for name, score in report.thresholds().items() if name in found}
+
+
 def store_calibration(report: EvaluationReport, run: Path, console: Console | None = None) -> None:
     """Keeps with a checkpoint, or the best one of a run, what makes scores probabilities and from which they are shown.
 
@@ -318,18 +331,14 @@ def store_calibration(report: EvaluationReport, run: Path, console: Console | No
     """
     folder = find_checkpoint(run)
     checkpoint = load_checkpoint(folder)
-    found = {name: one for name, one in report.calibration().items() if name in checkpoint.vocabulary.names}
+    found, thresholds = fitted_scores(report, checkpoint.vocabulary.names)
     if not found:
         raise DataError("no object of a trained name was found, so scores cannot be calibrated", where=run)
-    thresholds = {name: score for name, score in report.thresholds().items() if name in found}
     for one in report.datasets:
         if one.calibration and one.asked is not None and one.asked.coco.objects < _FEW_OBJECTS:
             names, objects = counted(len(one.calibration), "name"), counted(one.asked.coco.objects, "object")
             message = "%s: scores of %s are fitted to %s; evaluate on more images to be surer of them"
             _logger.warning(message, one.name, names, objects)
-        if one.calibration and one.seen:
-            message = "%s: scores are fitted to images that training has seen, and promise too much on others"
-            _logger.warning(message, one.name)
     update_detection(folder, checkpoint.detection.calibrated(found, thresholds))
     if console is not None:
         line = (

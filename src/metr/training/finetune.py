@@ -25,6 +25,7 @@ from metr.training.config import RunConfig, check_epochs
 from metr.training.finetune_data import FinetuneData, FinetuneOptions
 from metr.training.finetune_recipe import RECIPE, described
 from metr.training.finetune_request import REQUEST, Prepared, begun, resumed
+from metr.training.fitted import keep_fitted, lost_fits
 from metr.training.name_variation import other_words
 from metr.training.parts import Outcome, TrainingParts
 from metr.training.plan import advice, header, page, tell_end
@@ -179,6 +180,9 @@ def _finetuned(
     compared = None
     if before is not None and not outcome.interrupted:
         compared = _comparison(before, opened, recipe, run.path, console)
+        keep_fitted(compared.after, run, outcome)
+    if not outcome.interrupted:
+        tell(console, *lost_fits(prepared.model.checkpoint, run))
     tell_end(outcome, run, recipe, prepared.data, opened.joint.sources[: opened.new], console, "finetune")
     names, known = opened.default_names, len(opened.joint.vocabulary)
     return FinetuneOutcome(training=outcome, comparison=compared, default_names=names, known=known)

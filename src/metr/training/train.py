@@ -30,6 +30,7 @@ from metr.text.same_names import listed, spelt_alike
 from metr.text.similar_names import read_alike
 from metr.training.config import RunConfig
 from metr.training.finetune_recipe import RECIPE, left_to_finetuning
+from metr.training.fitted import lost_fits
 from metr.training.images import ValImages
 from metr.training.name_variation import OtherWords, other_words
 from metr.training.parts import Evaluated, Outcome, TrainingParts
@@ -131,6 +132,8 @@ def train(
             save_request(run, REQUEST, begun.request, {DATASETS: begun.given})
         sets = joint.evaluation()
         outcome = fit(parts, sets, recipe, run.path, resume=resume, console=console, evaluation=evaluation)
+        if begun.start is not None and not outcome.interrupted:
+            tell(console, *lost_fits(begun.start.model.checkpoint, run))
         tell_end(outcome, run, recipe, begun.data, joint.sources, console, from_nothing=begun.start is None)
     return outcome
 
