@@ -154,7 +154,7 @@ def test_a_disk_that_refuses_is_one_message(tmp_path: Path) -> None:
         MetricsFile(tmp_path / "file" / "metrics.jsonl")
     writer = MetricsFile(tmp_path / "run" / "metrics.jsonl")
     writer.path.mkdir()
-    with pytest.raises(CheckpointError, match="cannot be written"):
+    with pytest.raises(CheckpointError, match="expected a file, found a folder"):
         writer.write("train", 1, {})
 
 

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from metr.cli.output import SafeConsole
 from metr.cli.verbs import Data, Offline, check_data, stay_offline
 from metr.errors import ConfigError, DataError, MetrError, counted, did_you_mean, quiet_log
 
@@ -88,7 +89,7 @@ def inspect(
         check_target(write, force)
     if export is not None:
         _check_format(export[0])
-    console = Console()
+    console = SafeConsole()
     if not console.is_terminal:
         console.width = max(console.width, _PIPED_WIDTH)
     detector = None if model is None else _loaded(model, config.device)

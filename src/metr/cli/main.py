@@ -5,7 +5,6 @@ import sys
 from typing import Any
 
 import typer
-from rich.console import Console
 from typer.core import TyperCommand, TyperGroup
 
 import metr
@@ -20,6 +19,7 @@ from metr.cli.serve import serve
 from metr.cli.training import finetune, train
 from metr.cli.verbs import demo, evaluate, push, transfer
 from metr.errors import MetrError
+from metr.lost_output import settle_output
 from metr.processes import in_main_process, process_index
 from metr.training.signals import Stopped, StopSignals
 
@@ -80,7 +80,7 @@ for verb in (inspect, train, finetune, evaluate, report, detect, complete, serve
 def _options(version: bool = typer.Option(False, "--version", help="Show the version and stop.")) -> None:
     """One object detector from many isolated datasets."""
     if version:
-        Console().print(f"metr {metr.__version__}")
+        SafeConsole().print(f"metr {metr.__version__}")
         raise typer.Exit
 
 
@@ -88,8 +88,17 @@ def run() -> None:
     """The console script: runs a verb and ends the process.
 
     A mistake ends in one message: exit code 2 where the command line has it, 1 elsewhere. Ctrl-C ends in 130, SIGTERM
-    in 143, SIGHUP in 129; `metr serve` they end in 0. With METR_DEBUG=1 in the environment errors show their traceback.
+    in 143, SIGHUP in 129; `metr serve` they end in 0. Where nobody reads its output any more, a verb ends in 141, but
+    training goes on. With METR_DEBUG=1 in the environment errors show their traceback.
     """
+    try:
+        _run()
+    finally:
+        settle_output()
+
+
+def _run() -> None:
+    """The console script, but for what it leaves in the output."""
     if "OMP_WAIT_POLICY" not in os.environ:
         # idle threads of torch sleep sooner: on cores that others use too they took most of the time
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")

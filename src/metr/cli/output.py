@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.segment import Segment
 
 from metr.errors import counted, shown
+from metr.lost_output import UNREAD, let_go
 from metr.processes import in_main_process, process_index
 
 __all__ = ["PIPED_WIDTH", "LogHandler", "Once", "SafeConsole", "output_console", "say_names", "show_log"]
@@ -28,7 +29,21 @@ _NAMES = 12
 
 
 class SafeConsole(Console):
-    """A console on which names and paths from elsewhere cannot act: their control characters are written out."""
+    """A console on which names and paths from elsewhere cannot act: their control characters are written out.
+
+    Where nobody reads the standard output any more, as after `| head`, it ends the command in silence.
+    """
+
+    def on_broken_pipe(self) -> None:
+        """Ends the command with the exit code by which shells tell; messages on the standard error are just lost.
+
+        Raises:
+            SystemExit: it is the standard output.
+        """
+        self.quiet = True
+        let_go(self.file)
+        if not self.stderr:
+            raise SystemExit(UNREAD)
 
     def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
         """The segments of what is printed; styles and what moves the cursor are the console's own, and stay."""
@@ -55,11 +70,12 @@ def output_console(*, stderr: bool = False) -> Console:
     return console
 
 
-def say_names(what: str, names: tuple[str, ...], known: int) -> None:
+def say_names(what: str, names: tuple[str, ...], known: int, console: Console | None = None) -> None:
     """Which names a detector looks for, and how to ask it for the rest of the `known` ones."""
+    console = console or output_console()
     shown = ", ".join(names[:_NAMES]) + (f" and {len(names) - _NAMES} more" if len(names) > _NAMES else "")
     rest = "" if len(names) == known else f"; --categories all: all {counted(known, 'name')} that it knows"
-    output_console().print(f"{what}: {shown}{rest}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{what}: {shown}{rest}", markup=False, highlight=False, soft_wrap=True)
 
 
 class LogHandler(logging.Handler):
@@ -85,7 +101,9 @@ class LogHandler(logging.Handler):
                 line = f"\x1b[33m{line}\x1b[0m"
             stream.write(line + "\n")
             stream.flush()
-        except (OSError, ValueError):  # closed by whoever read it
+        except OSError:  # closed by whoever read it
+            let_go(stream)
+        except ValueError:
             self.handleError(record)
 
 

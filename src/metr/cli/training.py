@@ -9,6 +9,7 @@ import typer
 
 from metr.cli.output import output_console, say_names
 from metr.cli.verbs import AllowEmpty, Offline, Overrides, Prompts, check_data, check_source, stay_offline
+from metr.lost_output import lasting
 from metr.training.signals import Stopped
 
 if TYPE_CHECKING:
@@ -192,6 +193,7 @@ def finetune(
         "prompts": prompts,
     }
     given: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
+    console = output_console()
     with _resumable("finetune", out):
         # mistakes are found before torch is imported and data are opened
         check_epochs(epochs, overrides)
@@ -205,11 +207,12 @@ def finetune(
 
         if dry_run:
             page = run.finetune_plan(data or None, source, resumed_run=out if resume else None, **given)
-            output_console().print(page, highlight=False, crop=False)
+            console.print(page, highlight=False, crop=False)
             return
-        outcome = run.finetune(data or None, source, out, resume=resume, console=output_console(), **given)
+        outcome = run.finetune(data or None, source, out, resume=resume, console=console, **given)
     _exit_if_interrupted(outcome.training)
-    say_names("it looks for", outcome.default_names, outcome.known)
+    with lasting(console):
+        say_names("it looks for", outcome.default_names, outcome.known, console)
 
 
 def _overrides(given: list[str] | None, **options: object) -> list[str]:

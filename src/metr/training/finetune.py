@@ -103,7 +103,7 @@ def finetune(
     asked = {} if options is None else options.model_dump(exclude_unset=True)
     options = FinetuneOptions.checked(asked | more, where="finetune")
     console, run = main_console(console), RunDirectory(Path(out))
-    with RunLog(run.path) as log:
+    with RunLog(run.path, console) as log:
         check_place(run, resume)
         check_folder_to_write(run.path)
         if run.resumable or not resume:

@@ -6,7 +6,7 @@ import shlex
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from io import StringIO
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +18,7 @@ from rich.console import Console, RenderableType
 
 import metr
 from metr.errors import MetrError, shown
+from metr.lost_output import lasting
 from metr.processes import in_main_process
 from metr.run_directory import RunDirectory, explained_disk_errors
 from metr.training.provenance import hardware
@@ -37,12 +38,16 @@ class RunLog(logging.Handler):
     Until `begin` it writes nothing, so that a command that is refused leaves the folder as it was. An exception that
     leaves the block is written too.
 
+    Training does not end because nobody reads what it shows, such as a `tee` that was ended: it goes on in silence.
+
     Args:
         folder: The run folder.
+        console: Where training shows what it does.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, console: Console | None = None) -> None:
         super().__init__(logging.INFO)
+        self._shown: AbstractContextManager[None] = nullcontext() if console is None else lasting(console, _tell_unread)
         self.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         self.path = RunDirectory(folder).log
         self._early: list[str] = []
@@ -50,6 +55,7 @@ class RunLog(logging.Handler):
         self._lock: FileLock | None = None
 
     def __enter__(self) -> "RunLog":
+        self._shown.__enter__()
         if in_main_process():
             for name in _LISTENED_TO:
                 logging.getLogger(name).addHandler(self)
@@ -67,6 +73,7 @@ class RunLog(logging.Handler):
         elif error is not None:
             LOG_FILE.error("%s", shown("".join(traceback.format_exception(error)).rstrip()))
         self._stop_listening()
+        self._shown.__exit__(None, None, None)
         if self._file is not None:
             with suppress(OSError):  # a full disk: that has been said
                 self._file.close()
@@ -130,11 +137,16 @@ class RunLog(logging.Handler):
             self._file.flush()
         except OSError as error:  # a full disk: training itself ends where a checkpoint cannot be written
             self._stop_listening()
-            sys.stderr.write(f"{self.path} cannot be written: {error}\n")
+            with suppress(OSError):  # nobody reads it
+                sys.stderr.write(f"{self.path} cannot be written: {error}\n")
 
     def _stop_listening(self) -> None:
         for name in _LISTENED_TO:
             logging.getLogger(name).removeHandler(self)
+
+
+def _tell_unread() -> None:
+    LOG_FILE.warning("nobody reads the output of this call any more; it goes on, and this file says the same")
 
 
 def environment() -> tuple[str, ...]:

@@ -110,7 +110,7 @@ def train(
     """
     console, run = main_console(console), RunDirectory(Path(out))
     asked = Asked(config=config, size=size, overrides=tuple(overrides), options=options_of(more))
-    with RunLog(run.path) as log:
+    with RunLog(run.path, console) as log:
         check_place(run, resume)
         check_folder_to_write(run.path)
         if run.resumable or not resume:
