@@ -56,14 +56,21 @@ def pond(tiny_run: TinyRun, tmp_path: Path) -> str:
 
 
 def test_a_comparison_on_images_of_training_says_so(
-    trained_on_all: Path, pond: str, tiny_run: TinyRun, tmp_path: Path
+    trained_on_all: Path,
+    pond: str,
+    tiny_run: TinyRun,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    monkeypatch.setattr(evaluator, "fit_scores", found_anew)
     said = Console(width=400, file=StringIO(), record=True)
     data, options = [lake(tiny_run, tmp_path)], {"overrides": SHORT, "rehearse": [pond]}
     finetune(data, trained_on_all, tmp_path / "run", console=said, **options)
     words = " ".join(said.export_text().split())
     fact = "pond: the checkpoint was trained on 7 images of pond, this image of val among them"
     assert words.count(fact) == 2, "before training, and below the table"
+    assert caplog.text.count("pond: scores are fitted to images that training has seen") == 1
     assert f"warning: {fact}: AP there says how well it knows these" in words
     assert "What to try: a datasets file with splits: {train: train, val: test}" in words
     told = json.loads((tmp_path / "run/comparison.json").read_text())

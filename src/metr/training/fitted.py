@@ -26,9 +26,10 @@ def keep_fitted(report: EvaluationReport, run: RunDirectory, outcome: Outcome) -
     folders = {find_checkpoint(run.path)}
     if outcome.best_step == outcome.step:
         folders.add(find_checkpoint(run.last))
-    for folder in folders:
-        kept = load_checkpoint(folder)
-        update_detection(folder, kept.detection.calibrated(*fitted_scores(report, kept.vocabulary.names)))
+    kept = {folder: load_checkpoint(folder) for folder in folders}
+    found = fitted_scores(report, next(iter(kept.values())).vocabulary.names)  # all of the run have the same
+    for folder, one in kept.items():
+        update_detection(folder, one.detection.calibrated(*found))
 
 
 def lost_fits(own: Checkpoint, run: RunDirectory) -> list[Hanging]:
