@@ -26,7 +26,8 @@ def configurations(tree: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield tree
     for own in [{}, *tree.get("detectors", {}).values()]:
         if "recipe" in tree:
-            yield tree["recipe"]
+            for arm in [{}, *tree.get("arms", {}).values(), *tree.get("cures", {}).values()]:
+                yield merge(tree["recipe"], arm)
         if "pretrain" in tree:
             yield merge(tree["pretrain"], own.get("pretrain", {}))
     for steps in tree["steps"].values() if isinstance(tree.get("steps"), dict) else [300]:

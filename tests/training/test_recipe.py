@@ -61,6 +61,18 @@ NARROW = {
 # numbers that mean something only beside other settings
 COMPANY = {
     "model.backbone.adapter": ["model.backbone.layers=[2,4,6]", "model.backbone.adapter=8"],
+    "augmentation.mosaic.until": ["augmentation.mosaic.probability=0.5"],
+    "augmentation.resize.longest": ["augmentation.resize.mode=fit"],
+    "criterion.matchability_gamma": ["criterion.classification=matchability"],
+    "criterion.weights.one_to_many": ["model.queries.one_to_many.number=60"],
+    "model.encoder.norm_eps": ["model.encoder.kind=projector", "model.backbone.strides=[16]"],
+    "model.encoder.points": ["model.encoder.kind=deformable", "model.encoder.positions=scaled"],
+    "model.queries.floor": ["model.queries.layout=budget"],
+    "model.queries.one_to_many.repeats": ["model.queries.one_to_many.number=60"],
+    **{
+        f"train.pseudo_labels.{name}": ["unannotated=pseudo_label"]
+        for name in ("absent_below", "object_above", "objects", "present_above", "same_object")
+    },
     "model.decoder.position_layers": ["model.decoder.positions=plain"],
     "model.queries.point_layers": [
         "model.queries.places=learned",

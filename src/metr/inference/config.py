@@ -7,6 +7,7 @@ from pydantic import Field
 
 from metr.config import Calibration, Config, merge, parse_overrides
 from metr.errors import ConfigError
+from metr.idle_settings import check_effects
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Labels = Literal["names", "scores", "none"]
@@ -120,4 +121,7 @@ def inference_config(
         raise ConfigError(f"expected keys that begin with inference., found {others}", where="--set", hint=hint)
     given = {key: value for key, value in (postprocess or {}).items() if value is not None}
     options = {"postprocess": given} | ({} if batch_size is None else {"batch_size": batch_size})
-    return InferenceConfig.checked(merge(tree.get("inference") or {}, options), where="--set")
+    config = InferenceConfig.checked(merge(tree.get("inference") or {}, options), where="--set")
+    layers, default = [tree, {"inference": options}], {"inference": InferenceConfig().model_dump(mode="json")}
+    check_effects(layers, {"inference": config.model_dump(mode="json")}, anyway=[default], where="--set")
+    return config

@@ -22,6 +22,7 @@ from metr.config import (
 )
 from metr.data.config import AugmentationConfig, LoaderConfig, SubsetConfig, Unannotated
 from metr.errors import ConfigError, counted, did_you_mean
+from metr.idle_settings import check_effects
 from metr.inference.config import InferenceConfig
 from metr.losses.config import CriterionConfig
 from metr.models.config import DetectorConfig
@@ -262,16 +263,37 @@ def laid_over(base: Mapping[str, Any], layers: Sequence[Mapping[str, Any]], *, w
     unless the layers set it.
 
     Raises:
-        ConfigError: a key is unknown, or a value is of the wrong kind.
+        ConfigError: a key is unknown, a value is of the wrong kind, or a setting has no effect beside others.
     """
     given = merge({}, *layers)
     config = RunConfig.checked(merge(base, given), where=where)
     recipe = RunConfig.checked(base, where=where)
+    check_settings(layers, config, recipe, where=where)
     if config.train.loop.steps == recipe.train.loop.steps:
         return config
     own = leaves(given)
     following = {key: value for key, value in _scaled(recipe.train, config.train.loop.steps).items() if key not in own}
     return RunConfig.checked(merge(base, unflattened(following), given), where=where)
+
+
+def check_settings(
+    layers: Sequence[Mapping[str, Any]], config: RunConfig, before: RunConfig, *, where: object = None
+) -> None:
+    """Checks that what layers change has an effect.
+
+    Args:
+        layers: What a user sets; later ones win. One that has all sections is stored, as config.yaml of a run.
+        config: The configuration with them.
+        before: The configuration without them.
+        where: What the message is about.
+
+    Raises:
+        ConfigError: a setting has none beside others.
+    """
+    stored = [layer for layer in layers if layer.keys() >= RunConfig.model_fields.keys()]
+    own = [layer for layer in layers if layer not in stored]
+    anyway = [*(one.model_dump(mode="json") for one in (before, RunConfig())), *map(dict, stored)]
+    check_effects(own, config.model_dump(mode="json"), anyway=anyway, where=where)
 
 
 _APART, _EVALUATED_APART = 20, 10  # steps between checkpoints, and between evaluations, at least

@@ -12,7 +12,7 @@ from metr.config import Tree, leaves, merge, parse_overrides, read_yaml, unflatt
 from metr.errors import ConfigError
 from metr.run_directory import RunDirectory, existing_folder
 from metr.text.config import BUNDLED, TextEncoderConfig
-from metr.training.config import RunConfig, short
+from metr.training.config import RunConfig, check_settings, short
 
 SETTINGS = "settings.json"
 """The file of a saved state that holds the configuration of its steps, by dotted key."""
@@ -55,6 +55,7 @@ def resumed_recipe(
     where = f"{run.config}" + (f" with {config}" if isinstance(config, str | Path) else "")
     where += " and --set" if overrides else ""
     recipe = RunConfig.checked(merge(began.model_dump(mode="json"), *layers), where=where)
+    check_settings(layers, recipe, began, where=where)
     saved = _kept_json(existing_folder(run.state) / SETTINGS) or leaves(began.model_dump(mode="json"))
     _check_structure(run, saved, leaves(recipe.model_dump(mode="json")), leaves(merge({}, *layers)))
     _check_text_source(run, saved, recipe.text)
