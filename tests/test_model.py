@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from metr.checkpoint import DetectionDefaults
 from metr.data.images import read_image
 from metr.errors import CheckpointError, ConfigError, DataError
-from metr.inference.config import InferenceConfig, PostprocessConfig
+from metr.inference.config import InferenceConfig, PostprocessConfig, inference_config
 from metr.model import METR
 from metr.structures import Detections
 from metr.text.encoder import TextEncoder, TextEncoderConfig
@@ -319,6 +319,9 @@ def test_an_alias_has_the_threshold_and_the_limits_of_its_name(tiny_run: TinyRun
     assert model.thresholds().names == {"cup": 0.6, "mug": 0.6}
     assert model.thresholds(0.2).names == {}
     assert model.predictor(["mug"]).config.postprocess.calibration == {"cup": (2.0, 0.5), "mug": (2.0, 0.5)}
+    for given, asked, holds in (("CUP", ["cup"], "cup"), ("cup", ["Cup"], "Cup"), ("Mug", ["MUG", "cup"], "MUG")):
+        own = inference_config([f"inference.postprocess.calibration.{given}=[1,5]"])
+        assert model.predictor(asked, own).config.postprocess.calibration[holds] == (1, 5), given
     slots = checkpoint.model.categories.kept
     many = [f"untrained {number}" for number in range(slots)]
     predictor = model.predictor(["mug", *many])

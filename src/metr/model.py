@@ -16,6 +16,7 @@ from metr.data.config import ResizeConfig
 from metr.data.images import ImageSource
 from metr.devices import resolved_device
 from metr.errors import CheckpointError, ConfigError, DataError
+from metr.inference.calibrated_names import with_names_in_their_case
 from metr.inference.config import InferenceConfig, suited
 from metr.inference.postprocess import ScoreThresholds
 from metr.inference.predictor import Prediction, Predictor
@@ -265,8 +266,9 @@ class METR:
 
     def inference(self, config: InferenceConfig | None = None, names: Sequence[str] = ()) -> InferenceConfig:
         """A configuration of detection as it suits these weights, and these names beside the trained ones."""
+        config = with_names_in_their_case(config or InferenceConfig(), names, self.names, self.meant(names))
         kept = self.checkpoint.detection
-        return suited(config or InferenceConfig(), kept.presence, self._stored(kept.calibration, names))
+        return suited(config, kept.presence, self._stored(kept.calibration, names))
 
     def _stored(self, kept: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
         """What is kept with trained names, and with those of `names` that mean one of them."""
@@ -280,8 +282,7 @@ class METR:
         self._warn_of_a_start()
         self._warn_of_nothing_found()
         wanted = self.default_names if names is None else Vocabulary.of(_listed(names)).names
-        config = self.inference(config, wanted)
-        meant = self.meant(wanted)
+        config, meant = self.inference(config, wanted), self.meant(wanted)
         text = self.embed(names) if isinstance(names, Mapping) else self._embed(Vocabulary.of(wanted), meant=meant)
         trained = [meant.get(name, name) for name in wanted]  # an alias has the limits of the name that it stands for
         limits = name_limits(trained, self.vocabulary, self.checkpoint.model, config.selection)
@@ -332,8 +333,7 @@ class METR:
             DataError: an image is missing or unreadable.
             ConfigError: a name is empty or given twice, or the threshold is not in 0..1.
         """
-        thresholds = self.thresholds(threshold, names)
-        predictor = self.predictor(names)
+        thresholds, predictor = self.thresholds(threshold, names), self.predictor(names)
         if not isinstance(images, list):
             return thresholds.shown(predictor.detect(images))
         return [thresholds.shown(_found(prediction)) for prediction in predictor.detect_many(images)]

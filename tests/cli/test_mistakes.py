@@ -333,6 +333,23 @@ def test_numbers_out_of_range(metr: CommandLine, tiny_run: TinyRun) -> None:
     assert metr("evaluate", tiny_run.folder, tiny_run.data[0], "--batch-size", "0").code == 2
 
 
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (["calibration.unicorn=[1,5]"], ["inference.postprocess.calibration: ", "found 'unicorn'"]),
+        (["nms_iou=null", "nms_across_names=true"], ["nms_across_names=True has no effect"]),
+        (["thresholds.cup=0.3"], ["unknown key 'postprocess.thresholds'"]),
+    ],
+)
+def test_settings_of_detection_without_effect(
+    metr: CommandLine, tiny_run: TinyRun, tmp_path: Path, given: list[str], told: list[str]
+) -> None:
+    settings = [part for one in given for part in ("--set", f"inference.postprocess.{one}")]
+    fails(metr("detect", tiny_run.folder, tiny_run.unseen[0], "-o", tmp_path / "out", *settings), *told)
+    assert not (tmp_path / "out/detections.json").exists()
+    fails(metr("evaluate", tiny_run.folder, tiny_run.data[0], "-o", tmp_path / "judged", *settings), *told)
+
+
 def test_scores_are_fitted_to_all_detections(metr: CommandLine, tiny_run: TinyRun, tmp_path: Path) -> None:
     cut = ["--set", "inference.postprocess.score_threshold=0.3"]
     ended = metr("evaluate", tiny_run.folder, tiny_run.data[0], "--store", "-o", tmp_path / "out", *cut)

@@ -123,10 +123,12 @@ def detect(
     check_images_there(() if videos is not None else images or ())
     check_folder_to_write(out)
     files = None if engine == "ray" or videos is not None else images_to_draw(paths, out, recursive=recursive)
+    from metr.inference.calibrated_names import checked_calibrations
     from metr.model import METR
 
     model = METR.from_pretrained(source, device="cpu" if engine == "ray" else device)
     asked = _asked(model, categories, names)
+    config = checked_calibrations(config, tuple(asked), model.names, model.meant(tuple(asked)))
     if engine == "ray":
         resources = {"device": device, "actors": actors, "part_size": part_size}
         _detect_with_ray(model, asked, config, paths, out, resources)

@@ -33,6 +33,7 @@ from metr.data.images import exif_oriented_record
 from metr.data.joint import open_joint
 from metr.data.records import Annotations
 from metr.errors import ConfigError, DataError, counted, did_you_mean
+from metr.inference.calibrated_names import checked_calibrations
 from metr.model import METR
 from metr.run_directory import explained_disk_errors, replaced_file
 
@@ -113,7 +114,8 @@ def run_completion(
     journal = Journal(request.out, _task(sources, names, request, config, weights))
     if journal.done:
         console.print(f"goes on after {counted(journal.done, 'image')}", highlight=False)
-    predictor = model.predictor(list(names), config.inference)
+    inference = checked_calibrations(config.inference, list(names), model.names, model.meant(list(names)))
+    predictor = model.predictor(list(names), inference)
     homes = _homes(sources) if any(name not in (request.given or {}) for name in names) else {}
     journal.detect(predictor, [one for images in homes.values() for one, _ in images], console)
     alike = {one.name: counterparts(one.categories, names, model) for one in sources if one.name in homes}

@@ -43,6 +43,7 @@ from metr.evaluation.results import (
     EvaluationReport,
 )
 from metr.evaluation.seen import known_seen, tell_seen
+from metr.inference.calibrated_names import checked_calibrations
 from metr.inference.postprocess import ScoreThresholds
 from metr.inference.predictor import device_of
 from metr.model import METR
@@ -135,7 +136,8 @@ def evaluate_in_detail(
     joint = joint.renamed({one.name: told_aliases(one.name, one.categories, meant[one.name]) for one in joint.sources})
     seen = _told_seen(joint.sources, splits, model, asked=split)
     vocabulary = with_training(joint.vocabulary, model.vocabulary, config.prompts)
-    config = config.model_copy(update={"inference": model.inference(config.inference)})
+    inference = checked_calibrations(config.inference, vocabulary.names, model.names, model.meant(vocabulary.names))
+    config = config.model_copy(update={"inference": model.inference(inference)})
     config = _with_default_names(config, model.checkpoint.detection.names)
     loader = LoaderConfig(batch_size=config.inference.batch_size, multiple=model.network.backbone.multiple)
     text, sets = model.embed(vocabulary), {one.name: one.split(splits[one.name]) for one in joint.sources}
