@@ -27,8 +27,8 @@ from metr.sources import DetectorSource, find_source
 from metr.structures import Detections
 from metr.text.config import TextEncoderConfig
 from metr.text.encoder import TextEncoder
-from metr.text.same_names import Untrained, in_another_case, told, untrained
-from metr.text.vocabulary import Vocabulary
+from metr.text.same_names import Untrained, asked_names, in_another_case, told, untrained
+from metr.text.vocabulary import Vocabulary, listed_names
 
 __all__ = ["METR", "Names"]
 
@@ -172,12 +172,12 @@ class METR:
             tell: Whether names that were not trained are logged.
 
         Raises:
-            ConfigError: a name is empty or given twice, or has no phrase.
+            ConfigError: a name is no text, empty or given twice, or has no phrase.
             ModelError: a name is new and the text encoder cannot be loaded.
         """
         if isinstance(names, Mapping):
             return self._embed_phrases(names)
-        return self._embed(names if isinstance(names, Vocabulary) else Vocabulary.of(_listed(names)), tell)
+        return self._embed(names if isinstance(names, Vocabulary) else Vocabulary.of(names), tell)
 
     def _embed(self, wanted: Vocabulary, tell: bool = True, meant: Mapping[str, str] | None = None) -> Tensor:
         """The same. `meant`: the trained names that others mean; by default the checkpoint's aliases."""
@@ -203,8 +203,11 @@ class METR:
         """The names of a vocabulary that were not trained, or not by their prompt, with the nearest trained names.
 
         Raises:
+            ConfigError: it is no vocabulary.
             ModelError: there are such names and the text encoder cannot be loaded.
         """
+        if not isinstance(names, Vocabulary):
+            raise ConfigError(f"expected a Vocabulary, found {names!r}", where="names", hint="Vocabulary.of(names)")
         aliases, prompts = self.checkpoint.detection.aliases, names.prompts
         unknown = [name for name in names.names if self._trained_name(name, prompts.get(name), aliases) is None]
         fresh = _only(names, unknown)
@@ -223,7 +226,7 @@ class METR:
 
     def meant(self, names: Sequence[str]) -> dict[str, str]:
         """The trained names that others of these mean: their aliases, and the same in another case, if it is one."""
-        return in_another_case(names, self.names) | self.checkpoint.detection.aliases
+        return in_another_case(listed_names(names), self.names) | self.checkpoint.detection.aliases
 
     def _warn(self, found: Sequence[Untrained]) -> None:
         """Logs names that were not trained, each once."""
@@ -256,7 +259,7 @@ class METR:
     def _embed_phrases(self, phrases: Mapping[str, Sequence[str]]) -> Float[Tensor, "v t"]:
         """For each name the normalised mean of the embeddings of its phrases; trained names may be phrases."""
         for name, some in phrases.items():
-            if isinstance(some, str) or not some:
+            if isinstance(some, str) or not hasattr(some, "__iter__") or not some:
                 what = f"expected a list of phrases for {name!r}, found {some!r}"
                 raise ConfigError(what, where="categories", hint=f"{name}: [{some or name}]")
         flat = list(dict.fromkeys(phrase for some in phrases.values() for phrase in some))
@@ -274,19 +277,26 @@ class METR:
         """What is kept with trained names, and with those of `names` that mean one of them."""
         return {alias: kept[name] for alias, name in self.meant(names).items() if name in kept} | dict(kept)
 
-    def predictor(self, names: Names | None = None, config: InferenceConfig | None = None) -> Predictor:
+    def predictor(self, names: Names | Vocabulary | None = None, config: InferenceConfig | None = None) -> Predictor:
         """A predictor for these names (by default `default_names`), for many images or settings of one's own.
 
-        It gives every detection, weak ones included: as evaluations do, unless `config` says otherwise.
+        It gives every detection, weak ones included: as evaluations do, unless `config` says otherwise. The names of
+        a vocabulary are taken as they are, without prompts: they may differ in capital letters alone.
+
+        Raises:
+            ConfigError: a name is no text, empty, or given twice.
         """
         self._warn_of_a_start()
         self._warn_of_nothing_found()
-        wanted = self.default_names if names is None else Vocabulary.of(_listed(names)).names
+        wanted = self.default_names if names is None else self._asked(names)
         config, meant = self.inference(config, wanted), self.meant(wanted)
         text = self.embed(names) if isinstance(names, Mapping) else self._embed(Vocabulary.of(wanted), meant=meant)
         trained = [meant.get(name, name) for name in wanted]  # an alias has the limits of the name that it stands for
         limits = name_limits(trained, self.vocabulary, self.checkpoint.model, config.selection)
         return Predictor(self.network, text, wanted, self.resize, config, limits=limits)
+
+    def _asked(self, names: Names | Vocabulary) -> tuple[str, ...]:
+        return (names if isinstance(names, Vocabulary) else asked_names(names, self.names)).names
 
     def thresholds(self, threshold: float | None = None, names: Names | None = None) -> ScoreThresholds:
         """The scores from which detections are shown: those kept with names, 0.3 for others, or `threshold` for all.
@@ -296,10 +306,10 @@ class METR:
             names: What is looked for, as `predictor` takes it.
 
         Raises:
-            ConfigError: the threshold is not in 0..1.
+            ConfigError: the threshold is not in 0..1, or a name is wrong.
         """
         if threshold is None:
-            wanted = () if names is None else Vocabulary.of(_listed(names)).names
+            wanted = () if names is None else self._asked(names)
             return ScoreThresholds(names=self._stored(self.checkpoint.detection.thresholds, wanted))
         return ScoreThresholds.checked({"default": threshold}, where="threshold")
 
@@ -331,7 +341,8 @@ class METR:
 
         Raises:
             DataError: an image is missing or unreadable.
-            ConfigError: a name is empty or given twice, or the threshold is not in 0..1.
+            ConfigError: a name is no text, empty or given twice (capital letters make no other one, unless both were
+                trained), or the threshold is not in 0..1.
         """
         thresholds, predictor = self.thresholds(threshold, names), self.predictor(names)
         if not isinstance(images, list):
@@ -370,17 +381,6 @@ def _checkpoint_errors() -> Iterator[None]:
     except ConfigError as error:
         hint = error.hint or "copy the checkpoint again, or update metr"
         raise CheckpointError(error.what, where=error.where, hint=hint) from None
-
-
-def _listed(names: Names) -> Sequence[str]:
-    """The names.
-
-    Raises:
-        ConfigError: they are a single text, whose letters would be taken for names.
-    """
-    if isinstance(names, str):
-        raise ConfigError(f"expected a list of names, found the text {names!r}", where="names", hint=f"[{names!r}]")
-    return list(names)
 
 
 def _only(wanted: Vocabulary, names: Sequence[str]) -> Vocabulary | None:

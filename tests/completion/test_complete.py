@@ -28,6 +28,7 @@ from metr.errors import ConfigError, DataError
 from metr.inference.predictor import Prediction, Predictor
 from metr.model import METR
 from metr.structures import Detections
+from metr.text.vocabulary import Vocabulary
 from small_runs import make_description
 
 from small import small_detector
@@ -79,8 +80,8 @@ def model() -> METR:
 def oracle(monkeypatch: pytest.MonkeyPatch) -> Oracle:
     one = Oracle({"cat": 0.8, "dog": 0.7, "cow": 0.6})
 
-    def predictor(self: METR, names: Sequence[str], config: Any = None) -> Oracle:
-        one.names = tuple(names)
+    def predictor(self: METR, names: Vocabulary, config: Any = None) -> Oracle:
+        one.names = names.names
         return one
 
     monkeypatch.setattr(METR, "predictor", predictor)

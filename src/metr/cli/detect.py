@@ -154,9 +154,14 @@ def _paths(images: Sequence[str] | None, lists: Sequence[Path] | None) -> list[s
 
 def _asked(model: "METR", categories: str | None, names: "Names | None") -> "Names":
     """The names to look for; `all` are those that were trained."""
+    from metr.text.same_names import asked_names
+
     if categories is not None and categories.strip() == "all":
         return model.names
-    return model.default_names if names is None else names
+    if names is None:
+        return model.default_names
+    asked_names(names, model.names)  # before ray's actors are started
+    return names
 
 
 def _detect_in_images(

@@ -36,6 +36,7 @@ from metr.errors import ConfigError, DataError, counted, did_you_mean
 from metr.inference.calibrated_names import checked_calibrations
 from metr.model import METR
 from metr.run_directory import explained_disk_errors, replaced_file
+from metr.text.vocabulary import Vocabulary
 
 BOXES, SUMMARY, DATA = "completed.json", "summary.json", "data.yaml"
 _KEPT = ("splits", "weight", "prompts", "renames", "boxes", "exhaustive", "only", "drop", "ignore", "format")
@@ -115,7 +116,7 @@ def run_completion(
     if journal.done:
         console.print(f"goes on after {counted(journal.done, 'image')}", highlight=False)
     inference = checked_calibrations(config.inference, list(names), model.names, model.meant(list(names)))
-    predictor = model.predictor(list(names), inference)
+    predictor = model.predictor(Vocabulary.of(names), inference)
     homes = _homes(sources) if any(name not in (request.given or {}) for name in names) else {}
     journal.detect(predictor, [one for images in homes.values() for one, _ in images], console)
     alike = {one.name: counterparts(one.categories, names, model) for one in sources if one.name in homes}

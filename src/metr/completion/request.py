@@ -9,6 +9,7 @@ from metr.completion.prelabels import PreLabels
 from metr.completion.thresholds import NameThreshold
 from metr.data.export import Placement
 from metr.errors import ConfigError, did_you_mean
+from metr.text.vocabulary import listed_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +34,13 @@ class CompletionRequest:
         """A request from one dataset or several, and other fields by name.
 
         Raises:
-            ConfigError: there is no such field.
+            ConfigError: there is no such field, or a name is no text.
         """
         known = [field.name for field in fields(cls) if field.name not in {"data", "out"}]
         if unknown := next((name for name in more if name not in known), None):
             raise ConfigError(f"no option {unknown!r}", where="complete", hint=did_you_mean(unknown, known))
+        listed_names(more.get("only", ()))
+        listed_names(more.get("given") or ())
         given = [data] if isinstance(data, str | Path) else data
         return cls(data=tuple(map(str, given)), out=Path(out), **more)
 

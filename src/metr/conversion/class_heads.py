@@ -10,6 +10,7 @@ from torch import Tensor
 
 from metr.conversion.classifier import Linear
 from metr.conversion.targets.base import Adopted, Derived
+from metr.text.vocabulary import listed_names
 
 # Singular values below this fraction of the largest count as zero: names that say the same cannot be told apart.
 _NEGLIGIBLE = 1e-6
@@ -26,7 +27,7 @@ def stands_for_none(name: str) -> bool:
 def told_apart(names: Sequence[str]) -> list[str]:
     """The names, with repeated names of labels without a category counted: N/A, N/A 2, ..."""
     found, told = 0, list[str]()
-    for name in names:
+    for name in listed_names(names):
         found += stands_for_none(name)
         told.append(f"N/A {found}" if stands_for_none(name) and found > 1 else name)
     return told

@@ -144,7 +144,7 @@ def asking(model: METR, wanted: Vocabulary, text: Float[Tensor, "v t"]) -> Predi
         wanted: The names.
         text: Their embeddings.
     """
-    own = model.predictor(list(wanted.names))
+    own = model.predictor(Vocabulary.of(wanted.names))
     return Predictor(model.network, text, wanted.names, model.resize, own.config, limits=own.limits)
 
 

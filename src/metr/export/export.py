@@ -103,9 +103,9 @@ def write_names(model: METR, path: Path, names: Names | None = None) -> None:
         ModelError: a name is new and the text encoder cannot be loaded.
         CheckpointError: the disk refuses.
     """
-    wanted = tuple(model.default_names if names is None else names)
-    predictor, meant = model.predictor(names), model.meant(wanted)
-    text, config = predictor.text, predictor.config
+    predictor = model.predictor(names)
+    wanted, text, config = predictor.names, predictor.text, predictor.config
+    meant = model.meant(wanted)
     trained = [meant.get(name, name) for name in wanted]
     presence = presence_thresholds(trained, model.vocabulary, model.checkpoint.model, config.selection)
     known, calibration = model.thresholds(names=wanted).names, config.postprocess.calibration

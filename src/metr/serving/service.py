@@ -21,7 +21,7 @@ from metr.serving.batching import Batcher
 from metr.serving.config import ServeConfig
 from metr.structures import Detections
 from metr.text.same_names import in_another_case
-from metr.text.vocabulary import Vocabulary
+from metr.text.vocabulary import Vocabulary, listed_names
 
 if TYPE_CHECKING:
     from metr.model import METR, Names
@@ -126,6 +126,7 @@ class Service:
         """Refuses more names, or longer ones, than the limits allow."""
         if names is None:
             return
+        listed_names(names)
         texts = (
             [*names] + [phrase for some in names.values() for phrase in some] if isinstance(names, Mapping) else names
         )

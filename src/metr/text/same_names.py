@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from metr.errors import ConfigError
 from metr.text.similar_names import EmbeddingSimilarity, spelling_matches, squeezed, words
-from metr.text.vocabulary import Vocabulary
+from metr.text.vocabulary import Vocabulary, listed_names
 
 # From this similarity on, names of the bundled language model are offered as one. Among the names of 32 datasets and of
 # common synonyms all pairs above it mean the same (bike, bicycle: 0.92); below come Monday, Tuesday (0.88) and nine,
@@ -261,6 +262,23 @@ def in_another_case(names: Sequence[str], trained: Sequence[str]) -> dict[str, s
         spelt.setdefault(name.casefold(), []).append(name)
     candidates = {name: spelt.get(name.casefold(), []) for name in set(names).difference(trained)}
     return known_aliases(names, {name: found[0] for name, found in candidates.items() if len(found) == 1})
+
+
+def asked_names(names: Sequence[str] | Mapping[str, object], trained: Sequence[str]) -> Vocabulary:
+    """The names that a person asks for. Capital letters make no other name, unless both spellings were trained.
+
+    Raises:
+        ConfigError: there is no name, one is no text, or empty; or two are the same.
+    """
+    wanted, known = Vocabulary.of(listed_names(names)), set(trained)
+    spelt: dict[str, list[str]] = {}
+    for name in wanted.names:
+        spelt.setdefault(name.lower(), []).append(name)
+    for same in spelt.values():
+        if len(same) > 1 and not known.issuperset(same):
+            what = f"given twice: {', '.join(map(repr, same))}; capital letters make no other name"
+            raise ConfigError(what, where="categories", hint="give each name once")
+    return wanted
 
 
 def with_trained_prompts(given: Vocabulary, trained: Vocabulary) -> Vocabulary:

@@ -14,6 +14,29 @@ from metr.config import Config
 from metr.errors import CheckpointError, ConfigError, DataError, did_you_mean
 
 Prompts = Mapping[str, str]
+_SHOWN = 60  # characters of something that is no name
+
+
+def listed_names(names: Iterable[str]) -> tuple[str, ...]:
+    """The names that are given, which are texts.
+
+    Raises:
+        ConfigError: they are a single text, whose letters would be taken for names; or no list, or not all are texts.
+    """
+    if isinstance(names, str):
+        raise ConfigError(f"expected a list of names, found the text {names!r}", where="names", hint=f"[{names!r}]")
+    if not isinstance(names, Iterable):
+        raise _other("a list of names", names, '["penguin", "shark"]')
+    listed = tuple(names)
+    for name in listed:
+        if not isinstance(name, str):
+            raise _other("texts", name, 'write each name as a text, such as "penguin" or "3"')
+    return listed
+
+
+def _other(expected: str, found: object, hint: str) -> ConfigError:
+    what = f"expected {expected}, found {repr(found)[:_SHOWN]} ({type(found).__name__})"
+    return ConfigError(what, where="names", hint=hint)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +58,9 @@ class Vocabulary:
         """A vocabulary of names alone, for detection.
 
         Raises:
-            ConfigError: there is no name, one is empty or given twice, or a prompt is for none of them.
+            ConfigError: there is no name, one is no text, empty or given twice, or a prompt is for none of them.
         """
-        stripped = tuple(name.strip() for name in names)
+        stripped = tuple(name.strip() for name in listed_names(names))
         where = "categories"
         if not stripped or not all(stripped):
             what = "a name is empty" if stripped else "expected at least one name"
