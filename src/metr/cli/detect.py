@@ -52,6 +52,10 @@ _Save = Annotated[
 _Recursive = Annotated[
     bool, typer.Option("--recursive/--no-recursive", help="Whether subfolders of a folder are looked at.")
 ]
+_Threshold = Annotated[
+    float | None,
+    typer.Option(help="Least score; by default each name's own, to draw, and all for the JSON.", min=0, max=1),
+]
 _Track = Annotated[bool, typer.Option("--track", help="Of a video: number the objects.")]
 _Frames = Annotated[int | None, typer.Option(help="Of a video or camera: at most so many frames.", min=1)]
 
@@ -75,10 +79,7 @@ def detect(
     out: Annotated[Path, typer.Option("-o", "--out", help="Where drawn images and JSON go, or Parquet.")] = Path(
         "detections"
     ),
-    threshold: Annotated[
-        float | None,
-        typer.Option(help="Least score; by default each name's own, to draw, and all for the JSON.", min=0, max=1),
-    ] = None,
+    threshold: _Threshold = None,
     nms: Annotated[
         float | None,
         typer.Option(help="IoU over which the weaker of two boxes of one name goes; 1: none.", min=0, max=1),

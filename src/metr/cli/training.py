@@ -50,6 +50,9 @@ _Resume = Annotated[
     bool, typer.Option("--resume", help="Go on where the run in OUT stopped, with its data and configuration.")
 ]
 _Freeze = Annotated[str | None, typer.Option(help="none, half (of the backbone), backbone, or encoder (and backbone).")]
+_Decorrelate = Annotated[
+    bool, typer.Option("--decorrelate-names", help="First move new names that mean nearly the same from each other.")
+]
 _DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Show datasets, steps and sizes; train nothing and write nothing.")
 ]
@@ -164,10 +167,7 @@ def finetune(
     same_names: _SameNames = "ask",
     prompts: Prompts = "trained",
     allow_empty: AllowEmpty = False,
-    decorrelate_names: Annotated[
-        bool,
-        typer.Option("--decorrelate-names", help="First move new names that mean nearly the same from each other."),
-    ] = False,
+    decorrelate_names: _Decorrelate = False,
     offline: Offline = False,
     resume: _Resume = False,
     dry_run: _DryRun = False,
