@@ -13,7 +13,8 @@ Profile `trial`, one thread of an AMD EPYC: 50 minutes of training steps besides
 fractions, three seeds for the small ones) has not been run. Profile `fields` pretrains nothing: it begins with a given
 checkpoint, the project's own by default, and takes seven datasets that this has never seen; five to six hours of one
 core (results/transfer-fields.json): +7.3 AP in the mean with a tenth of the images (the goal of +12 is missed), +8.8
-with all, and no dataset worse. Profile `tenth` is a tenth of the images for twice the steps.
+with all, and no dataset worse. Profile `tenth` is a tenth of the images for twice the steps, in bf16
+(results/transfer-tenth.json): +2.8, behind on two of seven.
 
 Results: `results/transfer-PROFILE.json`, `.md` and `.png`, written whenever the command ends, with what is finished
 until then. Runs: `--out`, resumable.

@@ -33,6 +33,7 @@ PAGES = {
     "step-pair-cpu": "step_pair",
     "transfer-detectors-trial": "transfer_detectors",
     "transfer-fields": "transfer",
+    "transfer-tenth": "transfer",
     "transfer-trial": "transfer",
     "vocabulary-cpu": "vocabulary",
 }
