@@ -149,7 +149,7 @@ def test_broken_images_are_refused_with_a_message(served: Served, tiny_run: Tiny
         ({"image": "", "nams": ["fish"]}, "did you mean 'names'"),
         ({"image": "", "names": []}, "names"),
         ({"image": "", "names": [""]}, ""),
-        ({"image": "", "names": [5]}, "names.list[str].0"),
+        ({"image": "", "names": [5]}, "names.0"),
         ({"image": "", "names": ["fish", "fish"]}, ""),
         ({"image": "", "names": ["\ud83d"]}, "halves of characters"),
         ({"image": "", "names": ["x" * 201]}, "at most 200 characters"),
