@@ -22,7 +22,7 @@ def study(study_of: Callable[[str], ModuleType]) -> ModuleType:
 def test_both_arms_train_and_a_page_tells_them(study: ModuleType, tiny_run: TinyRun, tmp_path: Path) -> None:
     places = {"data": tiny_run.datasets[0].parent, "out": tmp_path / "runs", "results": tmp_path / "results"}
     given = ["--profile", "tiny", *(part for name, path in places.items() for part in (f"--{name}", str(path)))]
-    given += [part for one in as_overrides(tiny_run) if one.startswith(("text", "loader")) for part in ("--set", one)]
+    given += [part for one in as_overrides(tiny_run) if one.startswith("loader") for part in ("--set", one)]
     assert study.main(given) == 0
     result = json.loads((tmp_path / "results/adopted-speed-tiny.json").read_text(), parse_constant=pytest.fail)
     assert result["complete"]
