@@ -31,6 +31,7 @@ PAGES = {
     "step-pair-base-avx512-bf16": "step_pair",
     "step-pair-base-cpu": "step_pair",
     "step-pair-cpu": "step_pair",
+    "taught": "taught",
     "transfer-detectors-trial": "transfer_detectors",
     "transfer-fields": "transfer",
     "transfer-tenth": "transfer",
