@@ -32,6 +32,18 @@ for value in (EvaluationReport(datasets=(), names=3), None):
     assert group.from_main(lambda: asked.append(1) or value, EvaluationReport | None) == value
 assert len(asked) == (2 if rank == 0 else 0)
 """
+LEFT = """
+import atexit
+import sys
+from torch import distributed
+atexit.register(lambda: open(f"{sys.argv[1]}/{rank}", "w").write(str(distributed.is_initialized())))
+import metr.process_group as group
+from metr.processes import process_index
+rank = process_index()
+group.joined_device("cpu")
+group.joined_device("cpu")
+assert distributed.is_initialized()
+"""
 LOST = """
 import os
 import metr.process_group as group
@@ -68,6 +80,12 @@ with StopSignals() as signals:
 @pytest.mark.slow
 def test_two_processes_exchange_rows_and_values(tmp_path: Path) -> None:
     launched(EXCHANGES, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_process_leaves_the_group_before_it_ends(tmp_path: Path) -> None:
+    launched(LEFT, tmp_path)
+    assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["False", "False"]
 
 
 @pytest.mark.slow

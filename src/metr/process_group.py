@@ -4,6 +4,7 @@
 in the same order; where there is only one, each gives back at once what it was given.
 """
 
+import atexit
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -49,12 +50,22 @@ def joined_device(wanted: str | torch.device) -> torch.device:
 
     with explained_loss_of_processes():
         state = PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
+    atexit.register(_leave)  # once or several times
     if state.num_processes != process_count():
         what = f"{process_count()} processes were started, but they cannot work together on the device {device}"
         hint = "start them with torchrun or accelerate launch; the device cpu works on every machine"
         raise MetrError(what, where="device", hint=hint)
     # where several processes use the CPU, accelerate numbers it ("cpu:1"), and torch copies tensors "to" it
     return torch.device("cpu") if state.device.type == "cpu" else torch.device(state.device)
+
+
+def _leave() -> None:
+    """Leaves gloo's group before the interpreter ends: a thread of it that still runs then would abort the process.
+
+    Nobody is waited for. NCCL's group stays: leaving that waits for exchanges that a lost process never ends.
+    """
+    if distributed.is_initialized() and distributed.get_backend() == "gloo":
+        distributed.destroy_process_group()
 
 
 def gathered(rows: Tensor) -> Tensor:

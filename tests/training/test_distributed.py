@@ -58,6 +58,7 @@ out = norm(features)
 (out * given["weights"][rank::2]).sum().backward()
 found = {"out": out, "gradient": features.grad, "scale": norm.weight.grad, **norm.state_dict()}
 torch.save({name: value.detach() for name, value in found.items()}, f"{sys.argv[1]}/{rank}.pt")
+distributed.destroy_process_group()
 """
 
 
