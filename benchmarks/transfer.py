@@ -45,6 +45,7 @@ from runner import DATASETS, Run, Study
 
 TITLES = {"imagenet": "ImageNet backbone alone", "pretrained": "pretrained on the other datasets"}
 ARMS = tuple(TITLES)
+_MIXED = "backbone-"  # and the share: what begins with the pretrained METR, and so much of ImageNet's backbone
 Fraction = Annotated[float, Field(gt=0, le=1)]
 
 
@@ -59,13 +60,22 @@ class Profile(Config):
     tuning: dict[str, Any]  # both arms
     pretrained: dict[str, Any]  # the arm that begins with the pretrained METR
     imagenet: dict[str, Any]  # the arm that begins with the backbone alone
+    backbones: tuple[
+        Fraction, ...
+    ] = ()  # further arms, pretrained too: the share of ImageNet's weights in the backbone
     aims: dict[Fraction, float] = Field(default={0.1: 5.0, 1.0: 1.5})  # gains in mean AP that are aimed at
     least: dict[Fraction, float] = Field(default={1.0: -1.0})  # the least gain that any dataset is to have
 
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """The names of the arms, the one without a pretrained METR first."""
+        return (*ARMS, *(f"{_MIXED}{share:g}" for share in self.backbones))
+
     def tree(self, arm: str, share: float) -> Tree:
         """The configuration of an arm, without what its verb adds by default."""
-        own = self.pretrained if arm == "pretrained" else self.imagenet
-        return merge(self.tuning, own, {"train": {"loop": {"steps": self.steps[share]}}})
+        own = self.imagenet if arm == "imagenet" else self.pretrained
+        mixed = {"pretrained_backbone": float(arm.removeprefix(_MIXED))} if arm.startswith(_MIXED) else {}
+        return merge(self.tuning, own, {"train": {"loop": {"steps": self.steps[share]}, **mixed}})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -93,7 +103,7 @@ def conduct(study: Study, source: str | None = None) -> bool:
     if source is not None:  # the path to a checkpoint is of this machine alone
         result["start"] = {"name": Path(source).name, "weights": starts.weights_digest(source)}
     if result["points"]:
-        report.draw_curves(study.stem.with_suffix(".png"), curves(result), TITLES)
+        report.draw_curves(study.stem.with_suffix(".png"), curves(result), titles(result))
         report.write_result(study.stem, result, page(result))
     return done
 
@@ -157,7 +167,7 @@ def plan(study: Study, profile: Profile, source: str | None = None) -> tuple[lis
         for left_out in profile.left_out
         for share in sorted(profile.seeds)
         for seed in profile.seeds[share]
-        for arm in ARMS
+        for arm in profile.arms
     ]
     once = {run.folder: run for run in before.values()}
     return list(once.values()), [arm_run(study, profile, cell, begun[str(cell["left_out"])]) for cell in cells]
@@ -178,7 +188,7 @@ def arm_run(study: Study, profile: Profile, cell: Tree, begun: Beginning) -> Run
     folder, tree = study.out / left_out / f"{share:g}-{seed}-{arm}", profile.tree(arm, share)
     subset, data = SubsetConfig(fraction=share, seed=seed), study.datasets([left_out])
     settings = {**cell, "configuration": study.configuration(tree)}
-    if arm == "pretrained":
+    if arm != "imagenet":
         settings |= begun.settings
     elif begun.model:
         settings["model"] = begun.model
@@ -186,7 +196,7 @@ def arm_run(study: Study, profile: Profile, cell: Tree, begun: Beginning) -> Run
     def work() -> Tree | None:
         joint = open_joint(data)
         joint = replace(joint, chosen={one.name: subset_of(one.split("train"), subset) for one in joint.sources})
-        if arm == "pretrained":
+        if arm != "imagenet":
             overrides = (*runner.as_overrides(tree), *study.overrides)
             options = FinetuneOptions(overrides=overrides, fraction=share, seed=seed, compare=False)
             outcome = finetune(
@@ -212,7 +222,7 @@ def run_title(run: Mapping[str, Any]) -> str:
 
 def summary(study: Study, profile: Profile, before: Sequence[Tree], arms: Sequence[Tree], done: bool) -> Tree:
     """The result as the JSON file has it."""
-    points = report.compare_arms(arms, ("left_out", "share"), ARMS)
+    points = report.compare_arms(arms, ("left_out", "share"), profile.arms)
     return {
         **runner.circumstances("transfer", report.all_commits([*before, *arms])),
         "profile": study.profile,
@@ -240,52 +250,44 @@ def means(points: Sequence[Tree], left_out: Sequence[str]) -> dict[float, dict[s
     for point in points:
         by_share.setdefault(point["share"], []).append(point)
     return {
-        share: {arm: sum(point["ap"][arm] for point in several) / len(several) for arm in ARMS}
+        share: {arm: sum(point["ap"][arm] for point in several) / len(several) for arm in several[0]["ap"]}
         for share, several in sorted(by_share.items())
         if len(several) == len(left_out)
     }
 
 
-def gain(ap: Mapping[str, float]) -> float:
-    """What pretraining brings, in AP."""
-    return ap["pretrained"] - ap["imagenet"]
+def gain(ap: Mapping[str, float], arm: str = "pretrained") -> float:
+    """What an arm brings over the ImageNet backbone alone, in AP."""
+    return ap[arm] - ap["imagenet"]
+
+
+def titles(result: Mapping[str, Any]) -> dict[str, str]:
+    """What the arms of a result are, in words."""
+    mixed = {f"{_MIXED}{share:g}": share for share in result["settings"].get("backbones", ())}
+    return TITLES | {arm: f"with {share:.0%} of ImageNet's backbone" for arm, share in mixed.items()}
 
 
 def goals(points: Sequence[Tree], profile: Profile) -> list[Tree]:
-    """The goals whose fraction is complete."""
-    mean = means(points, profile.left_out)
-    found = [
-        report.aim(f"gain in mean AP at {share:.0%}", profile.aims[share], gain(ap))
-        for share, ap in mean.items()
-        if share in profile.aims
-    ]
-    for share in mean:
-        if share in profile.least:
-            worst = min(gain(point["ap"]) for point in points if point["share"] == share)
-            found.append(report.aim(f"least gain of a dataset at {share:.0%}", profile.least[share], worst))
+    """The goals of each pretrained arm whose fraction is complete."""
+    mean, found = means(points, profile.left_out), []
+    for arm in profile.arms[1:]:
+        called = "" if arm == "pretrained" else f", {arm}"
+        found += [
+            report.aim(f"gain in mean AP at {share:.0%}{called}", profile.aims[share], gain(ap, arm))
+            for share, ap in mean.items()
+            if share in profile.aims
+        ]
+        for share in mean:
+            if share in profile.least:
+                worst = min(gain(point["ap"], arm) for point in points if point["share"] == share)
+                found.append(report.aim(f"least gain of a dataset at {share:.0%}{called}", profile.least[share], worst))
     return found
 
 
 def page(result: Mapping[str, Any]) -> str:
     """The page of a result: how it was measured, the table, the goals, what got worse."""
     points, before, settings = result["points"], result["pretraining"], result["settings"]
-    rows = [
-        [
-            point["left_out"],
-            f"{point['share']:.0%}",
-            str(point["images"]),
-            report.steps_of(point),
-            str(len(point["seeds"])),
-            *(report.ap_of_seeds(point, arm) for arm in ARMS),
-            f"{gain(point['ap']):+.1f}",
-        ]
-        for point in points
-    ]
-    for share, ap in means(points, settings["left_out"]).items():
-        values = [*(f"{ap[arm]:.1f}" for arm in ARMS), f"{gain(ap):+.1f}"]
-        rows.append(["**mean**", f"{share:.0%}", "", "", "", *(f"**{value}**" for value in values)])
     named = {f"{point['left_out']} at {point['share']:.0%}": point for point in points}
-    worse = [f"{name} ({gain(point['ap']):+.1f})" for name, point in named.items() if gain(point["ap"]) < 0]
     minutes, earlier = (sum(one["training_seconds"] for one in several) / 60 for several in (result["runs"], before))
     if start := result.get("start"):
         beginning = f"from the checkpoint {start['name']} (weights {start['weights']})"
@@ -299,13 +301,51 @@ def page(result: Mapping[str, Any]) -> str:
         f"# Transfer: {result['profile']}",
         f"{report.profile_of(result)}: {minutes:.0f} minutes of training steps, {beginning}, "
         f"on {report.facts(result)}.",
-        f"AP (0 to 100) on the val split of the left-out dataset, own names, last weights; {left_out}. Both arms see "
-        f"the same images in the same order, {report.same_steps(named)}. In brackets: the range of the seeds.",
-        report.table(["left out", "share", "images", "steps", "seeds", *TITLES.values(), "gain"], rows),
+        f"AP (0 to 100) on the val split of the left-out dataset, own names, last weights; {left_out}. "
+        f"{'All' if settings.get('backbones') else 'Both'} arms see the same images in the same order, "
+        f"{report.same_steps(named)}. In brackets: the range of the seeds.",
+        table(result),
         report.aims_list(result["bars"]),
-        f"Worse with pretraining: {', '.join(worse) or 'nothing'}.",
+        *worse(result, named),
         report.runs_by_commit(made),
     )
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """AP of each arm for each dataset and fraction, and what each pretrained arm gains."""
+    arms = titles(result)
+    gaining = list(arms)[1:]
+    rows = [
+        [
+            point["left_out"],
+            f"{point['share']:.0%}",
+            str(point["images"]),
+            report.steps_of(point),
+            str(len(point["seeds"])),
+            *(report.ap_of_seeds(point, arm) for arm in arms),
+            *(f"{gain(point['ap'], arm):+.1f}" for arm in gaining),
+        ]
+        for point in result["points"]
+    ]
+    for share, ap in means(result["points"], result["settings"]["left_out"]).items():
+        values = [*(f"{ap[arm]:.1f}" for arm in arms), *(f"{gain(ap, arm):+.1f}" for arm in gaining)]
+        rows.append(["**mean**", f"{share:.0%}", "", "", "", *(f"**{value}**" for value in values)])
+    return report.table(
+        ["left out", "share", "images", "steps", "seeds", *arms.values(), *["gain"] * len(gaining)], rows
+    )
+
+
+def worse(result: Mapping[str, Any], named: Mapping[str, Tree]) -> list[str]:
+    """Where each pretrained arm is behind the ImageNet backbone alone, in words."""
+    told = []
+    for arm, title in titles(result).items():
+        if arm != "imagenet":
+            found = [
+                f"{name} ({gain(point['ap'], arm):+.1f})" for name, point in named.items() if gain(point["ap"], arm) < 0
+            ]
+            called = "with pretraining" if arm == "pretrained" else title
+            told.append(f"Worse {called}: {', '.join(found) or 'nothing'}.")
+    return told
 
 
 def curves(result: Mapping[str, Any]) -> dict[str, list[Tree]]:

@@ -193,6 +193,21 @@ def test_aims_and_regressions(transfer: ModuleType, profile: Any, tmp_path: Path
     assert [point["seeds"] for point in partial["points"]] == [[0, 1], [0, 1], [0, 1], [0]]
 
 
+def test_further_arms_have_a_column_a_gain_and_goals_of_their_own(transfer: ModuleType, profile: Any) -> None:
+    runs = results({("a", 0.1): 8.0, ("b", 0.1): 3.0}, seeds=(0, 1))
+    half = [one | {"arm": "backbone-0.5", "ap": one["ap"] - 9} for one in runs if one["arm"] == "pretrained"]
+    result = summary(transfer, profile.model_copy(update={"backbones": (0.5,)}), runs + half, "a", "b")
+    assert [(one["what"], one["found"]) for one in result["bars"]] == [
+        ("gain in mean AP at 10%", pytest.approx(5.5)),
+        ("gain in mean AP at 10%, backbone-0.5", pytest.approx(-3.5)),
+    ]
+    page = transfer.page(result)
+    assert "| with 50% of ImageNet's backbone | gain | gain |" in page
+    assert "| 15.0 (10.0 to 20.0) | 23.0 (18.0 to 28.0) | 14.0 (9.0 to 19.0) | +8.0 | -1.0 |" in page
+    assert "Worse with pretraining: nothing." in page
+    assert "Worse with 50% of ImageNet's backbone: a at 10% (-1.0), b at 10% (-6.0)." in page
+
+
 def test_steps_that_differ_are_said(transfer: ModuleType, profile: Any) -> None:
     uneven = results({("a", 0.1): 8.0, ("b", 0.1): 3.0}, seeds=(0, 1))
     uneven[3]["steps"] = 1200
@@ -260,16 +275,18 @@ def test_the_profile_of_unseen_fields_is_whole(
     for name in profile.left_out:
         (tmp_path / name).symlink_to(tiny_run.datasets[0], target_is_directory=True)
     before, arms = transfer.plan(study(transfer, "fields", tmp_path), profile, str(tiny_run.folder))
-    assert (before, len(arms)) == ([], 84)
-    for arm in transfer.ARMS:
+    assert (before, len(arms)) == ([], 168)
+    assert profile.arms == ("imagenet", "pretrained", "backbone-0.5", "backbone-1")
+    for arm, mixed in zip(profile.arms, (0.0, 0.0, 0.5, 1.0), strict=True):
         recipe = RunConfig.checked(profile.tree(arm, 1.0))
+        assert recipe.train.pretrained_backbone == mixed
         assert recipe.augmentation.sizes == (), "of the profile, not of the checkpoint"
     # goals at each fraction, of the mean over seeds
     gains = {(name, share): 12.5 for name in ("a", "b") for share in profile.seeds} | {("a", 0.25): -3.5}
     three = [one for one in results(gains, seeds=(0, 1, 2)) if one["share"] == 0.1 or one["seed"] == 0]
     goals = transfer.goals(
         transfer.report.compare_arms(three, ("left_out", "share"), transfer.ARMS),
-        profile.model_copy(update={"left_out": ("a", "b")}),
+        profile.model_copy(update={"left_out": ("a", "b"), "backbones": ()}),
     )
     assert {goal["what"]: (goal["aim"], goal["reached"]) for goal in goals} == {
         "gain in mean AP at 10%": (12.0, True),
@@ -286,7 +303,7 @@ def test_it_begins_with_a_checkpoint_that_is_given(
     run: Callable[..., int], transfer: ModuleType, tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    changes = {"left_out": ("tomato",), "seeds": {0.5: (0,), 1.0: (0,)}, "steps": {0.5: 1, 1.0: 1}}
+    changes = {"left_out": ("tomato",), "seeds": {0.5: (0,), 1.0: (0,)}, "steps": {0.5: 1, 1.0: 1}, "backbones": ()}
     short = profile_of(transfer, "fields").model_copy(update=changes)
     monkeypatch.setattr(transfer.Study, "read_profile", lambda _: short.model_dump(mode="json"))
     for name in ("tomato", "pond"):

@@ -50,6 +50,15 @@ _Resume = Annotated[
     bool, typer.Option("--resume", help="Go on where the run in OUT stopped, with its data and configuration.")
 ]
 _Freeze = Annotated[str | None, typer.Option(help="none, half (of the backbone), backbone, or encoder (and backbone).")]
+_PretrainedBackbone = Annotated[
+    float | None,
+    typer.Option(
+        help="0 to 1: how much of the backbone's weights are those of its own pretraining (ImageNet's), the rest the "
+        "detector's; by default 0.",
+        metavar="SHARE",
+    ),
+]
+_Rehearse = Annotated[list[str] | None, typer.Option(help="Old datasets, mixed in; may be repeated.", metavar="DATA")]
 _Decorrelate = Annotated[
     bool, typer.Option("--decorrelate-names", help="First move new names that mean nearly the same from each other.")
 ]
@@ -152,12 +161,11 @@ def finetune(
     steps: _Steps = None,
     epochs: _Epochs = None,
     freeze: _Freeze = None,
+    pretrained_backbone: _PretrainedBackbone = None,
     shots: _Shots = None,
     fraction: _Fraction = None,
     seed: _Seed = None,
-    rehearse: Annotated[
-        list[str] | None, typer.Option(help="Old datasets, mixed in; may be repeated.", metavar="DATA")
-    ] = None,
+    rehearse: _Rehearse = None,
     rehearse_fraction: Annotated[
         float | None, typer.Option(help="Fraction of the training images that comes from them; by default 0.5.")
     ] = None,
@@ -176,7 +184,8 @@ def finetune(
     from metr.training.config import check_epochs, check_rehearsal, finetune_layers
 
     stay_offline(offline)
-    overrides = _overrides(set_, **{"train.loop.steps": steps, "train.freeze": freeze})
+    begun = {"train.freeze": freeze, "train.pretrained_backbone": pretrained_backbone}
+    overrides = _overrides(set_, **{"train.loop.steps": steps}, **begun)
     options = {
         "config": config,
         "overrides": overrides,

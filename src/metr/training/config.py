@@ -167,6 +167,10 @@ class TrainConfig(Config):
     """Which parts keep their weights, besides what the network's own configuration freezes: the stem and the first
     `half` of the backbone's stages, the whole `backbone`, backbone and `encoder`, or `none`. They stay in evaluation
     mode."""
+    pretrained_backbone: Fraction = 0.0
+    """Where training begins with a detector: how much of the backbone's weights are those of its own pretraining
+    (ImageNet's), 0 to 1; the rest are the detector's. 1 puts them back whole, as may pay on few images of a new
+    field."""
     pseudo_labels: PseudoLabelConfig = PseudoLabelConfig()
     """Thresholds of `unannotated: pseudo_label`."""
     names: NameVariationConfig = NameVariationConfig()

@@ -39,6 +39,7 @@ from metr.training.start import (
     history,
     kept_network,
     presence_is_taught,
+    restore_backbone,
     say_new_names,
     with_text_encoder,
 )
@@ -193,6 +194,7 @@ def _parts(model: METR, opened: FinetuneData, recipe: RunConfig, decorrelate: bo
     own, joint = model.checkpoint, opened.joint
     model = with_text_encoder(model, recipe.text)
     network, embeddings = kept_network(model, recipe.model, *_KEEPS), model.embed(joint.vocabulary, tell=False)
+    restore_backbone(network, recipe.train.pretrained_backbone)
     if decorrelate:  # new names come after the old
         decorrelate_names(
             network.category_extraction.projection, embeddings[: len(model.names)], embeddings[len(model.names) :]

@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from metr.checkpoint import Checkpoint
-from metr.config import Tree, merge
+from metr.config import Tree, leaves, merge
 from metr.data.config import LoaderConfig
 from metr.errors import ConfigError, counted
 from metr.training.config import Freeze, RunConfig, averaged_over, finetune_layers, laid_over, packaged
@@ -29,6 +29,8 @@ _FROZEN: dict[Freeze, str] = {
 }
 # Time constant of the EMA's warm-up, as a fraction of the steps that the EMA covers.
 _WARMING = 0.4
+# Where the first weights of a network come from that is made anew.
+_FRESH = ("model.backbone.pretrained", "model.backbone.revision")
 _logger = logging.getLogger(__name__)
 
 
@@ -57,7 +59,25 @@ def finetune_recipe(
     tree = merge(packaged("finetune"), settings_of(checkpoint))
     defaults = defaults_for(images).tree(tree["train"]["optimizer"]["learning_rate"])
     layers, where = finetune_layers(file, overrides)
-    return laid_over(merge(tree, defaults), layers, where=where)
+    return laid_over_start(merge(tree, defaults), layers, where)
+
+
+def laid_over_start(base: Tree, layers: Sequence[Tree], where: str) -> RunConfig:
+    """A configuration that follows a detector to begin with, with what a user lays over it (`laid_over`).
+
+    Raises:
+        ConfigError: a key is unknown, a value is of the wrong kind, or a setting has no effect: also one that only a
+            network without weights has.
+    """
+    recipe = laid_over(base, layers, where=where)
+    own = [layer for layer in layers if not layer.keys() >= RunConfig.model_fields.keys()]  # not a whole configuration
+    given = leaves(merge({}, *own))
+    idle = [key for key in _FRESH if given.get(key) and not (key != _FRESH[0] and recipe.train.pretrained_backbone)]
+    if idle:
+        what = f"{idle[0]}={given[idle[0]]} has no effect: the weights are those of the detector to begin with"
+        hint = "train.pretrained_backbone=1 puts the backbone's own pretrained weights back; or leave it out"
+        raise ConfigError(what, where=where, hint=hint)
+    return recipe
 
 
 def described(recipe: RunConfig, images: int) -> str:
@@ -68,6 +88,7 @@ def described(recipe: RunConfig, images: int) -> str:
         f"{plainly(train.optimizer.learning_rate)} after a warm-up of {min(train.schedule.warmup_steps, loop.steps)}",
         _FROZEN[train.freeze],
     ]
+    parts.append(restored(recipe))
     if train.optimizer.layer_decay < 1:
         parts.append(f"each depth below at {train.optimizer.layer_decay:g} of the rate above it")
     parts.append(f"weights averaged {averaged_over(train)}" if train.ema.enabled else "")
@@ -79,6 +100,12 @@ def described(recipe: RunConfig, images: int) -> str:
             evaluations = counted(loop.patience, "evaluation")
             parts.append(f"stops when {loop.best_metric} has not risen for {evaluations}")
     return f"{counted(images, 'image')}: {', '.join(part for part in parts if part)}."
+
+
+def restored(recipe: RunConfig) -> str:
+    """How much of the backbone's weights are those of its own pretraining, in words; empty where none are."""
+    share = recipe.train.pretrained_backbone
+    return f"{share:.0%} of the backbone from its own pretraining" if share else ""
 
 
 def settings_of(checkpoint: Checkpoint) -> Tree:

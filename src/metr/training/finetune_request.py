@@ -29,7 +29,7 @@ from metr.training.resumption import (
     log_changed_datasets,
     made_so_far,
 )
-from metr.training.start import check_same_text, open_detector, pinned
+from metr.training.start import check_same_text, open_detector, pinned, pretrained_weights
 from metr.training.taken_names import taken_names
 from metr.training.train_request import Data, arguments
 
@@ -72,6 +72,8 @@ def begun(
 
     recipe = resolve([])
     check_same_text(model, recipe.text, *_KEEPS)
+    if recipe.train.pretrained_backbone:
+        pretrained_weights(model.network.backbone)  # refused before anything is done
     recipe = resolve(_steps(options, opened, recipe, NOTHING))
     base = finetune_recipe(model.checkpoint, opened.images, overrides=seed)
     plan = _plan(opened, recipe, base, "the defaults", NOTHING)

@@ -18,6 +18,7 @@ SETTINGS = "settings.json"
 """The file of a saved state that holds the configuration of its steps, by dotted key."""
 # where the text encoder lies may change: whether it is the same one is found when it is opened
 _MOVES = {"text.source", "text.revision"}
+_BEGUN_WITH = "train.pretrained_backbone"  # what decides the first weights
 _FROZEN = ("none", "half", "backbone", "encoder")  # from little to much
 _ELSEWHERE = "start a new run in another folder"
 
@@ -101,7 +102,7 @@ def _is_structural(key: str, saved: Tree, now: Tree) -> bool:
         return bool(now[key])
     if key == "train.freeze":  # more may be trained, but not less
         return saved[key] in _FROZEN and _FROZEN.index(now[key]) > _FROZEN.index(saved[key])
-    return key.startswith(("model.", "text.")) and key not in _MOVES
+    return key.startswith(("model.", "text.", _BEGUN_WITH)) and key not in _MOVES
 
 
 def _check_text_source(run: RunDirectory, saved: Tree, text: TextEncoderConfig) -> None:

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from rich.console import Console
+from torch import Tensor
 
 from metr.checkpoint import Checkpoint, DetectionDefaults
 from metr.config import Tree, differences, merge
@@ -14,6 +16,7 @@ from metr.data.joint import JointData, chosen_parts, vocabulary_of
 from metr.errors import CheckpointError, ConfigError, MetrError, counted
 from metr.fitting import Hanging
 from metr.model import METR
+from metr.models.backbones import Backbone, build_backbone
 from metr.models.config import DetectorConfig
 from metr.models.detector import Detector, skeleton
 from metr.run_directory import RunDirectory
@@ -22,8 +25,8 @@ from metr.text.config import TextEncoderConfig
 from metr.text.encoder import TextEncoder
 from metr.text.same_names import PromptChoice, listed, with_trained_prompts
 from metr.text.vocabulary import Vocabulary
-from metr.training.config import RunConfig, TrainOptions, laid_over, packaged, recipe_layers
-from metr.training.finetune_recipe import RECIPE, plainly, settings_of
+from metr.training.config import RunConfig, TrainOptions, packaged, recipe_layers
+from metr.training.finetune_recipe import RECIPE, laid_over_start, plainly, restored, settings_of
 from metr.training.run_log import tell
 from metr.training.taken_names import NameChoice, Renames, aliases_of, taken_names
 
@@ -33,6 +36,8 @@ _ORIGINS = {"backbone.pretrained", "backbone.revision"}
 _IDENTITY = "identity"
 # how a network is taught, which is not what it is
 _TEACHING = {"decoder.look_forward"}
+# the setting that gives a backbone its own pretraining back
+_RESTORED = "train.pretrained_backbone"
 # what the weights were trained with, though other values would leave their shapes as they are
 _TRAINED_WITH = (
     "backbone.name",
@@ -156,7 +161,7 @@ def start_recipe(
         ConfigError: a key is unknown, or a value is of the wrong kind.
     """
     layers, where = recipe_layers("training that begins with a detector", config, overrides)
-    return laid_over(merge(packaged("start"), settings_of(checkpoint)), layers, where=where)
+    return laid_over_start(merge(packaged("start"), settings_of(checkpoint)), layers, where)
 
 
 def kept_network(model: METR, config: DetectorConfig, doing: str, way_out: str) -> Detector:
@@ -176,6 +181,47 @@ def kept_network(model: METR, config: DetectorConfig, doing: str, way_out: str) 
     network = Detector(bare, model.checkpoint.text_width)
     load_weights(network, model.network.state_dict())
     return network
+
+
+def restore_backbone(network: Detector, share: float) -> None:
+    """Moves the backbone's weights towards those of its own pretraining, mostly ImageNet's.
+
+    A long training on some datasets takes the backbone away from what it knew of other images. Two networks with one
+    beginning can be mixed weight by weight (Wortsman et al., 2022: "Robust fine-tuning of zero-shot models", who mix
+    after fine-tuning).
+
+    Args:
+        network: Its backbone is changed in place.
+        share: The part of the pretrained weights, 0 to 1; 0 leaves the backbone as it is.
+
+    Raises:
+        ConfigError: the backbone has no pretrained weights of its own, or they cannot be had.
+    """
+    if not share:
+        return
+    own = pretrained_weights(network.backbone)
+    with torch.no_grad():
+        for key, value in network.backbone.pretrained_part.state_dict().items():
+            if value.is_floating_point():
+                value.lerp_(own[key], share)
+
+
+def pretrained_weights(backbone: Backbone) -> dict[str, Tensor]:
+    """The weights of a backbone's own pretraining, by the keys of its `pretrained_part`.
+
+    Raises:
+        ConfigError: it has none, or they cannot be had.
+    """
+    try:
+        with torch.random.fork_rng(devices=()):
+            part = build_backbone(backbone.config.model_copy(update={"pretrained": True})).pretrained_part
+        weights: dict[str, Tensor] = part.state_dict()
+        check_weights(backbone.pretrained_part, weights)
+    except MetrError as error:
+        what = f"the pretrained weights of the backbone {backbone.config.name} cannot be had: {error.what}"
+        hint = "leave it out: training then begins with the detector's own weights"
+        raise ConfigError(what, where=_RESTORED, hint=hint) from None
+    return weights
 
 
 def check_kept(model: METR, config: DetectorConfig, doing: str, way_out: str) -> None:
@@ -236,8 +282,9 @@ def described_start(model: METR, recipe: RunConfig) -> str:
     resize, optimizer = model.resize, recipe.train.optimizer
     shape = f"{resize.size} x {resize.size}" if resize.mode == "stretch" else f"{resize.size} to {resize.longest}"
     rate, multiplier = plainly(optimizer.learning_rate), optimizer.backbone_multiplier
+    changed = f" ({restored(recipe)})" if recipe.train.pretrained_backbone else ""
     return (
-        f"begins with {title(model)}: {shape}, {counted(len(model.names), 'name')} kept; its own network and "
+        f"begins with {title(model)}: {shape}, {counted(len(model.names), 'name')} kept; its own network{changed} and "
         f"normalisation; rate {rate} (backbone x {multiplier:g}), batches of {recipe.loader.batch_size}"
     )
 

@@ -45,6 +45,7 @@ from metr.training.start import (
     forgotten,
     history,
     kept_network,
+    restore_backbone,
     say_new_names,
     with_text_encoder,
 )
@@ -57,6 +58,7 @@ from metr.training.train_request import (
     Data,
     Prepared,
     arguments,
+    check_fresh,
     check_recipe,
     check_same,
     options_of,
@@ -288,6 +290,7 @@ def training_parts(joint: JointData, recipe: RunConfig, console: Console, start:
 
 def _fresh(joint: JointData, recipe: RunConfig) -> tuple[Detector, Checkpoint, OtherWords | None]:
     """A network that begins with its backbone's weights, its checkpoint but for facts about training, and words."""
+    check_fresh(recipe)
     encoder = TextEncoder(recipe.text)
     embeddings = encoder.embed(joint.vocabulary)
     words = other_words(joint.sources, joint.vocabulary, encoder.embed)
@@ -314,6 +317,7 @@ def _begun_with(start: Start, recipe: RunConfig) -> tuple[Detector, Checkpoint, 
     words = other_words(start.joint.sources, start.joint.vocabulary, partial(model.embed, tell=False))
     seed_everything(recipe.train.loop.seed)
     network = kept_network(model, recipe.model, *KEEPS)
+    restore_backbone(network, recipe.train.pretrained_backbone)
     checkpoint = Checkpoint(
         model=rebuildable(recipe.model, network),
         vocabulary=start.joint.vocabulary,

@@ -39,6 +39,7 @@ from metr.training.start import (
     check_same_text,
     open_detector,
     pinned,
+    pretrained_weights,
     start_recipe,
 )
 from metr.training.taken_names import Renames
@@ -131,8 +132,12 @@ def _begun(data: Data | None, asked: Asked, run: RunDirectory, console: Console)
 
     given, overrides = arguments(data), [*seed, *asked.overrides]
     check_recipe(recipe := resolve(asked.config, overrides))
-    if model is not None:
+    if model is None:
+        check_fresh(recipe)
+    else:
         check_kept(model, recipe.model, *KEEPS)
+        if recipe.train.pretrained_backbone:
+            pretrained_weights(model.network.backbone)  # refused before anything is done
         check_same_text(model, recipe.text, *_KEEPS_TEXT)
     joint, start = _opened(given, options, options, model, console)
     if not options.allow_empty:
@@ -245,6 +250,18 @@ def check_recipe(recipe: RunConfig) -> None:
     if recipe.unannotated == "pseudo_label" and not recipe.train.ema.enabled:
         what = "pseudo-labels come from the average of the weights, which is off"
         raise ConfigError(what, where="unannotated", hint="set train.ema.enabled=true, or unannotated=ignore")
+
+
+def check_fresh(recipe: RunConfig) -> None:
+    """Checks that the configuration of a new network asks for nothing of a detector to begin with.
+
+    Raises:
+        ConfigError: it does.
+    """
+    if recipe.train.pretrained_backbone:
+        what = "is about the backbone of a detector to begin with, and none is named"
+        hint = "--from SOURCE; without one, model.backbone.pretrained decides (true by default)"
+        raise ConfigError(what, where="train.pretrained_backbone", hint=hint)
 
 
 def check_same(run: RunDirectory, vocabulary: Vocabulary, text_encoder: Mapping[str, Any] | None = None) -> None:

@@ -69,6 +69,11 @@ class Backbone(nn.Module):
         """The feature maps of normalised, padded images."""
         raise NotImplementedError
 
+    @property
+    def pretrained_part(self) -> nn.Module:
+        """The part whose weights come from a pretraining; what is made for detection lies beside it."""
+        raise NotImplementedError
+
     def _padded(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 _h _w"]:
         if self.pad_to == 1 and not self.pads_to_square:
             return images

@@ -203,6 +203,11 @@ class EfficientNetLiteBackbone(Backbone):
         maps = self.trunk(images)
         return tuple(maps[stage] for stage in self._last)
 
+    @property
+    def pretrained_part(self) -> nn.Module:
+        """All of it."""
+        return self.trunk
+
     def _first_stages(self, number: int) -> list[nn.Module]:
         if not number:
             return []

@@ -84,6 +84,12 @@ class HuggingFaceBackbone(Backbone):
             return self.adapter(images, maps)  # type: ignore[no-any-return]
         return maps if self.pyramid is None else self.pyramid(maps[-1])
 
+    @property
+    def pretrained_part(self) -> nn.Module:
+        """The network of transformers, without pyramid and adapter."""
+        part: nn.Module = self.network
+        return part
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Survey:
