@@ -190,6 +190,17 @@ def hostile_sets(folder: Path) -> dict[str, Annotations]:
     return {one_.name: one_, "plain": replace(other, records=(replace(records[0], labels=np.array([0])),))}
 
 
+def test_images_that_training_had_are_told(detailed: Detailed, page: Element, tmp_path: Path) -> None:
+    first, second, *_ = (one.name for one in detailed.report.datasets)
+    fact = "the checkpoint was trained on 7 images of <b>it</b>, these 3 images of val among them"
+    report = detailed.report.with_seen({second: fact})
+    told = [one.text for one in read_page(write_evaluation_page(report, tmp_path / "seen.html", "it")).every("p")]
+    expected = f"{second}: {fact}; AP there says how well it knows these, not how well it finds what is in new images."
+    assert [text for text in told if "trained on" in text] == [expected]
+    assert first not in expected
+    assert not any("was trained on" in one.text for one in page.every("p"))
+
+
 def test_nothing_from_elsewhere_is_markup(tmp_path: Path) -> None:
     rates = Rates(missed=0.5, wrong_name=0.9, elsewhere=2)
     detailed = simulated(hostile_sets(tmp_path / "images"), rates=rates)

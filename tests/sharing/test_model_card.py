@@ -151,6 +151,14 @@ def test_a_report_is_shown_and_datasets_without_results_are_named(model: METR, t
     assert "pond" not in unjudged
 
 
+def test_results_on_images_that_training_had_are_called_so(model: METR, tmp_path: Path) -> None:
+    report = from_dict(json.loads(report_of(tmp_path, {"pond": (12.3, 10.0)}).read_text()))
+    fact = "the checkpoint was trained on 7 images of pond, these 3 images of val among them"
+    results = section(text_of(replace_report(facts_of(model), report.with_seen({"pond": fact}))), "Results")
+    assert f"\n\n**pond**: {fact}; AP there says how well it knows these" in results
+    assert "was trained on" not in section(text_of(replace_report(facts_of(model), report)), "Results")
+
+
 @pytest.mark.parametrize(("judged", "words"), [(None, "before the weights were"), ("float16", "with the weights")])
 def test_whether_the_stored_weights_were_judged_is_told(
     model: METR, tmp_path: Path, judged: str | None, words: str

@@ -252,11 +252,16 @@ def _preface(report: EvaluationReport) -> str:
         )
     splits = [f"{one.split} of {_cell(one.name)}" for one in report.datasets]
     lines.append(f"Splits: {', '.join(splits)}.")
-    lines += [f"**{_cell(one.name)}**: {markdown(one.seen)}; {MEANING}." for one in report.datasets if one.seen]
+    lines += seen_notes(report)
     missing = [f"{one.missing} of {_cell(one.name)}" for one in report.datasets if one.missing]
     if missing:
         lines.append(f"Images that could not be read, and are in no number: {', '.join(missing)}.")
     return "\n\n".join(lines)
+
+
+def seen_notes(report: EvaluationReport) -> list[str]:
+    """What is known of evaluated images that training had, a paragraph of Markdown for each such dataset."""
+    return [f"**{_cell(one.name)}**: {markdown(one.seen)}; {MEANING}." for one in report.datasets if one.seen]
 
 
 def _confusion_note(report: EvaluationReport) -> str:

@@ -12,6 +12,7 @@ from metr.evaluation.diagnosis import Calibration, Confusion, Diagnosis, ErrorNa
 from metr.evaluation.report import TITLES, UNANNOTATED
 from metr.evaluation.results import DatasetReport, EvaluationReport, Mode, ModeReport, from_dict
 from metr.evaluation.runner import Detailed
+from metr.evaluation.seen import MEANING
 from metr.report.arms import Arm, Gift, arms_of, gifts_of
 from metr.report.charts import Chart, HeatMap, heat_map, precision_recall, reliability
 from metr.report.page import said, write_page
@@ -89,6 +90,7 @@ class EvaluationView:
     errors: Mapping[ErrorName, tuple[str, str]]
     most_lost: float
     unannotated: str | None
+    seen: Mapping[str, str]
     worst: tuple[WorstImage, ...]
     arms: tuple[Arm, ...]
     gifts: tuple[Gift, ...]
@@ -150,6 +152,7 @@ def evaluation_view(
         errors=ERRORS,
         most_lost=max(lost, default=0.0),
         unannotated=None if report.unannotated is None else UNANNOTATED.get(report.unannotated, report.unannotated),
+        seen={one.name: f"{one.seen}; {MEANING}" for one in report.datasets if one.seen},
         worst=tuple(worst_images(observations, judged)),
         arms=beside,
         gifts=gifts_of(report, beside),

@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from metr.checkpoint import CARD, EVALUATION, Checkpoint, signed_card
 from metr.errors import MetrError, counted, markdown
-from metr.evaluation.report import TITLES, UNANNOTATED, dataset_table
+from metr.evaluation.report import TITLES, UNANNOTATED, dataset_table, seen_notes
 from metr.evaluation.results import MODES, EvaluationReport, Mode, from_dict
 from metr.model import METR
 from metr.run_directory import RunDirectory
@@ -117,6 +117,11 @@ class CardFacts:
         vocabulary = self.checkpoint.vocabulary
         owned = {name for names in vocabulary.datasets.values() for name in names}
         return [name for name in vocabulary.names if name not in owned]
+
+    @property
+    def seen(self) -> list[str]:
+        """What is known of evaluated images that training had, by dataset, in words."""
+        return [] if self.report is None else seen_notes(self.report)
 
     @property
     def text_encoder_is_local(self) -> bool:
