@@ -108,6 +108,23 @@ def test_a_dataset_of_the_same_name_is_another_one_where_its_names_are(tiny_run:
     assert seen_in_training(facts(7, 3), some, "val", VOCABULARY) is not None
 
 
+def test_a_dataset_that_is_called_otherwise_now_is_known_by_its_categories_and_numbers(
+    tiny_run: TinyRun, tmp_path: Path
+) -> None:
+    def moved(splits: dict[str, Any], **more: Any) -> DatasetSource:
+        return replace(source(tiny_run, tmp_path, splits, **more), name="data")
+
+    seen = seen_in_training(facts(7, 3), moved(OWN), "val", VOCABULARY)
+    assert seen is not None
+    assert seen.dataset == "data"
+    assert seen.fact == "the checkpoint was trained on 7 images of pond, these 3 images of val among them"
+    # other numbers, some of its categories or others: that may be anything
+    assert seen_in_training(facts(9, 3), moved(HELD_OUT), "val", VOCABULARY) is None
+    assert seen_in_training(facts(7, 3), moved(OWN, only=["fish", "frog"]), "val", VOCABULARY) is None
+    assert seen_in_training(facts(7, 3), moved(OWN, renames={"fish": "trout"}), "val", VOCABULARY) is None
+    assert seen_in_training({}, moved(OWN), "val", VOCABULARY) is None
+
+
 @pytest.fixture
 def trained_on_all(tiny_run: TinyRun, tmp_path: Path) -> Path:
     """A checkpoint whose training took all seven images of the pond, as older ones have recorded it."""

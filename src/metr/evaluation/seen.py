@@ -1,7 +1,8 @@
 """Whether a detector is evaluated on images that it was trained on, as far as its checkpoint tells.
 
 A checkpoint names no images. It tells how many each split of each dataset had when it was trained. Where its training
-images are as many as some splits of the dataset now have together, they are these.
+images are as many as some splits of the dataset now have together, they are these. A dataset may have another name now:
+with the same categories and as many images it is the same one.
 """
 
 import logging
@@ -25,7 +26,7 @@ class Seen:
     """What is known of a split of a dataset on which a detector was trained.
 
     Attributes:
-        dataset: Its name.
+        dataset: Its name now.
         fact: A sentence without its full stop.
         untouched: Number of images of its test split where training had none of it; 0 without one.
     """
@@ -63,15 +64,13 @@ def seen_in_training(
         split: What it is evaluated on.
         trained: The names of training: a dataset of one name with other names is another one.
     """
-    names = {name.strip() for name in source.categories}
-    if not names <= set(trained.datasets.get(source.name, ())):
-        return None
     sizes = {name: len(one) for name, one in source.splits.items()}
-    for facts in _recorded(training, source.name):
-        fact = _fact(facts, source, split, sizes)
-        if fact:
-            untouched = 0 if _has(sizes, TEST, facts.pool) else sizes.get(TEST, 0)
-            return Seen(dataset=source.name, fact=f"the checkpoint was trained on {fact}", untouched=untouched)
+    for called in _trained_as(source, trained):
+        for facts in _recorded(training, called):
+            fact = _fact(facts, called, source, split, sizes)
+            if fact:
+                untouched = 0 if _has(sizes, TEST, facts.pool) else sizes.get(TEST, 0)
+                return Seen(dataset=source.name, fact=f"the checkpoint was trained on {fact}", untouched=untouched)
     return None
 
 
@@ -92,9 +91,18 @@ def tell_seen(found: Sequence[Seen]) -> None:
         _logger.warning("%s: %s: %s. What to try: %s", one.dataset, one.fact, MEANING, tried)
 
 
-def _fact(facts: _Trained, source: DatasetSource, split: str, sizes: Mapping[str, int]) -> str:
+def _trained_as(source: DatasetSource, trained: Vocabulary) -> list[str]:
+    """What training may have called a dataset: its own name, or those of datasets with exactly its categories."""
+    names = {name.strip() for name in source.categories}
+    if names <= set(trained.datasets.get(source.name, ())):
+        return [source.name]
+    return [called for called, own in trained.datasets.items() if names and names == set(own)]
+
+
+def _fact(facts: _Trained, called: str, source: DatasetSource, split: str, sizes: Mapping[str, int]) -> str:
     """On which images the checkpoint was trained, those of the split among them; empty where that is not known."""
-    used, pool, number, name = facts.used, facts.pool, sizes[split], source.name
+    used, pool, number, name = facts.used, facts.pool, sizes[split], called
+    grown = called == source.name and source.held_out and not facts.held_out and pool > sizes[TRAIN]
     images = f"{counted(used, 'image')} of {name}"
     if used < pool:
         images = f"{used:,} of {counted(pool, 'image')} of {name}"
@@ -103,7 +111,7 @@ def _fact(facts: _Trained, source: DatasetSource, split: str, sizes: Mapping[str
     these = f"this image of {split}" if number == 1 else f"these {number:,} images of {split}"
     if _has(sizes, split, pool):
         few = "" if used == pool else "some of " if used > pool - number else "perhaps some of "
-    elif split == VAL and source.held_out and not facts.held_out and pool > sizes[TRAIN]:
+    elif split == VAL and grown:
         few = "perhaps some of "  # the dataset has other images now, of which another fifth is held out
     else:
         return ""
