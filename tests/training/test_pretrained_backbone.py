@@ -1,6 +1,7 @@
 """A backbone gets the weights of its own pretraining back, whole or in part, and everything else stays."""
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from metr.checkpoint import load_checkpoint
 from metr.config import read_yaml
+from metr.data.joint import open_joint
 from metr.errors import ConfigError
 from metr.model import METR
 from metr.models.backbones.efficientnet_lite import packaged_weights
@@ -19,7 +21,7 @@ from metr.models.detector import Detector
 from metr.training.config import load_recipe
 from metr.training.finetune import finetune, finetune_plan
 from metr.training.finetune_recipe import described, finetune_recipe
-from metr.training.start import described_start, restore_backbone, start_recipe
+from metr.training.start import advised_backbone, described_start, restore_backbone, start_recipe
 from metr.training.train import plan, train
 
 from small import small_config
@@ -164,6 +166,30 @@ def test_it_is_said_aloud(trained: tuple[Path, Path]) -> None:
         model, recipe
     )
     assert "its own network and normalisation" in described_start(model, start_recipe(model.checkpoint))
+
+
+def test_it_is_advised_for_new_names_on_few_images_where_imagenets_weights_are_at_hand(
+    trained: tuple[Path, Path], tiny_run: TinyRun
+) -> None:
+    shipped = Path(__file__).resolve().parents[2] / "checkpoints/metr-nano"
+    model, joint = METR.from_pretrained(shipped, device="cpu"), open_joint(tiny_run.data[:1])
+    recipe = finetune_recipe(model.checkpoint, 4)
+    known = set(model.names) & {name for source in joint.sources for name in source.categories}
+    new = open_joint([str(listed(tiny_run, trained[0].parent, {name: f"{name} of glass" for name in known}))])
+    assert "--pretrained-backbone 1 begins with ImageNet's backbone" in advised_backbone(model, new, recipe)
+    for nothing in (
+        advised_backbone(model, new, finetune_recipe(model.checkpoint, 4, overrides=[f"{KEY}=0.5"])),
+        advised_backbone(METR.from_pretrained(trained[0], device="cpu"), new, recipe),
+        advised_backbone(model, open_joint([str(listed(tiny_run, trained[0].parent, {"fish": "king"}))]), recipe),
+    ):
+        assert nothing == ""
+
+
+def listed(run: TinyRun, place: Path, renames: dict[str, str]) -> Path:
+    """The pond with other names."""
+    path = place / "renamed.yaml"
+    path.write_text(json.dumps({"datasets": [{"name": "new", "path": str(run.datasets[0]), "renames": renames}]}))
+    return path
 
 
 def test_what_cannot_be_had_is_refused_before_anything_is_done(tiny_run: TinyRun, tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ from metr.training.resumption import check_apart, save_request
 from metr.training.run_log import RunLog, log_page, tell
 from metr.training.seen import seen_before, seen_notes
 from metr.training.start import (
+    advised_backbone,
     check_kept,
     forgotten,
     history,
@@ -151,6 +152,8 @@ def _notes(prepared: Prepared, resume: bool) -> list[RenderableType]:
     """What is said of a run besides its plan."""
     notes = [Hanging(described(prepared.plan.recipe, prepared.opened.images))]
     notes += [] if resume else advice(prepared.plan, from_nothing=False)
+    if not resume and (advised := advised_backbone(prepared.model, prepared.opened.joint, prepared.plan.recipe)):
+        notes.append(Hanging(advised))
     if lost := forgotten(prepared.model, prepared.opened.joint, "--rehearse mixes old datasets in"):
         notes.append(Hanging(lost))
     return [*notes, *seen_notes(prepared.model, prepared.opened.sources)]

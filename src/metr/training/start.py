@@ -36,6 +36,8 @@ _ORIGINS = {"backbone.pretrained", "backbone.revision"}
 _IDENTITY = "identity"
 # how a network is taught, which is not what it is
 _TEACHING = {"decoder.look_forward"}
+# so many images were seen to gain by a backbone of its own pretraining
+_FEW_IMAGES = 200
 # the setting that gives a backbone its own pretraining back
 _RESTORED = "train.pretrained_backbone"
 # what the weights were trained with, though other values would leave their shapes as they are
@@ -204,6 +206,22 @@ def restore_backbone(network: Detector, share: float) -> None:
         for key, value in network.backbone.pretrained_part.state_dict().items():
             if value.is_floating_point():
                 value.lerp_(own[key], share)
+
+
+def advised_backbone(model: METR, joint: JointData, recipe: RunConfig) -> str:
+    """Whether the backbone's own pretraining is worth a try on these data, in words; empty where it is not known to be.
+
+    It was worth it for new names on some ten to two hundred images (docs/results/fields.md).
+    """
+    backbone, images = model.checkpoint.model.backbone, sum(joint.lengths.values())
+    bundled = backbone.name == "efficientnet_lite0" and not backbone.options
+    known = any(name in set(model.names) for source in joint.sources for name in source.categories)
+    if recipe.train.pretrained_backbone or not bundled or known or images > _FEW_IMAGES:
+        return ""
+    return (
+        "advice: the checkpoint knows none of these names, and the images are few: --pretrained-backbone 1 begins with "
+        "ImageNet's backbone and all the rest of the checkpoint, which found more in the mean of seven such datasets"
+    )
 
 
 def pretrained_weights(backbone: Backbone) -> dict[str, Tensor]:
