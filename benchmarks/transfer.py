@@ -264,7 +264,7 @@ def gain(ap: Mapping[str, float], arm: str = "pretrained") -> float:
 def titles(result: Mapping[str, Any]) -> dict[str, str]:
     """What the arms of a result are, in words."""
     mixed = {f"{_MIXED}{share:g}": share for share in result["settings"].get("backbones", ())}
-    return TITLES | {arm: f"with {share:.0%} of ImageNet's backbone" for arm, share in mixed.items()}
+    return TITLES | {arm: f"pretrained, backbone {share:.0%} ImageNet's" for arm, share in mixed.items()}
 
 
 def goals(points: Sequence[Tree], profile: Profile) -> list[Tree]:
@@ -330,9 +330,8 @@ def table(result: Mapping[str, Any]) -> str:
     for share, ap in means(result["points"], result["settings"]["left_out"]).items():
         values = [*(f"{ap[arm]:.1f}" for arm in arms), *(f"{gain(ap, arm):+.1f}" for arm in gaining)]
         rows.append(["**mean**", f"{share:.0%}", "", "", "", *(f"**{value}**" for value in values)])
-    return report.table(
-        ["left out", "share", "images", "steps", "seeds", *arms.values(), *["gain"] * len(gaining)], rows
-    )
+    gains = ["gain" if arm == "pretrained" else f"gain, {arms[arm].removeprefix('pretrained, ')}" for arm in gaining]
+    return report.table(["left out", "share", "images", "steps", "seeds", *arms.values(), *gains], rows)
 
 
 def worse(result: Mapping[str, Any], named: Mapping[str, Tree]) -> list[str]:
@@ -343,7 +342,7 @@ def worse(result: Mapping[str, Any], named: Mapping[str, Tree]) -> list[str]:
             found = [
                 f"{name} ({gain(point['ap'], arm):+.1f})" for name, point in named.items() if gain(point["ap"], arm) < 0
             ]
-            called = "with pretraining" if arm == "pretrained" else title
+            called = "with pretraining" if arm == "pretrained" else f"if {title}"
             told.append(f"Worse {called}: {', '.join(found) or 'nothing'}.")
     return told
 

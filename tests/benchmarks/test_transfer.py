@@ -202,10 +202,10 @@ def test_further_arms_have_a_column_a_gain_and_goals_of_their_own(transfer: Modu
         ("gain in mean AP at 10%, backbone-0.5", pytest.approx(-3.5)),
     ]
     page = transfer.page(result)
-    assert "| with 50% of ImageNet's backbone | gain | gain |" in page
+    assert "| pretrained, backbone 50% ImageNet's | gain | gain, backbone 50% ImageNet's |" in page
     assert "| 15.0 (10.0 to 20.0) | 23.0 (18.0 to 28.0) | 14.0 (9.0 to 19.0) | +8.0 | -1.0 |" in page
     assert "Worse with pretraining: nothing." in page
-    assert "Worse with 50% of ImageNet's backbone: a at 10% (-1.0), b at 10% (-6.0)." in page
+    assert "Worse if pretrained, backbone 50% ImageNet's: a at 10% (-1.0), b at 10% (-6.0)." in page
 
 
 def test_steps_that_differ_are_said(transfer: ModuleType, profile: Any) -> None:
