@@ -1,13 +1,16 @@
 """A backbone gets the weights of its own pretraining back, whole or in part, and everything else stays."""
 
 import copy
+import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from rich.console import Console
 from torch import Tensor
 
 from metr.checkpoint import load_checkpoint
@@ -18,15 +21,19 @@ from metr.model import METR
 from metr.models.backbones.efficientnet_lite import packaged_weights
 from metr.models.config import BackboneConfig
 from metr.models.detector import Detector
+from metr.run_directory import RunDirectory
 from metr.training.config import load_recipe
 from metr.training.finetune import finetune, finetune_plan
+from metr.training.finetune_data import FinetuneOptions
 from metr.training.finetune_recipe import described, finetune_recipe
-from metr.training.start import advised_backbone, described_start, restore_backbone, start_recipe
+from metr.training.finetune_request import begun
+from metr.training.start import described_start, is_new_field, restore_backbone, start_recipe
 from metr.training.train import plan, train
 
 from small import small_config
 from tiny import CommandLine, TinyRun
 
+SHIPPED = Path(__file__).resolve().parents[2] / "checkpoints/metr-nano"
 KEY = "train.pretrained_backbone"
 NOTHING_LEARNT = ("train.optimizer.learning_rate=1e-12", "train.ema.enabled=false", "train.loop.device=cpu")
 NOTHING_LEARNT += ("train.loop.steps=1", "train.loop.curves=false", "train.loop.images=false", "loader.workers=0")
@@ -168,21 +175,53 @@ def test_it_is_said_aloud(trained: tuple[Path, Path]) -> None:
     assert "its own network and normalisation" in described_start(model, start_recipe(model.checkpoint))
 
 
-def test_it_is_advised_for_new_names_on_few_images_where_imagenets_weights_are_at_hand(
+def test_new_names_alone_are_a_new_field_where_imagenets_weights_are_at_hand(
     trained: tuple[Path, Path], tiny_run: TinyRun
 ) -> None:
-    shipped = Path(__file__).resolve().parents[2] / "checkpoints/metr-nano"
-    model, joint = METR.from_pretrained(shipped, device="cpu"), open_joint(tiny_run.data[:1])
-    recipe = finetune_recipe(model.checkpoint, 4)
-    known = set(model.names) & {name for source in joint.sources for name in source.categories}
-    new = open_joint([str(listed(tiny_run, trained[0].parent, {name: f"{name} of glass" for name in known}))])
-    assert "--pretrained-backbone 1 begins with ImageNet's backbone" in advised_backbone(model, new, recipe)
-    for nothing in (
-        advised_backbone(model, new, finetune_recipe(model.checkpoint, 4, overrides=[f"{KEY}=0.5"])),
-        advised_backbone(METR.from_pretrained(trained[0], device="cpu"), new, recipe),
-        advised_backbone(model, open_joint([str(listed(tiny_run, trained[0].parent, {"fish": "king"}))]), recipe),
-    ):
-        assert nothing == ""
+    shipped = METR.from_pretrained(SHIPPED, device="cpu")
+    new = open_joint([str(listed(tiny_run, trained[0].parent, {"fish": "trout"}))])
+    assert is_new_field(shipped, new)
+    assert not is_new_field(shipped, open_joint([str(listed(tiny_run, trained[0].parent, {"leaf": "king"}))])), "known"
+    assert not is_new_field(METR.from_pretrained(trained[0], device="cpu"), new), "its weights lie elsewhere"
+    config = shipped.checkpoint.model
+    narrow = config.model_copy(update={"backbone": config.backbone.model_copy(update={"options": {"width": 0.5}})})
+    assert not is_new_field(METR(shipped.network, replace(shipped.checkpoint, model=narrow)), new), "there are none"
+
+
+def test_fine_tuning_on_few_images_of_a_new_field_begins_with_imagenets_backbone(
+    trained: tuple[Path, Path], tiny_run: TinyRun, tmp_path: Path
+) -> None:
+    new, run = str(listed(tiny_run, tmp_path, {"fish": "trout"})), RunDirectory(tmp_path / "out")
+
+    def share(data: str, **options: Any) -> float:
+        prepared = begun(data, SHIPPED, run, FinetuneOptions(**options), Console(quiet=True))
+        return prepared.plan.recipe.train.pretrained_backbone
+
+    assert share(new) == 1
+    assert told(finetune_plan(new, SHIPPED)).count("knows none of the new names: training begins with ImageNet's") == 1
+    for asked in ("0", "0.5"):
+        assert "none of the new names" not in told(finetune_plan(new, SHIPPED, overrides=[f"{KEY}={asked}"]))
+    assert share(new, overrides=(f"{KEY}=0",)) == 0
+    assert share(new, rehearse=(tiny_run.data[1],)) == 0, "book is known"
+    assert share(new, rehearse_evaluate=(tiny_run.data[1],)) == 0, "what is asked for is to be kept"
+    assert share(str(listed(tiny_run, tmp_path, {"leaf": "king"}))) == 0
+    checkpoint = load_checkpoint(SHIPPED)
+    shares = [
+        finetune_recipe(checkpoint, images, new_field=True).train.pretrained_backbone
+        for images in (1, 20, 200, 600, 2_000, 20_000)
+    ]
+    assert shares == sorted(shares, reverse=True)
+    assert shares[:3] == [1, 1, 1]
+    assert 0.4 < shares[3] < 0.6
+    assert shares[4:] == [0, 0]
+    assert finetune_recipe(checkpoint, 20).train.pretrained_backbone == 0
+
+
+def told(page: Any) -> str:
+    """A page in one line of single spaces."""
+    paper = io.StringIO()
+    Console(file=paper, width=200).print(page)
+    return " ".join(paper.getvalue().split())
 
 
 def listed(run: TinyRun, place: Path, renames: dict[str, str]) -> Path:

@@ -28,13 +28,12 @@ from metr.training.finetune_request import REQUEST, Prepared, begun, resumed
 from metr.training.fitted import keep_fitted, lost_fits
 from metr.training.name_variation import other_words
 from metr.training.parts import Outcome, TrainingParts
-from metr.training.plan import advice, header, page, tell_end
+from metr.training.plan import RunPlan, advice, header, page, tell_end
 from metr.training.provenance import provenance
 from metr.training.resumption import check_apart, save_request
 from metr.training.run_log import RunLog, log_page, tell
 from metr.training.seen import seen_before, seen_notes
 from metr.training.start import (
-    advised_backbone,
     check_kept,
     forgotten,
     history,
@@ -82,9 +81,10 @@ def finetune(
         finetune("cells/", "runs/joint", "runs/cells", shots=10, rehearse=["old/voc"], overrides=["loader.workers=2"])
         finetune(None, None, "runs/cells", resume=True)
 
-    The network is the checkpoint's, with all its weights; names are strings, so nothing is initialised anew. The
-    checkpoint that is written knows the old names first, then the new ones. Without `rehearse` nothing is learnt about
-    old names: they are not negatives in new images.
+    The network is the checkpoint's, with all its weights, but for the backbone's on few images of a new field
+    (`train.pretrained_backbone`); names are strings, so nothing is initialised anew. The checkpoint that is written
+    knows the old names first, then the new ones. Without `rehearse` nothing is learnt about old names: they are not
+    negatives in new images.
 
     Args:
         data: One new dataset or several: folders, name=folder, or YAML files that list some. None resumes with the
@@ -151,12 +151,23 @@ def finetune_plan(
 def _notes(prepared: Prepared, resume: bool) -> list[RenderableType]:
     """What is said of a run besides its plan."""
     notes = [Hanging(described(prepared.plan.recipe, prepared.opened.images))]
-    notes += [] if resume else advice(prepared.plan, from_nothing=False)
-    if not resume and (advised := advised_backbone(prepared.model, prepared.opened.joint, prepared.plan.recipe)):
-        notes.append(Hanging(advised))
+    if not resume:
+        notes += [Hanging(one) for one in _of_a_new_field(prepared.plan)] + advice(prepared.plan, from_nothing=False)
     if lost := forgotten(prepared.model, prepared.opened.joint, "--rehearse mixes old datasets in"):
         notes.append(Hanging(lost))
     return [*notes, *seen_notes(prepared.model, prepared.opened.sources)]
+
+
+def _of_a_new_field(plan: RunPlan) -> list[str]:
+    """What is said where the backbone is ImageNet's by default."""
+    share = plan.recipe.train.pretrained_backbone
+    if not share or share != plan.base.train.pretrained_backbone:
+        return []
+    much = "ImageNet's backbone" if share == 1 else f"{share:.0%} of ImageNet's backbone"
+    return [
+        f"The checkpoint knows none of the new names: training begins with {much} and the rest of the checkpoint. That "
+        "finds more of them and forgets more old names; --rehearse or --pretrained-backbone 0 keeps its own backbone."
+    ]
 
 
 def _finetuned(

@@ -36,8 +36,6 @@ _ORIGINS = {"backbone.pretrained", "backbone.revision"}
 _IDENTITY = "identity"
 # how a network is taught, which is not what it is
 _TEACHING = {"decoder.look_forward"}
-# so many images were seen to gain by a backbone of its own pretraining
-_FEW_IMAGES = 200
 # the setting that gives a backbone its own pretraining back
 _RESTORED = "train.pretrained_backbone"
 # what the weights were trained with, though other values would leave their shapes as they are
@@ -208,20 +206,18 @@ def restore_backbone(network: Detector, share: float) -> None:
                 value.lerp_(own[key], share)
 
 
-def advised_backbone(model: METR, joint: JointData, recipe: RunConfig) -> str:
-    """Whether the backbone's own pretraining is worth a try on these data, in words; empty where it is not known to be.
+def is_new_field(model: METR, joint: JointData) -> bool:
+    """Whether data show nothing that the detector knows, and ImageNet's weights of its backbone come with METR.
 
-    It was worth it for new names on some ten to two hundred images (docs/results/fields.md).
+    Such data are learned better with that backbone (docs/results/fields.md).
+
+    Args:
+        model: The detector.
+        joint: All that is trained on, with the detector's names where names were taken as them.
     """
-    backbone, images = model.checkpoint.model.backbone, sum(joint.lengths.values())
+    backbone, known = model.checkpoint.model.backbone, set(model.names)
     bundled = backbone.name == "efficientnet_lite0" and not backbone.options
-    known = any(name in set(model.names) for source in joint.sources for name in source.categories)
-    if recipe.train.pretrained_backbone or not bundled or known or images > _FEW_IMAGES:
-        return ""
-    return (
-        "advice: the checkpoint knows none of these names, and the images are few: --pretrained-backbone 1 begins with "
-        "ImageNet's backbone and all the rest of the checkpoint, which found more in the mean of seven such datasets"
-    )
+    return bundled and known.isdisjoint(name for source in joint.sources for name in source.categories)
 
 
 def pretrained_weights(backbone: Backbone) -> dict[str, Tensor]:
@@ -237,7 +233,7 @@ def pretrained_weights(backbone: Backbone) -> dict[str, Tensor]:
         check_weights(backbone.pretrained_part, weights)
     except MetrError as error:
         what = f"the pretrained weights of the backbone {backbone.config.name} cannot be had: {error.what}"
-        hint = "leave it out: training then begins with the detector's own weights"
+        hint = f"{_RESTORED}=0, which begins with the detector's own weights"
         raise ConfigError(what, where=_RESTORED, hint=hint) from None
     return weights
 
