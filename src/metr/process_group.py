@@ -50,7 +50,8 @@ def joined_device(wanted: str | torch.device) -> torch.device:
 
     with explained_loss_of_processes():
         state = PartialState(cpu=device.type == "cpu", timeout=PATIENCE)
-    atexit.register(_leave)  # once or several times
+    atexit.unregister(_leave)
+    atexit.register(_leave)
     if state.num_processes != process_count():
         what = f"{process_count()} processes were started, but they cannot work together on the device {device}"
         hint = "start them with torchrun or accelerate launch; the device cpu works on every machine"

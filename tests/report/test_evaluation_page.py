@@ -192,7 +192,7 @@ def hostile_sets(folder: Path) -> dict[str, Annotations]:
 
 def test_images_that_training_had_are_told(detailed: Detailed, page: Element, tmp_path: Path) -> None:
     first, second, *_ = (one.name for one in detailed.report.datasets)
-    fact = "the checkpoint was trained on 7 images of <b>it</b>, these 3 images of val among them"
+    fact = f"the checkpoint was trained on 7 images of <b>{60 * 'it'}</b>, these 3 images of val among them"
     report = detailed.report.with_seen({second: fact})
     told = [one.text for one in read_page(write_evaluation_page(report, tmp_path / "seen.html", "it")).every("p")]
     expected = f"{second}: {fact}; AP there says how well it knows these, not how well it finds what is in new images."

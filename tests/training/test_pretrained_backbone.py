@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,18 +17,16 @@ from torch import Tensor
 from metr.checkpoint import load_checkpoint
 from metr.config import read_yaml
 from metr.data.joint import open_joint
-from metr.errors import ConfigError
+from metr.errors import ConfigError, ModelError
 from metr.model import METR
 from metr.models.backbones.efficientnet_lite import packaged_weights
 from metr.models.config import BackboneConfig
 from metr.models.detector import Detector
-from metr.run_directory import RunDirectory
 from metr.training.config import load_recipe
 from metr.training.finetune import finetune, finetune_plan
-from metr.training.finetune_data import FinetuneOptions
 from metr.training.finetune_recipe import described, finetune_recipe
-from metr.training.finetune_request import begun
-from metr.training.start import described_start, is_new_field, restore_backbone, start_recipe
+from metr.training.resumed_recipe import SETTINGS
+from metr.training.start import advised_backbone, described_start, restore_backbone, start_recipe
 from metr.training.train import plan, train
 
 from small import small_config
@@ -166,55 +165,39 @@ def test_training_begins_with_them(verb: str, trained: tuple[Path, Path], tiny_r
 def test_it_is_said_aloud(trained: tuple[Path, Path]) -> None:
     model = METR.from_pretrained(trained[0], device="cpu")
     recipe = finetune_recipe(model.checkpoint, 20, overrides=[f"{KEY}=0.5"])
-    assert ", 50% of the backbone from its own pretraining, " in described(recipe, 20)
-    assert "its own pretraining" not in described(finetune_recipe(model.checkpoint, 20), 20)
+    assert ", 50% of the backbone's original weights, " in described(recipe, 20)
+    assert "original weights" not in described(finetune_recipe(model.checkpoint, 20), 20)
     recipe = start_recipe(model.checkpoint, overrides=[f"{KEY}=1"])
-    assert "its own network (100% of the backbone from its own pretraining) and normal" in described_start(
-        model, recipe
-    )
+    assert "its own network (100% of the backbone's original weights) and normal" in described_start(model, recipe)
     assert "its own network and normalisation" in described_start(model, start_recipe(model.checkpoint))
 
 
-def test_new_names_alone_are_a_new_field_where_imagenets_weights_are_at_hand(
+def test_it_is_advised_for_new_names_on_few_images_where_imagenets_weights_are_at_hand(
     trained: tuple[Path, Path], tiny_run: TinyRun
 ) -> None:
     shipped = METR.from_pretrained(SHIPPED, device="cpu")
     new = open_joint([str(listed(tiny_run, trained[0].parent, {"fish": "trout"}))])
-    assert is_new_field(shipped, new)
-    assert not is_new_field(shipped, open_joint([str(listed(tiny_run, trained[0].parent, {"leaf": "king"}))])), "known"
-    assert not is_new_field(METR.from_pretrained(trained[0], device="cpu"), new), "its weights lie elsewhere"
+    known = open_joint([str(listed(tiny_run, trained[0].parent, {"leaf": "king"}))])
+    recipe = finetune_recipe(shipped.checkpoint, 4)
     config = shipped.checkpoint.model
     narrow = config.model_copy(update={"backbone": config.backbone.model_copy(update={"options": {"width": 0.5}})})
-    assert not is_new_field(METR(shipped.network, replace(shipped.checkpoint, model=narrow)), new), "there are none"
+    assert "--pretrained-backbone 1 is worth a try" in advised_backbone(shipped, new, recipe)
+    for nothing in (
+        advised_backbone(shipped, known, recipe),
+        advised_backbone(shipped, new, finetune_recipe(shipped.checkpoint, 4, overrides=[f"{KEY}=0.5"])),
+        advised_backbone(METR.from_pretrained(trained[0], device="cpu"), new, recipe),
+        advised_backbone(METR(shipped.network, replace(shipped.checkpoint, model=narrow)), new, recipe),
+    ):
+        assert nothing == ""
 
 
-def test_fine_tuning_on_few_images_of_a_new_field_begins_with_imagenets_backbone(
-    trained: tuple[Path, Path], tiny_run: TinyRun, tmp_path: Path
-) -> None:
-    new, run = str(listed(tiny_run, tmp_path, {"fish": "trout"})), RunDirectory(tmp_path / "out")
-
-    def share(data: str, **options: Any) -> float:
-        prepared = begun(data, SHIPPED, run, FinetuneOptions(**options), Console(quiet=True))
-        return prepared.plan.recipe.train.pretrained_backbone
-
-    assert share(new) == 1
-    assert told(finetune_plan(new, SHIPPED)).count("knows none of the new names: training begins with ImageNet's") == 1
-    for asked in ("0", "0.5"):
-        assert "none of the new names" not in told(finetune_plan(new, SHIPPED, overrides=[f"{KEY}={asked}"]))
-    assert share(new, overrides=(f"{KEY}=0",)) == 0
-    assert share(new, rehearse=(tiny_run.data[1],)) == 0, "book is known"
-    assert share(new, rehearse_evaluate=(tiny_run.data[1],)) == 0, "what is asked for is to be kept"
-    assert share(str(listed(tiny_run, tmp_path, {"leaf": "king"}))) == 0
-    checkpoint = load_checkpoint(SHIPPED)
-    shares = [
-        finetune_recipe(checkpoint, images, new_field=True).train.pretrained_backbone
-        for images in (1, 20, 200, 600, 2_000, 20_000)
-    ]
-    assert shares == sorted(shares, reverse=True)
-    assert shares[:3] == [1, 1, 1]
-    assert 0.4 < shares[3] < 0.6
-    assert shares[4:] == [0, 0]
-    assert finetune_recipe(checkpoint, 20).train.pretrained_backbone == 0
+def test_the_plan_advises_it_where_nothing_old_is_to_be_kept(tiny_run: TinyRun, tmp_path: Path) -> None:
+    new, advice = str(listed(tiny_run, tmp_path, {"fish": "trout"})), "--pretrained-backbone 1 is worth a try"
+    assert told(finetune_plan(new, SHIPPED)).count(advice) == 1
+    assert finetune_recipe(load_checkpoint(SHIPPED), 4).train.pretrained_backbone == 0, "it is a choice"
+    assert advice not in told(finetune_plan(new, SHIPPED, rehearse=(tiny_run.data[1],)))
+    assert advice not in told(finetune_plan(new, SHIPPED, rehearse_evaluate=(tiny_run.data[1],)))
+    assert advice not in told(finetune_plan(new, SHIPPED, overrides=[f"{KEY}=1"]))
 
 
 def told(page: Any) -> str:
@@ -278,12 +261,29 @@ def test_where_the_weights_of_a_new_network_come_from_is_refused(verb: str, trai
         assert start_recipe(checkpoint, type(recipe()).checked(whole)).model.backbone.pretrained
 
 
-def test_a_resumed_run_keeps_its_beginning(trained: tuple[Path, Path], tiny_run: TinyRun, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+def test_a_resumed_run_keeps_its_beginning(
+    trained: tuple[Path, Path], tiny_run: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, olds = tmp_path / "out", list[tuple[Path, str]]()
     finetune(tiny_run.data[1:2], trained[0], out, overrides=[*NOTHING_LEARNT, f"{KEY}=1"], compare=False)
     with pytest.raises(ConfigError, match=rf"begun with {KEY} 1\.0, now 0\.5"):
         finetune(None, None, out, overrides=["train.loop.steps=2", f"{KEY}=0.5"], resume=True)
     first = load_checkpoint(out).weights
+    # a version that did not have the setting began with the detector's weights
+    for kept in (out / "config.yaml", out / "state" / SETTINGS):
+        olds.append((kept, kept.read_text()))
+        without = re.sub(r'(?m)^.*pretrained_backbone"?:.*\n', "", kept.read_text())
+        assert without != kept.read_text()
+        kept.write_text(without)
+    with pytest.raises(ConfigError, match=rf"begun with {KEY} 0\.0, now 1\.0"):
+        finetune(None, None, out, overrides=["train.loop.steps=2", f"{KEY}=1"], resume=True)
+    for kept, before in olds:
+        kept.write_text(before)
+
+    def gone(_: object) -> None:
+        raise ModelError("the hub is out of reach")
+
+    monkeypatch.setattr("metr.training.start.build_backbone", gone)  # the saved weights are all that it needs
     finetune(None, None, out, overrides=["train.loop.steps=2"], resume=True)
     for key, value in convolutions(load_checkpoint(out).weights).items():
         torch.testing.assert_close(value, first[key], atol=1e-5, rtol=1e-5, msg=key)
@@ -295,7 +295,7 @@ def test_the_command_has_an_option_for_it(
     asked = ("finetune", tiny_run.data[1], "--from", str(trained[0]), "-o", str(tmp_path / "out"), "--dry-run")
     ended = metr(*asked, "--pretrained-backbone", "1")
     assert ended.code == 0
-    assert "100% of the backbone from its own pretraining" in ended.words
+    assert "100% of the backbone's original weights" in ended.words
     ended = metr(*asked, "--pretrained-backbone", "2")
     assert ended.code == 1
     assert "input should be less than or equal to 1, found 2" in ended.words.lower()

@@ -54,7 +54,7 @@ _PretrainedBackbone = Annotated[
     float | None,
     typer.Option(
         help="0 to 1: how much of the backbone's weights are those of its own pretraining (ImageNet's), the rest the "
-        "detector's; by default 1 on few images of a new field, else 0.",
+        "detector's; by default 0.",
         metavar="SHARE",
     ),
 ]

@@ -169,8 +169,8 @@ class TrainConfig(Config):
     mode."""
     pretrained_backbone: Fraction = 0.0
     """Where training begins with a detector: how much of the backbone's weights are those of its own pretraining
-    (ImageNet's), 0 to 1; the rest are the detector's. `metr finetune` takes 1 by default on few images of a field that
-    is new to the detector."""
+    (ImageNet's), 0 to 1; the rest are the detector's. 1 puts them back whole, as may pay on few images of new
+    things."""
     pseudo_labels: PseudoLabelConfig = PseudoLabelConfig()
     """Thresholds of `unannotated: pseudo_label`."""
     names: NameVariationConfig = NameVariationConfig()

@@ -28,12 +28,13 @@ from metr.training.finetune_request import REQUEST, Prepared, begun, resumed
 from metr.training.fitted import keep_fitted, lost_fits
 from metr.training.name_variation import other_words
 from metr.training.parts import Outcome, TrainingParts
-from metr.training.plan import RunPlan, advice, header, page, tell_end
+from metr.training.plan import advice, header, page, tell_end
 from metr.training.provenance import provenance
 from metr.training.resumption import check_apart, save_request
 from metr.training.run_log import RunLog, log_page, tell
 from metr.training.seen import seen_before, seen_notes
 from metr.training.start import (
+    advised_backbone,
     check_kept,
     forgotten,
     history,
@@ -81,10 +82,9 @@ def finetune(
         finetune("cells/", "runs/joint", "runs/cells", shots=10, rehearse=["old/voc"], overrides=["loader.workers=2"])
         finetune(None, None, "runs/cells", resume=True)
 
-    The network is the checkpoint's, with all its weights, but for the backbone's on few images of a new field
-    (`train.pretrained_backbone`); names are strings, so nothing is initialised anew. The checkpoint that is written
-    knows the old names first, then the new ones. Without `rehearse` nothing is learnt about old names: they are not
-    negatives in new images.
+    The network is the checkpoint's, with all its weights, but for the backbone's if `train.pretrained_backbone` says
+    so; names are strings, so nothing is initialised anew. The checkpoint that is written knows the old names first,
+    then the new ones. Without `rehearse` nothing is learnt about old names: they are not negatives in new images.
 
     Args:
         data: One new dataset or several: folders, name=folder, or YAML files that list some. None resumes with the
@@ -150,24 +150,15 @@ def finetune_plan(
 
 def _notes(prepared: Prepared, resume: bool) -> list[RenderableType]:
     """What is said of a run besides its plan."""
+    model, joint = prepared.model, prepared.opened.joint
     notes = [Hanging(described(prepared.plan.recipe, prepared.opened.images))]
     if not resume:
-        notes += [Hanging(one) for one in _of_a_new_field(prepared.plan)] + advice(prepared.plan, from_nothing=False)
-    if lost := forgotten(prepared.model, prepared.opened.joint, "--rehearse mixes old datasets in"):
+        notes += advice(prepared.plan, from_nothing=False)
+        asked = "" if prepared.opened.evaluated else advised_backbone(model, joint, prepared.plan.recipe)
+        notes += [Hanging(asked)] if asked else []
+    if lost := forgotten(model, joint, "--rehearse mixes old datasets in"):
         notes.append(Hanging(lost))
-    return [*notes, *seen_notes(prepared.model, prepared.opened.sources)]
-
-
-def _of_a_new_field(plan: RunPlan) -> list[str]:
-    """What is said where the backbone is ImageNet's by default."""
-    share = plan.recipe.train.pretrained_backbone
-    if not share or share != plan.base.train.pretrained_backbone:
-        return []
-    much = "ImageNet's backbone" if share == 1 else f"{share:.0%} of ImageNet's backbone"
-    return [
-        f"The checkpoint knows none of the new names: training begins with {much} and the rest of the checkpoint. That "
-        "finds more of them and forgets more old names; --rehearse or --pretrained-backbone 0 keeps its own backbone."
-    ]
+    return [*notes, *seen_notes(model, prepared.opened.sources)]
 
 
 def _finetuned(
@@ -182,7 +173,7 @@ def _finetuned(
     model, opened, recipe, options = prepared.model, prepared.opened, prepared.plan.recipe, prepared.options
     check_recipe(recipe)
     tell(console, header(prepared.plan), *_notes(prepared, resume))
-    parts, model = _parts(model, opened, recipe, options.decorrelate_names)
+    parts, model = _parts(model, opened, recipe, options.decorrelate_names, resume)
     tell(console, *names_read_alike(parts.checkpoint, opened.joint, kept=True))
     if resume:
         check_same(run, opened.joint.vocabulary, parts.checkpoint.text_encoder)
@@ -203,12 +194,15 @@ def _finetuned(
     return FinetuneOutcome(training=outcome, comparison=compared, default_names=names, known=known)
 
 
-def _parts(model: METR, opened: FinetuneData, recipe: RunConfig, decorrelate: bool) -> tuple[TrainingParts, METR]:
+def _parts(
+    model: METR, opened: FinetuneData, recipe: RunConfig, decorrelate: bool, resume: bool
+) -> tuple[TrainingParts, METR]:
     """What the trainer needs, and the checkpoint's own detector with the text encoder that the recipe names."""
     own, joint = model.checkpoint, opened.joint
     model = with_text_encoder(model, recipe.text)
     network, embeddings = kept_network(model, recipe.model, *_KEEPS), model.embed(joint.vocabulary, tell=False)
-    restore_backbone(network, recipe.train.pretrained_backbone)
+    if not resume:  # else its saved weights follow
+        restore_backbone(network, recipe.train.pretrained_backbone)
     if decorrelate:  # new names come after the old
         decorrelate_names(
             network.category_extraction.projection, embeddings[: len(model.names)], embeddings[len(model.names) :]

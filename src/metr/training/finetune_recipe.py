@@ -46,33 +46,18 @@ def left_to_finetuning(recipe: RunConfig) -> Tree:
 
 
 def finetune_recipe(
-    checkpoint: Checkpoint,
-    images: int,
-    file: Path | None = None,
-    overrides: Sequence[str] = (),
-    *,
-    new_field: bool = False,
+    checkpoint: Checkpoint, images: int, file: Path | None = None, overrides: Sequence[str] = ()
 ) -> RunConfig:
     """The configuration for fine-tuning a checkpoint on a number of images.
 
     Later layers win: the packaged fine-tuning recipe, the checkpoint, the defaults for the number of images, a YAML
     file, `section.key=value` overrides. Warm-up, average and intervals follow the number of steps (`laid_over`).
 
-    Args:
-        checkpoint: What training begins with.
-        images: Number of new training images.
-        file: A YAML file of the user's.
-        overrides: The user's `section.key=value`.
-        new_field: Whether the images show nothing that the checkpoint knows, and ImageNet's backbone is at hand.
-
     Raises:
         ConfigError: a key is unknown, or a value is of the wrong kind.
     """
     tree = merge(packaged("finetune"), settings_of(checkpoint))
-    row = defaults_for(images)
-    defaults = row.tree(tree["train"]["optimizer"]["learning_rate"])
-    if new_field:
-        defaults = merge(defaults, {"train": {"pretrained_backbone": row.backbone}})
+    defaults = defaults_for(images).tree(tree["train"]["optimizer"]["learning_rate"])
     layers, where = finetune_layers(file, overrides)
     return laid_over_start(merge(tree, defaults), layers, where)
 
@@ -90,7 +75,7 @@ def laid_over_start(base: Tree, layers: Sequence[Tree], where: str) -> RunConfig
     idle = [key for key in _FRESH if given.get(key) and not (key != _FRESH[0] and recipe.train.pretrained_backbone)]
     if idle:
         what = f"{idle[0]}={given[idle[0]]} has no effect: the weights are those of the detector to begin with"
-        hint = "train.pretrained_backbone=1 puts the backbone's own pretrained weights back; or leave it out"
+        hint = "leave it out; train.pretrained_backbone=1 puts the weights of the backbone's own pretraining back"
         raise ConfigError(what, where=where, hint=hint)
     return recipe
 
@@ -118,9 +103,9 @@ def described(recipe: RunConfig, images: int) -> str:
 
 
 def restored(recipe: RunConfig) -> str:
-    """How much of the backbone's weights are those of its own pretraining, in words; empty where none are."""
+    """How much of the weights of its own pretraining the backbone begins with, in words; empty where nothing."""
     share = recipe.train.pretrained_backbone
-    return f"{share:.0%} of the backbone from its own pretraining" if share else ""
+    return f"{100 * share:.3g}% of the backbone's original weights" if share else ""
 
 
 def settings_of(checkpoint: Checkpoint) -> Tree:
@@ -153,8 +138,7 @@ class Defaults:
     """One row of the table of defaults.
 
     `rate` is the peak learning rate as a multiple of pretraining's; `average` is the number of steps that
-    the EMA covers; `crop`, `zoom_out` and `colour` are the fractions of images with that augmentation; `backbone` is
-    the share of ImageNet's weights in the backbone where the images are of a new field.
+    the EMA covers; `crop`, `zoom_out` and `colour` are the fractions of images with that augmentation.
     """
 
     images: int
@@ -166,7 +150,6 @@ class Defaults:
     crop: float
     zoom_out: float
     colour: float
-    backbone: float
 
     def tree(self, pretraining_rate: float) -> Tree:
         """The row as a part of a run's configuration."""
@@ -187,10 +170,10 @@ class Defaults:
 
 # fmt: off
 TABLE = (
-    Defaults(images=20,     steps=300,    rate=1.0,  warmup=30,  average=60,   evaluate_every=30,   crop=0.50, zoom_out=0.30, colour=0.8, backbone=1.0),  # noqa: E501
-    Defaults(images=200,    steps=1_000,  rate=1.0,  warmup=50,  average=200,  evaluate_every=100,  crop=0.50, zoom_out=0.20, colour=0.7, backbone=1.0),  # noqa: E501
-    Defaults(images=2_000,  steps=5_000,  rate=0.5,  warmup=200, average=1000, evaluate_every=500,  crop=0.35, zoom_out=0.10, colour=0.5, backbone=0.0),  # noqa: E501
-    Defaults(images=20_000, steps=20_000, rate=0.5,  warmup=500, average=4000, evaluate_every=2000, crop=0.35, zoom_out=0.10, colour=0.5, backbone=0.0),  # noqa: E501
+    Defaults(images=20,     steps=300,    rate=1.0,  warmup=30,  average=60,   evaluate_every=30,   crop=0.50, zoom_out=0.30, colour=0.8),  # noqa: E501
+    Defaults(images=200,    steps=1_000,  rate=1.0,  warmup=50,  average=200,  evaluate_every=100,  crop=0.50, zoom_out=0.20, colour=0.7),  # noqa: E501
+    Defaults(images=2_000,  steps=5_000,  rate=0.5,  warmup=200, average=1000, evaluate_every=500,  crop=0.35, zoom_out=0.10, colour=0.5),  # noqa: E501
+    Defaults(images=20_000, steps=20_000, rate=0.5,  warmup=500, average=4000, evaluate_every=2000, crop=0.35, zoom_out=0.10, colour=0.5),  # noqa: E501
 )
 # fmt: on
 
@@ -224,7 +207,6 @@ def _between(lower: Defaults, upper: Defaults, fraction: float, images: int) -> 
         crop=mixed(lower.crop, upper.crop),
         zoom_out=mixed(lower.zoom_out, upper.zoom_out),
         colour=mixed(lower.colour, upper.colour),
-        backbone=mixed(lower.backbone, upper.backbone),
     )
 
 

@@ -29,7 +29,7 @@ from metr.training.resumption import (
     log_changed_datasets,
     made_so_far,
 )
-from metr.training.start import check_same_text, is_new_field, open_detector, pinned, pretrained_weights
+from metr.training.start import check_same_text, open_detector, pinned, pretrained_weights
 from metr.training.taken_names import taken_names
 from metr.training.train_request import Data, arguments
 
@@ -67,18 +67,15 @@ def begun(
     opened = open_finetune_data(given, model.vocabulary, options, take)
     seed = [f"train.loop.seed={options.seed}"] if "seed" in options.model_fields_set else []
 
-    new_field = not opened.evaluated and is_new_field(model, opened.joint)
-
     def resolve(more: Sequence[str]) -> RunConfig:
-        overrides = [*seed, *options.overrides, *more]
-        return finetune_recipe(model.checkpoint, opened.images, options.config, overrides, new_field=new_field)
+        return finetune_recipe(model.checkpoint, opened.images, options.config, [*seed, *options.overrides, *more])
 
     recipe = resolve([])
     check_same_text(model, recipe.text, *_KEEPS)
     if recipe.train.pretrained_backbone:
-        pretrained_weights(model.network.backbone)  # refused before anything is done
+        pretrained_weights(model.network.backbone, recipe.model.backbone.revision)  # refused before anything is done
     recipe = resolve(_steps(options, opened, recipe, NOTHING))
-    base = finetune_recipe(model.checkpoint, opened.images, overrides=seed, new_field=new_field)
+    base = finetune_recipe(model.checkpoint, opened.images, overrides=seed)
     plan = _plan(opened, recipe, base, "the defaults", NOTHING)
     request = _request(pinned(model, source), opened, options)
     return Prepared(data=given, model=model, opened=opened, options=options, plan=plan, request=request)

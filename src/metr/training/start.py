@@ -36,6 +36,8 @@ _ORIGINS = {"backbone.pretrained", "backbone.revision"}
 _IDENTITY = "identity"
 # how a network is taught, which is not what it is
 _TEACHING = {"decoder.look_forward"}
+# so many images were seen to gain by ImageNet's backbone
+_FEW_IMAGES = 250
 # the setting that gives a backbone its own pretraining back
 _RESTORED = "train.pretrained_backbone"
 # what the weights were trained with, though other values would leave their shapes as they are
@@ -78,12 +80,14 @@ class Start:
         joint: The data. The vocabulary is the detector's, then the new names.
         taken: By dataset, names that were taken as one of the detector's.
         given: The datasets as they were given, before names were taken as others.
+        resumed: Whether a run goes on that began with the detector.
     """
 
     model: METR
     joint: JointData
     taken: Renames
     given: tuple[DatasetSource, ...]
+    resumed: bool = False
 
     @property
     def detection(self) -> DetectionDefaults:
@@ -146,7 +150,7 @@ def begin_with(
         names = with_trained_prompts(names, model.vocabulary)
     chosen = {} if subset.whole else chosen_parts(sources, subset)
     joint = JointData(sources=sources, vocabulary=model.vocabulary.extended(names), chosen=chosen)
-    return Start(model=model, joint=joint, taken=taken, given=given)
+    return Start(model=model, joint=joint, taken=taken, given=given, resumed=kept is not None)
 
 
 def start_recipe(
@@ -199,36 +203,49 @@ def restore_backbone(network: Detector, share: float) -> None:
     """
     if not share:
         return
-    own = pretrained_weights(network.backbone)
+    own = pretrained_weights(network.backbone, network.backbone.config.revision)
     with torch.no_grad():
         for key, value in network.backbone.pretrained_part.state_dict().items():
             if value.is_floating_point():
                 value.lerp_(own[key], share)
 
 
-def is_new_field(model: METR, joint: JointData) -> bool:
-    """Whether data show nothing that the detector knows, and ImageNet's weights of its backbone come with METR.
+def advised_backbone(model: METR, joint: JointData, recipe: RunConfig) -> str:
+    """Whether ImageNet's weights in the backbone are worth a try on these data, in words; empty where it is not known.
 
-    Such data are learned better with that backbone (docs/results/fields.md).
+    They were for new things on some ten to two hundred images (docs/results/fields.md).
 
     Args:
         model: The detector.
         joint: All that is trained on, with the detector's names where names were taken as them.
+        recipe: The configuration.
     """
     backbone, known = model.checkpoint.model.backbone, set(model.names)
     bundled = backbone.name == "efficientnet_lite0" and not backbone.options
-    return bundled and known.isdisjoint(name for source in joint.sources for name in source.categories)
+    few = sum(joint.lengths.values()) <= _FEW_IMAGES
+    new = known.isdisjoint(name for source in joint.sources for name in source.categories)
+    if recipe.train.pretrained_backbone or not (bundled and few and new):
+        return ""
+    return (
+        "advice: the checkpoint knows none of these names. If they are new things to it, too, --pretrained-backbone 1 "
+        "is worth a try: it begins with ImageNet's backbone and the rest of the checkpoint, and forgets more old names"
+    )
 
 
-def pretrained_weights(backbone: Backbone) -> dict[str, Tensor]:
+def pretrained_weights(backbone: Backbone, revision: str | None) -> dict[str, Tensor]:
     """The weights of a backbone's own pretraining, by the keys of its `pretrained_part`.
+
+    Args:
+        backbone: The backbone.
+        revision: Which of them, of the hub.
 
     Raises:
         ConfigError: it has none, or they cannot be had.
     """
     try:
         with torch.random.fork_rng(devices=()):
-            part = build_backbone(backbone.config.model_copy(update={"pretrained": True})).pretrained_part
+            config = backbone.config.model_copy(update={"pretrained": True, "revision": revision})
+            part = build_backbone(config).pretrained_part
         weights: dict[str, Tensor] = part.state_dict()
         check_weights(backbone.pretrained_part, weights)
     except MetrError as error:

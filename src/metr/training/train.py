@@ -317,7 +317,8 @@ def _begun_with(start: Start, recipe: RunConfig) -> tuple[Detector, Checkpoint, 
     words = other_words(start.joint.sources, start.joint.vocabulary, partial(model.embed, tell=False))
     seed_everything(recipe.train.loop.seed)
     network = kept_network(model, recipe.model, *KEEPS)
-    restore_backbone(network, recipe.train.pretrained_backbone)
+    if not start.resumed:  # else its saved weights follow
+        restore_backbone(network, recipe.train.pretrained_backbone)
     checkpoint = Checkpoint(
         model=rebuildable(recipe.model, network),
         vocabulary=start.joint.vocabulary,

@@ -137,7 +137,9 @@ def _begun(data: Data | None, asked: Asked, run: RunDirectory, console: Console)
     else:
         check_kept(model, recipe.model, *KEEPS)
         if recipe.train.pretrained_backbone:
-            pretrained_weights(model.network.backbone)  # refused before anything is done
+            pretrained_weights(
+                model.network.backbone, recipe.model.backbone.revision
+            )  # refused before anything is done
         check_same_text(model, recipe.text, *_KEEPS_TEXT)
     joint, start = _opened(given, options, options, model, console)
     if not options.allow_empty:
@@ -260,7 +262,7 @@ def check_fresh(recipe: RunConfig) -> None:
     """
     if recipe.train.pretrained_backbone:
         what = "is about the backbone of a detector to begin with, and none is named"
-        hint = "--from SOURCE; without one, model.backbone.pretrained decides (true by default)"
+        hint = "--from SOURCE, or train.pretrained_backbone=0: a new backbone is pretrained anyway (model.backbone)"
         raise ConfigError(what, where="train.pretrained_backbone", hint=hint)
 
 
