@@ -12,8 +12,8 @@ Profile `trial`, one thread of an AMD EPYC: 50 minutes of training steps besides
 (+1.8; the goal of +5.0 is missed), 54.2 to 60.2 with all of them (+6.0). Profile `gpu` (four left-out datasets, four
 fractions, three seeds for the small ones) has not been run. Profile `fields` pretrains nothing: it begins with a given
 checkpoint, the project's own by default, and takes seven datasets that this has never seen. Another arm has ImageNet's
-weights back in the checkpoint's backbone. Six to eight hours of one core (results/transfer-fields.json): +7.3 AP in the mean
-with a tenth of the images, +8.8 with all, and no dataset worse; with ImageNet's backbone +10.2 (the goal of +12 is
+weights back in the checkpoint's backbone. Six to eight hours of one core (results/transfer-fields.json): +7.3 AP in the
+mean with a tenth of the images, +8.8 with all, and no dataset worse; with ImageNet's backbone +10.2 (the goal of +12 is
 missed) and +14.2. Profile `tenth` is a tenth of the images for twice the steps, in bf16 (results/transfer-tenth.json):
 +2.8, behind on two of seven; with ImageNet's backbone +5.8, behind on one by 0.9.
 

@@ -154,8 +154,9 @@ def _notes(prepared: Prepared, resume: bool) -> list[RenderableType]:
     notes = [Hanging(described(prepared.plan.recipe, prepared.opened.images))]
     if not resume:
         notes += advice(prepared.plan, from_nothing=False)
-        asked = "" if prepared.opened.evaluated else advised_backbone(model, joint, prepared.plan.recipe)
-        notes += [Hanging(asked)] if asked else []
+        nothing_kept = not (prepared.opened.evaluated or prepared.opened.lengths("rehearsed"))
+        if nothing_kept and (advised := advised_backbone(model, joint, prepared.plan.recipe)):
+            notes.append(Hanging(advised))
     if lost := forgotten(model, joint, "--rehearse mixes old datasets in"):
         notes.append(Hanging(lost))
     return [*notes, *seen_notes(model, prepared.opened.sources)]
