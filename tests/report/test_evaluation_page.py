@@ -199,7 +199,7 @@ def test_images_that_training_had_are_told(detailed: Detailed, page: Element, tm
     assert f"{fact}; AP there says how well it knows these, not how well it finds what is in new images." in text
     assert second in text
     assert first not in text
-    assert not any("was trained on" in one.text for one in page.every("p"))
+    assert not any("the checkpoint was trained on" in one.text for one in page.every("p"))
 
 
 def test_nothing_from_elsewhere_is_markup(tmp_path: Path) -> None:
