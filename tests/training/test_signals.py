@@ -156,7 +156,8 @@ def long_call() -> float:
 
     Gives the time when it ended.
     """
-    assert hashed(int(1.5 * times_a_second())) > 1.0
+    # a processor that other work slowed while it was timed may be twice as fast now
+    assert hashed(int(2.5 * times_a_second())) > 1.0
     return time.time()
 
 
