@@ -92,7 +92,7 @@ def _check_structure(run: RunDirectory, saved: Tree, now: Tree, given: Tree) -> 
     if not changed:
         return
     found = "; ".join(f"{key} {short(saved[key])}, now {short(now[key])}" for key in changed)
-    what = f"a resumed run keeps its network, its text encoder and what it began with: it was begun with {found}"
+    what = f"a resumed run keeps its network and its text encoder, and what it began with: it was begun with {found}"
     back = "leave these settings out" if set(changed) & given.keys() else f"put the first value back in {run.config}"
     raise ConfigError(what, where=run.path, hint=f"{back}, or {_ELSEWHERE}")
 
